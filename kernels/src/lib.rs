@@ -1,0 +1,1 @@
+//! What Corral needs below `tch`, behind safe types. The one package with `unsafe`, C++ and CUDA.

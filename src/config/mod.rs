@@ -1,0 +1,3 @@
+//! Typed YAML: load, override, check.
+
+pub mod shape;

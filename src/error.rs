@@ -1,0 +1,107 @@
+//! One error type, which carries the exit code it ends in.
+
+use std::fmt;
+
+/// What went wrong, as the exit code tells it (see the README).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The work failed: exit code 1.
+    Failed,
+    /// The command line or the configuration is wrong: exit code 2.
+    Config,
+    /// Input data, a model or a checkpoint is unusable: exit code 3.
+    Data,
+    /// Stopped by this signal after a checkpoint was written: exit code 128 + signal.
+    Stopped(i32),
+}
+
+/// An error for the user: what is wrong, where, what to do. The message may have several lines.
+#[derive(Debug, Clone)]
+pub struct Error {
+    pub kind: Kind,
+    pub message: String,
+}
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    pub fn failed(message: impl Into<String>) -> Self {
+        Error { kind: Kind::Failed, message: message.into() }
+    }
+
+    pub fn config(message: impl Into<String>) -> Self {
+        Error { kind: Kind::Config, message: message.into() }
+    }
+
+    pub fn data(message: impl Into<String>) -> Self {
+        Error { kind: Kind::Data, message: message.into() }
+    }
+
+    pub fn exit_code(&self) -> i32 {
+        match self.kind {
+            Kind::Failed => 1,
+            Kind::Config => 2,
+            Kind::Data => 3,
+            Kind::Stopped(signal) => 128 + signal,
+        }
+    }
+
+    /// Says before the message where it happened: `context: message`.
+    pub fn context(mut self, context: impl fmt::Display) -> Self {
+        self.message = format!("{context}: {}", self.message);
+        self
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<std::io::Error> for Error {
+    fn from(e: std::io::Error) -> Self {
+        Error::failed(e.to_string())
+    }
+}
+
+impl From<tch::TchError> for Error {
+    fn from(e: tch::TchError) -> Self {
+        Error::failed(first_line(&e.to_string()))
+    }
+}
+
+/// libtorch's messages carry a C++ backtrace from the second line on; users get the first.
+pub fn first_line(message: &str) -> String {
+    message.lines().find(|l| !l.trim().is_empty()).unwrap_or("unknown error").trim().to_string()
+}
+
+/// Adds context to any error that turns into ours.
+pub trait Context<T> {
+    fn context(self, context: impl fmt::Display) -> Result<T>;
+    fn with_context<C: fmt::Display>(self, context: impl FnOnce() -> C) -> Result<T>;
+    /// The error becomes "input unusable" (exit code 3).
+    fn data_error(self, context: impl fmt::Display) -> Result<T>;
+    /// The error becomes "command line or configuration wrong" (exit code 2).
+    fn config_error(self, context: impl fmt::Display) -> Result<T>;
+}
+
+impl<T, E: Into<Error>> Context<T> for std::result::Result<T, E> {
+    fn context(self, context: impl fmt::Display) -> Result<T> {
+        self.map_err(|e| e.into().context(context))
+    }
+
+    fn with_context<C: fmt::Display>(self, context: impl FnOnce() -> C) -> Result<T> {
+        self.map_err(|e| e.into().context(context()))
+    }
+
+    fn data_error(self, context: impl fmt::Display) -> Result<T> {
+        self.map_err(|e| Error { kind: Kind::Data, ..e.into() }.context(context))
+    }
+
+    fn config_error(self, context: impl fmt::Display) -> Result<T> {
+        self.map_err(|e| Error { kind: Kind::Config, ..e.into() }.context(context))
+    }
+}

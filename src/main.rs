@@ -1,0 +1,3 @@
+fn main() {
+    let _ = tch::Tensor::zeros([1], (tch::Kind::Float, tch::Device::Cpu));
+}

@@ -147,6 +147,14 @@ impl TryFrom<InitKeys> for Init {
                 "hidden_size ({c}) is no multiple of num_attention_heads ({heads}): change one, or give head_dim"
             ));
         }
+        if let Some(rope) = &keys.rope_scaling {
+            let numbers = [rope.factor, rope.low_freq_factor, rope.high_freq_factor - rope.low_freq_factor];
+            if numbers.iter().any(|x| *x <= 0.0) || rope.original_max_position_embeddings < 1 {
+                return Err("rope_scaling: the numbers must be above 0, and high_freq_factor above \
+                            low_freq_factor"
+                    .into());
+            }
+        }
         let init = Init {
             vocab_size: keys.vocab_size,
             hidden_size: c,
@@ -486,7 +494,7 @@ impl Pretrain {
         self.train.micro_batch_size.unwrap_or(self.train.batch_size / world_size)
     }
 
-    /// Refuses combinations that cannot run on `world_size` ranks; touches no file and no device.
+    /// Refuses combinations that cannot run on `world_size` (at least 1) ranks; touches no file and no device.
     /// [`Loaded::validate`] also tells where the value was written.
     pub fn validate(&self, world_size: i64) -> Result<()> {
         self.conflict(world_size)

@@ -300,6 +300,14 @@ fn init_fills_in_what_follows() {
 }
 
 #[test]
+fn rope_scaling_is_checked() {
+    let rope = "{factor: 8, low_freq_factor: 4, high_freq_factor: 1, original_max_position_embeddings: 64}";
+    let init = "hidden_size: 128, num_hidden_layers: 2, num_attention_heads: 4";
+    let message = error(SMALL, &[&format!("model={{init: {{{init}, rope_scaling: {rope}}}}}")]);
+    assert!(message.contains("'model.init': rope_scaling: the numbers must be above 0"), "{message}");
+}
+
+#[test]
 fn default_recipe_loads() {
     let loaded: Loaded<Pretrain> = load(None, "pretrain", &["optim.clip=0".into()]).unwrap();
     assert!(loaded.compiled_in);

@@ -14,9 +14,9 @@ COPY . .
 RUN cargo build --release --locked && scripts/package.sh /opt/corral
 
 FROM debian:bookworm-slim
-# NCCL opens the InfiniBand and RoCE libraries at run time, where the host has such devices.
+# cuDNN needs zlib; NCCL opens the InfiniBand and RoCE libraries at run time, where the host has such devices.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends libstdc++6 libgcc-s1 libibverbs1 ibverbs-providers librdmacm1 \
+    && apt-get install -y --no-install-recommends libstdc++6 zlib1g libibverbs1 ibverbs-providers librdmacm1 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 corral
 COPY --from=build /opt/corral /opt/corral

@@ -43,4 +43,4 @@ package: build ## binaries, libtorch and configs in one folder that can be moved
 	scripts/package.sh $(or $(DIR),dist/corral)
 
 clean: ## the build (libtorch stays: `rm -rf .libtorch` removes it)
-	rm -rf target .interop dist
+	rm -rf target .interop dist gpu-check

@@ -2,7 +2,6 @@
 //! the part that needs CUDA's symbols into a shared object that `cuda.rs` embeds and opens when a GPU is asked for.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::{env, fs};
 
 /// What kernels compiled at run time may include; embedded, so that this works where no CUDA headers are.
@@ -54,8 +53,10 @@ fn cuda_shim(build: &cc::Build, torch: &Path, lib: &Path, out: &Path) {
     let nvidia = torch.parent().unwrap_or(torch).join("nvidia");
     println!("cargo:rerun-if-env-changed=CUDA_HOME");
     let cuda_home = PathBuf::from(env::var("CUDA_HOME").unwrap_or("/usr/local/cuda".into()));
-    let cuda = [nvidia.join("cu13"), cuda_home].into_iter().find(|d| d.join("include/crt/host_config.h").exists());
-    let nccl = [nvidia.join("nccl/include"), "/usr/include".into()].into_iter().find(|d| d.join("nccl.h").exists());
+    let cuda =
+        [nvidia.join("cu13"), cuda_home].into_iter().find(|d| d.join("include/crt/host_config.h").exists());
+    let nccl =
+        [nvidia.join("nccl/include"), "/usr/include".into()].into_iter().find(|d| d.join("nccl.h").exists());
 
     let why = match (lib.join("libtorch_cuda.so").exists(), &cuda, &nccl) {
         (false, _, _) => "this libtorch has no CUDA (no libtorch_cuda.so)",

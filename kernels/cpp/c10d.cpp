@@ -183,8 +183,6 @@ char* corral_work_poll(const WorkPtr* work, int* done) {
   });
 }
 
-WorkPtr* corral_work_clone(const WorkPtr* work) { return new WorkPtr(*work); }
-
 void corral_work_free(WorkPtr* work) { delete work; }
 
 } // extern "C"

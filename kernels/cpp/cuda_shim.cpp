@@ -19,6 +19,7 @@ using corral::guarded;
 using std::chrono::milliseconds;
 using StorePtr = c10::intrusive_ptr<c10d::Store>;
 using BackendPtr = c10::intrusive_ptr<c10d::Backend>;
+using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 namespace allocator = c10::cuda::CUDACachingAllocator;
 
 // A c10 stream in plain numbers. Streams come from libtorch's pool and are never destroyed.
@@ -179,6 +180,8 @@ char* corral_cuda_launch(cudaKernel_t kernel, const uint32_t* grid, const uint32
 char* corral_nccl(const StorePtr* store, int rank, int size, const char* name, int64_t timeout_ms, int device,
                   BackendPtr** out) {
   return guarded([&] {
+    // c10d would end the process on an error, before ours can tell which rank is missing (kernels/src/watch.rs).
+    setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0", /*overwrite=*/0);
     c10::cuda::CUDAGuard guard(index(device));
     auto options = c10d::ProcessGroupNCCL::Options::create();
     options->timeout = milliseconds(timeout_ms);
@@ -190,6 +193,16 @@ char* corral_nccl(const StorePtr* store, int rank, int size, const char* name, i
     backend->setBoundDeviceId(bound);
     backend->eagerConnectSingleDevice(bound);
     *out = new BackendPtr(std::move(backend));
+  });
+}
+
+// For watching: shares the events and the communicator, and holds no tensors.
+char* corral_nccl_work_clone(const WorkPtr* work, WorkPtr** out) {
+  return guarded([&] {
+    using WorkNCCL = c10d::ProcessGroupNCCL::WorkNCCL;
+    const auto* nccl = dynamic_cast<const WorkNCCL*>(work->get());
+    TORCH_CHECK(nccl, "not a collective of NCCL");
+    *out = new WorkPtr(c10::make_intrusive<WorkNCCL>(*nccl));
   });
 }
 

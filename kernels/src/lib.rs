@@ -1,1 +1,10 @@
 //! What Corral needs below `tch`, behind safe types. The one package with `unsafe`, C++ and CUDA.
+
+pub mod c10d;
+pub mod cuda;
+pub mod error;
+pub mod nvrtc;
+mod store;
+pub mod watch;
+
+pub use error::{Error, Result};

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use kernels::c10d::{Group, ReduceOp};
+use kernels::c10d::ReduceOp;
 use serde::{Deserialize, Serialize};
 use tch::Kind;
 
@@ -14,7 +14,7 @@ use crate::config::pretrain::{self as config, Compute, Mode, Pretrain};
 use crate::config::shape::Shape;
 use crate::data::loader::{Loader, Order, Source, State};
 use crate::data::tokenizer::Tokenizer;
-use crate::distributed::sharded::Sharded;
+use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::info;
@@ -111,14 +111,6 @@ fn recompute(c: &Pretrain) -> Recompute {
     }
 }
 
-/// Over which ranks slices lie, and which hold equal ones.
-pub fn shard_groups(mode: Mode, world: &World) -> (Group, Group) {
-    match mode {
-        Mode::Full => (world.group.clone(), Group::solo()),
-        Mode::Replicate => (Group::solo(), world.group.clone()),
-    }
-}
-
 /// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
 pub fn pretrain(
     loaded: &Loaded<Pretrain>,
@@ -209,7 +201,7 @@ pub fn pretrain(
         progress.skipped_steps = guard.skipped_steps;
 
         if step.is_multiple_of(c.log.every as u64) || step == inputs.steps || update.skipped {
-            let peak = world.group.combine(&[telemetry::peak_bytes_on(world.device)], ReduceOp::Max)?[0];
+            let peak = world.group.combine(&[world.peak_bytes()? as f64], ReduceOp::Max)?[0];
             let seconds = window.elapsed().as_secs_f64();
             let steps = window_tokens as f64 / (c.train.batch_size * c.data.sequence_length) as f64;
             let mut record = Record::new("train", step)

@@ -4,12 +4,15 @@
 #define USE_C10D_GLOO
 #include "guard.h"
 
+#include <c10/util/Logging.h>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include <dlfcn.h>
+
+C10_DECLARE_int(caffe2_log_level);
 
 using corral::guarded;
 using std::chrono::milliseconds;
@@ -49,6 +52,8 @@ char* corral_libtorch_path(char** out) {
 // With `listen_fd` >= 0 this process serves the store on that bound socket (and owns it from now on).
 char* corral_store_tcp(const char* host, uint16_t port, int listen_fd, int64_t timeout_ms, StorePtr** out) {
   return guarded([&] {
+    // c10d warns, with a backtrace, whenever a peer closes a connection: what matters of that is in our errors.
+    if (!std::getenv("TORCH_CPP_LOG_LEVEL")) FLAGS_caffe2_log_level = 2;
     c10d::TCPStoreOptions options;
     options.port = port;
     options.isServer = listen_fd >= 0;

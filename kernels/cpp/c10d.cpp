@@ -11,6 +11,7 @@
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include <dlfcn.h>
+#include <link.h>
 
 C10_DECLARE_int(caffe2_log_level);
 
@@ -37,15 +38,14 @@ extern "C" {
 
 void corral_free(void* p) { std::free(p); }
 
-// Where libtorch_cpu.so was loaded from.
+// The path that libc10.so, and so libtorch, was loaded from.
 char* corral_libtorch_path(char** out) {
   return guarded([&] {
-    // A data symbol of libtorch_cpu: its address through the GOT is the library's own, unlike a function's, which may
-    // be a stub in this binary.
-    Dl_info info;
-    const void* symbol = dlsym(RTLD_DEFAULT, "_ZTIN4c10d8TCPStoreE");
-    TORCH_CHECK(symbol && dladdr(symbol, &info) && info.dli_fname, "cannot tell where libtorch was loaded from");
-    *out = strdup(info.dli_fname);
+    void* handle = dlopen("libc10.so", RTLD_LAZY | RTLD_NOLOAD);
+    link_map* map = nullptr;
+    TORCH_CHECK(handle && dlinfo(handle, RTLD_DI_LINKMAP, &map) == 0, "cannot tell where libtorch was loaded from");
+    *out = strdup(map->l_name);
+    dlclose(handle);
   });
 }
 

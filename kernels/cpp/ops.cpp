@@ -1,1 +1,295 @@
+// The C ABI of the CPU operations: tensors in, threads split, row kernels called. Every function returns null, or a
+// message that the caller frees.
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+
+#include "cpu_rows.h"
+#include "guard.h"
+
+namespace corral {
+
+extern const RowKernels rows_v2, rows_v3, rows_v4;
+
+const RowKernels& row_kernels() {
+  static const RowKernels& best = []() -> const RowKernels& {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+      return rows_v4;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return rows_v3;
+    return rows_v2;
+  }();
+  return best;
+}
+
+namespace {
+
+Type type_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return Type::Float;
+    case at::kDouble: return Type::Double;
+    case at::kBFloat16: return Type::BFloat16;
+    default: TORCH_CHECK(false, "no CPU kernel for dtype ", t.scalar_type());
+  }
+}
+
+at::ScalarType acc_of(const at::Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+void need(const at::Tensor& t, const char* name) {
+  TORCH_CHECK(t.device().is_cpu() && t.is_contiguous(), name, " must be a contiguous CPU tensor");
+}
+
+char* at_row(const at::Tensor& t, int64_t row, int64_t width) {
+  return (char*)t.data_ptr() + row * width * t.element_size();
+}
+
+// Rows per task, so that a task has some 16k elements.
+int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }
+
+}  // namespace
+}  // namespace corral
+
+using namespace corral;
+
+extern "C" {
+
+char* corral_set_float32_onednn(bool on) {
+  return guarded([&] { at::globalContext().setFloat32MatmulPrecision(on ? "medium" : "highest"); });
+}
+
+char* corral_rms_norm(at::Tensor* x, at::Tensor* w, double eps, at::Tensor** y, at::Tensor** rstd) {
+  return guarded([&] {
+    need(*x, "x"), need(*w, "w");
+    int64_t c = w->numel(), rows = x->numel() / c;
+    auto out = at::empty_like(*x);
+    auto k = at::empty({rows}, x->options().dtype(acc_of(*x)));
+    Type t = type_of(*x);
+    at::parallel_for(0, rows, grain(c), [&](int64_t a, int64_t b) {
+      row_kernels().rms_norm(t, at_row(*x, a, c), w->data_ptr(), at_row(out, a, c), at_row(k, a, 1), b - a, c, eps);
+    });
+    *y = new at::Tensor(out), *rstd = new at::Tensor(k);
+  });
+}
+
+char* corral_rms_apply(at::Tensor* x, at::Tensor* w, at::Tensor* rstd, at::Tensor** y) {
+  return guarded([&] {
+    need(*x, "x"), need(*w, "w"), need(*rstd, "rstd");
+    int64_t c = w->numel(), rows = x->numel() / c;
+    auto out = at::empty_like(*x);
+    Type t = type_of(*x);
+    at::parallel_for(0, rows, grain(c), [&](int64_t a, int64_t b) {
+      row_kernels().rms_apply(t, at_row(*x, a, c), w->data_ptr(), at_row(*rstd, a, 1), at_row(out, a, c), b - a, c);
+    });
+    *y = new at::Tensor(out);
+  });
+}
+
+// dw is added to. The rows are cut into as many parts as there are threads, summed in order: the result depends on
+// the number of threads, not on their timing.
+char* corral_rms_backward(at::Tensor* dy, at::Tensor* x, at::Tensor* w, at::Tensor* rstd, at::Tensor* residual,
+                          at::Tensor* dw, at::Tensor** dx) {
+  return guarded([&] {
+    need(*dy, "dy"), need(*x, "x"), need(*w, "w"), need(*rstd, "rstd"), need(*dw, "dw");
+    if (residual) need(*residual, "residual");
+    int64_t c = w->numel(), rows = x->numel() / c;
+    auto out = at::empty_like(*x);
+    Type t = type_of(*x);
+    TORCH_CHECK(dw->scalar_type() == acc_of(*x), "dw must have the accumulator's dtype");
+    int64_t parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), rows));
+    int64_t per = (rows + parts - 1) / parts;
+    auto partial = at::zeros({parts, c}, dw->options());
+    at::parallel_for(0, parts, 1, [&](int64_t p0, int64_t p1) {
+      for (int64_t p = p0; p < p1; p++) {
+        int64_t a = p * per, b = std::min(rows, a + per);
+        if (a >= b) continue;
+        row_kernels().rms_backward(t, at_row(*dy, a, c), at_row(*x, a, c), w->data_ptr(), at_row(*rstd, a, 1),
+                                   residual ? at_row(*residual, a, c) : nullptr, at_row(out, a, c),
+                                   at_row(partial, p, c), b - a, c);
+      }
+    });
+    for (int64_t p = 0; p < parts; p++) dw->add_(partial[p]);
+    *dx = new at::Tensor(out);
+  });
+}
+
+char* corral_rope(at::Tensor* x, at::Tensor* positions, at::Tensor* cos, at::Tensor* sin, int64_t heads, int64_t d,
+                  bool inverse) {
+  return guarded([&] {
+    need(*x, "x"), need(*positions, "positions"), need(*cos, "cos"), need(*sin, "sin");
+    int64_t rows = x->size(0), width = x->size(1);
+    TORCH_CHECK(positions->numel() == rows && heads * d <= width, "rope: shapes do not fit");
+    TORCH_CHECK(cos->scalar_type() == acc_of(*x), "rope: tables must have the accumulator's dtype");
+    Type t = type_of(*x);
+    at::parallel_for(0, rows, grain(width), [&](int64_t a, int64_t b) {
+      row_kernels().rope(t, at_row(*x, a, width), positions->data_ptr<int64_t>() + a, cos->data_ptr(), sin->data_ptr(),
+                         b - a, width, heads, d, inverse);
+    });
+  });
+}
+
+// Shared by forward and backward: one task a row and key-value head, scratch per thread's share.
+static void attention_tasks(const at::Tensor& qkv, Attention& a, bool backward) {
+  Type t = type_of(qkv);
+  int64_t tasks = a.batch * a.kv_heads, bytes = row_kernels().attention_scratch(t, a, backward);
+  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    auto scratch = at::empty({bytes + 64}, at::kByte);
+    void* p = (void*)((uintptr_t(scratch.data_ptr()) + 63) & ~uintptr_t(63));
+    for (int64_t i = first; i < last; i++) {
+      auto f = backward ? row_kernels().attention_backward : row_kernels().attention;
+      f(t, a, i / a.kv_heads, i % a.kv_heads, p);
+    }
+  });
+}
+
+static Attention attention_of(const at::Tensor& qkv, const at::Tensor* start, int64_t batch, int64_t heads,
+                              int64_t kv_heads, int64_t head_dim, double scale) {
+  need(qkv, "qkv");
+  TORCH_CHECK(qkv.dim() == 2 && qkv.size(0) % batch == 0 && qkv.size(1) == (heads + 2 * kv_heads) * head_dim &&
+                  heads % kv_heads == 0,
+              "attention: shapes do not fit");
+  Attention a{};
+  a.qkv = qkv.data_ptr();
+  if (start) {
+    need(*start, "start");
+    TORCH_CHECK(start->numel() == qkv.size(0), "attention: start must have an entry a position");
+    a.start = start->data_ptr<int64_t>();
+  }
+  a.batch = batch, a.time = qkv.size(0) / batch, a.heads = heads, a.kv_heads = kv_heads, a.head_dim = head_dim;
+  a.stride = qkv.size(1), a.scale = scale;
+  return a;
+}
+
+char* corral_attention(at::Tensor* qkv, at::Tensor* start, int64_t batch, int64_t heads, int64_t kv_heads,
+                       int64_t head_dim, double scale, at::Tensor** out, at::Tensor** lse) {
+  return guarded([&] {
+    auto a = attention_of(*qkv, start, batch, heads, kv_heads, head_dim, scale);
+    auto o = at::empty({qkv->size(0), heads * head_dim}, qkv->options());
+    auto l = at::empty({batch, heads, a.time}, qkv->options().dtype(acc_of(*qkv)));
+    a.out = o.data_ptr(), a.lse = l.data_ptr();
+    attention_tasks(*qkv, a, false);
+    *out = new at::Tensor(o), *lse = new at::Tensor(l);
+  });
+}
+
+char* corral_attention_backward(at::Tensor* dout, at::Tensor* qkv, at::Tensor* out, at::Tensor* lse, at::Tensor* start,
+                                int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, double scale,
+                                at::Tensor** dqkv) {
+  return guarded([&] {
+    auto a = attention_of(*qkv, start, batch, heads, kv_heads, head_dim, scale);
+    need(*dout, "dout"), need(*out, "out"), need(*lse, "lse");
+    TORCH_CHECK(dout->numel() == out->numel() && out->numel() == qkv->size(0) * heads * head_dim &&
+                    dout->scalar_type() == qkv->scalar_type(),
+                "attention: shapes do not fit");
+    auto d = at::empty_like(*qkv);
+    a.out = out->data_ptr(), a.lse = lse->data_ptr(), a.dout = dout->data_ptr(), a.dqkv = d.data_ptr();
+    attention_tasks(*qkv, a, true);
+    *dqkv = new at::Tensor(d);
+  });
+}
+
+char* corral_swiglu(at::Tensor* gu, at::Tensor** a_out) {
+  return guarded([&] {
+    need(*gu, "gu");
+    int64_t rows = gu->size(0), f = gu->size(1) / 2;
+    auto out = at::empty({rows, f}, gu->options());
+    Type t = type_of(*gu);
+    at::parallel_for(0, rows, grain(f), [&](int64_t a, int64_t b) {
+      row_kernels().swiglu(t, at_row(*gu, a, 2 * f), at_row(out, a, f), b - a, f);
+    });
+    *a_out = new at::Tensor(out);
+  });
+}
+
+char* corral_swiglu_backward(at::Tensor* gu, at::Tensor* da) {
+  return guarded([&] {
+    need(*gu, "gu"), need(*da, "da");
+    int64_t rows = gu->size(0), f = gu->size(1) / 2;
+    Type t = type_of(*gu);
+    at::parallel_for(0, rows, grain(f), [&](int64_t a, int64_t b) {
+      row_kernels().swiglu_backward(t, at_row(*gu, a, 2 * f), at_row(*da, a, f), b - a, f);
+    });
+  });
+}
+
+char* corral_log_softmax(at::Tensor* logits, at::Tensor* labels, at::Tensor* coef, at::Tensor* logp,
+                         at::Tensor* entropy) {
+  return guarded([&] {
+    need(*logits, "logits"), need(*labels, "labels"), need(*logp, "logp");
+    if (coef) need(*coef, "coef");
+    if (entropy) need(*entropy, "entropy");
+    int64_t rows = logits->size(0), v = logits->size(1);
+    TORCH_CHECK(labels->numel() == rows && logp->numel() == rows, "log_softmax: shapes do not fit");
+    const int64_t* label = labels->data_ptr<int64_t>();
+    for (int64_t r = 0; r < rows; r++) TORCH_CHECK(label[r] < v, "label ", label[r], " is beyond the vocabulary of ", v);
+    Type t = type_of(*logits);
+    at::parallel_for(0, rows, 1, [&](int64_t a, int64_t b) {
+      row_kernels().log_softmax(t, at_row(*logits, a, v), label + a, coef ? at_row(*coef, a, 1) : nullptr,
+                                at_row(*logp, a, 1), entropy ? at_row(*entropy, a, 1) : nullptr, b - a, v);
+    });
+  });
+}
+
+char* corral_adamw(at::Tensor* p, at::Tensor* g, at::Tensor* m, at::Tensor* v, at::Tensor* copy, double lr,
+                   double beta1, double beta2, double eps, double decay, double correction1, double correction2,
+                   double grad_scale) {
+  return guarded([&] {
+    need(*p, "p"), need(*g, "g"), need(*m, "m"), need(*v, "v");
+    if (copy) need(*copy, "copy");
+    Type t = type_of(*p);
+    at::parallel_for(0, p->numel(), 32768, [&](int64_t a, int64_t b) {
+      row_kernels().adamw(t, at_row(*p, a, 1), at_row(*g, a, 1), at_row(*m, a, 1), at_row(*v, a, 1),
+                          copy ? at_row(*copy, a, 1) : nullptr, b - a, lr, beta1, beta2, eps, decay, correction1,
+                          correction2, grad_scale);
+    });
+  });
+}
+
+char* corral_sum_squares(at::Tensor* x, double* out) {
+  return guarded([&] {
+    need(*x, "x");
+    TORCH_CHECK(x->scalar_type() == at::kFloat || x->scalar_type() == at::kDouble, "sum_squares: float or double");
+    const int64_t run = 1 << 16;
+    int64_t n = x->numel(), runs = (n + run - 1) / run;
+    std::vector<double> sums(runs);
+    Type t = type_of(*x);
+    at::parallel_for(0, runs, 1, [&](int64_t a, int64_t b) {
+      for (int64_t i = a; i < b; i++)
+        sums[i] = row_kernels().sum_squares(t, at_row(*x, i * run, 1), std::min(run, n - i * run));
+    });
+    double s = 0;
+    for (double v : sums) s += v;
+    *out = s;
+  });
+}
+
+// dst (float or double, any strides of a matrix with unit inner stride) += or = src
+char* corral_accumulate(at::Tensor* dst, at::Tensor* src, bool add) {
+  return guarded([&] {
+    need(*dst, "dst"), need(*src, "src");
+    TORCH_CHECK(dst->numel() == src->numel() && dst->scalar_type() == acc_of(*src), "accumulate: shapes or dtypes");
+    Type t = type_of(*src);
+    at::parallel_for(0, src->numel(), 32768, [&](int64_t a, int64_t b) {
+      row_kernels().accumulate(t, at_row(*dst, a, 1), at_row(*src, a, 1), b - a, add);
+    });
+  });
+}
+
+// dw[ids[n], :] += dx[n, :], in the order of n for every column: deterministic.
+char* corral_embedding_backward(at::Tensor* dx, at::Tensor* ids, at::Tensor* dw) {
+  return guarded([&] {
+    need(*dx, "dx"), need(*ids, "ids"), need(*dw, "dw");
+    int64_t n = ids->numel(), c = dw->size(1), v = dw->size(0);
+    TORCH_CHECK(dw->scalar_type() == acc_of(*dx), "embedding: dw must have the accumulator's dtype");
+    const int64_t* id = ids->data_ptr<int64_t>();
+    for (int64_t i = 0; i < n; i++) TORCH_CHECK(id[i] >= 0 && id[i] < v, "token id ", id[i], " is beyond the vocabulary of ", v);
+    Type t = type_of(*dx);
+    at::parallel_for(0, c, std::max<int64_t>(64, c / at::get_num_threads()), [&](int64_t a, int64_t b) {
+      for (int64_t i = 0; i < n; i++)
+        row_kernels().accumulate(t, at_row(*dw, id[i], c) + a * dw->element_size(),
+                                 at_row(*dx, i, c) + a * dx->element_size(), b - a, true);
+    });
+  });
+}
+
+}  // extern "C"

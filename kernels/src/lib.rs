@@ -1,1 +1,13 @@
 //! What Corral needs below `tch`, behind safe types. The one package with `unsafe`, C++ and CUDA.
+
+pub mod c10d;
+pub mod composed;
+pub mod cuda;
+pub mod error;
+pub mod host;
+pub mod nvrtc;
+pub mod ops;
+mod store;
+pub mod watch;
+
+pub use error::{Error, Result};

@@ -1,3 +1,103 @@
-//! Typed YAML: load, override, check.
+//! Typed YAML: load, override, check. Whatever is wrong is told with its place: `FILE:LINE:COLUMN`, or the override.
+//!
+//! Relative paths in a configuration are relative to the current directory, not to the file.
 
+mod de;
+mod numbers;
+pub mod pretrain;
 pub mod shape;
+#[cfg(test)]
+mod tests;
+mod yaml;
+
+use std::path::Path;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::{Error, Result};
+use yaml::Node;
+
+/// A configuration, and where each of its values came from.
+#[derive(Debug, Clone)]
+pub struct Loaded<T> {
+    pub config: T,
+    /// The file, as it was named; for a compiled-in recipe its path in the source tree.
+    pub source: String,
+    /// No file was named and the recipe that is compiled in was taken: the user should be told.
+    pub compiled_in: bool,
+    tree: Node,
+}
+
+/// The recipe a subcommand takes when no file is named.
+fn default_recipe(subcommand: &str) -> Option<(&'static str, &'static str)> {
+    match subcommand {
+        "pretrain" => {
+            Some(("configs/pretrain/default.yaml", include_str!("../../configs/pretrain/default.yaml")))
+        }
+        _ => None,
+    }
+}
+
+/// Reads `file` (or the recipe of `subcommand` that is compiled in), applies the overrides (`optim.lr=3e-4`, in
+/// order, values in YAML) and turns the result into `T`.
+///
+/// # Errors
+/// All of kind `Config`: an unreadable file, broken YAML, a duplicate or unknown key, a wrong type, a value out of
+/// range, each with its place.
+pub fn load<T: DeserializeOwned>(
+    file: Option<&Path>,
+    subcommand: &str,
+    overrides: &[String],
+) -> Result<Loaded<T>> {
+    match (file, default_recipe(subcommand)) {
+        (Some(file), _) => {
+            let source = file.display().to_string();
+            let text = std::fs::read_to_string(file).map_err(|e| {
+                Error::config(format!("{source}: cannot read the configuration: {e}; see --config"))
+            })?;
+            parse(&text, source, false, overrides)
+        }
+        (None, Some((source, text))) => parse(text, source.to_string(), true, overrides),
+        (None, None) => Err(Error::config(format!("{subcommand} has no default recipe: give --config FILE"))),
+    }
+}
+
+fn parse<T: DeserializeOwned>(
+    text: &str,
+    source: String,
+    compiled_in: bool,
+    overrides: &[String],
+) -> Result<Loaded<T>> {
+    let mut tree = Node::parse_file(text, &source)?;
+    for text in overrides {
+        tree.apply_override(text)?;
+    }
+    let config = T::deserialize(de::NodeDeserializer::new(&tree))?;
+    Ok(Loaded { config, source, compiled_in, tree })
+}
+
+impl<T> Loaded<T> {
+    /// An error about the value of a dotted key, which tells where it was written: in the file, by an override, or (a
+    /// default) nowhere.
+    pub fn error(&self, key: &str, message: &str) -> Error {
+        // A key that was left out is told at the nearest section around it.
+        let mut at = key;
+        let place = loop {
+            match (self.tree.get(at), at.rsplit_once('.')) {
+                (Some(node), _) => break node.place.to_string(),
+                (None, Some((section, _))) => at = section,
+                (None, None) => break self.source.clone(),
+            }
+        };
+        Error::config(format!("{place}: '{key}': {message}"))
+    }
+}
+
+impl<T: Serialize> Loaded<T> {
+    /// The whole configuration as YAML, defaults and overrides filled in; loads again to the same value.
+    pub fn resolved_yaml(&self) -> Result<String> {
+        serde_saphyr::to_string(&self.config)
+            .map_err(|e| Error::failed(format!("cannot write the configuration as YAML: {e}")))
+    }
+}

@@ -1,1 +1,4 @@
-//! (module map goes here)
+//! Ranks and what they share: the world, sharded parameters.
+
+pub mod sharded;
+pub mod world;

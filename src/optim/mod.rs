@@ -1,1 +1,7 @@
-//! (module map goes here)
+//! AdamW on flat shards, the norm of the gradient, learning-rate schedules.
+
+pub mod adamw;
+pub mod schedule;
+
+pub use adamw::{AdamW, Hyper};
+pub use schedule::{Kind as ScheduleKind, Schedule};

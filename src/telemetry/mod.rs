@@ -1,1 +1,205 @@
 //! What a run tells: console, metrics, TensorBoard, progress.
+
+mod append;
+pub mod console;
+pub mod metrics;
+pub mod progress;
+pub mod tensorboard;
+
+use std::path::Path;
+
+pub use metrics::Record;
+
+use crate::error::{Context, Result};
+use crate::warn;
+use metrics::MetricsWriter;
+use progress::Progress;
+use tensorboard::EventWriter;
+
+/// The log of a run in its folder: `metrics.jsonl`, the same scalars for TensorBoard, and progress on stderr. Only
+/// rank 0 writes. Nothing that goes wrong after the start ends the run.
+#[derive(Debug)]
+pub struct RunLog(Option<Logs>);
+
+#[derive(Debug)]
+struct Logs {
+    metrics: MetricsWriter,
+    events: EventWriter,
+    progress: Progress,
+}
+
+impl RunLog {
+    /// Opens the log in `dir`, which is made if it is missing, for a run of `total_steps`. A run that goes on from a
+    /// checkpoint gives its step: later lines and events are cut off first. Without one, all earlier ones are
+    /// removed.
+    ///
+    /// # Errors
+    /// The folder or its files cannot be made or rewritten.
+    pub fn create(dir: &Path, rank: i64, resume_step: Option<u64>, total_steps: u64) -> Result<Self> {
+        if rank != 0 {
+            return Ok(RunLog(None));
+        }
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot make the folder {}", dir.display()))?;
+        let metrics = MetricsWriter::open(&dir.join("metrics.jsonl"), resume_step)?;
+        tensorboard::truncate_after(dir, resume_step)?;
+        let events = EventWriter::create(dir)?;
+        let progress = Progress::start(resume_step.unwrap_or(0), total_steps);
+        Ok(RunLog(Some(Logs { metrics, events, progress })))
+    }
+
+    /// Writes a line of metrics and, as `KIND/KEY`, its finite numbers; a record of kind `train` also moves the
+    /// progress.
+    pub fn log(&mut self, record: &Record) {
+        let Some(Logs { metrics, events, progress }) = &mut self.0 else { return };
+        metrics.append(record);
+        let tagged = record.numbers().map(|(key, x)| (format!("{}/{key}", record.kind()), x));
+        events.add_scalars(tagged, record.step());
+        if record.kind() == "train" {
+            progress.update(record.step(), record.get("loss"), record.get("tokens_per_s"));
+        }
+    }
+
+    /// A text for TensorBoard, such as a sample.
+    pub fn log_text(&mut self, tag: &str, text: &str, step: u64) {
+        if let Some(logs) = &mut self.0 {
+            logs.events.add_text(tag, text, step);
+        }
+    }
+}
+
+/// The end of the run, also a bad one: the progress ends, and what could not be written is told.
+impl Drop for RunLog {
+    fn drop(&mut self) {
+        let Some(Logs { metrics, events, progress }) = self.0.take() else { return };
+        drop(progress);
+        for (lost, what) in
+            [(metrics.lost(), "lines of metrics.jsonl"), (events.lost(), "TensorBoard events")]
+        {
+            if lost > 0 {
+                warn!("{lost} {what} could not be written");
+            }
+        }
+    }
+}
+
+/// Peak resident memory of this process, in bytes; 0 where the system does not tell.
+pub fn peak_bytes() -> u64 {
+    // VmHWM is of this program alone; getrusage's ru_maxrss starts with that of the process that started it.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let high =
+        status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.strip_suffix("kB")?.trim().parse().ok());
+    let kib = high.or_else(|| {
+        let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF).ok()?;
+        u64::try_from(usage.max_rss()).ok()
+    });
+    kib.unwrap_or(0) * 1024
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::path::PathBuf;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    /// A folder for one test, removed at its end.
+    pub struct Folder(PathBuf);
+
+    impl Folder {
+        pub fn new() -> Self {
+            static NEXT: AtomicU32 = AtomicU32::new(0);
+            let name =
+                format!("corral-telemetry-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+            let path = std::env::temp_dir().join(name);
+            std::fs::create_dir(&path).unwrap();
+            Folder(path)
+        }
+
+        pub fn path(&self, name: &str) -> PathBuf {
+            self.0.join(name)
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn train(step: u64) -> Record {
+        Record::new("train", step)
+            .float32("loss", 1.0 / step as f32)
+            .float("lr", f64::NAN)
+            .count("tokens", 10 * step)
+    }
+
+    /// (step, tag, value) of all events in `dir`, in order.
+    fn scalars(dir: &Path) -> Vec<(i64, String, f32)> {
+        let mut all = vec![];
+        for path in tensorboard::event_files(dir).unwrap() {
+            let mut file = File::open(path).unwrap();
+            while let Some((_, event)) = tensorboard::read_event(&mut file).unwrap() {
+                let values = event.get_summary().get_value();
+                all.extend(
+                    values.iter().map(|v| (event.get_step(), v.get_tag().to_string(), v.get_simple_value())),
+                );
+            }
+        }
+        all.sort_by(|a, b| a.partial_cmp(b).unwrap());
+        all
+    }
+
+    #[test]
+    fn a_run_and_its_resumption() {
+        let dir = Folder::new();
+        let run = dir.path("new/run");
+        let mut log = RunLog::create(&run, 0, None, 4).unwrap();
+        (1..=3).for_each(|step| log.log(&train(step)));
+        log.log(&Record::new("valid", 3).float("loss", 0.5));
+        drop(log);
+
+        let mut log = RunLog::create(&run, 0, Some(2), 4).unwrap();
+        log.log(&train(3));
+        drop(log);
+        let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+        let expected: String = (1..=3).map(|step| train(step).to_json() + "\n").collect();
+        assert_eq!(text, expected);
+        let expected: Vec<_> = (1..=3)
+            .flat_map(|step: u64| {
+                let loss = (step as i64, "train/loss".to_string(), 1.0 / step as f32);
+                [loss, (step as i64, "train/tokens".to_string(), 10.0 * step as f32)]
+            })
+            .collect();
+        assert_eq!(scalars(&run), expected);
+
+        RunLog::create(&run, 0, None, 4).unwrap();
+        assert_eq!(std::fs::read(run.join("metrics.jsonl")).unwrap(), b"");
+        assert_eq!(scalars(&run), []);
+    }
+
+    #[test]
+    fn other_ranks_write_nothing() {
+        let dir = Folder::new();
+        let run = dir.path("run");
+        RunLog::create(&run, 1, None, 4).unwrap().log(&train(1));
+        assert!(!run.exists());
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_made_is_told() {
+        let dir = Folder::new();
+        std::fs::write(dir.path("file"), b"").unwrap();
+        let e = RunLog::create(&dir.path("file/run"), 0, None, 4).unwrap_err();
+        assert!(e.message.starts_with("cannot make the folder "), "{}", e.message);
+    }
+
+    #[test]
+    fn peak_covers_what_was_touched() {
+        let block = vec![1u8; 64 << 20];
+        let sum: u64 = block.iter().map(|b| u64::from(*b)).sum();
+        assert_eq!(sum, 64 << 20);
+        assert!(peak_bytes() >= 64 << 20, "{}", peak_bytes());
+        assert!(peak_bytes() < 1 << 40);
+    }
+}

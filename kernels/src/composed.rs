@@ -1,0 +1,202 @@
+//! The operations of [`crate::ops`] as compositions of libtorch's: used where no fused kernel is, and as oracles.
+
+use tch::{Kind, Tensor};
+
+use crate::ops::{AdamW, Heads, accumulator};
+
+pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> (Tensor, Tensor) {
+    let xa = x.to_kind(accumulator(x.kind()));
+    let rstd = (xa.square().mean_dim([-1i64].as_slice(), false, None) + eps).rsqrt();
+    (rms_apply(x, w, &rstd), rstd)
+}
+
+pub fn rms_apply(x: &Tensor, w: &Tensor, rstd: &Tensor) -> Tensor {
+    let a = accumulator(x.kind());
+    (x.to_kind(a) * rstd.unsqueeze(-1) * w.to_kind(a)).to_kind(x.kind())
+}
+
+pub fn rms_backward(
+    dy: &Tensor,
+    x: &Tensor,
+    w: &Tensor,
+    rstd: &Tensor,
+    residual: Option<&Tensor>,
+    dw: &Tensor,
+) -> Tensor {
+    let a = accumulator(x.kind());
+    let (g, xa, k) = (dy.to_kind(a), x.to_kind(a), rstd.unsqueeze(-1));
+    let normed = &xa * &k;
+    let mut dw = dw.shallow_clone();
+    let _ = dw.g_add_(&(&g * &normed).sum_dim_intlist([0i64].as_slice(), false, None));
+    let gw = g * w.to_kind(a);
+    let mean = (&gw * &normed).mean_dim([-1i64].as_slice(), true, None);
+    let mut dx = (gw - normed * mean) * k;
+    if let Some(r) = residual {
+        dx += r.to_kind(a);
+    }
+    dx.to_kind(x.kind())
+}
+
+pub fn rope(
+    x: &Tensor,
+    positions: &Tensor,
+    cos: &Tensor,
+    sin: &Tensor,
+    heads: i64,
+    head_dim: i64,
+    inverse: bool,
+) {
+    let a = accumulator(x.kind());
+    let rows = x.size()[0];
+    let view = x.narrow(1, 0, heads * head_dim).view([rows, heads, 2, head_dim / 2]);
+    let (mut first, mut second) = (view.select(2, 0), view.select(2, 1));
+    let (p, q) = (first.to_kind(a).copy(), second.to_kind(a).copy());
+    let co = cos.index_select(0, positions).unsqueeze(1);
+    let mut si = sin.index_select(0, positions).unsqueeze(1);
+    if inverse {
+        si = si.neg();
+    }
+    first.copy_(&(&p * &co - &q * &si));
+    second.copy_(&(q * co + p * si));
+}
+
+/// Queries, keys, values as A [B, heads, T, D], keys and values repeated for their groups.
+fn split_heads(qkv: &Tensor, h: Heads) -> (Tensor, Tensor, Tensor) {
+    let time = qkv.size()[0] / h.batch;
+    let x = qkv
+        .to_kind(accumulator(qkv.kind()))
+        .view([h.batch, time, h.heads + 2 * h.kv_heads, h.head_dim])
+        .transpose(1, 2);
+    let repeat = |t: Tensor| t.repeat_interleave_self_int(h.heads / h.kv_heads, 1, None);
+    (
+        x.narrow(1, 0, h.heads),
+        repeat(x.narrow(1, h.heads, h.kv_heads)),
+        repeat(x.narrow(1, h.heads + h.kv_heads, h.kv_heads)),
+    )
+}
+
+/// Scores [B, H, T, T], minus infinity where a position does not see another.
+fn scores(q: &Tensor, k: &Tensor, start: Option<&Tensor>, h: Heads) -> Tensor {
+    let time = q.size()[2];
+    let at = Tensor::arange(time, (Kind::Int64, q.device()));
+    let mut unseen = at.unsqueeze(0).gt_tensor(&at.unsqueeze(1)).view([1, 1, time, time]);
+    if let Some(start) = start {
+        let first = start.view([h.batch, 1, time, 1]).clamp_min(0).minimum(&at.view([1, 1, time, 1]));
+        unseen = unseen.logical_or(&at.view([1, 1, 1, time]).lt_tensor(&first));
+    }
+    (q.matmul(&k.transpose(-2, -1)) * h.scale()).masked_fill(&unseen, f64::NEG_INFINITY)
+}
+
+fn merge_heads(x: &Tensor, kind: Kind) -> Tensor {
+    let size = x.size();
+    x.transpose(1, 2).reshape([size[0] * size[2], size[1] * size[3]]).to_kind(kind)
+}
+
+pub fn attention(qkv: &Tensor, start: Option<&Tensor>, h: Heads) -> (Tensor, Tensor) {
+    let (q, k, v) = split_heads(qkv, h);
+    let s = scores(&q, &k, start, h);
+    let lse = s.logsumexp([-1i64].as_slice(), false);
+    let p = (s - lse.unsqueeze(-1)).exp();
+    (merge_heads(&p.matmul(&v), qkv.kind()), lse)
+}
+
+pub fn attention_backward(
+    dout: &Tensor,
+    qkv: &Tensor,
+    out: &Tensor,
+    lse: &Tensor,
+    start: Option<&Tensor>,
+    h: Heads,
+) -> Tensor {
+    let (q, k, v) = split_heads(qkv, h);
+    let time = q.size()[2];
+    let rows = |t: &Tensor| t.to_kind(q.kind()).view([h.batch, time, h.heads, h.head_dim]).transpose(1, 2);
+    let (g, o) = (rows(dout), rows(out));
+    let p = (scores(&q, &k, start, h) - lse.unsqueeze(-1)).exp();
+    let delta = (&g * o).sum_dim_intlist([-1i64].as_slice(), true, None);
+    let ds = &p * (g.matmul(&v.transpose(-2, -1)) - delta) * h.scale();
+    let group = |t: Tensor| {
+        let size = [h.batch, h.kv_heads, h.heads / h.kv_heads, time, h.head_dim];
+        t.view(size).sum_dim_intlist([2i64].as_slice(), false, None)
+    };
+    let dv = group(p.transpose(-2, -1).matmul(&g));
+    let dk = group(ds.transpose(-2, -1).matmul(&q));
+    let kind = qkv.kind();
+    Tensor::cat(
+        &[merge_heads(&ds.matmul(&k), kind), merge_heads(&dk, kind), merge_heads(&dv, kind)],
+        1,
+    )
+}
+
+pub fn swiglu(gu: &Tensor) -> Tensor {
+    let a = accumulator(gu.kind());
+    let parts = gu.to_kind(a).chunk(2, 1);
+    (parts[0].silu() * &parts[1]).to_kind(gu.kind())
+}
+
+pub fn swiglu_backward(gu: &Tensor, da: &Tensor) {
+    let a = accumulator(gu.kind());
+    let f = gu.size()[1] / 2;
+    let (g, u, d) = (gu.narrow(1, 0, f).to_kind(a), gu.narrow(1, f, f).to_kind(a), da.to_kind(a));
+    let s = g.sigmoid();
+    let silu = &g * &s;
+    let dg = &d * &u * (&s + &silu * (1.0 - &s));
+    let du = d * &silu;
+    da.shallow_clone().copy_(&(silu * u)); // from here on d, g and u may be overwritten: in float64 they are views
+    gu.narrow(1, 0, f).copy_(&dg);
+    gu.narrow(1, f, f).copy_(&du);
+}
+
+pub fn log_softmax(
+    logits: &Tensor,
+    labels: &Tensor,
+    coef: Option<&Tensor>,
+    logp: &Tensor,
+    entropy: Option<&Tensor>,
+) {
+    let all = logits.log_softmax(-1, accumulator(logits.kind()));
+    let valid = labels.ge(0);
+    let index = labels.clamp_min(0).unsqueeze(-1);
+    logp.shallow_clone().copy_(&(all.gather(-1, &index, false).squeeze_dim(-1) * &valid));
+    if let Some(e) = entropy {
+        e.shallow_clone().copy_(&-(all.exp() * &all).sum_dim_intlist([-1i64].as_slice(), false, None));
+    }
+    if let Some(c) = coef {
+        let c = (c * valid).unsqueeze(-1);
+        let mut d = all.exp() * -&c;
+        let _ = d.scatter_add_(-1, &index, &c);
+        logits.shallow_clone().copy_(&d);
+    }
+}
+
+pub fn adamw(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, copy: Option<&Tensor>, o: AdamW) {
+    let (mut p, mut m, mut v) = (p.shallow_clone(), m.shallow_clone(), v.shallow_clone());
+    let g = g * o.grad_scale;
+    let _ = p.g_mul_scalar_(1.0 - o.lr * o.weight_decay);
+    let _ = m.g_mul_scalar_(o.beta1).g_add_(&(&g * (1.0 - o.beta1)));
+    let _ = v.g_mul_scalar_(o.beta2).g_add_(&(g.square() * (1.0 - o.beta2)));
+    let correction = |beta: f64| 1.0 - beta.powi(o.step as i32);
+    let denominator = v.sqrt() / correction(o.beta2).sqrt() + o.eps;
+    let _ = p.g_sub_(&(&m / denominator * (o.lr / correction(o.beta1))));
+    if let Some(c) = copy {
+        c.shallow_clone().copy_(&p);
+    }
+}
+
+pub fn sum_squares(x: &Tensor) -> f64 {
+    x.to_kind(Kind::Double).square().sum(Kind::Double).double_value(&[])
+}
+
+pub fn accumulate(dst: &Tensor, src: &Tensor, add: bool) {
+    let mut dst = dst.shallow_clone();
+    let src = src.view(dst.size().as_slice());
+    if add {
+        let _ = dst.g_add_(&src.to_kind(dst.kind()));
+    } else {
+        dst.copy_(&src);
+    }
+}
+
+pub fn embedding_backward(dx: &Tensor, ids: &Tensor, dw: &Tensor) {
+    let _ = dw.shallow_clone().index_add_(0, &ids.view([-1]), &dx.to_kind(dw.kind()));
+}

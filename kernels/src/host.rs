@@ -1,0 +1,44 @@
+//! Settings of this process: threads, where float32 products go, the allocator.
+
+use tch::{Kind, Tensor};
+
+use crate::error::Result;
+use crate::ops;
+
+/// Keeps freed memory in the heap instead of giving it back to the system after every use: activations are
+/// allocated and freed in the same pattern each step, and fresh pages cost more to map than a product to compute.
+pub fn keep_heap() {
+    // SAFETY: mallopt only sets parameters of glibc's allocator.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+    }
+}
+
+/// Which library multiplies float32 matrices on the CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Float32Products {
+    OneDnn,
+    Mkl,
+}
+
+/// Chooses by processor, so that the choice is the same in every run on a machine: oneDNN on processors that are
+/// not Intel's, where MKL takes slower paths. There oneDNN's "medium" precision must still be true float32
+/// (elsewhere it may round operands to bfloat16), which one product checks; if it is not, MKL stays.
+pub fn choose_float32_products() -> Result<Float32Products> {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let intel = info.lines().any(|l| l.starts_with("vendor_id") && l.contains("GenuineIntel"));
+    if !intel {
+        ops::set_float32_onednn(true)?;
+        // Exact in float32 (products of 12-bit integers, sums below 2^24), not in bfloat16.
+        let a = Tensor::arange(64 * 64, (Kind::Float, tch::Device::Cpu)).remainder(61.0).view([64, 64]) + 2000.0;
+        let b = Tensor::arange(64 * 64, (Kind::Float, tch::Device::Cpu)).remainder(3.0).view([64, 64]);
+        let exact = a.to_kind(Kind::Double).matmul(&b.to_kind(Kind::Double));
+        if a.matmul(&b).to_kind(Kind::Double).equal(&exact) {
+            return Ok(Float32Products::OneDnn);
+        }
+        ops::set_float32_onednn(false)?;
+    }
+    Ok(Float32Products::Mkl)
+}

@@ -1,0 +1,325 @@
+use std::path::PathBuf;
+
+use super::pretrain::*;
+use super::*;
+
+const SMALL: &str = "\
+seed: 7
+output_dir: runs/x
+model: {preset: llama-15m}
+tokenizer: {path: tok}
+data:
+  train: [a, {path: b, weight: 0.3}]
+  sequence_length: 64
+optim:
+  lr: 3e-4
+train: {steps: 10, batch_size: 8}
+";
+
+fn load_text(text: &str, overrides: &[&str]) -> Result<Loaded<Pretrain>> {
+    let overrides: Vec<String> = overrides.iter().map(|s| s.to_string()).collect();
+    parse(text, "c.yaml".into(), false, &overrides)
+}
+
+fn error(text: &str, overrides: &[&str]) -> String {
+    let e = load_text(text, overrides).err().unwrap_or_else(|| panic!("was accepted: {text} {overrides:?}"));
+    assert_eq!(e.exit_code(), 2);
+    e.message
+}
+
+/// SMALL with one piece replaced.
+fn broken(from: &str, to: &str) -> String {
+    assert!(SMALL.contains(from));
+    error(&SMALL.replace(from, to), &[])
+}
+
+#[test]
+fn reads_values_and_defaults() {
+    let config = load_text(SMALL, &[]).unwrap().config;
+    assert_eq!((config.seed, config.optim.lr), (7, 3e-4));
+    assert_eq!(config.model, Model::Preset("llama-15m".into()));
+    let sources = [("a", 1.0), ("b", 0.3)].map(|(path, weight)| Source { path: path.into(), weight });
+    assert_eq!(config.data.train, sources);
+    assert_eq!(config.data.valid, []);
+    assert_eq!(config.optim.betas, [0.9, 0.95]);
+    assert_eq!(config.parallel, Parallel { mode: Mode::Full, tensor: 1 });
+    assert_eq!(config.train.recompute, Recompute::None);
+    assert_eq!(config.micro_batch_size(2), 4);
+    config.validate(2).unwrap();
+}
+
+#[test]
+fn unknown_keys_are_told_with_place_and_nearest() {
+    assert_eq!(
+        broken("lr: 3e-4", "lrr: 3e-4"),
+        "c.yaml:9:3: unknown key 'optim.lrr'; did you mean 'lr'? (known here: lr, betas, eps, weight_decay, clip)"
+    );
+    let message = broken("batch_size", "batchsize");
+    assert!(
+        message.starts_with("c.yaml:10:20: unknown key 'train.batchsize'; did you mean 'batch_size'?"),
+        "{message}"
+    );
+    let message = broken("weight: 0.3", "wieght: 0.3");
+    assert!(
+        message.starts_with("c.yaml:6:24: unknown key 'data.train.1.wieght'; did you mean 'weight'?"),
+        "{message}"
+    );
+    let message = broken("preset:", "pth:");
+    assert!(message.starts_with("c.yaml:3:9: unknown key 'model.pth'; did you mean 'path'?"), "{message}");
+    // Far from everything: no guess.
+    let message = broken("optim:", "lora:");
+    assert!(message.starts_with("c.yaml:8:1: unknown key 'lora'; (known here: seed,"), "{message}");
+    let init = "{init: {hidden_size: 64, num_hidden_layers: 2, num_attention_head: 4}}";
+    let message = broken("{preset: llama-15m}", init);
+    assert!(
+        message.contains("unknown key 'model.init.num_attention_head'; did you mean 'num_attention_heads'?")
+    );
+}
+
+#[test]
+fn overrides_are_named_in_errors() {
+    let at = |text: &str| error(SMALL, &[text]);
+    assert!(
+        at("optim.lrr=1").starts_with("override 'optim.lrr=1': unknown key 'optim.lrr'; did you mean 'lr'?")
+    );
+    assert_eq!(
+        at("optim.lr=fast"),
+        "override 'optim.lr=fast': 'optim.lr': expected a number, found the text 'fast'"
+    );
+    assert_eq!(at("optim.lr=-1"), "override 'optim.lr=-1': 'optim.lr': expected a number above 0, found -1");
+    assert_eq!(at("optim.lr"), "override 'optim.lr': expected KEY=VALUE, such as optim.lr=3e-4");
+    assert_eq!(at(".lr=1"), "override '.lr=1': '.lr' is not a key such as optim.lr");
+    assert_eq!(at("seed.x=1"), "override 'seed.x=1': 'seed' holds 7, no keys");
+    assert_eq!(
+        at("data.train.5=x"),
+        "override 'data.train.5=x': 'data.train' is a list: expected an index of 0 to 2"
+    );
+    assert!(at("optim={lr: [}").starts_with("override 'optim={lr: [}': "));
+    let message = at("model.path=dir");
+    assert_eq!(
+        message,
+        "c.yaml:3:8: 'model': expected one of the keys path, preset and init, found several \
+         (on the command line, 'model={path: DIR}' replaces the section)"
+    );
+    assert!(at("model={}").ends_with("expected one of the keys path, preset and init, found none"));
+}
+
+#[test]
+fn overrides_replace_and_create() {
+    let overrides = [
+        "optim.lr=1e-3",
+        "optim.betas.1=0.99",
+        "optim.betas=[0.8, 0.9]",
+        "optim.betas.1=0.99",
+        "valid.every=5",
+        "data.train.0=z",
+        "data.train.2={path: q, weight: 2}",
+        "model={path: some/dir}",
+        "output_dir=007",
+        "train.recompute=selective",
+    ];
+    // An index into the defaults, which are not in the tree, is no list of two.
+    assert!(error(SMALL, &overrides[..2]).contains("'optim.betas': expected a list of 2, found a section"));
+    let mut kept = overrides.to_vec();
+    kept.remove(1);
+    let config = load_text(SMALL, &kept).unwrap().config;
+    assert_eq!((config.optim.lr, config.optim.betas), (1e-3, [0.8, 0.99]));
+    assert_eq!((config.valid.every, config.valid.batches), (5, 20));
+    let paths: Vec<_> = config.data.train.iter().map(|s| (s.path.to_str().unwrap(), s.weight)).collect();
+    assert_eq!(paths, [("z", 1.0), ("b", 0.3), ("q", 2.0)]);
+    assert_eq!(config.model, Model::Path("some/dir".into()));
+    assert_eq!(config.output_dir, PathBuf::from("007"));
+    assert_eq!(config.train.recompute, Recompute::Selective);
+}
+
+#[test]
+fn wrong_types_and_ranges_are_told_with_place() {
+    for (from, to, expected) in [
+        ("seed: 7", "seed: seven", "c.yaml:1:7: 'seed': expected a whole number, found the text 'seven'"),
+        (
+            "seed: 7",
+            "seed: -7",
+            "c.yaml:1:7: 'seed': expected a whole number of 0 to 18446744073709551615, found -7",
+        ),
+        ("seed: 7", "seed: 1.5", "c.yaml:1:7: 'seed': expected a whole number, found 1.5"),
+        ("lr: 3e-4", "lr: .nan", "c.yaml:9:7: 'optim.lr': expected a finite number, found .nan"),
+        ("lr: 3e-4", "lr: .inf", "c.yaml:9:7: 'optim.lr': expected a finite number, found .inf"),
+        ("lr: 3e-4", "lr: 0", "c.yaml:9:7: 'optim.lr': expected a number above 0, found 0"),
+        ("lr: 3e-4", "lr: [1]", "c.yaml:9:7: 'optim.lr': expected a number, found a list"),
+        ("lr: 3e-4", "betas: [0.9]", "c.yaml:9:10: 'optim.betas': expected a list of 2, found one of 1"),
+        (
+            "lr: 3e-4",
+            "betas: [0.9, 1.0]",
+            "c.yaml:9:10: 'optim.betas': expected numbers of at least 0 and below 1, found 1",
+        ),
+        ("lr: 3e-4", "clip: -1", "c.yaml:9:9: 'optim.clip': expected a number of at least 0, found -1"),
+        (
+            "steps: 10",
+            "steps: 0",
+            "c.yaml:10:16: 'train.steps': expected a whole number of 1 to 2147483648, found 0",
+        ),
+        (
+            "weight: 0.3",
+            "weight: -1",
+            "c.yaml:6:32: 'data.train.1.weight': expected a number above 0, found -1",
+        ),
+        ("output_dir: runs/x", "output_dir: [x]", "c.yaml:2:13: 'output_dir': expected text, found a list"),
+        ("data:\n", "data: 3\nvalid:\n", "c.yaml:5:7: 'data': expected a section of keys, found 3"),
+        (
+            "llama-15m",
+            "llama-16m",
+            "c.yaml:3:17: 'model.preset': unknown value 'llama-16m'; did you mean 'llama-15m'? (known: llama-15m, llama-42m, llama-110m, llama-1b)",
+        ),
+        (
+            "{preset: llama-15m}",
+            "llama-15m",
+            "c.yaml:3:8: 'model': expected a section of keys, found the text 'llama-15m'",
+        ),
+        (
+            "steps: 10",
+            "recompute: some",
+            "c.yaml:10:20: 'train.recompute': unknown value 'some'; (known: none, selective, full)",
+        ),
+        (
+            "{preset: llama-15m}",
+            "{init: {hidden_size: 10, num_hidden_layers: 1, num_attention_heads: 4}}",
+            "c.yaml:3:15: 'model.init': hidden_size (10) is no multiple of num_attention_heads (4): change one, or give head_dim",
+        ),
+    ] {
+        assert_eq!(broken(from, to), expected);
+    }
+    let message = broken("[a, {path: b, weight: 0.3}]", "[[a]]");
+    assert!(
+        message.starts_with("c.yaml:6:11: 'data.train.0': expected a path, or {path: PATH, weight: NUMBER}")
+    );
+}
+
+#[test]
+fn missing_keys_and_broken_yaml() {
+    assert_eq!(broken("output_dir: runs/x\n", ""), "c.yaml:1:1: the key 'output_dir' is missing");
+    assert_eq!(broken("{path: tok}", "{}"), "c.yaml:4:12: the key 'tokenizer.path' is missing");
+    let message = broken("seed: 7", "seed: 7\nseed: 8");
+    assert!(message.starts_with("c.yaml:2:1: ") && message.contains("seed"), "{message}");
+    let message = broken("{steps: 10, batch_size: 8}", "{steps: 10, batch_size: 8");
+    assert!(message.starts_with("c.yaml:1"), "{message}");
+    assert!(error("", &[]).starts_with("c.yaml:1:1: "));
+    let e = load::<Pretrain>(Some(Path::new("no/such.yaml")), "pretrain", &[]).unwrap_err();
+    assert_eq!(e.exit_code(), 2);
+    assert!(e.message.starts_with("no/such.yaml: cannot read the configuration: "), "{}", e.message);
+    let e = load::<Pretrain>(None, "dance", &[]).unwrap_err();
+    assert_eq!(e.message, "dance has no default recipe: give --config FILE");
+}
+
+#[test]
+fn what_is_not_built_is_refused() {
+    let at = |text: &str| error(SMALL, &[text]);
+    for mode in ["grads", "optimizer", "hybrid"] {
+        let message = at(&format!("parallel.mode={mode}"));
+        assert!(message.ends_with("is not built yet; choose full or replicate"), "{message}");
+    }
+    assert!(at("parallel.tensor=2").ends_with("tensor parallelism over 2 ranks is not built yet; only 1 is"));
+    assert!(at("precision.compute=float8").ends_with("float8 is not built yet; choose bfloat16 or float32"));
+    assert!(at("precision.compute=fp32").contains("(known: float32, bfloat16, float64, float8)"));
+}
+
+#[test]
+fn combinations_are_refused_with_place() {
+    let refused = |overrides: &[&str], world_size| {
+        let e = load_text(SMALL, overrides).unwrap().validate(world_size).unwrap_err();
+        assert_eq!(e.exit_code(), 2);
+        e.message
+    };
+    assert_eq!(
+        refused(&["train.micro_batch_size=3"], 2),
+        "c.yaml:10:32: 'train.batch_size': 8 is no multiple of train.micro_batch_size x ranks = 3 x 2 = 6; 6 or 12 would be"
+    );
+    assert_eq!(
+        refused(&["train.batch_size=2"], 3),
+        "override 'train.batch_size=2': 'train.batch_size': 2 is no multiple of the number of ranks, 3; 3 would be"
+    );
+    assert_eq!(
+        refused(&["schedule.warmup_steps=11"], 1),
+        "override 'schedule.warmup_steps=11': 'schedule.warmup_steps': 11 steps of warm-up are more than the 10 of train.steps"
+    );
+    assert_eq!(
+        refused(&["data.sequence_length=257"], 1),
+        "override 'data.sequence_length=257': 'data.sequence_length': 257 tokens do not fit the model's max_position_embeddings, 256"
+    );
+    assert!(
+        refused(&["train.epochs=1"], 1)
+            .starts_with("override 'train.epochs=1': 'train.epochs': train.steps is")
+    );
+    // A value left out is told at the section around it.
+    assert_eq!(
+        refused(&["train.steps=null"], 1),
+        "override 'train.steps=null': 'train.steps': give train.steps or train.epochs"
+    );
+    assert_eq!(
+        refused(&["train={batch_size: 8}"], 1),
+        "override 'train={batch_size: 8}': 'train.steps': give train.steps or train.epochs"
+    );
+    assert!(refused(&["tokenizer=null"], 1).contains("a new model needs a tokenizer"));
+    assert!(refused(&["data.train=[]"], 1).contains("there is no data to train on"));
+    load_text(SMALL, &["tokenizer=null", "model={path: m}"]).unwrap().validate(1).unwrap();
+}
+
+#[test]
+fn resolved_yaml_loads_to_the_same() {
+    let rope =
+        "{factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position_embeddings: 8192}";
+    let rope = format!("model.init.rope_scaling={rope}");
+    let cases: [&[&str]; 4] = [
+        &[],
+        &["optim.lr=0.1234567890123456789", "seed=18446744073709551615", "output_dir='yes: #no'"],
+        &[
+            "model={init: {hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4}}",
+            &rope,
+            "optim.eps=1e-300",
+        ],
+        &["model={path: '~'}", "train={epochs: 3}", "precision.compute=bfloat16", "parallel.mode=replicate"],
+    ];
+    for overrides in cases {
+        let loaded = load_text(SMALL, overrides).unwrap();
+        let yaml = loaded.resolved_yaml().unwrap();
+        let again = load_text(&yaml, &[]).unwrap_or_else(|e| panic!("{e}\n{yaml}"));
+        assert_eq!(again.config, loaded.config, "{yaml}");
+        assert_eq!(again.resolved_yaml().unwrap(), yaml);
+        assert!(yaml.contains("weight_decay: 0.1") && yaml.contains("keep: 3"), "{yaml}");
+    }
+}
+
+#[test]
+fn init_fills_in_what_follows() {
+    let init = "model={init: {hidden_size: 128, num_hidden_layers: 2, num_attention_heads: 4}}";
+    let loaded = load_text(SMALL, &[init]).unwrap();
+    let Model::Init(init) = &loaded.config.model else { panic!("{:?}", loaded.config.model) };
+    let shape = init.shape(300, 64);
+    assert_eq!((shape.vocab_size, shape.intermediate_size, shape.num_key_value_heads), (300, 352, 4));
+    assert_eq!((shape.head_dim, shape.max_position_embeddings), (32, 64));
+    shape.check().unwrap();
+}
+
+#[test]
+fn rope_scaling_is_checked() {
+    let rope = "{factor: 8, low_freq_factor: 4, high_freq_factor: 1, original_max_position_embeddings: 64}";
+    let init = "hidden_size: 128, num_hidden_layers: 2, num_attention_heads: 4";
+    let message = error(SMALL, &[&format!("model={{init: {{{init}, rope_scaling: {rope}}}}}")]);
+    assert!(message.contains("'model.init': rope_scaling: the numbers must be above 0"), "{message}");
+}
+
+#[test]
+fn default_recipe_loads() {
+    let loaded: Loaded<Pretrain> = load(None, "pretrain", &["optim.clip=0".into()]).unwrap();
+    assert!(loaded.compiled_in);
+    assert_eq!(loaded.source, "configs/pretrain/default.yaml");
+    for world_size in [1, 2, 4] {
+        loaded.validate(world_size).unwrap();
+    }
+}
+
+#[test]
+fn anchors_and_merge_keys_work() {
+    let text = SMALL.replace("steps: 10", "steps: &n 10").replace("train: {", "valid: {every: 3}\ntrain: {");
+    let loaded = load_text(&format!("{text}checkpoint: {{every: *n}}\n"), &[]).unwrap();
+    assert_eq!(loaded.config.checkpoint.every, 10);
+}

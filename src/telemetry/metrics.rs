@@ -1,0 +1,189 @@
+//! `metrics.jsonl`: one JSON object a line, every number in full precision.
+
+use std::io::{BufRead, Write};
+use std::path::Path;
+
+use serde_json::{Map, Number, Value};
+
+use super::append::{AppendFile, rewrite};
+use crate::error::{Context, Result};
+
+/// One line of `metrics.jsonl`: `kind`, `step` (1-based, after the update), and the keys that are added, in order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Record {
+    kind: String,
+    step: u64,
+    fields: Map<String, Value>,
+    notes: Vec<String>,
+}
+
+impl Record {
+    pub fn new(kind: &str, step: u64) -> Self {
+        Record { kind: kind.to_string(), step, fields: Map::new(), notes: vec![] }
+    }
+
+    /// A number that was computed in float32: the shortest decimal that reads back to the same float32.
+    pub fn float32(self, key: &str, x: f32) -> Self {
+        let short = x.to_string().parse().unwrap_or(f64::from(x));
+        // Read by way of float64, as JSON readers do, it must still be the same float32.
+        self.float(key, if short as f32 == x { short } else { f64::from(x) })
+    }
+
+    /// A float64, as the shortest decimal that reads back to it. NaN and infinities become null and a `note`.
+    pub fn float(mut self, key: &str, x: f64) -> Self {
+        let number = Number::from_f64(x);
+        if number.is_none() {
+            self.notes.push(format!("{key} is {x}"));
+        }
+        self.fields.insert(key.to_string(), number.map_or(Value::Null, Value::Number));
+        self
+    }
+
+    pub fn count(mut self, key: &str, n: u64) -> Self {
+        self.fields.insert(key.to_string(), n.into());
+        self
+    }
+
+    pub fn kind(&self) -> &str {
+        &self.kind
+    }
+
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// The value of a key, if it is a (finite) number.
+    pub fn get(&self, key: &str) -> Option<f64> {
+        self.fields.get(key).and_then(Value::as_f64)
+    }
+
+    /// The keys whose values are finite numbers, without `step`.
+    pub fn numbers(&self) -> impl Iterator<Item = (&str, f64)> {
+        self.fields.iter().filter_map(|(key, value)| Some((key.as_str(), value.as_f64()?)))
+    }
+
+    /// The object, on one line without its end.
+    pub fn to_json(&self) -> String {
+        let mut object = Map::new();
+        object.insert("kind".into(), self.kind.clone().into());
+        object.insert("step".into(), self.step.into());
+        object.extend(self.fields.clone());
+        if !self.notes.is_empty() {
+            object.insert("note".into(), self.notes.join("; ").into());
+        }
+        Value::Object(object).to_string()
+    }
+}
+
+/// Appends to `metrics.jsonl`. A line that cannot be written is lost, with one warning; the run goes on.
+#[derive(Debug)]
+pub struct MetricsWriter {
+    file: AppendFile,
+}
+
+impl MetricsWriter {
+    /// Opens the file and cuts off what is after `resume_step`: everything for a run that starts (`None`).
+    ///
+    /// # Errors
+    /// The file cannot be made, read or rewritten.
+    pub fn open(path: &Path, resume_step: Option<u64>) -> Result<Self> {
+        let what = || format!("cannot open {}", path.display());
+        let len = match resume_step {
+            Some(step) if path.exists() => truncate_after(path, step).with_context(what)?,
+            _ => 0,
+        };
+        let file = AppendFile::open(path, len).with_context(what)?;
+        Ok(MetricsWriter { file })
+    }
+
+    pub fn append(&mut self, record: &Record) {
+        self.file.append(format!("{}\n", record.to_json()).as_bytes());
+    }
+
+    /// Lines lost so far.
+    pub fn lost(&self) -> u64 {
+        self.file.lost()
+    }
+}
+
+/// Cuts off all lines with a `step` above `step`, and a last line that has no end. The file is replaced in one move;
+/// one that needs no cut is left alone. Returns its length in bytes.
+pub fn truncate_after(path: &Path, step: u64) -> Result<u64> {
+    let mut kept = 0;
+    rewrite(path, |input, output| {
+        let (mut line, mut left_out) = (vec![], false);
+        while input.read_until(b'\n', &mut line)? > 0 {
+            let later = || {
+                let object = serde_json::from_slice::<Value>(&line).ok()?;
+                Some(object.get("step")?.as_u64()? > step)
+            };
+            if line.ends_with(b"\n") && !later().unwrap_or(false) {
+                output.write_all(&line)?;
+                kept += line.len() as u64;
+            } else {
+                left_out = true;
+            }
+            line.clear();
+        }
+        Ok(left_out)
+    })?;
+    Ok(kept)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::tests::Folder;
+
+    #[test]
+    fn numbers_read_back_exactly() {
+        let mut bits = 0x2545_f491_4f6c_dd1du64;
+        for _ in 0..20_000 {
+            bits = bits.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let (single, double) = (f32::from_bits((bits >> 32) as u32), f64::from_bits(bits));
+            if !single.is_finite() || !double.is_finite() {
+                continue;
+            }
+            let line = Record::new("train", 1).float32("a", single).float("b", double).to_json();
+            let object: Value = serde_json::from_str(&line).unwrap();
+            assert_eq!((object["a"].as_f64().unwrap() as f32).to_bits(), single.to_bits(), "{line}");
+            assert_eq!(object["b"].as_f64().unwrap().to_bits(), double.to_bits(), "{line}");
+        }
+        let line = Record::new("train", 3).float32("loss", 0.1).count("tokens", u64::MAX).to_json();
+        assert_eq!(line, r#"{"kind":"train","step":3,"loss":0.1,"tokens":18446744073709551615}"#);
+    }
+
+    #[test]
+    fn what_is_not_finite_is_null_and_noted() {
+        let record = Record::new("train", 1)
+            .float32("loss", f32::NAN)
+            .float("lr", 0.5)
+            .float("grad_norm", f64::NEG_INFINITY);
+        let expected = r#"{"kind":"train","step":1,"loss":null,"lr":0.5,"grad_norm":null,"note":"loss is NaN; grad_norm is -inf"}"#;
+        assert_eq!(record.to_json(), expected);
+        assert_eq!(record.numbers().collect::<Vec<_>>(), [("lr", 0.5)]);
+    }
+
+    #[test]
+    fn resume_cuts_later_steps_and_half_lines() {
+        let dir = Folder::new();
+        let path = dir.path("metrics.jsonl");
+        let mut log = MetricsWriter::open(&path, None).unwrap();
+        for step in [1, 2, 3, 4] {
+            log.append(&Record::new("train", step));
+        }
+        log.append(&Record::new("valid", 2));
+        let half = [std::fs::read(&path).unwrap(), br#"{"kind":"train","step":2"#.to_vec()].concat();
+        std::fs::write(&path, half).unwrap();
+
+        let mut log = MetricsWriter::open(&path, Some(2)).unwrap();
+        log.append(&Record::new("train", 3));
+        let expected = [("train", 1), ("train", 2), ("valid", 2), ("train", 3)];
+        let expected: Vec<_> = expected.map(|(kind, step)| Record::new(kind, step).to_json() + "\n").into();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), expected.concat());
+        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+
+        MetricsWriter::open(&path, None).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"");
+    }
+}

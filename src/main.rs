@@ -20,6 +20,16 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Train tokenizers
+    Tokenizer(commands::tokenizer::Args),
+    /// Turn text into token shards
+    Tokenize(commands::tokenize::Args),
+    /// Make the built-in data
+    Data(commands::data::Args),
+    /// Train a model to predict the next token
+    Pretrain(commands::pretrain::Args),
+    /// Refuse what can be refused without a device, and show the resolved configuration
+    Check(commands::check::Args),
     /// Measure speed; one JSON object a measurement
     #[command(subcommand)]
     Bench(commands::bench::Command),
@@ -47,6 +57,11 @@ fn run(cli: Cli) -> Result<()> {
     let global = &cli.global;
     global.set_up()?;
     match cli.command {
+        Command::Tokenizer(args) => commands::tokenizer::run(args),
+        Command::Tokenize(args) => commands::tokenize::run(args),
+        Command::Data(args) => commands::data::run(args),
+        Command::Pretrain(args) => commands::pretrain::run(args, global),
+        Command::Check(args) => commands::check::run(args),
         Command::Bench(command) => commands::bench::run(command, global),
     }
 }

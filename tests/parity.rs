@@ -43,7 +43,10 @@ impl Golden {
         } else {
             2.0 * measure(&self.single[what], exact) + 1e-6
         };
-        assert!(distance <= allowed, "{what} in {kind:?}: {distance:e} from the float64 value, allowed {allowed:e}");
+        assert!(
+            distance <= allowed,
+            "{what} in {kind:?}: {distance:e} from the float64 value, allowed {allowed:e}"
+        );
     }
 }
 
@@ -218,16 +221,16 @@ fn adamw_trajectories() {
                 let norm = AdamW::grad_norm(&params).unwrap();
                 let (lr, scale) = match mode {
                     "plain" => (number("lr"), 1.0),
-                    _ => (
-                        number("lr") * multipliers[step],
-                        AdamW::clip_scale(norm, number("max_grad_norm")),
-                    ),
+                    _ => (number("lr") * multipliers[step], AdamW::clip_scale(norm, number("max_grad_norm"))),
                 };
                 let wanted = t[&format!("{mode}.{name}.grad_norm")].double_value(&[step as i64]);
                 assert!((norm / wanted - 1.0).abs() < 1e-6, "norm {norm}, PyTorch {wanted}");
                 optimizer.update(&mut params, lr, scale).unwrap();
                 for spec in &specs {
-                    let d = relative(&spec.view(&params.master(0)), &t[&format!("{mode}.{name}.{}.{step}", spec.name)]);
+                    let d = relative(
+                        &spec.view(&params.master(0)),
+                        &t[&format!("{mode}.{name}.{}.{step}", spec.name)],
+                    );
                     assert!(d < tolerance, "{mode} {name} {} after step {step}: {d:e}", spec.name);
                 }
             }
@@ -264,7 +267,11 @@ fn learning_rate_schedules() {
         };
         for (step, lr) in case["lr"].as_array().unwrap().iter().enumerate().take(total_steps as usize) {
             let (ours, wanted) = (schedule.rate(step as u64), lr.as_f64().unwrap());
-            assert!((ours - wanted).abs() <= 1e-15, "{} step {step}: {ours}, transformers {wanted}", case["name"]);
+            assert!(
+                (ours - wanted).abs() <= 1e-15,
+                "{} step {step}: {ours}, transformers {wanted}",
+                case["name"]
+            );
         }
         tested += 1;
     }

@@ -122,10 +122,7 @@ pub fn attention_backward(
     let dv = group(p.transpose(-2, -1).matmul(&g));
     let dk = group(ds.transpose(-2, -1).matmul(&q));
     let kind = qkv.kind();
-    Tensor::cat(
-        &[merge_heads(&ds.matmul(&k), kind), merge_heads(&dk, kind), merge_heads(&dv, kind)],
-        1,
-    )
+    Tensor::cat(&[merge_heads(&ds.matmul(&k), kind), merge_heads(&dk, kind), merge_heads(&dv, kind)], 1)
 }
 
 pub fn swiglu(gu: &Tensor) -> Tensor {

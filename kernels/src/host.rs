@@ -32,7 +32,8 @@ pub fn choose_float32_products() -> Result<Float32Products> {
     if !intel {
         ops::set_float32_onednn(true)?;
         // Exact in float32 (products of 12-bit integers, sums below 2^24), not in bfloat16.
-        let a = Tensor::arange(64 * 64, (Kind::Float, tch::Device::Cpu)).remainder(61.0).view([64, 64]) + 2000.0;
+        let a =
+            Tensor::arange(64 * 64, (Kind::Float, tch::Device::Cpu)).remainder(61.0).view([64, 64]) + 2000.0;
         let b = Tensor::arange(64 * 64, (Kind::Float, tch::Device::Cpu)).remainder(3.0).view([64, 64]);
         let exact = a.to_kind(Kind::Double).matmul(&b.to_kind(Kind::Double));
         if a.matmul(&b).to_kind(Kind::Double).equal(&exact) {

@@ -285,9 +285,7 @@ pub fn log_softmax(
         return Ok(());
     }
     // SAFETY: shapes and label ranges are checked; logits, logp and entropy are written in place.
-    check(unsafe {
-        corral_log_softmax(raw(logits), raw(labels), raw_opt(coef), raw(logp), raw_opt(entropy))
-    })
+    check(unsafe { corral_log_softmax(raw(logits), raw(labels), raw_opt(coef), raw(logp), raw_opt(entropy)) })
 }
 
 /// One AdamW step (Loshchilov and Hutter 2019, algorithm 2; PyTorch's order of operations).

@@ -232,7 +232,8 @@ fn compositions_against_autograd() {
     let (logits, coef) = (leaf(&[6, 10]), randn(&[6], kind));
     let labels = Tensor::from_slice(&[0i64, 9, -100, 3, 3, 1]);
     let valid = labels.ge(0);
-    let lp = logits.log_softmax(-1, kind).gather(-1, &labels.clamp_min(0).unsqueeze(-1), false).squeeze_dim(-1);
+    let lp =
+        logits.log_softmax(-1, kind).gather(-1, &labels.clamp_min(0).unsqueeze(-1), false).squeeze_dim(-1);
     (lp * valid * &coef).sum(kind).backward();
     let (l, p) = (logits.detach().copy(), Tensor::zeros([6], (kind, Device::Cpu)));
     composed::log_softmax(&l, &labels, Some(&coef), &p, None);

@@ -1,3 +1,5 @@
 //! One file an algorithm, and the few pieces they share.
 
+pub mod pretrain;
+pub mod run;
 pub mod step;

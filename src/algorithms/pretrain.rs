@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::info;
 use crate::model::{Llama, Recompute, init, layout};
 use crate::optim::{AdamW, Hyper, Schedule, ScheduleKind};
-use crate::telemetry::{self, Record, RunLog};
+use crate::telemetry::{Record, RunLog};
 
 /// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
 pub struct Inputs {
@@ -147,13 +147,8 @@ pub fn pretrain(
     let mut model = Llama::new(inputs.shape.clone(), params);
     let hyper = Hyper { betas: c.optim.betas, eps: c.optim.eps, weight_decay: c.optim.weight_decay };
     let mut optimizer = AdamW::new(&model.params, hyper);
-    let mut progress = Progress {
-        step: 0,
-        data: inputs.train.state(0),
-        tokens: 0,
-        skipped_steps: 0,
-        elapsed_s: 0.0,
-    };
+    let mut progress =
+        Progress { step: 0, data: inputs.train.state(0), tokens: 0, skipped_steps: 0, elapsed_s: 0.0 };
     if let Some(from) = &from {
         let state = from.load(&mut model.params, &mut optimizer)?.state;
         progress = serde_json::from_value(state)

@@ -7,12 +7,12 @@ use kernels::c10d::ReduceOp;
 use serde_json::json;
 use tch::{Kind, Tensor};
 
-use crate::distributed::sharded::shard_groups;
 use crate::algorithms::step::{MicroBatch, accumulate_gradients, apply_gradients};
 use crate::commands::Global;
 use crate::config::pretrain::Mode;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
+use crate::distributed::sharded::shard_groups;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::{Input, Llama, Recompute, init, layout};
@@ -159,7 +159,12 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
     for step in 0..args.warmup + args.steps {
         let batches: Vec<MicroBatch> = (0..rows / micro)
             .map(|_| {
-                let tokens = Tensor::randint_low(3, shape.vocab_size, [micro, length + 1], (Kind::Int64, tch::Device::Cpu));
+                let tokens = Tensor::randint_low(
+                    3,
+                    shape.vocab_size,
+                    [micro, length + 1],
+                    (Kind::Int64, tch::Device::Cpu),
+                );
                 MicroBatch {
                     input: Input::new(tokens.narrow(1, 0, length).contiguous()),
                     labels: tokens.narrow(1, 1, length).contiguous().view([-1]),

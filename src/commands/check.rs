@@ -40,14 +40,14 @@ pub fn run(args: Args) -> Result<()> {
     for set in inputs.train.sets().chain(inputs.valid.iter().flat_map(|v| v.sets())) {
         set.verify()?;
     }
-    if let Some(weights) = &inputs.weights {
-        weights.check()?;
-    }
     let layouts = layout::layouts(&inputs.shape);
-    let checkpoint = checkpoint::bytes_per_checkpoint(&layouts, crate::algorithms::pretrain::compute_kind(c.precision.compute));
+    let checkpoint = checkpoint::bytes_per_checkpoint(
+        &layouts,
+        crate::algorithms::pretrain::compute_kind(c.precision.compute),
+    );
     // While one is written the old ones are still there.
     let needed = checkpoint * (c.checkpoint.keep as u64 + 1);
-    let free = free_bytes(&c.output_dir)?;
+    let free = free_where(&c.output_dir)?;
     if needed > free {
         return Err(Error::config(format!(
             "{}: {} checkpoints of {} need {}, and {} are free; set checkpoint.keep lower or choose another output_dir",
@@ -83,12 +83,9 @@ pub fn run(args: Args) -> Result<()> {
 }
 
 /// Bytes free where `path` is or will be.
-fn free_bytes(path: &Path) -> Result<u64> {
+fn free_where(path: &Path) -> Result<u64> {
     let absolute = std::path::absolute(path).context(path.display())?;
-    let existing = absolute.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
-    let stat = nix::sys::statvfs::statvfs(existing)
-        .map_err(|e| Error::failed(format!("{}: free space cannot be told: {e}", existing.display())))?;
-    Ok(stat.blocks_available() as u64 * stat.fragment_size() as u64)
+    checkpoint::free_bytes(absolute.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/")))
 }
 
 /// Bytes for people.

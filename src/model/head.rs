@@ -44,7 +44,12 @@ impl LmHead {
 
     /// Log-probabilities (and entropies, in nats) of labels, without a backward. `hidden`: T [N, C]; `labels`: int64
     /// [N], negative = left out.
-    pub fn logprobs(model: &mut Llama, hidden: &Tensor, labels: &Tensor, entropies: bool) -> Result<LogProbs> {
+    pub fn logprobs(
+        model: &mut Llama,
+        hidden: &Tensor,
+        labels: &Tensor,
+        entropies: bool,
+    ) -> Result<LogProbs> {
         let weight = Self::weight(model)?;
         let (n, chunk) = (hidden.size()[0], Self::chunk(model));
         let new = || Tensor::zeros([n], (ops::accumulator(hidden.kind()), hidden.device()));

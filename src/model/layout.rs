@@ -14,7 +14,8 @@ pub const LM_HEAD: &str = "lm_head.weight";
 
 /// The layouts of all groups, in the order of the forward.
 pub fn layouts(s: &Shape) -> Vec<Layout> {
-    let mut groups = vec![Layout::new("embedding", vec![(EMBEDDING.into(), vec![s.vocab_size, s.hidden_size])])];
+    let mut groups =
+        vec![Layout::new("embedding", vec![(EMBEDDING.into(), vec![s.vocab_size, s.hidden_size])])];
     groups.extend((0..s.num_hidden_layers).map(|i| block(s, i)));
     if !s.tie_word_embeddings {
         groups.push(Layout::new("head", vec![(LM_HEAD.into(), vec![s.vocab_size, s.hidden_size])]));

@@ -21,10 +21,7 @@ pub fn golden() -> PathBuf {
 
 /// All tensors of a safetensors file.
 pub fn tensors(path: &Path) -> HashMap<String, Tensor> {
-    Tensor::read_safetensors(path)
-        .unwrap_or_else(|e| panic!("{}: {e}", path.display()))
-        .into_iter()
-        .collect()
+    Tensor::read_safetensors(path).unwrap_or_else(|e| panic!("{}: {e}", path.display())).into_iter().collect()
 }
 
 pub fn json(path: &Path) -> serde_json::Value {

@@ -107,7 +107,7 @@ impl AtomicFolder {
     }
 
     /// Where to write until `commit`.
-    pub fn path(&self) -> &Path {
+    pub fn temporary(&self) -> &Path {
         &self.temporary
     }
 
@@ -200,7 +200,7 @@ mod tests {
         let path = folder.0.join("out");
         for content in ["one", "two"] {
             let output = AtomicFolder::create(&path, &["x"]).unwrap();
-            fs::write(output.path().join("x"), content).unwrap();
+            fs::write(output.temporary().join("x"), content).unwrap();
             output.commit().unwrap();
             assert_eq!(fs::read_to_string(path.join("x")).unwrap(), content);
             assert_eq!(names(&folder.0), ["out"]);

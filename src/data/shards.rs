@@ -482,7 +482,7 @@ pub mod tests {
         let whole = std::fs::read(&path).unwrap();
         let error = |bytes: &[u8]| {
             std::fs::write(&path, bytes).unwrap();
-            let e = TokenSet::open(&folder.0).and_then(|set| set.verify()).err().expect("must be refused");
+            let e = TokenSet::open(&folder.0).and_then(|set| set.verify()).expect_err("must be refused");
             assert!(e.exit_code() == 3 && e.message.contains("shard-00000.tokens"), "{e}");
             e.message
         };

@@ -58,9 +58,9 @@ pub fn tokenize(
     };
     let folder = AtomicFolder::create(output, &["train", "valid", "tokenizer"])?;
     let tokenizer = tokenizer.clone().plain();
-    tokenizer.save(&folder.path().join("tokenizer"))?;
+    tokenizer.save(&folder.temporary().join("tokenizer"))?;
     let writer = |name: &str| {
-        let path = folder.path().join(name);
+        let path = folder.temporary().join(name);
         ShardWriter::new(&path, tokenizer.vocab_size(), tokenizer.hash(), options.max_shard_tokens)
     };
     let mut split = Split {

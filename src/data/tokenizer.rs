@@ -224,7 +224,7 @@ impl Tokenizer {
         while self.splits_at_lines && rest.len() > size {
             // After a letter and before a line break no pre-tokenizer in use joins anything; after punctuation or
             // white space some do.
-            let start = rest.ceil_char_boundary(size);
+            let start = (size..).find(|&i| rest.is_char_boundary(i)).unwrap_or(rest.len());
             let cut = rest[start..].match_indices('\n').map(|(i, _)| start + i);
             let Some(cut) = cut.into_iter().find(|&i| rest[..i].ends_with(char::is_alphabetic)) else {
                 break;

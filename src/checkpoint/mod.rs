@@ -1,1 +1,19 @@
-//! (module map goes here)
+//! Models and the state of a training run on disk: safetensors, Hugging Face folders, sharded checkpoints.
+
+mod agree;
+mod files;
+pub mod hf;
+mod hf_config;
+pub mod safetensors;
+mod saver;
+pub mod sharded;
+mod source;
+#[cfg(test)]
+mod tests;
+
+pub use agree::{agree, agree_over};
+pub use files::free_bytes;
+pub use hf::{Export, HfModel, export};
+pub use saver::{Outcome, Saver};
+pub use sharded::{Checkpoint, State, bytes_per_checkpoint, latest};
+pub use source::Source;

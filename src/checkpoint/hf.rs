@@ -1,0 +1,311 @@
+//! Models in Hugging Face's format: import by slices, export group by group.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use serde_json::{Value, json};
+use tch::Kind;
+
+use super::agree::{agree, agree_over};
+use super::files::{self, beside, create_dir, write_file};
+use super::hf_config::{SpecialIds, read_object, read_shape, special_ids, write_shape};
+use super::safetensors::{Entry, Reader, Writer};
+use crate::config::shape::Shape;
+use crate::distributed::sharded::{Layout, Sharded};
+use crate::error::{Context, Error, Result};
+use crate::model::layout::{LM_HEAD, layouts};
+use kernels::c10d::Group;
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// A model in Hugging Face's format, checked and ready to be read.
+pub struct HfModel {
+    dir: PathBuf,
+    shape: Shape,
+    files: Vec<Reader>,
+    /// Which file holds a tensor.
+    tensors: HashMap<String, usize>,
+    unknown_keys: Vec<String>,
+}
+
+impl HfModel {
+    /// Opens a folder with `config.json` and `model.safetensors`, or its parts with an index. Reads and checks all
+    /// headers, and no tensor.
+    ///
+    /// Errors are of kind Data: an architecture or an option that is not built, files that are missing or damaged, and
+    /// in one message all tensors that are missing, superfluous or of another shape.
+    pub fn load(dir: &Path) -> Result<HfModel> {
+        let (shape, unknown_keys) = read_shape(&dir.join("config.json"))?;
+        let (files, tensors) = open_weights(dir)?;
+        let model = HfModel { dir: dir.to_path_buf(), shape, files, tensors, unknown_keys };
+        model.check_tensors()?;
+        Ok(model)
+    }
+
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Keys of `config.json` that are not known and had no effect: worth a warning.
+    pub fn unknown_keys(&self) -> &[String] {
+        &self.unknown_keys
+    }
+
+    /// Fills the parameters; every rank reads its own slices only. All ranks that hold them call this, and fail
+    /// together.
+    pub fn fill(&self, params: &mut Sharded) -> Result<()> {
+        let mine = params.fill(|spec, first, values| self.reader(&spec.name)?.read(&spec.name, first, values));
+        agree_over(params, mine)
+    }
+
+    fn reader(&self, name: &str) -> Result<&Reader> {
+        match self.tensors.get(name) {
+            Some(&i) => Ok(&self.files[i]),
+            None => Err(Error::data(format!("{}: there is no tensor `{name}`", self.dir.display()))),
+        }
+    }
+
+    /// Compares the tensors with those that the shape asks for.
+    fn check_tensors(&self) -> Result<()> {
+        let mut wanted = BTreeMap::new();
+        for layout in layouts(&self.shape) {
+            wanted.extend(layout.specs.into_iter().map(|s| (s.name, s.shape)));
+        }
+        let mut wrong = Vec::new();
+        for (name, shape) in &wanted {
+            match self.tensors.get(name) {
+                None => wrong.push(format!("`{name}` {shape:?} is missing")),
+                Some(&i) => {
+                    let (found, _) = self.files[i].info(name)?;
+                    if found != *shape {
+                        wrong.push(format!("`{name}` is {found:?} and should be {shape:?}"));
+                    }
+                }
+            }
+        }
+        let mut extra: Vec<&String> = self.tensors.keys().filter(|n| !wanted.contains_key(*n)).collect();
+        extra.sort();
+        for name in extra {
+            // Tables that old files carry, and the second name of tied embeddings.
+            let harmless = name.ends_with("rotary_emb.inv_freq")
+                || (self.shape.tie_word_embeddings && name.as_str() == LM_HEAD);
+            if !harmless {
+                wrong.push(format!("`{name}` belongs to no Llama"));
+            }
+        }
+        if wrong.is_empty() {
+            return Ok(());
+        }
+        const SHOWN: usize = 12;
+        let more = wrong.len().saturating_sub(SHOWN);
+        wrong.truncate(SHOWN);
+        let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
+        Err(Error::data(format!(
+            "{}: the tensors do not fit its config.json:\n  {}{more}",
+            self.dir.display(),
+            wrong.join("\n  ")
+        )))
+    }
+}
+
+/// Opens the weights' files and finds out which tensor lies where.
+fn open_weights(dir: &Path) -> Result<(Vec<Reader>, HashMap<String, usize>)> {
+    let index = dir.join(INDEX);
+    if dir.join(SINGLE).is_file() {
+        let reader = Reader::open(&dir.join(SINGLE))?;
+        let tensors = reader.names().into_iter().map(|n| (n, 0)).collect();
+        return Ok((vec![reader], tensors));
+    }
+    if !index.is_file() {
+        let advice = match fs::read_dir(dir) {
+            Ok(entries)
+                if entries.flatten().any(|e| e.file_name().to_string_lossy().starts_with("pytorch_model")) =>
+            {
+                "; pytorch_model*.bin cannot be read: save the model with safe_serialization=True"
+            }
+            _ => "",
+        };
+        return Err(Error::data(format!("{}: no {SINGLE} and no {INDEX}{advice}", dir.display())));
+    }
+    let object = read_object(&index)?;
+    let Some(map) = object.get("weight_map").and_then(Value::as_object) else {
+        return Err(Error::data(format!("{}: there is no weight_map", index.display())));
+    };
+    let (mut files, mut by_name, mut tensors) = (Vec::new(), HashMap::new(), HashMap::new());
+    for (tensor, file) in map {
+        let file = file.as_str().filter(|f| {
+            let mut parts = Path::new(f).components();
+            matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None))
+        });
+        let Some(file) = file else {
+            return Err(Error::data(format!("{}: `{tensor}` names no file of its folder", index.display())));
+        };
+        let i = match by_name.get(file) {
+            Some(&i) => i,
+            None => {
+                let reader =
+                    Reader::open(&dir.join(file)).context(format!("{} names {file}", index.display()))?;
+                files.push(reader);
+                by_name.insert(file, files.len() - 1);
+                files.len() - 1
+            }
+        };
+        files[i].info(tensor).context(index.display())?;
+        tensors.insert(tensor.clone(), i);
+    }
+    // What lies in a file and not in the index is named as superfluous later, like everything that nobody asked for.
+    for (i, file) in files.iter().enumerate() {
+        for name in file.names() {
+            tensors.entry(name).or_insert(i);
+        }
+    }
+    Ok((files, tensors))
+}
+
+/// How a model is written.
+pub struct Export<'a> {
+    /// Dtype of the tensors: float32, bfloat16, float16 or float64.
+    pub dtype: Kind,
+    /// Most bytes of tensors in one file; a tensor that is larger has a file of its own.
+    pub max_shard_size: u64,
+    /// Where the tokenizer's files and the special ids come from.
+    pub tokenizer_dir: Option<&'a Path>,
+}
+
+/// Writes the model to the folder `dir`, which transformers loads: complete, or not at all; a model that is there is
+/// replaced. A collective call: groups of parameters are gathered one after the other, and rank 0 of `world` writes.
+/// All ranks fail together.
+pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: &Group) -> Result<()> {
+    let writes = world.rank() == 0;
+    let plan = plan((0..params.len()).map(|i| params.layout(i)), how);
+    let temp = beside(dir, ".tmp-");
+    let started = if writes { begin(dir, &temp, shape, how, &plan) } else { Ok(()) };
+    agree(world, started).with_context(|| format!("exporting the model to {}", dir.display()))?;
+
+    let mut status = Ok(());
+    let mut output = Output { dir: &temp, plan: &plan, file: 0, tensor: 0, writer: None };
+    for i in 0..params.len() {
+        // Replicas of rank 0's shard group have nothing to do until the end.
+        if params.replica_group().rank() != 0 {
+            break;
+        }
+        let flat = params.gather_master(i)?;
+        if writes && status.is_ok() {
+            status = params.layout(i).specs.iter().try_for_each(|spec| output.write(&spec.view(&flat)));
+        }
+    }
+    if writes {
+        status = status.and_then(|()| files::replace_dir(&temp, dir));
+        if status.is_err() {
+            drop(output);
+            // The first error is what counts; a folder that cannot be removed is removed by the next export.
+            let _ = fs::remove_dir_all(&temp);
+        }
+    }
+    agree(world, status).with_context(|| format!("exporting the model to {}", dir.display()))
+}
+
+/// The files of an export with their tensors, in the order of the groups.
+fn plan<'a>(layouts: impl Iterator<Item = &'a Layout>, how: &Export) -> Vec<(String, Vec<Entry>)> {
+    let (mut parts, mut bytes): (Vec<Vec<Entry>>, u64) = (vec![Vec::new()], 0);
+    for spec in layouts.flat_map(|l| &l.specs) {
+        let entry = Entry { name: spec.name.clone(), kind: how.dtype, shape: spec.shape.clone() };
+        if bytes > 0 && bytes + entry.bytes() > how.max_shard_size {
+            parts.push(Vec::new());
+            bytes = 0;
+        }
+        bytes += entry.bytes();
+        parts.last_mut().expect("starts with one").push(entry);
+    }
+    let n = parts.len();
+    let name = |i: usize| match n {
+        1 => SINGLE.to_string(),
+        _ => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
+    };
+    parts.into_iter().enumerate().map(|(i, part)| (name(i), part)).collect()
+}
+
+/// Makes the temporary folder with all but the weights.
+fn begin(dir: &Path, temp: &Path, shape: &Shape, how: &Export, plan: &[(String, Vec<Entry>)]) -> Result<()> {
+    files::recover(dir)?;
+    refuse_foreign(dir)?;
+    create_dir(temp)?;
+    let ids = how.tokenizer_dir.map_or(Ok(SpecialIds::default()), special_ids)?;
+    let write = |name: &str, value: &Value| -> Result<()> {
+        let text = serde_json::to_string_pretty(value).map_err(|e| Error::failed(format!("{name}: {e}")))?;
+        write_file(&temp.join(name), format!("{text}\n").as_bytes()).map(|_| ())
+    };
+    write("config.json", &write_shape(shape, how.dtype, &ids))?;
+    let generation = [("bos_token_id", ids.bos), ("eos_token_id", ids.eos), ("pad_token_id", ids.pad)];
+    let generation: serde_json::Map<String, Value> =
+        generation.into_iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.to_string(), v)).collect();
+    write("generation_config.json", &Value::Object(generation))?;
+    if let Some(from) = how.tokenizer_dir {
+        files::copy_tokenizer(from, temp)?;
+    }
+    if plan.len() > 1 {
+        let total: u64 = plan.iter().flat_map(|(_, entries)| entries).map(Entry::bytes).sum();
+        let map: serde_json::Map<String, Value> = plan
+            .iter()
+            .flat_map(|(file, entries)| entries.iter().map(move |e| (e.name.clone(), json!(file))))
+            .collect();
+        write(INDEX, &json!({"metadata": {"total_size": total}, "weight_map": map}))?;
+    }
+    Ok(())
+}
+
+/// A folder that is replaced must hold nothing but an older export.
+fn refuse_foreign(dir: &Path) -> Result<()> {
+    if !dir.exists() {
+        return Ok(());
+    }
+    for entry in fs::read_dir(dir).map_err(|e| files::read_error(dir, &e))? {
+        let entry = entry.map_err(|e| files::read_error(dir, &e))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let ours = name == "config.json"
+            || (name.starts_with("model") && name.contains(".safetensors"))
+            || files::is_tokenizer_file(&name);
+        if !ours {
+            return Err(Error::config(format!(
+                "{} holds `{name}`, which is no part of a model: choose another folder, or empty it",
+                dir.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Writes tensors into the files of the plan, one after the other.
+struct Output<'a> {
+    dir: &'a Path,
+    plan: &'a [(String, Vec<Entry>)],
+    file: usize,
+    /// Tensors written to the current file.
+    tensor: usize,
+    writer: Option<Writer>,
+}
+
+impl Output<'_> {
+    fn write(&mut self, t: &tch::Tensor) -> Result<()> {
+        let (name, entries) = &self.plan[self.file];
+        let mut writer = match self.writer.take() {
+            Some(writer) => writer,
+            None => Writer::create(&self.dir.join(name), entries)?,
+        };
+        writer.write(t)?;
+        self.tensor += 1;
+        if self.tensor < entries.len() {
+            self.writer = Some(writer);
+            return Ok(());
+        }
+        writer.finish()?;
+        (self.file, self.tensor) = (self.file + 1, 0);
+        Ok(())
+    }
+}

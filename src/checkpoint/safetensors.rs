@@ -1,0 +1,273 @@
+//! Safetensors files: strict reading of parts of tensors, and streamed writing.
+//!
+//! Files are read with positioned reads instead of a memory map: a rank touches only what it asks for either way, pages
+//! of the file do not count as memory of the process, and a file that is cut while in use is an error, not a SIGBUS.
+
+use std::collections::{HashMap, VecDeque};
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
+use tch::{Kind, Tensor};
+
+use super::files::{CHUNK, beside, read_error, sync_dir, write_error};
+use crate::error::{Context, Error, Result};
+
+/// The header of a sane file is far below this (the format's own limit).
+const MAX_HEADER: u64 = 100_000_000;
+
+/// A safetensors file whose header was checked: every tensor lies within the file, sizes fit shapes and dtypes, and the
+/// tensors cover the file without gaps or overlaps.
+pub struct Reader {
+    path: PathBuf,
+    file: File,
+    /// Where the tensors' data starts.
+    data: u64,
+    header: Metadata,
+}
+
+impl Reader {
+    /// Opens the file and checks its header.
+    ///
+    /// Errors (kind Data) name the file, and the tensor where there is one.
+    pub fn open(path: &Path) -> Result<Reader> {
+        let file = File::open(path).map_err(|e| read_error(path, &e))?;
+        let size = file.metadata().map_err(|e| read_error(path, &e))?.len();
+        let damaged = |what: String| {
+            Error::data(format!(
+                "{}: {what}; the file is damaged or no safetensors file: get it again",
+                path.display()
+            ))
+        };
+        let mut length = [0; 8];
+        if size < 8 {
+            return Err(damaged(format!("only {size} bytes")));
+        }
+        file.read_exact_at(&mut length, 0).map_err(|e| read_error(path, &e))?;
+        let length = u64::from_le_bytes(length);
+        if length > MAX_HEADER || length > size - 8 {
+            return Err(damaged(format!("its header should have {length} bytes, the file has {size}")));
+        }
+        let mut text = vec![0; length as usize];
+        file.read_exact_at(&mut text, 8).map_err(|e| read_error(path, &e))?;
+        let header: Metadata =
+            serde_json::from_slice(&text).map_err(|e| damaged(format!("header not usable: {e}")))?;
+        let data = 8 + length;
+        let end = data + header.data_len() as u64;
+        if end != size {
+            return Err(damaged(format!("it has {size} bytes, its header describes {end}")));
+        }
+        Ok(Reader { path: path.to_path_buf(), file, data, header })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Names in the order of the data.
+    pub fn names(&self) -> Vec<String> {
+        self.header.offset_keys()
+    }
+
+    /// The text that the file carries beside its tensors.
+    pub fn metadata(&self) -> HashMap<String, String> {
+        self.header.metadata().clone().unwrap_or_default()
+    }
+
+    /// Shape and dtype of a tensor. An error if it is not there, or no floating-point tensor.
+    pub fn info(&self, name: &str) -> Result<(Vec<i64>, Kind)> {
+        let info = self.tensor(name)?;
+        let kind = float_kind(info.dtype).ok_or_else(|| {
+            Error::data(format!(
+                "{}: tensor `{name}` has dtype {:?}; F64, F32, BF16 and F16 can be read",
+                self.path.display(),
+                info.dtype
+            ))
+        })?;
+        Ok((info.shape.iter().map(|&d| d as i64).collect(), kind))
+    }
+
+    fn tensor(&self, name: &str) -> Result<&TensorInfo> {
+        self.header
+            .info(name)
+            .ok_or_else(|| Error::data(format!("{}: there is no tensor `{name}`", self.path.display())))
+    }
+
+    /// Fills `dst` (floating-point [n], any device) with elements `first..first + n` of the flattened tensor, converted
+    /// to `dst`'s dtype a few megabytes at a time.
+    pub fn read(&self, name: &str, first: i64, dst: &Tensor) -> Result<()> {
+        let (shape, kind) = self.info(name)?;
+        let (len, numel) = (dst.numel() as i64, shape.iter().product::<i64>());
+        if first < 0 || first + len > numel {
+            return Err(Error::data(format!(
+                "{}: tensor `{name}` has {numel} elements, wanted {first} to {}",
+                self.path.display(),
+                first + len
+            )));
+        }
+        let element = kind.elt_size_in_bytes();
+        let start = self.data + self.tensor(name)?.data_offsets.0 as u64 + first as u64 * element as u64;
+        let step = (CHUNK / element) as i64;
+        let mut buffer = vec![0; CHUNK.min(len as usize * element)];
+        for at in (0..len).step_by(step as usize) {
+            let n = step.min(len - at);
+            let bytes = &mut buffer[..n as usize * element];
+            self.file
+                .read_exact_at(bytes, start + at as u64 * element as u64)
+                .map_err(|e| read_error(&self.path, &e).context(format!("tensor `{name}`")))?;
+            let values = Tensor::f_from_data_size(bytes, &[n], kind)?;
+            tch::no_grad(|| dst.f_narrow(0, at, n)?.f_copy_(&values))
+                .with_context(|| format!("{}: tensor `{name}`", self.path.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// A tensor that a file will hold.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry {
+    pub name: String,
+    pub kind: Kind,
+    pub shape: Vec<i64>,
+}
+
+impl Entry {
+    /// Bytes in the file.
+    pub fn bytes(&self) -> u64 {
+        self.shape.iter().product::<i64>() as u64 * self.kind.elt_size_in_bytes() as u64
+    }
+}
+
+/// What was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Written {
+    pub bytes: u64,
+    pub crc32: u32,
+}
+
+/// Writes a safetensors file tensor by tensor, under a temporary name until it is complete and on the disk.
+pub struct Writer {
+    path: PathBuf,
+    temp: PathBuf,
+    out: BufWriter<File>,
+    missing: VecDeque<Entry>,
+    crc: crc32fast::Hasher,
+    bytes: u64,
+    complete: bool,
+}
+
+impl Writer {
+    /// Starts a file that will hold `entries`, which must follow in this order. Its metadata says `format: pt`, which
+    /// transformers asks for.
+    pub fn create(path: &Path, entries: &[Entry]) -> Result<Writer> {
+        let mut end = 0;
+        let mut infos = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let dtype = match entry.kind {
+                Kind::Double => Dtype::F64,
+                Kind::Float => Dtype::F32,
+                Kind::BFloat16 => Dtype::BF16,
+                Kind::Half => Dtype::F16,
+                other => return Err(Error::failed(format!("`{}`: cannot write {other:?}", entry.name))),
+            };
+            let start = end;
+            end += entry.bytes() as usize;
+            let shape = entry.shape.iter().map(|&d| d as usize).collect();
+            infos.push((entry.name.clone(), TensorInfo { dtype, shape, data_offsets: (start, end) }));
+        }
+        let describe = |e: &dyn std::fmt::Display| Error::failed(format!("{}: {e}", path.display()));
+        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+        let header = Metadata::new(Some(metadata), infos).map_err(|e| describe(&e))?;
+        let mut header = serde_json::to_vec(&header).map_err(|e| describe(&e))?;
+        header.resize(header.len().next_multiple_of(8), b' ');
+
+        let temp = beside(path, ".tmp-");
+        let file = File::create(&temp).map_err(|e| write_error(path, &e))?;
+        let mut writer = Writer {
+            path: path.to_path_buf(),
+            temp,
+            out: BufWriter::with_capacity(1 << 20, file),
+            missing: entries.iter().cloned().collect(),
+            crc: crc32fast::Hasher::new(),
+            bytes: 0,
+            complete: false,
+        };
+        writer.put(&(header.len() as u64).to_le_bytes())?;
+        writer.put(&header)?;
+        Ok(writer)
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.out.write_all(bytes).map_err(|e| write_error(&self.path, &e))?;
+        self.crc.update(bytes);
+        self.bytes += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Writes the next tensor (any device and floating-point dtype; its shape, or flat), converted to the dtype that
+    /// was said.
+    pub fn write(&mut self, t: &Tensor) -> Result<()> {
+        let Some(entry) = self.missing.pop_front() else {
+            return Err(Error::failed(format!("{}: more tensors than were said", self.path.display())));
+        };
+        let numel = entry.shape.iter().product::<i64>();
+        if t.numel() as i64 != numel {
+            return Err(Error::failed(format!(
+                "{}: `{}` should be {:?}, not {:?}",
+                self.path.display(),
+                entry.name,
+                entry.shape,
+                t.size()
+            )));
+        }
+        let element = entry.kind.elt_size_in_bytes();
+        let step = (CHUNK / element) as i64;
+        let mut buffer = vec![0; CHUNK.min(numel as usize * element)];
+        let flat = t.f_detach()?.f_contiguous()?.f_view([-1])?;
+        for at in (0..numel).step_by(step as usize) {
+            let n = step.min(numel - at);
+            let part = flat.f_narrow(0, at, n)?.f_to_kind(entry.kind)?;
+            let bytes = &mut buffer[..n as usize * element];
+            part.f_copy_data_u8(bytes, n as usize)?;
+            self.put(bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Brings the file to the disk and gives it its name.
+    pub fn finish(mut self) -> Result<Written> {
+        if let Some(entry) = self.missing.front() {
+            return Err(Error::failed(format!("{}: `{}` was not written", self.path.display(), entry.name)));
+        }
+        self.out
+            .flush()
+            .and_then(|()| self.out.get_ref().sync_all())
+            .and_then(|()| fs::rename(&self.temp, &self.path))
+            .map_err(|e| write_error(&self.path, &e))?;
+        self.complete = true;
+        sync_dir(self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
+        Ok(Written { bytes: self.bytes, crc32: self.crc.clone().finalize() })
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        if !self.complete {
+            // The error that brought us here is what counts; a file left over is removed with its folder.
+            let _ = fs::remove_file(&self.temp);
+        }
+    }
+}
+
+fn float_kind(dtype: Dtype) -> Option<Kind> {
+    Some(match dtype {
+        Dtype::F64 => Kind::Double,
+        Dtype::F32 => Kind::Float,
+        Dtype::BF16 => Kind::BFloat16,
+        Dtype::F16 => Kind::Half,
+        _ => return None,
+    })
+}

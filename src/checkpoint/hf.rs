@@ -60,7 +60,8 @@ impl HfModel {
     /// Fills the parameters; every rank reads its own slices only. All ranks that hold them call this, and fail
     /// together.
     pub fn fill(&self, params: &mut Sharded) -> Result<()> {
-        let mine = params.fill(|spec, first, values| self.reader(&spec.name)?.read(&spec.name, first, values));
+        let mine =
+            params.fill(|spec, first, values| self.reader(&spec.name)?.read(&spec.name, first, values));
         agree_over(params, mine)
     }
 
@@ -123,13 +124,12 @@ fn open_weights(dir: &Path) -> Result<(Vec<Reader>, HashMap<String, usize>)> {
         return Ok((vec![reader], tensors));
     }
     if !index.is_file() {
-        let advice = match fs::read_dir(dir) {
-            Ok(entries)
-                if entries.flatten().any(|e| e.file_name().to_string_lossy().starts_with("pytorch_model")) =>
-            {
-                "; pytorch_model*.bin cannot be read: save the model with safe_serialization=True"
-            }
-            _ => "",
+        let pickled = fs::read_dir(dir).is_ok_and(|mut entries| {
+            entries.any(|e| e.is_ok_and(|e| e.file_name().to_string_lossy().starts_with("pytorch_model")))
+        });
+        let advice = match pickled {
+            true => "; pytorch_model*.bin cannot be read: save the model with safe_serialization=True",
+            false => "",
         };
         return Err(Error::data(format!("{}: no {SINGLE} and no {INDEX}{advice}", dir.display())));
     }

@@ -102,8 +102,7 @@ fn harmless(key: &str) -> bool {
 /// Reads a JSON file that must hold an object.
 pub fn read_object(path: &Path) -> Result<Map<String, Value>> {
     let text = fs::read_to_string(path).map_err(|e| read_error(path, &e))?;
-    serde_json::from_str(&text)
-        .map_err(|e| Error::data(format!("{}: no JSON object: {e}", path.display())))
+    serde_json::from_str(&text).map_err(|e| Error::data(format!("{}: no JSON object: {e}", path.display())))
 }
 
 /// The shape that a `config.json` describes, and the keys that are not known (so that they can be reported).
@@ -138,9 +137,7 @@ fn shape_of(config: &Map<String, Value>) -> Result<(Shape, Vec<String>)> {
     }
 
     let integer = |key: &str, default: Option<i64>| match (get(key), default) {
-        (Some(v), _) => {
-            v.as_i64().ok_or_else(|| Error::data(format!("{key} is {v}; it must be an integer")))
-        }
+        (Some(v), _) => v.as_i64().ok_or_else(|| Error::data(format!("{key} is {v}; it must be an integer"))),
         (None, Some(default)) => Ok(default),
         (None, None) => Err(Error::data(format!("{key} is missing"))),
     };
@@ -250,9 +247,8 @@ fn rope(config: &Map<String, Value>) -> Result<(f64, Option<Llama3RopeScaling>)>
     if known.is_empty() {
         return Ok((theta, None));
     }
-    let required = |name: &str| {
-        number(parameters, name)?.ok_or_else(|| Error::data(format!("{key}.{name} is missing")))
-    };
+    let required =
+        |name: &str| number(parameters, name)?.ok_or_else(|| Error::data(format!("{key}.{name} is missing")));
     let original = required("original_max_position_embeddings")?;
     if original.fract() != 0.0 || original < 1.0 {
         return Err(Error::data(format!(
@@ -390,8 +386,16 @@ mod tests {
             ("sliding_window", json!(4096), "sliding_window"),
             ("quantization_config", json!({"bits": 4}), "quantization_config"),
             ("rope_scaling", json!({"type": "linear", "factor": 2.0}), "linear"),
-            ("rope_scaling", json!({"rope_type": "llama3", "factor": 2.0}), "original_max_position_embeddings"),
-            ("rope_parameters", json!({"rope_type": "default", "partial_rotary_factor": 0.5}), "partial_rotary"),
+            (
+                "rope_scaling",
+                json!({"rope_type": "llama3", "factor": 2.0}),
+                "original_max_position_embeddings",
+            ),
+            (
+                "rope_parameters",
+                json!({"rope_type": "default", "partial_rotary_factor": 0.5}),
+                "partial_rotary",
+            ),
             ("hidden_size", json!(290), "does not divide"),
             ("hidden_size", json!("288"), "integer"),
             ("vocab_size", Value::Null, "vocab_size is missing"),
@@ -415,7 +419,9 @@ mod tests {
         let mut config = llama();
         config.insert("my_note".into(), json!(1));
         config.insert("_name_or_path".into(), json!("x"));
-        for key in ["head_dim", "num_key_value_heads", "max_position_embeddings", "rope_theta", "rms_norm_eps"] {
+        for key in
+            ["head_dim", "num_key_value_heads", "max_position_embeddings", "rope_theta", "rms_norm_eps"]
+        {
             config.remove(key);
         }
         let (shape, unknown) = shape_of(&config).unwrap();

@@ -7,13 +7,13 @@ mod hf_config;
 pub mod safetensors;
 mod saver;
 pub mod sharded;
-mod source;
 #[cfg(test)]
 mod tests;
+mod weights;
 
 pub use agree::{agree, agree_over};
 pub use files::free_bytes;
 pub use hf::{Export, HfModel, export};
-pub use saver::{Outcome, Saver};
+pub use saver::{RunInfo, Saved, Saver};
 pub use sharded::{Checkpoint, State, bytes_per_checkpoint, latest};
-pub use source::Source;
+pub use weights::Weights;

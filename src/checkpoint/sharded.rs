@@ -1,0 +1,418 @@
+//! Checkpoints of a training run: what lies in the folder `RUN_DIR/checkpoints/step-00000100`, and how it is read.
+//!
+//! ```text
+//! shard-00000-of-00002.safetensors   slice 0 of every group: `GROUP.master`, `GROUP.exp_avg`, `GROUP.exp_avg_sq`
+//! shard-00001-of-00002.safetensors
+//! meta.json                          layouts, slices, the trainer's state, size and CRC-32 of every file
+//! tokenizer.json, ...                the tokenizer, so that the folder is a model of its own
+//! ```
+//! Tensors are found by name and element range, so that a checkpoint loads at any world size, bit by bit the same. The
+//! folder is on a file system that all nodes share.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+use super::agree::agree_over;
+use super::files::{crc32, read_error};
+use super::safetensors::Reader;
+use crate::config::shape::Shape;
+use crate::distributed::sharded::{Layout, Sharded, Slice, Spec};
+use crate::error::{Error, Result};
+use crate::optim::AdamW;
+
+/// What is kept of every element.
+pub const PARTS: [&str; 3] = ["master", "exp_avg", "exp_avg_sq"];
+
+pub const META: &str = "meta.json";
+const FORMAT: &str = "corral checkpoint";
+const VERSION: u64 = 1;
+
+/// Bytes of a checkpoint of these parameters, without headers and tokenizer: master values and two moments.
+/// `master`: float32, or float64 in float64 compute.
+pub fn bytes_per_checkpoint(layouts: &[Layout], master: Kind) -> u64 {
+    layouts.iter().map(|l| (l.numel * PARTS.len() as i64) as u64 * master.elt_size_in_bytes() as u64).sum()
+}
+
+/// `meta.json`, inside its envelope.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Meta {
+    pub step: u64,
+    pub world_size: i64,
+    /// Updates that AdamW has made.
+    pub optimizer_step: i64,
+    pub shape: Shape,
+    /// Hash of the resolved configuration, as the trainer gave it.
+    pub config_hash: String,
+    pub groups: Vec<GroupMeta>,
+    /// First element and length of each shard rank's slice of each group: [rank][group].
+    pub slices: Vec<Vec<(i64, i64)>>,
+    pub files: Vec<FileMeta>,
+    /// What the trainer gave: data position, counters, randomness.
+    pub state: Value,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct GroupMeta {
+    pub name: String,
+    pub tensors: Vec<TensorMeta>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TensorMeta {
+    pub name: String,
+    pub shape: Vec<i64>,
+    pub offset: i64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileMeta {
+    pub name: String,
+    pub bytes: u64,
+    pub crc32: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Envelope {
+    format: String,
+    version: u64,
+    /// CRC-32 of `checkpoint` as serde_json prints it without blanks.
+    crc32: u32,
+    checkpoint: Value,
+}
+
+impl GroupMeta {
+    pub fn of(layout: &Layout) -> GroupMeta {
+        let tensor = |s: &Spec| TensorMeta { name: s.name.clone(), shape: s.shape.clone(), offset: s.offset };
+        GroupMeta { name: layout.name.clone(), tensors: layout.specs.iter().map(tensor).collect() }
+    }
+
+    fn numel(&self) -> i64 {
+        self.tensors.iter().map(|t| t.offset + t.shape.iter().product::<i64>()).max().unwrap_or(0)
+    }
+}
+
+impl Meta {
+    /// As the text of `meta.json`.
+    pub fn to_text(&self) -> Result<String> {
+        let describe = |e: serde_json::Error| Error::failed(format!("{META}: {e}"));
+        let checkpoint = serde_json::to_value(self).map_err(describe)?;
+        let crc32 = crc32fast::hash(checkpoint.to_string().as_bytes());
+        let envelope = Envelope { format: FORMAT.into(), version: VERSION, crc32, checkpoint };
+        serde_json::to_string_pretty(&envelope).map_err(describe)
+    }
+
+    /// Reads `meta.json`; the error says what is wrong with it.
+    fn parse(text: &str) -> Result<Meta, String> {
+        let envelope: Envelope = serde_json::from_str(text).map_err(|e| e.to_string())?;
+        if envelope.format != FORMAT {
+            return Err(format!("format is `{}`, not `{FORMAT}`", envelope.format));
+        }
+        if envelope.version != VERSION {
+            return Err(format!(
+                "version {} of the format; this program reads version {VERSION}",
+                envelope.version
+            ));
+        }
+        if crc32fast::hash(envelope.checkpoint.to_string().as_bytes()) != envelope.crc32 {
+            return Err("its contents do not match its checksum".into());
+        }
+        let meta: Meta = serde_json::from_value(envelope.checkpoint).map_err(|e| e.to_string())?;
+        for rank in &meta.slices {
+            if rank.len() != meta.groups.len() {
+                return Err("slices and groups do not match".into());
+            }
+        }
+        for (g, group) in meta.groups.iter().enumerate() {
+            let mut next = 0;
+            for slices in &meta.slices {
+                let (start, len) = slices[g];
+                if start != next || len < 0 {
+                    return Err(format!(
+                        "the slices of group `{}` have a gap or overlap at {next}",
+                        group.name
+                    ));
+                }
+                next += len;
+            }
+            if next != group.numel() {
+                return Err(format!(
+                    "the slices of group `{}` end at {next} of {}",
+                    group.name,
+                    group.numel()
+                ));
+            }
+        }
+        Ok(meta)
+    }
+}
+
+/// The file of one shard rank.
+pub fn shard_name(rank: usize, size: usize) -> String {
+    format!("shard-{rank:05}-of-{size:05}.safetensors")
+}
+
+/// The name of a tensor in a shard.
+pub fn tensor_name(group: &str, part: &str) -> String {
+    format!("{group}.{part}")
+}
+
+/// The folder of a step's checkpoint.
+pub fn step_name(step: u64) -> String {
+    format!("step-{step:08}")
+}
+
+/// The folder of a run's checkpoints.
+pub fn checkpoints_dir(run_dir: &Path) -> PathBuf {
+    run_dir.join("checkpoints")
+}
+
+/// The checkpoints in a folder by step, ascending.
+pub fn list(checkpoints: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let mut found = Vec::new();
+    if checkpoints.is_dir() {
+        for entry in fs::read_dir(checkpoints).map_err(|e| read_error(checkpoints, &e))? {
+            let path = entry.map_err(|e| read_error(checkpoints, &e))?.path();
+            if let Some(step) = step_of(&path) {
+                found.push((step, path));
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn step_of(path: &Path) -> Option<u64> {
+    path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
+}
+
+/// The newest checkpoint of a run, none where there is none.
+///
+/// Folders get their name when they are complete. So a newest one that is damaged is an error (kind Data), which names
+/// the file and an older checkpoint that could be used; never is an older one taken silently.
+pub fn latest(run_dir: &Path) -> Result<Option<Checkpoint>> {
+    list(&checkpoints_dir(run_dir))?.pop().map(|(_, path)| Checkpoint::open(&path)).transpose()
+}
+
+/// A complete checkpoint.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    meta: Meta,
+    /// Group, first element and shape of every tensor.
+    places: HashMap<String, (usize, i64, Vec<i64>)>,
+}
+
+/// What a trainer goes on from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct State {
+    pub step: u64,
+    /// What was given to [`super::Saver::begin`].
+    pub state: Value,
+}
+
+impl Checkpoint {
+    /// Opens a checkpoint's folder; checks that all files are there in their size. Contents are checked when they are
+    /// loaded.
+    pub fn open(dir: &Path) -> Result<Checkpoint> {
+        Self::open_alone(dir).map_err(|e| with_advice(dir, e))
+    }
+
+    fn open_alone(dir: &Path) -> Result<Checkpoint> {
+        let path = dir.join(META);
+        let text = fs::read_to_string(&path).map_err(|e| read_error(&path, &e))?;
+        let meta = Meta::parse(&text).map_err(|e| Error::data(format!("{}: {e}", path.display())))?;
+        for file in &meta.files {
+            let path = dir.join(&file.name);
+            let bytes = fs::metadata(&path).map_err(|e| read_error(&path, &e))?.len();
+            if bytes != file.bytes {
+                return Err(Error::data(format!(
+                    "{}: {bytes} bytes, should be {}",
+                    path.display(),
+                    file.bytes
+                )));
+            }
+        }
+        let mut places = HashMap::new();
+        for (g, group) in meta.groups.iter().enumerate() {
+            places.extend(group.tensors.iter().map(|t| (t.name.clone(), (g, t.offset, t.shape.clone()))));
+        }
+        Ok(Checkpoint { dir: dir.to_path_buf(), meta, places })
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub fn meta(&self) -> &Meta {
+        &self.meta
+    }
+
+    /// Sets parameters, moments and the optimizer's counter; returns the rest of the state. All ranks that hold the
+    /// parameters call this, at any world size, and fail together. Each reads only the files that hold its slices,
+    /// after checking their checksums.
+    pub fn load(&self, params: &mut Sharded, optim: &mut AdamW) -> Result<State> {
+        let mine = self.read(params, Some(optim)).map_err(|e| with_advice(&self.dir, e));
+        agree_over(params, mine)?;
+        optim.step = self.meta.optimizer_step;
+        Ok(State { step: self.meta.step, state: self.meta.state.clone() })
+    }
+
+    /// Sets the parameters only: to start another run, or to use the model.
+    pub fn fill_weights(&self, params: &mut Sharded) -> Result<()> {
+        let mine = self.read(params, None).map_err(|e| with_advice(&self.dir, e));
+        agree_over(params, mine)
+    }
+
+    fn read(&self, params: &mut Sharded, optim: Option<&mut AdamW>) -> Result<()> {
+        self.check_tensors(params)?;
+        let shards = self.open_shards(params)?;
+        params.fill(|spec, first, values| self.read_range(&shards, PARTS[0], spec, first, values))?;
+        let Some(optim) = optim else { return Ok(()) };
+        for i in 0..params.len() {
+            let slice = params.slice(i);
+            for (part, moments) in [(PARTS[1], &optim.exp_avg[i]), (PARTS[2], &optim.exp_avg_sq[i])] {
+                for spec in &params.layout(i).specs {
+                    if let Some((first, len)) = overlap(slice, spec) {
+                        let values = moments.f_narrow(0, first - slice.start, len)?;
+                        self.read_range(&shards, part, spec, first - spec.offset, &values)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses parameters that are others than the checkpoint's.
+    fn check_tensors(&self, params: &Sharded) -> Result<()> {
+        let mut missing: BTreeSet<&String> = self.places.keys().collect();
+        let mut wrong = Vec::new();
+        for spec in (0..params.len()).flat_map(|i| &params.layout(i).specs) {
+            missing.remove(&spec.name);
+            match self.places.get(&spec.name) {
+                None => wrong.push(format!("`{}` is not in the checkpoint", spec.name)),
+                Some((_, _, shape)) if *shape != spec.shape => wrong.push(format!(
+                    "`{}` is {shape:?} in the checkpoint, {:?} in the model",
+                    spec.name, spec.shape
+                )),
+                Some(_) => {}
+            }
+        }
+        wrong.extend(missing.iter().map(|name| format!("`{name}` is not in the model")));
+        if wrong.is_empty() {
+            return Ok(());
+        }
+        let more = if wrong.len() > 5 { format!("; and {} more", wrong.len() - 5) } else { String::new() };
+        wrong.truncate(5);
+        Err(Error::data(format!("{}: another model: {}{more}", self.dir.display(), wrong.join("; "))))
+    }
+
+    /// Opens the shards that this rank's slices lie in, and checks their contents.
+    fn open_shards(&self, params: &Sharded) -> Result<BTreeMap<usize, Reader>> {
+        let mut needed = BTreeSet::new();
+        for i in 0..params.len() {
+            for spec in &params.layout(i).specs {
+                if let Some((first, len)) = overlap(params.slice(i), spec) {
+                    let (group, offset, _) = &self.places[&spec.name];
+                    let pieces = pieces(self.slices(*group), offset + first - spec.offset, len);
+                    needed.extend(pieces.iter().map(|p| p.rank));
+                }
+            }
+        }
+        needed.into_iter().map(|rank| Ok((rank, self.open_shard(rank)?))).collect()
+    }
+
+    fn open_shard(&self, rank: usize) -> Result<Reader> {
+        let name = shard_name(rank, self.meta.slices.len());
+        let path = self.dir.join(&name);
+        let Some(file) = self.meta.files.iter().find(|f| f.name == name) else {
+            return Err(Error::data(format!("{}: {META} does not know this file", path.display())));
+        };
+        let found = crc32(&path)?;
+        if found != file.crc32 {
+            return Err(Error::data(format!(
+                "{}: damaged: its checksum is {found:08x}, should be {:08x}",
+                path.display(),
+                file.crc32
+            )));
+        }
+        Reader::open(&path)
+    }
+
+    fn slices(&self, group: usize) -> impl Iterator<Item = Slice> {
+        self.meta.slices.iter().map(move |rank| Slice { start: rank[group].0, len: rank[group].1 })
+    }
+
+    /// Fills `values` with elements `first..` of a tensor.
+    fn read_range(
+        &self,
+        shards: &BTreeMap<usize, Reader>,
+        part: &str,
+        spec: &Spec,
+        first: i64,
+        values: &Tensor,
+    ) -> Result<()> {
+        let (group, offset, _) = &self.places[&spec.name];
+        let name = tensor_name(&self.meta.groups[*group].name, part);
+        for piece in pieces(self.slices(*group), offset + first, values.numel() as i64) {
+            shards[&piece.rank].read(&name, piece.from, &values.f_narrow(0, piece.to, piece.len)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// The elements of a group's flat buffer that a slice and a tensor share: first and count.
+fn overlap(slice: Slice, spec: &Spec) -> Option<(i64, i64)> {
+    let first = slice.start.max(spec.offset);
+    let end = (slice.start + slice.len).min(spec.offset + spec.numel());
+    (first < end).then_some((first, end - first))
+}
+
+/// A run of elements that lies in one rank's slice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    pub rank: usize,
+    /// First element within the slice.
+    pub from: i64,
+    /// First element within the range that was asked for.
+    pub to: i64,
+    pub len: i64,
+}
+
+/// Where elements `first..first + len` of a group lie, by the slices of its ranks.
+pub fn pieces(slices: impl Iterator<Item = Slice>, first: i64, len: i64) -> Vec<Piece> {
+    slices
+        .enumerate()
+        .filter_map(|(rank, slice)| {
+            let start = first.max(slice.start);
+            let end = (first + len).min(slice.start + slice.len);
+            (start < end).then_some(Piece {
+                rank,
+                from: start - slice.start,
+                to: start - first,
+                len: end - start,
+            })
+        })
+        .collect()
+}
+
+/// Adds to an error what to do about a checkpoint that cannot be used.
+fn with_advice(dir: &Path, e: Error) -> Error {
+    let step = step_of(dir);
+    let siblings = dir.parent().and_then(|p| list(p).ok()).unwrap_or_default();
+    let older = siblings
+        .into_iter()
+        .rev()
+        .find(|(s, path)| step.is_some_and(|step| *s < step) && Checkpoint::open_alone(path).is_ok());
+    let advice = match older {
+        Some((_, path)) => {
+            format!("an older checkpoint is complete: to go on from there, give --resume {}", path.display())
+        }
+        None => "no older checkpoint is complete".to_string(),
+    };
+    Error { message: format!("{}; {advice}", e.message), ..e }
+}

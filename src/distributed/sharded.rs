@@ -355,5 +355,5 @@ impl Sharded {
 
 /// Elements of one rank's slice: the group divided by the ranks, rounded up to a multiple of 64.
 fn padded_slice(numel: i64, ranks: i64) -> i64 {
-    (numel + ranks - 1) / ranks + 63 & !63
+    ((numel + ranks - 1) / ranks + 63) & !63
 }

@@ -22,7 +22,7 @@ use crate::model::layout::Block;
 pub enum Recompute {
     /// Nothing but the norms' outputs and SwiGLU's, which cost one pass over memory.
     None,
-    /// The product of gate and up, the largest activation: 2F of the 4C + (H + 2K) D + 2F numbers a token and block.
+    /// The product of gate and up, the largest activation: 2F of the 2C + (2H + 2K) D + 2F numbers a token and block.
     Selective,
     /// The whole block, from its input.
     Full,
@@ -32,9 +32,9 @@ pub enum Recompute {
 pub struct Input {
     /// int64 [B, T]
     pub ids: Tensor,
-    /// Rotary positions, int64 [N]; none: 0 to T - 1 in every row.
+    /// Rotary positions, int64 `[N]`; none: 0 to T - 1 in every row.
     pub positions: Option<Tensor>,
-    /// The first position that each position sees, int64 [N] (see [`ops::attention`]); none: 0.
+    /// The first position that each position sees, int64 `[N]` (see [`ops::attention`]); none: 0.
     pub start: Option<Tensor>,
 }
 

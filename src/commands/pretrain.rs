@@ -56,5 +56,8 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
     let timeout = Duration::from_secs_f64(loaded.config.parallel.timeout_s);
     let world = World::from_global(global.device.as_deref(), timeout)?;
     info!("{}", world.choice);
-    pretrain(&loaded, inputs, &world, &args.resume, args.overwrite)
+    // A world that the launcher started again goes on where it was, whatever its command said at first.
+    let again = std::env::var("CORRAL_RESTART_COUNT").is_ok_and(|n| n != "0");
+    let resume = if again { Resume::Auto } else { args.resume };
+    pretrain(&loaded, inputs, &world, &resume, args.overwrite)
 }

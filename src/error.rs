@@ -73,6 +73,12 @@ impl From<tch::TchError> for Error {
     }
 }
 
+impl From<kernels::Error> for Error {
+    fn from(e: kernels::Error) -> Self {
+        Error::failed(e.message)
+    }
+}
+
 /// libtorch's messages carry a C++ backtrace from the second line on; users get the first.
 pub fn first_line(message: &str) -> String {
     message.lines().find(|l| !l.trim().is_empty()).unwrap_or("unknown error").trim().to_string()

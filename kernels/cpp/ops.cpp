@@ -4,11 +4,8 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 
-#include <atomic>
-#include <mutex>
-
-#include "c_abi.h"
 #include "cpu_rows.h"
+#include "guard.h"
 
 namespace corral {
 

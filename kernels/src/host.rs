@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::ffi::Result;
+use crate::error::Result;
 use crate::ops;
 
 /// Keeps freed memory in the heap instead of giving it back to the system after every use: activations are

@@ -1,8 +1,13 @@
 //! What Corral needs below `tch`, behind safe types. The one package with `unsafe`, C++ and CUDA.
 
+pub mod c10d;
 pub mod composed;
-mod ffi;
+pub mod cuda;
+pub mod error;
 pub mod host;
+pub mod nvrtc;
 pub mod ops;
+mod store;
+pub mod watch;
 
-pub use ffi::{Error, Result};
+pub use error::{Error, Result};

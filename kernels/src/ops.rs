@@ -11,9 +11,25 @@ use std::ffi::{c_char, c_void};
 use tch::{Device, Kind, Tensor};
 
 use crate::composed;
-use crate::ffi::{Result, check, own, raw, raw_opt};
+use crate::error::{Result, check};
 
+/// A tensor as the C++ side takes it (`at::Tensor*`).
 type Raw = *mut c_void;
+
+/// The C++ side may write to the data, not to the handle.
+fn raw(t: &Tensor) -> Raw {
+    t.as_ptr() as Raw
+}
+
+fn raw_opt(t: Option<&Tensor>) -> Raw {
+    t.map_or(std::ptr::null_mut(), raw)
+}
+
+/// Takes over a tensor that the C++ side made with `new at::Tensor`.
+fn own(t: Raw) -> Tensor {
+    // SAFETY: `t` comes from `new at::Tensor` on the C++ side, which gives up its ownership.
+    unsafe { Tensor::from_ptr(t.cast()) }
+}
 
 unsafe extern "C" {
     fn corral_set_float32_onednn(on: bool) -> *mut c_char;

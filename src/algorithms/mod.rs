@@ -1,1 +1,5 @@
-//! (module map goes here)
+//! One file an algorithm, and the few pieces they share.
+
+pub mod pretrain;
+pub mod run;
+pub mod step;

@@ -1,1 +1,75 @@
-//! (module map goes here)
+//! The subcommands: a file each, with its arguments.
+
+use clap::Args;
+use tch::Device;
+
+use crate::error::{Error, Result};
+use crate::telemetry::console;
+
+pub mod bench;
+pub mod check;
+pub mod data;
+pub mod eval;
+pub mod generate;
+pub mod pretrain;
+pub mod score;
+pub mod tokenize;
+pub mod tokenizer;
+
+/// Flags of every command.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// Threads to compute with [default: OMP_NUM_THREADS, else all cores]
+    #[arg(long, global = true, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Where to compute: cpu, cuda (each rank its own GPU) or cuda:N [default: cuda if there is one, else cpu]
+    #[arg(long, global = true, value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// How messages look
+    #[arg(long, global = true, value_enum, default_value = "pretty")]
+    pub log_format: console::Format,
+    /// Only warnings and errors
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Also details
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+}
+
+impl Global {
+    /// How this process talks, before it knows more of its world than the environment tells.
+    pub fn console(&self) -> console::Settings {
+        let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse().ok());
+        console::Settings {
+            format: self.log_format,
+            quiet: self.quiet,
+            verbose: self.verbose,
+            rank: number("RANK").unwrap_or(0),
+            world_size: number("WORLD_SIZE").unwrap_or(1),
+        }
+    }
+
+    /// Threads, allocator and the library for float32 products.
+    pub fn set_up(&self) -> Result<()> {
+        let from_environment = || std::env::var("OMP_NUM_THREADS").ok().and_then(|v| v.parse().ok());
+        let threads = self.threads.or_else(from_environment).or_else(|| {
+            std::thread::available_parallelism().ok().map(std::num::NonZero::get)
+        });
+        match threads {
+            Some(0) => return Err(Error::config("--threads must be at least 1")),
+            Some(n) => {
+                let _ = rayon::ThreadPoolBuilder::new().num_threads(n).build_global();
+                tch::set_num_threads(n as i32);
+            }
+            None => {}
+        }
+        kernels::host::keep_heap();
+        Ok(())
+    }
+
+    /// The device of a command that runs as one process.
+    pub fn single_device(&self) -> Result<Device> {
+        kernels::host::choose_float32_products()?;
+        crate::distributed::world::device(self.device.as_deref(), 0, 1)
+    }
+}

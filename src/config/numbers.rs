@@ -13,6 +13,12 @@ pub fn positive<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
     number(d, "above 0", |x| x > 0.0)
 }
 
+pub fn some_positive<'de, D: Deserializer<'de>>(d: D) -> Result<Option<f64>, D::Error> {
+    #[derive(Deserialize)]
+    struct Positive(#[serde(deserialize_with = "positive")] f64);
+    Ok(Option::<Positive>::deserialize(d)?.map(|Positive(x)| x))
+}
+
 pub fn not_negative<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
     number(d, "of at least 0", |x| x >= 0.0)
 }

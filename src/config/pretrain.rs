@@ -6,7 +6,7 @@ use serde::de::{Deserializer, Error as _, MapAccess, Visitor, value::MapAccessDe
 use serde::{Deserialize, Serialize};
 
 use super::Loaded;
-use super::numbers::{betas, count, not_negative, positive, ratio, some_count};
+use super::numbers::{betas, count, not_negative, positive, ratio, some_count, some_positive};
 use super::shape::{Llama3RopeScaling, Shape};
 use crate::error::{Error, Result};
 
@@ -220,8 +220,10 @@ pub struct Data {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Source {
     pub path: PathBuf,
-    /// Share of this source in the samples, relative to the others' weights. Default: 1.
-    pub weight: f64,
+    /// Share of this source in the samples, relative to the others' weights; given for all sources of a list or for
+    /// none. Without weights the sources are shuffled together, each as large as it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight: Option<f64>,
 }
 
 impl<'de> Deserialize<'de> for Source {
@@ -230,8 +232,8 @@ impl<'de> Deserialize<'de> for Source {
         #[serde(deny_unknown_fields)]
         struct Keys {
             path: PathBuf,
-            #[serde(default = "one_f64", deserialize_with = "positive")]
-            weight: f64,
+            #[serde(default, deserialize_with = "some_positive")]
+            weight: Option<f64>,
         }
         struct SourceVisitor;
         impl<'de> Visitor<'de> for SourceVisitor {
@@ -242,7 +244,7 @@ impl<'de> Deserialize<'de> for Source {
             }
 
             fn visit_str<E>(self, path: &str) -> Result<Source, E> {
-                Ok(Source { path: path.into(), weight: 1.0 })
+                Ok(Source { path: path.into(), weight: None })
             }
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Source, A::Error> {
@@ -556,10 +558,6 @@ impl Loaded<Pretrain> {
 
 fn one_u64() -> u64 {
     1
-}
-
-fn one_f64() -> f64 {
-    1.0
 }
 
 fn rms_norm_eps() -> f64 {

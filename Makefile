@@ -1,0 +1,46 @@
+# Thin: what each target does is in scripts/. `make help` lists them.
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test parity interop bench lint check gpu-check package clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: ## libtorch 2.11.0 into .libtorch/; says what is missing on this machine
+	@scripts/doctor.sh cargo disk
+	@scripts/setup.sh
+
+build: setup ## the binaries, target/release/{corral,launch}
+	cargo build --release --workspace
+
+demo: ## make data, train a tokenizer, pretrain on two ranks, print what the model writes
+	@scripts/demo.sh
+
+test: setup ## all tests
+	cargo test --release --workspace
+
+parity: setup ## only the tests against golden data (CORRAL_GOLDEN=DIR: another set of it)
+	cargo test --release --test parity
+
+interop: build ## the files we write, read by transformers, safetensors and TensorBoard
+	@scripts/interop.sh
+	.interop/bin/python -m pytest -q tests/interop
+
+bench: build ## training speed and memory against PyTorch (ARGS="--presets llama-15m --rounds 3")
+	@scripts/interop.sh
+	.interop/bin/python scripts/bench.py $(ARGS)
+
+lint: setup
+	@scripts/doctor.sh lint
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets --locked -- -D warnings
+
+check: lint test interop ## all that CI checks
+
+gpu-check: ## what needs a GPU: parity, NCCL, a short pretraining, benchmarks
+	@scripts/gpu_check.sh
+
+package: build ## binaries, libtorch and configs in one folder that can be moved (DIR=..., default dist/corral)
+	scripts/package.sh $(or $(DIR),dist/corral)
+
+clean: ## the build (libtorch stays: `rm -rf .libtorch` removes it)
+	rm -rf target .interop dist gpu-check

@@ -1,0 +1,327 @@
+//! Pretraining: next-token prediction on token shards, parameters sharded over the ranks.
+
+use std::time::Instant;
+
+use kernels::c10d::{Group, ReduceOp};
+use serde::{Deserialize, Serialize};
+use tch::Kind;
+
+use crate::algorithms::run::{self, Resume, Signals};
+use crate::algorithms::step::{self, MicroBatch, SkipGuard};
+use crate::checkpoint;
+use crate::config::Loaded;
+use crate::config::pretrain::{self as config, Compute, Mode, Pretrain};
+use crate::config::shape::Shape;
+use crate::data::loader::{Loader, Order, Source, State};
+use crate::data::tokenizer::Tokenizer;
+use crate::distributed::sharded::Sharded;
+use crate::distributed::world::World;
+use crate::error::{Error, Result};
+use crate::info;
+use crate::model::{Llama, Recompute, init, layout};
+use crate::optim::{AdamW, Hyper, Schedule, ScheduleKind};
+use crate::telemetry::{self, Record, RunLog};
+
+/// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
+pub struct Inputs {
+    pub tokenizer: Tokenizer,
+    pub train: Loader,
+    pub valid: Option<Loader>,
+    pub shape: Shape,
+    pub steps: u64,
+    /// Weights to start from, where the model is not new.
+    pub weights: Option<checkpoint::Weights>,
+}
+
+impl Inputs {
+    /// Opens and checks all that the configuration names.
+    pub fn open(c: &Pretrain) -> Result<Inputs> {
+        let path = c.tokenizer_path().ok_or_else(|| Error::config("a new model needs tokenizer.path"))?;
+        let tokenizer = Tokenizer::load(path)?;
+        let vocab = tokenizer.vocab_size() as i64;
+        let length = c.data.sequence_length;
+        let (shape, weights) = match &c.model {
+            config::Model::Path(path) => {
+                let weights = checkpoint::Weights::open(path)?;
+                (weights.shape().clone(), Some(weights))
+            }
+            config::Model::Preset(name) => {
+                let shape = Shape::preset(name)
+                    .ok_or_else(|| Error::config(format!("model.preset: '{name}' is not known")))?;
+                (shape, None)
+            }
+            config::Model::Init(init) => (init.shape(vocab, length), None),
+        };
+        shape.check()?;
+        if vocab > shape.vocab_size {
+            return Err(Error::data(format!(
+                "the tokenizer {} has {vocab} tokens, more than the model's vocab_size of {}",
+                path.display(),
+                shape.vocab_size
+            )));
+        }
+        if length > shape.max_position_embeddings {
+            return Err(Error::config(format!(
+                "data.sequence_length: {length} is more than the model's max_position_embeddings, {}",
+                shape.max_position_embeddings
+            )));
+        }
+        let open = |sources: &[config::Source], order| {
+            let sources: Vec<Source> =
+                sources.iter().map(|s| Source { path: s.path.clone(), weight: s.weight }).collect();
+            Loader::new(&sources, Some(tokenizer.hash()), shape.vocab_size as usize, length as usize, order)
+        };
+        let train = open(&c.data.train, Order::Shuffled { seed: c.seed })?;
+        let valid =
+            if c.data.valid.is_empty() { None } else { Some(open(&c.data.valid, Order::Sequential)?) };
+        let steps = match (c.train.steps, c.train.epochs) {
+            (Some(steps), _) => steps as u64,
+            (None, epochs) => {
+                let samples = train.num_windows() * epochs.unwrap_or(1) as u64;
+                (samples / c.train.batch_size as u64).max(1)
+            }
+        };
+        Ok(Inputs { tokenizer, train, valid, shape, steps, weights })
+    }
+}
+
+/// What a checkpoint holds besides parameters and moments.
+#[derive(Serialize, Deserialize)]
+struct Progress {
+    step: u64,
+    data: State,
+    tokens: u64,
+    skipped_steps: u64,
+    elapsed_s: f64,
+}
+
+pub fn compute_kind(c: Compute) -> Kind {
+    match c {
+        Compute::Float32 => Kind::Float,
+        Compute::Bfloat16 => Kind::BFloat16,
+        Compute::Float64 => Kind::Double,
+    }
+}
+
+fn recompute(c: &Pretrain) -> Recompute {
+    match c.train.recompute {
+        config::Recompute::None => Recompute::None,
+        config::Recompute::Selective => Recompute::Selective,
+        config::Recompute::Full => Recompute::Full,
+    }
+}
+
+/// Over which ranks slices lie, and which hold equal ones.
+pub fn shard_groups(mode: Mode, world: &World) -> (Group, Group) {
+    match mode {
+        Mode::Full => (world.group.clone(), Group::solo()),
+        Mode::Replicate => (Group::solo(), world.group.clone()),
+    }
+}
+
+/// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
+pub fn pretrain(
+    loaded: &Loaded<Pretrain>,
+    inputs: Inputs,
+    world: &World,
+    resume: &Resume,
+    overwrite: bool,
+) -> Result<()> {
+    let c = &loaded.config;
+    let dir = &c.output_dir;
+    let resolved = loaded.resolved_yaml()?;
+    let found = run::starting_point(dir, &resolved, resume, overwrite);
+    let from = match found {
+        Ok(from) => run::together(world, Ok(())).map(|()| from)?,
+        Err(e) => return run::together(world, Err(e)),
+    };
+    run::prepare_folder(dir, &resolved, *resume == Resume::Never, world)?;
+    let signals = Signals::watch()?;
+
+    // The model on this rank, its optimizer, and where the run stands.
+    let (shard, replica) = shard_groups(c.parallel.mode, world);
+    let params = Sharded::new(
+        layout::layouts(&inputs.shape),
+        shard,
+        replica,
+        compute_kind(c.precision.compute),
+        world.device,
+    );
+    let mut model = Llama::new(inputs.shape.clone(), params);
+    let hyper = Hyper { betas: c.optim.betas, eps: c.optim.eps, weight_decay: c.optim.weight_decay };
+    let mut optimizer = AdamW::new(&model.params, hyper);
+    let mut progress = Progress {
+        step: 0,
+        data: inputs.train.state(0),
+        tokens: 0,
+        skipped_steps: 0,
+        elapsed_s: 0.0,
+    };
+    if let Some(from) = &from {
+        let state = from.load(&inputs.shape, &mut model.params, &mut optimizer)?;
+        progress = serde_json::from_value(state)
+            .map_err(|e| Error::data(format!("{}: its state cannot be read: {e}", from.path().display())))?;
+        inputs.train.resume(&progress.data)?;
+        info!("resumed from {}", from.path().display());
+    } else {
+        match &inputs.weights {
+            Some(weights) => weights.fill(&mut model.params)?,
+            None => init::init(&mut model.params, &inputs.shape, c.seed)?,
+        }
+    }
+    announce(c, &inputs, &model, world);
+
+    let schedule = Schedule {
+        kind: match c.schedule.kind {
+            config::ScheduleKind::Cosine => ScheduleKind::Cosine,
+            config::ScheduleKind::Linear => ScheduleKind::Linear,
+            config::ScheduleKind::Constant => ScheduleKind::Constant,
+        },
+        lr: c.optim.lr,
+        warmup_steps: c.schedule.warmup_steps,
+        total_steps: inputs.steps,
+        min_lr_ratio: c.schedule.min_lr_ratio,
+    };
+    let mut log = RunLog::create(dir, world.rank, from.as_ref().map(|_| progress.step), inputs.steps)?;
+    let mut saver = checkpoint::Saver::new(dir, c.checkpoint.keep as usize, world)?;
+    let mut guard = SkipGuard::new(progress.skipped_steps);
+    let (started, elapsed_before) = (Instant::now(), progress.elapsed_s);
+    let (mut window, mut window_tokens) = (Instant::now(), 0u64);
+    let mut saved_step = from.as_ref().map_or(0, |_| progress.step);
+
+    while progress.step < inputs.steps {
+        let step = progress.step + 1;
+        let micro_batches = this_ranks_batches(c, &inputs.train, progress.data.next, world)?;
+        let labels: i64 = micro_batches.iter().map(MicroBatch::num_labels).sum();
+        let count = world.group.combine(&[labels as f64], ReduceOp::Sum)?[0];
+
+        let loss_sum = step::accumulate_gradients(&mut model, &micro_batches, count, recompute(c))?;
+        let lr = schedule.rate(progress.step);
+        let update =
+            step::apply_gradients(&mut model, &mut optimizer, world, loss_sum, count, lr, c.optim.clip)?;
+
+        progress.step = step;
+        progress.data.next += c.train.batch_size as u64;
+        progress.tokens += (c.train.batch_size * c.data.sequence_length) as u64;
+        window_tokens += (c.train.batch_size * c.data.sequence_length) as u64;
+        progress.elapsed_s = elapsed_before + started.elapsed().as_secs_f64();
+        let fatal = guard.note(step, &update);
+        progress.skipped_steps = guard.skipped_steps;
+
+        if step.is_multiple_of(c.log.every as u64) || step == inputs.steps || update.skipped {
+            let peak = world.group.combine(&[telemetry::peak_bytes_on(world.device)], ReduceOp::Max)?[0];
+            let seconds = window.elapsed().as_secs_f64();
+            let steps = window_tokens as f64 / (c.train.batch_size * c.data.sequence_length) as f64;
+            let mut record = Record::new("train", step)
+                .float32("loss", update.loss as f32)
+                .float("lr", lr)
+                .float("grad_norm", update.grad_norm)
+                .count("tokens", progress.tokens)
+                .float("tokens_per_s", window_tokens as f64 / seconds)
+                .float("step_s", seconds / steps)
+                .float("elapsed_s", progress.elapsed_s)
+                .count("peak_bytes", peak as u64)
+                .count("skipped_steps", guard.skipped_steps);
+            if saver.failed_saves() > 0 {
+                record = record.count("failed_saves", saver.failed_saves());
+            }
+            log.log(&record);
+            (window, window_tokens) = (Instant::now(), 0);
+        }
+        fatal?;
+
+        if let Some(valid) = &inputs.valid
+            && (step.is_multiple_of(c.valid.every as u64) || step == inputs.steps)
+        {
+            let loss = validate(c, &mut model, valid, world)?;
+            log.log(&Record::new("valid", step).float32("loss", loss as f32).float("perplexity", loss.exp()));
+            window = Instant::now();
+            window_tokens = 0;
+        }
+
+        // Ranks decide together: a signal that reached one of them stops all.
+        let signal = world.group.combine(&[signals.received()], ReduceOp::Max)?[0];
+        saver.poll(world)?;
+        let last = step == inputs.steps || signal > 0.0;
+        if step.is_multiple_of(c.checkpoint.every as u64) || last {
+            saver.begin(step, &inputs.shape, &model.params, &optimizer, to_json(&progress)?, world)?;
+            saved_step = step;
+        }
+        if signal > 0.0 && step < inputs.steps {
+            saver.finish(world)?;
+            return Err(Signals::stopped(signal, step));
+        }
+    }
+    saver.finish(world)?;
+    debug_assert_eq!(saved_step, inputs.steps);
+    checkpoint::export(
+        &dir.join("model"),
+        &inputs.shape,
+        &model.params,
+        compute_kind(c.precision.compute),
+        &inputs.tokenizer,
+        world,
+    )?;
+    drop(log);
+    info!("the trained model is in {}", dir.join("model").display());
+    Ok(())
+}
+
+fn to_json(progress: &Progress) -> Result<serde_json::Value> {
+    serde_json::to_value(progress).map_err(|e| Error::failed(e.to_string()))
+}
+
+/// The samples of the step that begins at global sample `first` are divided among the ranks in order, then into
+/// micro-batches in order.
+fn this_ranks_batches(c: &Pretrain, data: &Loader, first: u64, world: &World) -> Result<Vec<MicroBatch>> {
+    let (rows, micro) = (c.train.batch_size / world.world_size, c.micro_batch_size(world.world_size));
+    let first = first + (world.rank * rows) as u64;
+    (0..rows / micro)
+        .map(|i| {
+            let batch = data.batch(first + (i * micro) as u64, micro as usize)?;
+            Ok(MicroBatch::from_rows(&batch.input_ids, &batch.labels, batch.columns as i64))
+        })
+        .collect()
+}
+
+/// Mean loss over the first `valid.batches` batches of the validation data (or all of it), in nats a token.
+fn validate(c: &Pretrain, model: &mut Llama, data: &Loader, world: &World) -> Result<f64> {
+    let micro = c.micro_batch_size(world.world_size) as u64;
+    let windows = data.num_windows().min((c.valid.batches * c.train.batch_size) as u64);
+    let (ranks, rank) = (world.world_size as u64, world.rank as u64);
+    let rounds = windows.div_ceil(micro * ranks);
+    let batches = (0..rounds).map(|round| {
+        // Every rank runs as many forwards, since they gather weights together: beyond the end, on rows without labels.
+        let first = (round * ranks + rank) * micro;
+        let rows = windows.saturating_sub(first).min(micro);
+        let mut batch = data.batch(if rows == 0 { 0 } else { first }, rows.max(1) as usize)?;
+        if rows == 0 {
+            batch.labels.fill(-100);
+        }
+        Ok(MicroBatch::from_rows(&batch.input_ids, &batch.labels, batch.columns as i64))
+    });
+    Ok(step::evaluate(model, world, batches)?.0)
+}
+
+fn announce(c: &Pretrain, inputs: &Inputs, model: &Llama, world: &World) {
+    let mode = match c.parallel.mode {
+        _ if world.world_size == 1 => "one rank",
+        Mode::Full => "parameters, gradients and optimizer sharded over all ranks",
+        Mode::Replicate => "replicated on every rank",
+    };
+    info!(
+        "model: {:.2}M parameters, {} blocks, {:?} compute; {} rank(s), {mode}",
+        inputs.shape.num_parameters() as f64 / 1e6,
+        inputs.shape.num_hidden_layers,
+        model.params.compute(),
+        world.world_size,
+    );
+    info!(
+        "data: {} tokens to train on, {} steps of {} x {} tokens, {:.2} epochs",
+        inputs.train.num_tokens(),
+        inputs.steps,
+        c.train.batch_size,
+        c.data.sequence_length,
+        inputs.steps as f64 * c.train.batch_size as f64 / inputs.train.num_windows() as f64,
+    );
+}

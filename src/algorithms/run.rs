@@ -1,0 +1,157 @@
+//! What every training run does around its algorithm: the run's folder, where to resume, signals.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use kernels::c10d::ReduceOp;
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::checkpoint;
+use crate::distributed::world::World;
+use crate::error::{Context, Error, Kind, Result};
+use crate::info;
+
+/// `--resume`: from where a run goes on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Resume {
+    /// From the newest checkpoint of the run's folder, if there is one.
+    Auto,
+    /// From this checkpoint.
+    From(PathBuf),
+    /// Not at all: a new run.
+    Never,
+}
+
+impl std::str::FromStr for Resume {
+    type Err = std::convert::Infallible;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        Ok(match s {
+            "auto" => Resume::Auto,
+            "never" => Resume::Never,
+            path => Resume::From(path.into()),
+        })
+    }
+}
+
+/// Where the run's folder says to start. Touches nothing: ranks may call it at different times.
+///
+/// # Errors
+/// The folder holds another run; the checkpoint that was named is not complete.
+pub fn starting_point(
+    dir: &Path,
+    resolved: &str,
+    resume: &Resume,
+    overwrite: bool,
+) -> Result<Option<checkpoint::Complete>> {
+    let config = dir.join("config.yaml");
+    let holds_run = config.exists() || dir.join("metrics.jsonl").exists();
+    match resume {
+        Resume::From(path) => return checkpoint::open(path).map(Some),
+        Resume::Never if holds_run && !overwrite => {
+            return Err(Error::config(format!(
+                "{} already holds a run; choose another output_dir, go on with --resume auto, or remove what is there \
+                 with --resume never --overwrite",
+                dir.display()
+            )));
+        }
+        Resume::Never => return Ok(None),
+        Resume::Auto => {}
+    }
+    if config.exists() {
+        let text = std::fs::read_to_string(&config).data_error(config.display())?;
+        if text != resolved {
+            return Err(Error::config(format!(
+                "{} holds a run with another configuration ({}); choose another output_dir, or replace that run with \
+                 --resume never --overwrite",
+                dir.display(),
+                first_difference(&text, resolved)
+            )));
+        }
+    }
+    checkpoint::latest(dir)
+}
+
+fn first_difference(there: &str, here: &str) -> String {
+    let (mut a, mut b) = (there.lines(), here.lines());
+    loop {
+        match (a.next(), b.next()) {
+            (Some(x), Some(y)) if x == y => {}
+            (None, None) => return "they differ in line ends".into(),
+            (x, y) => {
+                let line = |l: Option<&str>| l.map_or("nothing".to_string(), |l| format!("'{}'", l.trim()));
+                return format!("there {}, here {}", line(x), line(y));
+            }
+        }
+    }
+}
+
+/// Makes the run's folder (rank 0) and writes the resolved configuration. With `fresh`, what an earlier run left there is
+/// removed first. All ranks return when it is done.
+pub fn prepare_folder(dir: &Path, resolved: &str, fresh: bool, world: &World) -> Result<()> {
+    let make = || -> Result<()> {
+        if fresh {
+            for old in ["checkpoints", "model"] {
+                let path = dir.join(old);
+                if path.exists() {
+                    std::fs::remove_dir_all(&path).context(format!("cannot remove {}", path.display()))?;
+                }
+            }
+        }
+        std::fs::create_dir_all(dir).context(format!("cannot make the folder {}", dir.display()))?;
+        let (temporary, path) = (dir.join(".config.yaml.tmp"), dir.join("config.yaml"));
+        std::fs::write(&temporary, resolved)
+            .and_then(|()| std::fs::rename(&temporary, &path))
+            .context(format!("cannot write {}", path.display()))
+    };
+    let done = if world.rank == 0 { make() } else { Ok(()) };
+    together(world, done)
+}
+
+/// Ends all ranks with an error if one of them has one: those without say which rank it was.
+pub fn together(world: &World, result: Result<()>) -> Result<()> {
+    let failed = if result.is_err() { world.rank as f64 } else { f64::INFINITY };
+    let first = world.group.combine(&[failed], ReduceOp::Min)?[0];
+    match result {
+        Err(e) => Err(e),
+        Ok(()) if first.is_finite() => Err(Error::failed(format!("rank {first} failed (see its message)"))),
+        Ok(()) => Ok(()),
+    }
+}
+
+/// SIGINT and SIGTERM, asked for by the launcher, the site or the user: the step is finished and a checkpoint written.
+pub struct Signals {
+    received: Arc<AtomicUsize>,
+}
+
+impl Signals {
+    /// A second SIGINT ends the process at once; a second SIGTERM does not, since sites send it to every process of a
+    /// job besides the launcher's.
+    pub fn watch() -> Result<Signals> {
+        let received = Arc::new(AtomicUsize::new(0));
+        let again = Arc::new(AtomicBool::new(false));
+        let register = || -> std::io::Result<()> {
+            signal_hook::flag::register_conditional_shutdown(SIGINT, 128 + SIGINT, again.clone())?;
+            signal_hook::flag::register(SIGINT, again.clone())?;
+            for signal in [SIGINT, SIGTERM] {
+                signal_hook::flag::register_usize(signal, received.clone(), signal as usize)?;
+            }
+            Ok(())
+        };
+        register().context("cannot watch for signals")?;
+        Ok(Signals { received })
+    }
+
+    /// The signal that this process has received, 0 if none.
+    pub fn received(&self) -> f64 {
+        self.received.load(Ordering::Relaxed) as f64
+    }
+
+    /// The end of a run that a signal stopped after its checkpoint was written.
+    pub fn stopped(signal: f64, step: u64) -> Error {
+        let name = if signal as i32 == SIGINT { "SIGINT" } else { "SIGTERM" };
+        info!("stopped by {name} after step {step}; the same command goes on from its checkpoint");
+        Error { kind: Kind::Stopped(signal as i32), message: format!("stopped by {name}") }
+    }
+}

@@ -1,0 +1,175 @@
+//! The training step that all algorithms share: micro-batches in, one update out.
+
+use kernels::c10d::ReduceOp;
+use kernels::ops;
+use tch::{Kind, Tensor};
+
+use crate::distributed::world::World;
+use crate::error::{Error, Result};
+use crate::model::{Input, Llama, LmHead, Recompute};
+use crate::optim::AdamW;
+
+/// Some rows of a batch: what one forward and backward takes.
+pub struct MicroBatch {
+    pub input: Input,
+    /// The token that each position is to predict, int64 [N]; negative = left out of the loss.
+    pub labels: Tensor,
+}
+
+impl MicroBatch {
+    /// From rows of `columns` token ids and labels, one after the other.
+    pub fn from_rows(input_ids: &[i64], labels: &[i64], columns: i64) -> MicroBatch {
+        let ids = Tensor::from_slice(input_ids).view([-1, columns]);
+        MicroBatch { input: Input::new(ids), labels: Tensor::from_slice(labels) }
+    }
+
+    /// How many tokens have a label.
+    pub fn num_labels(&self) -> i64 {
+        self.labels.ge(0).sum(Kind::Int64).int64_value(&[])
+    }
+}
+
+/// Forward and backward of the mean cross-entropy over `count` labelled tokens (of all ranks and micro-batches). Leaves
+/// the gradients in the parameters' slices; returns this rank's sum of the losses of its tokens, in nats.
+pub fn accumulate_gradients(
+    model: &mut Llama,
+    micro_batches: &[MicroBatch],
+    count: f64,
+    recompute: Recompute,
+) -> Result<f64> {
+    let mut loss_sum = 0.0;
+    for (i, batch) in micro_batches.iter().enumerate() {
+        let last = i + 1 == micro_batches.len();
+        let (hidden, tape) = model.forward(&batch.input, recompute)?;
+        let kind = ops::accumulator(hidden.kind());
+        let labels = batch.labels.to_device(hidden.device());
+        let coef = Tensor::full([labels.size()[0]], -1.0 / count, (kind, hidden.device()));
+        let (logprobs, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coef, last)?;
+        drop(hidden);
+        model.backward(dhidden, tape, last)?;
+        loss_sum -= logprobs.sum(Kind::Double).double_value(&[]);
+    }
+    model.params.finish_step_gradients()?;
+    Ok(loss_sum)
+}
+
+/// What an update did.
+pub struct Update {
+    /// Mean loss over all labelled tokens of all ranks, before the update, in nats.
+    pub loss: f64,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// The update was left out, by all ranks together, because the loss or the gradient was not finite.
+    pub skipped: bool,
+}
+
+/// Clips and applies the gradients of the step, or forgets them if they are not finite.
+pub fn apply_gradients(
+    model: &mut Llama,
+    optimizer: &mut AdamW,
+    world: &World,
+    loss_sum: f64,
+    count: f64,
+    lr: f64,
+    clip: f64,
+) -> Result<Update> {
+    let loss = world.group.combine(&[loss_sum], ReduceOp::Sum)?[0] / count;
+    let grad_norm = AdamW::grad_norm(&model.params)?;
+    // Equal on all ranks, since both are sums over all of them.
+    let skipped = !(loss.is_finite() && grad_norm.is_finite());
+    if skipped {
+        model.params.clear_gradients();
+    } else {
+        optimizer.update(&mut model.params, lr, AdamW::clip_scale(grad_norm, clip))?;
+    }
+    Ok(Update { loss, grad_norm, skipped })
+}
+
+/// Counts skipped steps, and stops a run that only skips.
+#[derive(Debug, Default)]
+pub struct SkipGuard {
+    pub skipped_steps: u64,
+    in_a_row: u64,
+    last_finite: Option<(u64, f64, f64)>,
+}
+
+impl SkipGuard {
+    /// Skipped steps in a row that end the run.
+    const MAX_IN_A_ROW: u64 = 3;
+
+    pub fn new(skipped_steps: u64) -> SkipGuard {
+        SkipGuard { skipped_steps, ..SkipGuard::default() }
+    }
+
+    /// # Errors
+    /// The third skipped step in a row.
+    pub fn note(&mut self, step: u64, update: &Update) -> Result<()> {
+        if !update.skipped {
+            self.in_a_row = 0;
+            self.last_finite = Some((step, update.loss, update.grad_norm));
+            return Ok(());
+        }
+        self.skipped_steps += 1;
+        self.in_a_row += 1;
+        if self.in_a_row < Self::MAX_IN_A_ROW {
+            return Ok(());
+        }
+        let last = match self.last_finite {
+            Some((step, loss, norm)) => {
+                format!("last finite: step {step} with loss {loss} and gradient norm {norm}")
+            }
+            None => "no step of this process was finite".to_string(),
+        };
+        Err(Error::failed(format!(
+            "the loss or the gradient was not finite in {} steps in a row, up to step {step} (loss {}, gradient norm \
+             {}); {last}. Try a lower learning rate, a longer warm-up or float32, and look at the data around there",
+            Self::MAX_IN_A_ROW,
+            update.loss,
+            update.grad_norm
+        )))
+    }
+}
+
+/// Mean loss in nats over the labelled tokens of this rank's `micro_batches` and all other ranks', and their count. All
+/// ranks must give equally many micro-batches.
+pub fn evaluate(
+    model: &mut Llama,
+    world: &World,
+    micro_batches: impl Iterator<Item = Result<MicroBatch>>,
+) -> Result<(f64, f64)> {
+    let (mut loss_sum, mut count) = (0.0, 0.0);
+    for batch in micro_batches {
+        let batch = batch?;
+        let hidden = model.hidden(&batch.input)?;
+        let labels = batch.labels.to_device(hidden.device());
+        let (sum, n) = LmHead::loss_sum(model, &hidden, &labels)?;
+        loss_sum += sum;
+        count += n as f64;
+    }
+    let total = world.group.combine(&[loss_sum, count], ReduceOp::Sum)?;
+    Ok((total[0] / total[1], total[1]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn update(loss: f64) -> Update {
+        Update { loss, grad_norm: loss, skipped: !loss.is_finite() }
+    }
+
+    #[test]
+    fn three_steps_in_a_row_that_are_not_finite_end_the_run() {
+        let mut guard = SkipGuard::new(4);
+        guard.note(1, &update(2.5)).unwrap();
+        guard.note(2, &update(f64::NAN)).unwrap();
+        guard.note(3, &update(f64::INFINITY)).unwrap();
+        guard.note(4, &update(2.25)).unwrap();
+        guard.note(5, &update(f64::NAN)).unwrap();
+        guard.note(6, &update(f64::NAN)).unwrap();
+        let e = guard.note(7, &update(f64::NAN)).unwrap_err();
+        assert!(e.message.contains("up to step 7") && e.message.contains("step 4 with loss 2.25"), "{e}");
+        assert_eq!(guard.skipped_steps, 9);
+        assert_eq!(e.exit_code(), 1);
+    }
+}

@@ -1,0 +1,58 @@
+//! `corral pretrain`
+
+use std::path::PathBuf;
+
+use crate::algorithms::pretrain::{Inputs, pretrain};
+use crate::algorithms::run::Resume;
+use crate::commands::Global;
+use crate::config::pretrain::Pretrain;
+use crate::config::{self, Loaded};
+use crate::distributed::world::{self, World};
+use crate::error::{Error, Result};
+use crate::info;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Where to go on from: auto (the newest checkpoint of the run's folder), a checkpoint's folder, or never
+    #[arg(long, default_value = "auto", value_name = "auto|DIR|never")]
+    pub resume: Resume,
+    /// With --resume never: replace the run that the folder holds
+    #[arg(long)]
+    pub overwrite: bool,
+}
+
+/// A configuration and what overrides it.
+#[derive(Debug, clap::Args)]
+pub struct ConfigArgs {
+    /// The recipe [default: configs/SUBCOMMAND/default.yaml, compiled in]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Overrides, such as optim.lr=3e-4
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+impl ConfigArgs {
+    pub fn load(&self) -> Result<Loaded<Pretrain>> {
+        let loaded = config::load::<Pretrain>(self.config.as_deref(), "pretrain", &self.overrides)?;
+        if loaded.compiled_in {
+            info!("no --config given: taking the built-in recipe {}", loaded.source);
+        }
+        Ok(loaded)
+    }
+}
+
+pub fn run(args: Args, global: &Global) -> Result<()> {
+    if args.overwrite && args.resume != Resume::Never {
+        return Err(Error::config("--overwrite goes with --resume never"));
+    }
+    let loaded = args.config.load()?;
+    let environment = world::Environment::read()?;
+    loaded.validate(environment.world_size)?;
+    let inputs = Inputs::open(&loaded.config)?;
+    let world = World::join(&environment, global.device.as_deref())?;
+    world::announce(&world)?;
+    pretrain(&loaded, inputs, &world, &args.resume, args.overwrite)
+}

@@ -1,0 +1,218 @@
+//! The world: all ranks of a run, this process's place among them, its device, and the group of all.
+
+use super::environment::Place;
+use crate::{Context, Error, Result};
+use kernels::c10d::{Backend, Group, ReduceOp, Store};
+use kernels::cuda;
+use kernels::watch::Watch;
+use std::collections::BTreeMap;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+use tch::Device;
+
+/// `--device`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceChoice {
+    Cpu,
+    /// The GPU of the local rank.
+    Cuda,
+    /// This GPU; for a world of one.
+    CudaIndex(usize),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        match (s, s.strip_prefix("cuda:").map(str::parse)) {
+            ("cpu", _) => Ok(DeviceChoice::Cpu),
+            ("cuda", _) => Ok(DeviceChoice::Cuda),
+            (_, Some(Ok(index))) => Ok(DeviceChoice::CudaIndex(index)),
+            _ => Err(Error::config(format!("device {s:?}: it must be cpu, cuda or cuda:N"))),
+        }
+    }
+}
+
+/// `launch --backend`, which a rank gets as CORRAL_BACKEND.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BackendChoice {
+    /// NCCL if every rank has a GPU of its own, Gloo otherwise.
+    Auto,
+    Gloo,
+    Nccl,
+}
+
+impl FromStr for BackendChoice {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "auto" => Ok(BackendChoice::Auto),
+            "gloo" => Ok(BackendChoice::Gloo),
+            "nccl" => Ok(BackendChoice::Nccl),
+            "mpi" => Err(Error::config("backend mpi is not built yet: use nccl, gloo or auto")),
+            _ => Err(Error::config(format!("backend {s:?}: it must be auto, nccl or gloo"))),
+        }
+    }
+}
+
+impl BackendChoice {
+    /// CORRAL_BACKEND, else `Auto`.
+    pub fn from_env() -> Result<BackendChoice> {
+        match std::env::var("CORRAL_BACKEND") {
+            Ok(text) if !text.is_empty() => text.parse().context("CORRAL_BACKEND"),
+            _ => Ok(BackendChoice::Auto),
+        }
+    }
+}
+
+/// All ranks of a run, seen from one of them.
+pub struct World {
+    pub rank: i64,
+    pub world_size: i64,
+    /// Among the ranks of this host.
+    pub local_rank: i64,
+    pub local_world_size: i64,
+    /// Where this rank computes.
+    pub device: Device,
+    /// All ranks.
+    pub group: Group,
+    /// Which backend was chosen, and why: one line to print.
+    pub choice: String,
+    backend: Backend,
+    timeout: Duration,
+    watch: Option<Arc<Watch>>,
+}
+
+impl World {
+    /// Joins the world that the launcher's environment describes; without one, a world of one rank.
+    /// `timeout` limits the meeting of the ranks and every collective.
+    ///
+    /// Errors: exit code 2 if the environment, the device or the backend cannot be; else which address or rank fails.
+    pub fn from_env(backend: BackendChoice, device: DeviceChoice, timeout: Duration) -> Result<World> {
+        World::join(Place::from_env()?, backend, device, timeout)
+    }
+
+    /// A world of one rank, whatever the environment says; nothing communicates.
+    pub fn solo(device: DeviceChoice) -> Result<World> {
+        World::join(None, BackendChoice::Auto, device, Duration::from_secs(1))
+    }
+
+    fn join(
+        place: Option<Place>,
+        backend: BackendChoice,
+        device: DeviceChoice,
+        timeout: Duration,
+    ) -> Result<World> {
+        let world_size = place.as_ref().map_or(1, |p| p.world_size);
+        let (rank, local_rank, local_world_size) =
+            place.as_ref().map_or((0, 0, 1), |p| (p.rank, p.local_rank, p.local_world_size));
+        if let (DeviceChoice::CudaIndex(n), 2..) = (device, world_size) {
+            return Err(Error::config(format!(
+                "device cuda:{n} is for a single rank, and there are {world_size}: use --device cuda, which gives every \
+                 local rank a GPU"
+            )));
+        }
+        if (backend, device) == (BackendChoice::Nccl, DeviceChoice::Cpu) {
+            return Err(Error::config("backend nccl needs GPUs: use --device cuda, or --backend gloo"));
+        }
+        let device = open_device(device, local_rank)?;
+        let mut world = World {
+            rank,
+            world_size,
+            local_rank,
+            local_world_size,
+            device,
+            group: Group::solo(),
+            choice: "communication: none (one rank)".into(),
+            backend: Backend::Gloo,
+            timeout,
+            watch: None,
+        };
+        let Some(place) = place.filter(|p| p.world_size > 1 || backend == BackendChoice::Nccl) else {
+            return Ok(world);
+        };
+
+        let serves = place.rank == 0 && !place.store_is_served;
+        let store = Store::tcp(&place.host, place.port, serves, timeout)?
+            .prefix(&format!("corral/{}", place.attempt))?;
+        let watch = Watch::start(store, rank, world_size, serves)?;
+        let (chosen, why) = choose_backend(&watch, backend, device, timeout)?;
+        let ranks: Vec<i64> = (0..world_size).collect();
+        world.group = Group::new(&watch, chosen, "world", &ranks, timeout, device)?;
+        world.backend = chosen;
+        world.choice = format!("communication: {} ({why})", chosen.name());
+        world.watch = Some(watch);
+        Ok(world)
+    }
+
+    /// The group `name` (unique in the run) of these world ranks, which all of them and only they must ask for. A group of
+    /// this rank alone needs no communication.
+    pub fn new_group(&self, name: &str, ranks: &[i64]) -> Result<Group> {
+        match &self.watch {
+            Some(watch) if ranks.len() > 1 => {
+                Ok(Group::new(watch, self.backend, name, ranks, self.timeout, self.device)?)
+            }
+            _ if ranks == [self.rank] => Ok(Group::solo()),
+            _ => Err(Error::failed(format!(
+                "group `{name}`: {ranks:?} does not fit rank {} of a world of {}",
+                self.rank, self.world_size
+            ))),
+        }
+    }
+
+    /// Whether `flag` is set on any rank: for decisions that all must take together.
+    pub fn any(&self, flag: bool) -> Result<bool> {
+        Ok(self.group.combine(&[f64::from(u8::from(flag))], ReduceOp::Max)?[0] > 0.0)
+    }
+}
+
+/// Local rank r computes on GPU r (modulo their number: a launcher may show each rank its own GPU only, and ranks may
+/// share one).
+fn open_device(choice: DeviceChoice, local_rank: i64) -> Result<Device> {
+    let want = match choice {
+        DeviceChoice::Cpu => return Ok(Device::Cpu),
+        DeviceChoice::Cuda => None,
+        DeviceChoice::CudaIndex(n) => Some(n),
+    };
+    let cuda = cuda::load().config_error("--device cuda")?;
+    let count = cuda.device_count().config_error("--device cuda: no usable GPU")?;
+    let index = want.unwrap_or(local_rank as usize % count);
+    if index >= count {
+        return Err(Error::config(format!("--device cuda:{index}: there are {count} GPUs, counted from 0")));
+    }
+    cuda.set_device(index)?;
+    Ok(Device::Cuda(index))
+}
+
+/// All ranks choose alike: on GPUs each tells the others which one it has.
+fn choose_backend(
+    watch: &Watch,
+    choice: BackendChoice,
+    device: Device,
+    timeout: Duration,
+) -> Result<(Backend, String)> {
+    let Device::Cuda(index) = device else { return Ok((Backend::Gloo, "ranks on CPU".into())) };
+    if choice == BackendChoice::Gloo {
+        return Ok((Backend::Gloo, "as asked; tensors on GPUs are copied through the host".into()));
+    }
+    let store = watch.store();
+    store.set(&format!("gpu/{}", watch.rank()), &cuda::load()?.device_info(index)?.uuid)?;
+    let mut owners: BTreeMap<Vec<u8>, i64> = BTreeMap::new();
+    for rank in 0..watch.world_size() {
+        let uuid = store
+            .get_within(&format!("gpu/{rank}"), timeout)
+            .map_err(|e| e.context(format!("rank {rank} did not join within {timeout:?}")))?;
+        if let Some(other) = owners.insert(uuid, rank) {
+            let shared = format!("ranks {other} and {rank} share a GPU");
+            if choice == BackendChoice::Nccl {
+                return Err(Error::config(format!(
+                    "backend nccl needs a GPU for every rank, but {shared}: start fewer ranks, or use --backend gloo"
+                )));
+            }
+            return Ok((Backend::Gloo, format!("{shared}; NCCL needs one for every rank")));
+        }
+    }
+    Ok((Backend::Nccl, "every rank has a GPU of its own".into()))
+}

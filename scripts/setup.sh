@@ -39,7 +39,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 mkdir -p "$partial/tmp"
 # torch's wheel is for CPython 3.11, named explicitly, so that any Python can unpack it; the C++ libraries are the same
-# in all of torch's wheels. Wheels state the oldest platform they run on, and pip wants each such name listed.
+# in all of torch's wheels (--ignore-requires-python: they are not imported here). Wheels state the oldest platform they run on, and pip wants each such name listed.
 platforms=
 for p in 2_28 2_27 2_25 2_18 2_17 2014 2_12 2010 2_5 1; do
     case $p in
@@ -52,7 +52,7 @@ quiet=--quiet
 # shellcheck disable=SC2086 # lists of options
 PIP_ROOT_USER_ACTION=ignore TMPDIR=$PWD/$partial/tmp "$PYTHON" -m pip install $quiet --disable-pip-version-check \
     --target "$partial/tree" --no-compile --no-deps --require-hashes --only-binary=:all: \
-    --implementation cp --python-version 3.11 --abi cp311 --abi none $platforms -r scripts/libtorch.txt || {
+    --ignore-requires-python --implementation cp --python-version 3.11 --abi cp311 --abi none $platforms -r scripts/libtorch.txt || {
     echo "libtorch could not be fetched; pip's message is above. Try again, or set LIBTORCH to a copy of 2.11.0" >&2
     exit 1
 }

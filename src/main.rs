@@ -20,24 +20,6 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Train tokenizers
-    #[command(subcommand)]
-    Tokenizer(commands::tokenizer::Command),
-    /// Turn text into token shards
-    Tokenize(commands::tokenize::Args),
-    /// Make the built-in data
-    #[command(subcommand)]
-    Data(commands::data::Command),
-    /// Train a model to predict the next token
-    Pretrain(commands::pretrain::Args),
-    /// Continue prompts
-    Generate(commands::generate::Args),
-    /// Log-probabilities of texts
-    Score(commands::score::Args),
-    /// Measure a model
-    Eval(commands::eval::Args),
-    /// Refuse what can be refused without a device, and show the resolved configuration
-    Check(commands::check::Args),
     /// Measure speed; one JSON object a measurement
     #[command(subcommand)]
     Bench(commands::bench::Command),
@@ -65,14 +47,6 @@ fn run(cli: Cli) -> Result<()> {
     let global = &cli.global;
     global.set_up()?;
     match cli.command {
-        Command::Tokenizer(command) => commands::tokenizer::run(command),
-        Command::Tokenize(args) => commands::tokenize::run(args),
-        Command::Data(command) => commands::data::run(command),
-        Command::Pretrain(args) => commands::pretrain::run(args, global),
-        Command::Generate(args) => commands::generate::run(args, global.single_device()?),
-        Command::Score(args) => commands::score::run(args, global.single_device()?),
-        Command::Eval(args) => commands::eval::run(args, global.single_device()?),
-        Command::Check(args) => commands::check::run(args, global),
         Command::Bench(command) => commands::bench::run(command, global),
     }
 }

@@ -4,12 +4,16 @@
 #define USE_C10D_GLOO
 #include "guard.h"
 
+#include <c10/util/Logging.h>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include <dlfcn.h>
+#include <link.h>
+
+C10_DECLARE_int(caffe2_log_level);
 
 using corral::guarded;
 using std::chrono::milliseconds;
@@ -34,21 +38,22 @@ extern "C" {
 
 void corral_free(void* p) { std::free(p); }
 
-// Where libtorch_cpu.so was loaded from.
+// The path that libc10.so, and so libtorch, was loaded from.
 char* corral_libtorch_path(char** out) {
   return guarded([&] {
-    // A data symbol of libtorch_cpu: its address through the GOT is the library's own, unlike a function's, which may
-    // be a stub in this binary.
-    Dl_info info;
-    const void* symbol = dlsym(RTLD_DEFAULT, "_ZTIN4c10d8TCPStoreE");
-    TORCH_CHECK(symbol && dladdr(symbol, &info) && info.dli_fname, "cannot tell where libtorch was loaded from");
-    *out = strdup(info.dli_fname);
+    void* handle = dlopen("libc10.so", RTLD_LAZY | RTLD_NOLOAD);
+    link_map* map = nullptr;
+    TORCH_CHECK(handle && dlinfo(handle, RTLD_DI_LINKMAP, &map) == 0, "cannot tell where libtorch was loaded from");
+    *out = strdup(map->l_name);
+    dlclose(handle);
   });
 }
 
 // With `listen_fd` >= 0 this process serves the store on that bound socket (and owns it from now on).
 char* corral_store_tcp(const char* host, uint16_t port, int listen_fd, int64_t timeout_ms, StorePtr** out) {
   return guarded([&] {
+    // c10d warns, with a backtrace, whenever a peer closes a connection: what matters of that is in our errors.
+    if (!std::getenv("TORCH_CPP_LOG_LEVEL")) FLAGS_caffe2_log_level = 2;
     c10d::TCPStoreOptions options;
     options.port = port;
     options.isServer = listen_fd >= 0;

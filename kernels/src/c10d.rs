@@ -8,6 +8,7 @@ pub use crate::store::Store;
 use crate::store::{StorePtr, millis};
 use crate::watch::{Call, Poll, Watch};
 use std::ffi::{c_char, c_int};
+use std::fmt;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -98,6 +99,19 @@ pub enum ReduceOp {
 /// Ranks that communicate. All members call the same collectives in the same order. Cheap to clone.
 #[derive(Clone)]
 pub struct Group(Arc<Inner>);
+
+impl fmt::Debug for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "group `{}`: rank {} of {} ({})",
+            self.name(),
+            self.rank(),
+            self.size(),
+            self.backend_name()
+        )
+    }
+}
 
 struct Inner {
     name: String,
@@ -257,8 +271,7 @@ impl Group {
     pub fn all_gather(&self, out: &Tensor, input: &Tensor) -> Result<Work> {
         self.split("all-gather", out, input, out.numel(), input.numel())?;
         let Some(link) = &self.0.link else { return copied(out, input) };
-        let staged = Staged::new(link, out, None)?;
-        let input = staged.input(input);
+        let (staged, input) = Staged::flat(link, out, input)?;
         self.issue(link, "all-gather", &[&staged.out, &input], |b, w| unsafe {
             corral_all_gather(b, staged.out.as_ptr(), input.as_ptr(), w)
         })
@@ -271,8 +284,7 @@ impl Group {
         self.split("reduce-scatter", out, input, input.numel(), out.numel())?;
         averages("reduce-scatter", out, op)?;
         let Some(link) = &self.0.link else { return copied(out, input) };
-        let staged = Staged::new(link, out, None)?;
-        let input = staged.input(input);
+        let (staged, input) = Staged::flat(link, out, input)?;
         let raw_op = link.reduce_op(op);
         self.issue(link, "reduce-scatter", &[&staged.out, &input], |b, w| unsafe {
             corral_reduce_scatter(b, staged.out.as_ptr(), input.as_ptr(), raw_op, w)
@@ -473,6 +485,13 @@ impl Staged {
             None => Tensor::f_empty(out.size(), (out.kind(), Device::Cpu))?,
         };
         Ok(Staged { out: host, target: Some(out.shallow_clone()) })
+    }
+
+    /// Shapes do not matter to the collective, but Gloo looks at them.
+    fn flat(link: &Link, out: &Tensor, input: &Tensor) -> Result<(Staged, Tensor)> {
+        let staged = Staged::new(link, &out.f_view([-1])?, None)?;
+        let input = staged.input(&input.f_view([-1])?);
+        Ok((staged, input))
     }
 
     fn input(&self, input: &Tensor) -> Tensor {

@@ -5,6 +5,7 @@ pub mod composed;
 pub mod cuda;
 pub mod error;
 pub mod host;
+pub mod mmap;
 pub mod nvrtc;
 pub mod ops;
 mod store;

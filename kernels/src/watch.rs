@@ -133,7 +133,7 @@ impl Watch {
             return Err(Error::new(format!("the group `{name}` was made before in this run")));
         }
         let (shared, name, ranks) = (self.shared.clone(), name.to_string(), ranks.to_vec());
-        let limit = timeout.saturating_add(Duration::from_secs(5));
+        let limit = timeout.saturating_add(20 * BEAT);
         bounded(limit, move || {
             let store = shared.store.reconnect()?;
             let (all, me) = (format!("join/{name}/all"), format!("join/{name}/{}", shared.rank));
@@ -145,14 +145,18 @@ impl Watch {
             while store.get_within(&all, Duration::from_secs(1).min(timeout)).is_err() {
                 // The store itself may be what failed: these calls say so.
                 let mut missing = Vec::new();
-                let mut left = false;
-                for r in &ranks {
+                let mut hopeless = store.check("failed")?;
+                for &r in &ranks {
                     if !store.check(&format!("join/{name}/{r}"))? {
-                        missing.push(format!("rank {r}"));
-                        left |= store.check(&format!("left/{r}"))? || store.check(&format!("err/{r}"))?;
+                        missing.push(r);
+                        hopeless |= store.check(&format!("left/{r}"))?;
                     }
                 }
-                if left || Instant::now() >= deadline {
+                if hopeless || Instant::now() >= deadline {
+                    let call = Call { group: name.clone(), ranks: ranks.clone(), seq: 0, op: "set-up" };
+                    let seen = missing.iter().map(|&r| (r, String::new())).collect();
+                    shared.tell(&store, &call, &Seen { missing: seen, gave_up: Vec::new() })?;
+                    let missing: Vec<_> = missing.iter().map(|r| format!("rank {r}")).collect();
                     let missing =
                         if missing.is_empty() { "nobody, by now".into() } else { missing.join(", ") };
                     return Err(Error::new(format!(
@@ -289,22 +293,32 @@ impl Shared {
         lock(&self.in_flight).retain(|work| match (work.poll)() {
             Poll::Done => false,
             Poll::Failed(cause) => {
-                failed.get_or_insert((work.call.clone(), cause));
+                failed.get_or_insert((work.call.clone(), Some(cause), work.timeout));
                 true
             }
             Poll::Pending => {
-                // The diagnosis takes the rest of the time.
+                // The look at the other ranks takes the rest of the time.
                 if work.started.elapsed() + Watch::observation(work.timeout) >= work.timeout {
-                    let cause = format!("timed out after {:.0} s", work.timeout.as_secs_f64());
-                    failed.get_or_insert((work.call.clone(), cause));
+                    failed.get_or_insert((work.call.clone(), None, work.timeout));
                 }
                 true
             }
         });
-        if let Some((call, cause)) = failed {
-            eprintln!("error: {}", self.diagnose_failed(&call).finish(&cause));
-            crate::cuda::exit_now(1);
-        }
+        let Some((call, cause, timeout)) = failed else { return };
+        let error = match cause {
+            Some(cause) => self.diagnose_failed(&call).finish(&cause),
+            None => {
+                let diagnosis = self.diagnose(&call);
+                thread::sleep(Watch::observation(timeout));
+                let same = |w: &InFlight| w.call.group == call.group && w.call.seq == call.seq;
+                if lock(&self.in_flight).iter().any(|w| same(w) && matches!((w.poll)(), Poll::Done)) {
+                    return;
+                }
+                diagnosis.finish(&format!("timed out after {:.0} s", timeout.as_secs_f64()))
+            }
+        };
+        eprintln!("error: {error}");
+        crate::cuda::exit_now(1);
     }
 
     fn give_up(&self, store: &Store) -> Result<()> {
@@ -323,7 +337,7 @@ impl Shared {
             Ok(Some(String::from_utf8_lossy(&store.get_within(&key, BEAT)?).into_owned()))
         };
         let before = others().map(beat).collect::<Result<Vec<_>>>()?;
-        thread::sleep(4 * BEAT - BEAT / 2);
+        thread::sleep(3 * BEAT);
         let mut seen = Seen { missing: Vec::new(), gave_up: Vec::new() };
         for (r, before) in others().zip(before) {
             let now = beat(r)?;
@@ -390,6 +404,11 @@ impl Diagnosis {
     /// Waits for the result (2 s, a little more if the store is slow) and words the error.
     pub(crate) fn finish(self, cause: &str) -> Error {
         let Call { group, seq, op, ranks } = &self.call;
+        // Gloo begins with the place in its source.
+        let cause = match cause.split_once("] ") {
+            Some((place, rest)) if place.starts_with('[') && place.contains(".cc:") => rest,
+            _ => cause,
+        };
         let head = match seq {
             0 => format!("{op} of group `{group}` failed on rank {}: {cause}", self.shared.rank),
             _ => format!("{op} #{seq} of group `{group}` failed on rank {}: {cause}", self.shared.rank),
@@ -417,7 +436,7 @@ impl Diagnosis {
         let gave_up = list(seen.gave_up.iter().map(|r| format!("rank {r}")).collect());
         Error::new(match (seen.missing.is_empty(), seen.gave_up.is_empty()) {
             (false, _) => format!("{head}; missing: {missing}"),
-            (true, false) => format!("{head}; {gave_up} failed before: see the message of that rank"),
+            (true, false) => format!("{head}; {gave_up} failed as well: see the message there"),
             (true, true) => format!(
                 "{head}; all {} ranks are alive and called it: the network between them failed or is too slow",
                 ranks.len()

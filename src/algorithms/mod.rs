@@ -1,5 +1,3 @@
 //! One file an algorithm, and the few pieces they share.
 
-pub mod pretrain;
-pub mod run;
 pub mod step;

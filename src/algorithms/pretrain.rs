@@ -1,20 +1,22 @@
 //! Pretraining: next-token prediction on token shards, parameters sharded over the ranks.
 
+use std::path::Path;
 use std::time::Instant;
 
-use kernels::c10d::{Group, ReduceOp};
+use kernels::c10d::ReduceOp;
 use serde::{Deserialize, Serialize};
+use sha2::Digest;
 use tch::Kind;
 
 use crate::algorithms::run::{self, Resume, Signals};
 use crate::algorithms::step::{self, MicroBatch, SkipGuard};
-use crate::checkpoint;
+use crate::checkpoint::{Export, RunInfo, Saver, Weights, agree, export};
 use crate::config::Loaded;
 use crate::config::pretrain::{self as config, Compute, Mode, Pretrain};
 use crate::config::shape::Shape;
 use crate::data::loader::{Loader, Order, Source, State};
-use crate::data::tokenizer::Tokenizer;
-use crate::distributed::sharded::Sharded;
+use crate::data::tokenizer::{Tokenizer, hex};
+use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::info;
@@ -30,7 +32,7 @@ pub struct Inputs {
     pub shape: Shape,
     pub steps: u64,
     /// Weights to start from, where the model is not new.
-    pub weights: Option<checkpoint::Weights>,
+    pub weights: Option<Weights>,
 }
 
 impl Inputs {
@@ -42,7 +44,7 @@ impl Inputs {
         let length = c.data.sequence_length;
         let (shape, weights) = match &c.model {
             config::Model::Path(path) => {
-                let weights = checkpoint::Weights::open(path)?;
+                let weights = Weights::open(path)?;
                 (weights.shape().clone(), Some(weights))
             }
             config::Model::Preset(name) => {
@@ -111,14 +113,6 @@ fn recompute(c: &Pretrain) -> Recompute {
     }
 }
 
-/// Over which ranks slices lie, and which hold equal ones.
-pub fn shard_groups(mode: Mode, world: &World) -> (Group, Group) {
-    match mode {
-        Mode::Full => (world.group.clone(), Group::solo()),
-        Mode::Replicate => (Group::solo(), world.group.clone()),
-    }
-}
-
 /// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
 pub fn pretrain(
     loaded: &Loaded<Pretrain>,
@@ -130,12 +124,15 @@ pub fn pretrain(
     let c = &loaded.config;
     let dir = &c.output_dir;
     let resolved = loaded.resolved_yaml()?;
-    let found = run::starting_point(dir, &resolved, resume, overwrite);
-    let from = match found {
-        Ok(from) => run::together(world, Ok(())).map(|()| from)?,
-        Err(e) => return run::together(world, Err(e)),
-    };
+    agree(&world.group, run::check_folder(dir, &resolved, resume, overwrite))?;
     run::prepare_folder(dir, &resolved, *resume == Resume::Never, world)?;
+    let run_info = RunInfo {
+        shape: inputs.shape.clone(),
+        config_hash: hex(&sha2::Sha256::digest(resolved.as_bytes())),
+        tokenizer_dir: c.tokenizer_path().map(Path::to_path_buf),
+    };
+    let mut saver = Saver::new(dir, c.checkpoint.keep as usize, run_info, &world.group)?;
+    let from = agree(&world.group, run::find_checkpoint(dir, resume))?;
     let signals = Signals::watch()?;
 
     // The model on this rank, its optimizer, and where the run stands.
@@ -158,11 +155,11 @@ pub fn pretrain(
         elapsed_s: 0.0,
     };
     if let Some(from) = &from {
-        let state = from.load(&inputs.shape, &mut model.params, &mut optimizer)?;
+        let state = from.load(&mut model.params, &mut optimizer)?.state;
         progress = serde_json::from_value(state)
-            .map_err(|e| Error::data(format!("{}: its state cannot be read: {e}", from.path().display())))?;
+            .map_err(|e| Error::data(format!("{}: its state cannot be read: {e}", from.dir().display())))?;
         inputs.train.resume(&progress.data)?;
-        info!("resumed from {}", from.path().display());
+        info!("resumed from {}", from.dir().display());
     } else {
         match &inputs.weights {
             Some(weights) => weights.fill(&mut model.params)?,
@@ -183,11 +180,9 @@ pub fn pretrain(
         min_lr_ratio: c.schedule.min_lr_ratio,
     };
     let mut log = RunLog::create(dir, world.rank, from.as_ref().map(|_| progress.step), inputs.steps)?;
-    let mut saver = checkpoint::Saver::new(dir, c.checkpoint.keep as usize, world)?;
     let mut guard = SkipGuard::new(progress.skipped_steps);
     let (started, elapsed_before) = (Instant::now(), progress.elapsed_s);
     let (mut window, mut window_tokens) = (Instant::now(), 0u64);
-    let mut saved_step = from.as_ref().map_or(0, |_| progress.step);
 
     while progress.step < inputs.steps {
         let step = progress.step + 1;
@@ -209,7 +204,7 @@ pub fn pretrain(
         progress.skipped_steps = guard.skipped_steps;
 
         if step.is_multiple_of(c.log.every as u64) || step == inputs.steps || update.skipped {
-            let peak = world.group.combine(&[telemetry::peak_bytes_on(world.device)], ReduceOp::Max)?[0];
+            let peak = world.group.combine(&[world.peak_bytes()? as f64], ReduceOp::Max)?[0];
             let seconds = window.elapsed().as_secs_f64();
             let steps = window_tokens as f64 / (c.train.batch_size * c.data.sequence_length) as f64;
             let mut record = Record::new("train", step)
@@ -241,27 +236,23 @@ pub fn pretrain(
 
         // Ranks decide together: a signal that reached one of them stops all.
         let signal = world.group.combine(&[signals.received()], ReduceOp::Max)?[0];
-        saver.poll(world)?;
+        saver.poll()?;
         let last = step == inputs.steps || signal > 0.0;
         if step.is_multiple_of(c.checkpoint.every as u64) || last {
-            saver.begin(step, &inputs.shape, &model.params, &optimizer, to_json(&progress)?, world)?;
-            saved_step = step;
+            saver.begin(step, &model.params, &optimizer, to_json(&progress)?)?;
         }
         if signal > 0.0 && step < inputs.steps {
-            saver.finish(world)?;
+            saver.finish()?;
             return Err(Signals::stopped(signal, step));
         }
     }
-    saver.finish(world)?;
-    debug_assert_eq!(saved_step, inputs.steps);
-    checkpoint::export(
-        &dir.join("model"),
-        &inputs.shape,
-        &model.params,
-        compute_kind(c.precision.compute),
-        &inputs.tokenizer,
-        world,
-    )?;
+    saver.finish()?;
+    let how = Export {
+        dtype: compute_kind(c.precision.compute),
+        max_shard_size: 5_000_000_000,
+        tokenizer_dir: c.tokenizer_path(),
+    };
+    export(&dir.join("model"), &inputs.shape, &model.params, &how, &world.group)?;
     drop(log);
     info!("the trained model is in {}", dir.join("model").display());
     Ok(())

@@ -4,10 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use kernels::c10d::ReduceOp;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use crate::checkpoint;
+use crate::checkpoint::{self, Checkpoint, agree};
 use crate::distributed::world::World;
 use crate::error::{Context, Error, Kind, Result};
 use crate::info;
@@ -35,42 +34,40 @@ impl std::str::FromStr for Resume {
     }
 }
 
-/// Where the run's folder says to start. Touches nothing: ranks may call it at different times.
-///
-/// # Errors
-/// The folder holds another run; the checkpoint that was named is not complete.
-pub fn starting_point(
-    dir: &Path,
-    resolved: &str,
-    resume: &Resume,
-    overwrite: bool,
-) -> Result<Option<checkpoint::Complete>> {
+/// Refuses a folder that holds another run. Reads only: ranks may call it at different times.
+pub fn check_folder(dir: &Path, resolved: &str, resume: &Resume, overwrite: bool) -> Result<()> {
     let config = dir.join("config.yaml");
     let holds_run = config.exists() || dir.join("metrics.jsonl").exists();
     match resume {
-        Resume::From(path) => return checkpoint::open(path).map(Some),
-        Resume::Never if holds_run && !overwrite => {
-            return Err(Error::config(format!(
-                "{} already holds a run; choose another output_dir, go on with --resume auto, or remove what is there \
-                 with --resume never --overwrite",
-                dir.display()
-            )));
-        }
-        Resume::Never => return Ok(None),
-        Resume::Auto => {}
-    }
-    if config.exists() {
-        let text = std::fs::read_to_string(&config).data_error(config.display())?;
-        if text != resolved {
-            return Err(Error::config(format!(
+        Resume::Never if holds_run && !overwrite => Err(Error::config(format!(
+            "{} already holds a run; choose another output_dir, go on with --resume auto, or remove what is there \
+             with --resume never --overwrite",
+            dir.display()
+        ))),
+        Resume::Never => Ok(()),
+        Resume::Auto | Resume::From(_) if config.exists() => {
+            let text = std::fs::read_to_string(&config).data_error(config.display())?;
+            if text == resolved {
+                return Ok(());
+            }
+            Err(Error::config(format!(
                 "{} holds a run with another configuration ({}); choose another output_dir, or replace that run with \
                  --resume never --overwrite",
                 dir.display(),
                 first_difference(&text, resolved)
-            )));
+            )))
         }
+        Resume::Auto | Resume::From(_) => Ok(()),
     }
-    checkpoint::latest(dir)
+}
+
+/// The checkpoint that the run goes on from, if any.
+pub fn find_checkpoint(dir: &Path, resume: &Resume) -> Result<Option<Checkpoint>> {
+    match resume {
+        Resume::Auto => checkpoint::latest(dir),
+        Resume::From(path) => Checkpoint::open(path).map(Some),
+        Resume::Never => Ok(None),
+    }
 }
 
 fn first_difference(there: &str, here: &str) -> String {
@@ -105,19 +102,7 @@ pub fn prepare_folder(dir: &Path, resolved: &str, fresh: bool, world: &World) ->
             .and_then(|()| std::fs::rename(&temporary, &path))
             .context(format!("cannot write {}", path.display()))
     };
-    let done = if world.rank == 0 { make() } else { Ok(()) };
-    together(world, done)
-}
-
-/// Ends all ranks with an error if one of them has one: those without say which rank it was.
-pub fn together(world: &World, result: Result<()>) -> Result<()> {
-    let failed = if result.is_err() { world.rank as f64 } else { f64::INFINITY };
-    let first = world.group.combine(&[failed], ReduceOp::Min)?[0];
-    match result {
-        Err(e) => Err(e),
-        Ok(()) if first.is_finite() => Err(Error::failed(format!("rank {first} failed (see its message)"))),
-        Ok(()) => Ok(()),
-    }
+    agree(&world.group, if world.rank == 0 { make() } else { Ok(()) })
 }
 
 /// SIGINT and SIGTERM, asked for by the launcher, the site or the user: the step is finished and a checkpoint written.

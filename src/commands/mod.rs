@@ -3,18 +3,11 @@
 use clap::Args;
 use tch::Device;
 
+use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Error, Result};
 use crate::telemetry::console;
 
 pub mod bench;
-pub mod check;
-pub mod data;
-pub mod eval;
-pub mod generate;
-pub mod pretrain;
-pub mod score;
-pub mod tokenize;
-pub mod tokenizer;
 
 /// Flags of every command.
 #[derive(Debug, Clone, Args)]
@@ -64,12 +57,12 @@ impl Global {
             None => {}
         }
         kernels::host::keep_heap();
+        kernels::host::choose_float32_products()?;
         Ok(())
     }
 
     /// The device of a command that runs as one process.
     pub fn single_device(&self) -> Result<Device> {
-        kernels::host::choose_float32_products()?;
-        crate::distributed::world::device(self.device.as_deref(), 0, 1)
+        Ok(World::solo(DeviceChoice::of(self.device.as_deref())?)?.device)
     }
 }

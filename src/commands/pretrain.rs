@@ -1,13 +1,15 @@
 //! `corral pretrain`
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::algorithms::pretrain::{Inputs, pretrain};
 use crate::algorithms::run::Resume;
 use crate::commands::Global;
 use crate::config::pretrain::Pretrain;
 use crate::config::{self, Loaded};
-use crate::distributed::world::{self, World};
+use crate::distributed::environment::Place;
+use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::info;
 
@@ -49,10 +51,10 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
         return Err(Error::config("--overwrite goes with --resume never"));
     }
     let loaded = args.config.load()?;
-    let environment = world::Environment::read()?;
-    loaded.validate(environment.world_size)?;
+    loaded.validate(Place::from_env()?.map_or(1, |p| p.world_size))?;
     let inputs = Inputs::open(&loaded.config)?;
-    let world = World::join(&environment, global.device.as_deref())?;
-    world::announce(&world)?;
+    let timeout = Duration::from_secs_f64(loaded.config.parallel.timeout_s);
+    let world = World::from_global(global.device.as_deref(), timeout)?;
+    info!("{}", world.choice);
     pretrain(&loaded, inputs, &world, &args.resume, args.overwrite)
 }

@@ -263,11 +263,14 @@ pub struct Parallel {
     /// Ranks that share every matrix (tensor parallelism). Only 1 is built.
     #[serde(deserialize_with = "tensor")]
     pub tensor: i64,
+    /// Seconds within which ranks must meet, and every collective must end.
+    #[serde(deserialize_with = "positive")]
+    pub timeout_s: f64,
 }
 
 impl Default for Parallel {
     fn default() -> Self {
-        Parallel { mode: Mode::Full, tensor: 1 }
+        Parallel { mode: Mode::Full, tensor: 1, timeout_s: 600.0 }
     }
 }
 

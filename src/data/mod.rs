@@ -1,1 +1,11 @@
-//! (module map goes here)
+//! From text to batches: readers, tokenizer, token shards, a loader with an exact position, and the built-in
+//! word problems.
+
+pub mod loader;
+pub mod output;
+pub mod readers;
+pub mod rng;
+pub mod shards;
+pub mod synth;
+pub mod tokenize;
+pub mod tokenizer;

@@ -1,4 +1,5 @@
 //! Ranks and what they share: the world, sharded parameters.
 
+pub mod environment;
 pub mod sharded;
 pub mod world;

@@ -12,6 +12,8 @@
 use kernels::c10d::{Group, ReduceOp, Work};
 use tch::{Device, Kind, Tensor};
 
+use crate::config::pretrain::Mode;
+use crate::distributed::world::World;
 use crate::error::Result;
 
 /// A tensor's place in its group's flat buffer.
@@ -94,6 +96,14 @@ struct Reduction {
     work: Work,
     /// The slice of the sum; none where the group's gradient is reduced in place.
     out: Option<Tensor>,
+}
+
+/// Over which ranks slices lie, and which hold equal ones.
+pub fn shard_groups(mode: Mode, world: &World) -> (Group, Group) {
+    match mode {
+        Mode::Full => (world.group.clone(), Group::solo()),
+        Mode::Replicate => (Group::solo(), world.group.clone()),
+    }
 }
 
 /// All parameters of a model, in groups.

@@ -34,6 +34,17 @@ impl FromStr for DeviceChoice {
     }
 }
 
+impl DeviceChoice {
+    /// `--device`, or without it the GPU where the machine has one, else the CPU.
+    pub fn of(text: Option<&str>) -> Result<DeviceChoice> {
+        match text {
+            Some(text) => text.parse(),
+            None if std::path::Path::new("/proc/driver/nvidia/gpus").exists() => Ok(DeviceChoice::Cuda),
+            None => Ok(DeviceChoice::Cpu),
+        }
+    }
+}
+
 /// `launch --backend`, which a rank gets as CORRAL_BACKEND.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackendChoice {
@@ -92,6 +103,28 @@ impl World {
     /// Errors: exit code 2 if the environment, the device or the backend cannot be; else which address or rank fails.
     pub fn from_env(backend: BackendChoice, device: DeviceChoice, timeout: Duration) -> Result<World> {
         World::join(Place::from_env()?, backend, device, timeout)
+    }
+
+    /// [`World::from_env`] with the backend that the launcher asks for, and `--device`. Without `--device`: the GPU where
+    /// there is one, else the CPU.
+    pub fn from_global(device: Option<&str>, timeout: Duration) -> Result<World> {
+        World::from_env(BackendChoice::from_env()?, DeviceChoice::of(device)?, timeout)
+    }
+
+    /// Waits until this rank's device has done all that was asked of it.
+    pub fn synchronize(&self) -> Result<()> {
+        match self.device {
+            Device::Cuda(index) => Ok(cuda::load()?.synchronize(index)?),
+            _ => Ok(()),
+        }
+    }
+
+    /// Peak memory of this rank so far: of the process on a CPU, of the device's allocator on a GPU.
+    pub fn peak_bytes(&self) -> Result<u64> {
+        match self.device {
+            Device::Cuda(index) => Ok(cuda::load()?.memory(index)?.peak_allocated as u64),
+            _ => Ok(crate::telemetry::peak_bytes()),
+        }
     }
 
     /// A world of one rank, whatever the environment says; nothing communicates.

@@ -83,7 +83,7 @@ impl LmHead {
             let logits = h.mm(&weight.tr());
             ops::log_softmax(&logits, &part(labels), Some(&part(coef)), &part(&logprobs), None)?;
             let dlogits = logits;
-            let _ = Tensor::f_mm_out(&part(&dhidden), &dlogits, &weight)?;
+            let _ = dlogits.f_mm_out(&part(&dhidden), &weight)?;
             weight_grad(&dweight, &dlogits, &h, fresh)?;
             fresh = false;
         }

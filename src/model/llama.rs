@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
-use crate::model::layout::{self, Block};
+use crate::model::layout::Block;
 
 /// What the backward recomputes instead of keeping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -383,7 +383,7 @@ pub(crate) fn weight_grad(dw: &Tensor, dy: &Tensor, x: &Tensor, fresh: bool) -> 
     }
     let mut dw = dw.shallow_clone();
     if fresh {
-        let _ = Tensor::f_mm_out(&dw, &dy.tr(), x)?;
+        let _ = dy.tr().f_mm_out(&dw, x)?;
     } else {
         let _ = dw.f_addmm_(&dy.tr(), x)?;
     }

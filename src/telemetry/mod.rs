@@ -95,6 +95,16 @@ pub fn peak_bytes() -> u64 {
     kib.unwrap_or(0) * 1024
 }
 
+/// Seconds since this process was started, to a hundredth.
+pub fn since_process_start_s() -> f64 {
+    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+    let number = |text: Option<&str>| text.and_then(|t| t.parse::<f64>().ok()).unwrap_or(f64::NAN);
+    // Field 22, in ticks of 1/100 s after boot; the name before it may hold spaces, so count from its closing parenthesis.
+    let stat = read("/proc/self/stat");
+    let ticks = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(19));
+    number(read("/proc/uptime").split_whitespace().next()) - number(ticks) / 100.0
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::File;

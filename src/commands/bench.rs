@@ -1,0 +1,279 @@
+//! `corral bench`: measurements as JSON lines, one object each.
+
+use std::time::{Duration, Instant};
+
+use clap::{Subcommand, ValueEnum};
+use kernels::c10d::ReduceOp;
+use serde_json::json;
+use tch::{Kind, Tensor};
+
+use crate::distributed::sharded::shard_groups;
+use crate::algorithms::step::{MicroBatch, accumulate_gradients, apply_gradients};
+use crate::commands::Global;
+use crate::config::pretrain::Mode;
+use crate::config::shape::Shape;
+use crate::distributed::sharded::Sharded;
+use crate::distributed::world::World;
+use crate::error::{Error, Result};
+use crate::model::{Input, Llama, Recompute, init, layout};
+use crate::optim::{AdamW, Hyper};
+use crate::telemetry;
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Training steps on random tokens; under `launch`, sharded
+    Train(TrainArgs),
+    /// Collectives of this world, by size
+    Collectives(CollectivesArgs),
+}
+
+/// Dtype of forward and backward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Precision {
+    Float32,
+    Bfloat16,
+    Float64,
+}
+
+impl Precision {
+    pub fn kind(self) -> Kind {
+        match self {
+            Precision::Float32 => Kind::Float,
+            Precision::Bfloat16 => Kind::BFloat16,
+            Precision::Float64 => Kind::Double,
+        }
+    }
+}
+
+/// A preset's shape.
+pub fn shape(preset: &str) -> Result<Shape> {
+    Shape::preset(preset).ok_or_else(|| {
+        Error::config(format!("--preset '{preset}' is not known; there are {}", Shape::PRESETS.join(", ")))
+    })
+}
+
+#[derive(Debug, clap::Args)]
+pub struct TrainArgs {
+    /// llama-15m, llama-42m, llama-110m or llama-1b
+    #[arg(long, default_value = "llama-15m")]
+    pub preset: String,
+    #[arg(long, value_enum, default_value = "float32")]
+    pub precision: Precision,
+    /// Steps that are measured
+    #[arg(long, default_value_t = 12)]
+    pub steps: usize,
+    /// Steps before
+    #[arg(long, default_value_t = 3)]
+    pub warmup: usize,
+    /// Sequences a step over all ranks [default: the preset's]
+    #[arg(long)]
+    pub batch_size: Option<i64>,
+    /// Sequences computed at once [default: a rank's share]
+    #[arg(long)]
+    pub micro_batch_size: Option<i64>,
+    /// Tokens of a sequence [default: the preset's]
+    #[arg(long)]
+    pub sequence_length: Option<i64>,
+    #[arg(long, value_enum, default_value = "none")]
+    pub recompute: RecomputeArg,
+    #[arg(long, value_enum, default_value = "full")]
+    pub mode: ModeArg,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum RecomputeArg {
+    None,
+    Selective,
+    Full,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum ModeArg {
+    Full,
+    Replicate,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct CollectivesArgs {
+    /// Largest tensor, in MiB of float32
+    #[arg(long, default_value_t = 64)]
+    pub max_mib: usize,
+}
+
+pub fn run(command: Command, global: &Global) -> Result<()> {
+    let world = World::from_global(global.device.as_deref(), Duration::from_secs(600))?;
+    match command {
+        Command::Train(args) => train(&args, &world),
+        Command::Collectives(args) => collectives(&args, &world),
+    }
+}
+
+/// Sequences a step and tokens a sequence: 2,048 tokens a step for the small presets, as the peers' benchmarks have.
+fn default_batch(preset: &str) -> (i64, i64) {
+    match preset {
+        "llama-15m" => (8, 256),
+        "llama-42m" => (4, 512),
+        "llama-110m" => (2, 1024),
+        _ => (1, 2048),
+    }
+}
+
+fn train(args: &TrainArgs, world: &World) -> Result<()> {
+    let shape = shape(&args.preset)?;
+    let (batch, length) = default_batch(&args.preset);
+    let (batch, length) = (args.batch_size.unwrap_or(batch), args.sequence_length.unwrap_or(length));
+    let rows = batch / world.world_size;
+    let micro = args.micro_batch_size.unwrap_or(rows);
+    if rows < 1 || batch % world.world_size != 0 || micro < 1 || rows % micro != 0 {
+        return Err(Error::config(format!(
+            "--batch-size {batch} does not divide into {} ranks and micro-batches of {micro}",
+            world.world_size
+        )));
+    }
+    if length > shape.max_position_embeddings {
+        return Err(Error::config(format!("--sequence-length is at most {}", shape.max_position_embeddings)));
+    }
+    if args.steps == 0 {
+        return Err(Error::config("--steps must be at least 1"));
+    }
+    let mode = match args.mode {
+        ModeArg::Full => Mode::Full,
+        ModeArg::Replicate => Mode::Replicate,
+    };
+    let recompute = match args.recompute {
+        RecomputeArg::None => Recompute::None,
+        RecomputeArg::Selective => Recompute::Selective,
+        RecomputeArg::Full => Recompute::Full,
+    };
+    let kind = args.precision.kind();
+    let (shard, replica) = shard_groups(mode, world);
+    let mut params = Sharded::new(layout::layouts(&shape), shard, replica, kind, world.device);
+    init::init(&mut params, &shape, 0)?;
+    let mut model = Llama::new(shape.clone(), params);
+    let hyper = Hyper { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 };
+    let mut optimizer = AdamW::new(&model.params, hyper);
+
+    tch::manual_seed(1 + world.rank);
+    let count = (batch * length) as f64;
+    let (mut seconds, mut first_step_s, mut loss) = (Vec::new(), 0.0, 0.0);
+    for step in 0..args.warmup + args.steps {
+        let batches: Vec<MicroBatch> = (0..rows / micro)
+            .map(|_| {
+                let tokens = Tensor::randint_low(3, shape.vocab_size, [micro, length + 1], (Kind::Int64, tch::Device::Cpu));
+                MicroBatch {
+                    input: Input::new(tokens.narrow(1, 0, length).contiguous()),
+                    labels: tokens.narrow(1, 1, length).contiguous().view([-1]),
+                }
+            })
+            .collect();
+        let begun = Instant::now();
+        let loss_sum = accumulate_gradients(&mut model, &batches, count, recompute)?;
+        let update = apply_gradients(&mut model, &mut optimizer, world, loss_sum, count, 3e-4, 1.0)?;
+        world.synchronize()?;
+        if step == 0 {
+            first_step_s = telemetry::since_process_start_s();
+        }
+        if step >= args.warmup {
+            seconds.push(begun.elapsed().as_secs_f64());
+        }
+        loss = update.loss;
+    }
+    let peak = world.group.combine(&[world.peak_bytes()? as f64], ReduceOp::Max)?[0];
+    if world.rank != 0 {
+        return Ok(());
+    }
+    let step_s = median(&mut seconds);
+    let tokens_per_s = count / step_s;
+    let matmul = matmul_flops_per_s(micro * length, &shape, kind, world.device);
+    let share = flops_per_token(&shape, length) * tokens_per_s / (matmul * world.world_size as f64);
+    println!(
+        "{}",
+        json!({
+            "bench": "train", "preset": args.preset, "params": shape.num_parameters(),
+            "precision": format!("{:?}", args.precision).to_lowercase(), "world_size": world.world_size,
+            "mode": format!("{:?}", args.mode).to_lowercase(),
+            "recompute": format!("{:?}", args.recompute).to_lowercase(),
+            "batch_size": batch, "micro_batch_size": micro, "sequence_length": length, "steps": args.steps,
+            "tokens_per_s": tokens_per_s, "step_s": step_s,
+            "first_step_s": first_step_s, "peak_bytes": peak as u64, "last_loss": loss,
+            "matmul_gflops": matmul / 1e9, "matmul_share": share,
+            "threads": tch::get_num_threads(), "device": format!("{:?}", world.device),
+        })
+    );
+    Ok(())
+}
+
+/// Floating-point operations of forward and backward for one token: 6 for every weight of a product, and 6 T for every
+/// channel of the heads in causal attention, which sees T / 2 positions on average.
+fn flops_per_token(s: &Shape, length: i64) -> f64 {
+    let vectors = (2 * s.num_hidden_layers + 1) * s.hidden_size;
+    let embedding = if s.tie_word_embeddings { 0 } else { s.vocab_size * s.hidden_size };
+    let products = s.num_parameters() - vectors - embedding;
+    let attention = s.num_hidden_layers * s.num_attention_heads * s.head_dim * length;
+    6.0 * (products + attention) as f64
+}
+
+/// The rate of the products of a step, forward shape of gate and up: what the step's share is measured against.
+fn matmul_flops_per_s(rows: i64, s: &Shape, kind: Kind, device: tch::Device) -> f64 {
+    let x = Tensor::randn([rows, s.hidden_size], (Kind::Float, device)).to_kind(kind);
+    let w = Tensor::randn([2 * s.intermediate_size, s.hidden_size], (Kind::Float, device)).to_kind(kind);
+    let flops = 2.0 * rows as f64 * (s.hidden_size * 2 * s.intermediate_size) as f64;
+    let run = || {
+        let begun = Instant::now();
+        let y = x.mm(&w.tr());
+        if device != tch::Device::Cpu {
+            let _ = y.narrow(0, 0, 1).sum(Kind::Float).double_value(&[]);
+        }
+        begun.elapsed().as_secs_f64()
+    };
+    run();
+    let mut seconds: Vec<f64> = (0..15).map(|_| run()).collect();
+    flops / median(&mut seconds)
+}
+
+fn median(x: &mut [f64]) -> f64 {
+    x.sort_by(f64::total_cmp);
+    let middle = x.len() / 2;
+    if x.len() % 2 == 1 { x[middle] } else { (x[middle - 1] + x[middle]) / 2.0 }
+}
+
+fn collectives(args: &CollectivesArgs, world: &World) -> Result<()> {
+    let ranks = world.world_size;
+    let mut mib = 1;
+    while mib <= args.max_mib {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let n = (mib as i64 * (1 << 18)) / ranks * ranks;
+            let whole = Tensor::ones([n], (kind, world.device));
+            let slice = Tensor::ones([n / ranks], (kind, world.device));
+            for op in ["all_reduce", "all_gather", "reduce_scatter"] {
+                let mut seconds = Vec::new();
+                for _ in 0..6 {
+                    world.group.barrier()?;
+                    let begun = Instant::now();
+                    match op {
+                        "all_reduce" => world.group.all_reduce(&whole, ReduceOp::Max)?,
+                        "all_gather" => world.group.all_gather(&whole, &slice)?,
+                        _ => world.group.reduce_scatter(&slice, &whole, ReduceOp::Max)?,
+                    }
+                    .wait()?;
+                    world.synchronize()?;
+                    seconds.push(begun.elapsed().as_secs_f64());
+                }
+                let median = median(&mut seconds[1..]);
+                let bytes = n as f64 * if kind == Kind::Float { 4.0 } else { 2.0 };
+                if world.rank == 0 {
+                    println!(
+                        "{}",
+                        json!({
+                            "bench": "collectives", "op": op, "dtype": if kind == Kind::Float { "float32" } else { "bfloat16" },
+                            "bytes": bytes as u64, "world_size": ranks, "backend": world.group.backend_name(),
+                            "median_s": median, "gb_per_s": bytes / median / 1e9,
+                        })
+                    );
+                }
+            }
+        }
+        mib *= 4;
+    }
+    Ok(())
+}

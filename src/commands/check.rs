@@ -1,0 +1,103 @@
+//! `corral check`: all that can be refused without a device.
+
+use std::path::Path;
+
+use clap::Subcommand;
+
+use crate::algorithms::pretrain::Inputs;
+use crate::checkpoint;
+use crate::commands::pretrain::ConfigArgs;
+use crate::error::{Context, Error, Result};
+use crate::model::layout;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Check a configuration of `corral pretrain`
+    Pretrain {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// Ranks that the run will have
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        nproc: i64,
+    },
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let What::Pretrain { config, nproc } = args.what;
+    if nproc < 1 {
+        return Err(Error::config("--nproc must be at least 1"));
+    }
+    let loaded = config.load()?;
+    loaded.validate(nproc)?;
+    let c = &loaded.config;
+    let inputs = Inputs::open(c)?;
+    for set in inputs.train.sets().chain(inputs.valid.iter().flat_map(|v| v.sets())) {
+        set.verify()?;
+    }
+    if let Some(weights) = &inputs.weights {
+        weights.check()?;
+    }
+    let layouts = layout::layouts(&inputs.shape);
+    let checkpoint = checkpoint::bytes_per_checkpoint(&layouts, crate::algorithms::pretrain::compute_kind(c.precision.compute));
+    // While one is written the old ones are still there.
+    let needed = checkpoint * (c.checkpoint.keep as u64 + 1);
+    let free = free_bytes(&c.output_dir)?;
+    if needed > free {
+        return Err(Error::config(format!(
+            "{}: {} checkpoints of {} need {}, and {} are free; set checkpoint.keep lower or choose another output_dir",
+            c.output_dir.display(),
+            c.checkpoint.keep + 1,
+            size(checkpoint),
+            size(needed),
+            size(free)
+        )));
+    }
+    println!("{}", loaded.resolved_yaml()?.trim_end());
+    println!();
+    println!("# model: {} parameters", inputs.shape.num_parameters());
+    for l in &layouts {
+        println!("#   {:<12} {:>14}", l.name, l.numel);
+    }
+    println!(
+        "# data: {} tokens, {} samples of {} an epoch; {} steps are {:.2} epochs",
+        inputs.train.num_tokens(),
+        inputs.train.num_windows(),
+        c.data.sequence_length,
+        inputs.steps,
+        inputs.steps as f64 * c.train.batch_size as f64 / inputs.train.num_windows() as f64
+    );
+    println!(
+        "# disk: {} a checkpoint, {} with {} kept; {} free",
+        size(checkpoint),
+        size(needed),
+        c.checkpoint.keep,
+        size(free)
+    );
+    Ok(())
+}
+
+/// Bytes free where `path` is or will be.
+fn free_bytes(path: &Path) -> Result<u64> {
+    let absolute = std::path::absolute(path).context(path.display())?;
+    let existing = absolute.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+    let stat = nix::sys::statvfs::statvfs(existing)
+        .map_err(|e| Error::failed(format!("{}: free space cannot be told: {e}", existing.display())))?;
+    Ok(stat.blocks_available() as u64 * stat.fragment_size() as u64)
+}
+
+/// Bytes for people.
+pub fn size(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let (mut x, mut unit) = (bytes as f64, 0);
+    while x >= 1024.0 && unit + 1 < units.len() {
+        x /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{x:.1} {}", units[unit]) }
+}

@@ -1,0 +1,52 @@
+//! `corral data`: built-in data.
+
+use crate::data::synth::{self, Level};
+use crate::error::{Error, Result};
+use std::path::PathBuf;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Write the built-in arithmetic word problems, for all stages of training
+    Synth(Synth),
+}
+
+#[derive(Debug, clap::Args)]
+struct Synth {
+    /// Folder for {pretrain,sft,rankings,prompts}.{train,valid}.jsonl
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Equal seeds give equal files
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Records in every training file; a validation file has a twentieth, at most 2000
+    #[arg(long, default_value_t = 50_000, value_name = "N")]
+    count: u64,
+    /// 1: one step; 2: two steps; 3: products and larger numbers; mix: 0.5, 0.3, 0.2 of them
+    #[arg(long, default_value = "mix", value_parser = ["1", "2", "3", "mix"])]
+    level: String,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let Command::Synth(args) = args.command;
+    if args.count == 0 {
+        return Err(Error::config("--count 0: there must be at least one record"));
+    }
+    let level = match args.level.as_str() {
+        "1" => Level::One,
+        "2" => Level::Two,
+        "3" => Level::Three,
+        _ => Level::Mix,
+    };
+    synth::write(&args.output, args.seed, args.count, level)?;
+    let (train, valid, output) = (args.count, synth::num_valid(args.count), args.output.display());
+    println!(
+        "{output}: pretrain, sft, rankings and prompts, {train} records to train and {valid} to validate each"
+    );
+    Ok(())
+}

@@ -1,0 +1,64 @@
+//! `corral tokenizer`: train a tokenizer.
+
+use crate::data::{readers, tokenizer};
+use crate::error::{Error, Result};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Train a byte-level BPE tokenizer
+    Train(Train),
+}
+
+#[derive(Debug, clap::Args)]
+struct Train {
+    /// Text, JSON, JSON lines (each also .gz or .zst) or Parquet
+    #[arg(long, num_args = 1.., required = true, value_name = "FILE")]
+    input: Vec<PathBuf>,
+    /// Tokens, with the 256 bytes and the special tokens <s>, </s> and <pad>
+    #[arg(long, value_name = "N")]
+    vocab_size: usize,
+    /// Folder for tokenizer.json and tokenizer_config.json
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Key or column of the text
+    #[arg(long, default_value = "text", value_name = "KEY")]
+    text_key: String,
+    /// Whether every digit is a token of its own, which arithmetic is learned better with
+    #[arg(long, default_value_t = true, default_missing_value = "true", num_args = 0..=1,
+        action = clap::ArgAction::Set, value_name = "BOOL")]
+    split_digits: bool,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let Command::Train(args) = args.command;
+    // They would be read as part of the new tokenizer.
+    for name in ["special_tokens_map.json", "generation_config.json", "chat_template.jinja"] {
+        if args.output.join(name).exists() {
+            let folder = args.output.display();
+            return Err(Error::config(format!(
+                "{folder} holds {name} of another tokenizer; choose another folder"
+            )));
+        }
+    }
+    let bytes = Arc::default();
+    let total = readers::total_bytes(&args.input);
+    let tokenizer = super::with_bytes_bar("reading", total, &bytes, || {
+        let texts = readers::texts(&args.input, &args.text_key, &bytes);
+        tokenizer::train(texts, args.vocab_size, args.split_digits)
+    })?;
+    tokenizer.save(&args.output)?;
+    let size = tokenizer.vocab_size();
+    if size < args.vocab_size {
+        eprintln!("the text supports a vocabulary of {size} tokens, not {}", args.vocab_size);
+    }
+    println!("{}: byte-level BPE, {size} tokens", args.output.display());
+    Ok(())
+}

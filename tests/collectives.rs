@@ -1,0 +1,406 @@
+//! Collectives between real processes: this test binary starts itself once per rank, with the environment that `launch`
+//! sets and the case to run in CORRAL_TEST_CASE.
+
+use corral::distributed::{BackendChoice, DeviceChoice, Group, ReduceOp, World};
+use std::net::TcpListener;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+use tch::{Device, Kind, Tensor};
+
+struct Ranks(Vec<Child>);
+
+fn free_port() -> u16 {
+    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+}
+
+fn spawn(case: &str, rank: i64, world_size: i64, port: u16) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["as_rank", "--exact", "--nocapture"])
+        .env("CORRAL_TEST_CASE", case)
+        .env("RANK", rank.to_string())
+        .env("WORLD_SIZE", world_size.to_string())
+        .env("MASTER_ADDR", "127.0.0.1")
+        .env("MASTER_PORT", port.to_string())
+        .env("OMP_NUM_THREADS", "1")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+fn start(case: &str, world_size: i64) -> Ranks {
+    let port = free_port();
+    Ranks((0..world_size).map(|rank| spawn(case, rank, world_size, port)).collect())
+}
+
+impl Ranks {
+    /// Waits for the given ranks and returns their outputs.
+    fn outputs(&mut self, ranks: &[usize]) -> Vec<String> {
+        ranks
+            .iter()
+            .map(|&r| {
+                let child = &mut self.0[r];
+                let deadline = Instant::now() + Duration::from_secs(60);
+                while child.try_wait().unwrap().is_none() {
+                    assert!(Instant::now() < deadline, "rank {r} hangs");
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                let Output { stdout, stderr, .. } = take(child);
+                String::from_utf8_lossy(&stdout).into_owned() + &String::from_utf8_lossy(&stderr)
+            })
+            .collect()
+    }
+}
+
+fn take(child: &mut Child) -> Output {
+    let replacement = Command::new("true").spawn().unwrap();
+    std::mem::replace(child, replacement).wait_with_output().unwrap()
+}
+
+impl Drop for Ranks {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            // A rank that has ended cannot be killed.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Runs the case on all ranks; every one must print "fine".
+fn all_fine(case: &str, world_size: i64) {
+    let mut ranks = start(case, world_size);
+    for (rank, output) in ranks.outputs(&(0..world_size as usize).collect::<Vec<_>>()).iter().enumerate() {
+        assert!(output.contains("rank is fine"), "{case}, rank {rank}: {output}");
+    }
+}
+
+/// The line "error: ..." of a rank's output.
+fn error_of(output: &str) -> &str {
+    output.lines().find_map(|l| l.split_once("error: ")).map(|(_, e)| e).unwrap_or_else(|| panic!("{output}"))
+}
+
+#[test]
+fn values_of_all_collectives_in_all_dtypes() {
+    all_fine("values", 3);
+}
+
+#[test]
+fn asynchronous_collectives_overlap() {
+    all_fine("overlap", 2);
+}
+
+#[test]
+fn sub_groups_have_ranks_of_their_own() {
+    all_fine("sub_groups", 3);
+}
+
+#[test]
+fn an_exited_peer_is_named_at_once() {
+    let mut ranks = start("exit", 3);
+    let began = Instant::now();
+    for output in ranks.outputs(&[0, 1]) {
+        let error = error_of(&output);
+        assert!(error.contains("all-reduce #2 of group `world`"), "{error}");
+        assert!(error.contains("missing: rank 2 (gives no sign of life"), "{error}");
+        assert!(!error.contains("rank 1 (") && !error.contains("rank 0 ("), "{error}");
+    }
+    // Long before the time-out of 120 s.
+    assert!(began.elapsed() < Duration::from_secs(20));
+}
+
+#[test]
+fn a_rank_0_that_is_gone_is_named_though_it_kept_the_store() {
+    let mut ranks = start("exit_0", 2);
+    let output = &ranks.outputs(&[1])[0];
+    let error = error_of(output);
+    assert!(error.contains("all-reduce #2 of group `world` failed on rank 1"), "{error}");
+    assert!(error.contains("missing: rank 0 (the store that it keeps"), "{error}");
+}
+
+#[test]
+fn a_peer_that_hangs_is_named_when_the_time_is_up() {
+    let mut ranks = start("hang", 3);
+    for output in ranks.outputs(&[0, 2]) {
+        let error = error_of(&output);
+        assert!(error.contains("all-gather #2 of group `world`"), "{error}");
+        assert!(error.contains("timed out after 3 s"), "{error}");
+        assert!(
+            error.contains("missing: rank 1 (is alive, but got only to #1 (all-reduce) of the group)"),
+            "{error}"
+        );
+        let waited: f64 = output.split_once("waited ").unwrap().1.split(' ').next().unwrap().parse().unwrap();
+        assert!((2.5..5.0).contains(&waited), "{waited} s: {error}");
+    }
+}
+
+#[test]
+fn a_stopped_rank_0_is_named() {
+    let mut ranks = start("stop_0", 2);
+    let output = &ranks.outputs(&[1])[0];
+    let error = error_of(output);
+    assert!(error.contains("timed out after 3 s") && error.contains("missing: rank 0"), "{error}");
+}
+
+#[test]
+fn ranks_that_call_different_collectives_are_told() {
+    let mut ranks = start("disagree", 2);
+    let outputs = ranks.outputs(&[0, 1]);
+    let told = outputs.iter().filter(|o| {
+        o.contains("rank 1 (called all-gather as #1 instead)")
+            || o.contains("rank 0 (called all-reduce as #1 instead)")
+    });
+    assert!(told.count() >= 1, "{outputs:?}");
+}
+
+#[test]
+fn a_rank_that_never_comes_is_named() {
+    let port = free_port();
+    let mut ranks = Ranks(vec![spawn("come", 0, 3, port), spawn("come", 2, 3, port)]);
+    for output in ranks.outputs(&[0, 1]) {
+        let error = error_of(&output);
+        assert!(
+            error.contains("set-up of group `world` of 3 ranks") && error.contains("missing: rank 1"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn nobody_at_the_address() {
+    let mut ranks = Ranks(vec![spawn("come", 1, 2, free_port())]);
+    let output = &ranks.outputs(&[0])[0];
+    assert!(error_of(output).contains("rank 0 does not answer at 127.0.0.1:"), "{output}");
+}
+
+#[test]
+fn a_port_in_use_is_named() {
+    let taken = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let mut ranks = Ranks(vec![spawn("come", 0, 2, port)]);
+    let output = &ranks.outputs(&[0])[0];
+    assert!(error_of(output).contains(&format!("port {port} on 127.0.0.1 is in use")), "{output}");
+}
+
+#[test]
+fn a_group_of_one_only_copies() {
+    let group = Group::solo();
+    let x = Tensor::arange(6, (Kind::Float, Device::Cpu));
+    let out = x.zeros_like();
+    group.all_gather(&out, &x).unwrap().wait().unwrap();
+    assert_eq!(out, x);
+    let out = Tensor::zeros([2, 3], (Kind::Float, Device::Cpu));
+    group.reduce_scatter(&out, &x, ReduceOp::Avg).unwrap().wait().unwrap();
+    assert_eq!(out.view(-1), x);
+    group.all_reduce(&out, ReduceOp::Sum).unwrap().wait().unwrap();
+    assert_eq!(out.view(-1), x);
+    group.broadcast(&out, 0).unwrap().wait().unwrap();
+    group.barrier().unwrap();
+    assert_eq!(group.combine(&[3.0], ReduceOp::Max).unwrap(), [3.0]);
+    assert!(group.all_gather(&out, &out.narrow(0, 0, 1)).is_err());
+    assert!(group.all_gather(&out.tr(), &out).err().unwrap().message.contains("not contiguous"));
+}
+
+#[test]
+fn devices_and_backends_that_cannot_be() {
+    for bad in ["gpu", "cuda:", "cuda:x", ""] {
+        assert_eq!(bad.parse::<DeviceChoice>().unwrap_err().exit_code(), 2, "{bad}");
+    }
+    assert_eq!("cuda:3".parse::<DeviceChoice>().unwrap(), DeviceChoice::CudaIndex(3));
+    let mpi = "mpi".parse::<BackendChoice>().unwrap_err();
+    assert!(mpi.exit_code() == 2 && mpi.message.contains("not built yet"), "{mpi}");
+}
+
+/// In a process of its own, as libtorch looks for CUDA once.
+#[test]
+fn cuda_loads_when_asked_for_and_says_what_is_missing() {
+    let mut ranks = Ranks(vec![spawn("cuda", 0, 1, free_port())]);
+    let output = &ranks.outputs(&[0])[0];
+    assert!(output.contains("rank is fine"), "{output}");
+}
+
+// ---- what a rank does ----
+
+#[test]
+fn as_rank() {
+    let Ok(case) = std::env::var("CORRAL_TEST_CASE") else { return };
+    let result = run_case(&case);
+    match result {
+        Ok(()) => println!("rank is fine"),
+        Err(e) => println!("error: {e}"),
+    }
+}
+
+fn run_case(case: &str) -> corral::Result<()> {
+    if case == "cuda" {
+        return cuda();
+    }
+    let timeout = match case {
+        "hang" | "stop_0" | "come" | "disagree" => 3,
+        _ => 120,
+    };
+    let world = World::from_env(BackendChoice::Auto, DeviceChoice::Cpu, Duration::from_secs(timeout))?;
+    assert_eq!(world.choice, "communication: gloo (ranks on CPU)");
+    let one = || Tensor::ones([4], (Kind::Float, Device::Cpu));
+    match case {
+        "values" => [Kind::Float, Kind::BFloat16, Kind::Double, Kind::Int64]
+            .into_iter()
+            .try_for_each(|k| values(&world, k)),
+        "overlap" => overlap(&world),
+        "sub_groups" => sub_groups(&world),
+        "exit" | "exit_0" => {
+            let leaver = if case == "exit" { 2 } else { 0 };
+            world.group.all_reduce(&one(), ReduceOp::Sum)?.wait()?;
+            if world.rank == leaver {
+                kill(libc::SIGKILL);
+            }
+            Ok(world.group.all_reduce(&one(), ReduceOp::Sum)?.wait()?)
+        }
+        "hang" => {
+            world.group.all_reduce(&one(), ReduceOp::Sum)?.wait()?;
+            if world.rank == 1 {
+                std::thread::sleep(Duration::from_secs(600));
+            }
+            let began = Instant::now();
+            let out = Tensor::zeros([12], (Kind::Float, Device::Cpu));
+            let result = world.group.all_gather(&out, &one())?.wait();
+            println!("waited {} s", began.elapsed().as_secs_f64());
+            Ok(result?)
+        }
+        "stop_0" => {
+            world.group.all_reduce(&one(), ReduceOp::Sum)?.wait()?;
+            if world.rank == 0 {
+                kill(libc::SIGSTOP);
+            }
+            Ok(world.group.all_reduce(&one(), ReduceOp::Sum)?.wait()?)
+        }
+        "disagree" => {
+            let out = Tensor::zeros([8], (Kind::Float, Device::Cpu));
+            let result = match world.rank {
+                0 => world.group.all_reduce(&one(), ReduceOp::Sum)?.wait(),
+                _ => world.group.all_gather(&out, &one())?.wait(),
+            };
+            Ok(result?)
+        }
+        _ => Ok(()),
+    }
+}
+
+fn kill(signal: i32) {
+    let signal = nix::sys::signal::Signal::try_from(signal).unwrap();
+    nix::sys::signal::kill(nix::unistd::getpid(), signal).unwrap();
+}
+
+/// Small integers: exact in every dtype.
+fn values(world: &World, kind: Kind) -> corral::Result<()> {
+    let (group, rank, size) = (&world.group, world.rank, world.world_size);
+    let of = |values: &[f64]| Tensor::from_slice(values).to_kind(kind);
+    let equal = |what: &str, got: &Tensor, want: &[f64]| {
+        let got = Vec::<f64>::try_from(got.view(-1).to_kind(Kind::Double)).unwrap();
+        assert_eq!(got, want, "{what} in {kind:?} on rank {rank}");
+    };
+    let r = rank as f64;
+
+    for (op, want) in [(ReduceOp::Sum, [3.0, 6.0]), (ReduceOp::Max, [2.0, 3.0]), (ReduceOp::Min, [0.0, 1.0])]
+    {
+        let t = of(&[r, r + 1.0]);
+        group.all_reduce(&t, op)?.wait()?;
+        equal("all-reduce", &t, &want);
+    }
+    let averaged = of(&[r, r + 1.0]);
+    let result = group.all_reduce(&averaged, ReduceOp::Avg);
+    if kind == Kind::Int64 {
+        assert!(result.err().unwrap().message.contains("average"));
+    } else {
+        result?.wait()?;
+        equal("average", &averaged, &[1.0, 2.0]);
+    }
+
+    let gathered = Tensor::zeros([size, 2], (kind, Device::Cpu));
+    group.all_gather(&gathered, &of(&[r, 10.0 * r]))?.wait()?;
+    equal("all-gather", &gathered, &[0.0, 0.0, 1.0, 10.0, 2.0, 20.0]);
+
+    let input = of(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) * (rank + 1);
+    let before = input.copy();
+    let part = Tensor::zeros([2], (kind, Device::Cpu));
+    group.reduce_scatter(&part, &input, ReduceOp::Sum)?.wait()?;
+    equal("reduce-scatter", &part, &[6.0 * (2.0 * r + 1.0), 6.0 * (2.0 * r + 2.0)]);
+    assert_eq!(input, before, "reduce-scatter leaves its input");
+    if kind != Kind::Int64 {
+        group.reduce_scatter(&part, &input, ReduceOp::Avg)?.wait()?;
+        equal("averaging reduce-scatter", &part, &[2.0 * (2.0 * r + 1.0), 2.0 * (2.0 * r + 2.0)]);
+    }
+
+    let t = of(&[r + 5.0]);
+    group.broadcast(&t, 2)?.wait()?;
+    equal("broadcast", &t, &[7.0]);
+
+    let exchanged = Tensor::zeros([3], (kind, Device::Cpu));
+    group.all_to_all(&exchanged, &of(&[r, 10.0 + r, 20.0 + r]))?.wait()?;
+    equal("all-to-all", &exchanged, &[10.0 * r, 10.0 * r + 1.0, 10.0 * r + 2.0]);
+
+    group.barrier()?;
+    assert_eq!(group.combine(&[r, -r], ReduceOp::Max)?, [2.0, 0.0]);
+    assert!(world.any(rank == 1)? && !world.any(false)?);
+    Ok(())
+}
+
+/// Many under way at once, waited for in another order; one is dropped unwaited.
+fn overlap(world: &World) -> corral::Result<()> {
+    let tensors: Vec<_> =
+        (0..8).map(|i| Tensor::full([100_000], (world.rank + 1) * i, (Kind::Float, Device::Cpu))).collect();
+    let mut works = Vec::new();
+    for t in &tensors {
+        works.push(world.group.all_reduce(t, ReduceOp::Sum)?);
+    }
+    for (i, work) in works.into_iter().enumerate().rev() {
+        if i == 3 {
+            continue;
+        }
+        work.wait()?;
+        assert_eq!(tensors[i].min().double_value(&[]), 3.0 * i as f64);
+        assert_eq!(tensors[i].max().double_value(&[]), 3.0 * i as f64);
+    }
+    Ok(world.group.barrier()?)
+}
+
+fn sub_groups(world: &World) -> corral::Result<()> {
+    let rank = world.rank;
+    if rank != 1 {
+        // Order of members is order of ranks in the group.
+        let pair = world.new_group("pair", &[2, 0])?;
+        assert_eq!((pair.rank(), pair.size(), pair.name()), (if rank == 2 { 0 } else { 1 }, 2, "pair"));
+        let out = Tensor::zeros([2], (Kind::Int64, Device::Cpu));
+        pair.all_gather(&out, &Tensor::from_slice(&[rank]))?.wait()?;
+        assert_eq!(Vec::<i64>::try_from(&out)?, [2, 0]);
+        assert!(world.new_group("pair", &[2, 0]).unwrap_err().message.contains("made before"));
+    } else {
+        assert!(world.new_group("pair", &[2, 0]).is_err(), "not a member");
+        assert_eq!(world.new_group("alone", &[1])?.size(), 1);
+    }
+    let t = Tensor::from_slice(&[rank]);
+    world.group.all_reduce(&t, ReduceOp::Sum)?.wait()?;
+    assert_eq!(t.int64_value(&[0]), 3);
+    Ok(())
+}
+
+/// Works with and without a GPU.
+fn cuda() -> corral::Result<()> {
+    let loaded = |name: &str| std::fs::read_to_string("/proc/self/maps").unwrap().contains(name);
+    assert!(!loaded("libtorch_cuda.so"), "CPU runs do not load CUDA");
+    let cuda = kernels::cuda::load()?;
+    assert!(loaded("libtorch_cuda.so"));
+    match cuda.device_count() {
+        Ok(count) => assert_eq!(count as i64, tch::Cuda::device_count()),
+        Err(_) => {
+            assert!(!tch::Cuda::is_available());
+            let e = World::from_env(BackendChoice::Auto, DeviceChoice::Cuda, Duration::from_secs(3))
+                .err()
+                .unwrap();
+            assert_eq!(e.exit_code(), 2);
+            assert!(e.message.starts_with("--device cuda: no usable GPU: "), "{e}");
+            println!("{e}");
+        }
+    }
+    Ok(())
+}

@@ -7,7 +7,7 @@ use kernels::c10d::Group;
 use serde_json::Value;
 use tch::{Device, Kind};
 
-use crate::checkpoint::Source;
+use crate::checkpoint::Weights;
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
@@ -59,13 +59,13 @@ impl ModelArgs {
         }
         let on_cpu = if device == Device::Cpu { Dtype::Float32 } else { Dtype::Bfloat16 };
         let compute = self.dtype.unwrap_or(on_cpu).kind();
-        let source = Source::open(&self.model)?;
-        let shape = source.shape().clone();
+        let weights = Weights::open(&self.model)?;
+        let shape = weights.shape().clone();
         let mut params =
             Sharded::new(layout::layouts(&shape), Group::solo(), Group::solo(), compute, device);
-        source.fill(&mut params)?;
-        let tokenizer = source.tokenizer_dir().map(Tokenizer::load).transpose()?;
-        Ok(Inference { model: Llama::new(shape, params), dir: source.dir().to_path_buf(), tokenizer })
+        weights.fill(&mut params)?;
+        let tokenizer = weights.tokenizer_dir().map(Tokenizer::load).transpose()?;
+        Ok(Inference { model: Llama::new(shape, params), dir: weights.dir().to_path_buf(), tokenizer })
     }
 }
 

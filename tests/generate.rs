@@ -65,7 +65,11 @@ fn greedy_continuations_are_the_golden_ones() {
             let mut model = load(&g.dir, kind);
             for batch_size in [4, 2, 1] {
                 let completions = run(&mut model, &prompts, &options(steps, batch_size));
-                assert_eq!(ids(&completions), g.rows("gen_new_ids"), "{family} in {kind:?}, {batch_size} at once");
+                assert_eq!(
+                    ids(&completions),
+                    g.rows("gen_new_ids"),
+                    "{family} in {kind:?}, {batch_size} at once"
+                );
                 assert!(completions.iter().all(|c| c.finish == Finish::Length));
                 let logprobs: Vec<f64> = completions.iter().flat_map(|c| c.logprobs.clone()).collect();
                 let logprobs = Tensor::from_slice(&logprobs).view([-1, steps as i64]);
@@ -193,7 +197,10 @@ fn what_cannot_be_continued_is_refused() {
     let e = error(vec![7; positions]);
     assert!(e.message.contains(&format!("prompt 2 has {positions} tokens")) && e.exit_code() == 3, "{e}");
     let e = error(vec![100_000]);
-    assert!(e.message.contains("token id 100000 is not in the model's vocabulary") && e.exit_code() == 3, "{e}");
+    assert!(
+        e.message.contains("token id 100000 is not in the model's vocabulary") && e.exit_code() == 3,
+        "{e}"
+    );
     // A completion ends at the model's last position.
     let long = [Generation { prompt: vec![7; positions - 3], sample: 0 }];
     let completions = run(&mut model, &long, &options(50, 1));
@@ -212,7 +219,8 @@ fn kept_tokens_and_probabilities_are_the_golden_ones() {
     let rows: Vec<Vec<f64>> = Vec::try_from(all["logits"].to_kind(Kind::Double)).unwrap();
     for (name, sampling) in cases {
         let keep: Vec<Vec<i64>> = Vec::try_from(all[&format!("{name}.keep")].to_kind(Kind::Int64)).unwrap();
-        let probs: Vec<Vec<f64>> = Vec::try_from(all[&format!("{name}.probs")].to_kind(Kind::Double)).unwrap();
+        let probs: Vec<Vec<f64>> =
+            Vec::try_from(all[&format!("{name}.probs")].to_kind(Kind::Double)).unwrap();
         for (row, logits) in rows.iter().enumerate() {
             let mut got = vec![0.0; logits.len()];
             let mut kept = vec![0; logits.len()];
@@ -247,6 +255,7 @@ fn draws_follow_the_distribution() {
     // Two tokens of four reach 0.7.
     let nucleus = Sampling { top_p: 0.7, ..sampling };
     assert!(choose(&many, &keys, &nucleus).unwrap().iter().all(|c| c.id < 2));
-    let e = choose(&Tensor::full([1, 4], f64::NAN, (Kind::Double, Device::Cpu)), &[(0, 0)], &sampling).unwrap_err();
+    let e = choose(&Tensor::full([1, 4], f64::NAN, (Kind::Double, Device::Cpu)), &[(0, 0)], &sampling)
+        .unwrap_err();
     assert!(e.message.contains("not finite"), "{e}");
 }

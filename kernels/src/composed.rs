@@ -145,7 +145,8 @@ pub fn decode_attention(
         .unsqueeze(0)
         .gt_tensor(&position.unsqueeze(1))
         .view([h.batch, 1, 1, -1]);
-    let scores = (q.matmul(&read(keys).transpose(-2, -1)) * h.scale()).masked_fill(&unseen, f64::NEG_INFINITY);
+    let scores =
+        (q.matmul(&read(keys).transpose(-2, -1)) * h.scale()).masked_fill(&unseen, f64::NEG_INFINITY);
     // What lies beyond a row's position was never written, and 0 * NaN is NaN.
     let seen = read(values).masked_fill(&unseen.transpose(-2, -1), 0.0);
     scores.softmax(-1, a).matmul(&seen).view([h.batch, h.heads * d]).to_kind(qkv.kind())

@@ -71,7 +71,9 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     }
     let loss = total.loss / total.num_tokens as f64;
     if !loss.is_finite() {
-        return Err(Error::failed("the loss is not finite: the model's weights may be damaged, or have diverged"));
+        return Err(Error::failed(
+            "the loss is not finite: the model's weights may be damaged, or have diverged",
+        ));
     }
     let result = json!({
         "task": "perplexity",

@@ -91,7 +91,11 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     if args.prompt.is_some() && args.output.is_none() {
         let mut stream = Stream::new(&args.stop);
         engine::generate(&mut inference.model, &prompts, &options, |p| {
-            if stream.live || p.finish.is_some() { stream.show(&text(p.index, p.ids)?, p.finish.is_some()) } else { Ok(()) }
+            if stream.live || p.finish.is_some() {
+                stream.show(&text(p.index, p.ids)?, p.finish.is_some())
+            } else {
+                Ok(())
+            }
         })?;
         return Ok(());
     }
@@ -128,13 +132,19 @@ fn read_lines(path: &Path) -> Result<Vec<Map<String, Value>>> {
     lines.collect()
 }
 
-fn encode(lines: &[Map<String, Value>], input: Option<&Path>, tokenizer: &Tokenizer) -> Result<Vec<Generation>> {
+fn encode(
+    lines: &[Map<String, Value>],
+    input: Option<&Path>,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<Generation>> {
     let prompts = lines.iter().enumerate().map(|(i, line)| {
         let text = line["prompt"].as_str().unwrap_or_default();
         let prompt = inference::encode(tokenizer, text, true)?;
         if prompt.is_empty() {
             let place = input.map_or("--prompt".into(), |path| format!("{}, line {}", path.display(), i + 1));
-            return Err(Error::data(format!("{place}: the prompt is empty, and the tokenizer adds nothing to it")));
+            return Err(Error::data(format!(
+                "{place}: the prompt is empty, and the tokenizer adds nothing to it"
+            )));
         }
         Ok(Generation { prompt, sample: i as u64 })
     });

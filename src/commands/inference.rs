@@ -61,8 +61,7 @@ impl ModelArgs {
         let compute = self.dtype.unwrap_or(on_cpu).kind();
         let weights = Weights::open(&self.model)?;
         let shape = weights.shape().clone();
-        let mut params =
-            Sharded::new(layout::layouts(&shape), Group::solo(), Group::solo(), compute, device);
+        let mut params = Sharded::new(layout::layouts(&shape), Group::solo(), Group::solo(), compute, device);
         weights.fill(&mut params)?;
         let tokenizer = weights.tokenizer_dir().map(Tokenizer::load).transpose()?;
         Ok(Inference { model: Llama::new(shape, params), dir: weights.dir().to_path_buf(), tokenizer })
@@ -72,7 +71,10 @@ impl ModelArgs {
 impl Inference {
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         self.tokenizer.as_ref().ok_or_else(|| {
-            Error::data(format!("{}: the model has no tokenizer.json; put its tokenizer's files there", self.dir.display()))
+            Error::data(format!(
+                "{}: the model has no tokenizer.json; put its tokenizer's files there",
+                self.dir.display()
+            ))
         })
     }
 
@@ -103,7 +105,9 @@ fn eos_of(path: &Path) -> Result<Vec<i64>> {
         Value::Array(list) => list.iter().map(Value::as_i64).collect(),
         single => single.as_i64().map(|id| vec![id]),
     };
-    ids.ok_or_else(|| Error::data(format!("{}: eos_token_id is no token id, nor a list of them", path.display())))
+    ids.ok_or_else(|| {
+        Error::data(format!("{}: eos_token_id is no token id, nor a list of them", path.display()))
+    })
 }
 
 /// Token ids as the tokenizer gives them, as the model takes them.

@@ -44,7 +44,10 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     let mut file = AtomicFile::create(&args.output)?;
     for ((mut line, sequence), logprobs) in lines.into_iter().zip(&sequences).zip(logprobs) {
         if logprobs.iter().any(|x| !x.is_finite()) {
-            return Err(Error::failed(format!("{}: a log-probability is not finite: the model is damaged", line.place)));
+            return Err(Error::failed(format!(
+                "{}: a log-probability is not finite: the model is damaged",
+                line.place
+            )));
         }
         line.fields.insert("token_ids".into(), json!(sequence.ids));
         line.fields.insert("sum_logprob".into(), json!(logprobs.iter().sum::<f64>()));
@@ -55,10 +58,11 @@ pub fn run(args: Args, device: Device) -> Result<()> {
 }
 
 fn sequence(line: &Record, inference: &Inference) -> Result<Sequence> {
-    let sequence = tokens(line, inference).map_err(|e| match e.message.contains(&line.place.to_string()) {
-        true => e,
-        false => e.context(&line.place),
-    })?;
+    let sequence =
+        tokens(line, inference).map_err(|e| match e.message.contains(&line.place.to_string()) {
+            true => e,
+            false => e.context(&line.place),
+        })?;
     let shape = &inference.model.shape;
     let (n, most) = (sequence.ids.len(), shape.max_position_embeddings);
     if n as i64 > most {
@@ -79,7 +83,8 @@ fn sequence(line: &Record, inference: &Inference) -> Result<Sequence> {
 fn tokens(line: &Record, inference: &Inference) -> Result<Sequence> {
     if let Some(ids) = line.fields.get("input_ids") {
         let ids = ids.as_array().and_then(|ids| ids.iter().map(Value::as_i64).collect::<Option<Vec<_>>>());
-        let ids = ids.ok_or_else(|| Error::data(format!("{}: input_ids is no list of token ids", line.place)))?;
+        let ids =
+            ids.ok_or_else(|| Error::data(format!("{}: input_ids is no list of token ids", line.place)))?;
         return Ok(Sequence { ids, first: 1 });
     }
     let tokenizer = inference.tokenizer()?;

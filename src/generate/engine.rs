@@ -109,7 +109,8 @@ pub fn generate(
             let slots: Vec<usize> = rows.iter().map(|r| r.slot).collect();
             model.decode(&ids, &slots, &mut cache)?
         } else {
-            let prompts: Vec<&[i64]> = admitted.iter().map(|r| generations[r.index].prompt.as_slice()).collect();
+            let prompts: Vec<&[i64]> =
+                admitted.iter().map(|r| generations[r.index].prompt.as_slice()).collect();
             let slots: Vec<usize> = admitted.iter().map(|r| r.slot).collect();
             let hidden = model.prefill(&prompts, &slots, &mut cache)?;
             rows.extend(admitted);
@@ -151,7 +152,10 @@ fn check(model: &Llama, generations: &[Generation], options: &Options) -> Result
     for (i, g) in generations.iter().enumerate() {
         let n = g.prompt.len();
         if n == 0 {
-            return Err(Error::data(format!("prompt {} has no tokens, and there is nothing to continue", i + 1)));
+            return Err(Error::data(format!(
+                "prompt {} has no tokens, and there is nothing to continue",
+                i + 1
+            )));
         }
         if n >= positions {
             return Err(Error::data(format!(

@@ -26,7 +26,9 @@ impl Sampling {
     pub fn check(&self) -> Result<()> {
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             let t = self.temperature;
-            return Err(Error::config(format!("temperature is {t}; it must be 0 (greedy) or a positive number")));
+            return Err(Error::config(format!(
+                "temperature is {t}; it must be 0 (greedy) or a positive number"
+            )));
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             return Err(Error::config(format!("top-p is {}; it must be above 0 and at most 1", self.top_p)));
@@ -51,13 +53,20 @@ pub fn choose(logits: &Tensor, keys: &[(u64, u64)], sampling: &Sampling) -> Resu
     let logits = logits.to_kind(kind);
     let normalizers = doubles(&logits.logsumexp([-1i64].as_slice(), false))?;
     if normalizers.iter().any(|z| !z.is_finite()) {
-        return Err(Error::failed("the model's logits are not finite: its weights may be damaged, or have diverged"));
+        return Err(Error::failed(
+            "the model's logits are not finite: its weights may be damaged, or have diverged",
+        ));
     }
     let choice = |row: usize, id: i64, logit: f64| Choice { id, logprob: logit - normalizers[row] };
     if sampling.temperature == 0.0 {
         let (logits, ids) = logits.max_dim(-1, false);
         let (logits, ids) = (doubles(&logits)?, Vec::<i64>::try_from(ids.to_device(Device::Cpu))?);
-        return Ok(ids.into_iter().zip(logits).enumerate().map(|(row, (id, x))| choice(row, id, x)).collect());
+        return Ok(ids
+            .into_iter()
+            .zip(logits)
+            .enumerate()
+            .map(|(row, (id, x))| choice(row, id, x))
+            .collect());
     }
     let vocab_size = logits.size()[1] as usize;
     let rows = doubles(&logits.view([-1]))?;

@@ -52,7 +52,8 @@ impl KvCache {
         for (keys, values) in &mut self.blocks {
             for cache in [keys, values] {
                 let size = cache.size();
-                let grown = Tensor::empty([size[0], size[1], capacity, size[3]], (cache.kind(), cache.device()));
+                let grown =
+                    Tensor::empty([size[0], size[1], capacity, size[3]], (cache.kind(), cache.device()));
                 grown.narrow(2, 0, self.capacity).copy_(cache);
                 *cache = grown;
             }
@@ -66,8 +67,11 @@ impl Llama {
     /// T [rows, C]. Memory and time are those of a forward over rows x the longest prompt.
     pub fn prefill(&mut self, prompts: &[&[i64]], slots: &[usize], cache: &mut KvCache) -> Result<Tensor> {
         let lengths: Vec<i64> = prompts.iter().map(|p| p.len() as i64).collect();
-        if prompts.len() != slots.len() || lengths.contains(&0) || slots.iter().any(|s| cache.lengths[*s] > 0) {
-            return Err(Error::failed("a prefill reads one prompt, of at least one token, into each of its free slots"));
+        if prompts.len() != slots.len() || lengths.contains(&0) || slots.iter().any(|s| cache.lengths[*s] > 0)
+        {
+            return Err(Error::failed(
+                "a prefill reads one prompt, of at least one token, into each of its free slots",
+            ));
         }
         let (rows, time) = (lengths.len() as i64, lengths.iter().copied().max().unwrap_or(0));
         // Padding after a prompt: causal attention never looks there, and what it leaves in the cache lies beyond the
@@ -83,7 +87,8 @@ impl Llama {
         let index = integers(slots.iter().map(|s| *s as i64)).to_device(device);
         cache.reserve(time);
         let mut x = self.embed_checked(&ids)?;
-        let mut last = integers(lengths.iter().enumerate().map(|(r, n)| r as i64 * time + n - 1)).to_device(device);
+        let mut last =
+            integers(lengths.iter().enumerate().map(|(r, n)| r as i64 * time + n - 1)).to_device(device);
         for i in 1..=self.num_blocks() {
             let w = self.block_weights(i)?;
             let (y, rest) = block_forward(&w, &x, &context, self.shape.rms_norm_eps)?;

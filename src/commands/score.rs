@@ -50,7 +50,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
             )));
         }
         line.fields.insert("token_ids".into(), json!(sequence.ids));
-        line.fields.insert("sum_logprob".into(), json!(logprobs.iter().sum::<f64>()));
+        line.fields.insert("sum_logprob".into(), json!(logprobs.iter().fold(0.0, |sum, x| sum + x)));
         line.fields.insert("logprobs".into(), json!(logprobs));
         file.put(format!("{}\n", Value::Object(line.fields)).as_bytes())?;
     }

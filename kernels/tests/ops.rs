@@ -10,7 +10,7 @@ const KINDS: [Kind; 3] = [Kind::Double, Kind::Float, Kind::BFloat16];
 fn tolerance(kind: Kind) -> f64 {
     match kind {
         Kind::Double => 1e-13,
-        Kind::Float => 2e-6,
+        Kind::Float => 1e-5,
         _ => 8e-3, // one rounding of bfloat16
     }
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use clap::{Subcommand, ValueEnum};
-use kernels::c10d::ReduceOp;
+use kernels::c10d::{Group, ReduceOp};
 use serde_json::json;
 use tch::{Kind, Tensor};
 
@@ -15,6 +15,8 @@ use crate::distributed::sharded::Sharded;
 use crate::distributed::sharded::shard_groups;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
+use crate::generate::engine::{self, Generation, Options};
+use crate::generate::sampler::Sampling;
 use crate::model::{Input, Llama, Recompute, init, layout};
 use crate::optim::{AdamW, Hyper};
 use crate::telemetry;
@@ -23,6 +25,8 @@ use crate::telemetry;
 pub enum Command {
     /// Training steps on random tokens; under `launch`, sharded
     Train(TrainArgs),
+    /// New tokens a second, greedily, from random prompts; each prompt gets as many tokens
+    Generate(GenerateArgs),
     /// Collectives of this world, by size
     Collectives(CollectivesArgs),
 }
@@ -94,6 +98,27 @@ pub enum ModeArg {
 }
 
 #[derive(Debug, clap::Args)]
+pub struct GenerateArgs {
+    /// llama-15m, llama-42m, llama-110m or llama-1b
+    #[arg(long, default_value = "llama-15m")]
+    pub preset: String,
+    #[arg(long, value_enum, default_value = "float32")]
+    pub precision: Precision,
+    /// Prompts at once
+    #[arg(long, default_value_t = 8)]
+    pub batch_size: usize,
+    /// Tokens of a prompt
+    #[arg(long, default_value_t = 64)]
+    pub prompt_tokens: usize,
+    /// Tokens that are generated for each prompt
+    #[arg(long, default_value_t = 192)]
+    pub new_tokens: usize,
+    /// Times that it is measured, after one that is not
+    #[arg(long, default_value_t = 3)]
+    pub runs: usize,
+}
+
+#[derive(Debug, clap::Args)]
 pub struct CollectivesArgs {
     /// Largest tensor, in MiB of float32
     #[arg(long, default_value_t = 64)]
@@ -104,6 +129,7 @@ pub fn run(command: Command, global: &Global) -> Result<()> {
     let world = World::from_global(global.device.as_deref(), Duration::from_secs(600))?;
     match command {
         Command::Train(args) => train(&args, &world),
+        Command::Generate(args) => generate(&args, &world),
         Command::Collectives(args) => collectives(&args, &world),
     }
 }
@@ -203,6 +229,70 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
             "first_step_s": first_step_s, "peak_bytes": peak as u64, "last_loss": loss,
             "matmul_gflops": matmul / 1e9, "matmul_share": share,
             "threads": tch::get_num_threads(), "device": format!("{:?}", world.device),
+        })
+    );
+    Ok(())
+}
+
+fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
+    let shape = shape(&args.preset)?;
+    if world.world_size > 1 {
+        return Err(Error::config("bench generate runs on one rank"));
+    }
+    if args.batch_size == 0 || args.prompt_tokens == 0 || args.new_tokens == 0 || args.runs == 0 {
+        return Err(Error::config(
+            "--batch-size, --prompt-tokens, --new-tokens and --runs must be at least 1",
+        ));
+    }
+    if args.prompt_tokens + args.new_tokens > shape.max_position_embeddings as usize {
+        return Err(Error::config(format!(
+            "--prompt-tokens and --new-tokens are more than {} together, the model's positions",
+            shape.max_position_embeddings
+        )));
+    }
+    let kind = args.precision.kind();
+    let solo = Group::solo;
+    let mut params = Sharded::new(layout::layouts(&shape), solo(), solo(), kind, world.device);
+    init::init(&mut params, &shape, 0)?;
+    let mut model = Llama::new(shape.clone(), params);
+    tch::manual_seed(3);
+    let prompts: Vec<Generation> = (0..args.batch_size as u64)
+        .map(|sample| {
+            let ids = Tensor::randint_low(
+                3,
+                shape.vocab_size,
+                [args.prompt_tokens as i64],
+                (Kind::Int64, tch::Device::Cpu),
+            );
+            Ok(Generation { prompt: Vec::<i64>::try_from(&ids)?, sample })
+        })
+        .collect::<Result<_>>()?;
+    let options = Options {
+        sampling: Sampling::GREEDY,
+        max_new_tokens: args.new_tokens,
+        batch_size: args.batch_size,
+        eos: &[],
+        stop: None,
+    };
+    let mut seconds = Vec::new();
+    for run in 0..=args.runs {
+        let begun = Instant::now();
+        engine::generate(&mut model, &prompts, &options, |_| Ok(()))?;
+        world.synchronize()?;
+        if run > 0 {
+            seconds.push(begun.elapsed().as_secs_f64());
+        }
+    }
+    let total_s = median(&mut seconds);
+    let tokens = (args.batch_size * args.new_tokens) as f64;
+    println!(
+        "{}",
+        json!({
+            "bench": "generate", "preset": args.preset, "precision": format!("{:?}", args.precision).to_lowercase(),
+            "batch_size": args.batch_size, "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens,
+            "runs": args.runs, "total_s": total_s, "new_tokens_per_s": tokens / total_s,
+            "peak_bytes": world.peak_bytes()?, "threads": tch::get_num_threads(),
+            "device": format!("{:?}", world.device),
         })
     );
     Ok(())

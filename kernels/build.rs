@@ -54,7 +54,7 @@ fn main() {
         .include(torch.join("include"))
         .include(torch.join("include/torch/csrc/api/include"));
     cuda_shim(&build, &torch, &lib, &out);
-    build.file("cpp/ops.cpp").file("cpp/c10d.cpp").compile("corral_kernels");
+    build.file("cpp/ops.cpp").file("cpp/gpu_ops.cpp").file("cpp/c10d.cpp").compile("corral_kernels");
 
     println!("cargo:rustc-link-search=native={}", lib.display());
     println!("cargo:rustc-link-lib=torch_cpu");

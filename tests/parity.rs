@@ -1,4 +1,5 @@
-//! The model against Hugging Face's, on golden values (`CORRAL_GOLDEN` names another root of the same form).
+//! The model against Hugging Face's, on golden values (`CORRAL_GOLDEN` names another root of the same form), on the CPU or,
+//! with CORRAL_TEST_DEVICE=cuda, on a GPU.
 //!
 //! In float32 we may be twice as far from the float64 values as Hugging Face's own float32 is, plus 1e-6; in float64,
 //! 1e-10 of the size.
@@ -7,7 +8,7 @@ mod common;
 
 use std::collections::HashMap;
 
-use common::{golden, json, largest, load, relative, tensors};
+use common::{device, golden, json, largest, load, relative, tensors};
 use corral::model::{Input, Llama, LmHead, Recompute};
 use corral::optim::{AdamW, Hyper, Schedule, ScheduleKind};
 use tch::{Device, Kind, Tensor};
@@ -89,7 +90,8 @@ fn loss_and_gradients(
         let (hidden, tape) = model.forward(&input, recompute).unwrap();
         let labels = shifted(&part(labels));
         let kind = if hidden.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-        let coef = Tensor::full([labels.size()[0]], -1.0 / count, (kind, Device::Cpu));
+        let coef = Tensor::full([labels.size()[0]], -1.0 / count, (kind, device()));
+        let labels = labels.to_device(device());
         let (logprobs, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coef, last).unwrap();
         model.backward(dhidden, tape, last).unwrap();
         loss -= logprobs.sum(Kind::Double).double_value(&[]) / count;
@@ -109,15 +111,18 @@ fn logits_and_log_probabilities() {
             let (input, ids, mask) = g.input();
             let hidden = model.hidden(&input).unwrap();
             let real = mask.view([-1, 1]).to_kind(Kind::Double);
-            let logits = LmHead::logits(&mut model, &hidden).unwrap().to_kind(Kind::Double) * &real;
+            let cpu = |t: Tensor| t.to_device(Device::Cpu);
+            let logits = cpu(LmHead::logits(&mut model, &hidden).unwrap()).to_kind(Kind::Double) * &real;
             g.near("logits", &logits, kind, largest);
 
             let next = Tensor::cat(&[ids.narrow(1, 1, ids.size()[1] - 1), ids.narrow(1, 0, 1)], 1);
-            let out = LmHead::logprobs(&mut model, &hidden, &next.contiguous().view([-1]), true).unwrap();
+            let next = next.contiguous().view([-1]).to_device(device());
+            let out = LmHead::logprobs(&mut model, &hidden, &next, true).unwrap();
             let both = mask.narrow(1, 0, mask.size()[1] - 1) * mask.narrow(1, 1, mask.size()[1] - 1);
-            let logprobs = out.logprobs.view(mask.size().as_slice()).narrow(1, 0, mask.size()[1] - 1) * both;
+            let logprobs =
+                cpu(out.logprobs).view(mask.size().as_slice()).narrow(1, 0, mask.size()[1] - 1) * both;
             g.near("token_logprobs", &logprobs, kind, largest);
-            g.near("entropy", &(out.entropies.unwrap() * real.view([-1])), kind, largest);
+            g.near("entropy", &(cpu(out.entropies.unwrap()) * real.view([-1])), kind, largest);
         }
     }
 }
@@ -201,7 +206,7 @@ fn adamw_trajectories() {
                 vec![("w".into(), vec![7, 5]), ("e".into(), vec![3, 4]), ("b".into(), vec![5])],
             );
             let specs = layout.specs.clone();
-            let mut params = Sharded::new(vec![layout], Group::solo(), Group::solo(), kind, Device::Cpu);
+            let mut params = Sharded::new(vec![layout], Group::solo(), Group::solo(), kind, device());
             params
                 .fill(|spec, _, values| {
                     values.shallow_clone().copy_(&t[&format!("init.{}", spec.name)].view([-1]));

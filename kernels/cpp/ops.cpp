@@ -54,8 +54,12 @@ using namespace corral;
 
 extern "C" {
 
+// For the CPU alone: setFloat32MatmulPrecision("medium") would do the same and round float32 products on GPUs to TF32.
 char* corral_set_float32_onednn(bool on) {
-  return guarded([&] { at::globalContext().setFloat32MatmulPrecision(on ? "medium" : "highest"); });
+  return guarded([&] {
+    at::globalContext().setFloat32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL,
+                                            on ? at::Float32Precision::BF16 : at::Float32Precision::NONE);
+  });
 }
 
 char* corral_rms_norm(at::Tensor* x, at::Tensor* w, double eps, at::Tensor** y, at::Tensor** rstd) {

@@ -4,6 +4,7 @@ pub mod c10d;
 pub mod composed;
 pub mod cuda;
 pub mod error;
+pub mod gpu;
 pub mod host;
 pub mod mmap;
 pub mod nvrtc;

@@ -9,6 +9,9 @@ use std::path::{Path, PathBuf};
 use std::ptr::null_mut;
 use std::sync::OnceLock;
 
+/// (name, text) of what our kernels share.
+const COMMON: (&str, &str) = ("common.cuh", include_str!("../cuda/common.cuh"));
+
 /// (name, text) of what a kernel may include: `cuda_bf16.h`, `cuda_fp16.h`, `cuda_fp8.h` and what those need.
 const HEADERS: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/nvrtc_headers.rs"));
 
@@ -92,8 +95,8 @@ pub fn compile(name: &str, source: &str, arch: &str, options: &[&str]) -> Result
     let pointers = |items: &[CString]| items.iter().map(|s| s.as_ptr()).collect::<Vec<_>>();
     let (c_name, c_source, c_arch) =
         (c_string(name)?, c_string(source)?, format!("--gpu-architecture={arch}"));
-    let header_names = strings(&mut HEADERS.iter().map(|h| h.0))?;
-    let header_texts = strings(&mut HEADERS.iter().map(|h| h.1))?;
+    let header_names = strings(&mut HEADERS.iter().chain([&COMMON]).map(|h| h.0))?;
+    let header_texts = strings(&mut HEADERS.iter().chain([&COMMON]).map(|h| h.1))?;
     let options = strings(&mut [c_arch.as_str(), "--std=c++17"].into_iter().chain(options.iter().copied()))?;
     let (header_names_p, header_texts_p) = (pointers(&header_names), pointers(&header_texts));
 
@@ -117,7 +120,7 @@ pub fn compile(name: &str, source: &str, arch: &str, options: &[&str]) -> Result
             &mut program,
             c_source.as_ptr(),
             c_name.as_ptr(),
-            HEADERS.len() as c_int,
+            header_names.len() as c_int,
             header_texts_p.as_ptr(),
             header_names_p.as_ptr(),
         );

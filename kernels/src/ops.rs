@@ -3,21 +3,22 @@
 //! Shapes: N rows (tokens), C channels, F = intermediate size, V vocabulary, D head dimension. Activations and
 //! weights are float32, bfloat16 or float64 (T); statistics, gradients of weights and log-probabilities are in the
 //! accumulator type A: float64 for float64, else float32. On the CPU they run as one pass over memory
-//! (`cpp/cpu_rows.cpp`); elsewhere as compositions of libtorch's operations ([`crate::composed`]), which are also
-//! their oracles in the tests.
+//! (`cpp/cpu_rows.cpp`), on CUDA as kernels compiled at run time ([`crate::gpu`]), in float64 on CUDA as compositions of
+//! libtorch's operations ([`crate::composed`]), which are also the oracles in the tests. The same input gives the same
+//! bits.
 
 use std::ffi::{c_char, c_void};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::composed;
 use crate::error::{Result, check};
+use crate::{composed, gpu};
 
 /// A tensor as the C++ side takes it (`at::Tensor*`).
-type Raw = *mut c_void;
+pub(crate) type Raw = *mut c_void;
 
 /// The C++ side may write to the data, not to the handle.
-fn raw(t: &Tensor) -> Raw {
+pub(crate) fn raw(t: &Tensor) -> Raw {
     t.as_ptr() as Raw
 }
 
@@ -26,7 +27,7 @@ fn raw_opt(t: Option<&Tensor>) -> Raw {
 }
 
 /// Takes over a tensor that the C++ side made with `new at::Tensor`.
-fn own(t: Raw) -> Tensor {
+pub(crate) fn own(t: Raw) -> Tensor {
     // SAFETY: `t` comes from `new at::Tensor` on the C++ side, which gives up its ownership.
     unsafe { Tensor::from_ptr(t.cast()) }
 }
@@ -115,6 +116,21 @@ pub fn accumulator(kind: Kind) -> Kind {
     if kind == Kind::Double { Kind::Double } else { Kind::Float }
 }
 
+/// What computes an operation.
+enum Engine {
+    Cpu,
+    Gpu,
+    Composed,
+}
+
+fn engine(x: &Tensor) -> Engine {
+    match (x.device(), x.kind()) {
+        (Device::Cpu, _) => Engine::Cpu,
+        (Device::Cuda(_), Kind::Float | Kind::BFloat16) => Engine::Gpu,
+        _ => Engine::Composed,
+    }
+}
+
 /// Sends float32 matrix products on the CPU to oneDNN (true) or MKL (false, libtorch's default).
 pub fn set_float32_onednn(on: bool) -> Result<()> {
     // SAFETY: sets a flag of libtorch's global context.
@@ -124,8 +140,10 @@ pub fn set_float32_onednn(on: bool) -> Result<()> {
 /// y = x * rstd * w with rstd = 1 / sqrt(mean(x^2) + eps) per row (Zhang and Sennrich 2019, eq. 4), computed in A and
 /// rounded once. x: T [N, C], w: T [C]. Returns y: T [N, C] and rstd: A [N].
 pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
-    if x.device() != Device::Cpu {
-        return Ok(composed::rms_norm(x, w, eps));
+    match engine(x) {
+        Engine::Cpu => {}
+        Engine::Gpu => return gpu::rms_norm(x, w, eps),
+        Engine::Composed => return Ok(composed::rms_norm(x, w, eps)),
     }
     let (mut y, mut rstd) = (std::ptr::null_mut(), std::ptr::null_mut());
     // SAFETY: the C++ side checks devices, dtypes and contiguity; outputs are new tensors.
@@ -135,8 +153,10 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
 
 /// [`rms_norm`] again with its saved `rstd`: what the backward needs of y, without keeping it.
 pub fn rms_apply(x: &Tensor, w: &Tensor, rstd: &Tensor) -> Result<Tensor> {
-    if x.device() != Device::Cpu {
-        return Ok(composed::rms_apply(x, w, rstd));
+    match engine(x) {
+        Engine::Cpu => {}
+        Engine::Gpu => return gpu::rms_apply(x, w, rstd),
+        Engine::Composed => return Ok(composed::rms_apply(x, w, rstd)),
     }
     let mut y = std::ptr::null_mut();
     // SAFETY: as in rms_norm.
@@ -153,8 +173,12 @@ pub fn rms_backward(
     residual: Option<&Tensor>,
     dw: &Tensor,
 ) -> Result<Tensor> {
-    if x.device() != Device::Cpu {
-        return Ok(composed::rms_backward(dy, x, w, rstd, residual, dw));
+    match engine(x) {
+        Engine::Cpu => {}
+        Engine::Gpu if w.numel() as i64 <= gpu::RMS_BACKWARD_COLUMNS => {
+            return gpu::rms_backward(dy, x, w, rstd, residual, dw);
+        }
+        _ => return Ok(composed::rms_backward(dy, x, w, rstd, residual, dw)),
     }
     let mut dx = std::ptr::null_mut();
     // SAFETY: as in rms_norm; dw is written in place, and nothing else holds it during the call.
@@ -176,9 +200,13 @@ pub fn rope(
     head_dim: i64,
     inverse: bool,
 ) -> Result<()> {
-    if x.device() != Device::Cpu {
-        composed::rope(x, positions, cos, sin, heads, head_dim, inverse);
-        return Ok(());
+    match engine(x) {
+        Engine::Cpu => {}
+        Engine::Gpu => return gpu::rope(x, positions, cos, sin, heads, head_dim, inverse),
+        Engine::Composed => {
+            composed::rope(x, positions, cos, sin, heads, head_dim, inverse);
+            return Ok(());
+        }
     }
     // SAFETY: the C++ side checks shapes and dtypes; positions are below the tables' length (the model grows them).
     check(unsafe { corral_rope(raw(x), raw(positions), raw(cos), raw(sin), heads, head_dim, inverse) })
@@ -204,9 +232,14 @@ impl Heads {
 /// then value heads. Position i of a row sees the positions `start[i]` to i of that row (`start`: int64 [B * T]; none:
 /// 0 to i), which says padding on the left, packed documents and sliding windows. Returns out: T [B * T, H * D] and
 /// the logarithm of the softmax's denominators: A [B, H, T].
+///
+/// On CUDA, flash attention takes what it can: bfloat16 or float16 without `start`, D a multiple of 8 and at most 256. The
+/// rest is composed, with the [B, H, T, T] scores in memory.
 pub fn attention(qkv: &Tensor, start: Option<&Tensor>, h: Heads) -> Result<(Tensor, Tensor)> {
-    if qkv.device() != Device::Cpu {
-        return Ok(composed::attention(qkv, start, h));
+    match engine(qkv) {
+        Engine::Cpu => {}
+        _ if gpu::flash_fits(qkv, start, h)? => return gpu::flash_attention(qkv, h),
+        _ => return Ok(composed::attention(qkv, start, h)),
     }
     let (mut out, mut lse) = (std::ptr::null_mut(), std::ptr::null_mut());
     // SAFETY: the C++ side checks shapes and contiguity; outputs are new tensors.
@@ -235,8 +268,10 @@ pub fn attention_backward(
     start: Option<&Tensor>,
     h: Heads,
 ) -> Result<Tensor> {
-    if qkv.device() != Device::Cpu {
-        return Ok(composed::attention_backward(dout, qkv, out, lse, start, h));
+    match engine(qkv) {
+        Engine::Cpu => {}
+        _ if gpu::flash_fits(qkv, start, h)? => return gpu::flash_attention_backward(dout, qkv, out, lse, h),
+        _ => return Ok(composed::attention_backward(dout, qkv, out, lse, start, h)),
     }
     let mut dqkv = std::ptr::null_mut();
     // SAFETY: as in attention.
@@ -293,8 +328,10 @@ pub fn decode_attention(
 
 /// silu(g) * u (Shazeer 2020) for gu: T [N, 2F] = (g | u). Returns T [N, F].
 pub fn swiglu(gu: &Tensor) -> Result<Tensor> {
-    if gu.device() != Device::Cpu {
-        return Ok(composed::swiglu(gu));
+    match engine(gu) {
+        Engine::Cpu => {}
+        Engine::Gpu => return gpu::swiglu(gu),
+        Engine::Composed => return Ok(composed::swiglu(gu)),
     }
     let mut a = std::ptr::null_mut();
     // SAFETY: as in rms_norm.
@@ -305,9 +342,13 @@ pub fn swiglu(gu: &Tensor) -> Result<Tensor> {
 /// Gradient of [`swiglu`], in place: `gu` becomes d gu, `da` becomes silu(g) * u (the input of the down projection,
 /// which its weight's gradient needs).
 pub fn swiglu_backward(gu: &Tensor, da: &Tensor) -> Result<()> {
-    if gu.device() != Device::Cpu {
-        composed::swiglu_backward(gu, da);
-        return Ok(());
+    match engine(gu) {
+        Engine::Cpu => {}
+        Engine::Gpu => return gpu::swiglu_backward(gu, da),
+        Engine::Composed => {
+            composed::swiglu_backward(gu, da);
+            return Ok(());
+        }
     }
     // SAFETY: both are written in place; the caller gives them up for it.
     check(unsafe { corral_swiglu_backward(raw(gu), raw(da)) })
@@ -316,6 +357,8 @@ pub fn swiglu_backward(gu: &Tensor, da: &Tensor) -> Result<()> {
 /// Log-probabilities of labels. `logits`: T [N, V]; `labels`: int64 [N], negative = left out (log-probability 0).
 /// Writes `logp`: A [N] and, where given, `entropy`: A [N] in nats. With `coef`: A [N], `logits` becomes
 /// coef * (onehot - softmax), the gradient of sum(coef * logp).
+///
+/// A label that is not in the vocabulary is an error on the CPU; on CUDA, which is not waited for, its log-probability is NaN.
 pub fn log_softmax(
     logits: &Tensor,
     labels: &Tensor,
@@ -323,9 +366,13 @@ pub fn log_softmax(
     logp: &Tensor,
     entropy: Option<&Tensor>,
 ) -> Result<()> {
-    if logits.device() != Device::Cpu {
-        composed::log_softmax(logits, labels, coef, logp, entropy);
-        return Ok(());
+    match engine(logits) {
+        Engine::Cpu => {}
+        Engine::Gpu => return gpu::log_softmax(logits, labels, coef, logp, entropy),
+        Engine::Composed => {
+            composed::log_softmax(logits, labels, coef, logp, entropy);
+            return Ok(());
+        }
     }
     // SAFETY: shapes and label ranges are checked; logits, logp and entropy are written in place.
     check(unsafe { corral_log_softmax(raw(logits), raw(labels), raw_opt(coef), raw(logp), raw_opt(entropy)) })
@@ -347,9 +394,13 @@ pub struct AdamW {
 
 /// Updates p, m, v (A [n], in place) with the gradient g (A [n]); `copy` (bfloat16 [n]) receives the new values.
 pub fn adamw(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, copy: Option<&Tensor>, o: AdamW) -> Result<()> {
-    if p.device() != Device::Cpu {
-        composed::adamw(p, g, m, v, copy, o);
-        return Ok(());
+    match engine(p) {
+        Engine::Cpu => {}
+        Engine::Gpu => return gpu::adamw(p, g, m, v, copy, o),
+        Engine::Composed => {
+            composed::adamw(p, g, m, v, copy, o);
+            return Ok(());
+        }
     }
     let correction = |beta: f64| 1.0 - beta.powi(o.step as i32);
     // SAFETY: the C++ side checks contiguity; p, m, v and copy are written in place.
@@ -374,8 +425,10 @@ pub fn adamw(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, copy: Option<&Tenso
 
 /// Sum of squares of x (A), accumulated in float64, in an order that does not depend on the number of threads.
 pub fn sum_squares(x: &Tensor) -> Result<f64> {
-    if x.device() != Device::Cpu {
-        return Ok(composed::sum_squares(x));
+    match engine(x) {
+        Engine::Cpu => {}
+        Engine::Gpu => return gpu::sum_squares(&[x]),
+        Engine::Composed => return Ok(composed::sum_squares(x)),
     }
     let mut out = 0.0;
     // SAFETY: reads x, writes one number.
@@ -383,21 +436,53 @@ pub fn sum_squares(x: &Tensor) -> Result<f64> {
     Ok(out)
 }
 
+/// [`sum_squares`] of several tensors together, in their order; a GPU is waited for once.
+pub fn sum_squares_of_all(tensors: &[Tensor]) -> Result<f64> {
+    match tensors.first().map(engine) {
+        Some(Engine::Gpu) => gpu::sum_squares(&tensors.iter().collect::<Vec<_>>()),
+        _ => tensors.iter().map(sum_squares).sum(),
+    }
+}
+
+/// The gradient of a linear layer's weight: dw (A [O, I]) = dy^T x where `fresh`, else += it, for dy: T [N, O], x: T [N, I].
+/// Where T is A the product goes straight into dw. So it does on CUDA in bfloat16, summed in float32; on the CPU bfloat16
+/// products are rounded before they are added, as under PyTorch's autocast.
+pub fn grad_weight(dw: &Tensor, dy: &Tensor, x: &Tensor, fresh: bool) -> Result<()> {
+    let mut target = dw.shallow_clone();
+    match (x.device(), dw.kind() == x.kind()) {
+        (_, true) if fresh => drop(dy.tr().f_mm_out(&target, x)?),
+        (_, true) => drop(target.f_addmm_(&dy.tr(), x)?),
+        (Device::Cuda(_), false) => gpu::grad_weight(dw, dy, x, !fresh)?,
+        _ => accumulate(dw, &dy.tr().f_mm(x)?, !fresh)?,
+    }
+    Ok(())
+}
+
 /// dst (A) += src (T), or = if not `add`.
 pub fn accumulate(dst: &Tensor, src: &Tensor, add: bool) -> Result<()> {
-    if dst.device() != Device::Cpu {
-        composed::accumulate(dst, src, add);
-        return Ok(());
+    match engine(src) {
+        Engine::Cpu => {}
+        Engine::Gpu => return gpu::accumulate(dst, src, add),
+        Engine::Composed => {
+            composed::accumulate(dst, src, add);
+            return Ok(());
+        }
     }
     // SAFETY: sizes and dtypes are checked; dst is written in place.
     check(unsafe { corral_accumulate(raw(dst), raw(src), add) })
 }
 
 /// Gradient of an embedding: dw[ids[n], :] += dx[n, :]. `dx`: T [N, C], `ids`: int64 [N], `dw`: A [V, C].
+///
+/// Ids that are not in the vocabulary are an error on the CPU; CUDA kernels leave them out (the forward has failed before).
 pub fn embedding_backward(dx: &Tensor, ids: &Tensor, dw: &Tensor) -> Result<()> {
-    if dx.device() != Device::Cpu {
-        composed::embedding_backward(dx, ids, dw);
-        return Ok(());
+    match engine(dx) {
+        Engine::Cpu => {}
+        Engine::Gpu => return gpu::embedding_backward(dx, ids, dw),
+        Engine::Composed => {
+            composed::embedding_backward(dx, ids, dw);
+            return Ok(());
+        }
     }
     // SAFETY: ids are checked against dw's rows; dw is written in place.
     check(unsafe { corral_embedding_backward(raw(dx), raw(ids), raw(dw)) })

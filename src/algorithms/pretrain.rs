@@ -175,6 +175,7 @@ pub fn pretrain(
         min_lr_ratio: c.schedule.min_lr_ratio,
     };
     let mut log = RunLog::create(dir, world.rank, from.as_ref().map(|_| progress.step), inputs.steps)?;
+    let peak_flops = world.peak_flops(compute_kind(c.precision.compute))?;
     let mut guard = SkipGuard::new(progress.skipped_steps);
     let (started, elapsed_before) = (Instant::now(), progress.elapsed_s);
     let (mut window, mut window_tokens) = (Instant::now(), 0u64);
@@ -212,6 +213,10 @@ pub fn pretrain(
                 .float("elapsed_s", progress.elapsed_s)
                 .count("peak_bytes", peak as u64)
                 .count("skipped_steps", guard.skipped_steps);
+            if let Some(peak) = peak_flops {
+                let flops = inputs.shape.flops_per_token(c.data.sequence_length) * window_tokens as f64;
+                record = record.float("mfu", flops / seconds / (peak * world.world_size as f64));
+            }
             if saver.failed_saves() > 0 {
                 record = record.count("failed_saves", saver.failed_saves());
             }

@@ -216,7 +216,9 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
     let step_s = median(&mut seconds);
     let tokens_per_s = count / step_s;
     let matmul = matmul_flops_per_s(micro * length, &shape, kind, world.device);
-    let share = flops_per_token(&shape, length) * tokens_per_s / (matmul * world.world_size as f64);
+    let flops_per_s = shape.flops_per_token(length) * tokens_per_s / world.world_size as f64;
+    let share = flops_per_s / matmul;
+    let mfu = world.peak_flops(kind)?.map(|peak| flops_per_s / peak);
     println!(
         "{}",
         json!({
@@ -227,7 +229,7 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
             "batch_size": batch, "micro_batch_size": micro, "sequence_length": length, "steps": args.steps,
             "tokens_per_s": tokens_per_s, "step_s": step_s,
             "first_step_s": first_step_s, "peak_bytes": peak as u64, "last_loss": loss,
-            "matmul_gflops": matmul / 1e9, "matmul_share": share,
+            "matmul_gflops": matmul / 1e9, "matmul_share": share, "mfu": mfu,
             "threads": tch::get_num_threads(), "device": format!("{:?}", world.device),
         })
     );
@@ -296,16 +298,6 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
         })
     );
     Ok(())
-}
-
-/// Floating-point operations of forward and backward for one token: 6 for every weight of a product, and 6 T for every
-/// channel of the heads in causal attention, which sees T / 2 positions on average.
-fn flops_per_token(s: &Shape, length: i64) -> f64 {
-    let vectors = (2 * s.num_hidden_layers + 1) * s.hidden_size;
-    let embedding = if s.tie_word_embeddings { 0 } else { s.vocab_size * s.hidden_size };
-    let products = s.num_parameters() - vectors - embedding;
-    let attention = s.num_hidden_layers * s.num_attention_heads * s.head_dim * length;
-    6.0 * (products + attention) as f64
 }
 
 /// The rate of the products of a step, forward shape of gate and up: what the step's share is measured against.

@@ -124,4 +124,15 @@ impl Shape {
         let embeddings = self.vocab_size * c * if self.tie_word_embeddings { 1 } else { 2 };
         embeddings + self.num_hidden_layers * block + c
     }
+
+    /// Floating-point operations of forward and backward for one token of a sequence of `length`: 6 for every weight of a
+    /// product, and 6 `length` for every channel of the heads in causal attention, which sees half of the positions on
+    /// average. What is recomputed does not count.
+    pub fn flops_per_token(&self, length: i64) -> f64 {
+        let vectors = (2 * self.num_hidden_layers + 1) * self.hidden_size;
+        let embedding = if self.tie_word_embeddings { 0 } else { self.vocab_size * self.hidden_size };
+        let products = self.num_parameters() - vectors - embedding;
+        let attention = self.num_hidden_layers * self.num_attention_heads * self.head_dim * length;
+        6.0 * (products + attention) as f64
+    }
 }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
-use tch::Device;
+use tch::{Device, Kind};
 
 /// `--device`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,6 +124,14 @@ impl World {
         match self.device {
             Device::Cuda(index) => Ok(cuda::load()?.memory(index)?.peak_allocated as u64),
             _ => Ok(crate::telemetry::peak_bytes()),
+        }
+    }
+
+    /// Peak FLOP/s of dense matrix products in this dtype on this rank's GPU, where it is known.
+    pub fn peak_flops(&self, kind: Kind) -> Result<Option<f64>> {
+        match self.device {
+            Device::Cuda(index) => Ok(cuda::peak_flops(&cuda::load()?.device_info(index)?.name, kind)),
+            _ => Ok(None),
         }
     }
 

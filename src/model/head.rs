@@ -5,7 +5,7 @@ use kernels::ops;
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
-use crate::model::llama::{Llama, weight_grad};
+use crate::model::llama::Llama;
 
 /// Elements of a chunk of logits: some 16 MB in float32 on a CPU, where it stays near the cache; 256 MB on a GPU.
 const CHUNK_CPU: i64 = 4 << 20;
@@ -90,7 +90,7 @@ impl LmHead {
             ops::log_softmax(&logits, &part(labels), Some(&part(coef)), &part(&logprobs), None)?;
             let dlogits = logits;
             let _ = dlogits.f_mm_out(&part(&dhidden), &weight)?;
-            weight_grad(&dweight, &dlogits, &h, fresh)?;
+            ops::grad_weight(&dweight, &dlogits, &h, fresh)?;
             fresh = false;
         }
         model.params.release(group);

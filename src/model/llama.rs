@@ -355,37 +355,22 @@ fn block_backward(
     let da = dy.mm(&w.down);
     ops::swiglu_backward(&gate_up, &da)?;
     let (dgate_up, a) = (gate_up, da);
-    weight_grad(&g.down, &dy, &a, fresh)?;
+    ops::grad_weight(&g.down, &dy, &a, fresh)?;
     drop(a);
-    weight_grad(&g.gate_up, &dgate_up, &h2, fresh)?;
+    ops::grad_weight(&g.gate_up, &dgate_up, &h2, fresh)?;
     drop(h2);
     let dh2 = dgate_up.mm(&w.gate_up);
     drop(dgate_up);
     let dx2 = ops::rms_backward(&dh2, &rest.x2, &w.norm2, &rest.rstd2, Some(&dy), &g.norm2)?;
     drop((dh2, dy));
 
-    weight_grad(&g.o, &dx2, &rest.o, fresh)?;
+    ops::grad_weight(&g.o, &dx2, &rest.o, fresh)?;
     let dout = dx2.mm(&w.o);
     let dqkv = ops::attention_backward(&dout, &rest.qkv, &rest.o, &rest.lse, c.start.as_ref(), c.heads)?;
     drop(dout);
     rotate(&dqkv, c, true)?;
     let h1 = ops::rms_apply(&x, &w.norm1, &rest.rstd1)?;
-    weight_grad(&g.qkv, &dqkv, &h1, fresh)?;
+    ops::grad_weight(&g.qkv, &dqkv, &h1, fresh)?;
     let dh1 = dqkv.mm(&w.qkv);
     Ok(ops::rms_backward(&dh1, &x, &w.norm1, &rest.rstd1, Some(&dx2), &g.norm1)?)
-}
-
-/// The gradient of a linear layer's weight: dw (+)= dy^T x, for dy [N, O], x [N, I]. dw is A [O, I]; float32 products go
-/// straight into it, bfloat16 products are rounded before they are added, as under PyTorch's autocast.
-pub(crate) fn weight_grad(dw: &Tensor, dy: &Tensor, x: &Tensor, fresh: bool) -> Result<()> {
-    if dw.kind() != x.kind() {
-        return Ok(ops::accumulate(dw, &dy.tr().mm(x), !fresh)?);
-    }
-    let mut dw = dw.shallow_clone();
-    if fresh {
-        let _ = dy.tr().f_mm_out(&dw, x)?;
-    } else {
-        let _ = dw.f_addmm_(&dy.tr(), x)?;
-    }
-    Ok(())
 }

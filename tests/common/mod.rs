@@ -19,6 +19,20 @@ pub fn golden() -> PathBuf {
     }
 }
 
+/// Where the models under test compute: CORRAL_TEST_DEVICE, cpu (the default) or cuda.
+pub fn device() -> Device {
+    match std::env::var("CORRAL_TEST_DEVICE").as_deref() {
+        Err(_) | Ok("cpu") => Device::Cpu,
+        Ok("cuda") => {
+            kernels::cuda::load()
+                .and_then(|c| c.device_count())
+                .expect("CORRAL_TEST_DEVICE=cuda needs a GPU");
+            Device::Cuda(0)
+        }
+        Ok(other) => panic!("CORRAL_TEST_DEVICE={other}: it must be cpu or cuda"),
+    }
+}
+
 /// All tensors of a safetensors file.
 pub fn tensors(path: &Path) -> HashMap<String, Tensor> {
     Tensor::read_safetensors(path).unwrap_or_else(|e| panic!("{}: {e}", path.display())).into_iter().collect()
@@ -33,8 +47,7 @@ pub fn json(path: &Path) -> serde_json::Value {
 pub fn load(dir: &Path, compute: Kind) -> Llama {
     let weights = Weights::open(dir).unwrap();
     let shape = weights.shape().clone();
-    let mut params =
-        Sharded::new(layout::layouts(&shape), Group::solo(), Group::solo(), compute, Device::Cpu);
+    let mut params = Sharded::new(layout::layouts(&shape), Group::solo(), Group::solo(), compute, device());
     weights.fill(&mut params).unwrap();
     Llama::new(shape, params)
 }
@@ -42,12 +55,14 @@ pub fn load(dir: &Path, compute: Kind) -> Llama {
 /// The largest absolute difference.
 pub fn largest(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.size(), b.size());
-    (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[])
+    let exact = |t: &Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
+    (exact(a) - exact(b)).abs().max().double_value(&[])
 }
 
 /// The distance of a from b relative to b, in 2-norms.
 pub fn relative(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.size(), b.size());
-    let (a, b) = (a.to_kind(Kind::Double), b.to_kind(Kind::Double));
+    let exact = |t: &Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
+    let (a, b) = (exact(a), exact(b));
     (&a - &b).norm().double_value(&[]) / b.norm().double_value(&[]).max(1e-300)
 }

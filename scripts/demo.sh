@@ -19,7 +19,7 @@ stage() { # stage NAME COMMAND...
 stage setup make --no-print-directory setup
 stage build cargo build --release --workspace
 stage data "$bin/corral" data synth --output runs/data
-stage tokenizer "$bin/corral" tokenizer train --input runs/data/pretrain.train.jsonl --vocab-size 280 \
+stage tokenizer "$bin/corral" tokenizer train --input runs/data/pretrain.train.jsonl --vocab-size 400 \
     --output runs/data/tokenizer
 stage tokenize "$bin/corral" tokenize --input runs/data/pretrain.train.jsonl --tokenizer runs/data/tokenizer \
     --output runs/data/tokens

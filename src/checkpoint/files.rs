@@ -15,6 +15,11 @@ pub fn beside(path: &Path, prefix: &str) -> PathBuf {
     path.with_file_name(format!("{prefix}{name}"))
 }
 
+/// The folder that `path` lies in.
+pub fn parent(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// Bytes free for this user on the file system that holds `path` or, where it does not exist yet, its nearest parent.
 pub fn free_bytes(path: &Path) -> Result<u64> {
     let absolute = std::path::absolute(path).context(path.display())?;
@@ -69,7 +74,6 @@ pub fn sync_dir(path: &Path) -> Result<()> {
 pub fn replace_dir(temp: &Path, path: &Path) -> Result<()> {
     sync_dir(temp)?;
     let old = beside(path, ".old-");
-    let parent = path.parent().unwrap_or(Path::new("."));
     let rename = || -> io::Result<()> {
         if path.exists() {
             if old.exists() {
@@ -80,7 +84,7 @@ pub fn replace_dir(temp: &Path, path: &Path) -> Result<()> {
         fs::rename(temp, path)
     };
     rename().map_err(|e| write_error(path, &e))?;
-    sync_dir(parent)?;
+    sync_dir(parent(path))?;
     if old.exists() {
         fs::remove_dir_all(&old).map_err(|e| write_error(&old, &e))?;
     }

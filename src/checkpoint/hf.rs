@@ -233,6 +233,9 @@ fn plan<'a>(layouts: impl Iterator<Item = &'a Layout>, how: &Export) -> Vec<(Str
 
 /// Makes the temporary folder with all but the weights.
 fn begin(dir: &Path, temp: &Path, shape: &Shape, how: &Export, plan: &[(String, Vec<Entry>)]) -> Result<()> {
+    if dir.file_name().is_none() {
+        return Err(Error::config(format!("{}: a model needs a folder of its own", dir.display())));
+    }
     files::recover(dir)?;
     refuse_foreign(dir)?;
     create_dir(temp)?;

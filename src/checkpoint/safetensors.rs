@@ -13,7 +13,7 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use tch::{Kind, Tensor};
 
-use super::files::{CHUNK, beside, read_error, sync_dir, write_error};
+use super::files::{CHUNK, beside, parent, read_error, sync_dir, write_error};
 use crate::error::{Context, Error, Result};
 
 /// The header of a sane file is far below this (the format's own limit).
@@ -248,7 +248,7 @@ impl Writer {
             .and_then(|()| fs::rename(&self.temp, &self.path))
             .map_err(|e| write_error(&self.path, &e))?;
         self.complete = true;
-        sync_dir(self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
+        sync_dir(parent(&self.path))?;
         Ok(Written { bytes: self.bytes, crc32: self.crc.clone().finalize() })
     }
 }

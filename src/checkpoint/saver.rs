@@ -85,14 +85,17 @@ enum Outcome {
 }
 
 impl Outcome {
-    fn warn_if_failed(self) -> Option<Saved> {
+    /// All ranks know the outcome; rank 0 tells it.
+    fn warn_if_failed(self, world: &Group) -> Option<Saved> {
         match self {
             Outcome::Nothing => None,
             Outcome::Saved(saved) => Some(saved),
             Outcome::Failed { step, error } => {
-                warn!(
-                    "the checkpoint of step {step} could not be saved, the run goes on without it: {error}"
-                );
+                if world.rank() == 0 {
+                    warn!(
+                        "the checkpoint of step {step} could not be saved, the run goes on without it: {error}"
+                    );
+                }
                 None
             }
         }
@@ -122,7 +125,7 @@ impl Saver {
     /// that one fails, a warning says so. `state` is the trainer's own, equal on all ranks. Collective if a save is
     /// under way.
     pub fn begin(&mut self, step: u64, params: &Sharded, optim: &AdamW, state: Value) -> Result<()> {
-        self.complete()?.warn_if_failed();
+        self.complete()?.warn_if_failed(&self.world);
         let started = Instant::now();
         let (rank, size) = (params.shard_group().rank() as usize, params.shard_group().size() as usize);
         let writes = params.replica_group().rank() == 0;
@@ -161,7 +164,7 @@ impl Saver {
             Job::Over(_) => true,
         };
         let all = self.world.combine(&[f64::from(u8::from(done))], ReduceOp::Min)?[0];
-        if all < 1.0 { Ok(None) } else { Ok(self.complete()?.warn_if_failed()) }
+        if all < 1.0 { Ok(None) } else { Ok(self.complete()?.warn_if_failed(&self.world)) }
     }
 
     /// Waits for the save under way and completes it. Here a save that failed is an error, on all ranks: it may have
@@ -247,7 +250,9 @@ impl Saver {
             }
         }
         write_file(&temp.join(META), meta.to_text()?.as_bytes())?;
-        files::replace_dir(&temp, &self.dir.join(step_name(meta.step)))
+        files::replace_dir(&temp, &self.dir.join(step_name(meta.step)))?;
+        // The first save has made the folder of checkpoints.
+        files::sync_dir(files::parent(&self.dir))
     }
 
     /// Rank 0: leaves the newest. What is newer than this step belongs to a history that was given up by resuming
@@ -295,7 +300,7 @@ fn host_copies(params: &Sharded, optim: &AdamW) -> Result<Vec<(Entry, Tensor)>> 
 
 /// Writes a shard, and on rank 0 the tokenizer. Returns the files, the shard first.
 fn write(path: &Path, copies: Vec<(Entry, Tensor)>, tokenizer: Option<PathBuf>) -> Result<Vec<FileMeta>> {
-    let dir = path.parent().unwrap_or(Path::new("."));
+    let dir = files::parent(path);
     create_dir(dir)?;
     let entries: Vec<Entry> = copies.iter().map(|(entry, _)| entry.clone()).collect();
     let mut writer = Writer::create(path, &entries)?;

@@ -401,6 +401,8 @@ fn an_export_spares_what_is_not_its_own_and_fails_on_all_ranks() {
     let errors = on_ranks(2, |world| {
         let (params, _) = trained(&shape, &world, Mode::Replicate, Kind::Float);
         let how = Export { dtype: Kind::BFloat16, max_shard_size: u64::MAX, tokenizer_dir: None };
+        let e = export(Path::new("."), &shape, &params, &how, &world).unwrap_err();
+        assert!(e.message.contains("a folder of its own"), "{e}");
         export(&folder.0, &shape, &params, &how, &world).unwrap_err()
     });
     for e in errors {

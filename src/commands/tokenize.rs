@@ -5,6 +5,7 @@ use crate::data::shards::Header;
 use crate::data::tokenize::{self, Options};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::warn;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -52,7 +53,7 @@ pub fn run(args: Args) -> Result<()> {
         }
     }
     if summary.num_empty > 0 {
-        eprintln!("{} documents without text were left out", summary.num_empty);
+        warn!("{} documents without text were left out", summary.num_empty);
     }
     Ok(())
 }

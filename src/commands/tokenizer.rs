@@ -2,6 +2,7 @@
 
 use crate::data::{readers, tokenizer};
 use crate::error::{Error, Result};
+use crate::warn;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -57,7 +58,7 @@ pub fn run(args: Args) -> Result<()> {
     tokenizer.save(&args.output)?;
     let size = tokenizer.vocab_size();
     if size < args.vocab_size {
-        eprintln!("the text supports a vocabulary of {size} tokens, not {}", args.vocab_size);
+        warn!("the text supports a vocabulary of {size} tokens, not {}", args.vocab_size);
     }
     println!("{}: byte-level BPE, {size} tokens", args.output.display());
     Ok(())

@@ -38,11 +38,11 @@ fn reads_values_and_defaults() {
     let config = load_text(SMALL, &[]).unwrap().config;
     assert_eq!((config.seed, config.optim.lr), (7, 3e-4));
     assert_eq!(config.model, Model::Preset("llama-15m".into()));
-    let sources = [("a", 1.0), ("b", 0.3)].map(|(path, weight)| Source { path: path.into(), weight });
+    let sources = [("a", None), ("b", Some(0.3))].map(|(path, weight)| Source { path: path.into(), weight });
     assert_eq!(config.data.train, sources);
     assert_eq!(config.data.valid, []);
     assert_eq!(config.optim.betas, [0.9, 0.95]);
-    assert_eq!(config.parallel, Parallel { mode: Mode::Full, tensor: 1 });
+    assert_eq!(config.parallel, Parallel { mode: Mode::Full, tensor: 1, timeout_s: 600.0 });
     assert_eq!(config.train.recompute, Recompute::None);
     assert_eq!(config.micro_batch_size(2), 4);
     config.validate(2).unwrap();
@@ -126,7 +126,7 @@ fn overrides_replace_and_create() {
     assert_eq!((config.optim.lr, config.optim.betas), (1e-3, [0.8, 0.99]));
     assert_eq!((config.valid.every, config.valid.batches), (5, 20));
     let paths: Vec<_> = config.data.train.iter().map(|s| (s.path.to_str().unwrap(), s.weight)).collect();
-    assert_eq!(paths, [("z", 1.0), ("b", 0.3), ("q", 2.0)]);
+    assert_eq!(paths, [("z", None), ("b", Some(0.3)), ("q", Some(2.0))]);
     assert_eq!(config.model, Model::Path("some/dir".into()));
     assert_eq!(config.output_dir, PathBuf::from("007"));
     assert_eq!(config.train.recompute, Recompute::Selective);

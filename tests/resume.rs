@@ -20,9 +20,9 @@ struct Random(u64);
 impl Random {
     fn below(&mut self, n: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let x = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (x ^ x >> 31) % n
+        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (x ^ (x >> 31)) % n
     }
 }
 
@@ -127,13 +127,30 @@ fn launch_restarts_a_killed_world_which_resumes() {
         let words = [&WORDS[..], flags].concat();
         let mut running = run.launched(2, &["--max-restarts", "2"], &words).start(&run.dir, "pretrain");
         let rank = running.rank(1);
-        let saved = || run.checkpoints().last().is_some_and(|(step, _)| (5..30).contains(step));
+        let saved = || run.checkpoints().last().is_some_and(|(step, _)| (6..30).contains(step));
         running.wait_for("a checkpoint", PAUSE, saved);
         kill(rank, Signal::SIGKILL).expect("the rank is there");
         let ended = running.wait().expect_code(0);
         assert!(ended.err.contains("launch: restart 1 of 2") && !ended.err.contains("restart 2"), "{ended}");
         assert!(ended.err.contains("resumed from"), "{ended}");
         run.expect_equal(&reference);
+    }
+}
+
+#[test]
+fn a_restart_of_what_never_began_begins() {
+    let run = Run::new("restart-at-once");
+    run.train(1, &["train.steps=5"]);
+    let words = ["train.steps=6", "--resume", "never", "--overwrite"];
+    let restarted = |name| {
+        let program = run.program(1, &words).env("RANK", "0").env("WORLD_SIZE", "1");
+        program.env("CORRAL_RESTART_COUNT", "1").run(&run.dir, name).expect_code(0)
+    };
+    // The first attempt has left the folder to the older run; then it has begun.
+    for (name, resumes) in [("first", false), ("second", true)] {
+        let ended = restarted(name);
+        assert_eq!(ended.err.contains("resumed from"), resumes, "{ended}");
+        assert_eq!(run.numbers("train", "loss").len(), 6);
     }
 }
 
@@ -165,6 +182,39 @@ fn a_signal_ends_the_step_and_saves() {
             run.expect_equal(&reference);
         }
     }
+}
+
+/// A signal's frame on the stack of a thread that computes would, once in some 30 signals, damage memory: see
+/// `keep_signals_from_computing_threads`.
+#[test]
+fn only_one_thread_takes_signals() {
+    let run = Run::new("threads");
+    let mut running =
+        run.program(2, &["train.steps=5000"]).env("OMP_NUM_THREADS", "2").start(&run.dir, "pretrain");
+    let ranks = [running.rank(0), running.rank(1)];
+    running.wait_for("some steps", PAUSE, || run.step() >= 3);
+    let signals = (1_u64 << (Signal::SIGINT as u64 - 1)) | (1 << (Signal::SIGTERM as u64 - 1));
+    for rank in ranks {
+        let (mut blocking, mut taking) = (0, vec![]);
+        for thread in fs::read_dir(format!("/proc/{rank}/task")).unwrap().flatten() {
+            // A thread may end meanwhile.
+            let Ok(status) = fs::read_to_string(thread.path().join("status")) else { continue };
+            let field =
+                |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).unwrap().trim().to_string();
+            match u64::from_str_radix(&field("SigBlk:"), 16).unwrap() & signals {
+                0 => taking.push(field("Name:")),
+                blocked => {
+                    assert_eq!(blocked, signals, "{status}");
+                    blocking += 1;
+                }
+            }
+        }
+        assert_eq!(taking, ["signals"]);
+        // At least the trainer, its helper for products, and the communication's.
+        assert!(blocking >= 3, "{blocking} threads");
+    }
+    running.signal(Signal::SIGTERM);
+    running.wait().expect_code(143);
 }
 
 #[test]

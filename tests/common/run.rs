@@ -220,7 +220,7 @@ impl Ended {
     /// Ended with `code` and exactly one line of error, which holds all of `parts`.
     pub fn expect_error(self, code: i32, parts: &[&str]) -> Ended {
         let ended = self.expect_code(code);
-        let errors: Vec<_> = ended.err.lines().filter(|l| l.contains("error")).collect();
+        let errors: Vec<_> = ended.err.lines().filter(|l| l.starts_with("error")).collect();
         assert_eq!(errors.len(), 1, "one line of error\n{ended}");
         for part in parts {
             assert!(errors[0].contains(part), "`{part}` is not in the error\n{ended}");

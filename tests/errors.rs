@@ -112,7 +112,8 @@ fn truncate(path: &Path) {
 #[test]
 fn damaged_token_shards_are_named() {
     let run = Run::new("shards");
-    let damages: [(&str, fn(&Path)); 3] = [
+    type Damage = (&'static str, fn(&Path));
+    let damages: [Damage; 3] = [
         ("corrupt: the checksum", |path| flip_a_byte(path, |len| len / 2)),
         ("corrupt: the header's checksum", |path| flip_a_byte(path, |_| 30)),
         ("truncated", truncate),

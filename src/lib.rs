@@ -1,4 +1,8 @@
-//! Corral: a Llama trainer on libtorch. Modules in dependency order; each uses only those above it.
+//! Corral: a Llama trainer on libtorch.
+//!
+//! Dependencies point one way: [`commands`] -> [`algorithms`] -> [`generate`], [`checkpoint`] -> [`optim`], [`model`] ->
+//! [`distributed`], [`data`] -> `kernels`. [`config`] and [`telemetry`] know no algorithm; [`mod@error`] is everywhere.
+//! `docs/architecture.md` says how it fits together and why.
 
 pub mod algorithms;
 pub mod checkpoint;

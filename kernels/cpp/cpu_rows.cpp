@@ -283,6 +283,9 @@ int64_t attention_scratch(Type t, const Attention& a, bool backward) {
   BY_TYPE(t, (void)sizeof(T); bytes = scratch_size<A>(a, backward) * int64_t(sizeof(A)))
   return bytes;
 }
+void decode_attention(Type t, const Decode& a, int64_t b, int64_t kv_head, void* scratch) {
+  BY_TYPE(t, decode_attention_t<T>(a, b, kv_head, (A*)scratch))
+}
 void rms_norm(Type t, const void* x, const void* w, void* y, void* rstd, int64_t rows, int64_t c, double eps) {
   BY_TYPE(t, rms_norm_t<T>((const T*)x, (const T*)w, (T*)y, (A*)rstd, rows, c, eps))
 }
@@ -327,7 +330,9 @@ void accumulate(Type t, void* dst, const void* src, int64_t n, bool add) {
 }  // namespace
 
 extern const RowKernels CORRAL_ISA;
-const RowKernels CORRAL_ISA = {attention, attention_backward, attention_scratch, rms_norm,        rms_apply,   rms_backward, rope,        swiglu,
-                               swiglu_backward, log_softmax, adamw,        sum_squares, accumulate};
+const RowKernels CORRAL_ISA = {
+    attention, attention_backward, attention_scratch, decode_attention, rms_norm,    rms_apply, rms_backward,
+    rope,      swiglu,             swiglu_backward,   log_softmax,      adamw,       sum_squares, accumulate,
+};
 
 }  // namespace corral

@@ -188,6 +188,42 @@ char* corral_attention_backward(at::Tensor* dout, at::Tensor* qkv, at::Tensor* o
   });
 }
 
+char* corral_decode_attention(at::Tensor* qkv, at::Tensor* keys, at::Tensor* values, at::Tensor* slot,
+                              at::Tensor* position, int64_t heads, double scale, at::Tensor** out) {
+  return guarded([&] {
+    need(*qkv, "qkv"), need(*keys, "keys"), need(*values, "values"), need(*slot, "slot"), need(*position, "position");
+    TORCH_CHECK(qkv->dim() == 2 && keys->dim() == 4 && keys->sizes() == values->sizes(),
+                "decode_attention: shapes do not fit");
+    Decode a{};
+    int64_t batch = qkv->size(0), slots = keys->size(0);
+    a.heads = heads, a.kv_heads = keys->size(1), a.capacity = keys->size(2), a.head_dim = keys->size(3);
+    a.stride = qkv->size(1), a.scale = scale;
+    TORCH_CHECK(a.stride == (heads + 2 * a.kv_heads) * a.head_dim && heads % a.kv_heads == 0 &&
+                    slot->numel() == batch && position->numel() == batch &&
+                    keys->scalar_type() == qkv->scalar_type() && values->scalar_type() == qkv->scalar_type(),
+                "decode_attention: shapes or dtypes do not fit");
+    a.slot = slot->data_ptr<int64_t>(), a.position = position->data_ptr<int64_t>();
+    std::vector<bool> used(slots);
+    for (int64_t b = 0; b < batch; b++) {
+      TORCH_CHECK(a.slot[b] >= 0 && a.slot[b] < slots && !used[a.slot[b]], "slot ", a.slot[b], " of ", slots,
+                  " is not there or named twice");
+      used[a.slot[b]] = true;
+      TORCH_CHECK(a.position[b] >= 0 && a.position[b] < a.capacity, "position ", a.position[b],
+                  " is beyond the cache's ", a.capacity);
+    }
+    auto o = at::empty({batch, heads * a.head_dim}, qkv->options());
+    a.qkv = qkv->data_ptr(), a.keys = keys->data_ptr(), a.values = values->data_ptr(), a.out = o.data_ptr();
+    Type t = type_of(*qkv);
+    int64_t scratch_size = heads / a.kv_heads * (2 * a.head_dim + a.capacity);
+    at::parallel_for(0, batch * a.kv_heads, 1, [&](int64_t first, int64_t last) {
+      auto scratch = at::empty({scratch_size}, qkv->options().dtype(acc_of(*qkv)));
+      for (int64_t i = first; i < last; i++)
+        row_kernels().decode_attention(t, a, i / a.kv_heads, i % a.kv_heads, scratch.data_ptr());
+    });
+    *out = new at::Tensor(o);
+  });
+}
+
 char* corral_swiglu(at::Tensor* gu, at::Tensor** a_out) {
   return guarded([&] {
     need(*gu, "gu");

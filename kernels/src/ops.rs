@@ -77,6 +77,16 @@ unsafe extern "C" {
         scale: f64,
         dqkv: *mut Raw,
     ) -> *mut c_char;
+    fn corral_decode_attention(
+        qkv: Raw,
+        keys: Raw,
+        values: Raw,
+        slot: Raw,
+        position: Raw,
+        heads: i64,
+        scale: f64,
+        out: *mut Raw,
+    ) -> *mut c_char;
     fn corral_swiglu(gu: Raw, a: *mut Raw) -> *mut c_char;
     fn corral_swiglu_backward(gu: Raw, da: Raw) -> *mut c_char;
     fn corral_log_softmax(logits: Raw, labels: Raw, coef: Raw, logp: Raw, entropy: Raw) -> *mut c_char;
@@ -246,6 +256,39 @@ pub fn attention_backward(
         )
     })?;
     Ok(own(dqkv))
+}
+
+/// Attention of one more token a row over cached keys and values. `qkv`: T [B, (H + 2K) * D], rotated, in the order of
+/// [`attention`]; `keys`, `values`: T [slots, K, capacity, D]; `slot`, `position`: int64 [B], no slot twice. The row's
+/// own key and value are written to its slot at its position; then its queries see positions 0 to `position`.
+/// Returns T [B, H * D].
+pub fn decode_attention(
+    qkv: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    slot: &Tensor,
+    position: &Tensor,
+    h: Heads,
+) -> Result<Tensor> {
+    if qkv.device() != Device::Cpu {
+        return Ok(composed::decode_attention(qkv, keys, values, slot, position, h));
+    }
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the C++ side checks shapes, dtypes, slots and positions; the caches are written in place, each slot by
+    // one row; the output is a new tensor.
+    check(unsafe {
+        corral_decode_attention(
+            raw(qkv),
+            raw(keys),
+            raw(values),
+            raw(slot),
+            raw(position),
+            h.heads,
+            h.scale(),
+            &mut out,
+        )
+    })?;
+    Ok(own(out))
 }
 
 /// silu(g) * u (Shazeer 2020) for gu: T [N, 2F] = (g | u). Returns T [N, F].

@@ -149,6 +149,51 @@ fn attention() {
 }
 
 #[test]
+fn decode_attention() {
+    for kind in KINDS {
+        for (heads, kv_heads, head_dim) in [(1, 1, 4), (4, 2, 16), (3, 3, 48), (8, 2, 64), (2, 1, 10)] {
+            let (slots, capacity, batch) = (5, 41, 4);
+            let h = ops::Heads { batch, heads, kv_heads, head_dim };
+            let (k, v) = (
+                randn(&[slots, kv_heads, capacity, head_dim], kind),
+                randn(&[slots, kv_heads, capacity, head_dim], kind),
+            );
+            let (k2, v2) = (k.copy(), v.copy());
+            let qkv = randn(&[batch, (heads + 2 * kv_heads) * head_dim], kind);
+            let slot = Tensor::from_slice(&[3i64, 0, 4, 1]);
+            let position = Tensor::from_slice(&[0i64, 40, 22, 7]);
+            let out = ops::decode_attention(&qkv, &k, &v, &slot, &position, h).unwrap();
+            let out2 = composed::decode_attention(&qkv, &k2, &v2, &slot, &position, h);
+            same("out", &out, &out2, kind);
+            assert!(k.equal(&k2) && v.equal(&v2), "both write the same key and value, and nothing else");
+
+            // A token at the end of a row: what the attention over the whole row says of its last position.
+            let time = 19;
+            let row = randn(&[time, (heads + 2 * kv_heads) * head_dim], kind);
+            let (k, v) = (k.zeros_like(), v.zeros_like());
+            let part = |first: i64| {
+                row.narrow(1, first * head_dim, kv_heads * head_dim)
+                    .view([time, kv_heads, head_dim])
+                    .transpose(0, 1)
+            };
+            k.get(2).narrow(1, 0, time).copy_(&part(heads));
+            v.get(2).narrow(1, 0, time).copy_(&part(heads + kv_heads));
+            let last = row.narrow(0, time - 1, 1).contiguous();
+            let one = ops::Heads { batch: 1, ..h };
+            let (slot, position) = (Tensor::from_slice(&[2i64]), Tensor::from_slice(&[time - 1]));
+            let out = ops::decode_attention(&last, &k, &v, &slot, &position, one).unwrap();
+            let all = composed::attention(&row, None, one).0;
+            same("last position", &out, &all.narrow(0, time - 1, 1), kind);
+        }
+    }
+    let cache = randn(&[2, 1, 3, 4], Kind::Float);
+    let h = ops::Heads { batch: 1, heads: 1, kv_heads: 1, head_dim: 4 };
+    let (qkv, zero) = (randn(&[1, 12], Kind::Float), Tensor::from_slice(&[0i64]));
+    let e = ops::decode_attention(&qkv, &cache, &cache, &zero, &Tensor::from_slice(&[3i64]), h).unwrap_err();
+    assert!(e.to_string().contains("position 3 is beyond the cache's 3"), "{e}");
+}
+
+#[test]
 fn adamw_and_sums() {
     for kind in [Kind::Float, Kind::Double] {
         let n = 100_003;

@@ -98,10 +98,7 @@ pub fn prepare_folder(dir: &Path, resolved: &str, fresh: bool, world: &World) ->
             }
         }
         std::fs::create_dir_all(dir).context(format!("cannot make the folder {}", dir.display()))?;
-        let (temporary, path) = (dir.join(".config.yaml.tmp"), dir.join("config.yaml"));
-        std::fs::write(&temporary, resolved)
-            .and_then(|()| std::fs::rename(&temporary, &path))
-            .context(format!("cannot write {}", path.display()))
+        crate::data::output::write_file(&dir.join("config.yaml"), resolved.as_bytes())
     };
     agree(&world.group, if world.rank == 0 { make() } else { Ok(()) })
 }

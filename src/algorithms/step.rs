@@ -12,7 +12,7 @@ use crate::optim::AdamW;
 /// Some rows of a batch: what one forward and backward takes.
 pub struct MicroBatch {
     pub input: Input,
-    /// The token that each position is to predict, int64 [N]; negative = left out of the loss.
+    /// The token that each position is to predict, int64 `[N]`; negative = left out of the loss.
     pub labels: Tensor,
 }
 

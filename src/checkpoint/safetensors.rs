@@ -96,7 +96,7 @@ impl Reader {
             .ok_or_else(|| Error::data(format!("{}: there is no tensor `{name}`", self.path.display())))
     }
 
-    /// Fills `dst` (floating-point [n], any device) with elements `first..first + n` of the flattened tensor, converted
+    /// Fills `dst` (floating-point `[n]`, any device) with elements `first..first + n` of the flattened tensor, converted
     /// to `dst`'s dtype a few megabytes at a time.
     pub fn read(&self, name: &str, first: i64, dst: &Tensor) -> Result<()> {
         let (shape, kind) = self.info(name)?;

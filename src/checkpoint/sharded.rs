@@ -49,7 +49,7 @@ pub struct Meta {
     /// Hash of the resolved configuration, as the trainer gave it.
     pub config_hash: String,
     pub groups: Vec<GroupMeta>,
-    /// First element and length of each shard rank's slice of each group: [rank][group].
+    /// First element and length of each shard rank's slice of each group: `[rank][group]`.
     pub slices: Vec<Vec<(i64, i64)>>,
     pub files: Vec<FileMeta>,
     /// What the trainer gave: data position, counters, randomness.

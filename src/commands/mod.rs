@@ -14,7 +14,11 @@ use crate::telemetry::console;
 pub mod bench;
 pub mod check;
 pub mod data;
+pub mod eval;
+pub mod generate;
+mod inference;
 pub mod pretrain;
+pub mod score;
 pub mod tokenize;
 pub mod tokenizer;
 

@@ -53,12 +53,10 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
     let loaded = args.config.load()?;
     let place = Place::from_env()?;
     loaded.validate(place.as_ref().map_or(1, |p| p.world_size))?;
-    // A restarted world goes on with the run that its first attempt began, if it came to that.
-    let restarted = place.is_some_and(|p| p.attempt > 0);
-    let resume = match args.resume {
-        Resume::Never if restarted && holds_run(&loaded)? => Resume::Auto,
-        resume => resume,
-    };
+    // A world that was started again goes on with the run that its first attempt began, whatever its command said at
+    // first; unless it did not come to that.
+    let again = place.is_some_and(|p| p.attempt > 0) && holds_run(&loaded)?;
+    let resume = if again { Resume::Auto } else { args.resume };
     let inputs = Inputs::open(&loaded.config)?;
     let timeout = Duration::from_secs_f64(loaded.config.parallel.timeout_s);
     let world = World::from_global(global.device.as_deref(), timeout)?;

@@ -186,7 +186,7 @@ impl Sharded {
         Slice { start, len: g.shard_len.min(g.layout.numel - start) }
     }
 
-    /// This rank's slice of the master values: A [`Sharded::slice`]`.len`].
+    /// This rank's slice of the master values: A `[n]`, n the length of its [`Sharded::slice`].
     pub fn master(&self, i: usize) -> Tensor {
         self.groups[i].master.narrow(0, 0, self.slice(i).len)
     }
@@ -202,7 +202,7 @@ impl Sharded {
         self.groups[i].grad.as_ref().map(|g| g.narrow(0, 0, self.slice(i).len))
     }
 
-    /// Sets the values: `f(spec, first, values)` fills `values` (A [n], a view of the slice) with elements
+    /// Sets the values: `f(spec, first, values)` fills `values` (A `[n]`, a view of the slice) with elements
     /// `first..first + n` of the flattened tensor `spec`.
     pub fn fill(&mut self, mut f: impl FnMut(&Spec, i64, &Tensor) -> Result<()>) -> Result<()> {
         for i in 0..self.groups.len() {
@@ -336,7 +336,7 @@ impl Sharded {
         }
     }
 
-    /// All master values of group `i`, unpadded: A [numel], gathered over the shard group (a collective call).
+    /// All master values of group `i`, unpadded: A `[numel]`, gathered over the shard group (a collective call).
     pub fn gather_master(&self, i: usize) -> Result<Tensor> {
         let g = &self.groups[i];
         if self.shard.size() == 1 {
@@ -355,5 +355,5 @@ impl Sharded {
 
 /// Elements of one rank's slice: the group divided by the ranks, rounded up to a multiple of 64.
 fn padded_slice(numel: i64, ranks: i64) -> i64 {
-    (numel + ranks - 1) / ranks + 63 & !63
+    ((numel + ranks - 1) / ranks + 63) & !63
 }

@@ -14,7 +14,7 @@ const CHUNK_GPU: i64 = 64 << 20;
 /// The output projection of a Llama, tied or not.
 pub struct LmHead;
 
-/// Log-probabilities of labels, A [N] (0 where the label is negative), and entropies if they were asked for.
+/// Log-probabilities of labels, A `[N]` (0 where the label is negative), and entropies if they were asked for.
 pub struct LogProbs {
     pub logprobs: Tensor,
     pub entropies: Option<Tensor>,
@@ -43,7 +43,7 @@ impl LmHead {
     }
 
     /// Log-probabilities (and entropies, in nats) of labels, without a backward. `hidden`: T [N, C]; `labels`: int64
-    /// [N], negative = left out.
+    /// `[N]`, negative = left out.
     pub fn logprobs(
         model: &mut Llama,
         hidden: &Tensor,
@@ -66,8 +66,9 @@ impl LmHead {
     }
 
     /// A loss that is linear in the log-probabilities, sum(coef * logprob), with its gradient in the same pass: returns
-    /// the log-probabilities A [N] and the gradient of `hidden`, T [N, C], and adds to the head's gradient. `coef`: A [N].
-    /// `last` is true in the last micro-batch of a step; a tied head's reduction is left to the embedding's backward.
+    /// the log-probabilities A `[N]` and the gradient of `hidden`, T [N, C], and adds to the head's gradient. `coef`:
+    /// A `[N]`. `last` is true in the last micro-batch of a step; a tied head's reduction is left to the embedding's
+    /// backward.
     pub fn linear_loss(
         model: &mut Llama,
         hidden: &Tensor,

@@ -22,7 +22,7 @@ use crate::model::layout::Block;
 pub enum Recompute {
     /// Nothing but the norms' outputs and SwiGLU's, which cost one pass over memory.
     None,
-    /// The product of gate and up, the largest activation: 2F of the 4C + (H + 2K) D + 2F numbers a token and block.
+    /// The product of gate and up, the largest activation: 2F of the 2C + (2H + 2K) D + 2F numbers a token and block.
     Selective,
     /// The whole block, from its input.
     Full,
@@ -32,9 +32,9 @@ pub enum Recompute {
 pub struct Input {
     /// int64 [B, T]
     pub ids: Tensor,
-    /// Rotary positions, int64 [N]; none: 0 to T - 1 in every row.
+    /// Rotary positions, int64 `[N]`; none: 0 to T - 1 in every row.
     pub positions: Option<Tensor>,
-    /// The first position that each position sees, int64 [N] (see [`ops::attention`]); none: 0.
+    /// The first position that each position sees, int64 `[N]` (see [`ops::attention`]); none: 0.
     pub start: Option<Tensor>,
 }
 
@@ -63,10 +63,10 @@ struct Saved {
     rest: Option<Rest>,
 }
 
-struct Rest {
+pub(super) struct Rest {
     rstd1: Tensor,
     /// After rotation [N, (H + 2K) D]
-    qkv: Tensor,
+    pub(super) qkv: Tensor,
     /// The attention's output [N, H D] and its log-sum-exp [B, H, T]
     o: Tensor,
     lse: Tensor,
@@ -88,8 +88,8 @@ pub struct Tape {
 }
 
 /// What all blocks of a forward share.
-struct Context {
-    heads: Heads,
+pub(super) struct Context {
+    pub(super) heads: Heads,
     positions: Tensor,
     start: Option<Tensor>,
     cos: Tensor,
@@ -108,7 +108,7 @@ impl Llama {
         Llama { shape, params, rope: None }
     }
 
-    fn num_blocks(&self) -> usize {
+    pub(super) fn num_blocks(&self) -> usize {
         self.shape.num_hidden_layers as usize
     }
 
@@ -135,7 +135,7 @@ impl Llama {
         (cos, sin)
     }
 
-    fn context(&mut self, input: &Input) -> Result<Context> {
+    pub(super) fn context(&mut self, input: &Input) -> Result<Context> {
         let (batch, time) = (input.ids.size()[0], input.ids.size()[1]);
         let device = self.params.device();
         let length = match &input.positions {
@@ -303,11 +303,11 @@ fn keep(mut rest: Rest, recompute: Recompute) -> Option<Rest> {
 }
 
 /// x w^T for x [N, I], w [O, I].
-fn linear(x: &Tensor, w: &Tensor) -> Tensor {
+pub(super) fn linear(x: &Tensor, w: &Tensor) -> Tensor {
     x.mm(&w.tr())
 }
 
-fn block_forward(w: &Block, x: &Tensor, c: &Context, eps: f64) -> Result<(Tensor, Rest)> {
+pub(super) fn block_forward(w: &Block, x: &Tensor, c: &Context, eps: f64) -> Result<(Tensor, Rest)> {
     let (h1, rstd1) = ops::rms_norm(x, &w.norm1, eps)?;
     let qkv = linear(&h1, &w.qkv);
     drop(h1);

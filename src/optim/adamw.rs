@@ -15,7 +15,7 @@ pub struct Hyper {
     pub weight_decay: f64,
 }
 
-/// The moments of all groups' slices, A [slice], and the number of updates so far.
+/// The moments of all groups' slices, A `[slice]`, and the number of updates so far.
 pub struct AdamW {
     pub hyper: Hyper,
     /// First moments, one tensor a group.

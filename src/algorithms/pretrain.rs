@@ -203,8 +203,7 @@ pub fn pretrain(
             let peak = world.group.combine(&[world.peak_bytes()? as f64], ReduceOp::Max)?[0];
             let seconds = window.elapsed().as_secs_f64();
             let steps = window_tokens as f64 / (c.train.batch_size * c.data.sequence_length) as f64;
-            let mut record = Record::new("train", step)
-                .float32("loss", update.loss as f32)
+            let mut record = with_loss(c, Record::new("train", step), update.loss)
                 .float("lr", lr)
                 .float("grad_norm", update.grad_norm)
                 .count("tokens", progress.tokens)
@@ -229,7 +228,7 @@ pub fn pretrain(
             && (step.is_multiple_of(c.valid.every as u64) || step == inputs.steps)
         {
             let loss = validate(c, &mut model, valid, world)?;
-            log.log(&Record::new("valid", step).float32("loss", loss as f32).float("perplexity", loss.exp()));
+            log.log(&with_loss(c, Record::new("valid", step), loss).float("perplexity", loss.exp()));
             window = Instant::now();
             window_tokens = 0;
         }
@@ -256,6 +255,14 @@ pub fn pretrain(
     drop(log);
     info!("the trained model is in {}", dir.join("model").display());
     Ok(())
+}
+
+/// Adds the loss, in the precision that it was computed in.
+fn with_loss(c: &Pretrain, record: Record, loss: f64) -> Record {
+    match c.precision.compute {
+        Compute::Float64 => record.float("loss", loss),
+        Compute::Float32 | Compute::Bfloat16 => record.float32("loss", loss as f32),
+    }
 }
 
 fn to_json(progress: &Progress) -> Result<serde_json::Value> {

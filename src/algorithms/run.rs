@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use nix::sys::signal::{SigSet, Signal};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::checkpoint::{self, Checkpoint, agree};
@@ -100,6 +101,26 @@ pub fn prepare_folder(dir: &Path, resolved: &str, fresh: bool, world: &World) ->
         crate::data::output::write_file(&dir.join("config.yaml"), resolved.as_bytes())
     };
     agree(&world.group, if world.rank == 0 { make() } else { Ok(()) })
+}
+
+/// Leaves SIGINT and SIGTERM to a thread of their own: the calling thread and all that it starts later do not get them.
+/// What a signal does stays as it is. Call this before anything computes.
+///
+/// The kernel puts a handler's frame on the stack of the thread that it interrupts, and while oneDNN's float32 products
+/// run (`avx512_common_gemm_f32`) that thread's stack pointer may point at a workspace in the heap: the frame would
+/// overwrite what lies before it.
+pub fn keep_signals_from_computing_threads() -> Result<()> {
+    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
+    signals.thread_block().map_err(std::io::Error::from).context("cannot block signals")?;
+    let wait = move || {
+        // Cannot fail for these signals; if it did, they would wait unseen.
+        let _ = signals.thread_unblock();
+        loop {
+            std::thread::park();
+        }
+    };
+    let thread = std::thread::Builder::new().name("signals".into()).spawn(wait);
+    thread.map(drop).context("cannot start the thread that takes signals")
 }
 
 /// SIGINT and SIGTERM, asked for by the launcher, the site or the user: the step is finished and a checkpoint written.

@@ -223,7 +223,7 @@ fn adamw_trajectories() {
                 for spec in &specs {
                     spec.view(&grad).copy_(&t[&format!("grad.{}.{step}", spec.name)]);
                 }
-                let norm = AdamW::grad_norm(&params).unwrap();
+                let norm = AdamW::sum_squares(&params).unwrap().sqrt();
                 let (lr, scale) = match mode {
                     "plain" => (number("lr"), 1.0),
                     _ => (number("lr") * multipliers[step], AdamW::clip_scale(norm, number("max_grad_norm"))),

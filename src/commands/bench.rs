@@ -156,8 +156,9 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
             world.world_size
         )));
     }
-    if length > shape.max_position_embeddings {
-        return Err(Error::config(format!("--sequence-length is at most {}", shape.max_position_embeddings)));
+    if !(1..=shape.max_position_embeddings).contains(&length) {
+        let most = shape.max_position_embeddings;
+        return Err(Error::config(format!("--sequence-length must be from 1 to {most}")));
     }
     if args.steps == 0 {
         return Err(Error::config("--steps must be at least 1"));
@@ -201,6 +202,12 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
         let loss_sum = accumulate_gradients(&mut model, &batches, count, recompute)?;
         let update = apply_gradients(&mut model, &mut optimizer, world, loss_sum, count, 3e-4, 1.0)?;
         world.synchronize()?;
+        if update.skipped {
+            return Err(Error::failed(format!(
+                "step {} was not finite: there is nothing to measure",
+                step + 1
+            )));
+        }
         if step == 0 {
             first_step_s = telemetry::since_process_start_s();
         }

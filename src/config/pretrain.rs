@@ -526,6 +526,9 @@ impl Pretrain {
             let why = format!("{warmup} steps of warm-up are more than the {steps} of train.steps");
             return Some(("schedule.warmup_steps", why));
         }
+        if self.parallel.timeout_s > 1e7 {
+            return Some(("parallel.timeout_s", "at most 10000000 seconds, which are 115 days".into()));
+        }
         let positions = match &self.model {
             Model::Init(init) => init.max_position_embeddings,
             Model::Preset(name) => Shape::preset(name).map(|shape| shape.max_position_embeddings),

@@ -117,7 +117,7 @@ pub struct Sharded {
 }
 
 /// Reductions that may be under way at once: one is sent while the next block computes.
-const MAX_REDUCTIONS: usize = 2;
+const MAX_REDUCTIONS: usize = 1;
 
 impl Sharded {
     /// Allocates the slices of this rank; the values are undefined until [`Sharded::fill`].

@@ -307,7 +307,8 @@ pub(super) fn linear(x: &Tensor, w: &Tensor) -> Tensor {
     x.mm(&w.tr())
 }
 
-pub(super) fn block_forward(w: &Block, x: &Tensor, c: &Context, eps: f64) -> Result<(Tensor, Rest)> {
+/// All of a block's forward but its last step: what its backward needs.
+fn block_rest(w: &Block, x: &Tensor, c: &Context, eps: f64) -> Result<Rest> {
     let (h1, rstd1) = ops::rms_norm(x, &w.norm1, eps)?;
     let qkv = linear(&h1, &w.qkv);
     drop(h1);
@@ -316,9 +317,15 @@ pub(super) fn block_forward(w: &Block, x: &Tensor, c: &Context, eps: f64) -> Res
     let x2 = x.addmm(&o, &w.o.tr());
     let (h2, rstd2) = ops::rms_norm(&x2, &w.norm2, eps)?;
     let gate_up = linear(&h2, &w.gate_up);
-    drop(h2);
-    let y = x2.addmm(&ops::swiglu(&gate_up)?, &w.down.tr());
-    Ok((y, Rest { rstd1, qkv, o, lse, x2, rstd2, gate_up: Some(gate_up) }))
+    Ok(Rest { rstd1, qkv, o, lse, x2, rstd2, gate_up: Some(gate_up) })
+}
+
+/// A block's output [N, C], and what its backward needs.
+pub(super) fn block_forward(w: &Block, x: &Tensor, c: &Context, eps: f64) -> Result<(Tensor, Rest)> {
+    let rest = block_rest(w, x, c, eps)?;
+    let gate_up = rest.gate_up.as_ref().ok_or_else(|| Error::failed("gate_up is made above"))?;
+    let y = rest.x2.addmm(&ops::swiglu(gate_up)?, &w.down.tr());
+    Ok((y, rest))
 }
 
 fn rotate(qkv: &Tensor, c: &Context, inverse: bool) -> Result<()> {
@@ -341,7 +348,7 @@ fn block_backward(
     let x = saved.x;
     let rest = match saved.rest {
         Some(rest) => rest,
-        None => block_forward(w, &x, c, eps)?.1,
+        None => block_rest(w, &x, c, eps)?,
     };
     // The norms' outputs are made again from their statistics rather than kept.
     let h2 = ops::rms_apply(&rest.x2, &w.norm2, &rest.rstd2)?;

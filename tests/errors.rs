@@ -283,7 +283,7 @@ fn metrics_that_cannot_be_written_end_no_run() {
     let run = Run::new("metrics");
     fs::create_dir_all(run.output()).unwrap();
     std::os::unix::fs::symlink("/dev/full", run.output().join("metrics.jsonl")).unwrap();
-    let ended = run.start(1, &[]).wait().expect_code(0);
+    let ended = run.start(1, &["--resume", "never", "--overwrite"]).wait().expect_code(0);
     let warnings: Vec<_> = ended.err.lines().filter(|l| l.starts_with("warning")).collect();
     assert_eq!(warnings.len(), 2, "one when it begins, one with the count at the end\n{ended}");
     assert!(warnings[0].contains("metrics.jsonl: No space left on device"), "{ended}");

@@ -283,8 +283,9 @@ pub fn pretrain(
         max_shard_size: 5_000_000_000,
         tokenizer_dir: Some(&inputs.tokenizer_dir),
     };
-    export(&dir.join("model"), &inputs.shape, &model.params, &how, &world.group)?;
+    let exported = export(&dir.join("model"), &inputs.shape, &model.params, &how, &world.group);
     saved?;
+    exported?;
     drop(log);
     info!("the trained model is in {}", dir.join("model").display());
     Ok(())

@@ -14,7 +14,7 @@ use serde_json::Value;
 use tch::{Device, Tensor};
 
 use super::agree::agree;
-use super::files::{self, beside, create_dir, write_file};
+use super::hf::copy_tokenizer;
 use super::safetensors::{Entry, Writer};
 use super::sharded::{
     FileMeta, GroupMeta, META, Meta, PARTS, checkpoints_dir, list, shard_name, step_name, tensor_name,
@@ -22,6 +22,7 @@ use super::sharded::{
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
+use crate::files::{self, beside, create_dir, write_file};
 use crate::optim::AdamW;
 use crate::warn;
 
@@ -311,7 +312,7 @@ fn write(path: &Path, copies: Vec<(Entry, Tensor)>, tokenizer: Option<PathBuf>) 
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut files = vec![FileMeta { name, bytes: written.bytes, crc32: written.crc32 }];
     if let Some(from) = tokenizer {
-        let copied = files::copy_tokenizer(&from, dir)?;
+        let copied = copy_tokenizer(&from, dir)?;
         files.extend(copied.into_iter().map(|(name, bytes, crc32)| FileMeta { name, bytes, crc32 }));
     }
     Ok(files)

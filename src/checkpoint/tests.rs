@@ -211,7 +211,7 @@ fn tensors_survive_files_in_every_dtype() {
         writer.write(&values.tr()).unwrap();
         let written = writer.finish().unwrap();
         assert_eq!(written.bytes, fs::metadata(&path).unwrap().len());
-        assert_eq!(written.crc32, files::crc32(&path).unwrap());
+        assert_eq!(written.crc32, crate::files::crc32(&path).unwrap());
 
         let reader = Reader::open(&path).unwrap();
         assert_eq!(reader.metadata()["format"], "pt");
@@ -402,7 +402,7 @@ fn an_export_spares_what_is_not_its_own_and_fails_on_all_ranks() {
         let (params, _) = trained(&shape, &world, Mode::Replicate, Kind::Float);
         let how = Export { dtype: Kind::BFloat16, max_shard_size: u64::MAX, tokenizer_dir: None };
         let e = export(Path::new("."), &shape, &params, &how, &world).unwrap_err();
-        assert!(e.message.contains("a folder of its own"), "{e}");
+        assert!(e.message.contains("no name for a file or folder"), "{e}");
         export(&folder.0, &shape, &params, &how, &world).unwrap_err()
     });
     for e in errors {

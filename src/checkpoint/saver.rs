@@ -112,11 +112,6 @@ impl Saver {
         Ok(Saver { dir, keep: keep.max(1), world: world.clone(), run, pending: None, failed_saves: 0 })
     }
 
-    /// Whether a save is under way: then [`Saver::poll`] at the end of each step.
-    pub fn is_saving(&self) -> bool {
-        self.pending.is_some()
-    }
-
     /// Saves that failed so far.
     pub fn failed_saves(&self) -> u64 {
         self.failed_saves

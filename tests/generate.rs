@@ -9,7 +9,7 @@ use common::{golden, largest, load, tensors};
 use corral::data::tokenizer::Tokenizer;
 use corral::generate::engine::{Completion, Finish, Generation, Options, Stop, generate, text};
 use corral::generate::sampler::{Sampling, choose, distribution};
-use corral::model::{Input, KvCache, Llama, LmHead};
+use corral::model::{Input, KvCache, Llama};
 use tch::{Device, Kind, Tensor};
 
 const FAMILIES: [&str; 3] = ["llama2", "llama3", "tied"];
@@ -122,7 +122,7 @@ fn cached_logits_are_those_of_a_whole_forward() {
         let mut hidden = model.prefill(&[&first[..5], &second[..3]], &[2, 0], &mut cache).unwrap();
         let whole = |model: &mut Llama, ids: &[i64]| {
             let hidden = model.hidden(&Input::new(Tensor::from_slice(ids).unsqueeze(0))).unwrap();
-            LmHead::logits(model, &hidden).unwrap()
+            model.next_token_logits(&hidden).unwrap()
         };
         let (all_first, all_second) = (whole(&mut model, first), whole(&mut model, second));
         for step in 0..20 {

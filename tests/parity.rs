@@ -112,7 +112,7 @@ fn logits_and_log_probabilities() {
             let hidden = model.hidden(&input).unwrap();
             let real = mask.view([-1, 1]).to_kind(Kind::Double);
             let cpu = |t: Tensor| t.to_device(Device::Cpu);
-            let logits = cpu(LmHead::logits(&mut model, &hidden).unwrap()).to_kind(Kind::Double) * &real;
+            let logits = cpu(model.next_token_logits(&hidden).unwrap()).to_kind(Kind::Double) * &real;
             g.near("logits", &logits, kind, largest);
 
             let next = Tensor::cat(&[ids.narrow(1, 1, ids.size()[1] - 1), ids.narrow(1, 0, 1)], 1);

@@ -207,19 +207,21 @@ void adamw_t(A* p, const A* g, A* m, A* v, bf16* copy, int64_t n, double lr, dou
              double decay, double correction1, double correction2, double grad_scale) {
   A keep = A(1 - lr * decay), b1 = A(beta1), c1 = A(1 - beta1), b2 = A(beta2), c2 = A(1 - beta2);
   A step = A(lr / correction1), inv = A(1 / sqrt(correction2)), e = A(eps), scale = A(grad_scale);
+  for (int64_t i = 0; i < n; i += 4096) {  // short runs: the copy finds p in the cache
+    int64_t end = i + 4096 < n ? i + 4096 : n;
 #pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    A gi = g[i] * scale;
-    A mi = b1 * m[i] + c1 * gi;
-    A vi = b2 * v[i] + c2 * gi * gi;
-    m[i] = mi;
-    v[i] = vi;
-    A x = p[i] * keep - step * mi / (A(__builtin_sqrt(vi)) * inv + e);
-    p[i] = x;
-  }
-  if (copy) {
+    for (int64_t j = i; j < end; j++) {
+      A gj = g[j] * scale;
+      A mj = b1 * m[j] + c1 * gj;
+      A vj = b2 * v[j] + c2 * gj * gj;
+      m[j] = mj;
+      v[j] = vj;
+      p[j] = p[j] * keep - step * mj / (A(__builtin_sqrt(vj)) * inv + e);
+    }
+    if (copy) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) store(copy + i, float(p[i]));
+      for (int64_t j = i; j < end; j++) store(copy + j, float(p[j]));
+    }
   }
 }
 

@@ -146,7 +146,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
         Engine::Composed => return Ok(composed::rms_norm(x, w, eps)),
     }
     let (mut y, mut rstd) = (std::ptr::null_mut(), std::ptr::null_mut());
-    // SAFETY: the C++ side checks devices, dtypes and contiguity; outputs are new tensors.
+    // SAFETY: the C++ side checks device, contiguity, dtype and size of every tensor; outputs are new tensors.
     check(unsafe { corral_rms_norm(raw(x), raw(w), eps, &mut y, &mut rstd) })?;
     Ok((own(y), own(rstd)))
 }
@@ -181,7 +181,7 @@ pub fn rms_backward(
         _ => return Ok(composed::rms_backward(dy, x, w, rstd, residual, dw)),
     }
     let mut dx = std::ptr::null_mut();
-    // SAFETY: as in rms_norm; dw is written in place, and nothing else holds it during the call.
+    // SAFETY: as in rms_norm; dw is written in place.
     check(unsafe {
         corral_rms_backward(raw(dy), raw(x), raw(w), raw(rstd), raw_opt(residual), raw(dw), &mut dx)
     })?;
@@ -208,7 +208,7 @@ pub fn rope(
             return Ok(());
         }
     }
-    // SAFETY: the C++ side checks shapes and dtypes; positions are below the tables' length (the model grows them).
+    // SAFETY: as in rms_norm, and positions are checked against the tables' length; x is written in place.
     check(unsafe { corral_rope(raw(x), raw(positions), raw(cos), raw(sin), heads, head_dim, inverse) })
 }
 
@@ -242,7 +242,7 @@ pub fn attention(qkv: &Tensor, start: Option<&Tensor>, h: Heads) -> Result<(Tens
         _ => return Ok(composed::attention(qkv, start, h)),
     }
     let (mut out, mut lse) = (std::ptr::null_mut(), std::ptr::null_mut());
-    // SAFETY: the C++ side checks shapes and contiguity; outputs are new tensors.
+    // SAFETY: as in rms_norm; the kernel clamps `start` to the row.
     check(unsafe {
         corral_attention(
             raw(qkv),
@@ -309,8 +309,8 @@ pub fn decode_attention(
         return Ok(composed::decode_attention(qkv, keys, values, slot, position, h));
     }
     let mut out = std::ptr::null_mut();
-    // SAFETY: the C++ side checks shapes, dtypes, slots and positions; the caches are written in place, each slot by
-    // one row; the output is a new tensor.
+    // SAFETY: as in rms_norm, and slots and positions are checked against the caches, which are written in place, each
+    // slot by one row.
     check(unsafe {
         corral_decode_attention(
             raw(qkv),
@@ -350,7 +350,7 @@ pub fn swiglu_backward(gu: &Tensor, da: &Tensor) -> Result<()> {
             return Ok(());
         }
     }
-    // SAFETY: both are written in place; the caller gives them up for it.
+    // SAFETY: as in rms_norm; both are written in place.
     check(unsafe { corral_swiglu_backward(raw(gu), raw(da)) })
 }
 
@@ -374,7 +374,7 @@ pub fn log_softmax(
             return Ok(());
         }
     }
-    // SAFETY: shapes and label ranges are checked; logits, logp and entropy are written in place.
+    // SAFETY: as in rms_norm, and labels are checked against V; logits, logp and entropy are written in place.
     check(unsafe { corral_log_softmax(raw(logits), raw(labels), raw_opt(coef), raw(logp), raw_opt(entropy)) })
 }
 
@@ -403,7 +403,7 @@ pub fn adamw(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, copy: Option<&Tenso
         }
     }
     let correction = |beta: f64| 1.0 - beta.powi(o.step as i32);
-    // SAFETY: the C++ side checks contiguity; p, m, v and copy are written in place.
+    // SAFETY: as in rms_norm; p, m, v and copy are written in place.
     check(unsafe {
         corral_adamw(
             raw(p),
@@ -431,7 +431,7 @@ pub fn sum_squares(x: &Tensor) -> Result<f64> {
         Engine::Composed => return Ok(composed::sum_squares(x)),
     }
     let mut out = 0.0;
-    // SAFETY: reads x, writes one number.
+    // SAFETY: as in rms_norm; writes one number.
     check(unsafe { corral_sum_squares(raw(x), &mut out) })?;
     Ok(out)
 }
@@ -468,7 +468,7 @@ pub fn accumulate(dst: &Tensor, src: &Tensor, add: bool) -> Result<()> {
             return Ok(());
         }
     }
-    // SAFETY: sizes and dtypes are checked; dst is written in place.
+    // SAFETY: as in rms_norm; dst is written in place.
     check(unsafe { corral_accumulate(raw(dst), raw(src), add) })
 }
 
@@ -484,6 +484,6 @@ pub fn embedding_backward(dx: &Tensor, ids: &Tensor, dw: &Tensor) -> Result<()> 
             return Ok(());
         }
     }
-    // SAFETY: ids are checked against dw's rows; dw is written in place.
+    // SAFETY: as in rms_norm, and ids are checked against dw's rows; dw is written in place.
     check(unsafe { corral_embedding_backward(raw(dx), raw(ids), raw(dw)) })
 }

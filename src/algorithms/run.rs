@@ -143,7 +143,7 @@ pub fn prepare_folder(dir: &Path, resolved: &str, fresh: bool, world: &World) ->
             }
         }
         std::fs::create_dir_all(dir).context(format!("cannot make the folder {}", dir.display()))?;
-        crate::data::output::write_file(&dir.join("config.yaml"), resolved.as_bytes())
+        crate::files::write_file(&dir.join("config.yaml"), resolved.as_bytes())
     };
     agree(&world.group, if world.rank == 0 { make() } else { Ok(()) })
 }

@@ -18,11 +18,11 @@ use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use super::agree::agree_over;
-use super::files::{crc32, read_error};
 use super::safetensors::Reader;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::{Layout, Sharded, Slice, Spec};
 use crate::error::{Error, Result};
+use crate::files::{crc32, read_error};
 use crate::optim::AdamW;
 
 /// What is kept of every element.

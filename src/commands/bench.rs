@@ -2,14 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use clap::{Subcommand, ValueEnum};
+use clap::Subcommand;
 use kernels::c10d::{Group, ReduceOp};
 use serde_json::json;
 use tch::{Kind, Tensor};
 
+use crate::algorithms::pretrain::compute_kind;
 use crate::algorithms::step::{MicroBatch, accumulate_gradients, apply_gradients};
 use crate::commands::Global;
-use crate::config::pretrain::Mode;
+use crate::config::pretrain::{self as config, Compute, Mode};
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::sharded::shard_groups;
@@ -31,24 +32,6 @@ pub enum Command {
     Collectives(CollectivesArgs),
 }
 
-/// Dtype of forward and backward.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Precision {
-    Float32,
-    Bfloat16,
-    Float64,
-}
-
-impl Precision {
-    pub fn kind(self) -> Kind {
-        match self {
-            Precision::Float32 => Kind::Float,
-            Precision::Bfloat16 => Kind::BFloat16,
-            Precision::Float64 => Kind::Double,
-        }
-    }
-}
-
 /// A preset's shape.
 pub fn shape(preset: &str) -> Result<Shape> {
     Shape::preset(preset).ok_or_else(|| {
@@ -62,7 +45,7 @@ pub struct TrainArgs {
     #[arg(long, default_value = "llama-15m")]
     pub preset: String,
     #[arg(long, value_enum, default_value = "float32")]
-    pub precision: Precision,
+    pub precision: Compute,
     /// Steps that are measured
     #[arg(long, default_value_t = 12)]
     pub steps: usize,
@@ -79,22 +62,9 @@ pub struct TrainArgs {
     #[arg(long)]
     pub sequence_length: Option<i64>,
     #[arg(long, value_enum, default_value = "none")]
-    pub recompute: RecomputeArg,
+    pub recompute: config::Recompute,
     #[arg(long, value_enum, default_value = "full")]
-    pub mode: ModeArg,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum RecomputeArg {
-    None,
-    Selective,
-    Full,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum ModeArg {
-    Full,
-    Replicate,
+    pub mode: Mode,
 }
 
 #[derive(Debug, clap::Args)]
@@ -103,7 +73,7 @@ pub struct GenerateArgs {
     #[arg(long, default_value = "llama-15m")]
     pub preset: String,
     #[arg(long, value_enum, default_value = "float32")]
-    pub precision: Precision,
+    pub precision: Compute,
     /// Prompts at once
     #[arg(long, default_value_t = 8)]
     pub batch_size: usize,
@@ -163,17 +133,13 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
     if args.steps == 0 {
         return Err(Error::config("--steps must be at least 1"));
     }
-    let mode = match args.mode {
-        ModeArg::Full => Mode::Full,
-        ModeArg::Replicate => Mode::Replicate,
-    };
     let recompute = match args.recompute {
-        RecomputeArg::None => Recompute::None,
-        RecomputeArg::Selective => Recompute::Selective,
-        RecomputeArg::Full => Recompute::Full,
+        config::Recompute::None => Recompute::None,
+        config::Recompute::Selective => Recompute::Selective,
+        config::Recompute::Full => Recompute::Full,
     };
-    let kind = args.precision.kind();
-    let (shard, replica) = shard_groups(mode, world);
+    let kind = compute_kind(args.precision);
+    let (shard, replica) = shard_groups(args.mode, world);
     let mut params = Sharded::new(layout::layouts(&shape), shard, replica, kind, world.device);
     init::init(&mut params, &shape, 0)?;
     let mut model = Llama::new(shape.clone(), params);
@@ -230,9 +196,9 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
         "{}",
         json!({
             "bench": "train", "preset": args.preset, "params": shape.num_parameters(),
-            "precision": format!("{:?}", args.precision).to_lowercase(), "world_size": world.world_size,
-            "mode": format!("{:?}", args.mode).to_lowercase(),
-            "recompute": format!("{:?}", args.recompute).to_lowercase(),
+            "precision": args.precision, "world_size": world.world_size,
+            "mode": args.mode,
+            "recompute": args.recompute,
             "batch_size": batch, "micro_batch_size": micro, "sequence_length": length, "steps": args.steps,
             "tokens_per_s": tokens_per_s, "step_s": step_s,
             "first_step_s": first_step_s, "peak_bytes": peak as u64, "last_loss": loss,
@@ -259,7 +225,7 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
             shape.max_position_embeddings
         )));
     }
-    let kind = args.precision.kind();
+    let kind = compute_kind(args.precision);
     let solo = Group::solo;
     let mut params = Sharded::new(layout::layouts(&shape), solo(), solo(), kind, world.device);
     init::init(&mut params, &shape, 0)?;
@@ -297,7 +263,7 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
     println!(
         "{}",
         json!({
-            "bench": "generate", "preset": args.preset, "precision": format!("{:?}", args.precision).to_lowercase(),
+            "bench": "generate", "preset": args.preset, "precision": args.precision,
             "batch_size": args.batch_size, "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens,
             "runs": args.runs, "total_s": total_s, "new_tokens_per_s": tokens / total_s,
             "peak_bytes": world.peak_bytes()?, "threads": tch::get_num_threads(),

@@ -10,11 +10,11 @@ use tch::Device;
 
 use crate::commands::inference::{self, Inference, ModelArgs};
 use crate::commands::score;
-use crate::data::output::write_file;
 use crate::data::readers;
 use crate::data::shards::TokenSet;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::files::write_file;
 
 /// Tokens that one forward reads, or one window if that is longer.
 const BATCH_TOKENS: usize = 8192;

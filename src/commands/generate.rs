@@ -8,10 +8,10 @@ use serde_json::{Map, Value, json};
 use tch::Device;
 
 use crate::commands::inference::{self, ModelArgs};
-use crate::data::output::AtomicFile;
 use crate::data::readers;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Context, Error, Result};
+use crate::files::AtomicFile;
 use crate::generate::engine::{self, Generation, Options, Stop};
 use crate::generate::sampler::Sampling;
 

@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::ValueEnum;
 use kernels::c10d::Group;
 use serde_json::Value;
-use tch::{Device, Kind};
+use tch::Device;
 
+use crate::algorithms::pretrain::compute_kind;
 use crate::checkpoint::Weights;
+use crate::config::pretrain::Compute;
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
@@ -20,24 +21,7 @@ pub struct ModelArgs {
     pub model: PathBuf,
     /// What to compute in [default: float32 on a CPU, bfloat16 on a GPU]
     #[arg(long, value_enum)]
-    pub dtype: Option<Dtype>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Dtype {
-    Float32,
-    Bfloat16,
-    Float64,
-}
-
-impl Dtype {
-    fn kind(self) -> Kind {
-        match self {
-            Dtype::Float32 => Kind::Float,
-            Dtype::Bfloat16 => Kind::BFloat16,
-            Dtype::Float64 => Kind::Double,
-        }
-    }
+    pub dtype: Option<Compute>,
 }
 
 /// A model that is ready to compute.
@@ -57,8 +41,8 @@ impl ModelArgs {
                  without `launch`, or with --nproc 1"
             )));
         }
-        let on_cpu = if device == Device::Cpu { Dtype::Float32 } else { Dtype::Bfloat16 };
-        let compute = self.dtype.unwrap_or(on_cpu).kind();
+        let on_cpu = if device == Device::Cpu { Compute::Float32 } else { Compute::Bfloat16 };
+        let compute = compute_kind(self.dtype.unwrap_or(on_cpu));
         let weights = Weights::open(&self.model)?;
         let shape = weights.shape().clone();
         let mut params = Sharded::new(layout::layouts(&shape), Group::solo(), Group::solo(), compute, device);

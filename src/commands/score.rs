@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 use tch::{Device, Tensor};
 
 use crate::commands::inference::{self, Inference, ModelArgs};
-use crate::data::output::AtomicFile;
 use crate::data::readers::{self, Record};
 use crate::error::{Error, Result};
+use crate::files::AtomicFile;
 use crate::model::{Input, Llama, LmHead};
 
 /// Tokens, padding included, that one forward reads at most (one row may be longer).

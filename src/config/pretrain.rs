@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use clap::ValueEnum;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor, value::MapAccessDeserializer};
 use serde::{Deserialize, Serialize};
 
@@ -275,7 +276,7 @@ impl Default for Parallel {
 }
 
 /// What is sharded over the ranks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase", try_from = "ModeName")]
 pub enum Mode {
     /// Parameters, gradients and optimizer state (ZeRO-3).
@@ -322,7 +323,7 @@ impl Default for Precision {
 }
 
 /// The dtype of forward and backward; masters and moments are float32 (float64 for float64).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase", try_from = "ComputeName")]
 pub enum Compute {
     Float32,
@@ -424,7 +425,7 @@ pub struct Train {
 }
 
 /// Which activations of a block are computed again in the backward instead of being kept.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Recompute {
     #[default]

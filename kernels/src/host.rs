@@ -5,12 +5,16 @@ use tch::{Kind, Tensor};
 use crate::error::Result;
 use crate::ops;
 
-/// Keeps freed memory in the heap instead of giving it back to the system after every use: activations are
-/// allocated and freed in the same pattern each step, and fresh pages cost more to map than a product to compute.
-pub fn keep_heap() {
+/// How glibc's allocator treats freed memory.
+///
+/// One rank alone keeps it in the heap: activations are allocated and freed in the same pattern each step, and fresh pages
+/// cost more to map than a product to compute. Ranks that share parameters give buffers of 4 MiB and more back at once:
+/// what is gathered and reduced between buffers that live long would otherwise scatter over the heap, which then hides
+/// what sharding saves.
+pub fn tune_allocator(alone: bool) {
     // SAFETY: mallopt only sets parameters of glibc's allocator.
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, if alone { 1 << 30 } else { 4 << 20 });
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
         libc::mallopt(libc::M_TOP_PAD, 64 << 20);
         // Threads that hold memory for each other (communication, saving) would otherwise keep heaps of their own.

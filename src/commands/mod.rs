@@ -7,6 +7,7 @@ use clap::Args;
 use tch::Device;
 
 use crate::algorithms::run;
+use crate::distributed::environment::Place;
 use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Error, Result};
 use crate::telemetry::console;
@@ -71,7 +72,9 @@ impl Global {
             }
             None => {}
         }
-        kernels::host::keep_heap();
+        // An environment that cannot be read is refused where the world is joined.
+        let ranks = Place::from_env().ok().flatten().map_or(1, |p| p.world_size);
+        kernels::host::tune_allocator(ranks == 1);
         kernels::host::choose_float32_products()?;
         Ok(())
     }

@@ -94,28 +94,8 @@ struct FlatGroup {
 struct Reduction {
     group: usize,
     work: Work,
-    /// The gradient that is being scattered, and the slice of the sum; none where it is reduced in place.
-    buffers: Option<(Tensor, Tensor)>,
-}
-
-/// Buffers that are used again and again: gathered weights, whole gradients, slices. Freed and allocated anew each time,
-/// they would scatter over the heap between buffers that live long, and memory would grow with every step.
-#[derive(Default)]
-struct Pool(Vec<Tensor>);
-
-impl Pool {
-    /// A buffer of undefined contents.
-    fn take(&mut self, numel: i64, kind: Kind, device: Device) -> Tensor {
-        match self.0.iter().position(|t| t.size() == [numel] && t.kind() == kind) {
-            Some(i) => self.0.swap_remove(i),
-            None => Tensor::empty([numel], (kind, device)),
-        }
-    }
-
-    /// Takes a buffer back. Nothing may use it any more: on a GPU, nothing that is not yet queued.
-    fn give(&mut self, t: Tensor) {
-        self.0.push(t);
-    }
+    /// The slice of the sum; none where the group's gradient is reduced in place.
+    out: Option<Tensor>,
 }
 
 /// Over which ranks slices lie, and which hold equal ones.
@@ -130,7 +110,6 @@ pub fn shard_groups(mode: Mode, world: &World) -> (Group, Group) {
 pub struct Sharded {
     groups: Vec<FlatGroup>,
     reductions: Vec<Reduction>,
-    pool: Pool,
     shard: Group,
     replica: Group,
     compute: Kind,
@@ -166,7 +145,7 @@ impl Sharded {
                 }
             })
             .collect();
-        Sharded { groups, reductions: Vec::new(), pool: Pool::default(), shard, replica, compute, device }
+        Sharded { groups, reductions: Vec::new(), shard, replica, compute, device }
     }
 
     pub fn len(&self) -> usize {
@@ -261,7 +240,7 @@ impl Sharded {
             g.full = Some(g.local.shallow_clone());
             return Ok(());
         }
-        let full = self.pool.take(g.shard_len * size, self.compute, self.device);
+        let full = Tensor::empty([g.shard_len * size], (self.compute, self.device));
         g.gathering = Some(self.shard.all_gather(&full, &g.local)?);
         g.full = Some(full);
         Ok(())
@@ -277,17 +256,11 @@ impl Sharded {
         Ok(g.full.as_ref().expect("gathered above").shallow_clone())
     }
 
-    /// Gives up the gathered values of group `i`: views of them must be gone.
+    /// Drops the gathered values of group `i`.
     pub fn release(&mut self, i: usize) {
         let g = &mut self.groups[i];
-        // A gather that nobody waited for may still write: its buffer is not used again.
-        let written = g.gathering.take().is_none();
-        if let Some(full) = g.full.take()
-            && written
-            && self.shard.size() > 1
-        {
-            self.pool.give(full);
-        }
+        g.gathering = None;
+        g.full = None;
     }
 
     /// Where the backward of group `i` adds its gradient: A [numel + padding], and whether it is fresh: then its
@@ -299,7 +272,7 @@ impl Sharded {
         if let Some(t) = target {
             return (t.shallow_clone(), false);
         }
-        let t = self.pool.take(g.shard_len * size, g.master.kind(), self.device);
+        let t = Tensor::empty([g.shard_len * size], (g.master.kind(), self.device));
         let padding = g.shard_len * size - g.layout.numel;
         if padding > 0 {
             let _ = t.narrow(0, g.layout.numel, padding).zero_();
@@ -316,9 +289,9 @@ impl Sharded {
         }
         let g = &mut self.groups[i];
         if let Some(full_grad) = g.full_grad.take() {
-            let out = self.pool.take(g.shard_len, full_grad.kind(), self.device);
+            let out = Tensor::empty([g.shard_len], (full_grad.kind(), self.device));
             let work = self.shard.reduce_scatter(&out, &full_grad, ReduceOp::Sum)?;
-            self.reductions.push(Reduction { group: i, work, buffers: Some((full_grad, out)) });
+            self.reductions.push(Reduction { group: i, work, out: Some(out) });
         }
         if last && self.replica.size() > 1 {
             while self.reductions.iter().any(|r| r.group == i) {
@@ -326,22 +299,20 @@ impl Sharded {
             }
             if let Some(grad) = &self.groups[i].grad {
                 let work = self.replica.all_reduce(grad, ReduceOp::Sum)?;
-                self.reductions.push(Reduction { group: i, work, buffers: None });
+                self.reductions.push(Reduction { group: i, work, out: None });
             }
         }
         Ok(())
     }
 
     fn finish_oldest_reduction(&mut self) -> Result<()> {
-        let Reduction { group, work, buffers } = self.reductions.remove(0);
+        let Reduction { group, work, out } = self.reductions.remove(0);
         work.wait()?;
-        if let Some((full_grad, out)) = buffers {
-            self.pool.give(full_grad);
+        if let Some(out) = out {
             let g = &mut self.groups[group];
             match &mut g.grad {
                 Some(grad) => {
                     let _ = grad.g_add_(&out);
-                    self.pool.give(out);
                 }
                 None => g.grad = Some(out),
             }
@@ -360,8 +331,8 @@ impl Sharded {
     /// Forgets the step's gradients.
     pub fn clear_gradients(&mut self) {
         for g in &mut self.groups {
-            self.pool.0.extend(g.grad.take());
-            self.pool.0.extend(g.full_grad.take());
+            g.grad = None;
+            g.full_grad = None;
         }
     }
 

@@ -38,15 +38,6 @@ impl LmHead {
         ((even + 63) / 64 * 64).max(64)
     }
 
-    /// Logits T [n, V] of a few hidden states T [n, C]: for sampling.
-    pub fn logits(model: &mut Llama, hidden: &Tensor) -> Result<Tensor> {
-        let weight = Self::weight(model)?;
-        let logits = hidden.mm(&weight.tr());
-        let group = model.head_group();
-        model.params.release(group);
-        Ok(logits)
-    }
-
     /// Log-probabilities (and entropies, in nats) of labels, without a backward. `hidden`: T [N, C]; `labels`: int64
     /// `[N]`, negative = left out.
     pub fn logprobs(

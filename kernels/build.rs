@@ -76,16 +76,24 @@ fn cuda_shim(build: &cc::Build, torch: &Path, lib: &Path, out: &Path) {
     let nccl =
         [nvidia.join("nccl/include"), "/usr/include".into()].into_iter().find(|d| d.join("nccl.h").exists());
 
-    let why = match (lib.join("libtorch_cuda.so").exists(), &cuda, &nccl) {
-        (false, _, _) => "this libtorch has no CUDA (no libtorch_cuda.so)",
-        (true, None, _) => "CUDA's headers (crt/host_config.h) were not found when corral was built",
-        (true, _, None) => "NCCL's header (nccl.h) was not found when corral was built",
+    let cudart = cuda
+        .iter()
+        .flat_map(|c| ["lib", "lib64"].map(|d| c.join(d).join("libcudart.so.13")))
+        .find(|f| f.exists());
+
+    let why = match (lib.join("libtorch_cuda.so").exists(), &cuda, &cudart, &nccl) {
+        (false, ..) => "this libtorch has no CUDA (no libtorch_cuda.so)",
+        (true, None, ..) => "CUDA's headers (crt/host_config.h) were not found when corral was built",
+        (true, _, None, _) => {
+            "CUDA 13 (libcudart.so.13 beside its headers) was not found when corral was built"
+        }
+        (true, .., None) => "NCCL's header (nccl.h) was not found when corral was built",
         _ => "",
     };
     println!("cargo:rustc-env=CORRAL_NO_CUDA={why}");
     let include = cuda.as_ref().map(|c| c.join("include"));
     embed_headers(include.as_deref(), out);
-    let (Some(cuda), Some(nccl), "") = (cuda, nccl, why) else {
+    let (Some(cuda), Some(cudart), Some(nccl), "") = (cuda, cudart, nccl, why) else {
         if lib.join("libtorch_cuda.so").exists() {
             println!("cargo:warning=no CUDA in this build: {why}");
         }
@@ -93,11 +101,6 @@ fn cuda_shim(build: &cc::Build, torch: &Path, lib: &Path, out: &Path) {
         return;
     };
 
-    let cudart = [cuda.join("lib"), cuda.join("lib64")]
-        .into_iter()
-        .map(|d| d.join("libcudart.so.13"))
-        .find(|f| f.exists())
-        .expect("libcudart.so.13 lies beside CUDA's headers");
     let mut command = build.get_compiler().to_command();
     command
         .args(["-shared", "-w", "cpp/cuda_shim.cpp", "-o"])

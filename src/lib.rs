@@ -1,4 +1,8 @@
-//! Corral: a Llama trainer on libtorch. Modules in dependency order; each uses only those above it.
+//! Corral: a Llama trainer on libtorch.
+//!
+//! Dependencies point one way: [`commands`] -> [`algorithms`] -> [`generate`], [`checkpoint`] -> [`optim`], [`model`] ->
+//! [`distributed`], [`data`] -> `kernels`. [`config`] and [`telemetry`] know no algorithm; [`mod@error`] and [`files`] are everywhere.
+//! `docs/architecture.md` says how it fits together and why.
 
 pub mod algorithms;
 pub mod checkpoint;
@@ -7,6 +11,7 @@ pub mod config;
 pub mod data;
 pub mod distributed;
 pub mod error;
+pub mod files;
 pub mod generate;
 pub mod model;
 pub mod optim;

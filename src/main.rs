@@ -28,6 +28,12 @@ enum Command {
     Data(commands::data::Args),
     /// Train a model to predict the next token
     Pretrain(commands::pretrain::Args),
+    /// Continue prompts
+    Generate(commands::generate::Args),
+    /// Log-probabilities of texts
+    Score(commands::score::Args),
+    /// Measure a model
+    Eval(commands::eval::Args),
     /// Refuse what can be refused without a device, and show the resolved configuration
     Check(commands::check::Args),
     /// Measure speed; one JSON object a measurement
@@ -61,6 +67,9 @@ fn run(cli: Cli) -> Result<()> {
         Command::Tokenize(args) => commands::tokenize::run(args),
         Command::Data(args) => commands::data::run(args),
         Command::Pretrain(args) => commands::pretrain::run(args, global),
+        Command::Generate(args) => commands::generate::run(args, global.single_device()?),
+        Command::Score(args) => commands::score::run(args, global.single_device()?),
+        Command::Eval(args) => commands::eval::run(args, global.single_device()?),
         Command::Check(args) => commands::check::run(args),
         Command::Bench(command) => commands::bench::run(command, global),
     }

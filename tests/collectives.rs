@@ -1,7 +1,8 @@
 //! Collectives between real processes: this test binary starts itself once per rank, with the environment that `launch`
 //! sets and the case to run in CORRAL_TEST_CASE.
 
-use corral::distributed::{BackendChoice, DeviceChoice, Group, ReduceOp, World};
+use corral::distributed::world::{BackendChoice, DeviceChoice, World};
+use kernels::c10d::{Group, ReduceOp};
 use std::net::TcpListener;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -341,7 +342,6 @@ fn values(world: &World, kind: Kind) -> corral::Result<()> {
 
     group.barrier()?;
     assert_eq!(group.combine(&[r, -r], ReduceOp::Max)?, [2.0, 0.0]);
-    assert!(world.any(rank == 1)? && !world.any(false)?);
     Ok(())
 }
 

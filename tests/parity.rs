@@ -112,7 +112,7 @@ fn logits_and_log_probabilities() {
             let hidden = model.hidden(&input).unwrap();
             let real = mask.view([-1, 1]).to_kind(Kind::Double);
             let cpu = |t: Tensor| t.to_device(Device::Cpu);
-            let logits = cpu(LmHead::logits(&mut model, &hidden).unwrap()).to_kind(Kind::Double) * &real;
+            let logits = cpu(model.next_token_logits(&hidden).unwrap()).to_kind(Kind::Double) * &real;
             g.near("logits", &logits, kind, largest);
 
             let next = Tensor::cat(&[ids.narrow(1, 1, ids.size()[1] - 1), ids.narrow(1, 0, 1)], 1);
@@ -223,7 +223,7 @@ fn adamw_trajectories() {
                 for spec in &specs {
                     spec.view(&grad).copy_(&t[&format!("grad.{}.{step}", spec.name)]);
                 }
-                let norm = AdamW::grad_norm(&params).unwrap();
+                let norm = AdamW::sum_squares(&params).unwrap().sqrt();
                 let (lr, scale) = match mode {
                     "plain" => (number("lr"), 1.0),
                     _ => (number("lr") * multipliers[step], AdamW::clip_scale(norm, number("max_grad_norm"))),

@@ -207,19 +207,21 @@ void adamw_t(A* p, const A* g, A* m, A* v, bf16* copy, int64_t n, double lr, dou
              double decay, double correction1, double correction2, double grad_scale) {
   A keep = A(1 - lr * decay), b1 = A(beta1), c1 = A(1 - beta1), b2 = A(beta2), c2 = A(1 - beta2);
   A step = A(lr / correction1), inv = A(1 / sqrt(correction2)), e = A(eps), scale = A(grad_scale);
+  for (int64_t i = 0; i < n; i += 4096) {  // short runs: the copy finds p in the cache
+    int64_t end = i + 4096 < n ? i + 4096 : n;
 #pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    A gi = g[i] * scale;
-    A mi = b1 * m[i] + c1 * gi;
-    A vi = b2 * v[i] + c2 * gi * gi;
-    m[i] = mi;
-    v[i] = vi;
-    A x = p[i] * keep - step * mi / (A(__builtin_sqrt(vi)) * inv + e);
-    p[i] = x;
-  }
-  if (copy) {
+    for (int64_t j = i; j < end; j++) {
+      A gj = g[j] * scale;
+      A mj = b1 * m[j] + c1 * gj;
+      A vj = b2 * v[j] + c2 * gj * gj;
+      m[j] = mj;
+      v[j] = vj;
+      p[j] = p[j] * keep - step * mj / (A(__builtin_sqrt(vj)) * inv + e);
+    }
+    if (copy) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) store(copy + i, float(p[i]));
+      for (int64_t j = i; j < end; j++) store(copy + j, float(p[j]));
+    }
   }
 }
 
@@ -283,6 +285,9 @@ int64_t attention_scratch(Type t, const Attention& a, bool backward) {
   BY_TYPE(t, (void)sizeof(T); bytes = scratch_size<A>(a, backward) * int64_t(sizeof(A)))
   return bytes;
 }
+void decode_attention(Type t, const Decode& a, int64_t b, int64_t kv_head, void* scratch) {
+  BY_TYPE(t, decode_attention_t<T>(a, b, kv_head, (A*)scratch))
+}
 void rms_norm(Type t, const void* x, const void* w, void* y, void* rstd, int64_t rows, int64_t c, double eps) {
   BY_TYPE(t, rms_norm_t<T>((const T*)x, (const T*)w, (T*)y, (A*)rstd, rows, c, eps))
 }
@@ -327,7 +332,9 @@ void accumulate(Type t, void* dst, const void* src, int64_t n, bool add) {
 }  // namespace
 
 extern const RowKernels CORRAL_ISA;
-const RowKernels CORRAL_ISA = {attention, attention_backward, attention_scratch, rms_norm,        rms_apply,   rms_backward, rope,        swiglu,
-                               swiglu_backward, log_softmax, adamw,        sum_squares, accumulate};
+const RowKernels CORRAL_ISA = {
+    attention, attention_backward, attention_scratch, decode_attention, rms_norm,    rms_apply, rms_backward,
+    rope,      swiglu,             swiglu_backward,   log_softmax,      adamw,       sum_squares, accumulate,
+};
 
 }  // namespace corral

@@ -24,11 +24,24 @@ struct Attention {
   void* dqkv;        // [B * T, stride]
 };
 
+// One more token a row: its query heads attend over the keys and values that are cached in the row's slot, positions
+// 0 .. position, after its own key and value were written there.
+struct Decode {
+  const void* qkv;                          // [B, stride], in the order of Attention
+  void *keys, *values;                      // [slots, K, capacity, D]
+  const int64_t *slot, *position;           // [B]
+  int64_t heads, kv_heads, head_dim, stride, capacity;
+  double scale;
+  void* out;  // [B, H * D]
+};
+
 struct RowKernels {
   // One task is one row b and one key-value head with all its query heads; scratch has attention_scratch(...) bytes.
   void (*attention)(Type, const Attention&, int64_t b, int64_t kv_head, void* scratch);
   void (*attention_backward)(Type, const Attention&, int64_t b, int64_t kv_head, void* scratch);
   int64_t (*attention_scratch)(Type, const Attention&, bool backward);
+  // One task is one row b and one key-value head; scratch holds H / K * (2 * D + capacity) accumulators.
+  void (*decode_attention)(Type, const Decode&, int64_t b, int64_t kv_head, void* scratch);
   // y[r,:] = x[r,:] * rstd[r] * w, rstd[r] = 1 / sqrt(mean(x[r,:]^2) + eps)
   void (*rms_norm)(Type, const void* x, const void* w, void* y, void* rstd, int64_t rows, int64_t c, double eps);
   // y = x * rstd * w with a saved rstd

@@ -40,6 +40,22 @@ void need(const at::Tensor& t, const char* name) {
   TORCH_CHECK(t.device().is_cpu() && t.is_contiguous(), name, " must be a contiguous CPU tensor");
 }
 
+// The kernels take plain pointers: what they read or write must have this dtype and size.
+void same(const at::Tensor& t, at::ScalarType dtype, int64_t numel, const char* name) {
+  need(t, name);
+  TORCH_CHECK(t.scalar_type() == dtype && t.numel() == numel, name, " must have ", numel, " elements of ", dtype,
+              ", not ", t.numel(), " of ", t.scalar_type());
+}
+
+// Rows of x where w has a weight for each column.
+int64_t rows_of(const at::Tensor& x, const at::Tensor& w) {
+  need(x, "x");
+  int64_t c = w.numel();
+  TORCH_CHECK(c > 0 && x.numel() % c == 0, "x of ", x.numel(), " elements has no rows of ", c);
+  same(w, x.scalar_type(), c, "w");
+  return x.numel() / c;
+}
+
 char* at_row(const at::Tensor& t, int64_t row, int64_t width) {
   return (char*)t.data_ptr() + row * width * t.element_size();
 }
@@ -64,8 +80,7 @@ char* corral_set_float32_onednn(bool on) {
 
 char* corral_rms_norm(at::Tensor* x, at::Tensor* w, double eps, at::Tensor** y, at::Tensor** rstd) {
   return guarded([&] {
-    need(*x, "x"), need(*w, "w");
-    int64_t c = w->numel(), rows = x->numel() / c;
+    int64_t c = w->numel(), rows = rows_of(*x, *w);
     auto out = at::empty_like(*x);
     auto k = at::empty({rows}, x->options().dtype(acc_of(*x)));
     Type t = type_of(*x);
@@ -78,8 +93,8 @@ char* corral_rms_norm(at::Tensor* x, at::Tensor* w, double eps, at::Tensor** y, 
 
 char* corral_rms_apply(at::Tensor* x, at::Tensor* w, at::Tensor* rstd, at::Tensor** y) {
   return guarded([&] {
-    need(*x, "x"), need(*w, "w"), need(*rstd, "rstd");
-    int64_t c = w->numel(), rows = x->numel() / c;
+    int64_t c = w->numel(), rows = rows_of(*x, *w);
+    same(*rstd, acc_of(*x), rows, "rstd");
     auto out = at::empty_like(*x);
     Type t = type_of(*x);
     at::parallel_for(0, rows, grain(c), [&](int64_t a, int64_t b) {
@@ -94,12 +109,12 @@ char* corral_rms_apply(at::Tensor* x, at::Tensor* w, at::Tensor* rstd, at::Tenso
 char* corral_rms_backward(at::Tensor* dy, at::Tensor* x, at::Tensor* w, at::Tensor* rstd, at::Tensor* residual,
                           at::Tensor* dw, at::Tensor** dx) {
   return guarded([&] {
-    need(*dy, "dy"), need(*x, "x"), need(*w, "w"), need(*rstd, "rstd"), need(*dw, "dw");
-    if (residual) need(*residual, "residual");
-    int64_t c = w->numel(), rows = x->numel() / c;
+    int64_t c = w->numel(), rows = rows_of(*x, *w);
+    same(*dy, x->scalar_type(), rows * c, "dy"), same(*rstd, acc_of(*x), rows, "rstd");
+    same(*dw, acc_of(*x), c, "dw");
+    if (residual) same(*residual, x->scalar_type(), rows * c, "residual");
     auto out = at::empty_like(*x);
     Type t = type_of(*x);
-    TORCH_CHECK(dw->scalar_type() == acc_of(*x), "dw must have the accumulator's dtype");
     int64_t parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), rows));
     int64_t per = (rows + parts - 1) / parts;
     auto partial = at::zeros({parts, c}, dw->options());
@@ -120,13 +135,18 @@ char* corral_rms_backward(at::Tensor* dy, at::Tensor* x, at::Tensor* w, at::Tens
 char* corral_rope(at::Tensor* x, at::Tensor* positions, at::Tensor* cos, at::Tensor* sin, int64_t heads, int64_t d,
                   bool inverse) {
   return guarded([&] {
-    need(*x, "x"), need(*positions, "positions"), need(*cos, "cos"), need(*sin, "sin");
-    int64_t rows = x->size(0), width = x->size(1);
-    TORCH_CHECK(positions->numel() == rows && heads * d <= width, "rope: shapes do not fit");
-    TORCH_CHECK(cos->scalar_type() == acc_of(*x), "rope: tables must have the accumulator's dtype");
+    need(*x, "x");
+    TORCH_CHECK(x->dim() == 2 && d > 0 && d % 2 == 0 && heads >= 0 && heads <= x->size(1) / d && cos->dim() == 2,
+                "rope: shapes do not fit");
+    int64_t rows = x->size(0), width = x->size(1), length = cos->size(0);
+    same(*positions, at::kLong, rows, "positions");
+    same(*cos, acc_of(*x), length * (d / 2), "cos"), same(*sin, acc_of(*x), length * (d / 2), "sin");
+    const int64_t* position = positions->data_ptr<int64_t>();
+    for (int64_t r = 0; r < rows; r++)
+      TORCH_CHECK(position[r] >= 0 && position[r] < length, "position ", position[r], " is beyond the tables' ", length);
     Type t = type_of(*x);
     at::parallel_for(0, rows, grain(width), [&](int64_t a, int64_t b) {
-      row_kernels().rope(t, at_row(*x, a, width), positions->data_ptr<int64_t>() + a, cos->data_ptr(), sin->data_ptr(),
+      row_kernels().rope(t, at_row(*x, a, width), position + a, cos->data_ptr(), sin->data_ptr(),
                          b - a, width, heads, d, inverse);
     });
   });
@@ -149,14 +169,13 @@ static void attention_tasks(const at::Tensor& qkv, Attention& a, bool backward) 
 static Attention attention_of(const at::Tensor& qkv, const at::Tensor* start, int64_t batch, int64_t heads,
                               int64_t kv_heads, int64_t head_dim, double scale) {
   need(qkv, "qkv");
-  TORCH_CHECK(qkv.dim() == 2 && qkv.size(0) % batch == 0 && qkv.size(1) == (heads + 2 * kv_heads) * head_dim &&
-                  heads % kv_heads == 0,
+  TORCH_CHECK(qkv.dim() == 2 && batch > 0 && heads > 0 && kv_heads > 0 && head_dim > 0 && qkv.size(0) % batch == 0 &&
+                  qkv.size(1) == (heads + 2 * kv_heads) * head_dim && heads % kv_heads == 0,
               "attention: shapes do not fit");
   Attention a{};
   a.qkv = qkv.data_ptr();
   if (start) {
-    need(*start, "start");
-    TORCH_CHECK(start->numel() == qkv.size(0), "attention: start must have an entry a position");
+    same(*start, at::kLong, qkv.size(0), "start");
     a.start = start->data_ptr<int64_t>();
   }
   a.batch = batch, a.time = qkv.size(0) / batch, a.heads = heads, a.kv_heads = kv_heads, a.head_dim = head_dim;
@@ -181,10 +200,9 @@ char* corral_attention_backward(at::Tensor* dout, at::Tensor* qkv, at::Tensor* o
                                 at::Tensor** dqkv) {
   return guarded([&] {
     auto a = attention_of(*qkv, start, batch, heads, kv_heads, head_dim, scale);
-    need(*dout, "dout"), need(*out, "out"), need(*lse, "lse");
-    TORCH_CHECK(dout->numel() == out->numel() && out->numel() == qkv->size(0) * heads * head_dim &&
-                    dout->scalar_type() == qkv->scalar_type(),
-                "attention: shapes do not fit");
+    int64_t n = qkv->size(0) * heads;
+    same(*dout, qkv->scalar_type(), n * head_dim, "dout"), same(*out, qkv->scalar_type(), n * head_dim, "out");
+    same(*lse, acc_of(*qkv), n, "lse");
     auto d = at::empty_like(*qkv);
     a.out = out->data_ptr(), a.lse = lse->data_ptr(), a.dout = dout->data_ptr(), a.dqkv = d.data_ptr();
     attention_tasks(*qkv, a, true);
@@ -192,9 +210,47 @@ char* corral_attention_backward(at::Tensor* dout, at::Tensor* qkv, at::Tensor* o
   });
 }
 
+char* corral_decode_attention(at::Tensor* qkv, at::Tensor* keys, at::Tensor* values, at::Tensor* slot,
+                              at::Tensor* position, int64_t heads, double scale, at::Tensor** out) {
+  return guarded([&] {
+    need(*qkv, "qkv");
+    TORCH_CHECK(qkv->dim() == 2 && keys->dim() == 4 && keys->sizes() == values->sizes(),
+                "decode_attention: shapes do not fit");
+    same(*keys, qkv->scalar_type(), keys->numel(), "keys"), same(*values, qkv->scalar_type(), keys->numel(), "values");
+    Decode a{};
+    int64_t batch = qkv->size(0), slots = keys->size(0);
+    a.heads = heads, a.kv_heads = keys->size(1), a.capacity = keys->size(2), a.head_dim = keys->size(3);
+    a.stride = qkv->size(1), a.scale = scale;
+    TORCH_CHECK(heads > 0 && a.kv_heads > 0 && a.head_dim > 0 && heads % a.kv_heads == 0 &&
+                    a.stride == (heads + 2 * a.kv_heads) * a.head_dim,
+                "decode_attention: shapes do not fit");
+    same(*slot, at::kLong, batch, "slot"), same(*position, at::kLong, batch, "position");
+    a.slot = slot->data_ptr<int64_t>(), a.position = position->data_ptr<int64_t>();
+    std::vector<bool> used(slots);
+    for (int64_t b = 0; b < batch; b++) {
+      TORCH_CHECK(a.slot[b] >= 0 && a.slot[b] < slots && !used[a.slot[b]], "slot ", a.slot[b], " of ", slots,
+                  " is not there or named twice");
+      used[a.slot[b]] = true;
+      TORCH_CHECK(a.position[b] >= 0 && a.position[b] < a.capacity, "position ", a.position[b],
+                  " is beyond the cache's ", a.capacity);
+    }
+    auto o = at::empty({batch, heads * a.head_dim}, qkv->options());
+    a.qkv = qkv->data_ptr(), a.keys = keys->data_ptr(), a.values = values->data_ptr(), a.out = o.data_ptr();
+    Type t = type_of(*qkv);
+    int64_t scratch_size = heads / a.kv_heads * (2 * a.head_dim + a.capacity);
+    at::parallel_for(0, batch * a.kv_heads, 1, [&](int64_t first, int64_t last) {
+      auto scratch = at::empty({scratch_size}, qkv->options().dtype(acc_of(*qkv)));
+      for (int64_t i = first; i < last; i++)
+        row_kernels().decode_attention(t, a, i / a.kv_heads, i % a.kv_heads, scratch.data_ptr());
+    });
+    *out = new at::Tensor(o);
+  });
+}
+
 char* corral_swiglu(at::Tensor* gu, at::Tensor** a_out) {
   return guarded([&] {
     need(*gu, "gu");
+    TORCH_CHECK(gu->dim() == 2 && gu->size(1) % 2 == 0, "swiglu: gu must be [N, 2F]");
     int64_t rows = gu->size(0), f = gu->size(1) / 2;
     auto out = at::empty({rows, f}, gu->options());
     Type t = type_of(*gu);
@@ -207,8 +263,10 @@ char* corral_swiglu(at::Tensor* gu, at::Tensor** a_out) {
 
 char* corral_swiglu_backward(at::Tensor* gu, at::Tensor* da) {
   return guarded([&] {
-    need(*gu, "gu"), need(*da, "da");
+    need(*gu, "gu");
+    TORCH_CHECK(gu->dim() == 2 && gu->size(1) % 2 == 0, "swiglu: gu must be [N, 2F]");
     int64_t rows = gu->size(0), f = gu->size(1) / 2;
+    same(*da, gu->scalar_type(), rows * f, "da");
     Type t = type_of(*gu);
     at::parallel_for(0, rows, grain(f), [&](int64_t a, int64_t b) {
       row_kernels().swiglu_backward(t, at_row(*gu, a, 2 * f), at_row(*da, a, f), b - a, f);
@@ -219,11 +277,12 @@ char* corral_swiglu_backward(at::Tensor* gu, at::Tensor* da) {
 char* corral_log_softmax(at::Tensor* logits, at::Tensor* labels, at::Tensor* coef, at::Tensor* logp,
                          at::Tensor* entropy) {
   return guarded([&] {
-    need(*logits, "logits"), need(*labels, "labels"), need(*logp, "logp");
-    if (coef) need(*coef, "coef");
-    if (entropy) need(*entropy, "entropy");
+    need(*logits, "logits");
+    TORCH_CHECK(logits->dim() == 2 && logits->size(1) > 0, "log_softmax: logits must be [N, V]");
     int64_t rows = logits->size(0), v = logits->size(1);
-    TORCH_CHECK(labels->numel() == rows && logp->numel() == rows, "log_softmax: shapes do not fit");
+    same(*labels, at::kLong, rows, "labels"), same(*logp, acc_of(*logits), rows, "logp");
+    if (coef) same(*coef, acc_of(*logits), rows, "coef");
+    if (entropy) same(*entropy, acc_of(*logits), rows, "entropy");
     const int64_t* label = labels->data_ptr<int64_t>();
     for (int64_t r = 0; r < rows; r++) TORCH_CHECK(label[r] < v, "label ", label[r], " is beyond the vocabulary of ", v);
     Type t = type_of(*logits);
@@ -238,10 +297,11 @@ char* corral_adamw(at::Tensor* p, at::Tensor* g, at::Tensor* m, at::Tensor* v, a
                    double beta1, double beta2, double eps, double decay, double correction1, double correction2,
                    double grad_scale) {
   return guarded([&] {
-    need(*p, "p"), need(*g, "g"), need(*m, "m"), need(*v, "v");
-    if (copy) need(*copy, "copy");
+    int64_t n = p->numel();
+    for (auto [tensor, name] : {std::pair(p, "p"), {g, "g"}, {m, "m"}, {v, "v"}}) same(*tensor, acc_of(*p), n, name);
+    if (copy) same(*copy, at::kBFloat16, n, "copy");
     Type t = type_of(*p);
-    at::parallel_for(0, p->numel(), 32768, [&](int64_t a, int64_t b) {
+    at::parallel_for(0, n, 32768, [&](int64_t a, int64_t b) {
       row_kernels().adamw(t, at_row(*p, a, 1), at_row(*g, a, 1), at_row(*m, a, 1), at_row(*v, a, 1),
                           copy ? at_row(*copy, a, 1) : nullptr, b - a, lr, beta1, beta2, eps, decay, correction1,
                           correction2, grad_scale);
@@ -267,11 +327,10 @@ char* corral_sum_squares(at::Tensor* x, double* out) {
   });
 }
 
-// dst (float or double, any strides of a matrix with unit inner stride) += or = src
+// dst (accumulator type) += or = src
 char* corral_accumulate(at::Tensor* dst, at::Tensor* src, bool add) {
   return guarded([&] {
-    need(*dst, "dst"), need(*src, "src");
-    TORCH_CHECK(dst->numel() == src->numel() && dst->scalar_type() == acc_of(*src), "accumulate: shapes or dtypes");
+    need(*src, "src"), same(*dst, acc_of(*src), src->numel(), "dst");
     Type t = type_of(*src);
     at::parallel_for(0, src->numel(), 32768, [&](int64_t a, int64_t b) {
       row_kernels().accumulate(t, at_row(*dst, a, 1), at_row(*src, a, 1), b - a, add);
@@ -282,9 +341,9 @@ char* corral_accumulate(at::Tensor* dst, at::Tensor* src, bool add) {
 // dw[ids[n], :] += dx[n, :], in the order of n for every column: deterministic.
 char* corral_embedding_backward(at::Tensor* dx, at::Tensor* ids, at::Tensor* dw) {
   return guarded([&] {
-    need(*dx, "dx"), need(*ids, "ids"), need(*dw, "dw");
+    TORCH_CHECK(dw->dim() == 2, "embedding: dw must be [V, C]");
     int64_t n = ids->numel(), c = dw->size(1), v = dw->size(0);
-    TORCH_CHECK(dw->scalar_type() == acc_of(*dx), "embedding: dw must have the accumulator's dtype");
+    same(*dx, dx->scalar_type(), n * c, "dx"), same(*ids, at::kLong, n, "ids"), same(*dw, acc_of(*dx), v * c, "dw");
     const int64_t* id = ids->data_ptr<int64_t>();
     for (int64_t i = 0; i < n; i++) TORCH_CHECK(id[i] >= 0 && id[i] < v, "token id ", id[i], " is beyond the vocabulary of ", v);
     Type t = type_of(*dx);

@@ -125,6 +125,33 @@ pub fn attention_backward(
     Tensor::cat(&[merge_heads(&ds.matmul(&k), kind), merge_heads(&dk, kind), merge_heads(&dv, kind)], 1)
 }
 
+pub fn decode_attention(
+    qkv: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    slot: &Tensor,
+    position: &Tensor,
+    h: Heads,
+) -> Tensor {
+    let (a, d, group) = (accumulator(qkv.kind()), h.head_dim, h.heads / h.kv_heads);
+    let all = qkv.view([h.batch, h.heads + 2 * h.kv_heads, d]);
+    for (cache, first) in [(keys, h.heads), (values, h.heads + h.kv_heads)] {
+        let rows = all.narrow(1, first, h.kv_heads);
+        let _ = cache.shallow_clone().index_put_(&[Some(slot), None, Some(position)], &rows, false);
+    }
+    let read = |cache: &Tensor| cache.index_select(0, slot).to_kind(a);
+    let q = all.narrow(1, 0, h.heads).reshape([h.batch, h.kv_heads, group, d]).to_kind(a);
+    let unseen = Tensor::arange(keys.size()[2], (Kind::Int64, qkv.device()))
+        .unsqueeze(0)
+        .gt_tensor(&position.unsqueeze(1))
+        .view([h.batch, 1, 1, -1]);
+    let scores =
+        (q.matmul(&read(keys).transpose(-2, -1)) * h.scale()).masked_fill(&unseen, f64::NEG_INFINITY);
+    // What lies beyond a row's position was never written, and 0 * NaN is NaN.
+    let seen = read(values).masked_fill(&unseen.transpose(-2, -1), 0.0);
+    scores.softmax(-1, a).matmul(&seen).view([h.batch, h.heads * d]).to_kind(qkv.kind())
+}
+
 pub fn swiglu(gu: &Tensor) -> Tensor {
     let a = accumulator(gu.kind());
     let parts = gu.to_kind(a).chunk(2, 1);

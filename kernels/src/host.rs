@@ -13,6 +13,8 @@ pub fn keep_heap() {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
         libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+        // Threads that hold memory for each other (communication, saving) would otherwise keep heaps of their own.
+        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 

@@ -78,6 +78,16 @@ unsafe extern "C" {
         scale: f64,
         dqkv: *mut Raw,
     ) -> *mut c_char;
+    fn corral_decode_attention(
+        qkv: Raw,
+        keys: Raw,
+        values: Raw,
+        slot: Raw,
+        position: Raw,
+        heads: i64,
+        scale: f64,
+        out: *mut Raw,
+    ) -> *mut c_char;
     fn corral_swiglu(gu: Raw, a: *mut Raw) -> *mut c_char;
     fn corral_swiglu_backward(gu: Raw, da: Raw) -> *mut c_char;
     fn corral_log_softmax(logits: Raw, labels: Raw, coef: Raw, logp: Raw, entropy: Raw) -> *mut c_char;
@@ -136,7 +146,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
         Engine::Composed => return Ok(composed::rms_norm(x, w, eps)),
     }
     let (mut y, mut rstd) = (std::ptr::null_mut(), std::ptr::null_mut());
-    // SAFETY: the C++ side checks devices, dtypes and contiguity; outputs are new tensors.
+    // SAFETY: the C++ side checks device, contiguity, dtype and size of every tensor; outputs are new tensors.
     check(unsafe { corral_rms_norm(raw(x), raw(w), eps, &mut y, &mut rstd) })?;
     Ok((own(y), own(rstd)))
 }
@@ -171,7 +181,7 @@ pub fn rms_backward(
         _ => return Ok(composed::rms_backward(dy, x, w, rstd, residual, dw)),
     }
     let mut dx = std::ptr::null_mut();
-    // SAFETY: as in rms_norm; dw is written in place, and nothing else holds it during the call.
+    // SAFETY: as in rms_norm; dw is written in place.
     check(unsafe {
         corral_rms_backward(raw(dy), raw(x), raw(w), raw(rstd), raw_opt(residual), raw(dw), &mut dx)
     })?;
@@ -198,7 +208,7 @@ pub fn rope(
             return Ok(());
         }
     }
-    // SAFETY: the C++ side checks shapes and dtypes; positions are below the tables' length (the model grows them).
+    // SAFETY: as in rms_norm, and positions are checked against the tables' length; x is written in place.
     check(unsafe { corral_rope(raw(x), raw(positions), raw(cos), raw(sin), heads, head_dim, inverse) })
 }
 
@@ -232,7 +242,7 @@ pub fn attention(qkv: &Tensor, start: Option<&Tensor>, h: Heads) -> Result<(Tens
         _ => return Ok(composed::attention(qkv, start, h)),
     }
     let (mut out, mut lse) = (std::ptr::null_mut(), std::ptr::null_mut());
-    // SAFETY: the C++ side checks shapes and contiguity; outputs are new tensors.
+    // SAFETY: as in rms_norm; the kernel clamps `start` to the row.
     check(unsafe {
         corral_attention(
             raw(qkv),
@@ -283,6 +293,39 @@ pub fn attention_backward(
     Ok(own(dqkv))
 }
 
+/// Attention of one more token a row over cached keys and values. `qkv`: T [B, (H + 2K) * D], rotated, in the order of
+/// [`attention`]; `keys`, `values`: T [slots, K, capacity, D]; `slot`, `position`: int64 [B], no slot twice. The row's
+/// own key and value are written to its slot at its position; then its queries see positions 0 to `position`.
+/// Returns T [B, H * D].
+pub fn decode_attention(
+    qkv: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    slot: &Tensor,
+    position: &Tensor,
+    h: Heads,
+) -> Result<Tensor> {
+    if qkv.device() != Device::Cpu {
+        return Ok(composed::decode_attention(qkv, keys, values, slot, position, h));
+    }
+    let mut out = std::ptr::null_mut();
+    // SAFETY: as in rms_norm, and slots and positions are checked against the caches, which are written in place, each
+    // slot by one row.
+    check(unsafe {
+        corral_decode_attention(
+            raw(qkv),
+            raw(keys),
+            raw(values),
+            raw(slot),
+            raw(position),
+            h.heads,
+            h.scale(),
+            &mut out,
+        )
+    })?;
+    Ok(own(out))
+}
+
 /// silu(g) * u (Shazeer 2020) for gu: T [N, 2F] = (g | u). Returns T [N, F].
 pub fn swiglu(gu: &Tensor) -> Result<Tensor> {
     match engine(gu) {
@@ -307,7 +350,7 @@ pub fn swiglu_backward(gu: &Tensor, da: &Tensor) -> Result<()> {
             return Ok(());
         }
     }
-    // SAFETY: both are written in place; the caller gives them up for it.
+    // SAFETY: as in rms_norm; both are written in place.
     check(unsafe { corral_swiglu_backward(raw(gu), raw(da)) })
 }
 
@@ -331,7 +374,7 @@ pub fn log_softmax(
             return Ok(());
         }
     }
-    // SAFETY: shapes and label ranges are checked; logits, logp and entropy are written in place.
+    // SAFETY: as in rms_norm, and labels are checked against V; logits, logp and entropy are written in place.
     check(unsafe { corral_log_softmax(raw(logits), raw(labels), raw_opt(coef), raw(logp), raw_opt(entropy)) })
 }
 
@@ -360,7 +403,7 @@ pub fn adamw(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, copy: Option<&Tenso
         }
     }
     let correction = |beta: f64| 1.0 - beta.powi(o.step as i32);
-    // SAFETY: the C++ side checks contiguity; p, m, v and copy are written in place.
+    // SAFETY: as in rms_norm; p, m, v and copy are written in place.
     check(unsafe {
         corral_adamw(
             raw(p),
@@ -388,7 +431,7 @@ pub fn sum_squares(x: &Tensor) -> Result<f64> {
         Engine::Composed => return Ok(composed::sum_squares(x)),
     }
     let mut out = 0.0;
-    // SAFETY: reads x, writes one number.
+    // SAFETY: as in rms_norm; writes one number.
     check(unsafe { corral_sum_squares(raw(x), &mut out) })?;
     Ok(out)
 }
@@ -425,7 +468,7 @@ pub fn accumulate(dst: &Tensor, src: &Tensor, add: bool) -> Result<()> {
             return Ok(());
         }
     }
-    // SAFETY: sizes and dtypes are checked; dst is written in place.
+    // SAFETY: as in rms_norm; dst is written in place.
     check(unsafe { corral_accumulate(raw(dst), raw(src), add) })
 }
 
@@ -441,6 +484,6 @@ pub fn embedding_backward(dx: &Tensor, ids: &Tensor, dw: &Tensor) -> Result<()> 
             return Ok(());
         }
     }
-    // SAFETY: ids are checked against dw's rows; dw is written in place.
+    // SAFETY: as in rms_norm, and ids are checked against dw's rows; dw is written in place.
     check(unsafe { corral_embedding_backward(raw(dx), raw(ids), raw(dw)) })
 }

@@ -182,6 +182,98 @@ fn label_beyond_the_vocabulary_is_an_error() {
     }
 }
 
+/// On the CPU, kernels take pointers: what does not fit must be refused before.
+#[test]
+fn what_does_not_fit_is_refused() {
+    #[track_caller]
+    fn refused<T>(result: kernels::Result<T>, why: &str) {
+        let e = result.err().expect("refused").to_string();
+        assert!(e.contains(why), "{e}");
+    }
+    let float = |size: &[i64]| Tensor::ones(size, (Kind::Float, Device::Cpu));
+    let double = |size: &[i64]| Tensor::ones(size, (Kind::Double, Device::Cpu));
+    let ints = Tensor::from_slice::<i64>;
+    let (x, w, rstd) = (float(&[3, 4]), float(&[4]), float(&[3]));
+
+    refused(ops::rms_norm(&x, &double(&[4]), 1e-5), "w must have 4 elements of Float, not 4 of Double");
+    refused(ops::rms_norm(&x, &float(&[5]), 1e-5), "no rows of 5");
+    refused(ops::rms_norm(&x, &float(&[0]), 1e-5), "no rows of 0");
+    refused(ops::rms_norm(&float(&[4, 3]).tr(), &w, 1e-5), "x must be a contiguous CPU tensor");
+    refused(ops::rms_apply(&x, &w, &float(&[2])), "rstd must have 3 elements");
+    let backward = |dy: &Tensor, rstd: &Tensor, residual: Option<&Tensor>, dw: &Tensor| {
+        ops::rms_backward(dy, &x, &w, rstd, residual, dw)
+    };
+    refused(backward(&float(&[2, 4]), &rstd, None, &w), "dy must have 12 elements");
+    refused(backward(&x, &double(&[3]), None, &w), "rstd must have 3 elements of Float");
+    refused(backward(&x, &rstd, Some(&double(&[3, 4])), &w), "residual must have 12 elements of Float");
+    refused(backward(&x, &rstd, None, &float(&[3])), "dw must have 4 elements");
+
+    let (cos, zeros) = (float(&[5, 1]), ints(&[0; 3]));
+    let rope =
+        |positions: &Tensor, sin: &Tensor, heads, d| ops::rope(&x, positions, &cos, sin, heads, d, false);
+    rope(&ints(&[0, 4, 2]), &cos, 2, 2).unwrap();
+    refused(rope(&ints(&[0, 5, 2]), &cos, 2, 2), "position 5 is beyond the tables' 5");
+    refused(rope(&ints(&[0, -1, 2]), &cos, 2, 2), "position -1");
+    refused(rope(&zeros.to_kind(Kind::Int), &cos, 2, 2), "positions must have 3 elements of Long");
+    refused(rope(&zeros, &float(&[4, 1]), 2, 2), "sin must have 5 elements");
+    refused(rope(&zeros, &cos, 3, 2), "shapes do not fit");
+    refused(rope(&zeros, &cos, 1, 4), "cos must have 10 elements");
+
+    refused(ops::swiglu_backward(&x, &float(&[3, 1])), "da must have 6 elements");
+    refused(ops::swiglu_backward(&x, &double(&[3, 2])), "da must have 6 elements of Float");
+    refused(ops::swiglu(&float(&[3, 5])), "[N, 2F]");
+
+    let softmax = |coef: Option<&Tensor>, logp: &Tensor, entropy: Option<&Tensor>| {
+        ops::log_softmax(&x, &zeros, coef, logp, entropy)
+    };
+    refused(softmax(None, &double(&[3]), None), "logp must have 3 elements of Float");
+    refused(softmax(Some(&float(&[2])), &rstd, None), "coef must have 3 elements");
+    refused(softmax(None, &rstd, Some(&float(&[1]))), "entropy must have 3 elements");
+
+    let o = ops::AdamW {
+        lr: 1e-2,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        step: 1,
+        grad_scale: 1.0,
+    };
+    let (p, bf16) = (float(&[8]), float(&[8]).to_kind(Kind::BFloat16));
+    refused(ops::adamw(&p, &float(&[7]), &p, &p, None, o), "g must have 8 elements");
+    refused(ops::adamw(&p, &p, &double(&[8]), &p, None, o), "m must have 8 elements of Float");
+    refused(ops::adamw(&p, &p, &p, &float(&[9]), None, o), "v must have 8 elements");
+    refused(ops::adamw(&p, &p, &p, &p, Some(&p), o), "copy must have 8 elements of BFloat16");
+    refused(ops::adamw(&bf16, &bf16, &bf16, &bf16, None, o), "p must have 8 elements of Float");
+
+    refused(ops::embedding_backward(&x, &zeros, &float(&[7, 5])), "dx must have 15 elements");
+    refused(ops::embedding_backward(&x, &zeros, &double(&[7, 4])), "dw must have 28 elements of Float");
+    refused(ops::accumulate(&float(&[11]), &x, true), "dst must have 12 elements");
+
+    let h = ops::Heads { batch: 1, heads: 2, kv_heads: 1, head_dim: 2 };
+    let (qkv, out, lse) = (float(&[3, 8]), float(&[3, 4]), float(&[1, 2, 3]));
+    for wrong in [ops::Heads { kv_heads: 0, heads: 4, ..h }, ops::Heads { batch: 0, ..h }] {
+        refused(ops::attention(&qkv, None, wrong), "shapes do not fit");
+    }
+    refused(ops::attention(&qkv, Some(&ints(&[0; 2])), h), "start must have 3 elements");
+    refused(
+        ops::attention_backward(&float(&[2, 4]), &qkv, &out, &lse, None, h),
+        "dout must have 12 elements",
+    );
+    refused(ops::attention_backward(&out, &qkv, &out, &float(&[2, 2]), None, h), "lse must have 6 elements");
+
+    let (cache, one) = (float(&[2, 1, 5, 2]), ints(&[1]));
+    let row = float(&[1, 8]);
+    let decode = |cache: &Tensor, slot: &Tensor, position: &Tensor| {
+        ops::decode_attention(&row, cache, cache, slot, position, h)
+    };
+    drop(decode(&cache, &one, &one).unwrap());
+    refused(decode(&double(&[2, 1, 5, 2]), &one, &one), "keys must have 20 elements of Float");
+    refused(decode(&cache, &ints(&[1, 0]), &one), "slot must have 1 elements");
+    refused(decode(&cache, &one, &one.to_kind(Kind::Int)), "position must have 1 elements of Long");
+    refused(decode(&float(&[2, 0, 5, 2]), &one, &one), "shapes do not fit");
+}
+
 #[test]
 fn attention() {
     for kind in KINDS {
@@ -218,6 +310,55 @@ fn attention() {
             }
         }
     }
+}
+
+#[test]
+fn decode_attention() {
+    for kind in KINDS {
+        for (heads, kv_heads, head_dim) in [(1, 1, 4), (4, 2, 16), (3, 3, 48), (8, 2, 64), (2, 1, 10)] {
+            let (slots, capacity, batch) = (5, 41, 4);
+            let h = ops::Heads { batch, heads, kv_heads, head_dim };
+            let (k, v) = (
+                randn(&[slots, kv_heads, capacity, head_dim], kind),
+                randn(&[slots, kv_heads, capacity, head_dim], kind),
+            );
+            let (k2, v2) = (exact(&k), exact(&v));
+            let (k, v) = (put(&k), put(&v));
+            let qkv = randn(&[batch, (heads + 2 * kv_heads) * head_dim], kind);
+            let slot = Tensor::from_slice(&[3i64, 0, 4, 1]);
+            let position = Tensor::from_slice(&[0i64, 40, 22, 7]);
+            let out = ops::decode_attention(&put(&qkv), &k, &v, &put(&slot), &put(&position), h).unwrap();
+            let out2 = composed::decode_attention(&exact(&qkv), &k2, &v2, &slot, &position, h);
+            same("out", &out, &out2, kind);
+            assert!(
+                exact(&k).equal(&k2) && exact(&v).equal(&v2),
+                "both write the same key and value, and nothing else"
+            );
+
+            // A token at the end of a row: what the attention over the whole row says of its last position.
+            let time = 19;
+            let row = randn(&[time, (heads + 2 * kv_heads) * head_dim], kind);
+            let (k, v) = (k.zeros_like(), v.zeros_like());
+            let part = |first: i64| {
+                row.narrow(1, first * head_dim, kv_heads * head_dim)
+                    .view([time, kv_heads, head_dim])
+                    .transpose(0, 1)
+            };
+            k.get(2).narrow(1, 0, time).copy_(&part(heads));
+            v.get(2).narrow(1, 0, time).copy_(&part(heads + kv_heads));
+            let last = row.narrow(0, time - 1, 1).contiguous();
+            let one = ops::Heads { batch: 1, ..h };
+            let (slot, position) = (Tensor::from_slice(&[2i64]), Tensor::from_slice(&[time - 1]));
+            let out = ops::decode_attention(&put(&last), &k, &v, &put(&slot), &put(&position), one).unwrap();
+            let all = composed::attention(&exact(&row), None, one).0;
+            same("last position", &out, &all.narrow(0, time - 1, 1), kind);
+        }
+    }
+    let cache = randn(&[2, 1, 3, 4], Kind::Float);
+    let h = ops::Heads { batch: 1, heads: 1, kv_heads: 1, head_dim: 4 };
+    let (qkv, zero) = (randn(&[1, 12], Kind::Float), Tensor::from_slice(&[0i64]));
+    let e = ops::decode_attention(&qkv, &cache, &cache, &zero, &Tensor::from_slice(&[3i64]), h).unwrap_err();
+    assert!(e.to_string().contains("position 3 is beyond the cache's 3"), "{e}");
 }
 
 #[test]

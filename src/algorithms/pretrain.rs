@@ -1,6 +1,6 @@
 //! Pretraining: next-token prediction on token shards, parameters sharded over the ranks.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use kernels::c10d::ReduceOp;
@@ -27,6 +27,8 @@ use crate::telemetry::{Record, RunLog};
 /// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
 pub struct Inputs {
     pub tokenizer: Tokenizer,
+    /// The folder that the tokenizer comes from.
+    pub tokenizer_dir: PathBuf,
     pub train: Loader,
     pub valid: Option<Loader>,
     pub shape: Shape,
@@ -38,27 +40,37 @@ pub struct Inputs {
 impl Inputs {
     /// Opens and checks all that the configuration names.
     pub fn open(c: &Pretrain) -> Result<Inputs> {
-        let path = c.tokenizer_path().ok_or_else(|| Error::config("a new model needs tokenizer.path"))?;
-        let tokenizer = Tokenizer::load(path)?;
+        let weights = match &c.model {
+            config::Model::Path(path) => Some(Weights::open(path)?),
+            config::Model::Preset(_) | config::Model::Init(_) => None,
+        };
+        let tokenizer_dir = match (&c.tokenizer, &weights) {
+            (Some(tokenizer), _) => tokenizer.path.clone(),
+            (None, Some(weights)) => weights.tokenizer_dir().ok_or_else(|| {
+                Error::data(format!(
+                    "{} has no tokenizer.json; name a tokenizer's folder in tokenizer.path",
+                    weights.dir().display()
+                ))
+            })?,
+            (None, None) => return Err(Error::config("a new model needs tokenizer.path")),
+        };
+        let tokenizer = Tokenizer::load(&tokenizer_dir)?;
         let vocab = tokenizer.vocab_size() as i64;
         let length = c.data.sequence_length;
-        let (shape, weights) = match &c.model {
-            config::Model::Path(path) => {
-                let weights = Weights::open(path)?;
-                (weights.shape().clone(), Some(weights))
+        let shape = match (&c.model, &weights) {
+            (_, Some(weights)) => weights.shape().clone(),
+            (config::Model::Init(init), _) => init.shape(vocab, length),
+            (config::Model::Preset(name), _) => Shape::preset(name)
+                .ok_or_else(|| Error::config(format!("model.preset: '{name}' is not known")))?,
+            (config::Model::Path(path), None) => {
+                return Err(Error::failed(format!("{} was not opened", path.display())));
             }
-            config::Model::Preset(name) => {
-                let shape = Shape::preset(name)
-                    .ok_or_else(|| Error::config(format!("model.preset: '{name}' is not known")))?;
-                (shape, None)
-            }
-            config::Model::Init(init) => (init.shape(vocab, length), None),
         };
         shape.check()?;
         if vocab > shape.vocab_size {
             return Err(Error::data(format!(
                 "the tokenizer {} has {vocab} tokens, more than the model's vocab_size of {}",
-                path.display(),
+                tokenizer_dir.display(),
                 shape.vocab_size
             )));
         }
@@ -80,10 +92,23 @@ impl Inputs {
             (Some(steps), _) => steps as u64,
             (None, epochs) => {
                 let samples = train.num_windows() * epochs.unwrap_or(1) as u64;
-                (samples / c.train.batch_size as u64).max(1)
+                let steps = samples / c.train.batch_size as u64;
+                if steps == 0 {
+                    return Err(Error::config(format!(
+                        "'train.epochs': the data gives {samples} samples, fewer than the {} of train.batch_size",
+                        c.train.batch_size
+                    )));
+                }
+                steps
             }
         };
-        Ok(Inputs { tokenizer, train, valid, shape, steps, weights })
+        if c.schedule.warmup_steps > steps {
+            return Err(Error::config(format!(
+                "'schedule.warmup_steps': {} steps of warm-up are more than the {steps} steps of the run",
+                c.schedule.warmup_steps
+            )));
+        }
+        Ok(Inputs { tokenizer, tokenizer_dir, train, valid, shape, steps, weights })
     }
 }
 
@@ -124,12 +149,13 @@ pub fn pretrain(
     let c = &loaded.config;
     let dir = &c.output_dir;
     let resolved = loaded.resolved_yaml()?;
-    agree(&world.group, run::check_folder(dir, &resolved, resume, overwrite))?;
+    let sources = inputs_of(c);
+    agree(&world.group, run::check_folder(dir, &resolved, resume, overwrite, &sources))?;
     run::prepare_folder(dir, &resolved, *resume == Resume::Never, world)?;
     let run_info = RunInfo {
         shape: inputs.shape.clone(),
         config_hash: hex(&sha2::Sha256::digest(resolved.as_bytes())),
-        tokenizer_dir: c.tokenizer_path().map(Path::to_path_buf),
+        tokenizer_dir: Some(inputs.tokenizer_dir.clone()),
     };
     let mut saver = Saver::new(dir, c.checkpoint.keep as usize, run_info, &world.group)?;
     let from = agree(&world.group, run::find_checkpoint(dir, resume))?;
@@ -154,6 +180,7 @@ pub fn pretrain(
         progress = serde_json::from_value(state)
             .map_err(|e| Error::data(format!("{}: its state cannot be read: {e}", from.dir().display())))?;
         inputs.train.resume(&progress.data)?;
+        run::drop_later_checkpoints(dir, progress.step, world)?;
         info!("resumed from {}", from.dir().display());
     } else {
         match &inputs.weights {
@@ -174,7 +201,8 @@ pub fn pretrain(
         total_steps: inputs.steps,
         min_lr_ratio: c.schedule.min_lr_ratio,
     };
-    let mut log = RunLog::create(dir, world.rank, from.as_ref().map(|_| progress.step), inputs.steps)?;
+    let resumed_at = from.as_ref().map(|_| progress.step);
+    let mut log = agree(&world.group, RunLog::create(dir, world.rank, resumed_at, inputs.steps))?;
     let peak_flops = world.peak_flops(compute_kind(c.precision.compute))?;
     let mut guard = SkipGuard::new(progress.skipped_steps);
     let (started, elapsed_before) = (Instant::now(), progress.elapsed_s);
@@ -183,8 +211,8 @@ pub fn pretrain(
     while progress.step < inputs.steps {
         let step = progress.step + 1;
         let micro_batches = this_ranks_batches(c, &inputs.train, progress.data.next, world)?;
-        let labels: i64 = micro_batches.iter().map(MicroBatch::num_labels).sum();
-        let count = world.group.combine(&[labels as f64], ReduceOp::Sum)?[0];
+        // Windows of training data have a label at every position, so that no rank needs to ask the others.
+        let count = (c.train.batch_size * c.data.sequence_length) as f64;
 
         let loss_sum = step::accumulate_gradients(&mut model, &micro_batches, count, recompute(c))?;
         let lr = schedule.rate(progress.step);
@@ -199,12 +227,13 @@ pub fn pretrain(
         let fatal = guard.note(step, &update);
         progress.skipped_steps = guard.skipped_steps;
 
+        // Ranks decide together: a signal that reached one of them stops all.
+        let most = world.group.combine(&[signals.received(), world.peak_bytes()? as f64], ReduceOp::Max)?;
+        let (signal, peak) = (most[0], most[1]);
         if step.is_multiple_of(c.log.every as u64) || step == inputs.steps || update.skipped {
-            let peak = world.group.combine(&[world.peak_bytes()? as f64], ReduceOp::Max)?[0];
             let seconds = window.elapsed().as_secs_f64();
             let steps = window_tokens as f64 / (c.train.batch_size * c.data.sequence_length) as f64;
-            let mut record = Record::new("train", step)
-                .float32("loss", update.loss as f32)
+            let mut record = with_loss(c, Record::new("train", step), update.loss)
                 .float("lr", lr)
                 .float("grad_norm", update.grad_norm)
                 .count("tokens", progress.tokens)
@@ -223,19 +252,20 @@ pub fn pretrain(
             log.log(&record);
             (window, window_tokens) = (Instant::now(), 0);
         }
-        fatal?;
+        if let Err(e) = fatal {
+            saver.finish()?; // what was last finite may be in it
+            return Err(e);
+        }
 
         if let Some(valid) = &inputs.valid
             && (step.is_multiple_of(c.valid.every as u64) || step == inputs.steps)
         {
             let loss = validate(c, &mut model, valid, world)?;
-            log.log(&Record::new("valid", step).float32("loss", loss as f32).float("perplexity", loss.exp()));
+            log.log(&with_loss(c, Record::new("valid", step), loss).float("perplexity", loss.exp()));
             window = Instant::now();
             window_tokens = 0;
         }
 
-        // Ranks decide together: a signal that reached one of them stops all.
-        let signal = world.group.combine(&[signals.received()], ReduceOp::Max)?[0];
         saver.poll()?;
         let last = step == inputs.steps || signal > 0.0;
         if step.is_multiple_of(c.checkpoint.every as u64) || last {
@@ -246,16 +276,38 @@ pub fn pretrain(
             return Err(Signals::stopped(signal, step));
         }
     }
-    saver.finish()?;
+    // The model is written even where the last checkpoint could not be: it needs less room.
+    let saved = saver.finish();
     let how = Export {
         dtype: compute_kind(c.precision.compute),
         max_shard_size: 5_000_000_000,
-        tokenizer_dir: c.tokenizer_path(),
+        tokenizer_dir: Some(&inputs.tokenizer_dir),
     };
-    export(&dir.join("model"), &inputs.shape, &model.params, &how, &world.group)?;
+    let exported = export(&dir.join("model"), &inputs.shape, &model.params, &how, &world.group);
+    saved?;
+    exported?;
     drop(log);
     info!("the trained model is in {}", dir.join("model").display());
     Ok(())
+}
+
+/// Adds the loss, in the precision that it was computed in.
+fn with_loss(c: &Pretrain, record: Record, loss: f64) -> Record {
+    match c.precision.compute {
+        Compute::Float64 => record.float("loss", loss),
+        Compute::Float32 | Compute::Bfloat16 => record.float32("loss", loss as f32),
+    }
+}
+
+/// The paths that the configuration reads from.
+pub fn inputs_of(c: &Pretrain) -> Vec<&Path> {
+    let model = match &c.model {
+        config::Model::Path(path) => Some(path),
+        config::Model::Preset(_) | config::Model::Init(_) => None,
+    };
+    let sources = c.data.train.iter().chain(&c.data.valid).map(|s| s.path.as_path());
+    let tokenizer = c.tokenizer.iter().map(|t| t.path.as_path());
+    sources.chain(tokenizer).chain(model.map(PathBuf::as_path)).collect()
 }
 
 fn to_json(progress: &Progress) -> Result<serde_json::Value> {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use nix::sys::signal::{SigSet, Signal};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::checkpoint::{self, Checkpoint, agree};
@@ -34,31 +35,76 @@ impl std::str::FromStr for Resume {
     }
 }
 
-/// Refuses a folder that holds another run. Reads only: ranks may call it at different times.
-pub fn check_folder(dir: &Path, resolved: &str, resume: &Resume, overwrite: bool) -> Result<()> {
+/// Refuses a folder that holds another run, or what looks like one and is not ours to change. Reads only: ranks may call
+/// it at different times. `inputs` are the paths that the run reads, which a replaced run must not hold.
+pub fn check_folder(
+    dir: &Path,
+    resolved: &str,
+    resume: &Resume,
+    overwrite: bool,
+    inputs: &[&Path],
+) -> Result<()> {
     let config = dir.join("config.yaml");
-    let holds_run = config.exists() || dir.join("metrics.jsonl").exists();
-    match resume {
-        Resume::Never if holds_run && !overwrite => Err(Error::config(format!(
-            "{} already holds a run; choose another output_dir, go on with --resume auto, or remove what is there \
-             with --resume never --overwrite",
+    let refuse = |what: &str| {
+        Err(Error::config(format!(
+            "{} {what}; choose another output_dir, or replace what is there with --resume never --overwrite",
             dir.display()
-        ))),
+        )))
+    };
+    if *resume == Resume::Never && overwrite {
+        let inside = |path: &&&Path| {
+            let absolute = |p: &Path| p.canonicalize().unwrap_or_else(|_| p.to_path_buf());
+            REMOVED.iter().any(|name| absolute(path).starts_with(absolute(&dir.join(name))))
+        };
+        if let Some(path) = inputs.iter().find(inside) {
+            return Err(Error::config(format!(
+                "--overwrite would remove {}, which the run reads; choose another output_dir",
+                path.display()
+            )));
+        }
+        return Ok(());
+    }
+    // Without a configuration, what a run would write over belongs to somebody else.
+    if !config.exists()
+        && (dir.join("metrics.jsonl").exists() || dir.join("model").exists() || has_events(dir))
+    {
+        return refuse("holds metrics, a model or TensorBoard files, but no run's config.yaml");
+    }
+    match resume {
+        Resume::Never if config.exists() || dir.join("checkpoints").exists() => {
+            refuse("already holds a run (--resume auto goes on with it)")
+        }
         Resume::Never => Ok(()),
         Resume::Auto | Resume::From(_) if config.exists() => {
             let text = std::fs::read_to_string(&config).data_error(config.display())?;
             if text == resolved {
                 return Ok(());
             }
-            Err(Error::config(format!(
-                "{} holds a run with another configuration ({}); choose another output_dir, or replace that run with \
-                 --resume never --overwrite",
-                dir.display(),
-                first_difference(&text, resolved)
-            )))
+            refuse(&format!("holds a run with another configuration ({})", first_difference(&text, resolved)))
         }
         Resume::Auto | Resume::From(_) => Ok(()),
     }
+}
+
+/// What a new run removes of the one that it replaces.
+const REMOVED: [&str; 2] = ["checkpoints", "model"];
+
+fn has_events(dir: &Path) -> bool {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.into_iter().any(|e| e.file_name().to_string_lossy().starts_with("events.out.tfevents."))
+}
+
+/// Removes the checkpoints after `step`, which a run that goes back to `step` gives up: a restart would take them.
+pub fn drop_later_checkpoints(dir: &Path, step: u64, world: &World) -> Result<()> {
+    let remove = || -> Result<()> {
+        for (later, path) in checkpoint::sharded::list(&checkpoint::sharded::checkpoints_dir(dir))? {
+            if later > step {
+                std::fs::remove_dir_all(&path).context(format!("cannot remove {}", path.display()))?;
+            }
+        }
+        Ok(())
+    };
+    agree(&world.group, if world.rank == 0 { remove() } else { Ok(()) })
 }
 
 /// The checkpoint that the run goes on from, if any.
@@ -89,7 +135,7 @@ fn first_difference(there: &str, here: &str) -> String {
 pub fn prepare_folder(dir: &Path, resolved: &str, fresh: bool, world: &World) -> Result<()> {
     let make = || -> Result<()> {
         if fresh {
-            for old in ["checkpoints", "model"] {
+            for old in REMOVED {
                 let path = dir.join(old);
                 if path.exists() {
                     std::fs::remove_dir_all(&path).context(format!("cannot remove {}", path.display()))?;
@@ -97,12 +143,29 @@ pub fn prepare_folder(dir: &Path, resolved: &str, fresh: bool, world: &World) ->
             }
         }
         std::fs::create_dir_all(dir).context(format!("cannot make the folder {}", dir.display()))?;
-        let (temporary, path) = (dir.join(".config.yaml.tmp"), dir.join("config.yaml"));
-        std::fs::write(&temporary, resolved)
-            .and_then(|()| std::fs::rename(&temporary, &path))
-            .context(format!("cannot write {}", path.display()))
+        crate::files::write_file(&dir.join("config.yaml"), resolved.as_bytes())
     };
     agree(&world.group, if world.rank == 0 { make() } else { Ok(()) })
+}
+
+/// Leaves SIGINT and SIGTERM to a thread of their own: the calling thread and all that it starts later do not get them.
+/// What a signal does stays as it is. Call this before anything computes.
+///
+/// The kernel puts a handler's frame on the stack of the thread that it interrupts, and while oneDNN's float32 products
+/// run (`avx512_common_gemm_f32`) that thread's stack pointer may point at a workspace in the heap: the frame would
+/// overwrite what lies before it.
+pub fn keep_signals_from_computing_threads() -> Result<()> {
+    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
+    signals.thread_block().map_err(std::io::Error::from).context("cannot block signals")?;
+    let wait = move || {
+        // Cannot fail for these signals; if it did, they would wait unseen.
+        let _ = signals.thread_unblock();
+        loop {
+            std::thread::park();
+        }
+    };
+    let thread = std::thread::Builder::new().name("signals".into()).spawn(wait);
+    thread.map(drop).context("cannot start the thread that takes signals")
 }
 
 /// SIGINT and SIGTERM, asked for by the launcher, the site or the user: the step is finished and a checkpoint written.

@@ -12,7 +12,7 @@ use crate::optim::AdamW;
 /// Some rows of a batch: what one forward and backward takes.
 pub struct MicroBatch {
     pub input: Input,
-    /// The token that each position is to predict, int64 [N]; negative = left out of the loss.
+    /// The token that each position is to predict, int64 `[N]`; negative = left out of the loss.
     pub labels: Tensor,
 }
 
@@ -21,11 +21,6 @@ impl MicroBatch {
     pub fn from_rows(input_ids: &[i64], labels: &[i64], columns: i64) -> MicroBatch {
         let ids = Tensor::from_slice(input_ids).view([-1, columns]);
         MicroBatch { input: Input::new(ids), labels: Tensor::from_slice(labels) }
-    }
-
-    /// How many tokens have a label.
-    pub fn num_labels(&self) -> i64 {
-        self.labels.ge(0).sum(Kind::Int64).int64_value(&[])
     }
 }
 
@@ -73,8 +68,14 @@ pub fn apply_gradients(
     lr: f64,
     clip: f64,
 ) -> Result<Update> {
-    let loss = world.group.combine(&[loss_sum], ReduceOp::Sum)?[0] / count;
-    let grad_norm = AdamW::grad_norm(&model.params)?;
+    let squares = AdamW::sum_squares(&model.params)?;
+    let (loss_sum, squares) = if model.params.shard_group().size() == world.world_size {
+        let sums = world.group.combine(&[loss_sum, squares], ReduceOp::Sum)?;
+        (sums[0], sums[1])
+    } else {
+        (world.group.combine(&[loss_sum], ReduceOp::Sum)?[0], model.params.sum_over_slices(squares)?)
+    };
+    let (loss, grad_norm) = (loss_sum / count, squares.sqrt());
     // Equal on all ranks, since both are sums over all of them.
     let skipped = !(loss.is_finite() && grad_norm.is_finite());
     if skipped {

@@ -8,12 +8,12 @@ use serde_json::{Value, json};
 use tch::Kind;
 
 use super::agree::{agree, agree_over};
-use super::files::{self, beside, create_dir, write_file};
 use super::hf_config::{SpecialIds, read_object, read_shape, special_ids, write_shape};
 use super::safetensors::{Entry, Reader, Writer};
 use crate::config::shape::Shape;
 use crate::distributed::sharded::{Layout, Sharded};
 use crate::error::{Context, Error, Result};
+use crate::files::{AtomicFolder, read_error, write_file};
 use crate::model::layout::{LM_HEAD, layouts};
 use kernels::c10d::Group;
 
@@ -184,30 +184,24 @@ pub struct Export<'a> {
 pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: &Group) -> Result<()> {
     let writes = world.rank() == 0;
     let plan = plan((0..params.len()).map(|i| params.layout(i)), how);
-    let temp = beside(dir, ".tmp-");
-    let started = if writes { begin(dir, &temp, shape, how, &plan) } else { Ok(()) };
-    agree(world, started).with_context(|| format!("exporting the model to {}", dir.display()))?;
+    let started = if writes { begin(dir, shape, how, &plan).map(Some) } else { Ok(None) };
+    let folder =
+        agree(world, started).with_context(|| format!("exporting the model to {}", dir.display()))?;
 
     let mut status = Ok(());
-    let mut output = Output { dir: &temp, plan: &plan, file: 0, tensor: 0, writer: None };
+    let mut output = folder.as_ref().map(|f| Output::new(f.temporary(), &plan));
     for i in 0..params.len() {
         // Replicas of rank 0's shard group have nothing to do until the end.
         if params.replica_group().rank() != 0 {
             break;
         }
         let flat = params.gather_master(i)?;
-        if writes && status.is_ok() {
+        if let (Some(output), Ok(())) = (&mut output, &status) {
             status = params.layout(i).specs.iter().try_for_each(|spec| output.write(&spec.view(&flat)));
         }
     }
-    if writes {
-        status = status.and_then(|()| files::replace_dir(&temp, dir));
-        if status.is_err() {
-            drop(output);
-            // The first error is what counts; a folder that cannot be removed is removed by the next export.
-            let _ = fs::remove_dir_all(&temp);
-        }
-    }
+    drop(output);
+    let status = status.and_then(|()| folder.map_or(Ok(()), AtomicFolder::commit));
     agree(world, status).with_context(|| format!("exporting the model to {}", dir.display()))
 }
 
@@ -232,17 +226,18 @@ fn plan<'a>(layouts: impl Iterator<Item = &'a Layout>, how: &Export) -> Vec<(Str
 }
 
 /// Makes the temporary folder with all but the weights.
-fn begin(dir: &Path, temp: &Path, shape: &Shape, how: &Export, plan: &[(String, Vec<Entry>)]) -> Result<()> {
-    if dir.file_name().is_none() {
-        return Err(Error::config(format!("{}: a model needs a folder of its own", dir.display())));
-    }
-    files::recover(dir)?;
-    refuse_foreign(dir)?;
-    create_dir(temp)?;
+fn begin(dir: &Path, shape: &Shape, how: &Export, plan: &[(String, Vec<Entry>)]) -> Result<AtomicFolder> {
+    let ours = |name: &str| {
+        name == "config.json"
+            || (name.starts_with("model") && name.contains(".safetensors"))
+            || TOKENIZER_FILES.contains(&name)
+    };
+    let folder = AtomicFolder::create(dir, ours)?;
+    let temp = folder.temporary();
     let ids = how.tokenizer_dir.map_or(Ok(SpecialIds::default()), special_ids)?;
     let write = |name: &str, value: &Value| -> Result<()> {
         let text = serde_json::to_string_pretty(value).map_err(|e| Error::failed(format!("{name}: {e}")))?;
-        write_file(&temp.join(name), format!("{text}\n").as_bytes()).map(|_| ())
+        write_file(&temp.join(name), format!("{text}\n").as_bytes())
     };
     write("config.json", &write_shape(shape, how.dtype, &ids))?;
     let generation = [("bos_token_id", ids.bos), ("eos_token_id", ids.eos), ("pad_token_id", ids.pad)];
@@ -250,7 +245,7 @@ fn begin(dir: &Path, temp: &Path, shape: &Shape, how: &Export, plan: &[(String, 
         generation.into_iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.to_string(), v)).collect();
     write("generation_config.json", &Value::Object(generation))?;
     if let Some(from) = how.tokenizer_dir {
-        files::copy_tokenizer(from, temp)?;
+        copy_tokenizer(from, temp)?;
     }
     if plan.len() > 1 {
         let total: u64 = plan.iter().flat_map(|(_, entries)| entries).map(Entry::bytes).sum();
@@ -260,28 +255,7 @@ fn begin(dir: &Path, temp: &Path, shape: &Shape, how: &Export, plan: &[(String, 
             .collect();
         write(INDEX, &json!({"metadata": {"total_size": total}, "weight_map": map}))?;
     }
-    Ok(())
-}
-
-/// A folder that is replaced must hold nothing but an older export.
-fn refuse_foreign(dir: &Path) -> Result<()> {
-    if !dir.exists() {
-        return Ok(());
-    }
-    for entry in fs::read_dir(dir).map_err(|e| files::read_error(dir, &e))? {
-        let entry = entry.map_err(|e| files::read_error(dir, &e))?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let ours = name == "config.json"
-            || (name.starts_with("model") && name.contains(".safetensors"))
-            || files::is_tokenizer_file(&name);
-        if !ours {
-            return Err(Error::config(format!(
-                "{} holds `{name}`, which is no part of a model: choose another folder, or empty it",
-                dir.display()
-            )));
-        }
-    }
-    Ok(())
+    Ok(folder)
 }
 
 /// Writes tensors into the files of the plan, one after the other.
@@ -294,7 +268,11 @@ struct Output<'a> {
     writer: Option<Writer>,
 }
 
-impl Output<'_> {
+impl<'a> Output<'a> {
+    fn new(dir: &'a Path, plan: &'a [(String, Vec<Entry>)]) -> Self {
+        Output { dir, plan, file: 0, tensor: 0, writer: None }
+    }
+
     fn write(&mut self, t: &tch::Tensor) -> Result<()> {
         let (name, entries) = &self.plan[self.file];
         let mut writer = match self.writer.take() {
@@ -311,4 +289,32 @@ impl Output<'_> {
         (self.file, self.tensor) = (self.file + 1, 0);
         Ok(())
     }
+}
+
+/// The files of a Hugging Face folder that a tokenizer may consist of, and the ids that end a text.
+const TOKENIZER_FILES: [&str; 10] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+];
+
+/// Copies the tokenizer's files, all but those that are there already. Returns name, size and CRC-32 of each copy.
+pub(super) fn copy_tokenizer(from: &Path, to: &Path) -> Result<Vec<(String, u64, u32)>> {
+    let mut copied = Vec::new();
+    for name in TOKENIZER_FILES {
+        let source = from.join(name);
+        if source.is_file() && !to.join(name).exists() {
+            let bytes = fs::read(&source).map_err(|e| read_error(&source, &e))?;
+            write_file(&to.join(name), &bytes)?;
+            copied.push((name.to_string(), bytes.len() as u64, crc32fast::hash(&bytes)));
+        }
+    }
+    Ok(copied)
 }

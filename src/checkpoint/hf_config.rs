@@ -6,9 +6,9 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use tch::Kind;
 
-use super::files::read_error;
 use crate::config::shape::{Llama3RopeScaling, Shape};
 use crate::error::{Context, Error, Result};
+use crate::files::read_error;
 
 /// Architectures that can be read.
 const ARCHITECTURES: [&str; 1] = ["LlamaForCausalLM"];

@@ -1,7 +1,6 @@
 //! Models and the state of a training run on disk: safetensors, Hugging Face folders, sharded checkpoints.
 
 mod agree;
-mod files;
 pub mod hf;
 mod hf_config;
 pub mod safetensors;
@@ -11,8 +10,8 @@ pub mod sharded;
 mod tests;
 mod weights;
 
+pub use crate::files::free_bytes;
 pub use agree::{agree, agree_over};
-pub use files::free_bytes;
 pub use hf::{Export, HfModel, export};
 pub use saver::{RunInfo, Saved, Saver};
 pub use sharded::{Checkpoint, State, bytes_per_checkpoint, latest};

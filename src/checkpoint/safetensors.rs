@@ -4,8 +4,7 @@
 //! of the file do not count as memory of the process, and a file that is cut while in use is an error, not a SIGBUS.
 
 use std::collections::{HashMap, VecDeque};
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -13,8 +12,8 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use tch::{Kind, Tensor};
 
-use super::files::{CHUNK, beside, parent, read_error, sync_dir, write_error};
 use crate::error::{Context, Error, Result};
+use crate::files::{AtomicFile, CHUNK, read_error};
 
 /// The header of a sane file is far below this (the format's own limit).
 const MAX_HEADER: u64 = 100_000_000;
@@ -96,7 +95,7 @@ impl Reader {
             .ok_or_else(|| Error::data(format!("{}: there is no tensor `{name}`", self.path.display())))
     }
 
-    /// Fills `dst` (floating-point [n], any device) with elements `first..first + n` of the flattened tensor, converted
+    /// Fills `dst` (floating-point `[n]`, any device) with elements `first..first + n` of the flattened tensor, converted
     /// to `dst`'s dtype a few megabytes at a time.
     pub fn read(&self, name: &str, first: i64, dst: &Tensor) -> Result<()> {
         let (shape, kind) = self.info(name)?;
@@ -151,12 +150,10 @@ pub struct Written {
 /// Writes a safetensors file tensor by tensor, under a temporary name until it is complete and on the disk.
 pub struct Writer {
     path: PathBuf,
-    temp: PathBuf,
-    out: BufWriter<File>,
+    out: AtomicFile,
     missing: VecDeque<Entry>,
     crc: crc32fast::Hasher,
     bytes: u64,
-    complete: bool,
 }
 
 impl Writer {
@@ -184,16 +181,12 @@ impl Writer {
         let mut header = serde_json::to_vec(&header).map_err(|e| describe(&e))?;
         header.resize(header.len().next_multiple_of(8), b' ');
 
-        let temp = beside(path, ".tmp-");
-        let file = File::create(&temp).map_err(|e| write_error(path, &e))?;
         let mut writer = Writer {
             path: path.to_path_buf(),
-            temp,
-            out: BufWriter::with_capacity(1 << 20, file),
+            out: AtomicFile::create(path)?,
             missing: entries.iter().cloned().collect(),
             crc: crc32fast::Hasher::new(),
             bytes: 0,
-            complete: false,
         };
         writer.put(&(header.len() as u64).to_le_bytes())?;
         writer.put(&header)?;
@@ -201,7 +194,7 @@ impl Writer {
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.out.write_all(bytes).map_err(|e| write_error(&self.path, &e))?;
+        self.out.put(bytes)?;
         self.crc.update(bytes);
         self.bytes += bytes.len() as u64;
         Ok(())
@@ -238,27 +231,12 @@ impl Writer {
     }
 
     /// Brings the file to the disk and gives it its name.
-    pub fn finish(mut self) -> Result<Written> {
+    pub fn finish(self) -> Result<Written> {
         if let Some(entry) = self.missing.front() {
             return Err(Error::failed(format!("{}: `{}` was not written", self.path.display(), entry.name)));
         }
-        self.out
-            .flush()
-            .and_then(|()| self.out.get_ref().sync_all())
-            .and_then(|()| fs::rename(&self.temp, &self.path))
-            .map_err(|e| write_error(&self.path, &e))?;
-        self.complete = true;
-        sync_dir(parent(&self.path))?;
-        Ok(Written { bytes: self.bytes, crc32: self.crc.clone().finalize() })
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        if !self.complete {
-            // The error that brought us here is what counts; a file left over is removed with its folder.
-            let _ = fs::remove_file(&self.temp);
-        }
+        self.out.commit()?;
+        Ok(Written { bytes: self.bytes, crc32: self.crc.finalize() })
     }
 }
 

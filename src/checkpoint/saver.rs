@@ -14,7 +14,7 @@ use serde_json::Value;
 use tch::{Device, Tensor};
 
 use super::agree::agree;
-use super::files::{self, beside, create_dir, write_file};
+use super::hf::copy_tokenizer;
 use super::safetensors::{Entry, Writer};
 use super::sharded::{
     FileMeta, GroupMeta, META, Meta, PARTS, checkpoints_dir, list, shard_name, step_name, tensor_name,
@@ -22,6 +22,7 @@ use super::sharded::{
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
+use crate::files::{self, beside, create_dir, write_file};
 use crate::optim::AdamW;
 use crate::warn;
 
@@ -109,11 +110,6 @@ impl Saver {
         let dir = checkpoints_dir(run_dir);
         agree(world, if world.rank() == 0 { remove_leftovers(&dir) } else { Ok(()) })?;
         Ok(Saver { dir, keep: keep.max(1), world: world.clone(), run, pending: None, failed_saves: 0 })
-    }
-
-    /// Whether a save is under way: then [`Saver::poll`] at the end of each step.
-    pub fn is_saving(&self) -> bool {
-        self.pending.is_some()
     }
 
     /// Saves that failed so far.
@@ -311,7 +307,7 @@ fn write(path: &Path, copies: Vec<(Entry, Tensor)>, tokenizer: Option<PathBuf>) 
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut files = vec![FileMeta { name, bytes: written.bytes, crc32: written.crc32 }];
     if let Some(from) = tokenizer {
-        let copied = files::copy_tokenizer(&from, dir)?;
+        let copied = copy_tokenizer(&from, dir)?;
         files.extend(copied.into_iter().map(|(name, bytes, crc32)| FileMeta { name, bytes, crc32 }));
     }
     Ok(files)

@@ -18,11 +18,11 @@ use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use super::agree::agree_over;
-use super::files::{crc32, read_error};
 use super::safetensors::Reader;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::{Layout, Sharded, Slice, Spec};
 use crate::error::{Error, Result};
+use crate::files::{crc32, read_error};
 use crate::optim::AdamW;
 
 /// What is kept of every element.
@@ -49,7 +49,7 @@ pub struct Meta {
     /// Hash of the resolved configuration, as the trainer gave it.
     pub config_hash: String,
     pub groups: Vec<GroupMeta>,
-    /// First element and length of each shard rank's slice of each group: [rank][group].
+    /// First element and length of each shard rank's slice of each group: `[rank][group]`.
     pub slices: Vec<Vec<(i64, i64)>>,
     pub files: Vec<FileMeta>,
     /// What the trainer gave: data position, counters, randomness.

@@ -144,13 +144,11 @@ fn save(dir: &Path, shape: &Shape, n: i64, mode: Mode, compute: Kind, steps: &[u
         let mut saver = Saver::new(dir, 2, run_info(shape), &world).unwrap();
         for &step in steps {
             saver.begin(step, &params, &optim, json!({"tokens": 7, "x": 0.1})).unwrap();
-            assert!(saver.is_saving());
-            while saver.is_saving() {
+            while saver.poll().unwrap().is_none() {
+                assert_eq!(saver.failed_saves(), 0);
                 std::thread::sleep(Duration::from_millis(1));
-                saver.poll().unwrap();
             }
         }
-        assert_eq!(saver.failed_saves(), 0);
     });
 }
 
@@ -211,7 +209,7 @@ fn tensors_survive_files_in_every_dtype() {
         writer.write(&values.tr()).unwrap();
         let written = writer.finish().unwrap();
         assert_eq!(written.bytes, fs::metadata(&path).unwrap().len());
-        assert_eq!(written.crc32, files::crc32(&path).unwrap());
+        assert_eq!(written.crc32, crate::files::crc32(&path).unwrap());
 
         let reader = Reader::open(&path).unwrap();
         assert_eq!(reader.metadata()["format"], "pt");
@@ -402,7 +400,7 @@ fn an_export_spares_what_is_not_its_own_and_fails_on_all_ranks() {
         let (params, _) = trained(&shape, &world, Mode::Replicate, Kind::Float);
         let how = Export { dtype: Kind::BFloat16, max_shard_size: u64::MAX, tokenizer_dir: None };
         let e = export(Path::new("."), &shape, &params, &how, &world).unwrap_err();
-        assert!(e.message.contains("a folder of its own"), "{e}");
+        assert!(e.message.contains("no name for a file or folder"), "{e}");
         export(&folder.0, &shape, &params, &how, &world).unwrap_err()
     });
     for e in errors {
@@ -567,7 +565,7 @@ fn a_failed_save_leaves_nothing_and_is_known_to_all_ranks() {
         }
         world.barrier().unwrap();
         saver.begin(7, &params, &optim, json!(null)).unwrap();
-        while saver.is_saving() {
+        while saver.failed_saves() == 0 {
             assert!(saver.poll().unwrap().is_none());
         }
         assert_eq!(saver.failed_saves(), 1);

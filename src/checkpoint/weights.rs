@@ -15,9 +15,15 @@ pub enum Weights {
 }
 
 impl Weights {
-    /// Opens a Hugging Face folder, a run's folder (its final model, else its newest checkpoint), or a checkpoint.
+    /// Opens a Hugging Face folder, a run's folder (its final model, else its newest checkpoint), a checkpoint, or a hub
+    /// id that the local hub cache holds.
     /// Reads headers only.
     pub fn open(path: &Path) -> Result<Weights> {
+        let found = match path.exists() {
+            true => path.to_path_buf(),
+            false => in_hub_cache(path)?,
+        };
+        let path = found.as_path();
         if path.join(META).is_file() {
             return Ok(Weights::Checkpoint(Checkpoint::open(path)?));
         }
@@ -36,9 +42,6 @@ impl Weights {
                 "{}: models in Meta's format cannot be read yet; take the Hugging Face version of the model",
                 path.display()
             )));
-        }
-        if !path.is_dir() {
-            return Err(Error::data(format!("{}: there is no such folder", path.display())));
         }
         Err(Error::data(format!(
             "{}: no model: a Hugging Face folder has config.json, a checkpoint has {META}, and a run's folder has \
@@ -75,4 +78,32 @@ impl Weights {
             Weights::Checkpoint(checkpoint) => checkpoint.fill_weights(params),
         }
     }
+}
+
+/// The folder of a hub id (`owner/name`) in Hugging Face's local cache. Nothing is downloaded.
+fn in_hub_cache(path: &Path) -> Result<PathBuf> {
+    let text = path.to_string_lossy();
+    let part = |s: &str| !s.is_empty() && s.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+    let Some((owner, name)) = text
+        .split_once('/')
+        .filter(|(o, n)| part(o) && part(n) && !o.starts_with('.') && !n.starts_with('.'))
+    else {
+        return Err(Error::data(format!("{text}: there is no such folder")));
+    };
+    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let cache = var("HF_HUB_CACHE")
+        .or_else(|| Some(var("HF_HOME")?.join("hub")))
+        .or_else(|| Some(var("HOME")?.join(".cache/huggingface/hub")))
+        .unwrap_or_default();
+    let repository = cache.join(format!("models--{owner}--{name}"));
+    let commit = std::fs::read_to_string(repository.join("refs/main")).unwrap_or_default();
+    let snapshot = repository.join("snapshots").join(commit.trim());
+    if !commit.trim().is_empty() && snapshot.is_dir() {
+        return Ok(snapshot);
+    }
+    Err(Error::data(format!(
+        "{text}: there is no such folder, and no such model in the hub cache {}; if it is a hub id, download it with `hf \
+         download {text}`",
+        cache.display()
+    )))
 }

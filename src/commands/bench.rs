@@ -2,19 +2,22 @@
 
 use std::time::{Duration, Instant};
 
-use clap::{Subcommand, ValueEnum};
-use kernels::c10d::ReduceOp;
+use clap::Subcommand;
+use kernels::c10d::{Group, ReduceOp};
 use serde_json::json;
 use tch::{Kind, Tensor};
 
+use crate::algorithms::pretrain::compute_kind;
 use crate::algorithms::step::{MicroBatch, accumulate_gradients, apply_gradients};
 use crate::commands::Global;
-use crate::config::pretrain::Mode;
+use crate::config::pretrain::{self as config, Compute, Mode};
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::sharded::shard_groups;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
+use crate::generate::engine::{self, Generation, Options};
+use crate::generate::sampler::Sampling;
 use crate::model::{Input, Llama, Recompute, init, layout};
 use crate::optim::{AdamW, Hyper};
 use crate::telemetry;
@@ -23,26 +26,10 @@ use crate::telemetry;
 pub enum Command {
     /// Training steps on random tokens; under `launch`, sharded
     Train(TrainArgs),
+    /// New tokens a second, greedily, from random prompts; each prompt gets as many tokens
+    Generate(GenerateArgs),
     /// Collectives of this world, by size
     Collectives(CollectivesArgs),
-}
-
-/// Dtype of forward and backward.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Precision {
-    Float32,
-    Bfloat16,
-    Float64,
-}
-
-impl Precision {
-    pub fn kind(self) -> Kind {
-        match self {
-            Precision::Float32 => Kind::Float,
-            Precision::Bfloat16 => Kind::BFloat16,
-            Precision::Float64 => Kind::Double,
-        }
-    }
 }
 
 /// A preset's shape.
@@ -58,7 +45,7 @@ pub struct TrainArgs {
     #[arg(long, default_value = "llama-15m")]
     pub preset: String,
     #[arg(long, value_enum, default_value = "float32")]
-    pub precision: Precision,
+    pub precision: Compute,
     /// Steps that are measured
     #[arg(long, default_value_t = 12)]
     pub steps: usize,
@@ -75,22 +62,30 @@ pub struct TrainArgs {
     #[arg(long)]
     pub sequence_length: Option<i64>,
     #[arg(long, value_enum, default_value = "none")]
-    pub recompute: RecomputeArg,
+    pub recompute: config::Recompute,
     #[arg(long, value_enum, default_value = "full")]
-    pub mode: ModeArg,
+    pub mode: Mode,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum RecomputeArg {
-    None,
-    Selective,
-    Full,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum ModeArg {
-    Full,
-    Replicate,
+#[derive(Debug, clap::Args)]
+pub struct GenerateArgs {
+    /// llama-15m, llama-42m, llama-110m or llama-1b
+    #[arg(long, default_value = "llama-15m")]
+    pub preset: String,
+    #[arg(long, value_enum, default_value = "float32")]
+    pub precision: Compute,
+    /// Prompts at once
+    #[arg(long, default_value_t = 8)]
+    pub batch_size: usize,
+    /// Tokens of a prompt
+    #[arg(long, default_value_t = 64)]
+    pub prompt_tokens: usize,
+    /// Tokens that are generated for each prompt
+    #[arg(long, default_value_t = 192)]
+    pub new_tokens: usize,
+    /// Times that it is measured, after one that is not
+    #[arg(long, default_value_t = 3)]
+    pub runs: usize,
 }
 
 #[derive(Debug, clap::Args)]
@@ -104,6 +99,7 @@ pub fn run(command: Command, global: &Global) -> Result<()> {
     let world = World::from_global(global.device.as_deref(), Duration::from_secs(600))?;
     match command {
         Command::Train(args) => train(&args, &world),
+        Command::Generate(args) => generate(&args, &world),
         Command::Collectives(args) => collectives(&args, &world),
     }
 }
@@ -130,23 +126,20 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
             world.world_size
         )));
     }
-    if length > shape.max_position_embeddings {
-        return Err(Error::config(format!("--sequence-length is at most {}", shape.max_position_embeddings)));
+    if !(1..=shape.max_position_embeddings).contains(&length) {
+        let most = shape.max_position_embeddings;
+        return Err(Error::config(format!("--sequence-length must be from 1 to {most}")));
     }
     if args.steps == 0 {
         return Err(Error::config("--steps must be at least 1"));
     }
-    let mode = match args.mode {
-        ModeArg::Full => Mode::Full,
-        ModeArg::Replicate => Mode::Replicate,
-    };
     let recompute = match args.recompute {
-        RecomputeArg::None => Recompute::None,
-        RecomputeArg::Selective => Recompute::Selective,
-        RecomputeArg::Full => Recompute::Full,
+        config::Recompute::None => Recompute::None,
+        config::Recompute::Selective => Recompute::Selective,
+        config::Recompute::Full => Recompute::Full,
     };
-    let kind = args.precision.kind();
-    let (shard, replica) = shard_groups(mode, world);
+    let kind = compute_kind(args.precision);
+    let (shard, replica) = shard_groups(args.mode, world);
     let mut params = Sharded::new(layout::layouts(&shape), shard, replica, kind, world.device);
     init::init(&mut params, &shape, 0)?;
     let mut model = Llama::new(shape.clone(), params);
@@ -175,6 +168,12 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
         let loss_sum = accumulate_gradients(&mut model, &batches, count, recompute)?;
         let update = apply_gradients(&mut model, &mut optimizer, world, loss_sum, count, 3e-4, 1.0)?;
         world.synchronize()?;
+        if update.skipped {
+            return Err(Error::failed(format!(
+                "step {} was not finite: there is nothing to measure",
+                step + 1
+            )));
+        }
         if step == 0 {
             first_step_s = telemetry::since_process_start_s();
         }
@@ -197,14 +196,78 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
         "{}",
         json!({
             "bench": "train", "preset": args.preset, "params": shape.num_parameters(),
-            "precision": format!("{:?}", args.precision).to_lowercase(), "world_size": world.world_size,
-            "mode": format!("{:?}", args.mode).to_lowercase(),
-            "recompute": format!("{:?}", args.recompute).to_lowercase(),
+            "precision": args.precision, "world_size": world.world_size,
+            "mode": args.mode,
+            "recompute": args.recompute,
             "batch_size": batch, "micro_batch_size": micro, "sequence_length": length, "steps": args.steps,
             "tokens_per_s": tokens_per_s, "step_s": step_s,
             "first_step_s": first_step_s, "peak_bytes": peak as u64, "last_loss": loss,
             "matmul_gflops": matmul / 1e9, "matmul_share": share, "mfu": mfu,
             "threads": tch::get_num_threads(), "device": format!("{:?}", world.device),
+        })
+    );
+    Ok(())
+}
+
+fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
+    let shape = shape(&args.preset)?;
+    if world.world_size > 1 {
+        return Err(Error::config("bench generate runs on one rank"));
+    }
+    if args.batch_size == 0 || args.prompt_tokens == 0 || args.new_tokens == 0 || args.runs == 0 {
+        return Err(Error::config(
+            "--batch-size, --prompt-tokens, --new-tokens and --runs must be at least 1",
+        ));
+    }
+    if args.prompt_tokens + args.new_tokens > shape.max_position_embeddings as usize {
+        return Err(Error::config(format!(
+            "--prompt-tokens and --new-tokens are more than {} together, the model's positions",
+            shape.max_position_embeddings
+        )));
+    }
+    let kind = compute_kind(args.precision);
+    let solo = Group::solo;
+    let mut params = Sharded::new(layout::layouts(&shape), solo(), solo(), kind, world.device);
+    init::init(&mut params, &shape, 0)?;
+    let mut model = Llama::new(shape.clone(), params);
+    tch::manual_seed(3);
+    let prompts: Vec<Generation> = (0..args.batch_size as u64)
+        .map(|sample| {
+            let ids = Tensor::randint_low(
+                3,
+                shape.vocab_size,
+                [args.prompt_tokens as i64],
+                (Kind::Int64, tch::Device::Cpu),
+            );
+            Ok(Generation { prompt: Vec::<i64>::try_from(&ids)?, sample })
+        })
+        .collect::<Result<_>>()?;
+    let options = Options {
+        sampling: Sampling::GREEDY,
+        max_new_tokens: args.new_tokens,
+        batch_size: args.batch_size,
+        eos: &[],
+        stop: None,
+    };
+    let mut seconds = Vec::new();
+    for run in 0..=args.runs {
+        let begun = Instant::now();
+        engine::generate(&mut model, &prompts, &options, |_| Ok(()))?;
+        world.synchronize()?;
+        if run > 0 {
+            seconds.push(begun.elapsed().as_secs_f64());
+        }
+    }
+    let total_s = median(&mut seconds);
+    let tokens = (args.batch_size * args.new_tokens) as f64;
+    println!(
+        "{}",
+        json!({
+            "bench": "generate", "preset": args.preset, "precision": args.precision,
+            "batch_size": args.batch_size, "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens,
+            "runs": args.runs, "total_s": total_s, "new_tokens_per_s": tokens / total_s,
+            "peak_bytes": world.peak_bytes()?, "threads": tch::get_num_threads(),
+            "device": format!("{:?}", world.device),
         })
     );
     Ok(())

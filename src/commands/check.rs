@@ -4,7 +4,8 @@ use std::path::Path;
 
 use clap::Subcommand;
 
-use crate::algorithms::pretrain::Inputs;
+use crate::algorithms::pretrain::{Inputs, compute_kind};
+use crate::algorithms::run::{self, Resume};
 use crate::checkpoint;
 use crate::commands::pretrain::ConfigArgs;
 use crate::error::{Context, Error, Result};
@@ -37,20 +38,22 @@ pub fn run(args: Args) -> Result<()> {
     loaded.validate(nproc)?;
     let c = &loaded.config;
     let inputs = Inputs::open(c)?;
+    run::check_folder(&c.output_dir, &loaded.resolved_yaml()?, &Resume::Auto, false, &[])?;
     for set in inputs.train.sets().chain(inputs.valid.iter().flat_map(|v| v.sets())) {
         set.verify()?;
     }
     let layouts = layout::layouts(&inputs.shape);
-    let checkpoint = checkpoint::bytes_per_checkpoint(
-        &layouts,
-        crate::algorithms::pretrain::compute_kind(c.precision.compute),
-    );
-    // While one is written the old ones are still there.
-    let needed = checkpoint * (c.checkpoint.keep as u64 + 1);
+    let checkpoint = checkpoint::bytes_per_checkpoint(&layouts, compute_kind(c.precision.compute));
+    // While one is written the old ones are still there; the exported model comes on top.
+    let model =
+        inputs.shape.num_parameters() as u64 * compute_kind(c.precision.compute).elt_size_in_bytes() as u64;
+    let needed = checkpoint * (c.checkpoint.keep as u64 + 1) + model;
+    let there = bytes_in(&c.output_dir.join("checkpoints"));
     let free = free_where(&c.output_dir)?;
-    if needed > free {
+    if needed > free + there {
         return Err(Error::config(format!(
-            "{}: {} checkpoints of {} need {}, and {} are free; set checkpoint.keep lower or choose another output_dir",
+            "{}: {} checkpoints of {} and the model need {}, and {} are free; set checkpoint.keep lower or choose another \
+             output_dir",
             c.output_dir.display(),
             c.checkpoint.keep + 1,
             size(checkpoint),
@@ -86,6 +89,18 @@ pub fn run(args: Args) -> Result<()> {
 fn free_where(path: &Path) -> Result<u64> {
     let absolute = std::path::absolute(path).context(path.display())?;
     checkpoint::free_bytes(absolute.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/")))
+}
+
+/// Bytes of the files in a folder and below; 0 if there is none.
+fn bytes_in(path: &Path) -> u64 {
+    let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+    entries
+        .map(|e| match e.metadata() {
+            Ok(m) if m.is_dir() => bytes_in(&e.path()),
+            Ok(m) => m.len(),
+            Err(_) => 0,
+        })
+        .sum()
 }
 
 /// Bytes for people.

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use clap::Args;
 use tch::Device;
 
+use crate::algorithms::run;
 use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Error, Result};
 use crate::telemetry::console;
@@ -13,7 +14,11 @@ use crate::telemetry::console;
 pub mod bench;
 pub mod check;
 pub mod data;
+pub mod eval;
+pub mod generate;
+mod inference;
 pub mod pretrain;
+pub mod score;
 pub mod tokenize;
 pub mod tokenizer;
 
@@ -50,8 +55,9 @@ impl Global {
         }
     }
 
-    /// Threads, allocator and the library for float32 products.
+    /// Signals, threads, allocator and the library for float32 products.
     pub fn set_up(&self) -> Result<()> {
+        run::keep_signals_from_computing_threads()?;
         let from_environment = || std::env::var("OMP_NUM_THREADS").ok().and_then(|v| v.parse().ok());
         let threads = self
             .threads

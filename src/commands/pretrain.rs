@@ -51,10 +51,21 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
         return Err(Error::config("--overwrite goes with --resume never"));
     }
     let loaded = args.config.load()?;
-    loaded.validate(Place::from_env()?.map_or(1, |p| p.world_size))?;
+    let place = Place::from_env()?;
+    loaded.validate(place.as_ref().map_or(1, |p| p.world_size))?;
+    // A world that was started again goes on with the run that its first attempt began, whatever its command said at
+    // first; unless it did not come to that.
+    let again = place.is_some_and(|p| p.attempt > 0) && holds_run(&loaded)?;
+    let resume = if again { Resume::Auto } else { args.resume };
     let inputs = Inputs::open(&loaded.config)?;
     let timeout = Duration::from_secs_f64(loaded.config.parallel.timeout_s);
     let world = World::from_global(global.device.as_deref(), timeout)?;
     info!("{}", world.choice);
-    pretrain(&loaded, inputs, &world, &args.resume, args.overwrite)
+    pretrain(&loaded, inputs, &world, &resume, args.overwrite)
+}
+
+/// Whether the run's folder holds a run of just this configuration.
+fn holds_run(loaded: &Loaded<Pretrain>) -> Result<bool> {
+    let (path, resolved) = (loaded.config.output_dir.join("config.yaml"), loaded.resolved_yaml()?);
+    Ok(std::fs::read_to_string(path).is_ok_and(|text| text == resolved))
 }

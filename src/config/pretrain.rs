@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use clap::ValueEnum;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor, value::MapAccessDeserializer};
 use serde::{Deserialize, Serialize};
 
@@ -275,7 +276,7 @@ impl Default for Parallel {
 }
 
 /// What is sharded over the ranks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase", try_from = "ModeName")]
 pub enum Mode {
     /// Parameters, gradients and optimizer state (ZeRO-3).
@@ -322,7 +323,7 @@ impl Default for Precision {
 }
 
 /// The dtype of forward and backward; masters and moments are float32 (float64 for float64).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase", try_from = "ComputeName")]
 pub enum Compute {
     Float32,
@@ -424,7 +425,7 @@ pub struct Train {
 }
 
 /// Which activations of a block are computed again in the backward instead of being kept.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Recompute {
     #[default]
@@ -525,6 +526,9 @@ impl Pretrain {
             let warmup = self.schedule.warmup_steps;
             let why = format!("{warmup} steps of warm-up are more than the {steps} of train.steps");
             return Some(("schedule.warmup_steps", why));
+        }
+        if self.parallel.timeout_s > 1e7 {
+            return Some(("parallel.timeout_s", "at most 10000000 seconds, which are 115 days".into()));
         }
         let positions = match &self.model {
             Model::Init(init) => init.max_position_embeddings,

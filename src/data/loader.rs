@@ -302,8 +302,8 @@ impl Mixture {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::output::TestFolder;
     use crate::data::shards::tests::write;
+    use crate::files::TestFolder;
     use std::collections::HashSet;
 
     /// Sources whose tokens count up from `1000 * source`, so that a sample tells where it comes from.

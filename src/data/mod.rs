@@ -2,7 +2,6 @@
 //! word problems.
 
 pub mod loader;
-pub mod output;
 pub mod readers;
 pub mod rng;
 pub mod shards;

@@ -446,7 +446,7 @@ pub fn total_bytes(paths: &[PathBuf]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::output::TestFolder;
+    use crate::files::TestFolder;
     use std::io::Write;
 
     fn read(path: &Path) -> Result<Vec<Record>> {

@@ -18,6 +18,7 @@
 
 use super::tokenizer::hex;
 use crate::error::{Error, Result};
+use crate::files::write_error;
 use kernels::mmap::{Mmap, map_file};
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
@@ -386,7 +387,7 @@ impl ShardWriter {
 
     fn open(&self) -> Result<OpenShard> {
         let path = self.folder.join(shard_name(self.finished.len()));
-        let cannot = |e: std::io::Error| Error::failed(format!("cannot write {}: {e}", path.display()));
+        let cannot = |e| write_error(&path, &e);
         let mut file = BufWriter::with_capacity(1 << 20, File::create(&path).map_err(cannot)?);
         file.write_all(&[0; HEADER_BYTES]).map_err(cannot)?;
         let (vocab_size, tokenizer) = (self.vocab_size, self.tokenizer);
@@ -403,8 +404,7 @@ impl ShardWriter {
             file.flush()?;
             file.get_ref().sync_all()
         };
-        finish(&mut shard.file)
-            .map_err(|e| Error::failed(format!("cannot write {}: {e}", shard.path.display())))?;
+        finish(&mut shard.file).map_err(|e| write_error(&shard.path, &e))?;
         self.finished.push(shard.header);
         Ok(())
     }
@@ -429,7 +429,7 @@ impl ShardWriter {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::data::output::TestFolder;
+    use crate::files::TestFolder;
 
     /// Writes `tokens` as documents of `length` tokens.
     pub fn write(

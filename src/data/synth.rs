@@ -8,9 +8,9 @@
 //! of them. The hash knows nothing of the seed, so that training data of one seed never meets validation data of
 //! another.
 
-use super::output::AtomicFile;
 use super::rng::{Rng, mix};
 use crate::error::Result;
+use crate::files::AtomicFile;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
@@ -350,7 +350,7 @@ pub fn write(output: &Path, seed: u64, count: u64, level: Level) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::output::TestFolder;
+    use crate::files::TestFolder;
     use std::collections::HashSet;
 
     fn records(stage: Stage, split: Split, count: u64) -> Vec<Value> {

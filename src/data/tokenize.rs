@@ -1,11 +1,11 @@
 //! Text files into token shards, on all cores.
 
-use super::output::AtomicFolder;
 use super::readers;
 use super::rng::mix;
 use super::shards::{Header, ShardWriter};
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::files::AtomicFolder;
 use rayon::prelude::*;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -56,7 +56,7 @@ pub fn tokenize(
             "the tokenizer names no end of sequence; add \"eos_token\" to its tokenizer_config.json",
         ));
     };
-    let folder = AtomicFolder::create(output, &["train", "valid", "tokenizer"])?;
+    let folder = AtomicFolder::create(output, |name| ["train", "valid", "tokenizer"].contains(&name))?;
     let tokenizer = tokenizer.clone().plain();
     tokenizer.save(&folder.temporary().join("tokenizer"))?;
     let writer = |name: &str| {
@@ -208,9 +208,9 @@ impl Split<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::output::TestFolder;
     use crate::data::shards::TokenSet;
     use crate::data::tokenizer::tests::small;
+    use crate::files::TestFolder;
 
     fn run(
         folder: &TestFolder,

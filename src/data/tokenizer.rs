@@ -1,7 +1,7 @@
 //! Tokenizers: Hugging Face's `tokenizer.json` with what stands beside it, and byte-level BPE of our own.
 
-use super::output::write_file;
 use crate::error::{Error, Result};
+use crate::files::write_file;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
@@ -340,7 +340,7 @@ pub fn train(
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::data::output::TestFolder;
+    use crate::files::TestFolder;
 
     const TEXT: &str =
         "The quick brown fox jumps over 13 lazy dogs.\n\nThe dogs sleep, the fox doesn't.\n  It's 2026!\n";

@@ -94,8 +94,28 @@ struct FlatGroup {
 struct Reduction {
     group: usize,
     work: Work,
-    /// The slice of the sum; none where the group's gradient is reduced in place.
-    out: Option<Tensor>,
+    /// The gradient that is being scattered, and the slice of the sum; none where it is reduced in place.
+    buffers: Option<(Tensor, Tensor)>,
+}
+
+/// Buffers that are used again and again: gathered weights, whole gradients, slices. Freed and allocated anew each time,
+/// they would scatter over the heap between buffers that live long, and memory would grow with every step.
+#[derive(Default)]
+struct Pool(Vec<Tensor>);
+
+impl Pool {
+    /// A buffer of undefined contents.
+    fn take(&mut self, numel: i64, kind: Kind, device: Device) -> Tensor {
+        match self.0.iter().position(|t| t.size() == [numel] && t.kind() == kind) {
+            Some(i) => self.0.swap_remove(i),
+            None => Tensor::empty([numel], (kind, device)),
+        }
+    }
+
+    /// Takes a buffer back. Nothing may use it any more: on a GPU, nothing that is not yet queued.
+    fn give(&mut self, t: Tensor) {
+        self.0.push(t);
+    }
 }
 
 /// Over which ranks slices lie, and which hold equal ones.
@@ -110,6 +130,7 @@ pub fn shard_groups(mode: Mode, world: &World) -> (Group, Group) {
 pub struct Sharded {
     groups: Vec<FlatGroup>,
     reductions: Vec<Reduction>,
+    pool: Pool,
     shard: Group,
     replica: Group,
     compute: Kind,
@@ -117,7 +138,7 @@ pub struct Sharded {
 }
 
 /// Reductions that may be under way at once: one is sent while the next block computes.
-const MAX_REDUCTIONS: usize = 2;
+const MAX_REDUCTIONS: usize = 1;
 
 impl Sharded {
     /// Allocates the slices of this rank; the values are undefined until [`Sharded::fill`].
@@ -145,7 +166,7 @@ impl Sharded {
                 }
             })
             .collect();
-        Sharded { groups, reductions: Vec::new(), shard, replica, compute, device }
+        Sharded { groups, reductions: Vec::new(), pool: Pool::default(), shard, replica, compute, device }
     }
 
     pub fn len(&self) -> usize {
@@ -186,7 +207,7 @@ impl Sharded {
         Slice { start, len: g.shard_len.min(g.layout.numel - start) }
     }
 
-    /// This rank's slice of the master values: A [`Sharded::slice`]`.len`].
+    /// This rank's slice of the master values: A `[n]`, n the length of its [`Sharded::slice`].
     pub fn master(&self, i: usize) -> Tensor {
         self.groups[i].master.narrow(0, 0, self.slice(i).len)
     }
@@ -202,7 +223,7 @@ impl Sharded {
         self.groups[i].grad.as_ref().map(|g| g.narrow(0, 0, self.slice(i).len))
     }
 
-    /// Sets the values: `f(spec, first, values)` fills `values` (A [n], a view of the slice) with elements
+    /// Sets the values: `f(spec, first, values)` fills `values` (A `[n]`, a view of the slice) with elements
     /// `first..first + n` of the flattened tensor `spec`.
     pub fn fill(&mut self, mut f: impl FnMut(&Spec, i64, &Tensor) -> Result<()>) -> Result<()> {
         for i in 0..self.groups.len() {
@@ -240,7 +261,7 @@ impl Sharded {
             g.full = Some(g.local.shallow_clone());
             return Ok(());
         }
-        let full = Tensor::empty([g.shard_len * size], (self.compute, self.device));
+        let full = self.pool.take(g.shard_len * size, self.compute, self.device);
         g.gathering = Some(self.shard.all_gather(&full, &g.local)?);
         g.full = Some(full);
         Ok(())
@@ -256,11 +277,17 @@ impl Sharded {
         Ok(g.full.as_ref().expect("gathered above").shallow_clone())
     }
 
-    /// Drops the gathered values of group `i`.
+    /// Gives up the gathered values of group `i`: views of them must be gone.
     pub fn release(&mut self, i: usize) {
         let g = &mut self.groups[i];
-        g.gathering = None;
-        g.full = None;
+        // A gather that nobody waited for may still write: its buffer is not used again.
+        let written = g.gathering.take().is_none();
+        if let Some(full) = g.full.take()
+            && written
+            && self.shard.size() > 1
+        {
+            self.pool.give(full);
+        }
     }
 
     /// Where the backward of group `i` adds its gradient: A [numel + padding], and whether it is fresh: then its
@@ -272,7 +299,7 @@ impl Sharded {
         if let Some(t) = target {
             return (t.shallow_clone(), false);
         }
-        let t = Tensor::empty([g.shard_len * size], (g.master.kind(), self.device));
+        let t = self.pool.take(g.shard_len * size, g.master.kind(), self.device);
         let padding = g.shard_len * size - g.layout.numel;
         if padding > 0 {
             let _ = t.narrow(0, g.layout.numel, padding).zero_();
@@ -289,9 +316,9 @@ impl Sharded {
         }
         let g = &mut self.groups[i];
         if let Some(full_grad) = g.full_grad.take() {
-            let out = Tensor::empty([g.shard_len], (full_grad.kind(), self.device));
+            let out = self.pool.take(g.shard_len, full_grad.kind(), self.device);
             let work = self.shard.reduce_scatter(&out, &full_grad, ReduceOp::Sum)?;
-            self.reductions.push(Reduction { group: i, work, out: Some(out) });
+            self.reductions.push(Reduction { group: i, work, buffers: Some((full_grad, out)) });
         }
         if last && self.replica.size() > 1 {
             while self.reductions.iter().any(|r| r.group == i) {
@@ -299,20 +326,22 @@ impl Sharded {
             }
             if let Some(grad) = &self.groups[i].grad {
                 let work = self.replica.all_reduce(grad, ReduceOp::Sum)?;
-                self.reductions.push(Reduction { group: i, work, out: None });
+                self.reductions.push(Reduction { group: i, work, buffers: None });
             }
         }
         Ok(())
     }
 
     fn finish_oldest_reduction(&mut self) -> Result<()> {
-        let Reduction { group, work, out } = self.reductions.remove(0);
+        let Reduction { group, work, buffers } = self.reductions.remove(0);
         work.wait()?;
-        if let Some(out) = out {
+        if let Some((full_grad, out)) = buffers {
+            self.pool.give(full_grad);
             let g = &mut self.groups[group];
             match &mut g.grad {
                 Some(grad) => {
                     let _ = grad.g_add_(&out);
+                    self.pool.give(out);
                 }
                 None => g.grad = Some(out),
             }
@@ -331,12 +360,12 @@ impl Sharded {
     /// Forgets the step's gradients.
     pub fn clear_gradients(&mut self) {
         for g in &mut self.groups {
-            g.grad = None;
-            g.full_grad = None;
+            self.pool.0.extend(g.grad.take());
+            self.pool.0.extend(g.full_grad.take());
         }
     }
 
-    /// All master values of group `i`, unpadded: A [numel], gathered over the shard group (a collective call).
+    /// All master values of group `i`, unpadded: A `[numel]`, gathered over the shard group (a collective call).
     pub fn gather_master(&self, i: usize) -> Result<Tensor> {
         let g = &self.groups[i];
         if self.shard.size() == 1 {
@@ -355,5 +384,5 @@ impl Sharded {
 
 /// Elements of one rank's slice: the group divided by the ranks, rounded up to a multiple of 64.
 fn padded_slice(numel: i64, ranks: i64) -> i64 {
-    (numel + ranks - 1) / ranks + 63 & !63
+    ((numel + ranks - 1) / ranks + 63) & !63
 }

@@ -2,7 +2,7 @@
 
 use super::environment::Place;
 use crate::{Context, Error, Result};
-use kernels::c10d::{Backend, Group, ReduceOp, Store};
+use kernels::c10d::{Backend, Group, Store};
 use kernels::cuda;
 use kernels::watch::Watch;
 use std::collections::BTreeMap;
@@ -201,11 +201,6 @@ impl World {
                 self.rank, self.world_size
             ))),
         }
-    }
-
-    /// Whether `flag` is set on any rank: for decisions that all must take together.
-    pub fn any(&self, flag: bool) -> Result<bool> {
-        Ok(self.group.combine(&[f64::from(u8::from(flag))], ReduceOp::Max)?[0] > 0.0)
     }
 }
 

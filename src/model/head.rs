@@ -7,14 +7,15 @@ use tch::{Kind, Tensor};
 use crate::error::Result;
 use crate::model::llama::Llama;
 
-/// Elements of a chunk of logits: some 16 MB in float32 on a CPU, where it stays near the cache; 256 MB on a GPU.
+/// Elements of a chunk of logits: some 16 MB in float32 on a CPU, where it stays near the cache; 256 MB on a GPU. Large
+/// vocabularies take more (see `chunk`).
 const CHUNK_CPU: i64 = 4 << 20;
 const CHUNK_GPU: i64 = 64 << 20;
 
 /// The output projection of a Llama, tied or not.
 pub struct LmHead;
 
-/// Log-probabilities of labels, A [N] (0 where the label is negative), and entropies if they were asked for.
+/// Log-probabilities of labels, A `[N]` (0 where the label is negative), and entropies if they were asked for.
 pub struct LogProbs {
     pub logprobs: Tensor,
     pub entropies: Option<Tensor>,
@@ -28,9 +29,13 @@ impl LmHead {
         Ok(model.params.layout(group).specs[0].view(&flat))
     }
 
-    fn chunk(model: &Llama) -> i64 {
+    /// Rows of a chunk, for `n` rows: at least 512, since every chunk reads the weight and adds to its whole gradient, and
+    /// all of nearly one size.
+    fn chunk(model: &Llama, n: i64) -> i64 {
         let elements = if model.params.device() == tch::Device::Cpu { CHUNK_CPU } else { CHUNK_GPU };
-        (elements / model.shape.vocab_size).max(128)
+        let most = (elements / model.shape.vocab_size).max(512);
+        let even = n / ((n + most - 1) / most).max(1);
+        ((even + 63) / 64 * 64).max(64)
     }
 
     /// Logits T [n, V] of a few hidden states T [n, C]: for sampling.
@@ -43,7 +48,7 @@ impl LmHead {
     }
 
     /// Log-probabilities (and entropies, in nats) of labels, without a backward. `hidden`: T [N, C]; `labels`: int64
-    /// [N], negative = left out.
+    /// `[N]`, negative = left out.
     pub fn logprobs(
         model: &mut Llama,
         hidden: &Tensor,
@@ -51,7 +56,8 @@ impl LmHead {
         entropies: bool,
     ) -> Result<LogProbs> {
         let weight = Self::weight(model)?;
-        let (n, chunk) = (hidden.size()[0], Self::chunk(model));
+        let n = hidden.size()[0];
+        let chunk = Self::chunk(model, n);
         let new = || Tensor::zeros([n], (ops::accumulator(hidden.kind()), hidden.device()));
         let out = LogProbs { logprobs: new(), entropies: entropies.then(new) };
         for first in (0..n).step_by(chunk as usize) {
@@ -66,8 +72,9 @@ impl LmHead {
     }
 
     /// A loss that is linear in the log-probabilities, sum(coef * logprob), with its gradient in the same pass: returns
-    /// the log-probabilities A [N] and the gradient of `hidden`, T [N, C], and adds to the head's gradient. `coef`: A [N].
-    /// `last` is true in the last micro-batch of a step; a tied head's reduction is left to the embedding's backward.
+    /// the log-probabilities A `[N]` and the gradient of `hidden`, T [N, C], and adds to the head's gradient. `coef`:
+    /// A `[N]`. `last` is true in the last micro-batch of a step; a tied head's reduction is left to the embedding's
+    /// backward.
     pub fn linear_loss(
         model: &mut Llama,
         hidden: &Tensor,
@@ -79,7 +86,8 @@ impl LmHead {
         let weight = Self::weight(model)?;
         let (flat, mut fresh) = model.params.grad(group);
         let dweight = model.params.layout(group).specs[0].view(&flat);
-        let (n, chunk) = (hidden.size()[0], Self::chunk(model));
+        let n = hidden.size()[0];
+        let chunk = Self::chunk(model, n);
         let logprobs = Tensor::zeros([n], (coef.kind(), hidden.device()));
         let dhidden = Tensor::empty_like(hidden);
         for first in (0..n).step_by(chunk as usize) {

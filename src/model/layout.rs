@@ -54,11 +54,11 @@ pub struct Block {
     pub gate_up: Tensor,
     /// [C, F]
     pub down: Tensor,
-    /// [C]
+    /// `[C]`
     pub norm1: Tensor,
-    /// [C]
+    /// `[C]`
     pub norm2: Tensor,
-    /// [C], in the last block
+    /// `[C]`, in the last block
     pub final_norm: Option<Tensor>,
 }
 

@@ -22,7 +22,7 @@ use crate::model::layout::Block;
 pub enum Recompute {
     /// Nothing but the norms' outputs and SwiGLU's, which cost one pass over memory.
     None,
-    /// The product of gate and up, the largest activation: 2F of the 4C + (H + 2K) D + 2F numbers a token and block.
+    /// The product of gate and up, the largest activation: 2F of the 2C + (2H + 2K) D + 2F numbers a token and block.
     Selective,
     /// The whole block, from its input.
     Full,
@@ -32,9 +32,9 @@ pub enum Recompute {
 pub struct Input {
     /// int64 [B, T]
     pub ids: Tensor,
-    /// Rotary positions, int64 [N]; none: 0 to T - 1 in every row.
+    /// Rotary positions, int64 `[N]`; none: 0 to T - 1 in every row.
     pub positions: Option<Tensor>,
-    /// The first position that each position sees, int64 [N] (see [`ops::attention`]); none: 0.
+    /// The first position that each position sees, int64 `[N]` (see [`ops::attention`]); none: 0.
     pub start: Option<Tensor>,
 }
 
@@ -63,10 +63,10 @@ struct Saved {
     rest: Option<Rest>,
 }
 
-struct Rest {
+pub(super) struct Rest {
     rstd1: Tensor,
     /// After rotation [N, (H + 2K) D]
-    qkv: Tensor,
+    pub(super) qkv: Tensor,
     /// The attention's output [N, H D] and its log-sum-exp [B, H, T]
     o: Tensor,
     lse: Tensor,
@@ -88,8 +88,8 @@ pub struct Tape {
 }
 
 /// What all blocks of a forward share.
-struct Context {
-    heads: Heads,
+pub(super) struct Context {
+    pub(super) heads: Heads,
     positions: Tensor,
     start: Option<Tensor>,
     cos: Tensor,
@@ -108,7 +108,7 @@ impl Llama {
         Llama { shape, params, rope: None }
     }
 
-    fn num_blocks(&self) -> usize {
+    pub(super) fn num_blocks(&self) -> usize {
         self.shape.num_hidden_layers as usize
     }
 
@@ -135,7 +135,7 @@ impl Llama {
         (cos, sin)
     }
 
-    fn context(&mut self, input: &Input) -> Result<Context> {
+    pub(super) fn context(&mut self, input: &Input) -> Result<Context> {
         let (batch, time) = (input.ids.size()[0], input.ids.size()[1]);
         let device = self.params.device();
         let length = match &input.positions {
@@ -303,11 +303,12 @@ fn keep(mut rest: Rest, recompute: Recompute) -> Option<Rest> {
 }
 
 /// x w^T for x [N, I], w [O, I].
-fn linear(x: &Tensor, w: &Tensor) -> Tensor {
+pub(super) fn linear(x: &Tensor, w: &Tensor) -> Tensor {
     x.mm(&w.tr())
 }
 
-fn block_forward(w: &Block, x: &Tensor, c: &Context, eps: f64) -> Result<(Tensor, Rest)> {
+/// All of a block's forward but its last step: what its backward needs.
+fn block_rest(w: &Block, x: &Tensor, c: &Context, eps: f64) -> Result<Rest> {
     let (h1, rstd1) = ops::rms_norm(x, &w.norm1, eps)?;
     let qkv = linear(&h1, &w.qkv);
     drop(h1);
@@ -316,9 +317,15 @@ fn block_forward(w: &Block, x: &Tensor, c: &Context, eps: f64) -> Result<(Tensor
     let x2 = x.addmm(&o, &w.o.tr());
     let (h2, rstd2) = ops::rms_norm(&x2, &w.norm2, eps)?;
     let gate_up = linear(&h2, &w.gate_up);
-    drop(h2);
-    let y = x2.addmm(&ops::swiglu(&gate_up)?, &w.down.tr());
-    Ok((y, Rest { rstd1, qkv, o, lse, x2, rstd2, gate_up: Some(gate_up) }))
+    Ok(Rest { rstd1, qkv, o, lse, x2, rstd2, gate_up: Some(gate_up) })
+}
+
+/// A block's output [N, C], and what its backward needs.
+pub(super) fn block_forward(w: &Block, x: &Tensor, c: &Context, eps: f64) -> Result<(Tensor, Rest)> {
+    let rest = block_rest(w, x, c, eps)?;
+    let gate_up = rest.gate_up.as_ref().ok_or_else(|| Error::failed("gate_up is made above"))?;
+    let y = rest.x2.addmm(&ops::swiglu(gate_up)?, &w.down.tr());
+    Ok((y, rest))
 }
 
 fn rotate(qkv: &Tensor, c: &Context, inverse: bool) -> Result<()> {
@@ -341,7 +348,7 @@ fn block_backward(
     let x = saved.x;
     let rest = match saved.rest {
         Some(rest) => rest,
-        None => block_forward(w, &x, c, eps)?.1,
+        None => block_rest(w, &x, c, eps)?,
     };
     // The norms' outputs are made again from their statistics rather than kept.
     let h2 = ops::rms_apply(&rest.x2, &w.norm2, &rest.rstd2)?;

@@ -1,9 +1,11 @@
-//! Llama: layout of its parameters, forward and backward, the LM head.
+//! Llama: layout of its parameters, forward and backward, the LM head, token by token over a KV cache.
 
+pub mod decode;
 pub mod head;
 pub mod init;
 pub mod layout;
 pub mod llama;
 
+pub use decode::KvCache;
 pub use head::LmHead;
 pub use llama::{Input, Llama, Recompute, Tape};

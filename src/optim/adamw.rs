@@ -15,7 +15,7 @@ pub struct Hyper {
     pub weight_decay: f64,
 }
 
-/// The moments of all groups' slices, A [slice], and the number of updates so far.
+/// The moments of all groups' slices, A `[slice]`, and the number of updates so far.
 pub struct AdamW {
     pub hyper: Hyper,
     /// First moments, one tensor a group.
@@ -31,10 +31,13 @@ impl AdamW {
         AdamW { hyper, exp_avg: zeros(), exp_avg_sq: zeros(), step: 0 }
     }
 
-    /// The 2-norm of the gradient of all parameters, over all ranks: equal on all of them. Summed in float64.
-    pub fn grad_norm(params: &Sharded) -> Result<f64> {
-        let grads: Vec<Tensor> = (0..params.len()).filter_map(|i| params.slice_grad(i)).collect();
-        Ok(params.sum_over_slices(ops::sum_squares_of_all(&grads)?)?.sqrt())
+    /// The sum of squares of the gradient over this rank's slices, in float64.
+    pub fn sum_squares(params: &Sharded) -> Result<f64> {
+        let mut sum = 0.0;
+        for grad in (0..params.len()).filter_map(|i| params.slice_grad(i)) {
+            sum += ops::sum_squares(&grad)?;
+        }
+        Ok(sum)
     }
 
     /// What to multiply gradients by so that their norm is at most `max` (0: no clipping), as PyTorch's

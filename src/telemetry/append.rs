@@ -1,9 +1,11 @@
 //! A file that grows by whole records and survives a full disk; and how its end is cut off.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufReader, BufWriter, Write};
+use std::io::{self, BufReader, Write};
 use std::path::{Path, PathBuf};
 
+use crate::error::Result;
+use crate::files::AtomicFile;
 use crate::warn;
 
 /// Appends records. One that cannot be written is lost, is counted, and leaves nothing of itself behind; the run
@@ -70,32 +72,13 @@ impl AppendFile {
 
 /// Replaces `path` in one move by what `filter` copies of it. Where `filter` says that nothing was left out, the file
 /// stays as it is.
-pub fn rewrite<F>(path: &Path, filter: F) -> io::Result<()>
+pub fn rewrite<F>(path: &Path, filter: F) -> Result<()>
 where
-    F: FnOnce(&mut BufReader<File>, &mut BufWriter<File>) -> io::Result<bool>,
+    F: FnOnce(&mut BufReader<File>, &mut AtomicFile) -> Result<bool>,
 {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // In front, since TensorBoard would read a name that only ends otherwise.
-    let temporary = folder.join(format!(".tmp-{}", path.file_name().unwrap_or_default().display()));
     let mut input = BufReader::new(File::open(path)?);
-    let mut output = BufWriter::new(File::create(&temporary)?);
-    let result = filter(&mut input, &mut output).and_then(|left_out| {
-        if left_out {
-            output.flush()?;
-            output.get_ref().sync_all()?;
-            std::fs::rename(&temporary, path)?;
-            File::open(folder)?.sync_all()?;
-        }
-        Ok(left_out)
-    });
-    match result {
-        Ok(true) => Ok(()),
-        Ok(false) => std::fs::remove_file(&temporary),
-        Err(e) => {
-            let _ = std::fs::remove_file(&temporary);
-            Err(e)
-        }
-    }
+    let mut output = AtomicFile::create(path)?;
+    if filter(&mut input, &mut output)? { output.commit() } else { Ok(()) }
 }
 
 #[cfg(test)]
@@ -145,14 +128,14 @@ mod tests {
         let path = dir.path("log");
         std::fs::write(&path, b"one\n").unwrap();
         let result = rewrite(&path, |_, output| {
-            output.write_all(b"two\n")?;
-            Err(io::Error::other("no"))
+            output.put(b"two\n")?;
+            Err(io::Error::other("no").into())
         });
         assert_eq!(result.unwrap_err().to_string(), "no");
-        rewrite(&path, |_, output| output.write_all(b"two\n").map(|_| false)).unwrap();
+        rewrite(&path, |_, output| output.put(b"two\n").map(|_| false)).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"one\n");
         assert_eq!(std::fs::read_dir(dir.path("")).unwrap().count(), 1);
-        rewrite(&path, |_, output| output.write_all(b"two\n").map(|_| true)).unwrap();
+        rewrite(&path, |_, output| output.put(b"two\n").map(|_| true)).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"two\n");
         assert_eq!(std::fs::read_dir(dir.path("")).unwrap().count(), 1);
     }

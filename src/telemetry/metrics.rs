@@ -1,6 +1,6 @@
 //! `metrics.jsonl`: one JSON object a line, every number in full precision.
 
-use std::io::{BufRead, Write};
+use std::io::BufRead;
 use std::path::Path;
 
 use serde_json::{Map, Number, Value};
@@ -118,7 +118,7 @@ pub fn truncate_after(path: &Path, step: u64) -> Result<u64> {
                 Some(object.get("step")?.as_u64()? > step)
             };
             if line.ends_with(b"\n") && !later().unwrap_or(false) {
-                output.write_all(&line)?;
+                output.put(&line)?;
                 kept += line.len() as u64;
             } else {
                 left_out = true;

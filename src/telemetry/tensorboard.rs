@@ -4,7 +4,7 @@
 //! CRC32C of the data; integers are little-endian.
 
 use std::fs::OpenOptions;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -121,26 +121,26 @@ pub fn truncate_after(dir: &Path, step: Option<u64>) -> Result<()> {
     for path in event_files(dir)? {
         let result = match step {
             Some(step) => truncate_file_after(&path, step),
-            None => std::fs::remove_file(&path),
+            None => std::fs::remove_file(&path).map_err(Error::from),
         };
         result.with_context(|| format!("cannot cut {}", path.display()))?;
     }
     Ok(())
 }
 
-fn truncate_file_after(path: &Path, step: u64) -> io::Result<()> {
+fn truncate_file_after(path: &Path, step: u64) -> Result<()> {
     rewrite(path, |input, output| {
         let mut left_out = false;
         loop {
             match read_event(input) {
                 Ok(None) => return Ok(left_out),
                 Ok(Some((_, event))) if event.get_step() > step as i64 => left_out = true,
-                Ok(Some((data, _))) => output.write_all(&record(&data))?,
+                Ok(Some((data, _))) => output.put(&record(&data))?,
                 // What a killed writer left: nothing after it can be read.
                 Err(e) if matches!(e.kind(), ErrorKind::UnexpectedEof | ErrorKind::InvalidData) => {
                     return Ok(true);
                 }
-                Err(e) => return Err(e),
+                Err(e) => return Err(e.into()),
             }
         }
     })

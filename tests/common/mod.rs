@@ -1,6 +1,8 @@
-//! What the tests share: golden data, comparisons.
+//! What the tests share: golden data, comparisons, runs of the real binaries.
 
 #![allow(dead_code)] // every test binary uses its part
+
+pub mod run;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -70,10 +70,9 @@ def test_same_loss_as_eval(made, model, tokenizer, texts, tmp_path):
     run("corral", "eval", "--model", made / "run/model", "--task", "perplexity", "--input", tmp_path / "one.jsonl",
         "--output", tmp_path / "eval.json")
     result = json.loads((tmp_path / "eval.json").read_text())
-    ids = tokenizer(text).input_ids
-    if result["tokens"] == len(ids):  # the end of the document is predicted, too
-        ids = ids + [tokenizer.eos_token_id]
-    assert result["tokens"] == len(ids) - 1
+    ids = tokenizer(text).input_ids + [tokenizer.eos_token_id]  # the end of the document is predicted, too
+    assert result["num_tokens"] == len(ids) - 1
+    assert result["num_bytes"] == len(text.encode())
     loss = -logprobs(model, ids).mean().item()
     assert result["loss"] == pytest.approx(loss, rel=1e-5)
     assert result["perplexity"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)

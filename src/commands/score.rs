@@ -1,0 +1,158 @@
+//! `corral score`: log-probabilities of texts, a line in, a line out.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use tch::{Device, Tensor};
+
+use crate::commands::inference::{self, Inference, ModelArgs};
+use crate::data::readers::{self, Record};
+use crate::error::{Error, Result};
+use crate::files::AtomicFile;
+use crate::model::{Input, Llama, LmHead};
+
+/// Tokens, padding included, that one forward reads at most (one row may be longer).
+const BATCH_TOKENS: usize = 8192;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// JSON lines: `input_ids`, else `prompt` and `completion`, else `text`
+    #[arg(long, value_name = "FILE")]
+    input: PathBuf,
+    /// The same lines with `token_ids`, `logprobs` (of every token but the first; with a prompt, of the completion's
+    /// tokens: those of the last of `token_ids`) and `sum_logprob`, in nats
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+/// A line's tokens; those from `first` on are scored.
+struct Sequence {
+    ids: Vec<i64>,
+    first: usize,
+}
+
+pub fn run(args: Args, device: Device) -> Result<()> {
+    let lines: Vec<Record> = readers::records(&args.input, None, &Arc::default())?.collect::<Result<_>>()?;
+    let mut inference = args.model.load(device)?;
+    let sequences = lines.iter().map(|line| sequence(line, &inference)).collect::<Result<Vec<_>>>()?;
+    let bar = inference::bar(sequences.len() as u64, "lines");
+    let logprobs = score(&mut inference.model, &sequences, &bar)?;
+    bar.finish_and_clear();
+    let mut file = AtomicFile::create(&args.output)?;
+    for ((mut line, sequence), logprobs) in lines.into_iter().zip(&sequences).zip(logprobs) {
+        if logprobs.iter().any(|x| !x.is_finite()) {
+            return Err(Error::failed(format!(
+                "{}: a log-probability is not finite: the model is damaged",
+                line.place
+            )));
+        }
+        line.fields.insert("token_ids".into(), json!(sequence.ids));
+        line.fields.insert("sum_logprob".into(), json!(logprobs.iter().fold(0.0, |sum, x| sum + x)));
+        line.fields.insert("logprobs".into(), json!(logprobs));
+        file.put(format!("{}\n", Value::Object(line.fields)).as_bytes())?;
+    }
+    file.commit()
+}
+
+fn sequence(line: &Record, inference: &Inference) -> Result<Sequence> {
+    let sequence =
+        tokens(line, inference).map_err(|e| match e.message.contains(&line.place.to_string()) {
+            true => e,
+            false => e.context(&line.place),
+        })?;
+    let shape = &inference.model.shape;
+    let (n, most) = (sequence.ids.len(), shape.max_position_embeddings);
+    if n as i64 > most {
+        return Err(Error::data(format!(
+            "{}: {n} tokens; the model has {most} positions (max_position_embeddings): shorten the line",
+            line.place
+        )));
+    }
+    if let Some(id) = sequence.ids.iter().find(|id| !(0..shape.vocab_size).contains(*id)) {
+        return Err(Error::data(format!(
+            "{}: token id {id} is not in the model's vocabulary of {}",
+            line.place, shape.vocab_size
+        )));
+    }
+    Ok(sequence)
+}
+
+fn tokens(line: &Record, inference: &Inference) -> Result<Sequence> {
+    if let Some(ids) = line.fields.get("input_ids") {
+        let ids = ids.as_array().and_then(|ids| ids.iter().map(Value::as_i64).collect::<Option<Vec<_>>>());
+        let ids =
+            ids.ok_or_else(|| Error::data(format!("{}: input_ids is no list of token ids", line.place)))?;
+        return Ok(Sequence { ids, first: 1 });
+    }
+    let tokenizer = inference.tokenizer()?;
+    if !line.fields.contains_key("prompt") && !line.fields.contains_key("completion") {
+        if !line.fields.contains_key("text") {
+            let keys: Vec<&str> = line.fields.keys().map(String::as_str).collect();
+            return Err(Error::data(format!(
+                "{}: needs `input_ids`, `prompt` and `completion`, or `text`; keys here: {}",
+                line.place,
+                if keys.is_empty() { "none".into() } else { keys.join(", ") }
+            )));
+        }
+        return Ok(Sequence { ids: inference::encode(tokenizer, line.text("text")?, true)?, first: 1 });
+    }
+    let (prompt, completion) = (line.text("prompt")?, line.text("completion")?);
+    let mut ids = inference::encode(tokenizer, prompt, true)?;
+    let first = ids.len();
+    if first == 0 {
+        return Err(Error::data(format!(
+            "{}: the prompt is empty, and the tokenizer adds nothing to it: the first token cannot be scored; use `text`",
+            line.place
+        )));
+    }
+    // The completion's tokens are what follows the prompt's in the whole text. Where the tokenizer joins them over
+    // the boundary, it is taken by itself.
+    let whole = inference::encode(tokenizer, &format!("{prompt}{completion}"), true)?;
+    match whole.strip_prefix(ids.as_slice()) {
+        Some(rest) => ids.extend(rest),
+        None => ids.extend(inference::encode(tokenizer, completion, false)?),
+    }
+    Ok(Sequence { ids, first })
+}
+
+/// Log-probabilities of every sequence's scored tokens. Sequences of like lengths are read together.
+fn score(model: &mut Llama, sequences: &[Sequence], bar: &indicatif::ProgressBar) -> Result<Vec<Vec<f64>>> {
+    let mut order: Vec<usize> = (0..sequences.len()).filter(|i| sequences[*i].ids.len() > 1).collect();
+    order.sort_by_key(|i| std::cmp::Reverse(sequences[*i].ids.len()));
+    let mut scores = vec![Vec::new(); sequences.len()];
+    let mut rest = order.as_slice();
+    while let Some(longest) = rest.first() {
+        let time = sequences[*longest].ids.len() - 1;
+        let (batch, later) = rest.split_at((BATCH_TOKENS / time).clamp(1, rest.len()));
+        let (mut ids, mut labels) = (vec![0i64; batch.len() * time], vec![-100i64; batch.len() * time]);
+        for (row, i) in batch.iter().enumerate() {
+            let Sequence { ids: tokens, first } = &sequences[*i];
+            let n = tokens.len() - 1;
+            ids[row * time..][..n].copy_from_slice(&tokens[..n]);
+            // A label is the token after the position.
+            let skip = first - 1;
+            labels[row * time + skip..row * time + n].copy_from_slice(&tokens[*first..]);
+        }
+        let logprobs = logprobs(model, &ids, &labels, time)?;
+        for (row, i) in batch.iter().enumerate() {
+            let Sequence { ids, first } = &sequences[*i];
+            scores[*i] = logprobs[row * time + first - 1..row * time + ids.len() - 1].to_vec();
+        }
+        bar.inc(batch.len() as u64);
+        rest = later;
+    }
+    Ok(scores)
+}
+
+/// Log-probabilities of `labels` (0 where negative) after `ids`, both of rows of `time` tokens.
+pub fn logprobs(model: &mut Llama, ids: &[i64], labels: &[i64], time: usize) -> Result<Vec<f64>> {
+    let device = model.params.device();
+    let ids = Tensor::from_slice(ids).view([-1, time as i64]);
+    let hidden = model.hidden(&Input::new(ids))?;
+    let labels = Tensor::from_slice(labels).to_device(device);
+    let logprobs = LmHead::logprobs(model, &hidden, &labels, false)?.logprobs;
+    Ok(Vec::<f64>::try_from(logprobs.to_device(Device::Cpu).to_kind(tch::Kind::Double))?)
+}

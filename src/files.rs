@@ -1,0 +1,399 @@
+//! Files and folders that are complete or absent: written as `.tmp-NAME`, brought to the disk, renamed. What a killed
+//! process leaves under that name, the next that writes the same removes.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Context, Error, Result};
+
+/// Bytes that are read or written at once.
+pub const CHUNK: usize = 4 << 20;
+
+/// A name beside `path`, in the same folder, for what is not complete or not wanted any more.
+pub fn beside(path: &Path, prefix: &str) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!("{prefix}{name}"))
+}
+
+/// The folder that `path` lies in.
+pub fn parent(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Bytes free for this user on the file system that holds `path` or, where it does not exist yet, its nearest parent.
+pub fn free_bytes(path: &Path) -> Result<u64> {
+    let absolute = std::path::absolute(path).context(path.display())?;
+    let there = absolute.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+    let stat = nix::sys::statvfs::statvfs(there)
+        .map_err(|e| Error::failed(format!("{}: free space: {}", there.display(), e.desc())))?;
+    Ok(stat.blocks_available() as u64 * stat.fragment_size() as u64)
+}
+
+/// What to tell when `path` cannot be written: with the free space where that is the reason.
+pub fn write_error(path: &Path, e: &io::Error) -> Error {
+    let advice = match e.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => match free_bytes(path) {
+            Ok(free) => {
+                format!("; {:.2} GB are free there: make room, or choose another folder", free as f64 / 1e9)
+            }
+            Err(_) => "; make room, or choose another folder".into(),
+        },
+        _ => String::new(),
+    };
+    Error::failed(format!("cannot write {}: {e}{advice}", path.display()))
+}
+
+/// What to tell when a file that should be there cannot be read.
+pub fn read_error(path: &Path, e: &io::Error) -> Error {
+    Error::data(format!("cannot read {}: {e}", path.display()))
+}
+
+/// Makes the folder and those above it.
+pub fn create_dir(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).map_err(|e| write_error(path, &e))
+}
+
+/// Brings a folder's entries to the disk.
+pub fn sync_dir(path: &Path) -> Result<()> {
+    File::open(path).and_then(|d| d.sync_all()).map_err(|e| write_error(path, &e))
+}
+
+fn temporary(path: &Path) -> Result<PathBuf> {
+    match path.file_name() {
+        Some(_) => Ok(beside(path, ".tmp-")),
+        None => Err(Error::config(format!("`{}` is no name for a file or folder", path.display()))),
+    }
+}
+
+/// Takes what was opened as `temp` for this process alone, as long as it stays open: two that write the same would give
+/// it its name half-written. Where a file system has no locks, nobody is refused.
+fn claim(open: &File, temp: &Path, path: &Path) -> Result<()> {
+    let taken = matches!(open.try_lock(), Err(TryLockError::WouldBlock));
+    let id = |m: fs::Metadata| (m.dev(), m.ino());
+    // Whoever had it may have given it its name between opening and locking.
+    if taken || fs::metadata(temp).ok().map(id) != open.metadata().ok().map(id) {
+        let path = path.display();
+        return Err(Error::failed(format!("cannot write {path}: another process is writing it")));
+    }
+    Ok(())
+}
+
+/// A file under construction; gone again unless `commit` is called.
+pub struct AtomicFile {
+    path: PathBuf,
+    temp: PathBuf,
+    out: BufWriter<File>,
+    committed: bool,
+}
+
+impl AtomicFile {
+    /// Starts `path`; folders above it are made.
+    ///
+    /// # Errors
+    /// It cannot be written, or another process is writing it.
+    pub fn create(path: &Path) -> Result<Self> {
+        let temp = temporary(path)?;
+        create_dir(parent(path))?;
+        let error = |e| write_error(path, &e);
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(&temp).map_err(error)?;
+        if file.metadata().map_err(error)?.is_file() {
+            claim(&file, &temp, path)?;
+            file.set_len(0).map_err(error)?;
+        }
+        let out = BufWriter::with_capacity(1 << 20, file);
+        Ok(AtomicFile { path: path.to_path_buf(), temp, out, committed: false })
+    }
+
+    /// Adds `bytes`, with an error that names the file.
+    pub fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.out.write_all(bytes).map_err(|e| write_error(&self.path, &e))
+    }
+
+    /// Brings the file to the disk and gives it its name.
+    pub fn commit(mut self) -> Result<()> {
+        self.out
+            .flush()
+            .and_then(|()| self.out.get_ref().sync_all())
+            .and_then(|()| fs::rename(&self.temp, &self.path))
+            .map_err(|e| write_error(&self.path, &e))?;
+        self.committed = true;
+        sync_dir(parent(&self.path))
+    }
+}
+
+impl Drop for AtomicFile {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Nothing can be done about a temporary file that does not go away.
+            let _ = fs::remove_file(&self.temp);
+        }
+    }
+}
+
+/// Writes a whole small file.
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = AtomicFile::create(path)?;
+    file.put(bytes)?;
+    file.commit()
+}
+
+/// A folder under construction; gone again unless `commit` is called.
+pub struct AtomicFolder {
+    path: PathBuf,
+    temp: PathBuf,
+    committed: bool,
+    /// Open for its lock.
+    _claimed: File,
+}
+
+impl AtomicFolder {
+    /// Starts the folder `path`, after clearing what killed processes left of it. One that is there already is
+    /// replaced at `commit`.
+    ///
+    /// # Errors
+    /// The folder holds something that is not `ours` by its name, cannot be written, or another process is writing it.
+    pub fn create(path: &Path, ours: impl Fn(&str) -> bool) -> Result<Self> {
+        let temp = temporary(path)?;
+        if let Ok(left) = File::open(&temp) {
+            claim(&left, &temp, path)?;
+        }
+        recover(path)?;
+        let cannot = |e: io::Error| Error::config(format!("cannot write into {}: {e}", path.display()));
+        if path.exists() {
+            for entry in fs::read_dir(path).map_err(cannot)? {
+                let name = entry.map_err(cannot)?.file_name().to_string_lossy().into_owned();
+                if !ours(&name) {
+                    return Err(Error::config(format!(
+                        "{} holds `{name}`, which this command does not write: choose another folder, or empty it",
+                        path.display()
+                    )));
+                }
+            }
+        }
+        create_dir(&temp)?;
+        let claimed = File::open(&temp).map_err(|e| write_error(path, &e))?;
+        claim(&claimed, &temp, path)?;
+        Ok(AtomicFolder { path: path.to_path_buf(), temp, committed: false, _claimed: claimed })
+    }
+
+    /// Where to write until `commit`.
+    pub fn temporary(&self) -> &Path {
+        &self.temp
+    }
+
+    /// Gives the folder its name. Its files must have been synced.
+    pub fn commit(mut self) -> Result<()> {
+        replace_dir(&self.temp, &self.path)?;
+        self.committed = true;
+        Ok(())
+    }
+}
+
+impl Drop for AtomicFolder {
+    fn drop(&mut self) {
+        if !self.committed {
+            // What cannot be removed now is removed by the next that writes this folder.
+            let _ = fs::remove_dir_all(&self.temp);
+        }
+    }
+}
+
+/// Puts the complete folder `temp` in the place of `path`, which may exist. If this process dies in between,
+/// [`recover`] sets it right.
+pub fn replace_dir(temp: &Path, path: &Path) -> Result<()> {
+    sync_dir(temp)?;
+    let old = beside(path, ".old-");
+    let rename = || -> io::Result<()> {
+        if path.exists() {
+            if old.exists() {
+                fs::remove_dir_all(&old)?;
+            }
+            fs::rename(path, &old)?;
+        }
+        // The old one is better than none.
+        fs::rename(temp, path).inspect_err(|_| drop(fs::rename(&old, path)))
+    };
+    rename().map_err(|e| write_error(path, &e))?;
+    sync_dir(parent(path))?;
+    if old.exists() {
+        fs::remove_dir_all(&old).map_err(|e| write_error(&old, &e))?;
+    }
+    Ok(())
+}
+
+/// Removes what killed processes left of the folder `path`: `.tmp-`, and `.old-`, which goes back to its place if
+/// nothing has taken it.
+pub fn recover(path: &Path) -> Result<()> {
+    let (temp, old) = (beside(path, ".tmp-"), beside(path, ".old-"));
+    let clean = || -> io::Result<()> {
+        if old.exists() && !path.exists() {
+            fs::rename(&old, path)?;
+        }
+        for left in [temp, old] {
+            if left.exists() {
+                fs::remove_dir_all(left)?;
+            }
+        }
+        Ok(())
+    };
+    clean().map_err(|e| Error::failed(format!("cannot clear what is left of {}: {e}", path.display())))
+}
+
+/// Removes a folder that others may be looking at: it leaves its name at once.
+pub fn remove_dir(path: &Path) -> Result<()> {
+    let trash = beside(path, ".trash-");
+    fs::rename(path, &trash)
+        .and_then(|()| fs::remove_dir_all(&trash))
+        .map_err(|e| Error::failed(format!("cannot remove {}: {e}", path.display())))
+}
+
+/// The CRC-32 of a file.
+pub fn crc32(path: &Path) -> Result<u32> {
+    let mut hasher = crc32fast::Hasher::new();
+    let mut buffer = vec![0; CHUNK];
+    let mut file = File::open(path).map_err(|e| read_error(path, &e))?;
+    loop {
+        match file.read(&mut buffer).map_err(|e| read_error(path, &e))? {
+            0 => return Ok(hasher.finalize()),
+            n => hasher.update(&buffer[..n]),
+        }
+    }
+}
+
+/// A folder of its own for one test, removed at its end.
+#[cfg(test)]
+pub struct TestFolder(pub PathBuf);
+
+#[cfg(test)]
+impl TestFolder {
+    pub fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("corral-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).unwrap();
+        TestFolder(path)
+    }
+
+    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.0.join(name);
+        fs::write(&path, content).unwrap();
+        path
+    }
+}
+
+#[cfg(test)]
+impl Drop for TestFolder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(folder)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_file_is_complete_or_absent() {
+        let folder = TestFolder::new("atomic-file");
+        let path = folder.0.join("a/b.txt");
+        let mut file = AtomicFile::create(&path).unwrap();
+        file.put(b"half").unwrap();
+        assert!(!path.exists());
+        drop(file);
+        assert_eq!(names(&folder.0.join("a")), Vec::<String>::new());
+        write_file(&path, b"whole").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"whole");
+        assert_eq!(names(&folder.0.join("a")), ["b.txt"]);
+    }
+
+    #[test]
+    fn a_folder_is_replaced_only_if_it_is_of_the_same_kind() {
+        let folder = TestFolder::new("atomic-folder");
+        let path = folder.0.join("out");
+        for content in ["one", "two"] {
+            let output = AtomicFolder::create(&path, |name| name == "x").unwrap();
+            fs::write(output.temporary().join("x"), content).unwrap();
+            output.commit().unwrap();
+            assert_eq!(fs::read_to_string(path.join("x")).unwrap(), content);
+            assert_eq!(names(&folder.0), ["out"]);
+        }
+        fs::write(path.join("thesis.tex"), "").unwrap();
+        let error = AtomicFolder::create(&path, |name| name == "x").err().unwrap();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.message.contains("thesis.tex"), "{error}");
+        assert_eq!(names(&folder.0), ["out"]);
+    }
+    #[test]
+    fn leftovers_of_a_killed_process_stop_nobody() {
+        let folder = TestFolder::new("leftovers");
+        let at = |name: &str| folder.0.join(name);
+        let leave = |name: &str, content: &str| {
+            fs::create_dir(at(name)).unwrap();
+            fs::write(at(name).join("x"), content).unwrap();
+        };
+        let write = || {
+            let output = AtomicFolder::create(&at("out"), |name| name == "x").unwrap();
+            assert_eq!(fs::read_dir(output.temporary()).unwrap().count(), 0);
+            fs::write(output.temporary().join("x"), "new").unwrap();
+            output.commit().unwrap();
+            assert_eq!(names(&folder.0), ["out"]);
+            assert_eq!(fs::read_to_string(at("out/x")).unwrap(), "new");
+        };
+        // Killed while writing; while removing the folder that was replaced; and before both.
+        leave(".tmp-out", "half");
+        write();
+        leave(".old-out", "old");
+        write();
+        leave(".old-out", "old");
+        leave(".tmp-out", "half");
+        write();
+        // Killed between the two renames: the old folder is back, even if the next command fails.
+        fs::rename(at("out"), at(".old-out")).unwrap();
+        drop(AtomicFolder::create(&at("out"), |name| name == "x").unwrap());
+        assert_eq!(names(&folder.0), ["out"]);
+        assert_eq!(names(&at("out")), ["x"]);
+
+        fs::write(at(".tmp-file"), "a long half of it").unwrap();
+        write_file(&at("file"), b"whole").unwrap();
+        assert_eq!(fs::read(at("file")).unwrap(), b"whole");
+        assert_eq!(names(&folder.0), ["file", "out"]);
+    }
+
+    #[test]
+    fn two_do_not_write_the_same() {
+        let folder = TestFolder::new("claim");
+        let (file, dir) = (folder.0.join("file"), folder.0.join("dir"));
+        let mut first = AtomicFile::create(&file).unwrap();
+        first.put(b"first").unwrap();
+        let e = write_file(&file, b"second").unwrap_err();
+        assert!(e.message.contains("another process is writing it"), "{e}");
+        first.commit().unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"first");
+        let first = AtomicFolder::create(&dir, |_| true).unwrap();
+        fs::write(first.temporary().join("x"), "first").unwrap();
+        let e = AtomicFolder::create(&dir, |_| true).err().unwrap();
+        assert!(e.message.contains("another process is writing it"), "{e}");
+        first.commit().unwrap();
+        assert_eq!(fs::read_to_string(dir.join("x")).unwrap(), "first");
+        assert_eq!(names(&folder.0), ["dir", "file"]);
+    }
+
+    #[test]
+    fn a_full_disk_is_one_clear_message() {
+        let folder = TestFolder::new("full");
+        std::os::unix::fs::symlink("/dev/full", folder.0.join(".tmp-x")).unwrap();
+        let e = write_file(&folder.0.join("x"), b"1").unwrap_err();
+        assert!(e.message.contains("cannot write") && e.message.contains("GB are free there"), "{e}");
+        assert_eq!(names(&folder.0), Vec::<String>::new());
+    }
+}

@@ -1,0 +1,291 @@
+//! `corral generate`, `score` and `eval` as users run them, on the golden models.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use common::{golden, load, tensors};
+use corral::model::{Input, LmHead};
+use serde_json::{Value, json};
+use tch::{Kind, Tensor};
+
+/// A folder of its own, removed at the end.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Folder {
+        let path = std::env::temp_dir().join(format!("corral-inference-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path).unwrap();
+        Folder(path)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) -> PathBuf {
+        std::fs::write(self.path(name), text).unwrap();
+        self.path(name)
+    }
+
+    fn lines(&self, name: &str, values: &[Value]) -> PathBuf {
+        self.write(name, &values.iter().map(|v| format!("{v}\n")).collect::<String>())
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn model(family: &str) -> PathBuf {
+    golden().join("models").join(family)
+}
+
+/// Runs `corral SUBCOMMAND --model MODEL ...` on one thread of the CPU.
+fn corral(subcommand: &str, model: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_corral"))
+        .args(["--device", "cpu", "--threads", "1", subcommand, "--model", model.to_str().unwrap()])
+        .args(args)
+        .env_remove("WORLD_SIZE")
+        .output()
+        .unwrap()
+}
+
+#[track_caller]
+fn succeed(output: Output) -> String {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{:?}: {stderr}", output.status);
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[track_caller]
+fn fail(output: Output, code: i32, message: &str) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{stderr}");
+    assert!(stderr.contains(message), "{stderr}");
+}
+
+fn read(path: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn generate_writes_the_lines_back_with_completions() {
+    let folder = Folder::new("generate");
+    let prompts = ["One two", "The quick brown fox jumps", "a"];
+    let lines: Vec<Value> = prompts.iter().enumerate().map(|(i, p)| json!({"id": i, "prompt": p})).collect();
+    let (input, output) = (folder.lines("in.jsonl", &lines), folder.path("out.jsonl"));
+    let args = ["--input", text(&input), "--max-new-tokens", "12", "--output", text(&output)];
+    assert_eq!(succeed(corral("generate", &model("llama3"), &args)), "");
+    let completions = read(&output);
+    for ((line, prompt), id) in completions.iter().zip(prompts).zip(0..) {
+        assert_eq!((&line["id"], &line["prompt"]), (&json!(id), &json!(prompt)));
+        let n = line["num_tokens"].as_u64().unwrap();
+        assert_eq!(line["finish_reason"], if n < 12 { "eos" } else { "length" });
+        // Alone it is the same, and what is printed is the completion.
+        let alone = ["--prompt", prompt, "--max-new-tokens", "12"];
+        let printed = succeed(corral("generate", &model("llama3"), &alone));
+        assert_eq!(printed.strip_suffix('\n'), line["completion"].as_str());
+    }
+    assert_eq!(completions.len(), 3);
+
+    let sample = |seed: &str, batch_size: &str| {
+        let drawn = ["--temperature", "2", "--top-k", "40", "--top-p", "0.9", "--dtype", "float64"];
+        let keys = ["--seed", seed, "--batch-size", batch_size];
+        succeed(corral("generate", &model("llama3"), &[&args[..4], &drawn, &keys].concat()))
+    };
+    let first = sample("1", "1");
+    assert_eq!(first, sample("1", "3"), "draws do not depend on the batch");
+    assert_ne!(first, sample("2", "3"));
+}
+
+#[test]
+fn generate_refuses_what_it_cannot_do() {
+    let folder = Folder::new("refusals");
+    let llama = model("tied");
+    fail(corral("generate", &llama, &[]), 2, "--prompt");
+    fail(corral("generate", &llama, &["--prompt", "a", "--top-p", "1.5"]), 2, "top-p is 1.5");
+    fail(corral("generate", &llama, &["--prompt", "a", "--temperature=-1"]), 2, "temperature");
+    fail(corral("generate", &llama, &["--prompt", "a", "--max-new-tokens", "0"]), 2, "max-new-tokens");
+    fail(corral("generate", &llama, &["--prompt", "a", "--stop", ""]), 2, "--stop");
+    fail(corral("generate", &folder.path("no"), &["--prompt", "a"]), 3, "no such folder");
+    let bad = folder.lines("bad.jsonl", &[json!({"prompt": "a"}), json!({"prompt": 3})]);
+    let output = folder.path("out.jsonl");
+    let args = ["--input", text(&bad), "--output", text(&output)];
+    fail(corral("generate", &llama, &args), 3, "bad.jsonl:2: `prompt` is a number");
+    assert!(!output.exists());
+}
+
+/// `score` on the golden rows, without their padding: Hugging Face's log-probabilities.
+#[test]
+fn scores_are_the_golden_ones() {
+    let folder = Folder::new("score");
+    for family in ["llama2", "llama3", "tied"] {
+        let dir = model(family);
+        let single = tensors(&dir.join("golden.safetensors"));
+        let double = tensors(&dir.join("golden_f64.safetensors"));
+        let rows = |name: &str| Vec::<Vec<i64>>::try_from(&single[name]).unwrap();
+        let expected = Vec::<Vec<f64>>::try_from(&double["token_logprobs"]).unwrap();
+        let lines: Vec<Value> = rows("input_ids")
+            .iter()
+            .zip(rows("attention_mask"))
+            .map(|(ids, mask)| {
+                let real: Vec<i64> =
+                    ids.iter().zip(mask).filter(|(_, m)| *m == 1).map(|(id, _)| *id).collect();
+                json!({"input_ids": real, "note": "kept"})
+            })
+            .collect();
+        let (input, output) = (folder.lines("in.jsonl", &lines), folder.path("out.jsonl"));
+        for (dtype, tolerance) in [("float32", 5e-5), ("float64", 1e-9)] {
+            let args = ["--input", text(&input), "--output", text(&output), "--dtype", dtype];
+            assert_eq!(succeed(corral("score", &dir, &args)), "");
+            let scored = read(&output);
+            assert_eq!(scored.len(), lines.len());
+            for ((line, given), (expected, mask)) in
+                scored.iter().zip(&lines).zip(expected.iter().zip(rows("attention_mask")))
+            {
+                assert_eq!((&line["token_ids"], &line["note"]), (&given["input_ids"], &given["note"]));
+                let both = mask.windows(2).map(|m| m[0] * m[1]);
+                let wanted: Vec<f64> =
+                    expected.iter().zip(both).filter(|(_, m)| *m == 1).map(|(x, _)| *x).collect();
+                let got = numbers(&line["logprobs"]);
+                assert_eq!(got.len(), wanted.len());
+                for (x, y) in got.iter().zip(&wanted) {
+                    assert!((x - y).abs() < tolerance, "{family} in {dtype}: {x} and {y}");
+                }
+                assert!((line["sum_logprob"].as_f64().unwrap() - got.iter().sum::<f64>()).abs() < 1e-9);
+            }
+        }
+    }
+}
+
+#[test]
+fn scores_of_texts_and_completions() {
+    let folder = Folder::new("texts");
+    let lines = [
+        json!({"text": "One two three"}),
+        json!({"prompt": "One", "completion": " two three"}),
+        json!({"prompt": "One two three", "completion": ""}),
+    ];
+    let (input, output) = (folder.lines("in.jsonl", &lines), folder.path("out.jsonl"));
+    let dir = model("llama3");
+    succeed(corral("score", &dir, &["--input", text(&input), "--output", text(&output)]));
+    let scored = read(&output);
+    let (all, part) = (numbers(&scored[0]["logprobs"]), numbers(&scored[1]["logprobs"]));
+    assert_eq!(scored[0]["token_ids"], scored[1]["token_ids"], "the same text");
+    assert_eq!(all.len() + 1, scored[0]["token_ids"].as_array().unwrap().len());
+    assert!(!part.is_empty() && part.len() < all.len());
+    for (x, y) in part.iter().rev().zip(all.iter().rev()) {
+        assert!((x - y).abs() < 1e-4, "{x} and {y}");
+    }
+    assert_eq!((&scored[2]["logprobs"], &scored[2]["sum_logprob"]), (&json!([]), &json!(0.0)));
+
+    let kept = std::fs::read(&output).unwrap();
+    let refuse = |line: Value, message: &str| {
+        let input = folder.lines("bad.jsonl", &[lines[0].clone(), line]);
+        let out = corral("score", &dir, &["--input", text(&input), "--output", text(&output)]);
+        fail(out, 3, message);
+        assert_eq!(std::fs::read(&output).unwrap(), kept, "an earlier output stays");
+    };
+    refuse(
+        json!({"input_ids": [1, 600]}),
+        "bad.jsonl:2: token id 600 is not in the model's vocabulary of 600",
+    );
+    refuse(json!({"input_ids": ["a"]}), "bad.jsonl:2: input_ids is no list of token ids");
+    refuse(json!({"prompt": "a"}), "bad.jsonl:2: no key `completion`");
+    refuse(json!({"other": "a"}), "bad.jsonl:2: needs `input_ids`, `prompt` and `completion`, or `text`");
+    refuse(json!({"input_ids": vec![1; 513]}), "bad.jsonl:2: 513 tokens; the model has 512 positions");
+}
+
+/// Windows of 7 predictions over a text, against one forward a window.
+#[test]
+fn perplexity_counts_every_token_once() {
+    let folder = Folder::new("eval");
+    let dir = model("llama3");
+    let written = "One two three.\nFour five six, and seven.\nHow the fox jumps over 13 lazy dogs!\n";
+    let input = folder.write("text.txt", written);
+    let output = folder.path("result.json");
+    let args = ["--task", "perplexity", "--input", text(&input), "--dtype", "float64"];
+    let windowed = [&args[..], &["--sequence-length", "7", "--output", text(&output)]].concat();
+    let printed: Value = serde_json::from_str(&succeed(corral("eval", &dir, &windowed))).unwrap();
+    let result: Value = serde_json::from_str(&std::fs::read_to_string(&output).unwrap()).unwrap();
+    assert_eq!(printed, result);
+
+    let tokenizer = corral::data::tokenizer::Tokenizer::load(&dir).unwrap();
+    let mut ids: Vec<i64> = tokenizer.encode(written, true).unwrap().into_iter().map(i64::from).collect();
+    ids.push(i64::from(tokenizer.eos_ids()[0]));
+    let mut model = load(&dir, Kind::Double);
+    let mut loss = 0.0;
+    for window in (0..ids.len() - 1).step_by(7).map(|i| &ids[i..(i + 8).min(ids.len())]) {
+        let input = Input::new(Tensor::from_slice(&window[..window.len() - 1]).unsqueeze(0));
+        let hidden = model.hidden(&input).unwrap();
+        loss += LmHead::loss_sum(&mut model, &hidden, &Tensor::from_slice(&window[1..])).unwrap().0;
+    }
+    let number = |key: &str| result[key].as_f64().unwrap();
+    let n = (ids.len() - 1) as f64;
+    assert_eq!((number("num_tokens"), number("num_bytes")), (n, written.len() as f64));
+    assert!((number("loss") - loss / n).abs() < 1e-9, "{result} and {}", loss / n);
+    assert!((number("perplexity") / (loss / n).exp() - 1.0).abs() < 1e-8);
+    let bits = loss / std::f64::consts::LN_2 / written.len() as f64;
+    assert!((number("bits_per_byte") - bits).abs() < 1e-9);
+
+    fail(corral("eval", &dir, &[&args[..], &["--sequence-length", "513"]].concat()), 2, "512 positions");
+    let empty = folder.write("empty.jsonl", "");
+    let none = ["--task", "perplexity", "--input", text(&empty)];
+    fail(corral("eval", &dir, &none), 3, "nothing to measure");
+    fail(
+        corral("eval", &dir, &["--task", "gsm8k", "--input", text(&input)]),
+        2,
+        "possible values: perplexity",
+    );
+}
+
+/// Token shards and the text that they were made of measure the same.
+#[test]
+fn perplexity_of_token_shards() {
+    let folder = Folder::new("shards");
+    let dir = model("llama3");
+    let documents =
+        ["One two three.", "Four five six, and seven.", "The quick brown fox."].map(|t| json!({"text": t}));
+    let input = folder.lines("text.jsonl", &documents);
+    let shards = folder.path("tokens");
+    let tokenize = Command::new(env!("CARGO_BIN_EXE_corral"))
+        .args(["tokenize", "--input", text(&input), "--tokenizer", text(&dir), "--output", text(&shards)])
+        .args(["--valid-fraction", "0"])
+        .output()
+        .unwrap();
+    succeed(tokenize);
+    let measure = |input: &Path| -> Value {
+        let args = ["--task", "perplexity", "--input", text(input)];
+        serde_json::from_str(&succeed(corral("eval", &dir, &args))).unwrap()
+    };
+    assert_eq!(measure(&shards.join("train")), measure(&input));
+    // Another model's tokenizer.
+    let train = shards.join("train");
+    let args = ["--task", "perplexity", "--input", text(&train)];
+    fail(corral("eval", &model("llama2"), &args), 3, "another tokenizer");
+}
+
+#[test]
+fn several_ranks_are_refused() {
+    let output = Command::new(env!("CARGO_BIN_EXE_corral"))
+        .args(["--device", "cpu", "generate", "--model", text(&model("tied")), "--prompt", "a"])
+        .env("WORLD_SIZE", "2")
+        .env("RANK", "0")
+        .output()
+        .unwrap();
+    fail(output, 2, "several are not built yet");
+}

@@ -1,0 +1,225 @@
+//! Pretraining through the real binaries: the same losses on any number of ranks, and what a run's folder holds.
+
+mod common;
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use common::run::{Program, Run, folder, largest_relative, uint};
+use corral::telemetry::tensorboard;
+
+/// How a run is divided: ranks, `parallel.mode`, `train.micro_batch_size`, `train.recompute`.
+type Division<'a> = (usize, &'a str, usize, &'a str);
+
+/// The same 20 steps of 8 sequences, however divided, against those of one rank with one micro-batch. Prints the table.
+fn same_losses(name: &str, words: &[&str], tolerance: f64, divisions: &[Division]) {
+    let reference = Run::new(&format!("{name}-reference"));
+    reference.train(1, words);
+    let curves = |run: &Run| {
+        [("train", "loss"), ("train", "grad_norm"), ("valid", "loss")]
+            .map(|(kind, key)| run.numbers(kind, key))
+    };
+    let expected = curves(&reference);
+    assert_eq!(expected.each_ref().map(Vec::len), [20, 20, 2]);
+    assert!(expected[0][19] < 0.8 * expected[0][0], "the loss falls: {:?}", expected[0]);
+    println!(
+        "{name}: ranks  mode       micro-batch  recompute  first loss  last loss  largest relative difference"
+    );
+    for division in divisions {
+        let (ranks, mode, micro, recompute) = division;
+        let run = Run::new(&format!("{name}-{ranks}-{mode}-{micro}-{recompute}"));
+        let divided = [
+            format!("parallel.mode={mode}"),
+            format!("train.micro_batch_size={micro}"),
+            format!("train.recompute={recompute}"),
+        ];
+        let divided: Vec<&str> = divided.iter().map(String::as_str).chain(words.iter().copied()).collect();
+        run.train(*ranks, &divided);
+        let found = curves(&run);
+        let [loss, norm, valid] = std::array::from_fn(|i| largest_relative(&found[i], &expected[i]));
+        let (first, last) = (found[0][0], found[0][19]);
+        println!(
+            "{name}: {ranks:5}  {mode:9}  {micro:11}  {recompute:9}  {first:10.6}  {last:9.6}  \
+             {loss:.1e} (validation {valid:.1e}, gradient norm {norm:.1e})"
+        );
+        assert!(
+            loss <= tolerance && valid <= tolerance,
+            "{division:?}: losses differ by {loss:e}, {valid:e}"
+        );
+        // Norms follow every small difference of the parameters.
+        assert!(norm <= 10.0 * tolerance, "{division:?}: gradient norms differ by {norm:e}");
+        for line in run.metrics().iter().filter(|line| line["kind"] == "train") {
+            assert_eq!(uint(line, "tokens"), 8 * 32 * uint(line, "step"), "{line}");
+        }
+    }
+}
+
+#[test]
+fn losses_are_the_same_however_the_work_is_divided() {
+    let divisions = [
+        (1, "full", 2, "selective"),
+        (1, "replicate", 4, "full"),
+        (2, "full", 4, "none"),
+        (2, "full", 1, "full"),
+        (2, "replicate", 2, "selective"),
+        (4, "full", 2, "none"),
+        (4, "full", 1, "selective"),
+        (4, "replicate", 1, "full"),
+    ];
+    same_losses("untied", &[], 1e-5, &divisions);
+}
+
+#[test]
+fn losses_are_the_same_with_tied_embeddings() {
+    let divisions = [
+        (1, "full", 2, "full"),
+        (2, "full", 2, "none"),
+        (2, "replicate", 4, "none"),
+        (4, "full", 1, "selective"),
+    ];
+    same_losses("tied", &["model.init.tie_word_embeddings=true"], 1e-5, &divisions);
+}
+
+#[test]
+fn losses_in_float64_are_the_same_to_its_precision() {
+    let divisions = [(1, "full", 1, "selective"), (2, "full", 2, "none"), (4, "replicate", 1, "full")];
+    let words = ["precision.compute=float64", "model.init.tie_word_embeddings=true"];
+    same_losses("float64", &words, 1e-10, &divisions);
+}
+
+#[test]
+fn recomputation_changes_no_bit() {
+    let words = ["train.micro_batch_size=4", "train.recompute=none"];
+    let kept = Run::new("recompute-none");
+    kept.train(1, &words);
+    for recompute in ["selective", "full"] {
+        let run = Run::new(&format!("recompute-{recompute}"));
+        run.train(1, &[words[0], &format!("train.recompute={recompute}")]);
+        run.expect_equal(&kept);
+    }
+}
+
+#[test]
+fn the_folder_of_a_run() {
+    let run = Run::new("folder");
+    run.train(1, &["optim.lr=0.02", "checkpoint.every=8"]);
+    let lines = run.metrics();
+    let keys: [(&str, &[&str]); 2] = [
+        (
+            "train",
+            &[
+                "loss",
+                "lr",
+                "grad_norm",
+                "tokens",
+                "tokens_per_s",
+                "step_s",
+                "elapsed_s",
+                "peak_bytes",
+                "skipped_steps",
+            ],
+        ),
+        ("valid", &["loss", "perplexity"]),
+    ];
+    for (kind, keys) in keys {
+        let of_kind: Vec<_> = lines.iter().filter(|line| line["kind"] == kind).collect();
+        let steps: Vec<u64> = of_kind.iter().map(|line| uint(line, "step")).collect();
+        let expected: Vec<u64> = if kind == "train" { (1..=20).collect() } else { vec![10, 20] };
+        assert_eq!(steps, expected, "{kind}");
+        for (line, key) in of_kind.iter().flat_map(|line| keys.iter().map(move |key| (line, key))) {
+            assert!(line[key].is_number(), "{key} of {line}");
+        }
+    }
+    for line in lines.iter().filter(|line| line["kind"] == "valid") {
+        let (loss, perplexity) = (line["loss"].as_f64().unwrap(), line["perplexity"].as_f64().unwrap());
+        assert!((perplexity / loss.exp() - 1.0).abs() < 1e-6, "{line}");
+    }
+    let steps: Vec<u64> = run.checkpoints().iter().map(|(step, _)| *step).collect();
+    assert_eq!(steps, [8, 16, 20]);
+    for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        assert!(run.output().join("model").join(name).is_file(), "model/{name}");
+    }
+
+    // TensorBoard holds the same numbers, in float32.
+    let mut expected: Vec<(u64, String, f32)> = vec![];
+    for line in &lines {
+        let (kind, step) = (line["kind"].as_str().unwrap(), uint(line, "step"));
+        let numbers = line.as_object().unwrap().iter().filter(|(key, _)| *key != "step");
+        expected
+            .extend(numbers.filter_map(|(key, x)| Some((step, format!("{kind}/{key}"), x.as_f64()? as f32))));
+    }
+    let mut events = vec![];
+    for path in tensorboard::event_files(&run.output()).unwrap() {
+        let mut file = fs::File::open(path).unwrap();
+        while let Some((_, event)) = tensorboard::read_event(&mut file).unwrap() {
+            let values = event.get_summary().get_value().iter();
+            events.extend(
+                values.map(|v| (event.get_step() as u64, v.get_tag().to_string(), v.get_simple_value())),
+            );
+        }
+    }
+    let order = |a: &(u64, String, f32), b: &(u64, String, f32)| a.partial_cmp(b).unwrap();
+    expected.sort_by(order);
+    events.sort_by(order);
+    assert_eq!(events, expected);
+
+    // `config.yaml` repeats the run, the override included.
+    let again = Run::new("folder-again");
+    let config = fs::read_to_string(run.output().join("config.yaml")).unwrap();
+    fs::write(again.dir.join("config.yaml"), config).unwrap();
+    again.train(1, &[&format!("output_dir={}", again.output().display())]);
+    again.expect_equal(&run);
+}
+
+#[test]
+fn a_folder_holds_one_run() {
+    let run = Run::new("one-run");
+    run.train(1, &[]);
+    let first = run.curve();
+    let try_again = |words: &[&str]| run.start(1, words).wait();
+
+    try_again(&["optim.lr=0.02"]).expect_error(2, &["lr: 0.01", "lr: 0.02", "--resume never --overwrite"]);
+    try_again(&["--resume", "never"]).expect_error(2, &["already holds a run", "--overwrite"]);
+    try_again(&["--overwrite"]).expect_error(2, &["--overwrite", "--resume never"]);
+    assert_eq!(run.curve(), first, "what was refused changes nothing");
+
+    // A finished run has nothing left to train.
+    let begun = Instant::now();
+    let ended = run.train(1, &[]);
+    assert!(ended.err.contains("resumed from") && !ended.err.contains("loss"), "{ended}");
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    assert_eq!(run.curve(), first);
+
+    run.train(1, &["--resume", "never", "--overwrite", "train.steps=5"]);
+    assert_eq!(run.step(), 5);
+    assert_eq!(run.checkpoints().len(), 1, "the old run's are gone");
+}
+
+#[test]
+fn an_exported_model_starts_a_new_run() {
+    let first = Run::new("first-stage");
+    first.train(1, &[]);
+    let second = Run::new("second-stage");
+    let model = format!("model={{path: {}}}", first.output().join("model").display());
+    second.train(1, &[&model, "optim.lr=1e-3"]);
+    let (before, after) = (first.numbers("valid", "loss")[1], second.numbers("train", "loss"));
+    assert!(after[0] < before + 0.5, "begins at {} where the first stage ended at {before}", after[0]);
+    let after = second.numbers("valid", "loss")[1];
+    assert!(after < before, "{after} is not below {before}");
+}
+
+#[test]
+fn check_shows_the_configuration_and_the_model() {
+    let run = Run::new("check");
+    let config = run.dir.join("config.yaml");
+    let ended = Program::corral(&["check", "pretrain", "--nproc", "4", "--config"])
+        .arg(&config)
+        .run(&folder("check-output"), "check")
+        .expect_code(0);
+    // Embedding and head 2 x 300 x 32; blocks of q and o 2 x 32 x 32, k and v 2 x 32 x 16, three matrices 32 x 64 and two
+    // norms; the final norm.
+    let parameters = 2 * 300 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32;
+    assert!(ended.out.contains(&format!("{parameters} parameters")), "{ended}");
+    assert!(ended.out.contains("hidden_size: 32") && ended.out.contains("batch_size: 8"), "{ended}");
+    assert!(!run.output().exists(), "check leaves nothing");
+}

@@ -33,11 +33,8 @@ impl AdamW {
 
     /// The sum of squares of the gradient over this rank's slices, in float64.
     pub fn sum_squares(params: &Sharded) -> Result<f64> {
-        let mut sum = 0.0;
-        for grad in (0..params.len()).filter_map(|i| params.slice_grad(i)) {
-            sum += ops::sum_squares(&grad)?;
-        }
-        Ok(sum)
+        let grads: Vec<Tensor> = (0..params.len()).filter_map(|i| params.slice_grad(i)).collect();
+        Ok(ops::sum_squares_of_all(&grads)?)
     }
 
     /// What to multiply gradients by so that their norm is at most `max` (0: no clipping), as PyTorch's

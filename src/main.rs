@@ -46,7 +46,7 @@ fn main() {
     let cli = Cli::parse();
     telemetry::console::init(cli.global.console());
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(cli)));
-    // Exits without running destructors of process groups: peers would take their closed connections for failures.
+    // Exits at once: what threads are left need not be waited for.
     match result {
         Ok(Ok(())) => exit(0),
         Ok(Err(e)) => {

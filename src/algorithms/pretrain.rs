@@ -20,8 +20,8 @@ use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::info;
-use crate::model::{Llama, Recompute, init, layout};
-use crate::optim::{AdamW, Hyper, Schedule, ScheduleKind};
+use crate::model::{Llama, init, layout};
+use crate::optim::{AdamW, Hyper, Schedule};
 use crate::telemetry::{Record, RunLog};
 
 /// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
@@ -130,14 +130,6 @@ pub fn compute_kind(c: Compute) -> Kind {
     }
 }
 
-fn recompute(c: &Pretrain) -> Recompute {
-    match c.train.recompute {
-        config::Recompute::None => Recompute::None,
-        config::Recompute::Selective => Recompute::Selective,
-        config::Recompute::Full => Recompute::Full,
-    }
-}
-
 /// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
 pub fn pretrain(
     loaded: &Loaded<Pretrain>,
@@ -191,11 +183,7 @@ pub fn pretrain(
     announce(c, &inputs, &model, world);
 
     let schedule = Schedule {
-        kind: match c.schedule.kind {
-            config::ScheduleKind::Cosine => ScheduleKind::Cosine,
-            config::ScheduleKind::Linear => ScheduleKind::Linear,
-            config::ScheduleKind::Constant => ScheduleKind::Constant,
-        },
+        kind: c.schedule.kind,
         lr: c.optim.lr,
         warmup_steps: c.schedule.warmup_steps,
         total_steps: inputs.steps,
@@ -214,7 +202,7 @@ pub fn pretrain(
         // Windows of training data have a label at every position, so that no rank needs to ask the others.
         let count = (c.train.batch_size * c.data.sequence_length) as f64;
 
-        let loss_sum = step::accumulate_gradients(&mut model, &micro_batches, count, recompute(c))?;
+        let loss_sum = step::accumulate_gradients(&mut model, &micro_batches, count, c.train.recompute)?;
         let lr = schedule.rate(progress.step);
         let update =
             step::apply_gradients(&mut model, &mut optimizer, world, loss_sum, count, lr, c.optim.clip)?;

@@ -18,7 +18,7 @@ use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::generate::engine::{self, Generation, Options};
 use crate::generate::sampler::Sampling;
-use crate::model::{Input, Llama, Recompute, init, layout};
+use crate::model::{Input, Llama, init, layout};
 use crate::optim::{AdamW, Hyper};
 use crate::telemetry;
 
@@ -133,11 +133,6 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
     if args.steps == 0 {
         return Err(Error::config("--steps must be at least 1"));
     }
-    let recompute = match args.recompute {
-        config::Recompute::None => Recompute::None,
-        config::Recompute::Selective => Recompute::Selective,
-        config::Recompute::Full => Recompute::Full,
-    };
     let kind = compute_kind(args.precision);
     let (shard, replica) = shard_groups(args.mode, world);
     let mut params = Sharded::new(layout::layouts(&shape), shard, replica, kind, world.device);
@@ -165,7 +160,7 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
             })
             .collect();
         let begun = Instant::now();
-        let loss_sum = accumulate_gradients(&mut model, &batches, count, recompute)?;
+        let loss_sum = accumulate_gradients(&mut model, &batches, count, args.recompute)?;
         let update = apply_gradients(&mut model, &mut optimizer, world, loss_sum, count, 3e-4, 1.0)?;
         world.synchronize()?;
         if update.skipped {

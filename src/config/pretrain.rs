@@ -428,11 +428,12 @@ pub struct Train {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Recompute {
+    /// Only the norms' outputs and SwiGLU's, which cost one pass over memory.
     #[default]
     None,
-    /// Those that are cheap to compute for the memory they take.
+    /// Also the product of gate and up, the largest activation: 2F of the 2C + (2H + 2K) D + 2F numbers a token and block.
     Selective,
-    /// All but the block's input.
+    /// The whole block, from its input.
     Full,
 }
 

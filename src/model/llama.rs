@@ -12,21 +12,11 @@
 use kernels::ops::{self, Heads};
 use tch::{Device, Kind, Tensor};
 
+use crate::config::pretrain::Recompute;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
 use crate::model::layout::Block;
-
-/// What the backward recomputes instead of keeping.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Recompute {
-    /// Nothing but the norms' outputs and SwiGLU's, which cost one pass over memory.
-    None,
-    /// The product of gate and up, the largest activation: 2F of the 2C + (2H + 2K) D + 2F numbers a token and block.
-    Selective,
-    /// The whole block, from its input.
-    Full,
-}
 
 /// Token ids and what positions mean.
 pub struct Input {

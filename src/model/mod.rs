@@ -8,4 +8,6 @@ pub mod llama;
 
 pub use decode::KvCache;
 pub use head::LmHead;
-pub use llama::{Input, Llama, Recompute, Tape};
+pub use llama::{Input, Llama, Tape};
+
+pub use crate::config::pretrain::Recompute;

@@ -4,4 +4,6 @@ pub mod adamw;
 pub mod schedule;
 
 pub use adamw::{AdamW, Hyper};
-pub use schedule::{Kind as ScheduleKind, Schedule};
+pub use schedule::Schedule;
+
+pub use crate::config::pretrain::ScheduleKind;

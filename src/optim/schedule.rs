@@ -1,12 +1,6 @@
 //! Learning-rate schedules, as transformers' `get_scheduler` defines them.
 
-/// What follows the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    Cosine,
-    Linear,
-    Constant,
-}
+use crate::config::pretrain::ScheduleKind as Kind;
 
 /// The learning rate as a function of the update's number.
 #[derive(Debug, Clone, Copy)]

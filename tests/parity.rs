@@ -282,3 +282,47 @@ fn learning_rate_schedules() {
     }
     assert!(tested >= 5);
 }
+
+/// Bit for bit as bitsandbytes quantizes on the CPU; what it gives back, and int8 by row.
+#[test]
+fn quantization() {
+    use kernels::quant::{self, Quantized, Scales, Scheme};
+    let golden = tensors(&golden().join("algo/quant.safetensors"));
+    let on_cpu = |t: &Tensor| t.to_device(Device::Cpu);
+    #[track_caller]
+    fn same(what: &str, a: &Tensor, b: &Tensor) {
+        assert_eq!(a.kind(), b.kind(), "{what}");
+        assert!(a.to_device(Device::Cpu).view(b.size().as_slice()).equal(b), "{what} differs");
+    }
+    for (scheme, weight, name) in [
+        (Scheme::Nf4, "weight", "nf4"),
+        (Scheme::Nf4, "weight_odd", "nf4_odd"),
+        (Scheme::Nf4Double, "weight", "nf4_dq"),
+        (Scheme::Int8, "weight", "int8_row"),
+    ] {
+        let of = |part: &str| &golden[&format!("{name}.{part}")];
+        let w = &golden[weight];
+        let q = Quantized::quantize(&w.to_device(device()), scheme).unwrap();
+        same(name, q.data(), of(if scheme == Scheme::Int8 { "q" } else { "packed" }));
+        match q.scales() {
+            Scales::Absmax(absmax) => same(name, absmax, of("absmax")),
+            Scales::Double { codes, absmax, offset } => {
+                same(name, codes, of("absmax_q"));
+                same(name, absmax, of("absmax2"));
+                assert_eq!(f64::from(*offset), of("offset").double_value(&[]), "offset");
+                let scales = quant::dequantize_dynamic(&on_cpu(codes), &on_cpu(absmax)) + f64::from(*offset);
+                same(name, &scales, of("absmax"));
+                same(name, &quant::dynamic_map(true, Device::Cpu), of("code2"));
+            }
+        }
+        let [rows, columns] = q.shape();
+        let back = q.dequantize(0..rows, 0..columns, Kind::Float).unwrap();
+        same(name, &back, of("dequant"));
+    }
+    same("nf4.code", &Tensor::from_slice(&quant::NF4), &golden["nf4.code"]);
+    let (codes, absmax) = quant::quantize_dynamic(&golden["weight"].view([-1]));
+    same("dyn8.codes", &codes, &golden["dyn8.codes"]);
+    same("dyn8.absmax", &absmax, &golden["dyn8.absmax"]);
+    same("dyn8.code", &quant::dynamic_map(true, Device::Cpu), &golden["dyn8.code"]);
+    same("dyn8.dequant", &quant::dequantize_dynamic(&codes, &absmax), &golden["dyn8.dequant"]);
+}

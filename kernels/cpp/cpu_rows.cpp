@@ -7,36 +7,7 @@
 namespace corral {
 namespace {
 
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline float load(bf16 x) {
-  uint32_t b = uint32_t(x.bits) << 16;
-  float f;
-  memcpy(&f, &b, 4);
-  return f;
-}
-inline void store(float* p, float x) { *p = x; }
-inline void store(double* p, double x) { *p = x; }
-inline void store(bf16* p, float x) {  // to nearest even; a NaN stays one
-  uint32_t b;
-  memcpy(&b, &x, 4);
-  uint32_t r = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-  uint32_t nan = (b >> 16) | 0x40;
-  p->bits = uint16_t((b & 0x7fffffff) > 0x7f800000 ? nan : r);
-}
-
-template <class T>
-struct acc {
-  using type = float;
-};
-template <>
-struct acc<double> {
-  using type = double;
-};
+#include "cpu_types.inc"
 
 // exp(x) for x <= 88, within 1 ulp or so (Cephes' polynomial), written so that compilers vectorise it.
 inline float exp_(float x) {

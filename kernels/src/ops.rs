@@ -22,7 +22,7 @@ pub(crate) fn raw(t: &Tensor) -> Raw {
     t.as_ptr() as Raw
 }
 
-fn raw_opt(t: Option<&Tensor>) -> Raw {
+pub(crate) fn raw_opt(t: Option<&Tensor>) -> Raw {
     t.map_or(std::ptr::null_mut(), raw)
 }
 

@@ -198,7 +198,7 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
             run.log(&record.float("perplexity", loss.exp()));
             run.restart_window();
         }
-        run.save(&model.params, &optimizer)?;
+        run.save(&model.params, &optimizer, false)?;
     }
     run.finish(|dir| {
         let tokenizer_dir = Some(inputs.tokenizer_dir.as_path());

@@ -6,6 +6,7 @@ mod de;
 mod numbers;
 pub mod pretrain;
 pub mod sections;
+pub mod sft;
 pub mod shape;
 #[cfg(test)]
 mod tests;

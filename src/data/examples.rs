@@ -18,6 +18,7 @@ use sha2::{Digest, Sha256};
 use super::readers::{self, Record};
 use super::rng::Rng;
 use super::tokenizer::hex;
+use crate::config::sft::TooLong;
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFile, create_dir, read_error};
 
@@ -33,17 +34,6 @@ const CHUNK: usize = 4096;
 pub struct Encoded {
     pub ids: Vec<u32>,
     pub supervised: Vec<bool>,
-}
-
-/// What to do with an example of more tokens than a row holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
-#[serde(rename_all = "lowercase")]
-pub enum TooLong {
-    /// Cut its end off, and count it.
-    #[default]
-    Truncate,
-    /// Leave it out, and count it.
-    Drop,
 }
 
 /// One of several parts of a data set, one for each stage of training.

@@ -183,7 +183,8 @@ impl RowLoader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::examples::{Options, Split, Tokenization, TooLong};
+    use crate::config::sft::TooLong;
+    use crate::data::examples::{Options, Split, Tokenization};
     use crate::data::readers::Record;
     use crate::files::TestFolder;
     use std::collections::BTreeMap;

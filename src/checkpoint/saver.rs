@@ -110,7 +110,15 @@ impl Saver {
     pub fn new(run_dir: &Path, keep: usize, run: RunInfo, world: &Group) -> Result<Saver> {
         let dir = checkpoints_dir(run_dir);
         agree(world, if world.rank() == 0 { remove_leftovers(&dir) } else { Ok(()) })?;
-        Ok(Saver { dir, keep: keep.max(1), world: world.clone(), run, pending: None, failed_saves: 0, best: None })
+        Ok(Saver {
+            dir,
+            keep: keep.max(1),
+            world: world.clone(),
+            run,
+            pending: None,
+            failed_saves: 0,
+            best: None,
+        })
     }
 
     /// Saves that failed so far.

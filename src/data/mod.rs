@@ -2,6 +2,7 @@
 //! word problems.
 
 pub mod loader;
+pub mod order;
 pub mod readers;
 pub mod rng;
 pub mod shards;

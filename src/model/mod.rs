@@ -12,4 +12,4 @@ pub use head::LmHead;
 pub use linear::{Linear, LinearGrad};
 pub use llama::{Input, Llama, Tape};
 
-pub use crate::config::pretrain::Recompute;
+pub use crate::config::sections::Recompute;

@@ -8,7 +8,7 @@ use kernels::ops::{self, Heads};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::model::llama::{Input, Llama, block_forward, linear};
+use crate::model::llama::{Input, Llama, block_forward};
 
 /// Keys and values of what the slots' rows have read, T [slots, K, capacity, D] a block.
 pub struct KvCache {
@@ -128,13 +128,13 @@ impl Llama {
         let mut x = self.embed_checked(ids)?;
         for i in 1..=self.num_blocks() {
             let w = self.block_weights(i)?;
-            let qkv = linear(&ops::rms_norm(&x, &w.norm1, eps)?.0, &w.qkv);
+            let qkv = w.qkv.forward(&ops::rms_norm(&x, &w.norm1, eps)?.0)?;
             ops::rope(&qkv, &position, &cos, &sin, heads.heads + heads.kv_heads, heads.head_dim, false)?;
             let (keys, values) = &cache.blocks[i - 1];
             let o = ops::decode_attention(&qkv, keys, values, &slot, &position, heads)?;
-            let x2 = x.addmm(&o, &w.o.tr());
-            let gate_up = linear(&ops::rms_norm(&x2, &w.norm2, eps)?.0, &w.gate_up);
-            x = x2.addmm(&ops::swiglu(&gate_up)?, &w.down.tr());
+            let x2 = w.o.forward_add(&o, &x)?;
+            let gate_up = w.gate_up.forward(&ops::rms_norm(&x2, &w.norm2, eps)?.0)?;
+            x = w.down.forward_add(&ops::swiglu(&gate_up)?, &x2)?;
             if let Some(norm) = &w.final_norm {
                 x = ops::rms_norm(&x, norm, eps)?.0;
             }
@@ -149,7 +149,7 @@ impl Llama {
     pub fn next_token_logits(&mut self, hidden: &Tensor) -> Result<Tensor> {
         let group = self.head_group();
         let flat = self.params.full(group)?;
-        Ok(linear(hidden, &self.params.layout(group).specs[0].view(&flat)))
+        Ok(hidden.f_mm(&self.params.layout(group).specs[0].view(&flat).tr())?)
     }
 
     /// Drops all gathered weights: the end of a generation.

@@ -7,6 +7,7 @@ use tch::Tensor;
 
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Layout;
+use crate::model::linear::{Linear, LinearGrad};
 
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
 pub const FINAL_NORM: &str = "model.norm.weight";
@@ -44,16 +45,16 @@ fn block(s: &Shape, i: i64) -> Layout {
     Layout::new(format!("block {i}"), tensors)
 }
 
-/// The tensors of a block as views of a flat buffer: of its weights, or of their gradients.
-pub struct Block {
+/// A block's parts as views of a flat buffer: of its weights ([`Linear`]s) or of their gradients ([`LinearGrad`]s).
+pub struct Block<L> {
     /// [(H + 2K) * D, C]
-    pub qkv: Tensor,
+    pub qkv: L,
     /// [C, H * D]
-    pub o: Tensor,
+    pub o: L,
     /// [2F, C]
-    pub gate_up: Tensor,
+    pub gate_up: L,
     /// [C, F]
-    pub down: Tensor,
+    pub down: L,
     /// `[C]`
     pub norm1: Tensor,
     /// `[C]`
@@ -62,17 +63,31 @@ pub struct Block {
     pub final_norm: Option<Tensor>,
 }
 
-impl Block {
-    pub fn of(flat: &Tensor, layout: &Layout, s: &Shape) -> Block {
+impl Block<Linear> {
+    /// The weights of a block, T.
+    pub fn weights(flat: &Tensor, layout: &Layout, s: &Shape) -> Self {
+        Self::of(flat, layout, s, Linear::new)
+    }
+}
+
+impl Block<LinearGrad> {
+    /// Where the gradients of a block's weights go, A.
+    pub fn gradients(flat: &Tensor, layout: &Layout, s: &Shape) -> Self {
+        Self::of(flat, layout, s, |weight, bias| LinearGrad { weight: Some(weight), bias })
+    }
+}
+
+impl<L> Block<L> {
+    fn of(flat: &Tensor, layout: &Layout, s: &Shape, linear: impl Fn(Tensor, Option<Tensor>) -> L) -> Self {
         let t = &layout.specs;
         let fused = |first: usize, rows: i64| {
             flat.narrow(0, t[first].offset, rows * s.hidden_size).view([rows, s.hidden_size])
         };
         Block {
-            qkv: fused(0, (s.num_attention_heads + 2 * s.num_key_value_heads) * s.head_dim),
-            o: t[3].view(flat),
-            gate_up: fused(4, 2 * s.intermediate_size),
-            down: t[6].view(flat),
+            qkv: linear(fused(0, (s.num_attention_heads + 2 * s.num_key_value_heads) * s.head_dim), None),
+            o: linear(t[3].view(flat), None),
+            gate_up: linear(fused(4, 2 * s.intermediate_size), None),
+            down: linear(t[6].view(flat), None),
             norm1: t[7].view(flat),
             norm2: t[8].view(flat),
             final_norm: t.get(9).map(|n| n.view(flat)),

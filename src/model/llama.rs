@@ -12,11 +12,12 @@
 use kernels::ops::{self, Heads};
 use tch::{Device, Kind, Tensor};
 
-use crate::config::pretrain::Recompute;
+use crate::config::sections::Recompute;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
 use crate::model::layout::Block;
+use crate::model::linear::{Linear, LinearGrad};
 
 /// Token ids and what positions mean.
 pub struct Input {
@@ -148,9 +149,9 @@ impl Llama {
     }
 
     /// The block's weights as views of the gathered buffer of group `i` (blocks are groups 1 to L).
-    pub(crate) fn block_weights(&mut self, group: usize) -> Result<Block> {
+    pub(crate) fn block_weights(&mut self, group: usize) -> Result<Block<Linear>> {
         let flat = self.params.full(group)?;
-        Ok(Block::of(&flat, self.params.layout(group), &self.shape))
+        Ok(Block::weights(&flat, self.params.layout(group), &self.shape))
     }
 
     /// The embedding's rows for ids (int64, any shape): T [numel, C].
@@ -226,7 +227,7 @@ impl Llama {
             if fresh {
                 let _ = flat.narrow(0, layout.num_decayed, layout.numel - layout.num_decayed).zero_();
             }
-            let g = Block::of(&flat, layout, &self.shape);
+            let g = Block::gradients(&flat, layout, &self.shape);
             if let (Some(norm), Some(dnorm)) = (&w.final_norm, &g.final_norm) {
                 let (x, rstd) = tape.last.take().ok_or_else(|| Error::failed("a tape is used once"))?;
                 dx = ops::rms_backward(&dx, &x, norm, &rstd, None, dnorm)?;
@@ -292,29 +293,24 @@ fn keep(mut rest: Rest, recompute: Recompute) -> Option<Rest> {
     }
 }
 
-/// x w^T for x [N, I], w [O, I].
-pub(super) fn linear(x: &Tensor, w: &Tensor) -> Tensor {
-    x.mm(&w.tr())
-}
-
 /// All of a block's forward but its last step: what its backward needs.
-fn block_rest(w: &Block, x: &Tensor, c: &Context, eps: f64) -> Result<Rest> {
+fn block_rest(w: &Block<Linear>, x: &Tensor, c: &Context, eps: f64) -> Result<Rest> {
     let (h1, rstd1) = ops::rms_norm(x, &w.norm1, eps)?;
-    let qkv = linear(&h1, &w.qkv);
+    let qkv = w.qkv.forward(&h1)?;
     drop(h1);
     rotate(&qkv, c, false)?;
     let (o, lse) = ops::attention(&qkv, c.start.as_ref(), c.heads)?;
-    let x2 = x.addmm(&o, &w.o.tr());
+    let x2 = w.o.forward_add(&o, x)?;
     let (h2, rstd2) = ops::rms_norm(&x2, &w.norm2, eps)?;
-    let gate_up = linear(&h2, &w.gate_up);
+    let gate_up = w.gate_up.forward(&h2)?;
     Ok(Rest { rstd1, qkv, o, lse, x2, rstd2, gate_up: Some(gate_up) })
 }
 
 /// A block's output [N, C], and what its backward needs.
-pub(super) fn block_forward(w: &Block, x: &Tensor, c: &Context, eps: f64) -> Result<(Tensor, Rest)> {
+pub(super) fn block_forward(w: &Block<Linear>, x: &Tensor, c: &Context, eps: f64) -> Result<(Tensor, Rest)> {
     let rest = block_rest(w, x, c, eps)?;
     let gate_up = rest.gate_up.as_ref().ok_or_else(|| Error::failed("gate_up is made above"))?;
-    let y = rest.x2.addmm(&ops::swiglu(gate_up)?, &w.down.tr());
+    let y = w.down.forward_add(&ops::swiglu(gate_up)?, &rest.x2)?;
     Ok((y, rest))
 }
 
@@ -326,8 +322,8 @@ fn rotate(qkv: &Tensor, c: &Context, inverse: bool) -> Result<()> {
 /// Returns the gradient of the block's input; adds to `g` (or sets its matrices, where `fresh`).
 #[allow(clippy::too_many_arguments)]
 fn block_backward(
-    w: &Block,
-    g: &Block,
+    w: &Block<Linear>,
+    g: &Block<LinearGrad>,
     fresh: bool,
     dy: Tensor,
     saved: Saved,
@@ -346,28 +342,26 @@ fn block_backward(
         Some(t) => t,
         None => {
             debug_assert_eq!(recompute, Recompute::Selective);
-            linear(&h2, &w.gate_up)
+            w.gate_up.forward(&h2)?
         }
     };
-    let da = dy.mm(&w.down);
+    let da = w.down.backward_input(&dy)?;
     ops::swiglu_backward(&gate_up, &da)?;
     let (dgate_up, a) = (gate_up, da);
-    ops::grad_weight(&g.down, &dy, &a, fresh)?;
+    w.down.backward_weight(&dy, &a, &g.down, fresh)?;
     drop(a);
-    ops::grad_weight(&g.gate_up, &dgate_up, &h2, fresh)?;
+    w.gate_up.backward_weight(&dgate_up, &h2, &g.gate_up, fresh)?;
     drop(h2);
-    let dh2 = dgate_up.mm(&w.gate_up);
+    let dh2 = w.gate_up.backward_input(&dgate_up)?;
     drop(dgate_up);
     let dx2 = ops::rms_backward(&dh2, &rest.x2, &w.norm2, &rest.rstd2, Some(&dy), &g.norm2)?;
     drop((dh2, dy));
 
-    ops::grad_weight(&g.o, &dx2, &rest.o, fresh)?;
-    let dout = dx2.mm(&w.o);
+    let dout = w.o.backward(&dx2, &rest.o, &g.o, fresh)?;
     let dqkv = ops::attention_backward(&dout, &rest.qkv, &rest.o, &rest.lse, c.start.as_ref(), c.heads)?;
     drop(dout);
     rotate(&dqkv, c, true)?;
     let h1 = ops::rms_apply(&x, &w.norm1, &rest.rstd1)?;
-    ops::grad_weight(&g.qkv, &dqkv, &h1, fresh)?;
-    let dh1 = dqkv.mm(&w.qkv);
+    let dh1 = w.qkv.backward(&dqkv, &h1, &g.qkv, fresh)?;
     Ok(ops::rms_backward(&dh1, &x, &w.norm1, &rest.rstd1, Some(&dx2), &g.norm1)?)
 }

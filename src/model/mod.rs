@@ -4,10 +4,12 @@ pub mod decode;
 pub mod head;
 pub mod init;
 pub mod layout;
+pub mod linear;
 pub mod llama;
 
 pub use decode::KvCache;
 pub use head::LmHead;
+pub use linear::{Linear, LinearGrad};
 pub use llama::{Input, Llama, Tape};
 
-pub use crate::config::pretrain::Recompute;
+pub use crate::config::sections::Recompute;

@@ -209,11 +209,9 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
         // Every rank counts for all: rows are known everywhere.
         let (count, tokens) = inputs.train.count(next, batch);
         let micro_batches = this_ranks_batches(c, &inputs.train, next, world);
-        let loss_sum =
-            step::accumulate_gradients(&mut model, &micro_batches, count as f64, c.train.recompute)?;
+        let sums = step::accumulate_gradients(&mut model, &micro_batches, count as f64, c.train.recompute)?;
         let (lr, clip) = (schedule.rate(run.progress.step), c.optim.clip);
-        let update =
-            step::apply_gradients(&mut model, &mut optimizer, world, loss_sum, count as f64, lr, clip)?;
+        let update = step::apply_gradients(&mut model, &mut optimizer, world, sums, count as f64, lr, clip)?;
 
         run.progress.data.rows.next += batch;
         if let Some(record) = run.stepped(tokens, &update, lr)?.record {

@@ -65,15 +65,17 @@ char* corral_nf4_quantize(at::Tensor* x, at::Tensor* packed, at::Tensor* absmax)
   });
 }
 
-// out [rows, columns] = W[row .., column ..] of W [height, width]; codes and map null: absmax are the scales
-char* corral_nf4_dequantize(at::Tensor* packed, at::Tensor* absmax, at::Tensor* codes, at::Tensor* map, float offset,
+// out [rows, columns] = W[row .., column ..] of W [height, width]; codes, map and offset null: absmax are the scales
+char* corral_nf4_dequantize(at::Tensor* packed, at::Tensor* absmax, at::Tensor* codes, at::Tensor* map, at::Tensor* offset,
                             int64_t height, int64_t width, int64_t row, int64_t column, at::Tensor* out) {
   return guarded([&] {
     int64_t n = height * width, blocks = blocks_of(n, kNf4Block);
     same(*packed, at::kByte, (n + 1) / 2, "packed");
-    Nf4 w{packed->data_ptr<uint8_t>(), nullptr, nullptr, nullptr, offset};
+    Nf4 w{packed->data_ptr<uint8_t>(), nullptr, nullptr, nullptr, 0};
     if (codes) {
       same(*codes, at::kByte, blocks, "codes"), same(*map, at::kFloat, 256, "map");
+      same(*offset, at::kFloat, 1, "offset");
+      w.offset = *offset->data_ptr<float>();
       w.codes = codes->data_ptr<uint8_t>(), w.map = map->data_ptr<float>();
     }
     same(*absmax, at::kFloat, codes ? blocks_of(blocks, kCodeBlock) : blocks, "absmax");

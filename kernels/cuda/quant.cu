@@ -43,16 +43,16 @@ extern "C" __global__ void nf4_quantize(const T* x, unsigned char* packed, float
 }
 
 // out [rows, columns] = the weight's values from `row` and `column` on; its rows are `width` long. One block works on one
-// row. The scale of block b is absmax[b], or, where `codes` is not null, map[codes[b]] * absmax[b / 256] + offset. `wide`:
+// row. The scale of block b is absmax[b], or, where `codes` is not null, map[codes[b]] * absmax[b / 256] + *offset. `wide`:
 // packs of the weight lie at whole bytes within one block, and those of out at 16 bytes.
 extern "C" __global__ void nf4_dequantize(const unsigned char* packed, const float* absmax, const unsigned char* codes,
-                                          const float* map, float offset, i64 width, i64 row, i64 column, T* out,
+                                          const float* map, const float* offset, i64 width, i64 row, i64 column, T* out,
                                           int columns, bool wide) {
   __shared__ float value[16];
   if (threadIdx.x < 16) value[threadIdx.x] = NF4[threadIdx.x];
   __syncthreads();
   auto scale = [&](i64 block) {
-    return codes ? __fadd_rn(__fmul_rn(map[codes[block]], absmax[block / 256]), offset) : absmax[block];
+    return codes ? __fadd_rn(__fmul_rn(map[codes[block]], absmax[block / 256]), *offset) : absmax[block];
   };
   const i64 first = (row + blockIdx.x) * width + column;
   T* to = out + blockIdx.x * i64(columns);

@@ -123,9 +123,7 @@ pub fn dequantize_into(w: &Quantized, out: &Tensor, row: i64, column: i64) -> Re
     } else {
         let scales = match w.scales() {
             Scales::Absmax(absmax) => absmax.shallow_clone(),
-            Scales::Double { codes, absmax, offset } => {
-                dequantize_blocks(codes, absmax, true) + f64::from(*offset)
-            }
+            Scales::Double { codes, absmax, offset } => dequantize_blocks(codes, absmax, true) + offset,
         };
         let low = w.data().remainder(16);
         let high = (w.data() - &low).divide_scalar_mode(16, "trunc");
@@ -140,17 +138,14 @@ pub fn dequantize_into(w: &Quantized, out: &Tensor, row: i64, column: i64) -> Re
     Ok(())
 }
 
-/// The mean in float32, in libtorch's order of summation as far as that does not depend on the number of threads.
-pub(crate) fn mean(x: &Tensor) -> f32 {
+/// The mean in float32, `[1]`, in libtorch's order of summation as far as that does not depend on the number of threads.
+pub(crate) fn mean(x: &Tensor) -> Tensor {
     const SERIAL: i64 = 32767; // what libtorch sums on one thread
     let n = x.numel() as i64;
     let sum = |t: &Tensor| t.sum(Kind::Float);
-    let total = if n <= SERIAL {
-        sum(x)
-    } else {
-        sum(&Tensor::stack(&x.split(SERIAL, 0).iter().map(sum).collect::<Vec<_>>(), 0))
-    };
-    (total / n as f64).double_value(&[]) as f32
+    let parts = || Tensor::stack(&x.split(SERIAL, 0).iter().map(sum).collect::<Vec<_>>(), 0);
+    let total = if n <= SERIAL { sum(x) } else { sum(&parts()) };
+    (total / n as f64).view([1])
 }
 
 pub fn quantize_dynamic(x: &Tensor) -> (Tensor, Tensor) {

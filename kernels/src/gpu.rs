@@ -1,7 +1,7 @@
 //! The operations of [`crate::ops`] on CUDA: launches of the kernels in `cuda/`, in float32 and bfloat16. The kernels are
 //! compiled when first used, once for an architecture, and run on the current stream.
 
-use crate::cuda::Arg::{self, F32, I32, I64, Tensor as T};
+use crate::cuda::Arg::{self, F32, I32, I64, Tensor as T, U64};
 use crate::cuda::{self, Cuda, Kernel, Stream};
 use crate::error::{Error, Result, check};
 use crate::nvrtc;
@@ -56,6 +56,7 @@ const ROW_KERNELS: &[&str] = &[
     "swiglu",
     "swiglu_backward",
     "log_softmax",
+    "dropout",
     "accumulate",
     "embedding_backward",
 ];
@@ -444,6 +445,24 @@ pub fn sum_squares(tensors: &[&Tensor]) -> Result<f64> {
     }
     unsafe { place.launch("add_doubles", 1, [256, 1], 0, &[T(&partial), T(&out), I32(total as i32)]) }?;
     Ok(out.f_double_value(&[0])?)
+}
+
+pub fn dropout(x: &Tensor, rows: &Tensor, key: u64, threshold: u32, scale: f64) -> Result<Tensor> {
+    let (n, c) = matrix("dropout", x)?;
+    need("dropout", &[("x", x, x.kind(), n * c), ("rows", rows, Kind::Int64, n)])?;
+    let y = x.empty_like();
+    let args = [
+        T(x),
+        T(rows),
+        T(&y),
+        U64(key),
+        I32(threshold as i32),
+        F32(scale as f32),
+        I32(c as i32),
+        wide(c, pack(x), &[x, &y]),
+    ];
+    unsafe { Place::rows(x)?.launch("dropout", n, threads(c, pack(x)), 0, &args) }?;
+    Ok(y)
 }
 
 pub fn accumulate(dst: &Tensor, src: &Tensor, add: bool) -> Result<()> {

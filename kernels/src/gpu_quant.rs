@@ -48,37 +48,24 @@ pub fn dequantize(w: &Quantized, out: &Tensor, row: i64, column: i64) -> Result<
     if row < 0 || column < 0 || row + rows > height || column + columns > width {
         return Err(Error::new("rows and columns of out are not in the weight"));
     }
-    let n = height * width;
-    need(
-        op,
-        &[
-            ("out", out, out.kind(), rows * columns),
-            ("data", w.data(), w.data().kind(), w.data().numel() as i64),
-        ],
-    )?;
+    let mut tensors = vec![("out", out, out.kind(), rows * columns)];
+    let wanted = w.scheme().buffers(w.shape());
+    tensors.extend(w.buffers().into_iter().zip(wanted).map(|(t, (kind, n))| ("weight", t, kind, n)));
+    need(op, &tensors)?;
     let pack = pack(out);
     let place = Place::quant(out)?;
     let block = threads(columns, pack);
+    let (codes, absmax, offset) = match w.scales() {
+        Scales::Absmax(absmax) => (None, absmax, None),
+        Scales::Double { codes, absmax, offset } => (Some(codes), absmax, Some(offset)),
+    };
     if w.scheme() == Scheme::Int8 {
-        let Scales::Absmax(absmax) = w.scales() else { return Err(Error::new("int8 has one scale a row")) };
-        need(op, &[("data", w.data(), Kind::Int8, n), ("absmax", absmax, Kind::Float, height)])?;
         let wide = wide(columns, pack, &[out]);
         let args =
             [T(w.data()), T(absmax), I64(width), I64(row), I64(column), T(out), I32(columns as i32), wide];
         return unsafe { place.launch("int8_dequantize", rows, block, 0, &args) };
     }
-    need(op, &[("data", w.data(), Kind::Uint8, (n + 1) / 2)])?;
-    let count = blocks(n, NF4_BLOCK);
     let map = on(out.device(), Table::Signed);
-    let (codes, absmax, offset) = match w.scales() {
-        Scales::Absmax(absmax) => (None, absmax, 0.0),
-        Scales::Double { codes, absmax, offset } => (Some(codes), absmax, *offset),
-    };
-    let scales = if codes.is_some() { blocks(count, CODE_BLOCK) } else { count };
-    need(op, &[("data", w.data(), Kind::Uint8, (n + 1) / 2), ("absmax", absmax, Kind::Float, scales)])?;
-    if let Some(codes) = codes {
-        need(op, &[("absmax", absmax, Kind::Float, scales), ("codes", codes, Kind::Uint8, count)])?;
-    }
     // Packs of the weight must not cross bytes or blocks: rows and the first column must be whole packs too.
     let together = if width % pack == 0 && column % pack == 0 { columns } else { 1 };
     let args = [
@@ -86,7 +73,7 @@ pub fn dequantize(w: &Quantized, out: &Tensor, row: i64, column: i64) -> Result<
         T(absmax),
         opt(codes),
         if codes.is_some() { T(&map) } else { Null },
-        F32(offset),
+        opt(offset),
         I64(width),
         I64(row),
         I64(column),

@@ -26,7 +26,7 @@ unsafe extern "C" {
         absmax: Raw,
         codes: Raw,
         map: Raw,
-        offset: f32,
+        offset: Raw,
         height: i64,
         width: i64,
         row: i64,
@@ -82,14 +82,32 @@ pub enum Scheme {
     Int8,
 }
 
+impl Scheme {
+    /// Dtype and length of the tensors that a weight `[O, I]` consists of: the codes, then its scales.
+    pub fn buffers(self, shape: [i64; 2]) -> Vec<(Kind, i64)> {
+        let n = shape[0] * shape[1];
+        let count = blocks(n, NF4_BLOCK);
+        match self {
+            Scheme::Int8 => vec![(Kind::Int8, n), (Kind::Float, shape[0])],
+            Scheme::Nf4 => vec![(Kind::Uint8, (n + 1) / 2), (Kind::Float, count)],
+            Scheme::Nf4Double => vec![
+                (Kind::Uint8, (n + 1) / 2),
+                (Kind::Uint8, count),
+                (Kind::Float, blocks(count, CODE_BLOCK)),
+                (Kind::Float, 1),
+            ],
+        }
+    }
+}
+
 /// The scales of a weight.
 #[derive(Debug)]
 pub enum Scales {
     /// float32, one for each block (nf4) or row (int8): the largest absolute value.
     Absmax(Tensor),
     /// Scale b is `map[codes[b]] * absmax[b / 256] + offset`, with the signed [`dynamic_map`]. `codes`: uint8 `[blocks]`,
-    /// `absmax`: float32 `[blocks / 256]`, rounded up.
-    Double { codes: Tensor, absmax: Tensor, offset: f32 },
+    /// `absmax`: float32 `[blocks / 256]`, rounded up, `offset`: float32 `[1]`.
+    Double { codes: Tensor, absmax: Tensor, offset: Tensor },
 }
 
 /// A weight `[O, I]`, quantized.
@@ -115,10 +133,10 @@ pub struct Quantizer {
 
 impl Quantizer {
     pub fn new(scheme: Scheme, shape: [i64; 2], device: Device) -> Quantizer {
-        let n = shape[0] * shape[1];
-        let (kind, bytes, scales) = match scheme {
-            Scheme::Int8 => (Kind::Int8, n, shape[0]),
-            _ => (Kind::Uint8, (n + 1) / 2, blocks(n, NF4_BLOCK)),
+        let (kind, bytes) = scheme.buffers(shape)[0];
+        let scales = match scheme {
+            Scheme::Int8 => shape[0],
+            _ => blocks(shape[0] * shape[1], NF4_BLOCK),
         };
         Quantizer {
             scheme,
@@ -200,8 +218,9 @@ impl Quantizer {
                 let device = absmax.device();
                 let absmax = absmax.to_device(Device::Cpu); // few; the CPU's bits on every device
                 let offset = composed::mean(&absmax);
-                let (codes, absmax) = quantize_dynamic(&(absmax - f64::from(offset)));
-                Scales::Double { codes: codes.to_device(device), absmax: absmax.to_device(device), offset }
+                let (codes, absmax) = quantize_dynamic(&(absmax - &offset));
+                let put = |t: Tensor| t.to_device(device);
+                Scales::Double { codes: put(codes), absmax: put(absmax), offset: put(offset) }
             }
             _ => Scales::Absmax(absmax),
         };
@@ -248,14 +267,35 @@ impl Quantized {
 
     /// What it takes of memory.
     pub fn bytes(&self) -> usize {
-        let bytes = |t: &Tensor| t.numel() * t.kind().elt_size_in_bytes();
-        bytes(&self.data)
-            + match &self.scales {
-                Scales::Absmax(absmax) => bytes(absmax),
-                Scales::Double { codes, absmax, offset } => {
-                    bytes(codes) + bytes(absmax) + size_of_val(offset)
-                }
-            }
+        self.buffers().iter().map(|t| t.numel() * t.kind().elt_size_in_bytes()).sum()
+    }
+
+    /// The tensors that it consists of, in the order of [`Scheme::buffers`].
+    pub fn buffers(&self) -> Vec<&Tensor> {
+        match &self.scales {
+            Scales::Absmax(absmax) => vec![&self.data, absmax],
+            Scales::Double { codes, absmax, offset } => vec![&self.data, codes, absmax, offset],
+        }
+    }
+
+    /// From tensors as [`Quantized::buffers`] gives them; they may be views of larger ones.
+    pub fn from_buffers(scheme: Scheme, shape: [i64; 2], buffers: Vec<Tensor>) -> Result<Quantized> {
+        let wanted = scheme.buffers(shape);
+        let fits = buffers.len() == wanted.len()
+            && buffers.iter().zip(&wanted).all(|(t, (kind, n))| t.kind() == *kind && t.size() == [*n]);
+        let mut buffers = buffers.into_iter();
+        let mut next = || buffers.next().filter(|_| fits);
+        let misfit = || Error::new(format!("the buffers are not those of {scheme:?} of {shape:?}"));
+        let data = next().ok_or_else(misfit)?;
+        let scales = match scheme {
+            Scheme::Nf4Double => Scales::Double {
+                codes: next().ok_or_else(misfit)?,
+                absmax: next().ok_or_else(misfit)?,
+                offset: next().ok_or_else(misfit)?,
+            },
+            _ => Scales::Absmax(next().ok_or_else(misfit)?),
+        };
+        Ok(Quantized { scheme, shape, data, scales })
     }
 
     /// Some rows and columns of the weight in float32, bfloat16 or float64: T `[rows, columns]`.
@@ -278,8 +318,8 @@ impl Quantized {
         let [height, width] = self.shape;
         let map = dynamic_map(true, Device::Cpu);
         let (codes, absmax, offset) = match &self.scales {
-            Scales::Absmax(absmax) => (None, absmax, 0.0),
-            Scales::Double { codes, absmax, offset } => (Some(codes), absmax, *offset),
+            Scales::Absmax(absmax) => (None, absmax, None),
+            Scales::Double { codes, absmax, offset } => (Some(codes), absmax, Some(offset)),
         };
         // SAFETY: the C++ side checks device, contiguity, dtype and size of every tensor; out is written in place.
         check(unsafe {
@@ -292,7 +332,7 @@ impl Quantized {
                     raw(absmax),
                     raw_opt(codes),
                     raw_opt(map),
-                    offset,
+                    raw_opt(offset),
                     height,
                     width,
                     row,
@@ -346,7 +386,7 @@ fn panel_values(device: Device) -> i64 {
 }
 
 /// O and I of weights one above the other.
-fn stacked(parts: &[Quantized], x: &Tensor, dim: usize) -> Result<[i64; 2]> {
+fn stacked(parts: &[&Quantized], x: &Tensor, dim: usize) -> Result<[i64; 2]> {
     let columns = parts.first().map_or(0, |p| p.shape[1]);
     let size = [parts.iter().map(|p| p.shape[0]).sum(), columns];
     if parts.iter().any(|p| p.shape[1] != columns) || x.dim() != 2 || x.size()[1] != size[dim] {
@@ -358,7 +398,7 @@ fn stacked(parts: &[Quantized], x: &Tensor, dim: usize) -> Result<[i64; 2]> {
 
 /// y = x W^T for W `[O, I]`, the parts' rows one above the other: T `[N, O]` for x: T `[N, I]`. Of W only a panel of rows
 /// exists at a time.
-pub fn linear(parts: &[Quantized], x: &Tensor) -> Result<Tensor> {
+pub fn linear(parts: &[&Quantized], x: &Tensor) -> Result<Tensor> {
     let [rows, columns] = stacked(parts, x, 1)?;
     let options = (x.kind(), x.device());
     let y = Tensor::empty([x.size()[0], rows], options);
@@ -381,7 +421,7 @@ pub fn linear(parts: &[Quantized], x: &Tensor) -> Result<Tensor> {
 }
 
 /// dx = dy W, the gradient of [`linear`]: T `[N, I]` for dy: T `[N, O]`. Of W only a panel of columns exists at a time.
-pub fn linear_backward(parts: &[Quantized], dy: &Tensor) -> Result<Tensor> {
+pub fn linear_backward(parts: &[&Quantized], dy: &Tensor) -> Result<Tensor> {
     let [rows, columns] = stacked(parts, dy, 0)?;
     let options = (dy.kind(), dy.device());
     let dx = Tensor::empty([dy.size()[0], columns], options);

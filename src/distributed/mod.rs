@@ -1,5 +1,7 @@
 //! Ranks and what they share: the world, sharded parameters.
 
 pub mod environment;
+pub mod frozen;
+pub mod plan;
 pub mod sharded;
 pub mod world;

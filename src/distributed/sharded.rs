@@ -5,6 +5,9 @@
 //! master values (float32; float64 in float64 compute) and of their gradients. Before use the slices are gathered in
 //! the compute dtype, after use they are dropped; gradients are reduced and scattered back into slices.
 //!
+//! What of a group is not trained lies in a flat buffer of its own ([`super::frozen`]), sliced and gathered alike. A
+//! group's adapters (LoRA) are tensors like others, besides those of the model.
+//!
 //! Two process groups say what is done: slices lie over `shard` (ZeRO-3: all ranks; DDP: a group of one), and the
 //! slices' gradients are summed over `replica` (ZeRO-3: a group of one; DDP: all ranks). A group of one sends
 //! nothing, so one rank alone runs the same code on its own buffers, without copies.
@@ -13,8 +16,10 @@ use kernels::c10d::{Group, ReduceOp, Work};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::sections::Mode;
+use crate::distributed::frozen::{Frozen, Value};
+use crate::distributed::plan::{Home, Piece, Placed, Plan, adapter_names, is_adapter};
 use crate::distributed::world::World;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A tensor's place in its group's flat buffer.
 #[derive(Debug, Clone, PartialEq)]
@@ -66,6 +71,13 @@ impl Layout {
     }
 }
 
+/// All values of a group in the compute dtype: of what is trained, T `[numel + padding]`, and of what is frozen, in
+/// bytes; none where there is nothing of it.
+pub struct Full {
+    trained: Option<Tensor>,
+    frozen: Option<Tensor>,
+}
+
 /// A slice of a group: which elements of its flat buffer this rank owns (padding excluded).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slice {
@@ -74,6 +86,12 @@ pub struct Slice {
 }
 
 struct FlatGroup {
+    plan: Plan,
+    /// Of the plan's tensors, and of A and B of each adapter.
+    homes: Vec<Home>,
+    adapter_homes: Vec<[Home; 2]>,
+    frozen: Frozen,
+    /// What is trained.
     layout: Layout,
     /// Elements of every rank's slice, padding included; a multiple of 64.
     shard_len: i64,
@@ -120,30 +138,18 @@ pub struct Sharded {
 const MAX_REDUCTIONS: usize = 1;
 
 impl Sharded {
-    /// Allocates the slices of this rank; the values are undefined until [`Sharded::fill`].
-    pub fn new(layouts: Vec<Layout>, shard: Group, replica: Group, compute: Kind, device: Device) -> Sharded {
-        let master_kind = kernels::ops::accumulator(compute);
-        let groups = layouts
+    /// Allocates the slices of this rank; the values are undefined until they are filled. A [`Layout`] is a group that is
+    /// trained as a whole.
+    pub fn new(
+        groups: impl IntoIterator<Item = impl Into<Plan>>,
+        shard: Group,
+        replica: Group,
+        compute: Kind,
+        device: Device,
+    ) -> Sharded {
+        let groups = groups
             .into_iter()
-            .map(|layout| {
-                let shard_len = padded_slice(layout.numel, shard.size());
-                let master = Tensor::zeros([shard_len], (master_kind, device));
-                let local = if compute == master_kind {
-                    master.shallow_clone()
-                } else {
-                    Tensor::zeros([shard_len], (compute, device))
-                };
-                FlatGroup {
-                    layout,
-                    shard_len,
-                    master,
-                    local,
-                    grad: None,
-                    full: None,
-                    gathering: None,
-                    full_grad: None,
-                }
-            })
+            .map(|plan| FlatGroup::new(plan.into(), shard.size(), compute, device))
             .collect();
         Sharded { groups, reductions: Vec::new(), shard, replica, compute, device }
     }
@@ -156,8 +162,29 @@ impl Sharded {
         self.groups.is_empty()
     }
 
+    /// What is trained of group `i`; it may be nothing.
     pub fn layout(&self, i: usize) -> &Layout {
         &self.groups[i].layout
+    }
+
+    /// Group `i` as it was planned.
+    pub fn plan(&self, i: usize) -> &Plan {
+        &self.groups[i].plan
+    }
+
+    /// Whether something of group `i` is trained.
+    pub fn trains(&self, i: usize) -> bool {
+        self.groups[i].layout.numel > 0
+    }
+
+    /// The first group of which something is trained; the number of groups where nothing is.
+    pub fn first_trained(&self) -> usize {
+        (0..self.len()).find(|i| self.trains(*i)).unwrap_or(self.len())
+    }
+
+    /// Bytes of this rank's slices of what is not trained.
+    pub fn frozen_bytes(&self) -> i64 {
+        self.groups.iter().map(|g| g.frozen.bytes()).sum()
     }
 
     /// The dtype of forward and backward.
@@ -202,18 +229,41 @@ impl Sharded {
         self.groups[i].grad.as_ref().map(|g| g.narrow(0, 0, self.slice(i).len))
     }
 
-    /// Sets the values: `f(spec, first, values)` fills `values` (A `[n]`, a view of the slice) with elements
-    /// `first..first + n` of the flattened tensor `spec`.
+    /// Sets the values of the model's tensors, trained or not: `f(spec, first, values)` fills `values` (in any float
+    /// dtype, `[n]`) with elements `first..first + n` of the flattened tensor `spec`.
     pub fn fill(&mut self, mut f: impl FnMut(&Spec, i64, &Tensor) -> Result<()>) -> Result<()> {
+        self.fill_where(|spec| !is_adapter(&spec.name), true, &mut f)
+    }
+
+    /// Sets the values of the adapters, as [`Sharded::fill`] does those of the model.
+    pub fn fill_adapters(&mut self, mut f: impl FnMut(&Spec, i64, &Tensor) -> Result<()>) -> Result<()> {
+        self.fill_where(|spec| is_adapter(&spec.name), true, &mut f)
+    }
+
+    /// Sets the values of all that is trained: of the model and of adapters.
+    pub fn fill_trained(&mut self, mut f: impl FnMut(&Spec, i64, &Tensor) -> Result<()>) -> Result<()> {
+        self.fill_where(|_| true, false, &mut f)
+    }
+
+    fn fill_where(
+        &mut self,
+        wanted: impl Fn(&Spec) -> bool,
+        frozen: bool,
+        f: &mut impl FnMut(&Spec, i64, &Tensor) -> Result<()>,
+    ) -> Result<()> {
         for i in 0..self.groups.len() {
             let slice = self.slice(i);
-            for spec in &self.groups[i].layout.specs {
+            let group = &mut self.groups[i];
+            for spec in group.layout.specs.iter().filter(|s| wanted(s)) {
                 let first = slice.start.max(spec.offset);
                 let end = (slice.start + slice.len).min(spec.offset + spec.numel());
                 if first < end {
-                    let values = self.groups[i].master.narrow(0, first - slice.start, end - first);
+                    let values = group.master.narrow(0, first - slice.start, end - first);
                     f(spec, first - spec.offset, &values)?;
                 }
+            }
+            if frozen {
+                group.frozen.fill(self.shard.rank(), &wanted, &mut *f)?;
             }
         }
         self.refresh();
@@ -233,7 +283,8 @@ impl Sharded {
     pub fn prefetch(&mut self, i: usize) -> Result<()> {
         let size = self.shard.size();
         let g = &mut self.groups[i];
-        if g.full.is_some() {
+        g.frozen.prefetch(&self.shard)?;
+        if g.full.is_some() || g.layout.numel == 0 {
             return Ok(());
         }
         if size == 1 {
@@ -246,14 +297,14 @@ impl Sharded {
         Ok(())
     }
 
-    /// All values of group `i` in the compute dtype, flat: T [numel + padding]. Held until [`Sharded::release`].
-    pub fn full(&mut self, i: usize) -> Result<Tensor> {
+    /// All values of group `i`. Held until [`Sharded::release`].
+    pub fn full(&mut self, i: usize) -> Result<Full> {
         self.prefetch(i)?;
         let g = &mut self.groups[i];
         if let Some(work) = g.gathering.take() {
             work.wait()?;
         }
-        Ok(g.full.as_ref().expect("gathered above").shallow_clone())
+        Ok(Full { trained: g.full.as_ref().map(Tensor::shallow_clone), frozen: g.frozen.full(&self.shard)? })
     }
 
     /// Drops the gathered values of group `i`.
@@ -261,6 +312,69 @@ impl Sharded {
         let g = &mut self.groups[i];
         g.gathering = None;
         g.full = None;
+        g.frozen.release();
+    }
+
+    /// Tensors `first..end` of group `i`, which have equal rows, in as few pieces as they lie in.
+    pub fn pieces(&self, i: usize, tensors: std::ops::Range<usize>) -> Vec<Piece> {
+        let g = &self.groups[i];
+        let mut pieces: Vec<Piece> = Vec::new();
+        for k in tensors {
+            let size = g.plan.layout.specs[k].shape.clone();
+            if let Some(last) = pieces.last_mut() {
+                let joined = match (last.home, g.homes[k]) {
+                    (Home::Trained(offset), Home::Trained(next)) => {
+                        offset + last.size.iter().product::<i64>() == next
+                    }
+                    (Home::Frozen(_), Home::Frozen(next)) => g.frozen.follows(next),
+                    _ => false,
+                };
+                if joined {
+                    last.size[0] += size[0];
+                    continue;
+                }
+            }
+            pieces.push(Piece { home: g.homes[k], size });
+        }
+        pieces
+    }
+
+    /// A and B of adapter `k` of group `i`.
+    pub fn adapter_pieces(&self, i: usize, k: usize) -> [Piece; 2] {
+        let g = &self.groups[i];
+        let adapter = &g.plan.adapters[k];
+        let [a, b] = adapter.shapes(&g.plan.layout);
+        let [home_a, home_b] = g.adapter_homes[k];
+        [Piece { home: home_a, size: a }, Piece { home: home_b, size: b }]
+    }
+
+    /// A piece of group `i` as a view of its values.
+    pub fn value(&self, i: usize, full: &Full, piece: &Piece) -> Result<Value> {
+        let gathered = |t: &Option<Tensor>| match t {
+            Some(t) => Ok(t.shallow_clone()),
+            None => Err(Error::failed(format!("the values of group {i} are not there"))),
+        };
+        match piece.home {
+            Home::Trained(_) => {
+                let view = piece.gradient(&gathered(&full.trained)?);
+                Ok(Value::Dense(view.ok_or_else(|| Error::failed("what is trained is dense"))?))
+            }
+            Home::Frozen(index) => self.groups[i].frozen.value(index, &piece.size, &gathered(&full.frozen)?),
+        }
+    }
+
+    /// [`Sharded::value`] of what is never quantized.
+    pub fn dense(&self, i: usize, full: &Full, piece: &Piece) -> Result<Tensor> {
+        match self.value(i, full, piece)? {
+            Value::Dense(t) => Ok(t),
+            Value::Quantized(_) => Err(Error::failed(format!("group {i}: a dense tensor is quantized"))),
+        }
+    }
+
+    /// The one tensor of a group that has only one (the embedding, the head): T.
+    pub fn single(&mut self, i: usize) -> Result<Tensor> {
+        let full = self.full(i)?;
+        self.dense(i, &full, &self.pieces(i, 0..1)[0])
     }
 
     /// Where the backward of group `i` adds its gradient: A [numel + padding], and whether it is fresh: then its
@@ -343,8 +457,38 @@ impl Sharded {
             return Ok(g.master.narrow(0, 0, g.layout.numel));
         }
         let full = Tensor::empty([g.shard_len * self.shard.size()], (g.master.kind(), self.device));
-        self.shard.all_gather(&full, &g.master)?.wait()?;
+        if g.layout.numel > 0 {
+            self.shard.all_gather(&full, &g.master)?.wait()?;
+        }
         Ok(full.narrow(0, 0, g.layout.numel))
+    }
+
+    /// The model's tensors of group `i`, in the plan's order, then A and B of its adapters, each with its name: masters of
+    /// what is trained, values in the compute dtype of what is not, quantized ones in float32. A collective call over the
+    /// shard group; one tensor that is not trained exists at a time.
+    pub fn gather_tensors(&self, i: usize, mut f: impl FnMut(&str, Tensor) -> Result<()>) -> Result<()> {
+        let frozen = self.groups[i].frozen.gather(&self.shard)?;
+        let full = Full { trained: Some(self.gather_master(i)?), frozen };
+        let plan = &self.groups[i].plan;
+        let mut all: Vec<(String, Piece)> = Vec::new();
+        for (k, spec) in plan.layout.specs.iter().enumerate() {
+            all.push((spec.name.clone(), self.pieces(i, k..k + 1).remove(0)));
+        }
+        for (k, adapter) in plan.adapters.iter().enumerate() {
+            let names = adapter_names(&plan.layout.specs[adapter.target].name);
+            all.extend(names.into_iter().zip(self.adapter_pieces(i, k)));
+        }
+        for (name, piece) in all {
+            let value = match self.value(i, &full, &piece)? {
+                Value::Dense(t) => t,
+                Value::Quantized(q) => {
+                    let [rows, columns] = q.shape();
+                    q.dequantize(0..rows, 0..columns, Kind::Float)?
+                }
+            };
+            f(&name, value)?;
+        }
+        Ok(())
     }
 
     /// Sum of a function of the slices over all ranks that own different ones.
@@ -353,7 +497,34 @@ impl Sharded {
     }
 }
 
-/// Elements of one rank's slice: the group divided by the ranks, rounded up to a multiple of 64.
-fn padded_slice(numel: i64, ranks: i64) -> i64 {
+impl FlatGroup {
+    fn new(plan: Plan, ranks: i64, compute: Kind, device: Device) -> FlatGroup {
+        let master_kind = kernels::ops::accumulator(compute);
+        let Placed { layout, frozen, homes, adapter_homes } = plan.place();
+        let shard_len = padded_slice(layout.numel, ranks);
+        let master = Tensor::zeros([shard_len], (master_kind, device));
+        let local = match compute == master_kind {
+            true => master.shallow_clone(),
+            false => Tensor::zeros([shard_len], (compute, device)),
+        };
+        FlatGroup {
+            homes,
+            adapter_homes,
+            frozen: Frozen::new(frozen.into_iter(), compute, ranks, device),
+            plan,
+            layout,
+            shard_len,
+            master,
+            local,
+            grad: None,
+            full: None,
+            gathering: None,
+            full_grad: None,
+        }
+    }
+}
+
+/// Elements (or bytes) of one rank's slice: the group divided by the ranks, rounded up to a multiple of 64.
+pub(super) fn padded_slice(numel: i64, ranks: i64) -> i64 {
     ((numel + ranks - 1) / ranks + 63) & !63
 }

@@ -90,7 +90,7 @@ impl Llama {
         let mut last =
             integers(lengths.iter().enumerate().map(|(r, n)| r as i64 * time + n - 1)).to_device(device);
         for i in 1..=self.num_blocks() {
-            let w = self.block_weights(i)?;
+            let w = self.block_weights(i, None)?;
             let (y, rest) = block_forward(&w, &x, &context, i - 1)?;
             x = y;
             let qkv = rest.qkv.view([rows, time, heads + 2 * kv_heads, head_dim]);
@@ -124,7 +124,7 @@ impl Llama {
         let context = Context::decoding(self, ids.len() as i64, position, first, (cos, sin));
         let mut x = self.embed_checked(ids)?;
         for i in 1..=self.num_blocks() {
-            let w = self.block_weights(i)?;
+            let w = self.block_weights(i, None)?;
             let qkv = w.qkv.forward(&ops::rms_norm(&x, &w.norm1, context.eps)?.0)?;
             norm_heads(&w, &qkv, &context)?;
             rotate(&qkv, &context, false)?;
@@ -148,8 +148,7 @@ impl Llama {
     /// Logits of the next token, T [rows, V], for hidden states T [rows, C]; the head's weights stay gathered.
     pub fn next_token_logits(&mut self, hidden: &Tensor) -> Result<Tensor> {
         let group = self.head_group();
-        let flat = self.params.full(group)?;
-        Ok(hidden.f_mm(&self.params.layout(group).specs[0].view(&flat).tr())?)
+        Ok(hidden.f_mm(&self.params.single(group)?.tr())?)
     }
 
     /// Drops all gathered weights: the end of a generation.

@@ -42,7 +42,7 @@ pub fn init(params: &mut Sharded, shape: &Shape, seed: u64) -> Result<()> {
 }
 
 /// SplitMix64's finalizer (Steele et al. 2014).
-fn mix(x: u64) -> u64 {
+pub(crate) fn mix(x: u64) -> u64 {
     let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

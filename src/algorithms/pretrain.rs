@@ -27,8 +27,6 @@ use crate::telemetry::{Record, RunLog};
 /// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
 pub struct Inputs {
     pub tokenizer: Tokenizer,
-    /// The folder that the tokenizer comes from.
-    pub tokenizer_dir: PathBuf,
     pub train: Loader,
     pub valid: Option<Loader>,
     pub shape: Shape,
@@ -67,13 +65,7 @@ impl Inputs {
             }
         };
         shape.check()?;
-        if vocab > shape.vocab_size {
-            return Err(Error::data(format!(
-                "the tokenizer {} has {vocab} tokens, more than the model's vocab_size of {}",
-                tokenizer_dir.display(),
-                shape.vocab_size
-            )));
-        }
+        tokenizer.check_fits(shape.vocab_size)?;
         if length > shape.max_position_embeddings {
             return Err(Error::config(format!(
                 "data.sequence_length: {length} is more than the model's max_position_embeddings, {}",
@@ -108,7 +100,7 @@ impl Inputs {
                 c.schedule.warmup_steps
             )));
         }
-        Ok(Inputs { tokenizer, tokenizer_dir, train, valid, shape, steps, weights })
+        Ok(Inputs { tokenizer, train, valid, shape, steps, weights })
     }
 }
 
@@ -147,7 +139,7 @@ pub fn pretrain(
     let run_info = RunInfo {
         shape: inputs.shape.clone(),
         config_hash: hex(&sha2::Sha256::digest(resolved.as_bytes())),
-        tokenizer_dir: Some(inputs.tokenizer_dir.clone()),
+        tokenizer: Some(inputs.tokenizer.clone()),
     };
     let mut saver = Saver::new(dir, c.checkpoint.keep as usize, run_info, &world.group)?;
     let from = agree(&world.group, run::find_checkpoint(dir, resume))?;
@@ -269,7 +261,7 @@ pub fn pretrain(
     let how = Export {
         dtype: compute_kind(c.precision.compute),
         max_shard_size: 5_000_000_000,
-        tokenizer_dir: Some(&inputs.tokenizer_dir),
+        tokenizer: Some(&inputs.tokenizer),
     };
     let exported = export(&dir.join("model"), &inputs.shape, &model.params, &how, &world.group);
     saved?;

@@ -15,6 +15,7 @@ use super::safetensors::{Entry, Reader, Writer};
 use super::sharded::{Piece, list, pieces};
 use super::*;
 use crate::config::shape::Shape;
+use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::{Sharded, Slice};
 use crate::error::{Error, Kind as ErrorKind, Result};
 use crate::model::{init, layout::layouts};
@@ -133,8 +134,12 @@ fn assert_trained(params: &Sharded, optim: &AdamW, shape: &Shape, world: &Group,
     }
 }
 
+fn tokenizer(name: &str) -> Tokenizer {
+    Tokenizer::load(golden(name)).unwrap()
+}
+
 fn run_info(shape: &Shape) -> RunInfo {
-    RunInfo { shape: shape.clone(), config_hash: "abc".into(), tokenizer_dir: Some(golden("llama2")) }
+    RunInfo { shape: shape.clone(), config_hash: "abc".into(), tokenizer: Some(tokenizer("llama2")) }
 }
 
 /// Saves the state of [`trained`] on `n` ranks as each of `steps`.
@@ -365,12 +370,12 @@ fn an_export_is_an_import() {
     for (tied, ranks, max_shard_size) in [(false, 1, u64::MAX), (true, 2, 9000), (false, 2, 9000)] {
         let (folder, shape) = (Folder::new(), tiny(tied));
         let dir = folder.0.join("model");
-        let tokenizer_dir = golden("llama3");
+        let tokenizer = tokenizer("llama3");
         // The second export replaces the first.
         for _ in 0..2 {
             on_ranks(ranks, |world| {
                 let (params, _) = trained(&shape, &world, Mode::Full, Kind::Float);
-                let how = Export { dtype: Kind::Float, max_shard_size, tokenizer_dir: Some(&tokenizer_dir) };
+                let how = Export { dtype: Kind::Float, max_shard_size, tokenizer: Some(&tokenizer) };
                 export(&dir, &shape, &params, &how, &world).unwrap();
             });
         }
@@ -398,7 +403,7 @@ fn an_export_spares_what_is_not_its_own_and_fails_on_all_ranks() {
     fs::write(folder.0.join("thesis.txt"), "precious").unwrap();
     let errors = on_ranks(2, |world| {
         let (params, _) = trained(&shape, &world, Mode::Replicate, Kind::Float);
-        let how = Export { dtype: Kind::BFloat16, max_shard_size: u64::MAX, tokenizer_dir: None };
+        let how = Export { dtype: Kind::BFloat16, max_shard_size: u64::MAX, tokenizer: None };
         let e = export(Path::new("."), &shape, &params, &how, &world).unwrap_err();
         assert!(e.message.contains("no name for a file or folder"), "{e}");
         export(&folder.0, &shape, &params, &how, &world).unwrap_err()

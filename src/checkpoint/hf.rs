@@ -5,14 +5,15 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Value, json};
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use super::agree::{agree, agree_over};
+use super::grow::grown;
 use super::hf_config::{SpecialIds, read_object, read_shape, write_shape};
 use super::safetensors::{Entry, Reader, Writer};
 use crate::config::shape::Shape;
 use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
-use crate::distributed::sharded::{Layout, Sharded};
+use crate::distributed::sharded::{Layout, Sharded, Spec};
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFolder, write_file};
 use crate::model::layout::{LM_HEAD, layouts};
@@ -58,11 +59,13 @@ impl HfModel {
         &self.unknown_keys
     }
 
-    /// Fills the parameters; every rank reads its own slices only. All ranks that hold them call this, and fail
+    /// Fills the parameters, whose vocabulary may be larger than the model's (see [`super::grow`]); every rank reads its
+    /// own slices only. All ranks that hold them call this, and fail
     /// together.
     pub fn fill(&self, params: &mut Sharded) -> Result<()> {
-        let mine =
-            params.fill(|spec, first, values| self.reader(&spec.name)?.read(&spec.name, first, values));
+        let read =
+            |spec: &Spec, first, values: &Tensor| self.reader(&spec.name)?.read(&spec.name, first, values);
+        let mine = params.fill(grown(self.shape.vocab_size, read));
         agree_over(params, mine)
     }
 

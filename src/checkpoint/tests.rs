@@ -610,3 +610,41 @@ fn a_path_without_a_model_is_told_what_a_model_is() {
     fs::write(folder.0.join("params.json"), "{}").unwrap();
     assert_eq!(error(&folder.0).exit_code(), 2);
 }
+
+#[test]
+fn new_rows_are_the_mean_of_the_old_ones() {
+    for tied in [false, true] {
+        let (folder, shape) = (Folder::new(), tiny(tied));
+        save(&folder.0, &shape, 2, Mode::Full, Kind::Float, &[1]);
+        let (old, _) = trained(&shape, &Group::solo(), Mode::Full, Kind::Float);
+        let how = Export { dtype: Kind::Float, max_shard_size: u64::MAX, tokenizer: None };
+        let model = folder.0.join("exported");
+        export(&model, &shape, &old, &how, &Group::solo()).unwrap();
+        let larger = Shape { vocab_size: 64, ..shape.clone() };
+        for path in [model, step_dir(&folder.0, 1)] {
+            for (ranks, mode) in [(1, Mode::Full), (3, Mode::Full), (2, Mode::Replicate)] {
+                on_ranks(ranks, |world| {
+                    let (old, _) = trained(&shape, &Group::solo(), Mode::Full, Kind::Float);
+                    let mut grown = params(&larger, &world, mode, Kind::Float);
+                    Weights::open(&path).unwrap().fill(&mut grown).unwrap();
+                    for i in 0..grown.len() {
+                        let (now, before) = (grown.gather_master(i).unwrap(), old.gather_master(i).unwrap());
+                        if !["embedding", "head"].contains(&grown.layout(i).name.as_str()) {
+                            assert!(now.equal(&before));
+                            continue;
+                        }
+                        let (now, before) = (now.view([64, 24]), before.view([37, 24]));
+                        assert!(now.narrow(0, 0, 37).equal(&before));
+                        let mean = before.to_kind(Kind::Double).mean_dim(0, true, Kind::Double);
+                        let mean = mean.to_kind(Kind::Float).expand([27, 24], false);
+                        let off = (now.narrow(0, 37, 27) - mean).abs().max().double_value(&[]);
+                        assert!(off < 1e-8, "{off}");
+                    }
+                });
+            }
+        }
+        // A run that goes on must have the model that it had.
+        let e = load_error(&Checkpoint::open(&step_dir(&folder.0, 1)).unwrap(), &larger);
+        assert!(e.message.contains("is [37, 24] in the checkpoint, [64, 24] in the model"), "{e}");
+    }
+}

@@ -1,12 +1,14 @@
 //! The configuration of `corral pretrain`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
 use super::numbers::{count, positive, some_count};
-use super::sections::{Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Train, Valid};
+use super::sections::{
+    Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Tokenizer, Train, Valid,
+};
 use super::shape::{Llama3RopeScaling, Shape};
 use super::{Conflict, Loaded};
 use crate::error::{Error, Result};
@@ -199,13 +201,6 @@ impl Init {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Tokenizer {
-    /// A folder with a `tokenizer.json`. Without this section the model's folder is taken.
-    pub path: PathBuf,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Data {
     /// Token shards to train on; at least one.
     pub train: Vec<Source>,
@@ -218,15 +213,6 @@ pub struct Data {
 }
 
 impl Pretrain {
-    /// The folder of the tokenizer: the named one, else the model's. `None` is refused by [`Pretrain::validate`].
-    pub fn tokenizer_path(&self) -> Option<&Path> {
-        match (&self.tokenizer, &self.model) {
-            (Some(tokenizer), _) => Some(&tokenizer.path),
-            (None, Model::Path(path)) => Some(path),
-            (None, _) => None,
-        }
-    }
-
     /// Refuses combinations that cannot run on `world_size` (at least 1) ranks; touches no file and no device.
     /// [`Loaded::validate`] also tells where the value was written.
     pub fn validate(&self, world_size: i64) -> Result<()> {
@@ -239,7 +225,8 @@ impl Pretrain {
         if self.data.train.is_empty() {
             return Some(("data.train", "there is no data to train on; name at least one path".into()));
         }
-        if self.tokenizer_path().is_none() {
+        let has_path = self.tokenizer.as_ref().is_some_and(|t| t.path.is_some());
+        if !has_path && !matches!(self.model, Model::Path(_)) {
             let why = "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer.json";
             return Some(("tokenizer", why.into()));
         }
@@ -257,6 +244,7 @@ impl Pretrain {
             .conflict(world_size)
             .or_else(|| self.schedule.conflict(&self.train))
             .or_else(|| self.parallel.conflict())
+            .or_else(|| self.tokenizer.as_ref()?.conflict())
     }
 }
 

@@ -11,9 +11,10 @@ mod train;
 pub use files::{folder_has_tokenizer, is_tokenizer_file};
 pub use train::{MIN_VOCAB_SIZE, train};
 
+use crate::config::sections;
 use crate::error::{Error, Result};
 use crate::files::write_file;
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -36,6 +37,8 @@ pub struct Tokenizer {
     adds_bos: bool,
     splits_at_lines: bool,
     hash: [u8; 32],
+    /// `hash` before tokens were added.
+    base_hash: [u8; 32],
     /// `inner` for text that goes on inside a text, once it was needed; none where it is the same.
     continuation: OnceLock<Option<Arc<tokenizers::Tokenizer>>>,
 }
@@ -144,6 +147,8 @@ impl Tokenizer {
                 })
             }
         };
+        let splits_at_lines = splits_at_lines(&definition);
+        let hash = hash(definition);
         Ok(Tokenizer {
             vocab_size: vocab_size(&inner),
             inner: Arc::new(inner),
@@ -155,8 +160,9 @@ impl Tokenizer {
             unk,
             chat_template,
             adds_bos,
-            splits_at_lines: splits_at_lines(&definition),
-            hash: hash(definition),
+            splits_at_lines,
+            hash,
+            base_hash: hash,
             continuation: OnceLock::new(),
         })
     }
@@ -184,6 +190,25 @@ impl Tokenizer {
         )))
     }
 
+    /// The rows that the embedding of a model with `rows` rows needs for this tokenizer, as the configuration has it:
+    /// further ones for added tokens, and up to a multiple of `pad_to_multiple_of`. Rows that are there already, such as
+    /// those that a model was padded with, are taken first, as they are.
+    ///
+    /// # Errors
+    /// Ids beyond the embedding that are not of the configuration's added tokens.
+    pub fn rows(&self, rows: i64, section: Option<&sections::Tokenizer>) -> Result<i64> {
+        let Some(section) = section else { return self.check_fits(rows).map(|()| rows) };
+        let added = |id: i64| {
+            let token = u32::try_from(id).ok().and_then(|id| self.id_to_token(id));
+            token.is_some_and(|token| section.add_tokens.contains(&token))
+        };
+        if !(rows..self.vocab_size as i64).all(added) {
+            self.check_fits(rows)?;
+        }
+        let needed = rows.max(self.vocab_size as i64);
+        Ok(section.pad_to_multiple_of.map_or(needed, |n| (needed + n - 1) / n * n))
+    }
+
     /// Ids of `text`. `add_special`: with what the tokenizer's post-processor adds, such as BOS. Special tokens
     /// that are spelt out in `text` become their ids.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
@@ -199,7 +224,7 @@ impl Tokenizer {
     }
 
     /// Takes away all of several BOS at the beginning but one.
-    fn one_bos(&self, ids: &mut Vec<u32>) {
+    pub(super) fn one_bos(&self, ids: &mut Vec<u32>) {
         let several = ids.iter().take_while(|id| Some(**id) == self.bos).count();
         ids.drain(..several.saturating_sub(1));
     }
@@ -262,6 +287,27 @@ impl Tokenizer {
         Ok(self)
     }
 
+    /// The same tokenizer with these ends of a text, which `save` writes into `generation_config.json`.
+    pub(super) fn with_eos_ids(mut self, ids: &[u32]) -> Result<Self> {
+        if self.eos == ids {
+            return Ok(self);
+        }
+        let mut files = self.files.as_ref().clone();
+        let name = "generation_config.json";
+        let old = files.iter().position(|(n, _)| n == name).map(|i| files.remove(i).1);
+        let mut config = files::parse(old.as_deref().unwrap_or(b"{}"), Path::new(name))?;
+        config["eos_token_id"] = json!(ids);
+        files.push((name.into(), format!("{config:#}\n").into_bytes()));
+        self.files = Arc::new(files);
+        self.eos = ids.to_vec();
+        Ok(self)
+    }
+
+    /// Whether the token is a special one, or another that was added to the vocabulary.
+    pub fn is_added(&self, id: u32) -> bool {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id)
+    }
+
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
@@ -301,6 +347,11 @@ impl Tokenizer {
     /// padding), so that a file that was merely written anew keeps its hash.
     pub fn hash(&self) -> [u8; 32] {
         self.hash
+    }
+
+    /// [`Tokenizer::hash`] without the tokens of [`Tokenizer::with_tokens`]: of data that were tokenized before.
+    pub fn base_hash(&self) -> [u8; 32] {
+        self.base_hash
     }
 
     /// Names and contents of its files, `tokenizer.json` among them also where it was read from another format.

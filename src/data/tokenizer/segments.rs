@@ -4,7 +4,7 @@ use super::{Tokenizer, ids_of};
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::sync::Arc;
-use tokenizers::{NormalizerWrapper, OffsetReferential, OffsetType};
+use tokenizers::{NormalizerWrapper, OffsetReferential, OffsetType, PreTokenizedString};
 
 /// What stands before a segment.
 enum Before {
@@ -46,13 +46,23 @@ impl Tokenizer {
 
     /// Where the first added token of a text begins (its end where it has none), and the one that it ends with.
     fn added_tokens(&self, text: &str) -> (usize, Option<String>) {
-        let added = self.inner.get_added_vocabulary();
-        let split = added.extract_and_normalize(None::<&NormalizerWrapper>, text);
+        let split = self.split(text);
         let parts = split.get_splits(OffsetReferential::Original, OffsetType::Byte);
         let first =
             parts.iter().find(|(_, _, tokens)| tokens.is_some()).map_or(text.len(), |(_, at, _)| at.0);
         let last = parts.last().and_then(|(_, _, tokens)| tokens.as_ref()?.first());
         (first, last.and_then(|token| self.id_to_token(token.id)))
+    }
+
+    /// Where the last added token of a text ends.
+    pub fn end_of_last_token(&self, text: &str) -> Option<usize> {
+        let split = self.split(text);
+        let parts = split.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        parts.iter().rev().find(|(_, _, tokens)| tokens.is_some()).map(|(_, at, _)| at.1)
+    }
+
+    fn split(&self, text: &str) -> PreTokenizedString {
+        self.inner.get_added_vocabulary().extract_and_normalize(None::<&NormalizerWrapper>, text)
     }
 
     /// Ids of a text that goes on inside a text; from `first_token` on it is as everywhere.

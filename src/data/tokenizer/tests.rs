@@ -139,6 +139,16 @@ fn folder_with(fixture_name: &str, name: &str) -> (TestFolder, Value) {
     (folder, serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap())
 }
 
+/// One of the fixtures by its name, in its folder.
+pub fn load_fixture(name: &str) -> (TestFolder, Tokenizer) {
+    let file = if name == "qwen" { "qwen.tiktoken".into() } else { format!("{name}.model") };
+    let target = if name == "qwen" { "qwen.tiktoken" } else { "tokenizer.model" };
+    let folder = TestFolder::new(&format!("fixture-{name}-{:?}", std::thread::current().id()));
+    std::fs::copy(fixture(&file), folder.0.join(target)).unwrap();
+    let t = Tokenizer::load(&folder.0).unwrap();
+    (folder, t)
+}
+
 fn check_cases(t: &Tokenizer, expected: &Value) {
     let cases = expected["cases"].as_array().unwrap();
     assert!(cases.len() > 300);
@@ -212,3 +222,158 @@ fn tiktoken_vocabularies_give_tiktokens_ids() {
     assert_eq!(t.eos_ids(), [600, 602]);
     check_saved("qwen", &t, &expected);
 }
+
+#[test]
+fn what_cannot_be_converted_is_refused_with_the_reason() {
+    let model = std::fs::read(fixture("llama.model")).unwrap();
+    let folder = TestFolder::new("vocabulary-bad");
+    let error = |bytes: &[u8]| {
+        folder.file("tokenizer.model", bytes);
+        let e = Tokenizer::load(&folder.0).err().unwrap();
+        assert_eq!(e.exit_code(), 3);
+        assert!(e.message.contains("tokenizer.model: "), "{e}");
+        e.message
+    };
+    // Fields at the end of a protobuf are merged with what stands before.
+    let and = |more: &[u8]| [&model, more].concat();
+    assert!(error(&and(&[0x12, 2, 3 << 3, 1])).contains("a Unigram model of SentencePiece is not built"));
+    assert!(error(&and(&[0x12, 2, 3 << 3, 3])).contains("a word model"));
+    assert!(error(&and(&[0x1a, 3, 0x12, 1, b'x'])).contains("its normalizer `identity` maps characters"));
+    assert!(error(&and(&[0x1a, 2, 4 << 3, 1])).contains("remove_extra_whitespaces"));
+    assert!(error(&and(&[0x0a, 5, 0x0a, 3, b'<', b's', b'>'])).contains("the piece `<s>` is there twice"));
+    assert!(error(&and(&[0x0a, 6, 0x0a, 2, 0xc3, 0x28, 0x18, 1])).contains("not UTF-8"));
+    assert!(error(&and(&[0x0a, 2, 0x18, 1])).contains("a piece is empty"));
+    assert!(error(&and(&[0x0a, 9, 0x0a])).contains("cut off"));
+    assert!(error(&[]).contains("no pieces"));
+    assert!(error(b"hello").contains("not a SentencePiece model"));
+
+    let ranks = std::fs::read_to_string(fixture("llama3.model")).unwrap();
+    let (first, rest) = ranks.split_once('\n').unwrap();
+    assert!(error(rest.as_bytes()).contains("line 1: the rank 1 comes, and 0 is missing"));
+    assert!(error(format!("{ranks}{first}\n").as_bytes()).contains("line 601: the rank 0 is there twice"));
+    assert!(
+        error(format!("{ranks}{} 600\n", first.split(' ').next().unwrap()).as_bytes())
+            .contains("token is there twice")
+    );
+    assert!(error(format!("{ranks}x\n").as_bytes()).contains("line 601: not a token in base64 and its rank"));
+    assert!(error(b"YWI= 0\n").contains("the byte 0x00 has no token"));
+
+    std::fs::remove_file(folder.0.join("tokenizer.model")).unwrap();
+    let message = || Tokenizer::load(&folder.0).err().unwrap().message;
+    assert!(
+        message().ends_with("there is no tokenizer.json, tokenizer.model or qwen.tiktoken in this folder")
+    );
+    folder.file("vocab.json", "{}");
+    folder.file("merges.txt", "");
+    assert!(
+        message()
+            .contains("vocab.json and merges.txt cannot be read: save the tokenizer once with transformers")
+    );
+}
+
+#[test]
+fn the_config_beside_a_vocabulary_counts() {
+    let (folder, t) = load_fixture("llama");
+    let n = t.vocab_size() as u32;
+    let (space, a) = (t.token_to_id("▁").unwrap(), t.encode("a", true).unwrap());
+    assert_eq!(a[0], 1);
+    folder.file(
+        "tokenizer_config.json",
+        r#"{"add_bos_token": false, "add_eos_token": true, "pad_token": {"content": "[PAD]"}, "chat_template": "c"}"#,
+    );
+    folder.file("added_tokens.json", &format!(r#"{{"[PAD]": {n}, "<|x|>": {}}}"#, n + 1));
+    let t = Tokenizer::load(&folder.0).unwrap();
+    assert_eq!((t.vocab_size() as u32, t.pad_id(), t.adds_bos()), (n + 2, Some(n), false));
+    assert_eq!(t.encode("a", true).unwrap(), [&a[1..], &[2]].concat());
+    assert_eq!(t.encode("<|x|>", false).unwrap(), [n + 1]);
+    assert_eq!(t.chat_template().unwrap().source, "c");
+    let saved = TestFolder::new("vocabulary-config");
+    t.save(&saved.0).unwrap();
+    assert!(!saved.0.join("added_tokens.json").exists());
+    let again = Tokenizer::load(&saved.0).unwrap();
+    assert_eq!((again.hash(), again.pad_id()), (t.hash(), Some(n)));
+
+    // Ids that contradict the vocabulary.
+    folder.file("added_tokens.json", r#"{"[PAD]": 7}"#);
+    assert!(Tokenizer::load(&folder.0).err().unwrap().message.contains("`[PAD]` has the id 7 of the piece"));
+    folder.file("added_tokens.json", &format!(r#"{{"[PAD]": {}}}"#, n + 5));
+    let e = Tokenizer::load(&folder.0).err().unwrap();
+    assert!(e.message.contains(&format!("`[PAD]` should have the id {}, and gets {n}", n + 5)), "{e}");
+    std::fs::remove_file(folder.0.join("added_tokens.json")).unwrap();
+
+    // Only the beginning of a text gets a space.
+    folder.file("tokenizer_config.json", r#"{"legacy": false}"#);
+    let t = Tokenizer::load(&folder.0).unwrap();
+    assert_eq!(t.encode("(</s>(", false).unwrap()[0], space);
+    assert_eq!(t.encode("(</s>(", false).unwrap().iter().filter(|id| **id == space).count(), 1);
+    folder.file("tokenizer_config.json", r#"{"add_prefix_space": false}"#);
+    assert_ne!(Tokenizer::load(&folder.0).unwrap().encode("(", false).unwrap()[0], space);
+    // A folder of Meta's has nothing but the vocabulary; of an older model of Hugging Face's, config.json has the ids.
+    std::fs::remove_file(folder.0.join("tokenizer_config.json")).unwrap();
+    folder.file("config.json", r#"{"eos_token_id": [2, 5], "pad_token_id": 0}"#);
+    let t = Tokenizer::load(&folder.0).unwrap();
+    assert_eq!((t.bos_id(), t.eos_ids(), t.pad_id()), (Some(1), &[2, 5][..], Some(0)));
+}
+
+/// Damaged files give an error or a tokenizer, never a panic.
+#[test]
+fn mutated_files_do_no_harm() {
+    let folder = TestFolder::new("vocabulary-mutated");
+    let json = serde_json::from_slice::<Value>(&std::fs::read(fixture("llama3.json")).unwrap()).unwrap();
+    assert!(json["cases"].is_array());
+    let small = small(270);
+    let small = small.files().find(|(name, _)| *name == "tokenizer.json").unwrap().1.to_vec();
+    let config = br#"{"eos_token": {"content": "</s>"}, "added_tokens_decoder": {"9": {"content": "x"}}, "chat_template": [{"name": "default", "template": "x"}]}"#;
+    let sources = [
+        ("tokenizer.model", std::fs::read(fixture("no_prefix.model")).unwrap()),
+        ("tokenizer.model", std::fs::read(fixture("llama3.model")).unwrap()),
+        ("tokenizer.json", small),
+        ("tokenizer_config.json", config.to_vec()),
+    ];
+    let (mut good, mut bad) = (0, 0);
+    for (kind, (name, source)) in sources.iter().enumerate() {
+        let mut rng = crate::data::rng::Rng::new(1, "mutations", kind as u64);
+        for i in 0..MUTATIONS {
+            let mut bytes = source.clone();
+            for _ in 0..1 + rng.below(3) {
+                let at = rng.below(bytes.len() as u64) as usize;
+                match rng.below(5) {
+                    0 => bytes[at] = rng.below(256) as u8,
+                    1 => bytes[at] ^= 1 << rng.below(8),
+                    2 => bytes.truncate(at + 1),
+                    3 => drop(bytes.splice(at..at, source[at..].iter().copied().take(9)).collect::<Vec<_>>()),
+                    _ => drop(bytes.drain(at..(at + 1 + rng.below(20) as usize).min(bytes.len()))),
+                }
+                if bytes.is_empty() {
+                    bytes.push(0);
+                }
+            }
+            let files = match *name {
+                "tokenizer_config.json" => {
+                    let path =
+                        folder.file("tokenizer.model", std::fs::read(fixture("no_prefix.model")).unwrap());
+                    folder.file(name, &bytes);
+                    Tokenizer::load(path)
+                }
+                _ => Tokenizer::load(folder.file(name, &bytes)),
+            };
+            match files {
+                Ok(t) => {
+                    good += 1;
+                    if i % 16 == 0 {
+                        let _ = t.encode("Hello <s> 中\n", true).map(|ids| t.decode(&ids, true));
+                    }
+                }
+                Err(e) => {
+                    bad += 1;
+                    assert_eq!(e.exit_code(), 3, "{e}");
+                }
+            }
+            let _ = std::fs::remove_file(folder.0.join(name));
+        }
+    }
+    assert!(good > 100 && bad > 1000, "{good} {bad}");
+}
+
+/// Of each kind of file.
+const MUTATIONS: usize = 500;

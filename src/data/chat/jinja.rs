@@ -19,13 +19,11 @@ const CLOSE: &str = "\u{fdd0}endgeneration\u{fdd1}";
 const NAME: &str = "chat_template";
 const FILTER: &str = "mark_generation";
 
-/// Texts that a template may write, where the tokenizer has them: the names of transformers' `special_tokens_map`.
-pub(super) type SpecialTokens = Vec<(&'static str, String)>;
-
 /// A compiled template.
 pub(super) struct Jinja {
     environment: Environment<'static>,
-    tokens: SpecialTokens,
+    /// Names and texts of the special tokens that a template may write.
+    tokens: Vec<(&'static str, String)>,
     pub place: String,
     /// Whether it marks the assistant's turns.
     pub marks: bool,
@@ -38,7 +36,7 @@ pub(super) struct Rendered {
 }
 
 impl Jinja {
-    pub fn new(template: &ChatTemplate, tokens: SpecialTokens) -> Result<Jinja> {
+    pub fn new(template: &ChatTemplate, tokens: Vec<(&'static str, String)>) -> Result<Jinja> {
         let (source, marks) = with_filter_blocks(&template.source);
         let mut environment = Environment::new();
         let mut syntax = SyntaxConfig::builder();

@@ -14,7 +14,7 @@ use super::conversation::Message;
 use super::tokenizer::{ChatTemplate, Tokenizer};
 use crate::config::sections;
 use crate::error::{Error, Result};
-use jinja::{Jinja, SpecialTokens};
+use jinja::Jinja;
 
 /// A tokenizer and the chat template that goes with it.
 pub struct Chat {
@@ -61,7 +61,7 @@ impl Chat {
     }
 
     fn with(tokenizer: &Tokenizer, template: &ChatTemplate) -> Result<Chat> {
-        let template = Jinja::new(template, special_tokens(tokenizer))?;
+        let template = Jinja::new(template, tokenizer.special_tokens().to_vec())?;
         let mut chat = Chat { tokenizer: tokenizer.clone(), template, end_of_turn: None };
         // What a template makes of these two tells how it ends a turn; not every one takes them.
         let probe = [Message::new("user", "a"), Message::new("assistant", "b")];
@@ -181,19 +181,6 @@ impl Chat {
         }
         Ok(turns)
     }
-}
-
-/// The texts of the special tokens that the tokenizer names.
-fn special_tokens(tokenizer: &Tokenizer) -> SpecialTokens {
-    [
-        ("bos_token", tokenizer.bos_id()),
-        ("eos_token", tokenizer.eos_ids().first().copied()),
-        ("unk_token", tokenizer.unk_id()),
-        ("pad_token", tokenizer.pad_id()),
-    ]
-    .into_iter()
-    .filter_map(|(name, id)| Some((name, tokenizer.id_to_token(id?)?)))
-    .collect()
 }
 
 /// The tokenizer that a configuration asks for: loaded from the section's `path`, else from `model`'s folder, with the

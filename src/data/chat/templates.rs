@@ -56,7 +56,7 @@ pub fn names() -> String {
 /// None of these; a built-in one whose tokens the tokenizer lacks.
 pub fn find(what: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
     if let Some(template) = BUILT_IN.iter().find(|t| t.name == what) {
-        let ends = template.source.contains("eos_token") && tokenizer.eos_ids().is_empty();
+        let ends = template.source.contains("eos_token") && !has_eos(tokenizer);
         let missing: Vec<&str> = template
             .tokens
             .iter()
@@ -71,7 +71,7 @@ pub fn find(what: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
                 tokenizer.place()
             )));
         }
-        let begin = if template.without_bos { bos(tokenizer) } else { "" };
+        let begin = if template.without_bos { bos(tokenizer) } else { String::new() };
         let source = format!("{begin}{}", template.source.trim_end_matches('\n'));
         return Ok(ChatTemplate { source, place: format!("the built-in chat template {what}") });
     }
@@ -88,8 +88,22 @@ pub fn find(what: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
 }
 
 /// Jinja that writes BOS where the tokenizer puts one before every text.
-fn bos(tokenizer: &Tokenizer) -> &'static str {
-    if tokenizer.adds_bos() { "{{- bos_token -}}" } else { "" }
+fn bos(tokenizer: &Tokenizer) -> String {
+    let named = tokenizer.special_tokens().iter().any(|(name, _)| *name == "bos_token");
+    match tokenizer.bos_id().and_then(|id| tokenizer.id_to_token(id)).filter(|_| tokenizer.adds_bos()) {
+        Some(_) if named => "{{- bos_token -}}".into(),
+        Some(text) => format!("{{{{- {} -}}}}", quote(&text)),
+        None => String::new(),
+    }
+}
+
+fn has_eos(tokenizer: &Tokenizer) -> bool {
+    tokenizer.special_tokens().iter().any(|(name, _)| *name == "eos_token")
+}
+
+/// A string of Jinja's, which one of JSON is too.
+fn quote(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
 }
 
 /// A plain template such as `"Question: {prompt}\n\nAnswer: {completion}"` as a chat template for one message of the user
@@ -134,15 +148,13 @@ pub fn plain(template: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
     let Ok([before, between, after]) = <[String; 3]>::try_from(parts) else {
         return Err(bad("`{prompt}` and then `{completion}` must be there once each".into()));
     };
-    if tokenizer.eos_ids().is_empty() {
+    if !has_eos(tokenizer) {
         return Err(Error::data(format!(
             "the tokenizer {} names no end of a text, which a completion ends with; add \"eos_token\" to its \
              tokenizer_config.json",
             tokenizer.place()
         )));
     }
-    // A string of JSON is one of Jinja.
-    let quote = |text: &str| serde_json::Value::from(text).to_string();
     let refusal = "The template has places for a prompt and its completion only; the roles here are ";
     let source = format!(
         "{{%- set roles = messages | map(attribute='role') | list -%}}\

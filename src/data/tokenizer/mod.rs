@@ -32,7 +32,8 @@ pub struct Tokenizer {
     bos: Option<u32>,
     eos: Vec<u32>,
     pad: Option<u32>,
-    unk: Option<u32>,
+    /// `bos_token` and so on, as the tokenizer's files name them.
+    named: Vec<(&'static str, String)>,
     chat_template: Option<ChatTemplate>,
     adds_bos: bool,
     splits_at_lines: bool,
@@ -90,11 +91,13 @@ impl Tokenizer {
             parse("special_tokens_map.json")?,
             parse("generation_config.json")?,
         );
-        let special = |name: &str| -> Result<Option<u32>> {
-            let named = [&config[name], &map[name]].into_iter().find(|v| !v.is_null());
-            let Some(text) = named.and_then(|v| v.as_str().or(v["content"].as_str())) else {
+        let mut named = Vec::new();
+        let mut special = |name: &'static str| -> Result<Option<u32>> {
+            let value = [&config[name], &map[name]].into_iter().find(|v| !v.is_null());
+            let Some(text) = value.and_then(|v| v.as_str().or(v["content"].as_str())) else {
                 return Ok(None);
             };
+            named.push((name, text.to_string()));
             inner.token_to_id(text).map(Some).ok_or_else(|| {
                 invalid(
                     main,
@@ -127,7 +130,7 @@ impl Tokenizer {
                 eos.push(id);
             }
         }
-        let unk = special("unk_token")?;
+        special("unk_token")?;
 
         let empty = inner.encode_fast("", true).map_err(|e| invalid(main, e))?;
         let adds_bos = bos.is_some() && empty.get_ids().first().copied() == bos;
@@ -157,7 +160,7 @@ impl Tokenizer {
             bos,
             eos,
             pad,
-            unk,
+            named,
             chat_template,
             adds_bos,
             splits_at_lines,
@@ -334,8 +337,10 @@ impl Tokenizer {
         self.pad
     }
 
-    pub fn unk_id(&self) -> Option<u32> {
-        self.unk
+    /// `bos_token`, `eos_token`, `unk_token` and `pad_token` by these names, where `tokenizer_config.json` or
+    /// `special_tokens_map.json` has them: what a chat template may write.
+    pub fn special_tokens(&self) -> &[(&'static str, String)] {
+        &self.named
     }
 
     /// The Jinja chat template, of `chat_template.jinja`, else `tokenizer_config.json`.

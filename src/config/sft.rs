@@ -1,14 +1,13 @@
 //! The configuration of `corral sft`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::numbers::{count, not_negative, positive};
 use super::pretrain::Model;
 use super::sections::{Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Tokenizer, Train};
-use super::{Conflict, Loaded};
-use crate::error::Result;
+use super::{Algorithm, Conflict};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -145,15 +144,24 @@ impl Default for Generation {
     }
 }
 
-impl Sft {
-    /// The first key that does not fit the others, and why.
+impl Algorithm for Sft {
+    const SUBCOMMAND: &'static str = "sft";
+
+    fn output_dir(&self) -> &Path {
+        &self.output_dir
+    }
+
+    fn parallel(&self) -> &Parallel {
+        &self.parallel
+    }
+
     fn conflict(&self, world_size: i64) -> Option<Conflict> {
         if self.data.train.is_empty() {
             return Some(("data.train", "there is no data to train on; name at least one file".into()));
         }
         let has_path = self.tokenizer.as_ref().is_some_and(|t| t.path.is_some());
         if !has_path && !matches!(self.model, Model::Path(_)) {
-            let why = "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer.json";
+            let why = "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer";
             return Some(("tokenizer", why.into()));
         }
         let split = &self.data.split;
@@ -187,14 +195,6 @@ impl Sft {
             .or_else(|| self.schedule.conflict(&self.train))
             .or_else(|| self.parallel.conflict())
             .or_else(|| self.tokenizer.as_ref()?.conflict())
-    }
-}
-
-impl Loaded<Sft> {
-    /// Refuses combinations that cannot run on `world_size` (at least 1) ranks, with the place of the value that does
-    /// not fit; touches no file and no device.
-    pub fn validate(&self, world_size: i64) -> Result<()> {
-        self.config.conflict(world_size).map_or(Ok(()), |(key, message)| Err(self.error(key, &message)))
     }
 }
 

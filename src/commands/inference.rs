@@ -97,9 +97,10 @@ fn eos_of(path: &Path) -> Result<Vec<i64>> {
     })
 }
 
-/// Token ids as the tokenizer gives them, as the model takes them.
+/// Token ids as the tokenizer gives them, as the model takes them; with what it adds, BOS is there once.
 pub fn encode(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Result<Vec<i64>> {
-    Ok(tokenizer.encode(text, add_special)?.into_iter().map(i64::from).collect())
+    let ids = if add_special { tokenizer.encode_prompt(text) } else { tokenizer.encode(text, false) };
+    Ok(ids?.into_iter().map(i64::from).collect())
 }
 
 /// A bar on stderr, if that is a terminal, of `total` `unit`s.

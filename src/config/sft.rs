@@ -161,7 +161,7 @@ impl Algorithm for Sft {
         }
         let has_path = self.tokenizer.as_ref().is_some_and(|t| t.path.is_some());
         if !has_path && !matches!(self.model, Model::Path(_)) {
-            let why = "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer.json";
+            let why = "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer";
             return Some(("tokenizer", why.into()));
         }
         let split = &self.data.split;

@@ -9,6 +9,7 @@ pub mod pretrain;
 pub mod sections;
 pub mod sft;
 pub mod shape;
+pub mod trainable;
 #[cfg(test)]
 mod tests;
 mod yaml;

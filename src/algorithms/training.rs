@@ -90,6 +90,7 @@ impl<'a> RunFolder<'a> {
         let info = RunInfo {
             shape: shape.clone(),
             config_hash: hex(&sha2::Sha256::digest(resolved.as_bytes())),
+            base: None,
             tokenizer: Some(tokenizer.clone()),
         };
         let saver = Saver::new(dir, keep as usize, info, &world.group)?;

@@ -200,7 +200,7 @@ pub struct Export<'a> {
 /// All ranks fail together.
 pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: &Group) -> Result<()> {
     let writes = world.rank() == 0;
-    let plan = plan((0..params.len()).map(|i| params.layout(i)), how);
+    let plan = plan((0..params.len()).map(|i| &params.plan(i).layout), how);
     let started = if writes { begin(dir, shape, how, &plan).map(Some) } else { Ok(None) };
     let folder =
         agree(world, started).with_context(|| format!("exporting the model to {}", dir.display()))?;
@@ -212,10 +212,12 @@ pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: 
         if params.replica_group().rank() != 0 {
             break;
         }
-        let flat = params.gather_master(i)?;
-        if let (Some(output), Ok(())) = (&mut output, &status) {
-            status = params.layout(i).specs.iter().try_for_each(|spec| output.write(&spec.view(&flat)));
-        }
+        params.gather_tensors(i, |_, value| {
+            if let (Some(output), Ok(())) = (&mut output, &status) {
+                status = output.write(&value);
+            }
+            Ok(())
+        })?;
     }
     drop(output);
     let status = status.and_then(|()| folder.map_or(Ok(()), AtomicFolder::commit));

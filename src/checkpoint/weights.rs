@@ -3,15 +3,19 @@
 use std::path::{Path, PathBuf};
 
 use super::hf::HfModel;
+use super::peft::{self, PeftAdapter};
 use super::sharded::{Checkpoint, META, checkpoints_dir, latest};
 use crate::config::shape::Shape;
 use crate::data::tokenizer::folder_has_tokenizer;
 use crate::distributed::sharded::Sharded;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
+use crate::model::Trainable;
 
 /// A model on disk, found by its path.
 pub enum Weights {
     Hf(HfModel),
+    /// An adapter, and the model that it is for.
+    Adapter(PeftAdapter, Box<Weights>),
     Checkpoint(Checkpoint),
 }
 
@@ -32,6 +36,13 @@ impl Weights {
             if dir.join("config.json").is_file() {
                 return Ok(Weights::Hf(HfModel::load(&dir)?));
             }
+            if dir.join(peft::CONFIG).is_file() {
+                let adapter = PeftAdapter::open(&dir)?;
+                let base = adapter.base()?;
+                let base = Weights::open(&base)
+                    .with_context(|| format!("the model of the adapter {}", dir.display()))?;
+                return Weights::adapted(base, adapter);
+            }
         }
         if checkpoints_dir(path).is_dir()
             && let Some(checkpoint) = latest(path)?
@@ -51,9 +62,34 @@ impl Weights {
         )))
     }
 
+    /// A model with an adapter, which must fit it.
+    pub fn adapted(base: Weights, adapter: PeftAdapter) -> Result<Weights> {
+        if base.lora().is_some() {
+            return Err(Error::data(format!(
+                "{} is an adapter for {}, which is itself a model with an adapter; merge that first (corral merge)",
+                adapter.dir().display(),
+                base.dir().display()
+            )));
+        }
+        adapter.check(base.shape())?;
+        Ok(Weights::Adapter(adapter, Box::new(base)))
+    }
+
+    /// The adapters that the model has besides its own tensors, if any, and how its weights were kept in training.
+    pub fn lora(&self) -> Option<&Trainable> {
+        match self {
+            Weights::Hf(_) => None,
+            Weights::Adapter(adapter, _) => Some(adapter.trainable()),
+            Weights::Checkpoint(checkpoint) => {
+                checkpoint.meta().base.as_ref().map(|b| &b.trainable).filter(|t| t.lora.is_some())
+            }
+        }
+    }
+
     pub fn shape(&self) -> &Shape {
         match self {
             Weights::Hf(model) => model.shape(),
+            Weights::Adapter(_, base) => base.shape(),
             Weights::Checkpoint(checkpoint) => &checkpoint.meta().shape,
         }
     }
@@ -62,6 +98,7 @@ impl Weights {
     pub fn dir(&self) -> &Path {
         match self {
             Weights::Hf(model) => model.dir(),
+            Weights::Adapter(adapter, _) => adapter.dir(),
             Weights::Checkpoint(checkpoint) => checkpoint.dir(),
         }
     }
@@ -72,10 +109,15 @@ impl Weights {
         folder_has_tokenizer(dir).then(|| dir.to_path_buf())
     }
 
-    /// Fills the parameters, each rank its own slices. Collective over the ranks that hold them.
+    /// Fills the parameters, each rank its own slices; adapters, where the parameters have any, only from a model that has
+    /// them too. Collective over the ranks that hold them.
     pub fn fill(&self, params: &mut Sharded) -> Result<()> {
         match self {
             Weights::Hf(model) => model.fill(params),
+            Weights::Adapter(adapter, base) => {
+                base.fill(params)?;
+                adapter.fill(params)
+            }
             Weights::Checkpoint(checkpoint) => checkpoint.fill_weights(params),
         }
     }

@@ -9,9 +9,9 @@ pub mod pretrain;
 pub mod sections;
 pub mod sft;
 pub mod shape;
-pub mod trainable;
 #[cfg(test)]
 mod tests;
+pub mod trainable;
 mod yaml;
 
 use std::path::Path;

@@ -54,6 +54,17 @@ impl From<Layout> for Plan {
 }
 
 impl Plan {
+    /// All tensors, those of adapters after the model's; what they are, not where.
+    pub fn tensors(&self) -> Vec<Spec> {
+        let mut specs = self.layout.specs.clone();
+        for adapter in &self.adapters {
+            let names = adapter_names(&self.layout.specs[adapter.target].name);
+            let new = names.into_iter().zip(adapter.shapes(&self.layout));
+            specs.extend(new.map(|(name, shape)| Spec { name, shape, offset: 0 }));
+        }
+        specs
+    }
+
     /// Whether a tensor whose name ends so is trained.
     pub fn trains(&self, suffix: &str) -> bool {
         let named = |(spec, role): (&Spec, &Role)| *role == Role::Trained && spec.name.ends_with(suffix);
@@ -61,44 +72,30 @@ impl Plan {
     }
 
     pub(super) fn place(&self) -> Placed {
-        // All tensors with what becomes of them: the model's, and those of adapters.
-        let mut tensors: Vec<(String, Vec<i64>, Role)> = Vec::new();
-        for (spec, role) in self.layout.specs.iter().zip(&self.roles) {
-            tensors.push((spec.name.clone(), spec.shape.clone(), *role));
-        }
-        for adapter in &self.adapters {
-            let names = adapter_names(&self.layout.specs[adapter.target].name);
-            for (name, shape) in names.into_iter().zip(adapter.shapes(&self.layout)) {
-                tensors.push((name, shape, adapter.role));
-            }
-        }
+        let of_adapters = self.adapters.iter().flat_map(|a| [a.role; 2]);
+        let roles: Vec<Role> = self.roles.iter().copied().chain(of_adapters).collect();
+        let tensors = self.tensors();
+        let all = || tensors.iter().zip(&roles);
         // What is trained in the same order, but matrices first.
         let trained = |matrix: bool| {
-            let of = move |t: &&(String, Vec<i64>, Role)| t.2 == Role::Trained && (t.1.len() > 1) == matrix;
-            tensors.iter().filter(of).map(|(name, shape, _)| (name.clone(), shape.clone()))
+            let of = move |(spec, role): &(&Spec, &Role)| {
+                **role == Role::Trained && (spec.shape.len() > 1) == matrix
+            };
+            all().filter(of).map(|(spec, _)| (spec.name.clone(), spec.shape.clone()))
         };
         let layout = Layout::new(self.layout.name.clone(), trained(true).chain(trained(false)).collect());
-        let frozen: Vec<(Spec, Storage)> = tensors
-            .iter()
-            .filter_map(|(name, shape, role)| match role {
-                Role::Trained => None,
-                Role::Frozen(storage) => {
-                    Some((Spec { name: name.clone(), shape: shape.clone(), offset: 0 }, *storage))
-                }
-            })
-            .collect();
         let offsets: HashMap<&str, i64> = layout.specs.iter().map(|s| (s.name.as_str(), s.offset)).collect();
-        let mut next_frozen = 0;
-        let homes: Vec<Home> = tensors
-            .iter()
-            .map(|(name, _, role)| match role {
-                Role::Trained => Home::Trained(offsets[name.as_str()]),
-                Role::Frozen(_) => {
-                    next_frozen += 1;
-                    Home::Frozen(next_frozen - 1)
+        let mut frozen = Vec::new();
+        let mut homes = Vec::with_capacity(tensors.len());
+        for (spec, role) in all() {
+            homes.push(match role {
+                Role::Trained => Home::Trained(offsets[spec.name.as_str()]),
+                Role::Frozen(storage) => {
+                    frozen.push((spec.clone(), *storage));
+                    Home::Frozen(frozen.len() - 1)
                 }
-            })
-            .collect();
+            });
+        }
         let (homes, of_adapters) = homes.split_at(self.layout.specs.len());
         let adapter_homes = of_adapters.chunks_exact(2).map(|c| [c[0], c[1]]).collect();
         Placed { homes: homes.to_vec(), adapter_homes, layout, frozen }

@@ -17,7 +17,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::sections::Mode;
 use crate::distributed::frozen::{Frozen, Value};
-use crate::distributed::plan::{Home, Piece, Placed, Plan, adapter_names, is_adapter};
+use crate::distributed::plan::{Home, Piece, Placed, Plan, is_adapter};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 
@@ -245,7 +245,8 @@ impl Sharded {
         self.fill_where(|_| true, false, &mut f)
     }
 
-    fn fill_where(
+    /// Sets the values of the tensors that are `wanted`: of what is trained, and, if `frozen`, of what is not.
+    pub fn fill_where(
         &mut self,
         wanted: impl Fn(&Spec) -> bool,
         frozen: bool,
@@ -463,30 +464,20 @@ impl Sharded {
         Ok(full.narrow(0, 0, g.layout.numel))
     }
 
-    /// The model's tensors of group `i`, in the plan's order, then A and B of its adapters, each with its name: masters of
-    /// what is trained, values in the compute dtype of what is not, quantized ones in float32. A collective call over the
-    /// shard group; one tensor that is not trained exists at a time.
-    pub fn gather_tensors(&self, i: usize, mut f: impl FnMut(&str, Tensor) -> Result<()>) -> Result<()> {
+    /// Gives the model's tensors of group `i` to `f`, in the plan's order: masters of what is trained, values in the compute
+    /// dtype of what is not, quantized ones in float32. A collective call over the shard group.
+    pub fn gather_tensors(&self, i: usize, mut f: impl FnMut(&Spec, Tensor) -> Result<()>) -> Result<()> {
         let frozen = self.groups[i].frozen.gather(&self.shard)?;
         let full = Full { trained: Some(self.gather_master(i)?), frozen };
-        let plan = &self.groups[i].plan;
-        let mut all: Vec<(String, Piece)> = Vec::new();
-        for (k, spec) in plan.layout.specs.iter().enumerate() {
-            all.push((spec.name.clone(), self.pieces(i, k..k + 1).remove(0)));
-        }
-        for (k, adapter) in plan.adapters.iter().enumerate() {
-            let names = adapter_names(&plan.layout.specs[adapter.target].name);
-            all.extend(names.into_iter().zip(self.adapter_pieces(i, k)));
-        }
-        for (name, piece) in all {
-            let value = match self.value(i, &full, &piece)? {
+        for (k, spec) in self.groups[i].plan.layout.specs.iter().enumerate() {
+            let value = match self.value(i, &full, &self.pieces(i, k..k + 1)[0])? {
                 Value::Dense(t) => t,
                 Value::Quantized(q) => {
                     let [rows, columns] = q.shape();
                     q.dequantize(0..rows, 0..columns, Kind::Float)?
                 }
             };
-            f(&name, value)?;
+            f(spec, value)?;
         }
         Ok(())
     }

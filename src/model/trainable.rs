@@ -51,9 +51,7 @@ impl Lora {
     fn targets(&self, module: &str) -> bool {
         match &self.targets {
             Targets::AllLinear => true,
-            Targets::Attention => {
-                ["q_proj", "k_proj", "v_proj", "o_proj"].contains(&last_part(module))
-            }
+            Targets::Attention => ["q_proj", "k_proj", "v_proj", "o_proj"].contains(&last_part(module)),
             Targets::Names(names) => names.iter().any(|name| ends_with(module, name)),
         }
     }
@@ -89,7 +87,8 @@ impl Trainable {
     pub fn plans(&self, shape: &Shape) -> Result<Vec<Plan>> {
         let layouts = layouts(shape);
         self.check(shape, &layouts)?;
-        let plans: Vec<Plan> = layouts.into_iter().map(|layout| self.plan(layout, shape, Role::Trained)).collect();
+        let plans: Vec<Plan> =
+            layouts.into_iter().map(|layout| self.plan(layout, shape, Role::Trained)).collect();
         let trained = |p: &Plan| p.roles.contains(&Role::Trained) || !p.adapters.is_empty();
         match plans.iter().any(trained) {
             true => Ok(plans),
@@ -122,7 +121,10 @@ impl Trainable {
         let mut adapters = Vec::new();
         if let Some(lora) = &self.lora {
             for (target, spec) in layout.specs.iter().enumerate() {
-                if is_linear(spec) && self.adapts_block(block_of(&spec.name), shape) && lora.targets(module(&spec.name)) {
+                if is_linear(spec)
+                    && self.adapts_block(block_of(&spec.name), shape)
+                    && lora.targets(module(&spec.name))
+                {
                     let (rank, scale) = (lora.rank, lora.scale());
                     adapters.push(Adapter { target, rank, scale, dropout: lora.dropout, role: trained });
                 }
@@ -139,8 +141,7 @@ impl Trainable {
         let freeze = &self.freeze;
         let frozen = (freeze.embeddings && spec.name == EMBEDDING)
             || block_of(&spec.name).is_some_and(|block| block < freeze.blocks as i64);
-        !frozen
-            && (freeze.train_only.is_empty() || freeze.train_only.iter().any(|p| occurs(p, &spec.name)))
+        !frozen && (freeze.train_only.is_empty() || freeze.train_only.iter().any(|p| occurs(p, &spec.name)))
     }
 
     fn adapts_block(&self, block: Option<i64>, shape: &Shape) -> bool {
@@ -191,7 +192,8 @@ impl Trainable {
                 return Err(unknown("lora.modules_to_save", name, "module", saved().map(last_part)));
             }
         }
-        if let Some(layer) = self.layers.iter().flatten().find(|l| !(0..shape.num_hidden_layers).contains(l)) {
+        if let Some(layer) = self.layers.iter().flatten().find(|l| !(0..shape.num_hidden_layers).contains(l))
+        {
             return Err(Error::config(format!(
                 "the adapter is for block {layer}, and the model has {}",
                 shape.num_hidden_layers
@@ -230,7 +232,9 @@ mod tests {
     #[test]
     fn patterns_are_whole_parts_of_names() {
         let name = "model.layers.13.self_attn.q_proj.weight";
-        for yes in ["q_proj", "layers.13", "self_attn", "model", "weight", "*_proj", "layers.*.q_proj", "1*", name] {
+        for yes in
+            ["q_proj", "layers.13", "self_attn", "model", "weight", "*_proj", "layers.*.q_proj", "1*", name]
+        {
             assert!(occurs(yes, name), "{yes}");
         }
         for no in ["q_pro", "proj", "layers.1", "layers.3", "attn", "q_proj.bias", ""] {
@@ -270,7 +274,11 @@ mod tests {
         let v = |i| format!("model.layers.{i}.self_attn.v_proj.weight");
         assert_eq!(trained, [v(1).as_str(), v(2).as_str(), "model.norm.weight"]);
 
-        let quantized = Lora { base: Base::Nf4, modules_to_save: vec!["embed_tokens".into()], ..lora(Targets::Attention) };
+        let quantized = Lora {
+            base: Base::Nf4,
+            modules_to_save: vec!["embed_tokens".into()],
+            ..lora(Targets::Attention)
+        };
         let only_last = Freeze { blocks: 2, ..Freeze::default() };
         let t = Trainable::new(&only_last, Some(&quantized));
         let plans = t.plans(&shape).unwrap();
@@ -292,7 +300,7 @@ mod tests {
     #[test]
     fn what_the_model_does_not_have_is_refused() {
         let mut shape = shape();
-        let mut refused = |t: Trainable, why: &str| {
+        let refused = |t: Trainable, why: &str| {
             let e = t.plans(&shape).unwrap_err();
             assert!(e.message.contains(why) && e.exit_code() == 2, "{e}");
         };
@@ -302,7 +310,10 @@ mod tests {
             train_only: train_only.iter().map(|s| s.to_string()).collect(),
         };
         refused(Trainable::new(&freeze(4, &[]), None), "4 are more than the model's 3 blocks");
-        refused(Trainable::new(&freeze(0, &["qproj"]), None), "no tensor 'qproj'; it has embed_tokens, q_proj, k_proj");
+        refused(
+            Trainable::new(&freeze(0, &["qproj"]), None),
+            "no tensor 'qproj'; it has embed_tokens, q_proj, k_proj",
+        );
         refused(Trainable::new(&freeze(3, &["q_proj"]), None), "nothing that is trained");
         let names = |n: &str| Some(lora(Targets::Names(vec![n.into()])));
         refused(
@@ -310,8 +321,14 @@ mod tests {
             "no linear layer 'lm_head'; it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
         );
         let save = Lora { modules_to_save: vec!["q_proj".into()], ..lora(Targets::AllLinear) };
-        refused(Trainable::new(&Freeze::default(), Some(&save)), "no module 'q_proj'; it has embed_tokens, input_layernorm");
-        let only = Trainable { layers: Some(vec![7]), ..Trainable::new(&Freeze::default(), names("q_proj").as_ref()) };
+        refused(
+            Trainable::new(&Freeze::default(), Some(&save)),
+            "no module 'q_proj'; it has embed_tokens, input_layernorm",
+        );
+        let only = Trainable {
+            layers: Some(vec![7]),
+            ..Trainable::new(&Freeze::default(), names("q_proj").as_ref())
+        };
         refused(only, "for block 7, and the model has 3");
         shape.tie_word_embeddings = true;
         let head = Lora { modules_to_save: vec!["lm_head".into()], ..lora(Targets::AllLinear) };

@@ -1,15 +1,17 @@
 //! Models in Hugging Face's format: import by slices, export group by group.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Value, json};
 use tch::Kind;
 
-use super::agree::{agree, agree_over};
+use super::agree::agree;
 use super::hf_config::{SpecialIds, read_object, read_shape, special_ids, write_shape};
-use super::safetensors::{Entry, Reader, Writer};
+use super::safetensors::{self, Entry, Writer};
+use super::source::{Source, TensorFile};
+use super::torch_file;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::{Layout, Sharded};
 use crate::error::{Context, Error, Result};
@@ -19,27 +21,26 @@ use kernels::c10d::Group;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+const BIN: &str = "pytorch_model.bin";
+const BIN_INDEX: &str = "pytorch_model.bin.index.json";
 
 /// A model in Hugging Face's format, checked and ready to be read.
 pub struct HfModel {
     dir: PathBuf,
     shape: Shape,
-    files: Vec<Reader>,
-    /// Which file holds a tensor.
-    tensors: HashMap<String, usize>,
+    source: Source,
     unknown_keys: Vec<String>,
 }
 
 impl HfModel {
-    /// Opens a folder with `config.json` and `model.safetensors`, or its parts with an index. Reads and checks all
-    /// headers, and no tensor.
+    /// Opens a folder with `config.json` and `model.safetensors`, or its parts with an index; where these are not there,
+    /// `pytorch_model.bin` or its parts. Reads and checks all headers, and no tensor.
     ///
     /// Errors are of kind Data: an architecture or an option that is not built, files that are missing or damaged, and
     /// in one message all tensors that are missing, superfluous or of another shape.
     pub fn load(dir: &Path) -> Result<HfModel> {
         let (shape, unknown_keys) = read_shape(&dir.join("config.json"))?;
-        let (files, tensors) = open_weights(dir)?;
-        let model = HfModel { dir: dir.to_path_buf(), shape, files, tensors, unknown_keys };
+        let model = HfModel { dir: dir.to_path_buf(), shape, source: open_weights(dir)?, unknown_keys };
         model.check_tensors()?;
         Ok(model)
     }
@@ -57,41 +58,43 @@ impl HfModel {
         &self.unknown_keys
     }
 
-    /// Fills the parameters; every rank reads its own slices only. All ranks that hold them call this, and fail
-    /// together.
-    pub fn fill(&self, params: &mut Sharded) -> Result<()> {
-        let mine =
-            params.fill(|spec, first, values| self.reader(&spec.name)?.read(&spec.name, first, values));
-        agree_over(params, mine)
+    /// The tensors, under the model's names.
+    pub fn source(&self) -> &Source {
+        &self.source
     }
 
-    fn reader(&self, name: &str) -> Result<&Reader> {
-        match self.tensors.get(name) {
-            Some(&i) => Ok(&self.files[i]),
-            None => Err(Error::data(format!("{}: there is no tensor `{name}`", self.dir.display()))),
-        }
+    pub fn into_source(self) -> Source {
+        self.source
     }
 
     /// Compares the tensors with those that the shape asks for.
     fn check_tensors(&self) -> Result<()> {
+        let found: BTreeSet<&String> = self.source.names().collect();
+        // Before anything is made for every block.
+        if self.shape.num_hidden_layers > found.len() as i64 {
+            return Err(Error::data(format!(
+                "{}: config.json has num_hidden_layers {}, and there are {} tensors",
+                self.dir.display(),
+                self.shape.num_hidden_layers,
+                found.len()
+            )));
+        }
         let mut wanted = BTreeMap::new();
         for layout in layouts(&self.shape) {
             wanted.extend(layout.specs.into_iter().map(|s| (s.name, s.shape)));
         }
         let mut wrong = Vec::new();
         for (name, shape) in &wanted {
-            match self.tensors.get(name) {
-                None => wrong.push(format!("`{name}` {shape:?} is missing")),
-                Some(&i) => {
-                    let (found, _) = self.files[i].info(name)?;
-                    if found != *shape {
-                        wrong.push(format!("`{name}` is {found:?} and should be {shape:?}"));
-                    }
-                }
+            if !found.contains(name) {
+                wrong.push(format!("`{name}` {shape:?} is missing"));
+                continue;
+            }
+            let view = self.source.view(name)?;
+            if view.shape != *shape {
+                wrong.push(format!("`{name}` is {:?} and should be {shape:?}", view.shape));
             }
         }
-        let mut extra: Vec<&String> = self.tensors.keys().filter(|n| !wanted.contains_key(*n)).collect();
-        extra.sort();
+        let extra = found.into_iter().filter(|n| !wanted.contains_key(*n));
         for name in extra {
             // Tables that old files carry, and the second name of tied embeddings.
             let harmless = name.ends_with("rotary_emb.inv_freq")
@@ -100,44 +103,49 @@ impl HfModel {
                 wrong.push(format!("`{name}` belongs to no Llama"));
             }
         }
-        if wrong.is_empty() {
-            return Ok(());
-        }
-        const SHOWN: usize = 12;
-        let more = wrong.len().saturating_sub(SHOWN);
-        wrong.truncate(SHOWN);
-        let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
-        Err(Error::data(format!(
-            "{}: the tensors do not fit its config.json:\n  {}{more}",
-            self.dir.display(),
-            wrong.join("\n  ")
-        )))
+        all_fit(wrong, "config.json").context(self.dir.display())
     }
 }
 
+/// Fails if there is anything `wrong` with the tensors, and names it.
+pub(super) fn all_fit(mut wrong: Vec<String>, config: &str) -> Result<()> {
+    if wrong.is_empty() {
+        return Ok(());
+    }
+    const SHOWN: usize = 12;
+    let more = wrong.len().saturating_sub(SHOWN);
+    wrong.truncate(SHOWN);
+    let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
+    Err(Error::data(format!("the tensors do not fit its {config}:\n  {}{more}", wrong.join("\n  "))))
+}
+
 /// Opens the weights' files and finds out which tensor lies where.
-fn open_weights(dir: &Path) -> Result<(Vec<Reader>, HashMap<String, usize>)> {
-    let index = dir.join(INDEX);
-    if dir.join(SINGLE).is_file() {
-        let reader = Reader::open(&dir.join(SINGLE))?;
-        let tensors = reader.names().into_iter().map(|n| (n, 0)).collect();
-        return Ok((vec![reader], tensors));
+fn open_weights(dir: &Path) -> Result<Source> {
+    for (single, index) in [(SINGLE, INDEX), (BIN, BIN_INDEX)] {
+        if dir.join(single).is_file() {
+            return Ok(Source::of_files(vec![open_file(&dir.join(single))?]));
+        }
+        if dir.join(index).is_file() {
+            return open_parts(dir, &dir.join(index));
+        }
     }
-    if !index.is_file() {
-        let pickled = fs::read_dir(dir).is_ok_and(|mut entries| {
-            entries.any(|e| e.is_ok_and(|e| e.file_name().to_string_lossy().starts_with("pytorch_model")))
-        });
-        let advice = match pickled {
-            true => "; pytorch_model*.bin cannot be read: save the model with safe_serialization=True",
-            false => "",
-        };
-        return Err(Error::data(format!("{}: no {SINGLE} and no {INDEX}{advice}", dir.display())));
-    }
-    let object = read_object(&index)?;
+    Err(Error::data(format!("{}: no {SINGLE} and no {INDEX}, no {BIN} and no {BIN_INDEX}", dir.display())))
+}
+
+fn open_file(path: &Path) -> Result<Box<dyn TensorFile>> {
+    Ok(match path.extension().is_some_and(|e| e == "safetensors") {
+        true => Box::new(safetensors::Reader::open(path)?),
+        false => Box::new(torch_file::Reader::open(path)?),
+    })
+}
+
+/// Opens the files that an index names, and checks that each holds what the index says.
+fn open_parts(dir: &Path, index: &Path) -> Result<Source> {
+    let object = read_object(index)?;
     let Some(map) = object.get("weight_map").and_then(Value::as_object) else {
         return Err(Error::data(format!("{}: there is no weight_map", index.display())));
     };
-    let (mut files, mut by_name, mut tensors) = (Vec::new(), HashMap::new(), HashMap::new());
+    let mut files: BTreeMap<&str, (Box<dyn TensorFile>, BTreeSet<String>)> = BTreeMap::new();
     for (tensor, file) in map {
         let file = file.as_str().filter(|f| {
             let mut parts = Path::new(f).components();
@@ -146,26 +154,27 @@ fn open_weights(dir: &Path) -> Result<(Vec<Reader>, HashMap<String, usize>)> {
         let Some(file) = file else {
             return Err(Error::data(format!("{}: `{tensor}` names no file of its folder", index.display())));
         };
-        let i = match by_name.get(file) {
-            Some(&i) => i,
-            None => {
-                let reader =
-                    Reader::open(&dir.join(file)).context(format!("{} names {file}", index.display()))?;
-                files.push(reader);
-                by_name.insert(file, files.len() - 1);
-                files.len() - 1
-            }
-        };
-        files[i].info(tensor).context(index.display())?;
-        tensors.insert(tensor.clone(), i);
-    }
-    // What lies in a file and not in the index is named as superfluous later, like everything that nobody asked for.
-    for (i, file) in files.iter().enumerate() {
-        for name in file.names() {
-            tensors.entry(name).or_insert(i);
+        if !files.contains_key(file) {
+            let open = open_file(&dir.join(file)).context(format!("{} names {file}", index.display()))?;
+            let names = open.names().into_iter().collect();
+            files.insert(file, (open, names));
+        }
+        if !files[file].1.contains(tensor) {
+            return Err(Error::data(format!(
+                "{}: there is no tensor `{tensor}` in {file}, where the index has it",
+                index.display()
+            )));
         }
     }
-    Ok((files, tensors))
+    let order: Vec<&str> = files.keys().copied().collect();
+    // What lies in a file and not in the index is named as superfluous later, like everything that nobody asked for.
+    let mut source = Source::of_files(files.into_values().map(|(file, _)| file).collect());
+    for (tensor, file) in map {
+        if let Some(i) = order.iter().position(|name| file == name) {
+            source.take_from(i, tensor);
+        }
+    }
+    Ok(source)
 }
 
 /// How a model is written.

@@ -97,8 +97,11 @@ impl Shape {
             ("max_position_embeddings", self.max_position_embeddings),
         ];
         for (name, value) in positive {
-            if value <= 0 {
-                return Err(Error::config(format!("model: {name} is {value}; it must be at least 1")));
+            if value <= 0 || value > i64::from(i32::MAX) {
+                return Err(Error::config(format!(
+                    "model: {name} is {value}; it must be at least 1 and at most {}",
+                    i32::MAX
+                )));
             }
         }
         if self.num_attention_heads % self.num_key_value_heads != 0 {

@@ -13,7 +13,7 @@ use super::safetensors::{self, Entry, Writer};
 use super::source::{Source, TensorFile};
 use super::torch_file;
 use crate::config::shape::Shape;
-use crate::distributed::sharded::{Layout, Sharded};
+use crate::distributed::sharded::{Sharded, Spec};
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFolder, read_error, write_file};
 use crate::model::layout::{LM_HEAD, layouts};
@@ -192,8 +192,13 @@ pub struct Export<'a> {
 /// All ranks fail together.
 pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: &Group) -> Result<()> {
     let writes = world.rank() == 0;
-    let plan = plan((0..params.len()).map(|i| params.layout(i)), how);
-    let started = if writes { begin(dir, shape, how, &plan).map(Some) } else { Ok(None) };
+    let specs = (0..params.len()).flat_map(|i| &params.layout(i).specs);
+    let entry = |s: &Spec| Entry { name: s.name.clone(), kind: how.dtype, shape: s.shape.clone() };
+    let plan = plan(specs.map(entry), how.max_shard_size);
+    let started = match writes {
+        true => begin(dir, shape, how.dtype, how.tokenizer_dir, &plan).map(|(folder, _)| Some(folder)),
+        false => Ok(None),
+    };
     let folder =
         agree(world, started).with_context(|| format!("exporting the model to {}", dir.display()))?;
 
@@ -215,11 +220,13 @@ pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: 
 }
 
 /// The files of an export with their tensors, in the order of the groups.
-fn plan<'a>(layouts: impl Iterator<Item = &'a Layout>, how: &Export) -> Vec<(String, Vec<Entry>)> {
+pub(super) type Plan = Vec<(String, Vec<Entry>)>;
+
+/// Divides tensors among files of at most `max_shard_size` bytes.
+pub(super) fn plan(entries: impl Iterator<Item = Entry>, max_shard_size: u64) -> Plan {
     let (mut parts, mut bytes): (Vec<Vec<Entry>>, u64) = (vec![Vec::new()], 0);
-    for spec in layouts.flat_map(|l| &l.specs) {
-        let entry = Entry { name: spec.name.clone(), kind: how.dtype, shape: spec.shape.clone() };
-        if bytes > 0 && bytes + entry.bytes() > how.max_shard_size {
+    for entry in entries {
+        if bytes > 0 && bytes + entry.bytes() > max_shard_size {
             parts.push(Vec::new());
             bytes = 0;
         }
@@ -234,8 +241,14 @@ fn plan<'a>(layouts: impl Iterator<Item = &'a Layout>, how: &Export) -> Vec<(Str
     parts.into_iter().enumerate().map(|(i, part)| (name(i), part)).collect()
 }
 
-/// Makes the temporary folder with all but the weights.
-fn begin(dir: &Path, shape: &Shape, how: &Export, plan: &[(String, Vec<Entry>)]) -> Result<AtomicFolder> {
+/// Makes the temporary folder with all but the weights; returns also the names of the tokenizer's files in it.
+pub(super) fn begin(
+    dir: &Path,
+    shape: &Shape,
+    dtype: Kind,
+    tokenizer_dir: Option<&Path>,
+    plan: &Plan,
+) -> Result<(AtomicFolder, Vec<String>)> {
     let ours = |name: &str| {
         name == "config.json"
             || (name.starts_with("model") && name.contains(".safetensors"))
@@ -243,19 +256,17 @@ fn begin(dir: &Path, shape: &Shape, how: &Export, plan: &[(String, Vec<Entry>)])
     };
     let folder = AtomicFolder::create(dir, ours)?;
     let temp = folder.temporary();
-    let ids = how.tokenizer_dir.map_or(Ok(SpecialIds::default()), special_ids)?;
+    let ids = tokenizer_dir.map_or(Ok(SpecialIds::default()), special_ids)?;
     let write = |name: &str, value: &Value| -> Result<()> {
         let text = serde_json::to_string_pretty(value).map_err(|e| Error::failed(format!("{name}: {e}")))?;
         write_file(&temp.join(name), format!("{text}\n").as_bytes())
     };
-    write("config.json", &write_shape(shape, how.dtype, &ids))?;
+    write("config.json", &write_shape(shape, dtype, &ids))?;
     let generation = [("bos_token_id", ids.bos), ("eos_token_id", ids.eos), ("pad_token_id", ids.pad)];
     let generation: serde_json::Map<String, Value> =
         generation.into_iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.to_string(), v)).collect();
     write("generation_config.json", &Value::Object(generation))?;
-    if let Some(from) = how.tokenizer_dir {
-        copy_tokenizer(from, temp)?;
-    }
+    let copied = tokenizer_dir.map_or(Ok(Vec::new()), |from| copy_tokenizer(from, temp))?;
     if plan.len() > 1 {
         let total: u64 = plan.iter().flat_map(|(_, entries)| entries).map(Entry::bytes).sum();
         let map: serde_json::Map<String, Value> = plan
@@ -264,13 +275,13 @@ fn begin(dir: &Path, shape: &Shape, how: &Export, plan: &[(String, Vec<Entry>)])
             .collect();
         write(INDEX, &json!({"metadata": {"total_size": total}, "weight_map": map}))?;
     }
-    Ok(folder)
+    Ok((folder, copied.into_iter().map(|(name, ..)| name).collect()))
 }
 
 /// Writes tensors into the files of the plan, one after the other.
-struct Output<'a> {
+pub(super) struct Output<'a> {
     dir: &'a Path,
-    plan: &'a [(String, Vec<Entry>)],
+    plan: &'a Plan,
     file: usize,
     /// Tensors written to the current file.
     tensor: usize,
@@ -278,11 +289,11 @@ struct Output<'a> {
 }
 
 impl<'a> Output<'a> {
-    fn new(dir: &'a Path, plan: &'a [(String, Vec<Entry>)]) -> Self {
+    pub(super) fn new(dir: &'a Path, plan: &'a Plan) -> Self {
         Output { dir, plan, file: 0, tensor: 0, writer: None }
     }
 
-    fn write(&mut self, t: &tch::Tensor) -> Result<()> {
+    pub(super) fn write(&mut self, t: &tch::Tensor) -> Result<()> {
         let (name, entries) = &self.plan[self.file];
         let mut writer = match self.writer.take() {
             Some(writer) => writer,
@@ -301,7 +312,7 @@ impl<'a> Output<'a> {
 }
 
 /// The files of a Hugging Face folder that a tokenizer may consist of, and the ids that end a text.
-const TOKENIZER_FILES: [&str; 10] = [
+pub(super) const TOKENIZER_FILES: [&str; 10] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

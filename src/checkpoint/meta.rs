@@ -11,7 +11,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
-use tch::Kind;
 
 use super::hf_config::read_object;
 use super::source::{Block, Order, Source, TensorFile, View};
@@ -456,18 +455,6 @@ pub(super) fn check_parts(s: &Shape, parts: i64) -> Result<()> {
             )))
         }
     }
-}
-
-/// Bytes of an element that a model's tensors have most of.
-pub(super) fn common_kind<'a>(views: impl Iterator<Item = &'a View>) -> Kind {
-    let mut sums: Vec<(Kind, i64)> = Vec::new();
-    for view in views {
-        match sums.iter_mut().find(|(kind, _)| *kind == view.kind) {
-            Some((_, sum)) => *sum += view.numel(),
-            None => sums.push((view.kind, view.numel())),
-        }
-    }
-    sums.into_iter().max_by_key(|(_, sum)| *sum).map_or(Kind::Float, |(kind, _)| kind)
 }
 
 #[cfg(test)]

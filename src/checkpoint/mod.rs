@@ -2,6 +2,7 @@
 //! format, sharded checkpoints.
 
 mod agree;
+pub mod convert;
 pub mod hf;
 mod hf_config;
 mod meta;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use super::hf::HfModel;
 use super::meta::{MetaModel, PARAMS};
 use super::sharded::{Checkpoint, META, checkpoints_dir, latest};
+use super::source::Source;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
@@ -78,6 +79,15 @@ impl Weights {
             Weights::Hf(model) => model.source().fill(params),
             Weights::Meta(model) => model.source().fill(params),
             Weights::Checkpoint(checkpoint) => checkpoint.fill_weights(params),
+        }
+    }
+
+    /// The tensors, wherever they lie. Of a checkpoint, its files' contents are checked first.
+    pub fn into_source(self) -> Result<Source> {
+        match self {
+            Weights::Hf(model) => Ok(model.into_source()),
+            Weights::Meta(model) => Ok(model.into_source()),
+            Weights::Checkpoint(checkpoint) => checkpoint.source(),
         }
     }
 }

@@ -216,14 +216,15 @@ impl Conversion {
         let ours = logits(&read, &back, None, device)?;
         let rounded = logits(shape, source, dtype, device)?;
         let difference = largest_difference(&ours, &rounded)?;
-        // Not a number is a difference, too.
+        if !difference.is_finite() {
+            return Err(Error::data(
+                "its logits are not finite: the source is damaged, or its numbers are too large for the dtype",
+            ));
+        }
         if difference != 0.0 {
-            return Err(Error::failed(match difference.is_finite() {
-                true => format!("its logits differ from the source's by up to {difference:e}"),
-                false => {
-                    "its logits are not finite: the source is damaged, or too large for the dtype".into()
-                }
-            }));
+            return Err(Error::failed(format!(
+                "its logits differ from the source's by up to {difference:e}"
+            )));
         }
         let rounding = match narrowed {
             true => Some(largest_difference(&ours, &logits(shape, source, None, device)?)?),
@@ -291,8 +292,5 @@ fn logits(shape: &Shape, source: &Rc<Source>, dtype: Option<Kind>, device: Devic
     let time = TOKENS.min(shape.max_position_embeddings);
     let ids: Vec<i64> = (0..time).map(|i| (i + 1) * 7919 % shape.vocab_size).collect();
     let hidden = model.hidden(&Input::new(Tensor::from_slice(&ids).view([1, time])))?;
-    let group = model.head_group();
-    let flat = model.params.full(group)?;
-    let weight = model.params.layout(group).specs[0].view(&flat);
-    Ok(hidden.f_mm(&weight.tr())?.f_to_device(Device::Cpu)?)
+    Ok(model.next_token_logits(&hidden)?.f_to_device(Device::Cpu)?)
 }

@@ -387,7 +387,10 @@ pub(super) fn write_params(s: &Shape) -> Result<Value> {
     let fixed = rope_scaling(s.hidden_size);
     if let Some(scaling) = s.rope_scaling.as_ref().filter(|scaling| **scaling != fixed) {
         return refused(format!(
-            "rope_scaling is {scaling:?}; Meta's programs have constants, for this hidden_size {fixed:?}"
+            "rope_scaling is {}; Meta's programs have constants, for a hidden_size of {} {}",
+            json!(scaling),
+            s.hidden_size,
+            json!(fixed)
         ));
     }
     let (multiple_of, multiplier) = ffn_rule(s.hidden_size, s.intermediate_size);
@@ -512,6 +515,27 @@ mod tests {
             let read = shape_of(params.as_object().unwrap(), s.vocab_size, s.intermediate_size).unwrap();
             assert_eq!(read, Shape { tie_word_embeddings: false, ..s });
         }
+    }
+
+    #[test]
+    fn what_meta_cannot_express_is_refused() {
+        let base = Shape { max_position_embeddings: 4096, ..Shape::preset("llama-1b").unwrap() };
+        let linear = Llama3RopeScaling { factor: 4.0, ..base.rope_scaling.clone().unwrap() };
+        let cases = [
+            (Shape { head_dim: 128, ..base.clone() }, "heads of 128 channels"),
+            (Shape { rope_scaling: Some(linear), ..base.clone() }, "rope_scaling is {\"factor\":4.0"),
+            // The factor of a model of this size is 32, so that 3.1's would be read as another.
+            (Shape { rope_scaling: Some(rope_scaling(8192)), ..base.clone() }, "\"factor\":8.0"),
+        ];
+        for (shape, part) in cases {
+            let e = write_params(&shape).unwrap_err();
+            assert!(e.message.contains(part) && e.exit_code() == 3, "{e}");
+        }
+        let e = check_parts(&base, 3).unwrap_err();
+        assert!(
+            e.message.ends_with("num_attention_heads (32) does not divide by it; 1, 2, 4, 8 would do"),
+            "{e}"
+        );
     }
 
     #[test]

@@ -188,10 +188,12 @@ impl Conversion {
         let read = weights.shape().clone();
         let expected = match self.target {
             Target::Hf { .. } => shape.clone(),
-            // Not said in Meta's format; equal embeddings are tied ones there.
+            // Not said in Meta's format, where equal embeddings are tied ones, and a Mistral without a window a Llama.
             Target::Meta { .. } => Shape {
                 max_position_embeddings: read.max_position_embeddings,
                 initializer_range: read.initializer_range,
+                family: read.family,
+                max_window_layers: read.max_window_layers,
                 tie_word_embeddings: read.tie_word_embeddings,
                 ..shape.clone()
             },

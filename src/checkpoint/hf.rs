@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tch::Kind;
 
 use super::agree::agree;
+use super::families::Description;
 use super::hf_config::{SpecialIds, read_object, read_shape, special_ids, write_shape};
 use super::safetensors::{self, Entry, Writer};
 use super::source::{Source, TensorFile};
@@ -39,10 +40,10 @@ impl HfModel {
     /// Errors are of kind Data: an architecture or an option that is not built, files that are missing or damaged, and
     /// in one message all tensors that are missing, superfluous or of another shape.
     pub fn load(dir: &Path) -> Result<HfModel> {
-        let (shape, unknown_keys) = read_shape(&dir.join("config.json"))?;
-        let model = HfModel { dir: dir.to_path_buf(), shape, source: open_weights(dir)?, unknown_keys };
-        model.check_tensors()?;
-        Ok(model)
+        let (family, shape, unknown_keys) = read_shape(&dir.join("config.json"))?;
+        let files = open_weights(dir)?;
+        let source = find_tensors(family, &shape, files).context(dir.display())?;
+        Ok(HfModel { dir: dir.to_path_buf(), shape, source, unknown_keys })
     }
 
     pub fn shape(&self) -> &Shape {
@@ -66,45 +67,51 @@ impl HfModel {
     pub fn into_source(self) -> Source {
         self.source
     }
+}
 
-    /// Compares the tensors with those that the shape asks for.
-    fn check_tensors(&self) -> Result<()> {
-        let found: BTreeSet<&String> = self.source.names().collect();
-        // Before anything is made for every block.
-        if self.shape.num_hidden_layers > found.len() as i64 {
-            return Err(Error::data(format!(
-                "{}: config.json has num_hidden_layers {}, and there are {} tensors",
-                self.dir.display(),
-                self.shape.num_hidden_layers,
-                found.len()
-            )));
-        }
-        let mut wanted = BTreeMap::new();
-        for layout in layouts(&self.shape) {
-            wanted.extend(layout.specs.into_iter().map(|s| (s.name, s.shape)));
-        }
-        let mut wrong = Vec::new();
-        for (name, shape) in &wanted {
-            if !found.contains(name) {
-                wrong.push(format!("`{name}` {shape:?} is missing"));
-                continue;
-            }
-            let view = self.source.view(name)?;
-            if view.shape != *shape {
-                wrong.push(format!("`{name}` is {:?} and should be {shape:?}", view.shape));
-            }
-        }
-        let extra = found.into_iter().filter(|n| !wanted.contains_key(*n));
-        for name in extra {
-            // Tables that old files carry, and the second name of tied embeddings.
-            let harmless = name.ends_with("rotary_emb.inv_freq")
-                || (self.shape.tie_word_embeddings && name.as_str() == LM_HEAD);
-            if !harmless {
-                wrong.push(format!("`{name}` belongs to no Llama"));
-            }
-        }
-        all_fit(wrong, "config.json").context(self.dir.display())
+/// Compares the tensors in the files with those that the shape asks for, and finds the model's in them.
+fn find_tensors(family: &Description, shape: &Shape, files: Source) -> Result<Source> {
+    let found: BTreeSet<&String> = files.names().collect();
+    // Before anything is made for every block and expert.
+    let experts = shape.experts.as_ref().map_or(1, |e| e.num_local_experts);
+    if shape.num_hidden_layers * experts > found.len() as i64 {
+        let of = if experts > 1 { format!(" of {experts} experts") } else { String::new() };
+        return Err(Error::data(format!(
+            "config.json has num_hidden_layers {}{of}, and there are {} tensors",
+            shape.num_hidden_layers,
+            found.len()
+        )));
     }
+    // The tensors of the family's files, of which each holds one or more of the model's.
+    let mut wanted: BTreeMap<String, Vec<i64>> = BTreeMap::new();
+    let mut places = Vec::new();
+    for spec in layouts(shape).into_iter().flat_map(|layout| layout.specs) {
+        let (tensor, row) = (family.place)(&spec.name, shape);
+        let size = wanted.entry(tensor.clone()).or_insert_with(|| [&[0], &spec.shape[1..]].concat());
+        size[0] += spec.shape[0];
+        places.push((spec, tensor, row));
+    }
+    let mut wrong = Vec::new();
+    for (name, shape) in &wanted {
+        if !found.contains(name) {
+            wrong.push(format!("`{name}` {shape:?} is missing"));
+            continue;
+        }
+        let view = files.view(name)?;
+        if view.shape != *shape {
+            wrong.push(format!("`{name}` is {:?} and should be {shape:?}", view.shape));
+        }
+    }
+    for name in found.into_iter().filter(|name| !wanted.contains_key(*name)) {
+        // Tables that old files carry, and the second name of tied embeddings.
+        let harmless =
+            name.ends_with("rotary_emb.inv_freq") || (shape.tie_word_embeddings && name.as_str() == LM_HEAD);
+        if !harmless {
+            wrong.push(format!("`{name}` belongs to no {}", family.architecture));
+        }
+    }
+    all_fit(wrong, "config.json")?;
+    files.regroup(places.into_iter().map(|(spec, tensor, row)| (spec.name, spec.shape, tensor, row)))
 }
 
 /// Fails if there is anything `wrong` with the tensors, and names it.

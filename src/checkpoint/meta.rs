@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 use super::hf_config::read_object;
 use super::source::{Block, Order, Source, TensorFile, View};
 use super::torch_file::Reader;
-use crate::config::shape::{Llama3RopeScaling, Shape};
+use crate::config::shape::{Family, Llama3RopeScaling, Shape};
 use crate::error::{Context, Error, Result};
 use crate::files::read_error;
 use crate::model::layout::{EMBEDDING, FINAL_NORM, LM_HEAD, layouts};
@@ -224,6 +224,7 @@ fn shape_of(params: &Map<String, Value>, output_rows: i64, ffn_rows: i64) -> Res
     };
     let norm_eps = number("norm_eps", Some(1e-5))?.unwrap_or(1e-5);
     let shape = Shape {
+        family: Family::Llama,
         vocab_size,
         hidden_size: dim,
         intermediate_size,
@@ -237,6 +238,9 @@ fn shape_of(params: &Map<String, Value>, output_rows: i64, ffn_rows: i64) -> Res
         rope_scaling: scaled.then(|| rope_scaling(dim)),
         tie_word_embeddings: false,
         initializer_range: 0.02,
+        sliding_window: None,
+        max_window_layers: 0,
+        experts: None,
     };
     shape.check().map_err(|e| Error::data(e.message))?;
     Ok(shape)
@@ -377,6 +381,9 @@ pub(super) fn write_params(s: &Shape) -> Result<Value> {
         if named(&spec.name).is_none() {
             return refused(format!("it has no place for `{}`", spec.name));
         }
+    }
+    if let Some(window) = s.sliding_window {
+        return refused(format!("a sliding window (of {window} positions)"));
     }
     if s.head_dim * s.num_attention_heads != s.hidden_size {
         return refused(format!(

@@ -3,6 +3,7 @@
 
 mod agree;
 pub mod convert;
+mod families;
 pub mod hf;
 mod hf_config;
 mod meta;

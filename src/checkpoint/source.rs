@@ -196,6 +196,19 @@ impl Source {
         }
     }
 
+    /// The same files under other names: each tensor (name and shape) is rows of one that is whole now, from a row on.
+    pub fn regroup(self, tensors: impl Iterator<Item = (String, Vec<i64>, String, i64)>) -> Result<Source> {
+        let mut views = HashMap::new();
+        for (name, shape, tensor, row) in tensors {
+            let view = self.view(&tensor)?;
+            let Block { file, .. } = view.blocks[0];
+            let mut part = View::whole(file, &tensor, shape, view.kind);
+            part.blocks[0].first = row * part.shape[1..].iter().product::<i64>();
+            views.insert(name, part);
+        }
+        Ok(Source { files: self.files, views, unusable: HashMap::new() })
+    }
+
     /// The names of all tensors, usable or not.
     pub fn names(&self) -> impl Iterator<Item = &String> {
         self.views.keys().chain(self.unusable.keys())

@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 use crate::algorithms::pretrain::compute_kind;
 use crate::algorithms::step::{MicroBatch, accumulate_gradients, apply_gradients};
 use crate::commands::Global;
-use crate::config::pretrain::{self as config, Compute, Mode};
+use crate::config::sections::{Compute, Mode, Recompute};
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::sharded::shard_groups;
@@ -62,7 +62,7 @@ pub struct TrainArgs {
     #[arg(long)]
     pub sequence_length: Option<i64>,
     #[arg(long, value_enum, default_value = "none")]
-    pub recompute: config::Recompute,
+    pub recompute: Recompute,
     #[arg(long, value_enum, default_value = "full")]
     pub mode: Mode,
 }
@@ -160,8 +160,8 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
             })
             .collect();
         let begun = Instant::now();
-        let loss_sum = accumulate_gradients(&mut model, &batches, count, args.recompute)?;
-        let update = apply_gradients(&mut model, &mut optimizer, world, loss_sum, count, 3e-4, 1.0)?;
+        let sums = accumulate_gradients(&mut model, &batches, count, args.recompute)?;
+        let update = apply_gradients(&mut model, &mut optimizer, world, sums, count, 3e-4, 1.0)?;
         world.synchronize()?;
         if update.skipped {
             return Err(Error::failed(format!(

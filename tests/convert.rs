@@ -61,7 +61,7 @@ fn there_and_back_is_byte_equal() {
         );
         let ended = convert(&model, &one, &["--format", "meta"]).expect_code(0);
         assert!(ended.out.contains("largest difference: 0\n"), "{ended}");
-        assert!(ended.out.contains("with it went tokenizer.json"), "{ended}");
+        assert!(ended.out.contains("copied: tokenizer.json"), "{ended}");
         assert!(ended.err.contains("no tokenizer.model"), "{ended}");
         convert(&one, &many, &["--format", "meta", "--model-parallel", parts]).expect_code(0);
         convert(&many, &again, &["--format", "meta"]).expect_code(0);
@@ -97,6 +97,18 @@ fn there_and_back_is_byte_equal() {
     assert_eq!(sizes("llama3-many", "layers.1.attention.wo.weight"), [64, 32]);
     assert_eq!(sizes("llama3-many", "layers.1.feed_forward.w2.weight"), [64, 80]);
     assert_eq!(sizes("llama3-many", "output.weight"), [300, 64]);
+}
+
+#[test]
+fn every_family_goes_out_in_hugging_faces_format() {
+    let dir = folder("families");
+    for name in ["mistral", "mixtral", "qwen2", "qwen3"] {
+        let (model, out) = (golden().join("models").join(name), dir.join(name));
+        let ended = convert(&model, &out, &["--format", "hf", "--max-shard-size", "50kB"]).expect_code(0);
+        assert!(ended.out.contains("largest difference: 0\n"), "{ended}");
+        assert_same(&model, &out);
+        assert_eq!(Weights::open(&out).unwrap().shape(), Weights::open(&model).unwrap().shape());
+    }
 }
 
 #[test]
@@ -155,6 +167,15 @@ fn what_cannot_be_written_is_refused() {
             "\"original_max_position_embeddings\":8192",
         ],
     );
+    for (name, part) in [
+        ("qwen2", "it has no place for `model.layers.0.self_attn.q_proj.bias`"),
+        ("qwen3", "it has no place for `model.layers.0.self_attn.q_norm.weight`"),
+        ("mixtral", "it has no place for `model.layers.0.block_sparse_moe.gate.weight`"),
+        ("mistral", "a sliding window (of 8 positions)"),
+    ] {
+        let model = golden().join("models").join(name);
+        refused(&model, &out, &["--format", "meta"], 3, &["cannot express this model: ", part]);
+    }
     let own = dir.join("own");
     convert(&model, &own, &["--format", "hf"]).expect_code(0);
     convert(&own, &own, &["--format", "hf"]).expect_error(2, &["the model itself is there"]);

@@ -74,12 +74,12 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     let (total, done) = (2 * conversion.bytes()?, Arc::default());
     let report = super::with_bytes_bar("converting", total, &done, || conversion.write(&args.to, &done))?;
     println!(
-        "{}: {} tensors, {} in {} file(s); with it went {}",
+        "{}: {} tensors, {} in {} file(s); copied: {}",
         args.to.display(),
         report.num_tensors,
         size(report.bytes),
         report.num_files,
-        if report.copied.is_empty() { "no tokenizer".into() } else { report.copied.join(", ") },
+        if report.copied.is_empty() { "nothing".into() } else { report.copied.join(", ") },
     );
     let rounded = match args.dtype.filter(|_| report.rounding.is_some()) {
         Some(dtype) => format!(", converted to {}", format!("{dtype:?}").to_lowercase()),

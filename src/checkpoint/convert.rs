@@ -9,13 +9,15 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tch::{Device, Kind, Tensor};
 
-use super::hf::{self, Output, TOKENIZER_FILES, copy_tokenizer};
+use super::hf::{self, Output, write_tokenizer};
+use super::hf_config::SpecialIds;
 use super::meta::{self, Cut, PARAMS};
 use super::safetensors::Entry;
 use super::source::{Order, Source};
 use super::torch_file;
 use super::weights::Weights;
 use crate::config::shape::Shape;
+use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
 use crate::distributed::sharded::{Layout, Sharded, Spec};
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFolder, write_file};
@@ -55,8 +57,10 @@ pub struct Report {
 pub struct Conversion {
     shape: Shape,
     source: Rc<Source>,
-    /// The source's folder, whose tokenizer goes along.
+    /// The source's folder.
     dir: PathBuf,
+    /// Goes along.
+    tokenizer: Option<Tokenizer>,
     target: Target,
     /// Of all tensors; none: each as it is.
     dtype: Option<Kind>,
@@ -67,7 +71,9 @@ pub struct Conversion {
 impl Conversion {
     pub fn new(weights: Weights, target: Target, dtype: Option<Kind>, device: Device) -> Result<Conversion> {
         let (shape, dir) = (weights.shape().clone(), weights.dir().to_path_buf());
-        Ok(Conversion { shape, source: Rc::new(weights.into_source()?), dir, target, dtype, device })
+        let tokenizer = weights.tokenizer_dir().map(Tokenizer::load).transpose()?;
+        let source = Rc::new(weights.into_source()?);
+        Ok(Conversion { shape, source, dir, tokenizer, target, dtype, device })
     }
 
     /// Bytes of the tensors as they will be.
@@ -111,7 +117,12 @@ impl Conversion {
     fn write_hf(&self, to: &Path, max_shard_size: u64, done: &AtomicU64) -> Result<Begun> {
         let entries = self.specs().map(|s| self.entry(&s)).collect::<Result<Vec<_>>>()?;
         let plan = hf::plan(entries.iter().cloned(), max_shard_size);
-        let (folder, copied) = hf::begin(to, &self.shape, most_common(&entries), Some(&self.dir), &plan)?;
+        let ids = match &self.tokenizer {
+            Some(tokenizer) => SpecialIds::of(tokenizer),
+            None => SpecialIds::of_folder(&self.dir)?,
+        };
+        let (dtype, tokenizer) = (most_common(&entries), self.tokenizer.as_ref());
+        let (folder, copied) = hf::begin(to, &self.shape, dtype, ids, tokenizer, &plan)?;
         let mut output = Output::new(folder.temporary(), &plan);
         for entry in &entries {
             output.write(&self.source.tensor(&entry.name)?)?;
@@ -130,7 +141,7 @@ impl Conversion {
         let ours = |name: &str| {
             name == PARAMS
                 || (name.starts_with("consolidated.") && name.ends_with(".pth"))
-                || TOKENIZER_FILES.contains(&name)
+                || is_tokenizer_file(name)
         };
         let tensors = layouts(&untied)
             .into_iter()
@@ -160,7 +171,8 @@ impl Conversion {
         let folder = AtomicFolder::create(to, ours)?;
         let temp = folder.temporary();
         write_file(&temp.join(PARAMS), format!("{params}\n").as_bytes())?;
-        let copied = copy_tokenizer(&self.dir, temp)?.into_iter().map(|(name, ..)| name).collect();
+        let copied = self.tokenizer.as_ref().map_or(Ok(Vec::new()), |t| write_tokenizer(t, temp))?;
+        let copied = copied.into_iter().map(|(name, ..)| name).collect();
         let entries: Vec<Entry> = tensors.iter().map(|(entry, ..)| entry.clone()).collect();
         let mut files = (0..parts as usize)
             .map(|i| torch_file::Writer::create(&temp.join(meta::part_name(i)), &entries))

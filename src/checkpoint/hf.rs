@@ -1,7 +1,6 @@
 //! Models in Hugging Face's format: import by slices, export group by group.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -9,14 +8,15 @@ use tch::Kind;
 
 use super::agree::agree;
 use super::families::Description;
-use super::hf_config::{SpecialIds, read_object, read_shape, special_ids, write_shape};
+use super::hf_config::{SpecialIds, read_object, read_shape, write_shape};
 use super::safetensors::{self, Entry, Writer};
 use super::source::{Source, TensorFile};
 use super::torch_file;
 use crate::config::shape::Shape;
+use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
 use crate::distributed::sharded::{Sharded, Spec};
 use crate::error::{Context, Error, Result};
-use crate::files::{AtomicFolder, read_error, write_file};
+use crate::files::{AtomicFolder, write_file};
 use crate::model::layout::{LM_HEAD, layouts};
 use kernels::c10d::Group;
 
@@ -190,8 +190,8 @@ pub struct Export<'a> {
     pub dtype: Kind,
     /// Most bytes of tensors in one file; a tensor that is larger has a file of its own.
     pub max_shard_size: u64,
-    /// Where the tokenizer's files and the special ids come from.
-    pub tokenizer_dir: Option<&'a Path>,
+    /// Whose files and special ids go with the model.
+    pub tokenizer: Option<&'a Tokenizer>,
 }
 
 /// Writes the model to the folder `dir`, which transformers loads: complete, or not at all; a model that is there is
@@ -203,7 +203,10 @@ pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: 
     let entry = |s: &Spec| Entry { name: s.name.clone(), kind: how.dtype, shape: s.shape.clone() };
     let plan = plan(specs.map(entry), how.max_shard_size);
     let started = match writes {
-        true => begin(dir, shape, how.dtype, how.tokenizer_dir, &plan).map(|(folder, _)| Some(folder)),
+        true => {
+            let ids = how.tokenizer.map_or_else(SpecialIds::default, SpecialIds::of);
+            begin(dir, shape, how.dtype, ids, how.tokenizer, &plan).map(|(folder, _)| Some(folder))
+        }
         false => Ok(None),
     };
     let folder =
@@ -253,17 +256,17 @@ pub(super) fn begin(
     dir: &Path,
     shape: &Shape,
     dtype: Kind,
-    tokenizer_dir: Option<&Path>,
+    ids: SpecialIds,
+    tokenizer: Option<&Tokenizer>,
     plan: &Plan,
 ) -> Result<(AtomicFolder, Vec<String>)> {
     let ours = |name: &str| {
         name == "config.json"
             || (name.starts_with("model") && name.contains(".safetensors"))
-            || TOKENIZER_FILES.contains(&name)
+            || is_tokenizer_file(name)
     };
     let folder = AtomicFolder::create(dir, ours)?;
     let temp = folder.temporary();
-    let ids = tokenizer_dir.map_or(Ok(SpecialIds::default()), special_ids)?;
     let write = |name: &str, value: &Value| -> Result<()> {
         let text = serde_json::to_string_pretty(value).map_err(|e| Error::failed(format!("{name}: {e}")))?;
         write_file(&temp.join(name), format!("{text}\n").as_bytes())
@@ -273,7 +276,7 @@ pub(super) fn begin(
     let generation: serde_json::Map<String, Value> =
         generation.into_iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.to_string(), v)).collect();
     write("generation_config.json", &Value::Object(generation))?;
-    let copied = tokenizer_dir.map_or(Ok(Vec::new()), |from| copy_tokenizer(from, temp))?;
+    let written = tokenizer.map_or(Ok(Vec::new()), |tokenizer| write_tokenizer(tokenizer, temp))?;
     if plan.len() > 1 {
         let total: u64 = plan.iter().flat_map(|(_, entries)| entries).map(Entry::bytes).sum();
         let map: serde_json::Map<String, Value> = plan
@@ -282,7 +285,7 @@ pub(super) fn begin(
             .collect();
         write(INDEX, &json!({"metadata": {"total_size": total}, "weight_map": map}))?;
     }
-    Ok((folder, copied.into_iter().map(|(name, ..)| name).collect()))
+    Ok((folder, written.into_iter().map(|(name, ..)| name).collect()))
 }
 
 /// Writes tensors into the files of the plan, one after the other.
@@ -318,30 +321,14 @@ impl<'a> Output<'a> {
     }
 }
 
-/// The files of a Hugging Face folder that a tokenizer may consist of, and the ids that end a text.
-pub(super) const TOKENIZER_FILES: [&str; 10] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-];
-
-/// Copies the tokenizer's files, all but those that are there already. Returns name, size and CRC-32 of each copy.
-pub(super) fn copy_tokenizer(from: &Path, to: &Path) -> Result<Vec<(String, u64, u32)>> {
-    let mut copied = Vec::new();
-    for name in TOKENIZER_FILES {
-        let source = from.join(name);
-        if source.is_file() && !to.join(name).exists() {
-            let bytes = fs::read(&source).map_err(|e| read_error(&source, &e))?;
-            write_file(&to.join(name), &bytes)?;
-            copied.push((name.to_string(), bytes.len() as u64, crc32fast::hash(&bytes)));
+/// Writes the tokenizer's files, all but those that are there already. Returns name, size and CRC-32 of each.
+pub(super) fn write_tokenizer(tokenizer: &Tokenizer, to: &Path) -> Result<Vec<(String, u64, u32)>> {
+    let mut written = Vec::new();
+    for (name, bytes) in tokenizer.files() {
+        if !to.join(name).exists() {
+            write_file(&to.join(name), bytes)?;
+            written.push((name.to_string(), bytes.len() as u64, crc32fast::hash(bytes)));
         }
     }
-    Ok(copied)
+    Ok(written)
 }

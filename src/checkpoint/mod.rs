@@ -4,6 +4,7 @@
 mod agree;
 pub mod convert;
 mod families;
+mod grow;
 pub mod hf;
 mod hf_config;
 mod meta;

@@ -9,9 +9,11 @@ use std::path::Path;
 use tch::{Kind, Tensor};
 
 use super::agree::agree_over;
-use crate::distributed::sharded::Sharded;
+use super::grow::grown;
+use crate::distributed::sharded::{Sharded, Spec};
 use crate::error::{Context, Error, Result};
 use crate::files::CHUNK;
+use crate::model::layout::EMBEDDING;
 
 /// An open file whose table of tensors was checked against its size.
 pub trait TensorFile: Send + Sync {
@@ -270,10 +272,11 @@ impl Source {
         Ok(true)
     }
 
-    /// Fills the parameters; every rank reads its own slices only. All ranks that hold them call this, and fail
-    /// together.
+    /// Fills the parameters, whose vocabulary may be larger than the model's (see [`super::grow`]); every rank reads its
+    /// own slices only. All ranks that hold them call this, and fail together.
     pub fn fill(&self, params: &mut Sharded) -> Result<()> {
-        let mine = params.fill(|spec, first, values| self.read(&spec.name, first, values));
+        let read = |spec: &Spec, first, values: &Tensor| self.read(&spec.name, first, values);
+        let mine = self.view(EMBEDDING).and_then(|view| params.fill(grown(view.shape[0], read)));
         agree_over(params, mine)
     }
 }

@@ -3,6 +3,7 @@
 pub mod c10d;
 pub mod composed;
 pub mod composed_quant;
+pub mod counting;
 pub mod cuda;
 pub mod error;
 pub mod gpu;

@@ -1,4 +1,4 @@
-//! Adapters in PEFT's format: a folder with `adapter_config.json` and `adapter_model.safetensors`, whose tensors have the
+//! Adapters in PEFT's format: a folder with `adapter_config.json` and `adapter_model.safetensors` (`.bin` is read), whose tensors have the
 //! model's names after `base_model.model.`. What PEFT has no place for is in `corral.json`.
 
 use std::path::{Path, PathBuf};
@@ -9,7 +9,9 @@ use tch::Kind;
 use super::agree::{agree, agree_over};
 use super::hf::write_tokenizer;
 use super::hf_config::read_object;
-use super::safetensors::{Entry, Reader, Writer};
+use super::safetensors::{self, Entry, Writer};
+use super::source::Source;
+use super::torch_file;
 use crate::config::shape::Shape;
 use crate::config::trainable::{Base, Freeze, Lora, Targets};
 use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
@@ -23,6 +25,7 @@ use kernels::c10d::Group;
 
 pub const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
+const OLD_WEIGHTS: &str = "adapter_model.bin";
 /// How the base was kept in training: `{"base": "nf4"}`.
 const OURS: &str = "corral.json";
 const PREFIX: &str = "base_model.model.";
@@ -32,7 +35,7 @@ pub struct PeftAdapter {
     dir: PathBuf,
     trainable: Trainable,
     base: Option<String>,
-    file: Reader,
+    source: Source,
 }
 
 impl PeftAdapter {
@@ -42,7 +45,7 @@ impl PeftAdapter {
         let path = dir.join(CONFIG);
         let config = read_object(&path)?;
         let (trainable, base) = read_config(&config).map_err(|e| Error::data(e).context(path.display()))?;
-        let mut adapter = PeftAdapter { dir: dir.to_path_buf(), trainable, base, file: open_weights(dir)? };
+        let mut adapter = PeftAdapter { dir: dir.to_path_buf(), trainable, base, source: open_weights(dir)? };
         let ours = dir.join(OURS);
         if let (Some(lora), true) = (&mut adapter.trainable.lora, ours.is_file()) {
             let base = read_object(&ours)?.remove("base").unwrap_or_default();
@@ -91,14 +94,14 @@ impl PeftAdapter {
     /// Refuses an adapter whose tensors are not those that its configuration asks for on a model of this shape.
     pub fn check(&self, shape: &Shape) -> Result<()> {
         let wanted = self.wanted(shape).map_err(|e| Error::data(e.message).context(self.dir.display()))?;
-        let there = self.file.names();
+        let there: Vec<&String> = self.source.names().collect();
         let mut wrong = Vec::new();
         for (name, size) in &wanted {
             let name = format!("{PREFIX}{name}");
-            match there.contains(&name) {
+            match there.contains(&&name) {
                 false => wrong.push(format!("`{name}` {size:?} is missing")),
-                true => match self.file.info(&name)?.0 {
-                    found if found != *size => {
+                true => match &self.source.view(&name)?.shape {
+                    found if found != size => {
                         wrong.push(format!("`{name}` is {found:?} and should be {size:?}"))
                     }
                     _ => {}
@@ -122,12 +125,12 @@ impl PeftAdapter {
 
     /// Whether the adapter has this tensor of the model, trained as a whole or part of an adapter.
     pub fn has(&self, name: &str) -> bool {
-        self.file.info(&format!("{PREFIX}{name}")).is_ok()
+        self.source.views.contains_key(&format!("{PREFIX}{name}"))
     }
 
     /// Fills `values` with elements `first..` of a tensor, which goes by the model's name.
     pub fn read(&self, name: &str, first: i64, values: &tch::Tensor) -> Result<()> {
-        self.file.read(&format!("{PREFIX}{name}"), first, values)
+        self.source.read(&format!("{PREFIX}{name}"), first, values)
     }
 
     /// Fills the adapters, and what was trained as a whole. Collective over the ranks that hold the parameters.
@@ -141,15 +144,12 @@ impl PeftAdapter {
     }
 }
 
-fn open_weights(dir: &Path) -> Result<Reader> {
-    let path = dir.join(WEIGHTS);
-    if !path.is_file() && dir.join("adapter_model.bin").is_file() {
-        return Err(Error::data(format!(
-            "{}: adapter_model.bin cannot be read: save the adapter with safe_serialization=True",
-            dir.display()
-        )));
-    }
-    Reader::open(&path)
+fn open_weights(dir: &Path) -> Result<Source> {
+    let (path, old) = (dir.join(WEIGHTS), dir.join(OLD_WEIGHTS));
+    Ok(Source::of_files(vec![match !path.is_file() && old.is_file() {
+        true => Box::new(torch_file::Reader::open(&old)?),
+        false => Box::new(safetensors::Reader::open(&path)?),
+    }]))
 }
 
 /// What of PEFT's options changes the mathematics and is not built: key, and the values that mean that it is off.

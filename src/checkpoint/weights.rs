@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use super::hf::HfModel;
+use super::meta::{MetaModel, PARAMS};
 use super::peft::{self, PeftAdapter};
 use super::sharded::{Checkpoint, META, checkpoints_dir, latest};
+use super::source::Source;
 use crate::config::shape::Shape;
 use crate::data::tokenizer::folder_has_tokenizer;
 use crate::distributed::sharded::Sharded;
@@ -14,14 +16,15 @@ use crate::model::Trainable;
 /// A model on disk, found by its path.
 pub enum Weights {
     Hf(HfModel),
+    Meta(MetaModel),
     /// An adapter, and the model that it is for.
     Adapter(PeftAdapter, Box<Weights>),
     Checkpoint(Checkpoint),
 }
 
 impl Weights {
-    /// Opens a Hugging Face folder, a run's folder (its final model, else its newest checkpoint), a checkpoint, or a hub
-    /// id that the local hub cache holds.
+    /// Opens a Hugging Face folder, a folder in Meta's format, a run's folder (its final model, else its newest
+    /// checkpoint), a checkpoint, or a hub id that the local hub cache holds.
     /// Reads headers only.
     pub fn open(path: &Path) -> Result<Weights> {
         let found = match path.exists() {
@@ -49,15 +52,12 @@ impl Weights {
         {
             return Ok(Weights::Checkpoint(checkpoint));
         }
-        if path.join("params.json").is_file() {
-            return Err(Error::config(format!(
-                "{}: models in Meta's format cannot be read yet; take the Hugging Face version of the model",
-                path.display()
-            )));
+        if path.join(PARAMS).is_file() {
+            return Ok(Weights::Meta(MetaModel::load(path)?));
         }
         Err(Error::data(format!(
-            "{}: no model: a Hugging Face folder has config.json, a checkpoint has {META}, and a run's folder has \
-             model/ or checkpoints/ with a complete checkpoint",
+            "{}: no model: a Hugging Face folder has config.json, one in Meta's format {PARAMS}, a checkpoint {META}, and \
+             a run's folder model/ or checkpoints/ with a complete checkpoint",
             path.display()
         )))
     }
@@ -78,7 +78,7 @@ impl Weights {
     /// The adapters that the model has besides its own tensors, if any, and how its weights were kept in training.
     pub fn lora(&self) -> Option<&Trainable> {
         match self {
-            Weights::Hf(_) => None,
+            Weights::Hf(_) | Weights::Meta(_) => None,
             Weights::Adapter(adapter, _) => Some(adapter.trainable()),
             Weights::Checkpoint(checkpoint) => {
                 checkpoint.meta().base.as_ref().map(|b| &b.trainable).filter(|t| t.lora.is_some())
@@ -89,6 +89,7 @@ impl Weights {
     pub fn shape(&self) -> &Shape {
         match self {
             Weights::Hf(model) => model.shape(),
+            Weights::Meta(model) => model.shape(),
             Weights::Adapter(_, base) => base.shape(),
             Weights::Checkpoint(checkpoint) => &checkpoint.meta().shape,
         }
@@ -98,6 +99,7 @@ impl Weights {
     pub fn dir(&self) -> &Path {
         match self {
             Weights::Hf(model) => model.dir(),
+            Weights::Meta(model) => model.dir(),
             Weights::Adapter(adapter, _) => adapter.dir(),
             Weights::Checkpoint(checkpoint) => checkpoint.dir(),
         }
@@ -106,14 +108,19 @@ impl Weights {
     /// The folder with the model's tokenizer, if it has one.
     pub fn tokenizer_dir(&self) -> Option<PathBuf> {
         let dir = self.dir();
-        folder_has_tokenizer(dir).then(|| dir.to_path_buf())
+        match self {
+            _ if folder_has_tokenizer(dir) => Some(dir.to_path_buf()),
+            Weights::Adapter(_, base) => base.tokenizer_dir(),
+            _ => None,
+        }
     }
 
     /// Fills the parameters, each rank its own slices; adapters, where the parameters have any, only from a model that has
     /// them too. Collective over the ranks that hold them.
     pub fn fill(&self, params: &mut Sharded) -> Result<()> {
         match self {
-            Weights::Hf(model) => model.fill(params),
+            Weights::Hf(model) => model.source().fill(params),
+            Weights::Meta(model) => model.source().fill(params),
             Weights::Adapter(adapter, base) => {
                 base.fill(params)?;
                 adapter.fill(params)
@@ -121,6 +128,33 @@ impl Weights {
             Weights::Checkpoint(checkpoint) => checkpoint.fill_weights(params),
         }
     }
+
+    /// The tensors, wherever they lie. Of a checkpoint, its files' contents are checked first.
+    pub fn into_source(self) -> Result<Source> {
+        match self {
+            Weights::Hf(model) => Ok(model.into_source()),
+            Weights::Meta(model) => Ok(model.into_source()),
+            Weights::Adapter(adapter, base) => Err(with_adapter(adapter.dir(), base.dir())),
+            Weights::Checkpoint(checkpoint) => match &checkpoint.meta().base {
+                None => checkpoint.source(),
+                Some(base) if base.trainable.lora.is_some() => {
+                    Err(with_adapter(checkpoint.dir(), Path::new(&base.path)))
+                }
+                // What was not trained is the base's.
+                Some(base) => {
+                    Ok(Weights::open(Path::new(&base.path))?.into_source()?.overlaid(checkpoint.source()?))
+                }
+            },
+        }
+    }
+}
+
+fn with_adapter(adapter: &Path, base: &Path) -> Error {
+    Error::config(format!(
+        "{} is an adapter for {} and no model by itself: merge them first (corral merge)",
+        adapter.display(),
+        base.display()
+    ))
 }
 
 /// The folder of a hub id (`owner/name`) in Hugging Face's local cache. Nothing is downloaded.

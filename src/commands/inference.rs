@@ -12,11 +12,11 @@ use crate::config::sections::Compute;
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
-use crate::model::{Llama, layout};
+use crate::model::{Llama, Trainable};
 
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
-    /// The model: a Hugging Face folder, a run's folder, or a checkpoint
+    /// The model: a Hugging Face folder, an adapter, a run's folder, or a checkpoint
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
     /// What to compute in [default: float32 on a CPU, bfloat16 on a GPU]
@@ -45,7 +45,11 @@ impl ModelArgs {
         let compute = compute_kind(self.dtype.unwrap_or(on_cpu));
         let weights = Weights::open(&self.model)?;
         let shape = weights.shape().clone();
-        let mut params = Sharded::new(layout::layouts(&shape), Group::solo(), Group::solo(), compute, device);
+        let plans = match weights.lora() {
+            Some(trainable) => trainable.plans_for_inference(&shape)?,
+            None => Trainable::default().plans_for_inference(&shape)?,
+        };
+        let mut params = Sharded::new(plans, Group::solo(), Group::solo(), compute, device);
         weights.fill(&mut params)?;
         let tokenizer = weights.tokenizer_dir().map(Tokenizer::load).transpose()?;
         if let Some(tokenizer) = &tokenizer {

@@ -124,9 +124,14 @@ pub fn shard_groups(mode: Mode, world: &World) -> (Group, Group) {
     }
 }
 
+/// Gives all values of a group, in any dtype: `[numel]`.
+type Load = Box<dyn Fn(&Layout) -> Result<Tensor>>;
+
 /// All parameters of a model, in groups.
 pub struct Sharded {
     groups: Vec<FlatGroup>,
+    /// Where values come from that are not kept (see [`Sharded::on_demand`]).
+    load: Option<Load>,
     reductions: Vec<Reduction>,
     shard: Group,
     replica: Group,
@@ -151,7 +156,29 @@ impl Sharded {
             .into_iter()
             .map(|plan| FlatGroup::new(plan.into(), shard.size(), compute, device))
             .collect();
-        Sharded { groups, reductions: Vec::new(), shard, replica, compute, device }
+        Sharded { groups, load: None, reductions: Vec::new(), shard, replica, compute, device }
+    }
+
+    /// Parameters of one rank that are loaded anew whenever a group is used, and dropped after it: for the forward of a
+    /// model of which two groups fit into memory. There is nothing to fill, train or export.
+    pub fn on_demand(
+        layouts: Vec<Layout>,
+        compute: Kind,
+        device: Device,
+        load: impl Fn(&Layout) -> Result<Tensor> + 'static,
+    ) -> Sharded {
+        let group = |layout: Layout| FlatGroup::empty(layout.into(), 1, compute, device);
+        let groups = layouts.into_iter().map(group).collect();
+        let (shard, replica) = (Group::solo(), Group::solo());
+        Sharded {
+            groups,
+            load: Some(Box::new(load)),
+            reductions: Vec::new(),
+            shard,
+            replica,
+            compute,
+            device,
+        }
     }
 
     pub fn len(&self) -> usize {
@@ -180,6 +207,12 @@ impl Sharded {
     /// The first group of which something is trained; the number of groups where nothing is.
     pub fn first_trained(&self) -> usize {
         (0..self.len()).find(|i| self.trains(*i)).unwrap_or(self.len())
+    }
+
+    /// Numbers that are not trained, over all ranks.
+    pub fn num_frozen(&self) -> i64 {
+        let of = |g: &FlatGroup| g.plan.tensors().iter().map(Spec::numel).sum::<i64>() - g.layout.numel;
+        self.groups.iter().map(of).sum()
     }
 
     /// Bytes of this rank's slices of what is not trained.
@@ -286,6 +319,10 @@ impl Sharded {
         let g = &mut self.groups[i];
         g.frozen.prefetch(&self.shard)?;
         if g.full.is_some() || g.layout.numel == 0 {
+            return Ok(());
+        }
+        if let Some(load) = &self.load {
+            g.full = Some(load(&g.layout)?.f_to_device(self.device)?.f_to_kind(self.compute)?);
             return Ok(());
         }
         if size == 1 {
@@ -489,24 +526,31 @@ impl Sharded {
 }
 
 impl FlatGroup {
+    /// With this rank's slice allocated.
     fn new(plan: Plan, ranks: i64, compute: Kind, device: Device) -> FlatGroup {
+        let mut group = FlatGroup::empty(plan, ranks, compute, device);
         let master_kind = kernels::ops::accumulator(compute);
-        let Placed { layout, frozen, homes, adapter_homes } = plan.place();
-        let shard_len = padded_slice(layout.numel, ranks);
-        let master = Tensor::zeros([shard_len], (master_kind, device));
-        let local = match compute == master_kind {
-            true => master.shallow_clone(),
-            false => Tensor::zeros([shard_len], (compute, device)),
+        group.shard_len = padded_slice(group.layout.numel, ranks);
+        group.master = Tensor::zeros([group.shard_len], (master_kind, device));
+        group.local = match compute == master_kind {
+            true => group.master.shallow_clone(),
+            false => Tensor::zeros([group.shard_len], (compute, device)),
         };
+        group
+    }
+
+    /// Without memory for what is trained.
+    fn empty(plan: Plan, ranks: i64, compute: Kind, device: Device) -> FlatGroup {
+        let Placed { layout, frozen, homes, adapter_homes } = plan.place();
         FlatGroup {
+            shard_len: 0,
+            master: Tensor::empty([0], (compute, device)),
+            local: Tensor::empty([0], (compute, device)),
+            frozen: Frozen::new(frozen.into_iter(), compute, ranks, device),
             homes,
             adapter_homes,
-            frozen: Frozen::new(frozen.into_iter(), compute, ranks, device),
             plan,
             layout,
-            shard_len,
-            master,
-            local,
             grad: None,
             full: None,
             gathering: None,

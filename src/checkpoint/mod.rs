@@ -7,6 +7,7 @@ mod families;
 mod grow;
 pub mod hf;
 mod hf_config;
+pub mod merge;
 mod meta;
 pub mod peft;
 mod pickle;

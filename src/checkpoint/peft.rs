@@ -14,7 +14,7 @@ use super::source::Source;
 use super::torch_file;
 use crate::config::shape::Shape;
 use crate::config::trainable::{Base, Freeze, Lora, Targets};
-use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
+use crate::data::tokenizer::{Tokenizer, folder_has_tokenizer, is_tokenizer_file};
 use crate::distributed::plan::{Role, adapter_names, is_adapter};
 use crate::distributed::sharded::Sharded;
 use crate::error::{Context, Error, Result};
@@ -54,6 +54,12 @@ impl PeftAdapter {
                 .context(ours.display())?;
         }
         Ok(adapter)
+    }
+
+    /// The adapter in a folder, or in the folder of the run that trained it; none where there is none.
+    pub fn find(path: &Path) -> Result<Option<PeftAdapter>> {
+        let dirs = [path.to_path_buf(), path.join("model")];
+        dirs.iter().find(|d| d.join(CONFIG).is_file()).map(|d| PeftAdapter::open(d)).transpose()
     }
 
     pub fn dir(&self) -> &Path {
@@ -131,6 +137,16 @@ impl PeftAdapter {
     /// Fills `values` with elements `first..` of a tensor, which goes by the model's name.
     pub fn read(&self, name: &str, first: i64, values: &tch::Tensor) -> Result<()> {
         self.source.read(&format!("{PREFIX}{name}"), first, values)
+    }
+
+    /// A tensor of the adapter's, by the model's name.
+    pub fn tensor(&self, name: &str) -> Result<tch::Tensor> {
+        self.source.tensor(&format!("{PREFIX}{name}"))
+    }
+
+    /// The folder with its tokenizer, if it has one.
+    pub fn tokenizer_dir(&self) -> Option<PathBuf> {
+        folder_has_tokenizer(&self.dir).then(|| self.dir.clone())
     }
 
     /// Fills the adapters, and what was trained as a whole. Collective over the ranks that hold the parameters.

@@ -36,15 +36,15 @@ impl Weights {
             return Ok(Weights::Checkpoint(Checkpoint::open(path)?));
         }
         for dir in [path.to_path_buf(), path.join("model")] {
-            if dir.join("config.json").is_file() {
-                return Ok(Weights::Hf(HfModel::load(&dir)?));
-            }
             if dir.join(peft::CONFIG).is_file() {
                 let adapter = PeftAdapter::open(&dir)?;
                 let base = adapter.base()?;
                 let base = Weights::open(&base)
                     .with_context(|| format!("the model of the adapter {}", dir.display()))?;
                 return Weights::adapted(base, adapter);
+            }
+            if dir.join("config.json").is_file() {
+                return Ok(Weights::Hf(HfModel::load(&dir)?));
             }
         }
         if checkpoints_dir(path).is_dir()

@@ -162,13 +162,13 @@ impl Sharded {
     /// Parameters of one rank that are loaded anew whenever a group is used, and dropped after it: for the forward of a
     /// model of which two groups fit into memory. There is nothing to fill, train or export.
     pub fn on_demand(
-        layouts: Vec<Layout>,
+        groups: impl IntoIterator<Item = impl Into<Plan>>,
         compute: Kind,
         device: Device,
         load: impl Fn(&Layout) -> Result<Tensor> + 'static,
     ) -> Sharded {
-        let group = |layout: Layout| FlatGroup::empty(layout.into(), 1, compute, device);
-        let groups = layouts.into_iter().map(group).collect();
+        let group = |plan: Plan| FlatGroup::empty(plan, 1, compute, device);
+        let groups = groups.into_iter().map(|plan| group(plan.into())).collect();
         let (shard, replica) = (Group::solo(), Group::solo());
         Sharded {
             groups,

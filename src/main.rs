@@ -2,9 +2,12 @@
 
 use std::panic::PanicHookInfo;
 use std::process::exit;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use corral::commands::{self, Global};
+use corral::distributed::environment::Place;
+use corral::distributed::world;
 use corral::error::first_line;
 use corral::{Result, telemetry};
 
@@ -43,7 +46,10 @@ enum Command {
 
 fn main() {
     std::panic::set_hook(Box::new(tell_panic));
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|e| {
+        let_rank_0_tell();
+        e.exit()
+    });
     telemetry::console::init(cli.global.console());
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(cli)));
     // Exits at once: what threads are left need not be waited for.
@@ -51,11 +57,21 @@ fn main() {
         Ok(Ok(())) => exit(0),
         Ok(Err(e)) => {
             if !matches!(e.kind, corral::error::Kind::Stopped(_)) {
+                let_rank_0_tell();
                 corral::error!("{e}");
             }
             exit(e.exit_code())
         }
         Err(_) => exit(1), // told by the hook
+    }
+}
+
+/// What goes wrong before the ranks have met mostly goes wrong on all of them: rank 0 tells it, and its launcher ends the
+/// others while they wait here. What goes wrong on another rank alone is told a little later.
+fn let_rank_0_tell() {
+    let rank = Place::from_env().ok().flatten().map_or(0, |place| place.rank);
+    if rank > 0 && !world::have_met() {
+        std::thread::sleep(Duration::from_secs(2));
     }
 }
 
@@ -67,9 +83,9 @@ fn run(cli: Cli) -> Result<()> {
         Command::Tokenize(args) => commands::tokenize::run(args),
         Command::Data(args) => commands::data::run(args),
         Command::Pretrain(args) => commands::pretrain::run(args, global),
-        Command::Generate(args) => commands::generate::run(args, global.single_device()?),
-        Command::Score(args) => commands::score::run(args, global.single_device()?),
-        Command::Eval(args) => commands::eval::run(args, global.single_device()?),
+        Command::Generate(args) => commands::generate::run(args, global),
+        Command::Score(args) => commands::score::run(args, global),
+        Command::Eval(args) => commands::eval::run(args, global),
         Command::Check(args) => commands::check::run(args),
         Command::Bench(command) => commands::bench::run(command, global),
     }

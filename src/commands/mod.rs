@@ -12,6 +12,7 @@ use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Error, Result};
 use crate::telemetry::console;
 
+mod answers;
 pub mod bench;
 pub mod check;
 pub mod data;

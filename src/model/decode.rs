@@ -180,7 +180,7 @@ impl Llama {
     pub fn next_token_logits(&mut self, hidden: &Tensor) -> Result<Tensor> {
         let group = self.head_group();
         let flat = self.params.full(group)?;
-        let logits = hidden.f_mm(&self.params.layout(group).specs[0].view(&flat).tr())?;
+        let logits = ops::linear(hidden, &self.params.layout(group).specs[0].view(&flat), None)?;
         self.params.release(group);
         Ok(logits)
     }

@@ -173,17 +173,21 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
     // Windows of training data have a label at every position, so that no rank needs to ask the others.
     let count = c.train.batch_size * c.data.sequence_length;
 
+    let aux_coef = inputs.shape.experts.as_ref().map(|e| e.router_aux_loss_coef);
+
     while !run.done() {
         let micro_batches = this_ranks_batches(c, &inputs.train, run.progress.data.next, world)?;
-        let loss_sum =
-            step::accumulate_gradients(&mut model, &micro_batches, count as f64, c.train.recompute)?;
+        let sums =
+            step::accumulate_balanced(&mut model, &micro_batches, count as f64, c.train.recompute, aux_coef)?;
         let (lr, clip) = (schedule.rate(run.progress.step), c.optim.clip);
-        let update =
-            step::apply_gradients(&mut model, &mut optimizer, world, loss_sum, count as f64, lr, clip)?;
+        let update = step::apply_gradients(&mut model, &mut optimizer, world, sums, count as f64, lr, clip)?;
 
         run.progress.data.next += c.train.batch_size as u64;
         let stepped = run.stepped(count as u64, &update, lr)?;
         if let Some(mut record) = stepped.record {
+            if let Some(aux_loss) = update.aux_loss {
+                record = record.float("aux_loss", aux_loss);
+            }
             if let Some(peak) = peak_flops {
                 let flops = inputs.shape.flops_per_token(c.data.sequence_length) * stepped.tokens_per_s;
                 record = record.float("mfu", flops / (peak * world.world_size as f64));
@@ -198,7 +202,7 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
             run.log(&record.float("perplexity", loss.exp()));
             run.restart_window();
         }
-        run.save(&model.params, &optimizer)?;
+        run.save(&model.params, &optimizer, false)?;
     }
     run.finish(|dir| {
         let tokenizer_dir = Some(inputs.tokenizer_dir.as_path());

@@ -9,7 +9,7 @@
 //!     let stepped = run.stepped(tokens, &update)?;
 //!     if stepped.log { run.log(...) }
 //!     ...                                       validation
-//!     run.save(&model.params, &optimizer)?;     where it is due; ends the run where a signal asked for it
+//!     run.save(&model.params, &optimizer, false)?;     where it is due; ends the run where a signal asked for it
 //! }
 //! run.finish(&model, ...)
 //! ```
@@ -266,14 +266,19 @@ impl<D: Serialize> Run<'_, D> {
         self.plan.steps = self.progress.step;
     }
 
-    /// Completes a save that is written, and begins one where it is due. Collective.
+    /// The checkpoint of `step` stays besides the newest, until another is the best.
+    pub fn keep_best(&mut self, step: u64) {
+        self.saver.keep_best(step);
+    }
+
+    /// Completes a save that is written, and begins one where it is due (or `now`). Collective.
     ///
     /// # Errors
     /// A signal asked for the end of the run, whose checkpoint is then written.
-    pub fn save(&mut self, params: &Sharded, optimizer: &AdamW) -> Result<()> {
+    pub fn save(&mut self, params: &Sharded, optimizer: &AdamW, now: bool) -> Result<()> {
         self.saver.poll()?;
         let step = self.progress.step;
-        if self.due(self.plan.checkpoint_every) || self.signal > 0.0 {
+        if now || self.due(self.plan.checkpoint_every) || self.signal > 0.0 {
             let state = serde_json::to_value(&self.progress).map_err(|e| Error::failed(e.to_string()))?;
             self.saver.begin(step, params, optimizer, state)?;
         }

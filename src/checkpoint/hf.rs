@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tch::Kind;
 
 use super::agree::{agree, agree_over};
+use super::families::Description;
 use super::hf_config::{SpecialIds, read_object, read_shape, special_ids, write_shape};
 use super::safetensors::{Entry, Reader, Writer};
 use crate::config::shape::Shape;
@@ -25,9 +26,18 @@ pub struct HfModel {
     dir: PathBuf,
     shape: Shape,
     files: Vec<Reader>,
-    /// Which file holds a tensor.
-    tensors: HashMap<String, usize>,
+    /// Where the model's tensors lie.
+    places: HashMap<String, Place>,
     unknown_keys: Vec<String>,
+}
+
+/// Where a tensor of the model lies.
+struct Place {
+    file: usize,
+    /// The name that it has there, alone or with others.
+    tensor: String,
+    /// Its first element in there.
+    first: i64,
 }
 
 impl HfModel {
@@ -37,11 +47,10 @@ impl HfModel {
     /// Errors are of kind Data: an architecture or an option that is not built, files that are missing or damaged, and
     /// in one message all tensors that are missing, superfluous or of another shape.
     pub fn load(dir: &Path) -> Result<HfModel> {
-        let (shape, unknown_keys) = read_shape(&dir.join("config.json"))?;
+        let (family, shape, unknown_keys) = read_shape(&dir.join("config.json"))?;
         let (files, tensors) = open_weights(dir)?;
-        let model = HfModel { dir: dir.to_path_buf(), shape, files, tensors, unknown_keys };
-        model.check_tensors()?;
-        Ok(model)
+        let places = check_tensors(family, &shape, &files, &tensors).context(dir.display())?;
+        Ok(HfModel { dir: dir.to_path_buf(), shape, files, places, unknown_keys })
     }
 
     pub fn shape(&self) -> &Shape {
@@ -60,59 +69,63 @@ impl HfModel {
     /// Fills the parameters; every rank reads its own slices only. All ranks that hold them call this, and fail
     /// together.
     pub fn fill(&self, params: &mut Sharded) -> Result<()> {
-        let mine =
-            params.fill(|spec, first, values| self.reader(&spec.name)?.read(&spec.name, first, values));
+        let mine = params.fill(|spec, first, values| match self.places.get(&spec.name) {
+            Some(place) => self.files[place.file].read(&place.tensor, place.first + first, values),
+            None => Err(Error::data(format!("{}: there is no tensor `{}`", self.dir.display(), spec.name))),
+        });
         agree_over(params, mine)
     }
+}
 
-    fn reader(&self, name: &str) -> Result<&Reader> {
-        match self.tensors.get(name) {
-            Some(&i) => Ok(&self.files[i]),
-            None => Err(Error::data(format!("{}: there is no tensor `{name}`", self.dir.display()))),
+/// Compares the tensors with those that the shape asks for. Returns where those of the model lie.
+fn check_tensors(
+    family: &Description,
+    shape: &Shape,
+    files: &[Reader],
+    tensors: &HashMap<String, usize>,
+) -> Result<HashMap<String, Place>> {
+    // The tensors of the family's files, of which each holds one or more of the model's.
+    let mut wanted: BTreeMap<String, Vec<i64>> = BTreeMap::new();
+    let mut places = HashMap::new();
+    for spec in layouts(shape).into_iter().flat_map(|layout| layout.specs) {
+        let (tensor, row) = (family.place)(&spec.name, shape);
+        let first = row * spec.numel() / spec.shape[0];
+        let size = wanted.entry(tensor.clone()).or_insert_with(|| [&[0], &spec.shape[1..]].concat());
+        size[0] += spec.shape[0];
+        if let Some(&file) = tensors.get(&tensor) {
+            places.insert(spec.name, Place { file, tensor, first });
         }
     }
-
-    /// Compares the tensors with those that the shape asks for.
-    fn check_tensors(&self) -> Result<()> {
-        let mut wanted = BTreeMap::new();
-        for layout in layouts(&self.shape) {
-            wanted.extend(layout.specs.into_iter().map(|s| (s.name, s.shape)));
-        }
-        let mut wrong = Vec::new();
-        for (name, shape) in &wanted {
-            match self.tensors.get(name) {
-                None => wrong.push(format!("`{name}` {shape:?} is missing")),
-                Some(&i) => {
-                    let (found, _) = self.files[i].info(name)?;
-                    if found != *shape {
-                        wrong.push(format!("`{name}` is {found:?} and should be {shape:?}"));
-                    }
+    let mut wrong = Vec::new();
+    for (name, shape) in &wanted {
+        match tensors.get(name) {
+            None => wrong.push(format!("`{name}` {shape:?} is missing")),
+            Some(&i) => {
+                let (found, _) = files[i].info(name)?;
+                if found != *shape {
+                    wrong.push(format!("`{name}` is {found:?} and should be {shape:?}"));
                 }
             }
         }
-        let mut extra: Vec<&String> = self.tensors.keys().filter(|n| !wanted.contains_key(*n)).collect();
-        extra.sort();
-        for name in extra {
-            // Tables that old files carry, and the second name of tied embeddings.
-            let harmless = name.ends_with("rotary_emb.inv_freq")
-                || (self.shape.tie_word_embeddings && name.as_str() == LM_HEAD);
-            if !harmless {
-                wrong.push(format!("`{name}` belongs to no Llama"));
-            }
-        }
-        if wrong.is_empty() {
-            return Ok(());
-        }
-        const SHOWN: usize = 12;
-        let more = wrong.len().saturating_sub(SHOWN);
-        wrong.truncate(SHOWN);
-        let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
-        Err(Error::data(format!(
-            "{}: the tensors do not fit its config.json:\n  {}{more}",
-            self.dir.display(),
-            wrong.join("\n  ")
-        )))
     }
+    let mut extra: Vec<&String> = tensors.keys().filter(|n| !wanted.contains_key(*n)).collect();
+    extra.sort();
+    for name in extra {
+        // Tables that old files carry, and the second name of tied embeddings.
+        let harmless =
+            name.ends_with("rotary_emb.inv_freq") || (shape.tie_word_embeddings && name.as_str() == LM_HEAD);
+        if !harmless {
+            wrong.push(format!("`{name}` belongs to no {}", family.architecture));
+        }
+    }
+    if wrong.is_empty() {
+        return Ok(places);
+    }
+    const SHOWN: usize = 12;
+    let more = wrong.len().saturating_sub(SHOWN);
+    wrong.truncate(SHOWN);
+    let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
+    Err(Error::data(format!("the tensors do not fit its config.json:\n  {}{more}", wrong.join("\n  "))))
 }
 
 /// Opens the weights' files and finds out which tensor lies where.

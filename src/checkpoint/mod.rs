@@ -1,6 +1,7 @@
 //! Models and the state of a training run on disk: safetensors, Hugging Face folders, sharded checkpoints.
 
 mod agree;
+mod families;
 pub mod hf;
 mod hf_config;
 pub mod safetensors;

@@ -160,8 +160,8 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
             })
             .collect();
         let begun = Instant::now();
-        let loss_sum = accumulate_gradients(&mut model, &batches, count, args.recompute)?;
-        let update = apply_gradients(&mut model, &mut optimizer, world, loss_sum, count, 3e-4, 1.0)?;
+        let sums = accumulate_gradients(&mut model, &batches, count, args.recompute)?;
+        let update = apply_gradients(&mut model, &mut optimizer, world, sums, count, 3e-4, 1.0)?;
         world.synchronize()?;
         if update.skipped {
             return Err(Error::failed(format!(

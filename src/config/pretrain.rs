@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
-use super::numbers::{count, positive, some_count};
+use super::numbers::{count, positive, some_count, some_not_negative};
 use super::sections::{Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Train, Valid};
-use super::shape::{Llama3RopeScaling, Shape};
-use super::{Conflict, Loaded};
-use crate::error::{Error, Result};
+use super::shape::{Experts, Family, Llama3RopeScaling, Shape};
+use super::{Algorithm, Conflict};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -81,8 +80,11 @@ impl TryFrom<ModelKeys> for Model {
 
 /// The shape of a new model under Hugging Face's names. Three numbers decide; the rest follows from them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, try_from = "InitKeys")]
+#[serde(try_from = "InitKeys")]
 pub struct Init {
+    /// Default: `llama`.
+    #[serde(skip_serializing_if = "is_llama")]
+    pub model_type: Family,
     /// Default: the tokenizer's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vocab_size: Option<i64>,
@@ -104,12 +106,20 @@ pub struct Init {
     pub rope_scaling: Option<Llama3RopeScaling>,
     pub tie_word_embeddings: bool,
     pub initializer_range: f64,
+    /// Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sliding_window: Option<i64>,
+    /// Of a mixtral. Default of the three: 8, 2, 0.02.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<Experts>,
 }
 
 /// [`Init`] as it is written.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct InitKeys {
+    #[serde(default)]
+    model_type: Family,
     #[serde(default, deserialize_with = "some_count")]
     vocab_size: Option<i64>,
     #[serde(deserialize_with = "count")]
@@ -136,6 +146,14 @@ struct InitKeys {
     tie_word_embeddings: bool,
     #[serde(default = "initializer_range", deserialize_with = "positive")]
     initializer_range: f64,
+    #[serde(default, deserialize_with = "some_count")]
+    sliding_window: Option<i64>,
+    #[serde(default, deserialize_with = "some_count")]
+    num_local_experts: Option<i64>,
+    #[serde(default, deserialize_with = "some_count")]
+    num_experts_per_tok: Option<i64>,
+    #[serde(default, deserialize_with = "some_not_negative")]
+    router_aux_loss_coef: Option<f64>,
 }
 
 impl TryFrom<InitKeys> for Init {
@@ -156,7 +174,22 @@ impl TryFrom<InitKeys> for Init {
                     .into());
             }
         }
+        let experts = (keys.num_local_experts, keys.num_experts_per_tok, keys.router_aux_loss_coef);
+        let experts = match (keys.model_type, experts) {
+            (Family::Mixtral, (number, per_token, coef)) => Some(Experts {
+                num_local_experts: number.unwrap_or(8),
+                num_experts_per_tok: per_token.unwrap_or(2),
+                router_aux_loss_coef: coef.unwrap_or(0.02),
+            }),
+            (_, (None, None, None)) => None,
+            _ => {
+                return Err("num_local_experts, num_experts_per_tok and router_aux_loss_coef are keys of \
+                             model_type: mixtral"
+                    .into());
+            }
+        };
         let init = Init {
+            model_type: keys.model_type,
             vocab_size: keys.vocab_size,
             hidden_size: c,
             intermediate_size: keys.intermediate_size.unwrap_or((c * 8 + 95) / 96 * 32),
@@ -170,6 +203,8 @@ impl TryFrom<InitKeys> for Init {
             rope_scaling: keys.rope_scaling,
             tie_word_embeddings: keys.tie_word_embeddings,
             initializer_range: keys.initializer_range,
+            sliding_window: keys.sliding_window,
+            experts,
         };
         init.shape(1, 1).check().map_err(|e| e.message)?;
         Ok(init)
@@ -180,6 +215,7 @@ impl Init {
     /// The whole shape; `vocab_size` (the tokenizer's) and `sequence_length` serve where the keys were left out.
     pub fn shape(&self, vocab_size: i64, sequence_length: i64) -> Shape {
         Shape {
+            family: self.model_type,
             vocab_size: self.vocab_size.unwrap_or(vocab_size),
             hidden_size: self.hidden_size,
             intermediate_size: self.intermediate_size,
@@ -193,6 +229,9 @@ impl Init {
             rope_scaling: self.rope_scaling.clone(),
             tie_word_embeddings: self.tie_word_embeddings,
             initializer_range: self.initializer_range,
+            sliding_window: self.sliding_window,
+            max_window_layers: 0,
+            experts: self.experts.clone(),
         }
     }
 }
@@ -218,7 +257,7 @@ pub struct Data {
 }
 
 impl Pretrain {
-    /// The folder of the tokenizer: the named one, else the model's. `None` is refused by [`Pretrain::validate`].
+    /// The folder of the tokenizer: the named one, else the model's. `None` is refused by [`Algorithm::conflict`].
     pub fn tokenizer_path(&self) -> Option<&Path> {
         match (&self.tokenizer, &self.model) {
             (Some(tokenizer), _) => Some(&tokenizer.path),
@@ -226,15 +265,19 @@ impl Pretrain {
             (None, _) => None,
         }
     }
+}
 
-    /// Refuses combinations that cannot run on `world_size` (at least 1) ranks; touches no file and no device.
-    /// [`Loaded::validate`] also tells where the value was written.
-    pub fn validate(&self, world_size: i64) -> Result<()> {
-        self.conflict(world_size)
-            .map_or(Ok(()), |(key, message)| Err(Error::config(format!("'{key}': {message}"))))
+impl Algorithm for Pretrain {
+    const SUBCOMMAND: &'static str = "pretrain";
+
+    fn output_dir(&self) -> &Path {
+        &self.output_dir
     }
 
-    /// The first key that does not fit the others, and why.
+    fn parallel(&self) -> &Parallel {
+        &self.parallel
+    }
+
     fn conflict(&self, world_size: i64) -> Option<Conflict> {
         if self.data.train.is_empty() {
             return Some(("data.train", "there is no data to train on; name at least one path".into()));
@@ -260,15 +303,12 @@ impl Pretrain {
     }
 }
 
-impl Loaded<Pretrain> {
-    /// [`Pretrain::validate`], with the place of the value that does not fit.
-    pub fn validate(&self, world_size: i64) -> Result<()> {
-        self.config.conflict(world_size).map_or(Ok(()), |(key, message)| Err(self.error(key, &message)))
-    }
-}
-
 fn one_u64() -> u64 {
     1
+}
+
+fn is_llama(family: &Family) -> bool {
+    *family == Family::Llama
 }
 
 fn rms_norm_eps() -> f64 {

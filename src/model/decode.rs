@@ -15,7 +15,7 @@ use tch::{Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::model::layout::Block;
 use crate::model::linear::Linear;
-use crate::model::llama::{Input, Llama, block_forward};
+use crate::model::llama::{Context, Input, Llama, block_forward, norm_heads, rotate};
 
 /// Elements of the scores that [`Llama::extend`] has in memory at once.
 const SCORES: i64 = 16 << 20;
@@ -113,7 +113,7 @@ impl Llama {
         let ends = lengths.iter().enumerate().map(|(r, n)| r as i64 * time + n - 1);
         let ends = integers(ends).to_device(device);
         let last = self.through_blocks(&ids, |i, w, x| {
-            let (x, rest) = block_forward(w, x, &context, eps)?;
+            let (x, rest) = block_forward(w, x, &context, i - 1)?;
             let qkv = rest.qkv.view([rows, time, heads + 2 * kv_heads, head_dim]);
             let (keys, values) = &cache.blocks[i - 1];
             for (cached, first) in [(keys, heads), (values, heads + kv_heads)] {
@@ -143,10 +143,11 @@ impl Llama {
         let new = ids.len() as i64;
         cache.reserve(past + new);
         let position = Tensor::arange_start(past, past + new, (Kind::Int64, self.params.device()));
-        let last = self.read(ids, &position, past + new, |i, qkv, heads| {
+        let context = self.decoding(position, past + new);
+        let last = self.read(ids, &context, |i, qkv| {
             let (keys, values) = &cache.blocks[i - 1];
             let row = |t: &Tensor| t.select(0, slot as i64).narrow(1, 0, past + new);
-            extend_attention(qkv, &row(keys), &row(values), past, heads)
+            extend_attention(qkv, &row(keys), &row(values), past, context.start(i - 1), context.heads)
         })?;
         cache.lengths[slot] += new;
         Ok(last.narrow(0, new - 1, 1))
@@ -160,9 +161,10 @@ impl Llama {
         let position = integers(lengths()).to_device(device);
         let slot = integers(slots.iter().map(|s| *s as i64)).to_device(device);
         cache.reserve(longest);
-        let hidden = self.read(ids, &position, longest, |i, qkv, heads| {
-            let (keys, values) = &cache.blocks[i - 1];
-            Ok(ops::decode_attention(qkv, keys, values, &slot, &position, heads)?)
+        let context = self.decoding(position, longest);
+        let hidden = self.read(ids, &context, |i, qkv| {
+            let ((keys, values), first) = (&cache.blocks[i - 1], context.start(i - 1));
+            Ok(ops::decode_attention(qkv, keys, values, &slot, &context.positions, first, context.heads)?)
         })?;
         for slot in slots {
             cache.lengths[*slot] += 1;
@@ -185,31 +187,32 @@ impl Llama {
         Ok(logits)
     }
 
-    /// Hidden states after the final norm, T [N, C], of tokens at `position` (int64 `[N]`, all below `length`). `attend`
-    /// takes the block's number and the rotated queries, keys and values, T [N, (H + 2K) * D], and returns T [N, H * D].
+    /// For a token each at `position` (int64 `[N]`, all below `length`) of rows that begin at position 0, so that a sliding
+    /// window's first position is never in padding.
+    fn decoding(&mut self, position: Tensor, length: i64) -> Context {
+        let tables = self.rope_tables(length);
+        let window = self.shape.sliding_window.filter(|w| *w < length);
+        let first = window.map(|window| (&position - (window - 1)).clamp_min(0));
+        Context::decoding(self, position.numel() as i64, position, first, tables)
+    }
+
+    /// Hidden states after the final norm, T [N, C], of N tokens. `attend` takes the block's number and the rotated
+    /// queries, keys and values, T [N, (H + 2K) * D], and returns T [N, H * D].
     fn read(
         &mut self,
         ids: &[i64],
-        position: &Tensor,
-        length: i64,
-        mut attend: impl FnMut(usize, &Tensor, Heads) -> Result<Tensor>,
+        context: &Context,
+        mut attend: impl FnMut(usize, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let (cos, sin) = self.rope_tables(length);
-        let (eps, s) = (self.shape.rms_norm_eps, &self.shape);
-        let heads = Heads {
-            batch: ids.len() as i64,
-            heads: s.num_attention_heads,
-            kv_heads: s.num_key_value_heads,
-            head_dim: s.head_dim,
-        };
         self.through_blocks(ids, |i, w, x| {
-            let qkv = w.qkv.forward(&ops::rms_norm(x, &w.norm1, eps)?.0)?;
-            ops::rope(&qkv, position, &cos, &sin, heads.heads + heads.kv_heads, heads.head_dim, false)?;
-            let x2 = w.o.forward_add(&attend(i, &qkv, heads)?, x)?;
-            let gate_up = w.gate_up.forward(&ops::rms_norm(&x2, &w.norm2, eps)?.0)?;
-            let x = w.down.forward_add(&ops::swiglu(&gate_up)?, &x2)?;
+            let qkv = w.qkv.forward(&ops::rms_norm(x, &w.norm1, context.eps)?.0)?;
+            norm_heads(w, &qkv, context)?;
+            rotate(&qkv, context, false)?;
+            let x2 = w.o.forward_add(&attend(i, &qkv)?, x)?;
+            let h2 = ops::rms_norm(&x2, &w.norm2, context.eps)?.0;
+            let x = w.mlp.finish(&w.mlp.begin(&h2, None)?, &x2)?;
             match &w.final_norm {
-                Some(norm) => Ok(ops::rms_norm(&x, norm, eps)?.0),
+                Some(norm) => Ok(ops::rms_norm(&x, norm, context.eps)?.0),
                 None => Ok(x),
             }
         })
@@ -249,8 +252,16 @@ impl Llama {
 }
 
 /// Attention of N new tokens of one row after `past` that it has read, exact. `qkv`: T [N, (H + 2K) * D], rotated;
-/// `keys`, `values`: T [K, past + N, D], where the new tokens' are written. Returns T [N, H * D].
-fn extend_attention(qkv: &Tensor, keys: &Tensor, values: &Tensor, past: i64, h: Heads) -> Result<Tensor> {
+/// `keys`, `values`: T [K, past + N, D], where the new tokens' are written; `first`: what each of the tokens sees first,
+/// int64 `[N]`, none: position 0. Returns T [N, H * D].
+fn extend_attention(
+    qkv: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    past: i64,
+    first: Option<&Tensor>,
+    h: Heads,
+) -> Result<Tensor> {
     let (new, kind, device) = (h.batch, ops::accumulator(qkv.kind()), qkv.device());
     let group = h.heads / h.kv_heads;
     let all = qkv.view([new, h.heads + 2 * h.kv_heads, h.head_dim]);
@@ -265,12 +276,16 @@ fn extend_attention(qkv: &Tensor, keys: &Tensor, values: &Tensor, past: i64, h: 
     let seen = Tensor::arange(past + new, (Kind::Int64, device)).unsqueeze(0);
     let chunk = (SCORES / (h.heads * (past + new))).clamp(1, new);
     let mut parts = Vec::new();
-    for first in (0..new).step_by(chunk as usize) {
-        let count = chunk.min(new - first);
-        let at = Tensor::arange_start(past + first, past + first + count, (Kind::Int64, device));
-        let hidden = seen.gt_tensor(&at.unsqueeze(1)).repeat([group, 1]);
-        let q = queries.narrow(2, first, count).reshape([h.kv_heads, group * count, h.head_dim]);
-        let scores = q.f_bmm(&keys.transpose(1, 2))?.f_masked_fill_(&hidden, f64::NEG_INFINITY)?;
+    for begin in (0..new).step_by(chunk as usize) {
+        let count = chunk.min(new - begin);
+        let at = Tensor::arange_start(past + begin, past + begin + count, (Kind::Int64, device));
+        let mut unseen = seen.gt_tensor(&at.unsqueeze(1));
+        if let Some(first) = first {
+            unseen = unseen.logical_or(&seen.lt_tensor(&first.narrow(0, begin, count).unsqueeze(1)));
+        }
+        let q = queries.narrow(2, begin, count).reshape([h.kv_heads, group * count, h.head_dim]);
+        let mut scores = q.f_bmm(&keys.transpose(1, 2))?;
+        let scores = scores.f_masked_fill_(&unseen.repeat([group, 1]), f64::NEG_INFINITY)?;
         let out = scores.f_softmax(-1, kind)?.f_bmm(&values)?;
         let out = out.view([h.kv_heads, group, count, h.head_dim]).permute([2, 0, 1, 3]);
         parts.push(out.reshape([count, h.heads * h.head_dim]));

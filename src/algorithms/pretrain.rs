@@ -10,6 +10,7 @@ use crate::checkpoint::{Export, Weights, export};
 use crate::config::pretrain::{Model, Pretrain};
 use crate::config::sections::{self, Compute, Mode};
 use crate::config::{Loaded, shape::Shape};
+use crate::data::chat;
 use crate::data::loader::{Loader, Order, Source, State};
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::{Sharded, shard_groups};
@@ -26,8 +27,6 @@ pub const MAX_SHARD_SIZE: u64 = 5_000_000_000;
 /// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
 pub struct Inputs {
     pub tokenizer: Tokenizer,
-    /// The folder that the tokenizer comes from.
-    pub tokenizer_dir: PathBuf,
     pub train: Loader,
     pub valid: Option<Loader>,
     pub shape: Shape,
@@ -43,20 +42,10 @@ impl Inputs {
             Model::Path(path) => Some(Weights::open(path)?),
             Model::Preset(_) | Model::Init(_) => None,
         };
-        let tokenizer_dir = match (&c.tokenizer, &weights) {
-            (Some(tokenizer), _) => tokenizer.path.clone(),
-            (None, Some(weights)) => weights.tokenizer_dir().ok_or_else(|| {
-                Error::data(format!(
-                    "{} has no tokenizer.json; name a tokenizer's folder in tokenizer.path",
-                    weights.dir().display()
-                ))
-            })?,
-            (None, None) => return Err(Error::config("a new model needs tokenizer.path")),
-        };
-        let tokenizer = Tokenizer::load(&tokenizer_dir)?;
+        let tokenizer = chat::configured(c.tokenizer.as_ref(), weights.as_ref().map(Weights::dir))?;
         let vocab = tokenizer.vocab_size() as i64;
         let length = c.data.sequence_length;
-        let shape = match (&c.model, &weights) {
+        let mut shape = match (&c.model, &weights) {
             (_, Some(weights)) => weights.shape().clone(),
             (Model::Init(init), _) => init.shape(vocab, length),
             (Model::Preset(name), _) => Shape::preset(name)
@@ -66,13 +55,7 @@ impl Inputs {
             }
         };
         shape.check()?;
-        if vocab > shape.vocab_size {
-            return Err(Error::data(format!(
-                "the tokenizer {} has {vocab} tokens, more than the model's vocab_size of {}",
-                tokenizer_dir.display(),
-                shape.vocab_size
-            )));
-        }
+        shape.vocab_size = tokenizer.rows(shape.vocab_size, c.tokenizer.as_ref())?;
         if length > shape.max_position_embeddings {
             return Err(Error::config(format!(
                 "data.sequence_length: {length} is more than the model's max_position_embeddings, {}",
@@ -82,7 +65,13 @@ impl Inputs {
         let open = |sources: &[sections::Source], order| {
             let sources: Vec<Source> =
                 sources.iter().map(|s| Source { path: s.path.clone(), weight: s.weight }).collect();
-            Loader::new(&sources, Some(tokenizer.hash()), shape.vocab_size as usize, length as usize, order)
+            Loader::new(
+                &sources,
+                Some(tokenizer.base_hash()),
+                shape.vocab_size as usize,
+                length as usize,
+                order,
+            )
         };
         let train = open(&c.data.train, Order::Shuffled { seed: c.seed })?;
         let valid =
@@ -107,7 +96,7 @@ impl Inputs {
                 c.schedule.warmup_steps
             )));
         }
-        Ok(Inputs { tokenizer, tokenizer_dir, train, valid, shape, steps, weights })
+        Ok(Inputs { tokenizer, train, valid, shape, steps, weights })
     }
 }
 
@@ -128,7 +117,7 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
         start,
         &inputs_of(c),
         &inputs.shape,
-        &inputs.tokenizer_dir,
+        &inputs.tokenizer,
         c.checkpoint.keep,
         world,
     )?;
@@ -205,8 +194,8 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
         run.save(&model.params, &optimizer, false)?;
     }
     run.finish(|dir| {
-        let tokenizer_dir = Some(inputs.tokenizer_dir.as_path());
-        let how = Export { dtype: compute, max_shard_size: MAX_SHARD_SIZE, tokenizer_dir };
+        let tokenizer = Some(&inputs.tokenizer);
+        let how = Export { dtype: compute, max_shard_size: MAX_SHARD_SIZE, tokenizer };
         export(dir, &inputs.shape, &model.params, &how, &world.group)
     })
 }
@@ -218,7 +207,7 @@ pub fn inputs_of(c: &Pretrain) -> Vec<&Path> {
         Model::Preset(_) | Model::Init(_) => None,
     };
     let sources = c.data.train.iter().chain(&c.data.valid).map(|s| s.path.as_path());
-    let tokenizer = c.tokenizer.iter().map(|t| t.path.as_path());
+    let tokenizer = c.tokenizer.iter().filter_map(|t| t.path.as_deref());
     sources.chain(tokenizer).chain(model.map(PathBuf::as_path)).collect()
 }
 

@@ -1,6 +1,6 @@
 //! Supervised fine-tuning: next-token prediction on the assistant's turns of conversations.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -11,6 +11,7 @@ use crate::checkpoint::{Export, Weights, export};
 use crate::config::pretrain::Model;
 use crate::config::sft::Sft;
 use crate::config::{Loaded, sections, shape::Shape};
+use crate::data::chat::{self, Chat};
 use crate::data::conversation::Conversation;
 use crate::data::examples::{self, Encoded, Options, Split, Tokenization};
 use crate::data::loader::{Order, State};
@@ -19,7 +20,7 @@ use crate::data::rows::{RowLoader, Rows, Source};
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::info;
 use crate::model::{Input, Llama, init, layout};
 use crate::optim::{AdamW, Hyper, Schedule};
@@ -29,8 +30,6 @@ use crate::telemetry::Record;
 /// could hang.
 pub struct Inputs {
     pub tokenizer: Tokenizer,
-    /// The folder that the tokenizer comes from.
-    pub tokenizer_dir: PathBuf,
     pub train: RowLoader,
     pub valid: Option<RowLoader>,
     pub shape: Shape,
@@ -56,19 +55,10 @@ impl Inputs {
             Model::Path(path) => Some(Weights::open(path)?),
             Model::Preset(_) | Model::Init(_) => None,
         };
-        let tokenizer_dir = match (&c.tokenizer, &weights) {
-            (Some(tokenizer), _) => tokenizer.path.clone(),
-            (None, Some(weights)) => weights.tokenizer_dir().ok_or_else(|| {
-                Error::data(format!(
-                    "{} has no tokenizer.json; name a tokenizer's folder in tokenizer.path",
-                    weights.dir().display()
-                ))
-            })?,
-            (None, None) => return Err(Error::config("a new model needs tokenizer.path")),
-        };
-        let tokenizer = Tokenizer::load(&tokenizer_dir)?;
+        let tokenizer = chat::configured(c.tokenizer.as_ref(), weights.as_ref().map(Weights::dir))?;
+        let chat = Chat::new(&tokenizer)?;
         let (vocab, length) = (tokenizer.vocab_size() as i64, c.data.sequence_length);
-        let shape = match (&c.model, &weights) {
+        let mut shape = match (&c.model, &weights) {
             (_, Some(weights)) => weights.shape().clone(),
             (Model::Init(init), _) => init.shape(vocab, length),
             (Model::Preset(name), _) => Shape::preset(name)
@@ -78,23 +68,17 @@ impl Inputs {
             }
         };
         shape.check()?;
-        if vocab > shape.vocab_size {
-            return Err(Error::data(format!(
-                "the tokenizer {} has {vocab} tokens, more than the model's vocab_size of {}",
-                tokenizer_dir.display(),
-                shape.vocab_size
-            )));
-        }
+        shape.vocab_size = tokenizer.rows(shape.vocab_size, c.tokenizer.as_ref())?;
         if length > shape.max_position_embeddings {
             return Err(Error::config(format!(
                 "data.sequence_length: {length} is more than the model's max_position_embeddings, {}",
                 shape.max_position_embeddings
             )));
         }
-        let train = rows(c, &tokenizer, &c.data.train, Order::Shuffled { seed: c.seed })?;
+        let train = rows(c, &chat, &c.data.train, Order::Shuffled { seed: c.seed })?;
         let valid = match c.data.valid.is_empty() {
             true => None,
-            false => Some(rows(c, &tokenizer, &c.data.valid, Order::Sequential)?),
+            false => Some(rows(c, &chat, &c.data.valid, Order::Sequential)?),
         };
         let steps = match (c.train.steps, c.train.epochs) {
             (Some(steps), _) => steps as u64,
@@ -111,13 +95,13 @@ impl Inputs {
                 }
             }
         };
-        Ok(Inputs { tokenizer, tokenizer_dir, train, valid, shape, steps, weights })
+        Ok(Inputs { tokenizer, train, valid, shape, steps, weights })
     }
 }
 
 /// Tokenizes the sources, or takes them from the cache.
-fn rows(c: &Sft, tokenizer: &Tokenizer, sources: &[sections::Source], order: Order) -> Result<RowLoader> {
-    let encode = |record: &DataRecord| encode(record, tokenizer, c.data.train_on_prompt);
+fn rows(c: &Sft, chat: &Chat, sources: &[sections::Source], order: Order) -> Result<RowLoader> {
+    let encode = |record: &DataRecord| encode(record, chat, c.data.train_on_prompt);
     let training = matches!(order, Order::Shuffled { .. });
     let split =
         (training && !c.data.split.is_empty()).then(|| Split { parts: c.data.split.clone(), part: 0 });
@@ -125,8 +109,8 @@ fn rows(c: &Sft, tokenizer: &Tokenizer, sources: &[sections::Source], order: Ord
         Options { sequence_length: c.data.sequence_length as usize, too_long: c.data.too_long, split };
     let tokenization = Tokenization {
         encode: &encode,
-        key: crate::data::tokenizer::hex(&tokenizer.hash()),
-        eos: tokenizer.eos_ids(),
+        key: format!("{} {}", chat.key(), c.data.train_on_prompt),
+        eos: &chat.stop_ids(),
         options,
         cache: c.data.cache.clone().map_or_else(examples::default_cache, Ok)?,
     };
@@ -137,19 +121,11 @@ fn rows(c: &Sft, tokenizer: &Tokenizer, sources: &[sections::Source], order: Ord
     RowLoader::new(sources, c.data.sequence_length as usize, c.data.packing, order)
 }
 
-fn encode(record: &DataRecord, tokenizer: &Tokenizer, train_on_prompt: bool) -> Result<Encoded> {
-    let Conversation::Pair { prompt, completion } = Conversation::read(record)? else {
-        return Err(Error::data(format!(
-            "{}: messages are not read yet; give prompt and completion",
-            record.place
-        )));
-    };
-    let mut ids = tokenizer.encode(&format!("{prompt}\n"), true)?;
-    let mut supervised = vec![train_on_prompt; ids.len()];
-    ids.extend(tokenizer.encode(&completion, false)?);
-    ids.extend(tokenizer.eos_ids().first());
-    supervised.resize(ids.len(), true);
-    Ok(Encoded { ids, supervised })
+fn encode(record: &DataRecord, chat: &Chat, train_on_prompt: bool) -> Result<Encoded> {
+    let messages = Conversation::read(record)?.into_messages();
+    let encoding = chat.encode(&messages, false).context(&record.place)?;
+    let supervised = if train_on_prompt { vec![true; encoding.ids.len()] } else { encoding.mask() };
+    Ok(Encoded { ids: encoding.ids, supervised })
 }
 
 /// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
@@ -161,7 +137,7 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
         start,
         &inputs_of(c),
         &inputs.shape,
-        &inputs.tokenizer_dir,
+        &inputs.tokenizer,
         c.checkpoint.keep,
         world,
     )?;
@@ -230,8 +206,8 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
         run.save(&model.params, &optimizer, best)?;
     }
     run.finish(|dir| {
-        let tokenizer_dir = Some(inputs.tokenizer_dir.as_path());
-        let how = Export { dtype: compute, max_shard_size: MAX_SHARD_SIZE, tokenizer_dir };
+        let tokenizer = Some(&inputs.tokenizer);
+        let how = Export { dtype: compute, max_shard_size: MAX_SHARD_SIZE, tokenizer };
         export(dir, &inputs.shape, &model.params, &how, &world.group)
     })
 }
@@ -266,7 +242,7 @@ pub fn inputs_of(c: &Sft) -> Vec<&Path> {
         Model::Preset(_) | Model::Init(_) => None,
     };
     let sources = c.data.train.iter().chain(&c.data.valid).map(|s| s.path.as_path());
-    sources.chain(c.tokenizer.iter().map(|t| t.path.as_path())).chain(model).collect()
+    sources.chain(c.tokenizer.iter().filter_map(|t| t.path.as_deref())).chain(model).collect()
 }
 
 /// The rows of the step that begins at row `first` are divided among the ranks in order, then into micro-batches in

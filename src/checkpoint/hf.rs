@@ -5,16 +5,18 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Value, json};
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use super::agree::{agree, agree_over};
 use super::families::Description;
-use super::hf_config::{SpecialIds, read_object, read_shape, special_ids, write_shape};
+use super::grow::grown;
+use super::hf_config::{SpecialIds, read_object, read_shape, write_shape};
 use super::safetensors::{Entry, Reader, Writer};
 use crate::config::shape::Shape;
-use crate::distributed::sharded::{Layout, Sharded};
+use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
+use crate::distributed::sharded::{Layout, Sharded, Spec};
 use crate::error::{Context, Error, Result};
-use crate::files::{AtomicFolder, read_error, write_file};
+use crate::files::{AtomicFolder, write_file};
 use crate::model::layout::{LM_HEAD, layouts};
 use kernels::c10d::Group;
 
@@ -66,13 +68,15 @@ impl HfModel {
         &self.unknown_keys
     }
 
-    /// Fills the parameters; every rank reads its own slices only. All ranks that hold them call this, and fail
+    /// Fills the parameters, whose vocabulary may be larger than the model's (see [`super::grow`]); every rank reads its
+    /// own slices only. All ranks that hold them call this, and fail
     /// together.
     pub fn fill(&self, params: &mut Sharded) -> Result<()> {
-        let mine = params.fill(|spec, first, values| match self.places.get(&spec.name) {
+        let read = |spec: &Spec, first, values: &Tensor| match self.places.get(&spec.name) {
             Some(place) => self.files[place.file].read(&place.tensor, place.first + first, values),
             None => Err(Error::data(format!("{}: there is no tensor `{}`", self.dir.display(), spec.name))),
-        });
+        };
+        let mine = params.fill(grown(self.shape.vocab_size, read));
         agree_over(params, mine)
     }
 }
@@ -187,8 +191,8 @@ pub struct Export<'a> {
     pub dtype: Kind,
     /// Most bytes of tensors in one file; a tensor that is larger has a file of its own.
     pub max_shard_size: u64,
-    /// Where the tokenizer's files and the special ids come from.
-    pub tokenizer_dir: Option<&'a Path>,
+    /// Whose files and special ids go with the model.
+    pub tokenizer: Option<&'a Tokenizer>,
 }
 
 /// Writes the model to the folder `dir`, which transformers loads: complete, or not at all; a model that is there is
@@ -243,11 +247,11 @@ fn begin(dir: &Path, shape: &Shape, how: &Export, plan: &[(String, Vec<Entry>)])
     let ours = |name: &str| {
         name == "config.json"
             || (name.starts_with("model") && name.contains(".safetensors"))
-            || TOKENIZER_FILES.contains(&name)
+            || is_tokenizer_file(name)
     };
     let folder = AtomicFolder::create(dir, ours)?;
     let temp = folder.temporary();
-    let ids = how.tokenizer_dir.map_or(Ok(SpecialIds::default()), special_ids)?;
+    let ids = how.tokenizer.map_or_else(SpecialIds::default, SpecialIds::of);
     let write = |name: &str, value: &Value| -> Result<()> {
         let text = serde_json::to_string_pretty(value).map_err(|e| Error::failed(format!("{name}: {e}")))?;
         write_file(&temp.join(name), format!("{text}\n").as_bytes())
@@ -257,8 +261,8 @@ fn begin(dir: &Path, shape: &Shape, how: &Export, plan: &[(String, Vec<Entry>)])
     let generation: serde_json::Map<String, Value> =
         generation.into_iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.to_string(), v)).collect();
     write("generation_config.json", &Value::Object(generation))?;
-    if let Some(from) = how.tokenizer_dir {
-        copy_tokenizer(from, temp)?;
+    if let Some(tokenizer) = how.tokenizer {
+        write_tokenizer(tokenizer, temp)?;
     }
     if plan.len() > 1 {
         let total: u64 = plan.iter().flat_map(|(_, entries)| entries).map(Entry::bytes).sum();
@@ -304,30 +308,14 @@ impl<'a> Output<'a> {
     }
 }
 
-/// The files of a Hugging Face folder that a tokenizer may consist of, and the ids that end a text.
-const TOKENIZER_FILES: [&str; 10] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-];
-
-/// Copies the tokenizer's files, all but those that are there already. Returns name, size and CRC-32 of each copy.
-pub(super) fn copy_tokenizer(from: &Path, to: &Path) -> Result<Vec<(String, u64, u32)>> {
-    let mut copied = Vec::new();
-    for name in TOKENIZER_FILES {
-        let source = from.join(name);
-        if source.is_file() && !to.join(name).exists() {
-            let bytes = fs::read(&source).map_err(|e| read_error(&source, &e))?;
-            write_file(&to.join(name), &bytes)?;
-            copied.push((name.to_string(), bytes.len() as u64, crc32fast::hash(&bytes)));
+/// Writes the tokenizer's files, all but those that are there already. Returns name, size and CRC-32 of each.
+pub(super) fn write_tokenizer(tokenizer: &Tokenizer, to: &Path) -> Result<Vec<(String, u64, u32)>> {
+    let mut written = Vec::new();
+    for (name, bytes) in tokenizer.files() {
+        if !to.join(name).exists() {
+            write_file(&to.join(name), bytes)?;
+            written.push((name.to_string(), bytes.len() as u64, crc32fast::hash(bytes)));
         }
     }
-    Ok(copied)
+    Ok(written)
 }

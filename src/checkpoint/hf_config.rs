@@ -8,6 +8,7 @@ use tch::Kind;
 
 use super::families::{self, Config, Description, Only, refused};
 use crate::config::shape::{Family, Llama3RopeScaling, Shape};
+use crate::data::tokenizer::Tokenizer;
 use crate::error::{Context, Error, Result};
 use crate::files::read_error;
 
@@ -306,32 +307,18 @@ pub struct SpecialIds {
     pub pad: Value,
 }
 
-/// Finds the ids in a folder with a tokenizer: in `generation_config.json` or `config.json` where a model lies beside
-/// it, else by the tokens that `tokenizer_config.json` names.
-pub fn special_ids(dir: &Path) -> Result<SpecialIds> {
-    let open = |name: &str| {
-        let path = dir.join(name);
-        if path.is_file() { read_object(&path) } else { Ok(Map::new()) }
-    };
-    let (generation, config, tokenizer) =
-        (open("generation_config.json")?, open("config.json")?, open("tokenizer_config.json")?);
-    let vocabulary = if tokenizer.is_empty() { Map::new() } else { open("tokenizer.json")? };
-    let id = |key: &str| {
-        for known in [&generation, &config] {
-            if let Some(id) = known.get(&format!("{key}_token_id")).filter(|v| !v.is_null()) {
-                return id.clone();
-            }
-        }
-        // A token is a string, or an object that holds it.
-        let token = tokenizer.get(&format!("{key}_token")).map(|t| t.get("content").unwrap_or(t));
-        let added = vocabulary.get("added_tokens").and_then(Value::as_array).into_iter().flatten();
-        let found = added
-            .filter(|t| token.is_some() && t.get("content") == token)
-            .find_map(|t| t.get("id").cloned())
-            .or_else(|| vocabulary.get("model")?.get("vocab")?.get(token?.as_str()?).cloned());
-        found.unwrap_or(Value::Null)
-    };
-    Ok(SpecialIds { bos: id("bos"), eos: id("eos"), pad: id("pad") })
+impl SpecialIds {
+    /// The tokenizer's; several ends of a text in ascending order, as published models have them.
+    pub fn of(tokenizer: &Tokenizer) -> SpecialIds {
+        let mut eos = tokenizer.eos_ids().to_vec();
+        eos.sort_unstable();
+        let eos = match eos[..] {
+            [] => Value::Null,
+            [one] => json!(one),
+            _ => json!(eos),
+        };
+        SpecialIds { bos: json!(tokenizer.bos_id()), eos, pad: json!(tokenizer.pad_id()) }
+    }
 }
 
 #[cfg(test)]
@@ -572,22 +559,5 @@ mod tests {
         assert_eq!(unknown, ["my_note"]);
         assert_eq!((shape.head_dim, shape.num_key_value_heads, shape.max_position_embeddings), (48, 6, 2048));
         assert_eq!((shape.rope_theta, shape.rms_norm_eps), (10000.0, 1e-6));
-    }
-
-    #[test]
-    fn special_ids_come_from_the_tokenizer_where_no_model_names_them() {
-        let dir = std::env::temp_dir().join(format!("corral-ids-{}", std::process::id()));
-        fs::create_dir_all(&dir).unwrap();
-        let write = |name: &str, v: Value| fs::write(dir.join(name), v.to_string()).unwrap();
-        write("tokenizer_config.json", json!({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}));
-        write(
-            "tokenizer.json",
-            json!({"added_tokens": [{"id": 7, "content": "<s>"}], "model": {"vocab": {"</s>": 2}}}),
-        );
-        let ids = special_ids(&dir).unwrap();
-        assert_eq!((ids.bos, ids.eos, ids.pad), (json!(7), json!(2), Value::Null));
-        write("generation_config.json", json!({"eos_token_id": [3, 4]}));
-        assert_eq!(special_ids(&dir).unwrap().eos, json!([3, 4]));
-        fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -2,6 +2,7 @@
 
 mod agree;
 mod families;
+mod grow;
 pub mod hf;
 mod hf_config;
 pub mod safetensors;

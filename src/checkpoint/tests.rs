@@ -15,6 +15,7 @@ use super::safetensors::{Entry, Reader, Writer};
 use super::sharded::{Piece, list, pieces};
 use super::*;
 use crate::config::shape::{Experts, Family, Shape};
+use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::{Sharded, Slice};
 use crate::error::{Error, Kind as ErrorKind, Result};
 use crate::model::{init, layout::layouts};
@@ -156,8 +157,12 @@ fn assert_trained(params: &Sharded, optim: &AdamW, shape: &Shape, world: &Group,
     }
 }
 
+fn tokenizer(name: &str) -> Tokenizer {
+    Tokenizer::load(golden(name)).unwrap()
+}
+
 fn run_info(shape: &Shape) -> RunInfo {
-    RunInfo { shape: shape.clone(), config_hash: "abc".into(), tokenizer_dir: Some(golden("llama2")) }
+    RunInfo { shape: shape.clone(), config_hash: "abc".into(), tokenizer: Some(tokenizer("llama2")) }
 }
 
 /// Saves the state of [`trained`] on `n` ranks as each of `steps`.
@@ -390,12 +395,12 @@ fn an_export_is_an_import() {
     for (shape, ranks, max_shard_size) in cases {
         let folder = Folder::new();
         let dir = folder.0.join("model");
-        let tokenizer_dir = golden("llama3");
+        let tokenizer = tokenizer("llama3");
         // The second export replaces the first.
         for _ in 0..2 {
             on_ranks(ranks, |world| {
                 let (params, _) = trained(&shape, &world, Mode::Full, Kind::Float);
-                let how = Export { dtype: Kind::Float, max_shard_size, tokenizer_dir: Some(&tokenizer_dir) };
+                let how = Export { dtype: Kind::Float, max_shard_size, tokenizer: Some(&tokenizer) };
                 export(&dir, &shape, &params, &how, &world).unwrap();
             });
         }
@@ -423,7 +428,7 @@ fn an_export_spares_what_is_not_its_own_and_fails_on_all_ranks() {
     fs::write(folder.0.join("thesis.txt"), "precious").unwrap();
     let errors = on_ranks(2, |world| {
         let (params, _) = trained(&shape, &world, Mode::Replicate, Kind::Float);
-        let how = Export { dtype: Kind::BFloat16, max_shard_size: u64::MAX, tokenizer_dir: None };
+        let how = Export { dtype: Kind::BFloat16, max_shard_size: u64::MAX, tokenizer: None };
         let e = export(Path::new("."), &shape, &params, &how, &world).unwrap_err();
         assert!(e.message.contains("no name for a file or folder"), "{e}");
         export(&folder.0, &shape, &params, &how, &world).unwrap_err()
@@ -629,4 +634,42 @@ fn a_path_without_a_model_is_told_what_a_model_is() {
     assert_eq!(error(&folder.0).exit_code(), 3);
     fs::write(folder.0.join("params.json"), "{}").unwrap();
     assert_eq!(error(&folder.0).exit_code(), 2);
+}
+
+#[test]
+fn new_rows_are_the_mean_of_the_old_ones() {
+    for tied in [false, true] {
+        let (folder, shape) = (Folder::new(), tiny(tied));
+        save(&folder.0, &shape, 2, Mode::Full, Kind::Float, &[1]);
+        let (old, _) = trained(&shape, &Group::solo(), Mode::Full, Kind::Float);
+        let how = Export { dtype: Kind::Float, max_shard_size: u64::MAX, tokenizer: None };
+        let model = folder.0.join("exported");
+        export(&model, &shape, &old, &how, &Group::solo()).unwrap();
+        let larger = Shape { vocab_size: 64, ..shape.clone() };
+        for path in [model, step_dir(&folder.0, 1)] {
+            for (ranks, mode) in [(1, Mode::Full), (3, Mode::Full), (2, Mode::Replicate)] {
+                on_ranks(ranks, |world| {
+                    let (old, _) = trained(&shape, &Group::solo(), Mode::Full, Kind::Float);
+                    let mut grown = params(&larger, &world, mode, Kind::Float);
+                    Weights::open(&path).unwrap().fill(&mut grown).unwrap();
+                    for i in 0..grown.len() {
+                        let (now, before) = (grown.gather_master(i).unwrap(), old.gather_master(i).unwrap());
+                        if !["embedding", "head"].contains(&grown.layout(i).name.as_str()) {
+                            assert!(now.equal(&before));
+                            continue;
+                        }
+                        let (now, before) = (now.view([64, 24]), before.view([37, 24]));
+                        assert!(now.narrow(0, 0, 37).equal(&before));
+                        let mean = before.to_kind(Kind::Double).mean_dim(0, true, Kind::Double);
+                        let mean = mean.to_kind(Kind::Float).expand([27, 24], false);
+                        let off = (now.narrow(0, 37, 27) - mean).abs().max().double_value(&[]);
+                        assert!(off < 1e-8, "{off}");
+                    }
+                });
+            }
+        }
+        // A run that goes on must have the model that it had.
+        let e = load_error(&Checkpoint::open(&step_dir(&folder.0, 1)).unwrap(), &larger);
+        assert!(e.message.contains("is [37, 24] in the checkpoint, [64, 24] in the model"), "{e}");
+    }
 }

@@ -58,6 +58,9 @@ impl ModelArgs {
     pub fn open(&self) -> Result<Opened> {
         let weights = Weights::open(&self.model)?;
         let tokenizer = weights.tokenizer_dir().map(Tokenizer::load).transpose()?;
+        if let Some(tokenizer) = &tokenizer {
+            tokenizer.check_fits(weights.shape().vocab_size)?;
+        }
         Ok(Opened { weights, dtype: self.dtype, tokenizer })
     }
 }
@@ -74,7 +77,7 @@ impl Opened {
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         self.tokenizer.as_ref().ok_or_else(|| {
             Error::data(format!(
-                "{}: the model has no tokenizer.json; put its tokenizer's files there",
+                "{}: the model has no tokenizer; put its tokenizer's files there",
                 self.dir().display()
             ))
         })
@@ -134,9 +137,10 @@ fn eos_of(path: &Path) -> Result<Vec<i64>> {
     })
 }
 
-/// Token ids as the tokenizer gives them, as the model takes them.
+/// Token ids as the tokenizer gives them, as the model takes them; with what it adds, BOS is there once.
 pub fn encode(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Result<Vec<i64>> {
-    Ok(tokenizer.encode(text, add_special)?.into_iter().map(i64::from).collect())
+    let ids = if add_special { tokenizer.encode_prompt(text) } else { tokenizer.encode(text, false) };
+    Ok(ids?.into_iter().map(i64::from).collect())
 }
 
 /// A bar of `total` `unit`s on rank 0's stderr, if that is a terminal.

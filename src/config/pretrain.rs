@@ -6,7 +6,9 @@ use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
 use super::numbers::{count, positive, some_count, some_not_negative};
-use super::sections::{Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Train, Valid};
+use super::sections::{
+    Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Tokenizer, Train, Valid,
+};
 use super::shape::{Experts, Family, Llama3RopeScaling, Shape};
 use super::{Algorithm, Conflict};
 
@@ -238,13 +240,6 @@ impl Init {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Tokenizer {
-    /// A folder with a `tokenizer.json`. Without this section the model's folder is taken.
-    pub path: PathBuf,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Data {
     /// Token shards to train on; at least one.
     pub train: Vec<Source>,
@@ -254,17 +249,6 @@ pub struct Data {
     /// Tokens of one sample, T.
     #[serde(default = "sequence_length", deserialize_with = "count")]
     pub sequence_length: i64,
-}
-
-impl Pretrain {
-    /// The folder of the tokenizer: the named one, else the model's. `None` is refused by [`Algorithm::conflict`].
-    pub fn tokenizer_path(&self) -> Option<&Path> {
-        match (&self.tokenizer, &self.model) {
-            (Some(tokenizer), _) => Some(&tokenizer.path),
-            (None, Model::Path(path)) => Some(path),
-            (None, _) => None,
-        }
-    }
 }
 
 impl Algorithm for Pretrain {
@@ -282,8 +266,9 @@ impl Algorithm for Pretrain {
         if self.data.train.is_empty() {
             return Some(("data.train", "there is no data to train on; name at least one path".into()));
         }
-        if self.tokenizer_path().is_none() {
-            let why = "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer.json";
+        let has_path = self.tokenizer.as_ref().is_some_and(|t| t.path.is_some());
+        if !has_path && !matches!(self.model, Model::Path(_)) {
+            let why = "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer";
             return Some(("tokenizer", why.into()));
         }
         let positions = match &self.model {
@@ -300,6 +285,7 @@ impl Algorithm for Pretrain {
             .conflict(world_size)
             .or_else(|| self.schedule.conflict(&self.train))
             .or_else(|| self.parallel.conflict())
+            .or_else(|| self.tokenizer.as_ref()?.conflict())
     }
 }
 

@@ -202,7 +202,6 @@ fn wrong_types_and_ranges_are_told_with_place() {
 #[test]
 fn missing_keys_and_broken_yaml() {
     assert_eq!(broken("output_dir: runs/x\n", ""), "c.yaml:1:1: the key 'output_dir' is missing");
-    assert_eq!(broken("{path: tok}", "{}"), "c.yaml:4:12: the key 'tokenizer.path' is missing");
     let message = broken("seed: 7", "seed: 7\nseed: 8");
     assert!(message.starts_with("c.yaml:2:1: ") && message.contains("seed"), "{message}");
     let message = broken("{steps: 10, batch_size: 8}", "{steps: 10, batch_size: 8");
@@ -264,6 +263,11 @@ fn combinations_are_refused_with_place() {
         "override 'train={batch_size: 8}': 'train.steps': give train.steps or train.epochs"
     );
     assert!(refused(&["tokenizer=null"], 1).contains("a new model needs a tokenizer"));
+    assert!(refused(&["tokenizer={}"], 1).contains("a new model needs a tokenizer"));
+    let both = refused(&["tokenizer.template=a", "tokenizer.chat_template=b"], 1);
+    assert!(both.starts_with("override 'tokenizer.template=a': 'tokenizer.template': "), "{both}");
+    assert!(refused(&["tokenizer.add_tokens=[a, b, a]"], 1).contains("`a` is there twice"));
+    assert!(refused(&["tokenizer.add_tokens=['']"], 1).contains("a token is empty"));
     assert!(refused(&["data.train=[]"], 1).contains("there is no data to train on"));
     load_text(SMALL, &["tokenizer=null", "model={path: m}"]).unwrap().validate(1).unwrap();
 }

@@ -81,6 +81,16 @@ impl Conversation {
         )))
     }
 
+    /// As messages; a prompt is the user's and its completion the assistant's.
+    pub fn into_messages(self) -> Vec<Message> {
+        match self {
+            Conversation::Messages(messages) => messages,
+            Conversation::Pair { prompt, completion } => {
+                vec![Message::new("user", prompt), Message::new("assistant", completion)]
+            }
+        }
+    }
+
     /// A prompt and its completion, each a text or a list of messages.
     fn pair(record: &Record, prompt: &str, completion: &Value, key: &str) -> Result<Conversation> {
         match (&record.fields[prompt], completion) {

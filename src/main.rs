@@ -36,6 +36,8 @@ enum Command {
     Sft(commands::training::Args),
     /// Continue prompts
     Generate(commands::generate::Args),
+    /// Talk with a model
+    Chat(commands::chat::Args),
     /// Log-probabilities of texts
     Score(commands::score::Args),
     /// Measure a model
@@ -90,6 +92,7 @@ fn run(cli: Cli) -> Result<()> {
         }
         Command::Sft(args) => commands::training::run(args, global, sft::Inputs::open, sft::sft),
         Command::Generate(args) => commands::generate::run(args, global),
+        Command::Chat(args) => commands::chat::run(args, global),
         Command::Score(args) => commands::score::run(args, global),
         Command::Eval(args) => commands::eval::run(args, global),
         Command::Check(args) => commands::check::run(args),

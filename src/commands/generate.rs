@@ -11,7 +11,9 @@ use serde_json::{Map, Value, json};
 use crate::checkpoint::agree;
 use crate::commands::Global;
 use crate::commands::answers::{self, Answers, Kept};
-use crate::commands::inference::{self, ModelArgs, Opened, RanksArgs};
+use crate::commands::inference::{self, ModelArgs, Opened, RanksArgs, TemplateArgs};
+use crate::data::chat::Chat;
+use crate::data::conversation::Prompt;
 use crate::data::readers;
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::exchange::gather_bytes;
@@ -38,9 +40,15 @@ pub struct Args {
     /// Text to continue
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
-    /// JSON lines with a `prompt` each
+    /// JSON lines with a `prompt` or `messages` each
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
+    /// Take a prompt for a message of the user and put it into the chat template, as `messages` always are; implied by
+    /// --chat-template
+    #[arg(long)]
+    chat: bool,
+    #[command(flatten)]
+    template: TemplateArgs,
     /// Where the lines go, in the input's order, each with `completion`, `num_tokens` and `finish_reason` (eos, stop or
     /// length) added; what is there already of a run with the same settings is gone on with [default: stdout]
     #[arg(long, value_name = "FILE")]
@@ -91,13 +99,17 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
     if args.stop.iter().any(String::is_empty) {
         return Err(Error::config("--stop: an empty text would end everything"));
     }
-    let lines = match (&args.prompt, &args.input) {
-        (Some(prompt), _) => vec![Map::from_iter([("prompt".into(), json!(prompt))])],
+    let (lines, prompts) = match (&args.prompt, &args.input) {
+        (Some(prompt), _) => {
+            (vec![Map::from_iter([("prompt".into(), json!(prompt))])], vec![Prompt::Text(prompt.clone())])
+        }
         (None, Some(path)) => read_lines(path)?,
         (None, None) => return Err(Error::config("--prompt or --input says what to continue")),
     };
     let opened = args.model.open()?;
-    let requests = requests(&args, &lines, &opened)?;
+    let messages = prompts.iter().any(|p| matches!(p, Prompt::Messages(_)));
+    let chat = if args.chats() || messages { Some(opened.chat(&args.template)?) } else { None };
+    let requests = requests(&args, prompts, &opened, chat.as_ref())?;
     let settings = settings(&args)?;
     let kept = match &args.output {
         Some(path) if !args.overwrite => answers::find(path, &lines, &ADDED, &settings)?,
@@ -117,7 +129,9 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
         None => Ok((!args.streams()).then(Answers::print)),
     };
     let answers = agree(&world.group, answers)?;
-    let job = Job { args: &args, tokenizer: opened.tokenizer()?, eos: opened.eos_ids()?, world: &world };
+    let mut eos = opened.eos_ids()?;
+    eos.extend(chat.iter().flat_map(Chat::stop_ids).map(i64::from));
+    let job = Job { args: &args, tokenizer: opened.tokenizer()?, eos, world: &world };
     match model {
         Some(mut model) => job.run(&mut model, lines, &requests, kept_lines, answers),
         None => answers.map_or(Ok(()), Answers::finish),
@@ -125,6 +139,11 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
 }
 
 impl Args {
+    /// Whether a text is a message for the chat template.
+    fn chats(&self) -> bool {
+        self.chat || self.template.chat_template.is_some()
+    }
+
     /// Whether the completion is shown as text, instead of lines of JSON.
     fn streams(&self) -> bool {
         self.prompt.is_some() && self.output.is_none()
@@ -138,7 +157,7 @@ fn settings(args: &Args) -> Result<Value> {
     Ok(json!({
         "model": model, "dtype": args.model.dtype, "max_new_tokens": args.max_new_tokens,
         "min_new_tokens": args.min_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-        "seed": seed, "stop": args.stop,
+        "seed": seed, "stop": args.stop, "chat": args.chats(), "chat_template": args.template.chat_template,
     }))
 }
 
@@ -247,34 +266,43 @@ impl Job<'_> {
     }
 }
 
-fn read_lines(path: &Path) -> Result<Vec<Map<String, Value>>> {
+fn read_lines(path: &Path) -> Result<(Vec<Map<String, Value>>, Vec<Prompt>)> {
     let records = readers::records(path, None, &Arc::default())?;
     let lines = records.map(|record| {
         let record = record?;
-        record.text("prompt")?;
-        Ok(record.fields)
+        let prompt = Prompt::read(&record)?;
+        Ok((record.fields, prompt))
     });
     lines.collect()
 }
 
-/// The lines' prompts in tokens, on all cores.
-fn requests(args: &Args, lines: &[Map<String, Value>], opened: &Opened) -> Result<Vec<Request>> {
+/// The prompts in tokens, on all cores.
+fn requests(args: &Args, prompts: Vec<Prompt>, opened: &Opened, chat: Option<&Chat>) -> Result<Vec<Request>> {
     let (tokenizer, shape) = (opened.tokenizer()?, opened.shape());
-    let request = |(i, line): (usize, &Map<String, Value>)| {
-        let text = line["prompt"].as_str().unwrap_or_default();
+    let encode = |prompt: Prompt| match (prompt, chat) {
+        (Prompt::Text(text), None) => inference::encode(tokenizer, &text, true),
+        (Prompt::Text(text), Some(_)) if !args.chats() => inference::encode(tokenizer, &text, true),
+        (prompt, Some(chat)) => {
+            Ok(chat.prompt(&prompt.into_messages())?.into_iter().map(i64::from).collect())
+        }
+        (Prompt::Messages(_), None) => Err(Error::failed("messages need a chat template")),
+    };
+    let request = |(i, prompt): (usize, Prompt)| {
         let request = Request {
-            prompt: inference::encode(tokenizer, text, true)?,
+            prompt: encode(prompt)?,
             samples: vec![i as u64],
             min_new_tokens: args.min_new_tokens,
             max_new_tokens: args.max_new_tokens,
         };
-        request.check(shape).map_err(|e| match &args.input {
-            Some(path) if e.exit_code() == 3 => e.context(format!("{}:{}", path.display(), i + 1)),
-            _ => e,
-        })?;
+        request.check(shape)?;
         Ok(request)
     };
-    lines.par_iter().enumerate().map(request).collect()
+    let place = |i: usize, e: Error| match &args.input {
+        Some(path) if e.exit_code() == 3 => e.context(format!("{}, line {}", path.display(), i + 1)),
+        _ => e,
+    };
+    let numbered = prompts.into_par_iter().enumerate();
+    numbered.map(|(i, prompt)| request((i, prompt)).map_err(|e| place(i, e))).collect()
 }
 
 /// A completion on stdout: as it comes if that is a terminal, at its end otherwise.

@@ -11,6 +11,7 @@ use crate::checkpoint::Weights;
 use crate::commands::Global;
 use crate::config::sections::{Compute, Mode};
 use crate::config::shape::Shape;
+use crate::data::chat::{self, Chat};
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
@@ -47,6 +48,13 @@ pub struct RanksArgs {
     pub mode: Spread,
 }
 
+#[derive(Debug, clap::Args)]
+pub struct TemplateArgs {
+    /// The chat template in place of the model's: the name of a built-in one, a file, or Jinja itself
+    #[arg(long, value_name = "NAME|FILE")]
+    pub chat_template: Option<String>,
+}
+
 /// A model of which only headers were read, and its tokenizer.
 pub struct Opened {
     weights: Weights,
@@ -81,6 +89,23 @@ impl Opened {
                 self.dir().display()
             ))
         })
+    }
+
+    /// The chat template that was asked for, else the model's own.
+    ///
+    /// # Errors
+    /// There is none; the names of the built-in ones are told.
+    pub fn chat(&self, args: &TemplateArgs) -> Result<Chat> {
+        let tokenizer = self.tokenizer()?;
+        match &args.chat_template {
+            Some(what) => Chat::new(&chat::with_chat_template(tokenizer.clone(), what)?),
+            None if tokenizer.chat_template().is_none() => Err(Error::config(format!(
+                "{}: the model has no chat template; choose one with --chat-template: {}, or a file with one",
+                self.dir().display(),
+                chat::built_in_names()
+            ))),
+            None => Chat::new(tokenizer),
+        }
     }
 
     /// The tokens that end a sequence: the tokenizer's, those of generation_config.json and of config.json.

@@ -2,8 +2,10 @@
 
 pub mod engine;
 pub mod sampler;
+pub mod session;
 pub mod stop;
 
 pub use engine::{Completion, Engine, Finish, Options, Request, generate};
 pub use sampler::{Choice, Sampling};
+pub use session::Session;
 pub use stop::{Settled, Stop, text};

@@ -17,6 +17,7 @@ use super::tokenizer::{ChatTemplate, Tokenizer, hex};
 use crate::config::sections;
 use crate::error::{Error, Result};
 use jinja::Jinja;
+pub use templates::names as built_in_names;
 
 /// A tokenizer and the chat template that goes with it.
 pub struct Chat {

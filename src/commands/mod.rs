@@ -14,6 +14,7 @@ use crate::telemetry::console;
 
 pub mod bench;
 pub mod check;
+pub mod convert;
 pub mod data;
 pub mod eval;
 pub mod generate;

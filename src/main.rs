@@ -42,6 +42,8 @@ enum Command {
     Score(commands::score::Args),
     /// Measure a model
     Eval(commands::eval::Args),
+    /// Write a model in Hugging Face's or Meta's format, and check it
+    Convert(commands::convert::Args),
     /// Refuse what can be refused without a device, and show the resolved configuration
     Check(commands::check::Args),
     /// Measure speed; one JSON object a measurement
@@ -95,6 +97,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Chat(args) => commands::chat::run(args, global),
         Command::Score(args) => commands::score::run(args, global),
         Command::Eval(args) => commands::eval::run(args, global),
+        Command::Convert(args) => commands::convert::run(args, global.single_device()?),
         Command::Check(args) => commands::check::run(args),
         Command::Bench(command) => commands::bench::run(command, global),
     }

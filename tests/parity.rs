@@ -320,6 +320,31 @@ fn load_balancing_gradient() {
     }
 }
 
+/// One token goes to two of the four experts: the others' gradients are set to zero in fresh memory.
+#[test]
+fn experts_without_tokens_have_no_gradient() {
+    let mut model = load(&golden_model("mixtral"), Kind::Float);
+    for i in 0..model.params.len() {
+        let _ = model.params.grad(i).0.fill_(f64::NAN); // what memory that is given out again may hold
+    }
+    model.params.clear_gradients();
+    let (hidden, tape) =
+        model.forward(&Input::new(Tensor::from_slice(&[5i64]).view([1, 1])), Recompute::Full).unwrap();
+    model.backward(hidden.ones_like(), tape, true).unwrap();
+    model.params.finish_step_gradients().unwrap();
+    let grad = model.params.slice_grad(1).unwrap();
+    let size = |name: &&str| {
+        let spec = model.params.layout(1).specs.iter().find(|s| s.name.ends_with(*name)).unwrap();
+        spec.view(&grad).abs().sum(Kind::Double).double_value(&[])
+    };
+    for tensor in ["w1", "w2", "w3"] {
+        let names = [0, 1, 2, 3].map(|e| format!("experts.{e}.{tensor}.weight"));
+        let sizes = names.each_ref().map(|name| size(&name.as_str()));
+        assert_eq!(sizes.iter().filter(|s| **s == 0.0).count(), 2, "{tensor}: {sizes:?}");
+        assert_eq!(sizes.iter().filter(|s| **s > 0.0).count(), 2, "{tensor}: {sizes:?}");
+    }
+}
+
 /// Qwen's first generation: the tensors of the golden qwen2, with keys and values repeated for every query head, under
 /// the old names.
 #[test]

@@ -4,18 +4,17 @@ use std::path::{Path, PathBuf};
 
 use tch::Kind;
 
+use crate::algorithms::base::{self, Base};
 use crate::algorithms::step::{self, MicroBatch};
 use crate::algorithms::training::{Plan, Progress, RunFolder, Start};
-use crate::checkpoint::{Export, Weights, export};
+use crate::checkpoint::{Export, export};
+use crate::config::Loaded;
 use crate::config::pretrain::{Model, Pretrain};
 use crate::config::sections::{self, Compute, Mode};
-use crate::config::{Loaded, shape::Shape};
-use crate::data::chat;
 use crate::data::loader::{Loader, Order, Source, State};
-use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::info;
 use crate::model::{Llama, init, layout};
 use crate::optim::{AdamW, Hyper, Schedule};
@@ -26,42 +25,18 @@ pub const MAX_SHARD_SIZE: u64 = 5_000_000_000;
 
 /// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
 pub struct Inputs {
-    pub tokenizer: Tokenizer,
+    pub base: Base,
     pub train: Loader,
     pub valid: Option<Loader>,
-    pub shape: Shape,
     pub steps: u64,
-    /// Weights to start from, where the model is not new.
-    pub weights: Option<Weights>,
 }
 
 impl Inputs {
     /// Opens and checks all that the configuration names.
     pub fn open(c: &Pretrain) -> Result<Inputs> {
-        let weights = match &c.model {
-            Model::Path(path) => Some(Weights::open(path)?),
-            Model::Preset(_) | Model::Init(_) => None,
-        };
-        let tokenizer = chat::configured(c.tokenizer.as_ref(), weights.as_ref().map(Weights::dir))?;
-        let vocab = tokenizer.vocab_size() as i64;
         let length = c.data.sequence_length;
-        let mut shape = match (&c.model, &weights) {
-            (_, Some(weights)) => weights.shape().clone(),
-            (Model::Init(init), _) => init.shape(vocab, length),
-            (Model::Preset(name), _) => Shape::preset(name)
-                .ok_or_else(|| Error::config(format!("model.preset: '{name}' is not known")))?,
-            (Model::Path(path), None) => {
-                return Err(Error::failed(format!("{} was not opened", path.display())));
-            }
-        };
-        shape.check()?;
-        shape.vocab_size = tokenizer.rows(shape.vocab_size, c.tokenizer.as_ref())?;
-        if length > shape.max_position_embeddings {
-            return Err(Error::config(format!(
-                "data.sequence_length: {length} is more than the model's max_position_embeddings, {}",
-                shape.max_position_embeddings
-            )));
-        }
+        let base = Base::open(&c.model, c.tokenizer.as_ref(), length)?;
+        let Base { tokenizer, shape, .. } = &base;
         let open = |sources: &[sections::Source], order| {
             let sources: Vec<Source> =
                 sources.iter().map(|s| Source { path: s.path.clone(), weight: s.weight }).collect();
@@ -76,27 +51,8 @@ impl Inputs {
         let train = open(&c.data.train, Order::Shuffled { seed: c.seed })?;
         let valid =
             if c.data.valid.is_empty() { None } else { Some(open(&c.data.valid, Order::Sequential)?) };
-        let steps = match (c.train.steps, c.train.epochs) {
-            (Some(steps), _) => steps as u64,
-            (None, epochs) => {
-                let samples = train.num_windows() * epochs.unwrap_or(1) as u64;
-                let steps = samples / c.train.batch_size as u64;
-                if steps == 0 {
-                    return Err(Error::config(format!(
-                        "'train.epochs': the data gives {samples} samples, fewer than the {} of train.batch_size",
-                        c.train.batch_size
-                    )));
-                }
-                steps
-            }
-        };
-        if c.schedule.warmup_steps > steps {
-            return Err(Error::config(format!(
-                "'schedule.warmup_steps': {} steps of warm-up are more than the {steps} steps of the run",
-                c.schedule.warmup_steps
-            )));
-        }
-        Ok(Inputs { tokenizer, train, valid, shape, steps, weights })
+        let steps = base::steps(&c.train, train.num_windows(), c.schedule.warmup_steps)?;
+        Ok(Inputs { base, train, valid, steps })
     }
 }
 
@@ -116,8 +72,8 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
         &loaded.resolved_yaml()?,
         start,
         &inputs_of(c),
-        &inputs.shape,
-        &inputs.tokenizer,
+        &inputs.base.shape,
+        &inputs.base.tokenizer,
         c.checkpoint.keep,
         world,
     )?;
@@ -125,8 +81,8 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
     // The model on this rank, its optimizer, and where the run stands.
     let (shard, replica) = shard_groups(c.parallel.mode, world);
     let compute = compute_kind(c.precision.compute);
-    let params = Sharded::new(layout::layouts(&inputs.shape), shard, replica, compute, world.device);
-    let mut model = Llama::new(inputs.shape.clone(), params);
+    let params = Sharded::new(layout::layouts(&inputs.base.shape), shard, replica, compute, world.device);
+    let mut model = Llama::new(inputs.base.shape.clone(), params);
     let hyper = Hyper { betas: c.optim.betas, eps: c.optim.eps, weight_decay: c.optim.weight_decay };
     let mut optimizer = AdamW::new(&model.params, hyper);
     let progress = match folder.restore::<State>(&mut model.params, &mut optimizer)? {
@@ -135,9 +91,9 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
             progress
         }
         None => {
-            match &inputs.weights {
+            match &inputs.base.weights {
                 Some(weights) => weights.fill(&mut model.params)?,
-                None => init::init(&mut model.params, &inputs.shape, c.seed)?,
+                None => init::init(&mut model.params, &inputs.base.shape, c.seed)?,
             }
             Progress::new(inputs.train.state(0))
         }
@@ -162,7 +118,7 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
     // Windows of training data have a label at every position, so that no rank needs to ask the others.
     let count = c.train.batch_size * c.data.sequence_length;
 
-    let aux_coef = inputs.shape.experts.as_ref().map(|e| e.router_aux_loss_coef);
+    let aux_coef = inputs.base.shape.experts.as_ref().map(|e| e.router_aux_loss_coef);
 
     while !run.done() {
         let micro_batches = this_ranks_batches(c, &inputs.train, run.progress.data.next, world)?;
@@ -178,7 +134,7 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
                 record = record.float("aux_loss", aux_loss);
             }
             if let Some(peak) = peak_flops {
-                let flops = inputs.shape.flops_per_token(c.data.sequence_length) * stepped.tokens_per_s;
+                let flops = inputs.base.shape.flops_per_token(c.data.sequence_length) * stepped.tokens_per_s;
                 record = record.float("mfu", flops / (peak * world.world_size as f64));
             }
             run.log(&record);
@@ -194,9 +150,9 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
         run.save(&model.params, &optimizer, false)?;
     }
     run.finish(|dir| {
-        let tokenizer = Some(&inputs.tokenizer);
+        let tokenizer = Some(&inputs.base.tokenizer);
         let how = Export { dtype: compute, max_shard_size: MAX_SHARD_SIZE, tokenizer };
-        export(dir, &inputs.shape, &model.params, &how, &world.group)
+        export(dir, &inputs.base.shape, &model.params, &how, &world.group)
     })
 }
 
@@ -251,8 +207,8 @@ fn announce(c: &Pretrain, inputs: &Inputs, model: &Llama, world: &World) {
     };
     info!(
         "model: {:.2}M parameters, {} blocks, {:?} compute; {} rank(s), {mode}",
-        inputs.shape.num_parameters() as f64 / 1e6,
-        inputs.shape.num_hidden_layers,
+        inputs.base.shape.num_parameters() as f64 / 1e6,
+        inputs.base.shape.num_hidden_layers,
         model.params.compute(),
         world.world_size,
     );

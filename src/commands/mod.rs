@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use clap::Args;
+use tch::Device;
 
 use crate::algorithms::run;
 use crate::distributed::environment::Place;
+use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Error, Result};
 use crate::telemetry::console;
 
@@ -14,6 +16,7 @@ mod answers;
 pub mod bench;
 pub mod chat;
 pub mod check;
+pub mod convert;
 pub mod data;
 pub mod eval;
 pub mod generate;
@@ -77,6 +80,11 @@ impl Global {
         kernels::host::tune_allocator(ranks == 1);
         kernels::host::choose_float32_products()?;
         Ok(())
+    }
+
+    /// The device of a command that runs as one process.
+    pub fn single_device(&self) -> Result<Device> {
+        Ok(World::solo(DeviceChoice::of(self.device.as_deref())?)?.device)
     }
 }
 

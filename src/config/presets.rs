@@ -157,6 +157,17 @@ mod tests {
         }
     }
 
+    /// Checkpoints from before there were families.
+    #[test]
+    fn shapes_without_a_family_are_llamas() {
+        let shape = Shape::preset("llama-42m").unwrap();
+        let mut json = serde_json::to_value(&shape).unwrap();
+        for key in ["family", "sliding_window", "max_window_layers", "experts"] {
+            assert!(json.as_object_mut().unwrap().remove(key).is_some(), "{key}");
+        }
+        assert_eq!(serde_json::from_value::<Shape>(json).unwrap(), shape);
+    }
+
     /// Against counts by hand.
     #[test]
     fn operations_count_what_a_token_takes_part_in() {

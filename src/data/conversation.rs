@@ -19,91 +19,66 @@ impl Message {
     }
 }
 
-/// What a record says.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Conversation {
-    /// Turns, for a chat template.
-    Messages(Vec<Message>),
-    /// A prompt and its completion, for a plain or a chat template.
-    Pair { prompt: String, completion: String },
-}
-
 /// The formats by their keys, for messages.
 const FORMATS: &str = "`messages` or `conversations`; `instruction` and `output`; `prompt` and `completion` (or \
                        `completions`, best first); `question` and `answer`; `chosen` (with or without `prompt`)";
 
-impl Conversation {
-    /// Reads a record of any known format, which its keys tell.
-    ///
-    /// # Errors
-    /// With the record's place: none of the formats, texts that are no texts, roles that are missing.
-    pub fn read(record: &Record) -> Result<Conversation> {
-        let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
-        if let Some(key) = ["messages", "conversations"].into_iter().find(|key| has(key)) {
-            return Ok(Conversation::Messages(messages(record, key)?));
-        }
-        if has("instruction") {
-            // Alpaca: the input, where there is one, follows the instruction.
-            let mut prompt = record.text("instruction")?.to_string();
-            if has("input") && !record.text("input")?.is_empty() {
-                prompt = format!("{prompt}\n\n{}", record.text("input")?);
-            }
-            return Ok(Conversation::Pair { prompt, completion: record.text("output")?.into() });
-        }
-        if has("prompt") && has("completion") {
-            return Conversation::pair(record, "prompt", &record.fields["completion"], "completion");
-        }
-        if has("prompt") && has("completions") {
-            let best = record.fields["completions"].as_array().and_then(|list| list.first());
-            let best = best.ok_or_else(|| {
-                Error::data(format!("{}: `completions` is no list with a completion", record.place))
-            })?;
-            return Conversation::pair(record, "prompt", best, "completions");
-        }
-        if has("question") && has("answer") {
-            let (prompt, completion) = (record.text("question")?.into(), record.text("answer")?.into());
-            return Ok(Conversation::Pair { prompt, completion });
-        }
-        if has("chosen") {
-            if has("prompt") {
-                return Conversation::pair(record, "prompt", &record.fields["chosen"], "chosen");
-            }
-            return match &record.fields["chosen"] {
-                Value::Array(_) => Ok(Conversation::Messages(messages(record, "chosen")?)),
-                _ => Ok(Conversation::Messages(hh_dialogue(record.text("chosen")?, record)?)),
-            };
-        }
-        let keys: Vec<&str> = record.fields.keys().map(String::as_str).collect();
-        Err(Error::data(format!(
-            "{}: no known format; known are {FORMATS}; keys here: {}",
-            record.place,
-            if keys.is_empty() { "none".into() } else { keys.join(", ") }
-        )))
+/// The conversation of a record of any known format, which its keys tell.
+///
+/// # Errors
+/// With the record's place: none of the formats, texts that are no texts, roles that are missing.
+pub fn conversation(record: &Record) -> Result<Vec<Message>> {
+    let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
+    if let Some(key) = ["messages", "conversations"].into_iter().find(|key| has(key)) {
+        return messages(record, key);
     }
+    if has("instruction") {
+        // Alpaca: the input, where there is one, follows the instruction.
+        let mut prompt = record.text("instruction")?.to_string();
+        if has("input") && !record.text("input")?.is_empty() {
+            prompt = format!("{prompt}\n\n{}", record.text("input")?);
+        }
+        return Ok(exchange(prompt, record.text("output")?));
+    }
+    if has("prompt") && has("completion") {
+        return pair(record, "prompt", &record.fields["completion"], "completion");
+    }
+    if has("prompt") && has("completions") {
+        let best = record.fields["completions"].as_array().and_then(|list| list.first());
+        let best = best.ok_or_else(|| {
+            Error::data(format!("{}: `completions` is no list with a completion", record.place))
+        })?;
+        return pair(record, "prompt", best, "completions");
+    }
+    if has("question") && has("answer") {
+        return Ok(exchange(record.text("question")?, record.text("answer")?));
+    }
+    if has("chosen") {
+        if has("prompt") {
+            return pair(record, "prompt", &record.fields["chosen"], "chosen");
+        }
+        return match &record.fields["chosen"] {
+            Value::Array(_) => messages(record, "chosen"),
+            _ => hh_dialogue(record.text("chosen")?, record),
+        };
+    }
+    let keys: Vec<&str> = record.fields.keys().map(String::as_str).collect();
+    Err(Error::data(format!(
+        "{}: no known format; known are {FORMATS}; keys here: {}",
+        record.place,
+        if keys.is_empty() { "none".into() } else { keys.join(", ") }
+    )))
+}
 
-    /// As messages; a prompt is the user's and its completion the assistant's.
-    pub fn into_messages(self) -> Vec<Message> {
-        match self {
-            Conversation::Messages(messages) => messages,
-            Conversation::Pair { prompt, completion } => {
-                vec![Message::new("user", prompt), Message::new("assistant", completion)]
-            }
-        }
-    }
+/// A prompt and its completion, each a text or a list of messages.
+fn pair(record: &Record, prompt: &str, completion: &Value, key: &str) -> Result<Vec<Message>> {
+    let mut all = turns(&record.fields[prompt], "user", record, prompt)?;
+    all.extend(turns(completion, "assistant", record, key)?);
+    Ok(all)
+}
 
-    /// A prompt and its completion, each a text or a list of messages.
-    fn pair(record: &Record, prompt: &str, completion: &Value, key: &str) -> Result<Conversation> {
-        match (&record.fields[prompt], completion) {
-            (Value::String(prompt), Value::String(completion)) => {
-                Ok(Conversation::Pair { prompt: prompt.clone(), completion: completion.clone() })
-            }
-            (prompt_value, completion) => {
-                let mut all = turns(prompt_value, "user", record, prompt)?;
-                all.extend(turns(completion, "assistant", record, key)?);
-                Ok(Conversation::Messages(all))
-            }
-        }
-    }
+fn exchange(prompt: impl Into<String>, completion: impl Into<String>) -> Vec<Message> {
+    vec![Message::new("user", prompt), Message::new("assistant", completion)]
 }
 
 /// What a model is asked: a record without its answer.
@@ -115,20 +90,23 @@ pub enum Prompt {
 }
 
 impl Prompt {
-    /// Reads `prompt` (a text or messages) or, where there is none, any format of [`Conversation::read`], whose answer is
+    /// Reads `prompt` (a text or messages) or, where there is none, any format of [`conversation`], whose answer is
     /// left out.
     pub fn read(record: &Record) -> Result<Prompt> {
+        let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
         let mut messages = match record.fields.get("prompt").filter(|v| !v.is_null()) {
             Some(Value::String(text)) => return Ok(Prompt::Text(text.clone())),
             Some(Value::Array(_)) => messages(record, "prompt")?,
             Some(_) => return record.text("prompt").map(|text| Prompt::Text(text.into())),
-            None => match Conversation::read(record)? {
-                Conversation::Pair { prompt, .. } => return Ok(Prompt::Text(prompt)),
-                Conversation::Messages(messages) => messages,
-            },
+            None => conversation(record)?,
         };
         if messages.last().is_some_and(|m| m.role == "assistant") {
             messages.pop();
+        }
+        if let [Message { content, .. }] = messages.as_slice()
+            && ["instruction", "question"].into_iter().any(has)
+        {
+            return Ok(Prompt::Text(content.clone()));
         }
         if messages.is_empty() {
             return Err(Error::data(format!("{}: there is nothing before the answer", record.place)));
@@ -227,16 +205,16 @@ mod tests {
         records(&path, None, &std::sync::Arc::default()).unwrap().next().unwrap().unwrap()
     }
 
-    fn read(line: &str) -> Result<Conversation> {
-        Conversation::read(&record(line))
+    fn read(line: &str) -> Result<Vec<Message>> {
+        conversation(&record(line))
     }
 
-    fn pair(prompt: &str, completion: &str) -> Conversation {
-        Conversation::Pair { prompt: prompt.into(), completion: completion.into() }
+    fn pair(prompt: &str, completion: &str) -> Vec<Message> {
+        chat(&[("user", prompt), ("assistant", completion)])
     }
 
-    fn chat(turns: &[(&str, &str)]) -> Conversation {
-        Conversation::Messages(turns.iter().map(|(role, text)| Message::new(*role, *text)).collect())
+    fn chat(turns: &[(&str, &str)]) -> Vec<Message> {
+        turns.iter().map(|(role, text)| Message::new(*role, *text)).collect()
     }
 
     #[test]
@@ -280,8 +258,7 @@ mod tests {
     #[test]
     fn a_prompt_is_a_record_without_its_answer() {
         let text = |t: &str| Prompt::Text(t.into());
-        let Conversation::Messages(user) = chat(&[("user", "a")]) else { panic!() };
-        let user = Prompt::Messages(user);
+        let user = Prompt::Messages(chat(&[("user", "a")]));
         let cases = [
             (r#"{"prompt": "a", "completion": "b"}"#, text("a")),
             (r#"{"question": "a", "answer": "b"}"#, text("a")),

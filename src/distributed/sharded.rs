@@ -106,9 +106,14 @@ pub fn shard_groups(mode: Mode, world: &World) -> (Group, Group) {
     }
 }
 
+/// Gives all values of a group, in any dtype: `[numel]`.
+type Load = Box<dyn Fn(&Layout) -> Result<Tensor>>;
+
 /// All parameters of a model, in groups.
 pub struct Sharded {
     groups: Vec<FlatGroup>,
+    /// Where values come from that are not kept (see [`Sharded::on_demand`]).
+    load: Option<Load>,
     reductions: Vec<Reduction>,
     shard: Group,
     replica: Group,
@@ -147,7 +152,44 @@ impl Sharded {
                 }
             })
             .collect();
-        Sharded { groups, reductions: Vec::new(), shard, replica, compute, device, held: false }
+        Sharded { groups, load: None, reductions: Vec::new(), shard, replica, compute, device, held: false }
+    }
+
+    /// Parameters of one rank that are loaded anew whenever a group is used, and dropped after it: for the forward of a
+    /// model of which two groups fit into memory. There is nothing to fill, train or export.
+    pub fn on_demand(
+        layouts: Vec<Layout>,
+        compute: Kind,
+        device: Device,
+        load: impl Fn(&Layout) -> Result<Tensor> + 'static,
+    ) -> Sharded {
+        let groups = layouts
+            .into_iter()
+            .map(|layout| {
+                let none = || Tensor::empty([0], (compute, device));
+                FlatGroup {
+                    layout,
+                    shard_len: 0,
+                    master: none(),
+                    local: none(),
+                    grad: None,
+                    full: None,
+                    gathering: None,
+                    full_grad: None,
+                }
+            })
+            .collect();
+        let (shard, replica) = (Group::solo(), Group::solo());
+        Sharded {
+            groups,
+            load: Some(Box::new(load)),
+            reductions: Vec::new(),
+            shard,
+            replica,
+            compute,
+            device,
+            held: false,
+        }
     }
 
     pub fn len(&self) -> usize {
@@ -236,6 +278,10 @@ impl Sharded {
         let size = self.shard.size();
         let g = &mut self.groups[i];
         if g.full.is_some() {
+            return Ok(());
+        }
+        if let Some(load) = &self.load {
+            g.full = Some(load(&g.layout)?.f_to_device(self.device)?.f_to_kind(self.compute)?);
             return Ok(());
         }
         if size == 1 {

@@ -10,10 +10,8 @@ mod tests;
 use std::ops::Range;
 use std::path::Path;
 
-use sha2::{Digest, Sha256};
-
 use super::conversation::Message;
-use super::tokenizer::{ChatTemplate, Tokenizer, hex};
+use super::tokenizer::{ChatTemplate, Tokenizer};
 use crate::config::sections;
 use crate::error::{Error, Result};
 use jinja::Jinja;
@@ -23,7 +21,6 @@ pub use templates::names as built_in_names;
 pub struct Chat {
     tokenizer: Tokenizer,
     template: Jinja,
-    source: String,
     end_of_turn: Option<u32>,
 }
 
@@ -65,9 +62,8 @@ impl Chat {
     }
 
     fn with(tokenizer: &Tokenizer, template: &ChatTemplate) -> Result<Chat> {
-        let source = template.source.clone();
         let template = Jinja::new(template, tokenizer.special_tokens().to_vec())?;
-        let mut chat = Chat { tokenizer: tokenizer.clone(), template, source, end_of_turn: None };
+        let mut chat = Chat { tokenizer: tokenizer.clone(), template, end_of_turn: None };
         // What a template makes of these two tells how it ends a turn; not every one takes them.
         let probe = [Message::new("user", "a"), Message::new("assistant", "b")];
         if let Ok(encoded) = chat.encode(&probe, false) {
@@ -79,14 +75,6 @@ impl Chat {
 
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
-    }
-
-    /// Tells what is rendered and encoded apart: a hash of the tokenizer and the template.
-    pub fn key(&self) -> String {
-        let mut hash = Sha256::new();
-        hash.update(self.tokenizer.hash());
-        hash.update(&self.source);
-        hex(&hash.finalize()[..16])
     }
 
     /// The token that ends the assistant's turns in this template, where it is one of its own.

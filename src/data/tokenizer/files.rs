@@ -7,6 +7,9 @@ use crate::files::read_error;
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 
+/// Names and contents of files.
+pub(super) type Contents = Vec<(String, Vec<u8>)>;
+
 /// The files that are read, the first that is there.
 const MAIN: [&str; 3] = ["tokenizer.json", "tokenizer.model", "qwen.tiktoken"];
 
@@ -63,7 +66,7 @@ pub(super) fn parse(bytes: &[u8], path: &Path) -> Result<Value> {
 }
 
 /// Names and contents of a tokenizer's files, with a `tokenizer.json` in any case; and the `config.json` beside them.
-pub(super) fn read(main: &Path) -> Result<(Vec<(String, Vec<u8>)>, Value)> {
+pub(super) fn read(main: &Path) -> Result<(Contents, Value)> {
     let read = |path: &Path| std::fs::read(path).map_err(|e| read_error(path, &e));
     let bytes = read(main)?;
     let mut files = Vec::new();

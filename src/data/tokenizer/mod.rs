@@ -25,7 +25,7 @@ use tokenizers::AddedToken;
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
     /// Names and contents of the files that `save` writes.
-    files: Arc<Vec<(String, Vec<u8>)>>,
+    files: Arc<files::Contents>,
     /// Where it was read from, for messages.
     place: String,
     vocab_size: usize,
@@ -76,7 +76,7 @@ impl Tokenizer {
 
     /// From the contents of the files; `main` is where `tokenizer.json` lies, for messages, and `fallback` a
     /// `config.json`, whose ids count where no other file names any.
-    fn from_files(files: Vec<(String, Vec<u8>)>, main: &Path, fallback: &Value) -> Result<Self> {
+    fn from_files(files: files::Contents, main: &Path, fallback: &Value) -> Result<Self> {
         let content = |name: &str| files.iter().find(|(n, _)| n == name).map(|(_, bytes)| bytes.as_slice());
         let parse = |name: &str| files::parse(content(name).unwrap_or(b"{}"), &main.with_file_name(name));
         let definition = files::parse(content("tokenizer.json").unwrap_or_default(), main)?;

@@ -283,7 +283,7 @@ fn the_config_beside_a_vocabulary_counts() {
         "tokenizer_config.json",
         r#"{"add_bos_token": false, "add_eos_token": true, "pad_token": {"content": "[PAD]"}, "chat_template": "c"}"#,
     );
-    folder.file("added_tokens.json", &format!(r#"{{"[PAD]": {n}, "<|x|>": {}}}"#, n + 1));
+    folder.file("added_tokens.json", format!(r#"{{"[PAD]": {n}, "<|x|>": {}}}"#, n + 1));
     let t = Tokenizer::load(&folder.0).unwrap();
     assert_eq!((t.vocab_size() as u32, t.pad_id(), t.adds_bos()), (n + 2, Some(n), false));
     assert_eq!(t.encode("a", true).unwrap(), [&a[1..], &[2]].concat());
@@ -298,7 +298,7 @@ fn the_config_beside_a_vocabulary_counts() {
     // Ids that contradict the vocabulary.
     folder.file("added_tokens.json", r#"{"[PAD]": 7}"#);
     assert!(Tokenizer::load(&folder.0).err().unwrap().message.contains("`[PAD]` has the id 7 of the piece"));
-    folder.file("added_tokens.json", &format!(r#"{{"[PAD]": {}}}"#, n + 5));
+    folder.file("added_tokens.json", format!(r#"{{"[PAD]": {}}}"#, n + 5));
     let e = Tokenizer::load(&folder.0).err().unwrap();
     assert!(e.message.contains(&format!("`[PAD]` should have the id {}, and gets {n}", n + 5)), "{e}");
     std::fs::remove_file(folder.0.join("added_tokens.json")).unwrap();

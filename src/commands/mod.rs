@@ -12,7 +12,9 @@ use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Error, Result};
 use crate::telemetry::console;
 
+mod answers;
 pub mod bench;
+pub mod chat;
 pub mod check;
 pub mod convert;
 pub mod data;

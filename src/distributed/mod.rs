@@ -1,6 +1,7 @@
 //! Ranks and what they share: the world, sharded parameters.
 
 pub mod environment;
+pub mod exchange;
 pub mod frozen;
 pub mod plan;
 pub mod sharded;

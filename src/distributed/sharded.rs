@@ -137,6 +137,8 @@ pub struct Sharded {
     replica: Group,
     compute: Kind,
     device: Device,
+    /// Gathered values stay until [`Sharded::let_go`].
+    held: bool,
 }
 
 /// Reductions that may be under way at once: one is sent while the next block computes.
@@ -156,7 +158,7 @@ impl Sharded {
             .into_iter()
             .map(|plan| FlatGroup::new(plan.into(), shard.size(), compute, device))
             .collect();
-        Sharded { groups, load: None, reductions: Vec::new(), shard, replica, compute, device }
+        Sharded { groups, load: None, reductions: Vec::new(), shard, replica, compute, device, held: false }
     }
 
     /// Parameters of one rank that are loaded anew whenever a group is used, and dropped after it: for the forward of a
@@ -178,6 +180,7 @@ impl Sharded {
             replica,
             compute,
             device,
+            held: false,
         }
     }
 
@@ -345,12 +348,32 @@ impl Sharded {
         Ok(Full { trained: g.full.as_ref().map(Tensor::shallow_clone), frozen: g.frozen.full(&self.shard)? })
     }
 
-    /// Drops the gathered values of group `i`.
+    /// Drops the gathered values of group `i`, unless they are held.
     pub fn release(&mut self, i: usize) {
-        let g = &mut self.groups[i];
-        g.gathering = None;
-        g.full = None;
-        g.frozen.release();
+        if !self.held {
+            let g = &mut self.groups[i];
+            g.gathering = None;
+            g.full = None;
+            g.frozen.release();
+        }
+    }
+
+    /// Gathers all groups and keeps them until [`Sharded::let_go`]: forwards then communicate nothing. A collective
+    /// call. For what reads the same values many times, where a rank has room for all of them.
+    pub fn hold(&mut self) -> Result<()> {
+        self.held = true;
+        (0..self.len()).try_for_each(|i| self.full(i).map(drop))
+    }
+
+    /// Ends [`Sharded::hold`]; values that change later need this first.
+    pub fn let_go(&mut self) {
+        self.held = false;
+        (0..self.len()).for_each(|i| self.release(i));
+    }
+
+    /// Whether a forward is a collective call: values must be gathered from other ranks.
+    pub fn gathers(&self) -> bool {
+        self.shard.size() > 1 && !self.held
     }
 
     /// Tensors `first..end` of group `i`, which have equal rows, in as few pieces as they lie in.

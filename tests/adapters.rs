@@ -390,6 +390,31 @@ fn the_life_of_a_frozen_block() {
     assert!(after.iter().all(|(name, t)| converted[name].equal(t)));
 }
 
+/// Close to moments in float32, bit by bit over an interruption, and at another world size from the same moments on.
+#[test]
+fn moments_in_8_bits() {
+    let words = ["optim.moments=8bit", "checkpoint.every=5"];
+    let (float, whole) = (Run::sft("moments-float"), Run::sft("moments-8bit"));
+    float.train(1, &[]);
+    whole.train(1, &words);
+    let (a, b) = (whole.numbers("train", "loss"), float.numbers("train", "loss"));
+    assert!(a[0] == b[0] && a[19] != b[19] && (a[19] / b[19] - 1.0).abs() < 0.1, "{a:?} {b:?}");
+
+    let run = Run::sft("moments-8bit-stopped");
+    let mut running = run.start(1, &words);
+    running.wait_for("some steps", std::time::Duration::from_millis(1), || run.step() >= 7);
+    running.signal(nix::sys::signal::Signal::SIGTERM);
+    running.wait();
+    run.train(1, &words);
+    run.expect_equal(&whole);
+
+    let (step, from) = run.checkpoints().remove(0);
+    let two = Run::sft("moments-8bit-ranks");
+    two.train(2, &[&words[..], &["--resume", &from.to_string_lossy()]].concat());
+    let d = largest_relative(&two.numbers("train", "loss")[..3], &a[step as usize..step as usize + 3]);
+    assert!(d < 1e-4, "{d:e}");
+}
+
 #[test]
 fn what_cannot_be_trained_is_refused() {
     let path = format!("model={{path: {}}}", base_model());

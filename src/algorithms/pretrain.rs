@@ -17,7 +17,7 @@ use crate::distributed::world::World;
 use crate::error::Result;
 use crate::info;
 use crate::model::{Llama, init, layout};
-use crate::optim::{AdamW, Hyper, Schedule};
+use crate::optim::{AdamW, Schedule};
 use crate::telemetry::Record;
 
 /// Bytes of tensors in one file of an exported model.
@@ -83,8 +83,7 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
     let compute = compute_kind(c.precision.compute);
     let params = Sharded::new(layout::layouts(&inputs.base.shape), shard, replica, compute, world.device);
     let mut model = Llama::new(inputs.base.shape.clone(), params);
-    let hyper = Hyper { betas: c.optim.betas, eps: c.optim.eps, weight_decay: c.optim.weight_decay };
-    let mut optimizer = AdamW::new(&model.params, hyper);
+    let mut optimizer = AdamW::configured(&model.params, &c.optim);
     let progress = match folder.restore::<State>(&mut model.params, &mut optimizer)? {
         Some(progress) => {
             inputs.train.resume(&progress.data)?;

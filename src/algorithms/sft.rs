@@ -24,7 +24,7 @@ use crate::distributed::world::World;
 use crate::error::Result;
 use crate::info;
 use crate::model::{DropoutPlace, Input, Llama, Trainable};
-use crate::optim::{AdamW, Hyper, Schedule};
+use crate::optim::{AdamW, Schedule};
 use crate::telemetry::Record;
 
 /// What a run reads before any rank talks to another: files are checked and tokenized, and errors told, before a group
@@ -121,8 +121,7 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
         folder.set_base(BaseMeta { path: base.clone(), trainable: inputs.trainable.clone() });
         inputs.base.fill(&mut model.params, c.seed)?;
     }
-    let hyper = Hyper { betas: c.optim.betas, eps: c.optim.eps, weight_decay: c.optim.weight_decay };
-    let mut optimizer = AdamW::new(&model.params, hyper);
+    let mut optimizer = AdamW::configured(&model.params, &c.optim);
     let progress = match folder.restore::<Position>(&mut model.params, &mut optimizer)? {
         Some(progress) => {
             inputs.train.resume(&progress.data.rows)?;

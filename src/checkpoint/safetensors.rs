@@ -180,6 +180,7 @@ impl Writer {
                 Kind::Float => Dtype::F32,
                 Kind::BFloat16 => Dtype::BF16,
                 Kind::Half => Dtype::F16,
+                Kind::Uint8 => Dtype::U8,
                 other => return Err(Error::failed(format!("`{}`: cannot write {other:?}", entry.name))),
             };
             let start = end;

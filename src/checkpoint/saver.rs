@@ -17,7 +17,7 @@ use super::agree::agree;
 use super::hf::write_tokenizer;
 use super::safetensors::{Entry, Writer};
 use super::sharded::{
-    BaseMeta, FileMeta, GroupMeta, META, Meta, PARTS, checkpoints_dir, list, shard_name, step_name,
+    BaseMeta, FileMeta, GroupMeta, MASTER, META, Meta, checkpoints_dir, list, shard_name, step_name,
     tensor_name,
 };
 use crate::config::shape::Shape;
@@ -305,14 +305,15 @@ impl Saver {
 
 /// Copies in host memory, by name in the file.
 fn host_copies(params: &Sharded, optim: &AdamW) -> Result<Vec<(Entry, Tensor)>> {
-    let mut copies = Vec::with_capacity(params.len() * PARTS.len());
+    let mut copies = Vec::with_capacity(params.len() * 3);
     for i in 0..params.len() {
-        let group = &params.layout(i).name;
-        for (part, t) in PARTS.into_iter().zip([&params.master(i), &optim.exp_avg[i], &optim.exp_avg_sq[i]]) {
+        let master = params.master(i);
+        let moments = optim.moments[i].tensors();
+        for (part, t) in std::iter::once((MASTER, &master)).chain(moments) {
             let mut copy = Tensor::f_empty(t.size(), (t.kind(), Device::Cpu))?;
             tch::no_grad(|| copy.f_copy_(t))?;
-            let entry = Entry { name: tensor_name(group, part), kind: t.kind(), shape: t.size() };
-            copies.push((entry, copy));
+            let name = tensor_name(&params.layout(i).name, part);
+            copies.push((Entry { name, kind: t.kind(), shape: t.size() }, copy));
         }
     }
     Ok(copies)

@@ -1,7 +1,8 @@
 //! Checkpoints of a training run: what lies in the folder `RUN_DIR/checkpoints/step-00000100`, and how it is read.
 //!
 //! ```text
-//! shard-00000-of-00002.safetensors   slice 0 of every group: `GROUP.master`, `GROUP.exp_avg`, `GROUP.exp_avg_sq`
+//! shard-00000-of-00002.safetensors   slice 0 of every group: `GROUP.master`, `GROUP.exp_avg`, `GROUP.exp_avg_sq`; of moments
+//!                                    in 8 bits, `.codes` and `.absmax` (one for each 256 codes)
 //! shard-00001-of-00002.safetensors
 //! meta.json                          layouts, slices, the trainer's state, size and CRC-32 of every file
 //! tokenizer.json, ...                the tokenizer, so that the folder is a model of its own
@@ -15,6 +16,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use kernels::quant::CODE_BLOCK;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Kind, Tensor};
@@ -24,15 +26,16 @@ use super::grow::{grown, stored};
 use super::safetensors::Reader;
 use super::source::{Block, Order, Source, TensorFile, View};
 use super::weights::Weights;
+use crate::config::sections::MomentsIn;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::{Layout, Sharded, Slice, Spec};
 use crate::error::{Context, Error, Result};
 use crate::files::{crc32, read_error};
 use crate::model::Trainable;
-use crate::optim::AdamW;
+use crate::optim::{AdamW, Moments};
 
-/// What is kept of every element.
-pub const PARTS: [&str; 3] = ["master", "exp_avg", "exp_avg_sq"];
+/// The part of a shard that holds a group's values; its moments lie beside it.
+pub const MASTER: &str = "master";
 
 pub const META: &str = "meta.json";
 const FORMAT: &str = "corral checkpoint";
@@ -40,8 +43,13 @@ const VERSION: u64 = 1;
 
 /// Bytes of a checkpoint of these parameters, without headers and tokenizer: master values and two moments.
 /// `master`: float32, or float64 in float64 compute.
-pub fn bytes_per_checkpoint(layouts: &[Layout], master: Kind) -> u64 {
-    layouts.iter().map(|l| (l.numel * PARTS.len() as i64) as u64 * master.elt_size_in_bytes() as u64).sum()
+pub fn bytes_per_checkpoint(layouts: &[Layout], master: Kind, moments: MomentsIn) -> u64 {
+    let value = master.elt_size_in_bytes() as u64;
+    let of = |n: u64| match moments {
+        MomentsIn::Float32 => 3 * n * value,
+        MomentsIn::EightBit => n * value + 2 * n + 2 * 4 * n.div_ceil(CODE_BLOCK as u64),
+    };
+    layouts.iter().map(|l| of(l.numel as u64)).sum()
 }
 
 /// `meta.json`, inside its envelope.
@@ -73,13 +81,13 @@ pub struct BaseMeta {
     pub trainable: Trainable,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GroupMeta {
     pub name: String,
     pub tensors: Vec<TensorMeta>,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TensorMeta {
     pub name: String,
     pub shape: Vec<i64>,
@@ -297,7 +305,7 @@ impl Checkpoint {
         let shards = shards.collect::<Result<Vec<_>>>().map_err(|e| with_advice(&self.dir, e))?;
         let mut source = Source::default();
         for (name, (group, offset, shape)) in &self.places {
-            let tensor = tensor_name(&self.meta.groups[*group].name, PARTS[0]);
+            let tensor = tensor_name(&self.meta.groups[*group].name, MASTER);
             let numel = shape.iter().product();
             let block = |piece: Piece| Block {
                 file: piece.rank,
@@ -321,7 +329,7 @@ impl Checkpoint {
         // A run that goes on must be as it was.
         let rows = if optim.is_some() { i64::MAX } else { self.meta.shape.vocab_size };
         let mut read =
-            grown(rows, |spec: &Spec, first, values: &Tensor| shards.read(PARTS[0], spec, first, values));
+            grown(rows, |spec: &Spec, first, values: &Tensor| shards.read(MASTER, spec, first, values));
         let Some(optim) = optim else {
             let all = (0..params.len()).flat_map(|i| params.plan(i).tensors());
             self.check_tensors(all, rows, self.meta.base.is_none())?;
@@ -332,13 +340,47 @@ impl Checkpoint {
         params.fill_trained(&mut read)?;
         for i in 0..params.len() {
             let slice = params.slice(i);
-            for (part, moments) in [(PARTS[1], &optim.exp_avg[i]), (PARTS[2], &optim.exp_avg_sq[i])] {
+            if let Moments::EightBit { .. } = &optim.moments[i] {
+                self.read_codes(&shards, params, i, &optim.moments[i])?;
+                continue;
+            }
+            for (part, moments) in optim.moments[i].tensors() {
                 for spec in &params.layout(i).specs {
                     if let Some((first, len)) = overlap(slice, spec) {
                         let values = moments.f_narrow(0, first - slice.start, len)?;
                         shards.read(part, spec, first - spec.offset, &values)?;
                     }
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Moments in 8 bits: their blocks are those of the group as a whole, whose tensors must lie as they did.
+    fn read_codes(&self, shards: &Shards, params: &Sharded, i: usize, moments: &Moments) -> Result<()> {
+        let now = GroupMeta::of(params.layout(i));
+        let Some((group, _)) = self.meta.groups.iter().enumerate().find(|(_, g)| **g == now) else {
+            return Err(Error::data(format!(
+                "{}: the tensors of group `{}` lie otherwise there, and moments in 8 bits cannot be rearranged",
+                self.dir.display(),
+                now.name
+            )));
+        };
+        let slice = params.slice(i);
+        let blocks =
+            |s: Slice| Slice { start: s.start / CODE_BLOCK, len: (s.len + CODE_BLOCK - 1) / CODE_BLOCK };
+        for (part, t) in moments.tensors() {
+            let whole = |s: Slice| if t.kind() == Kind::Uint8 { s } else { blocks(s) };
+            let (mine, theirs) = (whole(slice), self.slices(group).map(whole));
+            // A rank beyond the end has nothing, wherever that would begin.
+            let theirs = theirs.filter(|s| s.len > 0);
+            for piece in pieces(theirs, mine.start, mine.len) {
+                shards.read_bytes(
+                    piece.rank,
+                    &tensor_name(&now.name, part),
+                    piece.from,
+                    &t.narrow(0, piece.to, piece.len),
+                )?;
             }
         }
         Ok(())
@@ -406,14 +448,34 @@ impl Shards<'_> {
     fn read(&self, part: &str, spec: &Spec, first: i64, values: &Tensor) -> Result<()> {
         let (group, offset, _) = &self.checkpoint.places[&spec.name];
         let name = tensor_name(&self.checkpoint.meta.groups[*group].name, part);
-        let mut open = self.open.borrow_mut();
         for piece in pieces(self.checkpoint.slices(*group), offset + first, values.numel() as i64) {
-            if let Entry::Vacant(place) = open.entry(piece.rank) {
-                place.insert(self.checkpoint.open_shard(piece.rank)?);
-            }
-            open[&piece.rank].read(&name, piece.from, &values.f_narrow(0, piece.to, piece.len)?)?;
+            let values = values.f_narrow(0, piece.to, piece.len)?;
+            self.with(piece.rank, |shard| shard.read(&name, piece.from, &values))?;
         }
         Ok(())
+    }
+
+    /// Fills `values` with elements `from..` of a tensor of a shard, which has their dtype.
+    fn read_bytes(&self, rank: usize, name: &str, from: i64, values: &Tensor) -> Result<()> {
+        let (n, element) = (values.numel(), values.kind().elt_size_in_bytes());
+        let mut bytes = vec![0; n * element];
+        self.with(rank, |shard| match shard.names().iter().any(|there| there == name) {
+            true => shard.read_bytes(name, from, &mut bytes),
+            false => Err(Error::data(format!(
+                "{}: there is no `{name}`: the run had moments in float32",
+                shard.path().display()
+            ))),
+        })?;
+        values.shallow_clone().f_copy_(&Tensor::f_from_data_size(&bytes, &[n as i64], values.kind())?)?;
+        Ok(())
+    }
+
+    fn with(&self, rank: usize, f: impl FnOnce(&Reader) -> Result<()>) -> Result<()> {
+        let mut open = self.open.borrow_mut();
+        if let Entry::Vacant(place) = open.entry(rank) {
+            place.insert(self.checkpoint.open_shard(rank)?);
+        }
+        f(&open[&rank])
     }
 }
 

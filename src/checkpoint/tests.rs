@@ -15,12 +15,13 @@ use super::safetensors::{Entry, Reader, Writer};
 use super::sharded::{Piece, list, pieces};
 use super::source::TensorFile;
 use super::*;
+use crate::config::sections::{MomentsIn, Optim};
 use crate::config::shape::{Experts, Family, Shape};
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::{Sharded, Slice};
 use crate::error::{Error, Kind as ErrorKind, Result};
 use crate::model::{init, layout::layouts};
-use crate::optim::{AdamW, Hyper};
+use crate::optim::AdamW;
 
 /// A folder of its own for a test, removed at its end.
 struct Folder(PathBuf);
@@ -125,8 +126,13 @@ fn params(shape: &Shape, world: &Group, mode: Mode, compute: Kind) -> Sharded {
     Sharded::new(layouts(shape), shard, replica, compute, Device::Cpu)
 }
 
+/// Its moments are in 8 bits where the model computes in bfloat16.
 fn optimizer(params: &Sharded) -> AdamW {
-    AdamW::new(params, Hyper { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 })
+    let moments = match params.compute() {
+        Kind::BFloat16 => MomentsIn::EightBit,
+        _ => MomentsIn::Float32,
+    };
+    AdamW::configured(params, &Optim { moments, ..Optim::default() })
 }
 
 /// Parameters and moments whose every element depends on its place only, so that any slice can be checked.
@@ -137,9 +143,16 @@ fn trained(shape: &Shape, world: &Group, mode: Mode, compute: Kind) -> (Sharded,
     optim.step = 41;
     for i in 0..params.len() {
         let slice = params.slice(i);
-        let place = Tensor::arange_start(slice.start, slice.start + slice.len, (Kind::Double, Device::Cpu));
-        optim.exp_avg[i].copy_(&(&place + i as f64).sin());
-        optim.exp_avg_sq[i].copy_(&(&place + i as f64).cos().square());
+        for (k, (_, moments)) in optim.moments[i].tensors().into_iter().enumerate() {
+            // A number for each element of the group, or for each 256.
+            let n = moments.numel() as i64;
+            let first = if n == slice.len { slice.start } else { slice.start / 256 };
+            let place = Tensor::arange_start(first, first + n, (Kind::Double, Device::Cpu)) + i as f64;
+            moments.shallow_clone().copy_(&match moments.kind() {
+                Kind::Uint8 => (place * (7 + k as i64)).remainder(251.0),
+                _ => place.sin() + k as f64,
+            });
+        }
     }
     (params, optim)
 }
@@ -150,8 +163,9 @@ fn assert_trained(params: &Sharded, optim: &AdamW, shape: &Shape, world: &Group,
     assert_eq!(optim.step, 41);
     for i in 0..params.len() {
         assert!(params.master(i).equal(&right.master(i)), "master of group {i}");
-        assert!(optim.exp_avg[i].equal(&right_optim.exp_avg[i]), "exp_avg of group {i}");
-        assert!(optim.exp_avg_sq[i].equal(&right_optim.exp_avg_sq[i]), "exp_avg_sq of group {i}");
+        for ((part, a), (_, b)) in optim.moments[i].tensors().iter().zip(right_optim.moments[i].tensors()) {
+            assert!(a.equal(b), "{part} of group {i}");
+        }
         if let (Some(copy), Some(right)) = (params.copy(i), right.copy(i)) {
             assert!(copy.equal(&right), "compute copy of group {i}");
         }
@@ -489,9 +503,16 @@ fn a_checkpoint_takes_the_space_that_was_estimated() {
     let (folder, shape) = (Folder::new(), tiny(false));
     save(&folder.0, &shape, 2, Mode::Full, Kind::Float, &[1]);
     let shards: u64 = latest(&folder.0).unwrap().unwrap().meta().files[..2].iter().map(|f| f.bytes).sum();
-    let estimate = bytes_per_checkpoint(&layouts(&shape), Kind::Float);
+    let estimate = bytes_per_checkpoint(&layouts(&shape), Kind::Float, MomentsIn::Float32);
     assert_eq!(estimate, shape.num_parameters() as u64 * 12);
     assert!(estimate <= shards && shards < estimate + 8000, "{estimate} {shards}");
+
+    let folder = Folder::new();
+    save(&folder.0, &shape, 2, Mode::Full, Kind::BFloat16, &[1]);
+    let shards: u64 = latest(&folder.0).unwrap().unwrap().meta().files[..2].iter().map(|f| f.bytes).sum();
+    let estimate = bytes_per_checkpoint(&layouts(&shape), Kind::Float, MomentsIn::EightBit);
+    assert!(estimate < shape.num_parameters() as u64 * 61 / 10, "6 bytes and 8 for each 256");
+    assert!(estimate <= shards && shards < estimate + 12000, "{estimate} {shards}");
 }
 
 #[test]

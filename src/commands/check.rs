@@ -44,7 +44,11 @@ pub fn run(args: Args) -> Result<()> {
         set.verify()?;
     }
     let layouts = layout::layouts(&inputs.base.shape);
-    let checkpoint = checkpoint::bytes_per_checkpoint(&layouts, compute_kind(c.precision.compute));
+    let checkpoint = checkpoint::bytes_per_checkpoint(
+        &layouts,
+        kernels::ops::accumulator(compute_kind(c.precision.compute)),
+        c.optim.moments,
+    );
     // While one is written the old ones are still there; the exported model comes on top.
     let model = inputs.base.shape.num_parameters() as u64
         * compute_kind(c.precision.compute).elt_size_in_bytes() as u64;

@@ -210,11 +210,32 @@ pub struct Optim {
     /// Largest global norm of the gradient; 0: no clipping.
     #[serde(deserialize_with = "not_negative")]
     pub clip: f64,
+    /// What the moments are kept in.
+    pub moments: MomentsIn,
+}
+
+/// What AdamW's moments are kept in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MomentsIn {
+    /// Float32 (float64 in float64 compute).
+    #[default]
+    #[serde(rename = "float32")]
+    Float32,
+    /// 8-bit codes, blocks of 256 with a scale each (Dettmers et al. 2022).
+    #[serde(rename = "8bit")]
+    EightBit,
 }
 
 impl Default for Optim {
     fn default() -> Self {
-        Optim { lr: 3e-4, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: 1.0 }
+        Optim {
+            lr: 3e-4,
+            betas: [0.9, 0.95],
+            eps: 1e-8,
+            weight_decay: 0.1,
+            clip: 1.0,
+            moments: MomentsIn::Float32,
+        }
     }
 }
 

@@ -582,7 +582,8 @@ impl FlatGroup {
     }
 }
 
-/// Elements (or bytes) of one rank's slice: the group divided by the ranks, rounded up to a multiple of 64.
+/// Elements (or bytes) of one rank's slice: the group divided by the ranks, rounded up to a multiple of 256, so that blocks
+/// of moments in 8 bits lie in one slice.
 pub(super) fn padded_slice(numel: i64, ranks: i64) -> i64 {
-    ((numel + ranks - 1) / ranks + 63) & !63
+    ((numel + ranks - 1) / ranks + 255) & !255
 }

@@ -3,7 +3,7 @@
 pub mod adamw;
 pub mod schedule;
 
-pub use adamw::{AdamW, Hyper};
+pub use adamw::{AdamW, Hyper, Moments};
 pub use schedule::Schedule;
 
 pub use crate::config::sections::ScheduleKind;

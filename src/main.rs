@@ -44,6 +44,8 @@ enum Command {
     Eval(commands::eval::Args),
     /// Write a model in Hugging Face's or Meta's format, and check it
     Convert(commands::convert::Args),
+    /// Merge an adapter into its model
+    Merge(commands::merge::Args),
     /// Refuse what can be refused without a device, and show the resolved configuration
     Check(commands::check::Args),
     /// Measure speed; one JSON object a measurement
@@ -98,6 +100,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Score(args) => commands::score::run(args, global),
         Command::Eval(args) => commands::eval::run(args, global),
         Command::Convert(args) => commands::convert::run(args, global.single_device()?),
+        Command::Merge(args) => commands::merge::run(args, global.single_device()?),
         Command::Check(args) => commands::check::run(args),
         Command::Bench(command) => commands::bench::run(command, global),
     }

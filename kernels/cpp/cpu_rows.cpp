@@ -7,36 +7,7 @@
 namespace corral {
 namespace {
 
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline float load(bf16 x) {
-  uint32_t b = uint32_t(x.bits) << 16;
-  float f;
-  memcpy(&f, &b, 4);
-  return f;
-}
-inline void store(float* p, float x) { *p = x; }
-inline void store(double* p, double x) { *p = x; }
-inline void store(bf16* p, float x) {  // to nearest even; a NaN stays one
-  uint32_t b;
-  memcpy(&b, &x, 4);
-  uint32_t r = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-  uint32_t nan = (b >> 16) | 0x40;
-  p->bits = uint16_t((b & 0x7fffffff) > 0x7f800000 ? nan : r);
-}
-
-template <class T>
-struct acc {
-  using type = float;
-};
-template <>
-struct acc<double> {
-  using type = double;
-};
+#include "cpu_types.inc"
 
 // exp(x) for x <= 88, within 1 ulp or so (Cephes' polynomial), written so that compilers vectorise it.
 inline float exp_(float x) {
@@ -238,6 +209,33 @@ double sum_squares_t(const A* x, int64_t n) {
   return total;
 }
 
+inline uint64_t mix(uint64_t x) {  // SplitMix64's finalizer
+  x += 0x9e3779b97f4a7c15;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
+}
+inline uint32_t mix(uint32_t x) {  // lowbias32 of hash-prospector
+  x = (x ^ (x >> 16)) * 0x7feb352d;
+  x = (x ^ (x >> 15)) * 0x846ca68b;
+  return x ^ (x >> 16);
+}
+
+template <class T>
+void dropout_t(const T* x, T* y, const int64_t* row, uint64_t key, uint32_t threshold, double scale, int64_t rows,
+               int64_t c) {
+  using A = typename acc<T>::type;
+  for (int64_t r = 0; r < rows; r++, x += c, y += c) {
+    uint64_t h = mix(key ^ mix(uint64_t(row[r])));
+    uint32_t low = uint32_t(h), high = uint32_t(h >> 32);
+#pragma omp simd
+    for (int64_t i = 0; i < c; i++) {
+      uint32_t bits = mix(mix(uint32_t(i) ^ low) + high);
+      store(y + i, bits >= threshold ? load(x[i]) * A(scale) : A(0));
+    }
+  }
+}
+
 template <class T, class A>
 void accumulate_t(A* dst, const T* src, int64_t n, bool add) {
   if (add) {
@@ -329,6 +327,10 @@ void adamw(Type t, void* p, const void* g, void* m, void* v, void* copy, int64_t
 double sum_squares(Type t, const void* x, int64_t n) {
   return t == Type::Double ? sum_squares_t((const double*)x, n) : sum_squares_t((const float*)x, n);
 }
+void dropout(Type t, const void* x, void* y, const int64_t* row, uint64_t key, uint32_t threshold, double scale,
+             int64_t rows, int64_t c) {
+  BY_TYPE(t, (void)sizeof(A); dropout_t((const T*)x, (T*)y, row, key, threshold, scale, rows, c))
+}
 void accumulate(Type t, void* dst, const void* src, int64_t n, bool add) {
   BY_TYPE(t, accumulate_t((A*)dst, (const T*)src, n, add))
 }
@@ -338,7 +340,7 @@ void accumulate(Type t, void* dst, const void* src, int64_t n, bool add) {
 extern const RowKernels CORRAL_ISA;
 const RowKernels CORRAL_ISA = {
     attention, attention_backward, attention_scratch, decode_attention, few_rows, rms_norm,    rms_apply, rms_backward,
-    rope,      swiglu,             swiglu_backward,   log_softmax,      adamw,    sum_squares, accumulate,
+    rope,      swiglu,             swiglu_backward,   log_softmax,      adamw,    sum_squares, dropout,   accumulate,
 };
 
 }  // namespace corral

@@ -11,6 +11,7 @@ pub mod sft;
 pub mod shape;
 #[cfg(test)]
 mod tests;
+pub mod trainable;
 mod yaml;
 
 use std::path::Path;

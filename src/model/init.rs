@@ -18,7 +18,7 @@ pub fn init(params: &mut Sharded, shape: &Shape, seed: u64) -> Result<()> {
             let _ = values.fill_(if spec.name.ends_with(".bias") { 0.0 } else { 1.0 });
             return Ok(());
         }
-        let key = spec.name.bytes().fold(mix(seed), |k, b| mix(k ^ u64::from(b)));
+        let key = key_of(seed, &spec.name);
         let n = values.size()[0] as usize;
         let std = shape.initializer_range;
         let mut numbers = vec![0f32; n];
@@ -41,8 +41,30 @@ pub fn init(params: &mut Sharded, shape: &Shape, seed: u64) -> Result<()> {
     })
 }
 
+/// Fills the slices of this rank's adapters as PEFT does: A uniform in +-1/sqrt(I) (Kaiming's with a = sqrt 5), B 0, so that
+/// nothing changes at first.
+pub fn init_adapters(params: &mut Sharded, seed: u64) -> Result<()> {
+    params.fill_adapters(|spec, first, values| {
+        if spec.name.ends_with("lora_B.weight") {
+            let _ = values.shallow_clone().zero_();
+            return Ok(());
+        }
+        let key = key_of(seed, &spec.name);
+        let bound = 1.0 / (spec.shape[1] as f64).sqrt();
+        let uniform = |i: u64| (mix(key ^ mix(i)) >> 11) as f64 / (1u64 << 53) as f64;
+        let places = first as u64..first as u64 + values.numel() as u64;
+        let numbers: Vec<f64> = places.map(|i| (2.0 * uniform(i) - 1.0) * bound).collect();
+        values.shallow_clone().copy_(&Tensor::from_slice(&numbers));
+        Ok(())
+    })
+}
+
+fn key_of(seed: u64, name: &str) -> u64 {
+    name.bytes().fold(mix(seed), |k, b| mix(k ^ u64::from(b)))
+}
+
 /// SplitMix64's finalizer (Steele et al. 2014).
-fn mix(x: u64) -> u64 {
+pub(crate) fn mix(x: u64) -> u64 {
     let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

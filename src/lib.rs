@@ -15,6 +15,7 @@ pub mod files;
 pub mod generate;
 pub mod model;
 pub mod optim;
+pub mod rewards;
 pub mod telemetry;
 
 pub use error::{Context, Error, Result};

@@ -3,3 +3,4 @@
 pub mod pretrain;
 pub mod run;
 pub mod step;
+pub mod training;

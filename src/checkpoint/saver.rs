@@ -52,6 +52,7 @@ pub struct Saver {
     run: RunInfo,
     pending: Option<Pending>,
     failed_saves: u64,
+    best: Option<u64>,
 }
 
 /// A save under way.
@@ -109,12 +110,25 @@ impl Saver {
     pub fn new(run_dir: &Path, keep: usize, run: RunInfo, world: &Group) -> Result<Saver> {
         let dir = checkpoints_dir(run_dir);
         agree(world, if world.rank() == 0 { remove_leftovers(&dir) } else { Ok(()) })?;
-        Ok(Saver { dir, keep: keep.max(1), world: world.clone(), run, pending: None, failed_saves: 0 })
+        Ok(Saver {
+            dir,
+            keep: keep.max(1),
+            world: world.clone(),
+            run,
+            pending: None,
+            failed_saves: 0,
+            best: None,
+        })
     }
 
     /// Saves that failed so far.
     pub fn failed_saves(&self) -> u64 {
         self.failed_saves
+    }
+
+    /// The checkpoint of `step` stays besides the newest, until another is the best.
+    pub fn keep_best(&mut self, step: u64) {
+        self.best = Some(step);
     }
 
     /// Copies the state to host memory and starts writing it. A save that is still under way is waited for first; if
@@ -251,15 +265,15 @@ impl Saver {
         files::sync_dir(files::parent(&self.dir))
     }
 
-    /// Rank 0: leaves the newest. What is newer than this step belongs to a history that was given up by resuming
+    /// Rank 0: leaves the newest and the best. What is newer than this step belongs to a history that was given up by resuming
     /// from an older checkpoint.
     fn prune(&self, step: u64) -> Result<()> {
         let mut kept = 0;
         for (s, path) in list(&self.dir)?.into_iter().rev() {
-            if s > step || kept == self.keep {
-                files::remove_dir(&path)?;
-            } else {
+            if s <= step && kept < self.keep {
                 kept += 1;
+            } else if s > step || self.best != Some(s) {
+                files::remove_dir(&path)?;
             }
         }
         Ok(())

@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 use crate::algorithms::pretrain::compute_kind;
 use crate::algorithms::step::{MicroBatch, accumulate_gradients, apply_gradients};
 use crate::commands::Global;
-use crate::config::pretrain::{self as config, Compute, Mode};
+use crate::config::sections::{Compute, Mode, Recompute};
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::sharded::shard_groups;
@@ -66,7 +66,7 @@ pub struct Workload {
     #[arg(long)]
     pub sequence_length: Option<i64>,
     #[arg(long, value_enum, default_value = "none")]
-    pub recompute: config::Recompute,
+    pub recompute: Recompute,
     #[arg(long, value_enum, default_value = "full")]
     pub mode: Mode,
 }

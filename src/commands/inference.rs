@@ -8,7 +8,7 @@ use tch::Device;
 
 use crate::algorithms::pretrain::compute_kind;
 use crate::checkpoint::Weights;
-use crate::config::pretrain::Compute;
+use crate::config::sections::Compute;
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::algorithms::pretrain::{Inputs, pretrain};
 use crate::algorithms::run::Resume;
+use crate::algorithms::training::Start;
 use crate::commands::Global;
 use crate::config::pretrain::Pretrain;
 use crate::config::{self, Loaded};
@@ -61,7 +62,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
     let timeout = Duration::from_secs_f64(loaded.config.parallel.timeout_s);
     let world = World::from_global(global.device.as_deref(), timeout)?;
     info!("{}", world.choice);
-    pretrain(&loaded, inputs, &world, &resume, args.overwrite)
+    pretrain(&loaded, inputs, &world, &Start { resume, overwrite: args.overwrite })
 }
 
 /// Whether the run's folder holds a run of just this configuration.

@@ -5,6 +5,8 @@
 mod de;
 mod numbers;
 pub mod pretrain;
+pub mod sections;
+pub mod sft;
 pub mod shape;
 #[cfg(test)]
 mod tests;
@@ -28,6 +30,9 @@ pub struct Loaded<T> {
     pub compiled_in: bool,
     tree: Node,
 }
+
+/// A key that does not fit the others, and why.
+pub type Conflict = (&'static str, String);
 
 /// The recipe a subcommand takes when no file is named.
 fn default_recipe(subcommand: &str) -> Option<(&'static str, &'static str)> {

@@ -1,6 +1,7 @@
 use std::path::PathBuf;
 
 use super::pretrain::*;
+use super::sections::*;
 use super::*;
 
 const SMALL: &str = "\
@@ -44,7 +45,7 @@ fn reads_values_and_defaults() {
     assert_eq!(config.optim.betas, [0.9, 0.95]);
     assert_eq!(config.parallel, Parallel { mode: Mode::Full, tensor: 1, timeout_s: 600.0 });
     assert_eq!(config.train.recompute, Recompute::None);
-    assert_eq!(config.micro_batch_size(2), 4);
+    assert_eq!(config.train.micro_batch_size(2), 4);
     config.validate(2).unwrap();
 }
 

@@ -1,28 +1,21 @@
 //! Batches of token windows for pretraining and validation, in an order that depends on the seed and the data
 //! alone: not on the world size, the micro-batch or where the run was stopped.
 
-use super::rng::{Permutation, Rng};
+use super::order::{self, Mixture, weights};
+use super::rng::Rng;
 use super::shards::TokenSet;
 use super::tokenizer::hex;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::path::PathBuf;
 
 /// Labels that no loss is computed for.
 pub const IGNORE: i64 = -100;
 
+pub use super::order::Source;
+
 /// Shards of at most this many bytes are read whole and checked when a loader is made.
 const VERIFY_BYTES: usize = 256 << 20;
-
-/// A folder of token shards.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Source {
-    pub path: PathBuf,
-    /// Its share of the samples, relative to the other weights. With weights on no source, every window of every
-    /// source comes once an epoch.
-    pub weight: Option<f64>,
-}
 
 /// The order of samples.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -172,9 +165,7 @@ impl Loader {
             out.resize(length as usize + 1, IGNORE);
             return Ok(out);
         };
-        let epoch = index / n;
-        let shuffled =
-            Permutation::new(n, seed, "loader.order", epoch << 16 | pool_index as u64).apply(index % n);
+        let (shuffled, epoch) = order::shuffled(seed, pool_index, n, index);
         let (set, window, set_index) = pool.window(shuffled);
         let offset = match epoch {
             0 => 0,
@@ -205,24 +196,6 @@ impl Loader {
         }
         Ok(batch)
     }
-}
-
-/// The weights, if there are any: all or none, positive and finite.
-fn weights(sources: &[Source]) -> Result<Option<Vec<f64>>> {
-    if sources.iter().all(|s| s.weight.is_none()) {
-        return Ok(None);
-    }
-    let weight = |source: &Source| match source.weight {
-        Some(weight) if weight > 0.0 && weight.is_finite() => Ok(weight),
-        Some(weight) => {
-            Err(Error::config(format!("{}: weight {weight} must be positive", source.path.display())))
-        }
-        None => Err(Error::config(format!(
-            "{} has no weight, other sources have one; give all of them a weight or none",
-            source.path.display()
-        ))),
-    };
-    sources.iter().map(weight).collect::<Result<Vec<_>>>().map(Some)
 }
 
 fn fingerprint(sets: &[TokenSet], sources: &[Source], sequence_length: usize, order: Order) -> String {
@@ -256,46 +229,6 @@ impl Pool {
     fn window(&self, i: u64) -> (&TokenSet, u64, usize) {
         let set = self.starts.partition_point(|s| *s <= i) - 1;
         (&self.sets[set], i - self.starts[set], set)
-    }
-}
-
-/// Interleaves pools by weight: after n samples, pool j has given round(n w_j) of them, within 1. A binary tree
-/// splits the sequence: of the first m samples that reach a node, floor(m f + 1/2) go left, f being the left side's
-/// share of the weight. So the place of any sample follows from its index alone.
-enum Mixture {
-    Pool(usize),
-    /// The left side's share in units of 2^-64.
-    Split(u64, Box<[Mixture; 2]>),
-}
-
-impl Mixture {
-    /// The tree is Huffman's, which keeps heavy pools near the root and the rounding errors of few splits in them.
-    fn new(weights: &[f64]) -> Self {
-        let mut nodes: Vec<(f64, Mixture)> = weights.iter().copied().zip((0..).map(Mixture::Pool)).collect();
-        while nodes.len() > 1 {
-            nodes.sort_by(|a, b| b.0.total_cmp(&a.0));
-            if let (Some((light, right)), Some((heavy, left))) = (nodes.pop(), nodes.pop()) {
-                let share = (heavy / (heavy + light) * 2f64.powi(64)) as u64;
-                nodes.push((heavy + light, Mixture::Split(share, Box::new([left, right]))));
-            }
-        }
-        nodes.pop().map_or(Mixture::Pool(0), |(_, tree)| tree)
-    }
-
-    /// The pool of sample `index`, and how many samples the pool gave before.
-    fn locate(&self, index: u64) -> (usize, u64) {
-        match self {
-            Mixture::Pool(pool) => (*pool, index),
-            Mixture::Split(share, sides) => {
-                let left = |m: u64| ((m as u128 * *share as u128 + (1 << 63)) >> 64) as u64;
-                let before = left(index);
-                if left(index + 1) > before {
-                    sides[0].locate(before)
-                } else {
-                    sides[1].locate(index - before)
-                }
-            }
-        }
     }
 }
 

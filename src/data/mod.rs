@@ -1,9 +1,14 @@
 //! From text to batches: readers, tokenizer, token shards, a loader with an exact position, and the built-in
 //! word problems.
 
+pub mod conversation;
+pub mod examples;
 pub mod loader;
+pub mod order;
+pub mod packing;
 pub mod readers;
 pub mod rng;
+pub mod rows;
 pub mod shards;
 pub mod synth;
 pub mod tokenize;

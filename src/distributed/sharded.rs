@@ -12,7 +12,7 @@
 use kernels::c10d::{Group, ReduceOp, Work};
 use tch::{Device, Kind, Tensor};
 
-use crate::config::pretrain::Mode;
+use crate::config::sections::Mode;
 use crate::distributed::world::World;
 use crate::error::Result;
 

@@ -12,7 +12,7 @@
 use kernels::ops::{self, Heads};
 use tch::{Device, Kind, Tensor};
 
-use crate::config::pretrain::Recompute;
+use crate::config::sections::Recompute;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};

@@ -10,4 +10,4 @@ pub use decode::KvCache;
 pub use head::LmHead;
 pub use llama::{Input, Llama, Tape};
 
-pub use crate::config::pretrain::Recompute;
+pub use crate::config::sections::Recompute;

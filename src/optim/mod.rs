@@ -6,4 +6,4 @@ pub mod schedule;
 pub use adamw::{AdamW, Hyper};
 pub use schedule::Schedule;
 
-pub use crate::config::pretrain::ScheduleKind;
+pub use crate::config::sections::ScheduleKind;

@@ -1,6 +1,6 @@
 //! Learning-rate schedules, as transformers' `get_scheduler` defines them.
 
-use crate::config::pretrain::ScheduleKind as Kind;
+use crate::config::sections::ScheduleKind as Kind;
 
 /// The learning rate as a function of the update's number.
 #[derive(Debug, Clone, Copy)]

@@ -1,0 +1,304 @@
+//! What every training loop does besides its steps: resume, metrics, checkpoints, the end.
+//!
+//! ```text
+//! let folder = RunFolder::open(...)             the run's folder, checked; the checkpoint to go on from
+//! let progress = folder.restore(...)            parameters, moments and position from there
+//! let mut run = folder.start(progress, ...)
+//! while !run.done() {
+//!     ...                                       the algorithm's step
+//!     let stepped = run.stepped(tokens, &update)?;
+//!     if stepped.log { run.log(...) }
+//!     ...                                       validation
+//!     run.save(&model.params, &optimizer, false)?;     where it is due; ends the run where a signal asked for it
+//! }
+//! run.finish(&model, ...)
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use kernels::c10d::ReduceOp;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use sha2::Digest;
+
+use crate::algorithms::run::{self, Resume, Signals};
+use crate::algorithms::step::{SkipGuard, Update};
+use crate::checkpoint::{Checkpoint, RunInfo, Saver, agree};
+use crate::config::sections::Compute;
+use crate::config::shape::Shape;
+use crate::data::tokenizer::hex;
+use crate::distributed::sharded::Sharded;
+use crate::distributed::world::World;
+use crate::error::{Error, Result};
+use crate::info;
+use crate::optim::AdamW;
+use crate::telemetry::{Record, RunLog};
+
+/// What a checkpoint holds besides parameters and moments; `D` is the position in the data.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Progress<D> {
+    /// Updates so far.
+    pub step: u64,
+    pub data: D,
+    /// Tokens read so far, over all ranks.
+    pub tokens: u64,
+    pub skipped_steps: u64,
+    pub elapsed_s: f64,
+}
+
+impl<D> Progress<D> {
+    /// The start of a run.
+    pub fn new(data: D) -> Self {
+        Progress { step: 0, data, tokens: 0, skipped_steps: 0, elapsed_s: 0.0 }
+    }
+}
+
+/// How a run is to begin, as the command line says.
+#[derive(Debug, Clone)]
+pub struct Start {
+    pub resume: Resume,
+    /// With [`Resume::Never`]: replace the run that the folder holds.
+    pub overwrite: bool,
+}
+
+/// The folder of a run that is about to begin: checked, made, and searched for the checkpoint to go on from.
+pub struct RunFolder<'a> {
+    world: &'a World,
+    dir: PathBuf,
+    saver: Saver,
+    signals: Signals,
+    from: Option<Checkpoint>,
+}
+
+impl<'a> RunFolder<'a> {
+    /// Refuses a folder that holds another run; makes it and writes the `resolved` configuration. `inputs` are the paths
+    /// that the run reads, `shape` and `tokenizer_dir` go into its checkpoints, of which `keep` stay. Collective.
+    #[allow(clippy::too_many_arguments)]
+    pub fn open(
+        dir: &Path,
+        resolved: &str,
+        start: &Start,
+        inputs: &[&Path],
+        shape: &Shape,
+        tokenizer_dir: &Path,
+        keep: i64,
+        world: &'a World,
+    ) -> Result<Self> {
+        let fresh = start.resume == Resume::Never;
+        agree(&world.group, run::check_folder(dir, resolved, &start.resume, start.overwrite, inputs))?;
+        run::prepare_folder(dir, resolved, fresh, world)?;
+        let info = RunInfo {
+            shape: shape.clone(),
+            config_hash: hex(&sha2::Sha256::digest(resolved.as_bytes())),
+            tokenizer_dir: Some(tokenizer_dir.to_path_buf()),
+        };
+        let saver = Saver::new(dir, keep as usize, info, &world.group)?;
+        let from = agree(&world.group, run::find_checkpoint(dir, &start.resume))?;
+        Ok(RunFolder { world, dir: dir.to_path_buf(), saver, signals: Signals::watch()?, from })
+    }
+
+    /// Sets parameters, moments and position from the checkpoint, if there is one to go on from. Collective.
+    pub fn restore<D: DeserializeOwned>(
+        &self,
+        params: &mut Sharded,
+        optimizer: &mut AdamW,
+    ) -> Result<Option<Progress<D>>> {
+        let Some(from) = &self.from else { return Ok(None) };
+        let state = from.load(params, optimizer)?.state;
+        let progress: Progress<D> = serde_json::from_value(state)
+            .map_err(|e| Error::data(format!("{}: its state cannot be read: {e}", from.dir().display())))?;
+        run::drop_later_checkpoints(&self.dir, progress.step, self.world)?;
+        info!("resumed from {}", from.dir().display());
+        Ok(Some(progress))
+    }
+
+    /// Opens the log and starts the clock of a run of `steps`. Collective.
+    pub fn start<D: Serialize>(self, progress: Progress<D>, plan: Plan) -> Result<Run<'a, D>> {
+        let RunFolder { world, dir, saver, signals, from } = self;
+        let resumed_at = from.as_ref().map(|_| progress.step);
+        let log = agree(&world.group, RunLog::create(&dir, world.rank, resumed_at, plan.steps))?;
+        let guard = SkipGuard::new(progress.skipped_steps);
+        let (elapsed_before, now) = (progress.elapsed_s, Instant::now());
+        Ok(Run {
+            progress,
+            world,
+            dir,
+            plan,
+            saver,
+            log,
+            signals,
+            guard,
+            started: now,
+            elapsed_before,
+            window: Window { started: now, tokens: 0, steps: 0 },
+            signal: 0.0,
+        })
+    }
+}
+
+/// How long a run is, and when it logs and saves.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan {
+    pub steps: u64,
+    pub log_every: i64,
+    pub checkpoint_every: i64,
+    /// Decides how losses are printed: in the precision that they were computed in.
+    pub compute: Compute,
+}
+
+/// A training run on this rank.
+pub struct Run<'a, D> {
+    pub progress: Progress<D>,
+    world: &'a World,
+    dir: PathBuf,
+    plan: Plan,
+    saver: Saver,
+    log: RunLog,
+    signals: Signals,
+    guard: SkipGuard,
+    started: Instant,
+    elapsed_before: f64,
+    window: Window,
+    /// The signal that a rank has received, 0 if none.
+    signal: f64,
+}
+
+/// What happened since the last line of metrics.
+struct Window {
+    started: Instant,
+    tokens: u64,
+    steps: u64,
+}
+
+/// What follows from a step.
+pub struct Stepped {
+    /// A line of metrics is due; the keys that every training step has.
+    pub record: Option<Record>,
+    /// Tokens a second of the window, over all ranks.
+    pub tokens_per_s: f64,
+}
+
+impl<D: Serialize> Run<'_, D> {
+    /// All steps were done.
+    pub fn done(&self) -> bool {
+        self.progress.step >= self.plan.steps
+    }
+
+    /// Whether something that is done every `every` steps, and after the last one, is due.
+    pub fn due(&self, every: i64) -> bool {
+        self.progress.step.is_multiple_of(every as u64) || self.done()
+    }
+
+    /// Counts an update on `tokens` tokens of all ranks. The record that is due has the keys of every training step;
+    /// the algorithm adds its own and logs it. Collective.
+    ///
+    /// # Errors
+    /// The third skipped step in a row, after the save under way is complete: it may hold what was last finite.
+    pub fn stepped(&mut self, tokens: u64, update: &Update, lr: f64) -> Result<Stepped> {
+        let progress = &mut self.progress;
+        progress.step += 1;
+        progress.tokens += tokens;
+        progress.elapsed_s = self.elapsed_before + self.started.elapsed().as_secs_f64();
+        self.window.tokens += tokens;
+        self.window.steps += 1;
+        let fatal = self.guard.note(progress.step, update);
+        progress.skipped_steps = self.guard.skipped_steps;
+
+        // Ranks decide together: a signal that reached one of them stops all.
+        let mine = [self.signals.received(), self.world.peak_bytes()? as f64];
+        let most = self.world.group.combine(&mine, ReduceOp::Max)?;
+        self.signal = most[0];
+        let seconds = self.window.started.elapsed().as_secs_f64();
+        let tokens_per_s = self.window.tokens as f64 / seconds;
+        let due = self.due(self.plan.log_every) || update.skipped || fatal.is_err();
+        let record = due.then(|| {
+            let record = self
+                .with_loss(Record::new("train", self.progress.step), update.loss)
+                .float("lr", lr)
+                .float("grad_norm", update.grad_norm)
+                .count("tokens", self.progress.tokens)
+                .float("tokens_per_s", tokens_per_s)
+                .float("step_s", seconds / self.window.steps as f64)
+                .float("elapsed_s", self.progress.elapsed_s)
+                .count("peak_bytes", most[1] as u64)
+                .count("skipped_steps", self.guard.skipped_steps);
+            match self.saver.failed_saves() {
+                0 => record,
+                n => record.count("failed_saves", n),
+            }
+        });
+        if let Err(e) = fatal {
+            record.iter().for_each(|r| self.log.log(r));
+            self.saver.finish()?;
+            return Err(e);
+        }
+        if record.is_some() {
+            self.restart_window();
+        }
+        Ok(Stepped { record, tokens_per_s })
+    }
+
+    /// Adds a loss, in the precision that it was computed in.
+    pub fn with_loss(&self, record: Record, loss: f64) -> Record {
+        match self.plan.compute {
+            Compute::Float64 => record.float("loss", loss),
+            Compute::Float32 | Compute::Bfloat16 => record.float32("loss", loss as f32),
+        }
+    }
+
+    /// Writes a line of metrics (rank 0).
+    pub fn log(&mut self, record: &Record) {
+        self.log.log(record);
+    }
+
+    /// A text for TensorBoard, such as a sample (rank 0).
+    pub fn log_text(&mut self, tag: &str, text: &str) {
+        self.log.log_text(tag, text, self.progress.step);
+    }
+
+    /// Speeds count from here: what was done since the last step (validation, samples) is no training.
+    pub fn restart_window(&mut self) {
+        self.window = Window { started: Instant::now(), tokens: 0, steps: 0 };
+    }
+
+    /// Ends the run early: this was its last step.
+    pub fn stop_here(&mut self) {
+        self.plan.steps = self.progress.step;
+    }
+
+    /// The checkpoint of `step` stays besides the newest, until another is the best.
+    pub fn keep_best(&mut self, step: u64) {
+        self.saver.keep_best(step);
+    }
+
+    /// Completes a save that is written, and begins one where it is due (or `now`). Collective.
+    ///
+    /// # Errors
+    /// A signal asked for the end of the run, whose checkpoint is then written.
+    pub fn save(&mut self, params: &Sharded, optimizer: &AdamW, now: bool) -> Result<()> {
+        self.saver.poll()?;
+        let step = self.progress.step;
+        if now || self.due(self.plan.checkpoint_every) || self.signal > 0.0 {
+            let state = serde_json::to_value(&self.progress).map_err(|e| Error::failed(e.to_string()))?;
+            self.saver.begin(step, params, optimizer, state)?;
+        }
+        if self.signal > 0.0 && !self.done() {
+            self.saver.finish()?;
+            return Err(Signals::stopped(self.signal, step));
+        }
+        Ok(())
+    }
+
+    /// Waits for the last save, and writes the trained model by `export` to `RUN_DIR/model`: also where the last
+    /// checkpoint could not be written, since it needs less room. Collective.
+    pub fn finish(mut self, export: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        let saved = self.saver.finish();
+        let dir = self.dir.join("model");
+        let exported = export(&dir);
+        saved?;
+        exported?;
+        drop(self.log);
+        info!("the trained model is in {}", dir.display());
+        Ok(())
+    }
+}

@@ -1,0 +1,209 @@
+//! The configuration of `corral sft`.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::numbers::{count, not_negative, positive};
+use super::pretrain::{Model, Tokenizer};
+use super::sections::{Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Train};
+use super::{Conflict, Loaded};
+use crate::error::Result;
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sft {
+    /// Decides the order of the data, dropout and samples.
+    #[serde(default = "one")]
+    pub seed: u64,
+    /// The run's folder.
+    pub output_dir: PathBuf,
+    pub model: Model,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<Tokenizer>,
+    pub data: Data,
+    #[serde(default)]
+    pub parallel: Parallel,
+    #[serde(default)]
+    pub precision: Precision,
+    #[serde(default)]
+    pub optim: Optim,
+    #[serde(default)]
+    pub schedule: Schedule,
+    pub train: Train,
+    #[serde(default)]
+    pub checkpoint: Checkpoint,
+    #[serde(default)]
+    pub log: Log,
+    #[serde(default)]
+    pub valid: Valid,
+    #[serde(default)]
+    pub samples: Samples,
+    #[serde(default)]
+    pub generation: Generation,
+}
+
+/// Conversations to train on: see the formats in docs/formats.md.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    /// Files to train on; at least one.
+    pub train: Vec<Source>,
+    /// Files to validate on; with none there is no validation.
+    #[serde(default)]
+    pub valid: Vec<Source>,
+    /// Most tokens of a row, T.
+    #[serde(default = "sequence_length", deserialize_with = "count")]
+    pub sequence_length: i64,
+    /// Several examples in a row, which do not see each other; else one example a row, padded to the longest.
+    #[serde(default = "yes")]
+    pub packing: bool,
+    /// Whether the loss also counts what is not the assistant's.
+    #[serde(default)]
+    pub train_on_prompt: bool,
+    /// What to do with examples of more than `sequence_length` tokens.
+    #[serde(default)]
+    pub too_long: TooLong,
+    /// Relative sizes of the parts of the training files for the stages fine-tuning, reward model and RL: this stage
+    /// takes the first part. Empty: every stage takes all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub split: Vec<f64>,
+    /// Where tokenized data is kept. Default: `corral` in the user's cache folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<PathBuf>,
+}
+
+/// What to do with an example of more tokens than a row holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum TooLong {
+    /// Cut its end off, and count it.
+    #[default]
+    Truncate,
+    /// Leave it out, and count it.
+    Drop,
+}
+
+/// Validation on `data.valid`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Valid {
+    /// Steps between validations.
+    #[serde(deserialize_with = "count")]
+    pub every: i64,
+    /// Batches of `train.batch_size` rows that a validation takes at most.
+    #[serde(deserialize_with = "count")]
+    pub batches: i64,
+    /// The checkpoint with the lowest loss stays besides the last `checkpoint.keep`.
+    pub keep_best: bool,
+    /// Validations in a row without a lower loss that end the run; 0: none do.
+    pub patience: u64,
+}
+
+impl Default for Valid {
+    fn default() -> Self {
+        Valid { every: 100, batches: 20, keep_best: false, patience: 0 }
+    }
+}
+
+/// Answers to the first prompts of the validation data, into samples.jsonl and TensorBoard.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Samples {
+    /// Steps between samples; 0: there are none.
+    pub every: i64,
+    /// How many prompts.
+    #[serde(deserialize_with = "count")]
+    pub count: i64,
+}
+
+impl Default for Samples {
+    fn default() -> Self {
+        Samples { every: 0, count: 4 }
+    }
+}
+
+/// How texts are generated.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Generation {
+    #[serde(deserialize_with = "count")]
+    pub max_new_tokens: i64,
+    /// 0: always the most probable token.
+    #[serde(deserialize_with = "not_negative")]
+    pub temperature: f64,
+    /// The most probable tokens that are drawn from; 0: all.
+    pub top_k: usize,
+    /// The least share of the probability that the most probable tokens drawn from have.
+    #[serde(deserialize_with = "positive")]
+    pub top_p: f64,
+}
+
+impl Default for Generation {
+    fn default() -> Self {
+        Generation { max_new_tokens: 256, temperature: 1.0, top_k: 0, top_p: 1.0 }
+    }
+}
+
+impl Sft {
+    /// The first key that does not fit the others, and why.
+    fn conflict(&self, world_size: i64) -> Option<Conflict> {
+        if self.data.train.is_empty() {
+            return Some(("data.train", "there is no data to train on; name at least one file".into()));
+        }
+        if self.tokenizer.is_none() && !matches!(self.model, Model::Path(_)) {
+            let why = "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer.json";
+            return Some(("tokenizer", why.into()));
+        }
+        let split = &self.data.split;
+        if !split.is_empty()
+            && (split[0] <= 0.0 || split.iter().any(|size| !(size.is_finite() && *size >= 0.0)))
+        {
+            return Some((
+                "data.split",
+                "sizes must not be negative, and this stage's, the first, above 0".into(),
+            ));
+        }
+        if self.data.valid.is_empty() {
+            if self.valid.keep_best || self.valid.patience > 0 {
+                return Some((
+                    "valid",
+                    "keep_best and patience need validation data: give data.valid".into(),
+                ));
+            }
+            if self.samples.every > 0 {
+                return Some(("samples", "the prompts are the validation data's: give data.valid".into()));
+            }
+        }
+        if self.samples.every < 0 {
+            return Some(("samples.every", "expected a number of steps, or 0 for no samples".into()));
+        }
+        if self.generation.top_p > 1.0 {
+            return Some(("generation.top_p", "at most 1".into()));
+        }
+        self.train
+            .conflict(world_size)
+            .or_else(|| self.schedule.conflict(&self.train))
+            .or_else(|| self.parallel.conflict())
+    }
+}
+
+impl Loaded<Sft> {
+    /// Refuses combinations that cannot run on `world_size` (at least 1) ranks, with the place of the value that does
+    /// not fit; touches no file and no device.
+    pub fn validate(&self, world_size: i64) -> Result<()> {
+        self.config.conflict(world_size).map_or(Ok(()), |(key, message)| Err(self.error(key, &message)))
+    }
+}
+
+fn one() -> u64 {
+    1
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn sequence_length() -> i64 {
+    512
+}

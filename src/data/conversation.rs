@@ -1,0 +1,247 @@
+//! Records of supervised fine-tuning and of preferences, in the formats that data sets come in, as conversations.
+
+use serde_json::Value;
+
+use super::readers::Record;
+use crate::error::{Error, Result};
+
+/// One turn of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Message {
+    /// `system`, `user`, `assistant`, or what else a chat template knows.
+    pub role: String,
+    pub content: String,
+}
+
+impl Message {
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Message {
+        Message { role: role.into(), content: content.into() }
+    }
+}
+
+/// What a record says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Conversation {
+    /// Turns, for a chat template.
+    Messages(Vec<Message>),
+    /// A prompt and its completion, for a plain or a chat template.
+    Pair { prompt: String, completion: String },
+}
+
+/// The formats by their keys, for messages.
+const FORMATS: &str = "`messages` or `conversations`; `instruction` and `output`; `prompt` and `completion` (or \
+                       `completions`, best first); `question` and `answer`; `chosen` (with or without `prompt`)";
+
+impl Conversation {
+    /// Reads a record of any known format, which its keys tell.
+    ///
+    /// # Errors
+    /// With the record's place: none of the formats, texts that are no texts, roles that are missing.
+    pub fn read(record: &Record) -> Result<Conversation> {
+        let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
+        if let Some(key) = ["messages", "conversations"].into_iter().find(|key| has(key)) {
+            return Ok(Conversation::Messages(messages(record, key)?));
+        }
+        if has("instruction") {
+            // Alpaca: the input, where there is one, follows the instruction.
+            let mut prompt = record.text("instruction")?.to_string();
+            if has("input") && !record.text("input")?.is_empty() {
+                prompt = format!("{prompt}\n\n{}", record.text("input")?);
+            }
+            return Ok(Conversation::Pair { prompt, completion: record.text("output")?.into() });
+        }
+        if has("prompt") && has("completion") {
+            return Conversation::pair(record, "prompt", &record.fields["completion"], "completion");
+        }
+        if has("prompt") && has("completions") {
+            let best = record.fields["completions"].as_array().and_then(|list| list.first());
+            let best = best.ok_or_else(|| {
+                Error::data(format!("{}: `completions` is no list with a completion", record.place))
+            })?;
+            return Conversation::pair(record, "prompt", best, "completions");
+        }
+        if has("question") && has("answer") {
+            let (prompt, completion) = (record.text("question")?.into(), record.text("answer")?.into());
+            return Ok(Conversation::Pair { prompt, completion });
+        }
+        if has("chosen") {
+            if has("prompt") {
+                return Conversation::pair(record, "prompt", &record.fields["chosen"], "chosen");
+            }
+            return match &record.fields["chosen"] {
+                Value::Array(_) => Ok(Conversation::Messages(messages(record, "chosen")?)),
+                _ => Ok(Conversation::Messages(hh_dialogue(record.text("chosen")?, record)?)),
+            };
+        }
+        let keys: Vec<&str> = record.fields.keys().map(String::as_str).collect();
+        Err(Error::data(format!(
+            "{}: no known format; known are {FORMATS}; keys here: {}",
+            record.place,
+            if keys.is_empty() { "none".into() } else { keys.join(", ") }
+        )))
+    }
+
+    /// A prompt and its completion, each a text or a list of messages.
+    fn pair(record: &Record, prompt: &str, completion: &Value, key: &str) -> Result<Conversation> {
+        match (&record.fields[prompt], completion) {
+            (Value::String(prompt), Value::String(completion)) => {
+                Ok(Conversation::Pair { prompt: prompt.clone(), completion: completion.clone() })
+            }
+            (prompt_value, completion) => {
+                let mut all = turns(prompt_value, "user", record, prompt)?;
+                all.extend(turns(completion, "assistant", record, key)?);
+                Ok(Conversation::Messages(all))
+            }
+        }
+    }
+}
+
+/// A text as one turn of `role`, or a list of messages.
+fn turns(value: &Value, role: &str, record: &Record, key: &str) -> Result<Vec<Message>> {
+    match value {
+        Value::String(text) => Ok(vec![Message::new(role, text)]),
+        Value::Array(list) => list.iter().map(|m| message(m, record, key)).collect(),
+        _ => Err(Error::data(format!("{}: `{key}` is neither a text nor a list of messages", record.place))),
+    }
+}
+
+/// The messages under `key`; at least one.
+fn messages(record: &Record, key: &str) -> Result<Vec<Message>> {
+    let list = record.fields[key].as_array();
+    let list =
+        list.ok_or_else(|| Error::data(format!("{}: `{key}` is no list of messages", record.place)))?;
+    if list.is_empty() {
+        return Err(Error::data(format!("{}: `{key}` is empty", record.place)));
+    }
+    list.iter().map(|m| message(m, record, key)).collect()
+}
+
+/// `{role, content}`, or ShareGPT's `{from, value}` with its names of roles. A content may be a list of text parts.
+fn message(value: &Value, record: &Record, key: &str) -> Result<Message> {
+    let bad = |what: &str| Error::data(format!("{}: `{key}`: {what}", record.place));
+    let role = value.get("role").or(value.get("from")).and_then(Value::as_str);
+    let role = role.ok_or_else(|| bad("a message has no `role` (or `from`)"))?;
+    let role = match (value.get("role"), role) {
+        (None, "human") => "user",
+        (None, "gpt" | "bot" | "chatgpt") => "assistant",
+        _ => role,
+    };
+    let content = match value.get("content").or(value.get("value")) {
+        Some(Value::String(text)) => text.clone(),
+        Some(Value::Array(parts)) => {
+            let text = |part: &Value| match part.get("type").and_then(Value::as_str) {
+                Some("text") => part.get("text").and_then(Value::as_str).map(str::to_string),
+                _ => None,
+            };
+            let texts: Option<String> = parts.iter().map(text).collect();
+            texts.ok_or_else(|| bad("a message has a part that is no text: only texts can be trained on"))?
+        }
+        _ => return Err(bad("a message has no text `content` (or `value`)")),
+    };
+    Ok(Message::new(role, content))
+}
+
+/// A dialogue of Anthropic's HH data: turns that begin with `\n\nHuman:` and `\n\nAssistant:`.
+pub fn hh_dialogue(text: &str, record: &Record) -> Result<Vec<Message>> {
+    const TURNS: [(&str, &str); 2] = [("\n\nHuman:", "user"), ("\n\nAssistant:", "assistant")];
+    let mut messages: Vec<Message> = Vec::new();
+    let mut rest = text;
+    let next = |text: &str| TURNS.iter().filter_map(|t| Some((text.find(t.0)?, *t))).min();
+    if next(rest).is_none_or(|(at, _)| at != 0) {
+        return Err(Error::data(format!(
+            "{}: a dialogue must begin with a turn such as `\\n\\nHuman:` (or give `prompt` as well)",
+            record.place
+        )));
+    }
+    while let Some((at, (mark, role))) = next(rest) {
+        debug_assert_eq!(at, 0);
+        let after = &rest[mark.len()..];
+        let end = next(after).map_or(after.len(), |(at, _)| at);
+        messages.push(Message::new(role, after[..end].trim()));
+        rest = &after[end..];
+    }
+    Ok(messages)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::readers::records;
+    use crate::files::TestFolder;
+
+    fn read(line: &str) -> Result<Conversation> {
+        let folder = TestFolder::new("conversation");
+        let path = folder.0.join("data.jsonl");
+        std::fs::write(&path, line).unwrap();
+        let record = records(&path, None, &std::sync::Arc::default()).unwrap().next().unwrap().unwrap();
+        Conversation::read(&record)
+    }
+
+    fn pair(prompt: &str, completion: &str) -> Conversation {
+        Conversation::Pair { prompt: prompt.into(), completion: completion.into() }
+    }
+
+    fn chat(turns: &[(&str, &str)]) -> Conversation {
+        Conversation::Messages(turns.iter().map(|(role, text)| Message::new(*role, *text)).collect())
+    }
+
+    #[test]
+    fn every_format_is_known_by_its_keys() {
+        let ab = chat(&[("user", "a"), ("assistant", "b")]);
+        let cases = [
+            (
+                r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#,
+                &ab,
+            ),
+            (r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}"#, &ab),
+            (
+                r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]},
+                    {"role": "assistant", "content": "b"}]}"#,
+                &ab,
+            ),
+            (r#"{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}"#, &ab),
+            (
+                r#"{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}"#,
+                &ab,
+            ),
+            (r#"{"prompt": "a", "completion": "b"}"#, &pair("a", "b")),
+            (r#"{"prompt": "a", "completions": ["b", "c"], "num_correct": 1}"#, &pair("a", "b")),
+            (r#"{"prompt": "a", "chosen": "b", "rejected": "c"}"#, &pair("a", "b")),
+            (r#"{"question": "a", "answer": "b"}"#, &pair("a", "b")),
+            (r#"{"instruction": "a", "input": "", "output": "b"}"#, &pair("a", "b")),
+            (r#"{"instruction": "a", "input": "x", "output": "b"}"#, &pair("a\n\nx", "b")),
+        ];
+        for (line, wanted) in cases {
+            assert_eq!(&read(&line.replace('\n', " ")).unwrap(), wanted, "{line}");
+        }
+    }
+
+    #[test]
+    fn a_dialogue_of_many_turns() {
+        let text = r#"{"chosen": "\n\nHuman: a\nb\n\nc\n\nAssistant: d\n\nHuman: e\n\nAssistant:"}"#;
+        let turns = chat(&[("user", "a\nb\n\nc"), ("assistant", "d"), ("user", "e"), ("assistant", "")]);
+        assert_eq!(read(text).unwrap(), turns);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_told_with_its_place() {
+        let cases = [
+            (r#"{"a": 1}"#, "data.jsonl:1: no known format"),
+            (r#"{"messages": []}"#, "`messages` is empty"),
+            (r#"{"messages": "x"}"#, "no list of messages"),
+            (r#"{"messages": [{"content": "x"}]}"#, "no `role`"),
+            (r#"{"messages": [{"role": "user"}]}"#, "no text `content`"),
+            (r#"{"messages": [{"role": "user", "content": [{"type": "image"}]}]}"#, "no text"),
+            (r#"{"prompt": "a", "completion": 3}"#, "neither a text nor a list"),
+            (r#"{"prompt": "a", "completions": []}"#, "no list with a completion"),
+            (r#"{"question": "a", "answer": 3}"#, "`answer` is a number"),
+            (r#"{"chosen": "Human: a"}"#, "must begin with a turn"),
+            (r#"{"instruction": "a"}"#, "no key `output`"),
+        ];
+        for (line, wanted) in cases {
+            let e = read(line).unwrap_err();
+            assert!(e.message.contains(wanted) && e.message.contains("data.jsonl:1"), "{line}: {e}");
+            assert_eq!(e.exit_code(), 3);
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! Rows of tokenized examples for training and validation, in an order that depends on the seed and the data alone: not
+//! on the world size, the micro-batch or where the run was stopped.
+
+use sha2::{Digest, Sha256};
+
+use super::examples::{Counts, Encoded, Examples};
+use super::loader::{IGNORE, Order, State};
+use super::order::{self, Mixture};
+use super::packing::best_fit_decreasing;
+use super::tokenizer::hex;
+use crate::error::{Error, Result};
+
+/// Rows of one micro-batch, `rows` times `columns` numbers each, row by row.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Rows {
+    pub input_ids: Vec<i64>,
+    /// The token that each position is to predict; [`IGNORE`] where the loss counts nothing.
+    pub labels: Vec<i64>,
+    /// Restarted in every document of a row.
+    pub positions: Vec<i64>,
+    /// The first position of the row that each position sees: where its document begins.
+    pub starts: Vec<i64>,
+    pub rows: usize,
+    pub columns: usize,
+}
+
+impl Rows {
+    /// Adds documents as one row, padded at its end to `columns`.
+    pub fn push(&mut self, documents: &[Encoded], columns: usize) {
+        debug_assert!(self.rows == 0 || self.columns == columns, "rows have one length");
+        (self.rows, self.columns) = (self.rows + 1, columns);
+        let mut begin = 0;
+        for document in documents {
+            let n = document.ids.len();
+            self.input_ids.extend(document.ids.iter().map(|id| i64::from(*id)));
+            let next = |i: usize| match document.supervised.get(i + 1) {
+                Some(true) => i64::from(document.ids[i + 1]),
+                _ => IGNORE,
+            };
+            self.labels.extend((0..n).map(next));
+            self.positions.extend(0..n as i64);
+            self.starts.extend(std::iter::repeat_n(begin as i64, n));
+            begin += n;
+        }
+        // Padding is a document of its own, without labels: nothing sees it. Any token will do.
+        let padding = columns - begin;
+        self.input_ids.extend(std::iter::repeat_n(0, padding));
+        self.labels.extend(std::iter::repeat_n(IGNORE, padding));
+        self.positions.extend(0..padding as i64);
+        self.starts.extend(std::iter::repeat_n(begin as i64, padding));
+    }
+}
+
+/// A file's examples and its weight in the mixture.
+pub struct Source {
+    pub examples: Examples,
+    pub weight: Option<f64>,
+}
+
+/// Gives row `i` of an endless sequence (of one pass, in [`Order::Sequential`]): one example, or with packing the
+/// examples that fill a row best.
+pub struct RowLoader {
+    sources: Vec<Examples>,
+    /// Without weights one pool of all sources, else one for each.
+    pools: Vec<Vec<Row>>,
+    mixture: Mixture,
+    order: Order,
+    sequence_length: usize,
+    packing: bool,
+    fingerprint: String,
+}
+
+/// The examples of a row: source and number.
+type Row = Vec<(u32, u32)>;
+
+impl RowLoader {
+    /// # Errors
+    /// A source without examples; weights on some sources only.
+    pub fn new(sources: Vec<Source>, sequence_length: usize, packing: bool, order: Order) -> Result<Self> {
+        let given = sources.iter().filter(|s| s.weight.is_some()).count();
+        if given != 0 && (given != sources.len() || order == Order::Sequential) {
+            return Err(Error::config("weights: give all sources of the training data a weight or none"));
+        }
+        let weights: Vec<f64> = sources.iter().filter_map(|s| s.weight).collect();
+        let mut text = format!("{sequence_length} {packing} {order:?} {weights:?}");
+        sources.iter().for_each(|s| text.push_str(s.examples.key()));
+        let sources: Vec<Examples> = sources.into_iter().map(|s| s.examples).collect();
+        let all = |source: usize| (0..sources[source].len() as u32).map(move |i| (source as u32, i));
+        let pools: Vec<Row> = match weights.is_empty() {
+            true => vec![(0..sources.len()).flat_map(all).collect()],
+            false => (0..sources.len()).map(|s| all(s).collect()).collect(),
+        };
+        if pools.iter().any(Vec::is_empty) {
+            return Err(Error::data("a source has no example to train on: all were left out"));
+        }
+        let length = |(s, i): &(u32, u32)| sources[*s as usize].length(*i as usize);
+        let rows = |pool: Row| match packing {
+            false => pool.into_iter().map(|example| vec![example]).collect(),
+            true => {
+                let lengths: Vec<usize> = pool.iter().map(length).collect();
+                let packed = best_fit_decreasing(&lengths, sequence_length);
+                packed.into_iter().map(|row| row.into_iter().map(|i| pool[i]).collect()).collect()
+            }
+        };
+        let pools: Vec<Vec<Row>> = pools.into_iter().map(rows).collect();
+        let mixture = Mixture::new(if weights.is_empty() { &[1.0] } else { &weights });
+        let fingerprint = hex(&Sha256::digest(text.as_bytes())[..8]);
+        Ok(RowLoader { sources, pools, mixture, order, sequence_length, packing, fingerprint })
+    }
+
+    /// Rows of one epoch over all sources.
+    pub fn num_rows(&self) -> u64 {
+        self.pools.iter().map(|pool| pool.len() as u64).sum()
+    }
+
+    /// The counts of all sources together.
+    pub fn counts(&self) -> Counts {
+        let mut counts = Counts::default();
+        self.sources.iter().for_each(|s| counts.add(s.counts()));
+        counts
+    }
+
+    /// The sources' examples, in the order given.
+    pub fn sources(&self) -> &[Examples] {
+        &self.sources
+    }
+
+    /// The share of an epoch's positions that is padding, where rows have `sequence_length` columns.
+    pub fn padding(&self) -> f64 {
+        1.0 - self.counts().tokens as f64 / (self.num_rows() * self.sequence_length as u64) as f64
+    }
+
+    pub fn state(&self, next: u64) -> State {
+        State { next, fingerprint: self.fingerprint.clone() }
+    }
+
+    /// The next row's index, where `state` was saved with the same data, seed, weights and options.
+    pub fn resume(&self, state: &State) -> Result<u64> {
+        if state.fingerprint == self.fingerprint {
+            return Ok(state.next);
+        }
+        Err(Error::config(format!(
+            "the checkpoint stands at row {} of other data ({}, here {}): the files, their weights, the tokenizer, the \
+             template, the options of `data` or the seed have changed; set them as they were, or start a new run from \
+             the model",
+            state.next, state.fingerprint, self.fingerprint
+        )))
+    }
+
+    fn row(&self, index: u64) -> &[(u32, u32)] {
+        let (pool, index) = self.mixture.locate(index);
+        let n = self.pools[pool].len() as u64;
+        let i = match self.order {
+            Order::Shuffled { seed } => order::shuffled(seed, pool, n, index).0,
+            Order::Sequential => index,
+        };
+        &self.pools[pool][i as usize]
+    }
+
+    /// Supervised tokens and all tokens of rows `first..first + count`.
+    pub fn count(&self, first: u64, count: u64) -> (u64, u64) {
+        let examples = (first..first + count).flat_map(|i| self.row(i));
+        examples.fold((0, 0), |(supervised, tokens), (s, i)| {
+            let (source, i) = (&self.sources[*s as usize], *i as usize);
+            (supervised + source.num_supervised(i) as u64, tokens + source.length(i) as u64)
+        })
+    }
+
+    /// Rows `first..first + count`. Packed rows have `sequence_length` columns, others those of the longest.
+    pub fn rows(&self, first: u64, count: u64) -> Rows {
+        let documents = |index: u64| -> Vec<Encoded> {
+            self.row(index).iter().map(|(s, i)| self.sources[*s as usize].get(*i as usize)).collect()
+        };
+        let all: Vec<Vec<Encoded>> = (first..first + count).map(documents).collect();
+        let longest = all.iter().map(|row| row.iter().map(|d| d.ids.len()).sum::<usize>()).max().unwrap_or(0);
+        let columns = if self.packing { self.sequence_length } else { longest };
+        let mut rows = Rows::default();
+        all.iter().for_each(|row| rows.push(row, columns));
+        rows
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::sft::TooLong;
+    use crate::data::examples::{Options, Split, Tokenization};
+    use crate::data::readers::Record;
+    use crate::files::TestFolder;
+    use std::collections::BTreeMap;
+
+    /// Every line is its tokens, `|` before those that are supervised.
+    fn encode(record: &Record) -> Result<Encoded> {
+        let (prompt, completion) = record.text("text")?.split_once('|').unwrap_or_default();
+        let ids = |text: &str| -> Vec<u32> { text.split_whitespace().map(|w| w.parse().unwrap()).collect() };
+        let (prompt, completion) = (ids(prompt), ids(completion));
+        let supervised = prompt.iter().map(|_| false).chain(completion.iter().map(|_| true)).collect();
+        Ok(Encoded { ids: [prompt, completion].concat(), supervised })
+    }
+
+    fn examples(folder: &TestFolder, name: &str, lines: &[String], options: Options) -> Examples {
+        let text: String = lines.iter().map(|l| format!("{{\"text\": \"{l}\"}}\n")).collect();
+        let path = folder.file(name, text);
+        let cache = folder.0.join("cache");
+        let encode = &encode;
+        let tokenization = Tokenization { encode, key: "test".into(), eos: &[9], options, cache };
+        tokenization.open(&path, &Default::default()).unwrap()
+    }
+
+    fn options(sequence_length: usize, too_long: TooLong) -> Options {
+        Options { sequence_length, too_long, split: None }
+    }
+
+    fn lines() -> Vec<String> {
+        ["1 2|3 9", "4|5 6 7 9", "1|", "1 2 3 4|5 6", "1 2 3 4 5 6|7 9"].map(String::from).to_vec()
+    }
+
+    #[test]
+    fn examples_are_kept_cut_or_left_out_and_counted() {
+        let folder = TestFolder::new("rows-counts");
+        let all = examples(&folder, "a.jsonl", &lines(), options(5, TooLong::Truncate));
+        let counts = Counts {
+            records: 5,
+            examples: 3,
+            tokens: 4 + 5 + 5,
+            supervised_tokens: 2 + 4 + 1,
+            truncated: 1,
+            too_long: 0,
+            unsupervised: 2,
+            ends_in_eos: 2,
+        };
+        assert_eq!(*all.counts(), counts);
+        assert_eq!(
+            all.get(2),
+            Encoded { ids: vec![1, 2, 3, 4, 5], supervised: [false; 4].into_iter().chain([true]).collect() }
+        );
+        let dropped = examples(&folder, "a.jsonl", &lines(), options(5, TooLong::Drop));
+        assert_eq!((dropped.counts().examples, dropped.counts().too_long), (2, 2));
+    }
+
+    #[test]
+    fn a_cache_that_is_damaged_is_made_again_and_of_other_data_not_taken() {
+        let folder = TestFolder::new("rows-cache");
+        let first = examples(&folder, "a.jsonl", &lines(), options(8, TooLong::Drop));
+        let cached = folder.0.join("cache").join(format!("{}.examples", first.key()));
+        let mut bytes = std::fs::read(&cached).unwrap();
+        let written = bytes.clone();
+        bytes[5] ^= 1;
+        drop(first);
+        std::fs::write(&cached, &bytes).unwrap();
+        examples(&folder, "a.jsonl", &lines(), options(8, TooLong::Drop));
+        assert_eq!(std::fs::read(&cached).unwrap(), written);
+        let other = examples(&folder, "a.jsonl", &lines()[1..], options(8, TooLong::Drop));
+        assert_ne!(cached.file_stem().unwrap(), other.key());
+    }
+
+    #[test]
+    fn parts_do_not_overlap_and_hold_everything() {
+        let folder = TestFolder::new("rows-split");
+        let lines: Vec<String> = (0..1000).map(|i| format!("1|{i} 9")).collect();
+        let mut seen = Vec::new();
+        for part in 0..3 {
+            let split = Some(Split { parts: vec![2.0, 4.0, 4.0], part });
+            let options = Options { sequence_length: 8, too_long: TooLong::Drop, split };
+            let part = examples(&folder, "a.jsonl", &lines, options);
+            let wanted = [200.0, 400.0, 400.0][seen.len().min(1)];
+            assert!((part.len() as f64 - wanted).abs() < 60.0, "{}", part.len());
+            seen.extend((0..part.len()).map(|i| part.get(i).ids[1]));
+        }
+        seen.sort_unstable();
+        assert_eq!(seen, (0..1000).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_packed_row_keeps_its_documents_apart() {
+        let folder = TestFolder::new("rows-packed");
+        let all =
+            examples(&folder, "a.jsonl", &["1 2|3 9".into(), "4|5 9".into()], options(8, TooLong::Drop));
+        let source = vec![Source { examples: all, weight: None }];
+        let loader = RowLoader::new(source, 8, true, Order::Shuffled { seed: 1 }).unwrap();
+        assert_eq!((loader.num_rows(), loader.count(0, 1)), (1, (4, 7)));
+        assert!((loader.padding() - 1.0 / 8.0).abs() < 1e-12);
+        let rows = Rows {
+            input_ids: vec![1, 2, 3, 9, 4, 5, 9, 0],
+            labels: vec![IGNORE, 3, 9, IGNORE, 5, 9, IGNORE, IGNORE],
+            positions: vec![0, 1, 2, 3, 0, 1, 2, 0],
+            starts: vec![0, 0, 0, 0, 4, 4, 4, 7],
+            rows: 1,
+            columns: 8,
+        };
+        assert_eq!(loader.rows(0, 1), rows);
+    }
+
+    #[test]
+    fn an_epoch_has_every_example_once_and_weights_hold() {
+        let folder = TestFolder::new("rows-epochs");
+        let lines = |n: u32| -> Vec<String> { (0..n).map(|i| format!("1|{i} 9")).collect() };
+        let open = |name: &str, n: u32, weight: Option<f64>| Source {
+            examples: examples(&folder, name, &lines(n), options(8, TooLong::Drop)),
+            weight,
+        };
+        let order = Order::Shuffled { seed: 5 };
+        let loader = RowLoader::new(vec![open("a.jsonl", 31, None)], 8, false, order).unwrap();
+        let epoch =
+            |e: u64| -> Vec<i64> { (e * 31..e * 31 + 31).map(|i| loader.rows(i, 1).input_ids[1]).collect() };
+        let (first, second) = (epoch(0), epoch(1));
+        assert_ne!(first, second);
+        for mut epoch in [first, second] {
+            epoch.sort_unstable();
+            assert_eq!(epoch, (0..31).collect::<Vec<_>>());
+        }
+        let sources = vec![open("a.jsonl", 31, Some(3.0)), open("b.jsonl", 200, Some(1.0))];
+        let loader = RowLoader::new(sources, 8, false, order).unwrap();
+        let mut counts = BTreeMap::new();
+        (0..100).for_each(|i| *counts.entry(loader.row(i)[0].0).or_insert(0) += 1);
+        assert_eq!(counts, BTreeMap::from([(0, 75), (1, 25)]));
+        let one = vec![open("a.jsonl", 31, Some(3.0)), open("b.jsonl", 200, None)];
+        assert!(RowLoader::new(one, 8, false, order).is_err());
+    }
+}

@@ -1,0 +1,3 @@
+//! Rules that judge an answer.
+
+pub mod gsm8k;

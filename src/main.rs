@@ -34,6 +34,8 @@ enum Command {
     Score(commands::score::Args),
     /// Measure a model
     Eval(commands::eval::Args),
+    /// Say what a path holds (model, adapter, checkpoint, run, token shards, tokenizer) and whether it is complete
+    Inspect(commands::inspect::Args),
     /// Refuse what can be refused without a device, and show the resolved configuration
     Check(commands::check::Args),
     /// Measure speed; one JSON object a measurement
@@ -70,6 +72,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Generate(args) => commands::generate::run(args, global.single_device()?),
         Command::Score(args) => commands::score::run(args, global.single_device()?),
         Command::Eval(args) => commands::eval::run(args, global.single_device()?),
+        Command::Inspect(args) => commands::inspect::run(args),
         Command::Check(args) => commands::check::run(args),
         Command::Bench(command) => commands::bench::run(command, global),
     }

@@ -15,4 +15,4 @@ pub use agree::{agree, agree_over};
 pub use hf::{Export, HfModel, export};
 pub use saver::{RunInfo, Saved, Saver};
 pub use sharded::{Checkpoint, State, bytes_per_checkpoint, latest};
-pub use weights::Weights;
+pub use weights::{Weights, in_hub_cache};

@@ -137,7 +137,7 @@ struct Training {
     shape: Shape,
     model: Llama,
     optimizer: AdamW,
-    recompute: config::Recompute,
+    recompute: Recompute,
     /// Sequences a step of this rank, and at once; tokens of a sequence.
     rows: i64,
     micro: i64,

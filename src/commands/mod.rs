@@ -18,6 +18,7 @@ pub mod data;
 pub mod eval;
 pub mod generate;
 mod inference;
+pub mod inspect;
 pub mod pretrain;
 pub mod score;
 pub mod tokenize;

@@ -4,6 +4,7 @@ use std::panic::PanicHookInfo;
 use std::process::exit;
 
 use clap::{Parser, Subcommand};
+use corral::algorithms::{pretrain, sft};
 use corral::commands::{self, Global};
 use corral::error::first_line;
 use corral::{Result, telemetry};
@@ -27,7 +28,9 @@ enum Command {
     /// Make the built-in data
     Data(commands::data::Args),
     /// Train a model to predict the next token
-    Pretrain(commands::pretrain::Args),
+    Pretrain(commands::training::Args),
+    /// Train a model on the answers of conversations
+    Sft(commands::training::Args),
     /// Continue prompts
     Generate(commands::generate::Args),
     /// Log-probabilities of texts
@@ -68,7 +71,10 @@ fn run(cli: Cli) -> Result<()> {
         Command::Tokenizer(args) => commands::tokenizer::run(args),
         Command::Tokenize(args) => commands::tokenize::run(args),
         Command::Data(args) => commands::data::run(args),
-        Command::Pretrain(args) => commands::pretrain::run(args, global),
+        Command::Pretrain(args) => {
+            commands::training::run(args, global, pretrain::Inputs::open, pretrain::pretrain)
+        }
+        Command::Sft(args) => commands::training::run(args, global, sft::Inputs::open, sft::sft),
         Command::Generate(args) => commands::generate::run(args, global.single_device()?),
         Command::Score(args) => commands::score::run(args, global.single_device()?),
         Command::Eval(args) => commands::eval::run(args, global.single_device()?),

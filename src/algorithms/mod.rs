@@ -2,5 +2,6 @@
 
 pub mod pretrain;
 pub mod run;
+pub mod sft;
 pub mod step;
 pub mod training;

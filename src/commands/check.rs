@@ -7,7 +7,8 @@ use clap::Subcommand;
 use crate::algorithms::pretrain::{Inputs, compute_kind};
 use crate::algorithms::run::{self, Resume};
 use crate::checkpoint;
-use crate::commands::pretrain::ConfigArgs;
+use crate::commands::training::ConfigArgs;
+use crate::config::pretrain::Pretrain;
 use crate::error::{Context, Error, Result};
 use crate::model::layout;
 
@@ -34,7 +35,7 @@ pub fn run(args: Args) -> Result<()> {
     if nproc < 1 {
         return Err(Error::config("--nproc must be at least 1"));
     }
-    let loaded = config.load()?;
+    let loaded = config.load::<Pretrain>()?;
     loaded.validate(nproc)?;
     let c = &loaded.config;
     let inputs = Inputs::open(c)?;

@@ -19,10 +19,10 @@ pub mod eval;
 pub mod generate;
 mod inference;
 pub mod inspect;
-pub mod pretrain;
 pub mod score;
 pub mod tokenize;
 pub mod tokenizer;
+pub mod training;
 
 /// Flags of every command.
 #[derive(Debug, Clone, Args)]

@@ -20,6 +20,21 @@ use serde::de::DeserializeOwned;
 use crate::error::{Error, Result};
 use yaml::Node;
 
+/// The configuration of an algorithm.
+pub trait Algorithm: Serialize + DeserializeOwned {
+    /// The subcommand that runs it.
+    const SUBCOMMAND: &'static str;
+
+    /// The run's folder.
+    fn output_dir(&self) -> &Path;
+
+    fn parallel(&self) -> &sections::Parallel;
+
+    /// The first key that does not fit the others on `world_size` (at least 1) ranks, and why; touches no file and no
+    /// device.
+    fn conflict(&self, world_size: i64) -> Option<Conflict>;
+}
+
 /// A configuration, and where each of its values came from.
 #[derive(Debug, Clone)]
 pub struct Loaded<T> {
@@ -96,6 +111,14 @@ impl<T> Loaded<T> {
             }
         };
         Error::config(format!("{place}: '{key}': {message}"))
+    }
+}
+
+impl<T: Algorithm> Loaded<T> {
+    /// Refuses combinations that cannot run on `world_size` (at least 1) ranks, and tells where the value that does not
+    /// fit was written.
+    pub fn validate(&self, world_size: i64) -> Result<()> {
+        self.config.conflict(world_size).map_or(Ok(()), |(key, message)| Err(self.error(key, &message)))
     }
 }
 

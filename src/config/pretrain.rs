@@ -8,8 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::numbers::{count, positive, some_count};
 use super::sections::{Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Train, Valid};
 use super::shape::{Llama3RopeScaling, Shape};
-use super::{Conflict, Loaded};
-use crate::error::{Error, Result};
+use super::{Algorithm, Conflict};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -218,7 +217,7 @@ pub struct Data {
 }
 
 impl Pretrain {
-    /// The folder of the tokenizer: the named one, else the model's. `None` is refused by [`Pretrain::validate`].
+    /// The folder of the tokenizer: the named one, else the model's. `None` is refused by [`Algorithm::conflict`].
     pub fn tokenizer_path(&self) -> Option<&Path> {
         match (&self.tokenizer, &self.model) {
             (Some(tokenizer), _) => Some(&tokenizer.path),
@@ -226,15 +225,19 @@ impl Pretrain {
             (None, _) => None,
         }
     }
+}
 
-    /// Refuses combinations that cannot run on `world_size` (at least 1) ranks; touches no file and no device.
-    /// [`Loaded::validate`] also tells where the value was written.
-    pub fn validate(&self, world_size: i64) -> Result<()> {
-        self.conflict(world_size)
-            .map_or(Ok(()), |(key, message)| Err(Error::config(format!("'{key}': {message}"))))
+impl Algorithm for Pretrain {
+    const SUBCOMMAND: &'static str = "pretrain";
+
+    fn output_dir(&self) -> &Path {
+        &self.output_dir
     }
 
-    /// The first key that does not fit the others, and why.
+    fn parallel(&self) -> &Parallel {
+        &self.parallel
+    }
+
     fn conflict(&self, world_size: i64) -> Option<Conflict> {
         if self.data.train.is_empty() {
             return Some(("data.train", "there is no data to train on; name at least one path".into()));
@@ -257,13 +260,6 @@ impl Pretrain {
             .conflict(world_size)
             .or_else(|| self.schedule.conflict(&self.train))
             .or_else(|| self.parallel.conflict())
-    }
-}
-
-impl Loaded<Pretrain> {
-    /// [`Pretrain::validate`], with the place of the value that does not fit.
-    pub fn validate(&self, world_size: i64) -> Result<()> {
-        self.config.conflict(world_size).map_or(Ok(()), |(key, message)| Err(self.error(key, &message)))
     }
 }
 

@@ -1,14 +1,13 @@
 //! The configuration of `corral sft`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::numbers::{count, not_negative, positive};
 use super::pretrain::{Model, Tokenizer};
 use super::sections::{Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Train};
-use super::{Conflict, Loaded};
-use crate::error::Result;
+use super::{Algorithm, Conflict};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -145,8 +144,17 @@ impl Default for Generation {
     }
 }
 
-impl Sft {
-    /// The first key that does not fit the others, and why.
+impl Algorithm for Sft {
+    const SUBCOMMAND: &'static str = "sft";
+
+    fn output_dir(&self) -> &Path {
+        &self.output_dir
+    }
+
+    fn parallel(&self) -> &Parallel {
+        &self.parallel
+    }
+
     fn conflict(&self, world_size: i64) -> Option<Conflict> {
         if self.data.train.is_empty() {
             return Some(("data.train", "there is no data to train on; name at least one file".into()));
@@ -185,14 +193,6 @@ impl Sft {
             .conflict(world_size)
             .or_else(|| self.schedule.conflict(&self.train))
             .or_else(|| self.parallel.conflict())
-    }
-}
-
-impl Loaded<Sft> {
-    /// Refuses combinations that cannot run on `world_size` (at least 1) ranks, with the place of the value that does
-    /// not fit; touches no file and no device.
-    pub fn validate(&self, world_size: i64) -> Result<()> {
-        self.config.conflict(world_size).map_or(Ok(()), |(key, message)| Err(self.error(key, &message)))
     }
 }
 

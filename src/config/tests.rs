@@ -46,7 +46,7 @@ fn reads_values_and_defaults() {
     assert_eq!(config.parallel, Parallel { mode: Mode::Full, tensor: 1, timeout_s: 600.0 });
     assert_eq!(config.train.recompute, Recompute::None);
     assert_eq!(config.train.micro_batch_size(2), 4);
-    config.validate(2).unwrap();
+    assert_eq!(config.conflict(2), None);
 }
 
 #[test]

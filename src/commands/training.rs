@@ -1,14 +1,12 @@
-//! `corral pretrain`
+//! What the subcommands that train share: arguments, and the way from them to a world of ranks.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::algorithms::pretrain::{Inputs, pretrain};
 use crate::algorithms::run::Resume;
 use crate::algorithms::training::Start;
 use crate::commands::Global;
-use crate::config::pretrain::Pretrain;
-use crate::config::{self, Loaded};
+use crate::config::{self, Algorithm, Loaded};
 use crate::distributed::environment::Place;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
@@ -38,8 +36,8 @@ pub struct ConfigArgs {
 }
 
 impl ConfigArgs {
-    pub fn load(&self) -> Result<Loaded<Pretrain>> {
-        let loaded = config::load::<Pretrain>(self.config.as_deref(), "pretrain", &self.overrides)?;
+    pub fn load<C: Algorithm>(&self) -> Result<Loaded<C>> {
+        let loaded = config::load::<C>(self.config.as_deref(), C::SUBCOMMAND, &self.overrides)?;
         if loaded.compiled_in {
             info!("no --config given: taking the built-in recipe {}", loaded.source);
         }
@@ -47,26 +45,32 @@ impl ConfigArgs {
     }
 }
 
-pub fn run(args: Args, global: &Global) -> Result<()> {
+/// Loads and checks the configuration, opens what it names, joins the world, trains.
+pub fn run<C: Algorithm, I>(
+    args: Args,
+    global: &Global,
+    open: impl FnOnce(&C) -> Result<I>,
+    train: impl FnOnce(&Loaded<C>, I, &World, &Start) -> Result<()>,
+) -> Result<()> {
     if args.overwrite && args.resume != Resume::Never {
         return Err(Error::config("--overwrite goes with --resume never"));
     }
-    let loaded = args.config.load()?;
+    let loaded = args.config.load::<C>()?;
     let place = Place::from_env()?;
     loaded.validate(place.as_ref().map_or(1, |p| p.world_size))?;
     // A world that was started again goes on with the run that its first attempt began, whatever its command said at
     // first; unless it did not come to that.
     let again = place.is_some_and(|p| p.attempt > 0) && holds_run(&loaded)?;
     let resume = if again { Resume::Auto } else { args.resume };
-    let inputs = Inputs::open(&loaded.config)?;
-    let timeout = Duration::from_secs_f64(loaded.config.parallel.timeout_s);
+    let inputs = open(&loaded.config)?;
+    let timeout = Duration::from_secs_f64(loaded.config.parallel().timeout_s);
     let world = World::from_global(global.device.as_deref(), timeout)?;
     info!("{}", world.choice);
-    pretrain(&loaded, inputs, &world, &Start { resume, overwrite: args.overwrite })
+    train(&loaded, inputs, &world, &Start { resume, overwrite: args.overwrite })
 }
 
 /// Whether the run's folder holds a run of just this configuration.
-fn holds_run(loaded: &Loaded<Pretrain>) -> Result<bool> {
-    let (path, resolved) = (loaded.config.output_dir.join("config.yaml"), loaded.resolved_yaml()?);
+fn holds_run<C: Algorithm>(loaded: &Loaded<C>) -> Result<bool> {
+    let (path, resolved) = (loaded.config.output_dir().join("config.yaml"), loaded.resolved_yaml()?);
     Ok(std::fs::read_to_string(path).is_ok_and(|text| text == resolved))
 }

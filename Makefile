@@ -19,7 +19,7 @@ test: setup ## all tests
 	cargo test --release --workspace
 
 parity: setup ## only the tests against golden data (CORRAL_GOLDEN=DIR: another set of it)
-	cargo test --release --test parity
+	cargo test --release --test parity --test tokenizer
 
 interop: build ## the files we write, read by transformers, safetensors and TensorBoard
 	@scripts/interop.sh

@@ -5,14 +5,12 @@ mod common;
 
 use std::collections::HashMap;
 
-use common::{golden, largest, load, tensors};
+use common::{FAMILIES, golden, golden_model, largest, load, tensors};
 use corral::data::tokenizer::Tokenizer;
 use corral::generate::engine::{Completion, Finish, Generation, Options, Stop, generate, text};
 use corral::generate::sampler::{Sampling, choose, distribution};
 use corral::model::{Input, KvCache, Llama};
 use tch::{Device, Kind, Tensor};
-
-const FAMILIES: [&str; 3] = ["llama2", "llama3", "tied"];
 
 struct Golden {
     dir: std::path::PathBuf,
@@ -21,7 +19,7 @@ struct Golden {
 
 impl Golden {
     fn read(family: &str) -> Golden {
-        let dir = golden().join("models").join(family);
+        let dir = golden_model(family);
         Golden { tensors: tensors(&dir.join("golden.safetensors")), dir }
     }
 

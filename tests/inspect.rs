@@ -112,6 +112,13 @@ fn a_model() {
         (&json!("tokenizer"), &json!(600))
     );
 
+    for family in ["llama2", "llama3", "mistral", "mixtral", "qwen2", "qwen3"] {
+        let report = whole(&model(family), &[]);
+        let other = report["parameters"].get("other");
+        assert!(other.is_none(), "{family}: every tensor has its group: {report:#}");
+        assert_eq!(report["parameters"].get("experts").is_some(), family == "mixtral");
+    }
+
     let sharded = whole(&model("llama3_sharded"), &[]);
     assert_eq!(sharded["files"].as_array().unwrap().len(), 4);
     assert_eq!(sharded["parameters"]["head"], 38_400);

@@ -8,12 +8,13 @@ mod common;
 
 use std::collections::HashMap;
 
-use common::{device, golden, json, largest, load, relative, tensors};
+use common::{
+    FAMILIES, device, golden, golden_model, json, largest, load, load_sharded, on_ranks, relative, tensors,
+};
 use corral::model::{Input, Llama, LmHead, Recompute};
 use corral::optim::{AdamW, Hyper, Schedule, ScheduleKind};
+use kernels::c10d::Group;
 use tch::{Device, Kind, Tensor};
-
-const FAMILIES: [&str; 3] = ["llama2", "llama3", "tied"];
 
 struct Golden {
     single: HashMap<String, Tensor>,
@@ -22,7 +23,7 @@ struct Golden {
 
 impl Golden {
     fn read(family: &str) -> Golden {
-        let dir = golden().join("models").join(family);
+        let dir = golden_model(family);
         let single = tensors(&dir.join("golden.safetensors"));
         let double = tensors(&dir.join("golden_f64.safetensors"));
         Golden { single, double }
@@ -107,7 +108,7 @@ fn logits_and_log_probabilities() {
     for family in FAMILIES {
         let g = Golden::read(family);
         for kind in [Kind::Float, Kind::Double] {
-            let mut model = load(&golden().join("models").join(family), kind);
+            let mut model = load(&golden_model(family), kind);
             let (input, ids, mask) = g.input();
             let hidden = model.hidden(&input).unwrap();
             let real = mask.view([-1, 1]).to_kind(Kind::Double);
@@ -132,7 +133,7 @@ fn loss_and_every_gradient() {
     for family in FAMILIES {
         let g = Golden::read(family);
         for kind in [Kind::Float, Kind::Double] {
-            let mut model = load(&golden().join("models").join(family), kind);
+            let mut model = load(&golden_model(family), kind);
             for micro_batches in [1, 5] {
                 let (loss, gradients) = loss_and_gradients(&mut model, &g, Recompute::None, micro_batches);
                 g.near("loss", &Tensor::from(loss), kind, largest);
@@ -148,26 +149,29 @@ fn loss_and_every_gradient() {
 
 #[test]
 fn recomputing_changes_no_bit() {
-    let g = Golden::read("llama3");
-    for kind in [Kind::Float, Kind::BFloat16] {
-        let mut model = load(&golden().join("models/llama3"), kind);
-        let (loss, kept) = loss_and_gradients(&mut model, &g, Recompute::None, 1);
-        for recompute in [Recompute::Selective, Recompute::Full] {
-            let (again, recomputed) = loss_and_gradients(&mut model, &g, recompute, 1);
-            assert_eq!(loss, again);
-            for (name, grad) in &kept {
-                assert!(grad.equal(&recomputed[name]), "{name} with {recompute:?} in {kind:?}");
+    for family in ["llama3", "mistral", "qwen2", "qwen3", "mixtral"] {
+        let g = Golden::read(family);
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let mut model = load(&golden_model(family), kind);
+            let (loss, kept) = loss_and_gradients(&mut model, &g, Recompute::None, 1);
+            for recompute in [Recompute::Selective, Recompute::Full] {
+                let (again, recomputed) = loss_and_gradients(&mut model, &g, recompute, 1);
+                assert_eq!(loss, again);
+                for (name, grad) in &kept {
+                    assert!(grad.equal(&recomputed[name]), "{name} with {recompute:?} in {kind:?}");
+                }
             }
         }
     }
 }
 
-/// bfloat16 has 8 bits: a few per cent in gradients of 3 blocks.
+/// bfloat16 has 8 bits: a few per cent in gradients of 3 blocks. Not so for a mixture of experts, of which bfloat16 may
+/// choose others.
 #[test]
 fn bfloat16_is_near_float64() {
-    for family in FAMILIES {
+    for family in FAMILIES.into_iter().filter(|f| *f != "mixtral") {
         let g = Golden::read(family);
-        let mut model = load(&golden().join("models").join(family), Kind::BFloat16);
+        let mut model = load(&golden_model(family), Kind::BFloat16);
         let (loss, gradients) = loss_and_gradients(&mut model, &g, Recompute::None, 1);
         let exact = g.double["loss"].double_value(&[]);
         assert!((loss / exact - 1.0).abs() < 0.01, "{family}: loss {loss}, exact {exact}");
@@ -178,11 +182,241 @@ fn bfloat16_is_near_float64() {
     }
 }
 
+/// Rows behind padding give what they give alone, at other positions of the batch and of a sliding window.
+#[test]
+fn padded_rows_are_as_alone() {
+    for family in FAMILIES {
+        let g = Golden::read(family);
+        let mut model = load(&golden_model(family), Kind::Double);
+        let (input, ids, mask) = g.input();
+        let (rows, time) = (ids.size()[0], ids.size()[1]);
+        let all = model.hidden(&input).unwrap().view([rows, time, -1]);
+        let mut padded = 0;
+        for row in 0..rows {
+            let mask = Vec::<i64>::try_from(mask.get(row)).unwrap();
+            let first = mask.iter().position(|m| *m == 1).unwrap() as i64;
+            let n = mask.iter().sum();
+            let alone = model.hidden(&Input::new(ids.get(row).narrow(0, first, n).unsqueeze(0))).unwrap();
+            let d = largest(&all.get(row).narrow(0, first, n), &alone);
+            assert!(d < 1e-10, "{family}: row {row} differs by {d:e}");
+            padded += i64::from(first > 0);
+        }
+        assert!(padded >= 2);
+    }
+}
+
+/// Leaves the gradients of the golden batch's `parts` (first row, rows) in the parameters' slices.
+fn accumulate(model: &mut Llama, family: &str, parts: &[(i64, i64)]) {
+    let g = Golden::read(family);
+    for (i, (first, rows)) in parts.iter().enumerate() {
+        let part = |name: &str| g.single[name].narrow(0, *first, *rows);
+        let input = Input::with_mask(part("input_ids"), &part("attention_mask"));
+        let last = i + 1 == parts.len();
+        let (hidden, tape) = model.forward(&input, Recompute::Selective).unwrap();
+        let labels = shifted(&part("labels"));
+        let coef = Tensor::full([labels.size()[0]], -0.01, (Kind::Double, Device::Cpu));
+        let (_, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coef, last).unwrap();
+        model.backward(dhidden, tape, last).unwrap();
+    }
+    model.params.finish_step_gradients().unwrap();
+}
+
+/// Gradients of parameters sharded over two ranks with two micro-batches each, against those of one rank.
+#[test]
+fn sharded_gradients_are_those_of_one_rank() {
+    for family in FAMILIES {
+        let dir = golden_model(family);
+        let mut whole = load_sharded(&dir, Kind::Double, Group::solo(), Device::Cpu);
+        accumulate(&mut whole, family, &[(0, 5)]);
+        let expected: Vec<Vec<f64>> = (0..whole.params.len())
+            .map(|i| Vec::<f64>::try_from(whole.params.slice_grad(i).unwrap()).unwrap())
+            .collect();
+        on_ranks(2, |world| {
+            let parts = [[(0, 1), (1, 1)], [(2, 1), (3, 2)]];
+            let mut model = load_sharded(&dir, Kind::Double, world.clone(), Device::Cpu);
+            accumulate(&mut model, family, &parts[world.rank() as usize]);
+            for (i, expected) in expected.iter().enumerate() {
+                let slice = model.params.slice(i);
+                let expected = Tensor::from_slice(expected).narrow(0, slice.start, slice.len);
+                let d = relative(&model.params.slice_grad(i).unwrap(), &expected);
+                assert!(d < 1e-10, "{family}: group {i} is {d:e} off");
+            }
+        });
+    }
+}
+
+#[test]
+fn routing_and_load_balancing_loss() {
+    let g = Golden::read("mixtral");
+    for kind in [Kind::Float, Kind::Double] {
+        let mut model = load(&golden_model("mixtral"), kind);
+        let (input, _, mask) = g.input();
+        let (_, mut tape) = model.forward(&input, Recompute::None).unwrap();
+        let mask = mask.view([-1, 1]);
+        let blocks = 0..model.shape.num_hidden_layers as usize;
+        let routing: Vec<(Tensor, Tensor)> = blocks
+            .map(|i| {
+                let (logits, experts) = tape.routing(i).unwrap();
+                let cpu = |t: &Tensor| t.to_device(Device::Cpu);
+                (cpu(logits).to_kind(Kind::Double) * &mask, cpu(experts) * &mask)
+            })
+            .collect();
+        let stack = |f: fn(&(Tensor, Tensor)) -> &Tensor| {
+            Tensor::stack(&routing.iter().map(f).collect::<Vec<_>>(), 0)
+        };
+        g.near("router_logits", &stack(|r| &r.0), kind, largest);
+        let chosen = &g.single["router_top2"];
+        assert!(stack(|r| &r.1).view(chosen.size().as_slice()).equal(chosen), "experts in {kind:?}");
+        // transformers adds in float32 here whatever the logits are, so that what is exact is taken from its logits.
+        let loss = tape.balance_loss(0.0).unwrap();
+        let logits = g.double["router_logits"].reshape([-1, 4]);
+        let real = mask.view([-1]).repeat([routing.len() as i64]).to_kind(Kind::Double);
+        let tokens = real.sum(Kind::Double);
+        let mean =
+            |t: Tensor| (t * real.unsqueeze(-1)).sum_dim_intlist([0i64].as_slice(), false, None) / &tokens;
+        let got = logits.zeros_like().scatter_value(1, &logits.topk(2, -1, true, true).1, 1.0);
+        let exact = (mean(got) * mean(logits.softmax(-1, None))).sum(Kind::Double).double_value(&[]) * 4.0;
+        let golden = g.double["router_aux_loss"].double_value(&[]);
+        assert!((exact - golden).abs() < 1e-6 * golden, "the formula: {exact}, transformers {golden}");
+        let allowed = if kind == Kind::Double { 1e-12 } else { 1e-6 };
+        assert!((loss - exact).abs() < allowed * exact, "{kind:?}: {loss}, exact {exact}");
+    }
+    let mut llama = load(&golden_model("llama2"), Kind::Float);
+    let (input, _, _) = Golden::read("llama2").input();
+    assert!(llama.forward(&input, Recompute::None).unwrap().1.balance_loss(1.0).is_none());
+}
+
+/// The gradient of the load-balancing loss, through all blocks, against differences along random directions.
+#[test]
+fn load_balancing_gradient() {
+    let g = Golden::read("mixtral");
+    let mut model = load(&golden_model("mixtral"), Kind::Double);
+    let (input, _, _) = g.input();
+    for recompute in [Recompute::None, Recompute::Full] {
+        let (hidden, mut tape) = model.forward(&input, recompute).unwrap();
+        let at = tape.balance_loss(3.0).unwrap();
+        model.backward(hidden.zeros_like(), tape, true).unwrap();
+        model.params.finish_step_gradients().unwrap();
+        let trunk = 0..model.params.len() - 1; // without the head
+        let grads: Vec<Tensor> = trunk.clone().map(|i| model.params.slice_grad(i).unwrap()).collect();
+        model.params.clear_gradients();
+        let base: Vec<Tensor> = trunk.clone().map(|i| model.params.master(i).copy()).collect();
+        for i in trunk {
+            let direction = Tensor::randn_like(&base[i]);
+            let mut loss = |step: f64| {
+                model.params.master(i).copy_(&(&base[i] + &direction * step));
+                let (_, mut tape) = model.forward(&input, Recompute::None).unwrap();
+                model.params.master(i).copy_(&base[i]);
+                tape.balance_loss(0.0).unwrap()
+            };
+            let slope = 3.0 * (loss(1e-6) - loss(-1e-6)) / 2e-6;
+            let ours = (&grads[i] * &direction).sum(Kind::Double).double_value(&[]);
+            assert!(
+                (ours - slope).abs() < 1e-6 * (at + ours.abs()),
+                "group {i}: {ours}, differences {slope}"
+            );
+            assert!(ours.abs() > 1e-4, "group {i} has a gradient");
+        }
+    }
+}
+
+/// One token goes to two of the four experts: the others' gradients are set to zero in fresh memory.
+#[test]
+fn experts_without_tokens_have_no_gradient() {
+    let mut model = load(&golden_model("mixtral"), Kind::Float);
+    for i in 0..model.params.len() {
+        let _ = model.params.grad(i).0.fill_(f64::NAN); // what memory that is given out again may hold
+    }
+    model.params.clear_gradients();
+    let (hidden, tape) =
+        model.forward(&Input::new(Tensor::from_slice(&[5i64]).view([1, 1])), Recompute::Full).unwrap();
+    model.backward(hidden.ones_like(), tape, true).unwrap();
+    model.params.finish_step_gradients().unwrap();
+    let grad = model.params.slice_grad(1).unwrap();
+    let size = |name: &&str| {
+        let spec = model.params.layout(1).specs.iter().find(|s| s.name.ends_with(*name)).unwrap();
+        spec.view(&grad).abs().sum(Kind::Double).double_value(&[])
+    };
+    for tensor in ["w1", "w2", "w3"] {
+        let names = [0, 1, 2, 3].map(|e| format!("experts.{e}.{tensor}.weight"));
+        let sizes = names.each_ref().map(|name| size(&name.as_str()));
+        assert_eq!(sizes.iter().filter(|s| **s == 0.0).count(), 2, "{tensor}: {sizes:?}");
+        assert_eq!(sizes.iter().filter(|s| **s > 0.0).count(), 2, "{tensor}: {sizes:?}");
+    }
+}
+
+/// Qwen's first generation: the tensors of the golden qwen2, with keys and values repeated for every query head, under
+/// the old names.
+#[test]
+fn qwen_of_the_first_generation() {
+    let g = Golden::read("qwen2");
+    let from = golden_model("qwen2");
+    let t = tensors(&from.join("model.safetensors"));
+    let c = json(&from.join("config.json"));
+    let number = |key: &str| c[key].as_i64().unwrap();
+    let (heads, kv_heads, hidden) =
+        (number("num_attention_heads"), number("num_key_value_heads"), number("hidden_size"));
+    let d = hidden / heads;
+    let mut old: Vec<(String, Tensor)> = Vec::new();
+    let mut put = |name: String, t: Tensor| old.push((name, t.contiguous()));
+    put("transformer.wte.weight".into(), t["model.embed_tokens.weight"].shallow_clone());
+    put("lm_head.weight".into(), t["model.embed_tokens.weight"].copy());
+    put("transformer.ln_f.weight".into(), t["model.norm.weight"].shallow_clone());
+    for i in 0..number("num_hidden_layers") {
+        let get = |part: &str| t[&format!("model.layers.{i}.{part}")].shallow_clone();
+        let repeated = |part: &str| {
+            let x = get(part);
+            let size = x.size();
+            let x = x.view([&[kv_heads, d], &size[1..]].concat().as_slice());
+            let x = x.repeat_interleave_self_int(heads / kv_heads, 0, None);
+            x.reshape([&[heads * d], &size[1..]].concat().as_slice())
+        };
+        for kind in ["weight", "bias"] {
+            let part = |p: &str| format!("self_attn.{p}.{kind}");
+            let qkv = [get(&part("q_proj")), repeated(&part("k_proj")), repeated(&part("v_proj"))];
+            put(format!("transformer.h.{i}.attn.c_attn.{kind}"), Tensor::cat(&qkv, 0));
+        }
+        for (new, old) in [
+            ("self_attn.o_proj", "attn.c_proj"),
+            ("mlp.up_proj", "mlp.w1"),
+            ("mlp.gate_proj", "mlp.w2"),
+            ("mlp.down_proj", "mlp.c_proj"),
+            ("input_layernorm", "ln_1"),
+            ("post_attention_layernorm", "ln_2"),
+        ] {
+            put(format!("transformer.h.{i}.{old}.weight"), get(&format!("{new}.weight")));
+        }
+    }
+    let config = serde_json::json!({
+        "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "attn_dropout_prob": 0.0, "bf16": false,
+        "hidden_size": hidden, "intermediate_size": 2 * number("intermediate_size"), "kv_channels": d,
+        "layer_norm_epsilon": c["rms_norm_eps"], "max_position_embeddings": 8192, "no_bias": true,
+        "num_attention_heads": heads, "num_hidden_layers": c["num_hidden_layers"],
+        "rotary_emb_base": c["rope_theta"], "rotary_pct": 1.0, "scale_attn_weights": true, "seq_length": 100,
+        "tie_word_embeddings": false, "use_dynamic_ntk": true, "use_logn_attn": true,
+        "vocab_size": c["vocab_size"],
+    });
+    let dir = std::env::temp_dir().join(format!("corral-qwen-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    Tensor::write_safetensors(&old, dir.join("model.safetensors")).unwrap();
+    for kind in [Kind::Float, Kind::Double] {
+        let mut model = load(&dir, kind);
+        assert_eq!(model.shape.max_position_embeddings, 100, "no further than seq_length");
+        let (input, _, mask) = g.input();
+        let hidden = model.hidden(&input).unwrap();
+        let logits = model.next_token_logits(&hidden).unwrap().to_device(Device::Cpu);
+        let logits = logits.to_kind(Kind::Double) * mask.view([-1, 1]);
+        g.near("logits", &logits, kind, largest);
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
 #[test]
 fn rotary_frequencies() {
     for family in FAMILIES {
         let g = Golden::read(family);
-        let model = load(&golden().join("models").join(family), Kind::Double);
+        let model = load(&golden_model(family), Kind::Double);
         let ours = Tensor::from_slice(&corral::model::llama::inverse_frequencies(&model.shape));
         g.near("rope_inv_freq", &ours, Kind::Double, largest);
     }
@@ -193,7 +427,6 @@ fn rotary_frequencies() {
 #[test]
 fn adamw_trajectories() {
     use corral::distributed::sharded::{Layout, Sharded};
-    use kernels::c10d::Group;
 
     let t = tensors(&golden().join("algo/adamw.safetensors"));
     let c = json(&golden().join("algo/adamw.json"));

@@ -87,6 +87,43 @@ fn losses_in_float64_are_the_same_to_its_precision() {
     same_losses("float64", &words, 1e-10, &divisions);
 }
 
+/// In float64, so that no rounding chooses another expert. The load-balancing loss is one of micro-batches: it is the same
+/// as long as these are.
+#[test]
+fn mixtures_of_experts_balance_their_load() {
+    let train = |name: &str, ranks: usize, words: &[&str]| {
+        let run = Run::new(&format!("experts-{name}"));
+        let always = [
+            "model.init.model_type=mixtral",
+            "model.init.num_local_experts=4",
+            "precision.compute=float64",
+            "train.micro_batch_size=2",
+        ];
+        run.train(ranks, &[&always, words].concat());
+        ["loss", "aux_loss", "grad_norm"].map(|key| run.numbers("train", key))
+    };
+    let strong = "model.init.router_aux_loss_coef=1.0";
+    let reference = train("reference", 1, &[strong]);
+    assert_eq!(reference.each_ref().map(Vec::len), [20; 3]);
+    for (name, ranks, words) in [
+        ("full", 2, [strong, "train.recompute=full"]),
+        ("four", 4, [strong, "train.recompute=selective"]),
+        ("replicate", 2, [strong, "parallel.mode=replicate"]),
+    ] {
+        for (found, expected) in train(name, ranks, &words).iter().zip(&reference) {
+            let d = largest_relative(found, expected);
+            assert!(d < 1e-9, "{name}: differs by {d:e}");
+        }
+    }
+    // Two of four experts a token: 2 where the load is even, more where it is not.
+    let without = train("without", 1, &["model.init.router_aux_loss_coef=0.0"]);
+    let last = |curves: &[Vec<f64>; 3]| curves[1][15..].iter().sum::<f64>() / 5.0;
+    assert!(reference[1].iter().all(|aux| *aux > 1.99), "{:?}", reference[1]);
+    assert!(last(&reference) < 2.05, "{:?}", reference[1]);
+    assert!(last(&without) > last(&reference), "{:?} {:?}", without[1], reference[1]);
+    assert!(reference[0][19] < 0.8 * reference[0][0], "the loss falls: {:?}", reference[0]);
+}
+
 #[test]
 fn recomputation_changes_no_bit() {
     let words = ["train.micro_batch_size=4", "train.recompute=none"];

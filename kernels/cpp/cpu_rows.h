@@ -25,11 +25,11 @@ struct Attention {
 };
 
 // One more token a row: its query heads attend over the keys and values that are cached in the row's slot, positions
-// 0 .. position, after its own key and value were written there.
+// first (null: 0) .. position, after its own key and value were written there.
 struct Decode {
   const void* qkv;                          // [B, stride], in the order of Attention
   void *keys, *values;                      // [slots, K, capacity, D]
-  const int64_t *slot, *position;           // [B]
+  const int64_t *slot, *position, *first;   // [B]
   int64_t heads, kv_heads, head_dim, stride, capacity;
   double scale;
   void* out;  // [B, H * D]

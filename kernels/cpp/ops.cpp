@@ -211,7 +211,8 @@ char* corral_attention_backward(at::Tensor* dout, at::Tensor* qkv, at::Tensor* o
 }
 
 char* corral_decode_attention(at::Tensor* qkv, at::Tensor* keys, at::Tensor* values, at::Tensor* slot,
-                              at::Tensor* position, int64_t heads, double scale, at::Tensor** out) {
+                              at::Tensor* position, at::Tensor* first, int64_t heads, double scale,
+                              at::Tensor** out) {
   return guarded([&] {
     need(*qkv, "qkv");
     TORCH_CHECK(qkv->dim() == 2 && keys->dim() == 4 && keys->sizes() == values->sizes(),
@@ -226,6 +227,7 @@ char* corral_decode_attention(at::Tensor* qkv, at::Tensor* keys, at::Tensor* val
                 "decode_attention: shapes do not fit");
     same(*slot, at::kLong, batch, "slot"), same(*position, at::kLong, batch, "position");
     a.slot = slot->data_ptr<int64_t>(), a.position = position->data_ptr<int64_t>();
+    if (first) same(*first, at::kLong, batch, "first"), a.first = first->data_ptr<int64_t>();
     std::vector<bool> used(slots);
     for (int64_t b = 0; b < batch; b++) {
       TORCH_CHECK(a.slot[b] >= 0 && a.slot[b] < slots && !used[a.slot[b]], "slot ", a.slot[b], " of ", slots,
@@ -233,6 +235,8 @@ char* corral_decode_attention(at::Tensor* qkv, at::Tensor* keys, at::Tensor* val
       used[a.slot[b]] = true;
       TORCH_CHECK(a.position[b] >= 0 && a.position[b] < a.capacity, "position ", a.position[b],
                   " is beyond the cache's ", a.capacity);
+      TORCH_CHECK(!first || (a.first[b] >= 0 && a.first[b] <= a.position[b]), "first ", a.first ? a.first[b] : 0,
+                  " is not between 0 and the position");
     }
     auto o = at::empty({batch, heads * a.head_dim}, qkv->options());
     a.qkv = qkv->data_ptr(), a.keys = keys->data_ptr(), a.values = values->data_ptr(), a.out = o.data_ptr();

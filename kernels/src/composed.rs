@@ -131,6 +131,7 @@ pub fn decode_attention(
     values: &Tensor,
     slot: &Tensor,
     position: &Tensor,
+    first: Option<&Tensor>,
     h: Heads,
 ) -> Tensor {
     let (a, d, group) = (accumulator(qkv.kind()), h.head_dim, h.heads / h.kv_heads);
@@ -141,10 +142,12 @@ pub fn decode_attention(
     }
     let read = |cache: &Tensor| cache.index_select(0, slot).to_kind(a);
     let q = all.narrow(1, 0, h.heads).reshape([h.batch, h.kv_heads, group, d]).to_kind(a);
-    let unseen = Tensor::arange(keys.size()[2], (Kind::Int64, qkv.device()))
-        .unsqueeze(0)
-        .gt_tensor(&position.unsqueeze(1))
-        .view([h.batch, 1, 1, -1]);
+    let at = Tensor::arange(keys.size()[2], (Kind::Int64, qkv.device())).unsqueeze(0);
+    let mut unseen = at.gt_tensor(&position.unsqueeze(1));
+    if let Some(first) = first {
+        unseen = unseen.logical_or(&at.lt_tensor(&first.unsqueeze(1)));
+    }
+    let unseen = unseen.view([h.batch, 1, 1, -1]);
     let scores =
         (q.matmul(&read(keys).transpose(-2, -1)) * h.scale()).masked_fill(&unseen, f64::NEG_INFINITY);
     // What lies beyond a row's position was never written, and 0 * NaN is NaN.

@@ -85,6 +85,7 @@ unsafe extern "C" {
         values: Raw,
         slot: Raw,
         position: Raw,
+        first: Raw,
         heads: i64,
         scale: f64,
         out: *mut Raw,
@@ -303,18 +304,19 @@ pub fn attention_backward(
 
 /// Attention of one more token a row over cached keys and values. `qkv`: T [B, (H + 2K) * D], rotated, in the order of
 /// [`attention`]; `keys`, `values`: T [slots, K, capacity, D]; `slot`, `position`: int64 [B], no slot twice. The row's
-/// own key and value are written to its slot at its position; then its queries see positions 0 to `position`.
-/// Returns T [B, H * D].
+/// own key and value are written to its slot at its position; then its queries see positions `first` (int64 [B]; none: 0)
+/// to `position`. Returns T [B, H * D].
 pub fn decode_attention(
     qkv: &Tensor,
     keys: &Tensor,
     values: &Tensor,
     slot: &Tensor,
     position: &Tensor,
+    first: Option<&Tensor>,
     h: Heads,
 ) -> Result<Tensor> {
     if qkv.device() != Device::Cpu {
-        return Ok(composed::decode_attention(qkv, keys, values, slot, position, h));
+        return Ok(composed::decode_attention(qkv, keys, values, slot, position, first, h));
     }
     let mut out = std::ptr::null_mut();
     // SAFETY: as in rms_norm, and slots and positions are checked against the caches, which are written in place, each
@@ -326,6 +328,7 @@ pub fn decode_attention(
             raw(values),
             raw(slot),
             raw(position),
+            raw_opt(first),
             h.heads,
             h.scale(),
             &mut out,
@@ -454,9 +457,15 @@ pub fn sum_squares_of_all(tensors: &[Tensor]) -> Result<f64> {
 
 /// The gradient of a linear layer's weight: dw (A [O, I]) = dy^T x where `fresh`, else += it, for dy: T [N, O], x: T [N, I].
 /// Where T is A the product goes straight into dw. So it does on CUDA in bfloat16, summed in float32; on the CPU bfloat16
-/// products are rounded before they are added, as under PyTorch's autocast.
+/// products are rounded before they are added, as under PyTorch's autocast. N may be 0.
 pub fn grad_weight(dw: &Tensor, dy: &Tensor, x: &Tensor, fresh: bool) -> Result<()> {
     let mut target = dw.shallow_clone();
+    if x.size()[0] == 0 {
+        if fresh {
+            let _ = target.f_zero_()?;
+        }
+        return Ok(());
+    }
     match (x.device(), dw.kind() == x.kind()) {
         (_, true) if fresh => drop(dy.tr().f_mm_out(&target, x)?),
         (_, true) => drop(target.f_addmm_(&dy.tr(), x)?),

@@ -265,7 +265,7 @@ fn what_does_not_fit_is_refused() {
     let (cache, one) = (float(&[2, 1, 5, 2]), ints(&[1]));
     let row = float(&[1, 8]);
     let decode = |cache: &Tensor, slot: &Tensor, position: &Tensor| {
-        ops::decode_attention(&row, cache, cache, slot, position, h)
+        ops::decode_attention(&row, cache, cache, slot, position, None, h)
     };
     drop(decode(&cache, &one, &one).unwrap());
     refused(decode(&double(&[2, 1, 5, 2]), &one, &one), "keys must have 20 elements of Float");
@@ -327,8 +327,9 @@ fn decode_attention() {
             let qkv = randn(&[batch, (heads + 2 * kv_heads) * head_dim], kind);
             let slot = Tensor::from_slice(&[3i64, 0, 4, 1]);
             let position = Tensor::from_slice(&[0i64, 40, 22, 7]);
-            let out = ops::decode_attention(&put(&qkv), &k, &v, &put(&slot), &put(&position), h).unwrap();
-            let out2 = composed::decode_attention(&exact(&qkv), &k2, &v2, &slot, &position, h);
+            let out =
+                ops::decode_attention(&put(&qkv), &k, &v, &put(&slot), &put(&position), None, h).unwrap();
+            let out2 = composed::decode_attention(&exact(&qkv), &k2, &v2, &slot, &position, None, h);
             same("out", &out, &out2, kind);
             assert!(
                 exact(&k).equal(&k2) && exact(&v).equal(&v2),
@@ -349,16 +350,27 @@ fn decode_attention() {
             let last = row.narrow(0, time - 1, 1).contiguous();
             let one = ops::Heads { batch: 1, ..h };
             let (slot, position) = (Tensor::from_slice(&[2i64]), Tensor::from_slice(&[time - 1]));
-            let out = ops::decode_attention(&put(&last), &k, &v, &put(&slot), &put(&position), one).unwrap();
-            let all = composed::attention(&exact(&row), None, one).0;
-            same("last position", &out, &all.narrow(0, time - 1, 1), kind);
+            let (all_see, window) = (Tensor::zeros([time], (Kind::Int64, Device::Cpu)), 6);
+            let sees = (Tensor::arange(time, (Kind::Int64, Device::Cpu)) - (window - 1)).clamp_min(0);
+            for start in [None, Some(&all_see), Some(&sees)] {
+                let first = start.map(|s| put(&s.narrow(0, time - 1, 1)));
+                let (q, s, p) = (put(&last), put(&slot), put(&position));
+                let out = ops::decode_attention(&q, &k, &v, &s, &p, first.as_ref(), one).unwrap();
+                let all = composed::attention(&exact(&row), start, one).0;
+                same("last position", &out, &all.narrow(0, time - 1, 1), kind);
+                let out = composed::decode_attention(&q, &k, &v, &s, &p, first.as_ref(), one);
+                same("last position, composed", &out, &all.narrow(0, time - 1, 1), kind);
+            }
         }
     }
     let cache = randn(&[2, 1, 3, 4], Kind::Float);
     let h = ops::Heads { batch: 1, heads: 1, kv_heads: 1, head_dim: 4 };
     let (qkv, zero) = (randn(&[1, 12], Kind::Float), Tensor::from_slice(&[0i64]));
-    let e = ops::decode_attention(&qkv, &cache, &cache, &zero, &Tensor::from_slice(&[3i64]), h).unwrap_err();
+    let one = Tensor::from_slice(&[1i64]);
+    let e = ops::decode_attention(&qkv, &cache, &cache, &zero, &(&one * 3), None, h).unwrap_err();
     assert!(e.to_string().contains("position 3 is beyond the cache's 3"), "{e}");
+    let e = ops::decode_attention(&qkv, &cache, &cache, &zero, &one, Some(&(&one * 2)), h).unwrap_err();
+    assert!(e.to_string().contains("first 2 is not between 0 and the position"), "{e}");
 }
 
 #[test]
@@ -422,7 +434,7 @@ fn gradients_of_weights() {
         ops::set_float32_onednn(true).unwrap(); // must not make float32 products on a GPU TF32
     }
     for kind in KINDS {
-        for (n, rows, columns) in [(1, 1, 1), (37, 24, 40), (130, 7, 96)] {
+        for (n, rows, columns) in [(0, 5, 6), (1, 1, 1), (37, 24, 40), (130, 7, 96)] {
             let (dy, x) = (randn(&[n, rows], kind), randn(&[n, columns], kind));
             let start = randn(&[rows, columns], ops::accumulator(kind));
             for fresh in [true, false] {

@@ -1,5 +1,6 @@
 //! One file an algorithm, and the few pieces they share.
 
+pub mod base;
 pub mod pretrain;
 pub mod run;
 pub mod sft;

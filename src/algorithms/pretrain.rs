@@ -4,17 +4,17 @@ use std::path::{Path, PathBuf};
 
 use tch::Kind;
 
+use crate::algorithms::base::{self, Base};
 use crate::algorithms::step::{self, MicroBatch};
 use crate::algorithms::training::{Plan, Progress, RunFolder, Start};
-use crate::checkpoint::{Export, Weights, export};
+use crate::checkpoint::{Export, export};
+use crate::config::Loaded;
 use crate::config::pretrain::{Model, Pretrain};
 use crate::config::sections::{self, Compute, Mode};
-use crate::config::{Loaded, shape::Shape};
 use crate::data::loader::{Loader, Order, Source, State};
-use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::info;
 use crate::model::{Llama, init, layout};
 use crate::optim::{AdamW, Hyper, Schedule};
@@ -25,89 +25,34 @@ pub const MAX_SHARD_SIZE: u64 = 5_000_000_000;
 
 /// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
 pub struct Inputs {
-    pub tokenizer: Tokenizer,
-    /// The folder that the tokenizer comes from.
-    pub tokenizer_dir: PathBuf,
+    pub base: Base,
     pub train: Loader,
     pub valid: Option<Loader>,
-    pub shape: Shape,
     pub steps: u64,
-    /// Weights to start from, where the model is not new.
-    pub weights: Option<Weights>,
 }
 
 impl Inputs {
     /// Opens and checks all that the configuration names.
     pub fn open(c: &Pretrain) -> Result<Inputs> {
-        let weights = match &c.model {
-            Model::Path(path) => Some(Weights::open(path)?),
-            Model::Preset(_) | Model::Init(_) => None,
-        };
-        let tokenizer_dir = match (&c.tokenizer, &weights) {
-            (Some(tokenizer), _) => tokenizer.path.clone(),
-            (None, Some(weights)) => weights.tokenizer_dir().ok_or_else(|| {
-                Error::data(format!(
-                    "{} has no tokenizer.json; name a tokenizer's folder in tokenizer.path",
-                    weights.dir().display()
-                ))
-            })?,
-            (None, None) => return Err(Error::config("a new model needs tokenizer.path")),
-        };
-        let tokenizer = Tokenizer::load(&tokenizer_dir)?;
-        let vocab = tokenizer.vocab_size() as i64;
         let length = c.data.sequence_length;
-        let shape = match (&c.model, &weights) {
-            (_, Some(weights)) => weights.shape().clone(),
-            (Model::Init(init), _) => init.shape(vocab, length),
-            (Model::Preset(name), _) => Shape::preset(name)
-                .ok_or_else(|| Error::config(format!("model.preset: '{name}' is not known")))?,
-            (Model::Path(path), None) => {
-                return Err(Error::failed(format!("{} was not opened", path.display())));
-            }
-        };
-        shape.check()?;
-        if vocab > shape.vocab_size {
-            return Err(Error::data(format!(
-                "the tokenizer {} has {vocab} tokens, more than the model's vocab_size of {}",
-                tokenizer_dir.display(),
-                shape.vocab_size
-            )));
-        }
-        if length > shape.max_position_embeddings {
-            return Err(Error::config(format!(
-                "data.sequence_length: {length} is more than the model's max_position_embeddings, {}",
-                shape.max_position_embeddings
-            )));
-        }
+        let base = Base::open(&c.model, c.tokenizer.as_ref(), length)?;
+        let Base { tokenizer, shape, .. } = &base;
         let open = |sources: &[sections::Source], order| {
             let sources: Vec<Source> =
                 sources.iter().map(|s| Source { path: s.path.clone(), weight: s.weight }).collect();
-            Loader::new(&sources, Some(tokenizer.hash()), shape.vocab_size as usize, length as usize, order)
+            Loader::new(
+                &sources,
+                Some(tokenizer.base_hash()),
+                shape.vocab_size as usize,
+                length as usize,
+                order,
+            )
         };
         let train = open(&c.data.train, Order::Shuffled { seed: c.seed })?;
         let valid =
             if c.data.valid.is_empty() { None } else { Some(open(&c.data.valid, Order::Sequential)?) };
-        let steps = match (c.train.steps, c.train.epochs) {
-            (Some(steps), _) => steps as u64,
-            (None, epochs) => {
-                let samples = train.num_windows() * epochs.unwrap_or(1) as u64;
-                let steps = samples / c.train.batch_size as u64;
-                if steps == 0 {
-                    return Err(Error::config(format!(
-                        "'train.epochs': the data gives {samples} samples, fewer than the {} of train.batch_size",
-                        c.train.batch_size
-                    )));
-                }
-                steps
-            }
-        };
-        if c.schedule.warmup_steps > steps {
-            return Err(Error::config(format!(
-                "'schedule.warmup_steps': {} steps of warm-up are more than the {steps} steps of the run",
-                c.schedule.warmup_steps
-            )));
-        }
-        Ok(Inputs { tokenizer, tokenizer_dir, train, valid, shape, steps, weights })
+        let steps = base::steps(&c.train, train.num_windows(), c.schedule.warmup_steps)?;
+        Ok(Inputs { base, train, valid, steps })
     }
 }
 
@@ -127,8 +72,8 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
         &loaded.resolved_yaml()?,
         start,
         &inputs_of(c),
-        &inputs.shape,
-        &inputs.tokenizer_dir,
+        &inputs.base.shape,
+        &inputs.base.tokenizer,
         c.checkpoint.keep,
         world,
     )?;
@@ -136,8 +81,8 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
     // The model on this rank, its optimizer, and where the run stands.
     let (shard, replica) = shard_groups(c.parallel.mode, world);
     let compute = compute_kind(c.precision.compute);
-    let params = Sharded::new(layout::layouts(&inputs.shape), shard, replica, compute, world.device);
-    let mut model = Llama::new(inputs.shape.clone(), params);
+    let params = Sharded::new(layout::layouts(&inputs.base.shape), shard, replica, compute, world.device);
+    let mut model = Llama::new(inputs.base.shape.clone(), params);
     let hyper = Hyper { betas: c.optim.betas, eps: c.optim.eps, weight_decay: c.optim.weight_decay };
     let mut optimizer = AdamW::new(&model.params, hyper);
     let progress = match folder.restore::<State>(&mut model.params, &mut optimizer)? {
@@ -146,9 +91,9 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
             progress
         }
         None => {
-            match &inputs.weights {
+            match &inputs.base.weights {
                 Some(weights) => weights.fill(&mut model.params)?,
-                None => init::init(&mut model.params, &inputs.shape, c.seed)?,
+                None => init::init(&mut model.params, &inputs.base.shape, c.seed)?,
             }
             Progress::new(inputs.train.state(0))
         }
@@ -173,19 +118,23 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
     // Windows of training data have a label at every position, so that no rank needs to ask the others.
     let count = c.train.batch_size * c.data.sequence_length;
 
+    let aux_coef = inputs.base.shape.experts.as_ref().map(|e| e.router_aux_loss_coef);
+
     while !run.done() {
         let micro_batches = this_ranks_batches(c, &inputs.train, run.progress.data.next, world)?;
-        let loss_sum =
-            step::accumulate_gradients(&mut model, &micro_batches, count as f64, c.train.recompute)?;
+        let sums =
+            step::accumulate_balanced(&mut model, &micro_batches, count as f64, c.train.recompute, aux_coef)?;
         let (lr, clip) = (schedule.rate(run.progress.step), c.optim.clip);
-        let update =
-            step::apply_gradients(&mut model, &mut optimizer, world, loss_sum, count as f64, lr, clip)?;
+        let update = step::apply_gradients(&mut model, &mut optimizer, world, sums, count as f64, lr, clip)?;
 
         run.progress.data.next += c.train.batch_size as u64;
         let stepped = run.stepped(count as u64, &update, lr)?;
         if let Some(mut record) = stepped.record {
+            if let Some(aux_loss) = update.aux_loss {
+                record = record.float("aux_loss", aux_loss);
+            }
             if let Some(peak) = peak_flops {
-                let flops = inputs.shape.flops_per_token(c.data.sequence_length) * stepped.tokens_per_s;
+                let flops = inputs.base.shape.flops_per_token(c.data.sequence_length) * stepped.tokens_per_s;
                 record = record.float("mfu", flops / (peak * world.world_size as f64));
             }
             run.log(&record);
@@ -201,9 +150,9 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
         run.save(&model.params, &optimizer, false)?;
     }
     run.finish(|dir| {
-        let tokenizer_dir = Some(inputs.tokenizer_dir.as_path());
-        let how = Export { dtype: compute, max_shard_size: MAX_SHARD_SIZE, tokenizer_dir };
-        export(dir, &inputs.shape, &model.params, &how, &world.group)
+        let tokenizer = Some(&inputs.base.tokenizer);
+        let how = Export { dtype: compute, max_shard_size: MAX_SHARD_SIZE, tokenizer };
+        export(dir, &inputs.base.shape, &model.params, &how, &world.group)
     })
 }
 
@@ -214,7 +163,7 @@ pub fn inputs_of(c: &Pretrain) -> Vec<&Path> {
         Model::Preset(_) | Model::Init(_) => None,
     };
     let sources = c.data.train.iter().chain(&c.data.valid).map(|s| s.path.as_path());
-    let tokenizer = c.tokenizer.iter().map(|t| t.path.as_path());
+    let tokenizer = c.tokenizer.iter().filter_map(|t| t.path.as_deref());
     sources.chain(tokenizer).chain(model.map(PathBuf::as_path)).collect()
 }
 
@@ -258,8 +207,8 @@ fn announce(c: &Pretrain, inputs: &Inputs, model: &Llama, world: &World) {
     };
     info!(
         "model: {:.2}M parameters, {} blocks, {:?} compute; {} rank(s), {mode}",
-        inputs.shape.num_parameters() as f64 / 1e6,
-        inputs.shape.num_hidden_layers,
+        inputs.base.shape.num_parameters() as f64 / 1e6,
+        inputs.base.shape.num_hidden_layers,
         model.params.compute(),
         world.world_size,
     );

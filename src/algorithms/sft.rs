@@ -1,25 +1,27 @@
 //! Supervised fine-tuning: next-token prediction on the assistant's turns of conversations.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::algorithms::base::{self, Base};
 use crate::algorithms::pretrain::{MAX_SHARD_SIZE, compute_kind};
 use crate::algorithms::step::{self, MicroBatch};
 use crate::algorithms::training::{Plan, Progress, Run, RunFolder, Start};
-use crate::checkpoint::{Export, Weights, export};
+use crate::checkpoint::{Export, export};
 use crate::config::pretrain::Model;
 use crate::config::sft::Sft;
-use crate::config::{Loaded, sections, shape::Shape};
-use crate::data::conversation::Conversation;
+use crate::config::{Loaded, sections};
+use crate::data::chat::Chat;
+use crate::data::conversation::conversation;
 use crate::data::examples::{self, Encoded, Options, Split, Tokenization};
 use crate::data::loader::{Order, State};
 use crate::data::readers::Record as DataRecord;
 use crate::data::rows::{RowLoader, Rows, Source};
-use crate::data::tokenizer::Tokenizer;
+use crate::data::tokenizer::hex;
 use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::info;
 use crate::model::{Input, Llama, init, layout};
 use crate::optim::{AdamW, Hyper, Schedule};
@@ -28,15 +30,11 @@ use crate::telemetry::Record;
 /// What a run reads before any rank talks to another: files are checked and tokenized, and errors told, before a group
 /// could hang.
 pub struct Inputs {
-    pub tokenizer: Tokenizer,
-    /// The folder that the tokenizer comes from.
-    pub tokenizer_dir: PathBuf,
+    pub base: Base,
+    pub chat: Chat,
     pub train: RowLoader,
     pub valid: Option<RowLoader>,
-    pub shape: Shape,
     pub steps: u64,
-    /// Weights to start from, where the model is not new.
-    pub weights: Option<Weights>,
 }
 
 /// Where a run stands in its data, and its best validation.
@@ -52,81 +50,32 @@ struct Position {
 impl Inputs {
     /// Opens, checks and tokenizes all that the configuration names.
     pub fn open(c: &Sft) -> Result<Inputs> {
-        let weights = match &c.model {
-            Model::Path(path) => Some(Weights::open(path)?),
-            Model::Preset(_) | Model::Init(_) => None,
-        };
-        let tokenizer_dir = match (&c.tokenizer, &weights) {
-            (Some(tokenizer), _) => tokenizer.path.clone(),
-            (None, Some(weights)) => weights.tokenizer_dir().ok_or_else(|| {
-                Error::data(format!(
-                    "{} has no tokenizer.json; name a tokenizer's folder in tokenizer.path",
-                    weights.dir().display()
-                ))
-            })?,
-            (None, None) => return Err(Error::config("a new model needs tokenizer.path")),
-        };
-        let tokenizer = Tokenizer::load(&tokenizer_dir)?;
-        let (vocab, length) = (tokenizer.vocab_size() as i64, c.data.sequence_length);
-        let shape = match (&c.model, &weights) {
-            (_, Some(weights)) => weights.shape().clone(),
-            (Model::Init(init), _) => init.shape(vocab, length),
-            (Model::Preset(name), _) => Shape::preset(name)
-                .ok_or_else(|| Error::config(format!("model.preset: '{name}' is not known")))?,
-            (Model::Path(path), None) => {
-                return Err(Error::failed(format!("{} was not opened", path.display())));
-            }
-        };
-        shape.check()?;
-        if vocab > shape.vocab_size {
-            return Err(Error::data(format!(
-                "the tokenizer {} has {vocab} tokens, more than the model's vocab_size of {}",
-                tokenizer_dir.display(),
-                shape.vocab_size
-            )));
-        }
-        if length > shape.max_position_embeddings {
-            return Err(Error::config(format!(
-                "data.sequence_length: {length} is more than the model's max_position_embeddings, {}",
-                shape.max_position_embeddings
-            )));
-        }
-        let train = rows(c, &tokenizer, &c.data.train, Order::Shuffled { seed: c.seed })?;
+        let base = Base::open(&c.model, c.tokenizer.as_ref(), c.data.sequence_length)?;
+        let chat = Chat::new(&base.tokenizer)?;
+        let train = rows(c, &chat, &c.data.train, Order::Shuffled { seed: c.seed })?;
         let valid = match c.data.valid.is_empty() {
             true => None,
-            false => Some(rows(c, &tokenizer, &c.data.valid, Order::Sequential)?),
+            false => Some(rows(c, &chat, &c.data.valid, Order::Sequential)?),
         };
-        let steps = match (c.train.steps, c.train.epochs) {
-            (Some(steps), _) => steps as u64,
-            (None, epochs) => {
-                let rows = train.num_rows() * epochs.unwrap_or(1) as u64;
-                match rows / c.train.batch_size as u64 {
-                    0 => {
-                        return Err(Error::config(format!(
-                            "'train.epochs': the data gives {rows} rows, fewer than the {} of train.batch_size",
-                            c.train.batch_size
-                        )));
-                    }
-                    steps => steps,
-                }
-            }
-        };
-        Ok(Inputs { tokenizer, tokenizer_dir, train, valid, shape, steps, weights })
+        let steps = base::steps(&c.train, train.num_rows(), c.schedule.warmup_steps)?;
+        Ok(Inputs { base, chat, train, valid, steps })
     }
 }
 
 /// Tokenizes the sources, or takes them from the cache.
-fn rows(c: &Sft, tokenizer: &Tokenizer, sources: &[sections::Source], order: Order) -> Result<RowLoader> {
-    let encode = |record: &DataRecord| encode(record, tokenizer, c.data.train_on_prompt);
+fn rows(c: &Sft, chat: &Chat, sources: &[sections::Source], order: Order) -> Result<RowLoader> {
+    let encode = |record: &DataRecord| encode(record, chat, c.data.train_on_prompt);
     let training = matches!(order, Order::Shuffled { .. });
     let split =
         (training && !c.data.split.is_empty()).then(|| Split { parts: c.data.split.clone(), part: 0 });
     let options =
         Options { sequence_length: c.data.sequence_length as usize, too_long: c.data.too_long, split };
+    let eos: Vec<u32> = chat.stop_ids();
+    let template = chat.tokenizer().chat_template().map(|t| t.source.as_str()).unwrap_or_default();
     let tokenization = Tokenization {
         encode: &encode,
-        key: crate::data::tokenizer::hex(&tokenizer.hash()),
-        eos: tokenizer.eos_ids(),
+        key: format!("{} {} {template}", hex(&chat.tokenizer().hash()), c.data.train_on_prompt),
+        eos: &eos,
         options,
         cache: c.data.cache.clone().map_or_else(examples::default_cache, Ok)?,
     };
@@ -137,19 +86,12 @@ fn rows(c: &Sft, tokenizer: &Tokenizer, sources: &[sections::Source], order: Ord
     RowLoader::new(sources, c.data.sequence_length as usize, c.data.packing, order)
 }
 
-fn encode(record: &DataRecord, tokenizer: &Tokenizer, train_on_prompt: bool) -> Result<Encoded> {
-    let Conversation::Pair { prompt, completion } = Conversation::read(record)? else {
-        return Err(Error::data(format!(
-            "{}: messages are not read yet; give prompt and completion",
-            record.place
-        )));
-    };
-    let mut ids = tokenizer.encode(&format!("{prompt}\n"), true)?;
-    let mut supervised = vec![train_on_prompt; ids.len()];
-    ids.extend(tokenizer.encode(&completion, false)?);
-    ids.extend(tokenizer.eos_ids().first());
-    supervised.resize(ids.len(), true);
-    Ok(Encoded { ids, supervised })
+/// A record in tokens; the loss counts the assistant's turns, their ends included, or everything.
+pub fn encode(record: &DataRecord, chat: &Chat, train_on_prompt: bool) -> Result<Encoded> {
+    let messages = conversation(record)?;
+    let encoding = chat.encode(&messages, false).map_err(|e| e.context(&record.place))?;
+    let supervised = if train_on_prompt { vec![true; encoding.ids.len()] } else { encoding.mask() };
+    Ok(Encoded { ids: encoding.ids, supervised })
 }
 
 /// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
@@ -160,15 +102,15 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
         &loaded.resolved_yaml()?,
         start,
         &inputs_of(c),
-        &inputs.shape,
-        &inputs.tokenizer_dir,
+        &inputs.base.shape,
+        &inputs.base.tokenizer,
         c.checkpoint.keep,
         world,
     )?;
     let (shard, replica) = shard_groups(c.parallel.mode, world);
     let compute = compute_kind(c.precision.compute);
-    let params = Sharded::new(layout::layouts(&inputs.shape), shard, replica, compute, world.device);
-    let mut model = Llama::new(inputs.shape.clone(), params);
+    let params = Sharded::new(layout::layouts(&inputs.base.shape), shard, replica, compute, world.device);
+    let mut model = Llama::new(inputs.base.shape.clone(), params);
     let hyper = Hyper { betas: c.optim.betas, eps: c.optim.eps, weight_decay: c.optim.weight_decay };
     let mut optimizer = AdamW::new(&model.params, hyper);
     let progress = match folder.restore::<Position>(&mut model.params, &mut optimizer)? {
@@ -177,9 +119,9 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
             progress
         }
         None => {
-            match &inputs.weights {
+            match &inputs.base.weights {
                 Some(weights) => weights.fill(&mut model.params)?,
-                None => init::init(&mut model.params, &inputs.shape, c.seed)?,
+                None => init::init(&mut model.params, &inputs.base.shape, c.seed)?,
             }
             Progress::new(Position { rows: inputs.train.state(0), best: None, worse: 0 })
         }
@@ -209,11 +151,9 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
         // Every rank counts for all: rows are known everywhere.
         let (count, tokens) = inputs.train.count(next, batch);
         let micro_batches = this_ranks_batches(c, &inputs.train, next, world);
-        let loss_sum =
-            step::accumulate_gradients(&mut model, &micro_batches, count as f64, c.train.recompute)?;
+        let sums = step::accumulate_gradients(&mut model, &micro_batches, count as f64, c.train.recompute)?;
         let (lr, clip) = (schedule.rate(run.progress.step), c.optim.clip);
-        let update =
-            step::apply_gradients(&mut model, &mut optimizer, world, loss_sum, count as f64, lr, clip)?;
+        let update = step::apply_gradients(&mut model, &mut optimizer, world, sums, count as f64, lr, clip)?;
 
         run.progress.data.rows.next += batch;
         if let Some(record) = run.stepped(tokens, &update, lr)?.record {
@@ -232,9 +172,9 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
         run.save(&model.params, &optimizer, best)?;
     }
     run.finish(|dir| {
-        let tokenizer_dir = Some(inputs.tokenizer_dir.as_path());
-        let how = Export { dtype: compute, max_shard_size: MAX_SHARD_SIZE, tokenizer_dir };
-        export(dir, &inputs.shape, &model.params, &how, &world.group)
+        let tokenizer = Some(&inputs.base.tokenizer);
+        let how = Export { dtype: compute, max_shard_size: MAX_SHARD_SIZE, tokenizer };
+        export(dir, &inputs.base.shape, &model.params, &how, &world.group)
     })
 }
 
@@ -268,7 +208,8 @@ pub fn inputs_of(c: &Sft) -> Vec<&Path> {
         Model::Preset(_) | Model::Init(_) => None,
     };
     let sources = c.data.train.iter().chain(&c.data.valid).map(|s| s.path.as_path());
-    sources.chain(c.tokenizer.iter().map(|t| t.path.as_path())).chain(model).collect()
+    let tokenizer = c.tokenizer.iter().filter_map(|t| t.path.as_deref());
+    sources.chain(tokenizer).chain(model).collect()
 }
 
 /// The rows of the step that begins at row `first` are divided among the ranks in order, then into micro-batches in
@@ -315,7 +256,7 @@ fn validate(c: &Sft, model: &mut Llama, data: &RowLoader, world: &World) -> Resu
 
 fn announce(c: &Sft, inputs: &Inputs) {
     let counts = inputs.train.counts();
-    info!("model: {:.2}M parameters", inputs.shape.num_parameters() as f64 / 1e6);
+    info!("model: {:.2}M parameters", inputs.base.shape.num_parameters() as f64 / 1e6);
     info!(
         "data: {} examples, {} tokens, {} of them supervised; {} rows of {} tokens, {:.1} % padding; {} steps are {:.2} \
          epochs",

@@ -24,34 +24,63 @@ impl MicroBatch {
     }
 }
 
+/// What the micro-batches of this rank add to the losses of a step.
+#[derive(Debug, Clone, Copy)]
+pub struct Sums {
+    /// The losses of the labelled tokens, in nats.
+    pub loss: f64,
+    /// The load-balancing losses of the micro-batches, each times the micro-batch's share of the step's labelled tokens;
+    /// none where the load of experts was not balanced.
+    pub aux_loss: Option<f64>,
+}
+
 /// Forward and backward of the mean cross-entropy over `count` labelled tokens (of all ranks and micro-batches). Leaves
-/// the gradients in the parameters' slices; returns this rank's sum of the losses of its tokens, in nats.
+/// the gradients in the parameters' slices.
 pub fn accumulate_gradients(
     model: &mut Llama,
     micro_batches: &[MicroBatch],
     count: f64,
     recompute: Recompute,
-) -> Result<f64> {
-    let mut loss_sum = 0.0;
+) -> Result<Sums> {
+    accumulate_balanced(model, micro_batches, count, recompute, None)
+}
+
+/// [`accumulate_gradients`] of the loss + `coef` times the load-balancing loss of a mixture of experts, if `coef` is
+/// given. That loss is no sum over tokens: the step's is the mean of the micro-batches', weighted by their labelled
+/// tokens.
+pub fn accumulate_balanced(
+    model: &mut Llama,
+    micro_batches: &[MicroBatch],
+    count: f64,
+    recompute: Recompute,
+    coef: Option<f64>,
+) -> Result<Sums> {
+    let mut sums = Sums { loss: 0.0, aux_loss: coef.map(|_| 0.0) };
     for (i, batch) in micro_batches.iter().enumerate() {
         let last = i + 1 == micro_batches.len();
-        let (hidden, tape) = model.forward(&batch.input, recompute)?;
+        let (hidden, mut tape) = model.forward(&batch.input, recompute)?;
         let kind = ops::accumulator(hidden.kind());
         let labels = batch.labels.to_device(hidden.device());
-        let coef = Tensor::full([labels.size()[0]], -1.0 / count, (kind, hidden.device()));
-        let (logprobs, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coef, last)?;
+        let coefs = Tensor::full([labels.size()[0]], -1.0 / count, (kind, hidden.device()));
+        let (logprobs, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coefs, last)?;
         drop(hidden);
+        if let (Some(coef), Some(sum)) = (coef, &mut sums.aux_loss) {
+            let share = batch.labels.ge(0).sum(Kind::Double).double_value(&[]) / count;
+            *sum += share * tape.balance_loss(coef * share).unwrap_or(0.0);
+        }
         model.backward(dhidden, tape, last)?;
-        loss_sum -= logprobs.sum(Kind::Double).double_value(&[]);
+        sums.loss -= logprobs.sum(Kind::Double).double_value(&[]);
     }
     model.params.finish_step_gradients()?;
-    Ok(loss_sum)
+    Ok(sums)
 }
 
 /// What an update did.
 pub struct Update {
     /// Mean loss over all labelled tokens of all ranks, before the update, in nats.
     pub loss: f64,
+    /// The load-balancing loss of the step (see [`accumulate_balanced`]), where there is one.
+    pub aux_loss: Option<f64>,
     /// Norm of the gradient before clipping.
     pub grad_norm: f64,
     /// The update was left out, by all ranks together, because the loss or the gradient was not finite.
@@ -63,19 +92,24 @@ pub fn apply_gradients(
     model: &mut Llama,
     optimizer: &mut AdamW,
     world: &World,
-    loss_sum: f64,
+    sums: Sums,
     count: f64,
     lr: f64,
     clip: f64,
 ) -> Result<Update> {
     let squares = AdamW::sum_squares(&model.params)?;
-    let (loss_sum, squares) = if model.params.shard_group().size() == world.world_size {
-        let sums = world.group.combine(&[loss_sum, squares], ReduceOp::Sum)?;
-        (sums[0], sums[1])
+    let mut values = vec![sums.loss];
+    values.extend(sums.aux_loss);
+    let squares = if model.params.shard_group().size() == world.world_size {
+        values.push(squares);
+        values = world.group.combine(&values, ReduceOp::Sum)?;
+        values[values.len() - 1]
     } else {
-        (world.group.combine(&[loss_sum], ReduceOp::Sum)?[0], model.params.sum_over_slices(squares)?)
+        values = world.group.combine(&values, ReduceOp::Sum)?;
+        model.params.sum_over_slices(squares)?
     };
-    let (loss, grad_norm) = (loss_sum / count, squares.sqrt());
+    let (loss, grad_norm) = (values[0] / count, squares.sqrt());
+    let aux_loss = sums.aux_loss.map(|_| values[1]);
     // Equal on all ranks, since both are sums over all of them.
     let skipped = !(loss.is_finite() && grad_norm.is_finite());
     if skipped {
@@ -83,7 +117,7 @@ pub fn apply_gradients(
     } else {
         optimizer.update(&mut model.params, lr, AdamW::clip_scale(grad_norm, clip))?;
     }
-    Ok(Update { loss, grad_norm, skipped })
+    Ok(Update { loss, aux_loss, grad_norm, skipped })
 }
 
 /// Counts skipped steps, and stops a run that only skips.
@@ -156,7 +190,7 @@ mod tests {
     use super::*;
 
     fn update(loss: f64) -> Update {
-        Update { loss, grad_norm: loss, skipped: !loss.is_finite() }
+        Update { loss, aux_loss: None, grad_norm: loss, skipped: !loss.is_finite() }
     }
 
     #[test]

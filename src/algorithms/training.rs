@@ -26,7 +26,7 @@ use crate::algorithms::step::{SkipGuard, Update};
 use crate::checkpoint::{Checkpoint, RunInfo, Saver, agree};
 use crate::config::sections::Compute;
 use crate::config::shape::Shape;
-use crate::data::tokenizer::hex;
+use crate::data::tokenizer::{Tokenizer, hex};
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
@@ -72,7 +72,7 @@ pub struct RunFolder<'a> {
 
 impl<'a> RunFolder<'a> {
     /// Refuses a folder that holds another run; makes it and writes the `resolved` configuration. `inputs` are the paths
-    /// that the run reads, `shape` and `tokenizer_dir` go into its checkpoints, of which `keep` stay. Collective.
+    /// that the run reads, `shape` and `tokenizer` go into its checkpoints, of which `keep` stay. Collective.
     #[allow(clippy::too_many_arguments)]
     pub fn open(
         dir: &Path,
@@ -80,7 +80,7 @@ impl<'a> RunFolder<'a> {
         start: &Start,
         inputs: &[&Path],
         shape: &Shape,
-        tokenizer_dir: &Path,
+        tokenizer: &Tokenizer,
         keep: i64,
         world: &'a World,
     ) -> Result<Self> {
@@ -90,7 +90,7 @@ impl<'a> RunFolder<'a> {
         let info = RunInfo {
             shape: shape.clone(),
             config_hash: hex(&sha2::Sha256::digest(resolved.as_bytes())),
-            tokenizer_dir: Some(tokenizer_dir.to_path_buf()),
+            tokenizer: Some(tokenizer.clone()),
         };
         let saver = Saver::new(dir, keep as usize, info, &world.group)?;
         let from = agree(&world.group, run::find_checkpoint(dir, &start.resume))?;

@@ -5,15 +5,18 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Value, json};
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use super::agree::{agree, agree_over};
-use super::hf_config::{SpecialIds, read_object, read_shape, special_ids, write_shape};
+use super::families::Description;
+use super::grow::grown;
+use super::hf_config::{SpecialIds, read_object, read_shape, write_shape};
 use super::safetensors::{Entry, Reader, Writer};
 use crate::config::shape::Shape;
-use crate::distributed::sharded::{Layout, Sharded};
+use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
+use crate::distributed::sharded::{Layout, Sharded, Spec};
 use crate::error::{Context, Error, Result};
-use crate::files::{AtomicFolder, read_error, write_file};
+use crate::files::{AtomicFolder, write_file};
 use crate::model::layout::{LM_HEAD, layouts};
 use kernels::c10d::Group;
 
@@ -25,9 +28,18 @@ pub struct HfModel {
     dir: PathBuf,
     shape: Shape,
     files: Vec<Reader>,
-    /// Which file holds a tensor.
-    tensors: HashMap<String, usize>,
+    /// Where the model's tensors lie.
+    places: HashMap<String, Place>,
     unknown_keys: Vec<String>,
+}
+
+/// Where a tensor of the model lies.
+struct Place {
+    file: usize,
+    /// The name that it has there, alone or with others.
+    tensor: String,
+    /// Its first element in there.
+    first: i64,
 }
 
 impl HfModel {
@@ -37,11 +49,10 @@ impl HfModel {
     /// Errors are of kind Data: an architecture or an option that is not built, files that are missing or damaged, and
     /// in one message all tensors that are missing, superfluous or of another shape.
     pub fn load(dir: &Path) -> Result<HfModel> {
-        let (shape, unknown_keys) = read_shape(&dir.join("config.json"))?;
+        let (family, shape, unknown_keys) = read_shape(&dir.join("config.json"))?;
         let (files, tensors) = open_weights(dir)?;
-        let model = HfModel { dir: dir.to_path_buf(), shape, files, tensors, unknown_keys };
-        model.check_tensors()?;
-        Ok(model)
+        let places = check_tensors(family, &shape, &files, &tensors).context(dir.display())?;
+        Ok(HfModel { dir: dir.to_path_buf(), shape, files, places, unknown_keys })
     }
 
     pub fn shape(&self) -> &Shape {
@@ -57,62 +68,68 @@ impl HfModel {
         &self.unknown_keys
     }
 
-    /// Fills the parameters; every rank reads its own slices only. All ranks that hold them call this, and fail
+    /// Fills the parameters, whose vocabulary may be larger than the model's (see [`super::grow`]); every rank reads its
+    /// own slices only. All ranks that hold them call this, and fail
     /// together.
     pub fn fill(&self, params: &mut Sharded) -> Result<()> {
-        let mine =
-            params.fill(|spec, first, values| self.reader(&spec.name)?.read(&spec.name, first, values));
+        let read = |spec: &Spec, first, values: &Tensor| match self.places.get(&spec.name) {
+            Some(place) => self.files[place.file].read(&place.tensor, place.first + first, values),
+            None => Err(Error::data(format!("{}: there is no tensor `{}`", self.dir.display(), spec.name))),
+        };
+        let mine = params.fill(grown(self.shape.vocab_size, read));
         agree_over(params, mine)
     }
+}
 
-    fn reader(&self, name: &str) -> Result<&Reader> {
-        match self.tensors.get(name) {
-            Some(&i) => Ok(&self.files[i]),
-            None => Err(Error::data(format!("{}: there is no tensor `{name}`", self.dir.display()))),
+/// Compares the tensors with those that the shape asks for. Returns where those of the model lie.
+fn check_tensors(
+    family: &Description,
+    shape: &Shape,
+    files: &[Reader],
+    tensors: &HashMap<String, usize>,
+) -> Result<HashMap<String, Place>> {
+    // The tensors of the family's files, of which each holds one or more of the model's.
+    let mut wanted: BTreeMap<String, Vec<i64>> = BTreeMap::new();
+    let mut places = HashMap::new();
+    for spec in layouts(shape).into_iter().flat_map(|layout| layout.specs) {
+        let (tensor, row) = (family.place)(&spec.name, shape);
+        let first = row * spec.numel() / spec.shape[0];
+        let size = wanted.entry(tensor.clone()).or_insert_with(|| [&[0], &spec.shape[1..]].concat());
+        size[0] += spec.shape[0];
+        if let Some(&file) = tensors.get(&tensor) {
+            places.insert(spec.name, Place { file, tensor, first });
         }
     }
-
-    /// Compares the tensors with those that the shape asks for.
-    fn check_tensors(&self) -> Result<()> {
-        let mut wanted = BTreeMap::new();
-        for layout in layouts(&self.shape) {
-            wanted.extend(layout.specs.into_iter().map(|s| (s.name, s.shape)));
-        }
-        let mut wrong = Vec::new();
-        for (name, shape) in &wanted {
-            match self.tensors.get(name) {
-                None => wrong.push(format!("`{name}` {shape:?} is missing")),
-                Some(&i) => {
-                    let (found, _) = self.files[i].info(name)?;
-                    if found != *shape {
-                        wrong.push(format!("`{name}` is {found:?} and should be {shape:?}"));
-                    }
+    let mut wrong = Vec::new();
+    for (name, shape) in &wanted {
+        match tensors.get(name) {
+            None => wrong.push(format!("`{name}` {shape:?} is missing")),
+            Some(&i) => {
+                let (found, _) = files[i].info(name)?;
+                if found != *shape {
+                    wrong.push(format!("`{name}` is {found:?} and should be {shape:?}"));
                 }
             }
         }
-        let mut extra: Vec<&String> = self.tensors.keys().filter(|n| !wanted.contains_key(*n)).collect();
-        extra.sort();
-        for name in extra {
-            // Tables that old files carry, and the second name of tied embeddings.
-            let harmless = name.ends_with("rotary_emb.inv_freq")
-                || (self.shape.tie_word_embeddings && name.as_str() == LM_HEAD);
-            if !harmless {
-                wrong.push(format!("`{name}` belongs to no Llama"));
-            }
-        }
-        if wrong.is_empty() {
-            return Ok(());
-        }
-        const SHOWN: usize = 12;
-        let more = wrong.len().saturating_sub(SHOWN);
-        wrong.truncate(SHOWN);
-        let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
-        Err(Error::data(format!(
-            "{}: the tensors do not fit its config.json:\n  {}{more}",
-            self.dir.display(),
-            wrong.join("\n  ")
-        )))
     }
+    let mut extra: Vec<&String> = tensors.keys().filter(|n| !wanted.contains_key(*n)).collect();
+    extra.sort();
+    for name in extra {
+        // Tables that old files carry, and the second name of tied embeddings.
+        let harmless =
+            name.ends_with("rotary_emb.inv_freq") || (shape.tie_word_embeddings && name.as_str() == LM_HEAD);
+        if !harmless {
+            wrong.push(format!("`{name}` belongs to no {}", family.architecture));
+        }
+    }
+    if wrong.is_empty() {
+        return Ok(places);
+    }
+    const SHOWN: usize = 12;
+    let more = wrong.len().saturating_sub(SHOWN);
+    wrong.truncate(SHOWN);
+    let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
+    Err(Error::data(format!("the tensors do not fit its config.json:\n  {}{more}", wrong.join("\n  "))))
 }
 
 /// Opens the weights' files and finds out which tensor lies where.
@@ -174,8 +191,8 @@ pub struct Export<'a> {
     pub dtype: Kind,
     /// Most bytes of tensors in one file; a tensor that is larger has a file of its own.
     pub max_shard_size: u64,
-    /// Where the tokenizer's files and the special ids come from.
-    pub tokenizer_dir: Option<&'a Path>,
+    /// Whose files and special ids go with the model.
+    pub tokenizer: Option<&'a Tokenizer>,
 }
 
 /// Writes the model to the folder `dir`, which transformers loads: complete, or not at all; a model that is there is
@@ -230,11 +247,11 @@ fn begin(dir: &Path, shape: &Shape, how: &Export, plan: &[(String, Vec<Entry>)])
     let ours = |name: &str| {
         name == "config.json"
             || (name.starts_with("model") && name.contains(".safetensors"))
-            || TOKENIZER_FILES.contains(&name)
+            || is_tokenizer_file(name)
     };
     let folder = AtomicFolder::create(dir, ours)?;
     let temp = folder.temporary();
-    let ids = how.tokenizer_dir.map_or(Ok(SpecialIds::default()), special_ids)?;
+    let ids = how.tokenizer.map_or_else(SpecialIds::default, SpecialIds::of);
     let write = |name: &str, value: &Value| -> Result<()> {
         let text = serde_json::to_string_pretty(value).map_err(|e| Error::failed(format!("{name}: {e}")))?;
         write_file(&temp.join(name), format!("{text}\n").as_bytes())
@@ -244,8 +261,8 @@ fn begin(dir: &Path, shape: &Shape, how: &Export, plan: &[(String, Vec<Entry>)])
     let generation: serde_json::Map<String, Value> =
         generation.into_iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.to_string(), v)).collect();
     write("generation_config.json", &Value::Object(generation))?;
-    if let Some(from) = how.tokenizer_dir {
-        copy_tokenizer(from, temp)?;
+    if let Some(tokenizer) = how.tokenizer {
+        write_tokenizer(tokenizer, temp)?;
     }
     if plan.len() > 1 {
         let total: u64 = plan.iter().flat_map(|(_, entries)| entries).map(Entry::bytes).sum();
@@ -291,30 +308,14 @@ impl<'a> Output<'a> {
     }
 }
 
-/// The files of a Hugging Face folder that a tokenizer may consist of, and the ids that end a text.
-const TOKENIZER_FILES: [&str; 10] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-];
-
-/// Copies the tokenizer's files, all but those that are there already. Returns name, size and CRC-32 of each copy.
-pub(super) fn copy_tokenizer(from: &Path, to: &Path) -> Result<Vec<(String, u64, u32)>> {
-    let mut copied = Vec::new();
-    for name in TOKENIZER_FILES {
-        let source = from.join(name);
-        if source.is_file() && !to.join(name).exists() {
-            let bytes = fs::read(&source).map_err(|e| read_error(&source, &e))?;
-            write_file(&to.join(name), &bytes)?;
-            copied.push((name.to_string(), bytes.len() as u64, crc32fast::hash(&bytes)));
+/// Writes the tokenizer's files, all but those that are there already. Returns name, size and CRC-32 of each.
+pub(super) fn write_tokenizer(tokenizer: &Tokenizer, to: &Path) -> Result<Vec<(String, u64, u32)>> {
+    let mut written = Vec::new();
+    for (name, bytes) in tokenizer.files() {
+        if !to.join(name).exists() {
+            write_file(&to.join(name), bytes)?;
+            written.push((name.to_string(), bytes.len() as u64, crc32fast::hash(bytes)));
         }
     }
-    Ok(copied)
+    Ok(written)
 }

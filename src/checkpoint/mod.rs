@@ -1,6 +1,8 @@
 //! Models and the state of a training run on disk: safetensors, Hugging Face folders, sharded checkpoints.
 
 mod agree;
+mod families;
+mod grow;
 pub mod hf;
 mod hf_config;
 pub mod safetensors;

@@ -14,12 +14,13 @@ use serde_json::Value;
 use tch::{Device, Tensor};
 
 use super::agree::agree;
-use super::hf::copy_tokenizer;
+use super::hf::write_tokenizer;
 use super::safetensors::{Entry, Writer};
 use super::sharded::{
     FileMeta, GroupMeta, META, Meta, PARTS, checkpoints_dir, list, shard_name, step_name, tensor_name,
 };
 use crate::config::shape::Shape;
+use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
 use crate::files::{self, beside, create_dir, write_file};
@@ -31,8 +32,8 @@ pub struct RunInfo {
     pub shape: Shape,
     /// Hash of the resolved configuration.
     pub config_hash: String,
-    /// The tokenizer's files are copied from here.
-    pub tokenizer_dir: Option<PathBuf>,
+    /// Whose files every checkpoint gets.
+    pub tokenizer: Option<Tokenizer>,
 }
 
 /// A save that is complete.
@@ -142,7 +143,7 @@ impl Saver {
         let slices = (0..params.len()).map(|i| params.slice(i)).map(|s| (s.start, s.len)).collect();
         let job = if writes {
             let path = self.temp(step).join(shard_name(rank, size));
-            let tokenizer = self.run.tokenizer_dir.clone().filter(|_| self.world.rank() == 0);
+            let tokenizer = self.run.tokenizer.clone().filter(|_| self.world.rank() == 0);
             match host_copies(params, optim) {
                 Ok(copies) => Job::Running(std::thread::spawn(move || write(&path, copies, tokenizer))),
                 Err(e) => Job::Over(Err(e)),
@@ -309,7 +310,7 @@ fn host_copies(params: &Sharded, optim: &AdamW) -> Result<Vec<(Entry, Tensor)>> 
 }
 
 /// Writes a shard, and on rank 0 the tokenizer. Returns the files, the shard first.
-fn write(path: &Path, copies: Vec<(Entry, Tensor)>, tokenizer: Option<PathBuf>) -> Result<Vec<FileMeta>> {
+fn write(path: &Path, copies: Vec<(Entry, Tensor)>, tokenizer: Option<Tokenizer>) -> Result<Vec<FileMeta>> {
     let dir = files::parent(path);
     create_dir(dir)?;
     let entries: Vec<Entry> = copies.iter().map(|(entry, _)| entry.clone()).collect();
@@ -320,9 +321,9 @@ fn write(path: &Path, copies: Vec<(Entry, Tensor)>, tokenizer: Option<PathBuf>) 
     let written = writer.finish()?;
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut files = vec![FileMeta { name, bytes: written.bytes, crc32: written.crc32 }];
-    if let Some(from) = tokenizer {
-        let copied = copy_tokenizer(&from, dir)?;
-        files.extend(copied.into_iter().map(|(name, bytes, crc32)| FileMeta { name, bytes, crc32 }));
+    if let Some(tokenizer) = tokenizer {
+        let written = write_tokenizer(&tokenizer, dir)?;
+        files.extend(written.into_iter().map(|(name, bytes, crc32)| FileMeta { name, bytes, crc32 }));
     }
     Ok(files)
 }

@@ -18,6 +18,7 @@ use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use super::agree::agree_over;
+use super::grow::{grown, stored};
 use super::safetensors::Reader;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::{Layout, Sharded, Slice, Spec};
@@ -267,16 +268,21 @@ impl Checkpoint {
         Ok(State { step: self.meta.step, state: self.meta.state.clone() })
     }
 
-    /// Sets the parameters only: to start another run, or to use the model.
+    /// Sets the parameters only: to start another run, or to use the model. Their vocabulary may be larger than the
+    /// checkpoint's (see [`super::grow`]).
     pub fn fill_weights(&self, params: &mut Sharded) -> Result<()> {
         let mine = self.read(params, None).map_err(|e| with_advice(&self.dir, e));
         agree_over(params, mine)
     }
 
     fn read(&self, params: &mut Sharded, optim: Option<&mut AdamW>) -> Result<()> {
-        self.check_tensors(params)?;
-        let shards = self.open_shards(params)?;
-        params.fill(|spec, first, values| self.read_range(&shards, PARTS[0], spec, first, values))?;
+        // A run that goes on must be as it was.
+        let rows = if optim.is_some() { i64::MAX } else { self.meta.shape.vocab_size };
+        self.check_tensors(params, rows)?;
+        let shards = self.open_shards(params, rows)?;
+        let read =
+            |spec: &Spec, first, values: &Tensor| self.read_range(&shards, PARTS[0], spec, first, values);
+        params.fill(grown(rows, read))?;
         let Some(optim) = optim else { return Ok(()) };
         for i in 0..params.len() {
             let slice = params.slice(i);
@@ -292,18 +298,20 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Refuses parameters that are others than the checkpoint's.
-    fn check_tensors(&self, params: &Sharded) -> Result<()> {
+    /// Refuses parameters that are others than the checkpoint's, but for rows beyond a vocabulary of `rows`.
+    fn check_tensors(&self, params: &Sharded, rows: i64) -> Result<()> {
         let mut missing: BTreeSet<&String> = self.places.keys().collect();
         let mut wrong = Vec::new();
         for spec in (0..params.len()).flat_map(|i| &params.layout(i).specs) {
             missing.remove(&spec.name);
             match self.places.get(&spec.name) {
                 None => wrong.push(format!("`{}` is not in the checkpoint", spec.name)),
-                Some((_, _, shape)) if *shape != spec.shape => wrong.push(format!(
-                    "`{}` is {shape:?} in the checkpoint, {:?} in the model",
-                    spec.name, spec.shape
-                )),
+                Some((_, _, shape)) if *shape != stored(spec, rows).unwrap_or_else(|| spec.clone()).shape => {
+                    wrong.push(format!(
+                        "`{}` is {shape:?} in the checkpoint, {:?} in the model",
+                        spec.name, spec.shape
+                    ))
+                }
                 Some(_) => {}
             }
         }
@@ -316,14 +324,19 @@ impl Checkpoint {
         Err(Error::data(format!("{}: another model: {}{more}", self.dir.display(), wrong.join("; "))))
     }
 
-    /// Opens the shards that this rank's slices lie in, and checks their contents.
-    fn open_shards(&self, params: &Sharded) -> Result<BTreeMap<usize, Reader>> {
+    /// Opens the shards that this rank's slices lie in, and checks their contents. New rows beyond a vocabulary of `rows`
+    /// are made of all that are there.
+    fn open_shards(&self, params: &Sharded, rows: i64) -> Result<BTreeMap<usize, Reader>> {
         let mut needed = BTreeSet::new();
         for i in 0..params.len() {
             for spec in &params.layout(i).specs {
                 if let Some((first, len)) = overlap(params.slice(i), spec) {
                     let (group, offset, _) = &self.places[&spec.name];
-                    let pieces = pieces(self.slices(*group), offset + first - spec.offset, len);
+                    let (mut first, mut len) = (first - spec.offset, len);
+                    if let Some(stored) = stored(spec, rows).filter(|s| first + len > s.numel()) {
+                        (first, len) = (0, stored.numel());
+                    }
+                    let pieces = pieces(self.slices(*group), offset + first, len);
                     needed.extend(pieces.iter().map(|p| p.rank));
                 }
             }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use super::hf::HfModel;
 use super::sharded::{Checkpoint, META, checkpoints_dir, latest};
 use crate::config::shape::Shape;
+use crate::data::tokenizer::folder_has_tokenizer;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
 
@@ -68,7 +69,7 @@ impl Weights {
     /// The folder with the model's tokenizer, if it has one.
     pub fn tokenizer_dir(&self) -> Option<PathBuf> {
         let dir = self.dir();
-        dir.join("tokenizer.json").is_file().then(|| dir.to_path_buf())
+        folder_has_tokenizer(dir).then(|| dir.to_path_buf())
     }
 
     /// Fills the parameters, each rank its own slices. Collective over the ranks that hold them.

@@ -187,9 +187,9 @@ impl Training {
         };
         let batches: Vec<MicroBatch> = (0..self.rows / self.micro).map(random).collect();
         let begun = Instant::now();
-        let loss_sum = accumulate_gradients(&mut self.model, &batches, self.count, self.recompute)?;
+        let sums = accumulate_gradients(&mut self.model, &batches, self.count, self.recompute)?;
         let (model, optimizer) = (&mut self.model, &mut self.optimizer);
-        let update = apply_gradients(model, optimizer, world, loss_sum, self.count, 3e-4, 1.0)?;
+        let update = apply_gradients(model, optimizer, world, sums, self.count, 3e-4, 1.0)?;
         world.synchronize()?;
         if update.skipped {
             return Err(Error::failed("a step was not finite: there is nothing to measure"));

@@ -43,11 +43,11 @@ pub fn run(args: Args) -> Result<()> {
     for set in inputs.train.sets().chain(inputs.valid.iter().flat_map(|v| v.sets())) {
         set.verify()?;
     }
-    let layouts = layout::layouts(&inputs.shape);
+    let layouts = layout::layouts(&inputs.base.shape);
     let checkpoint = checkpoint::bytes_per_checkpoint(&layouts, compute_kind(c.precision.compute));
     // While one is written the old ones are still there; the exported model comes on top.
-    let model =
-        inputs.shape.num_parameters() as u64 * compute_kind(c.precision.compute).elt_size_in_bytes() as u64;
+    let model = inputs.base.shape.num_parameters() as u64
+        * compute_kind(c.precision.compute).elt_size_in_bytes() as u64;
     let needed = checkpoint * (c.checkpoint.keep as u64 + 1) + model;
     let there = bytes_in(&c.output_dir.join("checkpoints"));
     let free = free_where(&c.output_dir)?;
@@ -64,7 +64,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     println!("{}", loaded.resolved_yaml()?.trim_end());
     println!();
-    println!("# model: {} parameters", inputs.shape.num_parameters());
+    println!("# model: {} parameters", inputs.base.shape.num_parameters());
     for l in &layouts {
         println!("#   {:<12} {:>14}", l.name, l.numel);
     }

@@ -48,6 +48,9 @@ impl ModelArgs {
         let mut params = Sharded::new(layout::layouts(&shape), Group::solo(), Group::solo(), compute, device);
         weights.fill(&mut params)?;
         let tokenizer = weights.tokenizer_dir().map(Tokenizer::load).transpose()?;
+        if let Some(tokenizer) = &tokenizer {
+            tokenizer.check_fits(shape.vocab_size)?;
+        }
         Ok(Inference { model: Llama::new(shape, params), dir: weights.dir().to_path_buf(), tokenizer })
     }
 }
@@ -56,7 +59,7 @@ impl Inference {
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         self.tokenizer.as_ref().ok_or_else(|| {
             Error::data(format!(
-                "{}: the model has no tokenizer.json; put its tokenizer's files there",
+                "{}: the model has no tokenizer; put its tokenizer's files there",
                 self.dir.display()
             ))
         })
@@ -94,9 +97,10 @@ fn eos_of(path: &Path) -> Result<Vec<i64>> {
     })
 }
 
-/// Token ids as the tokenizer gives them, as the model takes them.
+/// Token ids as the tokenizer gives them, as the model takes them; with what it adds, BOS is there once.
 pub fn encode(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Result<Vec<i64>> {
-    Ok(tokenizer.encode(text, add_special)?.into_iter().map(i64::from).collect())
+    let ids = if add_special { tokenizer.encode_prompt(text) } else { tokenizer.encode(text, false) };
+    Ok(ids?.into_iter().map(i64::from).collect())
 }
 
 /// A bar on stderr, if that is a terminal, of `total` `unit`s.

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::check::size;
 use crate::checkpoint::{in_hub_cache, sharded};
+use crate::data::tokenizer::folder_has_tokenizer;
 use crate::error::{Error, Result};
 use crate::files::read_error;
 
@@ -204,12 +205,11 @@ fn inspect(path: &Path, depth: Depth) -> Result<Report> {
     let has = |name: &str| path.join(name).exists();
     if !path.is_dir() {
         fs::File::open(path).map_err(|e| read_error(path, &e))?;
-        return match path.extension().and_then(|e| e.to_str()) {
-            Some("safetensors") => Ok(tensors::file(path)),
-            Some("tokens") => Ok(data::tokens(path, depth)),
-            Some("json") if path.file_name().is_some_and(|n| n == "tokenizer.json") => {
-                Ok(data::tokenizer(path))
-            }
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        return match name.as_ref() {
+            "tokenizer.json" | "tokenizer.model" | "qwen.tiktoken" => Ok(data::tokenizer(path)),
+            name if name.ends_with(".safetensors") => Ok(tensors::file(path)),
+            name if name.ends_with(".tokens") => Ok(data::tokens(path, depth)),
             _ => Err(unknown(path)),
         };
     }
@@ -224,7 +224,7 @@ fn inspect(path: &Path, depth: Depth) -> Result<Report> {
         }
         () if any("shard-", ".tokens") => data::tokens(path, depth),
         () if has("train") || has("valid") => data::dataset(path, depth)?,
-        () if has("tokenizer.json") || has("tokenizer.model") => data::tokenizer(path),
+        () if folder_has_tokenizer(path) => data::tokenizer(path),
         () => return Err(unknown(path)),
     })
 }

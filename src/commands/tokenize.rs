@@ -14,7 +14,7 @@ pub struct Args {
     /// Text, JSON, JSON lines (each also .gz or .zst) or Parquet
     #[arg(long, num_args = 1.., required = true, value_name = "FILE")]
     input: Vec<PathBuf>,
-    /// Folder with tokenizer.json
+    /// Folder with a tokenizer: tokenizer.json, tokenizer.model or qwen.tiktoken
     #[arg(long, value_name = "DIR")]
     tokenizer: PathBuf,
     /// Folder for train/, valid/ and tokenizer/; an earlier result in it is replaced

@@ -41,8 +41,10 @@ struct Train {
 pub fn run(args: Args) -> Result<()> {
     let Command::Train(args) = args.command;
     // They would be read as part of the new tokenizer.
-    for name in ["special_tokens_map.json", "generation_config.json", "chat_template.jinja"] {
-        if args.output.join(name).exists() {
+    let written = ["tokenizer.json", "tokenizer_config.json"];
+    for entry in std::fs::read_dir(&args.output).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if tokenizer::is_tokenizer_file(&name) && !written.contains(&name.as_str()) {
             let folder = args.output.display();
             return Err(Error::config(format!(
                 "{folder} holds {name} of another tokenizer; choose another folder"

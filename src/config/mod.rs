@@ -4,6 +4,7 @@
 
 mod de;
 mod numbers;
+mod presets;
 pub mod pretrain;
 pub mod sections;
 pub mod sft;

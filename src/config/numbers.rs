@@ -23,6 +23,12 @@ pub fn not_negative<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
     number(d, "of at least 0", |x| x >= 0.0)
 }
 
+pub fn some_not_negative<'de, D: Deserializer<'de>>(d: D) -> Result<Option<f64>, D::Error> {
+    #[derive(Deserialize)]
+    struct NotNegative(#[serde(deserialize_with = "not_negative")] f64);
+    Ok(Option::<NotNegative>::deserialize(d)?.map(|NotNegative(x)| x))
+}
+
 pub fn ratio<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
     number(d, "of 0 to 1", |x| (0.0..=1.0).contains(&x))
 }

@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
-use super::numbers::{count, positive, some_count};
-use super::sections::{Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Train, Valid};
-use super::shape::{Llama3RopeScaling, Shape};
+use super::numbers::{count, positive, some_count, some_not_negative};
+use super::sections::{
+    Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Tokenizer, Train, Valid,
+};
+use super::shape::{Experts, Family, Llama3RopeScaling, Shape};
 use super::{Algorithm, Conflict};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -80,8 +82,11 @@ impl TryFrom<ModelKeys> for Model {
 
 /// The shape of a new model under Hugging Face's names. Three numbers decide; the rest follows from them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, try_from = "InitKeys")]
+#[serde(try_from = "InitKeys")]
 pub struct Init {
+    /// Default: `llama`.
+    #[serde(skip_serializing_if = "is_llama")]
+    pub model_type: Family,
     /// Default: the tokenizer's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vocab_size: Option<i64>,
@@ -103,12 +108,20 @@ pub struct Init {
     pub rope_scaling: Option<Llama3RopeScaling>,
     pub tie_word_embeddings: bool,
     pub initializer_range: f64,
+    /// Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sliding_window: Option<i64>,
+    /// Of a mixtral. Default of the three: 8, 2, 0.02.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<Experts>,
 }
 
 /// [`Init`] as it is written.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct InitKeys {
+    #[serde(default)]
+    model_type: Family,
     #[serde(default, deserialize_with = "some_count")]
     vocab_size: Option<i64>,
     #[serde(deserialize_with = "count")]
@@ -135,6 +148,14 @@ struct InitKeys {
     tie_word_embeddings: bool,
     #[serde(default = "initializer_range", deserialize_with = "positive")]
     initializer_range: f64,
+    #[serde(default, deserialize_with = "some_count")]
+    sliding_window: Option<i64>,
+    #[serde(default, deserialize_with = "some_count")]
+    num_local_experts: Option<i64>,
+    #[serde(default, deserialize_with = "some_count")]
+    num_experts_per_tok: Option<i64>,
+    #[serde(default, deserialize_with = "some_not_negative")]
+    router_aux_loss_coef: Option<f64>,
 }
 
 impl TryFrom<InitKeys> for Init {
@@ -155,7 +176,22 @@ impl TryFrom<InitKeys> for Init {
                     .into());
             }
         }
+        let experts = (keys.num_local_experts, keys.num_experts_per_tok, keys.router_aux_loss_coef);
+        let experts = match (keys.model_type, experts) {
+            (Family::Mixtral, (number, per_token, coef)) => Some(Experts {
+                num_local_experts: number.unwrap_or(8),
+                num_experts_per_tok: per_token.unwrap_or(2),
+                router_aux_loss_coef: coef.unwrap_or(0.02),
+            }),
+            (_, (None, None, None)) => None,
+            _ => {
+                return Err("num_local_experts, num_experts_per_tok and router_aux_loss_coef are keys of \
+                             model_type: mixtral"
+                    .into());
+            }
+        };
         let init = Init {
+            model_type: keys.model_type,
             vocab_size: keys.vocab_size,
             hidden_size: c,
             intermediate_size: keys.intermediate_size.unwrap_or((c * 8 + 95) / 96 * 32),
@@ -169,6 +205,8 @@ impl TryFrom<InitKeys> for Init {
             rope_scaling: keys.rope_scaling,
             tie_word_embeddings: keys.tie_word_embeddings,
             initializer_range: keys.initializer_range,
+            sliding_window: keys.sliding_window,
+            experts,
         };
         init.shape(1, 1).check().map_err(|e| e.message)?;
         Ok(init)
@@ -179,6 +217,7 @@ impl Init {
     /// The whole shape; `vocab_size` (the tokenizer's) and `sequence_length` serve where the keys were left out.
     pub fn shape(&self, vocab_size: i64, sequence_length: i64) -> Shape {
         Shape {
+            family: self.model_type,
             vocab_size: self.vocab_size.unwrap_or(vocab_size),
             hidden_size: self.hidden_size,
             intermediate_size: self.intermediate_size,
@@ -192,15 +231,11 @@ impl Init {
             rope_scaling: self.rope_scaling.clone(),
             tie_word_embeddings: self.tie_word_embeddings,
             initializer_range: self.initializer_range,
+            sliding_window: self.sliding_window,
+            max_window_layers: 0,
+            experts: self.experts.clone(),
         }
     }
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Tokenizer {
-    /// A folder with a `tokenizer.json`. Without this section the model's folder is taken.
-    pub path: PathBuf,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -214,17 +249,6 @@ pub struct Data {
     /// Tokens of one sample, T.
     #[serde(default = "sequence_length", deserialize_with = "count")]
     pub sequence_length: i64,
-}
-
-impl Pretrain {
-    /// The folder of the tokenizer: the named one, else the model's. `None` is refused by [`Algorithm::conflict`].
-    pub fn tokenizer_path(&self) -> Option<&Path> {
-        match (&self.tokenizer, &self.model) {
-            (Some(tokenizer), _) => Some(&tokenizer.path),
-            (None, Model::Path(path)) => Some(path),
-            (None, _) => None,
-        }
-    }
 }
 
 impl Algorithm for Pretrain {
@@ -242,8 +266,9 @@ impl Algorithm for Pretrain {
         if self.data.train.is_empty() {
             return Some(("data.train", "there is no data to train on; name at least one path".into()));
         }
-        if self.tokenizer_path().is_none() {
-            let why = "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer.json";
+        let has_path = self.tokenizer.as_ref().is_some_and(|t| t.path.is_some());
+        if !has_path && !matches!(self.model, Model::Path(_)) {
+            let why = "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer";
             return Some(("tokenizer", why.into()));
         }
         let positions = match &self.model {
@@ -260,11 +285,16 @@ impl Algorithm for Pretrain {
             .conflict(world_size)
             .or_else(|| self.schedule.conflict(&self.train))
             .or_else(|| self.parallel.conflict())
+            .or_else(|| self.tokenizer.as_ref()?.conflict())
     }
 }
 
 fn one_u64() -> u64 {
     1
+}
+
+fn is_llama(family: &Family) -> bool {
+    *family == Family::Llama
 }
 
 fn rms_norm_eps() -> f64 {

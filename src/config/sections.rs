@@ -49,6 +49,45 @@ impl<'de> Deserialize<'de> for Source {
     }
 }
 
+/// The tokenizer, and how conversations are rendered. Without this section it is the model's as it is.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tokenizer {
+    /// A folder with a tokenizer, or its file. Default: the model's folder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// A chat template in place of the tokenizer's: the name of a built-in one, a file, or Jinja itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<String>,
+    /// A plain template in place of the tokenizer's, with `{prompt}` and `{completion}`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub template: Option<String>,
+    /// Special tokens that the tokenizer gets; their embeddings are new rows, each the mean of the model's rows.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub add_tokens: Vec<String>,
+    /// The embeddings get as many rows that their number is a multiple of this.
+    #[serde(deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
+    pub pad_to_multiple_of: Option<i64>,
+}
+
+impl Tokenizer {
+    /// What does not fit, and why.
+    pub fn conflict(&self) -> Option<Conflict> {
+        if self.chat_template.is_some() && self.template.is_some() {
+            return Some(("tokenizer.template", "tokenizer.chat_template is given too; keep one".into()));
+        }
+        let bad = self
+            .add_tokens
+            .iter()
+            .enumerate()
+            .find(|(i, token)| token.is_empty() || self.add_tokens[..*i].contains(token));
+        let what = |token: &str| {
+            if token.is_empty() { "a token is empty".into() } else { format!("`{token}` is there twice") }
+        };
+        bad.map(|(_, token)| ("tokenizer.add_tokens", what(token)))
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Parallel {

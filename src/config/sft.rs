@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::numbers::{count, not_negative, positive};
-use super::pretrain::{Model, Tokenizer};
-use super::sections::{Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Train};
+use super::pretrain::Model;
+use super::sections::{Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Tokenizer, Train};
 use super::{Algorithm, Conflict};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -159,8 +159,9 @@ impl Algorithm for Sft {
         if self.data.train.is_empty() {
             return Some(("data.train", "there is no data to train on; name at least one file".into()));
         }
-        if self.tokenizer.is_none() && !matches!(self.model, Model::Path(_)) {
-            let why = "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer.json";
+        let has_path = self.tokenizer.as_ref().is_some_and(|t| t.path.is_some());
+        if !has_path && !matches!(self.model, Model::Path(_)) {
+            let why = "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer";
             return Some(("tokenizer", why.into()));
         }
         let split = &self.data.split;
@@ -193,6 +194,7 @@ impl Algorithm for Sft {
             .conflict(world_size)
             .or_else(|| self.schedule.conflict(&self.train))
             .or_else(|| self.parallel.conflict())
+            .or_else(|| self.tokenizer.as_ref()?.conflict())
     }
 }
 

@@ -1,8 +1,26 @@
-//! The shape of a Llama: the keys of Hugging Face's `config.json` that decide its mathematics, and the presets.
+//! The shape of a model of the Llama family: the keys of Hugging Face's `config.json` that decide its mathematics. The
+//! presets are in [`super::presets`].
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+
+/// Whose model it is: what the one Llama does differently, and how its `config.json` is written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// Llama 1, 2 and 3.
+    #[default]
+    Llama,
+    /// With a sliding window.
+    Mistral,
+    /// A mixture of experts in the place of each MLP.
+    Mixtral,
+    /// Qwen 1, 2 and 2.5: bias on q, k and v.
+    Qwen2,
+    /// RMS norm of each head's query and key before their rotation.
+    Qwen3,
+}
 
 /// `rope_scaling` of type `llama3` (Llama 3.1 and later): low frequencies are slowed down by `factor`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -14,11 +32,25 @@ pub struct Llama3RopeScaling {
     pub original_max_position_embeddings: i64,
 }
 
-/// Shape and constants of a Llama, under Hugging Face's names. C = `hidden_size`, H = `num_attention_heads`,
-/// K = `num_key_value_heads`, D = `head_dim`, V = `vocab_size`.
+/// A mixture of experts: every token goes to the `num_experts_per_tok` experts that its router prefers (Jiang et al. 2024).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Experts {
+    /// E
+    pub num_local_experts: i64,
+    pub num_experts_per_tok: i64,
+    /// Weight of the load-balancing loss in pretraining.
+    pub router_aux_loss_coef: f64,
+}
+
+/// Shape and constants of a model, under Hugging Face's names. C = `hidden_size`, H = `num_attention_heads`,
+/// K = `num_key_value_heads`, D = `head_dim`, V = `vocab_size`, F = `intermediate_size` (of one expert, where there are
+/// several).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Shape {
+    #[serde(default)]
+    pub family: Family,
     pub vocab_size: i64,
     pub hidden_size: i64,
     pub intermediate_size: i64,
@@ -33,60 +65,35 @@ pub struct Shape {
     pub tie_word_embeddings: bool,
     /// Standard deviation of the initial weights.
     pub initializer_range: f64,
+    /// Positions that a position sees, itself included; none: all before it.
+    #[serde(default)]
+    pub sliding_window: Option<i64>,
+    /// The first blocks, so many, see all positions in spite of `sliding_window`.
+    #[serde(default)]
+    pub max_window_layers: i64,
+    #[serde(default)]
+    pub experts: Option<Experts>,
 }
 
 impl Shape {
-    /// A preset by name, with the shapes of the benchmark table (`llama-15m`, `llama-42m`, `llama-110m`) or of
-    /// the published model (`llama-1b` is Llama-3.2-1B).
-    pub fn preset(name: &str) -> Option<Shape> {
-        let small = |hidden_size, layers, heads, intermediate_size, vocab_size, positions| Shape {
-            vocab_size,
-            hidden_size,
-            intermediate_size,
-            num_hidden_layers: layers,
-            num_attention_heads: heads,
-            num_key_value_heads: heads,
-            head_dim: hidden_size / heads,
-            max_position_embeddings: positions,
-            rms_norm_eps: 1e-5,
-            rope_theta: 10000.0,
-            rope_scaling: None,
-            tie_word_embeddings: false,
-            initializer_range: 0.02,
-        };
-        Some(match name {
-            "llama-15m" => small(288, 6, 6, 768, 4096, 256),
-            "llama-42m" => small(512, 8, 8, 1376, 8192, 512),
-            "llama-110m" => small(768, 12, 12, 2048, 32000, 1024),
-            "llama-1b" => Shape {
-                vocab_size: 128256,
-                hidden_size: 2048,
-                intermediate_size: 8192,
-                num_hidden_layers: 16,
-                num_attention_heads: 32,
-                num_key_value_heads: 8,
-                head_dim: 64,
-                max_position_embeddings: 131072,
-                rms_norm_eps: 1e-5,
-                rope_theta: 500000.0,
-                rope_scaling: Some(Llama3RopeScaling {
-                    factor: 32.0,
-                    low_freq_factor: 1.0,
-                    high_freq_factor: 4.0,
-                    original_max_position_embeddings: 8192,
-                }),
-                tie_word_embeddings: true,
-                initializer_range: 0.02,
-            },
-            _ => return None,
-        })
+    /// q, k and v have a bias.
+    pub fn qkv_bias(&self) -> bool {
+        self.family == Family::Qwen2
     }
 
-    pub const PRESETS: [&'static str; 4] = ["llama-15m", "llama-42m", "llama-110m", "llama-1b"];
+    /// Each head's query and key are normalised.
+    pub fn qk_norm(&self) -> bool {
+        self.family == Family::Qwen3
+    }
 
-    /// Refuses shapes that no Llama can have.
+    /// The sliding window of block `layer`, if it has one.
+    pub fn window(&self, layer: i64) -> Option<i64> {
+        self.sliding_window.filter(|_| layer >= self.max_window_layers)
+    }
+
+    /// Refuses shapes that no model of these families can have.
     pub fn check(&self) -> Result<()> {
-        let positive = [
+        let mut positive = vec![
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
@@ -96,43 +103,84 @@ impl Shape {
             ("head_dim", self.head_dim),
             ("max_position_embeddings", self.max_position_embeddings),
         ];
+        positive.extend(self.sliding_window.map(|w| ("sliding_window", w)));
+        if let Some(e) = &self.experts {
+            positive.push(("num_local_experts", e.num_local_experts));
+            positive.push(("num_experts_per_tok", e.num_experts_per_tok));
+        }
         for (name, value) in positive {
             if value <= 0 {
                 return Err(Error::config(format!("model: {name} is {value}; it must be at least 1")));
             }
         }
+        let refuse = |why: String| Err(Error::config(format!("model: {why}")));
         if self.num_attention_heads % self.num_key_value_heads != 0 {
-            return Err(Error::config(format!(
-                "model: num_attention_heads ({}) must be a multiple of num_key_value_heads ({})",
+            return refuse(format!(
+                "num_attention_heads ({}) must be a multiple of num_key_value_heads ({})",
                 self.num_attention_heads, self.num_key_value_heads
-            )));
+            ));
         }
         if self.head_dim % 2 != 0 {
-            return Err(Error::config(format!(
-                "model: head_dim is {}; rotary positions need an even number",
-                self.head_dim
-            )));
+            return refuse(format!("head_dim is {}; rotary positions need an even number", self.head_dim));
         }
-        Ok(())
+        if self.family == Family::Llama && self.sliding_window.is_some() {
+            return refuse("a llama has no sliding_window".into());
+        }
+        if !(0..=self.num_hidden_layers).contains(&self.max_window_layers) {
+            return refuse(format!(
+                "max_window_layers is {}, of {} layers",
+                self.max_window_layers, self.num_hidden_layers
+            ));
+        }
+        match &self.experts {
+            None if self.family == Family::Mixtral => refuse("a mixtral needs experts".into()),
+            Some(_) if self.family != Family::Mixtral => refuse("only a mixtral has experts".into()),
+            Some(e) if e.num_experts_per_tok > e.num_local_experts => refuse(format!(
+                "num_experts_per_tok ({}) is more than num_local_experts ({})",
+                e.num_experts_per_tok, e.num_local_experts
+            )),
+            Some(e) if !(e.router_aux_loss_coef >= 0.0 && e.router_aux_loss_coef.is_finite()) => {
+                refuse(format!("router_aux_loss_coef is {}; it must be at least 0", e.router_aux_loss_coef))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Numbers in the matrices of one block's attention, and of its MLP with `experts` experts.
+    fn matrices(&self, experts: i64) -> (i64, i64) {
+        let c = self.hidden_size;
+        let attention = 2 * c * self.head_dim * (self.num_attention_heads + self.num_key_value_heads);
+        let router = self.experts.as_ref().map_or(0, |e| e.num_local_experts * c);
+        (attention, router + experts * 3 * c * self.intermediate_size)
     }
 
     /// Number of parameters; tied embeddings count once.
     pub fn num_parameters(&self) -> i64 {
         let (c, d) = (self.hidden_size, self.head_dim);
-        let attention = 2 * c * d * (self.num_attention_heads + self.num_key_value_heads);
-        let block = attention + 3 * c * self.intermediate_size + 2 * c;
+        let (attention, mlp) = self.matrices(self.experts.as_ref().map_or(1, |e| e.num_local_experts));
+        let mut vectors = 2 * c;
+        if self.qkv_bias() {
+            vectors += (self.num_attention_heads + 2 * self.num_key_value_heads) * d;
+        }
+        if self.qk_norm() {
+            vectors += 2 * d;
+        }
         let embeddings = self.vocab_size * c * if self.tie_word_embeddings { 1 } else { 2 };
-        embeddings + self.num_hidden_layers * block + c
+        embeddings + self.num_hidden_layers * (attention + mlp + vectors) + c
     }
 
     /// Floating-point operations of forward and backward for one token of a sequence of `length`: 6 for every weight of a
-    /// product, and 6 `length` for every channel of the heads in causal attention, which sees half of the positions on
-    /// average. What is recomputed does not count.
+    /// product that the token takes part in (of the experts: those that it goes to), and 12 for every channel of the heads
+    /// and position that a query sees on average, half of the sequence without a window. What is recomputed does not
+    /// count.
     pub fn flops_per_token(&self, length: i64) -> f64 {
-        let vectors = (2 * self.num_hidden_layers + 1) * self.hidden_size;
-        let embedding = if self.tie_word_embeddings { 0 } else { self.vocab_size * self.hidden_size };
-        let products = self.num_parameters() - vectors - embedding;
-        let attention = self.num_hidden_layers * self.num_attention_heads * self.head_dim * length;
-        6.0 * (products + attention) as f64
+        let (attention, mlp) = self.matrices(self.experts.as_ref().map_or(1, |e| e.num_experts_per_tok));
+        let products = self.num_hidden_layers * (attention + mlp) + self.vocab_size * self.hidden_size;
+        let seen = |layer| {
+            let (n, w) = (length as f64, self.window(layer).unwrap_or(length).min(length) as f64);
+            w * (n - w / 2.0) / n
+        };
+        let seen: f64 = (0..self.num_hidden_layers).map(seen).sum();
+        6.0 * products as f64 + 12.0 * (self.num_attention_heads * self.head_dim) as f64 * seen
     }
 }

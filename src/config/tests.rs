@@ -2,6 +2,7 @@ use std::path::PathBuf;
 
 use super::pretrain::*;
 use super::sections::*;
+use super::shape::{Experts, Family, Shape};
 use super::*;
 
 const SMALL: &str = "\
@@ -169,7 +170,10 @@ fn wrong_types_and_ranges_are_told_with_place() {
         (
             "llama-15m",
             "llama-16m",
-            "c.yaml:3:17: 'model.preset': unknown value 'llama-16m'; did you mean 'llama-15m'? (known: llama-15m, llama-42m, llama-110m, llama-1b)",
+            &format!(
+                "c.yaml:3:17: 'model.preset': unknown value 'llama-16m'; did you mean 'llama-15m'? (known: {})",
+                Shape::PRESETS.join(", ")
+            ),
         ),
         (
             "{preset: llama-15m}",
@@ -198,7 +202,6 @@ fn wrong_types_and_ranges_are_told_with_place() {
 #[test]
 fn missing_keys_and_broken_yaml() {
     assert_eq!(broken("output_dir: runs/x\n", ""), "c.yaml:1:1: the key 'output_dir' is missing");
-    assert_eq!(broken("{path: tok}", "{}"), "c.yaml:4:12: the key 'tokenizer.path' is missing");
     let message = broken("seed: 7", "seed: 7\nseed: 8");
     assert!(message.starts_with("c.yaml:2:1: ") && message.contains("seed"), "{message}");
     let message = broken("{steps: 10, batch_size: 8}", "{steps: 10, batch_size: 8");
@@ -260,6 +263,11 @@ fn combinations_are_refused_with_place() {
         "override 'train={batch_size: 8}': 'train.steps': give train.steps or train.epochs"
     );
     assert!(refused(&["tokenizer=null"], 1).contains("a new model needs a tokenizer"));
+    assert!(refused(&["tokenizer={}"], 1).contains("a new model needs a tokenizer"));
+    let both = refused(&["tokenizer.template=a", "tokenizer.chat_template=b"], 1);
+    assert!(both.starts_with("override 'tokenizer.template=a': 'tokenizer.template': "), "{both}");
+    assert!(refused(&["tokenizer.add_tokens=[a, b, a]"], 1).contains("`a` is there twice"));
+    assert!(refused(&["tokenizer.add_tokens=['']"], 1).contains("a token is empty"));
     assert!(refused(&["data.train=[]"], 1).contains("there is no data to train on"));
     load_text(SMALL, &["tokenizer=null", "model={path: m}"]).unwrap().validate(1).unwrap();
 }
@@ -286,6 +294,37 @@ fn resolved_yaml_loads_to_the_same() {
         assert_eq!(again.config, loaded.config, "{yaml}");
         assert_eq!(again.resolved_yaml().unwrap(), yaml);
         assert!(yaml.contains("weight_decay: 0.1") && yaml.contains("keep: 3"), "{yaml}");
+    }
+}
+
+#[test]
+fn init_has_the_keys_of_every_family() {
+    let text = |keys: &str| {
+        format!("model={{init: {{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, {keys}}}}}")
+    };
+    let shape = |keys: &str| {
+        let loaded = load_text(SMALL, &[&text(keys)]).unwrap();
+        let Model::Init(init) = &loaded.config.model else { panic!("{:?}", loaded.config.model) };
+        // What is written into the run's folder is read as the same.
+        let again = load_text(&loaded.resolved_yaml().unwrap(), &[]).unwrap();
+        assert_eq!(again.config.model, loaded.config.model);
+        init.shape(300, 64)
+    };
+    let mixtral = shape("model_type: mixtral, num_local_experts: 4, sliding_window: 9");
+    assert_eq!((mixtral.family, mixtral.sliding_window), (Family::Mixtral, Some(9)));
+    let experts = Experts { num_local_experts: 4, num_experts_per_tok: 2, router_aux_loss_coef: 0.02 };
+    assert_eq!(mixtral.experts, Some(experts));
+    assert!(shape("model_type: qwen2").qkv_bias() && shape("model_type: qwen3").qk_norm());
+    assert_eq!(shape("model_type: mistral").sliding_window, None);
+    for (keys, part) in [
+        ("num_local_experts: 4", "keys of model_type: mixtral"),
+        ("sliding_window: 4", "a llama has no sliding_window"),
+        ("model_type: mixtral, num_local_experts: 1", "num_experts_per_tok (2) is more than"),
+        ("model_type: mixtral, router_aux_loss_coef: -1.0", "at least 0"),
+        ("model_type: gemma", "mixtral"),
+    ] {
+        let message = error(SMALL, &[&text(keys)]);
+        assert!(message.contains(part), "{keys}: {message}");
     }
 }
 

@@ -19,81 +19,66 @@ impl Message {
     }
 }
 
-/// What a record says.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Conversation {
-    /// Turns, for a chat template.
-    Messages(Vec<Message>),
-    /// A prompt and its completion, for a plain or a chat template.
-    Pair { prompt: String, completion: String },
-}
-
 /// The formats by their keys, for messages.
 const FORMATS: &str = "`messages` or `conversations`; `instruction` and `output`; `prompt` and `completion` (or \
                        `completions`, best first); `question` and `answer`; `chosen` (with or without `prompt`)";
 
-impl Conversation {
-    /// Reads a record of any known format, which its keys tell.
-    ///
-    /// # Errors
-    /// With the record's place: none of the formats, texts that are no texts, roles that are missing.
-    pub fn read(record: &Record) -> Result<Conversation> {
-        let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
-        if let Some(key) = ["messages", "conversations"].into_iter().find(|key| has(key)) {
-            return Ok(Conversation::Messages(messages(record, key)?));
-        }
-        if has("instruction") {
-            // Alpaca: the input, where there is one, follows the instruction.
-            let mut prompt = record.text("instruction")?.to_string();
-            if has("input") && !record.text("input")?.is_empty() {
-                prompt = format!("{prompt}\n\n{}", record.text("input")?);
-            }
-            return Ok(Conversation::Pair { prompt, completion: record.text("output")?.into() });
-        }
-        if has("prompt") && has("completion") {
-            return Conversation::pair(record, "prompt", &record.fields["completion"], "completion");
-        }
-        if has("prompt") && has("completions") {
-            let best = record.fields["completions"].as_array().and_then(|list| list.first());
-            let best = best.ok_or_else(|| {
-                Error::data(format!("{}: `completions` is no list with a completion", record.place))
-            })?;
-            return Conversation::pair(record, "prompt", best, "completions");
-        }
-        if has("question") && has("answer") {
-            let (prompt, completion) = (record.text("question")?.into(), record.text("answer")?.into());
-            return Ok(Conversation::Pair { prompt, completion });
-        }
-        if has("chosen") {
-            if has("prompt") {
-                return Conversation::pair(record, "prompt", &record.fields["chosen"], "chosen");
-            }
-            return match &record.fields["chosen"] {
-                Value::Array(_) => Ok(Conversation::Messages(messages(record, "chosen")?)),
-                _ => Ok(Conversation::Messages(hh_dialogue(record.text("chosen")?, record)?)),
-            };
-        }
-        let keys: Vec<&str> = record.fields.keys().map(String::as_str).collect();
-        Err(Error::data(format!(
-            "{}: no known format; known are {FORMATS}; keys here: {}",
-            record.place,
-            if keys.is_empty() { "none".into() } else { keys.join(", ") }
-        )))
+/// The conversation of a record of any known format, which its keys tell.
+///
+/// # Errors
+/// With the record's place: none of the formats, texts that are no texts, roles that are missing.
+pub fn conversation(record: &Record) -> Result<Vec<Message>> {
+    let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
+    if let Some(key) = ["messages", "conversations"].into_iter().find(|key| has(key)) {
+        return messages(record, key);
     }
+    if has("instruction") {
+        // Alpaca: the input, where there is one, follows the instruction.
+        let mut prompt = record.text("instruction")?.to_string();
+        if has("input") && !record.text("input")?.is_empty() {
+            prompt = format!("{prompt}\n\n{}", record.text("input")?);
+        }
+        return Ok(exchange(prompt, record.text("output")?));
+    }
+    if has("prompt") && has("completion") {
+        return pair(record, "prompt", &record.fields["completion"], "completion");
+    }
+    if has("prompt") && has("completions") {
+        let best = record.fields["completions"].as_array().and_then(|list| list.first());
+        let best = best.ok_or_else(|| {
+            Error::data(format!("{}: `completions` is no list with a completion", record.place))
+        })?;
+        return pair(record, "prompt", best, "completions");
+    }
+    if has("question") && has("answer") {
+        return Ok(exchange(record.text("question")?, record.text("answer")?));
+    }
+    if has("chosen") {
+        if has("prompt") {
+            return pair(record, "prompt", &record.fields["chosen"], "chosen");
+        }
+        return match &record.fields["chosen"] {
+            Value::Array(_) => messages(record, "chosen"),
+            _ => hh_dialogue(record.text("chosen")?, record),
+        };
+    }
+    let keys: Vec<&str> = record.fields.keys().map(String::as_str).collect();
+    Err(Error::data(format!(
+        "{}: no known format; known are {FORMATS}; keys here: {}",
+        record.place,
+        if keys.is_empty() { "none".into() } else { keys.join(", ") }
+    )))
+}
 
-    /// A prompt and its completion, each a text or a list of messages.
-    fn pair(record: &Record, prompt: &str, completion: &Value, key: &str) -> Result<Conversation> {
-        match (&record.fields[prompt], completion) {
-            (Value::String(prompt), Value::String(completion)) => {
-                Ok(Conversation::Pair { prompt: prompt.clone(), completion: completion.clone() })
-            }
-            (prompt_value, completion) => {
-                let mut all = turns(prompt_value, "user", record, prompt)?;
-                all.extend(turns(completion, "assistant", record, key)?);
-                Ok(Conversation::Messages(all))
-            }
-        }
-    }
+/// A prompt and its completion, each a text or a list of messages.
+fn pair(record: &Record, prompt: &str, completion: &Value, key: &str) -> Result<Vec<Message>> {
+    let mut all = turns(&record.fields[prompt], "user", record, prompt)?;
+    all.extend(turns(completion, "assistant", record, key)?);
+    Ok(all)
+}
+
+fn exchange(prompt: impl Into<String>, completion: impl Into<String>) -> Vec<Message> {
+    vec![Message::new("user", prompt), Message::new("assistant", completion)]
 }
 
 /// A text as one turn of `role`, or a list of messages.
@@ -169,20 +154,20 @@ mod tests {
     use crate::data::readers::records;
     use crate::files::TestFolder;
 
-    fn read(line: &str) -> Result<Conversation> {
+    fn read(line: &str) -> Result<Vec<Message>> {
         let folder = TestFolder::new("conversation");
         let path = folder.0.join("data.jsonl");
         std::fs::write(&path, line).unwrap();
         let record = records(&path, None, &std::sync::Arc::default()).unwrap().next().unwrap().unwrap();
-        Conversation::read(&record)
+        conversation(&record)
     }
 
-    fn pair(prompt: &str, completion: &str) -> Conversation {
-        Conversation::Pair { prompt: prompt.into(), completion: completion.into() }
+    fn pair(prompt: &str, completion: &str) -> Vec<Message> {
+        chat(&[("user", prompt), ("assistant", completion)])
     }
 
-    fn chat(turns: &[(&str, &str)]) -> Conversation {
-        Conversation::Messages(turns.iter().map(|(role, text)| Message::new(*role, *text)).collect())
+    fn chat(turns: &[(&str, &str)]) -> Vec<Message> {
+        turns.iter().map(|(role, text)| Message::new(*role, *text)).collect()
     }
 
     #[test]

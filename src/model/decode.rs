@@ -8,7 +8,7 @@ use kernels::ops::{self, Heads};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::model::llama::{Input, Llama, block_forward, linear};
+use crate::model::llama::{Context, Input, Llama, block_forward, norm_heads, rotate};
 
 /// Keys and values of what the slots' rows have read, T [slots, K, capacity, D] a block.
 pub struct KvCache {
@@ -91,7 +91,7 @@ impl Llama {
             integers(lengths.iter().enumerate().map(|(r, n)| r as i64 * time + n - 1)).to_device(device);
         for i in 1..=self.num_blocks() {
             let w = self.block_weights(i)?;
-            let (y, rest) = block_forward(&w, &x, &context, self.shape.rms_norm_eps)?;
+            let (y, rest) = block_forward(&w, &x, &context, i - 1)?;
             x = y;
             let qkv = rest.qkv.view([rows, time, heads + 2 * kv_heads, head_dim]);
             let (keys, values) = &cache.blocks[i - 1];
@@ -118,25 +118,25 @@ impl Llama {
         let slot = integers(slots.iter().map(|s| *s as i64)).to_device(device);
         cache.reserve(longest);
         let (cos, sin) = self.rope_tables(longest);
-        let (eps, s) = (self.shape.rms_norm_eps, &self.shape);
-        let heads = Heads {
-            batch: ids.len() as i64,
-            heads: s.num_attention_heads,
-            kv_heads: s.num_key_value_heads,
-            head_dim: s.head_dim,
-        };
+        // Rows begin at position 0, so that a window's first position is never in padding.
+        let first = self.shape.sliding_window.filter(|w| *w < longest);
+        let first = first.map(|window| (&position - (window - 1)).clamp_min(0));
+        let context = Context::decoding(self, ids.len() as i64, position, first, (cos, sin));
         let mut x = self.embed_checked(ids)?;
         for i in 1..=self.num_blocks() {
             let w = self.block_weights(i)?;
-            let qkv = linear(&ops::rms_norm(&x, &w.norm1, eps)?.0, &w.qkv);
-            ops::rope(&qkv, &position, &cos, &sin, heads.heads + heads.kv_heads, heads.head_dim, false)?;
+            let qkv = w.qkv.forward(&ops::rms_norm(&x, &w.norm1, context.eps)?.0)?;
+            norm_heads(&w, &qkv, &context)?;
+            rotate(&qkv, &context, false)?;
             let (keys, values) = &cache.blocks[i - 1];
-            let o = ops::decode_attention(&qkv, keys, values, &slot, &position, heads)?;
-            let x2 = x.addmm(&o, &w.o.tr());
-            let gate_up = linear(&ops::rms_norm(&x2, &w.norm2, eps)?.0, &w.gate_up);
-            x = x2.addmm(&ops::swiglu(&gate_up)?, &w.down.tr());
+            let first = context.start(i - 1);
+            let o =
+                ops::decode_attention(&qkv, keys, values, &slot, &context.positions, first, context.heads)?;
+            let x2 = w.o.forward_add(&o, &x)?;
+            let h2 = ops::rms_norm(&x2, &w.norm2, context.eps)?.0;
+            x = w.mlp.finish(&w.mlp.begin(&h2, None)?, &x2)?;
             if let Some(norm) = &w.final_norm {
-                x = ops::rms_norm(&x, norm, eps)?.0;
+                x = ops::rms_norm(&x, norm, context.eps)?.0;
             }
         }
         for slot in slots {
@@ -149,7 +149,7 @@ impl Llama {
     pub fn next_token_logits(&mut self, hidden: &Tensor) -> Result<Tensor> {
         let group = self.head_group();
         let flat = self.params.full(group)?;
-        Ok(linear(hidden, &self.params.layout(group).specs[0].view(&flat)))
+        Ok(hidden.f_mm(&self.params.layout(group).specs[0].view(&flat).tr())?)
     }
 
     /// Drops all gathered weights: the end of a generation.

@@ -1,4 +1,4 @@
-//! Initial weights: normal with the shape's `initializer_range`, norms 1, as transformers does.
+//! Initial weights: normal with the shape's `initializer_range`, norms 1, biases 0, as transformers does.
 //!
 //! Every number depends only on the seed, the tensor's name and its place in the tensor, so that any slice can be made
 //! by itself and the weights do not depend on the world size.
@@ -15,7 +15,7 @@ pub fn init(params: &mut Sharded, shape: &Shape, seed: u64) -> Result<()> {
     params.fill(|spec, first, values| {
         let mut values = values.shallow_clone();
         if spec.shape.len() == 1 {
-            let _ = values.fill_(1.0);
+            let _ = values.fill_(if spec.name.ends_with(".bias") { 0.0 } else { 1.0 });
             return Ok(());
         }
         let key = spec.name.bytes().fold(mix(seed), |k, b| mix(k ^ u64::from(b)));

@@ -8,6 +8,8 @@
 //! x2 = x  + attention(rope(qkv(norm1(x)))) o
 //! y  = x2 + swiglu(gate_up(norm2(x2))) down
 //! ```
+//! What other families do differently is asked of the [`Shape`]: a bias of q, k and v, a norm of each head's query and
+//! key before their rotation, a sliding window, a mixture of experts in the place of the last line.
 
 use kernels::ops::{self, Heads};
 use tch::{Device, Kind, Tensor};
@@ -17,6 +19,9 @@ use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
 use crate::model::layout::Block;
+use crate::model::linear::{Linear, LinearGrad};
+use crate::model::mixture::Balance;
+use crate::model::mlp;
 
 /// Token ids and what positions mean.
 pub struct Input {
@@ -24,14 +29,17 @@ pub struct Input {
     pub ids: Tensor,
     /// Rotary positions, int64 `[N]`; none: 0 to T - 1 in every row.
     pub positions: Option<Tensor>,
-    /// The first position that each position sees, int64 `[N]` (see [`ops::attention`]); none: 0.
+    /// The first position that each position sees, int64 `[N]` (see [`ops::attention`]); none: 0. A model's sliding window
+    /// comes on top.
     pub start: Option<Tensor>,
+    /// 1 = real, 0 = padding, int64 `[N]`; none: all are real. Only the statistics of experts ask for it.
+    pub mask: Option<Tensor>,
 }
 
 impl Input {
     /// Rows without padding.
     pub fn new(ids: Tensor) -> Input {
-        Input { ids, positions: None, start: None }
+        Input { ids, positions: None, start: None, mask: None }
     }
 
     /// Rows with padding, given by a mask (int64 [B, T], 1 = real): positions count the real tokens, and no token sees
@@ -42,7 +50,8 @@ impl Input {
         let first = mask.argmax(1, true);
         let at = Tensor::arange(time, (Kind::Int64, ids.device())).unsqueeze(0);
         let start = first.minimum(&at).contiguous().view([-1]);
-        Input { ids, positions: Some(positions.contiguous()), start: Some(start) }
+        let mask = Some(mask.contiguous().view([-1]));
+        Input { ids, positions: Some(positions.contiguous()), start: Some(start), mask }
     }
 }
 
@@ -51,10 +60,14 @@ struct Saved {
     /// The block's input [N, C]
     x: Tensor,
     rest: Option<Rest>,
+    /// The experts that the tokens went to, int64 [N, k]: kept under recomputation, too.
+    experts: Option<Tensor>,
 }
 
 pub(super) struct Rest {
     rstd1: Tensor,
+    /// Queries and keys before their norm, with its statistics: [N H, D] and [N K, D]
+    qk: Option<[(Tensor, Tensor); 2]>,
     /// After rotation [N, (H + 2K) D]
     pub(super) qkv: Tensor,
     /// The attention's output [N, H D] and its log-sum-exp [B, H, T]
@@ -63,8 +76,7 @@ pub(super) struct Rest {
     /// After the attention's residual [N, C]
     x2: Tensor,
     rstd2: Tensor,
-    /// [N, 2F]
-    gate_up: Option<Tensor>,
+    mlp: mlp::Saved,
 }
 
 /// What a forward of the trunk keeps for the backward.
@@ -74,16 +86,64 @@ pub struct Tape {
     blocks: Vec<Saved>,
     /// The final norm's input and statistics.
     last: Option<(Tensor, Tensor)>,
-    recompute: Recompute,
+    /// The load of the experts, where there are several.
+    balance: Option<Balance>,
+}
+
+impl Tape {
+    /// The load-balancing loss of a mixture of experts over this forward; none for other models. The backward then
+    /// differentiates `weight` times it, too.
+    pub fn balance_loss(&mut self, weight: f64) -> Option<f64> {
+        Some(self.balance.as_mut()?.loss(weight))
+    }
+
+    /// Where the tokens went in block `i` of a mixture of experts: the router's output T [N, E] and the chosen experts,
+    /// best first, int64 [N, k]. None for other models, and where the block is computed again.
+    pub fn routing(&self, i: usize) -> Option<(&Tensor, &Tensor)> {
+        let routed = self.blocks.get(i)?.rest.as_ref()?.mlp.routed()?;
+        Some((&routed.logits, &routed.experts))
+    }
 }
 
 /// What all blocks of a forward share.
 pub(super) struct Context {
     pub(super) heads: Heads,
-    positions: Tensor,
+    pub(super) eps: f64,
+    pub(super) positions: Tensor,
+    /// The first visible position of each position, without and with the sliding window.
     start: Option<Tensor>,
+    window_start: Option<Tensor>,
+    /// Blocks before this one have no window.
+    first_window: usize,
     cos: Tensor,
     sin: Tensor,
+}
+
+impl Context {
+    /// For one more token of `batch` rows at `positions` (int64 [B]), which sees from `first` on through a window.
+    pub(super) fn decoding(
+        model: &Llama,
+        batch: i64,
+        positions: Tensor,
+        first: Option<Tensor>,
+        (cos, sin): (Tensor, Tensor),
+    ) -> Context {
+        Context {
+            heads: model.heads(batch),
+            eps: model.shape.rms_norm_eps,
+            positions,
+            start: None,
+            window_start: first,
+            first_window: model.shape.max_window_layers as usize,
+            cos,
+            sin,
+        }
+    }
+
+    /// What the positions of block `i` see first.
+    pub(super) fn start(&self, i: usize) -> Option<&Tensor> {
+        if i < self.first_window { self.start.as_ref() } else { self.window_start.as_ref() }
+    }
 }
 
 pub struct Llama {
@@ -137,20 +197,37 @@ impl Llama {
             Some(p) => p.to_device(device),
             None => Tensor::arange(time, (Kind::Int64, device)).repeat([batch]),
         };
-        let s = &self.shape;
-        let heads = Heads {
-            batch,
-            heads: s.num_attention_heads,
-            kv_heads: s.num_key_value_heads,
-            head_dim: s.head_dim,
+        let start = input.start.as_ref().map(|t| t.to_device(device));
+        let window_start = match self.shape.sliding_window {
+            // A window counts places in the row, padding included.
+            Some(window) if window < time => {
+                let at = Tensor::arange(time, (Kind::Int64, device)).repeat([batch]);
+                let first = (at - (window - 1)).clamp_min(0);
+                Some(start.as_ref().map_or(first.shallow_clone(), |s| s.maximum(&first)))
+            }
+            _ => start.as_ref().map(Tensor::shallow_clone),
         };
-        Ok(Context { heads, positions, start: input.start.as_ref().map(|t| t.to_device(device)), cos, sin })
+        Ok(Context {
+            heads: self.heads(batch),
+            eps: self.shape.rms_norm_eps,
+            positions,
+            start,
+            window_start,
+            first_window: self.shape.max_window_layers as usize,
+            cos,
+            sin,
+        })
+    }
+
+    fn heads(&self, batch: i64) -> Heads {
+        let s = &self.shape;
+        Heads { batch, heads: s.num_attention_heads, kv_heads: s.num_key_value_heads, head_dim: s.head_dim }
     }
 
     /// The block's weights as views of the gathered buffer of group `i` (blocks are groups 1 to L).
-    pub(crate) fn block_weights(&mut self, group: usize) -> Result<Block> {
+    pub(crate) fn block_weights(&mut self, group: usize) -> Result<Block<Linear>> {
         let flat = self.params.full(group)?;
-        Ok(Block::of(&flat, self.params.layout(group), &self.shape))
+        Ok(Block::weights(&flat, self.params.layout(group), &self.shape))
     }
 
     /// The embedding's rows for ids (int64, any shape): T [numel, C].
@@ -184,6 +261,12 @@ impl Llama {
         let mut blocks = Vec::new();
         let mut last = None;
         let mut hidden = None;
+        let mut balance = match &self.shape.experts {
+            Some(e) if recompute.is_some() => {
+                Some(Balance::new(e.num_local_experts, &x, input.mask.as_ref()))
+            }
+            _ => None,
+        };
         for i in 1..=layers {
             let w = self.block_weights(i)?;
             if i < layers {
@@ -191,9 +274,14 @@ impl Llama {
             } else {
                 self.params.prefetch(self.head_group())?;
             }
-            let (y, rest) = block_forward(&w, &x, &context, self.shape.rms_norm_eps)?;
+            let (y, rest) = block_forward(&w, &x, &context, i - 1)?;
             if let Some(r) = recompute {
-                blocks.push(Saved { x: x.shallow_clone(), rest: keep(rest, r) });
+                let routed = rest.mlp.routed();
+                if let (Some(balance), Some(routed)) = (&mut balance, routed) {
+                    balance.add(routed);
+                }
+                let experts = routed.map(|r| r.experts.shallow_clone());
+                blocks.push(Saved { x: x.shallow_clone(), rest: keep(rest, r), experts });
             }
             x = y;
             if let Some(norm) = &w.final_norm {
@@ -207,7 +295,7 @@ impl Llama {
             }
         }
         let hidden = hidden.ok_or_else(|| Error::failed("a model needs at least one block"))?;
-        let tape = recompute.map(|recompute| Tape { context, ids, blocks, last, recompute });
+        let tape = recompute.map(|_| Tape { context, ids, blocks, last, balance });
         Ok((hidden, tape))
     }
 
@@ -226,22 +314,14 @@ impl Llama {
             if fresh {
                 let _ = flat.narrow(0, layout.num_decayed, layout.numel - layout.num_decayed).zero_();
             }
-            let g = Block::of(&flat, layout, &self.shape);
+            let g = Block::gradients(&flat, layout, &self.shape);
             if let (Some(norm), Some(dnorm)) = (&w.final_norm, &g.final_norm) {
                 let (x, rstd) = tape.last.take().ok_or_else(|| Error::failed("a tape is used once"))?;
                 dx = ops::rms_backward(&dx, &x, norm, &rstd, None, dnorm)?;
             }
             let saved = tape.blocks.pop().ok_or_else(|| Error::failed("a tape is used once"))?;
-            dx = block_backward(
-                &w,
-                &g,
-                fresh,
-                dx,
-                saved,
-                &tape.context,
-                self.shape.rms_norm_eps,
-                tape.recompute,
-            )?;
+            let balance = tape.balance.as_ref().and_then(Balance::gradient);
+            dx = block_backward(&w, &g, fresh, dx, saved, &tape.context, i - 1, balance.as_ref())?;
             drop(w);
             self.params.release(i);
             self.params.reduce(i, last)?;
@@ -285,89 +365,110 @@ fn keep(mut rest: Rest, recompute: Recompute) -> Option<Rest> {
     match recompute {
         Recompute::None => Some(rest),
         Recompute::Selective => {
-            rest.gate_up = None;
+            rest.mlp.drop_gate_up();
             Some(rest)
         }
         Recompute::Full => None,
     }
 }
 
-/// x w^T for x [N, I], w [O, I].
-pub(super) fn linear(x: &Tensor, w: &Tensor) -> Tensor {
-    x.mm(&w.tr())
-}
-
-/// All of a block's forward but its last step: what its backward needs.
-fn block_rest(w: &Block, x: &Tensor, c: &Context, eps: f64) -> Result<Rest> {
-    let (h1, rstd1) = ops::rms_norm(x, &w.norm1, eps)?;
-    let qkv = linear(&h1, &w.qkv);
+/// Block `i`'s forward up to what its backward needs. `experts`: where the tokens went in an earlier forward of it.
+fn block_rest(w: &Block<Linear>, x: &Tensor, c: &Context, i: usize, experts: Option<Tensor>) -> Result<Rest> {
+    let (h1, rstd1) = ops::rms_norm(x, &w.norm1, c.eps)?;
+    let qkv = w.qkv.forward(&h1)?;
     drop(h1);
+    let qk = norm_heads(w, &qkv, c)?;
     rotate(&qkv, c, false)?;
-    let (o, lse) = ops::attention(&qkv, c.start.as_ref(), c.heads)?;
-    let x2 = x.addmm(&o, &w.o.tr());
-    let (h2, rstd2) = ops::rms_norm(&x2, &w.norm2, eps)?;
-    let gate_up = linear(&h2, &w.gate_up);
-    Ok(Rest { rstd1, qkv, o, lse, x2, rstd2, gate_up: Some(gate_up) })
+    let (o, lse) = ops::attention(&qkv, c.start(i), c.heads)?;
+    let x2 = w.o.forward_add(&o, x)?;
+    let (h2, rstd2) = ops::rms_norm(&x2, &w.norm2, c.eps)?;
+    let mlp = w.mlp.begin(&h2, experts)?;
+    Ok(Rest { rstd1, qk, qkv, o, lse, x2, rstd2, mlp })
 }
 
-/// A block's output [N, C], and what its backward needs.
-pub(super) fn block_forward(w: &Block, x: &Tensor, c: &Context, eps: f64) -> Result<(Tensor, Rest)> {
-    let rest = block_rest(w, x, c, eps)?;
-    let gate_up = rest.gate_up.as_ref().ok_or_else(|| Error::failed("gate_up is made above"))?;
-    let y = rest.x2.addmm(&ops::swiglu(gate_up)?, &w.down.tr());
+/// Block `i`'s output [N, C], and what its backward needs.
+pub(super) fn block_forward(w: &Block<Linear>, x: &Tensor, c: &Context, i: usize) -> Result<(Tensor, Rest)> {
+    let rest = block_rest(w, x, c, i, None)?;
+    let y = w.mlp.finish(&rest.mlp, &rest.x2)?;
     Ok((y, rest))
 }
 
-fn rotate(qkv: &Tensor, c: &Context, inverse: bool) -> Result<()> {
+pub(super) fn rotate(qkv: &Tensor, c: &Context, inverse: bool) -> Result<()> {
     let heads = c.heads.heads + c.heads.kv_heads;
     Ok(ops::rope(qkv, &c.positions, &c.cos, &c.sin, heads, c.heads.head_dim, inverse)?)
 }
 
-/// Returns the gradient of the block's input; adds to `g` (or sets its matrices, where `fresh`).
+/// The columns of qkv (T [N, (H + 2K) D]) that hold the queries, and those that hold the keys.
+fn queries_and_keys(qkv: &Tensor, h: Heads) -> [Tensor; 2] {
+    let (q, k) = (h.heads * h.head_dim, h.kv_heads * h.head_dim);
+    [qkv.narrow(1, 0, q), qkv.narrow(1, q, k)]
+}
+
+/// Normalises each head's query and key in place, where the family does. Returns what they were, and the statistics.
+pub(super) fn norm_heads(
+    w: &Block<Linear>,
+    qkv: &Tensor,
+    c: &Context,
+) -> Result<Option<[(Tensor, Tensor); 2]>> {
+    let Some(norms) = &w.qk_norm else { return Ok(None) };
+    let [q, k] = queries_and_keys(qkv, c.heads);
+    let apply = |mut x: Tensor, norm: &Tensor| -> Result<(Tensor, Tensor)> {
+        let before = x.reshape([-1, c.heads.head_dim]).contiguous();
+        let (y, rstd) = ops::rms_norm(&before, norm, c.eps)?;
+        x.copy_(&y.view_as(&x));
+        Ok((before, rstd))
+    };
+    Ok(Some([apply(q, &norms[0])?, apply(k, &norms[1])?]))
+}
+
+/// The backward of [`norm_heads`], in place.
+fn norm_heads_backward(
+    w: &Block<Linear>,
+    g: &Block<LinearGrad>,
+    dqkv: &Tensor,
+    saved: Option<[(Tensor, Tensor); 2]>,
+    h: Heads,
+) -> Result<()> {
+    let (Some(norms), Some(dnorms), Some(saved)) = (&w.qk_norm, &g.qk_norm, saved) else { return Ok(()) };
+    for (i, mut dx) in queries_and_keys(dqkv, h).into_iter().enumerate() {
+        let (before, rstd) = &saved[i];
+        let dy = dx.reshape([-1, h.head_dim]).contiguous();
+        let d = ops::rms_backward(&dy, before, &norms[i], rstd, None, &dnorms[i])?;
+        dx.copy_(&d.view_as(&dx));
+    }
+    Ok(())
+}
+
+/// Returns the gradient of block `i`'s input; adds to `g` (or sets its matrices, where `fresh`). `balance`: the gradient of
+/// its router's probabilities, A [N, E], that does not come from `dy`.
 #[allow(clippy::too_many_arguments)]
 fn block_backward(
-    w: &Block,
-    g: &Block,
+    w: &Block<Linear>,
+    g: &Block<LinearGrad>,
     fresh: bool,
     dy: Tensor,
     saved: Saved,
     c: &Context,
-    eps: f64,
-    recompute: Recompute,
+    i: usize,
+    balance: Option<&Tensor>,
 ) -> Result<Tensor> {
     let x = saved.x;
     let rest = match saved.rest {
         Some(rest) => rest,
-        None => block_rest(w, &x, c, eps)?,
+        None => block_rest(w, &x, c, i, saved.experts)?,
     };
     // The norms' outputs are made again from their statistics rather than kept.
     let h2 = ops::rms_apply(&rest.x2, &w.norm2, &rest.rstd2)?;
-    let gate_up = match rest.gate_up {
-        Some(t) => t,
-        None => {
-            debug_assert_eq!(recompute, Recompute::Selective);
-            linear(&h2, &w.gate_up)
-        }
-    };
-    let da = dy.mm(&w.down);
-    ops::swiglu_backward(&gate_up, &da)?;
-    let (dgate_up, a) = (gate_up, da);
-    ops::grad_weight(&g.down, &dy, &a, fresh)?;
-    drop(a);
-    ops::grad_weight(&g.gate_up, &dgate_up, &h2, fresh)?;
-    drop(h2);
-    let dh2 = dgate_up.mm(&w.gate_up);
-    drop(dgate_up);
+    let dh2 = w.mlp.backward(&dy, h2, rest.mlp, &g.mlp, fresh, balance)?;
     let dx2 = ops::rms_backward(&dh2, &rest.x2, &w.norm2, &rest.rstd2, Some(&dy), &g.norm2)?;
     drop((dh2, dy));
 
-    ops::grad_weight(&g.o, &dx2, &rest.o, fresh)?;
-    let dout = dx2.mm(&w.o);
-    let dqkv = ops::attention_backward(&dout, &rest.qkv, &rest.o, &rest.lse, c.start.as_ref(), c.heads)?;
+    let dout = w.o.backward(&dx2, &rest.o, &g.o, fresh)?;
+    let dqkv = ops::attention_backward(&dout, &rest.qkv, &rest.o, &rest.lse, c.start(i), c.heads)?;
     drop(dout);
     rotate(&dqkv, c, true)?;
+    norm_heads_backward(w, g, &dqkv, rest.qk, c.heads)?;
     let h1 = ops::rms_apply(&x, &w.norm1, &rest.rstd1)?;
-    ops::grad_weight(&g.qkv, &dqkv, &h1, fresh)?;
-    let dh1 = dqkv.mm(&w.qkv);
+    let dh1 = w.qkv.backward(&dqkv, &h1, &g.qkv, fresh)?;
     Ok(ops::rms_backward(&dh1, &x, &w.norm1, &rest.rstd1, Some(&dx2), &g.norm1)?)
 }

@@ -1,13 +1,17 @@
-//! Llama: layout of its parameters, forward and backward, the LM head, token by token over a KV cache.
+//! The Llama family: layout of the parameters, forward and backward, the LM head, token by token over a KV cache.
 
 pub mod decode;
 pub mod head;
 pub mod init;
 pub mod layout;
+pub mod linear;
 pub mod llama;
+mod mixture;
+mod mlp;
 
 pub use decode::KvCache;
 pub use head::LmHead;
+pub use linear::{Linear, LinearGrad};
 pub use llama::{Input, Llama, Tape};
 
 pub use crate::config::sections::Recompute;

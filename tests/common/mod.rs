@@ -6,11 +6,13 @@ pub mod run;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use corral::checkpoint::Weights;
 use corral::distributed::sharded::Sharded;
 use corral::model::{Llama, layout};
-use kernels::c10d::Group;
+use kernels::c10d::{Backend, Group, Store};
+use kernels::watch::Watch;
 use tch::{Device, Kind, Tensor};
 
 /// The root of the golden data: `CORRAL_GOLDEN`, else the copy beside the tests.
@@ -18,6 +20,20 @@ pub fn golden() -> PathBuf {
     match std::env::var_os("CORRAL_GOLDEN") {
         Some(root) => root.into(),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"),
+    }
+}
+
+/// The models among the golden data, one a family or a variant of it.
+pub const FAMILIES: [&str; 7] = ["llama2", "llama3", "tied", "mistral", "qwen2", "qwen3", "mixtral"];
+
+/// The folder of a golden model. `make_golden.py` knows no qwen3: where a root has none, the one beside the tests serves.
+pub fn golden_model(family: &str) -> PathBuf {
+    let dir = golden().join("models").join(family);
+    match family {
+        "qwen3" if !dir.exists() => {
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models").join(family)
+        }
+        _ => dir,
     }
 }
 
@@ -47,11 +63,40 @@ pub fn json(path: &Path) -> serde_json::Value {
 
 /// A model folder on one rank.
 pub fn load(dir: &Path, compute: Kind) -> Llama {
+    load_sharded(dir, compute, Group::solo(), device())
+}
+
+/// A model folder with its parameters sharded over a group.
+pub fn load_sharded(dir: &Path, compute: Kind, shard: Group, device: Device) -> Llama {
     let weights = Weights::open(dir).unwrap();
     let shape = weights.shape().clone();
-    let mut params = Sharded::new(layout::layouts(&shape), Group::solo(), Group::solo(), compute, device());
+    let mut params = Sharded::new(layout::layouts(&shape), shard, Group::solo(), compute, device);
     weights.fill(&mut params).unwrap();
     Llama::new(shape, params)
+}
+
+/// Runs `f` on `n` ranks, threads of this process on the CPU; returns what they return, by rank.
+pub fn on_ranks<T: Send>(n: i64, f: impl Fn(Group) -> T + Sync) -> Vec<T> {
+    let timeout = Duration::from_secs(30);
+    let server = Store::tcp("127.0.0.1", 0, true, timeout).unwrap();
+    let stores: Vec<Store> = (0..n).map(|_| server.reconnect().unwrap()).collect();
+    let ranks: Vec<i64> = (0..n).collect();
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = stores
+            .into_iter()
+            .enumerate()
+            .map(|(rank, store)| {
+                let (ranks, f) = (&ranks, &f);
+                scope.spawn(move || {
+                    let watch = Watch::start(store, rank as i64, n, rank == 0).unwrap();
+                    let group =
+                        Group::new(&watch, Backend::Gloo, "world", ranks, timeout, Device::Cpu).unwrap();
+                    f(group)
+                })
+            })
+            .collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    })
 }
 
 /// The largest absolute difference.

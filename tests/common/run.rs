@@ -243,6 +243,7 @@ fn read(path: &Path) -> String {
 pub struct Run {
     /// The test's folder: `config.yaml`, the run's folder `run`, output of the programs.
     pub dir: PathBuf,
+    subcommand: &'static str,
 }
 
 impl Run {
@@ -268,7 +269,32 @@ valid: {{every: 10, batches: 3}}
             dir.join("run").display()
         );
         fs::write(dir.join("config.yaml"), text).expect("writable");
-        Run { dir }
+        Run { dir, subcommand: "pretrain" }
+    }
+
+    /// 20 steps of fine-tuning of a new model on the questions and answers of [`data`].
+    pub fn sft(name: &str) -> Run {
+        let (dir, data) = (folder(name), data().display());
+        let text = format!(
+            "output_dir: {}
+tokenizer: {{path: {data}/tokens/tokenizer, template: \"{{prompt}}\\n{{completion}}\"}}
+model:
+  init: {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2}}
+data:
+  train: [{data}/sft.train.jsonl]
+  valid: [{data}/sft.valid.jsonl]
+  sequence_length: 128
+  cache: {data}/cache
+parallel: {{timeout_s: 100}}
+optim: {{lr: 1.0e-2}}
+schedule: {{kind: cosine, warmup_steps: 4}}
+train: {{steps: 20, batch_size: 8}}
+valid: {{every: 10, batches: 3}}
+",
+            dir.join("run").display()
+        );
+        fs::write(dir.join("config.yaml"), text).expect("writable");
+        Run { dir, subcommand: "sft" }
     }
 
     /// The folder of the run itself.
@@ -276,7 +302,7 @@ valid: {{every: 10, batches: 3}}
         self.dir.join("run")
     }
 
-    /// `corral pretrain` for one rank, `launch --nproc RANKS pretrain` for more; `words`: overrides and flags.
+    /// `corral SUBCOMMAND` for one rank, `launch --nproc RANKS SUBCOMMAND` for more; `words`: overrides and flags.
     pub fn program(&self, ranks: usize, words: &[&str]) -> Program {
         self.launched(ranks, &[], words)
     }
@@ -288,12 +314,12 @@ valid: {{every: 10, batches: 3}}
         } else {
             Program::new(LAUNCH).args(&["--nproc", &ranks.to_string()]).args(options)
         };
-        let program = program.args(&["pretrain", "--device", "cpu", "--config"]);
+        let program = program.args(&[self.subcommand, "--device", "cpu", "--config"]);
         program.arg(self.dir.join("config.yaml")).args(words)
     }
 
     pub fn start(&self, ranks: usize, words: &[&str]) -> Running {
-        self.program(ranks, words).start(&self.dir, "pretrain")
+        self.program(ranks, words).start(&self.dir, self.subcommand)
     }
 
     /// Trains to the end.

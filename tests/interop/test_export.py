@@ -3,19 +3,23 @@ import json
 
 import pytest
 import torch
-from conftest import read_jsonl, run
+from conftest import ROOT, read_jsonl, run
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@pytest.fixture(scope="module")
-def model(made):
-    model, info = AutoModelForCausalLM.from_pretrained(made / "run/model", dtype=torch.float32, output_loading_info=True)
+def load(path):
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not info[problem], f"{problem}: {info[problem]}"
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model(made):
+    return load(made / "run/model")
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +86,35 @@ def test_model_has_learnt(made, model, tokenizer, texts):
     """The weights are the trained ones: far better than uniform over the vocabulary."""
     losses = torch.cat([-logprobs(model, tokenizer(text).input_ids) for text in texts])
     assert losses.mean() < 0.8 * torch.tensor(float(len(tokenizer))).log()
+
+
+FAMILY_CONFIG = """\
+output_dir: {dir}/run
+model: {{path: {golden}}}
+data: {{train: ["{dir}/tokens/train"], sequence_length: 32}}
+optim: {{lr: 1.0e-3}}
+train: {{steps: 2, batch_size: 4}}
+"""
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama3", "mistral", "mixtral", "qwen2", "qwen3"])
+def test_every_family(made, family, tmp_path):
+    """A golden model, trained for two steps so that biases, norms and routers are our own numbers, and exported."""
+    golden = ROOT / "tests/golden/models" / family
+    run("corral", "tokenize", "--input", made / "data/pretrain.valid.jsonl", "--tokenizer", golden, "--output", tmp_path / "tokens")
+    (tmp_path / "config.yaml").write_text(FAMILY_CONFIG.format(dir=tmp_path, golden=golden))
+    run("corral", "pretrain", "--config", tmp_path / "config.yaml")
+    exported = load(tmp_path / "run/model")
+    before = load(golden)
+    assert type(exported) is type(before)
+    for key in ("sliding_window", "layer_types", "num_local_experts", "rope_parameters", "tie_word_embeddings"):
+        assert getattr(exported.config, key, None) == getattr(before.config, key, None), key
+
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(3, exported.config.vocab_size, (4, 60), generator=generator).tolist()
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    run("corral", "score", "--model", tmp_path / "run/model", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    for row, line in zip(rows, read_jsonl(tmp_path / "out.jsonl"), strict=True):
+        expected = logprobs(exported, row)
+        torch.testing.assert_close(torch.tensor(line["logprobs"], dtype=torch.float64), expected, atol=2e-4, rtol=1e-5)
+        assert (expected - logprobs(before, row)).abs().max() > 0.01, "training changed the model"

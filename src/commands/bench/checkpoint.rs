@@ -46,7 +46,7 @@ pub fn run(args: &Args, world: &World) -> Result<()> {
     for _ in 0..args.warmup {
         training.step(world)?;
     }
-    let info = RunInfo { shape: training.shape.clone(), config_hash: "bench".into(), tokenizer_dir: None };
+    let info = RunInfo { shape: training.shape.clone(), config_hash: "bench".into(), tokenizer: None };
     let mut saver = Saver::new(&run_dir, 1, info, &world.group)?;
     let mut times = Times::default();
     let mut step = 0;

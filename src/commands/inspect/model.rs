@@ -10,6 +10,7 @@ use super::{Depth, Report, data, json_object, names};
 use crate::checkpoint::safetensors::Reader;
 use crate::checkpoint::sharded::{self, META};
 use crate::checkpoint::{Checkpoint, Weights};
+use crate::data::tokenizer::folder_has_tokenizer;
 use crate::error::Result;
 use crate::files::crc32;
 
@@ -62,7 +63,7 @@ pub fn model(dir: &Path, depth: Depth) -> Result<Report> {
 
 /// Adds the tokenizer that lies beside a model, and compares their vocabularies.
 fn tokenizer_beside(report: &mut Report, dir: &Path) {
-    if !dir.join("tokenizer.json").exists() && !dir.join("tokenizer.model").exists() {
+    if !folder_has_tokenizer(dir) {
         return;
     }
     let tokenizer = data::tokenizer(dir);

@@ -1,0 +1,175 @@
+//! Chat templates that are built in, and plain ones from a configuration.
+
+use crate::data::tokenizer::{ChatTemplate, Tokenizer};
+use crate::error::{Error, Result};
+
+struct BuiltIn {
+    name: &'static str,
+    source: &'static str,
+    /// Tokens that it writes besides BOS and EOS.
+    tokens: &'static [&'static str],
+    /// Whether BOS is to be put before it where the tokenizer puts one before every text.
+    without_bos: bool,
+}
+
+const BUILT_IN: [BuiltIn; 5] = [
+    BuiltIn {
+        name: "llama-2",
+        source: include_str!("templates/llama-2.jinja"),
+        tokens: &[],
+        without_bos: false,
+    },
+    BuiltIn {
+        name: "llama-3",
+        source: include_str!("templates/llama-3.jinja"),
+        tokens: &["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        without_bos: false,
+    },
+    BuiltIn {
+        name: "chatml",
+        source: include_str!("templates/chatml.jinja"),
+        tokens: &["<|im_start|>", "<|im_end|>"],
+        without_bos: true,
+    },
+    BuiltIn {
+        name: "mistral",
+        source: include_str!("templates/mistral.jinja"),
+        tokens: &[],
+        without_bos: false,
+    },
+    BuiltIn {
+        name: "human-assistant",
+        source: include_str!("templates/human-assistant.jinja"),
+        tokens: &[],
+        without_bos: true,
+    },
+];
+
+/// The names of the built-in templates, for messages.
+pub fn names() -> String {
+    BUILT_IN.map(|t| t.name).join(", ")
+}
+
+/// A template by the name of a built-in one, as a file, or as Jinja itself.
+///
+/// # Errors
+/// None of these; a built-in one whose tokens the tokenizer lacks.
+pub fn find(what: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
+    if let Some(template) = BUILT_IN.iter().find(|t| t.name == what) {
+        let ends = template.source.contains("eos_token") && !has_eos(tokenizer);
+        let missing: Vec<&str> = template
+            .tokens
+            .iter()
+            .copied()
+            .filter(|t| tokenizer.token_to_id(t).is_none())
+            .chain(ends.then_some("an eos_token"))
+            .collect();
+        if !missing.is_empty() {
+            return Err(Error::config(format!(
+                "the chat template {what} needs {}, which the tokenizer {} has not; tokenizer.add_tokens adds tokens",
+                missing.join(", "),
+                tokenizer.place()
+            )));
+        }
+        let begin = if template.without_bos { bos(tokenizer) } else { String::new() };
+        let source = format!("{begin}{}", template.source.trim_end_matches('\n'));
+        return Ok(ChatTemplate { source, place: format!("the built-in chat template {what}") });
+    }
+    if ["{%", "{{", "{#"].iter().any(|mark| what.contains(mark)) {
+        return Ok(ChatTemplate { source: what.into(), place: "tokenizer.chat_template".into() });
+    }
+    let source = std::fs::read_to_string(what).map_err(|e| {
+        Error::config(format!(
+            "tokenizer.chat_template: `{what}` is no built-in template ({}), no Jinja, and no file that can be read: {e}",
+            names()
+        ))
+    })?;
+    Ok(ChatTemplate { source, place: what.into() })
+}
+
+/// Jinja that writes BOS where the tokenizer puts one before every text.
+fn bos(tokenizer: &Tokenizer) -> String {
+    let named = tokenizer.special_tokens().iter().any(|(name, _)| *name == "bos_token");
+    match tokenizer.bos_id().and_then(|id| tokenizer.id_to_token(id)).filter(|_| tokenizer.adds_bos()) {
+        Some(_) if named => "{{- bos_token -}}".into(),
+        Some(text) => format!("{{{{- {} -}}}}", quote(&text)),
+        None => String::new(),
+    }
+}
+
+fn has_eos(tokenizer: &Tokenizer) -> bool {
+    tokenizer.special_tokens().iter().any(|(name, _)| *name == "eos_token")
+}
+
+/// A string of Jinja's, which one of JSON is too.
+fn quote(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+/// A plain template such as `"Question: {prompt}\n\nAnswer: {completion}"` as a chat template for one message of the user
+/// and one of the assistant. The answer begins where `{completion}` stands, and ends with EOS after what follows it.
+/// `{{` and `}}` are braces.
+///
+/// # Errors
+/// Of kind Config: unknown, missing, or repeated placeholders, a lone brace; a tokenizer without EOS.
+pub fn plain(template: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
+    let bad = |what: String| Error::config(format!("tokenizer.template: {what}"));
+    let mut parts = vec![String::new()];
+    let mut rest = template;
+    while let Some(at) = rest.find(['{', '}']) {
+        let last = parts.len() - 1;
+        parts[last] += &rest[..at];
+        rest = &rest[at..];
+        if rest.starts_with("{{") || rest.starts_with("}}") {
+            parts[last] += &rest[..1];
+            rest = &rest[2..];
+            continue;
+        }
+        let name = rest.strip_prefix('{').and_then(|rest| rest.split_once('}'));
+        let Some((name, after)) = name else {
+            return Err(bad("a brace stands alone; write `{{` or `}}` for a brace".into()));
+        };
+        match (name, parts.len()) {
+            ("prompt", 1) | ("completion", 2) => parts.push(String::new()),
+            ("prompt" | "completion", _) => {
+                return Err(bad("`{prompt}` and then `{completion}` must be there once each".into()));
+            }
+            _ => {
+                return Err(bad(format!(
+                    "`{{{name}}}` is not known; known are {{prompt}} and {{completion}}"
+                )));
+            }
+        }
+        rest = after;
+    }
+    if let Some(last) = parts.last_mut() {
+        *last += rest;
+    }
+    let Ok([before, between, after]) = <[String; 3]>::try_from(parts) else {
+        return Err(bad("`{prompt}` and then `{completion}` must be there once each".into()));
+    };
+    if !has_eos(tokenizer) {
+        return Err(Error::data(format!(
+            "the tokenizer {} names no end of a text, which a completion ends with; add \"eos_token\" to its \
+             tokenizer_config.json",
+            tokenizer.place()
+        )));
+    }
+    let refusal = "The template has places for a prompt and its completion only; the roles here are ";
+    let source = format!(
+        "{{%- set roles = messages | map(attribute='role') | list -%}}\
+         {{%- if roles != ['user'] and roles != ['user', 'assistant'] -%}}\
+         {{{{- raise_exception({} + (roles | join(', '))) -}}}}\
+         {{%- endif -%}}\
+         {}{{{{- {} + messages[0]['content'] + {} -}}}}\
+         {{%- if messages | length == 2 -%}}\
+         {{{{- messages[1]['content'] + {} + eos_token -}}}}\
+         {{%- endif -%}}",
+        quote(refusal),
+        bos(tokenizer),
+        quote(&before),
+        quote(&between),
+        quote(&after),
+    );
+    Ok(ChatTemplate { source, place: "tokenizer.template".into() })
+}

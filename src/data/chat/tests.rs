@@ -1,0 +1,297 @@
+use super::*;
+use crate::data::tokenizer::tests::{load_fixture, small};
+use crate::files::TestFolder;
+use serde_json::Value;
+
+fn chat(turns: &[(&str, &str)]) -> Vec<Message> {
+    turns.iter().map(|(role, text)| Message::new(*role, *text)).collect()
+}
+
+fn template(source: &str) -> ChatTemplate {
+    ChatTemplate { source: source.into(), place: "here".into() }
+}
+
+/// The small trained tokenizer with further special tokens and a template.
+fn with(section: sections::Tokenizer) -> Result<Tokenizer> {
+    let folder = TestFolder::new(&format!("chat-with-{:?}", std::thread::current().id()));
+    small(300).save(&folder.0)?;
+    configured(Some(&section), Some(&folder.0))
+}
+
+#[test]
+fn templates_are_rendered_as_by_transformers() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/chats.json");
+    let fixture: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let tokens = || vec![("bos_token", "<s>".to_string()), ("eos_token", "</s>".to_string())];
+    let cases = fixture["cases"].as_array().unwrap();
+    assert!(cases.len() > 100);
+    for case in cases {
+        let index = |i: usize| case[i].as_u64().unwrap() as usize;
+        let source = fixture["templates"][index(0)].as_str().unwrap();
+        let messages: Vec<Message> = serde_json::from_value(fixture["chats"][index(1)].clone()).unwrap();
+        let jinja = Jinja::new(&template(source), tokens()).unwrap();
+        let rendered = jinja.render(&messages, case[2].as_bool().unwrap());
+        match case[3].as_str() {
+            None => assert!(rendered.is_err(), "{source}\n{messages:?}"),
+            Some(text) => {
+                let rendered = rendered.unwrap_or_else(|e| panic!("{e}\n{source}\n{messages:?}"));
+                assert_eq!(rendered.text, text, "{source}\n{messages:?}");
+                let marked = rendered.marked.iter().map(|range| {
+                    let chars = |end: usize| rendered.text[..end].chars().count();
+                    serde_json::json!([chars(range.start), chars(range.end)])
+                });
+                assert_eq!(Value::Array(marked.collect()), case[4], "{source}\n{messages:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn errors_of_templates_are_told_with_their_line() {
+    let jinja = |source: &str| Jinja::new(&template(source), Vec::new());
+    let e = jinja("a\nb {% if %}").err().unwrap();
+    assert!(e.message.starts_with("here, line 2: syntax error: "), "{e}");
+    let fails = |source: &str| jinja(source).unwrap().render(&chat(&[("user", "x")]), true).err().unwrap();
+    let e = fails("\n\n{{ raise_exception('never ' + messages[0].content) }}");
+    assert_eq!((e.message.as_str(), e.exit_code()), ("here, line 3: never x", 3));
+    for (source, part) in [
+        ("{{ messages[0].a.b }}", "here, line 1: undefined value"),
+        ("\n{{ none + 'a' }}", "here, line 2: "),
+        ("{{ messages | nothing }}", "unknown filter"),
+        ("{{ nothing() }}", "here, line 1: unknown function"),
+        ("{{ 'a'.nothing() }}", "unknown method"),
+        ("{% include 'other' %}", "here, line 1: "),
+        ("{{ strftime_now('%!') }}", "bad format"),
+    ] {
+        let e = fails(source);
+        assert!(e.message.contains(part), "{source}: {e}");
+    }
+    assert_eq!(jinja("{{ strftime_now('%Y') }}").unwrap().render(&[], false).unwrap().text.len(), 4);
+    let marked = jinja("{% generation %}{{ messages[0].content }}{% endgeneration %}").unwrap();
+    assert!(marked.render(&chat(&[("user", "\u{fdd0}")]), false).is_err());
+}
+
+#[test]
+fn a_model_without_a_template_is_refused_with_the_list() {
+    let e = Chat::new(&small(300)).err().unwrap();
+    assert!(e.message.contains("llama-2, llama-3, chatml, mistral, human-assistant"), "{e}");
+    assert_eq!(e.exit_code(), 2);
+    for (what, part) in [
+        ("chatml", "needs <|im_start|>, <|im_end|>"),
+        ("vicuna", "`vicuna` is no built-in template (llama-2"),
+    ] {
+        let e = with_chat_template(small(300), what).err().unwrap();
+        assert!(e.message.contains(part) && e.exit_code() == 2, "{e}");
+    }
+}
+
+/// Up to every turn of the assistant, the ids are those of the prompt that asks for it.
+fn check_turns(chat: &Chat, messages: &[Message]) -> Encoding {
+    let whole = chat.encode(messages, false).unwrap();
+    let answers: Vec<usize> =
+        messages.iter().enumerate().filter(|(_, m)| m.role == "assistant").map(|(i, _)| i).collect();
+    assert_eq!(whole.turns.len(), answers.len());
+    for (turn, i) in whole.turns.iter().zip(answers) {
+        let prompt = chat.prompt(&messages[..i]).unwrap();
+        assert_eq!(prompt, whole.ids[..turn.start], "{:?}", whole.text);
+    }
+    let bos = chat.tokenizer().bos_id();
+    assert!(whole.ids.len() < 2 || whole.ids[0] != whole.ids[1] || Some(whole.ids[0]) != bos);
+    whole
+}
+
+fn conversations() -> Vec<Vec<Message>> {
+    let texts = ["Hi", "", " x ", "\nlines\n\n", "12", "中 🦀", "'s", "a  b", "<s>", "a</s>b", "_▁"];
+    let mut all = Vec::new();
+    for (i, a) in texts.iter().enumerate() {
+        for b in texts {
+            let c = texts[(i + 3) % texts.len()];
+            all.push(chat(&[("user", a), ("assistant", b), ("user", c), ("assistant", a)]));
+        }
+    }
+    all
+}
+
+#[test]
+fn no_token_joins_question_and_answer() {
+    let plain =
+        sections::Tokenizer { template: Some("Q: {prompt}\nA: {completion}\n".into()), ..Default::default() };
+    for name in ["llama", "no_prefix", "symbols", "llama3", "qwen"] {
+        let (folder, tokenizer) = load_fixture(name);
+        let chatml = with_chat_template(
+            tokenizer.clone().with_tokens(&["<|im_start|>".into(), "<|im_end|>".into()]).unwrap(),
+            "chatml",
+        );
+        let human = with_chat_template(tokenizer.clone(), "human-assistant");
+        let bare = "{% for m in messages %}{{ m.role[0] + ':' + m.content }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}";
+        let bare = with_chat_template(tokenizer.clone(), bare);
+        for tokenizer in [chatml.unwrap(), human.unwrap(), bare.unwrap()] {
+            let chat = Chat::new(&tokenizer).unwrap();
+            for messages in conversations() {
+                check_turns(&chat, &messages);
+            }
+        }
+        let chat = Chat::new(&configured(Some(&plain), Some(&folder.0)).unwrap()).unwrap();
+        for messages in conversations() {
+            check_turns(&chat, &messages[..2]);
+        }
+        if tokenizer.bos_id().is_some() {
+            let llama2 = with_chat_template(tokenizer.clone(), "llama-2").unwrap();
+            let mistral = with_chat_template(tokenizer, "mistral").unwrap();
+            for tokenizer in [llama2, mistral] {
+                let chat = Chat::new(&tokenizer).unwrap();
+                for messages in conversations() {
+                    assert_eq!(check_turns(&chat, &messages).ids.first().copied(), tokenizer.bos_id());
+                }
+            }
+        }
+    }
+}
+
+/// A segment inside a text is encoded as SentencePiece encodes the rest of that text.
+#[test]
+fn segments_go_on_where_the_text_before_ends() {
+    let (_folder, t) = load_fixture("llama");
+    let ids = |segments: &[&str]| t.encode_segments(segments).unwrap();
+    let whole = |text: &str| t.encode(text, false).unwrap();
+    assert_eq!(ids(&["Hello", " world"]).concat(), whole("Hello world"));
+    assert_eq!(ids(&["", "Hello"]), [vec![], whole("Hello")]);
+    // `▁` comes before a text, and after a special token, and nowhere else.
+    let space = t.token_to_id("▁").unwrap();
+    assert_eq!(ids(&["a", "(b"])[1], whole("a(b")[whole("a").len()..]);
+    assert_eq!(whole("(")[0], space);
+    assert_ne!(ids(&["a", "("])[1][0], space);
+    for segments in [["a</s>", "(b"], ["a", "</s>(b"], ["a</s>(", "b"]] {
+        let text = segments.concat();
+        assert_eq!(
+            t.decode(&ids(&segments).concat(), false).unwrap(),
+            t.decode(&whole(&text), false).unwrap()
+        );
+    }
+    assert_eq!(ids(&["a</s>", "(b"]).concat(), whole("a</s>(b"));
+    assert_eq!(ids(&["a", "b</s>(c"])[1], [ids(&["a", "b"])[1].clone(), whole("</s>(c")].concat());
+}
+
+#[test]
+fn bos_is_never_there_twice() {
+    let bos_twice = "{{ bos_token }}{{ bos_token }}{{ messages[0].content }}";
+    let t = with_chat_template(small(300), bos_twice).unwrap();
+    let prompt = Chat::new(&t).unwrap().prompt_text("<s>abc").unwrap();
+    assert_eq!(prompt[..2], [0, t.encode("a", false).unwrap()[0]]);
+    assert_eq!(t.encode_prompt("<s>abc").unwrap(), prompt);
+    assert_eq!(t.encode_prompt("abc").unwrap(), prompt);
+}
+
+#[test]
+fn plain_templates() {
+    let section =
+        |template: &str| sections::Tokenizer { template: Some(template.into()), ..Default::default() };
+    let t = with(section("Question: {prompt}\n\n\"{{A}}\"\\: {completion} .")).unwrap();
+    let chat_ = Chat::new(&t).unwrap();
+    let pair = chat(&[("user", "1 + 1?"), ("assistant", " 2")]);
+    let encoded = chat_.encode(&pair, false).unwrap();
+    assert_eq!(encoded.text, "<s>Question: 1 + 1?\n\n\"{A}\"\\:  2 .</s>");
+    let turn = encoded.turns[0].clone();
+    assert_eq!(t.decode(&encoded.ids[turn.clone()], false).unwrap(), " 2 .</s>");
+    assert_eq!(turn.end, encoded.ids.len());
+    assert_eq!(encoded.mask().iter().filter(|m| **m).count(), turn.len());
+    assert_eq!(chat_.prompt_text("1 + 1?").unwrap(), encoded.ids[..turn.start]);
+    assert_eq!((chat_.end_of_turn(), chat_.stop_ids()), (Some(1), vec![1]));
+    let e = chat_.render(&chat(&[("system", "x"), ("user", "y")]), true).unwrap_err();
+    assert!(
+        e.message.contains("places for a prompt and its completion only; the roles here are system, user"),
+        "{e}"
+    );
+
+    for (text, part) in [
+        ("{prompt}", "once each"),
+        ("{completion}{prompt}", "once each"),
+        ("{prompt}{prompt}{completion}", "once each"),
+        ("{prompt}{answer}", "`{answer}` is not known"),
+        ("{prompt}{completion", "a brace stands alone"),
+        ("}{prompt}{completion}", "a brace stands alone"),
+    ] {
+        let e = with(section(text)).err().unwrap();
+        assert!(e.message.contains(part) && e.exit_code() == 2, "{text}: {e}");
+    }
+}
+
+#[test]
+fn a_configured_tokenizer_is_saved_with_its_tokens_and_template() {
+    let section = sections::Tokenizer {
+        chat_template: Some("chatml".into()),
+        add_tokens: vec!["<|im_start|>".into(), "<|im_end|>".into(), "</s>".into()],
+        ..Default::default()
+    };
+    let t = with(section.clone()).unwrap();
+    assert_eq!((t.vocab_size(), t.eos_ids()), (302, &[1, 301][..]));
+    assert_ne!(t.hash(), t.base_hash());
+    assert_eq!(t.base_hash(), small(300).hash());
+    let (rows, padded) = (
+        |n| t.rows(n, Some(&section)).unwrap(),
+        sections::Tokenizer { pad_to_multiple_of: Some(64), ..section.clone() },
+    );
+    assert_eq!((rows(300), rows(302), rows(310)), (302, 302, 310));
+    assert_eq!(t.rows(300, Some(&padded)).unwrap(), 320);
+    assert!(
+        t.rows(299, Some(&section))
+            .unwrap_err()
+            .message
+            .contains("302 tokens, more than the model's vocab_size of 299")
+    );
+    assert!(t.rows(300, None).is_err() && t.rows(300, Some(&Default::default())).is_err());
+
+    let folder = TestFolder::new("chat-configured");
+    t.save(&folder.0).unwrap();
+    let again = Tokenizer::load(&folder.0).unwrap();
+    assert_eq!((again.hash(), again.eos_ids()), (t.hash(), t.eos_ids()));
+    let messages = chat(&[("user", "Hi"), ("assistant", "Ho")]);
+    let (a, b) = (Chat::new(&t).unwrap(), Chat::new(&again).unwrap());
+    assert_eq!(a.encode(&messages, false).unwrap(), b.encode(&messages, false).unwrap());
+    assert_eq!(
+        a.render(&messages, true).unwrap(),
+        "<s><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n<|im_start|>assistant\n"
+    );
+    assert_eq!((a.end_of_turn(), a.stop_ids()), (Some(301), vec![1, 301]));
+    // With the tokens already there nothing changes.
+    assert_eq!(configured(Some(&section), Some(&folder.0)).unwrap().hash(), t.hash());
+}
+
+#[test]
+fn turns_are_those_of_the_assistant() {
+    let t = with(sections::Tokenizer {
+        chat_template: Some("chatml".into()),
+        add_tokens: vec!["<|im_start|>".into(), "<|im_end|>".into()],
+        ..Default::default()
+    });
+    let chat_ = Chat::new(&t.unwrap()).unwrap();
+    let turns = |chat_: &Chat, messages: &[Message]| -> Vec<String> {
+        let encoded = chat_.encode(messages, false).unwrap();
+        encoded
+            .turns
+            .iter()
+            .map(|r| chat_.tokenizer().decode(&encoded.ids[r.clone()], false).unwrap())
+            .collect()
+    };
+    let messages = chat(&[("user", "a"), ("assistant", "b\n"), ("user", "c"), ("assistant", "")]);
+    assert_eq!(turns(&chat_, &messages), ["b\n<|im_end|>", "<|im_end|>"]);
+    assert_eq!(turns(&chat_, &messages[..1]), Vec::<String>::new());
+
+    let human = Chat::new(&with_chat_template(small(300), "human-assistant").unwrap()).unwrap();
+    assert_eq!(turns(&human, &messages), [" b\n</s>", " </s>"]);
+    // Without a token at the end, a turn ends where its text does.
+    let bare = "{% for m in messages %}{{ m.role + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}";
+    let bare = Chat::new(&with_chat_template(small(300), bare).unwrap()).unwrap();
+    assert_eq!(turns(&bare, &messages), ["b\n\n", "\n"]);
+    assert_eq!(bare.end_of_turn(), None);
+
+    // What was said earlier is rendered otherwise: it cannot be trained with, and asked it can be.
+    let last_only = "{% for m in messages %}{{ m.role + (m.content if loop.last else '') }}{% endfor %}";
+    let last_only = Chat::new(&with_chat_template(small(300), last_only).unwrap()).unwrap();
+    let e = last_only.encode(&messages, false).unwrap_err();
+    assert!(
+        e.message.contains("in message 2 cannot be told") && e.message.contains("{% generation %}"),
+        "{e}"
+    );
+    assert!(!last_only.prompt(&messages).unwrap().is_empty());
+}

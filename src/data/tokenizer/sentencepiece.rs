@@ -1,0 +1,375 @@
+//! SentencePiece's `tokenizer.model` (BPE, as Llama 1 and 2 and Mistral have it) as the definition of a `tokenizers`
+//! BPE, the way transformers' `LlamaConverter` makes it.
+//!
+//! SentencePiece joins the neighbours whose union is the piece of the highest score, the leftmost first. In a trained
+//! model every piece has its own score, so a list of merges ordered by score does the same. The text is one word: no
+//! pre-tokenizer cuts it, a space becomes `▁`, and `▁` is put before the text (`add_dummy_prefix`).
+
+use super::convert::{Added, Converted, post_processor};
+use serde_json::{Map, Value, json};
+use std::collections::{HashMap, HashSet};
+
+/// Types of a piece (`SentencePiece.Type` in sentencepiece_model.proto).
+const NORMAL: u64 = 1;
+const UNKNOWN: u64 = 2;
+const CONTROL: u64 = 3;
+const USER_DEFINED: u64 = 4;
+const UNUSED: u64 = 5;
+
+struct Piece<'a> {
+    text: &'a str,
+    score: f32,
+    kind: u64,
+}
+
+/// What of `ModelProto` decides the ids, with the defaults of sentencepiece_model.proto.
+struct Model<'a> {
+    pieces: Vec<Piece<'a>>,
+    model_type: u64,
+    byte_fallback: bool,
+    whitespace_as_suffix: bool,
+    bos_piece: &'a str,
+    eos_piece: &'a str,
+    pad_piece: &'a str,
+    normalizer: &'a str,
+    has_character_map: bool,
+    add_dummy_prefix: bool,
+    remove_extra_whitespaces: bool,
+    escape_whitespaces: bool,
+}
+
+/// The definition that gives SentencePiece's ids. `config` is `tokenizer_config.json`: `add_bos_token` (true where it is
+/// left out), `add_eos_token` (false), `add_prefix_space`, and `legacy: false`, with which `▁` is put before the text
+/// only where it does not begin with a special token or a space.
+pub(super) fn convert(
+    bytes: &[u8],
+    config: &Map<String, Value>,
+    added: &[Added],
+) -> Result<Converted, String> {
+    let model = Model::parse(bytes)?;
+    model.check()?;
+    let mut vocab = Map::new();
+    for (id, piece) in model.pieces.iter().enumerate() {
+        if vocab.insert(piece.text.to_string(), json!(id)).is_some() {
+            return Err(format!("the piece `{}` is there twice", piece.text));
+        }
+    }
+    let control = |name: &str| model.pieces.iter().find(|p| p.kind == CONTROL && p.text == name);
+    let unknown =
+        model.pieces.iter().find(|p| p.kind == UNKNOWN).ok_or("there is no piece for the unknown")?;
+    if model.byte_fallback
+        && let Some(byte) = (0..=255).map(byte_piece).find(|name| !vocab.contains_key(name))
+    {
+        return Err(format!("byte fallback needs the piece {byte}, which is not there"));
+    }
+
+    let flag = |name: &str, default| config.get(name).and_then(Value::as_bool).unwrap_or(default);
+    let prefix = model.add_dummy_prefix && flag("add_prefix_space", true);
+    let metaspace = prefix && !flag("legacy", true);
+    let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+    let normalizer = match (metaspace, prefix) {
+        (true, _) => Value::Null,
+        (false, true) => {
+            json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]})
+        }
+        (false, false) => replace,
+    };
+    // User-defined symbols are cut out of the text before anything is joined. Not as added tokens, after which a new
+    // `▁` would be put.
+    let mut symbols: Vec<&str> =
+        model.pieces.iter().filter(|p| p.kind == USER_DEFINED).map(|p| p.text).collect();
+    symbols.sort_by_key(|s| std::cmp::Reverse(s.len()));
+    let mut steps = Vec::new();
+    if metaspace {
+        steps.push(
+            json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false}),
+        );
+    }
+    if !symbols.is_empty() {
+        let pattern = symbols.iter().map(|s| escape(s)).collect::<Vec<_>>().join("|");
+        steps.push(
+            json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false}),
+        );
+    }
+    let pre_tokenizer = match steps.len() {
+        0 => Value::Null,
+        1 => steps.remove(0),
+        _ => json!({"type": "Sequence", "pretokenizers": steps}),
+    };
+    let mut decoders = vec![json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "})];
+    if model.byte_fallback {
+        decoders.push(json!({"type": "ByteFallback"}));
+    }
+    decoders.push(json!({"type": "Fuse"}));
+    if prefix {
+        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    }
+
+    let mut added_tokens: Vec<Added> = model
+        .pieces
+        .iter()
+        .enumerate()
+        .filter(|(_, p)| p.kind == UNKNOWN || p.kind == CONTROL)
+        .map(|(id, p)| Added::special(id as u32, p.text))
+        .collect();
+    for token in added {
+        match model.pieces.get(token.id as usize) {
+            Some(piece) if piece.text != token.content => {
+                return Err(format!(
+                    "the added token `{}` has the id {} of the piece `{}`",
+                    token.content, token.id, piece.text
+                ));
+            }
+            _ => {
+                added_tokens.retain(|t| t.id != token.id);
+                added_tokens.push(token.clone());
+            }
+        }
+    }
+    let tokens: Vec<_> = [("bos_token", model.bos_piece), ("eos_token", model.eos_piece)]
+        .into_iter()
+        .chain([("unk_token", unknown.text), ("pad_token", model.pad_piece)])
+        .filter(|(name, text)| *name == "unk_token" || control(text).is_some())
+        .map(|(name, text)| (name.to_string(), json!(text)))
+        .collect();
+    let mut special = Map::from_iter(tokens);
+    super::convert::overlay(&mut special, config);
+    let id = |name: &str| {
+        let text = special.get(name).and_then(|t| t.as_str().or(t["content"].as_str()))?;
+        let added = added_tokens.iter().find(|t| t.content == text).map(|t| t.id);
+        Some((text, added.or(vocab.get(text).and_then(Value::as_u64).map(|id| id as u32))?))
+    };
+    let begin = id("bos_token").filter(|_| flag("add_bos_token", true));
+    let end = id("eos_token").filter(|_| flag("add_eos_token", false));
+    let post_processor = post_processor(begin, end);
+    added_tokens.sort_by_key(|t| t.id);
+    let definition = json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": added_tokens.iter().map(Added::definition).collect::<Vec<_>>(),
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": post_processor,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": unknown.text,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": true,
+            "byte_fallback": model.byte_fallback,
+            // A symbol that was cut out is its own token.
+            "ignore_merges": !symbols.is_empty(),
+            "merges": merges(&model.pieces),
+            "vocab": vocab,
+        },
+    });
+    Ok(Converted { definition, special, eos_ids: Vec::new() })
+}
+
+/// Every way to make a piece of two others: those of the highest score first, then the longer left part first.
+fn merges(pieces: &[Piece]) -> Vec<[String; 2]> {
+    let normal: HashMap<&str, f32> =
+        pieces.iter().filter(|p| p.kind == NORMAL).map(|p| (p.text, p.score)).collect();
+    let lengths: HashSet<usize> = normal.keys().map(|text| text.len()).collect();
+    let mut found = Vec::new();
+    for piece in pieces.iter().filter(|p| p.kind == NORMAL) {
+        let cuts = piece.text.char_indices().map(|(i, _)| i).skip(1);
+        for (left_chars, cut) in cuts.enumerate() {
+            if lengths.contains(&cut) && lengths.contains(&(piece.text.len() - cut)) {
+                let (left, right) = piece.text.split_at(cut);
+                if normal.contains_key(left) && normal.contains_key(right) {
+                    found.push((piece.score, left_chars, left, right));
+                }
+            }
+        }
+    }
+    found.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)));
+    found.into_iter().map(|(_, _, left, right)| [left.to_string(), right.to_string()]).collect()
+}
+
+fn byte_piece(byte: u8) -> String {
+    format!("<0x{byte:02X}>")
+}
+
+/// The text as a regular expression of Oniguruma's that matches just it.
+fn escape(text: &str) -> String {
+    let special = |c: char| c.is_ascii_punctuation();
+    text.chars().flat_map(|c| special(c).then_some('\\').into_iter().chain([c])).collect()
+}
+
+impl<'a> Model<'a> {
+    fn parse(bytes: &'a [u8]) -> Result<Self, String> {
+        let mut model = Model {
+            pieces: Vec::new(),
+            model_type: 1,
+            byte_fallback: false,
+            whitespace_as_suffix: false,
+            bos_piece: "<s>",
+            eos_piece: "</s>",
+            pad_piece: "<pad>",
+            normalizer: "",
+            has_character_map: false,
+            add_dummy_prefix: true,
+            remove_extra_whitespaces: true,
+            escape_whitespaces: true,
+        };
+        for field in Message(bytes) {
+            match field? {
+                (1, Field::Bytes(piece)) => {
+                    let piece = Piece::parse(piece)?;
+                    model.pieces.push(piece);
+                }
+                (2, Field::Bytes(trainer)) => {
+                    for field in Message(trainer) {
+                        match field? {
+                            (3, Field::Number(n)) => model.model_type = n,
+                            (24, Field::Number(n)) => model.whitespace_as_suffix = n != 0,
+                            (35, Field::Number(n)) => model.byte_fallback = n != 0,
+                            (46, Field::Bytes(b)) => model.bos_piece = utf8(b)?,
+                            (47, Field::Bytes(b)) => model.eos_piece = utf8(b)?,
+                            (48, Field::Bytes(b)) => model.pad_piece = utf8(b)?,
+                            _ => {}
+                        }
+                    }
+                }
+                (3, Field::Bytes(normalizer)) => {
+                    for field in Message(normalizer) {
+                        match field? {
+                            (1, Field::Bytes(b)) => model.normalizer = utf8(b)?,
+                            (2, Field::Bytes(b)) => model.has_character_map = !b.is_empty(),
+                            (3, Field::Number(n)) => model.add_dummy_prefix = n != 0,
+                            (4, Field::Number(n)) => model.remove_extra_whitespaces = n != 0,
+                            (5, Field::Number(n)) => model.escape_whitespaces = n != 0,
+                            _ => {}
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        if model.pieces.is_empty() {
+            return Err("there are no pieces in it".into());
+        }
+        Ok(model)
+    }
+
+    /// Refuses what would give other ids than SentencePiece's.
+    fn check(&self) -> Result<(), String> {
+        let kind = match self.model_type {
+            1 => Some("a Unigram model"),
+            2 => None,
+            3 => Some("a word model"),
+            4 => Some("a character model"),
+            _ => Some("a model of unknown type"),
+        };
+        if let Some(kind) = kind {
+            return Err(format!(
+                "{kind} of SentencePiece is not built, only BPE is; save it once as a fast tokenizer with transformers"
+            ));
+        }
+        let refused = [
+            (self.has_character_map, format!("its normalizer `{}` maps characters", self.normalizer)),
+            (self.remove_extra_whitespaces, "it removes white space (remove_extra_whitespaces)".into()),
+            (!self.escape_whitespaces, "it does not escape spaces (escape_whitespaces)".into()),
+            (
+                self.whitespace_as_suffix,
+                "it has spaces at the ends of words (treat_whitespace_as_suffix)".into(),
+            ),
+            (self.pieces.iter().any(|p| p.kind == UNUSED), "it has unused pieces".into()),
+        ];
+        match refused.into_iter().find(|(there, _)| *there) {
+            Some((_, what)) => {
+                Err(format!("{what}, which is not built; save it once as a fast tokenizer with transformers"))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl<'a> Piece<'a> {
+    fn parse(bytes: &'a [u8]) -> Result<Self, String> {
+        let mut piece = Piece { text: "", score: 0.0, kind: NORMAL };
+        for field in Message(bytes) {
+            match field? {
+                (1, Field::Bytes(b)) => piece.text = utf8(b)?,
+                (2, Field::Number(n)) => piece.score = f32::from_bits(n as u32),
+                (3, Field::Number(n)) => piece.kind = n,
+                _ => {}
+            }
+        }
+        if piece.text.is_empty() {
+            return Err("a piece is empty".into());
+        }
+        if !piece.score.is_finite() {
+            return Err(format!("the score of the piece `{}` is not finite", piece.text));
+        }
+        Ok(piece)
+    }
+}
+
+fn utf8(bytes: &[u8]) -> Result<&str, String> {
+    std::str::from_utf8(bytes).map_err(|_| "a text in it is not UTF-8".into())
+}
+
+/// The fields of a protobuf message (https://protobuf.dev/programming-guides/encoding), one after the other.
+struct Message<'a>(&'a [u8]);
+
+enum Field<'a> {
+    /// A varint, or the bits of a number of 4 or 8 bytes.
+    Number(u64),
+    Bytes(&'a [u8]),
+}
+
+impl<'a> Message<'a> {
+    fn take(&mut self, n: u64) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(usize::try_from(n).ok()?)?;
+        self.0 = rest;
+        Some(taken)
+    }
+
+    fn varint(&mut self) -> Option<u64> {
+        let mut value = 0;
+        for shift in (0..64).step_by(7) {
+            let byte = self.take(1)?[0];
+            value |= u64::from(byte & 0x7f) << shift;
+            if byte < 0x80 {
+                return Some(value);
+            }
+        }
+        None
+    }
+
+    fn field(&mut self) -> Option<(u64, Field<'a>)> {
+        let key = self.varint()?;
+        let little = |bytes: &[u8]| bytes.iter().rev().fold(0, |n, b| n << 8 | u64::from(*b));
+        let field = match key & 7 {
+            0 => Field::Number(self.varint()?),
+            1 => Field::Number(little(self.take(8)?)),
+            2 => {
+                let n = self.varint()?;
+                Field::Bytes(self.take(n)?)
+            }
+            5 => Field::Number(little(self.take(4)?)),
+            _ => return None,
+        };
+        Some((key >> 3, field))
+    }
+}
+
+impl<'a> Iterator for Message<'a> {
+    type Item = Result<(u64, Field<'a>), String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let field = self.field();
+        if field.is_none() {
+            self.0 = &[];
+        }
+        Some(field.ok_or_else(|| "not a SentencePiece model (no protobuf, or cut off)".into()))
+    }
+}

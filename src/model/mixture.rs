@@ -1,0 +1,246 @@
+//! A mixture of experts (Jiang et al. 2024): every token goes to the k experts that its router prefers, whose outputs are
+//! added with the router's probabilities, scaled to a sum of 1, as weights.
+//!
+//! ```text
+//! p = softmax(router(x))          over all E experts
+//! y = sum over the k largest p_e of  p_e / (sum of the k)  expert_e(x)
+//! ```
+//!
+//! Pairs of a token and one of its experts are sorted by expert, so that each expert sees its tokens in one piece; the
+//! outputs are put back in the tokens' order before they are added, so that the same input gives the same bits.
+
+use kernels::ops;
+use tch::{Kind, Tensor};
+
+use crate::error::Result;
+use crate::model::linear::{Linear, LinearGrad};
+use crate::model::mlp::Dense;
+
+pub struct Mixture<L> {
+    /// [E, C]
+    pub router: L,
+    pub experts: Vec<Dense<L>>,
+    /// k: experts that a token goes to
+    pub per_token: i64,
+}
+
+/// Where the tokens of a forward went, and what the backward needs besides.
+pub(super) struct Routed {
+    /// The router's output T [N, E]
+    pub(super) logits: Tensor,
+    /// The chosen experts, best first, int64 [N, k]
+    pub(super) experts: Tensor,
+    /// Pairs (numbered token by token) in the order of their experts, and the place of each pair in there, int64 `[N k]`
+    order: Tensor,
+    place: Tensor,
+    /// Pairs of each expert
+    counts: Vec<i64>,
+    /// Each expert's product of gate and up, T [pairs, 2F]; none where it is computed again
+    pub(super) gate_up: Option<Vec<Tensor>>,
+}
+
+impl Routed {
+    /// The tokens of the sorted pairs, int64 `[N k]`.
+    fn tokens(&self) -> Tensor {
+        self.order.divide_scalar_mode(self.experts.size()[1], "floor")
+    }
+
+    pub(super) fn probabilities(&self) -> Tensor {
+        self.logits.softmax(-1, ops::accumulator(self.logits.kind()))
+    }
+
+    /// The weights of the chosen experts, A [N, k], and the sums that they were divided by, A [N, 1].
+    fn weights(&self, probabilities: &Tensor) -> (Tensor, Tensor) {
+        let chosen = probabilities.gather(1, &self.experts, false);
+        let sum = chosen.sum_dim_intlist([1i64].as_slice(), true, None);
+        (chosen / &sum, sum)
+    }
+
+    /// Puts rows of sorted pairs (T [N k, C]) into the tokens' order and adds those of a token, with `weights`
+    /// (A [N, k]) or without, to `start` (T [N, C]). Summed in A.
+    fn add_pairs(&self, pairs: &Tensor, weights: Option<&Tensor>, start: Option<&Tensor>) -> Tensor {
+        let (kind, a) = (pairs.kind(), ops::accumulator(pairs.kind()));
+        let k = self.experts.size()[1];
+        let pairs = pairs.index_select(0, &self.place).view([-1, k, pairs.size()[1]]).to_kind(a);
+        let pairs = match weights {
+            Some(w) => pairs * w.unsqueeze(-1),
+            None => pairs,
+        };
+        let sum = pairs.sum_dim_intlist([1i64].as_slice(), false, None);
+        match start {
+            Some(start) => (sum + start).to_kind(kind),
+            None => sum.to_kind(kind),
+        }
+    }
+
+    /// (expert, its first pair, its number of pairs)
+    fn pieces(&self) -> impl Iterator<Item = (usize, i64, i64)> {
+        let first = |e: usize| self.counts[..e].iter().sum();
+        self.counts.iter().enumerate().map(move |(e, n)| (e, first(e), *n))
+    }
+}
+
+impl Mixture<Linear> {
+    /// Routes x (T [N, C]), to `experts` (int64 [N, k]) where they are known from an earlier forward of it.
+    pub(super) fn begin(&self, x: &Tensor, experts: Option<Tensor>) -> Result<Routed> {
+        let logits = self.router.forward(x)?;
+        let experts = match experts {
+            Some(experts) => experts,
+            None => logits.f_topk(self.per_token, -1, true, true)?.1,
+        };
+        let flat = experts.view([-1]);
+        let order = flat.argsort_stable(true, 0, false);
+        let pairs = Tensor::arange(flat.size()[0], (Kind::Int64, flat.device()));
+        let place = order.empty_like().scatter(0, &order, &pairs);
+        let counts = Vec::<i64>::try_from(flat.bincount::<Tensor>(None, self.experts.len() as i64))?;
+        let mut routed = Routed { logits, experts, order, place, counts, gate_up: None };
+        routed.gate_up = Some(self.gate_up(&x.index_select(0, &routed.tokens()), &routed)?);
+        Ok(routed)
+    }
+
+    /// The experts' products of gate and up for the sorted pairs, T [N k, C].
+    fn gate_up(&self, pairs: &Tensor, routed: &Routed) -> Result<Vec<Tensor>> {
+        let product =
+            |(e, first, n): (usize, i64, i64)| self.experts[e].gate_up.forward(&pairs.narrow(0, first, n));
+        routed.pieces().map(product).collect()
+    }
+
+    /// residual (T [N, C]) + the output.
+    pub(super) fn finish(&self, routed: &Routed, residual: &Tensor) -> Result<Tensor> {
+        let gate_up = routed.gate_up.as_ref().expect("begin() made it");
+        let mut outputs = Vec::with_capacity(gate_up.len());
+        for (expert, gate_up) in self.experts.iter().zip(gate_up) {
+            if gate_up.size()[0] > 0 {
+                outputs.push(expert.down.forward(&ops::swiglu(gate_up)?)?);
+            }
+        }
+        let (weights, _) = routed.weights(&routed.probabilities());
+        Ok(routed.add_pairs(&Tensor::cat(&outputs, 0), Some(&weights), Some(residual)))
+    }
+
+    /// See [`crate::model::mlp::Mlp::backward`].
+    pub(super) fn backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        mut routed: Routed,
+        grad: &Mixture<LinearGrad>,
+        fresh: bool,
+        balance: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let (kind, a) = (dy.kind(), ops::accumulator(dy.kind()));
+        let probabilities = routed.probabilities();
+        let (weights, sums) = routed.weights(&probabilities);
+        let tokens = routed.tokens();
+        let (x_pairs, dy_pairs) = (x.index_select(0, &tokens), dy.index_select(0, &tokens));
+        let w_pairs = weights.view([-1]).index_select(0, &routed.order).unsqueeze(-1);
+        let gate_up = match routed.gate_up.take() {
+            Some(gate_up) => gate_up,
+            None => self.gate_up(&x_pairs, &routed)?,
+        };
+
+        // Through the experts: the gradients of their inputs, and of the weights that their outputs are added with.
+        let mut dweights = Vec::new();
+        let mut dx_pairs = Vec::new();
+        for ((e, first, n), gate_up) in routed.pieces().zip(gate_up) {
+            let (expert, grad) = (&self.experts[e], &grad.experts[e]);
+            let part = |t: &Tensor| t.narrow(0, first, n);
+            let (x, dy, w) = (part(&x_pairs), part(&dy_pairs), part(&w_pairs));
+            let weighted = (&dy * &w).to_kind(kind);
+            if n == 0 {
+                // No token came here: the gradients are zero, and may still have to be set.
+                expert.gate_up.backward_weight(&gate_up, &x, &grad.gate_up, fresh)?;
+                expert.down.backward_weight(&weighted, &gate_up, &grad.down, fresh)?;
+                continue;
+            }
+            let da = expert.down.backward_input(&dy)?;
+            let product = da.to_kind(a) * ops::swiglu(&gate_up)?;
+            dweights.push(product.sum_dim_intlist([1i64].as_slice(), false, None));
+            let da = (da * w).to_kind(kind);
+            ops::swiglu_backward(&gate_up, &da)?;
+            let (dgate_up, a) = (gate_up, da);
+            expert.down.backward_weight(&weighted, &a, &grad.down, fresh)?;
+            dx_pairs.push(expert.gate_up.backward(&dgate_up, &x, &grad.gate_up, fresh)?);
+        }
+        let dx = routed.add_pairs(&Tensor::cat(&dx_pairs, 0), None, None);
+
+        // Through the router: w_i = p_i / sum of the chosen p, and the softmax.
+        let dweights = Tensor::cat(&dweights, 0).index_select(0, &routed.place).view_as(&weights);
+        let total = |t: Tensor| t.sum_dim_intlist([1i64].as_slice(), true, None);
+        let dchosen = (&dweights - total(&dweights * &weights)) / sums;
+        let mut dp = probabilities.zeros_like().scatter(1, &routed.experts, &dchosen);
+        if let Some(balance) = balance {
+            dp += balance;
+        }
+        let dlogits = &probabilities * (&dp - total(&dp * &probabilities));
+        let drouter = self.router.backward(&dlogits.to_kind(kind), x, &grad.router, fresh)?;
+        Ok(dx + drouter)
+    }
+}
+
+/// The load-balancing loss of Switch Transformers (Fedus et al. 2022, eq. 4 to 6) over all blocks together, as
+/// transformers' `load_balancing_loss_func` has it:
+///
+/// loss = E sum_e f_e P_e
+///
+/// f_e is the number of tokens that expert e got, P_e the sum of its probabilities, both over all blocks, divided by the
+/// tokens of all blocks. Padding does not count.
+pub(super) struct Balance {
+    /// A `[E]`, sums over the blocks so far
+    assigned: Tensor,
+    probability: Tensor,
+    /// Tokens of a block, and of all blocks so far
+    tokens: f64,
+    rows: f64,
+    /// A [N, 1], 1 = real, 0 = padding; none: all real
+    mask: Option<Tensor>,
+    /// What each router's probabilities get in the backward: A `[E]` for a real token
+    gradient: Option<Tensor>,
+}
+
+impl Balance {
+    /// Over no block yet, of activations like x (T [N, C]). `mask`: int64 `[N]`, 1 = real; none: all are.
+    pub(super) fn new(num_experts: i64, x: &Tensor, mask: Option<&Tensor>) -> Balance {
+        let (a, device) = (ops::accumulator(x.kind()), x.device());
+        let zeros = || Tensor::zeros([num_experts], (a, device));
+        let tokens = match mask {
+            Some(mask) => mask.sum(Kind::Int64).int64_value(&[]),
+            None => x.size()[0],
+        } as f64;
+        let mask = mask.map(|m| m.to_device(device).to_kind(a).view([-1, 1]));
+        Balance { assigned: zeros(), probability: zeros(), tokens, rows: 0.0, mask, gradient: None }
+    }
+
+    /// Counts a block.
+    pub(super) fn add(&mut self, routed: &Routed) {
+        let masked = |t: Tensor| match &self.mask {
+            Some(mask) => t * mask,
+            None => t,
+        };
+        let probabilities = routed.probabilities();
+        let chosen = probabilities.zeros_like().scatter_value(1, &routed.experts, 1.0);
+        let sum = |t: Tensor| masked(t).sum_dim_intlist([0i64].as_slice(), false, None);
+        let (assigned, probability) = (sum(chosen), sum(probabilities));
+        self.rows += self.tokens;
+        self.assigned += assigned;
+        self.probability += probability;
+    }
+
+    /// The loss over the blocks that were counted. From here on the backward differentiates `weight` times it, too; the
+    /// numbers of tokens are constants there.
+    pub(super) fn loss(&mut self, weight: f64) -> f64 {
+        let experts = self.assigned.size()[0] as f64;
+        let scale = experts / (self.rows * self.rows).max(1.0);
+        self.gradient = Some(&self.assigned * (weight * scale));
+        (&self.assigned * &self.probability).sum(Kind::Double).double_value(&[]) * scale
+    }
+
+    /// The gradient of the probabilities of one block's router, A [N, E] or broadcast to it.
+    pub(super) fn gradient(&self) -> Option<Tensor> {
+        let gradient = self.gradient.as_ref()?.unsqueeze(0);
+        Some(match &self.mask {
+            Some(mask) => mask * gradient,
+            None => gradient,
+        })
+    }
+}

@@ -1,0 +1,101 @@
+//! The second half of a block: a SwiGLU network (Shazeer 2020), or a mixture of them.
+
+use kernels::ops;
+use tch::Tensor;
+
+use crate::error::Result;
+use crate::model::linear::{Linear, LinearGrad};
+use crate::model::mixture::{Mixture, Routed};
+
+pub enum Mlp<L> {
+    Dense(Dense<L>),
+    Mixture(Mixture<L>),
+}
+
+/// down(swiglu(gate_up(x)))
+pub struct Dense<L> {
+    /// [2F, C]
+    pub gate_up: L,
+    /// [C, F]
+    pub down: L,
+}
+
+/// What a forward keeps for its backward.
+pub(super) enum Saved {
+    /// The product of gate and up, T [N, 2F]; none where it is computed again.
+    Dense(Option<Tensor>),
+    Mixture(Routed),
+}
+
+impl Saved {
+    /// Drops the products of gate and up, which are the largest part.
+    pub(super) fn drop_gate_up(&mut self) {
+        match self {
+            Saved::Dense(gate_up) => *gate_up = None,
+            Saved::Mixture(routed) => routed.gate_up = None,
+        }
+    }
+
+    pub(super) fn routed(&self) -> Option<&Routed> {
+        match self {
+            Saved::Dense(_) => None,
+            Saved::Mixture(routed) => Some(routed),
+        }
+    }
+}
+
+impl Mlp<Linear> {
+    /// The forward up to what its backward needs, for x: T [N, C]. `experts` are those that the tokens went to in an
+    /// earlier forward of the same x; none: the router chooses.
+    pub(super) fn begin(&self, x: &Tensor, experts: Option<Tensor>) -> Result<Saved> {
+        Ok(match self {
+            Mlp::Dense(net) => Saved::Dense(Some(net.gate_up.forward(x)?)),
+            Mlp::Mixture(mixture) => Saved::Mixture(mixture.begin(x, experts)?),
+        })
+    }
+
+    /// The rest of the forward: residual (T [N, C]) + the output.
+    pub(super) fn finish(&self, saved: &Saved, residual: &Tensor) -> Result<Tensor> {
+        match (self, saved) {
+            (Mlp::Dense(net), Saved::Dense(Some(gate_up))) => {
+                net.down.forward_add(&ops::swiglu(gate_up)?, residual)
+            }
+            (Mlp::Mixture(mixture), Saved::Mixture(routed)) => mixture.finish(routed, residual),
+            _ => unreachable!("what begin() gave"),
+        }
+    }
+
+    /// Given the output's gradient dy (T [N, C]) and the input x, adds to the gradients (or sets them where `fresh`) and
+    /// returns the input's gradient. `balance`: A [N, E], the gradient of the routers' probabilities that does not come
+    /// from dy.
+    pub(super) fn backward(
+        &self,
+        dy: &Tensor,
+        x: Tensor,
+        saved: Saved,
+        grad: &Mlp<LinearGrad>,
+        fresh: bool,
+        balance: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        match (self, saved, grad) {
+            (Mlp::Dense(net), Saved::Dense(gate_up), Mlp::Dense(grad)) => {
+                let gate_up = match gate_up {
+                    Some(t) => t,
+                    None => net.gate_up.forward(&x)?,
+                };
+                let da = net.down.backward_input(dy)?;
+                ops::swiglu_backward(&gate_up, &da)?;
+                let (dgate_up, a) = (gate_up, da);
+                net.down.backward_weight(dy, &a, &grad.down, fresh)?;
+                drop(a);
+                net.gate_up.backward_weight(&dgate_up, &x, &grad.gate_up, fresh)?;
+                drop(x);
+                net.gate_up.backward_input(&dgate_up)
+            }
+            (Mlp::Mixture(mixture), Saved::Mixture(routed), Mlp::Mixture(grad)) => {
+                mixture.backward(dy, &x, routed, grad, fresh, balance)
+            }
+            _ => unreachable!("weights, gradients and what was saved are of one kind"),
+        }
+    }
+}

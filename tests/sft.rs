@@ -1,0 +1,140 @@
+//! Fine-tuning through the real binaries.
+
+mod common;
+
+use std::fs;
+
+use common::run::{Program, Run, data, largest_relative, uint};
+use tch::Tensor;
+
+/// The exported parameters as one vector, in float64.
+fn parameters(run: &Run) -> Tensor {
+    let path = run.output().join("model/model.safetensors");
+    let mut tensors = Tensor::read_safetensors(path).unwrap();
+    tensors.sort_by(|a, b| a.0.cmp(&b.0));
+    let flat: Vec<Tensor> = tensors.iter().map(|(_, t)| t.to_kind(tch::Kind::Double).view([-1])).collect();
+    Tensor::cat(&flat, 0)
+}
+
+/// Micro-batches, ranks and modes divide the same work: losses, gradient norms and updates are those of one batch.
+fn same_updates(name: &str, words: &[&str], loss_tolerance: f64, update_tolerance: f64) {
+    let reference = Run::sft(&format!("{name}-reference"));
+    reference.train(1, words);
+    let expected = (reference.numbers("train", "loss"), parameters(&reference));
+    assert!(expected.0[19] < 0.7 * expected.0[0], "the loss falls: {:?}", expected.0);
+    for (ranks, mode, micro) in [(1, "full", 2), (2, "full", 4), (2, "full", 1), (2, "replicate", 2)] {
+        let run = Run::sft(&format!("{name}-{ranks}-{mode}-{micro}"));
+        let divided = [format!("parallel.mode={mode}"), format!("train.micro_batch_size={micro}")];
+        let divided: Vec<&str> = divided.iter().map(String::as_str).chain(words.iter().copied()).collect();
+        run.train(ranks, &divided);
+        let loss = largest_relative(&run.numbers("train", "loss"), &expected.0);
+        let update =
+            (parameters(&run) - &expected.1).norm().double_value(&[]) / expected.1.norm().double_value(&[]);
+        println!(
+            "{name}: {ranks} ranks, {mode}, micro-batch {micro}: loss {loss:.1e}, parameters {update:.1e}"
+        );
+        assert!(loss <= loss_tolerance && update <= update_tolerance, "{loss:e} {update:e}");
+        // Every rank counts the same tokens, padding left out.
+        assert_eq!(run.numbers("train", "tokens"), reference.numbers("train", "tokens"));
+    }
+}
+
+#[test]
+fn micro_batches_and_ranks_change_nothing() {
+    same_updates("float32", &["train.steps=20"], 1e-5, 1e-4);
+    // Unpacked rows differ in length, and in what they count.
+    same_updates("unpacked", &["data.packing=false"], 1e-5, 1e-4);
+}
+
+#[test]
+fn micro_batches_and_ranks_change_nothing_in_float64() {
+    same_updates("float64", &["precision.compute=float64", "data.packing=false"], 1e-12, 1e-12);
+}
+
+/// The first step has seen no update: 4 micro-batches of 2 are one batch of 8 within 1e-6.
+#[test]
+fn the_first_step_is_the_same_for_micro_batches() {
+    let first = |name: &str, words: &[&str], ranks: usize| {
+        let run = Run::sft(name);
+        run.train(ranks, &[&["train.steps=4", "data.packing=false"], words].concat());
+        [run.numbers("train", "loss")[0], run.numbers("train", "grad_norm")[0]]
+    };
+    let whole = first("first-whole", &[], 1);
+    for (ranks, micro) in [(1, "train.micro_batch_size=2"), (2, "train.micro_batch_size=2")] {
+        let parts = first(&format!("first-{ranks}"), &[micro], ranks);
+        let difference = largest_relative(&parts, &whole);
+        assert!(difference < 1e-6, "{difference:e}");
+    }
+}
+
+#[test]
+fn a_killed_run_resumes_bit_by_bit() {
+    let whole = Run::sft("resume-whole");
+    whole.train(1, &["checkpoint.every=5"]);
+    let run = Run::sft("resume-killed");
+    let mut running = run.start(1, &["checkpoint.every=5"]);
+    running.wait_for("step 12", std::time::Duration::from_millis(1), || run.step() >= 12);
+    running.signal(nix::sys::signal::Signal::SIGKILL);
+    running.wait();
+    run.train(1, &["checkpoint.every=5"]);
+    run.expect_equal(&whole);
+}
+
+#[test]
+fn the_best_checkpoint_stays_and_patience_ends_the_run() {
+    let run = Run::sft("best");
+    // A learning rate that ruins the model after the first validation.
+    let words =
+        ["optim.lr=3.0", "optim.clip=0", "schedule={kind: constant, warmup_steps: 4}", "train.steps=40"];
+    let ended = run.train(
+        1,
+        &[
+            &words[..],
+            &["valid={every: 2, batches: 2, keep_best: true, patience: 3}", "checkpoint={every: 2, keep: 1}"],
+        ]
+        .concat(),
+    );
+    let losses = run.numbers("valid", "loss");
+    let best =
+        losses.iter().enumerate().min_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| 2 * (i as u64 + 1)).unwrap();
+    assert_eq!(losses.len() as u64, best / 2 + 3, "{losses:?}");
+    let kept: Vec<u64> = run.checkpoints().iter().map(|(step, _)| *step).collect();
+    assert_eq!(kept, [best, run.step()]);
+    assert!(ended.err.contains(&format!("lowest at step {best}")), "{ended}");
+}
+
+#[test]
+fn what_is_cut_or_left_out_is_counted() {
+    let run = Run::sft("counts");
+    run.train(1, &["data.sequence_length=60", "train.steps=4"]);
+    let line = run.metrics().into_iter().find(|l| l["kind"] == "train").unwrap();
+    assert!(uint(&line, "truncated") > 0 && uint(&line, "truncated") < 150, "{line}");
+    let run = Run::sft("dropped");
+    run.train(1, &["data.sequence_length=60", "data.too_long=drop", "train.steps=4"]);
+    let line = run.metrics().into_iter().find(|l| l["kind"] == "train").unwrap();
+    assert!(uint(&line, "dropped") > 0 && uint(&line, "truncated") == 0, "{line}");
+}
+
+#[test]
+fn bad_data_is_told_with_its_place() {
+    let dir = common::run::folder("bad-data");
+    let cases = [
+        ("{\"question\": \"a\"}\n", "bad.jsonl:1: no known format"),
+        (
+            "{\"question\": \"a\", \"answer\": \"b\"}\n{\"messages\": []}\n",
+            "bad.jsonl:2: `messages` is empty",
+        ),
+        ("{\"question\": \n", "bad.jsonl:1"),
+    ];
+    for (i, (text, wanted)) in cases.iter().enumerate() {
+        let path = dir.join("bad.jsonl");
+        fs::write(&path, text).unwrap();
+        let run = Run::sft(&format!("bad-{i}"));
+        let source = format!("data.train=[{}]", path.display());
+        run.start(1, &[&source]).wait().expect_error(3, &[wanted]);
+        assert!(!run.output().exists(), "nothing is begun");
+    }
+    let missing = Program::corral(&["sft", "--config"]).arg(dir.join("none.yaml")).run(&dir, "none");
+    missing.expect_error(2, &["none.yaml"]);
+    assert!(data().exists());
+}

@@ -2,10 +2,13 @@
 
 use std::panic::PanicHookInfo;
 use std::process::exit;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use corral::algorithms::{pretrain, sft};
 use corral::commands::{self, Global};
+use corral::distributed::environment::Place;
+use corral::distributed::world;
 use corral::error::first_line;
 use corral::{Result, telemetry};
 
@@ -33,12 +36,16 @@ enum Command {
     Sft(commands::training::Args),
     /// Continue prompts
     Generate(commands::generate::Args),
+    /// Talk with a model
+    Chat(commands::chat::Args),
     /// Log-probabilities of texts
     Score(commands::score::Args),
     /// Measure a model
     Eval(commands::eval::Args),
     /// Say what a path holds (model, adapter, checkpoint, run, token shards, tokenizer) and whether it is complete
     Inspect(commands::inspect::Args),
+    /// Write a model in Hugging Face's or Meta's format, and check it
+    Convert(commands::convert::Args),
     /// Refuse what can be refused without a device, and show the resolved configuration
     Check(commands::check::Args),
     /// Measure speed; one JSON object a measurement
@@ -48,7 +55,10 @@ enum Command {
 
 fn main() {
     std::panic::set_hook(Box::new(tell_panic));
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|e| {
+        let_rank_0_tell();
+        e.exit()
+    });
     telemetry::console::init(cli.global.console());
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(cli)));
     // Exits at once: what threads are left need not be waited for.
@@ -56,11 +66,21 @@ fn main() {
         Ok(Ok(())) => exit(0),
         Ok(Err(e)) => {
             if !matches!(e.kind, corral::error::Kind::Stopped(_)) {
+                let_rank_0_tell();
                 corral::error!("{e}");
             }
             exit(e.exit_code())
         }
         Err(_) => exit(1), // told by the hook
+    }
+}
+
+/// What goes wrong before the ranks have met mostly goes wrong on all of them: rank 0 tells it, and its launcher ends the
+/// others while they wait here. What goes wrong on another rank alone is told a little later.
+fn let_rank_0_tell() {
+    let rank = Place::from_env().ok().flatten().map_or(0, |place| place.rank);
+    if rank > 0 && !world::have_met() {
+        std::thread::sleep(Duration::from_secs(2));
     }
 }
 
@@ -75,9 +95,11 @@ fn run(cli: Cli) -> Result<()> {
             commands::training::run(args, global, pretrain::Inputs::open, pretrain::pretrain)
         }
         Command::Sft(args) => commands::training::run(args, global, sft::Inputs::open, sft::sft),
-        Command::Generate(args) => commands::generate::run(args, global.single_device()?),
-        Command::Score(args) => commands::score::run(args, global.single_device()?),
-        Command::Eval(args) => commands::eval::run(args, global.single_device()?),
+        Command::Generate(args) => commands::generate::run(args, global),
+        Command::Chat(args) => commands::chat::run(args, global),
+        Command::Score(args) => commands::score::run(args, global),
+        Command::Eval(args) => commands::eval::run(args, global),
+        Command::Convert(args) => commands::convert::run(args, global.single_device()?),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Check(args) => commands::check::run(args),
         Command::Bench(command) => commands::bench::run(command, global),

@@ -7,8 +7,8 @@ use std::collections::HashMap;
 
 use common::{FAMILIES, golden, golden_model, largest, load, tensors};
 use corral::data::tokenizer::Tokenizer;
-use corral::generate::engine::{Completion, Finish, Generation, Options, Stop, generate, text};
-use corral::generate::sampler::{Sampling, choose, distribution};
+use corral::generate::sampler::{Draw, choose, probabilities};
+use corral::generate::{Completion, Engine, Finish, Options, Request, Sampling, Stop, generate, text};
 use corral::model::{Input, KvCache, Llama};
 use tch::{Device, Kind, Tensor};
 
@@ -28,22 +28,22 @@ impl Golden {
     }
 
     /// The golden prompts, without their padding.
-    fn prompts(&self) -> Vec<Generation> {
+    fn prompts(&self, max_new_tokens: usize) -> Vec<Request> {
         let masks = self.rows("gen_attention_mask");
         let unpadded = |(ids, mask): (Vec<i64>, Vec<i64>)| {
             ids.into_iter().zip(mask).filter(|(_, m)| *m == 1).map(|(id, _)| id).collect()
         };
         let prompts = self.rows("gen_input_ids").into_iter().zip(masks).map(unpadded);
-        prompts.enumerate().map(|(i, prompt)| Generation { prompt, sample: i as u64 }).collect()
+        prompts.enumerate().map(|(i, prompt)| Request::new(prompt, i as u64, max_new_tokens)).collect()
     }
 }
 
-fn options(max_new_tokens: usize, batch_size: usize) -> Options<'static> {
-    Options { sampling: Sampling::GREEDY, max_new_tokens, batch_size, eos: &[], stop: None }
+fn options(batch_size: usize) -> Options<'static> {
+    Options { sampling: Sampling::GREEDY, batch_size, eos: &[], stop: None }
 }
 
-fn run(model: &mut Llama, prompts: &[Generation], options: &Options) -> Vec<Completion> {
-    generate(model, prompts, options, |_| Ok(())).unwrap()
+fn run(model: &mut Llama, requests: &[Request], options: &Options) -> Vec<Completion> {
+    generate(model, requests, options.clone(), |_, _| Ok(())).unwrap()
 }
 
 fn ids(completions: &[Completion]) -> Vec<Vec<i64>> {
@@ -55,14 +55,14 @@ fn ids(completions: &[Completion]) -> Vec<Vec<i64>> {
 fn greedy_continuations_are_the_golden_ones() {
     for family in FAMILIES {
         let g = Golden::read(family);
-        let prompts = g.prompts();
+        let steps = g.rows("gen_new_ids")[0].len();
+        let prompts = g.prompts(steps);
         let lengths: Vec<usize> = prompts.iter().map(|p| p.prompt.len()).collect();
         assert!(lengths.iter().any(|n| *n != lengths[0]), "{family}: prompts of several lengths");
-        let steps = g.rows("gen_new_ids")[0].len();
         for kind in [Kind::Float, Kind::Double] {
             let mut model = load(&g.dir, kind);
             for batch_size in [4, 2, 1] {
-                let completions = run(&mut model, &prompts, &options(steps, batch_size));
+                let completions = run(&mut model, &prompts, &options(batch_size));
                 assert_eq!(
                     ids(&completions),
                     g.rows("gen_new_ids"),
@@ -89,8 +89,8 @@ fn rows_stop_at_the_end_of_sequence() {
         // Also with a second end of sequence that does not come up.
         assert!(!expected.iter().flatten().any(|id| *id == never && never != stop));
         for batch_size in [4, 3] {
-            let options = Options { eos: &[never, stop], ..options(expected[0].len(), batch_size) };
-            let completions = run(&mut model, &g.prompts(), &options);
+            let options = Options { eos: &[never, stop], ..options(batch_size) };
+            let completions = run(&mut model, &g.prompts(expected[0].len()), &options);
             let mut stopped = 0;
             for (completion, expected) in completions.iter().zip(&expected) {
                 let end = expected.iter().position(|id| *id == stop);
@@ -116,7 +116,7 @@ fn cached_logits_are_those_of_a_whole_forward() {
         let mut cache = KvCache::new(&model, 3);
         // Rows of different lengths in slots out of order; the slot of an earlier row is used again.
         let _ = model.prefill(&[&second[..7]], &[2], &mut cache).unwrap();
-        cache.clear(2);
+        cache.truncate(2, 0);
         let mut hidden = model.prefill(&[&first[..5], &second[..3]], &[2, 0], &mut cache).unwrap();
         let whole = |model: &mut Llama, ids: &[i64]| {
             let hidden = model.hidden(&Input::new(Tensor::from_slice(ids).unsqueeze(0))).unwrap();
@@ -139,10 +139,10 @@ fn cached_logits_are_those_of_a_whole_forward() {
 fn draws_depend_on_seed_and_sample_only() {
     let g = Golden::read("llama3");
     let mut model = load(&g.dir, Kind::Double);
-    let prompts = g.prompts();
+    let prompts = g.prompts(16);
     let sampled = |seed, batch_size| Options {
         sampling: Sampling { temperature: 3.0, top_k: 50, top_p: 0.95, seed },
-        ..options(16, batch_size)
+        ..options(batch_size)
     };
     let together = run(&mut model, &prompts, &sampled(1, 4));
     assert_eq!(ids(&together), ids(&run(&mut model, &prompts, &sampled(1, 1))), "alone");
@@ -152,9 +152,6 @@ fn draws_depend_on_seed_and_sample_only() {
     again.reverse();
     assert_eq!(ids(&together), ids(&again), "in another order");
     assert_ne!(ids(&together), ids(&run(&mut model, &prompts, &sampled(2, 4))), "another seed");
-    let same_prompt = [0, 1].map(|sample| Generation { sample, ..prompts[0].clone() });
-    let two = run(&mut model, &same_prompt, &sampled(1, 2));
-    assert_ne!(two[0].ids, two[1].ids, "two samples of a prompt");
 }
 
 #[test]
@@ -162,15 +159,15 @@ fn stop_texts_end_a_row_and_are_cut_off() {
     let g = Golden::read("llama3");
     let mut model = load(&g.dir, Kind::Float);
     let tokenizer = Tokenizer::load(&g.dir).unwrap();
-    let prompts = g.prompts();
-    let free = run(&mut model, &prompts, &options(24, 4));
+    let prompts = g.prompts(24);
+    let free = run(&mut model, &prompts, &options(4));
     let full = text(&tokenizer, &prompts[0].prompt, &free[0].ids, &[]).unwrap();
     // A text of several tokens from the middle of the first completion.
     let middle: Vec<char> = full.chars().filter(|c| *c != '\u{fffd}').collect();
     assert!(middle.len() > 12, "{full:?}");
     let at = full.char_indices().nth(full.chars().count() / 2).unwrap().0;
     let stop = vec!["never seen".to_string(), full[at..].chars().take(3).collect::<String>()];
-    let with_stop = Options { stop: Some(Stop { texts: &stop, tokenizer: &tokenizer }), ..options(24, 4) };
+    let with_stop = Options { stop: Some(Stop { texts: &stop, tokenizer: &tokenizer }), ..options(4) };
     let stopped = run(&mut model, &prompts, &with_stop);
     assert_eq!(stopped[0].finish, Finish::Stop);
     let n = stopped[0].ids.len();
@@ -187,21 +184,24 @@ fn what_cannot_be_continued_is_refused() {
     let mut model = load(&g.dir, Kind::Float);
     let positions = model.shape.max_position_embeddings as usize;
     let mut error = |prompt: Vec<i64>| {
-        let prompts = [Generation { prompt: vec![5], sample: 0 }, Generation { prompt, sample: 1 }];
-        generate(&mut model, &prompts, &options(4, 2), |_| Ok(())).unwrap_err()
+        let prompts = [Request::new(vec![5], 0, 4), Request::new(prompt, 1, 4)];
+        generate(&mut model, &prompts, options(2), |_, _| Ok(())).unwrap_err()
     };
     let e = error(vec![]);
-    assert!(e.message.contains("prompt 2 has no tokens") && e.exit_code() == 3, "{e}");
+    assert!(e.message.contains("prompt 2: the prompt has no tokens") && e.exit_code() == 3, "{e}");
     let e = error(vec![7; positions]);
-    assert!(e.message.contains(&format!("prompt 2 has {positions} tokens")) && e.exit_code() == 3, "{e}");
+    assert!(
+        e.message.contains(&format!("prompt 2: the prompt has {positions} tokens")) && e.exit_code() == 3,
+        "{e}"
+    );
     let e = error(vec![100_000]);
     assert!(
         e.message.contains("token id 100000 is not in the model's vocabulary") && e.exit_code() == 3,
         "{e}"
     );
     // A completion ends at the model's last position.
-    let long = [Generation { prompt: vec![7; positions - 3], sample: 0 }];
-    let completions = run(&mut model, &long, &options(50, 1));
+    let long = [Request::new(vec![7; positions - 3], 0, 50)];
+    let completions = run(&mut model, &long, &options(1));
     assert_eq!((completions[0].ids.len(), completions[0].finish), (3, Finish::Length));
 }
 
@@ -214,22 +214,11 @@ fn kept_tokens_and_probabilities_are_the_golden_ones() {
         ("top_k_7", Sampling { top_k: 7, ..greedy }),
         ("top_p_0_8", Sampling { top_p: 0.8, ..greedy }),
     ];
-    let rows: Vec<Vec<f64>> = Vec::try_from(all["logits"].to_kind(Kind::Double)).unwrap();
     for (name, sampling) in cases {
-        let keep: Vec<Vec<i64>> = Vec::try_from(all[&format!("{name}.keep")].to_kind(Kind::Int64)).unwrap();
-        let probs: Vec<Vec<f64>> =
-            Vec::try_from(all[&format!("{name}.probs")].to_kind(Kind::Double)).unwrap();
-        for (row, logits) in rows.iter().enumerate() {
-            let mut got = vec![0.0; logits.len()];
-            let mut kept = vec![0; logits.len()];
-            for (id, p) in distribution(logits, &sampling) {
-                (got[id], kept[id]) = (p, 1);
-            }
-            assert_eq!(kept, keep[row], "{name}, row {row}");
-            for (id, (p, q)) in got.iter().zip(&probs[row]).enumerate() {
-                assert!((p - q).abs() < 1e-6, "{name}, row {row}, token {id}: {p} and {q}");
-            }
-        }
+        let got = probabilities(&all["logits"], &sampling);
+        let expected = &all[&format!("{name}.probs")];
+        assert!(got.gt(0.0).equal(&all[&format!("{name}.keep")].gt(0.0)), "{name}");
+        assert!(largest(&got, expected) < 1e-6, "{name}");
     }
 }
 
@@ -240,8 +229,9 @@ fn draws_follow_the_distribution() {
     let n = 20_000u64;
     let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 9 };
     let many = logits.repeat([n as i64, 1]);
-    let keys: Vec<(u64, u64)> = (0..n).map(|i| (i / 100, i % 100)).collect();
-    let choices = choose(&many, &keys, &sampling).unwrap();
+    let draws: Vec<Draw> =
+        (0..n).map(|i| Draw { sample: i / 100, position: i % 100, may_end: true }).collect();
+    let choices = choose(&many, &draws, &[], &sampling).unwrap();
     for (id, p) in probabilities.iter().enumerate() {
         let share = choices.iter().filter(|c| c.id == id as i64).count() as f64 / n as f64;
         // Five standard errors.
@@ -250,10 +240,153 @@ fn draws_follow_the_distribution() {
     for choice in &choices[..50] {
         assert!((choice.logprob - probabilities[choice.id as usize].ln()).abs() < 1e-12);
     }
+    assert!(choices.iter().all(|c| (c.logprob - c.sampler_logprob).abs() < 1e-12), "nothing is cut off");
     // Two tokens of four reach 0.7.
     let nucleus = Sampling { top_p: 0.7, ..sampling };
-    assert!(choose(&many, &keys, &nucleus).unwrap().iter().all(|c| c.id < 2));
-    let e = choose(&Tensor::full([1, 4], f64::NAN, (Kind::Double, Device::Cpu)), &[(0, 0)], &sampling)
+    for choice in choose(&many, &draws, &[], &nucleus).unwrap() {
+        assert!(choice.id < 2);
+        let share = (probabilities[choice.id as usize] / 0.75).ln();
+        assert!((choice.sampler_logprob - share).abs() < 1e-12, "{choice:?}");
+    }
+    // Rows that may not end do not choose what ends them, greedily or drawn.
+    let kept = draws.iter().map(|d| Draw { may_end: d.sample % 2 == 0, ..*d }).collect::<Vec<_>>();
+    for (sampling, first) in [(Sampling::GREEDY, 1), (sampling, 1)] {
+        let choices = choose(&many, &kept, &[0, 99], &sampling).unwrap();
+        let ends =
+            |odd: u64| choices.iter().zip(&kept).filter(|(_, d)| d.sample % 2 == odd).any(|(c, _)| c.id == 0);
+        assert!(ends(0) && !ends(1), "{sampling:?}");
+        assert!(choices.iter().any(|c| c.id == first));
+    }
+    let e = choose(&Tensor::full([1, 4], f64::NAN, (Kind::Double, Device::Cpu)), &draws[..1], &[], &sampling)
         .unwrap_err();
     assert!(e.message.contains("not finite"), "{e}");
+}
+
+/// A vocabulary whose nucleus is larger than the sampler looks at first.
+#[test]
+fn a_large_nucleus_is_found() {
+    let logits = Tensor::arange(2000, (Kind::Double, Device::Cpu)).unsqueeze(0) * 1e-3;
+    let nucleus = Sampling { temperature: 1.0, top_k: 0, top_p: 0.9, seed: 0 };
+    let cut = probabilities(&logits, &nucleus);
+    let all = logits.softmax(-1, Kind::Double);
+    let kept = cut.gt(0.0);
+    let share = all.masked_select(&kept).sum(Kind::Double).double_value(&[]);
+    assert!((0.9..0.9005).contains(&share), "{share}");
+    let count = kept.sum(Kind::Int64).int64_value(&[]);
+    assert!(kept.narrow(1, 2000 - count, count).all().int64_value(&[]) == 1, "the likeliest");
+}
+
+/// Every sample of a request is what it is alone: slots fewer, as many and more than samples, prompts that wait.
+#[test]
+fn samples_share_the_reading_of_their_prompt() {
+    let g = Golden::read("llama3");
+    let mut model = load(&g.dir, Kind::Double);
+    let single = g.prompts(12);
+    let sampling = Sampling { temperature: 3.0, top_k: 0, top_p: 1.0, seed: 5 };
+    let with = |batch_size| Options { sampling, eos: &[3, 7, 50, 51, 52, 53, 54, 55], ..options(batch_size) };
+    let alone: Vec<Request> = single
+        .iter()
+        .enumerate()
+        .flat_map(|(i, r)| (0..5).map(move |j| Request::new(r.prompt.clone(), (10 * i + j) as u64, 12)))
+        .collect();
+    let expected = run(&mut model, &alone, &with(1));
+    assert!(expected[..5].iter().any(|c| c.ids != expected[0].ids), "samples of a prompt differ");
+    assert!(expected.iter().any(|c| c.ids.len() < 12), "some end early");
+    let grouped: Vec<Request> = single
+        .iter()
+        .enumerate()
+        .map(|(i, r)| Request { samples: (0..5).map(|j| (10 * i + j) as u64).collect(), ..r.clone() })
+        .collect();
+    for batch_size in [1, 2, 3, 4, 5, 7, 11, 20, 64] {
+        let got = run(&mut model, &grouped, &with(batch_size));
+        assert_eq!(ids(&got), ids(&expected), "{batch_size} at once");
+        assert!(got.iter().enumerate().all(|(i, c)| (c.request, c.sample) == (i / 5, i % 5)));
+    }
+}
+
+/// The engine by hand: requests come while others are in work, completions leave as they end.
+#[test]
+fn an_engine_takes_requests_at_any_time() {
+    let g = Golden::read("tied");
+    let mut model = load(&g.dir, Kind::Float);
+    let prompts = g.prompts(8);
+    let expected = run(&mut model, &prompts, &options(1));
+    let mut engine = Engine::new(&model, options(3)).unwrap();
+    assert!(!engine.step(&mut model, |_, _| Ok(())).unwrap(), "nothing to do");
+    let shorter = Request { max_new_tokens: 2, ..prompts[0].clone() };
+    engine.add(&model, [shorter, prompts[1].clone()]).unwrap();
+    let mut tokens = 0;
+    for _ in 0..2 {
+        engine
+            .step(&mut model, |completion, ended| {
+                tokens += 1;
+                assert_eq!(ended, completion.request == 0 && completion.ids.len() == 2);
+                Ok(())
+            })
+            .unwrap();
+    }
+    assert_eq!((tokens, engine.num_waiting()), (4, 0));
+    let first = engine.take_finished();
+    assert_eq!((first.len(), first[0].request, &first[0].ids[..]), (1, 0, &expected[0].ids[..2]));
+    engine.add(&model, prompts[2..].iter().cloned()).unwrap();
+    assert_eq!(engine.num_waiting(), prompts.len() - 2);
+    while engine.step(&mut model, |_, _| Ok(())).unwrap() {}
+    let mut rest = engine.take_finished();
+    rest.sort_by_key(|c| c.request);
+    assert_eq!(ids(&rest), ids(&expected[1..]));
+    let e = engine.step(&mut model, |_, _| Ok(()));
+    assert!(!e.unwrap());
+}
+
+#[test]
+fn nothing_ends_a_completion_before_its_least_length() {
+    let g = Golden::read("llama3");
+    let mut model = load(&g.dir, Kind::Float);
+    let stop = g.tensors["gen_stop_id"].int64_value(&[]);
+    let least = |n| -> Vec<Request> {
+        let requests = g.prompts(32).into_iter();
+        requests.map(|r| Request { min_new_tokens: n, ..r }).collect()
+    };
+    let ending = Options { eos: &[stop], ..options(4) };
+    let free = run(&mut model, &least(0), &ending);
+    let early = free.iter().position(|c| c.ids.len() < 20).expect("a golden row stops early");
+    let held = run(&mut model, &least(20), &ending);
+    assert!(held.iter().all(|c| c.ids.len() >= 20));
+    assert!(held.iter().all(|c| !c.ids[..19].contains(&stop)), "it is not chosen before");
+    let n = free[early].ids.len();
+    assert_eq!(held[early].ids[..n - 1], free[early].ids[..n - 1]);
+    let e = generate(&mut model, &least(33), ending, |_, _| Ok(())).unwrap_err();
+    assert!(e.exit_code() == 2 && e.message.contains("min-new-tokens (33)"), "{e}");
+}
+
+/// Reading on from any position, in pieces of any size, against one prefill.
+#[test]
+fn a_row_is_extended_as_if_it_had_been_read_at_once() {
+    for family in FAMILIES {
+        let g = Golden::read(family);
+        let mut model = load(&g.dir, Kind::Double);
+        let ids = g.rows("gen_new_ids").concat();
+        let mut cache = KvCache::new(&model, 3);
+        let whole = model.prefill(&[&ids[..60]], &[0], &mut cache).unwrap();
+        for pieces in [vec![1, 1, 58], vec![20, 39, 1], vec![59, 1], vec![2, 3, 55]] {
+            cache.truncate(2, 0);
+            let (mut at, mut last) = (0, Tensor::new());
+            for n in &pieces {
+                last = model.extend(&ids[at..at + n], 2, &mut cache).unwrap();
+                at += n;
+            }
+            let distance = largest(&last, &whole) / whole.abs().max().double_value(&[]);
+            assert!(distance < 1e-10, "{family} in {pieces:?}: {distance:e}");
+        }
+        // Back to 10 tokens, a copy of them elsewhere, and the rest again.
+        cache.truncate(0, 10);
+        cache.copy(0, 1, 8).unwrap();
+        assert_eq!((cache.len(0), cache.len(1)), (10, 8));
+        for slot in [0, 1] {
+            let last = model.extend(&ids[cache.len(slot)..60], slot, &mut cache).unwrap();
+            assert!(largest(&last, &whole) / whole.abs().max().double_value(&[]) < 1e-10);
+        }
+        assert!(cache.copy(0, 1, 61).is_err());
+        assert!(model.extend(&[], 0, &mut cache).is_err());
+    }
 }

@@ -5,6 +5,7 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use common::run::{LAUNCH, Program, folder};
 use common::{golden, load, tensors};
 use corral::model::{Input, LmHead};
 use serde_json::{Value, json};
@@ -279,13 +280,150 @@ fn perplexity_of_token_shards() {
     fail(corral("eval", &model("llama2"), &args), 3, "another tokenizer");
 }
 
+/// Runs the words on one rank, on two that hold copies of the model, and on two and three that share it.
+fn on_ranks(name: &str, words: &[&str], compare: impl Fn(&Path)) {
+    let dir = folder(name);
+    for (ranks, mode) in [(1, "replicate"), (2, "replicate"), (2, "full"), (3, "full")] {
+        let at = dir.join(format!("{ranks}-{mode}"));
+        std::fs::create_dir_all(&at).unwrap();
+        let nproc = ranks.to_string();
+        let program = Program::new(LAUNCH).args(&["--nproc", &nproc]).args(words).args(&["--mode", mode]);
+        program.args(&["--device", "cpu", "--output"]).arg(at.join("out")).run(&at, "launch").expect_code(0);
+        compare(&at.join("out"));
+    }
+}
+
 #[test]
-fn several_ranks_are_refused() {
-    let output = Command::new(env!("CARGO_BIN_EXE_corral"))
-        .args(["--device", "cpu", "generate", "--model", text(&model("tied")), "--prompt", "a"])
-        .env("WORLD_SIZE", "2")
-        .env("RANK", "0")
-        .output()
-        .unwrap();
-    fail(output, 2, "several are not built yet");
+fn ranks_generate_what_one_rank_does() {
+    let data = Folder::new("ranks-generate");
+    let lines: Vec<Value> = (0..13)
+        .map(|i| json!({"prompt": format!("The {} fox {i}", "quick brown ".repeat(i % 5)), "id": i}))
+        .collect();
+    let input = data.lines("in.jsonl", &lines);
+    let llama = model("llama3");
+    let words = ["generate", "--model", text(&llama), "--input", text(&input), "--max-new-tokens", "20"];
+    let drawn = ["--temperature", "1.5", "--top-p", "0.95", "--batch-size", "3", "--dtype", "float64"];
+    let words = [&words[..], &drawn].concat();
+    let alone = data.path("alone.jsonl");
+    succeed(corral("generate", &llama, &[&words[3..], &["--output", text(&alone)]].concat()));
+    let expected = read(&alone);
+    assert_eq!(expected.len(), lines.len());
+    on_ranks("ranks-generate", &words, |path| {
+        assert_eq!(read(path), expected, "{}", path.display());
+    });
+}
+
+#[test]
+fn ranks_score_and_measure_what_one_rank_does() {
+    let data = Folder::new("ranks-score");
+    let llama = model("tied");
+    // Batches of 8192 tokens: three of them, for two ranks and for three.
+    let long = |i: usize| json!({"input_ids": (0..120).map(|j| (i * 37 + j * 11) % 400).collect::<Vec<_>>()});
+    let lines: Vec<Value> = (0..190).map(long).chain([json!({"input_ids": [5]})]).collect();
+    let input = data.lines("in.jsonl", &lines);
+    let words = ["score", "--model", text(&llama), "--input", text(&input)];
+    let alone = data.path("alone.jsonl");
+    succeed(corral("score", &llama, &["--input", text(&input), "--output", text(&alone)]));
+    let expected = std::fs::read(&alone).unwrap();
+    on_ranks("ranks-score", &words, |path| {
+        assert!(std::fs::read(path).unwrap() == expected, "{}: other scores", path.display());
+    });
+
+    let written = "One two three, four five six.\n".repeat(600);
+    let input = data.write("text.txt", &written);
+    let words = ["eval", "--model", text(&llama), "--task", "perplexity", "--input", text(&input)];
+    let words = [&words[..], &["--sequence-length", "100"]].concat();
+    let alone = data.path("alone.json");
+    succeed(corral("eval", &llama, &[&words[3..], &["--output", text(&alone)]].concat()));
+    let expected = std::fs::read_to_string(&alone).unwrap();
+    on_ranks("ranks-eval", &words, |path| {
+        assert_eq!(std::fs::read_to_string(path).unwrap(), expected, "{}", path.display());
+    });
+}
+
+/// What all ranks find before they meet is told by one of them.
+#[test]
+fn ranks_tell_an_error_once() {
+    let dir = folder("once");
+    let launched = |words: &[&str], name: &str| {
+        let program = Program::new(LAUNCH).args(&["--nproc", "2"]).args(words).args(&["--device", "cpu"]);
+        program.run(&dir, name)
+    };
+    let llama = model("tied");
+    let missing = dir.join("missing").to_string_lossy().into_owned();
+    for (words, code, message) in [
+        (&["generate", "--model", &missing, "--prompt", "a"][..], 3, "no such folder"),
+        (&["generate", "--model", text(&llama), "--prompt", "a b c"], 0, ""),
+        (&["generate", "--model", text(&llama), "--promt", "a"], 2, "unexpected argument '--promt'"),
+        (&["eval", "--model", text(&llama), "--task", "perplexity", "--input", &missing], 3, "missing"),
+    ] {
+        let ended = launched(&words, "launch").expect_code(code);
+        let told = ended.err.lines().filter(|l| l.starts_with('[') && l.contains(message)).count();
+        assert_eq!(told, usize::from(code != 0), "{ended}");
+    }
+}
+
+#[test]
+fn an_output_is_gone_on_with() {
+    let folder = Folder::new("go-on");
+    let llama = model("llama3");
+    let lines: Vec<Value> = (0..7).map(|i| json!({"prompt": format!("fox {i}"), "id": i})).collect();
+    let (input, output) = (folder.lines("in.jsonl", &lines), folder.path("out.jsonl"));
+    let run = |more: &[&str]| {
+        let words =
+            ["--input", text(&input), "--output", text(&output), "--max-new-tokens", "9", "--seed", "3"];
+        corral("generate", &llama, &[&words[..], more].concat())
+    };
+    succeed(run(&[]));
+    let whole = std::fs::read_to_string(&output).unwrap();
+    assert_eq!(whole.lines().count(), 7);
+    // Cut in the middle of the fifth line, whose first four are marked to be told from new ones.
+    let ends: Vec<usize> = whole.match_indices('\n').map(|(i, _)| i + 1).collect();
+    let kept = whole[..ends[3]].replace("\"num_tokens\":", "\"num_tokens\": ");
+    std::fs::write(&output, format!("{kept}{}", &whole[ends[3]..ends[4] - 5])).unwrap();
+    let again = run(&[]);
+    assert!(String::from_utf8_lossy(&again.stderr).contains("4 of 7 lines are there already"), "{again:?}");
+    succeed(again);
+    assert_eq!(std::fs::read_to_string(&output).unwrap(), format!("{kept}{}", &whole[ends[3]..]));
+
+    fail(run(&["--seed", "4"]), 2, "the argument '--seed <S>' cannot be used multiple times");
+    fail(run(&["--top-k", "7"]), 2, "was begun with top_k 0, here 7");
+    succeed(run(&["--top-k", "7", "--overwrite"]));
+    assert_ne!(std::fs::read_to_string(&output).unwrap(), whole);
+    folder.lines("in.jsonl", &lines[1..]);
+    fail(run(&["--top-k", "7"]), 2, "out.jsonl:1 is no answer to line 1 of the input");
+    let reread = std::fs::read_to_string(&output).unwrap();
+    assert_eq!(reread.lines().count(), 7, "what is refused stays");
+}
+
+/// No padding and no neighbour changes a completion: batches of any size and one prompt at a time, greedy and drawn.
+#[test]
+fn batches_are_single_prompts() {
+    let folder = Folder::new("batches");
+    for family in ["llama2", "llama3", "tied"] {
+        let g = tensors(&model(family).join("golden.safetensors"));
+        let rows = |name: &str| Vec::<Vec<i64>>::try_from(&g[name]).unwrap();
+        let tokenizer = corral::data::tokenizer::Tokenizer::load(model(family)).unwrap();
+        let lines: Vec<Value> = rows("gen_input_ids")
+            .iter()
+            .zip(rows("gen_attention_mask"))
+            .map(|(ids, mask)| {
+                let real = ids.iter().zip(mask).filter(|(_, m)| *m == 1).map(|(id, _)| *id as u32);
+                json!({"prompt": tokenizer.decode(&real.collect::<Vec<_>>(), true).unwrap()})
+            })
+            .collect();
+        let input = folder.lines("in.jsonl", &lines);
+        for sampling in
+            [&["--temperature", "0"][..], &["--temperature", "2", "--seed", "11", "--top-k", "60"]]
+        {
+            let generate = |batch_size: &str| {
+                let words = ["--input", text(&input), "--max-new-tokens", "16", "--batch-size", batch_size];
+                succeed(corral("generate", &model(family), &[&words[..], sampling].concat()))
+            };
+            let single = generate("1");
+            assert_eq!(single.lines().count(), lines.len());
+            assert_eq!(generate("4"), single, "{family} {sampling:?}");
+            assert_eq!(generate("3"), single, "{family} {sampling:?}");
+        }
+    }
 }

@@ -250,6 +250,7 @@ void accumulate_t(A* dst, const T* src, int64_t n, bool add) {
 }
 
 #include "cpu_attention.inc"
+#include "cpu_few_rows.inc"
 
 // Calls f<T> for the element type.
 #define BY_TYPE(type, ...)                                                     \
@@ -287,6 +288,9 @@ int64_t attention_scratch(Type t, const Attention& a, bool backward) {
 }
 void decode_attention(Type t, const Decode& a, int64_t b, int64_t kv_head, void* scratch) {
   BY_TYPE(t, decode_attention_t<T>(a, b, kv_head, (A*)scratch))
+}
+void few_rows(Type t, const FewRows& a, int64_t first, int64_t last) {
+  BY_TYPE(t, (void)sizeof(A); few_rows_t<T>(a, first, last))
 }
 void rms_norm(Type t, const void* x, const void* w, void* y, void* rstd, int64_t rows, int64_t c, double eps) {
   BY_TYPE(t, rms_norm_t<T>((const T*)x, (const T*)w, (T*)y, (A*)rstd, rows, c, eps))
@@ -419,8 +423,8 @@ void normal(float* out, int64_t n, uint64_t key, uint64_t first, double std) {
 
 extern const RowKernels CORRAL_ISA;
 const RowKernels CORRAL_ISA = {
-    attention, attention_backward, attention_scratch, decode_attention, rms_norm,    rms_apply, rms_backward,
-    rope,      swiglu,             swiglu_backward,   log_softmax,      adamw,       sum_squares, accumulate,
+    attention, attention_backward, attention_scratch, decode_attention, few_rows, rms_norm,    rms_apply, rms_backward,
+    rope,      swiglu,             swiglu_backward,   log_softmax,      adamw,    sum_squares, accumulate,
     normal,
 };
 

@@ -35,6 +35,14 @@ struct Decode {
   void* out;  // [B, H * D]
 };
 
+// y = x w^T + add for few rows: x [R, I] (accumulator type), w [O, I], y [R, O]; add null, [R, O] (add_rows) or [O].
+struct FewRows {
+  const void *x, *w, *add;
+  int64_t rows, inputs, outputs;
+  bool add_rows;
+  void* y;
+};
+
 struct RowKernels {
   // One task is one row b and one key-value head with all its query heads; scratch has attention_scratch(...) bytes.
   void (*attention)(Type, const Attention&, int64_t b, int64_t kv_head, void* scratch);
@@ -42,6 +50,8 @@ struct RowKernels {
   int64_t (*attention_scratch)(Type, const Attention&, bool backward);
   // One task is one row b and one key-value head; scratch holds H / K * (2 * D + capacity) accumulators.
   void (*decode_attention)(Type, const Decode&, int64_t b, int64_t kv_head, void* scratch);
+  // One task is the outputs first .. last.
+  void (*few_rows)(Type, const FewRows&, int64_t first, int64_t last);
   // y[r,:] = x[r,:] * rstd[r] * w, rstd[r] = 1 / sqrt(mean(x[r,:]^2) + eps)
   void (*rms_norm)(Type, const void* x, const void* w, void* y, void* rstd, int64_t rows, int64_t c, double eps);
   // y = x * rstd * w with a saved rstd

@@ -251,6 +251,32 @@ char* corral_decode_attention(at::Tensor* qkv, at::Tensor* keys, at::Tensor* val
   });
 }
 
+// x [R, I] w [O, I]^T + add (null, [R, O] or [O]).
+char* corral_few_rows(at::Tensor* x, at::Tensor* w, at::Tensor* add, at::Tensor** y) {
+  return guarded([&] {
+    need(*x, "x");
+    TORCH_CHECK(x->dim() == 2 && w->dim() == 2 && x->size(1) == w->size(1), "few_rows: shapes do not fit");
+    FewRows a{};
+    a.rows = x->size(0), a.inputs = x->size(1), a.outputs = w->size(0);
+    same(*w, x->scalar_type(), a.outputs * a.inputs, "w");
+    if (add) {
+      a.add_rows = add->dim() == 2;
+      same(*add, x->scalar_type(), a.add_rows ? a.rows * a.outputs : a.outputs, "add");
+      a.add = add->data_ptr();
+    }
+    auto wide = x->to(acc_of(*x));
+    auto out = at::empty({a.rows, a.outputs}, x->options());
+    a.x = wide.data_ptr(), a.w = w->data_ptr(), a.y = out.data_ptr();
+    Type t = type_of(*x);
+    // Tasks of whole tiles, some 64 KB of the weight each.
+    int64_t tiles = (a.outputs + 11) / 12, per = std::max<int64_t>(1, 1365 / std::max<int64_t>(1, a.inputs));
+    at::parallel_for(0, tiles, per, [&](int64_t first, int64_t last) {
+      row_kernels().few_rows(t, a, first * 12, std::min(last * 12, a.outputs));
+    });
+    *y = new at::Tensor(out);
+  });
+}
+
 char* corral_swiglu(at::Tensor* gu, at::Tensor** a_out) {
   return guarded([&] {
     need(*gu, "gu");

@@ -2,6 +2,7 @@
 
 pub mod c10d;
 pub mod composed;
+pub mod counting;
 pub mod cuda;
 pub mod error;
 pub mod gpu;

@@ -90,6 +90,7 @@ unsafe extern "C" {
         scale: f64,
         out: *mut Raw,
     ) -> *mut c_char;
+    fn corral_few_rows(x: Raw, w: Raw, add: Raw, y: *mut Raw) -> *mut c_char;
     fn corral_swiglu(gu: Raw, a: *mut Raw) -> *mut c_char;
     fn corral_swiglu_backward(gu: Raw, da: Raw) -> *mut c_char;
     fn corral_log_softmax(logits: Raw, labels: Raw, coef: Raw, logp: Raw, entropy: Raw) -> *mut c_char;
@@ -335,6 +336,30 @@ pub fn decode_attention(
         )
     })?;
     Ok(own(out))
+}
+
+/// Rows up to which [`linear`] has a product of its own on a CPU: where it was no slower than the library's with weights
+/// of tens of megabytes, which do not stay in a cache. (Of bfloat16 processors multiply pairs, which ours does not use.)
+pub fn few_rows(kind: Kind) -> i64 {
+    if kind == Kind::BFloat16 { 8 } else { 16 }
+}
+
+/// x w^T, plus `add` where there is one. x: T [N, I]; w: T [O, I]; `add`: T [N, O] or [O]. Returns T [N, O].
+///
+/// On a CPU a product of at most [`few_rows`] rows, as in a step of generation, reads the weight once and adds up every
+/// element in an order that does not depend on the other rows.
+pub fn linear(x: &Tensor, w: &Tensor, add: Option<&Tensor>) -> Result<Tensor> {
+    if x.device() != Device::Cpu || x.size()[0] > few_rows(x.kind()) {
+        return Ok(match add {
+            None => x.f_mm(&w.tr())?,
+            Some(add) => add.f_addmm(x, &w.tr())?,
+        });
+    }
+    let (x, w) = (x.contiguous(), w.contiguous());
+    let mut y = std::ptr::null_mut();
+    // SAFETY: as in rms_norm.
+    check(unsafe { corral_few_rows(raw(&x), raw(&w), raw_opt(add), &mut y) })?;
+    Ok(own(y))
 }
 
 /// silu(g) * u (Shazeer 2020) for gu: T [N, 2F] = (g | u). Returns T [N, F].

@@ -493,3 +493,38 @@ fn compositions_against_autograd() {
     composed::log_softmax(&l, &labels, Some(&coef), &p, None);
     check("log_softmax", &l, &logits.grad());
 }
+
+/// Products of few rows, and of one more; sizes that fill no vector and no tile.
+#[test]
+fn linear() {
+    for kind in KINDS {
+        for (inputs, outputs) in [(64, 48), (37, 29), (5, 1), (512, 100)] {
+            let w = put(&randn(&[outputs, inputs], kind));
+            let (bias, all) = (put(&randn(&[outputs], kind)), put(&randn(&[20, inputs], kind)));
+            let residual = put(&randn(&[20, outputs], kind));
+            for rows in [1, 2, 3, 7, 8, 13, ops::few_rows(kind), ops::few_rows(kind) + 1] {
+                let (x, residual) = (all.narrow(0, 0, rows), residual.narrow(0, 0, rows));
+                let product = exact(&x).mm(&exact(&w).tr());
+                let size = exact(&x).abs().mm(&exact(&w).abs().tr()).max().double_value(&[]);
+                let cases = [
+                    (None, product.copy()),
+                    (Some(&bias), &product + exact(&bias)),
+                    (Some(&residual), &product + exact(&residual)),
+                ];
+                for (add, expected) in cases {
+                    let y = ops::linear(&x, &w, add).unwrap();
+                    assert_eq!(y.kind(), kind);
+                    let off = distance_at(&y, &expected, if kind == Kind::BFloat16 { 0.1 } else { size });
+                    assert!(off < tolerance(kind), "{kind:?}, {rows} x {inputs} -> {outputs}: {off:e}");
+                }
+            }
+            // A row is the same to the bit beside any others.
+            let many = ops::linear(&all.narrow(0, 0, ops::few_rows(kind)), &w, None).unwrap();
+            for (row, count) in [(0, 1), (2, 3), (1, 7)] {
+                let few = ops::linear(&all.narrow(0, row, count), &w, None).unwrap();
+                let same = few.equal(&many.narrow(0, row, count));
+                assert!(same || device() != Device::Cpu, "{kind:?}, rows {row} to {}", row + count);
+            }
+        }
+    }
+}

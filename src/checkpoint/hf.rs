@@ -1,20 +1,20 @@
 //! Models in Hugging Face's format: import by slices, export group by group.
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Value, json};
-use tch::{Kind, Tensor};
+use tch::Kind;
 
-use super::agree::{agree, agree_over};
+use super::agree::agree;
 use super::families::Description;
-use super::grow::grown;
 use super::hf_config::{SpecialIds, read_object, read_shape, write_shape};
-use super::safetensors::{Entry, Reader, Writer};
+use super::safetensors::{self, Entry, Writer};
+use super::source::{Source, TensorFile};
+use super::torch_file;
 use crate::config::shape::Shape;
 use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
-use crate::distributed::sharded::{Layout, Sharded, Spec};
+use crate::distributed::sharded::{Sharded, Spec};
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFolder, write_file};
 use crate::model::layout::{LM_HEAD, layouts};
@@ -22,37 +22,28 @@ use kernels::c10d::Group;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+const BIN: &str = "pytorch_model.bin";
+const BIN_INDEX: &str = "pytorch_model.bin.index.json";
 
 /// A model in Hugging Face's format, checked and ready to be read.
 pub struct HfModel {
     dir: PathBuf,
     shape: Shape,
-    files: Vec<Reader>,
-    /// Where the model's tensors lie.
-    places: HashMap<String, Place>,
+    source: Source,
     unknown_keys: Vec<String>,
 }
 
-/// Where a tensor of the model lies.
-struct Place {
-    file: usize,
-    /// The name that it has there, alone or with others.
-    tensor: String,
-    /// Its first element in there.
-    first: i64,
-}
-
 impl HfModel {
-    /// Opens a folder with `config.json` and `model.safetensors`, or its parts with an index. Reads and checks all
-    /// headers, and no tensor.
+    /// Opens a folder with `config.json` and `model.safetensors`, or its parts with an index; where these are not there,
+    /// `pytorch_model.bin` or its parts. Reads and checks all headers, and no tensor.
     ///
     /// Errors are of kind Data: an architecture or an option that is not built, files that are missing or damaged, and
     /// in one message all tensors that are missing, superfluous or of another shape.
     pub fn load(dir: &Path) -> Result<HfModel> {
         let (family, shape, unknown_keys) = read_shape(&dir.join("config.json"))?;
-        let (files, tensors) = open_weights(dir)?;
-        let places = check_tensors(family, &shape, &files, &tensors).context(dir.display())?;
-        Ok(HfModel { dir: dir.to_path_buf(), shape, files, places, unknown_keys })
+        let files = open_weights(dir)?;
+        let source = find_tensors(family, &shape, files).context(dir.display())?;
+        Ok(HfModel { dir: dir.to_path_buf(), shape, source, unknown_keys })
     }
 
     pub fn shape(&self) -> &Shape {
@@ -68,53 +59,50 @@ impl HfModel {
         &self.unknown_keys
     }
 
-    /// Fills the parameters, whose vocabulary may be larger than the model's (see [`super::grow`]); every rank reads its
-    /// own slices only. All ranks that hold them call this, and fail
-    /// together.
-    pub fn fill(&self, params: &mut Sharded) -> Result<()> {
-        let read = |spec: &Spec, first, values: &Tensor| match self.places.get(&spec.name) {
-            Some(place) => self.files[place.file].read(&place.tensor, place.first + first, values),
-            None => Err(Error::data(format!("{}: there is no tensor `{}`", self.dir.display(), spec.name))),
-        };
-        let mine = params.fill(grown(self.shape.vocab_size, read));
-        agree_over(params, mine)
+    /// The tensors, under the model's names.
+    pub fn source(&self) -> &Source {
+        &self.source
+    }
+
+    pub fn into_source(self) -> Source {
+        self.source
     }
 }
 
-/// Compares the tensors with those that the shape asks for. Returns where those of the model lie.
-fn check_tensors(
-    family: &Description,
-    shape: &Shape,
-    files: &[Reader],
-    tensors: &HashMap<String, usize>,
-) -> Result<HashMap<String, Place>> {
+/// Compares the tensors in the files with those that the shape asks for, and finds the model's in them.
+fn find_tensors(family: &Description, shape: &Shape, files: Source) -> Result<Source> {
+    let found: BTreeSet<&String> = files.names().collect();
+    // Before anything is made for every block and expert.
+    let experts = shape.experts.as_ref().map_or(1, |e| e.num_local_experts);
+    if shape.num_hidden_layers * experts > found.len() as i64 {
+        let of = if experts > 1 { format!(" of {experts} experts") } else { String::new() };
+        return Err(Error::data(format!(
+            "config.json has num_hidden_layers {}{of}, and there are {} tensors",
+            shape.num_hidden_layers,
+            found.len()
+        )));
+    }
     // The tensors of the family's files, of which each holds one or more of the model's.
     let mut wanted: BTreeMap<String, Vec<i64>> = BTreeMap::new();
-    let mut places = HashMap::new();
+    let mut places = Vec::new();
     for spec in layouts(shape).into_iter().flat_map(|layout| layout.specs) {
         let (tensor, row) = (family.place)(&spec.name, shape);
-        let first = row * spec.numel() / spec.shape[0];
         let size = wanted.entry(tensor.clone()).or_insert_with(|| [&[0], &spec.shape[1..]].concat());
         size[0] += spec.shape[0];
-        if let Some(&file) = tensors.get(&tensor) {
-            places.insert(spec.name, Place { file, tensor, first });
-        }
+        places.push((spec, tensor, row));
     }
     let mut wrong = Vec::new();
     for (name, shape) in &wanted {
-        match tensors.get(name) {
-            None => wrong.push(format!("`{name}` {shape:?} is missing")),
-            Some(&i) => {
-                let (found, _) = files[i].info(name)?;
-                if found != *shape {
-                    wrong.push(format!("`{name}` is {found:?} and should be {shape:?}"));
-                }
-            }
+        if !found.contains(name) {
+            wrong.push(format!("`{name}` {shape:?} is missing"));
+            continue;
+        }
+        let view = files.view(name)?;
+        if view.shape != *shape {
+            wrong.push(format!("`{name}` is {:?} and should be {shape:?}", view.shape));
         }
     }
-    let mut extra: Vec<&String> = tensors.keys().filter(|n| !wanted.contains_key(*n)).collect();
-    extra.sort();
-    for name in extra {
+    for name in found.into_iter().filter(|name| !wanted.contains_key(*name)) {
         // Tables that old files carry, and the second name of tied embeddings.
         let harmless =
             name.ends_with("rotary_emb.inv_freq") || (shape.tie_word_embeddings && name.as_str() == LM_HEAD);
@@ -122,39 +110,49 @@ fn check_tensors(
             wrong.push(format!("`{name}` belongs to no {}", family.architecture));
         }
     }
+    all_fit(wrong, "config.json")?;
+    files.regroup(places.into_iter().map(|(spec, tensor, row)| (spec.name, spec.shape, tensor, row)))
+}
+
+/// Fails if there is anything `wrong` with the tensors, and names it.
+pub(super) fn all_fit(mut wrong: Vec<String>, config: &str) -> Result<()> {
     if wrong.is_empty() {
-        return Ok(places);
+        return Ok(());
     }
     const SHOWN: usize = 12;
     let more = wrong.len().saturating_sub(SHOWN);
     wrong.truncate(SHOWN);
     let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
-    Err(Error::data(format!("the tensors do not fit its config.json:\n  {}{more}", wrong.join("\n  "))))
+    Err(Error::data(format!("the tensors do not fit its {config}:\n  {}{more}", wrong.join("\n  "))))
 }
 
 /// Opens the weights' files and finds out which tensor lies where.
-fn open_weights(dir: &Path) -> Result<(Vec<Reader>, HashMap<String, usize>)> {
-    let index = dir.join(INDEX);
-    if dir.join(SINGLE).is_file() {
-        let reader = Reader::open(&dir.join(SINGLE))?;
-        let tensors = reader.names().into_iter().map(|n| (n, 0)).collect();
-        return Ok((vec![reader], tensors));
+fn open_weights(dir: &Path) -> Result<Source> {
+    for (single, index) in [(SINGLE, INDEX), (BIN, BIN_INDEX)] {
+        if dir.join(single).is_file() {
+            return Ok(Source::of_files(vec![open_file(&dir.join(single))?]));
+        }
+        if dir.join(index).is_file() {
+            return open_parts(dir, &dir.join(index));
+        }
     }
-    if !index.is_file() {
-        let pickled = fs::read_dir(dir).is_ok_and(|mut entries| {
-            entries.any(|e| e.is_ok_and(|e| e.file_name().to_string_lossy().starts_with("pytorch_model")))
-        });
-        let advice = match pickled {
-            true => "; pytorch_model*.bin cannot be read: save the model with safe_serialization=True",
-            false => "",
-        };
-        return Err(Error::data(format!("{}: no {SINGLE} and no {INDEX}{advice}", dir.display())));
-    }
-    let object = read_object(&index)?;
+    Err(Error::data(format!("{}: no {SINGLE} and no {INDEX}, no {BIN} and no {BIN_INDEX}", dir.display())))
+}
+
+fn open_file(path: &Path) -> Result<Box<dyn TensorFile>> {
+    Ok(match path.extension().is_some_and(|e| e == "safetensors") {
+        true => Box::new(safetensors::Reader::open(path)?),
+        false => Box::new(torch_file::Reader::open(path)?),
+    })
+}
+
+/// Opens the files that an index names, and checks that each holds what the index says.
+fn open_parts(dir: &Path, index: &Path) -> Result<Source> {
+    let object = read_object(index)?;
     let Some(map) = object.get("weight_map").and_then(Value::as_object) else {
         return Err(Error::data(format!("{}: there is no weight_map", index.display())));
     };
-    let (mut files, mut by_name, mut tensors) = (Vec::new(), HashMap::new(), HashMap::new());
+    let mut files: BTreeMap<&str, (Box<dyn TensorFile>, BTreeSet<String>)> = BTreeMap::new();
     for (tensor, file) in map {
         let file = file.as_str().filter(|f| {
             let mut parts = Path::new(f).components();
@@ -163,26 +161,27 @@ fn open_weights(dir: &Path) -> Result<(Vec<Reader>, HashMap<String, usize>)> {
         let Some(file) = file else {
             return Err(Error::data(format!("{}: `{tensor}` names no file of its folder", index.display())));
         };
-        let i = match by_name.get(file) {
-            Some(&i) => i,
-            None => {
-                let reader =
-                    Reader::open(&dir.join(file)).context(format!("{} names {file}", index.display()))?;
-                files.push(reader);
-                by_name.insert(file, files.len() - 1);
-                files.len() - 1
-            }
-        };
-        files[i].info(tensor).context(index.display())?;
-        tensors.insert(tensor.clone(), i);
-    }
-    // What lies in a file and not in the index is named as superfluous later, like everything that nobody asked for.
-    for (i, file) in files.iter().enumerate() {
-        for name in file.names() {
-            tensors.entry(name).or_insert(i);
+        if !files.contains_key(file) {
+            let open = open_file(&dir.join(file)).context(format!("{} names {file}", index.display()))?;
+            let names = open.names().into_iter().collect();
+            files.insert(file, (open, names));
+        }
+        if !files[file].1.contains(tensor) {
+            return Err(Error::data(format!(
+                "{}: there is no tensor `{tensor}` in {file}, where the index has it",
+                index.display()
+            )));
         }
     }
-    Ok((files, tensors))
+    let order: Vec<&str> = files.keys().copied().collect();
+    // What lies in a file and not in the index is named as superfluous later, like everything that nobody asked for.
+    let mut source = Source::of_files(files.into_values().map(|(file, _)| file).collect());
+    for (tensor, file) in map {
+        if let Some(i) = order.iter().position(|name| file == name) {
+            source.take_from(i, tensor);
+        }
+    }
+    Ok(source)
 }
 
 /// How a model is written.
@@ -200,8 +199,16 @@ pub struct Export<'a> {
 /// All ranks fail together.
 pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: &Group) -> Result<()> {
     let writes = world.rank() == 0;
-    let plan = plan((0..params.len()).map(|i| params.layout(i)), how);
-    let started = if writes { begin(dir, shape, how, &plan).map(Some) } else { Ok(None) };
+    let specs = (0..params.len()).flat_map(|i| &params.layout(i).specs);
+    let entry = |s: &Spec| Entry { name: s.name.clone(), kind: how.dtype, shape: s.shape.clone() };
+    let plan = plan(specs.map(entry), how.max_shard_size);
+    let started = match writes {
+        true => {
+            let ids = how.tokenizer.map_or_else(SpecialIds::default, SpecialIds::of);
+            begin(dir, shape, how.dtype, ids, how.tokenizer, &plan).map(|(folder, _)| Some(folder))
+        }
+        false => Ok(None),
+    };
     let folder =
         agree(world, started).with_context(|| format!("exporting the model to {}", dir.display()))?;
 
@@ -223,11 +230,13 @@ pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: 
 }
 
 /// The files of an export with their tensors, in the order of the groups.
-fn plan<'a>(layouts: impl Iterator<Item = &'a Layout>, how: &Export) -> Vec<(String, Vec<Entry>)> {
+pub(super) type Plan = Vec<(String, Vec<Entry>)>;
+
+/// Divides tensors among files of at most `max_shard_size` bytes.
+pub(super) fn plan(entries: impl Iterator<Item = Entry>, max_shard_size: u64) -> Plan {
     let (mut parts, mut bytes): (Vec<Vec<Entry>>, u64) = (vec![Vec::new()], 0);
-    for spec in layouts.flat_map(|l| &l.specs) {
-        let entry = Entry { name: spec.name.clone(), kind: how.dtype, shape: spec.shape.clone() };
-        if bytes > 0 && bytes + entry.bytes() > how.max_shard_size {
+    for entry in entries {
+        if bytes > 0 && bytes + entry.bytes() > max_shard_size {
             parts.push(Vec::new());
             bytes = 0;
         }
@@ -242,8 +251,15 @@ fn plan<'a>(layouts: impl Iterator<Item = &'a Layout>, how: &Export) -> Vec<(Str
     parts.into_iter().enumerate().map(|(i, part)| (name(i), part)).collect()
 }
 
-/// Makes the temporary folder with all but the weights.
-fn begin(dir: &Path, shape: &Shape, how: &Export, plan: &[(String, Vec<Entry>)]) -> Result<AtomicFolder> {
+/// Makes the temporary folder with all but the weights; returns also the names of the tokenizer's files in it.
+pub(super) fn begin(
+    dir: &Path,
+    shape: &Shape,
+    dtype: Kind,
+    ids: SpecialIds,
+    tokenizer: Option<&Tokenizer>,
+    plan: &Plan,
+) -> Result<(AtomicFolder, Vec<String>)> {
     let ours = |name: &str| {
         name == "config.json"
             || (name.starts_with("model") && name.contains(".safetensors"))
@@ -251,19 +267,16 @@ fn begin(dir: &Path, shape: &Shape, how: &Export, plan: &[(String, Vec<Entry>)])
     };
     let folder = AtomicFolder::create(dir, ours)?;
     let temp = folder.temporary();
-    let ids = how.tokenizer.map_or_else(SpecialIds::default, SpecialIds::of);
     let write = |name: &str, value: &Value| -> Result<()> {
         let text = serde_json::to_string_pretty(value).map_err(|e| Error::failed(format!("{name}: {e}")))?;
         write_file(&temp.join(name), format!("{text}\n").as_bytes())
     };
-    write("config.json", &write_shape(shape, how.dtype, &ids))?;
+    write("config.json", &write_shape(shape, dtype, &ids))?;
     let generation = [("bos_token_id", ids.bos), ("eos_token_id", ids.eos), ("pad_token_id", ids.pad)];
     let generation: serde_json::Map<String, Value> =
         generation.into_iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.to_string(), v)).collect();
     write("generation_config.json", &Value::Object(generation))?;
-    if let Some(tokenizer) = how.tokenizer {
-        write_tokenizer(tokenizer, temp)?;
-    }
+    let written = tokenizer.map_or(Ok(Vec::new()), |tokenizer| write_tokenizer(tokenizer, temp))?;
     if plan.len() > 1 {
         let total: u64 = plan.iter().flat_map(|(_, entries)| entries).map(Entry::bytes).sum();
         let map: serde_json::Map<String, Value> = plan
@@ -272,13 +285,13 @@ fn begin(dir: &Path, shape: &Shape, how: &Export, plan: &[(String, Vec<Entry>)])
             .collect();
         write(INDEX, &json!({"metadata": {"total_size": total}, "weight_map": map}))?;
     }
-    Ok(folder)
+    Ok((folder, written.into_iter().map(|(name, ..)| name).collect()))
 }
 
 /// Writes tensors into the files of the plan, one after the other.
-struct Output<'a> {
+pub(super) struct Output<'a> {
     dir: &'a Path,
-    plan: &'a [(String, Vec<Entry>)],
+    plan: &'a Plan,
     file: usize,
     /// Tensors written to the current file.
     tensor: usize,
@@ -286,11 +299,11 @@ struct Output<'a> {
 }
 
 impl<'a> Output<'a> {
-    fn new(dir: &'a Path, plan: &'a [(String, Vec<Entry>)]) -> Self {
+    pub(super) fn new(dir: &'a Path, plan: &'a Plan) -> Self {
         Output { dir, plan, file: 0, tensor: 0, writer: None }
     }
 
-    fn write(&mut self, t: &tch::Tensor) -> Result<()> {
+    pub(super) fn write(&mut self, t: &tch::Tensor) -> Result<()> {
         let (name, entries) = &self.plan[self.file];
         let mut writer = match self.writer.take() {
             Some(writer) => writer,

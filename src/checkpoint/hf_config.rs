@@ -308,6 +308,25 @@ pub struct SpecialIds {
 }
 
 impl SpecialIds {
+    /// What `generation_config.json` of a model's folder says, else its `config.json`.
+    pub fn of_folder(dir: &Path) -> Result<SpecialIds> {
+        let mut ids = SpecialIds::default();
+        for name in ["generation_config.json", "config.json"] {
+            let path = dir.join(name);
+            let object = if path.is_file() { read_object(&path)? } else { Map::new() };
+            for (id, key) in [
+                (&mut ids.bos, "bos_token_id"),
+                (&mut ids.eos, "eos_token_id"),
+                (&mut ids.pad, "pad_token_id"),
+            ] {
+                if id.is_null() {
+                    *id = object.get(key).cloned().unwrap_or_default();
+                }
+            }
+        }
+        Ok(ids)
+    }
+
     /// The tokenizer's; several ends of a text in ascending order, as published models have them.
     pub fn of(tokenizer: &Tokenizer) -> SpecialIds {
         let mut eos = tokenizer.eos_ids().to_vec();

@@ -1,20 +1,28 @@
-//! Models and the state of a training run on disk: safetensors, Hugging Face folders, sharded checkpoints.
+//! Models and the state of a training run on disk: safetensors and torch files, folders of Hugging Face's and Meta's
+//! format, sharded checkpoints.
 
 mod agree;
+pub mod convert;
 mod families;
 mod grow;
 pub mod hf;
 mod hf_config;
+mod meta;
+mod pickle;
 pub mod safetensors;
 mod saver;
 pub mod sharded;
+pub mod source;
 #[cfg(test)]
 mod tests;
+pub mod torch_file;
 mod weights;
 
 pub use crate::files::free_bytes;
 pub use agree::{agree, agree_over};
 pub use hf::{Export, HfModel, export};
+pub use meta::MetaModel;
 pub use saver::{RunInfo, Saved, Saver};
 pub use sharded::{Checkpoint, State, bytes_per_checkpoint, latest};
+pub use source::Source;
 pub use weights::{Weights, in_hub_cache};

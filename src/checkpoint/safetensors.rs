@@ -12,8 +12,9 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use tch::{Kind, Tensor};
 
+use super::source::{TensorFile, fill_chunks, for_chunks};
 use crate::error::{Context, Error, Result};
-use crate::files::{AtomicFile, CHUNK, read_error};
+use crate::files::{AtomicFile, read_error};
 
 /// The header of a sane file is far below this (the format's own limit).
 const MAX_HEADER: u64 = 100_000_000;
@@ -62,15 +63,6 @@ impl Reader {
         Ok(Reader { path: path.to_path_buf(), file, data, header })
     }
 
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Names in the order of the data.
-    pub fn names(&self) -> Vec<String> {
-        self.header.offset_keys()
-    }
-
     /// Name, dtype, shape and bytes of every tensor, of any dtype, in the order of the data.
     pub fn tensors(&self) -> Vec<(String, Dtype, Vec<usize>, u64)> {
         let names = self.header.offset_keys().into_iter();
@@ -86,19 +78,6 @@ impl Reader {
     /// The text that the file carries beside its tensors.
     pub fn metadata(&self) -> HashMap<String, String> {
         self.header.metadata().clone().unwrap_or_default()
-    }
-
-    /// Shape and dtype of a tensor. An error if it is not there, or no floating-point tensor.
-    pub fn info(&self, name: &str) -> Result<(Vec<i64>, Kind)> {
-        let info = self.tensor(name)?;
-        let kind = float_kind(info.dtype).ok_or_else(|| {
-            Error::data(format!(
-                "{}: tensor `{name}` has dtype {:?}; F64, F32, BF16 and F16 can be read",
-                self.path.display(),
-                info.dtype
-            ))
-        })?;
-        Ok((info.shape.iter().map(|&d| d as i64).collect(), kind))
     }
 
     fn tensor(&self, name: &str) -> Result<&TensorInfo> {
@@ -119,21 +98,40 @@ impl Reader {
                 first + len
             )));
         }
-        let element = kind.elt_size_in_bytes();
-        let start = self.data + self.tensor(name)?.data_offsets.0 as u64 + first as u64 * element as u64;
-        let step = (CHUNK / element) as i64;
-        let mut buffer = vec![0; CHUNK.min(len as usize * element)];
-        for at in (0..len).step_by(step as usize) {
-            let n = step.min(len - at);
-            let bytes = &mut buffer[..n as usize * element];
-            self.file
-                .read_exact_at(bytes, start + at as u64 * element as u64)
-                .map_err(|e| read_error(&self.path, &e).context(format!("tensor `{name}`")))?;
-            let values = Tensor::f_from_data_size(bytes, &[n], kind)?;
-            tch::no_grad(|| dst.f_narrow(0, at, n)?.f_copy_(&values))
-                .with_context(|| format!("{}: tensor `{name}`", self.path.display()))?;
+        fill_chunks(dst, kind, |at, bytes| self.read_bytes(name, first + at, bytes))
+            .with_context(|| format!("{}: tensor `{name}`", self.path.display()))
+    }
+}
+
+impl TensorFile for Reader {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.header.offset_keys()
+    }
+
+    fn info(&self, name: &str) -> Result<(Vec<i64>, Kind)> {
+        let info = self.tensor(name)?;
+        let kind = float_kind(info.dtype).ok_or_else(|| {
+            Error::data(format!(
+                "{}: tensor `{name}` has dtype {:?}; F64, F32, BF16 and F16 can be read",
+                self.path.display(),
+                info.dtype
+            ))
+        })?;
+        Ok((info.shape.iter().map(|&d| d as i64).collect(), kind))
+    }
+
+    fn read_bytes(&self, name: &str, first: i64, to: &mut [u8]) -> Result<()> {
+        let info = self.tensor(name)?;
+        let (start, end) = (info.data_offsets.0 as u64, info.data_offsets.1 as u64);
+        let at = start + first as u64 * info.dtype.bitsize() as u64 / 8;
+        if at + to.len() as u64 > end {
+            return Err(Error::failed(format!("{}: `{name}` is shorter", self.path.display())));
         }
-        Ok(())
+        self.file.read_exact_at(to, self.data + at).map_err(|e| read_error(&self.path, &e))
     }
 }
 
@@ -149,6 +147,20 @@ impl Entry {
     /// Bytes in the file.
     pub fn bytes(&self) -> u64 {
         self.shape.iter().product::<i64>() as u64 * self.kind.elt_size_in_bytes() as u64
+    }
+
+    /// Refuses a tensor with another number of elements.
+    pub(super) fn check(&self, t: &Tensor, path: &Path) -> Result<()> {
+        match t.numel() as i64 == self.shape.iter().product::<i64>() {
+            true => Ok(()),
+            false => {
+                let (path, size) = (path.display(), t.size());
+                Err(Error::failed(format!(
+                    "{path}: `{}` should be {:?}, not {size:?}",
+                    self.name, self.shape
+                )))
+            }
+        }
     }
 }
 
@@ -218,28 +230,8 @@ impl Writer {
         let Some(entry) = self.missing.pop_front() else {
             return Err(Error::failed(format!("{}: more tensors than were said", self.path.display())));
         };
-        let numel = entry.shape.iter().product::<i64>();
-        if t.numel() as i64 != numel {
-            return Err(Error::failed(format!(
-                "{}: `{}` should be {:?}, not {:?}",
-                self.path.display(),
-                entry.name,
-                entry.shape,
-                t.size()
-            )));
-        }
-        let element = entry.kind.elt_size_in_bytes();
-        let step = (CHUNK / element) as i64;
-        let mut buffer = vec![0; CHUNK.min(numel as usize * element)];
-        let flat = t.f_detach()?.f_contiguous()?.f_view([-1])?;
-        for at in (0..numel).step_by(step as usize) {
-            let n = step.min(numel - at);
-            let part = flat.f_narrow(0, at, n)?.f_to_kind(entry.kind)?;
-            let bytes = &mut buffer[..n as usize * element];
-            part.f_copy_data_u8(bytes, n as usize)?;
-            self.put(bytes)?;
-        }
-        Ok(())
+        entry.check(t, &self.path)?;
+        for_chunks(t, entry.kind, |bytes| self.put(bytes))
     }
 
     /// Brings the file to the disk and gives it its name.

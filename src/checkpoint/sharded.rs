@@ -20,6 +20,7 @@ use tch::{Kind, Tensor};
 use super::agree::agree_over;
 use super::grow::{grown, stored};
 use super::safetensors::Reader;
+use super::source::{Block, Order, Source, TensorFile, View};
 use crate::config::shape::Shape;
 use crate::distributed::sharded::{Layout, Sharded, Slice, Spec};
 use crate::error::{Error, Result};
@@ -273,6 +274,31 @@ impl Checkpoint {
     pub fn fill_weights(&self, params: &mut Sharded) -> Result<()> {
         let mine = self.read(params, None).map_err(|e| with_advice(&self.dir, e));
         agree_over(params, mine)
+    }
+
+    /// The parameters (master values) as tensors of the model, after checking the contents of all files.
+    pub fn source(&self) -> Result<Source> {
+        let shards = (0..self.meta.slices.len()).map(|rank| self.open_shard(rank));
+        let shards = shards.collect::<Result<Vec<_>>>().map_err(|e| with_advice(&self.dir, e))?;
+        let mut source = Source::default();
+        for (name, (group, offset, shape)) in &self.places {
+            let tensor = tensor_name(&self.meta.groups[*group].name, PARTS[0]);
+            let numel = shape.iter().product();
+            let block = |piece: Piece| Block {
+                file: piece.rank,
+                tensor: tensor.clone(),
+                rows: 0..1,
+                cols: piece.to..piece.to + piece.len,
+                first: piece.from,
+                stride: numel,
+                order: Order::Same,
+            };
+            let kind = shards[0].info(&tensor)?.1;
+            let blocks = pieces(self.slices(*group), *offset, numel).into_iter().map(block).collect();
+            source.views.insert(name.clone(), View { shape: shape.clone(), kind, width: numel, blocks });
+        }
+        source.files = shards.into_iter().map(|s| Box::new(s) as Box<dyn TensorFile>).collect();
+        Ok(source)
     }
 
     fn read(&self, params: &mut Sharded, optim: Option<&mut AdamW>) -> Result<()> {

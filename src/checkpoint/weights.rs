@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use super::hf::HfModel;
+use super::meta::{MetaModel, PARAMS};
 use super::sharded::{Checkpoint, META, checkpoints_dir, latest};
+use super::source::Source;
 use crate::config::shape::Shape;
 use crate::data::tokenizer::folder_has_tokenizer;
 use crate::distributed::sharded::Sharded;
@@ -12,12 +14,13 @@ use crate::error::{Error, Result};
 /// A model on disk, found by its path.
 pub enum Weights {
     Hf(HfModel),
+    Meta(MetaModel),
     Checkpoint(Checkpoint),
 }
 
 impl Weights {
-    /// Opens a Hugging Face folder, a run's folder (its final model, else its newest checkpoint), a checkpoint, or a hub
-    /// id that the local hub cache holds.
+    /// Opens a Hugging Face folder, a folder in Meta's format, a run's folder (its final model, else its newest
+    /// checkpoint), a checkpoint, or a hub id that the local hub cache holds.
     /// Reads headers only.
     pub fn open(path: &Path) -> Result<Weights> {
         let found = match path.exists() {
@@ -38,15 +41,12 @@ impl Weights {
         {
             return Ok(Weights::Checkpoint(checkpoint));
         }
-        if path.join("params.json").is_file() {
-            return Err(Error::config(format!(
-                "{}: models in Meta's format cannot be read yet; take the Hugging Face version of the model",
-                path.display()
-            )));
+        if path.join(PARAMS).is_file() {
+            return Ok(Weights::Meta(MetaModel::load(path)?));
         }
         Err(Error::data(format!(
-            "{}: no model: a Hugging Face folder has config.json, a checkpoint has {META}, and a run's folder has \
-             model/ or checkpoints/ with a complete checkpoint",
+            "{}: no model: a Hugging Face folder has config.json, one in Meta's format {PARAMS}, a checkpoint {META}, and \
+             a run's folder model/ or checkpoints/ with a complete checkpoint",
             path.display()
         )))
     }
@@ -54,6 +54,7 @@ impl Weights {
     pub fn shape(&self) -> &Shape {
         match self {
             Weights::Hf(model) => model.shape(),
+            Weights::Meta(model) => model.shape(),
             Weights::Checkpoint(checkpoint) => &checkpoint.meta().shape,
         }
     }
@@ -62,6 +63,7 @@ impl Weights {
     pub fn dir(&self) -> &Path {
         match self {
             Weights::Hf(model) => model.dir(),
+            Weights::Meta(model) => model.dir(),
             Weights::Checkpoint(checkpoint) => checkpoint.dir(),
         }
     }
@@ -75,8 +77,18 @@ impl Weights {
     /// Fills the parameters, each rank its own slices. Collective over the ranks that hold them.
     pub fn fill(&self, params: &mut Sharded) -> Result<()> {
         match self {
-            Weights::Hf(model) => model.fill(params),
+            Weights::Hf(model) => model.source().fill(params),
+            Weights::Meta(model) => model.source().fill(params),
             Weights::Checkpoint(checkpoint) => checkpoint.fill_weights(params),
+        }
+    }
+
+    /// The tensors, wherever they lie. Of a checkpoint, its files' contents are checked first.
+    pub fn into_source(self) -> Result<Source> {
+        match self {
+            Weights::Hf(model) => Ok(model.into_source()),
+            Weights::Meta(model) => Ok(model.into_source()),
+            Weights::Checkpoint(checkpoint) => checkpoint.source(),
         }
     }
 }

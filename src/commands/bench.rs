@@ -18,7 +18,7 @@ use crate::distributed::sharded::Sharded;
 use crate::distributed::sharded::shard_groups;
 use crate::distributed::world::World;
 use crate::error::{Context, Error, Result};
-use crate::generate::engine::{self, Generation, Options};
+use crate::generate::engine::{self, Options, Request};
 use crate::generate::sampler::Sampling;
 use crate::model::{Input, Llama, init, layout};
 use crate::optim::{AdamW, Hyper};
@@ -267,7 +267,7 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
     init::init(&mut params, &shape, 0)?;
     let mut model = Llama::new(shape.clone(), params);
     tch::manual_seed(3);
-    let prompts: Vec<Generation> = (0..args.batch_size as u64)
+    let prompts: Vec<Request> = (0..args.batch_size as u64)
         .map(|sample| {
             let ids = Tensor::randint_low(
                 3,
@@ -275,20 +275,14 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
                 [args.prompt_tokens as i64],
                 (Kind::Int64, tch::Device::Cpu),
             );
-            Ok(Generation { prompt: Vec::<i64>::try_from(&ids)?, sample })
+            Ok(Request::new(Vec::<i64>::try_from(&ids)?, sample, args.new_tokens))
         })
         .collect::<Result<_>>()?;
-    let options = Options {
-        sampling: Sampling::GREEDY,
-        max_new_tokens: args.new_tokens,
-        batch_size: args.batch_size,
-        eos: &[],
-        stop: None,
-    };
+    let options = Options { sampling: Sampling::GREEDY, batch_size: args.batch_size, eos: &[], stop: None };
     let mut seconds = Vec::new();
     for run in 0..=args.runs {
         let begun = Instant::now();
-        engine::generate(&mut model, &prompts, &options, |_| Ok(()))?;
+        engine::generate(&mut model, &prompts, options.clone(), |_, _| Ok(()))?;
         world.synchronize()?;
         if run > 0 {
             seconds.push(begun.elapsed().as_secs_f64());

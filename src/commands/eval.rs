@@ -4,17 +4,21 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::ValueEnum;
+use kernels::c10d::ReduceOp;
 use rayon::prelude::*;
 use serde_json::json;
-use tch::Device;
 
-use crate::commands::inference::{self, Inference, ModelArgs};
+use crate::checkpoint::agree;
+use crate::commands::Global;
+use crate::commands::inference::{self, ModelArgs, Opened, RanksArgs};
 use crate::commands::score;
 use crate::data::readers;
 use crate::data::shards::TokenSet;
 use crate::data::tokenizer::Tokenizer;
+use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::files::write_file;
+use crate::model::Llama;
 
 /// Tokens that one forward reads, or one window if that is longer.
 const BATCH_TOKENS: usize = 8192;
@@ -25,6 +29,8 @@ const PIECE_BYTES: usize = 64 << 10;
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    ranks: RanksArgs,
     /// What to measure
     #[arg(long, value_enum)]
     task: Task,
@@ -48,28 +54,30 @@ enum Task {
     Perplexity,
 }
 
-pub fn run(args: Args, device: Device) -> Result<()> {
+pub fn run(args: Args, global: &Global) -> Result<()> {
     let Task::Perplexity = args.task;
     if args.sequence_length == Some(0) {
         return Err(Error::config("--sequence-length must be at least 1"));
     }
-    let mut inference = args.model.load(device)?;
-    let positions = inference.model.shape.max_position_embeddings as usize;
+    let opened = args.model.open()?;
+    let positions = opened.shape().max_position_embeddings as usize;
     let window = args.sequence_length.unwrap_or(positions.min(1024));
     if window > positions {
         return Err(Error::config(format!(
             "--sequence-length {window} is beyond the model's {positions} positions (max_position_embeddings)"
         )));
     }
-    let mut total = Sums::default();
-    for path in &args.input {
-        let stream = Stream::open(path, &args.text_key, &inference)?;
-        total.add(&measure(&mut inference, &stream, window)?);
-    }
-    if total.num_tokens == 0 || total.num_bytes == 0 {
+    let streams: Vec<Stream> =
+        args.input.iter().map(|path| Stream::open(path, &args.text_key, &opened)).collect::<Result<_>>()?;
+    let num_tokens: u64 = streams.iter().map(Stream::predictions).sum();
+    let num_bytes: u64 = streams.iter().map(Stream::num_bytes).sum();
+    if num_tokens == 0 || num_bytes == 0 {
         return Err(Error::data("the input has no two tokens of text: there is nothing to measure"));
     }
-    let loss = total.loss / total.num_tokens as f64;
+    let world = inference::join(global)?;
+    let mut model = opened.load(&world, args.ranks.mode)?;
+    let sum = measure(&mut model, &world, &streams, window)?;
+    let loss = sum / num_tokens as f64;
     if !loss.is_finite() {
         return Err(Error::failed(
             "the loss is not finite: the model's weights may be damaged, or have diverged",
@@ -79,33 +87,19 @@ pub fn run(args: Args, device: Device) -> Result<()> {
         "task": "perplexity",
         "loss": loss,
         "perplexity": loss.exp(),
-        "bits_per_byte": total.loss / std::f64::consts::LN_2 / total.num_bytes as f64,
-        "num_tokens": total.num_tokens,
-        "num_bytes": total.num_bytes,
+        "bits_per_byte": sum / std::f64::consts::LN_2 / num_bytes as f64,
+        "num_tokens": num_tokens,
+        "num_bytes": num_bytes,
         "sequence_length": window,
     });
-    if let Some(path) = &args.output {
-        write_file(path, format!("{result:#}\n").as_bytes())?;
-    }
-    println!("{result}");
-    Ok(())
-}
-
-#[derive(Debug, Default, Clone, Copy)]
-struct Sums {
-    /// Nats
-    loss: f64,
-    /// Tokens that were predicted
-    num_tokens: u64,
-    num_bytes: u64,
-}
-
-impl Sums {
-    fn add(&mut self, other: &Sums) {
-        self.loss += other.loss;
-        self.num_tokens += other.num_tokens;
-        self.num_bytes += other.num_bytes;
-    }
+    let tell = || {
+        if let Some(path) = &args.output {
+            write_file(path, format!("{result:#}\n").as_bytes())?;
+        }
+        println!("{result}");
+        Ok(())
+    };
+    agree(&world.group, if world.rank == 0 { tell() } else { Ok(()) })
 }
 
 /// The tokens of an input, one document after the other.
@@ -115,14 +109,14 @@ enum Stream {
 }
 
 impl Stream {
-    fn open(path: &Path, text_key: &str, inference: &Inference) -> Result<Stream> {
+    fn open(path: &Path, text_key: &str, opened: &Opened) -> Result<Stream> {
         if path.is_dir() || path.extension().is_some_and(|e| e == "tokens") {
             let set = TokenSet::open(path)?;
-            let hash = inference.tokenizer().ok().map(Tokenizer::hash);
-            set.check(hash, inference.model.shape.vocab_size as usize)?;
+            let hash = opened.tokenizer().ok().map(Tokenizer::hash);
+            set.check(hash, opened.shape().vocab_size as usize)?;
             return Ok(Stream::Shards(set));
         }
-        let tokenizer = inference.tokenizer()?;
+        let tokenizer = opened.tokenizer()?;
         let (mut ids, mut num_bytes) = (Vec::new(), 0);
         for text in readers::texts(&[path.to_path_buf()], text_key, &Arc::default()) {
             let text = text?;
@@ -137,6 +131,11 @@ impl Stream {
             Stream::Text { ids, .. } => ids.len() as u64,
             Stream::Shards(set) => set.num_tokens(),
         }
+    }
+
+    /// Every token but the first is predicted.
+    fn predictions(&self) -> u64 {
+        self.num_tokens().saturating_sub(1)
     }
 
     fn num_bytes(&self) -> u64 {
@@ -171,31 +170,63 @@ fn document(tokenizer: &Tokenizer, text: &str, ids: &mut Vec<i64>) -> Result<()>
     Ok(())
 }
 
-/// The loss over a stream in windows of `window` predictions: a window begins with the last token of the one before
-/// it, so that every token but the stream's first is predicted once, from the tokens before it in its window.
-fn measure(inference: &mut Inference, stream: &Stream, window: usize) -> Result<Sums> {
-    let predictions = stream.num_tokens().saturating_sub(1);
-    let mut sums = Sums { loss: 0.0, num_tokens: predictions, num_bytes: stream.num_bytes() };
-    let bar = inference::bar(predictions, "tokens");
-    let rows = (BATCH_TOKENS / window).max(1);
-    let mut at = 0;
-    while at < predictions {
-        // Whole windows together; what is left at the end is shorter.
-        let left = (predictions - at) as usize;
-        let (count, time) = if left < window { (1, left) } else { ((left / window).min(rows), window) };
-        let n = count * time;
-        let tokens = stream.read(at, at + n as u64 + 1)?;
-        if let Some(id) = tokens.iter().find(|id| !(0..inference.model.shape.vocab_size).contains(*id)) {
-            let vocab_size = inference.model.shape.vocab_size;
+/// Windows of a stream that are read together.
+struct Batch<'a> {
+    stream: &'a Stream,
+    /// The first of their tokens.
+    at: u64,
+    count: usize,
+    /// Predictions of a window.
+    time: usize,
+}
+
+impl Batch<'_> {
+    /// The sum of the losses, in nats.
+    fn loss(&self, model: &mut Llama) -> Result<f64> {
+        let n = self.count * self.time;
+        let tokens = self.stream.read(self.at, self.at + n as u64 + 1)?;
+        let vocab_size = model.shape.vocab_size;
+        if let Some(id) = tokens.iter().find(|id| !(0..vocab_size).contains(*id)) {
             return Err(Error::data(format!(
                 "token id {id} is not in the model's vocabulary of {vocab_size}; is the tokenizer the model's?"
             )));
         }
-        let logprobs = score::logprobs(&mut inference.model, &tokens[..n], &tokens[1..], time)?;
-        sums.loss -= logprobs.iter().sum::<f64>();
-        at += n as u64;
-        bar.set_position(at);
+        let logprobs = score::logprobs(model, &tokens[..n], &tokens[1..], self.time)?;
+        Ok(-logprobs.iter().sum::<f64>())
+    }
+}
+
+/// The stream in windows of `window` predictions: a window begins with the last token of the one before it, so that every
+/// token but the stream's first is predicted once, from the tokens before it in its window.
+fn batches(stream: &Stream, window: usize) -> Vec<Batch<'_>> {
+    let rows = (BATCH_TOKENS / window).max(1);
+    let (mut at, mut batches) = (0, Vec::new());
+    while at < stream.predictions() {
+        // Whole windows together; what is left at the end is shorter.
+        let left = (stream.predictions() - at) as usize;
+        let (count, time) = if left < window { (1, left) } else { ((left / window).min(rows), window) };
+        batches.push(Batch { stream, at, count, time });
+        at += (count * time) as u64;
+    }
+    batches
+}
+
+/// The sum of the losses over all streams, in nats. Ranks take the batches in turn; the sum is in the batches' order, the
+/// same whatever the number of ranks.
+fn measure(model: &mut Llama, world: &World, streams: &[Stream], window: usize) -> Result<f64> {
+    let batches: Vec<Batch> = streams.iter().flat_map(|stream| batches(stream, window)).collect();
+    let mut losses = vec![0.0; batches.len()];
+    let bar = inference::bar(streams.iter().map(Stream::predictions).sum(), "tokens");
+    let (rank, ranks) = (world.rank as usize, world.world_size as usize);
+    for first in (0..batches.len()).step_by(ranks) {
+        match batches.get(first + rank) {
+            Some(batch) => losses[first + rank] = batch.loss(model)?,
+            None if model.params.gathers() => drop(score::logprobs(model, &[0], &[-100], 1)?),
+            None => {}
+        }
+        let round = &batches[first..batches.len().min(first + ranks)];
+        bar.inc(round.iter().map(|b| (b.count * b.time) as u64).sum());
     }
     bar.finish_and_clear();
-    Ok(sums)
+    Ok(world.group.combine(&losses, ReduceOp::Sum)?.iter().sum())
 }

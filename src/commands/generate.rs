@@ -4,35 +4,64 @@ use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use kernels::c10d::ReduceOp;
+use rayon::prelude::*;
 use serde_json::{Map, Value, json};
-use tch::Device;
 
-use crate::commands::inference::{self, ModelArgs};
+use crate::checkpoint::agree;
+use crate::commands::Global;
+use crate::commands::answers::{self, Answers, Kept};
+use crate::commands::inference::{self, ModelArgs, Opened, RanksArgs, TemplateArgs};
+use crate::data::chat::Chat;
+use crate::data::conversation::Prompt;
 use crate::data::readers;
 use crate::data::tokenizer::Tokenizer;
+use crate::distributed::exchange::gather_bytes;
+use crate::distributed::world::World;
 use crate::error::{Context, Error, Result};
-use crate::files::AtomicFile;
-use crate::generate::engine::{self, Generation, Options, Stop};
-use crate::generate::sampler::Sampling;
+use crate::generate::{self, Completion, Engine, Options, Request, Sampling, Settled, Stop};
+use crate::info;
+use crate::model::Llama;
+
+/// What an answer adds to its line.
+const ADDED: [&str; 3] = ["completion", "finish_reason", "num_tokens"];
+/// Forwards between two exchanges of results, where there are several ranks.
+const EXCHANGE: usize = 64;
+/// Prompts that are put before the engine at once, in batches: it begins with the longest of them.
+const WINDOW: usize = 8;
 
 #[derive(Debug, clap::Args)]
 #[command(group(clap::ArgGroup::new("what").required(true).args(["prompt", "input"])))]
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    ranks: RanksArgs,
     /// Text to continue
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
-    /// JSON lines with a `prompt` each
+    /// JSON lines with a `prompt` or `messages` each
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
-    /// Where the lines go, each with `completion`, `num_tokens` and `finish_reason` (eos, stop or length) added
-    /// [default: stdout]
+    /// Take a prompt for a message of the user and put it into the chat template, as `messages` always are; implied by
+    /// --chat-template
+    #[arg(long)]
+    chat: bool,
+    #[command(flatten)]
+    template: TemplateArgs,
+    /// Where the lines go, in the input's order, each with `completion`, `num_tokens` and `finish_reason` (eos, stop or
+    /// length) added; what is there already of a run with the same settings is gone on with [default: stdout]
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
+    /// Start the output anew
+    #[arg(long, requires = "output")]
+    overwrite: bool,
     /// Tokens a completion may have
     #[arg(long, default_value_t = 256, value_name = "N")]
     max_new_tokens: usize,
+    /// Tokens before which nothing ends a completion
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    min_new_tokens: usize,
     /// 0 takes the most likely token [default: 1 if --top-k, --top-p or --seed is given, else 0]
     #[arg(long, value_name = "X")]
     temperature: Option<f64>,
@@ -48,7 +77,7 @@ pub struct Args {
     /// Texts that end a completion, and do not belong to it
     #[arg(long, num_args = 1.., value_name = "TEXT")]
     stop: Vec<String>,
-    /// Prompts in work at once
+    /// Prompts in work at once on each rank
     #[arg(long, default_value_t = 32, value_name = "N")]
     batch_size: usize,
 }
@@ -65,121 +94,233 @@ impl Args {
     }
 }
 
-pub fn run(args: Args, device: Device) -> Result<()> {
+pub fn run(args: Args, global: &Global) -> Result<()> {
     args.sampling().check()?;
     if args.stop.iter().any(String::is_empty) {
         return Err(Error::config("--stop: an empty text would end everything"));
     }
-    let lines = match (&args.prompt, &args.input) {
-        (Some(prompt), _) => vec![Map::from_iter([("prompt".into(), json!(prompt))])],
+    let (lines, prompts) = match (&args.prompt, &args.input) {
+        (Some(prompt), _) => {
+            (vec![Map::from_iter([("prompt".into(), json!(prompt))])], vec![Prompt::Text(prompt.clone())])
+        }
         (None, Some(path)) => read_lines(path)?,
         (None, None) => return Err(Error::config("--prompt or --input says what to continue")),
     };
-    let mut inference = args.model.load(device)?;
-    let tokenizer = inference.tokenizer()?.clone();
-    let prompts = encode(&lines, args.input.as_deref(), &tokenizer)?;
-    let eos = inference.eos_ids()?;
-    let options = Options {
-        sampling: args.sampling(),
-        max_new_tokens: args.max_new_tokens,
-        batch_size: args.batch_size,
-        eos: &eos,
-        stop: (!args.stop.is_empty()).then_some(Stop { texts: &args.stop, tokenizer: &tokenizer }),
+    let opened = args.model.open()?;
+    let messages = prompts.iter().any(|p| matches!(p, Prompt::Messages(_)));
+    let chat = if args.chats() || messages { Some(opened.chat(&args.template)?) } else { None };
+    let requests = requests(&args, prompts, &opened, chat.as_ref())?;
+    let settings = settings(&args)?;
+    let kept = match &args.output {
+        Some(path) if !args.overwrite => answers::find(path, &lines, &ADDED, &settings)?,
+        _ => Kept::default(),
     };
-    let text = |i: usize, ids: &[i64]| engine::text(&tokenizer, &prompts[i].prompt, ids, &args.stop);
-
-    if args.prompt.is_some() && args.output.is_none() {
-        let mut stream = Stream::new(&args.stop);
-        engine::generate(&mut inference.model, &prompts, &options, |p| {
-            if stream.live || p.finish.is_some() {
-                stream.show(&text(p.index, p.ids)?, p.finish.is_some())
-            } else {
-                Ok(())
-            }
-        })?;
-        return Ok(());
+    let world = inference::join(global)?;
+    let known = if world.rank == 0 { kept.lines } else { 0 };
+    let kept_lines = world.group.combine(&[known as f64], ReduceOp::Max)?[0] as usize;
+    if kept_lines > 0 {
+        let (all, path) = (lines.len(), args.output.as_deref().unwrap_or(Path::new("")).display());
+        info!("{path}: {kept_lines} of {all} lines are there already (--overwrite starts anew)");
     }
-    let bar = inference::bar(prompts.len() as u64, "completions");
-    let completions = engine::generate(&mut inference.model, &prompts, &options, |p| {
-        bar.inc(u64::from(p.finish.is_some()));
-        Ok(())
-    })?;
-    bar.finish_and_clear();
-    let mut out = String::new();
-    for (i, (mut line, completion)) in lines.into_iter().zip(&completions).enumerate() {
-        line.insert("completion".into(), json!(text(i, &completion.ids)?));
-        line.insert("num_tokens".into(), json!(completion.ids.len()));
-        line.insert("finish_reason".into(), json!(completion.finish));
-        out += &format!("{}\n", Value::Object(line));
-    }
-    match &args.output {
-        Some(path) => {
-            let mut file = AtomicFile::create(path)?;
-            file.put(out.as_bytes())?;
-            file.commit()
-        }
-        None => std::io::stdout().write_all(out.as_bytes()).context("cannot write to stdout"),
+    let model = if kept_lines < lines.len() { Some(opened.load(&world, args.ranks.mode)?) } else { None };
+    let answers = match &args.output {
+        _ if world.rank != 0 => Ok(None),
+        Some(path) => Answers::write(path, kept, &settings).map(Some),
+        None => Ok((!args.streams()).then(Answers::print)),
+    };
+    let answers = agree(&world.group, answers)?;
+    let mut eos = opened.eos_ids()?;
+    eos.extend(chat.iter().flat_map(Chat::stop_ids).map(i64::from));
+    let job = Job { args: &args, tokenizer: opened.tokenizer()?, eos, world: &world };
+    match model {
+        Some(mut model) => job.run(&mut model, lines, &requests, kept_lines, answers),
+        None => answers.map_or(Ok(()), Answers::finish),
     }
 }
 
-fn read_lines(path: &Path) -> Result<Vec<Map<String, Value>>> {
+impl Args {
+    /// Whether a text is a message for the chat template.
+    fn chats(&self) -> bool {
+        self.chat || self.template.chat_template.is_some()
+    }
+
+    /// Whether the completion is shown as text, instead of lines of JSON.
+    fn streams(&self) -> bool {
+        self.prompt.is_some() && self.output.is_none()
+    }
+}
+
+/// What the answers depend on besides their lines.
+fn settings(args: &Args) -> Result<Value> {
+    let Sampling { temperature, top_k, top_p, seed } = args.sampling();
+    let model = std::fs::canonicalize(&args.model.model).unwrap_or_else(|_| args.model.model.clone());
+    Ok(json!({
+        "model": model, "dtype": args.model.dtype, "max_new_tokens": args.max_new_tokens,
+        "min_new_tokens": args.min_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+        "seed": seed, "stop": args.stop, "chat": args.chats(), "chat_template": args.template.chat_template,
+    }))
+}
+
+/// Completions for lines of an input, on all ranks.
+struct Job<'a> {
+    args: &'a Args,
+    tokenizer: &'a Tokenizer,
+    eos: Vec<i64>,
+    world: &'a World,
+}
+
+impl Job<'_> {
+    /// Answers the lines from `first` on; every rank takes its part of them, and rank 0, which has `answers`, writes all.
+    fn run(
+        &self,
+        model: &mut Llama,
+        lines: Vec<Map<String, Value>>,
+        requests: &[Request],
+        first: usize,
+        mut answers: Option<Answers>,
+    ) -> Result<()> {
+        let (rank, ranks) = (self.world.rank as usize, self.world.world_size as usize);
+        let mine: Vec<usize> = (first..lines.len()).filter(|i| i % ranks == rank).collect();
+        let stop = (!self.args.stop.is_empty())
+            .then_some(Stop { texts: &self.args.stop, tokenizer: self.tokenizer });
+        let options = Options {
+            sampling: self.args.sampling(),
+            batch_size: self.args.batch_size.min(mine.len().max(1)),
+            eos: &self.eos,
+            stop,
+        };
+        let mut engine = Engine::new(model, options)?;
+        let mut stream = Stream::new(&self.args.stop);
+        let bar = inference::bar(lines.len() as u64, "completions");
+        bar.set_position(first as u64);
+        let (mut added, mut finished) = (0, 0);
+        loop {
+            let mut done = Vec::new();
+            for _ in 0..if ranks == 1 { 1 } else { EXCHANGE } {
+                if engine.num_waiting() == 0 && added < mine.len() {
+                    let window = &mine[added..mine.len().min(added + WINDOW * self.args.batch_size)];
+                    engine.add(model, window.iter().map(|i| requests[*i].clone()))?;
+                    added += window.len();
+                }
+                let shows = self.args.streams();
+                let stepped = engine.step(model, |completion, ended| match shows {
+                    true if stream.live || ended => {
+                        stream.show(&self.text(&requests[mine[completion.request]], completion)?, ended)
+                    }
+                    _ => Ok(()),
+                })?;
+                for completion in engine.take_finished() {
+                    let index = mine[completion.request];
+                    done.push((index, self.answer(&lines[index], &requests[index], &completion)?));
+                }
+                if !stepped {
+                    break;
+                }
+            }
+            finished += done.len();
+            let (done, left) = self.exchange(done, mine.len() - finished)?;
+            bar.inc(done.len() as u64);
+            if let Some(answers) = &mut answers {
+                done.into_iter().try_for_each(|(index, line)| answers.put(index, line))?;
+            }
+            if left == 0 {
+                break;
+            }
+        }
+        bar.finish_and_clear();
+        agree(&self.world.group, answers.map_or(Ok(()), Answers::finish))
+    }
+
+    fn text(&self, request: &Request, completion: &Completion) -> Result<String> {
+        generate::text(self.tokenizer, &request.prompt, &completion.ids, &self.args.stop)
+    }
+
+    fn answer(
+        &self,
+        line: &Map<String, Value>,
+        request: &Request,
+        completion: &Completion,
+    ) -> Result<String> {
+        let mut line = line.clone();
+        line.insert("completion".into(), json!(self.text(request, completion)?));
+        line.insert("num_tokens".into(), json!(completion.ids.len()));
+        line.insert("finish_reason".into(), json!(completion.finish));
+        Ok(Value::Object(line).to_string())
+    }
+
+    /// What all ranks have done since the last exchange, and how many lines are left on all of them.
+    fn exchange(&self, done: Vec<(usize, String)>, left: usize) -> Result<(Vec<(usize, String)>, usize)> {
+        if self.world.world_size == 1 {
+            return Ok((done, left));
+        }
+        let left = self.world.group.combine(&[left as f64], ReduceOp::Sum)?[0] as usize;
+        let bytes =
+            serde_json::to_vec(&done).map_err(|e| Error::failed(format!("cannot tell results: {e}")))?;
+        let mut all = Vec::new();
+        for bytes in gather_bytes(self.world, &bytes)? {
+            let theirs: Vec<(usize, String)> = serde_json::from_slice(&bytes)
+                .map_err(|e| Error::failed(format!("another rank's results cannot be read: {e}")))?;
+            all.extend(theirs);
+        }
+        Ok((all, left))
+    }
+}
+
+fn read_lines(path: &Path) -> Result<(Vec<Map<String, Value>>, Vec<Prompt>)> {
     let records = readers::records(path, None, &Arc::default())?;
     let lines = records.map(|record| {
         let record = record?;
-        record.text("prompt")?;
-        Ok(record.fields)
+        let prompt = Prompt::read(&record)?;
+        Ok((record.fields, prompt))
     });
     lines.collect()
 }
 
-fn encode(
-    lines: &[Map<String, Value>],
-    input: Option<&Path>,
-    tokenizer: &Tokenizer,
-) -> Result<Vec<Generation>> {
-    let prompts = lines.iter().enumerate().map(|(i, line)| {
-        let text = line["prompt"].as_str().unwrap_or_default();
-        let prompt = inference::encode(tokenizer, text, true)?;
-        if prompt.is_empty() {
-            let place = input.map_or("--prompt".into(), |path| format!("{}, line {}", path.display(), i + 1));
-            return Err(Error::data(format!(
-                "{place}: the prompt is empty, and the tokenizer adds nothing to it"
-            )));
+/// The prompts in tokens, on all cores.
+fn requests(args: &Args, prompts: Vec<Prompt>, opened: &Opened, chat: Option<&Chat>) -> Result<Vec<Request>> {
+    let (tokenizer, shape) = (opened.tokenizer()?, opened.shape());
+    let encode = |prompt: Prompt| match (prompt, chat) {
+        (Prompt::Text(text), None) => inference::encode(tokenizer, &text, true),
+        (Prompt::Text(text), Some(_)) if !args.chats() => inference::encode(tokenizer, &text, true),
+        (prompt, Some(chat)) => {
+            Ok(chat.prompt(&prompt.into_messages())?.into_iter().map(i64::from).collect())
         }
-        Ok(Generation { prompt, sample: i as u64 })
-    });
-    prompts.collect()
+        (Prompt::Messages(_), None) => Err(Error::failed("messages need a chat template")),
+    };
+    let request = |(i, prompt): (usize, Prompt)| {
+        let request = Request {
+            prompt: encode(prompt)?,
+            samples: vec![i as u64],
+            min_new_tokens: args.min_new_tokens,
+            max_new_tokens: args.max_new_tokens,
+        };
+        request.check(shape)?;
+        Ok(request)
+    };
+    let place = |i: usize, e: Error| match &args.input {
+        Some(path) if e.exit_code() == 3 => e.context(format!("{}, line {}", path.display(), i + 1)),
+        _ => e,
+    };
+    let numbered = prompts.into_par_iter().enumerate();
+    numbered.map(|(i, prompt)| request((i, prompt)).map_err(|e| place(i, e))).collect()
 }
 
 /// A completion on stdout: as it comes if that is a terminal, at its end otherwise.
 struct Stream {
     live: bool,
-    shown: usize,
-    /// Bytes that may yet turn out to begin a stop text.
-    held_back: usize,
+    settled: Settled,
 }
 
 impl Stream {
     fn new(stop: &[String]) -> Stream {
-        let held_back = stop.iter().map(|s| s.len() - 1).max().unwrap_or(0);
-        Stream { live: std::io::stdout().is_terminal(), shown: 0, held_back }
+        Stream { live: std::io::stdout().is_terminal(), settled: Settled::new(stop) }
     }
 
-    /// Shows what is new of `text`, but characters that are not complete yet.
     fn show(&mut self, text: &str, finished: bool) -> Result<()> {
-        let settled = text.trim_end_matches(char::REPLACEMENT_CHARACTER).len().saturating_sub(self.held_back);
-        let end = if finished { text.len() } else { text.floor_char_boundary(settled) };
+        let part = self.settled.new_part(text, finished);
         let mut stdout = std::io::stdout();
-        let mut write = || {
-            if let Some(new) = text.get(self.shown..end) {
-                stdout.write_all(new.as_bytes())?;
-                self.shown = end;
-            }
-            if finished {
-                stdout.write_all(b"\n")?;
-            }
-            stdout.flush()
-        };
-        write().context("cannot write to stdout")
+        let end = if finished { "\n" } else { "" };
+        let written = write!(stdout, "{part}{end}").and_then(|()| stdout.flush());
+        written.context("cannot write to stdout")
     }
 }

@@ -1,18 +1,26 @@
-//! What `generate`, `score` and `eval` share: a model on one device, and its tokenizer.
+//! What `generate`, `chat`, `score` and `eval` share: a model that is opened before the ranks meet, and loaded after.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use kernels::c10d::Group;
 use serde_json::Value;
 use tch::Device;
 
 use crate::algorithms::pretrain::compute_kind;
 use crate::checkpoint::Weights;
-use crate::config::sections::Compute;
+use crate::commands::Global;
+use crate::config::sections::{Compute, Mode};
+use crate::config::shape::Shape;
+use crate::data::chat::{self, Chat};
 use crate::data::tokenizer::Tokenizer;
-use crate::distributed::sharded::Sharded;
+use crate::distributed::sharded::{Sharded, shard_groups};
+use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::{Llama, layout};
+use crate::{detail, telemetry};
+
+/// How long ranks wait for each other: longer than any of them reads weights, or computes between two exchanges.
+const TIMEOUT: Duration = Duration::from_secs(1800);
 
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
@@ -24,45 +32,80 @@ pub struct ModelArgs {
     pub dtype: Option<Compute>,
 }
 
-/// A model that is ready to compute.
-pub struct Inference {
-    pub model: Llama,
-    dir: PathBuf,
+/// How the ranks of a `launch` hold the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Spread {
+    /// Each rank a whole copy; nothing is communicated while they compute
+    Replicate,
+    /// Each rank a part, as in training; a block is gathered for its use
+    Full,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct RanksArgs {
+    /// How the ranks of `launch` hold the model; either way they divide the input among themselves
+    #[arg(long, value_enum, default_value = "replicate")]
+    pub mode: Spread,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct TemplateArgs {
+    /// The chat template in place of the model's: the name of a built-in one, a file, or Jinja itself
+    #[arg(long, value_name = "NAME|FILE")]
+    pub chat_template: Option<String>,
+}
+
+/// A model of which only headers were read, and its tokenizer.
+pub struct Opened {
+    weights: Weights,
+    dtype: Option<Compute>,
     tokenizer: Option<Tokenizer>,
 }
 
 impl ModelArgs {
-    /// Loads the model, and its tokenizer where it has one.
-    pub fn load(&self, device: Device) -> Result<Inference> {
-        let ranks = std::env::var("WORLD_SIZE").ok().and_then(|n| n.parse::<i64>().ok()).unwrap_or(1);
-        if ranks > 1 {
-            return Err(Error::config(format!(
-                "this command runs as one process, and {ranks} were started: several are not built yet; start it \
-                 without `launch`, or with --nproc 1"
-            )));
-        }
-        let on_cpu = if device == Device::Cpu { Compute::Float32 } else { Compute::Bfloat16 };
-        let compute = compute_kind(self.dtype.unwrap_or(on_cpu));
+    pub fn open(&self) -> Result<Opened> {
         let weights = Weights::open(&self.model)?;
-        let shape = weights.shape().clone();
-        let mut params = Sharded::new(layout::layouts(&shape), Group::solo(), Group::solo(), compute, device);
-        weights.fill(&mut params)?;
         let tokenizer = weights.tokenizer_dir().map(Tokenizer::load).transpose()?;
         if let Some(tokenizer) = &tokenizer {
-            tokenizer.check_fits(shape.vocab_size)?;
+            tokenizer.check_fits(weights.shape().vocab_size)?;
         }
-        Ok(Inference { model: Llama::new(shape, params), dir: weights.dir().to_path_buf(), tokenizer })
+        Ok(Opened { weights, dtype: self.dtype, tokenizer })
     }
 }
 
-impl Inference {
+impl Opened {
+    pub fn shape(&self) -> &Shape {
+        self.weights.shape()
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.weights.dir()
+    }
+
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         self.tokenizer.as_ref().ok_or_else(|| {
             Error::data(format!(
                 "{}: the model has no tokenizer; put its tokenizer's files there",
-                self.dir.display()
+                self.dir().display()
             ))
         })
+    }
+
+    /// The chat template that was asked for, else the model's own.
+    ///
+    /// # Errors
+    /// There is none; the names of the built-in ones are told.
+    pub fn chat(&self, args: &TemplateArgs) -> Result<Chat> {
+        let tokenizer = self.tokenizer()?;
+        match &args.chat_template {
+            Some(what) => Chat::new(&chat::with_chat_template(tokenizer.clone(), what)?),
+            None if tokenizer.chat_template().is_none() => Err(Error::config(format!(
+                "{}: the model has no chat template; choose one with --chat-template: {}, or a file with one",
+                self.dir().display(),
+                chat::built_in_names()
+            ))),
+            None => Chat::new(tokenizer),
+        }
     }
 
     /// The tokens that end a sequence: the tokenizer's, those of generation_config.json and of config.json.
@@ -70,12 +113,34 @@ impl Inference {
         let mut ids: Vec<i64> =
             self.tokenizer.iter().flat_map(|t| t.eos_ids()).map(|id| i64::from(*id)).collect();
         for name in ["generation_config.json", "config.json"] {
-            ids.extend(eos_of(&self.dir.join(name))?);
+            ids.extend(eos_of(&self.dir().join(name))?);
         }
         ids.sort_unstable();
         ids.dedup();
         Ok(ids)
     }
+
+    /// Loads the model, each rank what it holds. A collective call.
+    pub fn load(&self, world: &World, spread: Spread) -> Result<Llama> {
+        let on_cpu = if world.device == Device::Cpu { Compute::Float32 } else { Compute::Bfloat16 };
+        let compute = compute_kind(self.dtype.unwrap_or(on_cpu));
+        let mode = match spread {
+            Spread::Replicate => Mode::Replicate,
+            Spread::Full => Mode::Full,
+        };
+        let (shard, replica) = shard_groups(mode, world);
+        let shape = self.shape().clone();
+        let mut params = Sharded::new(layout::layouts(&shape), shard, replica, compute, world.device);
+        self.weights.fill(&mut params)?;
+        Ok(Llama::new(shape, params))
+    }
+}
+
+/// Meets the other ranks: what can be refused must have been refused before.
+pub fn join(global: &Global) -> Result<World> {
+    let world = World::from_global(global.device.as_deref(), TIMEOUT)?;
+    detail!("{}", world.choice);
+    Ok(world)
 }
 
 /// `eos_token_id` of a JSON file: a number, a list, or none; a file may be missing.
@@ -103,8 +168,11 @@ pub fn encode(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Result<Ve
     Ok(ids?.into_iter().map(i64::from).collect())
 }
 
-/// A bar on stderr, if that is a terminal, of `total` `unit`s.
+/// A bar of `total` `unit`s on rank 0's stderr, if that is a terminal.
 pub fn bar(total: u64, unit: &str) -> indicatif::ProgressBar {
+    if telemetry::console::settings().rank != 0 {
+        return indicatif::ProgressBar::hidden();
+    }
     let bar = indicatif::ProgressBar::new(total);
     match indicatif::ProgressStyle::with_template(&format!("{{wide_bar}} {{pos}}/{{len}} {unit} {{eta}}")) {
         Ok(style) => bar.with_style(style),

@@ -12,8 +12,11 @@ use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Error, Result};
 use crate::telemetry::console;
 
+mod answers;
 pub mod bench;
+pub mod chat;
 pub mod check;
+pub mod convert;
 pub mod data;
 pub mod eval;
 pub mod generate;

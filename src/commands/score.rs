@@ -1,13 +1,17 @@
 //! `corral score`: log-probabilities of texts, a line in, a line out.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use kernels::c10d::ReduceOp;
 use serde_json::{Value, json};
 use tch::{Device, Tensor};
 
-use crate::commands::inference::{self, Inference, ModelArgs};
+use crate::checkpoint::agree;
+use crate::commands::Global;
+use crate::commands::inference::{self, ModelArgs, Opened, RanksArgs};
 use crate::data::readers::{self, Record};
+use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::files::AtomicFile;
 use crate::model::{Input, Llama, LmHead};
@@ -19,6 +23,8 @@ const BATCH_TOKENS: usize = 8192;
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    ranks: RanksArgs,
     /// JSON lines: `input_ids`, else `prompt` and `completion`, else `text`
     #[arg(long, value_name = "FILE")]
     input: PathBuf,
@@ -34,15 +40,22 @@ struct Sequence {
     first: usize,
 }
 
-pub fn run(args: Args, device: Device) -> Result<()> {
+pub fn run(args: Args, global: &Global) -> Result<()> {
     let lines: Vec<Record> = readers::records(&args.input, None, &Arc::default())?.collect::<Result<_>>()?;
-    let mut inference = args.model.load(device)?;
-    let sequences = lines.iter().map(|line| sequence(line, &inference)).collect::<Result<Vec<_>>>()?;
-    let bar = inference::bar(sequences.len() as u64, "lines");
-    let logprobs = score(&mut inference.model, &sequences, &bar)?;
-    bar.finish_and_clear();
-    let mut file = AtomicFile::create(&args.output)?;
-    for ((mut line, sequence), logprobs) in lines.into_iter().zip(&sequences).zip(logprobs) {
+    let opened = args.model.open()?;
+    let sequences = lines.iter().map(|line| sequence(line, &opened)).collect::<Result<Vec<_>>>()?;
+    let world = inference::join(global)?;
+    let mut model = opened.load(&world, args.ranks.mode)?;
+    let logprobs = score(&mut model, &world, &sequences)?;
+    agree(
+        &world.group,
+        if world.rank == 0 { write(&args.output, lines, &sequences, logprobs) } else { Ok(()) },
+    )
+}
+
+fn write(path: &Path, lines: Vec<Record>, sequences: &[Sequence], logprobs: Vec<Vec<f64>>) -> Result<()> {
+    let mut file = AtomicFile::create(path)?;
+    for ((mut line, sequence), logprobs) in lines.into_iter().zip(sequences).zip(logprobs) {
         if logprobs.iter().any(|x| !x.is_finite()) {
             return Err(Error::failed(format!(
                 "{}: a log-probability is not finite: the model is damaged",
@@ -57,13 +70,12 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     file.commit()
 }
 
-fn sequence(line: &Record, inference: &Inference) -> Result<Sequence> {
-    let sequence =
-        tokens(line, inference).map_err(|e| match e.message.contains(&line.place.to_string()) {
-            true => e,
-            false => e.context(&line.place),
-        })?;
-    let shape = &inference.model.shape;
+fn sequence(line: &Record, opened: &Opened) -> Result<Sequence> {
+    let sequence = tokens(line, opened).map_err(|e| match e.message.contains(&line.place.to_string()) {
+        true => e,
+        false => e.context(&line.place),
+    })?;
+    let shape = opened.shape();
     let (n, most) = (sequence.ids.len(), shape.max_position_embeddings);
     if n as i64 > most {
         return Err(Error::data(format!(
@@ -80,14 +92,14 @@ fn sequence(line: &Record, inference: &Inference) -> Result<Sequence> {
     Ok(sequence)
 }
 
-fn tokens(line: &Record, inference: &Inference) -> Result<Sequence> {
+fn tokens(line: &Record, opened: &Opened) -> Result<Sequence> {
     if let Some(ids) = line.fields.get("input_ids") {
         let ids = ids.as_array().and_then(|ids| ids.iter().map(Value::as_i64).collect::<Option<Vec<_>>>());
         let ids =
             ids.ok_or_else(|| Error::data(format!("{}: input_ids is no list of token ids", line.place)))?;
         return Ok(Sequence { ids, first: 1 });
     }
-    let tokenizer = inference.tokenizer()?;
+    let tokenizer = opened.tokenizer()?;
     if !line.fields.contains_key("prompt") && !line.fields.contains_key("completion") {
         if !line.fields.contains_key("text") {
             let keys: Vec<&str> = line.fields.keys().map(String::as_str).collect();
@@ -118,33 +130,60 @@ fn tokens(line: &Record, inference: &Inference) -> Result<Sequence> {
     Ok(Sequence { ids, first })
 }
 
-/// Log-probabilities of every sequence's scored tokens. Sequences of like lengths are read together.
-fn score(model: &mut Llama, sequences: &[Sequence], bar: &indicatif::ProgressBar) -> Result<Vec<Vec<f64>>> {
+/// Log-probabilities of every sequence's scored tokens, on all ranks. Sequences of like lengths are read together; the
+/// batches are the same whatever the number of ranks, which take them in turn.
+fn score(model: &mut Llama, world: &World, sequences: &[Sequence]) -> Result<Vec<Vec<f64>>> {
     let mut order: Vec<usize> = (0..sequences.len()).filter(|i| sequences[*i].ids.len() > 1).collect();
     order.sort_by_key(|i| std::cmp::Reverse(sequences[*i].ids.len()));
-    let mut scores = vec![Vec::new(); sequences.len()];
+    let mut batches = Vec::new();
     let mut rest = order.as_slice();
     while let Some(longest) = rest.first() {
-        let time = sequences[*longest].ids.len() - 1;
-        let (batch, later) = rest.split_at((BATCH_TOKENS / time).clamp(1, rest.len()));
-        let (mut ids, mut labels) = (vec![0i64; batch.len() * time], vec![-100i64; batch.len() * time]);
-        for (row, i) in batch.iter().enumerate() {
-            let Sequence { ids: tokens, first } = &sequences[*i];
-            let n = tokens.len() - 1;
-            ids[row * time..][..n].copy_from_slice(&tokens[..n]);
-            // A label is the token after the position.
-            let skip = first - 1;
-            labels[row * time + skip..row * time + n].copy_from_slice(&tokens[*first..]);
-        }
-        let logprobs = logprobs(model, &ids, &labels, time)?;
-        for (row, i) in batch.iter().enumerate() {
-            let Sequence { ids, first } = &sequences[*i];
-            scores[*i] = logprobs[row * time + first - 1..row * time + ids.len() - 1].to_vec();
-        }
-        bar.inc(batch.len() as u64);
+        let (batch, later) =
+            rest.split_at((BATCH_TOKENS / (sequences[*longest].ids.len() - 1)).clamp(1, rest.len()));
+        batches.push(batch);
         rest = later;
     }
-    Ok(scores)
+    // All log-probabilities one after the other; a rank knows those of its batches, the others are 0.
+    let num_scored = |s: &Sequence| s.ids.len() - s.first.min(s.ids.len());
+    let mut begins = vec![0];
+    for sequence in sequences {
+        begins.push(begins[begins.len() - 1] + num_scored(sequence));
+    }
+    let mut scores = vec![0.0; begins[sequences.len()]];
+    let bar = inference::bar(sequences.len() as u64, "lines");
+    for round in batches.chunks(world.world_size as usize) {
+        match round.get(world.rank as usize) {
+            Some(batch) => {
+                for (i, logprobs) in batch.iter().zip(score_batch(model, sequences, batch)?) {
+                    scores[begins[*i]..begins[i + 1]].copy_from_slice(&logprobs);
+                }
+            }
+            None if model.params.gathers() => drop(logprobs(model, &[0], &[-100], 1)?),
+            None => {}
+        }
+        bar.inc(round.iter().map(|batch| batch.len() as u64).sum());
+    }
+    bar.finish_and_clear();
+    let scores = world.group.combine(&scores, ReduceOp::Sum)?;
+    Ok(begins.windows(2).map(|part| scores[part[0]..part[1]].to_vec()).collect())
+}
+
+fn score_batch(model: &mut Llama, sequences: &[Sequence], batch: &[usize]) -> Result<Vec<Vec<f64>>> {
+    let time = sequences[batch[0]].ids.len() - 1;
+    let (mut ids, mut labels) = (vec![0i64; batch.len() * time], vec![-100i64; batch.len() * time]);
+    for (row, i) in batch.iter().enumerate() {
+        let Sequence { ids: tokens, first } = &sequences[*i];
+        let n = tokens.len() - 1;
+        ids[row * time..][..n].copy_from_slice(&tokens[..n]);
+        // A label is the token after the position.
+        labels[row * time + first - 1..row * time + n].copy_from_slice(&tokens[*first..]);
+    }
+    let logprobs = logprobs(model, &ids, &labels, time)?;
+    let scored = batch.iter().enumerate().map(|(row, i)| {
+        let Sequence { ids, first } = &sequences[*i];
+        logprobs[row * time + first - 1..row * time + ids.len() - 1].to_vec()
+    });
+    Ok(scored.collect())
 }
 
 /// Log-probabilities of `labels` (0 where negative) after `ids`, both of rows of `time` tokens.

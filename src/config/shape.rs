@@ -109,8 +109,11 @@ impl Shape {
             positive.push(("num_experts_per_tok", e.num_experts_per_tok));
         }
         for (name, value) in positive {
-            if value <= 0 {
-                return Err(Error::config(format!("model: {name} is {value}; it must be at least 1")));
+            if value <= 0 || value > i64::from(i32::MAX) {
+                return Err(Error::config(format!(
+                    "model: {name} is {value}; it must be at least 1 and at most {}",
+                    i32::MAX
+                )));
             }
         }
         let refuse = |why: String| Err(Error::config(format!("model: {why}")));

@@ -81,6 +81,48 @@ fn exchange(prompt: impl Into<String>, completion: impl Into<String>) -> Vec<Mes
     vec![Message::new("user", prompt), Message::new("assistant", completion)]
 }
 
+/// What a model is asked: a record without its answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Prompt {
+    Text(String),
+    /// Turns, of which the last is not the assistant's.
+    Messages(Vec<Message>),
+}
+
+impl Prompt {
+    /// Reads `prompt` (a text or messages) or, where there is none, any format of [`conversation`], whose answer is
+    /// left out.
+    pub fn read(record: &Record) -> Result<Prompt> {
+        let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
+        let mut messages = match record.fields.get("prompt").filter(|v| !v.is_null()) {
+            Some(Value::String(text)) => return Ok(Prompt::Text(text.clone())),
+            Some(Value::Array(_)) => messages(record, "prompt")?,
+            Some(_) => return record.text("prompt").map(|text| Prompt::Text(text.into())),
+            None => conversation(record)?,
+        };
+        if messages.last().is_some_and(|m| m.role == "assistant") {
+            messages.pop();
+        }
+        if let [Message { content, .. }] = messages.as_slice()
+            && ["instruction", "question"].into_iter().any(has)
+        {
+            return Ok(Prompt::Text(content.clone()));
+        }
+        if messages.is_empty() {
+            return Err(Error::data(format!("{}: there is nothing before the answer", record.place)));
+        }
+        Ok(Prompt::Messages(messages))
+    }
+
+    /// The turns; a text is one of the user's.
+    pub fn into_messages(self) -> Vec<Message> {
+        match self {
+            Prompt::Text(text) => vec![Message::new("user", text)],
+            Prompt::Messages(messages) => messages,
+        }
+    }
+}
+
 /// A text as one turn of `role`, or a list of messages.
 fn turns(value: &Value, role: &str, record: &Record, key: &str) -> Result<Vec<Message>> {
     match value {
@@ -154,12 +196,17 @@ mod tests {
     use crate::data::readers::records;
     use crate::files::TestFolder;
 
-    fn read(line: &str) -> Result<Vec<Message>> {
-        let folder = TestFolder::new("conversation");
+    fn record(line: &str) -> Record {
+        static FILES: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+        let number = FILES.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let folder = TestFolder::new(&format!("conversation-{number}"));
         let path = folder.0.join("data.jsonl");
         std::fs::write(&path, line).unwrap();
-        let record = records(&path, None, &std::sync::Arc::default()).unwrap().next().unwrap().unwrap();
-        conversation(&record)
+        records(&path, None, &std::sync::Arc::default()).unwrap().next().unwrap().unwrap()
+    }
+
+    fn read(line: &str) -> Result<Vec<Message>> {
+        conversation(&record(line))
     }
 
     fn pair(prompt: &str, completion: &str) -> Vec<Message> {
@@ -206,6 +253,30 @@ mod tests {
         let text = r#"{"chosen": "\n\nHuman: a\nb\n\nc\n\nAssistant: d\n\nHuman: e\n\nAssistant:"}"#;
         let turns = chat(&[("user", "a\nb\n\nc"), ("assistant", "d"), ("user", "e"), ("assistant", "")]);
         assert_eq!(read(text).unwrap(), turns);
+    }
+
+    #[test]
+    fn a_prompt_is_a_record_without_its_answer() {
+        let text = |t: &str| Prompt::Text(t.into());
+        let user = Prompt::Messages(chat(&[("user", "a")]));
+        let cases = [
+            (r#"{"prompt": "a", "completion": "b"}"#, text("a")),
+            (r#"{"question": "a", "answer": "b"}"#, text("a")),
+            (r#"{"prompt": [{"role": "user", "content": "a"}]}"#, user.clone()),
+            (r#"{"messages": [{"role": "user", "content": "a"}]}"#, user.clone()),
+            (r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}"#, user),
+        ];
+        for (line, wanted) in cases {
+            assert_eq!(Prompt::read(&record(line)).unwrap(), wanted, "{line}");
+        }
+        for (line, wanted) in [
+            (r#"{"messages": [{"role": "assistant", "content": "a"}]}"#, "nothing before the answer"),
+            (r#"{"prompt": 3}"#, "`prompt` is a number"),
+            (r#"{"x": 3}"#, "no known format"),
+        ] {
+            let e = Prompt::read(&record(line)).unwrap_err();
+            assert!(e.message.contains(wanted) && e.message.contains("data.jsonl:1"), "{line}: {e}");
+        }
     }
 
     #[test]

@@ -106,14 +106,21 @@ pub fn shard_groups(mode: Mode, world: &World) -> (Group, Group) {
     }
 }
 
+/// Gives all values of a group, in any dtype: `[numel]`.
+type Load = Box<dyn Fn(&Layout) -> Result<Tensor>>;
+
 /// All parameters of a model, in groups.
 pub struct Sharded {
     groups: Vec<FlatGroup>,
+    /// Where values come from that are not kept (see [`Sharded::on_demand`]).
+    load: Option<Load>,
     reductions: Vec<Reduction>,
     shard: Group,
     replica: Group,
     compute: Kind,
     device: Device,
+    /// Gathered values stay until [`Sharded::let_go`].
+    held: bool,
 }
 
 /// Reductions that may be under way at once: one is sent while the next block computes.
@@ -145,7 +152,44 @@ impl Sharded {
                 }
             })
             .collect();
-        Sharded { groups, reductions: Vec::new(), shard, replica, compute, device }
+        Sharded { groups, load: None, reductions: Vec::new(), shard, replica, compute, device, held: false }
+    }
+
+    /// Parameters of one rank that are loaded anew whenever a group is used, and dropped after it: for the forward of a
+    /// model of which two groups fit into memory. There is nothing to fill, train or export.
+    pub fn on_demand(
+        layouts: Vec<Layout>,
+        compute: Kind,
+        device: Device,
+        load: impl Fn(&Layout) -> Result<Tensor> + 'static,
+    ) -> Sharded {
+        let groups = layouts
+            .into_iter()
+            .map(|layout| {
+                let none = || Tensor::empty([0], (compute, device));
+                FlatGroup {
+                    layout,
+                    shard_len: 0,
+                    master: none(),
+                    local: none(),
+                    grad: None,
+                    full: None,
+                    gathering: None,
+                    full_grad: None,
+                }
+            })
+            .collect();
+        let (shard, replica) = (Group::solo(), Group::solo());
+        Sharded {
+            groups,
+            load: Some(Box::new(load)),
+            reductions: Vec::new(),
+            shard,
+            replica,
+            compute,
+            device,
+            held: false,
+        }
     }
 
     pub fn len(&self) -> usize {
@@ -236,6 +280,10 @@ impl Sharded {
         if g.full.is_some() {
             return Ok(());
         }
+        if let Some(load) = &self.load {
+            g.full = Some(load(&g.layout)?.f_to_device(self.device)?.f_to_kind(self.compute)?);
+            return Ok(());
+        }
         if size == 1 {
             g.full = Some(g.local.shallow_clone());
             return Ok(());
@@ -256,11 +304,31 @@ impl Sharded {
         Ok(g.full.as_ref().expect("gathered above").shallow_clone())
     }
 
-    /// Drops the gathered values of group `i`.
+    /// Drops the gathered values of group `i`, unless they are held.
     pub fn release(&mut self, i: usize) {
-        let g = &mut self.groups[i];
-        g.gathering = None;
-        g.full = None;
+        if !self.held {
+            let g = &mut self.groups[i];
+            g.gathering = None;
+            g.full = None;
+        }
+    }
+
+    /// Gathers all groups and keeps them until [`Sharded::let_go`]: forwards then communicate nothing. A collective
+    /// call. For what reads the same values many times, where a rank has room for all of them.
+    pub fn hold(&mut self) -> Result<()> {
+        self.held = true;
+        (0..self.len()).try_for_each(|i| self.full(i).map(drop))
+    }
+
+    /// Ends [`Sharded::hold`]; values that change later need this first.
+    pub fn let_go(&mut self) {
+        self.held = false;
+        (0..self.len()).for_each(|i| self.release(i));
+    }
+
+    /// Whether a forward is a collective call: values must be gathered from other ranks.
+    pub fn gathers(&self) -> bool {
+        self.shard.size() > 1 && !self.held
     }
 
     /// Where the backward of group `i` adds its gradient: A [numel + padding], and whether it is fresh: then its

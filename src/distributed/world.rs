@@ -8,6 +8,7 @@ use kernels::watch::Watch;
 use std::collections::BTreeMap;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tch::{Device, Kind};
 
@@ -76,6 +77,14 @@ impl BackendChoice {
             _ => Ok(BackendChoice::Auto),
         }
     }
+}
+
+/// Set once this process is one of several ranks that have met.
+static MET: AtomicBool = AtomicBool::new(false);
+
+/// Whether this process has met other ranks.
+pub fn have_met() -> bool {
+    MET.load(Ordering::Relaxed)
 }
 
 /// All ranks of a run, seen from one of them.
@@ -182,6 +191,7 @@ impl World {
         let (chosen, why) = choose_backend(&watch, backend, device, timeout)?;
         let ranks: Vec<i64> = (0..world_size).collect();
         world.group = Group::new(&watch, chosen, "world", &ranks, timeout, device)?;
+        MET.store(true, Ordering::Relaxed);
         world.backend = chosen;
         world.choice = format!("communication: {} ({why})", chosen.name());
         world.watch = Some(watch);

@@ -1,7 +1,11 @@
-//! Text from a model: sampler, batched engine over the KV cache.
+//! Text from a model: sampler, batched engine over the KV cache, conversations.
 
 pub mod engine;
 pub mod sampler;
+pub mod session;
+pub mod stop;
 
-pub use engine::{Completion, Finish, Generation, Options, Progress, Stop, generate};
+pub use engine::{Completion, Engine, Finish, Options, Request, generate};
 pub use sampler::{Choice, Sampling};
+pub use session::Session;
+pub use stop::{Settled, Stop, text};

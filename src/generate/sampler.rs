@@ -1,6 +1,7 @@
 //! The choice of the next token: greedy, or drawn after temperature, top-k and top-p, in transformers' order.
 //!
-//! A draw depends on (seed, sample, position) and the row's logits alone, never on the rows beside it.
+//! A draw depends on (seed, sample, position) and the row's logits alone, never on the rows beside it. All is computed on
+//! the logits' device, all rows together; what comes back is a few numbers a row.
 
 use tch::{Device, Kind, Tensor};
 
@@ -14,7 +15,8 @@ pub struct Sampling {
     pub temperature: f64,
     /// Only the k most likely tokens, and what ties with the last of them; 0: all.
     pub top_k: usize,
-    /// Only the most likely tokens that together reach this probability (Holtzman et al. 2020); 1: all.
+    /// Only the most likely tokens that together reach this probability (Holtzman et al. 2020), and what ties with the
+    /// last of them; 1: all.
     pub top_p: f64,
     pub seed: u64,
 }
@@ -37,110 +39,109 @@ impl Sampling {
     }
 }
 
-/// A chosen token and its log-probability (nats) under the model itself: at temperature 1, with nothing cut off.
+/// What a row's next token is drawn for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Draw {
+    /// Keys the random number, with the seed and the position.
+    pub sample: u64,
+    /// Tokens of the completion so far.
+    pub position: u64,
+    /// Whether one of the tokens that end a row may be chosen.
+    pub may_end: bool,
+}
+
+/// A chosen token with its log-probabilities, in nats.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Choice {
     pub id: i64,
+    /// Under the model itself: at temperature 1, with nothing cut off.
     pub logprob: f64,
+    /// Under the distribution that it was drawn from; 0 where the choice was greedy.
+    pub sampler_logprob: f64,
 }
 
-/// Chooses a token a row. `logits`: T [rows, V]; `keys`: (sample, position) of each row.
+/// Chooses a token a row. `logits`: T [rows, V]; `eos`: what a row whose `may_end` is false does not choose.
 ///
 /// # Errors
 /// Logits that are not finite.
-pub fn choose(logits: &Tensor, keys: &[(u64, u64)], sampling: &Sampling) -> Result<Vec<Choice>> {
-    let kind = kernels::ops::accumulator(logits.kind());
-    let logits = logits.to_kind(kind);
-    let normalizers = doubles(&logits.logsumexp([-1i64].as_slice(), false))?;
-    if normalizers.iter().any(|z| !z.is_finite()) {
+pub fn choose(logits: &Tensor, draws: &[Draw], eos: &[i64], sampling: &Sampling) -> Result<Vec<Choice>> {
+    let logits = logits.to_kind(kernels::ops::accumulator(logits.kind()));
+    let normalizers = logits.logsumexp([-1i64].as_slice(), true);
+    let allowed = without_ends(&logits, draws, eos);
+    let (ids, sampler_logprobs) = if sampling.temperature == 0.0 {
+        let ids = allowed.argmax(-1, true);
+        (ids.shallow_clone(), ids.zeros_like().to_kind(Kind::Double))
+    } else {
+        let probabilities = probabilities(&allowed, sampling);
+        let ids = draw(&probabilities, draws, sampling.seed);
+        let drawn = probabilities.gather(-1, &ids, false).log();
+        (ids, drawn)
+    };
+    let logprobs = logits.gather(-1, &ids, false).to_kind(Kind::Double) - &normalizers.to_kind(Kind::Double);
+    // One transfer for all; ids are exact in float64.
+    let table = Tensor::cat(&[ids.to_kind(Kind::Double), logprobs, sampler_logprobs, normalizers], -1);
+    let table = Vec::<f64>::try_from(table.to_device(Device::Cpu).to_kind(Kind::Double).view([-1]))?;
+    if table.chunks(4).any(|row| !row[3].is_finite()) {
         return Err(Error::failed(
             "the model's logits are not finite: its weights may be damaged, or have diverged",
         ));
     }
-    let choice = |row: usize, id: i64, logit: f64| Choice { id, logprob: logit - normalizers[row] };
-    if sampling.temperature == 0.0 {
-        let (logits, ids) = logits.max_dim(-1, false);
-        let (logits, ids) = (doubles(&logits)?, Vec::<i64>::try_from(ids.to_device(Device::Cpu))?);
-        return Ok(ids
-            .into_iter()
-            .zip(logits)
-            .enumerate()
-            .map(|(row, (id, x))| choice(row, id, x))
-            .collect());
-    }
-    let vocab_size = logits.size()[1] as usize;
-    let rows = doubles(&logits.view([-1]))?;
-    Ok(rows
-        .chunks(vocab_size)
-        .zip(keys)
-        .enumerate()
-        .map(|(row, (logits, &(sample, position)))| {
-            let uniform = Rng::new(sampling.seed, "generate", mix(sample ^ mix(!position))).uniform();
-            let id = draw(&distribution(logits, sampling), uniform);
-            choice(row, id as i64, logits[id])
-        })
-        .collect())
+    let choice = |row: &[f64]| Choice { id: row[0] as i64, logprob: row[1], sampler_logprob: row[2] };
+    Ok(table.chunks(4).map(choice).collect())
 }
 
-fn doubles(t: &Tensor) -> Result<Vec<f64>> {
-    Ok(Vec::<f64>::try_from(t.to_device(Device::Cpu).to_kind(Kind::Double).contiguous())?)
+/// The logits, with -inf for `eos` in the rows that may not end.
+fn without_ends(logits: &Tensor, draws: &[Draw], eos: &[i64]) -> Tensor {
+    let ends: Vec<i64> = eos.iter().copied().filter(|id| (0..logits.size()[1]).contains(id)).collect();
+    if ends.is_empty() || draws.iter().all(|d| d.may_end) {
+        return logits.shallow_clone();
+    }
+    let device = logits.device();
+    let keeps: Vec<bool> = draws.iter().map(|d| !d.may_end).collect();
+    let rows = Tensor::from_slice(&keeps).to_device(device).unsqueeze(1);
+    let mut columns = Tensor::zeros([1, logits.size()[1]], (Kind::Bool, device));
+    let _ = columns.index_fill_(1, &Tensor::from_slice(&ends).to_device(device), 1);
+    logits.masked_fill(&rows.logical_and(&columns), f64::NEG_INFINITY)
 }
 
-/// The tokens that may be drawn, by rising id, with their probabilities (sum 1).
-pub fn distribution(logits: &[f64], sampling: &Sampling) -> Vec<(usize, f64)> {
-    let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let weight = |x: f64| ((x - top) / sampling.temperature).exp();
-    let mut threshold = f64::NEG_INFINITY;
-    if (1..logits.len()).contains(&sampling.top_k) {
-        let mut sorted = logits.to_vec();
-        threshold = *sorted.select_nth_unstable_by(sampling.top_k - 1, |a, b| b.total_cmp(a)).1;
+/// What tokens are drawn from: float64 [rows, V], each row's sum 1. `logits`: [rows, V]; the temperature must not be 0.
+pub fn probabilities(logits: &Tensor, sampling: &Sampling) -> Tensor {
+    let vocab_size = logits.size()[1];
+    let mut scaled = logits.to_kind(Kind::Double) / sampling.temperature;
+    if (1..vocab_size).contains(&(sampling.top_k as i64)) {
+        let kept = scaled.topk(sampling.top_k as i64, -1, true, true).0;
+        scaled = scaled.masked_fill(&scaled.lt_tensor(&kept.narrow(1, -1, 1)), f64::NEG_INFINITY);
     }
-    let likely = logits.iter().enumerate().filter(|(_, x)| **x >= threshold);
-    let mut kept: Vec<(usize, f64)> = likely.map(|(id, x)| (id, weight(*x))).collect();
-    if sampling.top_p < 1.0 {
-        kept = nucleus(kept, sampling.top_p);
-        // By id, so that a rounding of the logits that swaps two tokens moves no other token's place.
-        kept.sort_unstable_by_key(|(id, _)| *id);
+    let all = scaled.softmax(-1, Kind::Double);
+    if sampling.top_p >= 1.0 {
+        return all;
     }
-    let sum: f64 = kept.iter().map(|(_, w)| w).sum();
-    kept.iter_mut().for_each(|(_, w)| *w /= sum);
-    kept
-}
-
-/// The most likely tokens until they reach the share `p` of all; the one that reaches it belongs to them.
-fn nucleus(mut weights: Vec<(usize, f64)>, p: f64) -> Vec<(usize, f64)> {
-    let likelier = |a: &(usize, f64), b: &(usize, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-    let needed = p * weights.iter().map(|(_, w)| w).sum::<f64>();
-    // A nucleus is small next to a vocabulary: sort the likeliest few, and more only if they do not reach p.
-    let mut head = 64;
-    loop {
-        if head < weights.len() {
-            weights.select_nth_unstable_by(head, likelier);
-        } else {
-            head = weights.len();
+    // A nucleus is small next to a vocabulary: the likeliest few are sorted, and more only if they do not reach top_p.
+    let mut head = 64.min(vocab_size);
+    let last = loop {
+        let likeliest = all.topk(head, -1, true, true).0;
+        let before = likeliest.cumsum(-1, Kind::Double).lt(sampling.top_p);
+        let count = before.sum_dim_intlist([-1i64].as_slice(), true, Kind::Int64);
+        if head == vocab_size || count.max().int64_value(&[]) < head {
+            break likeliest.gather(-1, &count.clamp_max(head - 1), false);
         }
-        weights[..head].sort_unstable_by(likelier);
-        let mut sum = 0.0;
-        let reached = weights[..head].iter().position(|(_, w)| {
-            sum += w;
-            sum >= needed
-        });
-        if let Some(last) = reached.or((head == weights.len()).then(|| head - 1)) {
-            weights.truncate(last + 1);
-            return weights;
-        }
-        head *= 8;
-    }
+        head = (8 * head).min(vocab_size);
+    };
+    let nucleus = all.masked_fill(&all.lt_tensor(&last), 0.0);
+    let sum = nucleus.sum_dim_intlist([-1i64].as_slice(), true, Kind::Double);
+    nucleus / sum
 }
 
-/// The token at `uniform` (in [0, 1)) of the cumulative distribution.
-fn draw(distribution: &[(usize, f64)], uniform: f64) -> usize {
-    let mut sum = 0.0;
-    let hit = distribution.iter().find(|(_, p)| {
-        sum += p;
-        uniform < sum
-    });
-    // Rounding may leave the sum a little below 1.
-    let likely = || distribution.iter().rev().find(|(_, p)| *p > 0.0);
-    hit.or_else(likely).map_or(0, |(id, _)| *id)
+/// The token at each row's uniform number in the cumulative distribution by rising id: int64 [rows, 1].
+fn draw(probabilities: &Tensor, draws: &[Draw], seed: u64) -> Tensor {
+    let uniform = |d: &Draw| Rng::new(seed, "generate", mix(d.sample ^ mix(!d.position))).uniform();
+    let uniform: Vec<f64> = draws.iter().map(uniform).collect();
+    let uniform = Tensor::from_slice(&uniform).to_device(probabilities.device()).unsqueeze(1);
+    let cumulative = probabilities.cumsum(-1, Kind::Double);
+    // Below the sum, whatever rounding left of it, lies a token with a probability above 0.
+    let sum = cumulative.narrow(1, -1, 1);
+    let place = (uniform * &sum).minimum(&(&sum * (1.0 - f64::EPSILON)));
+    let ids = place.searchsorted(&cumulative, false, true, "right", None::<Tensor>);
+    // What is not finite is told by the caller.
+    ids.clamp_max(probabilities.size()[1] - 1)
 }

@@ -1,14 +1,24 @@
 //! A Llama token by token: keys and values of what was read are cached, so that a new token costs one row.
 //!
 //! Rows live in slots of the cache. Each has its own length and begins at position 0, so rows of any lengths go
-//! together without padding, and a row's slot is free for another as soon as it is finished. Weights are gathered once
-//! and stay until [`Llama::release_all`].
+//! together without padding, and a row's slot is free for another as soon as it is finished.
+//!
+//! Where the parameters are sharded and not held (see [`Sharded::hold`]), a forward gathers one group after the other:
+//! all ranks must then take the same number of forwards, whatever each of them reads; one that has nothing to read takes
+//! [`Llama::idle`].
+//!
+//! [`Sharded::hold`]: crate::distributed::sharded::Sharded::hold
 
 use kernels::ops::{self, Heads};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::model::layout::Block;
+use crate::model::linear::Linear;
 use crate::model::llama::{Context, Input, Llama, block_forward, norm_heads, rotate};
+
+/// Elements of the scores that [`Llama::extend`] has in memory at once.
+const SCORES: i64 = 16 << 20;
 
 /// Keys and values of what the slots' rows have read, T [slots, K, capacity, D] a block.
 pub struct KvCache {
@@ -38,9 +48,22 @@ impl KvCache {
         self.lengths.iter().all(|n| *n == 0)
     }
 
-    /// Frees a slot.
-    pub fn clear(&mut self, slot: usize) {
-        self.lengths[slot] = 0;
+    /// Forgets all that the row in `slot` has read but its first `length` tokens; 0 frees the slot.
+    pub fn truncate(&mut self, slot: usize, length: usize) {
+        self.lengths[slot] = self.lengths[slot].min(length as i64);
+    }
+
+    /// Makes the row in `to` begin as the one in `from`: with its first `length` tokens.
+    pub fn copy(&mut self, from: usize, to: usize, length: usize) -> Result<()> {
+        if length as i64 > self.lengths[from] {
+            return Err(Error::failed("a row cannot begin with more tokens than the other one has read"));
+        }
+        for cache in self.blocks.iter().flat_map(|(keys, values)| [keys, values]) {
+            let part = |slot: usize| cache.select(0, slot as i64).narrow(1, 0, length as i64);
+            part(to).f_copy_(&part(from))?;
+        }
+        self.lengths[to] = length as i64;
+        Ok(())
     }
 
     /// Makes room for rows of `length` tokens; at least doubles what was there, so that growing costs little overall.
@@ -86,27 +109,48 @@ impl Llama {
         let Heads { heads, kv_heads, head_dim, .. } = context.heads;
         let index = integers(slots.iter().map(|s| *s as i64)).to_device(device);
         cache.reserve(time);
-        let mut x = self.embed_checked(&ids)?;
-        let mut last =
-            integers(lengths.iter().enumerate().map(|(r, n)| r as i64 * time + n - 1)).to_device(device);
-        for i in 1..=self.num_blocks() {
-            let w = self.block_weights(i)?;
-            let (y, rest) = block_forward(&w, &x, &context, i - 1)?;
-            x = y;
+        let eps = self.shape.rms_norm_eps;
+        let ends = lengths.iter().enumerate().map(|(r, n)| r as i64 * time + n - 1);
+        let ends = integers(ends).to_device(device);
+        let last = self.through_blocks(&ids, |i, w, x| {
+            let (x, rest) = block_forward(w, x, &context, i - 1)?;
             let qkv = rest.qkv.view([rows, time, heads + 2 * kv_heads, head_dim]);
             let (keys, values) = &cache.blocks[i - 1];
             for (cached, first) in [(keys, heads), (values, heads + kv_heads)] {
                 let new = qkv.narrow(2, first, kv_heads).transpose(1, 2);
                 let _ = cached.narrow(2, 0, time).index_copy_(0, &index, &new);
             }
-            if let Some(norm) = &w.final_norm {
-                last = ops::rms_norm(&x.index_select(0, &last), norm, self.shape.rms_norm_eps)?.0;
+            match &w.final_norm {
+                Some(norm) => Ok(ops::rms_norm(&x.index_select(0, &ends), norm, eps)?.0),
+                None => Ok(x),
             }
-        }
+        })?;
         for (slot, length) in slots.iter().zip(lengths) {
             cache.lengths[*slot] = length;
         }
         Ok(last)
+    }
+
+    /// Reads more tokens, at least one, into a slot that may hold some. Returns the hidden state of the last, T [1, C].
+    pub fn extend(&mut self, ids: &[i64], slot: usize, cache: &mut KvCache) -> Result<Tensor> {
+        let past = cache.lengths[slot];
+        match ids.len() {
+            0 => return Err(Error::failed("a row is extended by at least one token")),
+            _ if past == 0 => return self.prefill(&[ids], &[slot], cache),
+            1 => return self.decode(ids, &[slot], cache),
+            _ => {}
+        }
+        let new = ids.len() as i64;
+        cache.reserve(past + new);
+        let position = Tensor::arange_start(past, past + new, (Kind::Int64, self.params.device()));
+        let context = self.decoding(position, past + new);
+        let last = self.read(ids, &context, |i, qkv| {
+            let (keys, values) = &cache.blocks[i - 1];
+            let row = |t: &Tensor| t.select(0, slot as i64).narrow(1, 0, past + new);
+            extend_attention(qkv, &row(keys), &row(values), past, context.start(i - 1), context.heads)
+        })?;
+        cache.lengths[slot] += new;
+        Ok(last.narrow(0, new - 1, 1))
     }
 
     /// Reads one more token in each of `slots` (no slot twice). Returns their hidden states, T [rows, C].
@@ -117,44 +161,82 @@ impl Llama {
         let position = integers(lengths()).to_device(device);
         let slot = integers(slots.iter().map(|s| *s as i64)).to_device(device);
         cache.reserve(longest);
-        let (cos, sin) = self.rope_tables(longest);
-        // Rows begin at position 0, so that a window's first position is never in padding.
-        let first = self.shape.sliding_window.filter(|w| *w < longest);
-        let first = first.map(|window| (&position - (window - 1)).clamp_min(0));
-        let context = Context::decoding(self, ids.len() as i64, position, first, (cos, sin));
-        let mut x = self.embed_checked(ids)?;
-        for i in 1..=self.num_blocks() {
-            let w = self.block_weights(i)?;
-            let qkv = w.qkv.forward(&ops::rms_norm(&x, &w.norm1, context.eps)?.0)?;
-            norm_heads(&w, &qkv, &context)?;
-            rotate(&qkv, &context, false)?;
-            let (keys, values) = &cache.blocks[i - 1];
-            let first = context.start(i - 1);
-            let o =
-                ops::decode_attention(&qkv, keys, values, &slot, &context.positions, first, context.heads)?;
-            let x2 = w.o.forward_add(&o, &x)?;
-            let h2 = ops::rms_norm(&x2, &w.norm2, context.eps)?.0;
-            x = w.mlp.finish(&w.mlp.begin(&h2, None)?, &x2)?;
-            if let Some(norm) = &w.final_norm {
-                x = ops::rms_norm(&x, norm, context.eps)?.0;
-            }
-        }
+        let context = self.decoding(position, longest);
+        let hidden = self.read(ids, &context, |i, qkv| {
+            let ((keys, values), first) = (&cache.blocks[i - 1], context.start(i - 1));
+            Ok(ops::decode_attention(qkv, keys, values, &slot, &context.positions, first, context.heads)?)
+        })?;
         for slot in slots {
             cache.lengths[*slot] += 1;
         }
-        Ok(x)
+        Ok(hidden)
     }
 
-    /// Logits of the next token, T [rows, V], for hidden states T [rows, C]; the head's weights stay gathered.
+    /// A forward of a rank that has nothing to read while others read: it gathers what they gather. Returns a hidden
+    /// state without meaning, T [1, C], for [`Llama::next_token_logits`].
+    pub fn idle(&mut self) -> Result<Tensor> {
+        self.through_blocks(&[0], |_, _, x| Ok(x.shallow_clone()))
+    }
+
+    /// Logits of the next token, T [rows, V], for hidden states T [rows, C].
     pub fn next_token_logits(&mut self, hidden: &Tensor) -> Result<Tensor> {
         let group = self.head_group();
         let flat = self.params.full(group)?;
-        Ok(hidden.f_mm(&self.params.layout(group).specs[0].view(&flat).tr())?)
+        let logits = ops::linear(hidden, &self.params.layout(group).specs[0].view(&flat), None)?;
+        self.params.release(group);
+        Ok(logits)
     }
 
-    /// Drops all gathered weights: the end of a generation.
-    pub fn release_all(&mut self) {
-        (0..self.params.len()).for_each(|i| self.params.release(i));
+    /// For a token each at `position` (int64 `[N]`, all below `length`) of rows that begin at position 0, so that a sliding
+    /// window's first position is never in padding.
+    fn decoding(&mut self, position: Tensor, length: i64) -> Context {
+        let tables = self.rope_tables(length);
+        let window = self.shape.sliding_window.filter(|w| *w < length);
+        let first = window.map(|window| (&position - (window - 1)).clamp_min(0));
+        Context::decoding(self, position.numel() as i64, position, first, tables)
+    }
+
+    /// Hidden states after the final norm, T [N, C], of N tokens. `attend` takes the block's number and the rotated
+    /// queries, keys and values, T [N, (H + 2K) * D], and returns T [N, H * D].
+    fn read(
+        &mut self,
+        ids: &[i64],
+        context: &Context,
+        mut attend: impl FnMut(usize, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        self.through_blocks(ids, |i, w, x| {
+            let qkv = w.qkv.forward(&ops::rms_norm(x, &w.norm1, context.eps)?.0)?;
+            norm_heads(w, &qkv, context)?;
+            rotate(&qkv, context, false)?;
+            let x2 = w.o.forward_add(&attend(i, &qkv)?, x)?;
+            let h2 = ops::rms_norm(&x2, &w.norm2, context.eps)?.0;
+            let x = w.mlp.finish(&w.mlp.begin(&h2, None)?, &x2)?;
+            match &w.final_norm {
+                Some(norm) => Ok(ops::rms_norm(&x, norm, context.eps)?.0),
+                None => Ok(x),
+            }
+        })
+    }
+
+    /// The tokens' embeddings through `block(number, weights, x)` of every block, numbers from 1. Each group is gathered
+    /// for its use, while the one before computes, and dropped.
+    fn through_blocks(
+        &mut self,
+        ids: &[i64],
+        mut block: impl FnMut(usize, &Block<Linear>, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let mut x = self.embed_checked(ids)?;
+        self.params.prefetch(1)?;
+        self.params.release(0);
+        let layers = self.num_blocks();
+        for i in 1..=layers {
+            let w = self.block_weights(i)?;
+            self.params.prefetch(if i < layers { i + 1 } else { self.head_group() })?;
+            x = block(i, &w, &x)?;
+            drop(w);
+            self.params.release(i);
+        }
+        Ok(x)
     }
 
     fn embed_checked(&mut self, ids: &[i64]) -> Result<Tensor> {
@@ -167,6 +249,48 @@ impl Llama {
         let ids = Tensor::from_slice(ids).to_device(self.params.device());
         self.embed(&ids)
     }
+}
+
+/// Attention of N new tokens of one row after `past` that it has read, exact. `qkv`: T [N, (H + 2K) * D], rotated;
+/// `keys`, `values`: T [K, past + N, D], where the new tokens' are written; `first`: what each of the tokens sees first,
+/// int64 `[N]`, none: position 0. Returns T [N, H * D].
+fn extend_attention(
+    qkv: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    past: i64,
+    first: Option<&Tensor>,
+    h: Heads,
+) -> Result<Tensor> {
+    let (new, kind, device) = (h.batch, ops::accumulator(qkv.kind()), qkv.device());
+    let group = h.heads / h.kv_heads;
+    let all = qkv.view([new, h.heads + 2 * h.kv_heads, h.head_dim]);
+    for (cached, first) in [(keys, h.heads), (values, h.heads + h.kv_heads)] {
+        let rows = all.narrow(1, first, h.kv_heads).transpose(0, 1);
+        cached.narrow(1, past, new).f_copy_(&rows)?;
+    }
+    let (keys, values) = (keys.to_kind(kind), values.to_kind(kind));
+    // [K, group, N, D]
+    let queries = all.narrow(1, 0, h.heads).to_kind(kind) * h.scale();
+    let queries = queries.view([new, h.kv_heads, group, h.head_dim]).permute([1, 2, 0, 3]);
+    let seen = Tensor::arange(past + new, (Kind::Int64, device)).unsqueeze(0);
+    let chunk = (SCORES / (h.heads * (past + new))).clamp(1, new);
+    let mut parts = Vec::new();
+    for begin in (0..new).step_by(chunk as usize) {
+        let count = chunk.min(new - begin);
+        let at = Tensor::arange_start(past + begin, past + begin + count, (Kind::Int64, device));
+        let mut unseen = seen.gt_tensor(&at.unsqueeze(1));
+        if let Some(first) = first {
+            unseen = unseen.logical_or(&seen.lt_tensor(&first.narrow(0, begin, count).unsqueeze(1)));
+        }
+        let q = queries.narrow(2, begin, count).reshape([h.kv_heads, group * count, h.head_dim]);
+        let mut scores = q.f_bmm(&keys.transpose(1, 2))?;
+        let scores = scores.f_masked_fill_(&unseen.repeat([group, 1]), f64::NEG_INFINITY)?;
+        let out = scores.f_softmax(-1, kind)?.f_bmm(&values)?;
+        let out = out.view([h.kv_heads, group, count, h.head_dim]).permute([2, 0, 1, 3]);
+        parts.push(out.reshape([count, h.heads * h.head_dim]));
+    }
+    Ok(Tensor::cat(&parts, 0).to_kind(qkv.kind()))
 }
 
 fn integers(values: impl Iterator<Item = i64>) -> Tensor {

@@ -32,15 +32,12 @@ impl Linear {
 
     /// x: T [N, I]. Returns T [N, O].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(match &self.bias {
-            None => x.f_mm(&self.weight.tr())?,
-            Some(bias) => bias.f_addmm(x, &self.weight.tr())?,
-        })
+        Ok(ops::linear(x, &self.weight, self.bias.as_ref())?)
     }
 
     /// residual (T [N, O]) + [`Linear::forward`], in one pass where there is no bias.
     pub fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        let mut y = residual.f_addmm(x, &self.weight.tr())?;
+        let mut y = ops::linear(x, &self.weight, Some(residual))?;
         if let Some(bias) = &self.bias {
             let _ = y.f_add_(bias)?;
         }

@@ -15,6 +15,7 @@ use super::tokenizer::{ChatTemplate, Tokenizer};
 use crate::config::sections;
 use crate::error::{Error, Result};
 use jinja::Jinja;
+pub use templates::names as built_in_names;
 
 /// A tokenizer and the chat template that goes with it.
 pub struct Chat {

@@ -1,0 +1,310 @@
+//! From one format into another. What was written is read again and compared before it gets its name.
+//!
+//! One tensor is in memory at a time, and for the comparison of logits two groups of parameters: a model need not fit
+//! into memory to be converted.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use tch::{Device, Kind, Tensor};
+
+use super::hf::{self, Output, write_tokenizer};
+use super::hf_config::SpecialIds;
+use super::meta::{self, Cut, PARAMS};
+use super::safetensors::Entry;
+use super::source::{Order, Source};
+use super::torch_file;
+use super::weights::Weights;
+use crate::config::shape::Shape;
+use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
+use crate::distributed::sharded::{Layout, Sharded, Spec};
+use crate::error::{Context, Error, Result};
+use crate::files::{AtomicFolder, write_file};
+use crate::model::layout::{EMBEDDING, LM_HEAD, layouts};
+use crate::model::{Input, Llama};
+
+/// Tokens of the text that logits are compared on.
+const TOKENS: i64 = 32;
+
+/// What to write.
+#[derive(Debug, Clone, Copy)]
+pub enum Target {
+    /// Hugging Face's format, in files of at most so many bytes.
+    Hf { max_shard_size: u64 },
+    /// Meta's format, in so many model-parallel parts.
+    Meta { parts: i64 },
+}
+
+/// What was written, and what its check found.
+#[derive(Debug, Clone)]
+pub struct Report {
+    pub num_tensors: usize,
+    /// Bytes of the tensors.
+    pub bytes: u64,
+    pub num_files: usize,
+    /// The tokenizer's files that went along.
+    pub copied: Vec<String>,
+    /// Tokens that logits were compared on.
+    pub num_tokens: i64,
+    /// Largest difference of a logit to the source, where its tensors were rounded to another dtype; else they are equal.
+    pub rounding: Option<f64>,
+    /// `max_position_embeddings` as it is read back, where the format does not keep it.
+    pub positions: Option<i64>,
+}
+
+/// A model that is to be written in another form.
+pub struct Conversion {
+    shape: Shape,
+    source: Rc<Source>,
+    /// The source's folder.
+    dir: PathBuf,
+    /// Goes along.
+    tokenizer: Option<Tokenizer>,
+    target: Target,
+    /// Of all tensors; none: each as it is.
+    dtype: Option<Kind>,
+    /// Where logits are computed.
+    device: Device,
+}
+
+impl Conversion {
+    pub fn new(weights: Weights, target: Target, dtype: Option<Kind>, device: Device) -> Result<Conversion> {
+        let (shape, dir) = (weights.shape().clone(), weights.dir().to_path_buf());
+        let tokenizer = weights.tokenizer_dir().map(Tokenizer::load).transpose()?;
+        let source = Rc::new(weights.into_source()?);
+        Ok(Conversion { shape, source, dir, tokenizer, target, dtype, device })
+    }
+
+    /// Bytes of the tensors as they will be.
+    pub fn bytes(&self) -> Result<u64> {
+        self.specs().map(|s| Ok(self.entry(&s)?.bytes())).sum()
+    }
+
+    /// Writes the model to the folder `to`: complete, checked against its source, or not at all; a model of the same
+    /// format that is there is replaced. `done` counts the bytes that were written, and those that were compared.
+    ///
+    /// # Errors
+    /// What the format cannot express (kind Data), a number of parts that does not divide the model or the source's own
+    /// folder (kind Config), and any difference between what is read back and the source (kind Failed).
+    pub fn write(&self, to: &Path, done: &AtomicU64) -> Result<Report> {
+        if let (Ok(from), Ok(to)) = (self.dir.canonicalize(), to.canonicalize())
+            && from == to
+        {
+            return Err(Error::config(format!("{}: the model itself is there", to.display())));
+        }
+        let (folder, copied, num_files) = match self.target {
+            Target::Hf { max_shard_size } => self.write_hf(to, max_shard_size, done)?,
+            Target::Meta { parts } => self.write_meta(to, parts, done)?,
+        };
+        let report = self
+            .verify(folder.temporary(), done)
+            .with_context(|| format!("{}: what was written is not left there", to.display()))?;
+        folder.commit()?;
+        Ok(Report { copied, num_files, ..report })
+    }
+
+    fn specs(&self) -> impl Iterator<Item = Spec> {
+        layouts(&self.shape).into_iter().flat_map(|l| l.specs)
+    }
+
+    /// A tensor as it is to be written.
+    fn entry(&self, spec: &Spec) -> Result<Entry> {
+        let kind = self.dtype.unwrap_or(self.source.view(&spec.name)?.kind);
+        Ok(Entry { name: spec.name.clone(), kind, shape: spec.shape.clone() })
+    }
+
+    fn write_hf(&self, to: &Path, max_shard_size: u64, done: &AtomicU64) -> Result<Begun> {
+        let entries = self.specs().map(|s| self.entry(&s)).collect::<Result<Vec<_>>>()?;
+        let plan = hf::plan(entries.iter().cloned(), max_shard_size);
+        let ids = match &self.tokenizer {
+            Some(tokenizer) => SpecialIds::of(tokenizer),
+            None => SpecialIds::of_folder(&self.dir)?,
+        };
+        let (dtype, tokenizer) = (most_common(&entries), self.tokenizer.as_ref());
+        let (folder, copied) = hf::begin(to, &self.shape, dtype, ids, tokenizer, &plan)?;
+        let mut output = Output::new(folder.temporary(), &plan);
+        for entry in &entries {
+            output.write(&self.source.tensor(&entry.name)?)?;
+            done.fetch_add(entry.bytes(), Relaxed);
+        }
+        drop(output);
+        Ok((folder, copied, plan.len()))
+    }
+
+    fn write_meta(&self, to: &Path, parts: i64, done: &AtomicU64) -> Result<Begun> {
+        let (shape, source) = (&self.shape, &self.source);
+        // A tied output projection has a copy of its own there.
+        let untied = Shape { tie_word_embeddings: false, ..shape.clone() };
+        let params = meta::write_params(&untied)?;
+        meta::check_parts(shape, parts)?;
+        let ours = |name: &str| {
+            name == PARAMS
+                || (name.starts_with("consolidated.") && name.ends_with(".pth"))
+                || is_tokenizer_file(name)
+        };
+        let tensors = layouts(&untied)
+            .into_iter()
+            .flat_map(|l| l.specs)
+            .map(|spec| {
+                let tied = shape.tie_word_embeddings && spec.name == LM_HEAD;
+                let from = if tied { EMBEDDING.to_string() } else { spec.name.clone() };
+                let named = meta::named(&spec.name).ok_or_else(|| {
+                    Error::failed(format!("Meta's format has no place for `{}`", spec.name))
+                })?;
+                let cut = match named.cut {
+                    Cut::Embedding if meta::is_llama3(shape) => Cut::Rows,
+                    Cut::Embedding => Cut::Columns,
+                    cut => cut,
+                };
+                let mut shape = spec.shape;
+                match cut {
+                    Cut::Columns => shape[1] /= parts,
+                    Cut::Rows => shape[0] /= parts,
+                    Cut::Copy | Cut::Embedding => {}
+                }
+                let kind = self.dtype.unwrap_or(source.view(&from)?.kind);
+                Ok((Entry { name: named.name, kind, shape }, from, cut, named.rotary))
+            })
+            .collect::<Result<Vec<_>>>()?;
+
+        let folder = AtomicFolder::create(to, ours)?;
+        let temp = folder.temporary();
+        write_file(&temp.join(PARAMS), format!("{params}\n").as_bytes())?;
+        let copied = self.tokenizer.as_ref().map_or(Ok(Vec::new()), |t| write_tokenizer(t, temp))?;
+        let copied = copied.into_iter().map(|(name, ..)| name).collect();
+        let entries: Vec<Entry> = tensors.iter().map(|(entry, ..)| entry.clone()).collect();
+        let mut files = (0..parts as usize)
+            .map(|i| torch_file::Writer::create(&temp.join(meta::part_name(i)), &entries))
+            .collect::<Result<Vec<_>>>()?;
+        for (entry, from, cut, rotary) in &tensors {
+            let whole = source.tensor(from)?;
+            for (i, file) in files.iter_mut().enumerate() {
+                let part = match cut {
+                    Cut::Rows => whole.f_narrow(0, i as i64 * entry.shape[0], entry.shape[0])?,
+                    Cut::Columns => whole.f_narrow(1, i as i64 * entry.shape[1], entry.shape[1])?,
+                    Cut::Copy | Cut::Embedding => whole.shallow_clone(),
+                };
+                file.write(&if *rotary { to_meta_order(&part, shape.head_dim)? } else { part })?;
+            }
+            done.fetch_add(entry.bytes() * parts as u64, Relaxed);
+        }
+        files.into_iter().try_for_each(torch_file::Writer::finish)?;
+        Ok((folder, copied, parts as usize))
+    }
+
+    /// Reads back what was written, and compares shape, every tensor and the logits.
+    fn verify(&self, written: &Path, done: &AtomicU64) -> Result<Report> {
+        let (shape, source, dtype, device) = (&self.shape, &self.source, self.dtype, self.device);
+        let weights = Weights::open(written)?;
+        let read = weights.shape().clone();
+        let expected = match self.target {
+            Target::Hf { .. } => shape.clone(),
+            // Not said in Meta's format, where equal embeddings are tied ones, and a Mistral without a window a Llama.
+            Target::Meta { .. } => Shape {
+                max_position_embeddings: read.max_position_embeddings,
+                initializer_range: read.initializer_range,
+                family: read.family,
+                max_window_layers: read.max_window_layers,
+                tie_word_embeddings: read.tie_word_embeddings,
+                ..shape.clone()
+            },
+        };
+        if read != expected {
+            return Err(Error::failed(format!("it is read as {read:?}, and the source is {shape:?}")));
+        }
+        let back = Rc::new(weights.into_source()?);
+        let (mut num_tensors, mut bytes, mut narrowed) = (0, 0, false);
+        for spec in self.specs() {
+            let kind = dtype.unwrap_or(source.view(&spec.name)?.kind);
+            let (ours, theirs) = (back.tensor(&spec.name)?, source.tensor(&spec.name)?);
+            let rounded = theirs.f_to_kind(kind)?;
+            if !same_bytes(&ours, &rounded)? {
+                return Err(Error::failed(format!("`{}` is another tensor when it is read back", spec.name)));
+            }
+            narrowed |= theirs.kind() != kind;
+            let size = theirs.numel() as u64 * kind.elt_size_in_bytes() as u64;
+            (num_tensors, bytes) = (num_tensors + 1, bytes + size);
+            done.fetch_add(size, Relaxed);
+        }
+        let ours = logits(&read, &back, None, device)?;
+        let rounded = logits(shape, source, dtype, device)?;
+        let difference = largest_difference(&ours, &rounded)?;
+        if !difference.is_finite() {
+            return Err(Error::data(
+                "its logits are not finite: the source is damaged, or its numbers are too large for the dtype",
+            ));
+        }
+        if difference != 0.0 {
+            return Err(Error::failed(format!(
+                "its logits differ from the source's by up to {difference:e}"
+            )));
+        }
+        let rounding = match narrowed {
+            true => Some(largest_difference(&ours, &logits(shape, source, None, device)?)?),
+            false => None,
+        };
+        let positions = (read.max_position_embeddings != shape.max_position_embeddings)
+            .then_some(read.max_position_embeddings);
+        let num_tokens = ours.size()[0];
+        Ok(Report { num_tensors, bytes, num_files: 0, copied: Vec::new(), num_tokens, rounding, positions })
+    }
+}
+
+/// The temporary folder, the tokenizer's files in it, and the number of files with tensors.
+type Begun = (AtomicFolder, Vec<String>, usize);
+
+/// The dtype that most bytes have.
+fn most_common(entries: &[Entry]) -> Kind {
+    let bytes = |kind: Kind| entries.iter().filter(|e| e.kind == kind).map(Entry::bytes).sum::<u64>();
+    let kinds = [Kind::Float, Kind::BFloat16, Kind::Half, Kind::Double];
+    kinds.into_iter().max_by_key(|kind| bytes(*kind)).unwrap_or(Kind::Float)
+}
+
+/// The rows of whole heads [H D, C] in Meta's order.
+fn to_meta_order(t: &Tensor, head_dim: i64) -> Result<Tensor> {
+    let (order, rows) = (Order::MetaRotary { head_dim }, t.size()[0]);
+    let mut from = vec![0; rows as usize];
+    (0..rows).for_each(|row| from[order.row(row) as usize] = row);
+    Ok(t.f_index_select(0, &Tensor::from_slice(&from))?)
+}
+
+/// Whether two tensors have the same dtype, shape and bits.
+fn same_bytes(a: &Tensor, b: &Tensor) -> Result<bool> {
+    let bits = match a.kind().elt_size_in_bytes() {
+        2 => Kind::Int16,
+        4 => Kind::Int,
+        _ => Kind::Int64,
+    };
+    Ok(a.kind() == b.kind()
+        && a.size() == b.size()
+        && a.f_view_dtype(bits)?.f_equal(&b.f_contiguous()?.f_view_dtype(bits)?)?)
+}
+
+fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
+    Ok((a - b).f_abs()?.f_max()?.f_double_value(&[])?)
+}
+
+/// Logits [T, V] of a fixed text in float32, from tensors rounded to `dtype` (none: as they are). Parameters are read when
+/// they are needed, group by group.
+fn logits(shape: &Shape, source: &Rc<Source>, dtype: Option<Kind>, device: Device) -> Result<Tensor> {
+    let from = source.clone();
+    let load = move |layout: &Layout| -> Result<Tensor> {
+        let flat = Tensor::f_empty([layout.numel], (Kind::Float, Device::Cpu))?;
+        for spec in &layout.specs {
+            let values = from.tensor(&spec.name)?;
+            let values = match dtype {
+                Some(kind) => values.f_to_kind(kind)?,
+                None => values,
+            };
+            flat.f_narrow(0, spec.offset, spec.numel())?.f_copy_(&values.f_view([-1])?)?;
+        }
+        Ok(flat)
+    };
+    let params = Sharded::on_demand(layouts(shape), Kind::Float, device, load);
+    let mut model = Llama::new(shape.clone(), params);
+    let time = TOKENS.min(shape.max_position_embeddings);
+    let ids: Vec<i64> = (0..time).map(|i| (i + 1) * 7919 % shape.vocab_size).collect();
+    let hidden = model.hidden(&Input::new(Tensor::from_slice(&ids).view([1, time])))?;
+    Ok(model.next_token_logits(&hidden)?.f_to_device(Device::Cpu)?)
+}

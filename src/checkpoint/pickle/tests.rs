@@ -1,0 +1,81 @@
+use super::*;
+
+fn written() -> Vec<u8> {
+    let tensors = [("a", Kind::BFloat16, &[3i64, 4][..]), ("b", Kind::Float, &[1 << 33][..])];
+    write_state_dict(tensors.into_iter()).unwrap()
+}
+
+#[test]
+fn what_is_written_is_read() {
+    let read = state_dict(&written()).unwrap();
+    let tensor = |storage: &str, kind, shape: &[i64], stride: &[i64]| TensorRef {
+        storage: storage.into(),
+        kind,
+        storage_len: shape.iter().product(),
+        offset: 0,
+        shape: shape.into(),
+        stride: stride.into(),
+    };
+    assert_eq!(read[0], ("a".into(), tensor("0", Kind::BFloat16, &[3, 4], &[4, 1])));
+    assert_eq!(read[1], ("b".into(), tensor("1", Kind::Float, &[1 << 33], &[1])));
+    assert_eq!(read.len(), 2);
+    assert!(write_state_dict([("i", Kind::Int64, &[1i64][..])].into_iter()).is_err());
+}
+
+#[test]
+fn code_is_refused_by_name_and_never_run() {
+    let cases: [(&[u8], &str); 9] = [
+        (b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.", "it imports `os.system`"),
+        (b"\x80\x04\x8c\x05posix\x8c\x06system\x93.", "it imports `posix.system`"),
+        (b"\x80\x02(ios\nsystem\n.", "it imports `os.system`"),
+        (b"\x80\x02cbuiltins\neval\n.", "`builtins.eval`"),
+        (b"\x80\x02ctorch.storage\n_load_from_bytes\n.", "`torch.storage._load_from_bytes`"),
+        (b"\x80\x02ctorch._utils\n_rebuild_device_tensor_from_numpy\n.", "_from_numpy`"),
+        (b"\x80\x02co\x1bs\nsystem\n.", "`o\\u{1b}s.system`"),
+        (b"\x80\x02ctorch\nFloatStorage\n)\x81.", "instruction 0x81"),
+        (b"\x80\x02ctorch\nFloatStorage\n)R.", "a call does not make a tensor"),
+    ];
+    for (pickle, part) in cases {
+        let e = state_dict(pickle).unwrap_err();
+        assert!(e.contains(part), "{e}");
+    }
+}
+
+#[test]
+fn damage_is_told() {
+    let good = written();
+    for len in 0..good.len() {
+        assert!(state_dict(&good[..len]).is_err(), "cut at {len}");
+    }
+    let cases: [(&[u8], &str); 10] = [
+        (b"K\x01.", "holds the number 1"),
+        (b"].", "holds a list"),
+        (b"}X\x01\x00\x00\x00aK\x05s.", "`a` is the number 5, not a tensor"),
+        (b"}K\x01K\x05s.", "a key of its dictionary is the number 1"),
+        (b"}(K\x01u.", "a key without a value"),
+        (b"(0.", "the stack is empty"),
+        (b"t.", "there is no mark"),
+        (b"h\x07.", "there is no memo 7 (byte 0 of data.pkl)"),
+        (b"X\xff\xff\xff\xffa.", "ends in the middle"),
+        (b"\x8b\x09\x00\x00\x00123456789.", "more than 64 bits"),
+    ];
+    for (pickle, part) in cases {
+        let e = state_dict(pickle).unwrap_err();
+        assert!(e.contains(part), "{e}");
+    }
+    // Deep nesting takes no stack.
+    let mut deep = vec![b')'];
+    deep.resize(1 << 20, 0x85);
+    deep.push(b'.');
+    assert!(state_dict(&deep).unwrap_err().contains("holds a tuple"));
+}
+
+#[test]
+fn numbers_have_their_sign() {
+    let number = |pickle: &[u8]| state_dict(pickle).unwrap_err();
+    assert!(number(b"\x8a\x01\xff.").contains("number -1,"));
+    assert!(number(b"\x8a\x02\xff\x00.").contains("number 255,"));
+    assert!(number(b"\x8a\x00.").contains("number 0,"));
+    assert!(number(b"J\xfe\xff\xff\xff.").contains("number -2,"));
+    assert!(number(b"M\x01\x02.").contains("number 513,"));
+}

@@ -1,0 +1,282 @@
+//! The one seam between file formats and the model: files that hold named tensors ([`TensorFile`]), and where in them
+//! every tensor of the model lies ([`Source`]). Whatever the format, a rank reads the elements of its slices and no
+//! others, a few megabytes at a time.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::Path;
+
+use tch::{Kind, Tensor};
+
+use super::agree::agree_over;
+use super::grow::grown;
+use crate::distributed::sharded::{Sharded, Spec};
+use crate::error::{Context, Error, Result};
+use crate::files::CHUNK;
+use crate::model::layout::EMBEDDING;
+
+/// An open file whose table of tensors was checked against its size.
+pub trait TensorFile: Send + Sync {
+    fn path(&self) -> &Path;
+
+    /// Names, in the file's order.
+    fn names(&self) -> Vec<String>;
+
+    /// Shape and dtype of a tensor. An error (kind Data) if it is not there, or no floating-point tensor.
+    fn info(&self, name: &str) -> Result<(Vec<i64>, Kind)>;
+
+    /// Fills `to` with elements `first..` of the flattened tensor, in the file's dtype.
+    fn read_bytes(&self, name: &str, first: i64, to: &mut [u8]) -> Result<()>;
+}
+
+/// Fills `dst` (floating-point `[n]`, any device) with `kind` elements, which `read(at, bytes)` gives from element `at`
+/// of `dst` on: a few megabytes at a time, converted to `dst`'s dtype.
+pub(super) fn fill_chunks(
+    dst: &Tensor,
+    kind: Kind,
+    mut read: impl FnMut(i64, &mut [u8]) -> Result<()>,
+) -> Result<()> {
+    let (element, len) = (kind.elt_size_in_bytes(), dst.numel() as i64);
+    let step = (CHUNK / element) as i64;
+    let mut buffer = vec![0; CHUNK.min(len as usize * element)];
+    for at in (0..len).step_by(step as usize) {
+        let n = step.min(len - at);
+        let bytes = &mut buffer[..n as usize * element];
+        read(at, bytes)?;
+        let values = Tensor::f_from_data_size(bytes, &[n], kind)?;
+        tch::no_grad(|| dst.f_narrow(0, at, n)?.f_copy_(&values))?;
+    }
+    Ok(())
+}
+
+/// Gives the bytes of `t` (any device and floating-point dtype) as `kind`, in the order of its elements, a few megabytes
+/// at a time.
+pub(super) fn for_chunks(t: &Tensor, kind: Kind, mut put: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    let (element, numel) = (kind.elt_size_in_bytes(), t.numel() as i64);
+    let step = (CHUNK / element) as i64;
+    let mut buffer = vec![0; CHUNK.min(numel as usize * element)];
+    let flat = t.f_detach()?.f_contiguous()?.f_view([-1])?;
+    for at in (0..numel).step_by(step as usize) {
+        let n = step.min(numel - at);
+        let part = flat.f_narrow(0, at, n)?.f_to_kind(kind)?;
+        let bytes = &mut buffer[..n as usize * element];
+        part.f_copy_data_u8(bytes, n as usize)?;
+        put(bytes)?;
+    }
+    Ok(())
+}
+
+/// How rows of a tensor of the model follow one another in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    Same,
+    /// q and k in Meta's files: a head's rotated pairs lie side by side, (0, 1), (2, 3), ..., while Hugging Face's lie
+    /// half a head apart, (0, D / 2), (1, D / 2 + 1), ...
+    MetaRotary {
+        head_dim: i64,
+    },
+}
+
+impl Order {
+    /// The file's row of row `r` of the model's tensor, both counted from the first row of a head.
+    pub fn row(self, r: i64) -> i64 {
+        match self {
+            Order::Same => r,
+            Order::MetaRotary { head_dim } => {
+                let (head, row, half) = (r / head_dim, r % head_dim, head_dim / 2);
+                head * head_dim + row % half * 2 + row / half
+            }
+        }
+    }
+}
+
+/// A rectangle of a tensor of the model, and where its elements lie in a tensor of a file.
+#[derive(Debug, Clone)]
+pub struct Block {
+    /// Index of the file in the source.
+    pub file: usize,
+    /// The tensor's name in the file.
+    pub tensor: String,
+    pub rows: Range<i64>,
+    pub cols: Range<i64>,
+    /// The element of the flattened tensor in the file that the rectangle begins with.
+    pub first: i64,
+    /// Elements from one row to the next in the file.
+    pub stride: i64,
+    pub order: Order,
+}
+
+/// A tensor of the model, put together from rectangles that cover it.
+#[derive(Debug, Clone)]
+pub struct View {
+    pub shape: Vec<i64>,
+    pub kind: Kind,
+    /// Elements of a row. Rows are not bound to the shape: what is cut by elements is one row.
+    pub width: i64,
+    pub blocks: Vec<Block>,
+}
+
+impl View {
+    /// A whole tensor of a file.
+    pub fn whole(file: usize, tensor: &str, shape: Vec<i64>, kind: Kind) -> View {
+        let numel = shape.iter().product();
+        let block = Block {
+            file,
+            tensor: tensor.to_string(),
+            rows: 0..1,
+            cols: 0..numel,
+            first: 0,
+            stride: numel,
+            order: Order::Same,
+        };
+        View { shape, kind, width: numel, blocks: vec![block] }
+    }
+
+    pub fn numel(&self) -> i64 {
+        self.shape.iter().product()
+    }
+
+    /// Calls `f(block, from, to, n)` for runs that cover elements `first..first + len`: elements `from..from + n` of the
+    /// block's tensor are elements `to..to + n` of the range.
+    fn runs(
+        &self,
+        first: i64,
+        len: i64,
+        mut f: impl FnMut(&Block, i64, i64, i64) -> Result<()>,
+    ) -> Result<()> {
+        let (mut at, end) = (first, first + len);
+        while at < end {
+            let (row, col) = (at / self.width, at % self.width);
+            let block = self.blocks.iter().find(|b| b.rows.contains(&row) && b.cols.contains(&col));
+            let block = block.ok_or_else(|| Error::failed(format!("no file holds element {at}")))?;
+            let whole_rows =
+                block.order == Order::Same && block.cols == (0..self.width) && block.stride == self.width;
+            let left = if whole_rows { block.rows.end * self.width - at } else { block.cols.end - col };
+            let n = left.min(end - at);
+            let from = block.first
+                + block.order.row(row - block.rows.start) * block.stride
+                + (col - block.cols.start);
+            f(block, from, at - first, n)?;
+            at += n;
+        }
+        Ok(())
+    }
+}
+
+/// The tensors of a model under the model's names, in whatever files they lie.
+#[derive(Default)]
+pub struct Source {
+    pub files: Vec<Box<dyn TensorFile>>,
+    pub views: HashMap<String, View>,
+    /// Tensors that no model consists of, such as tables of integers, with what to tell when one is asked for.
+    unusable: HashMap<String, Error>,
+}
+
+impl Source {
+    /// All tensors of files under their own names.
+    pub fn of_files(files: Vec<Box<dyn TensorFile>>) -> Source {
+        let mut source = Source { files, ..Source::default() };
+        for i in 0..source.files.len() {
+            for name in source.files[i].names() {
+                source.take_from(i, &name);
+            }
+        }
+        source
+    }
+
+    /// Takes a tensor, under its own name, from this file.
+    pub fn take_from(&mut self, file: usize, name: &str) {
+        match self.files[file].info(name) {
+            Ok((shape, kind)) => {
+                self.unusable.remove(name);
+                self.views.insert(name.to_string(), View::whole(file, name, shape, kind));
+            }
+            Err(e) => {
+                self.views.remove(name);
+                self.unusable.insert(name.to_string(), e);
+            }
+        }
+    }
+
+    /// The same files under other names: each tensor (name and shape) is rows of one that is whole now, from a row on.
+    pub fn regroup(self, tensors: impl Iterator<Item = (String, Vec<i64>, String, i64)>) -> Result<Source> {
+        let mut views = HashMap::new();
+        for (name, shape, tensor, row) in tensors {
+            let view = self.view(&tensor)?;
+            let Block { file, .. } = view.blocks[0];
+            let mut part = View::whole(file, &tensor, shape, view.kind);
+            part.blocks[0].first = row * part.shape[1..].iter().product::<i64>();
+            views.insert(name, part);
+        }
+        Ok(Source { files: self.files, views, unusable: HashMap::new() })
+    }
+
+    /// The names of all tensors, usable or not.
+    pub fn names(&self) -> impl Iterator<Item = &String> {
+        self.views.keys().chain(self.unusable.keys())
+    }
+
+    /// Where a tensor lies. An error (kind Data) if it is not there, or no floating-point tensor.
+    pub fn view(&self, name: &str) -> Result<&View> {
+        self.views.get(name).ok_or_else(|| match self.unusable.get(name) {
+            Some(e) => e.clone(),
+            None => Error::data(format!("there is no tensor `{name}`")),
+        })
+    }
+
+    /// Fills `dst` (floating-point `[n]`, any device) with elements `first..first + n` of the flattened tensor.
+    pub fn read(&self, name: &str, first: i64, dst: &Tensor) -> Result<()> {
+        let view = self.view(name)?;
+        let (len, numel) = (dst.numel() as i64, view.numel());
+        if first < 0 || first + len > numel {
+            return Err(Error::data(format!(
+                "tensor `{name}` has {numel} elements, wanted {first} to {}",
+                first + len
+            )));
+        }
+        let element = view.kind.elt_size_in_bytes();
+        fill_chunks(dst, view.kind, |at, bytes| {
+            view.runs(first + at, (bytes.len() / element) as i64, |block, from, to, n| {
+                let part = &mut bytes[to as usize * element..(to + n) as usize * element];
+                self.files[block.file].read_bytes(&block.tensor, from, part)
+            })
+        })
+        .with_context(|| format!("tensor `{name}`"))
+    }
+
+    /// A whole tensor, in the dtype that it has in the files.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let view = self.view(name)?;
+        let t = Tensor::f_empty([view.numel()], (view.kind, tch::Device::Cpu))?;
+        self.read(name, 0, &t)?;
+        Ok(t.f_view(view.shape.as_slice())?)
+    }
+
+    /// Whether two tensors are the same, byte for byte; stops at the first difference.
+    pub fn equal(&self, a: &str, b: &str) -> Result<bool> {
+        let (x, y) = (self.view(a)?, self.view(b)?);
+        if x.shape != y.shape || x.kind != y.kind {
+            return Ok(false);
+        }
+        let step = (CHUNK / x.kind.elt_size_in_bytes()) as i64;
+        for first in (0..x.numel()).step_by(step as usize) {
+            let part = |name: &str| -> Result<Tensor> {
+                let t = Tensor::f_empty([step.min(x.numel() - first)], (x.kind, tch::Device::Cpu))?;
+                self.read(name, first, &t)?;
+                Ok(t)
+            };
+            if !part(a)?.f_equal(&part(b)?)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Fills the parameters, whose vocabulary may be larger than the model's (see [`super::grow`]); every rank reads its
+    /// own slices only. All ranks that hold them call this, and fail together.
+    pub fn fill(&self, params: &mut Sharded) -> Result<()> {
+        let read = |spec: &Spec, first, values: &Tensor| self.read(&spec.name, first, values);
+        let mine = self.view(EMBEDDING).and_then(|view| params.fill(grown(view.shape[0], read)));
+        agree_over(params, mine)
+    }
+}

@@ -1,0 +1,319 @@
+//! Files of `torch.save`: zip archives (torch 1.6 and later) with a pickle that describes tensors and an entry for each
+//! storage, neither compressed. Like safetensors they are read with positioned reads, and only where asked for.
+
+use std::collections::{HashMap, VecDeque};
+use std::fs::File;
+use std::io::{BufReader, Write as _};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use tch::{Kind, Tensor};
+use zip::result::ZipError;
+use zip::write::{SimpleFileOptions, StreamWriter, ZipWriter};
+use zip::{CompressionMethod, ZipArchive};
+
+use super::pickle;
+use super::safetensors::Entry;
+use super::source::{TensorFile, for_chunks};
+use crate::error::{Error, Result};
+use crate::files::{AtomicFile, read_error, write_error};
+
+/// What files begin with that torch wrote before 1.6: the pickle of a magic number.
+const OLD_MAGIC: &[u8] = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19";
+
+/// Data of storages begins at a multiple of this, so that `torch.load(mmap=True)` can map it.
+const ALIGNMENT: u16 = 64;
+
+/// Where a tensor's elements lie.
+struct Place {
+    kind: Kind,
+    /// Byte of the file that the first element begins at.
+    start: u64,
+    shape: Vec<i64>,
+    stride: Vec<i64>,
+}
+
+/// A torch file whose tensors were checked: every element lies within its storage, every storage within the file.
+pub struct Reader {
+    path: PathBuf,
+    file: File,
+    names: Vec<String>,
+    places: HashMap<String, Place>,
+}
+
+/// First byte and length of an entry of the archive.
+type Range = (u64, u64);
+
+impl Reader {
+    /// Opens the file, reads its pickle and checks what it says against the archive.
+    ///
+    /// Errors (kind Data) name the file: damaged or compressed archives, archives of older torch, pickles that hold or
+    /// import anything but tensors and containers.
+    pub fn open(path: &Path) -> Result<Reader> {
+        let file = File::open(path).map_err(|e| read_error(path, &e))?;
+        let damaged = |what: String| Error::data(format!("{}: {what}", path.display()));
+        let mut magic = [0; OLD_MAGIC.len()];
+        let len = file.read_at(&mut magic, 0).map_err(|e| read_error(path, &e))?;
+        if magic == OLD_MAGIC {
+            return Err(damaged(
+                "in the format of torch before version 1.6, which is not read; load it with Python's torch.load and \
+                 save it again"
+                    .into(),
+            ));
+        }
+        if !magic[..len].starts_with(b"PK") {
+            return Err(damaged("no file of torch.save: it is no zip archive; get it again".into()));
+        }
+        let entries =
+            entries(&file).map_err(|e| damaged(format!("{e}; the file is damaged: get it again")))?;
+        let mut pickles = entries.keys().filter_map(|name| name.strip_suffix("data.pkl"));
+        let prefix = match (pickles.next(), pickles.next()) {
+            (Some(prefix), None) if prefix.is_empty() || prefix.ends_with('/') => prefix,
+            _ => return Err(damaged("no file of torch.save: the archive has not one data.pkl".into())),
+        };
+        let read = |(start, len): Range| {
+            let mut bytes = vec![0; len as usize];
+            file.read_exact_at(&mut bytes, start).map_err(|e| read_error(path, &e)).map(|()| bytes)
+        };
+        if let Some(range) = entries.get(&format!("{prefix}byteorder"))
+            && range.1 <= 16
+            && read(*range)? != b"little"
+        {
+            return Err(damaged("its numbers are not little-endian".into()));
+        }
+        let pickle = read(entries[&format!("{prefix}data.pkl")])?;
+        let tensors =
+            pickle::state_dict(&pickle).map_err(|e| damaged(format!("its pickle is refused: {e}")))?;
+        let (mut names, mut places) = (Vec::with_capacity(tensors.len()), HashMap::new());
+        for (name, tensor) in tensors {
+            let place = entries
+                .get(&format!("{prefix}data/{}", tensor.storage))
+                .ok_or_else(|| format!("there is no storage {}", tensor.storage))
+                .and_then(|storage| Place::of(tensor, *storage))
+                .map_err(|e| damaged(format!("tensor `{name}`: {e}; the file is damaged: get it again")))?;
+            if places.insert(name.clone(), place).is_none() {
+                names.push(name);
+            }
+        }
+        Ok(Reader { path: path.to_path_buf(), file, names, places })
+    }
+
+    fn place(&self, name: &str) -> Result<&Place> {
+        self.places
+            .get(name)
+            .ok_or_else(|| Error::data(format!("{}: there is no tensor `{name}`", self.path.display())))
+    }
+}
+
+/// The entries of the archive by name, after checking that they lie within the file, as they are, and apart.
+fn entries(file: &File) -> Result<HashMap<String, Range>, String> {
+    let describe = |e: ZipError| e.to_string();
+    let mut archive = ZipArchive::new(BufReader::new(file)).map_err(describe)?;
+    if archive.has_overlapping_entries().map_err(describe)? {
+        return Err("entries of the archive overlap".into());
+    }
+    let size = file.metadata().map_err(|e| e.to_string())?.len();
+    let mut entries = HashMap::with_capacity(archive.len());
+    for i in 0..archive.len() {
+        let entry = archive.by_index_raw(i).map_err(describe)?;
+        let name = entry.name().map_err(describe)?.to_string();
+        if entry.compression() != CompressionMethod::Stored || entry.size() != entry.compressed_size() {
+            return Err(format!("entry `{name}` is compressed, which torch never does"));
+        }
+        if entry.encrypted() {
+            return Err(format!("entry `{name}` is encrypted"));
+        }
+        let start = entry.data_start().ok_or_else(|| format!("entry `{name}` has no data"))?;
+        if start.checked_add(entry.size()).is_none_or(|end| end > size) {
+            return Err(format!("entry `{name}` ends beyond the end of the file"));
+        }
+        entries.insert(name, (start, entry.size()));
+    }
+    Ok(entries)
+}
+
+impl Place {
+    /// Checks that a tensor's elements lie within its storage, which takes `bytes` of the file from `start` on.
+    fn of(tensor: pickle::TensorRef, (start, bytes): Range) -> Result<Place, String> {
+        let element = tensor.kind.elt_size_in_bytes() as i64;
+        if tensor.storage_len.checked_mul(element) != i64::try_from(bytes).ok() {
+            return Err(format!(
+                "its storage should have {} elements and has {bytes} bytes",
+                tensor.storage_len
+            ));
+        }
+        if tensor.shape.len() != tensor.stride.len()
+            || tensor.shape.iter().chain(&tensor.stride).any(|d| *d < 0)
+        {
+            return Err(format!("shape {:?} with strides {:?}", tensor.shape, tensor.stride));
+        }
+        let numel = tensor.shape.iter().try_fold(1i64, |n, d| n.checked_mul(*d));
+        let last = tensor.shape.iter().zip(&tensor.stride).try_fold(tensor.offset, |last, (d, stride)| {
+            last.checked_add((d - 1).max(0).checked_mul(*stride)?)
+        });
+        let fits = match (numel, last) {
+            (Some(0), _) => true,
+            // A view that repeats elements, as of `expand`, is larger than what it lies in.
+            (Some(numel), Some(last)) => {
+                tensor.offset >= 0 && last < tensor.storage_len && numel <= tensor.storage_len
+            }
+            _ => false,
+        };
+        if !fits {
+            return Err(format!(
+                "shape {:?}, strides {:?} and offset {} do not fit into its storage of {} elements",
+                tensor.shape, tensor.stride, tensor.offset, tensor.storage_len
+            ));
+        }
+        let start = if numel == Some(0) { start } else { start + (tensor.offset * element) as u64 };
+        Ok(Place { kind: tensor.kind, start, shape: tensor.shape, stride: tensor.stride })
+    }
+
+    /// Elements that lie one after the other, from every multiple of this number on.
+    fn run(&self) -> i64 {
+        let mut run = 1;
+        for (d, stride) in self.shape.iter().zip(&self.stride).rev() {
+            if *d != 1 && *stride != run {
+                break;
+            }
+            run *= d;
+        }
+        run
+    }
+
+    /// The element of the storage, counted from the tensor's first, of element `i` of the flattened tensor.
+    fn element(&self, mut i: i64) -> i64 {
+        let mut element = 0;
+        for (d, stride) in self.shape.iter().zip(&self.stride).rev() {
+            element += i % d * stride;
+            i /= d;
+        }
+        element
+    }
+}
+
+impl TensorFile for Reader {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.names.clone()
+    }
+
+    fn info(&self, name: &str) -> Result<(Vec<i64>, Kind)> {
+        let place = self.place(name)?;
+        match place.kind {
+            Kind::Double | Kind::Float | Kind::BFloat16 | Kind::Half => Ok((place.shape.clone(), place.kind)),
+            other => Err(Error::data(format!(
+                "{}: tensor `{name}` has dtype {other:?}; float64, float32, bfloat16 and float16 can be read",
+                self.path.display(),
+            ))),
+        }
+    }
+
+    /// One read for every run of elements that lie together: a single one for all tensors but views of others, an
+    /// element a time for a transposed one.
+    fn read_bytes(&self, name: &str, first: i64, to: &mut [u8]) -> Result<()> {
+        let place = self.place(name)?;
+        let element = place.kind.elt_size_in_bytes();
+        let (run, numel) = (place.run(), place.shape.iter().product::<i64>());
+        let (mut at, end) = (first, first + (to.len() / element) as i64);
+        if first < 0 || end > numel {
+            return Err(Error::failed(format!("{}: `{name}` is shorter", self.path.display())));
+        }
+        let mut rest = to;
+        while at < end {
+            let n = (run - at % run).min(end - at);
+            let (part, later) = rest.split_at_mut(n as usize * element);
+            let start = place.start + (place.element(at) * element as i64) as u64;
+            self.file.read_exact_at(part, start).map_err(|e| read_error(&self.path, &e))?;
+            (at, rest) = (at + n, later);
+        }
+        Ok(())
+    }
+}
+
+/// Writes a torch file tensor by tensor, under a temporary name until it is complete and on the disk. Python reads it with
+/// `torch.load(weights_only=True)`, also with `mmap=True`.
+pub struct Writer {
+    path: PathBuf,
+    zip: ZipWriter<StreamWriter<AtomicFile>>,
+    /// The folder in the archive: the file's name, as torch has it.
+    prefix: String,
+    missing: VecDeque<Entry>,
+    written: usize,
+    crc: crc32fast::Hasher,
+}
+
+impl Writer {
+    /// Starts a file with a dictionary of `entries`, whose values must follow in this order.
+    pub fn create(path: &Path, entries: &[Entry]) -> Result<Writer> {
+        let described = entries.iter().map(|e| (e.name.as_str(), e.kind, e.shape.as_slice()));
+        let pickle = pickle::write_state_dict(described)
+            .map_err(|e| Error::failed(format!("{}: {e}", path.display())))?;
+        let prefix = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let mut crc = crc32fast::Hasher::new();
+        crc.update(&pickle);
+        let mut writer = Writer {
+            path: path.to_path_buf(),
+            zip: ZipWriter::new_stream(AtomicFile::create(path)?),
+            prefix,
+            missing: entries.iter().cloned().collect(),
+            written: 0,
+            crc,
+        };
+        writer.entry("data.pkl", &pickle)?;
+        writer.entry("byteorder", b"little")?;
+        Ok(writer)
+    }
+
+    fn start(&mut self, name: &str, bytes: u64) -> Result<()> {
+        let options = SimpleFileOptions::default()
+            .compression_method(CompressionMethod::Stored)
+            .with_alignment(ALIGNMENT)
+            .large_file(bytes > u64::from(u32::MAX));
+        let name = format!("{}/{name}", self.prefix);
+        self.zip.start_file(name, options).map_err(|e| cannot_write(&self.path, e))
+    }
+
+    fn entry(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.start(name, bytes.len() as u64)?;
+        self.zip.write_all(bytes).map_err(|e| write_error(&self.path, &e))
+    }
+
+    /// Writes the next tensor (any device and floating-point dtype; its shape, or flat), converted to the dtype that
+    /// was said.
+    pub fn write(&mut self, t: &Tensor) -> Result<()> {
+        let Some(entry) = self.missing.pop_front() else {
+            return Err(Error::failed(format!("{}: more tensors than were said", self.path.display())));
+        };
+        entry.check(t, &self.path)?;
+        self.start(&format!("data/{}", self.written), entry.bytes())?;
+        self.written += 1;
+        for_chunks(t, entry.kind, |bytes| {
+            self.crc.update(bytes);
+            self.zip.write_all(bytes).map_err(|e| write_error(&self.path, &e))
+        })
+    }
+
+    /// Brings the file to the disk and gives it its name.
+    pub fn finish(mut self) -> Result<()> {
+        if let Some(entry) = self.missing.front() {
+            return Err(Error::failed(format!("{}: `{}` was not written", self.path.display(), entry.name)));
+        }
+        self.entry("version", b"3\n")?;
+        // torch's own is a hash of names and contents, 40 digits long; so is this one.
+        let id = format!("{:020}{:020}", self.written, self.crc.clone().finalize());
+        self.entry(".data/serialization_id", id.as_bytes())?;
+        let out = self.zip.finish().map_err(|e| cannot_write(&self.path, e))?;
+        out.into_inner().commit()
+    }
+}
+
+fn cannot_write(path: &Path, e: ZipError) -> Error {
+    match e {
+        ZipError::Io(e) => write_error(path, &e),
+        other => Error::failed(format!("cannot write {}: {other}", path.display())),
+    }
+}

@@ -1,0 +1,329 @@
+//! `corral chat`: talks with a model. Answers go to stdout as they come, all else to stderr.
+
+use std::io::{BufRead, IsTerminal, Write};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustyline::DefaultEditor;
+use rustyline::error::ReadlineError;
+use signal_hook::consts::SIGINT;
+
+use crate::commands::Global;
+use crate::commands::inference::{ModelArgs, Opened, Spread, TemplateArgs};
+use crate::data::chat::Chat;
+use crate::data::conversation::Message;
+use crate::distributed::environment::Place;
+use crate::distributed::world::{DeviceChoice, World};
+use crate::error::{Context, Error, Result};
+use crate::generate::{self, Finish, Options, Request, Sampling, Session, Settled};
+use crate::model::Llama;
+use crate::{detail, info, warn};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    template: TemplateArgs,
+    /// The system message to begin with
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    /// Tokens an answer may have
+    #[arg(long, default_value_t = 1024, value_name = "N")]
+    max_new_tokens: usize,
+    /// 0 takes the most likely token
+    #[arg(long, default_value_t = 0.7, value_name = "X")]
+    temperature: f64,
+    /// Draw from the K most likely tokens only; 0: from all
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    top_k: usize,
+    /// Draw from the most likely tokens that together reach this probability
+    #[arg(long, default_value_t = 0.95, value_name = "P")]
+    top_p: f64,
+    /// Of the draws
+    #[arg(long, default_value_t = 0, value_name = "S")]
+    seed: u64,
+}
+
+const HELP: &str = "\
+/reset                 forget the conversation (the system message stays)
+/system [TEXT]         set the system message, or remove it
+/params [NAME=X ...]   show or set temperature, top_k, top_p, seed, max_new_tokens
+/help                  this
+/exit                  leave, as Ctrl-D does
+Ctrl-C stops an answer; at the prompt, twice, it leaves";
+
+pub fn run(args: Args, global: &Global) -> Result<()> {
+    if Place::from_env()?.is_some_and(|place| place.world_size > 1) {
+        return Err(Error::config("chat is one process: start it without `launch`, or with --nproc 1"));
+    }
+    let params = Params {
+        sampling: Sampling {
+            temperature: args.temperature,
+            top_k: args.top_k,
+            top_p: args.top_p,
+            seed: args.seed,
+        },
+        max_new_tokens: args.max_new_tokens,
+    };
+    params.check()?;
+    let opened = args.model.open()?;
+    let chat = opened.chat(&args.template)?;
+    let world = World::solo(DeviceChoice::of(global.device.as_deref())?)?;
+    let model = opened.load(&world, Spread::Replicate)?;
+    let mut talk = Talk::new(&opened, chat, model, params)?;
+    talk.set_system(args.system.as_deref().unwrap_or_default());
+    let mut input = Input::open()?;
+    if input.is_terminal() {
+        info!("{}: /help lists commands, Ctrl-D ends", opened.dir().display());
+    }
+    while let Some(line) = input.line()? {
+        match line.trim() {
+            "" => {}
+            "/exit" | "/quit" => break,
+            text if text.starts_with('/') => talk.command(text),
+            text => talk.answer(text)?,
+        }
+    }
+    Ok(())
+}
+
+/// What `/params` sets.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Params {
+    sampling: Sampling,
+    max_new_tokens: usize,
+}
+
+impl Params {
+    fn check(&self) -> Result<()> {
+        self.sampling.check()?;
+        if self.max_new_tokens == 0 {
+            return Err(Error::config("max_new_tokens must be at least 1"));
+        }
+        Ok(())
+    }
+
+    /// With one `NAME=X` changed.
+    fn with(mut self, assignment: &str) -> Result<Params> {
+        let (name, value) = assignment.split_once('=').unwrap_or((assignment, ""));
+        fn number<T: std::str::FromStr>(name: &str, value: &str) -> Result<T> {
+            value.parse().map_err(|_| Error::config(format!("{name}: '{value}' is no such number")))
+        }
+        match name {
+            "temperature" => self.sampling.temperature = number(name, value)?,
+            "top_k" => self.sampling.top_k = number(name, value)?,
+            "top_p" => self.sampling.top_p = number(name, value)?,
+            "seed" => self.sampling.seed = number(name, value)?,
+            "max_new_tokens" => self.max_new_tokens = number(name, value)?,
+            _ => {
+                return Err(Error::config(format!(
+                    "no parameter '{name}'; there are temperature, top_k, top_p, seed, max_new_tokens"
+                )));
+            }
+        }
+        self.check()?;
+        Ok(self)
+    }
+}
+
+impl std::fmt::Display for Params {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Sampling { temperature, top_k, top_p, seed } = self.sampling;
+        let most = self.max_new_tokens;
+        write!(f, "temperature={temperature} top_k={top_k} top_p={top_p} seed={seed} max_new_tokens={most}")
+    }
+}
+
+/// A conversation under way.
+struct Talk {
+    chat: Chat,
+    model: Llama,
+    session: Session,
+    params: Params,
+    eos: Vec<i64>,
+    /// A system message may come first; then the user and the assistant in turn.
+    messages: Vec<Message>,
+    /// Answers so far: keys their draws.
+    answers: u64,
+    /// Set by SIGINT. A second one while it is set, also while nothing is answered, ends the process.
+    interrupted: Arc<AtomicBool>,
+}
+
+impl Talk {
+    fn new(opened: &Opened, chat: Chat, model: Llama, params: Params) -> Result<Talk> {
+        let interrupted = Arc::new(AtomicBool::new(true));
+        signal_hook::flag::register_conditional_shutdown(SIGINT, 128 + SIGINT, interrupted.clone())
+            .and_then(|_| signal_hook::flag::register(SIGINT, interrupted.clone()))
+            .context("cannot watch for Ctrl-C")?;
+        let mut eos = opened.eos_ids()?;
+        eos.extend(chat.stop_ids().into_iter().map(i64::from));
+        let session = Session::new(&model);
+        Ok(Talk { chat, model, session, params, eos, messages: Vec::new(), answers: 0, interrupted })
+    }
+
+    fn has_system(&self) -> bool {
+        self.messages.first().is_some_and(|m| m.role == "system")
+    }
+
+    /// Sets the system message, or removes it where the text is empty.
+    fn set_system(&mut self, text: &str) {
+        if self.has_system() {
+            self.messages.remove(0);
+        }
+        if !text.is_empty() {
+            self.messages.insert(0, Message::new("system", text));
+        }
+    }
+
+    fn command(&mut self, line: &str) {
+        let (name, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+        match name {
+            "/help" => info!("{HELP}"),
+            "/reset" => self.messages.truncate(usize::from(self.has_system())),
+            "/system" => self.set_system(rest.trim()),
+            "/params" => {
+                let changed = rest.split_whitespace().try_fold(self.params, |params, one| params.with(one));
+                match changed {
+                    Ok(params) => {
+                        self.params = params;
+                        info!("{params}");
+                    }
+                    Err(e) => warn!("{e}"),
+                }
+            }
+            _ => warn!("no command '{name}'; /help lists them"),
+        }
+    }
+
+    /// Answers a message of the user. What is wrong with the message is told, and the conversation goes on without it.
+    fn answer(&mut self, text: &str) -> Result<()> {
+        self.messages.push(Message::new("user", text));
+        let prompt = match self.prompt() {
+            Ok(prompt) => prompt,
+            Err(e) => {
+                self.messages.pop();
+                warn!("{e}");
+                return Ok(());
+            }
+        };
+        let known = self.session.known(&prompt);
+        let request = Request::new(prompt, self.answers, self.params.max_new_tokens);
+        let options = Options { sampling: self.params.sampling, batch_size: 1, eos: &self.eos, stop: None };
+        let tokenizer = self.chat.tokenizer().clone();
+        let (mut settled, mut stdout) = (Settled::default(), std::io::stdout());
+        let mut show = |ids: &[i64], last: bool| -> Result<()> {
+            let text = generate::text(&tokenizer, &request.prompt, ids, &[])?;
+            let part = settled.new_part(text.trim_start(), last);
+            let end = if last { "\n" } else { "" };
+            write!(stdout, "{part}{end}").and_then(|()| stdout.flush()).context("cannot write to stdout")
+        };
+        self.interrupted.store(false, Ordering::Relaxed);
+        let interrupted = self.interrupted.clone();
+        let begun = std::time::Instant::now();
+        let mut stopped = false;
+        let completion = self.session.generate(&mut self.model, &request, &options, |completion, last| {
+            stopped = !last && interrupted.load(Ordering::Relaxed);
+            show(&completion.ids, last || stopped)?;
+            Ok(if stopped { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        });
+        self.interrupted.store(true, Ordering::Relaxed);
+        let completion = completion?;
+        self.answers += 1;
+        let answer = generate::text(&tokenizer, &request.prompt, &completion.ids, &[])?;
+        self.messages.push(Message::new("assistant", answer.trim()));
+        let (read, said) = (request.prompt.len() - known, completion.ids.len());
+        let seconds = begun.elapsed().as_secs_f64();
+        detail!("{read} tokens read, {known} known, {said} answered in {seconds:.2} s");
+        if stopped {
+            info!("(stopped)");
+        } else if completion.finish == Finish::Length {
+            info!(
+                "(cut after {said} tokens; /params max_new_tokens=N allows more, as far as the model's positions go)"
+            );
+        }
+        Ok(())
+    }
+
+    /// The conversation in tokens. Where it leaves less room than an answer may need, up to a quarter of the model's
+    /// positions, the oldest turns are given up, and told.
+    fn prompt(&mut self) -> Result<Vec<i64>> {
+        let positions = self.model.shape.max_position_embeddings as usize;
+        let room = self.params.max_new_tokens.min(positions / 4).max(1);
+        let first = usize::from(self.has_system());
+        let mut given_up = 0;
+        loop {
+            let ids: Vec<i64> = self.chat.prompt(&self.messages)?.into_iter().map(i64::from).collect();
+            if ids.len() + room <= positions {
+                if given_up > 0 {
+                    warn!(
+                        "the conversation is too long for the model's {positions} positions: its oldest {given_up} \
+                         messages are forgotten"
+                    );
+                }
+                return Ok(ids);
+            }
+            if self.messages.len() <= first + 1 {
+                return Err(Error::data(format!(
+                    "the message has {} tokens with what the chat template adds; the model has {positions} positions, \
+                     of which {room} are kept for the answer: shorten it",
+                    ids.len()
+                )));
+            }
+            // The user's oldest message with its answer.
+            let turn = self.messages[first..].iter().skip(1).position(|m| m.role == "user");
+            let count = turn.map_or(1, |i| i + 1);
+            self.messages.drain(first..first + count);
+            given_up += count;
+        }
+    }
+}
+
+/// Where the user's lines come from.
+enum Input {
+    Terminal(Box<DefaultEditor>),
+    Lines(std::io::StdinLock<'static>),
+}
+
+impl Input {
+    fn open() -> Result<Input> {
+        if !std::io::stdin().is_terminal() {
+            return Ok(Input::Lines(std::io::stdin().lock()));
+        }
+        let editor = DefaultEditor::new();
+        Ok(Input::Terminal(Box::new(editor.map_err(|e| Error::failed(format!("cannot edit lines: {e}")))?)))
+    }
+
+    fn is_terminal(&self) -> bool {
+        matches!(self, Input::Terminal(_))
+    }
+
+    /// The next line; none where the input ends.
+    fn line(&mut self) -> Result<Option<String>> {
+        let editor = match self {
+            Input::Terminal(editor) => editor,
+            Input::Lines(stdin) => {
+                let mut line = String::new();
+                let read = stdin.read_line(&mut line).context("cannot read from stdin")?;
+                return Ok((read > 0).then_some(line));
+            }
+        };
+        let mut interrupts = 0;
+        loop {
+            match editor.readline("> ") {
+                Ok(line) => {
+                    // A line that cannot be kept for later is no loss.
+                    let _ = editor.add_history_entry(line.as_str());
+                    return Ok(Some(line));
+                }
+                Err(ReadlineError::Interrupted) if interrupts == 0 => {
+                    interrupts += 1;
+                    info!("(Ctrl-C again, or Ctrl-D, ends)");
+                }
+                Err(ReadlineError::Interrupted | ReadlineError::Eof) => return Ok(None),
+                Err(e) => return Err(Error::failed(format!("cannot read from the terminal: {e}"))),
+            }
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! `corral convert`: a model into another format, dtype or number of parts.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::ValueEnum;
+use tch::{Device, Kind};
+
+use crate::checkpoint::Weights;
+use crate::checkpoint::convert::{Conversion, Target};
+use crate::commands::check::size;
+use crate::error::{Error, Result};
+use crate::warn;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The model: a Hugging Face folder (safetensors or pytorch_model.bin), a folder in Meta's format, a run's folder, or
+    /// a checkpoint
+    #[arg(long, value_name = "DIR")]
+    from: PathBuf,
+    /// Folder for the result; a model of the same format in it is replaced
+    #[arg(long, value_name = "DIR")]
+    to: PathBuf,
+    /// What to write
+    #[arg(long, value_enum)]
+    format: Format,
+    /// Model-parallel parts, with --format meta [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..=100))]
+    model_parallel: Option<i64>,
+    /// Dtype of the tensors [default: each as it is]
+    #[arg(long, value_enum)]
+    dtype: Option<Dtype>,
+    /// Most bytes of tensors in a file, such as 5GB or 500MiB, with --format hf [default: 5GB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    max_shard_size: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// Hugging Face: config.json and safetensors
+    Hf,
+    /// Meta: params.json and consolidated.NN.pth
+    Meta,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Dtype {
+    Float32,
+    Bfloat16,
+    Float16,
+}
+
+pub fn run(args: Args, device: Device) -> Result<()> {
+    let target = match (args.format, args.model_parallel, args.max_shard_size) {
+        (Format::Hf, Some(_), _) => {
+            return Err(Error::config(
+                "--model-parallel goes with --format meta: Hugging Face's format has no parts",
+            ));
+        }
+        (Format::Meta, _, Some(_)) => {
+            return Err(Error::config(
+                "--max-shard-size goes with --format hf; the files of Meta's format are its model-parallel parts",
+            ));
+        }
+        (Format::Hf, None, most) => Target::Hf { max_shard_size: most.unwrap_or(5_000_000_000) },
+        (Format::Meta, parts, None) => Target::Meta { parts: parts.unwrap_or(1) },
+    };
+    let dtype = args.dtype.map(|dtype| match dtype {
+        Dtype::Float32 => Kind::Float,
+        Dtype::Bfloat16 => Kind::BFloat16,
+        Dtype::Float16 => Kind::Half,
+    });
+    let conversion = Conversion::new(Weights::open(&args.from)?, target, dtype, device)?;
+    let (total, done) = (2 * conversion.bytes()?, Arc::default());
+    let report = super::with_bytes_bar("converting", total, &done, || conversion.write(&args.to, &done))?;
+    println!(
+        "{}: {} tensors, {} in {} file(s); copied: {}",
+        args.to.display(),
+        report.num_tensors,
+        size(report.bytes),
+        report.num_files,
+        if report.copied.is_empty() { "nothing".into() } else { report.copied.join(", ") },
+    );
+    let rounded = match args.dtype.filter(|_| report.rounding.is_some()) {
+        Some(dtype) => format!(", converted to {}", format!("{dtype:?}").to_lowercase()),
+        None => String::new(),
+    };
+    println!(
+        "checked: every tensor equals the source's{rounded}; logits of {} tokens in float32, largest difference: 0",
+        report.num_tokens
+    );
+    if let Some(difference) = report.rounding {
+        println!("largest difference of a logit to the source as it is: {difference:.3e}");
+    }
+    if let Some(positions) = report.positions {
+        warn!("Meta's format does not say max_position_embeddings: where it is read, {positions} is assumed");
+    }
+    if args.format == Format::Meta && !report.copied.iter().any(|name| name == "tokenizer.model") {
+        warn!("{} has no tokenizer.model, which Meta's own programs need", args.from.display());
+    }
+    Ok(())
+}
+
+/// Bytes: a number, with B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024).
+fn parse_size(text: &str) -> Result<u64, String> {
+    let unit_at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(unit_at);
+    let factor = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "tb" => 1e12,
+        "kib" => 1024.0,
+        "mib" => 1024.0 * 1024.0,
+        "gib" => 1024.0 * 1024.0 * 1024.0,
+        "tib" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
+        _ => return Err(format!("`{unit}` is no unit of bytes: B, kB, MB, GB, TB, KiB, MiB, GiB, TiB")),
+    };
+    match number.parse::<f64>() {
+        Ok(n) if n * factor >= 1.0 => Ok((n * factor) as u64),
+        _ => Err("it must be a number of bytes, such as 5GB".into()),
+    }
+}

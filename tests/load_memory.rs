@@ -1,0 +1,164 @@
+//! What loading takes: each of four ranks reads a quarter of a model, and its memory grows by no more than that. The
+//! model is 128 MB; CORRAL_LOAD_MB asks for another size. This binary starts itself once per rank.
+//!
+//! Files are read with positioned reads, so no page of them counts as memory of the process: the growth of its anonymous
+//! memory (RssAnon) and of its peak (VmHWM) are compared with the bytes of the slices.
+
+mod common;
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+use common::run::folder;
+use corral::checkpoint::convert::{Conversion, Target};
+use corral::checkpoint::safetensors::{self, Entry};
+use corral::checkpoint::{Weights, torch_file};
+use corral::config::shape::Shape;
+use corral::distributed::sharded::Sharded;
+use corral::distributed::world::{BackendChoice, DeviceChoice, World};
+use corral::model::layout::layouts;
+use kernels::c10d::Group;
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
+
+const RANKS: usize = 4;
+
+/// What reading may take besides, whatever the model's size: a chunk of a file and its values (4 MiB each), what the
+/// allocator keeps, and libtorch's code that is used for the first time.
+const BESIDES: u64 = 24 << 20;
+
+/// A number of /proc/self/status, in bytes.
+fn status(key: &str) -> u64 {
+    let text = fs::read_to_string("/proc/self/status").unwrap();
+    let line = text.lines().find(|line| line.starts_with(key)).unwrap_or_else(|| panic!("no {key}"));
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
+}
+
+/// One rank: loads its slices of the model in CORRAL_TEST_MODEL, and tells how much memory that took.
+#[test]
+fn as_rank() {
+    let Ok(model) = std::env::var("CORRAL_TEST_MODEL") else { return };
+    kernels::host::tune_allocator(false);
+    let world = World::from_env(BackendChoice::Auto, DeviceChoice::Cpu, Duration::from_secs(60)).unwrap();
+    let weights = Weights::open(Path::new(&model)).unwrap();
+    let layouts = layouts(weights.shape());
+    world.group.barrier().unwrap();
+    // Resets VmHWM.
+    fs::write("/proc/self/clear_refs", "5").unwrap();
+    let (anonymous, resident) = (status("RssAnon"), status("VmRSS"));
+    let started = Instant::now();
+    let mut params = Sharded::new(layouts, world.group.clone(), Group::solo(), Kind::Float, Device::Cpu);
+    weights.fill(&mut params).unwrap();
+    let seconds = started.elapsed().as_secs_f64();
+    let slices: u64 = (0..params.len()).map(|i| params.slice(i).len as u64 * 4).sum();
+    let (grown, peak) = (status("RssAnon") - anonymous, status("VmHWM") - resident);
+    let sum: f64 = (0..params.len()).map(|i| params.master(i).sum(Kind::Double).double_value(&[])).sum();
+    let sum = params.sum_over_slices(sum).unwrap();
+    println!(
+        "RANK {}",
+        json!({"slices": slices, "grown": grown, "peak": peak, "seconds": seconds, "sum": sum})
+    );
+    world.group.barrier().unwrap();
+}
+
+/// Loads a model on four ranks.
+fn load(what: &str, model: &Path, bytes: u64, sum: f64) {
+    let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+    let rank = |rank: usize| {
+        Command::new(std::env::current_exe().unwrap())
+            .args(["as_rank", "--exact", "--nocapture"])
+            .env("CORRAL_TEST_MODEL", model)
+            .env("RANK", rank.to_string())
+            .env("WORLD_SIZE", RANKS.to_string())
+            .env("MASTER_ADDR", "127.0.0.1")
+            .env("MASTER_PORT", port.to_string())
+            .env("OMP_NUM_THREADS", "1")
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let ranks: Vec<_> = (0..RANKS).map(rank).collect();
+    for rank in ranks {
+        let output = rank.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let line = text.lines().find_map(|line| line.strip_prefix("RANK "));
+        let line = line.unwrap_or_else(|| panic!("{text}{}", String::from_utf8_lossy(&output.stderr)));
+        println!("{what}, {} MB: {line}", bytes / 1_000_000);
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        let number = |key: &str| line[key].as_u64().unwrap();
+        let slices = number("slices");
+        assert!(slices.abs_diff(bytes / RANKS as u64) < 1 << 16, "{slices} of {bytes}");
+        // Touched at all, and not more of it.
+        for key in ["grown", "peak"] {
+            let bytes = number(key);
+            assert!(
+                bytes >= slices - (1 << 20) && bytes <= slices + BESIDES,
+                "{what}: {key} {bytes} of {slices}"
+            );
+        }
+        let found = line["sum"].as_f64().unwrap();
+        assert!((found - sum).abs() < 1e-6 * sum.abs(), "{what}: {found} is not {sum}");
+    }
+}
+
+#[test]
+fn each_rank_holds_its_quarter_of_a_model() {
+    let dir = folder("models");
+    let megabytes = std::env::var("CORRAL_LOAD_MB").map_or(128, |mb| mb.parse::<i64>().expect("megabytes"));
+    // Two blocks of 6.4 million parameters, and embeddings that fill it up.
+    let mut shape = Shape {
+        hidden_size: 1024,
+        intermediate_size: 2816,
+        num_attention_heads: 16,
+        num_key_value_heads: 4,
+        head_dim: 64,
+        num_hidden_layers: 2,
+        vocab_size: 512,
+        max_position_embeddings: 4096,
+        ..Shape::preset("llama-15m").unwrap()
+    };
+    let rest = (megabytes * 250_000 - shape.num_parameters()).max(0);
+    shape.vocab_size += rest / (2 * shape.hidden_size) / 16 * 16;
+    let bytes = shape.num_parameters() as u64 * 4;
+    let specs: Vec<_> = layouts(&shape).into_iter().flat_map(|l| l.specs).collect();
+    let entry = |s: &corral::distributed::sharded::Spec| Entry {
+        name: s.name.clone(),
+        kind: Kind::Float,
+        shape: s.shape.clone(),
+    };
+    let entries: Vec<Entry> = specs.iter().map(entry).collect();
+    let (hf, bin, meta) = (dir.join("hf"), dir.join("bin"), dir.join("meta"));
+    for model in [&hf, &bin] {
+        fs::create_dir(model).unwrap();
+        let config = json!({
+            "architectures": ["LlamaForCausalLM"], "vocab_size": shape.vocab_size, "hidden_size": 1024, "intermediate_size": 2816,
+            "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 4, "rms_norm_eps": shape.rms_norm_eps,
+            "max_position_embeddings": 4096,
+        });
+        fs::write(model.join("config.json"), config.to_string()).unwrap();
+    }
+    let mut safetensors = safetensors::Writer::create(&hf.join("model.safetensors"), &entries).unwrap();
+    let mut torch = torch_file::Writer::create(&bin.join("pytorch_model.bin"), &entries).unwrap();
+    let mut sum = 0.0;
+    for spec in &specs {
+        let values = Tensor::rand(spec.shape.as_slice(), (Kind::Float, Device::Cpu));
+        sum += values.sum(Kind::Double).double_value(&[]);
+        safetensors.write(&values).unwrap();
+        torch.write(&values).unwrap();
+    }
+    safetensors.finish().unwrap();
+    torch.finish().unwrap();
+    load("safetensors", &hf, bytes, sum);
+    load("pytorch_model.bin", &bin, bytes, sum);
+    fs::remove_dir_all(&bin).unwrap();
+    let target = Target::Meta { parts: 4 };
+    let conversion = Conversion::new(Weights::open(&hf).unwrap(), target, None, Device::Cpu).unwrap();
+    conversion.write(&meta, &AtomicU64::new(0)).unwrap();
+    load("four parts of Meta's format", &meta, bytes, sum);
+    fs::remove_dir_all(&dir).unwrap();
+}

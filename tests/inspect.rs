@@ -125,6 +125,42 @@ fn a_model() {
     assert_eq!(sharded["tensors"], Value::Null);
 }
 
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/formats").join(name)
+}
+
+#[test]
+fn models_of_torch_files() {
+    let bin = whole(&fixture("bin"), &[]);
+    let parts = whole(&fixture("bin_parts"), &[]);
+    assert_eq!((bin["format"].as_str(), parts["files"].as_array().unwrap().len()), (Some("hf"), 2));
+    let meta = whole(&fixture("meta2"), &[]);
+    assert_eq!((meta["format"].as_str(), meta["files"].as_array().unwrap().len()), (Some("meta"), 2));
+    assert_eq!(meta["params"]["dim"], json(&fixture("meta2").join("params.json"))["dim"]);
+    // Norms are whole in both parts and count once.
+    let (shape, sums) = (&meta["shape"], &meta["parameters"]);
+    let of = |key: &str| shape[key].as_u64().unwrap();
+    assert_eq!(sums["norms"], (2 * of("num_hidden_layers") + 1) * of("hidden_size"));
+    assert_eq!(sums["embedding"], of("vocab_size") * of("hidden_size"));
+    let file = whole(&fixture("meta2/consolidated.00.pth"), &[]);
+    assert_eq!(
+        (&file["kind"], &file["tensors"][0]["name"]),
+        (&json!("torch file"), &json!("tok_embeddings.weight"))
+    );
+
+    // A pickle that would call something is refused by name, and a part that is missing is, too.
+    damaged(&fixture("imports_os"), &[], &["pytorch_model.bin: its pickle is refused", "posix"]);
+    let dir = copy(&fixture("bin_parts"), "bin-missing");
+    fs::remove_file(dir.join("pytorch_model-00002-of-00002.bin")).unwrap();
+    damaged(&dir, &[], &["pytorch_model-00002-of-00002.bin: missing; the index places"]);
+    let dir = copy(&fixture("meta2"), "meta-missing");
+    cut(&dir.join("consolidated.01.pth"));
+    damaged(&dir, &[], &["consolidated.01.pth: "]);
+    fs::remove_file(dir.join("consolidated.00.pth")).unwrap();
+    fs::copy(fixture("meta2/consolidated.01.pth"), dir.join("consolidated.01.pth")).unwrap();
+    damaged(&dir, &[], &["consolidated.00.pth"]);
+}
+
 #[test]
 fn a_damaged_model() {
     let dir = copy(&model("llama3_sharded"), "model-missing");

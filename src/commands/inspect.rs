@@ -18,8 +18,8 @@ use crate::files::read_error;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Folder of a model, adapter, checkpoint, run, tokenizer or of token shards; a file of safetensors or tokens; a hub
-    /// id that the local hub cache holds
+    /// Folder of a model, adapter, checkpoint, run, tokenizer or of token shards; a file of tensors (.safetensors, .pth,
+    /// .bin) or tokens; a hub id that the local hub cache holds
     path: PathBuf,
     /// Print one JSON object
     #[arg(long)]
@@ -208,7 +208,7 @@ fn inspect(path: &Path, depth: Depth) -> Result<Report> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         return match name.as_ref() {
             "tokenizer.json" | "tokenizer.model" | "qwen.tiktoken" => Ok(data::tokenizer(path)),
-            name if name.ends_with(".safetensors") => Ok(tensors::file(path)),
+            name if name.ends_with(".safetensors") || tensors::is_torch_file(path) => Ok(tensors::file(path)),
             name if name.ends_with(".tokens") => Ok(data::tokens(path, depth)),
             _ => Err(unknown(path)),
         };
@@ -219,7 +219,11 @@ fn inspect(path: &Path, depth: Depth) -> Result<Report> {
         () if has(sharded::META) || any("shard-", ".safetensors") => model::checkpoint(path, depth)?,
         () if has("adapter_config.json") || has("adapter_model.safetensors") => model::adapter(path, depth),
         () if has("config.yaml") || has("checkpoints") || has("metrics.jsonl") => run::run(path, depth)?,
-        () if has("config.json") || has("params.json") || any("model", ".safetensors") => {
+        () if has("config.json")
+            || has("params.json")
+            || any("model", ".safetensors")
+            || any("pytorch_model", ".bin") =>
+        {
             model::model(path, depth)?
         }
         () if any("shard-", ".tokens") => data::tokens(path, depth),
@@ -233,7 +237,7 @@ fn unknown(path: &Path) -> Error {
     Error::data(format!(
         "{}: nothing that is known; a model has config.json or params.json, an adapter adapter_config.json, a checkpoint \
          {}, a run config.yaml, a tokenizer tokenizer.json, token shards shard-*.tokens, and single files end in \
-         .safetensors or .tokens",
+         .safetensors, .pth, .bin or .tokens",
         path.display(),
         sharded::META
     ))

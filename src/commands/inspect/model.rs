@@ -13,39 +13,35 @@ use crate::checkpoint::{Checkpoint, Weights};
 use crate::data::tokenizer::folder_has_tokenizer;
 use crate::error::Result;
 use crate::files::crc32;
+use crate::model::layout::LM_HEAD;
 
-const INDEX: &str = "model.safetensors.index.json";
+/// Where a folder's weights may be, in the order in which they are looked for: a file, or an index of files.
+const WEIGHTS: [&str; 4] = [
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+];
 
-/// A folder in Hugging Face's format.
+/// A folder in Hugging Face's or Meta's format.
 pub fn model(dir: &Path, depth: Depth) -> Result<Report> {
     let mut report = Report::new("model", dir);
-    if dir.join("config.json").exists()
-        && let Some(config) = report.noted(json_object(&dir.join("config.json")))
-    {
-        report.fact("architecture", config.get("architectures").and_then(|a| a.get(0)).cloned());
-        report.fact("model_type", config.get("model_type").cloned());
-    }
+    let files = if dir.join("params.json").exists() && !dir.join("config.json").exists() {
+        report.fact("format", "meta");
+        let params = report.noted(json_object(&dir.join("params.json")));
+        report.fact("params", params);
+        names(dir)?.into_iter().filter(|n| n.starts_with("consolidated.") && n.ends_with(".pth")).collect()
+    } else {
+        report.fact("format", "hf");
+        if dir.join("config.json").exists()
+            && let Some(config) = report.noted(json_object(&dir.join("config.json")))
+        {
+            report.fact("architecture", config.get("architectures").and_then(|a| a.get(0)).cloned());
+            report.fact("model_type", config.get("model_type").cloned());
+        }
+        hf_files(&mut report, dir)?
+    };
     // What the folder holds, whatever it should hold.
-    let mut files: Vec<String> =
-        names(dir)?.into_iter().filter(|n| n.starts_with("model") && n.ends_with(".safetensors")).collect();
-    if files.iter().any(|n| n == "model.safetensors") {
-        files.retain(|n| n == "model.safetensors"); // as it is loaded: it goes before an index
-    } else if dir.join(INDEX).exists()
-        && let Some(index) = report.noted(json_object(&dir.join(INDEX)))
-    {
-        let mut wanted: BTreeMap<&str, usize> = BTreeMap::new();
-        for file in index.get("weight_map").and_then(Value::as_object).into_iter().flatten() {
-            *wanted.entry(file.1.as_str().unwrap_or_default()).or_default() += 1;
-        }
-        for (file, count) in wanted {
-            if !files.iter().any(|n| n == file) {
-                report.problem(format!(
-                    "{}: missing; the index places {count} tensors in it",
-                    dir.join(file).display()
-                ));
-            }
-        }
-    }
     let tensors = describe(&mut report, dir, &files);
     report.fact("parameters", parameters(tensors.iter().map(|t| (t.name.as_str(), t.numel()))));
     // What is missing, superfluous or of another shape; files that are damaged or missing are told already.
@@ -53,12 +49,44 @@ pub fn model(dir: &Path, depth: Depth) -> Result<Report> {
         && let Some(weights) = report.noted(Weights::open(dir))
     {
         report.fact("shape", json!(weights.shape()));
+        let tied = weights.shape().tie_word_embeddings;
+        if let Some(source) = report.noted(weights.into_source()) {
+            // The model's own tensors: parts put together, and nothing twice.
+            let mut names: Vec<&str> = source.names().map(String::as_str).collect();
+            names.retain(|name| !(tied && *name == LM_HEAD));
+            let numel = |name: &str| source.view(name).map_or(0, |view| view.numel() as u64);
+            report.fact("parameters", parameters(names.into_iter().map(|name| (name, numel(name)))));
+        }
     }
     tokenizer_beside(&mut report, dir);
     if depth.tensors {
         list(&mut report, &tensors);
     }
     Ok(report)
+}
+
+/// The files of a Hugging Face folder's weights that are there; those that its index misses are problems.
+fn hf_files(report: &mut Report, dir: &Path) -> Result<Vec<String>> {
+    let all = names(dir)?;
+    let Some(main) = WEIGHTS.into_iter().find(|name| dir.join(name).exists()) else {
+        let weights = |n: &String| n.starts_with("model") && n.ends_with(".safetensors");
+        return Ok(all.into_iter().filter(weights).collect());
+    };
+    if !main.ends_with(".json") {
+        return Ok(vec![main.to_string()]);
+    }
+    let index = report.noted(json_object(&dir.join(main))).unwrap_or_default();
+    let mut wanted: BTreeMap<&str, usize> = BTreeMap::new();
+    for (_, file) in index.get("weight_map").and_then(Value::as_object).into_iter().flatten() {
+        *wanted.entry(file.as_str().unwrap_or_default()).or_default() += 1;
+    }
+    for (file, count) in wanted.iter().filter(|(file, _)| !all.iter().any(|n| n == *file)) {
+        report.problem(format!(
+            "{}: missing; the index places {count} tensors in it",
+            dir.join(file).display()
+        ));
+    }
+    Ok(all.into_iter().filter(|n| wanted.contains_key(n.as_str())).collect())
 }
 
 /// Adds the tokenizer that lies beside a model, and compares their vocabularies.

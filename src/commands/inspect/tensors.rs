@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
+use tch::Kind;
 
 use super::Report;
 use crate::checkpoint::safetensors::Reader;
+use crate::checkpoint::torch_file;
+use crate::error::Result;
 
 /// A tensor as a file describes it.
 pub struct Described {
@@ -22,6 +25,45 @@ impl Described {
     }
 }
 
+/// What a file of tensors describes: `torch.save`'s by its name, else safetensors.
+fn open(path: &Path) -> Result<Vec<Described>> {
+    if is_torch_file(path) {
+        let reader = torch_file::Reader::open(path)?;
+        let describe = |(name, kind, shape): (&str, Kind, &[i64])| {
+            let shape: Vec<usize> = shape.iter().map(|d| *d as usize).collect();
+            let bytes = (shape.iter().product::<usize>() * kind.elt_size_in_bytes()) as u64;
+            Described { name: name.to_string(), dtype: dtype_name(kind), shape, bytes }
+        };
+        return Ok(reader.tensors().map(describe).collect());
+    }
+    let tensors = Reader::open(path)?.tensors().into_iter();
+    Ok(tensors
+        .map(|(name, dtype, shape, bytes)| Described { name, dtype: dtype.to_string(), shape, bytes })
+        .collect())
+}
+
+/// Whether a file of this name is one of `torch.save`.
+pub fn is_torch_file(path: &Path) -> bool {
+    path.extension().is_some_and(|e| ["pth", "pt", "bin"].iter().any(|known| e == *known))
+}
+
+/// A dtype as safetensors spells it.
+fn dtype_name(kind: Kind) -> String {
+    match kind {
+        Kind::Double => "F64".into(),
+        Kind::Float => "F32".into(),
+        Kind::BFloat16 => "BF16".into(),
+        Kind::Half => "F16".into(),
+        Kind::Int64 => "I64".into(),
+        Kind::Int => "I32".into(),
+        Kind::Int16 => "I16".into(),
+        Kind::Int8 => "I8".into(),
+        Kind::Uint8 => "U8".into(),
+        Kind::Bool => "BOOL".into(),
+        other => format!("{other:?}"),
+    }
+}
+
 /// Reads the headers of files of `dir`. Notes the files, their sum and their dtypes; those that are damaged are problems.
 pub fn describe(report: &mut Report, dir: &Path, names: &[String]) -> Vec<Described> {
     let (mut files, mut tensors) = (Vec::new(), Vec::new());
@@ -31,15 +73,9 @@ pub fn describe(report: &mut Report, dir: &Path, names: &[String]) -> Vec<Descri
         let bytes = path.metadata().map_or(0, |m| m.len());
         total += bytes;
         let mut file = json!({"name": name, "bytes": bytes});
-        if let Some(reader) = report.noted(Reader::open(&path)) {
-            let found = reader.tensors();
+        if let Some(found) = report.noted(open(&path)) {
             file["num_tensors"] = json!(found.len());
-            tensors.extend(found.into_iter().map(|(name, dtype, shape, bytes)| Described {
-                name,
-                dtype: dtype.to_string(),
-                shape,
-                bytes,
-            }));
+            tensors.extend(found);
         }
         files.push(file);
     }
@@ -97,10 +133,12 @@ pub fn parameters<'a>(tensors: impl Iterator<Item = (&'a str, u64)>) -> Value {
 
 /// A file by itself.
 pub fn file(path: &Path) -> Report {
-    let mut report = Report::new("safetensors file", path);
-    let Some(reader) = report.noted(Reader::open(path)) else { return report };
-    let metadata: BTreeMap<_, _> = reader.metadata().into_iter().collect();
-    report.fact("metadata", json!(metadata));
+    let mut report = Report::new(if is_torch_file(path) { "torch file" } else { "safetensors file" }, path);
+    if !is_torch_file(path)
+        && let Ok(reader) = Reader::open(path)
+    {
+        report.fact("metadata", json!(reader.metadata().into_iter().collect::<BTreeMap<_, _>>()));
+    }
     let dir = path.parent().unwrap_or(Path::new(""));
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let tensors = describe(&mut report, dir, &[name]);

@@ -4,11 +4,14 @@
 mod common;
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 
 use common::{FAMILIES, golden, golden_model, largest, load, tensors};
 use corral::data::tokenizer::Tokenizer;
 use corral::generate::sampler::{Draw, choose, probabilities};
-use corral::generate::{Completion, Engine, Finish, Options, Request, Sampling, Stop, generate, text};
+use corral::generate::{
+    Completion, Engine, Finish, Options, Request, Sampling, Session, Stop, generate, text,
+};
 use corral::model::{Input, KvCache, Llama};
 use tch::{Device, Kind, Tensor};
 
@@ -388,5 +391,39 @@ fn a_row_is_extended_as_if_it_had_been_read_at_once() {
         }
         assert!(cache.copy(0, 1, 61).is_err());
         assert!(model.extend(&[], 0, &mut cache).is_err());
+    }
+}
+
+/// A conversation in one slot: what it knows is not read again, and changes nothing.
+#[test]
+fn a_session_reads_on_where_prompts_agree() {
+    for family in FAMILIES {
+        let g = Golden::read(family);
+        let mut model = load(&g.dir, Kind::Double);
+        let mut session = Session::new(&model);
+        let tokens = g.rows("gen_new_ids").concat();
+        let go = |_: &Completion, _| Ok(ControlFlow::Continue(()));
+        // Longer, shorter, other in the middle, the same again.
+        let mut other = tokens[..40].to_vec();
+        other[25] = if tokens[25] == 7 { 8 } else { 7 };
+        let prompts = [&tokens[..10], &tokens[..60], &tokens[..40], &other, &other];
+        let mut known = Vec::new();
+        for prompt in prompts {
+            known.push(session.known(prompt));
+            let request = Request::new(prompt.to_vec(), 0, 8);
+            let expected = run(&mut model, std::slice::from_ref(&request), &options(1));
+            let got = session.generate(&mut model, &request, &options(1), go).unwrap();
+            assert_eq!(got.ids, expected[0].ids, "{family}");
+        }
+        assert!(known[0] == 0 && (10..60).contains(&known[1]), "{known:?}");
+        assert_eq!(known[2..], [39, 25, 39]);
+        let mut seen = 0;
+        let stopped =
+            session.generate(&mut model, &Request::new(other, 0, 8), &options(1), |completion, last| {
+                seen += 1;
+                assert!(!last && completion.ids.len() == seen);
+                Ok(if seen == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+            });
+        assert_eq!(stopped.unwrap().ids.len(), 3);
     }
 }

@@ -16,7 +16,7 @@ use crate::data::conversation::Message;
 use crate::distributed::environment::Place;
 use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Context, Error, Result};
-use crate::generate::{self, Finish, Options, Request, Sampling, Session, Settled};
+use crate::generate::{self, Finish, Options, Request, Sampling, Session, TextStream};
 use crate::model::Llama;
 use crate::{detail, info, warn};
 
@@ -212,11 +212,13 @@ impl Talk {
         let request = Request::new(prompt, self.answers, self.params.max_new_tokens);
         let options = Options { sampling: self.params.sampling, batch_size: 1, eos: &self.eos, stop: None };
         let tokenizer = self.chat.tokenizer().clone();
-        let (mut settled, mut stdout) = (Settled::default(), std::io::stdout());
-        let mut show = |ids: &[i64], last: bool| -> Result<()> {
-            let text = generate::text(&tokenizer, &request.prompt, ids, &[])?;
-            let part = settled.new_part(text.trim_start(), last);
-            let end = if last { "\n" } else { "" };
+        let (mut stream, mut begins) = (TextStream::new(&tokenizer, &request.prompt, &[]), true);
+        let mut show = |id: i64, last: bool| -> Result<()> {
+            let part = stream.push(id, last)?;
+            // Some templates leave the space before an answer to the answer.
+            let part = if begins { part.trim_start() } else { part };
+            begins &= part.is_empty();
+            let (mut stdout, end) = (std::io::stdout(), if last { "\n" } else { "" });
             write!(stdout, "{part}{end}").and_then(|()| stdout.flush()).context("cannot write to stdout")
         };
         self.interrupted.store(false, Ordering::Relaxed);
@@ -225,7 +227,7 @@ impl Talk {
         let mut stopped = false;
         let completion = self.session.generate(&mut self.model, &request, &options, |completion, last| {
             stopped = !last && interrupted.load(Ordering::Relaxed);
-            show(&completion.ids, last || stopped)?;
+            completion.ids.last().map_or(Ok(()), |id| show(*id, last || stopped))?;
             Ok(if stopped { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         });
         self.interrupted.store(true, Ordering::Relaxed);

@@ -19,7 +19,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::distributed::exchange::gather_bytes;
 use crate::distributed::world::World;
 use crate::error::{Context, Error, Result};
-use crate::generate::{self, Completion, Engine, Options, Request, Sampling, Settled, Stop};
+use crate::generate::{self, Completion, Engine, Options, Request, Sampling, Stop, TextStream};
 use crate::info;
 use crate::model::Llama;
 
@@ -59,7 +59,7 @@ pub struct Args {
     /// Tokens a completion may have
     #[arg(long, default_value_t = 256, value_name = "N")]
     max_new_tokens: usize,
-    /// Tokens before which nothing ends a completion
+    /// Tokens that a completion has at least, with one that ends the sequence; stop texts end it all the same
     #[arg(long, default_value_t = 0, value_name = "N")]
     min_new_tokens: usize,
     /// 0 takes the most likely token [default: 1 if --top-k, --top-p or --seed is given, else 0]
@@ -190,7 +190,9 @@ impl Job<'_> {
             stop,
         };
         let mut engine = Engine::new(model, options)?;
-        let mut stream = Stream::new(&self.args.stop);
+        let prompt = requests.first().map_or(&[][..], |r| &r.prompt);
+        let (mut stream, mut held) =
+            (TextStream::new(self.tokenizer, prompt, &self.args.stop), String::new());
         let bar = inference::bar(lines.len() as u64, "completions");
         bar.set_position(first as u64);
         let (mut added, mut finished) = (0, 0);
@@ -204,10 +206,8 @@ impl Job<'_> {
                 }
                 let shows = self.args.streams();
                 let stepped = engine.step(model, |completion, ended| match shows {
-                    true if stream.live || ended => {
-                        stream.show(&self.text(&requests[mine[completion.request]], completion)?, ended)
-                    }
-                    _ => Ok(()),
+                    true => show(&mut stream, &mut held, completion, ended),
+                    false => Ok(()),
                 })?;
                 for completion in engine.take_finished() {
                     let index = mine[completion.request];
@@ -305,22 +305,18 @@ fn requests(args: &Args, prompts: Vec<Prompt>, opened: &Opened, chat: Option<&Ch
     numbered.map(|(i, prompt)| request((i, prompt)).map_err(|e| place(i, e))).collect()
 }
 
-/// A completion on stdout: as it comes if that is a terminal, at its end otherwise.
-struct Stream {
-    live: bool,
-    settled: Settled,
-}
-
-impl Stream {
-    fn new(stop: &[String]) -> Stream {
-        Stream { live: std::io::stdout().is_terminal(), settled: Settled::new(stop) }
+/// Shows the newest token of the only completion: as it comes where stdout is a terminal, else all at its end.
+fn show(stream: &mut TextStream, held: &mut String, completion: &Completion, ended: bool) -> Result<()> {
+    if let Some(id) = completion.ids.last() {
+        *held += stream.push(*id, ended)?;
     }
-
-    fn show(&mut self, text: &str, finished: bool) -> Result<()> {
-        let part = self.settled.new_part(text, finished);
-        let mut stdout = std::io::stdout();
-        let end = if finished { "\n" } else { "" };
-        let written = write!(stdout, "{part}{end}").and_then(|()| stdout.flush());
-        written.context("cannot write to stdout")
+    let mut stdout = std::io::stdout();
+    if ended {
+        held.push('\n');
+    } else if !stdout.is_terminal() {
+        return Ok(());
     }
+    stdout.write_all(held.as_bytes()).and_then(|()| stdout.flush()).context("cannot write to stdout")?;
+    held.clear();
+    Ok(())
 }

@@ -35,7 +35,7 @@ pub struct Request {
     pub prompt: Vec<i64>,
     /// A completion for each. The numbers key the random draws: equal numbers with equal seeds draw equally.
     pub samples: Vec<u64>,
-    /// Tokens before which nothing but the model's last position ends a completion.
+    /// Tokens that a completion has at least before a token that ends it is chosen; stop texts end it all the same.
     pub min_new_tokens: usize,
     pub max_new_tokens: usize,
 }
@@ -75,15 +75,13 @@ impl Request {
 
     /// Whether the newest of `ids` ends a completion.
     pub(super) fn finish(&self, ids: &[i64], options: &Options, positions: usize) -> Result<Option<Finish>> {
-        if ids.len() >= self.min_new_tokens {
-            if ids.last().is_some_and(|id| options.eos.contains(id)) {
-                return Ok(Some(Finish::Eos));
-            }
-            if let Some(stop) = &options.stop
-                && stop.is_complete(ids)?
-            {
-                return Ok(Some(Finish::Stop));
-            }
+        if ids.last().is_some_and(|id| options.eos.contains(id)) {
+            return Ok(Some(Finish::Eos));
+        }
+        if let Some(stop) = &options.stop
+            && stop.is_complete(ids)?
+        {
+            return Ok(Some(Finish::Stop));
         }
         let most = self.max_new_tokens.min(positions - self.prompt.len());
         Ok((ids.len() >= most).then_some(Finish::Length))

@@ -8,4 +8,4 @@ pub mod stop;
 pub use engine::{Completion, Engine, Finish, Options, Request, generate};
 pub use sampler::{Choice, Sampling};
 pub use session::Session;
-pub use stop::{Settled, Stop, text};
+pub use stop::{Stop, TextStream, text};

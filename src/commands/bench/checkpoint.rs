@@ -91,7 +91,7 @@ pub fn run(args: &Args, world: &World) -> Result<()> {
     }
     if world.rank == 0 {
         let files = latest(&run_dir)?.map_or(0, |c| c.meta().files.iter().map(|f| f.bytes).sum::<u64>());
-        println!("{}", times.to_json(args, &training, world, files));
+        println!("{}", times.into_json(args, &training, world, files));
     }
     // Nobody reads any more when the folder goes.
     world.group.barrier()?;
@@ -120,7 +120,7 @@ struct Times {
 }
 
 impl Times {
-    fn to_json(&mut self, args: &Args, training: &Training, world: &World, bytes: u64) -> Value {
+    fn into_json(mut self, args: &Args, training: &Training, world: &World, bytes: u64) -> Value {
         let (write_s, load_s) = (median(&mut self.write), median(&mut self.load));
         json!({
             "bench": "checkpoint", "preset": args.workload.preset, "params": training.shape.num_parameters(),

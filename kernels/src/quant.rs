@@ -16,7 +16,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result, check};
-use crate::ops::{Raw, raw, raw_opt};
+use crate::ops::{self, Raw, raw, raw_opt};
 use crate::{composed_quant as composed, gpu_quant as gpu};
 
 unsafe extern "C" {
@@ -405,6 +405,7 @@ pub fn linear(parts: &[&Quantized], x: &Tensor) -> Result<Tensor> {
     let step = (panel_values(x.device()) / columns.max(1)).max(1);
     let most = parts.iter().map(|p| p.shape[0]).max().unwrap_or(0).min(step);
     let scratch = Tensor::empty([most, columns], options);
+    let few = x.device() == Device::Cpu && x.size()[0] <= ops::few_rows(x.kind());
     let mut at = 0;
     for part in parts {
         let mut row = 0;
@@ -412,7 +413,11 @@ pub fn linear(parts: &[&Quantized], x: &Tensor) -> Result<Tensor> {
             let n = step.min(part.shape[0] - row);
             let w = scratch.narrow(0, 0, n);
             part.dequantize_into(&w, row, 0)?;
-            let _ = x.f_mm_out(&y.narrow(1, at, n), &w.tr())?;
+            let mut out = y.narrow(1, at, n);
+            match few {
+                true => out.f_copy_(&ops::linear(x, &w, None)?)?,
+                false => drop(x.f_mm_out(&out, &w.tr())?),
+            }
             row += n;
             at += n;
         }

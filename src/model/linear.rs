@@ -101,11 +101,11 @@ impl Linear {
 
     /// x: T [N, I]. Returns T [N, O].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = match (self.parts.as_slice(), &self.bias) {
-            ([Value::Dense(w)], bias) => ops::linear(x, w, bias.as_ref())?,
-            (_, bias) => {
+        let y = match self.parts.as_slice() {
+            [Value::Dense(w)] => ops::linear(x, w, self.bias.as_ref())?,
+            _ => {
                 let mut y = self.product(x)?;
-                if let Some(bias) = bias {
+                if let Some(bias) = &self.bias {
                     let _ = y.f_add_(bias)?;
                 }
                 y
@@ -134,7 +134,7 @@ impl Linear {
         let mut products = Vec::with_capacity(runs.len());
         for run in runs {
             products.push(match run {
-                Run::Dense(w) => x.f_mm(&w.tr())?,
+                Run::Dense(w) => ops::linear(x, w, None)?,
                 Run::Quantized(parts) => quant::linear(&parts, x)?,
             });
         }

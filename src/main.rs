@@ -42,6 +42,8 @@ enum Command {
     Score(commands::score::Args),
     /// Measure a model
     Eval(commands::eval::Args),
+    /// Say what a path holds (model, adapter, checkpoint, run, token shards, tokenizer) and whether it is complete
+    Inspect(commands::inspect::Args),
     /// Write a model in Hugging Face's or Meta's format, and check it
     Convert(commands::convert::Args),
     /// Merge an adapter into its model
@@ -101,6 +103,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Eval(args) => commands::eval::run(args, global),
         Command::Convert(args) => commands::convert::run(args, global.single_device()?),
         Command::Merge(args) => commands::merge::run(args, global.single_device()?),
+        Command::Inspect(args) => commands::inspect::run(args),
         Command::Check(args) => commands::check::run(args),
         Command::Bench(command) => commands::bench::run(command, global),
     }

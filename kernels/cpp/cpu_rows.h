@@ -79,6 +79,8 @@ struct RowKernels {
                   int64_t rows, int64_t c);
   // dst[i] (accumulator type) += src[i] (Type), or = if not accumulate
   void (*accumulate)(Type, void* dst, const void* src, int64_t n, bool accumulate);
+  // Numbers first .. first + n of the key's stream of normal numbers, times std
+  void (*normal)(float* out, int64_t n, uint64_t key, uint64_t first, double std);
 };
 
 // The table for the best instruction set of this processor.

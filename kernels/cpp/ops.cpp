@@ -352,6 +352,17 @@ char* corral_accumulate(at::Tensor* dst, at::Tensor* src, bool add) {
   });
 }
 
+// Numbers first .. of the key's stream of normal numbers.
+char* corral_fill_normal(at::Tensor* out, uint64_t key, uint64_t first, double std) {
+  return guarded([&] {
+    same(*out, at::kFloat, out->numel(), "out");
+    float* data = out->data_ptr<float>();
+    at::parallel_for(0, out->numel(), 16384, [&](int64_t a, int64_t b) {
+      row_kernels().normal(data + a, b - a, key, first + uint64_t(a), std);
+    });
+  });
+}
+
 // dw[ids[n], :] += dx[n, :], in the order of n for every column: deterministic.
 char* corral_embedding_backward(at::Tensor* dx, at::Tensor* ids, at::Tensor* dw) {
   return guarded([&] {

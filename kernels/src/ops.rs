@@ -34,6 +34,7 @@ pub(crate) fn own(t: Raw) -> Tensor {
 
 unsafe extern "C" {
     fn corral_set_float32_onednn(on: bool) -> *mut c_char;
+    fn corral_fill_normal(out: Raw, key: u64, first: u64, std: f64) -> *mut c_char;
     fn corral_rms_norm(x: Raw, w: Raw, eps: f64, y: *mut Raw, rstd: *mut Raw) -> *mut c_char;
     fn corral_rms_apply(x: Raw, w: Raw, rstd: Raw, y: *mut Raw) -> *mut c_char;
     fn corral_rms_backward(
@@ -138,6 +139,13 @@ fn engine(x: &Tensor) -> Engine {
 pub fn set_float32_onednn(on: bool) -> Result<()> {
     // SAFETY: sets a flag of libtorch's global context.
     check(unsafe { corral_set_float32_onednn(on) })
+}
+
+/// Fills `out` (float32 `[n]`, CPU) with numbers `first..first + n` of the key's endless stream of normal numbers of mean
+/// 0 and standard deviation `std` (Box and Muller 1958, of SplitMix64's bits): the same whatever `first` and `n` are.
+pub fn fill_normal(out: &Tensor, key: u64, first: u64, std: f64) -> Result<()> {
+    // SAFETY: a live tensor, whose dtype, device and layout the C++ side checks.
+    check(unsafe { corral_fill_normal(raw(out), key, first, std) })
 }
 
 /// y = x * rstd * w with rstd = 1 / sqrt(mean(x^2) + eps) per row (Zhang and Sennrich 2019, eq. 4), computed in A and

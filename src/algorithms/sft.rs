@@ -11,17 +11,20 @@ use crate::algorithms::training::{Plan, Progress, Run, RunFolder, Start};
 use crate::checkpoint::{AdapterExport, BaseMeta, Export, export, export_adapter};
 use crate::config::pretrain::Model;
 use crate::config::sft::Sft;
+use crate::config::shape::Shape;
 use crate::config::{Loaded, sections};
 use crate::data::chat::Chat;
 use crate::data::conversation::conversation;
-use crate::data::examples::{self, Encoded, Options, Split, Tokenization};
+use crate::data::examples::{self, Encoded, Split, Tokenization};
 use crate::data::loader::{Order, State};
-use crate::data::readers::Record as DataRecord;
+use crate::data::readers::{self, Record as DataRecord};
 use crate::data::rows::{RowLoader, Rows, Source};
 use crate::data::tokenizer::hex;
 use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
 use crate::error::Result;
+use crate::generate::engine::{Options, Request, generate};
+use crate::generate::{self as generation, Sampling};
 use crate::info;
 use crate::model::{DropoutPlace, Input, Llama, Trainable};
 use crate::optim::{AdamW, Schedule};
@@ -35,7 +38,16 @@ pub struct Inputs {
     pub chat: Chat,
     pub train: RowLoader,
     pub valid: Option<RowLoader>,
+    /// What samples answer: the first prompts of the validation data.
+    prompts: Vec<SamplePrompt>,
     pub steps: u64,
+}
+
+struct SamplePrompt {
+    text: String,
+    request: Request,
+    /// The answer of the data.
+    reference: String,
 }
 
 /// Where a run stands in its data, and its best validation.
@@ -60,7 +72,8 @@ impl Inputs {
             false => Some(rows(c, &chat, &c.data.valid, Order::Sequential)?),
         };
         let steps = base::steps(&c.train, train.num_rows(), c.schedule.warmup_steps)?;
-        Ok(Inputs { base, trainable, chat, train, valid, steps })
+        let prompts = if c.samples.every > 0 { sample_prompts(c, &chat, &base.shape)? } else { Vec::new() };
+        Ok(Inputs { base, trainable, chat, train, valid, prompts, steps })
     }
 }
 
@@ -70,8 +83,11 @@ fn rows(c: &Sft, chat: &Chat, sources: &[sections::Source], order: Order) -> Res
     let training = matches!(order, Order::Shuffled { .. });
     let split =
         (training && !c.data.split.is_empty()).then(|| Split { parts: c.data.split.clone(), part: 0 });
-    let options =
-        Options { sequence_length: c.data.sequence_length as usize, too_long: c.data.too_long, split };
+    let options = examples::Options {
+        sequence_length: c.data.sequence_length as usize,
+        too_long: c.data.too_long,
+        split,
+    };
     let eos: Vec<u32> = chat.stop_ids();
     let template = chat.tokenizer().chat_template().map(|t| t.source.as_str()).unwrap_or_default();
     let tokenization = Tokenization {
@@ -86,6 +102,29 @@ fn rows(c: &Sft, chat: &Chat, sources: &[sections::Source], order: Order) -> Res
     };
     let sources = sources.iter().map(open).collect::<Result<_>>()?;
     RowLoader::new(sources, c.data.sequence_length as usize, c.data.packing, order)
+}
+
+/// The first prompts of the validation data, up to the assistant's last turn.
+fn sample_prompts(c: &Sft, chat: &Chat, shape: &Shape) -> Result<Vec<SamplePrompt>> {
+    let mut prompts = Vec::new();
+    for source in &c.data.valid {
+        for record in readers::records(&source.path, None, &Default::default())? {
+            if prompts.len() == c.samples.count as usize {
+                return Ok(prompts);
+            }
+            let record = record?;
+            let mut messages = conversation(&record)?;
+            let Some(answer) = messages.pop_if(|m| m.role == "assistant") else { continue };
+            let ids = chat.prompt(&messages).map_err(|e| e.context(&record.place))?;
+            let ids = ids.into_iter().map(i64::from).collect();
+            let number = prompts.len() as u64;
+            let request = Request::new(ids, number, c.generation.max_new_tokens as usize);
+            request.check(shape).map_err(|e| e.context(&record.place))?;
+            let text = chat.render(&messages, true)?;
+            prompts.push(SamplePrompt { text, request, reference: answer.content });
+        }
+    }
+    Ok(prompts)
 }
 
 /// A record in tokens; the loss counts the assistant's turns, their ends included, or everything.
@@ -177,6 +216,10 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
             best = note_validation(c, &mut run, loss);
             run.restart_window();
         }
+        if c.samples.every > 0 && run.due(c.samples.every) {
+            sample(c, &inputs, &mut model, &mut run)?;
+            run.restart_window();
+        }
         run.save(&model.params, &optimizer, best)?;
     }
     run.finish(|dir| {
@@ -189,6 +232,32 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
         let how = Export { dtype: compute, max_shard_size: MAX_SHARD_SIZE, tokenizer };
         export(dir, &inputs.base.shape, &model.params, &how, &world.group)
     })
+}
+
+/// Answers the sample prompts, into samples.jsonl and TensorBoard. All ranks generate the same.
+fn sample(c: &Sft, inputs: &Inputs, model: &mut Llama, run: &mut Run<Position>) -> Result<()> {
+    let step = run.progress.step;
+    let sampling = Sampling {
+        temperature: c.generation.temperature,
+        top_k: c.generation.top_k,
+        top_p: c.generation.top_p,
+        seed: c.seed,
+    };
+    let eos: Vec<i64> = inputs.chat.stop_ids().into_iter().map(i64::from).collect();
+    let options = Options { sampling, batch_size: inputs.prompts.len(), eos: &eos, stop: None };
+    let requests: Vec<Request> = inputs.prompts.iter().map(|p| p.request.clone()).collect();
+    let completions = generate(model, &requests, options, |_, _| Ok(()))?;
+    for (i, (prompt, completion)) in inputs.prompts.iter().zip(&completions).enumerate() {
+        let ids = &prompt.request.prompt;
+        let response = generation::text(inputs.chat.tokenizer(), ids, &completion.ids, &[])?;
+        let record = Record::new("sample", step)
+            .text("prompt", &prompt.text)
+            .text("response", &response)
+            .text("reference", &prompt.reference)
+            .count("num_tokens", completion.ids.len() as u64);
+        run.log_sample(&record, &format!("samples/{i}"), &format!("{}{response}", prompt.text));
+    }
+    Ok(())
 }
 
 /// Whether this validation is the best so far and its checkpoint is to stay; ends the run where too many were none.

@@ -257,9 +257,9 @@ impl<D: Serialize> Run<'_, D> {
         self.log.log(record);
     }
 
-    /// A text for TensorBoard, such as a sample (rank 0).
-    pub fn log_text(&mut self, tag: &str, text: &str) {
-        self.log.log_text(tag, text, self.progress.step);
+    /// A generated sample: a line of samples.jsonl, and a text for TensorBoard under `tag` (rank 0).
+    pub fn log_sample(&mut self, record: &Record, tag: &str, text: &str) {
+        self.log.log_sample(record, tag, text);
     }
 
     /// Speeds count from here: what was done since the last step (validation, samples) is no training.

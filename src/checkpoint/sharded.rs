@@ -215,6 +215,13 @@ fn step_of(path: &Path) -> Option<u64> {
     path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
 }
 
+/// Reads and checks a checkpoint's `meta.json`, and no other file.
+pub fn read_meta(dir: &Path) -> Result<Meta> {
+    let path = dir.join(META);
+    let text = fs::read_to_string(&path).map_err(|e| read_error(&path, &e))?;
+    Meta::parse(&text).map_err(|e| Error::data(format!("{}: {e}", path.display())))
+}
+
 /// The newest checkpoint of a run, none where there is none.
 ///
 /// Folders get their name when they are complete. So a newest one that is damaged is an error (kind Data), which names
@@ -248,9 +255,7 @@ impl Checkpoint {
     }
 
     fn open_alone(dir: &Path) -> Result<Checkpoint> {
-        let path = dir.join(META);
-        let text = fs::read_to_string(&path).map_err(|e| read_error(&path, &e))?;
-        let meta = Meta::parse(&text).map_err(|e| Error::data(format!("{}: {e}", path.display())))?;
+        let meta = read_meta(dir)?;
         for file in &meta.files {
             let path = dir.join(&file.name);
             let bytes = fs::metadata(&path).map_err(|e| read_error(&path, &e))?.len();

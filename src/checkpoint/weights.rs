@@ -19,7 +19,7 @@ pub enum Weights {
     Meta(MetaModel),
     /// An adapter, and the model that it is for.
     Adapter(PeftAdapter, Box<Weights>),
-    Checkpoint(Checkpoint),
+    Checkpoint(Box<Checkpoint>),
 }
 
 impl Weights {
@@ -33,7 +33,7 @@ impl Weights {
         };
         let path = found.as_path();
         if path.join(META).is_file() {
-            return Ok(Weights::Checkpoint(Checkpoint::open(path)?));
+            return Ok(Weights::Checkpoint(Box::new(Checkpoint::open(path)?)));
         }
         for dir in [path.to_path_buf(), path.join("model")] {
             if dir.join(peft::CONFIG).is_file() {
@@ -50,7 +50,7 @@ impl Weights {
         if checkpoints_dir(path).is_dir()
             && let Some(checkpoint) = latest(path)?
         {
-            return Ok(Weights::Checkpoint(checkpoint));
+            return Ok(Weights::Checkpoint(Box::new(checkpoint)));
         }
         if path.join(PARAMS).is_file() {
             return Ok(Weights::Meta(MetaModel::load(path)?));
@@ -158,7 +158,7 @@ fn with_adapter(adapter: &Path, base: &Path) -> Error {
 }
 
 /// The folder of a hub id (`owner/name`) in Hugging Face's local cache. Nothing is downloaded.
-fn in_hub_cache(path: &Path) -> Result<PathBuf> {
+pub fn in_hub_cache(path: &Path) -> Result<PathBuf> {
     let text = path.to_string_lossy();
     let part = |s: &str| !s.is_empty() && s.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
     let Some((owner, name)) = text

@@ -266,7 +266,10 @@ impl Job<'_> {
     }
 }
 
-fn read_lines(path: &Path) -> Result<(Vec<Map<String, Value>>, Vec<Prompt>)> {
+/// The lines of an input, and what each asks.
+type Lines = (Vec<Map<String, Value>>, Vec<Prompt>);
+
+fn read_lines(path: &Path) -> Result<Lines> {
     let records = readers::records(path, None, &Arc::default())?;
     let lines = records.map(|record| {
         let record = record?;

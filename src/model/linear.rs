@@ -304,7 +304,7 @@ mod tests {
                     let mask = d.drop(&x.ones_like()).unwrap();
                     let delta = (&x2 * mask).matmul(&a.tr()).matmul(&b.tr()) * d.scale;
                     let after = o - d.first - d.b.size()[0];
-                    expected = expected + delta.constant_pad_nd([d.first, after]);
+                    expected += delta.constant_pad_nd([d.first, after]);
                     adapters2.push([a, b]);
                 }
                 (&expected * &dy).sum(Kind::Double).backward();

@@ -357,7 +357,7 @@ fn ranks_tell_an_error_once() {
         (&["generate", "--model", text(&llama), "--promt", "a"], 2, "unexpected argument '--promt'"),
         (&["eval", "--model", text(&llama), "--task", "perplexity", "--input", &missing], 3, "missing"),
     ] {
-        let ended = launched(&words, "launch").expect_code(code);
+        let ended = launched(words, "launch").expect_code(code);
         let told = ended.err.lines().filter(|l| l.starts_with('[') && l.contains(message)).count();
         assert_eq!(told, usize::from(code != 0), "{ended}");
     }

@@ -24,19 +24,23 @@ fn main() {
     let torch = lib.parent().expect("libtorch's lib folder has a parent").to_path_buf();
     let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
 
-    // The row kernels, once per instruction set; nothing of the standard library in them (see cpu_rows.h).
-    for (isa, arch) in [("rows_v2", "x86-64-v2"), ("rows_v3", "x86-64-v3"), ("rows_v4", "x86-64-v4")] {
-        cc::Build::new()
-            .cpp(true)
-            .pic(true)
-            .std("c++17")
-            .opt_level(3)
-            .flag(format!("-march={arch}"))
-            .flag_if_supported("-mprefer-vector-width=512")
-            .flags(["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"])
-            .define("CORRAL_ISA", isa)
-            .file("cpp/cpu_rows.cpp")
-            .compile(isa);
+    // Kernels on plain pointers, once per instruction set; nothing of the standard library in them (see cpu_rows.h).
+    for (source, prefix, contract) in [("cpu_rows", "rows", "fast"), ("cpu_quant", "quant", "off")] {
+        for level in ["v2", "v3", "v4"] {
+            let isa = format!("{prefix}_{level}");
+            cc::Build::new()
+                .cpp(true)
+                .pic(true)
+                .std("c++17")
+                .opt_level(3)
+                .flag(format!("-march=x86-64-{level}"))
+                .flag_if_supported("-mprefer-vector-width=512")
+                .flags(["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"])
+                .flag(format!("-ffp-contract={contract}"))
+                .define("CORRAL_ISA", isa.as_str())
+                .file(format!("cpp/{source}.cpp"))
+                .compile(&isa);
+        }
     }
 
     // -fopenmp for at::parallel_for, which is inline: it runs on libtorch's own thread pool, whose libgomp.so.1 is
@@ -54,7 +58,9 @@ fn main() {
         .include(torch.join("include"))
         .include(torch.join("include/torch/csrc/api/include"));
     cuda_shim(&build, &torch, &lib, &out);
-    build.file("cpp/ops.cpp").file("cpp/gpu_ops.cpp").file("cpp/c10d.cpp").compile("corral_kernels");
+    build
+        .files(["cpp/ops.cpp", "cpp/quant_ops.cpp", "cpp/gpu_ops.cpp", "cpp/c10d.cpp"])
+        .compile("corral_kernels");
 
     println!("cargo:rustc-link-search=native={}", lib.display());
     println!("cargo:rustc-link-lib=torch_cpu");

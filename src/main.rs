@@ -42,8 +42,12 @@ enum Command {
     Score(commands::score::Args),
     /// Measure a model
     Eval(commands::eval::Args),
+    /// Say what a path holds (model, adapter, checkpoint, run, token shards, tokenizer) and whether it is complete
+    Inspect(commands::inspect::Args),
     /// Write a model in Hugging Face's or Meta's format, and check it
     Convert(commands::convert::Args),
+    /// Merge an adapter into its model
+    Merge(commands::merge::Args),
     /// Refuse what can be refused without a device, and show the resolved configuration
     Check(commands::check::Args),
     /// Measure speed; one JSON object a measurement
@@ -98,6 +102,8 @@ fn run(cli: Cli) -> Result<()> {
         Command::Score(args) => commands::score::run(args, global),
         Command::Eval(args) => commands::eval::run(args, global),
         Command::Convert(args) => commands::convert::run(args, global.single_device()?),
+        Command::Merge(args) => commands::merge::run(args, global.single_device()?),
+        Command::Inspect(args) => commands::inspect::run(args),
         Command::Check(args) => commands::check::run(args),
         Command::Bench(command) => commands::bench::run(command, global),
     }

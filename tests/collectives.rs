@@ -92,6 +92,11 @@ fn asynchronous_collectives_overlap() {
 }
 
 #[test]
+fn large_slices_travel_in_place_and_are_summed_in_the_order_of_ranks() {
+    all_fine("large", 3);
+}
+
+#[test]
 fn sub_groups_have_ranks_of_their_own() {
     all_fine("sub_groups", 3);
 }
@@ -132,6 +137,23 @@ fn a_peer_that_hangs_is_named_when_the_time_is_up() {
         );
         let waited: f64 = output.split_once("waited ").unwrap().1.split(' ').next().unwrap().parse().unwrap();
         assert!((2.5..5.0).contains(&waited), "{waited} s: {error}");
+    }
+}
+
+#[test]
+fn a_peer_that_hangs_or_dies_is_named_in_a_reduce_scatter_too() {
+    let mut ranks = start("hang_scatter", 3);
+    for output in ranks.outputs(&[0, 2]) {
+        let error = error_of(&output);
+        assert!(error.contains("reduce-scatter #2 of group `world`"), "{error}");
+        assert!(error.contains("timed out after 3 s"), "{error}");
+        assert!(error.contains("missing: rank 1 (is alive, but got only to #1"), "{error}");
+    }
+    let mut ranks = start("exit_scatter", 3);
+    for output in ranks.outputs(&[0, 2]) {
+        let error = error_of(&output);
+        assert!(error.contains("reduce-scatter #2 of group `world`"), "{error}");
+        assert!(error.contains("missing: rank 1 (gives no sign of life"), "{error}");
     }
 }
 
@@ -237,7 +259,7 @@ fn run_case(case: &str) -> corral::Result<()> {
         return cuda();
     }
     let timeout = match case {
-        "hang" | "stop_0" | "come" | "disagree" => 3,
+        "hang" | "hang_scatter" | "stop_0" | "come" | "disagree" => 3,
         _ => 120,
     };
     let world = World::from_env(BackendChoice::Auto, DeviceChoice::Cpu, Duration::from_secs(timeout))?;
@@ -248,6 +270,7 @@ fn run_case(case: &str) -> corral::Result<()> {
             .into_iter()
             .try_for_each(|k| values(&world, k)),
         "overlap" => overlap(&world),
+        "large" => [Kind::Float, Kind::BFloat16].into_iter().try_for_each(|k| large(&world, k)),
         "sub_groups" => sub_groups(&world),
         "exit" | "exit_0" => {
             let leaver = if case == "exit" { 2 } else { 0 };
@@ -267,6 +290,17 @@ fn run_case(case: &str) -> corral::Result<()> {
             let result = world.group.all_gather(&out, &one())?.wait();
             println!("waited {} s", began.elapsed().as_secs_f64());
             Ok(result?)
+        }
+        "hang_scatter" | "exit_scatter" => {
+            world.group.all_reduce(&one(), ReduceOp::Sum)?.wait()?;
+            if world.rank == 1 && case == "exit_scatter" {
+                kill(libc::SIGKILL);
+            } else if world.rank == 1 {
+                std::thread::sleep(Duration::from_secs(600));
+            }
+            let input = Tensor::ones([3_000_000], (Kind::Float, Device::Cpu));
+            let out = Tensor::zeros([1_000_000], (Kind::Float, Device::Cpu));
+            Ok(world.group.reduce_scatter(&out, &input, ReduceOp::Sum)?.wait()?)
         }
         "stop_0" => {
             world.group.all_reduce(&one(), ReduceOp::Sum)?.wait()?;
@@ -362,6 +396,44 @@ fn overlap(world: &World) -> corral::Result<()> {
         assert_eq!(tensors[i].max().double_value(&[]), 3.0 * i as f64);
     }
     Ok(world.group.barrier()?)
+}
+
+/// Slices of several pieces with a rest, several collectives under way at once, waited for in another order.
+fn large(world: &World, kind: Kind) -> corral::Result<()> {
+    let (rank, size, n) = (world.rank, world.world_size, 600_001);
+    let on_cpu = (kind, Device::Cpu);
+    let ramp = (Tensor::arange(size * n, (Kind::Int64, Device::Cpu)).remainder(61)).to_kind(kind);
+    let mut works = Vec::new();
+    for i in 0..3 {
+        let gathered = Tensor::zeros([size * n], on_cpu);
+        let mine = ramp.narrow(0, rank * n, n) + i;
+        // The first in place: a rank's slice is where it belongs already.
+        if i == 0 {
+            gathered.narrow(0, rank * n, n).copy_(&mine);
+            let part = gathered.narrow(0, rank * n, n);
+            works.push((world.group.all_gather(&gathered, &part)?, gathered, &ramp + i));
+        } else {
+            works.push((world.group.all_gather(&gathered, &mine)?, gathered, &ramp + i));
+        }
+        // 1e8 + 1 rounds to 1e8, and so the order in which three ranks are added shows: (x0 + x1) + x2.
+        let factor = [1.0e8, 1.0, -1.0e8][rank as usize];
+        let input = Tensor::ones([size * n], on_cpu) * factor;
+        let part = Tensor::full([n], 7, on_cpu);
+        let sum = (Tensor::full([n], 1.0e8, on_cpu) + 1.0) - Tensor::full([n], 1.0e8, on_cpu);
+        works.push((world.group.reduce_scatter(&part, &input, ReduceOp::Sum)?, part, sum));
+        let input = &ramp * (rank + 1);
+        let part = Tensor::zeros([n], on_cpu);
+        works.push((
+            world.group.reduce_scatter(&part, &input, ReduceOp::Max)?,
+            part,
+            ramp.narrow(0, rank * n, n) * size,
+        ));
+    }
+    for (i, (work, got, want)) in works.into_iter().enumerate().rev() {
+        work.wait()?;
+        assert!(got.equal(&want), "collective {i} in {kind:?} on rank {rank}");
+    }
+    Ok(())
 }
 
 fn sub_groups(world: &World) -> corral::Result<()> {

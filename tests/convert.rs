@@ -146,6 +146,32 @@ fn a_checkpoint_of_a_run_can_be_converted() {
 }
 
 #[test]
+fn a_tokenizer_of_metas_goes_along() {
+    let dir = folder("tokenizers");
+    let (model, meta, back) = (dir.join("model"), dir.join("meta"), dir.join("back"));
+    fs::create_dir(&model).unwrap();
+    for name in ["model.safetensors", "config.json"] {
+        fs::copy(golden().join("models/llama2").join(name), model.join(name)).unwrap();
+    }
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers");
+    fs::copy(fixtures.join("llama.model"), model.join("tokenizer.model")).unwrap();
+    let ended = convert(&model, &meta, &["--format", "meta"]).expect_code(0);
+    assert!(ended.out.contains("tokenizer.model") && !ended.err.contains("no tokenizer.model"), "{ended}");
+    assert!(
+        fs::read(meta.join("tokenizer.model")).unwrap() == fs::read(model.join("tokenizer.model")).unwrap()
+    );
+    convert(&meta, &back, &["--format", "hf"]).expect_code(0);
+    assert!(back.join("tokenizer.json").is_file() && back.join("tokenizer.model").is_file());
+    let config = json(&back.join("config.json"));
+    assert_eq!((&config["bos_token_id"], &config["eos_token_id"]), (&1.into(), &2.into()));
+    // Without one, the ids of the model's own configuration stay.
+    fs::remove_file(model.join("tokenizer.model")).unwrap();
+    convert(&model, &back, &["--format", "hf"]).expect_code(0);
+    assert!(!back.join("tokenizer.json").exists());
+    assert_eq!(json(&back.join("config.json"))["eos_token_id"], 2);
+}
+
+#[test]
 fn what_cannot_be_written_is_refused() {
     let dir = folder("refused");
     let (model, out) = (golden().join("models/llama2"), dir.join("out"));

@@ -11,6 +11,9 @@ use std::collections::HashMap;
 use common::{
     FAMILIES, device, golden, golden_model, json, largest, load, load_sharded, on_ranks, relative, tensors,
 };
+use corral::checkpoint::merge::Merge;
+use corral::checkpoint::{PeftAdapter, Weights};
+use corral::distributed::sharded::Sharded;
 use corral::model::{Input, Llama, LmHead, Recompute};
 use corral::optim::{AdamW, Hyper, Schedule, ScheduleKind};
 use kernels::c10d::Group;
@@ -514,4 +517,133 @@ fn learning_rate_schedules() {
         tested += 1;
     }
     assert!(tested >= 5);
+}
+
+/// Bit for bit as bitsandbytes quantizes on the CPU; what it gives back, and int8 by row.
+#[test]
+fn quantization() {
+    use kernels::quant::{self, Quantized, Scales, Scheme};
+    let golden = tensors(&golden().join("algo/quant.safetensors"));
+    let on_cpu = |t: &Tensor| t.to_device(Device::Cpu);
+    #[track_caller]
+    fn same(what: &str, a: &Tensor, b: &Tensor) {
+        assert_eq!(a.kind(), b.kind(), "{what}");
+        assert!(a.to_device(Device::Cpu).view(b.size().as_slice()).equal(b), "{what} differs");
+    }
+    for (scheme, weight, name) in [
+        (Scheme::Nf4, "weight", "nf4"),
+        (Scheme::Nf4, "weight_odd", "nf4_odd"),
+        (Scheme::Nf4Double, "weight", "nf4_dq"),
+        (Scheme::Int8, "weight", "int8_row"),
+    ] {
+        let of = |part: &str| &golden[&format!("{name}.{part}")];
+        let w = &golden[weight];
+        let q = Quantized::quantize(&w.to_device(device()), scheme).unwrap();
+        same(name, q.data(), of(if scheme == Scheme::Int8 { "q" } else { "packed" }));
+        match q.scales() {
+            Scales::Absmax(absmax) => same(name, absmax, of("absmax")),
+            Scales::Double { codes, absmax, offset } => {
+                same(name, codes, of("absmax_q"));
+                same(name, absmax, of("absmax2"));
+                same("offset", &on_cpu(offset), of("offset"));
+                let scales = quant::dequantize_dynamic(&on_cpu(codes), &on_cpu(absmax)) + on_cpu(offset);
+                same(name, &scales, of("absmax"));
+                same(name, &quant::dynamic_map(true, Device::Cpu), of("code2"));
+            }
+        }
+        let [rows, columns] = q.shape();
+        let back = q.dequantize(0..rows, 0..columns, Kind::Float).unwrap();
+        same(name, &back, of("dequant"));
+    }
+    same("nf4.code", &Tensor::from_slice(&quant::NF4), &golden["nf4.code"]);
+    let (codes, absmax) = quant::quantize_dynamic(&golden["weight"].view([-1]));
+    same("dyn8.codes", &codes, &golden["dyn8.codes"]);
+    same("dyn8.absmax", &absmax, &golden["dyn8.absmax"]);
+    same("dyn8.code", &quant::dynamic_map(true, Device::Cpu), &golden["dyn8.code"]);
+    same("dyn8.dequant", &quant::dequantize_dynamic(&codes, &absmax), &golden["dyn8.dequant"]);
+}
+
+/// PEFT's adapter on a Llama: logits, loss, every gradient, and what merging gives.
+#[test]
+fn lora() {
+    let dir = golden().join("lora");
+    let g = tensors(&dir.join("golden.safetensors"));
+    let input = || Input::with_mask(g["input_ids"].shallow_clone(), &g["attention_mask"]);
+    let real = g["attention_mask"].view([-1, 1]).to_kind(Kind::Double);
+    let near =
+        |what: &str, got: &Tensor, exact: &Tensor, kind: Kind, measure: fn(&Tensor, &Tensor) -> f64| {
+            // The golden values are of float32.
+            let size = exact.abs().max().double_value(&[]).max(1.0);
+            let distance = measure(&got.view(exact.size().as_slice()), exact);
+            assert!(distance <= 2e-5 * size, "{what} in {kind:?}: {distance:e} of {size}");
+        };
+    let logits = |model: &mut Llama| {
+        let hidden = model.hidden(&input()).unwrap();
+        model.next_token_logits(&hidden).unwrap().to_device(Device::Cpu).to_kind(Kind::Double) * &real
+    };
+    let weights = Weights::open(&dir).unwrap();
+    let shape = weights.shape().clone();
+    let trainable = weights.lora().unwrap();
+    for kind in [Kind::Float, Kind::Double] {
+        let plans = trainable.plans(&shape).unwrap();
+        let mut params = Sharded::new(plans, Group::solo(), Group::solo(), kind, device());
+        weights.fill(&mut params).unwrap();
+        assert_eq!(params.first_trained(), 1, "the embedding stays");
+        let mut model = Llama::new(shape.clone(), params);
+        near("logits", &logits(&mut model), &g["logits"], kind, largest);
+
+        let labels = shifted(&g["labels"]).to_device(device());
+        let count = labels.ge(0).sum(Kind::Int64).double_value(&[]);
+        for recompute in [Recompute::None, Recompute::Full] {
+            let (hidden, tape) = model.forward(&input(), recompute).unwrap();
+            let a = if kind == Kind::Double { Kind::Double } else { Kind::Float };
+            let coef = Tensor::full([labels.size()[0]], -1.0 / count, (a, device()));
+            let (logprobs, dhidden) = LmHead::linear_loss(&mut model, &hidden, &labels, &coef, true).unwrap();
+            model.backward(dhidden, tape, true).unwrap();
+            model.params.finish_step_gradients().unwrap();
+            let loss = -logprobs.sum(Kind::Double) / count;
+            near("loss", &loss.to_device(Device::Cpu), &g["loss"], kind, largest);
+            let mut seen = 0;
+            for i in 0..model.params.len() {
+                let Some(grad) = model.params.slice_grad(i) else {
+                    assert!(!model.params.trains(i), "group {i} has a gradient");
+                    continue;
+                };
+                for spec in &model.params.layout(i).specs {
+                    let name = format!("grad.base_model.model.{}", spec.name);
+                    let distance = relative(&spec.view(&grad), &g[&name]);
+                    assert!(distance < 1e-5, "{name} in {kind:?}: {distance:e}");
+                    seen += 1;
+                }
+            }
+            assert_eq!(seen, g.keys().filter(|k| k.starts_with("grad.")).count());
+            model.params.clear_gradients();
+        }
+
+        model.adapters = false;
+        let mut plain = load(&golden_model("llama3"), kind);
+        assert!(logits(&mut model).equal(&logits(&mut plain)), "without its adapters it is the model itself");
+
+        // The same where nothing is trained, and no masters are held.
+        let plans = trainable.plans_for_inference(&shape).unwrap();
+        let mut params = Sharded::new(plans, Group::solo(), Group::solo(), kind, device());
+        weights.fill(&mut params).unwrap();
+        near("logits", &logits(&mut Llama::new(shape.clone(), params)), &g["logits"], kind, largest);
+    }
+
+    let merged = common::run::folder("merged");
+    let adapter = PeftAdapter::open(&dir).unwrap();
+    let base = Weights::open(&adapter.base().unwrap()).unwrap();
+    let merge = Merge::new(base, adapter, None).unwrap();
+    let report = merge.write(&merged, 1 << 30, device(), &Default::default()).unwrap();
+    assert!(report.kl < 1e-9, "{report:?}");
+    let (ours, theirs) =
+        (tensors(&merged.join("model.safetensors")), tensors(&dir.join("merged.safetensors")));
+    assert_eq!(report.num_merged, theirs.len());
+    for (name, t) in &theirs {
+        let d = largest(&ours[name], t);
+        assert!(d < 1e-6, "{name}: {d:e}");
+    }
+    let mut model = load(&merged, Kind::Double);
+    near("logits_merged", &logits(&mut model), &g["logits_merged"], Kind::Double, largest);
 }

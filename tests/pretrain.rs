@@ -260,3 +260,34 @@ fn check_shows_the_configuration_and_the_model() {
     assert!(ended.out.contains("hidden_size: 32") && ended.out.contains("batch_size: 8"), "{ended}");
     assert!(!run.output().exists(), "check leaves nothing");
 }
+
+/// A model that goes on with new tokens and a chat template: it has a row for each, and its files know them.
+#[test]
+fn new_tokens_get_rows_and_go_out_with_the_model() {
+    let little = ["train.steps=2", "schedule.warmup_steps=0", "optim.lr=1e-6"];
+    let first = Run::new("tokens-first");
+    first.train(1, &little);
+    let model = format!("model={{path: {}}}", first.output().display());
+    let tokenizer = "tokenizer={chat_template: chatml, add_tokens: ['<|im_start|>', '<|im_end|>'], \
+                     pad_to_multiple_of: 16}";
+    let run = Run::new("tokens");
+    run.train(2, &[&little[..], &[&model, tokenizer]].concat());
+    let dir = run.output().join("model");
+    let config = common::json(&dir.join("config.json"));
+    assert_eq!(config["vocab_size"], 304);
+    assert_eq!(config["eos_token_id"], serde_json::json!([1, 301]));
+    let t = corral::data::tokenizer::Tokenizer::load(&dir).unwrap();
+    assert_eq!((t.vocab_size(), t.token_to_id("<|im_end|>")), (302, Some(301)));
+    assert!(t.chat_template().unwrap().source.contains("<|im_start|>"));
+    // A step moves a row by no more than the learning rate or so.
+    let rows = &common::tensors(&dir.join("model.safetensors"))["model.embed_tokens.weight"];
+    let before =
+        &common::tensors(&first.output().join("model/model.safetensors"))["model.embed_tokens.weight"];
+    let mean = before.mean_dim(0, true, tch::Kind::Float).expand([4, -1], false);
+    let off = common::largest(&rows.narrow(0, 300, 4), &mean);
+    assert!(off < 1e-5 && mean.abs().max().double_value(&[]) > 1e-4, "{off}");
+    // Without the tokens in the configuration, the new tokenizer does not fit the old model.
+    let path = format!("tokenizer={{path: {}}}", dir.display());
+    let other = Run::new("tokens-other");
+    other.start(1, &[&model, &path]).wait().expect_error(3, &["302 tokens", "vocab_size of 300"]);
+}

@@ -138,3 +138,51 @@ fn bad_data_is_told_with_its_place() {
     missing.expect_error(2, &["none.yaml"]);
     assert!(data().exists());
 }
+
+/// What was trained answers questions through the template that it was trained with, the same on two ranks.
+#[test]
+fn an_evaluation_counts_exact_answers() {
+    let run = Run::sft("eval");
+    run.train(1, &[]);
+    let input = data().join("sft.valid.jsonl");
+    let evaluate = |ranks: usize, name: &str| {
+        let program = match ranks {
+            1 => Program::new(common::run::CORRAL),
+            _ => Program::new(common::run::LAUNCH).args(&["--nproc", &ranks.to_string()]),
+        };
+        let output = run.dir.join(format!("{name}.json"));
+        let words = [
+            "eval",
+            "--device",
+            "cpu",
+            "--task",
+            "gsm8k",
+            "--limit",
+            "12",
+            "--max-new-tokens",
+            "20",
+            "--by",
+            "level",
+        ];
+        let program = program.args(&words).arg("--model").arg(run.output()).arg("--input").arg(&input);
+        program.arg("--output").arg(&output).run(&run.dir, name).expect_code(0);
+        let answers = fs::read_to_string(output.with_extension("answers.jsonl")).unwrap();
+        (fs::read_to_string(output).unwrap(), answers)
+    };
+    let (result, answers) = evaluate(1, "one");
+    let result_json: serde_json::Value = serde_json::from_str(&result).unwrap();
+    assert_eq!(uint(&result_json, "scored"), 12, "{result}");
+    let lines: Vec<serde_json::Value> = answers.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(lines.len(), 12);
+    let correct = lines.iter().filter(|l| l["parsed"] == l["gold"] && l["correct"] == true).count() as u64;
+    assert_eq!(uint(&result_json, "correct"), correct);
+    let by_level: u64 =
+        result_json["by_level"].as_object().unwrap().values().map(|v| uint(v, "scored")).sum();
+    assert_eq!(by_level, 12);
+    assert_eq!(evaluate(2, "two"), (result, answers));
+
+    let nothing = common::run::folder("eval-nothing").join("x.jsonl");
+    fs::write(&nothing, "{\"question\": \"a\", \"answer\": \"#### many\"}\n").unwrap();
+    let program = Program::corral(&["eval", "--task", "gsm8k", "--model"]).arg(run.output()).arg("--input");
+    program.arg(&nothing).run(&run.dir, "nothing").expect_error(3, &["no line of the input has an answer"]);
+}

@@ -2,6 +2,7 @@
 // group is made by cuda_shim.cpp and is driven from here through the base class). Handles are heap-allocated intrusive
 // pointers. No function here outlives its arguments: c10d itself keeps the tensors of a running collective.
 #define USE_C10D_GLOO
+#include "gloo_in_place.h"
 #include "guard.h"
 
 #include <c10/util/Logging.h>
@@ -108,7 +109,7 @@ char* corral_gloo(const StorePtr* store, int rank, int size, const char* name, i
     options->devices.push_back(interface ? c10d::ProcessGroupGloo::createDeviceForInterface(interface)
                                          : c10d::ProcessGroupGloo::createDeviceForHostname(host));
     auto own = c10::make_intrusive<c10d::PrefixStore>(std::string("gloo/") + name, *store);
-    *out = new BackendPtr(c10::make_intrusive<c10d::ProcessGroupGloo>(own, rank, size, options));
+    *out = new BackendPtr(c10::make_intrusive<corral::GlooInPlace>(own, rank, size, options));
   });
 }
 

@@ -7,36 +7,7 @@
 namespace corral {
 namespace {
 
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline float load(bf16 x) {
-  uint32_t b = uint32_t(x.bits) << 16;
-  float f;
-  memcpy(&f, &b, 4);
-  return f;
-}
-inline void store(float* p, float x) { *p = x; }
-inline void store(double* p, double x) { *p = x; }
-inline void store(bf16* p, float x) {  // to nearest even; a NaN stays one
-  uint32_t b;
-  memcpy(&b, &x, 4);
-  uint32_t r = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-  uint32_t nan = (b >> 16) | 0x40;
-  p->bits = uint16_t((b & 0x7fffffff) > 0x7f800000 ? nan : r);
-}
-
-template <class T>
-struct acc {
-  using type = float;
-};
-template <>
-struct acc<double> {
-  using type = double;
-};
+#include "cpu_types.inc"
 
 // exp(x) for x <= 88, within 1 ulp or so (Cephes' polynomial), written so that compilers vectorise it.
 inline float exp_(float x) {
@@ -238,6 +209,33 @@ double sum_squares_t(const A* x, int64_t n) {
   return total;
 }
 
+inline uint64_t mix(uint64_t x) {  // SplitMix64's finalizer (Steele et al. 2014)
+  x += 0x9e3779b97f4a7c15;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
+}
+inline uint32_t mix(uint32_t x) {  // lowbias32 of hash-prospector
+  x = (x ^ (x >> 16)) * 0x7feb352d;
+  x = (x ^ (x >> 15)) * 0x846ca68b;
+  return x ^ (x >> 16);
+}
+
+template <class T>
+void dropout_t(const T* x, T* y, const int64_t* row, uint64_t key, uint32_t threshold, double scale, int64_t rows,
+               int64_t c) {
+  using A = typename acc<T>::type;
+  for (int64_t r = 0; r < rows; r++, x += c, y += c) {
+    uint64_t h = mix(key ^ mix(uint64_t(row[r])));
+    uint32_t low = uint32_t(h), high = uint32_t(h >> 32);
+#pragma omp simd
+    for (int64_t i = 0; i < c; i++) {
+      uint32_t bits = mix(mix(uint32_t(i) ^ low) + high);
+      store(y + i, bits >= threshold ? load(x[i]) * A(scale) : A(0));
+    }
+  }
+}
+
 template <class T, class A>
 void accumulate_t(A* dst, const T* src, int64_t n, bool add) {
   if (add) {
@@ -329,8 +327,90 @@ void adamw(Type t, void* p, const void* g, void* m, void* v, void* copy, int64_t
 double sum_squares(Type t, const void* x, int64_t n) {
   return t == Type::Double ? sum_squares_t((const double*)x, n) : sum_squares_t((const float*)x, n);
 }
+void dropout(Type t, const void* x, void* y, const int64_t* row, uint64_t key, uint32_t threshold, double scale,
+             int64_t rows, int64_t c) {
+  BY_TYPE(t, (void)sizeof(A); dropout_t((const T*)x, (T*)y, row, key, threshold, scale, rows, c))
+}
 void accumulate(Type t, void* dst, const void* src, int64_t n, bool add) {
   BY_TYPE(t, accumulate_t((A*)dst, (const T*)src, n, add))
+}
+
+template <class To, class From>
+inline To bits_as(From from) {
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// An integer of magnitude below 2^51 as a double, in operations that every vector unit has.
+inline double to_double(int64_t i) { return bits_as<double>(i + 0x4338000000000000) - 0x1.8p52; }
+
+// ln(x) for normal x > 0, within some 1e-15 of it: x = m 2^k with m in [sqrt(1/2), sqrt(2)), and the series of
+// ln m = 2 artanh((m - 1) / (m + 1)).
+inline double log_(double x) {
+  constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
+  int64_t b = bits_as<int64_t>(x) - kSqrtHalf;
+  double k = to_double(b >> 52);
+  double m = bits_as<double>((b & 0x000fffffffffffff) + kSqrtHalf);
+  double s = (m - 1.0) / (m + 1.0), t = s * s, p = 1.0 / 21;
+  p = p * t + 1.0 / 19;
+  p = p * t + 1.0 / 17;
+  p = p * t + 1.0 / 15;
+  p = p * t + 1.0 / 13;
+  p = p * t + 1.0 / 11;
+  p = p * t + 1.0 / 9;
+  p = p * t + 1.0 / 7;
+  p = p * t + 1.0 / 5;
+  p = p * t + 1.0 / 3;
+  return k * 0x1.62e42fefa39efp-1 + (2.0 * s + 2.0 * s * t * p);
+}
+
+// sin and cos for |x| <= pi / 4, by their series.
+inline double sin_(double x) {
+  double t = x * x, p = 1.0 / 355687428096000;
+  p = p * t - 1.0 / 1307674368000;
+  p = p * t + 1.0 / 6227020800;
+  p = p * t - 1.0 / 39916800;
+  p = p * t + 1.0 / 362880;
+  p = p * t - 1.0 / 5040;
+  p = p * t + 1.0 / 120;
+  p = p * t - 1.0 / 6;
+  return x + x * t * p;
+}
+inline double cos_(double x) {
+  double t = x * x, p = 1.0 / 20922789888000;
+  p = p * t - 1.0 / 87178291200;
+  p = p * t + 1.0 / 479001600;
+  p = p * t - 1.0 / 3628800;
+  p = p * t + 1.0 / 40320;
+  p = p * t - 1.0 / 720;
+  p = p * t + 1.0 / 24;
+  p = p * t - 1.0 / 2;
+  return 1.0 + t * p;
+}
+
+// Numbers 2 i and 2 i + 1 of the stream (Box and Muller 1958): radius sqrt(-2 ln u) and angle 2 pi v, of 32 bits each.
+void normal(float* out, int64_t n, uint64_t key, uint64_t first, double std) {
+  constexpr int64_t kPairs = 256;
+  float pairs[2 * kPairs];
+  for (int64_t at = -int64_t(first & 1); at < n; at += 2 * kPairs) {
+    const uint64_t begin = (first + uint64_t(at)) / 2;
+#pragma omp simd
+    for (int64_t i = 0; i < kPairs; i++) {
+      const uint64_t bits = mix(key ^ mix(begin + uint64_t(i)));
+      const double u = (to_double(int64_t(bits >> 32)) + 0.5) * 0x1p-32;
+      const double radius = __builtin_sqrt(-2.0 * log_(u)) * std;
+      // The angle is a multiple of a quarter turn and a rest of at most an eighth on either side.
+      const int64_t v = int64_t(bits & 0xffffffff), quarter = (v + 0x20000000) >> 30;
+      const double rest = (to_double(v - (quarter << 30)) + 0.5) * (6.283185307179586 * 0x1p-32);
+      const double s = sin_(rest), c = cos_(rest);
+      const double sine = quarter & 1 ? c : s, cosine = quarter & 1 ? s : c;
+      pairs[2 * i] = float(radius * ((quarter + 1) & 2 ? -cosine : cosine));
+      pairs[2 * i + 1] = float(radius * (quarter & 2 ? -sine : sine));
+    }
+    const int64_t from = at < 0 ? 0 : at, to = at + 2 * kPairs < n ? at + 2 * kPairs : n;
+    for (int64_t j = from; j < to; j++) out[j] = pairs[j - at];
+  }
 }
 
 }  // namespace
@@ -338,7 +418,8 @@ void accumulate(Type t, void* dst, const void* src, int64_t n, bool add) {
 extern const RowKernels CORRAL_ISA;
 const RowKernels CORRAL_ISA = {
     attention, attention_backward, attention_scratch, decode_attention, few_rows, rms_norm,    rms_apply, rms_backward,
-    rope,      swiglu,             swiglu_backward,   log_softmax,      adamw,    sum_squares, accumulate,
+    rope,      swiglu,             swiglu_backward,   log_softmax,      adamw,    sum_squares, dropout,   accumulate,
+    normal,
 };
 
 }  // namespace corral

@@ -74,8 +74,13 @@ struct RowKernels {
   void (*adamw)(Type, void* p, const void* g, void* m, void* v, void* copy, int64_t n, double lr, double beta1,
                 double beta2, double eps, double decay, double correction1, double correction2, double grad_scale);
   double (*sum_squares)(Type, const void* x, int64_t n);
+  // y = x / (1 - p) where the element's random bits are at least threshold = p 2^32, else 0; see kernels/src/ops.rs
+  void (*dropout)(Type, const void* x, void* y, const int64_t* row, uint64_t key, uint32_t threshold, double scale,
+                  int64_t rows, int64_t c);
   // dst[i] (accumulator type) += src[i] (Type), or = if not accumulate
   void (*accumulate)(Type, void* dst, const void* src, int64_t n, bool accumulate);
+  // Numbers first .. first + n of the key's stream of normal numbers, times std
+  void (*normal)(float* out, int64_t n, uint64_t key, uint64_t first, double std);
 };
 
 // The table for the best instruction set of this processor.

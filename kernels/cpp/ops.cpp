@@ -6,46 +6,18 @@
 
 #include "cpu_rows.h"
 #include "guard.h"
+#include "tensors.h"
 
 namespace corral {
 
 extern const RowKernels rows_v2, rows_v3, rows_v4;
 
 const RowKernels& row_kernels() {
-  static const RowKernels& best = []() -> const RowKernels& {
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-      return rows_v4;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return rows_v3;
-    return rows_v2;
-  }();
+  static const RowKernels& best = best_of(rows_v2, rows_v3, rows_v4);
   return best;
 }
 
 namespace {
-
-Type type_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat: return Type::Float;
-    case at::kDouble: return Type::Double;
-    case at::kBFloat16: return Type::BFloat16;
-    default: TORCH_CHECK(false, "no CPU kernel for dtype ", t.scalar_type());
-  }
-}
-
-at::ScalarType acc_of(const at::Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
-void need(const at::Tensor& t, const char* name) {
-  TORCH_CHECK(t.device().is_cpu() && t.is_contiguous(), name, " must be a contiguous CPU tensor");
-}
-
-// The kernels take plain pointers: what they read or write must have this dtype and size.
-void same(const at::Tensor& t, at::ScalarType dtype, int64_t numel, const char* name) {
-  need(t, name);
-  TORCH_CHECK(t.scalar_type() == dtype && t.numel() == numel, name, " must have ", numel, " elements of ", dtype,
-              ", not ", t.numel(), " of ", t.scalar_type());
-}
 
 // Rows of x where w has a weight for each column.
 int64_t rows_of(const at::Tensor& x, const at::Tensor& w) {
@@ -54,10 +26,6 @@ int64_t rows_of(const at::Tensor& x, const at::Tensor& w) {
   TORCH_CHECK(c > 0 && x.numel() % c == 0, "x of ", x.numel(), " elements has no rows of ", c);
   same(w, x.scalar_type(), c, "w");
   return x.numel() / c;
-}
-
-char* at_row(const at::Tensor& t, int64_t row, int64_t width) {
-  return (char*)t.data_ptr() + row * width * t.element_size();
 }
 
 // Rows per task, so that a task has some 16k elements.
@@ -357,6 +325,22 @@ char* corral_sum_squares(at::Tensor* x, double* out) {
   });
 }
 
+char* corral_dropout(at::Tensor* x, at::Tensor* rows, uint64_t key, uint32_t threshold, double scale, at::Tensor** y) {
+  return guarded([&] {
+    need(*x, "x");
+    TORCH_CHECK(x->dim() == 2, "dropout: x must be [N, C]");
+    int64_t n = x->size(0), c = x->size(1);
+    same(*rows, at::kLong, n, "rows");
+    auto out = at::empty_like(*x);
+    Type t = type_of(*x);
+    at::parallel_for(0, n, grain(c), [&](int64_t a, int64_t b) {
+      row_kernels().dropout(t, at_row(*x, a, c), at_row(out, a, c), rows->data_ptr<int64_t>() + a, key, threshold, scale,
+                            b - a, c);
+    });
+    *y = new at::Tensor(out);
+  });
+}
+
 // dst (accumulator type) += or = src
 char* corral_accumulate(at::Tensor* dst, at::Tensor* src, bool add) {
   return guarded([&] {
@@ -364,6 +348,17 @@ char* corral_accumulate(at::Tensor* dst, at::Tensor* src, bool add) {
     Type t = type_of(*src);
     at::parallel_for(0, src->numel(), 32768, [&](int64_t a, int64_t b) {
       row_kernels().accumulate(t, at_row(*dst, a, 1), at_row(*src, a, 1), b - a, add);
+    });
+  });
+}
+
+// Numbers first .. of the key's stream of normal numbers.
+char* corral_fill_normal(at::Tensor* out, uint64_t key, uint64_t first, double std) {
+  return guarded([&] {
+    same(*out, at::kFloat, out->numel(), "out");
+    float* data = out->data_ptr<float>();
+    at::parallel_for(0, out->numel(), 16384, [&](int64_t a, int64_t b) {
+      row_kernels().normal(data + a, b - a, key, first + uint64_t(a), std);
     });
   });
 }

@@ -64,3 +64,23 @@ __device__ __forceinline__ X block_sum(X x) {
   for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(ALL, x, d);
   return x;
 }
+
+__device__ __forceinline__ int warp_max(int x) {
+  for (int d = 16; d > 0; d /= 2) x = max(x, __shfl_xor_sync(ALL, x, d));
+  return x;
+}
+
+// The largest of the block's values, none negative, on every thread.
+__device__ __forceinline__ int block_max(int x) {
+  __shared__ int part[32];
+  x = warp_max(x);
+  const int warps = blockDim.x / 32;
+  if (warps == 1) return x;
+  __syncthreads();  // `part` may still be read from the call before
+  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
+  __syncthreads();
+  return warp_max(int(threadIdx.x % 32) < warps ? part[threadIdx.x % 32] : 0);
+}
+
+// The bits of |x|, whose order as integers is that of the numbers; a NaN is above all.
+__device__ __forceinline__ int magnitude(float x) { return __float_as_int(x) & 0x7fffffff; }

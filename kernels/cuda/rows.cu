@@ -240,6 +240,34 @@ extern "C" __global__ void __launch_bounds__(1024) log_softmax(T* logits, const 
   }
 }
 
+__device__ __forceinline__ unsigned long long mix(unsigned long long x) {  // SplitMix64's finalizer
+  x += 0x9e3779b97f4a7c15ull;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
+__device__ __forceinline__ unsigned mix(unsigned x) {  // lowbias32 of hash-prospector
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// y = x * scale where an element's bits, a hash of (key, rows[row], column), are at least `threshold`, else 0.
+extern "C" __global__ void dropout(const T* x, const i64* rows, T* y, unsigned long long key, unsigned threshold,
+                                   float scale, int c, bool wide) {
+  const i64 at = blockIdx.x * i64(c);
+  const unsigned long long h = mix(key ^ mix((unsigned long long)rows[blockIdx.x]));
+  const unsigned low = unsigned(h), high = unsigned(h >> 32);
+  float a[W];
+  for (int i = threadIdx.x * W; i < c; i += blockDim.x * W) {
+    load(x + at, i, c, wide, a);
+#pragma unroll
+    for (int j = 0; j < W; j++) a[j] = mix(mix(unsigned(i + j) ^ low) + high) >= threshold ? a[j] * scale : 0.f;
+    store(y + at, i, c, wide, a);
+  }
+}
+
 // dst += src, or = src; packs over all elements.
 extern "C" __global__ void accumulate(float* dst, const T* src, i64 n, bool add, bool wide) {
   const i64 i = (blockIdx.x * i64(blockDim.x) + threadIdx.x) * W;

@@ -214,6 +214,36 @@ pub fn sum_squares(x: &Tensor) -> f64 {
     x.to_kind(Kind::Double).square().sum(Kind::Double).double_value(&[])
 }
 
+/// Bits of an integer moved to the right, zeros filled in.
+fn shifted(x: &Tensor, by: i64) -> Tensor {
+    x.bitwise_right_shift_tensor_scalar(by).bitwise_and((1i64 << (64 - by)) - 1)
+}
+
+/// SplitMix64's finalizer, in wrapping int64.
+fn mix64(x: &Tensor) -> Tensor {
+    let x = x + 0x9e37_79b9_7f4a_7c15u64 as i64;
+    let x = x.bitwise_xor_tensor(&shifted(&x, 30)) * 0xbf58_476d_1ce4_e5b9u64 as i64;
+    let x = x.bitwise_xor_tensor(&shifted(&x, 27)) * 0x94d0_49bb_1331_11ebu64 as i64;
+    x.bitwise_xor_tensor(&shifted(&x, 31))
+}
+
+/// lowbias32 of hash-prospector, on 32 bits in int64.
+fn mix32(x: &Tensor) -> Tensor {
+    let low = |x: Tensor| x.bitwise_and(0xffff_ffff);
+    let x = low(x.bitwise_xor_tensor(&shifted(x, 16)) * 0x7feb_352d);
+    let x = low(x.bitwise_xor_tensor(&shifted(&x, 15)) * 0x846c_a68bi64);
+    x.bitwise_xor_tensor(&shifted(&x, 16))
+}
+
+pub fn dropout(x: &Tensor, rows: &Tensor, key: u64, threshold: u32, scale: f64) -> Tensor {
+    let h = mix64(&mix64(rows).bitwise_xor(key as i64)).unsqueeze(-1);
+    let (low, high) = (h.bitwise_and(0xffff_ffff), shifted(&h, 32));
+    let columns = Tensor::arange(x.size()[1], (Kind::Int64, x.device()));
+    let bits = mix32(&(mix32(&low.bitwise_xor_tensor(&columns)) + high).bitwise_and(0xffff_ffff));
+    let a = accumulator(x.kind());
+    (x.to_kind(a) * scale * bits.ge(i64::from(threshold))).to_kind(x.kind())
+}
+
 pub fn accumulate(dst: &Tensor, src: &Tensor, add: bool) {
     let mut dst = dst.shallow_clone();
     let src = src.view(dst.size().as_slice());

@@ -1,7 +1,7 @@
 //! The operations of [`crate::ops`] on CUDA: launches of the kernels in `cuda/`, in float32 and bfloat16. The kernels are
 //! compiled when first used, once for an architecture, and run on the current stream.
 
-use crate::cuda::Arg::{self, F32, I32, I64, Tensor as T};
+use crate::cuda::Arg::{self, F32, I32, I64, Tensor as T, U64};
 use crate::cuda::{self, Cuda, Kernel, Stream};
 use crate::error::{Error, Result, check};
 use crate::nvrtc;
@@ -56,24 +56,32 @@ const ROW_KERNELS: &[&str] = &[
     "swiglu",
     "swiglu_backward",
     "log_softmax",
+    "dropout",
     "accumulate",
     "embedding_backward",
 ];
 
+const QUANT: &str = include_str!("../cuda/quant.cu");
+const QUANT_KERNELS: &[&str] = &["nf4_quantize", "nf4_dequantize", "int8_quantize", "int8_dequantize"];
+
 /// All there is to compile.
-pub const SOURCES: [Source; 3] = [
+pub const SOURCES: [Source; 5] = [
     Source { name: "rows.cu", text: ROWS, options: &["-DDTYPE=float"], kernels: ROW_KERNELS },
     Source { name: "rows.cu", text: ROWS, options: &["-DDTYPE=bf16"], kernels: ROW_KERNELS },
     Source {
         name: "optim.cu",
         text: include_str!("../cuda/optim.cu"),
         options: &[],
-        kernels: &["adamw", "sum_squares", "add_doubles"],
+        kernels: &["adamw", "adamw8", "sum_squares", "add_doubles"],
     },
+    Source { name: "quant.cu", text: QUANT, options: &["-DDTYPE=float"], kernels: QUANT_KERNELS },
+    Source { name: "quant.cu", text: QUANT, options: &["-DDTYPE=bf16"], kernels: QUANT_KERNELS },
 ];
 const FLOAT: usize = 0;
 const BF16: usize = 1;
 const OPTIM: usize = 2;
+const QUANT_FLOAT: usize = 3;
+const QUANT_BF16: usize = 4;
 
 type Kernels = HashMap<&'static str, Kernel<'static>>;
 
@@ -114,8 +122,16 @@ fn compiled(cuda: &'static Cuda, source: usize, capability: (i32, i32)) -> Resul
     Ok(kernels)
 }
 
+fn by_kind(x: &Tensor, float: usize, bf16: usize) -> Result<usize> {
+    match x.kind() {
+        Kind::Float => Ok(float),
+        Kind::BFloat16 => Ok(bf16),
+        other => Err(Error::new(format!("no CUDA kernel for dtype {other:?}"))),
+    }
+}
+
 /// Where a kernel runs: the current stream of a device, and the kernels of one source for it.
-struct Place {
+pub(crate) struct Place {
     stream: Stream,
     device: usize,
     kernels: &'static Kernels,
@@ -124,11 +140,15 @@ struct Place {
 impl Place {
     /// The place for tensors of this dtype and device.
     fn rows(x: &Tensor) -> Result<Place> {
-        match x.kind() {
-            Kind::Float => Place::new(x, FLOAT),
-            Kind::BFloat16 => Place::new(x, BF16),
-            other => Err(Error::new(format!("no CUDA kernel for dtype {other:?}"))),
-        }
+        Place::new(x, by_kind(x, FLOAT, BF16)?)
+    }
+
+    pub(crate) fn quant(x: &Tensor) -> Result<Place> {
+        Place::new(x, by_kind(x, QUANT_FLOAT, QUANT_BF16)?)
+    }
+
+    pub(crate) fn optim(x: &Tensor) -> Result<Place> {
+        Place::new(x, OPTIM)
     }
 
     fn new(x: &Tensor, source: usize) -> Result<Place> {
@@ -143,7 +163,7 @@ impl Place {
 
     /// # Safety
     /// As [`Kernel::launch`].
-    unsafe fn launch(
+    pub(crate) unsafe fn launch(
         &self,
         name: &str,
         grid: i64,
@@ -169,18 +189,18 @@ impl Place {
 }
 
 /// Elements of a pack of the row kernels: 16 bytes.
-fn pack(x: &Tensor) -> i64 {
+pub(crate) fn pack(x: &Tensor) -> i64 {
     if x.kind() == Kind::BFloat16 { 8 } else { 4 }
 }
 
 /// Threads of a block that takes `columns` elements in packs: whole warps, at most 512.
-fn threads(columns: i64, pack: i64) -> [u32; 2] {
+pub(crate) fn threads(columns: i64, pack: i64) -> [u32; 2] {
     let packs = (columns + pack - 1) / pack;
     [((packs + 31) / 32 * 32).clamp(32, 512) as u32, 1]
 }
 
 /// Whether packs can be loaded at once: rows of `columns` elements, and tensors that begin at 16 bytes.
-fn wide(columns: i64, pack: i64, tensors: &[&Tensor]) -> Arg<'static> {
+pub(crate) fn wide(columns: i64, pack: i64, tensors: &[&Tensor]) -> Arg<'static> {
     let aligned = tensors.iter().all(|t| (t.data_ptr() as usize).is_multiple_of(16));
     Arg::I32((aligned && columns % pack == 0) as i32)
 }
@@ -191,7 +211,7 @@ fn blocks(n: i64, pack: i64) -> i64 {
 }
 
 /// Tensors must lie on the device of the first, contiguous, with this dtype and as many elements as said.
-fn need(op: &str, tensors: &[(&str, &Tensor, Kind, i64)]) -> Result<()> {
+pub(crate) fn need(op: &str, tensors: &[(&str, &Tensor, Kind, i64)]) -> Result<()> {
     let device = tensors.first().map(|t| t.1.device());
     for (name, t, kind, numel) in tensors {
         if t.kind() != *kind || t.numel() as i64 != *numel || Some(t.device()) != device || !t.is_contiguous()
@@ -207,14 +227,14 @@ fn need(op: &str, tensors: &[(&str, &Tensor, Kind, i64)]) -> Result<()> {
     Ok(())
 }
 
-fn matrix(op: &str, x: &Tensor) -> Result<(i64, i64)> {
+pub(crate) fn matrix(op: &str, x: &Tensor) -> Result<(i64, i64)> {
     match x.size()[..] {
         [rows, columns] if columns <= i32::MAX as i64 => Ok((rows, columns)),
         _ => Err(Error::new(format!("{op}: {:?} is not a matrix", x.size()))),
     }
 }
 
-fn opt(t: Option<&Tensor>) -> Arg<'_> {
+pub(crate) fn opt(t: Option<&Tensor>) -> Arg<'_> {
     t.map_or(Arg::Null, Arg::Tensor)
 }
 
@@ -403,7 +423,7 @@ pub fn adamw(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, copy: Option<&Tenso
         F32(o.grad_scale as f32),
         wide(0, 4, &[p, g, m, v, copy.unwrap_or(p)]),
     ];
-    unsafe { Place::new(p, OPTIM)?.launch("adamw", blocks(n, 4), [256, 1], 0, &args) }
+    unsafe { Place::optim(p)?.launch("adamw", blocks(n, 4), [256, 1], 0, &args) }
 }
 
 /// The sum over all tensors; the host waits once.
@@ -414,7 +434,7 @@ pub fn sum_squares(tensors: &[&Tensor]) -> Result<f64> {
     let total: i64 = tensors.iter().map(|t| parts(t)).sum();
     let double = (Kind::Double, first.device());
     let (partial, out) = (Tensor::zeros([total], double), Tensor::zeros([1], double));
-    let place = Place::new(first, OPTIM)?;
+    let place = Place::optim(first)?;
     let mut slot = 0;
     for t in tensors {
         let n = t.numel() as i64;
@@ -425,6 +445,24 @@ pub fn sum_squares(tensors: &[&Tensor]) -> Result<f64> {
     }
     unsafe { place.launch("add_doubles", 1, [256, 1], 0, &[T(&partial), T(&out), I32(total as i32)]) }?;
     Ok(out.f_double_value(&[0])?)
+}
+
+pub fn dropout(x: &Tensor, rows: &Tensor, key: u64, threshold: u32, scale: f64) -> Result<Tensor> {
+    let (n, c) = matrix("dropout", x)?;
+    need("dropout", &[("x", x, x.kind(), n * c), ("rows", rows, Kind::Int64, n)])?;
+    let y = x.empty_like();
+    let args = [
+        T(x),
+        T(rows),
+        T(&y),
+        U64(key),
+        I32(threshold as i32),
+        F32(scale as f32),
+        I32(c as i32),
+        wide(c, pack(x), &[x, &y]),
+    ];
+    unsafe { Place::rows(x)?.launch("dropout", n, threads(c, pack(x)), 0, &args) }?;
+    Ok(y)
 }
 
 pub fn accumulate(dst: &Tensor, src: &Tensor, add: bool) -> Result<()> {

@@ -2,14 +2,18 @@
 
 pub mod c10d;
 pub mod composed;
+pub mod composed_quant;
 pub mod counting;
 pub mod cuda;
 pub mod error;
 pub mod gpu;
+pub mod gpu_quant;
 pub mod host;
 pub mod mmap;
+pub mod moments;
 pub mod nvrtc;
 pub mod ops;
+pub mod quant;
 mod store;
 pub mod watch;
 

@@ -22,7 +22,7 @@ pub(crate) fn raw(t: &Tensor) -> Raw {
     t.as_ptr() as Raw
 }
 
-fn raw_opt(t: Option<&Tensor>) -> Raw {
+pub(crate) fn raw_opt(t: Option<&Tensor>) -> Raw {
     t.map_or(std::ptr::null_mut(), raw)
 }
 
@@ -34,6 +34,7 @@ pub(crate) fn own(t: Raw) -> Tensor {
 
 unsafe extern "C" {
     fn corral_set_float32_onednn(on: bool) -> *mut c_char;
+    fn corral_fill_normal(out: Raw, key: u64, first: u64, std: f64) -> *mut c_char;
     fn corral_rms_norm(x: Raw, w: Raw, eps: f64, y: *mut Raw, rstd: *mut Raw) -> *mut c_char;
     fn corral_rms_apply(x: Raw, w: Raw, rstd: Raw, y: *mut Raw) -> *mut c_char;
     fn corral_rms_backward(
@@ -109,6 +110,7 @@ unsafe extern "C" {
         grad_scale: f64,
     ) -> *mut c_char;
     fn corral_sum_squares(x: Raw, out: *mut f64) -> *mut c_char;
+    fn corral_dropout(x: Raw, rows: Raw, key: u64, threshold: u32, scale: f64, y: *mut Raw) -> *mut c_char;
     fn corral_accumulate(dst: Raw, src: Raw, add: bool) -> *mut c_char;
     fn corral_embedding_backward(dx: Raw, ids: Raw, dw: Raw) -> *mut c_char;
 }
@@ -137,6 +139,13 @@ fn engine(x: &Tensor) -> Engine {
 pub fn set_float32_onednn(on: bool) -> Result<()> {
     // SAFETY: sets a flag of libtorch's global context.
     check(unsafe { corral_set_float32_onednn(on) })
+}
+
+/// Fills `out` (float32 `[n]`, CPU) with numbers `first..first + n` of the key's endless stream of normal numbers of mean
+/// 0 and standard deviation `std` (Box and Muller 1958, of SplitMix64's bits): the same whatever `first` and `n` are.
+pub fn fill_normal(out: &Tensor, key: u64, first: u64, std: f64) -> Result<()> {
+    // SAFETY: a live tensor, whose dtype, device and layout the C++ side checks.
+    check(unsafe { corral_fill_normal(raw(out), key, first, std) })
 }
 
 /// y = x * rstd * w with rstd = 1 / sqrt(mean(x^2) + eps) per row (Zhang and Sennrich 2019, eq. 4), computed in A and
@@ -490,6 +499,22 @@ pub fn grad_weight(dw: &Tensor, dy: &Tensor, x: &Tensor, fresh: bool) -> Result<
         _ => accumulate(dw, &dy.tr().f_mm(x)?, !fresh)?,
     }
     Ok(())
+}
+
+/// Dropout (Srivastava et al. 2014) whose mask is a function of what it is for: element i of row n is 0 with probability
+/// `p`, else x / (1 - p), decided by a hash of (`key`, `rows[n]`, i). x: T [N, C], `rows`: int64 `[N]`, p in [0, 1). Of the
+/// output's gradient it gives the input's.
+pub fn dropout(x: &Tensor, rows: &Tensor, key: u64, p: f64) -> Result<Tensor> {
+    let (threshold, scale) = ((p * 2f64.powi(32)) as u32, 1.0 / (1.0 - p));
+    match engine(x) {
+        Engine::Cpu => {}
+        Engine::Gpu => return gpu::dropout(x, rows, key, threshold, scale),
+        Engine::Composed => return Ok(composed::dropout(x, rows, key, threshold, scale)),
+    }
+    let mut y = std::ptr::null_mut();
+    // SAFETY: as in rms_norm.
+    check(unsafe { corral_dropout(raw(x), raw(rows), key, threshold, scale, &mut y) })?;
+    Ok(own(y))
 }
 
 /// dst (A) += src (T), or = if not `add`.

@@ -429,6 +429,37 @@ fn embedding_and_accumulate() {
 }
 
 #[test]
+fn dropout() {
+    for kind in KINDS {
+        for (n, c) in [(1, 1), (37, 130), (300, 64)] {
+            let (x, rows) =
+                (randn(&[n, c], kind), Tensor::arange(n, (Kind::Int64, Device::Cpu)) * (5 << 32) + 3);
+            for p in [0.0, 0.1, 0.75] {
+                let y = ops::dropout(&put(&x), &put(&rows), 0xfeed_0000_0001_beef, p).unwrap();
+                let (threshold, scale) = ((p * 2f64.powi(32)) as u32, 1.0 / (1.0 - p));
+                let twin = composed::dropout(&x, &rows, 0xfeed_0000_0001_beef, threshold, scale);
+                same("y", &y, &twin, kind);
+                let zero = |t: &Tensor| t.to_device(Device::Cpu).eq(0.0);
+                assert!(zero(&y).equal(&zero(&twin)), "the same elements are left out");
+                let (first, n) = ((n / 3).min(n - 1), n - (n / 3).min(n - 1));
+                let part = |t: &Tensor| put(&t.narrow(0, first, n));
+                let again = ops::dropout(&part(&x), &part(&rows), 0xfeed_0000_0001_beef, p).unwrap();
+                assert!(again.equal(&y.narrow(0, first, n)), "a row's mask is its own");
+            }
+        }
+    }
+    let ones = Tensor::ones([500, 400], (Kind::Float, device()));
+    let rows = put(&Tensor::arange(500, (Kind::Int64, Device::Cpu)));
+    let kept = |key| ops::dropout(&ones, &rows, key, 0.3).unwrap().ne(0.0).to_kind(Kind::Double);
+    let (a, b) = (kept(1), kept(2));
+    // 0.7, and 0.49 for two masks together; standard errors 0.001.
+    assert!((a.mean(Kind::Double).double_value(&[]) - 0.7).abs() < 5e-3);
+    assert!(((&a * &b).mean(Kind::Double).double_value(&[]) - 0.49).abs() < 5e-3);
+    let columns = a.mean_dim([0i64].as_slice(), false, Kind::Double) - 0.7;
+    assert!(columns.abs().max().double_value(&[]) < 0.1, "no column is left out more than others");
+}
+
+#[test]
 fn gradients_of_weights() {
     if device() != Device::Cpu {
         ops::set_float32_onednn(true).unwrap(); // must not make float32 products on a GPU TF32

@@ -4,9 +4,13 @@ use crate::checkpoint::Weights;
 use crate::config::pretrain::Model;
 use crate::config::sections::{self, Train};
 use crate::config::shape::Shape;
+use crate::config::trainable::{Freeze, Lora};
 use crate::data::chat;
 use crate::data::tokenizer::Tokenizer;
+use crate::distributed::plan::{Plan, Role};
+use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
+use crate::model::{Trainable, init};
 
 /// A model that is to be trained: opened and checked, nothing of it read yet.
 pub struct Base {
@@ -30,7 +34,8 @@ impl Base {
             Model::Preset(_) | Model::Init(_) => None,
         };
         let section = tokenizer;
-        let tokenizer = chat::configured(section, weights.as_ref().map(Weights::dir))?;
+        let beside = weights.as_ref().map(|w| w.tokenizer_dir().unwrap_or_else(|| w.dir().to_path_buf()));
+        let tokenizer = chat::configured(section, beside.as_deref())?;
         let mut shape = match (model, &weights) {
             (_, Some(weights)) => weights.shape().clone(),
             (Model::Init(init), _) => init.shape(tokenizer.vocab_size() as i64, sequence_length),
@@ -49,6 +54,71 @@ impl Base {
             )));
         }
         Ok(Base { tokenizer, shape, weights })
+    }
+}
+
+impl Base {
+    /// What of the model is trained, as the sections `freeze` and `lora` say.
+    ///
+    /// # Errors
+    /// Of kind Config: names that the model does not have; a model that is new, or that has an adapter, which only goes on
+    /// as the same adapter.
+    pub fn trainable(&self, freeze: &Freeze, lora: Option<&Lora>) -> Result<Trainable> {
+        let mut trainable = Trainable::new(freeze, lora);
+        let plans = trainable.plans(&self.shape)?;
+        let partial = lora.is_some() || *freeze != Freeze::default();
+        let Some(weights) = &self.weights else {
+            return match partial {
+                true => Err(Error::config("freeze and lora are for a model that is there: give model.path")),
+                false => Ok(trainable),
+            };
+        };
+        if lora.is_some() && self.shape.vocab_size > weights.shape().vocab_size {
+            return Err(Error::config(
+                "lora: the tokenizer adds tokens to the model, whose rows no adapter holds; train them first without lora",
+            ));
+        }
+        if let Some(there) = weights.lora() {
+            let trained = |p: &Plan| {
+                let adapters = p.adapters.iter().map(|a| (a.target, a.rank, a.scale));
+                (
+                    adapters.collect::<Vec<_>>(),
+                    p.roles.iter().map(|r| *r == Role::Trained).collect::<Vec<_>>(),
+                )
+            };
+            let theirs = there.plans(&self.shape)?;
+            if lora.is_none() || !plans.iter().map(trained).eq(theirs.iter().map(trained)) {
+                let theirs = serde_json::to_string(&there.lora).unwrap_or_default();
+                return Err(Error::config(format!(
+                    "model.path is a model with an adapter, {theirs}: to train that further, lora must say the same; to \
+                     train something else, merge it first (corral merge)"
+                )));
+            }
+            trainable.layers = there.layers.clone();
+        }
+        Ok(trainable)
+    }
+
+    /// Sets the parameters to what the run begins with. Collective.
+    pub fn fill(&self, params: &mut Sharded, seed: u64) -> Result<()> {
+        init::init_adapters(params, seed)?;
+        match &self.weights {
+            Some(weights) => weights.fill(params),
+            None => init::init(params, &self.shape, seed),
+        }
+    }
+
+    /// Where the model lies, without an adapter that it may have; a hub id as it was given. For models that are not new.
+    pub fn path(&self, model: &Model) -> Option<String> {
+        let dir = match self.weights.as_ref()? {
+            Weights::Adapter(_, base) => base.dir(),
+            weights => match model {
+                Model::Path(path) if !path.exists() => path,
+                _ => weights.dir(),
+            },
+        };
+        let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
+        Some(absolute.to_string_lossy().into_owned())
     }
 }
 

@@ -8,22 +8,25 @@ use crate::algorithms::base::{self, Base};
 use crate::algorithms::pretrain::{MAX_SHARD_SIZE, compute_kind};
 use crate::algorithms::step::{self, MicroBatch};
 use crate::algorithms::training::{Plan, Progress, Run, RunFolder, Start};
-use crate::checkpoint::{Export, export};
+use crate::checkpoint::{AdapterExport, BaseMeta, Export, export, export_adapter};
 use crate::config::pretrain::Model;
 use crate::config::sft::Sft;
+use crate::config::shape::Shape;
 use crate::config::{Loaded, sections};
 use crate::data::chat::Chat;
 use crate::data::conversation::conversation;
-use crate::data::examples::{self, Encoded, Options, Split, Tokenization};
+use crate::data::examples::{self, Encoded, Split, Tokenization};
 use crate::data::loader::{Order, State};
-use crate::data::readers::Record as DataRecord;
+use crate::data::readers::{self, Record as DataRecord};
 use crate::data::rows::{RowLoader, Rows, Source};
 use crate::data::tokenizer::hex;
 use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
 use crate::error::Result;
+use crate::generate::engine::{Options, Request, generate};
+use crate::generate::{self as generation, Sampling};
 use crate::info;
-use crate::model::{Input, Llama, init, layout};
+use crate::model::{DropoutPlace, Input, Llama, Trainable};
 use crate::optim::{AdamW, Hyper, Schedule};
 use crate::telemetry::Record;
 
@@ -31,10 +34,20 @@ use crate::telemetry::Record;
 /// could hang.
 pub struct Inputs {
     pub base: Base,
+    pub trainable: Trainable,
     pub chat: Chat,
     pub train: RowLoader,
     pub valid: Option<RowLoader>,
+    /// What samples answer: the first prompts of the validation data.
+    prompts: Vec<SamplePrompt>,
     pub steps: u64,
+}
+
+struct SamplePrompt {
+    text: String,
+    request: Request,
+    /// The answer of the data.
+    reference: String,
 }
 
 /// Where a run stands in its data, and its best validation.
@@ -51,6 +64,7 @@ impl Inputs {
     /// Opens, checks and tokenizes all that the configuration names.
     pub fn open(c: &Sft) -> Result<Inputs> {
         let base = Base::open(&c.model, c.tokenizer.as_ref(), c.data.sequence_length)?;
+        let trainable = base.trainable(&c.freeze, c.lora.as_ref())?;
         let chat = Chat::new(&base.tokenizer)?;
         let train = rows(c, &chat, &c.data.train, Order::Shuffled { seed: c.seed })?;
         let valid = match c.data.valid.is_empty() {
@@ -58,7 +72,8 @@ impl Inputs {
             false => Some(rows(c, &chat, &c.data.valid, Order::Sequential)?),
         };
         let steps = base::steps(&c.train, train.num_rows(), c.schedule.warmup_steps)?;
-        Ok(Inputs { base, chat, train, valid, steps })
+        let prompts = if c.samples.every > 0 { sample_prompts(c, &chat, &base.shape)? } else { Vec::new() };
+        Ok(Inputs { base, trainable, chat, train, valid, prompts, steps })
     }
 }
 
@@ -68,8 +83,11 @@ fn rows(c: &Sft, chat: &Chat, sources: &[sections::Source], order: Order) -> Res
     let training = matches!(order, Order::Shuffled { .. });
     let split =
         (training && !c.data.split.is_empty()).then(|| Split { parts: c.data.split.clone(), part: 0 });
-    let options =
-        Options { sequence_length: c.data.sequence_length as usize, too_long: c.data.too_long, split };
+    let options = examples::Options {
+        sequence_length: c.data.sequence_length as usize,
+        too_long: c.data.too_long,
+        split,
+    };
     let eos: Vec<u32> = chat.stop_ids();
     let template = chat.tokenizer().chat_template().map(|t| t.source.as_str()).unwrap_or_default();
     let tokenization = Tokenization {
@@ -86,6 +104,29 @@ fn rows(c: &Sft, chat: &Chat, sources: &[sections::Source], order: Order) -> Res
     RowLoader::new(sources, c.data.sequence_length as usize, c.data.packing, order)
 }
 
+/// The first prompts of the validation data, up to the assistant's last turn.
+fn sample_prompts(c: &Sft, chat: &Chat, shape: &Shape) -> Result<Vec<SamplePrompt>> {
+    let mut prompts = Vec::new();
+    for source in &c.data.valid {
+        for record in readers::records(&source.path, None, &Default::default())? {
+            if prompts.len() == c.samples.count as usize {
+                return Ok(prompts);
+            }
+            let record = record?;
+            let mut messages = conversation(&record)?;
+            let Some(answer) = messages.pop_if(|m| m.role == "assistant") else { continue };
+            let ids = chat.prompt(&messages).map_err(|e| e.context(&record.place))?;
+            let ids = ids.into_iter().map(i64::from).collect();
+            let number = prompts.len() as u64;
+            let request = Request::new(ids, number, c.generation.max_new_tokens as usize);
+            request.check(shape).map_err(|e| e.context(&record.place))?;
+            let text = chat.render(&messages, true)?;
+            prompts.push(SamplePrompt { text, request, reference: answer.content });
+        }
+    }
+    Ok(prompts)
+}
+
 /// A record in tokens; the loss counts the assistant's turns, their ends included, or everything.
 pub fn encode(record: &DataRecord, chat: &Chat, train_on_prompt: bool) -> Result<Encoded> {
     let messages = conversation(record)?;
@@ -97,7 +138,7 @@ pub fn encode(record: &DataRecord, chat: &Chat, train_on_prompt: bool) -> Result
 /// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
 pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
     let c = &loaded.config;
-    let folder = RunFolder::open(
+    let mut folder = RunFolder::open(
         &c.output_dir,
         &loaded.resolved_yaml()?,
         start,
@@ -109,8 +150,16 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
     )?;
     let (shard, replica) = shard_groups(c.parallel.mode, world);
     let compute = compute_kind(c.precision.compute);
-    let params = Sharded::new(layout::layouts(&inputs.base.shape), shard, replica, compute, world.device);
+    let plans = inputs.trainable.plans(&inputs.base.shape)?;
+    let params = Sharded::new(plans, shard, replica, compute, world.device);
     let mut model = Llama::new(inputs.base.shape.clone(), params);
+    let base = inputs.base.path(&c.model).unwrap_or_default();
+    // What is not trained is in no checkpoint.
+    let frozen = model.params.frozen_bytes() > 0;
+    if frozen {
+        folder.set_base(BaseMeta { path: base.clone(), trainable: inputs.trainable.clone() });
+        inputs.base.fill(&mut model.params, c.seed)?;
+    }
     let hyper = Hyper { betas: c.optim.betas, eps: c.optim.eps, weight_decay: c.optim.weight_decay };
     let mut optimizer = AdamW::new(&model.params, hyper);
     let progress = match folder.restore::<Position>(&mut model.params, &mut optimizer)? {
@@ -119,14 +168,13 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
             progress
         }
         None => {
-            match &inputs.base.weights {
-                Some(weights) => weights.fill(&mut model.params)?,
-                None => init::init(&mut model.params, &inputs.base.shape, c.seed)?,
+            if !frozen {
+                inputs.base.fill(&mut model.params, c.seed)?;
             }
             Progress::new(Position { rows: inputs.train.state(0), best: None, worse: 0 })
         }
     };
-    announce(c, &inputs);
+    announce(c, &inputs, &model.params);
     let schedule = Schedule {
         kind: c.schedule.kind,
         lr: c.optim.lr,
@@ -150,7 +198,7 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
         let (next, batch) = (run.progress.data.rows.next, c.train.batch_size as u64);
         // Every rank counts for all: rows are known everywhere.
         let (count, tokens) = inputs.train.count(next, batch);
-        let micro_batches = this_ranks_batches(c, &inputs.train, next, world);
+        let micro_batches = this_ranks_batches(c, &inputs.train, next, run.progress.step, world);
         let sums = step::accumulate_gradients(&mut model, &micro_batches, count as f64, c.train.recompute)?;
         let (lr, clip) = (schedule.rate(run.progress.step), c.optim.clip);
         let update = step::apply_gradients(&mut model, &mut optimizer, world, sums, count as f64, lr, clip)?;
@@ -169,13 +217,48 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
             best = note_validation(c, &mut run, loss);
             run.restart_window();
         }
+        if c.samples.every > 0 && run.due(c.samples.every) {
+            sample(c, &inputs, &mut model, &mut run)?;
+            run.restart_window();
+        }
         run.save(&model.params, &optimizer, best)?;
     }
     run.finish(|dir| {
         let tokenizer = Some(&inputs.base.tokenizer);
+        if inputs.trainable.lora.is_some() {
+            let (trainable, shape) = (&inputs.trainable, &inputs.base.shape);
+            let how = AdapterExport { trainable, shape, base: &base, tokenizer };
+            return export_adapter(dir, &model.params, &how, &world.group);
+        }
         let how = Export { dtype: compute, max_shard_size: MAX_SHARD_SIZE, tokenizer };
         export(dir, &inputs.base.shape, &model.params, &how, &world.group)
     })
+}
+
+/// Answers the sample prompts, into samples.jsonl and TensorBoard. All ranks generate the same.
+fn sample(c: &Sft, inputs: &Inputs, model: &mut Llama, run: &mut Run<Position>) -> Result<()> {
+    let step = run.progress.step;
+    let sampling = Sampling {
+        temperature: c.generation.temperature,
+        top_k: c.generation.top_k,
+        top_p: c.generation.top_p,
+        seed: c.seed,
+    };
+    let eos: Vec<i64> = inputs.chat.stop_ids().into_iter().map(i64::from).collect();
+    let options = Options { sampling, batch_size: inputs.prompts.len(), eos: &eos, stop: None };
+    let requests: Vec<Request> = inputs.prompts.iter().map(|p| p.request.clone()).collect();
+    let completions = generate(model, &requests, options, |_, _| Ok(()))?;
+    for (i, (prompt, completion)) in inputs.prompts.iter().zip(&completions).enumerate() {
+        let ids = &prompt.request.prompt;
+        let response = generation::text(inputs.chat.tokenizer(), ids, &completion.ids, &[])?;
+        let record = Record::new("sample", step)
+            .text("prompt", &prompt.text)
+            .text("response", &response)
+            .text("reference", &prompt.reference)
+            .count("num_tokens", completion.ids.len() as u64);
+        run.log_sample(&record, &format!("samples/{i}"), &format!("{}{response}", prompt.text));
+    }
+    Ok(())
 }
 
 /// Whether this validation is the best so far and its checkpoint is to stay; ends the run where too many were none.
@@ -214,12 +297,16 @@ pub fn inputs_of(c: &Sft) -> Vec<&Path> {
 
 /// The rows of the step that begins at row `first` are divided among the ranks in order, then into micro-batches in
 /// order.
-fn this_ranks_batches(c: &Sft, data: &RowLoader, first: u64, world: &World) -> Vec<MicroBatch> {
+fn this_ranks_batches(c: &Sft, data: &RowLoader, first: u64, step: u64, world: &World) -> Vec<MicroBatch> {
     let (rows, micro) = (c.train.batch_size / world.world_size, c.train.micro_batch_size(world.world_size));
-    let first = first + (world.rank * rows) as u64;
-    (0..rows / micro)
-        .map(|i| micro_batch(data.rows(first + (i * micro) as u64, micro as u64), c.data.packing))
-        .collect()
+    let dropout = c.lora.as_ref().is_some_and(|l| l.dropout > 0.0);
+    let micro_batch = |i: i64| {
+        let first_row = (world.rank * rows + i * micro) as u64;
+        let mut batch = micro_batch(data.rows(first + first_row, micro as u64), c.data.packing);
+        batch.input.dropout = dropout.then_some(DropoutPlace { seed: c.seed, step, first_row });
+        batch
+    };
+    (0..rows / micro).map(micro_batch).collect()
 }
 
 /// Rows of one document each need neither positions nor starts: they begin at 0, and padding comes after them.
@@ -254,9 +341,20 @@ fn validate(c: &Sft, model: &mut Llama, data: &RowLoader, world: &World) -> Resu
     Ok(step::evaluate(model, world, batches)?.0)
 }
 
-fn announce(c: &Sft, inputs: &Inputs) {
+fn announce(c: &Sft, inputs: &Inputs, params: &Sharded) {
     let counts = inputs.train.counts();
-    info!("model: {:.2}M parameters", inputs.base.shape.num_parameters() as f64 / 1e6);
+    let total = inputs.base.shape.num_parameters();
+    let trained: i64 = (0..params.len()).map(|i| params.layout(i).numel).sum();
+    match params.frozen_bytes() {
+        0 => info!("model: {:.2}M parameters", total as f64 / 1e6),
+        bytes => info!(
+            "model: {:.2}M parameters, of which {:.2}M stay in {:.1} MB a rank; {:.3}M are trained",
+            total as f64 / 1e6,
+            params.num_frozen() as f64 / 1e6,
+            bytes as f64 / 1e6,
+            trained as f64 / 1e6
+        ),
+    }
     info!(
         "data: {} examples, {} tokens, {} of them supervised; {} rows of {} tokens, {:.1} % padding; {} steps are {:.2} \
          epochs",

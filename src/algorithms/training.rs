@@ -23,7 +23,7 @@ use sha2::Digest;
 
 use crate::algorithms::run::{self, Resume, Signals};
 use crate::algorithms::step::{SkipGuard, Update};
-use crate::checkpoint::{Checkpoint, RunInfo, Saver, agree};
+use crate::checkpoint::{BaseMeta, Checkpoint, RunInfo, Saver, agree};
 use crate::config::sections::Compute;
 use crate::config::shape::Shape;
 use crate::data::tokenizer::{Tokenizer, hex};
@@ -90,11 +90,17 @@ impl<'a> RunFolder<'a> {
         let info = RunInfo {
             shape: shape.clone(),
             config_hash: hex(&sha2::Sha256::digest(resolved.as_bytes())),
+            base: None,
             tokenizer: Some(tokenizer.clone()),
         };
         let saver = Saver::new(dir, keep as usize, info, &world.group)?;
         let from = agree(&world.group, run::find_checkpoint(dir, &start.resume))?;
         Ok(RunFolder { world, dir: dir.to_path_buf(), saver, signals: Signals::watch()?, from })
+    }
+
+    /// The checkpoints to come hold what is trained; the rest is there.
+    pub fn set_base(&mut self, base: BaseMeta) {
+        self.saver.set_base(base);
     }
 
     /// Sets parameters, moments and position from the checkpoint, if there is one to go on from. Collective.
@@ -251,9 +257,9 @@ impl<D: Serialize> Run<'_, D> {
         self.log.log(record);
     }
 
-    /// A text for TensorBoard, such as a sample (rank 0).
-    pub fn log_text(&mut self, tag: &str, text: &str) {
-        self.log.log_text(tag, text, self.progress.step);
+    /// A generated sample: a line of samples.jsonl, and a text for TensorBoard under `tag` (rank 0).
+    pub fn log_sample(&mut self, record: &Record, tag: &str, text: &str) {
+        self.log.log_sample(record, tag, text);
     }
 
     /// Speeds count from here: what was done since the last step (validation, samples) is no training.

@@ -18,6 +18,7 @@ use super::torch_file;
 use super::weights::Weights;
 use crate::config::shape::Shape;
 use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
+use crate::distributed::plan::Plan;
 use crate::distributed::sharded::{Layout, Sharded, Spec};
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFolder, write_file};
@@ -227,8 +228,16 @@ impl Conversion {
             (num_tensors, bytes) = (num_tensors + 1, bytes + size);
             done.fetch_add(size, Relaxed);
         }
-        let ours = logits(&read, &back, None, device)?;
-        let rounded = logits(shape, source, dtype, device)?;
+        let of = |shape: &Shape, source: &Rc<Source>, dtype: Option<Kind>| {
+            let source = source.clone();
+            let tensor = move |spec: &Spec| -> Result<Tensor> {
+                let t = source.tensor(&spec.name)?;
+                Ok(dtype.map_or(Ok(t.shallow_clone()), |kind| t.f_to_kind(kind))?)
+            };
+            logits(shape, layouts(shape), tensor, device)
+        };
+        let ours = of(&read, &back, None)?;
+        let rounded = of(shape, source, dtype)?;
         let difference = largest_difference(&ours, &rounded)?;
         if !difference.is_finite() {
             return Err(Error::data(
@@ -241,7 +250,7 @@ impl Conversion {
             )));
         }
         let rounding = match narrowed {
-            true => Some(largest_difference(&ours, &logits(shape, source, None, device)?)?),
+            true => Some(largest_difference(&ours, &of(shape, source, None)?)?),
             false => None,
         };
         let positions = (read.max_position_embeddings != shape.max_position_embeddings)
@@ -255,7 +264,7 @@ impl Conversion {
 type Begun = (AtomicFolder, Vec<String>, usize);
 
 /// The dtype that most bytes have.
-fn most_common(entries: &[Entry]) -> Kind {
+pub(super) fn most_common(entries: &[Entry]) -> Kind {
     let bytes = |kind: Kind| entries.iter().filter(|e| e.kind == kind).map(Entry::bytes).sum::<u64>();
     let kinds = [Kind::Float, Kind::BFloat16, Kind::Half, Kind::Double];
     kinds.into_iter().max_by_key(|kind| bytes(*kind)).unwrap_or(Kind::Float)
@@ -285,23 +294,21 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
     Ok((a - b).f_abs()?.f_max()?.f_double_value(&[])?)
 }
 
-/// Logits [T, V] of a fixed text in float32, from tensors rounded to `dtype` (none: as they are). Parameters are read when
-/// they are needed, group by group.
-fn logits(shape: &Shape, source: &Rc<Source>, dtype: Option<Kind>, device: Device) -> Result<Tensor> {
-    let from = source.clone();
+/// Logits [T, V] of a fixed text in float32. `tensor(spec)` gives a tensor when it is needed, group by group.
+pub(super) fn logits(
+    shape: &Shape,
+    groups: impl IntoIterator<Item = impl Into<Plan>>,
+    tensor: impl Fn(&Spec) -> Result<Tensor> + 'static,
+    device: Device,
+) -> Result<Tensor> {
     let load = move |layout: &Layout| -> Result<Tensor> {
         let flat = Tensor::f_empty([layout.numel], (Kind::Float, Device::Cpu))?;
         for spec in &layout.specs {
-            let values = from.tensor(&spec.name)?;
-            let values = match dtype {
-                Some(kind) => values.f_to_kind(kind)?,
-                None => values,
-            };
-            flat.f_narrow(0, spec.offset, spec.numel())?.f_copy_(&values.f_view([-1])?)?;
+            flat.f_narrow(0, spec.offset, spec.numel())?.f_copy_(&tensor(spec)?.f_view([-1])?)?;
         }
         Ok(flat)
     };
-    let params = Sharded::on_demand(layouts(shape), Kind::Float, device, load);
+    let params = Sharded::on_demand(groups, Kind::Float, device, load);
     let mut model = Llama::new(shape.clone(), params);
     let time = TOKENS.min(shape.max_position_embeddings);
     let ids: Vec<i64> = (0..time).map(|i| (i + 1) * 7919 % shape.vocab_size).collect();

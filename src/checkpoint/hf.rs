@@ -199,7 +199,7 @@ pub struct Export<'a> {
 /// All ranks fail together.
 pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: &Group) -> Result<()> {
     let writes = world.rank() == 0;
-    let specs = (0..params.len()).flat_map(|i| &params.layout(i).specs);
+    let specs = (0..params.len()).flat_map(|i| &params.plan(i).layout.specs);
     let entry = |s: &Spec| Entry { name: s.name.clone(), kind: how.dtype, shape: s.shape.clone() };
     let plan = plan(specs.map(entry), how.max_shard_size);
     let started = match writes {
@@ -219,10 +219,12 @@ pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: 
         if params.replica_group().rank() != 0 {
             break;
         }
-        let flat = params.gather_master(i)?;
-        if let (Some(output), Ok(())) = (&mut output, &status) {
-            status = params.layout(i).specs.iter().try_for_each(|spec| output.write(&spec.view(&flat)));
-        }
+        params.gather_tensors(i, |_, value| {
+            if let (Some(output), Ok(())) = (&mut output, &status) {
+                status = output.write(&value);
+            }
+            Ok(())
+        })?;
     }
     drop(output);
     let status = status.and_then(|()| folder.map_or(Ok(()), AtomicFolder::commit));

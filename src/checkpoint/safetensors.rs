@@ -63,6 +63,18 @@ impl Reader {
         Ok(Reader { path: path.to_path_buf(), file, data, header })
     }
 
+    /// Name, dtype, shape and bytes of every tensor, of any dtype, in the order of the data.
+    pub fn tensors(&self) -> Vec<(String, Dtype, Vec<usize>, u64)> {
+        let names = self.header.offset_keys().into_iter();
+        names
+            .filter_map(|name| {
+                let info = self.header.info(&name)?;
+                let bytes = (info.data_offsets.1 - info.data_offsets.0) as u64;
+                Some((name, info.dtype, info.shape.clone(), bytes))
+            })
+            .collect()
+    }
+
     /// The text that the file carries beside its tensors.
     pub fn metadata(&self) -> HashMap<String, String> {
         self.header.metadata().clone().unwrap_or_default()

@@ -17,7 +17,8 @@ use super::agree::agree;
 use super::hf::write_tokenizer;
 use super::safetensors::{Entry, Writer};
 use super::sharded::{
-    FileMeta, GroupMeta, META, Meta, PARTS, checkpoints_dir, list, shard_name, step_name, tensor_name,
+    BaseMeta, FileMeta, GroupMeta, META, Meta, PARTS, checkpoints_dir, list, shard_name, step_name,
+    tensor_name,
 };
 use crate::config::shape::Shape;
 use crate::data::tokenizer::Tokenizer;
@@ -32,6 +33,8 @@ pub struct RunInfo {
     pub shape: Shape,
     /// Hash of the resolved configuration.
     pub config_hash: String,
+    /// Where what is not trained comes from; none where all is trained.
+    pub base: Option<BaseMeta>,
     /// Whose files every checkpoint gets.
     pub tokenizer: Option<Tokenizer>,
 }
@@ -127,6 +130,11 @@ impl Saver {
         self.failed_saves
     }
 
+    /// What is not trained comes from there.
+    pub fn set_base(&mut self, base: BaseMeta) {
+        self.run.base = Some(base);
+    }
+
     /// The checkpoint of `step` stays besides the newest, until another is the best.
     pub fn keep_best(&mut self, step: u64) {
         self.best = Some(step);
@@ -160,6 +168,7 @@ impl Saver {
             groups: (0..params.len()).map(|i| GroupMeta::of(params.layout(i))).collect(),
             slices: Vec::new(),
             files: Vec::new(),
+            base: self.run.base.clone(),
             state,
         };
         self.pending = Some(Pending { meta, rank, size, slices: writes.then_some(slices), job, started });

@@ -9,6 +9,8 @@
 //! Tensors are found by name and element range, so that a checkpoint loads at any world size, bit by bit the same. The
 //! folder is on a file system that all nodes share.
 
+use std::cell::RefCell;
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,10 +23,12 @@ use super::agree::agree_over;
 use super::grow::{grown, stored};
 use super::safetensors::Reader;
 use super::source::{Block, Order, Source, TensorFile, View};
+use super::weights::Weights;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::{Layout, Sharded, Slice, Spec};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::files::{crc32, read_error};
+use crate::model::Trainable;
 use crate::optim::AdamW;
 
 /// What is kept of every element.
@@ -54,8 +58,19 @@ pub struct Meta {
     /// First element and length of each shard rank's slice of each group: `[rank][group]`.
     pub slices: Vec<Vec<(i64, i64)>>,
     pub files: Vec<FileMeta>,
+    /// Where what was not trained comes from; none where all was trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<BaseMeta>,
     /// What the trainer gave: data position, counters, randomness.
     pub state: Value,
+}
+
+/// The model that a run began with, of which a part was not trained.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BaseMeta {
+    /// Its path, or its hub id.
+    pub path: String,
+    pub trainable: Trainable,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -192,6 +207,13 @@ fn step_of(path: &Path) -> Option<u64> {
     path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
 }
 
+/// Reads and checks a checkpoint's `meta.json`, and no other file.
+pub fn read_meta(dir: &Path) -> Result<Meta> {
+    let path = dir.join(META);
+    let text = fs::read_to_string(&path).map_err(|e| read_error(&path, &e))?;
+    Meta::parse(&text).map_err(|e| Error::data(format!("{}: {e}", path.display())))
+}
+
 /// The newest checkpoint of a run, none where there is none.
 ///
 /// Folders get their name when they are complete. So a newest one that is damaged is an error (kind Data), which names
@@ -225,9 +247,7 @@ impl Checkpoint {
     }
 
     fn open_alone(dir: &Path) -> Result<Checkpoint> {
-        let path = dir.join(META);
-        let text = fs::read_to_string(&path).map_err(|e| read_error(&path, &e))?;
-        let meta = Meta::parse(&text).map_err(|e| Error::data(format!("{}: {e}", path.display())))?;
+        let meta = read_meta(dir)?;
         for file in &meta.files {
             let path = dir.join(&file.name);
             let bytes = fs::metadata(&path).map_err(|e| read_error(&path, &e))?.len();
@@ -265,8 +285,13 @@ impl Checkpoint {
     }
 
     /// Sets the parameters only: to start another run, or to use the model. Their vocabulary may be larger than the
-    /// checkpoint's (see [`super::grow`]).
+    /// checkpoint's (see [`super::grow`]). What the run did not train comes from the model that it began with.
     pub fn fill_weights(&self, params: &mut Sharded) -> Result<()> {
+        if let Some(base) = &self.meta.base {
+            let model = Weights::open(Path::new(&base.path))
+                .with_context(|| format!("the model that {} was trained from", self.dir.display()))?;
+            model.fill(params)?;
+        }
         let mine = self.read(params, None).map_err(|e| with_advice(&self.dir, e));
         agree_over(params, mine)
     }
@@ -297,21 +322,26 @@ impl Checkpoint {
     }
 
     fn read(&self, params: &mut Sharded, optim: Option<&mut AdamW>) -> Result<()> {
+        let shards = Shards { checkpoint: self, open: RefCell::default() };
         // A run that goes on must be as it was.
         let rows = if optim.is_some() { i64::MAX } else { self.meta.shape.vocab_size };
-        self.check_tensors(params, rows)?;
-        let shards = self.open_shards(params, rows)?;
-        let read =
-            |spec: &Spec, first, values: &Tensor| self.read_range(&shards, PARTS[0], spec, first, values);
-        params.fill(grown(rows, read))?;
-        let Some(optim) = optim else { return Ok(()) };
+        let mut read =
+            grown(rows, |spec: &Spec, first, values: &Tensor| shards.read(PARTS[0], spec, first, values));
+        let Some(optim) = optim else {
+            let all = (0..params.len()).flat_map(|i| params.plan(i).tensors());
+            self.check_tensors(all, rows, self.meta.base.is_none())?;
+            return params.fill_where(|spec| self.places.contains_key(&spec.name), true, &mut read);
+        };
+        let trained = (0..params.len()).flat_map(|i| params.layout(i).specs.clone());
+        self.check_tensors(trained, rows, true)?;
+        params.fill_trained(&mut read)?;
         for i in 0..params.len() {
             let slice = params.slice(i);
             for (part, moments) in [(PARTS[1], &optim.exp_avg[i]), (PARTS[2], &optim.exp_avg_sq[i])] {
                 for spec in &params.layout(i).specs {
                     if let Some((first, len)) = overlap(slice, spec) {
                         let values = moments.f_narrow(0, first - slice.start, len)?;
-                        self.read_range(&shards, part, spec, first - spec.offset, &values)?;
+                        shards.read(part, spec, first - spec.offset, &values)?;
                     }
                 }
             }
@@ -319,21 +349,24 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Refuses parameters that are others than the checkpoint's, but for rows beyond a vocabulary of `rows`.
-    fn check_tensors(&self, params: &Sharded, rows: i64) -> Result<()> {
+    /// Refuses tensors that are others than the checkpoint's, but for rows beyond a vocabulary of `rows`. Unless they must be
+    /// `all` there, the checkpoint may lack some.
+    fn check_tensors(&self, specs: impl Iterator<Item = Spec>, rows: i64, all: bool) -> Result<()> {
         let mut missing: BTreeSet<&String> = self.places.keys().collect();
         let mut wrong = Vec::new();
-        for spec in (0..params.len()).flat_map(|i| &params.layout(i).specs) {
+        for spec in specs {
             missing.remove(&spec.name);
             match self.places.get(&spec.name) {
-                None => wrong.push(format!("`{}` is not in the checkpoint", spec.name)),
-                Some((_, _, shape)) if *shape != stored(spec, rows).unwrap_or_else(|| spec.clone()).shape => {
+                None if all => wrong.push(format!("`{}` is not in the checkpoint", spec.name)),
+                Some((_, _, shape))
+                    if *shape != stored(&spec, rows).unwrap_or_else(|| spec.clone()).shape =>
+                {
                     wrong.push(format!(
                         "`{}` is {shape:?} in the checkpoint, {:?} in the model",
                         spec.name, spec.shape
                     ))
                 }
-                Some(_) => {}
+                _ => {}
             }
         }
         wrong.extend(missing.iter().map(|name| format!("`{name}` is not in the model")));
@@ -343,26 +376,6 @@ impl Checkpoint {
         let more = if wrong.len() > 5 { format!("; and {} more", wrong.len() - 5) } else { String::new() };
         wrong.truncate(5);
         Err(Error::data(format!("{}: another model: {}{more}", self.dir.display(), wrong.join("; "))))
-    }
-
-    /// Opens the shards that this rank's slices lie in, and checks their contents. New rows beyond a vocabulary of `rows`
-    /// are made of all that are there.
-    fn open_shards(&self, params: &Sharded, rows: i64) -> Result<BTreeMap<usize, Reader>> {
-        let mut needed = BTreeSet::new();
-        for i in 0..params.len() {
-            for spec in &params.layout(i).specs {
-                if let Some((first, len)) = overlap(params.slice(i), spec) {
-                    let (group, offset, _) = &self.places[&spec.name];
-                    let (mut first, mut len) = (first - spec.offset, len);
-                    if let Some(stored) = stored(spec, rows).filter(|s| first + len > s.numel()) {
-                        (first, len) = (0, stored.numel());
-                    }
-                    let pieces = pieces(self.slices(*group), offset + first, len);
-                    needed.extend(pieces.iter().map(|p| p.rank));
-                }
-            }
-        }
-        needed.into_iter().map(|rank| Ok((rank, self.open_shard(rank)?))).collect()
     }
 
     fn open_shard(&self, rank: usize) -> Result<Reader> {
@@ -385,20 +398,25 @@ impl Checkpoint {
     fn slices(&self, group: usize) -> impl Iterator<Item = Slice> {
         self.meta.slices.iter().map(move |rank| Slice { start: rank[group].0, len: rank[group].1 })
     }
+}
 
+/// The shards of a checkpoint; each is opened, and its contents checked, when something of it is asked for.
+struct Shards<'a> {
+    checkpoint: &'a Checkpoint,
+    open: RefCell<BTreeMap<usize, Reader>>,
+}
+
+impl Shards<'_> {
     /// Fills `values` with elements `first..` of a tensor.
-    fn read_range(
-        &self,
-        shards: &BTreeMap<usize, Reader>,
-        part: &str,
-        spec: &Spec,
-        first: i64,
-        values: &Tensor,
-    ) -> Result<()> {
-        let (group, offset, _) = &self.places[&spec.name];
-        let name = tensor_name(&self.meta.groups[*group].name, part);
-        for piece in pieces(self.slices(*group), offset + first, values.numel() as i64) {
-            shards[&piece.rank].read(&name, piece.from, &values.f_narrow(0, piece.to, piece.len)?)?;
+    fn read(&self, part: &str, spec: &Spec, first: i64, values: &Tensor) -> Result<()> {
+        let (group, offset, _) = &self.checkpoint.places[&spec.name];
+        let name = tensor_name(&self.checkpoint.meta.groups[*group].name, part);
+        let mut open = self.open.borrow_mut();
+        for piece in pieces(self.checkpoint.slices(*group), offset + first, values.numel() as i64) {
+            if let Entry::Vacant(place) = open.entry(piece.rank) {
+                place.insert(self.checkpoint.open_shard(piece.rank)?);
+            }
+            open[&piece.rank].read(&name, piece.from, &values.f_narrow(0, piece.to, piece.len)?)?;
         }
         Ok(())
     }

@@ -211,6 +211,18 @@ impl Source {
         Ok(Source { files: self.files, views, unusable: HashMap::new() })
     }
 
+    /// The same tensors, but for those that `over` has too: they are its.
+    pub fn overlaid(mut self, over: Source) -> Source {
+        let before = self.files.len();
+        self.files.extend(over.files);
+        for (name, mut view) in over.views {
+            view.blocks.iter_mut().for_each(|b| b.file += before);
+            self.unusable.remove(&name);
+            self.views.insert(name, view);
+        }
+        self
+    }
+
     /// The names of all tensors, usable or not.
     pub fn names(&self) -> impl Iterator<Item = &String> {
         self.views.keys().chain(self.unusable.keys())

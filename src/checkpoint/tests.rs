@@ -163,7 +163,12 @@ fn tokenizer(name: &str) -> Tokenizer {
 }
 
 fn run_info(shape: &Shape) -> RunInfo {
-    RunInfo { shape: shape.clone(), config_hash: "abc".into(), tokenizer: Some(tokenizer("llama2")) }
+    RunInfo {
+        shape: shape.clone(),
+        config_hash: "abc".into(),
+        base: None,
+        tokenizer: Some(tokenizer("llama2")),
+    }
 }
 
 /// Saves the state of [`trained`] on `n` ranks as each of `steps`.

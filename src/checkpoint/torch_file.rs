@@ -98,6 +98,14 @@ impl Reader {
         Ok(Reader { path: path.to_path_buf(), file, names, places })
     }
 
+    /// Name, dtype and shape of every tensor, of any dtype, in the file's order.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, Kind, &[i64])> {
+        self.names.iter().map(|name| {
+            let place = &self.places[name];
+            (name.as_str(), place.kind, place.shape.as_slice())
+        })
+    }
+
     fn place(&self, name: &str) -> Result<&Place> {
         self.places
             .get(name)

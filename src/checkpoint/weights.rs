@@ -4,18 +4,22 @@ use std::path::{Path, PathBuf};
 
 use super::hf::HfModel;
 use super::meta::{MetaModel, PARAMS};
+use super::peft::{self, PeftAdapter};
 use super::sharded::{Checkpoint, META, checkpoints_dir, latest};
 use super::source::Source;
 use crate::config::shape::Shape;
 use crate::data::tokenizer::folder_has_tokenizer;
 use crate::distributed::sharded::Sharded;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
+use crate::model::Trainable;
 
 /// A model on disk, found by its path.
 pub enum Weights {
     Hf(HfModel),
     Meta(MetaModel),
-    Checkpoint(Checkpoint),
+    /// An adapter, and the model that it is for.
+    Adapter(PeftAdapter, Box<Weights>),
+    Checkpoint(Box<Checkpoint>),
 }
 
 impl Weights {
@@ -29,9 +33,16 @@ impl Weights {
         };
         let path = found.as_path();
         if path.join(META).is_file() {
-            return Ok(Weights::Checkpoint(Checkpoint::open(path)?));
+            return Ok(Weights::Checkpoint(Box::new(Checkpoint::open(path)?)));
         }
         for dir in [path.to_path_buf(), path.join("model")] {
+            if dir.join(peft::CONFIG).is_file() {
+                let adapter = PeftAdapter::open(&dir)?;
+                let base = adapter.base()?;
+                let base = Weights::open(&base)
+                    .with_context(|| format!("the model of the adapter {}", dir.display()))?;
+                return Weights::adapted(base, adapter);
+            }
             if dir.join("config.json").is_file() {
                 return Ok(Weights::Hf(HfModel::load(&dir)?));
             }
@@ -39,7 +50,7 @@ impl Weights {
         if checkpoints_dir(path).is_dir()
             && let Some(checkpoint) = latest(path)?
         {
-            return Ok(Weights::Checkpoint(checkpoint));
+            return Ok(Weights::Checkpoint(Box::new(checkpoint)));
         }
         if path.join(PARAMS).is_file() {
             return Ok(Weights::Meta(MetaModel::load(path)?));
@@ -51,10 +62,35 @@ impl Weights {
         )))
     }
 
+    /// A model with an adapter, which must fit it.
+    pub fn adapted(base: Weights, adapter: PeftAdapter) -> Result<Weights> {
+        if base.lora().is_some() {
+            return Err(Error::data(format!(
+                "{} is an adapter for {}, which is itself a model with an adapter; merge that first (corral merge)",
+                adapter.dir().display(),
+                base.dir().display()
+            )));
+        }
+        adapter.check(base.shape())?;
+        Ok(Weights::Adapter(adapter, Box::new(base)))
+    }
+
+    /// The adapters that the model has besides its own tensors, if any, and how its weights were kept in training.
+    pub fn lora(&self) -> Option<&Trainable> {
+        match self {
+            Weights::Hf(_) | Weights::Meta(_) => None,
+            Weights::Adapter(adapter, _) => Some(adapter.trainable()),
+            Weights::Checkpoint(checkpoint) => {
+                checkpoint.meta().base.as_ref().map(|b| &b.trainable).filter(|t| t.lora.is_some())
+            }
+        }
+    }
+
     pub fn shape(&self) -> &Shape {
         match self {
             Weights::Hf(model) => model.shape(),
             Weights::Meta(model) => model.shape(),
+            Weights::Adapter(_, base) => base.shape(),
             Weights::Checkpoint(checkpoint) => &checkpoint.meta().shape,
         }
     }
@@ -64,6 +100,7 @@ impl Weights {
         match self {
             Weights::Hf(model) => model.dir(),
             Weights::Meta(model) => model.dir(),
+            Weights::Adapter(adapter, _) => adapter.dir(),
             Weights::Checkpoint(checkpoint) => checkpoint.dir(),
         }
     }
@@ -71,14 +108,23 @@ impl Weights {
     /// The folder with the model's tokenizer, if it has one.
     pub fn tokenizer_dir(&self) -> Option<PathBuf> {
         let dir = self.dir();
-        folder_has_tokenizer(dir).then(|| dir.to_path_buf())
+        match self {
+            _ if folder_has_tokenizer(dir) => Some(dir.to_path_buf()),
+            Weights::Adapter(_, base) => base.tokenizer_dir(),
+            _ => None,
+        }
     }
 
-    /// Fills the parameters, each rank its own slices. Collective over the ranks that hold them.
+    /// Fills the parameters, each rank its own slices; adapters, where the parameters have any, only from a model that has
+    /// them too. Collective over the ranks that hold them.
     pub fn fill(&self, params: &mut Sharded) -> Result<()> {
         match self {
             Weights::Hf(model) => model.source().fill(params),
             Weights::Meta(model) => model.source().fill(params),
+            Weights::Adapter(adapter, base) => {
+                base.fill(params)?;
+                adapter.fill(params)
+            }
             Weights::Checkpoint(checkpoint) => checkpoint.fill_weights(params),
         }
     }
@@ -88,13 +134,31 @@ impl Weights {
         match self {
             Weights::Hf(model) => Ok(model.into_source()),
             Weights::Meta(model) => Ok(model.into_source()),
-            Weights::Checkpoint(checkpoint) => checkpoint.source(),
+            Weights::Adapter(adapter, base) => Err(with_adapter(adapter.dir(), base.dir())),
+            Weights::Checkpoint(checkpoint) => match &checkpoint.meta().base {
+                None => checkpoint.source(),
+                Some(base) if base.trainable.lora.is_some() => {
+                    Err(with_adapter(checkpoint.dir(), Path::new(&base.path)))
+                }
+                // What was not trained is the base's.
+                Some(base) => {
+                    Ok(Weights::open(Path::new(&base.path))?.into_source()?.overlaid(checkpoint.source()?))
+                }
+            },
         }
     }
 }
 
+fn with_adapter(adapter: &Path, base: &Path) -> Error {
+    Error::config(format!(
+        "{} is an adapter for {} and no model by itself: merge them first (corral merge)",
+        adapter.display(),
+        base.display()
+    ))
+}
+
 /// The folder of a hub id (`owner/name`) in Hugging Face's local cache. Nothing is downloaded.
-fn in_hub_cache(path: &Path) -> Result<PathBuf> {
+pub fn in_hub_cache(path: &Path) -> Result<PathBuf> {
     let text = path.to_string_lossy();
     let part = |s: &str| !s.is_empty() && s.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
     let Some((owner, name)) = text

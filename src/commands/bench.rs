@@ -1,5 +1,7 @@
 //! `corral bench`: measurements as JSON lines, one object each.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Subcommand;
@@ -15,12 +17,15 @@ use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::sharded::shard_groups;
 use crate::distributed::world::World;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::generate::engine::{self, Options, Request};
 use crate::generate::sampler::Sampling;
 use crate::model::{Input, Llama, init, layout};
 use crate::optim::{AdamW, Hyper};
-use crate::telemetry;
+use crate::{telemetry, warn};
+
+mod checkpoint;
+mod data;
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -30,6 +35,10 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Collectives of this world, by size
     Collectives(CollectivesArgs),
+    /// What saving costs a training run, and how long a checkpoint takes to load; under `launch`, sharded
+    Checkpoint(checkpoint::Args),
+    /// Training a tokenizer, tokenizing, and reading the shards
+    Data(data::Args),
 }
 
 /// A preset's shape.
@@ -39,19 +48,14 @@ pub fn shape(preset: &str) -> Result<Shape> {
     })
 }
 
+/// What is trained.
 #[derive(Debug, clap::Args)]
-pub struct TrainArgs {
+pub struct Workload {
     /// llama-15m, llama-42m, llama-110m or llama-1b
     #[arg(long, default_value = "llama-15m")]
     pub preset: String,
     #[arg(long, value_enum, default_value = "float32")]
     pub precision: Compute,
-    /// Steps that are measured
-    #[arg(long, default_value_t = 12)]
-    pub steps: usize,
-    /// Steps before
-    #[arg(long, default_value_t = 3)]
-    pub warmup: usize,
     /// Sequences a step over all ranks [default: the preset's]
     #[arg(long)]
     pub batch_size: Option<i64>,
@@ -65,6 +69,18 @@ pub struct TrainArgs {
     pub recompute: Recompute,
     #[arg(long, value_enum, default_value = "full")]
     pub mode: Mode,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    pub workload: Workload,
+    /// Steps that are measured
+    #[arg(long, default_value_t = 12)]
+    pub steps: usize,
+    /// Steps before
+    #[arg(long, default_value_t = 3)]
+    pub warmup: usize,
 }
 
 #[derive(Debug, clap::Args)]
@@ -101,6 +117,8 @@ pub fn run(command: Command, global: &Global) -> Result<()> {
         Command::Train(args) => train(&args, &world),
         Command::Generate(args) => generate(&args, &world),
         Command::Collectives(args) => collectives(&args, &world),
+        Command::Checkpoint(args) => checkpoint::run(&args, &world),
+        Command::Data(args) => data::run(&args, &world),
     }
 }
 
@@ -114,73 +132,95 @@ fn default_batch(preset: &str) -> (i64, i64) {
     }
 }
 
+/// A model in training on random tokens.
+struct Training {
+    shape: Shape,
+    model: Llama,
+    optimizer: AdamW,
+    recompute: Recompute,
+    /// Sequences a step of this rank, and at once; tokens of a sequence.
+    rows: i64,
+    micro: i64,
+    length: i64,
+    /// Tokens a step over all ranks.
+    count: f64,
+}
+
+impl Training {
+    fn new(args: &Workload, world: &World) -> Result<Training> {
+        let shape = shape(&args.preset)?;
+        let (batch, length) = default_batch(&args.preset);
+        let (batch, length) = (args.batch_size.unwrap_or(batch), args.sequence_length.unwrap_or(length));
+        let rows = batch / world.world_size;
+        let micro = args.micro_batch_size.unwrap_or(rows);
+        if rows < 1 || batch % world.world_size != 0 || micro < 1 || rows % micro != 0 {
+            return Err(Error::config(format!(
+                "--batch-size {batch} does not divide into {} ranks and micro-batches of {micro}",
+                world.world_size
+            )));
+        }
+        if !(1..=shape.max_position_embeddings).contains(&length) {
+            let most = shape.max_position_embeddings;
+            return Err(Error::config(format!("--sequence-length must be from 1 to {most}")));
+        }
+        let (shard, replica) = shard_groups(args.mode, world);
+        let kind = compute_kind(args.precision);
+        let mut params = Sharded::new(layout::layouts(&shape), shard, replica, kind, world.device);
+        init::init(&mut params, &shape, 0)?;
+        let model = Llama::new(shape.clone(), params);
+        let hyper = Hyper { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 };
+        let optimizer = AdamW::new(&model.params, hyper);
+        tch::manual_seed(1 + world.rank);
+        let count = (batch * length) as f64;
+        Ok(Training { shape, model, optimizer, recompute: args.recompute, rows, micro, length, count })
+    }
+
+    /// Seconds of a step, and its loss.
+    fn step(&mut self, world: &World) -> Result<(f64, f64)> {
+        let random = |_| {
+            let size = [self.micro, self.length + 1];
+            let tokens = Tensor::randint_low(3, self.shape.vocab_size, size, (Kind::Int64, tch::Device::Cpu));
+            MicroBatch {
+                input: Input::new(tokens.narrow(1, 0, self.length).contiguous()),
+                labels: tokens.narrow(1, 1, self.length).contiguous().view([-1]),
+            }
+        };
+        let batches: Vec<MicroBatch> = (0..self.rows / self.micro).map(random).collect();
+        let begun = Instant::now();
+        let sums = accumulate_gradients(&mut self.model, &batches, self.count, self.recompute)?;
+        let (model, optimizer) = (&mut self.model, &mut self.optimizer);
+        let update = apply_gradients(model, optimizer, world, sums, self.count, 3e-4, 1.0)?;
+        world.synchronize()?;
+        if update.skipped {
+            return Err(Error::failed("a step was not finite: there is nothing to measure"));
+        }
+        Ok((begun.elapsed().as_secs_f64(), update.loss))
+    }
+}
+
 fn train(args: &TrainArgs, world: &World) -> Result<()> {
-    let shape = shape(&args.preset)?;
-    let (batch, length) = default_batch(&args.preset);
-    let (batch, length) = (args.batch_size.unwrap_or(batch), args.sequence_length.unwrap_or(length));
-    let rows = batch / world.world_size;
-    let micro = args.micro_batch_size.unwrap_or(rows);
-    if rows < 1 || batch % world.world_size != 0 || micro < 1 || rows % micro != 0 {
-        return Err(Error::config(format!(
-            "--batch-size {batch} does not divide into {} ranks and micro-batches of {micro}",
-            world.world_size
-        )));
-    }
-    if !(1..=shape.max_position_embeddings).contains(&length) {
-        let most = shape.max_position_embeddings;
-        return Err(Error::config(format!("--sequence-length must be from 1 to {most}")));
-    }
     if args.steps == 0 {
         return Err(Error::config("--steps must be at least 1"));
     }
-    let kind = compute_kind(args.precision);
-    let (shard, replica) = shard_groups(args.mode, world);
-    let mut params = Sharded::new(layout::layouts(&shape), shard, replica, kind, world.device);
-    init::init(&mut params, &shape, 0)?;
-    let mut model = Llama::new(shape.clone(), params);
-    let hyper = Hyper { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 };
-    let mut optimizer = AdamW::new(&model.params, hyper);
-
-    tch::manual_seed(1 + world.rank);
-    let count = (batch * length) as f64;
+    let workload = &args.workload;
+    let mut training = Training::new(workload, world)?;
     let (mut seconds, mut first_step_s, mut loss) = (Vec::new(), 0.0, 0.0);
     for step in 0..args.warmup + args.steps {
-        let batches: Vec<MicroBatch> = (0..rows / micro)
-            .map(|_| {
-                let tokens = Tensor::randint_low(
-                    3,
-                    shape.vocab_size,
-                    [micro, length + 1],
-                    (Kind::Int64, tch::Device::Cpu),
-                );
-                MicroBatch {
-                    input: Input::new(tokens.narrow(1, 0, length).contiguous()),
-                    labels: tokens.narrow(1, 1, length).contiguous().view([-1]),
-                }
-            })
-            .collect();
-        let begun = Instant::now();
-        let sums = accumulate_gradients(&mut model, &batches, count, args.recompute)?;
-        let update = apply_gradients(&mut model, &mut optimizer, world, sums, count, 3e-4, 1.0)?;
-        world.synchronize()?;
-        if update.skipped {
-            return Err(Error::failed(format!(
-                "step {} was not finite: there is nothing to measure",
-                step + 1
-            )));
-        }
+        let (step_s, step_loss) = training.step(world)?;
         if step == 0 {
             first_step_s = telemetry::since_process_start_s();
         }
         if step >= args.warmup {
-            seconds.push(begun.elapsed().as_secs_f64());
+            seconds.push(step_s);
         }
-        loss = update.loss;
+        loss = step_loss;
     }
     let peak = world.group.combine(&[world.peak_bytes()? as f64], ReduceOp::Max)?[0];
     if world.rank != 0 {
         return Ok(());
     }
+    let Training { shape, rows, micro, length, count, .. } = training;
+    let kind = compute_kind(workload.precision);
     let step_s = median(&mut seconds);
     let tokens_per_s = count / step_s;
     let matmul = matmul_flops_per_s(micro * length, &shape, kind, world.device);
@@ -190,11 +230,12 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
     println!(
         "{}",
         json!({
-            "bench": "train", "preset": args.preset, "params": shape.num_parameters(),
-            "precision": args.precision, "world_size": world.world_size,
-            "mode": args.mode,
-            "recompute": args.recompute,
-            "batch_size": batch, "micro_batch_size": micro, "sequence_length": length, "steps": args.steps,
+            "bench": "train", "preset": workload.preset, "params": shape.num_parameters(),
+            "precision": workload.precision, "world_size": world.world_size,
+            "mode": workload.mode,
+            "recompute": workload.recompute,
+            "batch_size": rows * world.world_size, "micro_batch_size": micro, "sequence_length": length,
+            "steps": args.steps,
             "tokens_per_s": tokens_per_s, "step_s": step_s,
             "first_step_s": first_step_s, "peak_bytes": peak as u64, "last_loss": loss,
             "matmul_gflops": matmul / 1e9, "matmul_share": share, "mfu": mfu,
@@ -325,4 +366,26 @@ fn collectives(args: &CollectivesArgs, world: &World) -> Result<()> {
         mib *= 4;
     }
     Ok(())
+}
+
+/// A folder for what a measurement writes, removed at the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    /// `parent/bench-ID`.
+    fn create(parent: &Path, id: u32) -> Result<Scratch> {
+        let path = parent.join(format!("bench-{id}"));
+        fs::create_dir_all(parent)
+            .and_then(|()| fs::create_dir(&path))
+            .context(format!("cannot make the folder {}", path.display()))?;
+        Ok(Scratch(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(e) = fs::remove_dir_all(&self.0) {
+            warn!("{} could not be removed: {e}", self.0.display());
+        }
+    }
 }

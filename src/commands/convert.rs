@@ -44,10 +44,20 @@ enum Format {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Dtype {
+pub enum Dtype {
     Float32,
     Bfloat16,
     Float16,
+}
+
+impl Dtype {
+    pub fn kind(self) -> Kind {
+        match self {
+            Dtype::Float32 => Kind::Float,
+            Dtype::Bfloat16 => Kind::BFloat16,
+            Dtype::Float16 => Kind::Half,
+        }
+    }
 }
 
 pub fn run(args: Args, device: Device) -> Result<()> {
@@ -65,12 +75,8 @@ pub fn run(args: Args, device: Device) -> Result<()> {
         (Format::Hf, None, most) => Target::Hf { max_shard_size: most.unwrap_or(5_000_000_000) },
         (Format::Meta, parts, None) => Target::Meta { parts: parts.unwrap_or(1) },
     };
-    let dtype = args.dtype.map(|dtype| match dtype {
-        Dtype::Float32 => Kind::Float,
-        Dtype::Bfloat16 => Kind::BFloat16,
-        Dtype::Float16 => Kind::Half,
-    });
-    let conversion = Conversion::new(Weights::open(&args.from)?, target, dtype, device)?;
+    let conversion =
+        Conversion::new(Weights::open(&args.from)?, target, args.dtype.map(Dtype::kind), device)?;
     let (total, done) = (2 * conversion.bytes()?, Arc::default());
     let report = super::with_bytes_bar("converting", total, &done, || conversion.write(&args.to, &done))?;
     println!(
@@ -102,7 +108,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
 }
 
 /// Bytes: a number, with B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024).
-fn parse_size(text: &str) -> Result<u64, String> {
+pub fn parse_size(text: &str) -> Result<u64, String> {
     let unit_at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(unit_at);
     let factor = match unit.trim().to_ascii_lowercase().as_str() {

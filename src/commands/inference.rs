@@ -16,7 +16,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
-use crate::model::{Llama, layout};
+use crate::model::{Llama, Trainable};
 use crate::{detail, telemetry};
 
 /// How long ranks wait for each other: longer than any of them reads weights, or computes between two exchanges.
@@ -24,7 +24,7 @@ const TIMEOUT: Duration = Duration::from_secs(1800);
 
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
-    /// The model: a Hugging Face folder, a run's folder, or a checkpoint
+    /// The model: a Hugging Face folder, an adapter, a run's folder, or a checkpoint
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
     /// What to compute in [default: float32 on a CPU, bfloat16 on a GPU]
@@ -130,7 +130,11 @@ impl Opened {
         };
         let (shard, replica) = shard_groups(mode, world);
         let shape = self.shape().clone();
-        let mut params = Sharded::new(layout::layouts(&shape), shard, replica, compute, world.device);
+        let plans = match self.weights.lora() {
+            Some(trainable) => trainable.plans_for_inference(&shape)?,
+            None => Trainable::default().plans_for_inference(&shape)?,
+        };
+        let mut params = Sharded::new(plans, shard, replica, compute, world.device);
         self.weights.fill(&mut params)?;
         Ok(Llama::new(shape, params))
     }

@@ -21,6 +21,8 @@ pub mod data;
 pub mod eval;
 pub mod generate;
 mod inference;
+pub mod inspect;
+pub mod merge;
 pub mod score;
 pub mod tokenize;
 pub mod tokenizer;

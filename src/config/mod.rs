@@ -11,6 +11,7 @@ pub mod sft;
 pub mod shape;
 #[cfg(test)]
 mod tests;
+pub mod trainable;
 mod yaml;
 
 use std::path::Path;
@@ -56,6 +57,7 @@ fn default_recipe(subcommand: &str) -> Option<(&'static str, &'static str)> {
         "pretrain" => {
             Some(("configs/pretrain/default.yaml", include_str!("../../configs/pretrain/default.yaml")))
         }
+        "sft" => Some(("configs/sft/default.yaml", include_str!("../../configs/sft/default.yaml"))),
         _ => None,
     }
 }

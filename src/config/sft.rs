@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::numbers::{count, not_negative, positive};
 use super::pretrain::Model;
 use super::sections::{Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Tokenizer, Train};
+use super::trainable::{self, Freeze, Lora};
 use super::{Algorithm, Conflict};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,6 +30,11 @@ pub struct Sft {
     pub optim: Optim,
     #[serde(default)]
     pub schedule: Schedule,
+    #[serde(default)]
+    pub freeze: Freeze,
+    /// Adapters; without them the model itself is trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Lora>,
     pub train: Train,
     #[serde(default)]
     pub checkpoint: Checkpoint,
@@ -192,6 +198,7 @@ impl Algorithm for Sft {
         }
         self.train
             .conflict(world_size)
+            .or_else(|| trainable::conflict(&self.freeze, self.lora.as_ref()))
             .or_else(|| self.schedule.conflict(&self.train))
             .or_else(|| self.parallel.conflict())
             .or_else(|| self.tokenizer.as_ref()?.conflict())

@@ -2,5 +2,7 @@
 
 pub mod environment;
 pub mod exchange;
+pub mod frozen;
+pub mod plan;
 pub mod sharded;
 pub mod world;

@@ -5,6 +5,9 @@
 //! master values (float32; float64 in float64 compute) and of their gradients. Before use the slices are gathered in
 //! the compute dtype, after use they are dropped; gradients are reduced and scattered back into slices.
 //!
+//! What of a group is not trained lies in a flat buffer of its own ([`super::frozen`]), sliced and gathered alike. A
+//! group's adapters (LoRA) are tensors like others, besides those of the model.
+//!
 //! Two process groups say what is done: slices lie over `shard` (ZeRO-3: all ranks; DDP: a group of one), and the
 //! slices' gradients are summed over `replica` (ZeRO-3: a group of one; DDP: all ranks). A group of one sends
 //! nothing, so one rank alone runs the same code on its own buffers, without copies.
@@ -13,8 +16,10 @@ use kernels::c10d::{Group, ReduceOp, Work};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::sections::Mode;
+use crate::distributed::frozen::{Frozen, Value};
+use crate::distributed::plan::{Home, Piece, Placed, Plan, is_adapter};
 use crate::distributed::world::World;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A tensor's place in its group's flat buffer.
 #[derive(Debug, Clone, PartialEq)]
@@ -66,6 +71,13 @@ impl Layout {
     }
 }
 
+/// All values of a group in the compute dtype: of what is trained, T `[numel + padding]`, and of what is frozen, in
+/// bytes; none where there is nothing of it.
+pub struct Full {
+    trained: Option<Tensor>,
+    frozen: Option<Tensor>,
+}
+
 /// A slice of a group: which elements of its flat buffer this rank owns (padding excluded).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slice {
@@ -74,6 +86,12 @@ pub struct Slice {
 }
 
 struct FlatGroup {
+    plan: Plan,
+    /// Of the plan's tensors, and of A and B of each adapter.
+    homes: Vec<Home>,
+    adapter_homes: Vec<[Home; 2]>,
+    frozen: Frozen,
+    /// What is trained.
     layout: Layout,
     /// Elements of every rank's slice, padding included; a multiple of 64.
     shard_len: i64,
@@ -127,30 +145,18 @@ pub struct Sharded {
 const MAX_REDUCTIONS: usize = 1;
 
 impl Sharded {
-    /// Allocates the slices of this rank; the values are undefined until [`Sharded::fill`].
-    pub fn new(layouts: Vec<Layout>, shard: Group, replica: Group, compute: Kind, device: Device) -> Sharded {
-        let master_kind = kernels::ops::accumulator(compute);
-        let groups = layouts
+    /// Allocates the slices of this rank; the values are undefined until they are filled. A [`Layout`] is a group that is
+    /// trained as a whole.
+    pub fn new(
+        groups: impl IntoIterator<Item = impl Into<Plan>>,
+        shard: Group,
+        replica: Group,
+        compute: Kind,
+        device: Device,
+    ) -> Sharded {
+        let groups = groups
             .into_iter()
-            .map(|layout| {
-                let shard_len = padded_slice(layout.numel, shard.size());
-                let master = Tensor::zeros([shard_len], (master_kind, device));
-                let local = if compute == master_kind {
-                    master.shallow_clone()
-                } else {
-                    Tensor::zeros([shard_len], (compute, device))
-                };
-                FlatGroup {
-                    layout,
-                    shard_len,
-                    master,
-                    local,
-                    grad: None,
-                    full: None,
-                    gathering: None,
-                    full_grad: None,
-                }
-            })
+            .map(|plan| FlatGroup::new(plan.into(), shard.size(), compute, device))
             .collect();
         Sharded { groups, load: None, reductions: Vec::new(), shard, replica, compute, device, held: false }
     }
@@ -158,27 +164,13 @@ impl Sharded {
     /// Parameters of one rank that are loaded anew whenever a group is used, and dropped after it: for the forward of a
     /// model of which two groups fit into memory. There is nothing to fill, train or export.
     pub fn on_demand(
-        layouts: Vec<Layout>,
+        groups: impl IntoIterator<Item = impl Into<Plan>>,
         compute: Kind,
         device: Device,
         load: impl Fn(&Layout) -> Result<Tensor> + 'static,
     ) -> Sharded {
-        let groups = layouts
-            .into_iter()
-            .map(|layout| {
-                let none = || Tensor::empty([0], (compute, device));
-                FlatGroup {
-                    layout,
-                    shard_len: 0,
-                    master: none(),
-                    local: none(),
-                    grad: None,
-                    full: None,
-                    gathering: None,
-                    full_grad: None,
-                }
-            })
-            .collect();
+        let group = |plan: Plan| FlatGroup::empty(plan, 1, compute, device);
+        let groups = groups.into_iter().map(|plan| group(plan.into())).collect();
         let (shard, replica) = (Group::solo(), Group::solo());
         Sharded {
             groups,
@@ -200,8 +192,35 @@ impl Sharded {
         self.groups.is_empty()
     }
 
+    /// What is trained of group `i`; it may be nothing.
     pub fn layout(&self, i: usize) -> &Layout {
         &self.groups[i].layout
+    }
+
+    /// Group `i` as it was planned.
+    pub fn plan(&self, i: usize) -> &Plan {
+        &self.groups[i].plan
+    }
+
+    /// Whether something of group `i` is trained.
+    pub fn trains(&self, i: usize) -> bool {
+        self.groups[i].layout.numel > 0
+    }
+
+    /// The first group of which something is trained; the number of groups where nothing is.
+    pub fn first_trained(&self) -> usize {
+        (0..self.len()).find(|i| self.trains(*i)).unwrap_or(self.len())
+    }
+
+    /// Numbers that are not trained, over all ranks.
+    pub fn num_frozen(&self) -> i64 {
+        let of = |g: &FlatGroup| g.plan.tensors().iter().map(Spec::numel).sum::<i64>() - g.layout.numel;
+        self.groups.iter().map(of).sum()
+    }
+
+    /// Bytes of this rank's slices of what is not trained.
+    pub fn frozen_bytes(&self) -> i64 {
+        self.groups.iter().map(|g| g.frozen.bytes()).sum()
     }
 
     /// The dtype of forward and backward.
@@ -246,18 +265,42 @@ impl Sharded {
         self.groups[i].grad.as_ref().map(|g| g.narrow(0, 0, self.slice(i).len))
     }
 
-    /// Sets the values: `f(spec, first, values)` fills `values` (A `[n]`, a view of the slice) with elements
-    /// `first..first + n` of the flattened tensor `spec`.
+    /// Sets the values of the model's tensors, trained or not: `f(spec, first, values)` fills `values` (in any float
+    /// dtype, `[n]`) with elements `first..first + n` of the flattened tensor `spec`.
     pub fn fill(&mut self, mut f: impl FnMut(&Spec, i64, &Tensor) -> Result<()>) -> Result<()> {
+        self.fill_where(|spec| !is_adapter(&spec.name), true, &mut f)
+    }
+
+    /// Sets the values of the adapters, as [`Sharded::fill`] does those of the model.
+    pub fn fill_adapters(&mut self, mut f: impl FnMut(&Spec, i64, &Tensor) -> Result<()>) -> Result<()> {
+        self.fill_where(|spec| is_adapter(&spec.name), true, &mut f)
+    }
+
+    /// Sets the values of all that is trained: of the model and of adapters.
+    pub fn fill_trained(&mut self, mut f: impl FnMut(&Spec, i64, &Tensor) -> Result<()>) -> Result<()> {
+        self.fill_where(|_| true, false, &mut f)
+    }
+
+    /// Sets the values of the tensors that are `wanted`: of what is trained, and, if `frozen`, of what is not.
+    pub fn fill_where(
+        &mut self,
+        wanted: impl Fn(&Spec) -> bool,
+        frozen: bool,
+        f: &mut impl FnMut(&Spec, i64, &Tensor) -> Result<()>,
+    ) -> Result<()> {
         for i in 0..self.groups.len() {
             let slice = self.slice(i);
-            for spec in &self.groups[i].layout.specs {
+            let group = &mut self.groups[i];
+            for spec in group.layout.specs.iter().filter(|s| wanted(s)) {
                 let first = slice.start.max(spec.offset);
                 let end = (slice.start + slice.len).min(spec.offset + spec.numel());
                 if first < end {
-                    let values = self.groups[i].master.narrow(0, first - slice.start, end - first);
+                    let values = group.master.narrow(0, first - slice.start, end - first);
                     f(spec, first - spec.offset, &values)?;
                 }
+            }
+            if frozen {
+                group.frozen.fill(self.shard.rank(), &wanted, &mut *f)?;
             }
         }
         self.refresh();
@@ -277,7 +320,8 @@ impl Sharded {
     pub fn prefetch(&mut self, i: usize) -> Result<()> {
         let size = self.shard.size();
         let g = &mut self.groups[i];
-        if g.full.is_some() {
+        g.frozen.prefetch(&self.shard)?;
+        if g.full.is_some() || g.layout.numel == 0 {
             return Ok(());
         }
         if let Some(load) = &self.load {
@@ -294,14 +338,14 @@ impl Sharded {
         Ok(())
     }
 
-    /// All values of group `i` in the compute dtype, flat: T [numel + padding]. Held until [`Sharded::release`].
-    pub fn full(&mut self, i: usize) -> Result<Tensor> {
+    /// All values of group `i`. Held until [`Sharded::release`].
+    pub fn full(&mut self, i: usize) -> Result<Full> {
         self.prefetch(i)?;
         let g = &mut self.groups[i];
         if let Some(work) = g.gathering.take() {
             work.wait()?;
         }
-        Ok(g.full.as_ref().expect("gathered above").shallow_clone())
+        Ok(Full { trained: g.full.as_ref().map(Tensor::shallow_clone), frozen: g.frozen.full(&self.shard)? })
     }
 
     /// Drops the gathered values of group `i`, unless they are held.
@@ -310,6 +354,7 @@ impl Sharded {
             let g = &mut self.groups[i];
             g.gathering = None;
             g.full = None;
+            g.frozen.release();
         }
     }
 
@@ -329,6 +374,68 @@ impl Sharded {
     /// Whether a forward is a collective call: values must be gathered from other ranks.
     pub fn gathers(&self) -> bool {
         self.shard.size() > 1 && !self.held
+    }
+
+    /// Tensors `first..end` of group `i`, which have equal rows, in as few pieces as they lie in.
+    pub fn pieces(&self, i: usize, tensors: std::ops::Range<usize>) -> Vec<Piece> {
+        let g = &self.groups[i];
+        let mut pieces: Vec<Piece> = Vec::new();
+        for k in tensors {
+            let size = g.plan.layout.specs[k].shape.clone();
+            if let Some(last) = pieces.last_mut() {
+                let joined = match (last.home, g.homes[k]) {
+                    (Home::Trained(offset), Home::Trained(next)) => {
+                        offset + last.size.iter().product::<i64>() == next
+                    }
+                    (Home::Frozen(_), Home::Frozen(next)) => g.frozen.follows(next),
+                    _ => false,
+                };
+                if joined {
+                    last.size[0] += size[0];
+                    continue;
+                }
+            }
+            pieces.push(Piece { home: g.homes[k], size });
+        }
+        pieces
+    }
+
+    /// A and B of adapter `k` of group `i`.
+    pub fn adapter_pieces(&self, i: usize, k: usize) -> [Piece; 2] {
+        let g = &self.groups[i];
+        let adapter = &g.plan.adapters[k];
+        let [a, b] = adapter.shapes(&g.plan.layout);
+        let [home_a, home_b] = g.adapter_homes[k];
+        [Piece { home: home_a, size: a }, Piece { home: home_b, size: b }]
+    }
+
+    /// A piece of group `i` as a view of its values.
+    pub fn value(&self, i: usize, full: &Full, piece: &Piece) -> Result<Value> {
+        let gathered = |t: &Option<Tensor>| match t {
+            Some(t) => Ok(t.shallow_clone()),
+            None => Err(Error::failed(format!("the values of group {i} are not there"))),
+        };
+        match piece.home {
+            Home::Trained(_) => {
+                let view = piece.gradient(&gathered(&full.trained)?);
+                Ok(Value::Dense(view.ok_or_else(|| Error::failed("what is trained is dense"))?))
+            }
+            Home::Frozen(index) => self.groups[i].frozen.value(index, &piece.size, &gathered(&full.frozen)?),
+        }
+    }
+
+    /// [`Sharded::value`] of what is never quantized.
+    pub fn dense(&self, i: usize, full: &Full, piece: &Piece) -> Result<Tensor> {
+        match self.value(i, full, piece)? {
+            Value::Dense(t) => Ok(t),
+            Value::Quantized(_) => Err(Error::failed(format!("group {i}: a dense tensor is quantized"))),
+        }
+    }
+
+    /// The one tensor of a group that has only one (the embedding, the head): T.
+    pub fn single(&mut self, i: usize) -> Result<Tensor> {
+        let full = self.full(i)?;
+        self.dense(i, &full, &self.pieces(i, 0..1)[0])
     }
 
     /// Where the backward of group `i` adds its gradient: A [numel + padding], and whether it is fresh: then its
@@ -411,8 +518,28 @@ impl Sharded {
             return Ok(g.master.narrow(0, 0, g.layout.numel));
         }
         let full = Tensor::empty([g.shard_len * self.shard.size()], (g.master.kind(), self.device));
-        self.shard.all_gather(&full, &g.master)?.wait()?;
+        if g.layout.numel > 0 {
+            self.shard.all_gather(&full, &g.master)?.wait()?;
+        }
         Ok(full.narrow(0, 0, g.layout.numel))
+    }
+
+    /// Gives the model's tensors of group `i` to `f`, in the plan's order: masters of what is trained, values in the compute
+    /// dtype of what is not, quantized ones in float32. A collective call over the shard group.
+    pub fn gather_tensors(&self, i: usize, mut f: impl FnMut(&Spec, Tensor) -> Result<()>) -> Result<()> {
+        let frozen = self.groups[i].frozen.gather(&self.shard)?;
+        let full = Full { trained: Some(self.gather_master(i)?), frozen };
+        for (k, spec) in self.groups[i].plan.layout.specs.iter().enumerate() {
+            let value = match self.value(i, &full, &self.pieces(i, k..k + 1)[0])? {
+                Value::Dense(t) => t,
+                Value::Quantized(q) => {
+                    let [rows, columns] = q.shape();
+                    q.dequantize(0..rows, 0..columns, Kind::Float)?
+                }
+            };
+            f(spec, value)?;
+        }
+        Ok(())
     }
 
     /// Sum of a function of the slices over all ranks that own different ones.
@@ -421,7 +548,41 @@ impl Sharded {
     }
 }
 
-/// Elements of one rank's slice: the group divided by the ranks, rounded up to a multiple of 64.
-fn padded_slice(numel: i64, ranks: i64) -> i64 {
+impl FlatGroup {
+    /// With this rank's slice allocated.
+    fn new(plan: Plan, ranks: i64, compute: Kind, device: Device) -> FlatGroup {
+        let mut group = FlatGroup::empty(plan, ranks, compute, device);
+        let master_kind = kernels::ops::accumulator(compute);
+        group.shard_len = padded_slice(group.layout.numel, ranks);
+        group.master = Tensor::zeros([group.shard_len], (master_kind, device));
+        group.local = match compute == master_kind {
+            true => group.master.shallow_clone(),
+            false => Tensor::zeros([group.shard_len], (compute, device)),
+        };
+        group
+    }
+
+    /// Without memory for what is trained.
+    fn empty(plan: Plan, ranks: i64, compute: Kind, device: Device) -> FlatGroup {
+        let Placed { layout, frozen, homes, adapter_homes } = plan.place();
+        FlatGroup {
+            shard_len: 0,
+            master: Tensor::empty([0], (compute, device)),
+            local: Tensor::empty([0], (compute, device)),
+            frozen: Frozen::new(frozen.into_iter(), compute, ranks, device),
+            homes,
+            adapter_homes,
+            plan,
+            layout,
+            grad: None,
+            full: None,
+            gathering: None,
+            full_grad: None,
+        }
+    }
+}
+
+/// Elements (or bytes) of one rank's slice: the group divided by the ranks, rounded up to a multiple of 64.
+pub(super) fn padded_slice(numel: i64, ranks: i64) -> i64 {
     ((numel + ranks - 1) / ranks + 63) & !63
 }

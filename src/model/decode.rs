@@ -181,8 +181,7 @@ impl Llama {
     /// Logits of the next token, T [rows, V], for hidden states T [rows, C].
     pub fn next_token_logits(&mut self, hidden: &Tensor) -> Result<Tensor> {
         let group = self.head_group();
-        let flat = self.params.full(group)?;
-        let logits = ops::linear(hidden, &self.params.layout(group).specs[0].view(&flat), None)?;
+        let logits = ops::linear(hidden, &self.params.single(group)?, None)?;
         self.params.release(group);
         Ok(logits)
     }
@@ -230,7 +229,7 @@ impl Llama {
         self.params.release(0);
         let layers = self.num_blocks();
         for i in 1..=layers {
-            let w = self.block_weights(i)?;
+            let w = self.block_weights(i, None)?;
             self.params.prefetch(if i < layers { i + 1 } else { self.head_group() })?;
             x = block(i, &w, &x)?;
             drop(w);

@@ -24,9 +24,7 @@ pub struct LogProbs {
 impl LmHead {
     /// The weight, T [V, C]; gathered until its group is released.
     fn weight(model: &mut Llama) -> Result<Tensor> {
-        let group = model.head_group();
-        let flat = model.params.full(group)?;
-        Ok(model.params.layout(group).specs[0].view(&flat))
+        model.params.single(model.head_group())
     }
 
     /// Rows of a chunk, for `n` rows: at least 512, since every chunk reads the weight and adds to its whole gradient, and
@@ -63,7 +61,7 @@ impl LmHead {
     }
 
     /// A loss that is linear in the log-probabilities, sum(coef * logprob), with its gradient in the same pass: returns
-    /// the log-probabilities A `[N]` and the gradient of `hidden`, T [N, C], and adds to the head's gradient. `coef`:
+    /// the log-probabilities A `[N]` and the gradient of `hidden`, T [N, C], and adds to the head's gradient, if it is trained. `coef`:
     /// A `[N]`. `last` is true in the last micro-batch of a step; a tied head's reduction is left to the embedding's
     /// backward.
     pub fn linear_loss(
@@ -75,8 +73,11 @@ impl LmHead {
     ) -> Result<(Tensor, Tensor)> {
         let group = model.head_group();
         let weight = Self::weight(model)?;
-        let (flat, mut fresh) = model.params.grad(group);
-        let dweight = model.params.layout(group).specs[0].view(&flat);
+        let trains = model.params.trains(group);
+        let (dweight, mut fresh) = match trains.then(|| model.params.grad(group)) {
+            Some((flat, fresh)) => (Some(model.params.layout(group).specs[0].view(&flat)), fresh),
+            None => (None, false),
+        };
         let n = hidden.size()[0];
         let chunk = Self::chunk(model, n);
         let logprobs = Tensor::zeros([n], (coef.kind(), hidden.device()));
@@ -88,11 +89,13 @@ impl LmHead {
             ops::log_softmax(&logits, &part(labels), Some(&part(coef)), &part(&logprobs), None)?;
             let dlogits = logits;
             let _ = dlogits.f_mm_out(&part(&dhidden), &weight)?;
-            ops::grad_weight(&dweight, &dlogits, &h, fresh)?;
-            fresh = false;
+            if let Some(dweight) = &dweight {
+                ops::grad_weight(dweight, &dlogits, &h, fresh)?;
+                fresh = false;
+            }
         }
         model.params.release(group);
-        if !model.shape.tie_word_embeddings {
+        if trains && !model.shape.tie_word_embeddings {
             model.params.reduce(group, last)?;
         }
         Ok((logprobs, dhidden))

@@ -4,11 +4,17 @@
 //! it is not tied to the embedding. q, k, v lie one after the other, and gate and up, so that each is one product. Experts lie in
 //! their block's group.
 
+use std::ops::Range;
+
+use kernels::ops;
 use tch::Tensor;
 
 use crate::config::shape::Shape;
-use crate::distributed::sharded::Layout;
-use crate::model::linear::{Linear, LinearGrad};
+use crate::distributed::plan::{Adapter, Piece, Plan};
+use crate::distributed::sharded::{Layout, Sharded};
+use crate::error::Result;
+use crate::model::init::mix;
+use crate::model::linear::{self, Dropout, Linear, LinearGrad};
 use crate::model::mixture::Mixture;
 use crate::model::mlp::{Dense, Mlp};
 
@@ -73,7 +79,7 @@ fn block(s: &Shape, i: i64) -> Layout {
     Layout::new(format!("block {i}"), tensors)
 }
 
-/// A block's parts as views of a flat buffer: of its weights ([`Linear`]s) or of their gradients ([`LinearGrad`]s).
+/// A block's parts as views of its group's buffers: of its weights ([`Linear`]s) or of their gradients ([`LinearGrad`]s).
 pub struct Block<L> {
     /// [(H + 2K) * D, C]
     pub qkv: L,
@@ -90,51 +96,146 @@ pub struct Block<L> {
     pub final_norm: Option<Tensor>,
 }
 
+/// What dropout draws from, besides the place of what it leaves out.
+pub struct Draws {
+    /// Of a run's seed and the step.
+    pub key: u64,
+    /// int64 `[N]`, a number for each token
+    pub rows: Tensor,
+}
+
 impl Block<Linear> {
-    /// The weights of a block, T.
-    pub fn weights(flat: &Tensor, layout: &Layout, s: &Shape) -> Self {
-        Self::of(flat, layout, s, Linear::new)
+    /// The weights of block group `i`, T, with their adapters, if they are to act. Dropout acts where there are `draws`.
+    pub fn weights(
+        params: &mut Sharded,
+        i: usize,
+        s: &Shape,
+        adapters: bool,
+        draws: Option<&Draws>,
+    ) -> Result<Self> {
+        let full = params.full(i)?;
+        let params = &*params;
+        let joined = |tensors: Range<usize>| -> Result<Tensor> {
+            let pieces = params.pieces(i, tensors);
+            let mut parts: Vec<Tensor> =
+                pieces.iter().map(|p| params.dense(i, &full, p)).collect::<Result<_>>()?;
+            Ok(if parts.len() == 1 { parts.remove(0) } else { Tensor::f_cat(&parts, 0)? })
+        };
+        let adapter = |k: usize, first: i64| -> Result<linear::Adapter> {
+            let spec = &params.plan(i).adapters[k];
+            let [a, b] = params.adapter_pieces(i, k);
+            let dropout = draws.filter(|_| spec.dropout > 0.0).map(|d| Dropout {
+                p: spec.dropout,
+                key: mix(d.key ^ mix((i as u64) << 32 | k as u64)),
+                rows: d.rows.shallow_clone(),
+            });
+            let (a, b) = (params.dense(i, &full, &a)?, params.dense(i, &full, &b)?);
+            Ok(linear::Adapter { first, a, b, scale: spec.scale, dropout })
+        };
+        Self::of(
+            s,
+            params.plan(i).layout.specs.len(),
+            |weights, bias| {
+                let pieces = params.pieces(i, weights.clone());
+                let parts = pieces.iter().map(|p| params.value(i, &full, p)).collect::<Result<_>>()?;
+                let adapters = match adapters {
+                    true => adapters_of(params.plan(i), &weights),
+                    false => Vec::new(),
+                };
+                let adapters = adapters.into_iter().map(|(k, first)| adapter(k, first));
+                Ok(Linear::new(parts, bias.map(joined).transpose()?, adapters.collect::<Result<_>>()?))
+            },
+            joined,
+        )
     }
 }
 
 impl Block<LinearGrad> {
-    /// Where the gradients of a block's weights go, A.
-    pub fn gradients(flat: &Tensor, layout: &Layout, s: &Shape) -> Self {
-        Self::of(flat, layout, s, |weight, bias| LinearGrad { weight: Some(weight), bias })
+    /// Where the gradients of the weights of block group `i` go: into `flat`, A; none where nothing of it is trained. What
+    /// is not trained has none, or, where it is a vector, one that nobody reads.
+    pub fn gradients(params: &Sharded, i: usize, flat: Option<&Tensor>, s: &Shape) -> Result<Self> {
+        let gradients = |tensors: Range<usize>| {
+            let of = |p: Piece| (p.size[0], flat.and_then(|flat| p.gradient(flat)));
+            params.pieces(i, tensors).into_iter().map(of)
+        };
+        let plan = params.plan(i);
+        Self::of(
+            s,
+            plan.layout.specs.len(),
+            |weights, bias| {
+                let mut first = 0;
+                let mut placed = |(rows, gradient): (i64, Option<Tensor>)| {
+                    first += rows;
+                    gradient.map(|g| (first - rows, g))
+                };
+                let bias = bias.into_iter().flat_map(gradients).filter_map(&mut placed).collect();
+                let adapters = adapters_of(plan, &weights).into_iter().map(|(k, _)| {
+                    let [a, b] = params.adapter_pieces(i, k).map(|p| flat.and_then(|f| p.gradient(f)));
+                    Some([a?, b?])
+                });
+                Ok(LinearGrad {
+                    adapters: adapters.collect(),
+                    weight: gradients(weights).map(|(_, gradient)| gradient).collect(),
+                    bias,
+                })
+            },
+            |tensors| {
+                let size = plan.layout.specs[tensors.start].shape.as_slice();
+                let unread = || Tensor::zeros(size, (ops::accumulator(params.compute()), params.device()));
+                Ok(gradients(tensors).find_map(|(_, gradient)| gradient).unwrap_or_else(unread))
+            },
+        )
     }
 }
 
+/// The adapters on some tensors of a group, each with its first row among theirs.
+fn adapters_of(plan: &Plan, tensors: &Range<usize>) -> Vec<(usize, i64)> {
+    let rows = |k: usize| plan.layout.specs[k].shape[0];
+    let on = |(k, a): (usize, &Adapter)| {
+        tensors.contains(&a.target).then(|| (k, (tensors.start..a.target).map(rows).sum()))
+    };
+    plan.adapters.iter().enumerate().filter_map(on).collect()
+}
+
 impl<L> Block<L> {
-    /// Takes the tensors in the order of `block`.
-    fn of(flat: &Tensor, layout: &Layout, s: &Shape, linear: impl Fn(Tensor, Option<Tensor>) -> L) -> Self {
-        let mut specs = layout.specs.as_slice();
-        // The next n tensors, which lie one after the other, as one.
+    /// Takes the tensors in the order of `block`, of which there are `count`: layers of `linear(weights, biases)`, and
+    /// vectors.
+    fn of(
+        s: &Shape,
+        count: usize,
+        linear: impl Fn(Range<usize>, Option<Range<usize>>) -> Result<L>,
+        vector: impl Fn(Range<usize>) -> Result<Tensor>,
+    ) -> Result<Self> {
+        let mut next = 0;
         let mut take = |n: usize| {
-            let (parts, rest) = specs.split_at(n);
-            specs = rest;
-            let mut size = parts[0].shape.clone();
-            size[0] = parts.iter().map(|p| p.shape[0]).sum();
-            flat.narrow(0, parts[0].offset, size.iter().product()).view(size.as_slice())
+            next += n;
+            next - n..next
         };
         let (qkv, o) = (take(3), take(1));
+        let dense = |gate_up: Range<usize>, down: Range<usize>| -> Result<Dense<L>> {
+            Ok(Dense { gate_up: linear(gate_up, None)?, down: linear(down, None)? })
+        };
         let mlp = match &s.experts {
-            None => Mlp::Dense(Dense { gate_up: linear(take(2), None), down: linear(take(1), None) }),
+            None => Mlp::Dense(dense(take(2), take(1))?),
             Some(e) => {
-                let router = linear(take(1), None);
-                let mut expert = |_| Dense { gate_up: linear(take(2), None), down: linear(take(1), None) };
-                let experts = (0..e.num_local_experts).map(&mut expert).collect();
+                let router = linear(take(1), None)?;
+                let experts =
+                    (0..e.num_local_experts).map(|_| dense(take(2), take(1))).collect::<Result<_>>()?;
                 Mlp::Mixture(Mixture { router, experts, per_token: e.num_experts_per_tok })
             }
         };
         let bias = s.qkv_bias().then(|| take(3));
-        Block {
-            qkv: linear(qkv, bias),
-            o: linear(o, None),
+        Ok(Block {
+            qkv: linear(qkv, bias)?,
+            o: linear(o, None)?,
             mlp,
-            qk_norm: s.qk_norm().then(|| [take(1), take(1)]),
-            norm1: take(1),
-            norm2: take(1),
-            final_norm: (!specs.is_empty()).then(|| specs[0].view(flat)),
-        }
+            qk_norm: match s.qk_norm() {
+                true => Some([vector(take(1))?, vector(take(1))?]),
+                false => None,
+            },
+            norm1: vector(take(1))?,
+            norm2: vector(take(1))?,
+            final_norm: if take(0).start < count { Some(vector(take(1))?) } else { None },
+        })
     }
 }

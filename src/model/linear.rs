@@ -2,50 +2,160 @@
 //!
 //! Shapes: N tokens, I inputs, O outputs; T is the compute dtype, A that of gradients (see [`ops::accumulator`]).
 
-use kernels::ops;
+use kernels::{ops, quant};
 use tch::Tensor;
 
+use crate::distributed::frozen::Value;
 use crate::error::Result;
 
-/// y = x W^T + b. Layers that read the same input lie in one another's rows (q, k, v; gate, up), so that they are one
-/// product.
+/// y = x W^T + b, and for every adapter y[rows] += scale * B A dropout(x) (Hu et al. 2021). Layers that read the same
+/// input lie in one another's rows (q, k, v; gate, up), so that they are one product, where all of them are dense, or
+/// quantized.
 pub struct Linear {
-    /// T [O, I]
-    weight: Tensor,
+    /// W's rows one above the other, dense (T) or quantized: [O, I] together.
+    parts: Vec<Value>,
     /// T `[O]`
     bias: Option<Tensor>,
+    adapters: Vec<Adapter>,
+}
+
+/// A low-rank addition to some rows of a weight.
+pub struct Adapter {
+    /// The first row, and how many.
+    pub first: i64,
+    /// T [r, I]
+    pub a: Tensor,
+    /// T [rows, r]
+    pub b: Tensor,
+    pub scale: f64,
+    pub dropout: Option<Dropout>,
+}
+
+/// Which of an adapter's inputs are left out.
+pub struct Dropout {
+    /// Share of them.
+    pub p: f64,
+    /// What decides, besides the rows: the same in forward and backward.
+    pub key: u64,
+    /// int64 `[N]`, a number for each token
+    pub rows: Tensor,
 }
 
 /// Where the gradients of a [`Linear`] go; what is none gets no gradient.
 #[derive(Default)]
 pub struct LinearGrad {
-    /// A [O, I]: undefined before the first product of a step, which sets it
-    pub weight: Option<Tensor>,
-    /// A `[O]`: zero before the first product of a step
-    pub bias: Option<Tensor>,
+    /// One for each part, or none at all. A: undefined before the first product of a step, which sets it.
+    pub weight: Vec<Option<Tensor>>,
+    /// First row and gradient, A: zero before the first product of a step.
+    pub bias: Vec<(i64, Tensor)>,
+    /// Of A and B of each adapter, or none at all; A: undefined before the first product of a step.
+    pub adapters: Vec<Option<[Tensor; 2]>>,
+}
+
+fn rows(part: &Value) -> i64 {
+    match part {
+        Value::Dense(w) => w.size()[0],
+        Value::Quantized(q) => q.shape()[0],
+    }
+}
+
+impl Adapter {
+    /// scale * A dropout(x): T [N, r]
+    fn inner(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(self.drop(x)?.f_mm(&self.a.tr())? * self.scale)
+    }
+
+    fn drop(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(match &self.dropout {
+            Some(d) => ops::dropout(x, &d.rows, d.key, d.p)?,
+            None => x.shallow_clone(),
+        })
+    }
+
+    /// This adapter's columns of an output, or of its gradient.
+    fn columns(&self, y: &Tensor) -> Tensor {
+        y.narrow(1, self.first, self.b.size()[0])
+    }
+
+    /// Adds to the output.
+    fn add_to(&self, y: &Tensor, x: &Tensor) -> Result<()> {
+        let _ = self.columns(y).f_addmm_(&self.inner(x)?, &self.b.tr())?;
+        Ok(())
+    }
+
+    /// The gradient of A dropout(x), from the output's: scale * dy B, T [N, r].
+    fn inner_gradient(&self, dy: &Tensor) -> Result<Tensor> {
+        Ok(self.columns(dy).f_mm(&self.b)? * self.scale)
+    }
 }
 
 impl Linear {
-    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Linear {
-        Linear { weight, bias }
+    pub fn new(parts: Vec<Value>, bias: Option<Tensor>, adapters: Vec<Adapter>) -> Linear {
+        Linear { parts, bias, adapters }
+    }
+
+    /// A weight T [O, I] as it is.
+    pub fn dense(weight: Tensor, bias: Option<Tensor>) -> Linear {
+        Linear::new(vec![Value::Dense(weight)], bias, Vec::new())
     }
 
     /// x: T [N, I]. Returns T [N, O].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(ops::linear(x, &self.weight, self.bias.as_ref())?)
-    }
-
-    /// residual (T [N, O]) + [`Linear::forward`], in one pass where there is no bias.
-    pub fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        let mut y = ops::linear(x, &self.weight, Some(residual))?;
-        if let Some(bias) = &self.bias {
-            let _ = y.f_add_(bias)?;
-        }
+        let y = match self.parts.as_slice() {
+            [Value::Dense(w)] => ops::linear(x, w, self.bias.as_ref())?,
+            _ => {
+                let mut y = self.product(x)?;
+                if let Some(bias) = &self.bias {
+                    let _ = y.f_add_(bias)?;
+                }
+                y
+            }
+        };
+        self.adapters.iter().try_for_each(|a| a.add_to(&y, x))?;
         Ok(y)
     }
 
+    /// residual (T [N, O]) + [`Linear::forward`], in one pass where W is dense and there is no bias.
+    pub fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let mut y = match self.parts.as_slice() {
+            [Value::Dense(w)] => ops::linear(x, w, Some(residual))?,
+            _ => self.product(x)?.f_add_(residual)?,
+        };
+        if let Some(bias) = &self.bias {
+            let _ = y.f_add_(bias)?;
+        }
+        self.adapters.iter().try_for_each(|a| a.add_to(&y, x))?;
+        Ok(y)
+    }
+
+    /// x W^T
+    fn product(&self, x: &Tensor) -> Result<Tensor> {
+        let runs = self.runs();
+        let mut products = Vec::with_capacity(runs.len());
+        for run in runs {
+            products.push(match run {
+                Run::Dense(w) => ops::linear(x, w, None)?,
+                Run::Quantized(parts) => quant::linear(&parts, x)?,
+            });
+        }
+        Ok(if products.len() == 1 { products.remove(0) } else { Tensor::f_cat(&products, 1)? })
+    }
+
+    /// Parts that are one product: a dense one, or quantized ones that follow each other.
+    fn runs(&self) -> Vec<Run<'_>> {
+        let mut runs = Vec::new();
+        for part in &self.parts {
+            match (part, runs.last_mut()) {
+                (Value::Dense(w), _) => runs.push(Run::Dense(w)),
+                (Value::Quantized(q), Some(Run::Quantized(parts))) => parts.push(q),
+                (Value::Quantized(q), _) => runs.push(Run::Quantized(vec![q])),
+            }
+        }
+        runs
+    }
+
     /// Given the output's gradient dy (T [N, O]) and the input x (T [N, I]), adds to the gradients, or sets the
-    /// weight's where `fresh`, and returns the input's gradient, T [N, I].
+    /// weights' where `fresh`, and returns the input's gradient, T [N, I].
     pub fn backward(&self, dy: &Tensor, x: &Tensor, grad: &LinearGrad, fresh: bool) -> Result<Tensor> {
         self.backward_weight(dy, x, grad, fresh)?;
         self.backward_input(dy)
@@ -53,60 +163,188 @@ impl Linear {
 
     /// The half of [`Linear::backward`] that gives the input's gradient.
     pub fn backward_input(&self, dy: &Tensor) -> Result<Tensor> {
-        Ok(dy.f_mm(&self.weight)?)
+        let mut dx: Option<Tensor> = None;
+        let mut first = 0;
+        for run in self.runs() {
+            let n = match &run {
+                Run::Dense(w) => w.size()[0],
+                Run::Quantized(parts) => parts.iter().map(|p| p.shape()[0]).sum(),
+            };
+            let part = dy.narrow(1, first, n);
+            first += n;
+            dx = Some(match (run, dx) {
+                (Run::Dense(w), None) => part.f_mm(w)?,
+                (Run::Dense(w), Some(mut dx)) => dx.f_addmm_(&part, w)?,
+                (Run::Quantized(parts), None) => quant::linear_backward(&parts, &part)?,
+                (Run::Quantized(parts), Some(mut dx)) => {
+                    dx.f_add_(&quant::linear_backward(&parts, &part)?)?
+                }
+            });
+        }
+        let mut dx = match dx {
+            Some(dx) => dx,
+            None => return Err(crate::error::Error::failed("a linear layer has no weight")),
+        };
+        for adapter in &self.adapters {
+            let inner = adapter.inner_gradient(dy)?;
+            match adapter.dropout {
+                None => drop(dx.f_addmm_(&inner, &adapter.a)?),
+                Some(_) => drop(dx.f_add_(&adapter.drop(&inner.f_mm(&adapter.a)?)?)?),
+            }
+        }
+        Ok(dx)
     }
 
     /// The half of [`Linear::backward`] that adds to the gradients: for callers that have x only after the other half,
     /// or free it between the two.
     pub fn backward_weight(&self, dy: &Tensor, x: &Tensor, grad: &LinearGrad, fresh: bool) -> Result<()> {
-        if let Some(dw) = &grad.weight {
-            ops::grad_weight(dw, dy, x, fresh)?;
+        let mut first = 0;
+        for (part, dw) in self.parts.iter().zip(&grad.weight) {
+            let n = rows(part);
+            if let Some(dw) = dw {
+                ops::grad_weight(dw, &dy.narrow(1, first, n), x, fresh)?;
+            }
+            first += n;
         }
-        if let Some(db) = &grad.bias {
-            let sum = dy.f_sum_dim_intlist([0i64].as_slice(), false, ops::accumulator(dy.kind()))?;
+        for (first, db) in &grad.bias {
+            let part = dy.narrow(1, *first, db.size()[0]);
+            let sum = part.f_sum_dim_intlist([0i64].as_slice(), false, ops::accumulator(dy.kind()))?;
             let _ = db.shallow_clone().f_add_(&sum)?;
+        }
+        for (adapter, grads) in self.adapters.iter().zip(&grad.adapters) {
+            if let Some([da, db]) = grads {
+                ops::grad_weight(db, &adapter.columns(dy), &adapter.inner(x)?, fresh)?;
+                ops::grad_weight(da, &adapter.inner_gradient(dy)?, &adapter.drop(x)?, fresh)?;
+            }
         }
         Ok(())
     }
 }
 
+enum Run<'a> {
+    Dense(&'a Tensor),
+    Quantized(Vec<&'a quant::Quantized>),
+}
+
 #[cfg(test)]
 mod tests {
+    use kernels::quant::{Quantized, Scheme};
     use tch::{Device, Kind};
 
     use super::*;
 
+    fn random(size: &[i64]) -> Tensor {
+        Tensor::randn(size, (Kind::Double, Device::Cpu))
+    }
+
+    #[track_caller]
+    fn near(a: &Tensor, b: &Tensor) {
+        let d = (a - b).abs().max().double_value(&[]);
+        assert!(d < 1e-12, "{d:e}");
+    }
+
+    fn leaf(t: &Tensor) -> Tensor {
+        t.copy().set_requires_grad(true)
+    }
+
     /// Forward and backward against libtorch's autograd in float64, twice: the first sets the gradients, the second adds.
+    /// Weights in one piece, in several of which the middle one is not trained, and partly quantized; with and without
+    /// bias; with and without adapters, which leave out inputs.
     #[test]
     fn products_are_those_of_autograd() {
-        let random = |size: &[i64]| Tensor::randn(size, (Kind::Double, Device::Cpu)).set_requires_grad(true);
-        let near = |a: &Tensor, b: &Tensor| {
-            let d = (a - b).abs().max().double_value(&[]);
-            assert!(d < 1e-12, "{d:e}");
-        };
-        for with_bias in [false, true] {
-            let (x, w, b, residual) =
-                (random(&[5, 3]), random(&[4, 3]), with_bias.then(|| random(&[4])), random(&[5, 4]));
-            let dy = Tensor::randn([5, 4], (Kind::Double, Device::Cpu));
-            let expected = x.linear(&w, b.as_ref()) + &residual;
-            (&expected * &dy).sum(Kind::Double).backward();
-
-            let layer = Linear::new(w.detach(), b.as_ref().map(Tensor::detach));
-            near(&layer.forward_add(&x.detach(), &residual.detach()).unwrap(), &expected.detach());
-            let plain = layer.forward(&x.detach()).unwrap();
-            near(&plain, &(&expected - &residual).detach());
-            let undefined = Tensor::full_like(&w.detach(), f64::NAN);
-            let zero = b.as_ref().map(|b| b.detach().zeros_like());
-            let grad = LinearGrad { weight: Some(undefined), bias: zero };
-            for times in [1.0, 2.0] {
-                let dx = layer.backward(&dy, &x.detach(), &grad, times == 1.0).unwrap();
-                near(&dx, &x.grad());
-                near(grad.weight.as_ref().unwrap(), &(w.grad() * times));
-                if let Some(b) = &b {
-                    near(grad.bias.as_ref().unwrap(), &(b.grad() * times));
+        let (n, i) = (5, 64);
+        let quantized =
+            |rows| Quantized::quantize(&random(&[rows, i]).to_kind(Kind::Float), Scheme::Nf4).unwrap();
+        let heights = [4, 2, 3];
+        for quantize in [[false, false, false], [false, true, true], [true, true, false], [true, true, true]]
+        {
+            for (one_piece, with_bias, with_adapters) in
+                [(true, false, false), (true, true, true), (false, true, false), (false, false, true)]
+            {
+                if one_piece && quantize.contains(&true) {
+                    continue;
                 }
+                let (mut parts, mut dense) = (Vec::new(), Vec::new());
+                for (rows, quantize) in heights.into_iter().zip(quantize) {
+                    if quantize {
+                        let q = quantized(rows);
+                        dense.push(q.dequantize(0..rows, 0..i, Kind::Double).unwrap());
+                        parts.push(Value::Quantized(q));
+                    } else {
+                        dense.push(random(&[rows, i]));
+                        parts.push(Value::Dense(dense[dense.len() - 1].shallow_clone()));
+                    }
+                }
+                if one_piece {
+                    dense = vec![Tensor::cat(&dense, 0)];
+                    parts = vec![Value::Dense(dense[0].shallow_clone())];
+                }
+                let o: i64 = heights.iter().sum();
+                let (x, residual, dy) = (random(&[n, i]), random(&[n, o]), random(&[n, o]));
+                let bias = with_bias.then(|| random(&[o]));
+                let token = Tensor::arange(n, (Kind::Int64, Device::Cpu));
+                let adapter = |first, rows, p| Adapter {
+                    first,
+                    a: random(&[2, i]),
+                    b: random(&[rows, 2]),
+                    scale: 1.5,
+                    dropout: Some(Dropout { p, key: 7 + first as u64, rows: token.shallow_clone() })
+                        .filter(|d| d.p > 0.0),
+                };
+                let adapters =
+                    if with_adapters { vec![adapter(0, 4, 0.0), adapter(6, 3, 0.4)] } else { Vec::new() };
+
+                let x2 = leaf(&x);
+                let w2: Vec<Tensor> = dense.iter().map(leaf).collect();
+                let b2 = bias.as_ref().map(leaf);
+                let mut expected = x2.linear(&Tensor::cat(&w2, 0), b2.as_ref());
+                let mut adapters2 = Vec::new();
+                for d in &adapters {
+                    let (a, b) = (leaf(&d.a), leaf(&d.b));
+                    let mask = d.drop(&x.ones_like()).unwrap();
+                    let delta = (&x2 * mask).matmul(&a.tr()).matmul(&b.tr()) * d.scale;
+                    let after = o - d.first - d.b.size()[0];
+                    expected += delta.constant_pad_nd([d.first, after]);
+                    adapters2.push([a, b]);
+                }
+                (&expected * &dy).sum(Kind::Double).backward();
+                let expected = expected.detach();
+
+                let undefined = |t: &Tensor| Tensor::full_like(&t.detach(), f64::NAN);
+                let grad = LinearGrad {
+                    weight: parts
+                        .iter()
+                        .zip(&dense)
+                        .enumerate()
+                        .map(|(k, (part, w))| {
+                            (k != 1 && matches!(part, Value::Dense(_))).then(|| undefined(w))
+                        })
+                        .collect(),
+                    bias: bias.iter().map(|b| (2, b.narrow(0, 2, 5).zeros_like())).collect(),
+                    adapters: adapters.iter().map(|d| Some([undefined(&d.a), undefined(&d.b)])).collect(),
+                };
+                let layer = Linear::new(parts, bias, adapters);
+                near(&layer.forward(&x).unwrap(), &expected);
+                near(&layer.forward_add(&x, &residual).unwrap(), &(&expected + &residual));
+                for times in [1.0, 2.0] {
+                    near(&layer.backward(&dy, &x, &grad, times == 1.0).unwrap(), &x2.grad());
+                    for (dw, w) in grad.weight.iter().zip(&w2) {
+                        if let Some(dw) = dw {
+                            near(dw, &(w.grad() * times));
+                        }
+                    }
+                    for (first, db) in &grad.bias {
+                        let all = b2.as_ref().unwrap().grad() * times;
+                        near(db, &all.narrow(0, *first, db.size()[0]));
+                    }
+                    for (grads, of) in grad.adapters.iter().zip(&adapters2) {
+                        for (g, t) in grads.as_ref().unwrap().iter().zip(of) {
+                            near(g, &(t.grad() * times));
+                        }
+                    }
+                }
+                near(&layer.backward(&dy, &x, &LinearGrad::default(), true).unwrap(), &x2.grad());
             }
-            near(&layer.backward(&dy, &x.detach(), &LinearGrad::default(), true).unwrap(), &x.grad());
         }
     }
 }

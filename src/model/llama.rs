@@ -18,7 +18,8 @@ use crate::config::sections::Recompute;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
-use crate::model::layout::Block;
+use crate::model::init::mix;
+use crate::model::layout::{Block, Draws};
 use crate::model::linear::{Linear, LinearGrad};
 use crate::model::mixture::Balance;
 use crate::model::mlp;
@@ -34,12 +35,23 @@ pub struct Input {
     pub start: Option<Tensor>,
     /// 1 = real, 0 = padding, int64 `[N]`; none: all are real. Only the statistics of experts ask for it.
     pub mask: Option<Tensor>,
+    /// What a training's dropout draws from; none: nothing is left out.
+    pub dropout: Option<DropoutPlace>,
+}
+
+/// What dropout draws from: equal in every run, whatever its ranks and micro-batches.
+#[derive(Debug, Clone, Copy)]
+pub struct DropoutPlace {
+    pub seed: u64,
+    pub step: u64,
+    /// The number of the input's first row among all rows of the step.
+    pub first_row: u64,
 }
 
 impl Input {
     /// Rows without padding.
     pub fn new(ids: Tensor) -> Input {
-        Input { ids, positions: None, start: None, mask: None }
+        Input { ids, positions: None, start: None, mask: None, dropout: None }
     }
 
     /// Rows with padding, given by a mask (int64 [B, T], 1 = real): positions count the real tokens, and no token sees
@@ -51,7 +63,7 @@ impl Input {
         let at = Tensor::arange(time, (Kind::Int64, ids.device())).unsqueeze(0);
         let start = first.minimum(&at).contiguous().view([-1]);
         let mask = Some(mask.contiguous().view([-1]));
-        Input { ids, positions: Some(positions.contiguous()), start: Some(start), mask }
+        Input { ids, positions: Some(positions.contiguous()), start: Some(start), mask, dropout: None }
     }
 }
 
@@ -83,7 +95,10 @@ pub(super) struct Rest {
 pub struct Tape {
     context: Context,
     ids: Tensor,
+    /// Of the blocks from the first that is trained on.
     blocks: Vec<Saved>,
+    /// Blocks before those.
+    passed: usize,
     /// The final norm's input and statistics.
     last: Option<(Tensor, Tensor)>,
     /// The load of the experts, where there are several.
@@ -100,7 +115,7 @@ impl Tape {
     /// Where the tokens went in block `i` of a mixture of experts: the router's output T [N, E] and the chosen experts,
     /// best first, int64 [N, k]. None for other models, and where the block is computed again.
     pub fn routing(&self, i: usize) -> Option<(&Tensor, &Tensor)> {
-        let routed = self.blocks.get(i)?.rest.as_ref()?.mlp.routed()?;
+        let routed = self.blocks.get(i.checked_sub(self.passed)?)?.rest.as_ref()?.mlp.routed()?;
         Some((&routed.logits, &routed.experts))
     }
 }
@@ -117,6 +132,7 @@ pub(super) struct Context {
     first_window: usize,
     cos: Tensor,
     sin: Tensor,
+    draws: Option<Draws>,
 }
 
 impl Context {
@@ -137,6 +153,7 @@ impl Context {
             first_window: model.shape.max_window_layers as usize,
             cos,
             sin,
+            draws: None,
         }
     }
 
@@ -151,11 +168,13 @@ pub struct Llama {
     pub params: Sharded,
     /// Rotary tables A [P, D / 2], grown as positions need.
     rope: Option<(Tensor, Tensor)>,
+    /// Whether adapters act; without them the model is the one that they were added to.
+    pub adapters: bool,
 }
 
 impl Llama {
     pub fn new(shape: Shape, params: Sharded) -> Llama {
-        Llama { shape, params, rope: None }
+        Llama { shape, params, rope: None, adapters: true }
     }
 
     pub(super) fn num_blocks(&self) -> usize {
@@ -216,6 +235,12 @@ impl Llama {
             first_window: self.shape.max_window_layers as usize,
             cos,
             sin,
+            draws: input.dropout.map(|place| {
+                // A row's number in the upper half, the position in the lower.
+                let row = Tensor::arange(batch, (Kind::Int64, device)) + place.first_row as i64;
+                let token = row.unsqueeze(1) * (1i64 << 32) + Tensor::arange(time, (Kind::Int64, device));
+                Draws { key: mix(place.seed ^ mix(place.step)), rows: token.view([-1]) }
+            }),
         })
     }
 
@@ -224,16 +249,14 @@ impl Llama {
         Heads { batch, heads: s.num_attention_heads, kv_heads: s.num_key_value_heads, head_dim: s.head_dim }
     }
 
-    /// The block's weights as views of the gathered buffer of group `i` (blocks are groups 1 to L).
-    pub(crate) fn block_weights(&mut self, group: usize) -> Result<Block<Linear>> {
-        let flat = self.params.full(group)?;
-        Ok(Block::weights(&flat, self.params.layout(group), &self.shape))
+    /// The weights of block group `group` (blocks are groups 1 to L), as views of its gathered buffers.
+    pub(super) fn block_weights(&mut self, group: usize, draws: Option<&Draws>) -> Result<Block<Linear>> {
+        Block::weights(&mut self.params, group, &self.shape, self.adapters, draws)
     }
 
     /// The embedding's rows for ids (int64, any shape): T [numel, C].
     pub(crate) fn embed(&mut self, ids: &Tensor) -> Result<Tensor> {
-        let flat = self.params.full(0)?;
-        Ok(self.params.layout(0).specs[0].view(&flat).index_select(0, &ids.view([-1])))
+        Ok(self.params.single(0)?.index_select(0, &ids.view([-1])))
     }
 
     /// The trunk without a backward: hidden states after the final norm, T [N, C].
@@ -242,7 +265,8 @@ impl Llama {
     }
 
     /// The trunk for training: hidden states after the final norm, T [N, C], and the tape for [`Llama::backward`].
-    /// The weights of the last block stay gathered for the backward.
+    /// The weights of the last block stay gathered for the backward; of blocks below the first that is trained nothing is
+    /// kept.
     pub fn forward(&mut self, input: &Input, recompute: Recompute) -> Result<(Tensor, Tape)> {
         let (hidden, tape) = self.run(input, Some(recompute))?;
         Ok((hidden, tape.ok_or_else(|| Error::failed("a forward for training keeps a tape"))?))
@@ -252,6 +276,7 @@ impl Llama {
         let context = self.context(input)?;
         let ids = input.ids.to_device(self.params.device()).contiguous().view([-1]);
         let layers = self.num_blocks();
+        let lowest = self.params.first_trained();
         let keep_embedding = self.shape.tie_word_embeddings && layers <= 1;
         let mut x = self.embed(&ids)?;
         self.params.prefetch(1)?;
@@ -268,7 +293,7 @@ impl Llama {
             _ => None,
         };
         for i in 1..=layers {
-            let w = self.block_weights(i)?;
+            let w = self.block_weights(i, context.draws.as_ref())?;
             if i < layers {
                 self.params.prefetch(i + 1)?;
             } else {
@@ -280,8 +305,10 @@ impl Llama {
                 if let (Some(balance), Some(routed)) = (&mut balance, routed) {
                     balance.add(routed);
                 }
-                let experts = routed.map(|r| r.experts.shallow_clone());
-                blocks.push(Saved { x: x.shallow_clone(), rest: keep(rest, r), experts });
+                if i >= lowest {
+                    let experts = routed.map(|r| r.experts.shallow_clone());
+                    blocks.push(Saved { x: x.shallow_clone(), rest: keep(rest, r), experts });
+                }
             }
             x = y;
             if let Some(norm) = &w.final_norm {
@@ -290,41 +317,54 @@ impl Llama {
                 last = Some((x.shallow_clone(), rstd));
             }
             drop(w);
-            if recompute.is_none() || i < layers {
+            if recompute.is_none() || i < layers || i < lowest {
                 self.params.release(i);
             }
         }
         let hidden = hidden.ok_or_else(|| Error::failed("a model needs at least one block"))?;
-        let tape = recompute.map(|_| Tape { context, ids, blocks, last, balance });
+        let tape = recompute.map(|_| Tape { context, ids, blocks, passed: lowest.max(1) - 1, last, balance });
         Ok((hidden, tape))
     }
 
-    /// Given the gradient of the hidden states (T [N, C]), adds to the gradients of all trunk groups. `last` is true in
-    /// the last micro-batch of a step. Tied embeddings: the head's part must already be in the embedding's gradient.
+    /// Given the gradient of the hidden states (T [N, C]), adds to the gradients of all trunk groups that are trained.
+    /// `last` is true in the last micro-batch of a step. Tied embeddings: the head's part must already be in the
+    /// embedding's gradient. Below the first group that is trained nothing is computed.
     pub fn backward(&mut self, dhidden: Tensor, mut tape: Tape, last: bool) -> Result<()> {
         let layers = self.num_blocks();
+        let lowest = self.params.first_trained();
         let mut dx = dhidden;
-        for i in (1..=layers).rev() {
-            let w = self.block_weights(i)?;
-            if i > 1 {
+        for i in (lowest.max(1)..=layers).rev() {
+            let w = self.block_weights(i, tape.context.draws.as_ref())?;
+            if i > lowest.max(1) {
                 self.params.prefetch(i - 1)?;
             }
-            let (flat, fresh) = self.params.grad(i);
+            let trains = self.params.trains(i);
+            let (flat, fresh) = match trains.then(|| self.params.grad(i)) {
+                Some((flat, fresh)) => (Some(flat), fresh),
+                None => (None, false),
+            };
             let layout = self.params.layout(i);
-            if fresh {
+            if let (Some(flat), true) = (&flat, fresh) {
                 let _ = flat.narrow(0, layout.num_decayed, layout.numel - layout.num_decayed).zero_();
             }
-            let g = Block::gradients(&flat, layout, &self.shape);
+            let g = Block::gradients(&self.params, i, flat.as_ref(), &self.shape)?;
             if let (Some(norm), Some(dnorm)) = (&w.final_norm, &g.final_norm) {
                 let (x, rstd) = tape.last.take().ok_or_else(|| Error::failed("a tape is used once"))?;
                 dx = ops::rms_backward(&dx, &x, norm, &rstd, None, dnorm)?;
             }
             let saved = tape.blocks.pop().ok_or_else(|| Error::failed("a tape is used once"))?;
             let balance = tape.balance.as_ref().and_then(Balance::gradient);
-            dx = block_backward(&w, &g, fresh, dx, saved, &tape.context, i - 1, balance.as_ref())?;
+            // The first norm's gradient is a by-product of the input's.
+            let wanted = i > lowest || self.params.plan(i).trains("input_layernorm.weight");
+            dx = block_backward(&w, &g, fresh, dx, saved, &tape.context, i - 1, balance.as_ref(), wanted)?;
             drop(w);
             self.params.release(i);
-            self.params.reduce(i, last)?;
+            if trains {
+                self.params.reduce(i, last)?;
+            }
+        }
+        if lowest > 0 {
+            return Ok(());
         }
         let (flat, fresh) = self.params.grad(0);
         if fresh {
@@ -439,8 +479,8 @@ fn norm_heads_backward(
     Ok(())
 }
 
-/// Returns the gradient of block `i`'s input; adds to `g` (or sets its matrices, where `fresh`). `balance`: the gradient of
-/// its router's probabilities, A [N, E], that does not come from `dy`.
+/// Returns the gradient of block `i`'s input, if it is `wanted` (else something without meaning); adds to `g` (or sets its
+/// matrices, where `fresh`). `balance`: the gradient of its router's probabilities, A [N, E], that does not come from `dy`.
 #[allow(clippy::too_many_arguments)]
 fn block_backward(
     w: &Block<Linear>,
@@ -451,6 +491,7 @@ fn block_backward(
     c: &Context,
     i: usize,
     balance: Option<&Tensor>,
+    wanted: bool,
 ) -> Result<Tensor> {
     let x = saved.x;
     let rest = match saved.rest {
@@ -469,6 +510,11 @@ fn block_backward(
     rotate(&dqkv, c, true)?;
     norm_heads_backward(w, g, &dqkv, rest.qk, c.heads)?;
     let h1 = ops::rms_apply(&x, &w.norm1, &rest.rstd1)?;
-    let dh1 = w.qkv.backward(&dqkv, &h1, &g.qkv, fresh)?;
+    w.qkv.backward_weight(&dqkv, &h1, &g.qkv, fresh)?;
+    drop(h1);
+    if !wanted {
+        return Ok(dx2);
+    }
+    let dh1 = w.qkv.backward_input(&dqkv)?;
     Ok(ops::rms_backward(&dh1, &x, &w.norm1, &rest.rstd1, Some(&dx2), &g.norm1)?)
 }

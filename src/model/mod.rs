@@ -8,10 +8,12 @@ pub mod linear;
 pub mod llama;
 mod mixture;
 mod mlp;
+pub mod trainable;
 
 pub use decode::KvCache;
 pub use head::LmHead;
 pub use linear::{Linear, LinearGrad};
-pub use llama::{Input, Llama, Tape};
+pub use llama::{DropoutPlace, Input, Llama, Tape};
+pub use trainable::Trainable;
 
 pub use crate::config::sections::Recompute;

@@ -44,6 +44,12 @@ impl Record {
         self
     }
 
+    /// A text; TensorBoard's scalars leave it out.
+    pub fn text(mut self, key: &str, text: &str) -> Self {
+        self.fields.insert(key.to_string(), text.into());
+        self
+    }
+
     pub fn kind(&self) -> &str {
         &self.kind
     }

@@ -6,7 +6,7 @@ pub mod metrics;
 pub mod progress;
 pub mod tensorboard;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub use metrics::Record;
 
@@ -16,6 +16,9 @@ use metrics::MetricsWriter;
 use progress::Progress;
 use tensorboard::EventWriter;
 
+/// Where generated samples go.
+const SAMPLES: &str = "samples.jsonl";
+
 /// The log of a run in its folder: `metrics.jsonl`, the same scalars for TensorBoard, and progress on stderr. Only
 /// rank 0 writes. Nothing that goes wrong after the start ends the run.
 #[derive(Debug)]
@@ -24,6 +27,10 @@ pub struct RunLog(Option<Logs>);
 #[derive(Debug)]
 struct Logs {
     metrics: MetricsWriter,
+    /// `samples.jsonl`, once there is one.
+    samples: Option<MetricsWriter>,
+    dir: PathBuf,
+    resume_step: Option<u64>,
     events: EventWriter,
     progress: Progress,
 }
@@ -44,13 +51,23 @@ impl RunLog {
         tensorboard::truncate_after(dir, resume_step)?;
         let events = EventWriter::create(dir)?;
         let progress = Progress::start(resume_step.unwrap_or(0), total_steps);
-        Ok(RunLog(Some(Logs { metrics, events, progress })))
+        if resume_step.is_none() {
+            let old = dir.join(SAMPLES);
+            match std::fs::remove_file(&old) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(e).with_context(|| format!("cannot remove {}", old.display()));
+                }
+                _ => {}
+            }
+        }
+        let (samples, dir) = (None, dir.to_path_buf());
+        Ok(RunLog(Some(Logs { metrics, samples, dir, resume_step, events, progress })))
     }
 
     /// Writes a line of metrics and, as `KIND/KEY`, its finite numbers; a record of kind `train` also moves the
     /// progress.
     pub fn log(&mut self, record: &Record) {
-        let Some(Logs { metrics, events, progress }) = &mut self.0 else { return };
+        let Some(Logs { metrics, events, progress, .. }) = &mut self.0 else { return };
         metrics.append(record);
         let tagged = record.numbers().map(|(key, x)| (format!("{}/{key}", record.kind()), x));
         events.add_scalars(tagged, record.step());
@@ -59,22 +76,31 @@ impl RunLog {
         }
     }
 
-    /// A text for TensorBoard, such as a sample.
-    pub fn log_text(&mut self, tag: &str, text: &str, step: u64) {
-        if let Some(logs) = &mut self.0 {
-            logs.events.add_text(tag, text, step);
+    /// A generated sample: a line of `samples.jsonl`, and a text for TensorBoard under `tag`.
+    pub fn log_sample(&mut self, record: &Record, tag: &str, text: &str) {
+        let Some(logs) = &mut self.0 else { return };
+        if logs.samples.is_none() {
+            match MetricsWriter::open(&logs.dir.join(SAMPLES), logs.resume_step) {
+                Ok(writer) => logs.samples = Some(writer),
+                Err(e) => warn!("{e}; the run goes on without samples"),
+            }
         }
+        logs.samples.iter_mut().for_each(|samples| samples.append(record));
+        logs.events.add_text(tag, text, record.step());
     }
 }
 
 /// The end of the run, also a bad one: the progress ends, and what could not be written is told.
 impl Drop for RunLog {
     fn drop(&mut self) {
-        let Some(Logs { metrics, events, progress }) = self.0.take() else { return };
+        let Some(Logs { metrics, samples, events, progress, .. }) = self.0.take() else { return };
         drop(progress);
-        for (lost, what) in
-            [(metrics.lost(), "lines of metrics.jsonl"), (events.lost(), "TensorBoard events")]
-        {
+        let samples = samples.map_or(0, |s| s.lost());
+        for (lost, what) in [
+            (metrics.lost(), "lines of metrics.jsonl"),
+            (samples, "lines of samples.jsonl"),
+            (events.lost(), "TensorBoard events"),
+        ] {
             if lost > 0 {
                 warn!("{lost} {what} could not be written");
             }
@@ -108,7 +134,6 @@ pub fn since_process_start_s() -> f64 {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::path::PathBuf;
     use std::sync::atomic::{AtomicU32, Ordering};
 
     use super::*;

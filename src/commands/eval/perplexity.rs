@@ -1,23 +1,21 @@
-//! `corral eval`: measures a model.
+//! Loss in nats a token, perplexity, and bits a byte of text.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use clap::ValueEnum;
 use kernels::c10d::ReduceOp;
 use rayon::prelude::*;
 use serde_json::json;
 
-use crate::checkpoint::agree;
+use super::Args;
 use crate::commands::Global;
-use crate::commands::inference::{self, ModelArgs, Opened, RanksArgs};
+use crate::commands::inference::{self, Opened};
 use crate::commands::score;
 use crate::data::readers;
 use crate::data::shards::TokenSet;
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
-use crate::files::write_file;
 use crate::model::Llama;
 
 /// Tokens that one forward reads, or one window if that is longer.
@@ -25,37 +23,7 @@ const BATCH_TOKENS: usize = 8192;
 /// Long texts are encoded in pieces of about this many bytes.
 const PIECE_BYTES: usize = 64 << 10;
 
-#[derive(Debug, clap::Args)]
-pub struct Args {
-    #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    ranks: RanksArgs,
-    /// What to measure
-    #[arg(long, value_enum)]
-    task: Task,
-    /// Text, JSON, JSON lines (each also .gz or .zst), Parquet, or a folder of token shards
-    #[arg(long, num_args = 1.., required = true, value_name = "FILE")]
-    input: Vec<PathBuf>,
-    /// Where the result goes, besides stdout
-    #[arg(long, value_name = "FILE")]
-    output: Option<PathBuf>,
-    /// Tokens of a window [default: the model's positions, at most 1024]
-    #[arg(long, value_name = "N")]
-    sequence_length: Option<usize>,
-    /// Key or column of the text
-    #[arg(long, default_value = "text", value_name = "KEY")]
-    text_key: String,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Task {
-    /// Loss in nats a token, perplexity, and bits a byte of text
-    Perplexity,
-}
-
-pub fn run(args: Args, global: &Global) -> Result<()> {
-    let Task::Perplexity = args.task;
+pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     if args.sequence_length == Some(0) {
         return Err(Error::config("--sequence-length must be at least 1"));
     }
@@ -92,14 +60,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
         "num_bytes": num_bytes,
         "sequence_length": window,
     });
-    let tell = || {
-        if let Some(path) = &args.output {
-            write_file(path, format!("{result:#}\n").as_bytes())?;
-        }
-        println!("{result}");
-        Ok(())
-    };
-    agree(&world.group, if world.rank == 0 { tell() } else { Ok(()) })
+    super::tell(&args, &world, &result)
 }
 
 /// The tokens of an input, one document after the other.

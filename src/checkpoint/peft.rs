@@ -1,0 +1,359 @@
+//! Adapters in PEFT's format: a folder with `adapter_config.json` and `adapter_model.safetensors` (`.bin` is read), whose tensors have the
+//! model's names after `base_model.model.`. What PEFT has no place for is in `corral.json`.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+use tch::Kind;
+
+use super::agree::{agree, agree_over};
+use super::hf::write_tokenizer;
+use super::hf_config::read_object;
+use super::safetensors::{self, Entry, Writer};
+use super::source::Source;
+use super::torch_file;
+use crate::config::shape::Shape;
+use crate::config::trainable::{Base, Freeze, Lora, Targets};
+use crate::data::tokenizer::{Tokenizer, folder_has_tokenizer, is_tokenizer_file};
+use crate::distributed::plan::{Role, adapter_names, is_adapter};
+use crate::distributed::sharded::Sharded;
+use crate::error::{Context, Error, Result};
+use crate::files::{AtomicFolder, write_file};
+use crate::model::Trainable;
+use crate::model::trainable::{last_part, module};
+use kernels::c10d::Group;
+
+pub const CONFIG: &str = "adapter_config.json";
+const WEIGHTS: &str = "adapter_model.safetensors";
+const OLD_WEIGHTS: &str = "adapter_model.bin";
+/// How the base was kept in training: `{"base": "nf4"}`.
+const OURS: &str = "corral.json";
+const PREFIX: &str = "base_model.model.";
+
+/// An adapter on disk: its configuration, and the header of its tensors.
+pub struct PeftAdapter {
+    dir: PathBuf,
+    trainable: Trainable,
+    base: Option<String>,
+    source: Source,
+}
+
+impl PeftAdapter {
+    /// # Errors
+    /// Of kind Data: files that are missing or damaged; kinds of adapters and options that are not built.
+    pub fn open(dir: &Path) -> Result<PeftAdapter> {
+        let path = dir.join(CONFIG);
+        let config = read_object(&path)?;
+        let (trainable, base) = read_config(&config).map_err(|e| Error::data(e).context(path.display()))?;
+        let mut adapter = PeftAdapter { dir: dir.to_path_buf(), trainable, base, source: open_weights(dir)? };
+        let ours = dir.join(OURS);
+        if let (Some(lora), true) = (&mut adapter.trainable.lora, ours.is_file()) {
+            let base = read_object(&ours)?.remove("base").unwrap_or_default();
+            lora.base = serde_json::from_value(base)
+                .map_err(|e| Error::data(format!("base: {e}")))
+                .context(ours.display())?;
+        }
+        Ok(adapter)
+    }
+
+    /// The adapter in a folder, or in the folder of the run that trained it; none where there is none.
+    pub fn find(path: &Path) -> Result<Option<PeftAdapter>> {
+        let dirs = [path.to_path_buf(), path.join("model")];
+        dirs.iter().find(|d| d.join(CONFIG).is_file()).map(|d| PeftAdapter::open(d)).transpose()
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What was trained, and how the base was kept.
+    pub fn trainable(&self) -> &Trainable {
+        &self.trainable
+    }
+
+    /// Where the model that the adapter was trained for lies: as the adapter names it, seen from its folder if it is there.
+    pub fn base(&self) -> Result<PathBuf> {
+        let base = self.base.as_ref().ok_or_else(|| {
+            Error::data(format!(
+                "{}: base_model_name_or_path is empty, so that the model is not known; set it to the model's folder",
+                self.dir.join(CONFIG).display()
+            ))
+        })?;
+        let beside = self.dir.join(base);
+        Ok(if beside.exists() { beside } else { base.into() })
+    }
+
+    /// The tensors that the adapter consists of for a model of this shape, under the model's names.
+    fn wanted(&self, shape: &Shape) -> Result<Vec<(String, Vec<i64>)>> {
+        let mut wanted = Vec::new();
+        for plan in self.trainable.plans(shape)? {
+            let saved = plan.layout.specs.iter().zip(&plan.roles).filter(|(_, role)| **role == Role::Trained);
+            wanted.extend(saved.map(|(spec, _)| (spec.name.clone(), spec.shape.clone())));
+            for adapter in &plan.adapters {
+                let names = adapter_names(&plan.layout.specs[adapter.target].name);
+                wanted.extend(names.into_iter().zip(adapter.shapes(&plan.layout)));
+            }
+        }
+        Ok(wanted)
+    }
+
+    /// Refuses an adapter whose tensors are not those that its configuration asks for on a model of this shape.
+    pub fn check(&self, shape: &Shape) -> Result<()> {
+        let wanted = self.wanted(shape).map_err(|e| Error::data(e.message).context(self.dir.display()))?;
+        let there: Vec<&String> = self.source.names().collect();
+        let mut wrong = Vec::new();
+        for (name, size) in &wanted {
+            let name = format!("{PREFIX}{name}");
+            match there.contains(&&name) {
+                false => wrong.push(format!("`{name}` {size:?} is missing")),
+                true => match &self.source.view(&name)?.shape {
+                    found if found != size => {
+                        wrong.push(format!("`{name}` is {found:?} and should be {size:?}"))
+                    }
+                    _ => {}
+                },
+            }
+        }
+        let known =
+            |name: &str| name.strip_prefix(PREFIX).is_some_and(|name| wanted.iter().any(|(w, _)| w == name));
+        wrong.extend(there.iter().filter(|n| !known(n)).map(|n| format!("`{n}` has no place in the model")));
+        if wrong.is_empty() {
+            return Ok(());
+        }
+        let more = if wrong.len() > 6 { format!("\n  and {} more", wrong.len() - 6) } else { String::new() };
+        wrong.truncate(6);
+        Err(Error::data(format!(
+            "{}: the adapter does not fit its configuration and the model:\n  {}{more}",
+            self.dir.display(),
+            wrong.join("\n  ")
+        )))
+    }
+
+    /// Whether the adapter has this tensor of the model, trained as a whole or part of an adapter.
+    pub fn has(&self, name: &str) -> bool {
+        self.source.views.contains_key(&format!("{PREFIX}{name}"))
+    }
+
+    /// Fills `values` with elements `first..` of a tensor, which goes by the model's name.
+    pub fn read(&self, name: &str, first: i64, values: &tch::Tensor) -> Result<()> {
+        self.source.read(&format!("{PREFIX}{name}"), first, values)
+    }
+
+    /// A tensor of the adapter's, by the model's name.
+    pub fn tensor(&self, name: &str) -> Result<tch::Tensor> {
+        self.source.tensor(&format!("{PREFIX}{name}"))
+    }
+
+    /// The folder with its tokenizer, if it has one.
+    pub fn tokenizer_dir(&self) -> Option<PathBuf> {
+        folder_has_tokenizer(&self.dir).then(|| self.dir.clone())
+    }
+
+    /// Fills the adapters, and what was trained as a whole. Collective over the ranks that hold the parameters.
+    pub fn fill(&self, params: &mut Sharded) -> Result<()> {
+        let mine = params.fill_where(
+            |spec| is_adapter(&spec.name) || self.has(&spec.name),
+            true,
+            &mut |spec, first, values| self.read(&spec.name, first, values),
+        );
+        agree_over(params, mine)
+    }
+}
+
+fn open_weights(dir: &Path) -> Result<Source> {
+    let (path, old) = (dir.join(WEIGHTS), dir.join(OLD_WEIGHTS));
+    Ok(Source::of_files(vec![match !path.is_file() && old.is_file() {
+        true => Box::new(torch_file::Reader::open(&old)?),
+        false => Box::new(safetensors::Reader::open(&path)?),
+    }]))
+}
+
+/// What of PEFT's options changes the mathematics and is not built: key, and the values that mean that it is off.
+fn refused(config: &Map<String, Value>) -> Option<String> {
+    let off = |v: &Value| match v {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(a) => a.is_empty(),
+        Value::Object(o) => o.is_empty(),
+        Value::String(s) => s == "none",
+        _ => false,
+    };
+    let keys = [
+        "bias",
+        "use_dora",
+        "fan_in_fan_out",
+        "lora_bias",
+        "rank_pattern",
+        "alpha_pattern",
+        "exclude_modules",
+        "layer_replication",
+        "target_parameters",
+        "trainable_token_indices",
+        "use_qalora",
+        "use_bdlora",
+        "alora_invocation_tokens",
+    ];
+    for key in keys {
+        if let Some(value) = config.get(key).filter(|v| !off(v)) {
+            return Some(format!("{key}: {value} is not built"));
+        }
+    }
+    // These ways of starting also change the base, which is not in the adapter.
+    let start = config.get("init_lora_weights").and_then(Value::as_str).unwrap_or("");
+    ["pissa", "olora", "corda", "loftq"].iter().any(|name| start.starts_with(name)).then(|| {
+        format!(
+            "init_lora_weights: {start} changed the base; convert the adapter to plain LoRA when saving it"
+        )
+    })
+}
+
+fn read_config(config: &Map<String, Value>) -> Result<(Trainable, Option<String>), String> {
+    let text = |key: &str| config.get(key).and_then(Value::as_str);
+    if text("peft_type") != Some("LORA") {
+        return Err(format!(
+            "peft_type is {}; only LORA is built",
+            config.get("peft_type").unwrap_or(&Value::Null)
+        ));
+    }
+    if let Some(why) = refused(config) {
+        return Err(why);
+    }
+    let number = |key: &str, default: f64| match config.get(key) {
+        None | Some(Value::Null) => Ok(default),
+        Some(v) => v.as_f64().ok_or_else(|| format!("{key}: {v} is no number")),
+    };
+    let names = |key: &str| -> Result<Option<Vec<String>>, String> {
+        match config.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(v) => serde_json::from_value(v.clone())
+                .map(Some)
+                .map_err(|_| format!("{key}: {v} is no list of names")),
+        }
+    };
+    let targets = match text("target_modules") {
+        Some("all-linear") => Targets::AllLinear,
+        Some(pattern) => {
+            return Err(format!(
+                "target_modules: the pattern {pattern:?} is not built; give a list of names"
+            ));
+        }
+        None => Targets::Names(names("target_modules")?.ok_or("target_modules is missing")?),
+    };
+    let layers = match config.get("layers_to_transform") {
+        None | Some(Value::Null) => None,
+        Some(Value::Number(n)) => Some(vec![n.as_i64().ok_or("layers_to_transform: no whole number")?]),
+        Some(v) => Some(
+            serde_json::from_value(v.clone()).map_err(|_| format!("layers_to_transform: {v} is no list"))?,
+        ),
+    };
+    let rank = number("r", 8.0)?;
+    if rank < 1.0 || rank.fract() != 0.0 {
+        return Err(format!("r: {rank} is no rank"));
+    }
+    let lora = Lora {
+        rank: rank as i64,
+        alpha: number("lora_alpha", 8.0)?,
+        dropout: number("lora_dropout", 0.0)?,
+        targets,
+        rslora: config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+        modules_to_save: names("modules_to_save")?.unwrap_or_default(),
+        base: Base::None,
+    };
+    let base = text("base_model_name_or_path").filter(|b| !b.is_empty()).map(str::to_string);
+    Ok((Trainable { freeze: Freeze::default(), lora: Some(lora), layers }, base))
+}
+
+/// What an adapter's folder says besides its tensors.
+pub struct AdapterExport<'a> {
+    pub trainable: &'a Trainable,
+    pub shape: &'a Shape,
+    /// The model that the adapter is for: a path or a hub id.
+    pub base: &'a str,
+    pub tokenizer: Option<&'a Tokenizer>,
+}
+
+/// Writes the adapters, and what is trained as a whole, to the folder `dir`, in float32: complete, or not at all. A
+/// collective call, like [`super::export`].
+pub fn export_adapter(dir: &Path, params: &Sharded, how: &AdapterExport, world: &Group) -> Result<()> {
+    let said = || format!("exporting the adapter to {}", dir.display());
+    let specs = || (0..params.len()).flat_map(|i| &params.layout(i).specs);
+    let started = match world.rank() {
+        0 => begin(dir, how).and_then(|folder| {
+            let entry = |s: &crate::distributed::sharded::Spec| Entry {
+                name: format!("{PREFIX}{}", s.name),
+                kind: Kind::Float,
+                shape: s.shape.clone(),
+            };
+            let entries: Vec<Entry> = specs().map(entry).collect();
+            let writer = Writer::create(&folder.temporary().join(WEIGHTS), &entries)?;
+            Ok(Some((folder, writer)))
+        }),
+        _ => Ok(None),
+    };
+    let mut output = agree(world, started).with_context(said)?;
+    let mut status = Ok(());
+    for i in (0..params.len()).filter(|i| params.trains(*i)) {
+        if params.replica_group().rank() != 0 {
+            break;
+        }
+        let flat = params.gather_master(i)?;
+        if let (Some((_, writer)), Ok(())) = (&mut output, &status) {
+            status = params.layout(i).specs.iter().try_for_each(|spec| writer.write(&spec.view(&flat)));
+        }
+    }
+    let status = status.and_then(|()| match output {
+        Some((folder, writer)) => {
+            writer.finish()?;
+            folder.commit()
+        }
+        None => Ok(()),
+    });
+    agree(world, status).with_context(said)
+}
+
+/// Makes the temporary folder with all but the tensors.
+fn begin(dir: &Path, how: &AdapterExport) -> Result<AtomicFolder> {
+    let ours = |name: &str| [CONFIG, WEIGHTS, OURS].contains(&name) || is_tokenizer_file(name);
+    let folder = AtomicFolder::create(dir, ours)?;
+    let temp = folder.temporary();
+    let write = |name: &str, value: &Value| -> Result<()> {
+        let text = serde_json::to_string_pretty(value).map_err(|e| Error::failed(format!("{name}: {e}")))?;
+        write_file(&temp.join(name), format!("{text}\n").as_bytes())
+    };
+    let Some(lora) = &how.trainable.lora else {
+        return Err(Error::failed("there is no adapter to be written"));
+    };
+    // The layers that have one, by the last parts of their names.
+    let mut targets: Vec<String> = Vec::new();
+    for plan in how.trainable.plans(how.shape)? {
+        for adapter in &plan.adapters {
+            let name = last_part(module(&plan.layout.specs[adapter.target].name)).to_string();
+            if !targets.contains(&name) {
+                targets.push(name);
+            }
+        }
+    }
+    let saved = (!lora.modules_to_save.is_empty()).then_some(&lora.modules_to_save);
+    write(
+        CONFIG,
+        &json!({
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": how.base,
+            "inference_mode": true,
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "lora_dropout": lora.dropout,
+            "use_rslora": lora.rslora,
+            "target_modules": targets,
+            "layers_to_transform": how.trainable.adapted_layers(how.shape),
+            "modules_to_save": saved,
+            "bias": "none",
+            "fan_in_fan_out": false,
+        }),
+    )?;
+    write(OURS, &json!({"base": lora.base}))?;
+    if let Some(tokenizer) = how.tokenizer {
+        write_tokenizer(tokenizer, temp)?;
+    }
+    Ok(folder)
+}

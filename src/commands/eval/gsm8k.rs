@@ -1,0 +1,213 @@
+//! Questions with a number as their answer: the share that a model answers exactly.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde_json::{Map, Value, json};
+
+use super::{Args, tell};
+use crate::checkpoint::agree;
+use crate::commands::Global;
+use crate::commands::inference;
+use crate::data::chat::Chat;
+use crate::data::conversation::{Prompt, conversation};
+use crate::data::readers::{self, Record};
+use crate::distributed::exchange::gather_bytes;
+use crate::error::{Error, Result};
+use crate::files::AtomicFile;
+use crate::generate::engine::{Options, Request, generate};
+use crate::generate::{self as generation, Sampling};
+use crate::rewards::gsm8k::{Answer, Form, answer};
+
+/// A question and the number that answers it.
+struct Question {
+    line: Map<String, Value>,
+    prompt: Vec<i64>,
+    /// None: the reference has no number, so that nothing can be compared with it.
+    gold: Option<Answer>,
+}
+
+pub(super) fn run(args: Args, global: &Global) -> Result<()> {
+    let sampling = Sampling { temperature: args.temperature, top_k: 0, top_p: 1.0, seed: args.seed };
+    sampling.check()?;
+    let opened = args.model.open()?;
+    let chat = opened.chat(&args.template)?;
+    let mut questions = Vec::new();
+    for path in &args.input {
+        for record in readers::records(path, None, &Arc::default())? {
+            if args.limit.is_some_and(|limit| questions.len() == limit) {
+                break;
+            }
+            questions.push(question(&record?, &chat)?);
+        }
+    }
+    if !questions.iter().any(|q| q.gold.is_some()) {
+        return Err(Error::data("no line of the input has an answer with a number after `####`"));
+    }
+    let requests: Vec<Request> = questions
+        .iter()
+        .enumerate()
+        .map(|(i, q)| Request::new(q.prompt.clone(), i as u64, args.max_new_tokens))
+        .collect();
+    requests.iter().try_for_each(|r| r.check(opened.shape()))?;
+    let world = inference::join(global)?;
+    let mut model = opened.load(&world, args.ranks.mode)?;
+    let mut eos = opened.eos_ids()?;
+    eos.extend(chat.stop_ids().into_iter().map(i64::from));
+    let options = Options { sampling, batch_size: args.batch_size, eos: &eos, stop: None };
+
+    let (rank, ranks) = (world.rank as usize, world.world_size as usize);
+    let mine: Vec<usize> = (rank..requests.len()).step_by(ranks).collect();
+    let my_requests: Vec<Request> = mine.iter().map(|i| requests[*i].clone()).collect();
+    let bar = inference::bar(mine.len() as u64, "answers");
+    let completions = generate(&mut model, &my_requests, options, |_, ended| {
+        bar.inc(u64::from(ended));
+        Ok(())
+    })?;
+    bar.finish_and_clear();
+    let texts = completions.iter().zip(&mine).map(|(completion, i)| {
+        let text = generation::text(opened.tokenizer()?, &requests[*i].prompt, &completion.ids, &[])?;
+        Ok((*i, (text, completion.ids.len(), json!(completion.finish))))
+    });
+    let texts: Vec<(usize, (String, usize, Value))> = texts.collect::<Result<_>>()?;
+    let bytes = serde_json::to_vec(&texts).map_err(|e| Error::failed(e.to_string()))?;
+    let mut all = BTreeMap::new();
+    for bytes in gather_bytes(&world, &bytes)? {
+        let theirs: Vec<(usize, (String, usize, Value))> = serde_json::from_slice(&bytes)
+            .map_err(|e| Error::failed(format!("another rank's answers cannot be read: {e}")))?;
+        all.extend(theirs);
+    }
+
+    let (mut total, mut groups) = (Tally::default(), BTreeMap::<String, Tally>::new());
+    let mut lines = String::new();
+    for (question, (text, num_tokens, finish)) in questions.into_iter().zip(all.into_values()) {
+        let found = answer(&text, Form::Strict);
+        let correct =
+            question.gold.as_ref().map(|gold| found.as_ref().is_some_and(|a| a.number == gold.number));
+        let ended = finish == "eos";
+        total.count(correct, found.is_some(), ended);
+        if let Some(key) = &args.by {
+            let value = question.line.get(key).map_or("null".to_string(), Value::to_string);
+            groups.entry(value).or_default().count(correct, found.is_some(), ended);
+        }
+        let mut line = question.line;
+        line.insert("completion".into(), json!(text));
+        line.insert("num_tokens".into(), json!(num_tokens));
+        line.insert("finish_reason".into(), finish);
+        line.insert("parsed".into(), json!(found.map(|a| a.number)));
+        line.insert("gold".into(), json!(question.gold.map(|a| a.number)));
+        line.insert("correct".into(), json!(correct));
+        lines += &format!("{}\n", Value::Object(line));
+    }
+    let mut result = total.to_json();
+    result.insert("task".into(), json!("gsm8k"));
+    result.insert("temperature".into(), json!(args.temperature));
+    if let Some(key) = &args.by {
+        let groups: Map<String, Value> =
+            groups.into_iter().map(|(value, tally)| (value, Value::Object(tally.to_json()))).collect();
+        result.insert(format!("by_{key}"), Value::Object(groups));
+    }
+    let beside = || args.output.as_ref().map(|path| path.with_extension("answers.jsonl"));
+    let path: Option<PathBuf> = args.answers.clone().or_else(beside);
+    let write = || match &path {
+        Some(path) => {
+            let mut file = AtomicFile::create(path)?;
+            file.put(lines.as_bytes())?;
+            file.commit()
+        }
+        None => Ok(()),
+    };
+    agree(&world.group, if world.rank == 0 { write() } else { Ok(()) })?;
+    tell(&args, &world, &Value::Object(result))
+}
+
+fn question(record: &Record, chat: &Chat) -> Result<Question> {
+    let reference = match record.fields.get("answer") {
+        Some(Value::String(text)) => text.clone(),
+        Some(Value::Number(number)) => format!("#### {number}"),
+        _ => match conversation(record)?.pop() {
+            Some(last) if last.role == "assistant" => last.content,
+            _ => return Err(Error::data(format!("{}: no key `answer`", record.place))),
+        },
+    };
+    // A bare number is an answer, too.
+    let bare = || answer(&format!("#### {}", reference.trim()), Form::Strict);
+    let gold =
+        answer(&reference, Form::Strict).or_else(|| if reference.contains("####") { None } else { bare() });
+    let messages = Prompt::read(record)?.into_messages();
+    let prompt = chat.prompt(&messages).map_err(|e| e.context(&record.place))?;
+    let prompt = prompt.into_iter().map(i64::from).collect();
+    Ok(Question { line: record.fields.clone(), prompt, gold })
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Tally {
+    scored: u64,
+    correct: u64,
+    /// References without a number: left out of the accuracy.
+    unscored: u64,
+    /// Answers without a number: wrong.
+    unparsed: u64,
+    ended: u64,
+    all: u64,
+}
+
+impl Tally {
+    fn count(&mut self, correct: Option<bool>, parsed: bool, ended: bool) {
+        self.all += 1;
+        self.ended += u64::from(ended);
+        match correct {
+            None => self.unscored += 1,
+            Some(correct) => {
+                self.scored += 1;
+                self.correct += u64::from(correct);
+                self.unparsed += u64::from(!parsed);
+            }
+        }
+    }
+
+    fn to_json(self) -> Map<String, Value> {
+        let interval = wilson(self.correct, self.scored);
+        let fields = json!({
+            "accuracy": (self.scored > 0).then(|| self.correct as f64 / self.scored as f64),
+            "accuracy_95": interval,
+            "correct": self.correct,
+            "scored": self.scored,
+            "unscored": self.unscored,
+            "unparsed": self.unparsed,
+            "eos_fraction": self.ended as f64 / self.all.max(1) as f64,
+        });
+        match fields {
+            Value::Object(fields) => fields,
+            _ => Map::new(),
+        }
+    }
+}
+
+/// The 95 % interval of a share (Wilson 1927), which also holds near 0 and 1.
+fn wilson(successes: u64, trials: u64) -> Option<[f64; 2]> {
+    let (n, z) = (trials as f64, 1.959964);
+    let p = successes as f64 / n;
+    let middle = p + z * z / (2.0 * n);
+    let half = z * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt();
+    let scale = 1.0 + z * z / n;
+    (trials > 0).then(|| [((middle - half) / scale).max(0.0), ((middle + half) / scale).min(1.0)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Values of the published formula, evaluated apart in Python.
+    #[test]
+    fn intervals_are_wilsons() {
+        for (successes, trials, low, high) in
+            [(0, 10, 0.0, 0.277533), (5, 10, 0.236593, 0.763407), (950, 1000, 0.934686, 0.961870)]
+        {
+            let [a, b] = wilson(successes, trials).unwrap();
+            assert!((a - low).abs() < 2e-6 && (b - high).abs() < 2e-6, "{a} {b}");
+        }
+        assert_eq!(wilson(0, 0), None);
+    }
+}

@@ -1,0 +1,90 @@
+//! `corral eval`: measures a model.
+
+mod gsm8k;
+mod perplexity;
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+use serde_json::Value;
+
+use crate::checkpoint::agree;
+use crate::commands::Global;
+use crate::commands::inference::{ModelArgs, RanksArgs, TemplateArgs};
+use crate::distributed::world::World;
+use crate::error::Result;
+use crate::files::write_file;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    ranks: RanksArgs,
+    #[command(flatten)]
+    template: TemplateArgs,
+    /// What to measure
+    #[arg(long, value_enum)]
+    task: Task,
+    /// perplexity: text, JSON, JSON lines (each also .gz or .zst), Parquet, or a folder of token shards; gsm8k: lines with
+    /// `question` (or another prompt) and `answer`
+    #[arg(long, num_args = 1.., required = true, value_name = "FILE")]
+    input: Vec<PathBuf>,
+    /// Where the result goes, besides stdout
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// perplexity: tokens of a window [default: the model's positions, at most 1024]
+    #[arg(long, value_name = "N")]
+    sequence_length: Option<usize>,
+    /// perplexity: key or column of the text
+    #[arg(long, default_value = "text", value_name = "KEY")]
+    text_key: String,
+    /// gsm8k: questions that are asked, the first of the input [default: all]
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+    /// gsm8k: where every answer goes, a line each [default: beside --output]
+    #[arg(long, value_name = "FILE")]
+    answers: Option<PathBuf>,
+    /// gsm8k: tokens an answer may have
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    max_new_tokens: usize,
+    /// gsm8k: answers in work at once
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    batch_size: usize,
+    /// gsm8k: 0 takes the most likely token, above it answers are drawn
+    #[arg(long, default_value_t = 0.0, value_name = "X")]
+    temperature: f64,
+    /// gsm8k: of the draws
+    #[arg(long, default_value_t = 0, value_name = "S")]
+    seed: u64,
+    /// gsm8k: also the accuracy for each value of this key
+    #[arg(long, value_name = "KEY")]
+    by: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Task {
+    /// Loss in nats a token, perplexity, and bits a byte of text
+    Perplexity,
+    /// Share of questions whose answer has the right number after its last `####`
+    Gsm8k,
+}
+
+pub fn run(args: Args, global: &Global) -> Result<()> {
+    match args.task {
+        Task::Perplexity => perplexity::run(args, global),
+        Task::Gsm8k => gsm8k::run(args, global),
+    }
+}
+
+/// Prints the result and writes it to --output (rank 0). Collective.
+fn tell(args: &Args, world: &World, result: &Value) -> Result<()> {
+    let tell = || {
+        if let Some(path) = &args.output {
+            write_file(path, format!("{result:#}\n").as_bytes())?;
+        }
+        println!("{result}");
+        Ok(())
+    };
+    agree(&world.group, if world.rank == 0 { tell() } else { Ok(()) })
+}

@@ -1,0 +1,78 @@
+//! `corral merge`: an adapter into its model.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tch::Device;
+
+use crate::checkpoint::merge::Merge;
+use crate::checkpoint::{PeftAdapter, Weights};
+use crate::commands::check::size;
+use crate::commands::convert::{Dtype, parse_size};
+use crate::config::trainable::Base;
+use crate::error::{Error, Result};
+use crate::warn;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The model that the adapter is for: a Hugging Face folder, a folder in Meta's format, a run's folder, or a checkpoint
+    /// [default: the one that the adapter names]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// The adapter in PEFT's format, or the folder of the run that trained it
+    #[arg(long, value_name = "DIR")]
+    adapter: PathBuf,
+    /// Folder for the merged model, in Hugging Face's format; a model in it is replaced
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Dtype of the tensors [default: each as it is in the model]
+    #[arg(long, value_enum)]
+    dtype: Option<Dtype>,
+    /// Most bytes of tensors in a file, such as 5GB or 500MiB
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "5GB")]
+    max_shard_size: u64,
+}
+
+pub fn run(args: Args, device: Device) -> Result<()> {
+    let adapter = PeftAdapter::find(&args.adapter)?.ok_or_else(|| {
+        Error::data(format!(
+            "{}: there is no adapter_config.json, nor one in model/ as a run leaves it",
+            args.adapter.display()
+        ))
+    })?;
+    let base = Weights::open(&args.model.map_or_else(|| adapter.base(), Ok)?)?;
+    let from = base.dir().to_path_buf();
+    for read in [&from, adapter.dir()] {
+        if let (Ok(a), Ok(b)) = (read.canonicalize(), args.output.canonicalize())
+            && a == b
+        {
+            return Err(Error::config(format!("--output: {} is read for the merge", b.display())));
+        }
+    }
+    let merge = Merge::new(base, adapter, args.dtype.map(Dtype::kind))?;
+    let (total, done) = (merge.bytes()?, Arc::default());
+    let report = super::with_bytes_bar("merging", total, &done, || {
+        merge.write(&args.output, args.max_shard_size, device, &done)
+    })?;
+    println!(
+        "{}: {} tensors, {} of them changed by the adapter; {} in {} file(s)",
+        args.output.display(),
+        report.num_tensors,
+        report.num_merged,
+        size(report.bytes),
+        report.num_files
+    );
+    if report.base != Base::None {
+        warn!(
+            "the adapter was trained on weights in {}: what was merged are those weights as they come back from there, not \
+             those of {}",
+            format!("{:?}", report.base).to_lowercase(),
+            from.display()
+        );
+    }
+    println!(
+        "checked on {} tokens in float32: KL(with adapter || merged) = {:.3e} nats a token",
+        report.num_tokens, report.kl
+    );
+    Ok(())
+}

@@ -1,0 +1,228 @@
+//! Parameters that are not trained: no masters, no gradients, no moments. The tensors of a group lie one after the other
+//! in one flat buffer of bytes, in the compute dtype or quantized, of which a rank owns a slice.
+
+use kernels::c10d::{Group, Work};
+use kernels::quant::{Quantized, Quantizer, Scheme};
+use tch::{Device, Kind, Tensor};
+
+use crate::distributed::sharded::{Spec, padded_slice};
+use crate::error::Result;
+
+/// How a tensor that is not trained is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Storage {
+    /// In the compute dtype.
+    Dense,
+    Quantized(Scheme),
+}
+
+/// A tensor as it is used.
+#[derive(Debug)]
+pub enum Value {
+    Dense(Tensor),
+    Quantized(Quantized),
+}
+
+/// Every buffer begins at a multiple of this, so that its elements are aligned and none lies in two slices.
+const ALIGNMENT: i64 = 64;
+
+/// Values that are quantized at once: what exists of a weight in float32.
+const PANEL: i64 = 4 << 20;
+
+/// A part of a tensor's bytes: dtype, elements, first byte.
+type Buffer = (Kind, i64, i64);
+
+struct Entry {
+    /// Its offset is the first byte.
+    spec: Spec,
+    storage: Storage,
+    buffers: Vec<Buffer>,
+}
+
+/// The tensors of a group that are not trained.
+pub struct Frozen {
+    entries: Vec<Entry>,
+    /// Bytes of every rank's slice, padding included.
+    shard_len: i64,
+    /// This rank's slice, uint8.
+    local: Tensor,
+    full: Option<Tensor>,
+    gathering: Option<Work>,
+    device: Device,
+}
+
+impl Frozen {
+    pub fn new(
+        tensors: impl Iterator<Item = (Spec, Storage)>,
+        compute: Kind,
+        ranks: i64,
+        device: Device,
+    ) -> Frozen {
+        let mut end = 0;
+        let entries = tensors.map(|(mut spec, storage)| {
+            spec.offset = end;
+            let parts = match (storage, spec.shape[..].try_into()) {
+                (Storage::Quantized(scheme), Ok(shape)) => scheme.buffers(shape),
+                _ => vec![(compute, spec.numel())],
+            };
+            let mut place = |(kind, n): (Kind, i64)| {
+                let first = end;
+                end += n * kind.elt_size_in_bytes() as i64;
+                end = (end + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+                (kind, n, first)
+            };
+            let buffers = parts.into_iter().map(&mut place).collect();
+            Entry { spec, storage, buffers }
+        });
+        let entries: Vec<Entry> = entries.collect();
+        let shard_len = padded_slice(end, ranks);
+        let local = Tensor::zeros([shard_len], (Kind::Uint8, device));
+        Frozen { entries, shard_len, local, full: None, gathering: None, device }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Bytes of this rank's slice.
+    pub fn bytes(&self) -> i64 {
+        self.shard_len
+    }
+
+    pub fn storage(&self, index: usize) -> Storage {
+        self.entries[index].storage
+    }
+
+    /// Whether tensor `index` follows the one before without a gap, both of them dense: together they are one.
+    pub fn follows(&self, index: usize) -> bool {
+        let (Some(a), b) = (index.checked_sub(1).map(|a| &self.entries[a]), &self.entries[index]) else {
+            return false;
+        };
+        let dense = |e: &Entry| e.storage == Storage::Dense;
+        let (kind, n, first) = a.buffers[0];
+        dense(a) && dense(b) && first + n * kind.elt_size_in_bytes() as i64 == b.spec.offset
+    }
+
+    /// Starts gathering, if that is needed.
+    pub fn prefetch(&mut self, shard: &Group) -> Result<()> {
+        if self.full.is_some() || self.is_empty() {
+            return Ok(());
+        }
+        if shard.size() == 1 {
+            self.full = Some(self.local.shallow_clone());
+            return Ok(());
+        }
+        let full = Tensor::empty([self.shard_len * shard.size()], (Kind::Uint8, self.device));
+        self.gathering = Some(shard.all_gather(&full, &self.local)?);
+        self.full = Some(full);
+        Ok(())
+    }
+
+    /// All bytes; none where there are no tensors. Held until [`Frozen::release`].
+    pub fn full(&mut self, shard: &Group) -> Result<Option<Tensor>> {
+        self.prefetch(shard)?;
+        if let Some(work) = self.gathering.take() {
+            work.wait()?;
+        }
+        Ok(self.full.as_ref().map(Tensor::shallow_clone))
+    }
+
+    /// All bytes, to be dropped by the caller.
+    pub fn gather(&self, shard: &Group) -> Result<Option<Tensor>> {
+        if self.is_empty() || shard.size() == 1 {
+            return Ok((!self.is_empty()).then(|| self.local.shallow_clone()));
+        }
+        let full = Tensor::empty([self.shard_len * shard.size()], (Kind::Uint8, self.device));
+        shard.all_gather(&full, &self.local)?.wait()?;
+        Ok(Some(full))
+    }
+
+    pub fn release(&mut self) {
+        self.gathering = None;
+        self.full = None;
+    }
+
+    /// Tensor `index` as a view of all bytes; with those that follow it, `size` is that of them all.
+    pub fn value(&self, index: usize, size: &[i64], full: &Tensor) -> Result<Value> {
+        let entry = &self.entries[index];
+        let view = |&(kind, n, first): &Buffer| {
+            let bytes = full.f_narrow(0, first, n * kind.elt_size_in_bytes() as i64)?;
+            if kind == Kind::Uint8 { Ok(bytes) } else { bytes.f_view_dtype(kind) }
+        };
+        Ok(match (entry.storage, entry.spec.shape[..].try_into()) {
+            (Storage::Quantized(scheme), Ok(shape)) => {
+                let buffers = entry.buffers.iter().map(view).collect::<Result<_, _>>()?;
+                Value::Quantized(Quantized::from_buffers(scheme, shape, buffers)?)
+            }
+            _ => {
+                let (kind, _, first) = entry.buffers[0];
+                Value::Dense(view(&(kind, size.iter().product(), first))?.f_view(size)?)
+            }
+        })
+    }
+
+    /// Sets the values of the tensors that are `wanted`: `f(spec, first, values)` fills `values` (in any float dtype, `[n]`) with elements `first..first + n`
+    /// of the flattened tensor `spec`. What is quantized is asked for by rows in float32, whole even where only a part of
+    /// it lies in this rank's slice; of it some megabytes exist at a time.
+    pub fn fill(
+        &mut self,
+        rank: i64,
+        wanted: impl Fn(&Spec) -> bool,
+        mut f: impl FnMut(&Spec, i64, &Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let start = rank * self.shard_len;
+        // The bytes of a buffer that lie in the slice: first byte there, bytes before them in the buffer, count.
+        let overlap = |&(kind, n, first): &Buffer| {
+            let end = first + n * kind.elt_size_in_bytes() as i64;
+            let (a, b) = (first.max(start), end.min(start + self.shard_len));
+            (a < b).then_some((a - start, a - first, b - a))
+        };
+        for entry in self.entries.iter().filter(|e| wanted(&e.spec)) {
+            let parts: Vec<_> = entry.buffers.iter().map(overlap).collect();
+            if parts.iter().all(Option::is_none) {
+                continue;
+            }
+            match (entry.storage, entry.spec.shape[..].try_into()) {
+                (Storage::Quantized(scheme), Ok(shape)) => {
+                    let weight = quantize(scheme, shape, self.device, |row, values| {
+                        f(&entry.spec, row * shape[1], values)
+                    })?;
+                    for (part, buffer) in parts.iter().zip(weight.buffers()) {
+                        let Some((to, from, n)) = *part else { continue };
+                        let bytes = buffer.f_view_dtype(Kind::Uint8)?.f_narrow(0, from, n)?;
+                        self.local.narrow(0, to, n).f_copy_(&bytes)?;
+                    }
+                }
+                _ => {
+                    let (kind, _, _) = entry.buffers[0];
+                    if let Some((to, from, n)) = parts[0] {
+                        let values = self.local.narrow(0, to, n).f_view_dtype(kind)?;
+                        f(&entry.spec, from / kind.elt_size_in_bytes() as i64, &values)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Quantizes a weight whose rows from `row` on `read(row, values)` gives, some at a time.
+pub fn quantize(
+    scheme: Scheme,
+    shape: [i64; 2],
+    device: Device,
+    mut read: impl FnMut(i64, &Tensor) -> Result<()>,
+) -> Result<Quantized> {
+    let mut quantizer = Quantizer::new(scheme, shape, device);
+    let step = quantizer.panel_rows(PANEL).min(shape[0]);
+    let panel = Tensor::empty([step * shape[1]], (Kind::Float, device));
+    let mut row = 0;
+    while row < shape[0] {
+        let n = step.min(shape[0] - row);
+        let values = panel.narrow(0, 0, n * shape[1]);
+        read(row, &values)?;
+        quantizer.push(&values.view([n, shape[1]]))?;
+        row += n;
+    }
+    Ok(quantizer.finish()?)
+}

@@ -1,0 +1,152 @@
+//! What becomes of a group's tensors: which are trained, which are frozen, and which have adapters.
+
+use std::collections::HashMap;
+
+use tch::Tensor;
+
+use crate::distributed::frozen::Storage;
+use crate::distributed::sharded::{Layout, Spec};
+
+/// What becomes of a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Trained,
+    Frozen(Storage),
+}
+
+/// A low-rank addition to a weight: scale * B A, for A [rank, I] and B [O, rank].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Adapter {
+    /// The weight's place among the group's tensors.
+    pub target: usize,
+    pub rank: i64,
+    pub scale: f64,
+    /// Share of the inputs of A that a forward of training leaves out.
+    pub dropout: f64,
+    /// [`Role::Trained`], or frozen and dense.
+    pub role: Role,
+}
+
+impl Adapter {
+    /// The shapes of A and B.
+    pub fn shapes(&self, layout: &Layout) -> [Vec<i64>; 2] {
+        let weight = &layout.specs[self.target].shape;
+        [vec![self.rank, weight[1]], vec![weight[0], self.rank]]
+    }
+}
+
+/// A group before its parameters are there: the model's tensors, what becomes of each, and adapters.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// Every tensor of the model's, trained or not; its places in a flat buffer do not count.
+    pub layout: Layout,
+    /// One for each tensor.
+    pub roles: Vec<Role>,
+    pub adapters: Vec<Adapter>,
+}
+
+impl From<Layout> for Plan {
+    /// All is trained.
+    fn from(layout: Layout) -> Plan {
+        let roles = vec![Role::Trained; layout.specs.len()];
+        Plan { layout, roles, adapters: Vec::new() }
+    }
+}
+
+impl Plan {
+    /// All tensors, those of adapters after the model's; what they are, not where.
+    pub fn tensors(&self) -> Vec<Spec> {
+        let mut specs = self.layout.specs.clone();
+        for adapter in &self.adapters {
+            let names = adapter_names(&self.layout.specs[adapter.target].name);
+            let new = names.into_iter().zip(adapter.shapes(&self.layout));
+            specs.extend(new.map(|(name, shape)| Spec { name, shape, offset: 0 }));
+        }
+        specs
+    }
+
+    /// Whether a tensor whose name ends so is trained.
+    pub fn trains(&self, suffix: &str) -> bool {
+        let named = |(spec, role): (&Spec, &Role)| *role == Role::Trained && spec.name.ends_with(suffix);
+        self.layout.specs.iter().zip(&self.roles).any(named)
+    }
+
+    pub(super) fn place(&self) -> Placed {
+        let of_adapters = self.adapters.iter().flat_map(|a| [a.role; 2]);
+        let roles: Vec<Role> = self.roles.iter().copied().chain(of_adapters).collect();
+        let tensors = self.tensors();
+        let all = || tensors.iter().zip(&roles);
+        // What is trained in the same order, but matrices first.
+        let trained = |matrix: bool| {
+            let of = move |(spec, role): &(&Spec, &Role)| {
+                **role == Role::Trained && (spec.shape.len() > 1) == matrix
+            };
+            all().filter(of).map(|(spec, _)| (spec.name.clone(), spec.shape.clone()))
+        };
+        let layout = Layout::new(self.layout.name.clone(), trained(true).chain(trained(false)).collect());
+        let offsets: HashMap<&str, i64> = layout.specs.iter().map(|s| (s.name.as_str(), s.offset)).collect();
+        let mut frozen = Vec::new();
+        let mut homes = Vec::with_capacity(tensors.len());
+        for (spec, role) in all() {
+            homes.push(match role {
+                Role::Trained => Home::Trained(offsets[spec.name.as_str()]),
+                Role::Frozen(storage) => {
+                    frozen.push((spec.clone(), *storage));
+                    Home::Frozen(frozen.len() - 1)
+                }
+            });
+        }
+        let (homes, of_adapters) = homes.split_at(self.layout.specs.len());
+        let adapter_homes = of_adapters.chunks_exact(2).map(|c| [c[0], c[1]]).collect();
+        Placed { homes: homes.to_vec(), adapter_homes, layout, frozen }
+    }
+}
+
+/// What lies where.
+pub(super) struct Placed {
+    /// What is trained.
+    pub layout: Layout,
+    pub frozen: Vec<(Spec, Storage)>,
+    /// Of the plan's tensors, and of A and B of each adapter.
+    pub homes: Vec<Home>,
+    pub adapter_homes: Vec<[Home; 2]>,
+}
+
+/// The names of an adapter's A and B, for a weight `NAME.weight`.
+pub fn adapter_names(weight: &str) -> [String; 2] {
+    let module = weight.strip_suffix(".weight").unwrap_or(weight);
+    ["A", "B"].map(|part| format!("{module}.lora_{part}.weight"))
+}
+
+/// Whether a tensor belongs to an adapter.
+pub fn is_adapter(name: &str) -> bool {
+    name.ends_with(".lora_A.weight") || name.ends_with(".lora_B.weight")
+}
+
+/// Where a tensor lies in its group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Home {
+    /// At this element of the flat buffer of what is trained.
+    Trained(i64),
+    /// At this place among what is frozen.
+    Frozen(usize),
+}
+
+/// Tensors of a group that lie one after the other and are used as one: their rows follow each other.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Piece {
+    pub(super) home: Home,
+    pub size: Vec<i64>,
+}
+
+impl Piece {
+    /// This piece of a flat buffer of gradients; none where it is not trained.
+    pub fn gradient(&self, flat: &Tensor) -> Option<Tensor> {
+        match self.home {
+            Home::Trained(offset) => {
+                Some(flat.narrow(0, offset, self.size.iter().product()).view(self.size.as_slice()))
+            }
+            Home::Frozen(_) => None,
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! `corral bench`: what it prints is one JSON object a measurement, and nothing of what it writes stays.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use common::run::{Ended, LAUNCH, Program, data, folder};
+use serde_json::{Value, json};
+
+/// The measurements, without the prefix of a rank.
+fn measurements(ended: &Ended) -> Vec<Value> {
+    let objects = ended.out.lines().map(|l| &l[l.find('{').unwrap_or_else(|| panic!("{ended}"))..]);
+    objects.map(|o| serde_json::from_str(o).unwrap_or_else(|e| panic!("{e}: {ended}"))).collect()
+}
+
+#[track_caller]
+fn positive(of: &Value, keys: &[&str]) {
+    for key in keys {
+        assert!(of[key].as_f64().is_some_and(|x| x > 0.0), "{key} of {of}");
+    }
+}
+
+fn empty(dir: &Path) -> bool {
+    fs::read_dir(dir).unwrap().next().is_none()
+}
+
+const SMALL: [&str; 10] =
+    ["--saves", "1", "--steps", "1", "--warmup", "0", "--batch-size", "2", "--sequence-length", "8"];
+
+#[test]
+fn checkpoint() {
+    let (logs, disk) = (folder("checkpoint"), folder("checkpoint-disk"));
+    for ranks in [1, 2] {
+        let program = match ranks {
+            1 => Program::corral(&["bench"]),
+            _ => Program::new(LAUNCH).args(&["--nproc", "2", "bench", "--device", "cpu"]),
+        };
+        let program = program.args(&["checkpoint", "--dir"]).arg(&disk).args(&SMALL);
+        let found = measurements(&program.run(&logs, &format!("ranks-{ranks}")).expect_code(0));
+        let [found] = found.as_slice() else { panic!("{found:?}") };
+        assert_eq!((&found["bench"], &found["world_size"]), (&json!("checkpoint"), &json!(ranks)));
+        // Master values and two moments in float32, and headers.
+        let numbers = 12 * found["params"].as_u64().unwrap();
+        let bytes = found["bytes"].as_u64().unwrap();
+        assert!((numbers..numbers + 100_000).contains(&bytes), "{found}");
+        let times = ["stall_s", "step_s", "step_s_while_writing", "steps_while_writing", "write_s", "load_s"];
+        positive(found, &times);
+        positive(found, &["written_bytes_per_s", "loaded_bytes_per_s"]);
+        assert!(empty(&disk), "nothing stays");
+    }
+}
+
+#[test]
+fn data_reading() {
+    let (logs, disk) = (folder("data-logs"), folder("data-disk"));
+    let input = data().join("pretrain.train.jsonl");
+    let bench = |words: &[&str]| Program::corral(&["bench", "data", "--dir"]).arg(&disk).args(words);
+    let words =
+        ["--input", input.to_str().unwrap(), "--runs", "1", "--vocab-size", "300", "--sequence-length", "32"];
+    let found = measurements(&bench(&words).run(&logs, "all").expect_code(0));
+    let ops: Vec<_> = found.iter().map(|f| f["op"].as_str().unwrap()).collect();
+    assert_eq!(ops, ["tokenizer_train", "tokenize", "loader"]);
+    positive(&found[0], &["text_bytes", "mb_per_s", "vocab_size"]);
+    positive(&found[1], &["text_bytes", "mb_per_s", "tokens", "tokens_per_s"]);
+    positive(&found[2], &["tokens", "tokens_per_s", "open_s"]);
+    assert!(empty(&disk), "nothing stays");
+
+    let tokenizer = data().join("bpe");
+    let words = [&words[..], &["--tokenizer", tokenizer.to_str().unwrap()]].concat();
+    let found = measurements(&bench(&words).run(&logs, "tokenizer").expect_code(0));
+    assert_eq!(found.len(), 2, "{found:?}");
+
+    bench(&["--input", "absent.jsonl"]).run(&logs, "absent").expect_error(3, &["absent.jsonl"]);
+    bench(&["--runs", "0"]).run(&logs, "none").expect_error(2, &["--runs"]);
+    assert!(empty(&disk), "nothing stays after an error");
+    let launched = Program::new(LAUNCH).args(&["--nproc", "2", "bench", "--device", "cpu", "data"]);
+    launched.run(&logs, "two").expect_code(2);
+}

@@ -248,9 +248,9 @@ fn perplexity_counts_every_token_once() {
     let none = ["--task", "perplexity", "--input", text(&empty)];
     fail(corral("eval", &dir, &none), 3, "nothing to measure");
     fail(
-        corral("eval", &dir, &["--task", "gsm8k", "--input", text(&input)]),
+        corral("eval", &dir, &["--task", "preference", "--input", text(&input)]),
         2,
-        "possible values: perplexity",
+        "possible values: perplexity, gsm8k",
     );
 }
 

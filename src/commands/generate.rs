@@ -23,6 +23,9 @@ use crate::generate::{self, Completion, Engine, Options, Request, Sampling, Stop
 use crate::info;
 use crate::model::Llama;
 
+/// A line of the input, as it came.
+type Line = Map<String, Value>;
+
 /// What an answer adds to its line.
 const ADDED: [&str; 3] = ["completion", "finish_reason", "num_tokens"];
 /// Forwards between two exchanges of results, where there are several ranks.
@@ -174,7 +177,7 @@ impl Job<'_> {
     fn run(
         &self,
         model: &mut Llama,
-        lines: Vec<Map<String, Value>>,
+        lines: Vec<Line>,
         requests: &[Request],
         first: usize,
         mut answers: Option<Answers>,
@@ -235,12 +238,7 @@ impl Job<'_> {
         generate::text(self.tokenizer, &request.prompt, &completion.ids, &self.args.stop)
     }
 
-    fn answer(
-        &self,
-        line: &Map<String, Value>,
-        request: &Request,
-        completion: &Completion,
-    ) -> Result<String> {
+    fn answer(&self, line: &Line, request: &Request, completion: &Completion) -> Result<String> {
         let mut line = line.clone();
         line.insert("completion".into(), json!(self.text(request, completion)?));
         line.insert("num_tokens".into(), json!(completion.ids.len()));
@@ -266,10 +264,7 @@ impl Job<'_> {
     }
 }
 
-/// The lines of an input, and what each asks.
-type Lines = (Vec<Map<String, Value>>, Vec<Prompt>);
-
-fn read_lines(path: &Path) -> Result<Lines> {
+fn read_lines(path: &Path) -> Result<(Vec<Line>, Vec<Prompt>)> {
     let records = readers::records(path, None, &Arc::default())?;
     let lines = records.map(|record| {
         let record = record?;

@@ -6,6 +6,7 @@ pub mod init;
 pub mod layout;
 pub mod linear;
 pub mod llama;
+pub mod memory;
 mod mixture;
 mod mlp;
 pub mod trainable;
@@ -13,6 +14,7 @@ pub mod trainable;
 pub use decode::KvCache;
 pub use head::LmHead;
 pub use linear::{Linear, LinearGrad};
+pub use memory::Memory;
 pub use llama::{DropoutPlace, Input, Llama, Tape};
 pub use trainable::Trainable;
 

@@ -4,6 +4,7 @@
 
 mod de;
 mod numbers;
+pub mod preferences;
 mod presets;
 pub mod pretrain;
 pub mod sections;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::numbers::{count, not_negative, positive};
+use super::preferences::split_conflict;
 use super::pretrain::Model;
 use super::sections::{Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Tokenizer, Train};
 use super::trainable::{self, Freeze, Lora};
@@ -170,14 +171,8 @@ impl Algorithm for Sft {
             let why = "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer";
             return Some(("tokenizer", why.into()));
         }
-        let split = &self.data.split;
-        if !split.is_empty()
-            && (split[0] <= 0.0 || split.iter().any(|size| !(size.is_finite() && *size >= 0.0)))
-        {
-            return Some((
-                "data.split",
-                "sizes must not be negative, and this stage's, the first, above 0".into(),
-            ));
+        if let Some(conflict) = split_conflict(&self.data.split, 0) {
+            return Some(conflict);
         }
         if self.data.valid.is_empty() {
             if self.valid.keep_best || self.valid.patience > 0 {

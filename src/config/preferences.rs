@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::Conflict;
+use super::common::{sequence_length, yes};
 use super::numbers::count;
 use super::sections::Source;
 use super::sft::TooLong;
@@ -41,11 +42,8 @@ impl Data {
     /// Which part of `split` is this stage's.
     pub const PART: usize = 1;
 
-    /// What does not fit, and why.
+    /// What does not fit, and why; that there are sources is checked with the model.
     pub fn conflict(&self) -> Option<Conflict> {
-        if self.train.is_empty() {
-            return Some(("data.train", "there is no data to train on; name at least one file".into()));
-        }
         split_conflict(&self.split, Self::PART)
     }
 }
@@ -58,12 +56,4 @@ pub fn split_conflict(split: &[f64], part: usize) -> Option<Conflict> {
     }
     let which = ["first", "second", "third"][part];
     Some(("data.split", format!("sizes must not be negative, and this stage's, the {which}, above 0")))
-}
-
-fn yes() -> bool {
-    true
-}
-
-fn sequence_length() -> i64 {
-    512
 }

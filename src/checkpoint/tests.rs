@@ -176,22 +176,22 @@ fn tokenizer(name: &str) -> Tokenizer {
     Tokenizer::load(golden(name)).unwrap()
 }
 
-fn run_info(shape: &Shape) -> RunInfo {
-    RunInfo {
-        shape: shape.clone(),
-        config_hash: "abc".into(),
-        base: None,
-        tokenizer: Some(tokenizer("llama2")),
-    }
+fn run_info() -> RunInfo {
+    RunInfo { config_hash: "abc".into(), tokenizer: Some(tokenizer("llama2")) }
+}
+
+/// A checkpoint of one model.
+fn only<'a>(shape: &'a Shape, params: &'a Sharded, optim: &'a AdamW) -> [Part<'a>; 1] {
+    [Part { name: "", shape, base: None, params, optim: Some(optim) }]
 }
 
 /// Saves the state of [`trained`] on `n` ranks as each of `steps`.
 fn save(dir: &Path, shape: &Shape, n: i64, mode: Mode, compute: Kind, steps: &[u64]) {
     on_ranks(n, |world| {
         let (params, optim) = trained(shape, &world, mode, compute);
-        let mut saver = Saver::new(dir, 2, run_info(shape), &world).unwrap();
+        let mut saver = Saver::new(dir, 2, run_info(), &world).unwrap();
         for &step in steps {
-            saver.begin(step, &params, &optim, json!({"tokens": 7, "x": 0.1})).unwrap();
+            saver.begin(step, &only(shape, &params, &optim), json!({"tokens": 7, "x": 0.1})).unwrap();
             while saver.poll().unwrap().is_none() {
                 assert_eq!(saver.failed_saves(), 0);
                 std::thread::sleep(Duration::from_millis(1));
@@ -527,7 +527,7 @@ fn old_checkpoints_go_and_leftovers_of_killed_runs_too() {
     fs::write(dir.join(".tmp-step-00000050/shard"), "x").unwrap();
     fs::create_dir(dir.join(".trash-step-00000020")).unwrap();
     fs::rename(dir.join("step-00000040"), dir.join(".old-step-00000040")).unwrap();
-    Saver::new(&folder.0, 2, run_info(&shape), &Group::solo()).unwrap();
+    Saver::new(&folder.0, 2, run_info(), &Group::solo()).unwrap();
     assert_eq!(fs::read_dir(&dir).unwrap().count(), 2);
     assert_eq!(steps(), [30, 40]);
     assert_eq!(latest(&folder.0).unwrap().unwrap().meta().step, 40);
@@ -612,7 +612,7 @@ fn a_failed_save_leaves_nothing_and_is_known_to_all_ranks() {
     let dir = folder.0.join("checkpoints");
     let results: Vec<(Error, Result<Option<Saved>>)> = on_ranks(2, |world| {
         let (params, optim) = trained(&shape, &world, Mode::Full, Kind::Float);
-        let mut saver = Saver::new(&folder.0, 3, run_info(&shape), &world).unwrap();
+        let mut saver = Saver::new(&folder.0, 3, run_info(), &world).unwrap();
         // The disk is full for rank 1 alone.
         if world.rank() == 1 {
             let temp = dir.join(".tmp-step-00000007");
@@ -621,7 +621,7 @@ fn a_failed_save_leaves_nothing_and_is_known_to_all_ranks() {
             std::os::unix::fs::symlink("/dev/full", shard).unwrap();
         }
         world.barrier().unwrap();
-        saver.begin(7, &params, &optim, json!(null)).unwrap();
+        saver.begin(7, &only(&shape, &params, &optim), json!(null)).unwrap();
         while saver.failed_saves() == 0 {
             assert!(saver.poll().unwrap().is_none());
         }
@@ -635,9 +635,9 @@ fn a_failed_save_leaves_nothing_and_is_known_to_all_ranks() {
             std::os::unix::fs::symlink("/dev/full", shard).unwrap();
         }
         world.barrier().unwrap();
-        saver.begin(8, &params, &optim, json!(null)).unwrap();
+        saver.begin(8, &only(&shape, &params, &optim), json!(null)).unwrap();
         let last = saver.finish().unwrap_err();
-        saver.begin(9, &params, &optim, json!(null)).unwrap();
+        saver.begin(9, &only(&shape, &params, &optim), json!(null)).unwrap();
         (last, saver.finish())
     });
     for (error, after) in results {
@@ -699,4 +699,48 @@ fn new_rows_are_the_mean_of_the_old_ones() {
         let e = load_error(&Checkpoint::open(&step_dir(&folder.0, 1)).unwrap(), &larger);
         assert!(e.message.contains("is [37, 24] in the checkpoint, [64, 24] in the model"), "{e}");
     }
+}
+
+#[test]
+fn further_models_lie_in_folders_of_their_own() {
+    let (folder, shape) = (Folder::new(), tiny(false));
+    let other = Shape { hidden_size: 2 * shape.hidden_size, ..shape.clone() };
+    on_ranks(2, |world| {
+        let (params, optim) = trained(&shape, &world, Mode::Full, Kind::Float);
+        let (critic, of_critic) = trained(&other, &world, Mode::Full, Kind::Float);
+        let mut saver = Saver::new(&folder.0, 3, run_info(), &world).unwrap();
+        let part = |name, shape, params, optim| Part { name, shape, base: None, params, optim };
+        let models = [
+            part("", &shape, &params, Some(&optim)),
+            part("critic", &other, &critic, Some(&of_critic)),
+            part("ema", &shape, &params, None),
+        ];
+        saver.begin(4, &models, json!({"tokens": 7})).unwrap();
+        saver.finish().unwrap().unwrap();
+    });
+    let checkpoint = latest(&folder.0).unwrap().unwrap();
+    for (name, shape, moments) in [("critic", &other, true), ("ema", &shape, false)] {
+        let part = checkpoint.part(name).unwrap();
+        let world = Group::solo();
+        let (expected, of_expected) = trained(shape, &world, Mode::Full, Kind::Float);
+        let mut params = Sharded::new(layouts(shape), world.clone(), world, Kind::Float, Device::Cpu);
+        let mut optim = AdamW::new(&params, of_expected.hyper);
+        match moments {
+            true => drop(part.load(&mut params, &mut optim).unwrap()),
+            false => part.fill_weights(&mut params).unwrap(),
+        }
+        for i in 0..params.len() {
+            assert!(params.master(i).equal(&expected.master(i)), "{name}");
+            let pairs = optim.moments[i].tensors().into_iter().zip(of_expected.moments[i].tensors());
+            assert!(!moments || pairs.into_iter().all(|((_, a), (_, b))| a.equal(b)), "{name}");
+        }
+        assert_eq!(optim.step, if moments { of_expected.step } else { 0 });
+    }
+    assert!(checkpoint.part("actor").unwrap_err().message.contains("has no actor"));
+
+    // What a part lacks, the whole lacks.
+    let shard = checkpoint.dir().join("critic/shard-00001-of-00002.safetensors");
+    fs::remove_file(&shard).unwrap();
+    let e = latest(&folder.0).unwrap_err();
+    assert!(e.exit_code() == 3 && e.message.contains("critic/shard-00001"), "{e}");
 }

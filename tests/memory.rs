@@ -6,7 +6,7 @@ use corral::config::shape::Shape;
 use corral::config::trainable::{Base, Freeze, Lora, Targets};
 use corral::distributed::sharded::Sharded;
 use corral::model::memory::{Batch, Memory};
-use corral::model::{Input, Llama, Trainable};
+use corral::model::{DropoutPlace, Input, Llama, Trainable};
 use kernels::c10d::Group;
 use kernels::counting;
 use tch::{Device, Kind, Tensor};
@@ -42,9 +42,11 @@ fn step(shape: &Shape, trainable: &Trainable, compute: Kind, batch: Batch) -> (i
     let count = batch.rows * batch.length;
     let (_, counted) = counting::tensors(|| {
         let micro_batch = |_| {
-            let ids = Tensor::randint(shape.vocab_size, [batch.rows, batch.length], (Kind::Int64, Device::Cpu));
+            let ids =
+                Tensor::randint(shape.vocab_size, [batch.rows, batch.length], (Kind::Int64, Device::Cpu));
             let labels = ids.view([-1]).copy();
             let mut input = Input::new(ids);
+            input.dropout = Some(DropoutPlace { seed: 1, step: 1, first_row: 0 });
             if batch.packed {
                 let at = Tensor::arange(batch.length, (Kind::Int64, Device::Cpu)).repeat([batch.rows]);
                 input.start = Some(at.zeros_like());
@@ -77,22 +79,24 @@ fn the_walk_takes_what_a_step_takes() {
         ("qwen3", &Shape { family: corral::config::shape::Family::Qwen3, ..llama.clone() }, all()),
         ("mixtral", &shape("mixtral-8x7b"), all()),
     ];
-    let mut worst: f64 = 0.0;
     for (name, shape, trainable) in &cases {
-        for compute in [Kind::Float, Kind::BFloat16] {
-            for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
-                for (rows, length, micro_batches, packed) in [(4, 512, 1, false), (2, 256, 3, true)] {
-                    let batch = Batch { rows, length, micro_batches, recompute, packed };
-                    let (counted, planned) = step(shape, trainable, compute, batch);
-                    let off = planned as f64 / counted as f64 - 1.0;
-                    println!(
-                        "{name} {compute:?} {recompute:?} {rows}x{length}x{micro_batches}: {counted} planned {planned} {:+.2} %",
-                        100.0 * off
-                    );
-                    worst = worst.max(off.abs());
-                }
+        for (compute, recompute) in [
+            (Kind::Float, Recompute::None),
+            (Kind::Float, Recompute::Selective),
+            (Kind::Float, Recompute::Full),
+            (Kind::BFloat16, Recompute::None),
+            (Kind::BFloat16, Recompute::Full),
+        ] {
+            for (rows, length, micro_batches, packed) in [(4, 256, 1, false), (2, 128, 3, true)] {
+                let batch = Batch { rows, length, micro_batches, recompute, packed };
+                let (counted, planned) = step(shape, trainable, compute, batch);
+                let what = format!("{name} {compute:?} {recompute:?}, {micro_batches} x {rows} x {length}");
+                println!("{what}: {counted} bytes, planned {planned}");
+                // Products in bfloat16 and the attention have scratch memory that does not grow with the model.
+                let scratch = if compute == Kind::Float { 1 << 18 } else { 3 << 19 };
+                let tolerance = counted / 100 + scratch;
+                assert!((counted - planned).abs() < tolerance, "{what}: {counted} bytes, planned {planned}");
             }
         }
     }
-    assert!(worst < 0.03, "{worst}");
 }

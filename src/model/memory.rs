@@ -173,7 +173,8 @@ impl Layer {
         let run = |(i, r): (usize, &Run)| match (r.quantized, i) {
             (false, _) => 0,
             (true, i) => {
-                m.t * (quant::backward_panel(m.device, r.rows, self.inputs) + i.min(1) as i64 * n * self.inputs)
+                m.t * (quant::backward_panel(m.device, r.rows, self.inputs)
+                    + i.min(1) as i64 * n * self.inputs)
             }
         };
         let adapter = |a: &Adapter| m.t * n * (2 * a.rank + if a.dropout { 2 * self.inputs } else { 0 });
@@ -283,6 +284,11 @@ impl Memory {
         Parts { weights: sum(|g| g.master + g.copy), frozen: sum(|g| g.frozen), ..Parts::default() }
     }
 
+    /// Slices of the master values, as a checkpoint holds them.
+    pub fn masters(&self) -> i64 {
+        self.groups.iter().map(|g| g.slice_len * self.a).sum()
+    }
+
     /// AdamW's moments of this rank's slices.
     pub fn moments(&self, kept: MomentsIn) -> i64 {
         let of = |g: &GroupBytes| match kept {
@@ -309,7 +315,10 @@ impl Memory {
         let inputs = if batch.packed { 4 } else { 2 } * 8 * batch.tokens();
         walk.take(activations, batch.micro_batches * inputs);
         // The rotary tables.
-        walk.take(activations, (batch.length as u64).next_power_of_two() as i64 * self.shape.head_dim * self.a);
+        walk.take(
+            activations,
+            (batch.length as u64).next_power_of_two() as i64 * self.shape.head_dim * self.a,
+        );
         // From the second one on all are alike.
         for k in 0..batch.micro_batches.min(2) {
             let mut gradients = Gradients { fresh: k == 0, reducing: None, tied: false };

@@ -14,8 +14,8 @@ pub mod trainable;
 pub use decode::KvCache;
 pub use head::LmHead;
 pub use linear::{Linear, LinearGrad};
-pub use memory::Memory;
 pub use llama::{DropoutPlace, Input, Llama, Tape};
+pub use memory::Memory;
 pub use trainable::Trainable;
 
 pub use crate::config::sections::Recompute;

@@ -6,6 +6,7 @@ pub mod init;
 pub mod layout;
 pub mod linear;
 pub mod llama;
+pub mod memory;
 mod mixture;
 mod mlp;
 pub mod trainable;
@@ -14,6 +15,7 @@ pub use decode::KvCache;
 pub use head::LmHead;
 pub use linear::{Linear, LinearGrad};
 pub use llama::{DropoutPlace, Input, Llama, Tape};
+pub use memory::Memory;
 pub use trainable::Trainable;
 
 pub use crate::config::sections::Recompute;

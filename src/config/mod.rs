@@ -4,6 +4,7 @@
 
 pub mod common;
 mod de;
+pub mod dpo;
 mod numbers;
 pub mod preferences;
 mod presets;
@@ -57,6 +58,7 @@ fn default_recipe(subcommand: &str) -> Option<(&'static str, &'static str)> {
         "pretrain" => {
             Some(("configs/pretrain/default.yaml", include_str!("../../configs/pretrain/default.yaml")))
         }
+        "dpo" => Some(("configs/dpo/default.yaml", include_str!("../../configs/dpo/default.yaml"))),
         "sft" => Some(("configs/sft/default.yaml", include_str!("../../configs/sft/default.yaml"))),
         _ => None,
     }

@@ -297,6 +297,14 @@ valid: {{every: 10, batches: 3}}
         Run { dir, subcommand: "sft" }
     }
 
+    /// A run with these keys besides its folder.
+    pub fn of(subcommand: &'static str, name: &str, keys: &str) -> Run {
+        let dir = folder(name);
+        let text = format!("output_dir: {}\nparallel: {{timeout_s: 100}}\n{keys}", dir.join("run").display());
+        fs::write(dir.join("config.yaml"), text).expect("writable");
+        Run { dir, subcommand }
+    }
+
     /// The folder of the run itself.
     pub fn output(&self) -> PathBuf {
         self.dir.join("run")
@@ -358,6 +366,16 @@ valid: {{every: 10, batches: 3}}
     /// The complete checkpoints by step, ascending.
     pub fn checkpoints(&self) -> Vec<(u64, PathBuf)> {
         corral::checkpoint::sharded::list(&self.output().join("checkpoints")).expect("readable")
+    }
+
+    /// The parameters of the exported model as one vector, in float64.
+    pub fn parameters(&self) -> tch::Tensor {
+        let path = self.output().join("model/model.safetensors");
+        let mut tensors = tch::Tensor::read_safetensors(path).expect("an exported model");
+        tensors.sort_by(|a, b| a.0.cmp(&b.0));
+        let flat: Vec<tch::Tensor> =
+            tensors.iter().map(|(_, t)| t.to_kind(tch::Kind::Double).view([-1])).collect();
+        tch::Tensor::cat(&flat, 0)
     }
 
     /// The parameters of the exported model, byte by byte.

@@ -2,6 +2,7 @@
 
 pub mod base;
 pub mod pretrain;
+pub mod ranking;
 pub mod run;
 pub mod sft;
 pub mod step;

@@ -11,7 +11,7 @@ mod mlp;
 pub mod trainable;
 
 pub use decode::KvCache;
-pub use head::LmHead;
+pub use head::{LmHead, ScoreHead};
 pub use linear::{Linear, LinearGrad};
 pub use llama::{DropoutPlace, Input, Llama, Tape};
 pub use trainable::Trainable;

@@ -5,6 +5,7 @@
 pub mod common;
 mod de;
 mod numbers;
+pub mod preferences;
 mod presets;
 pub mod pretrain;
 pub mod reward;

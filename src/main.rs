@@ -5,7 +5,7 @@ use std::process::exit;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use corral::algorithms::{pretrain, sft};
+use corral::algorithms::{pretrain, reward, sft};
 use corral::commands::{self, Global};
 use corral::distributed::environment::Place;
 use corral::distributed::world;
@@ -34,6 +34,8 @@ enum Command {
     Pretrain(commands::training::Args),
     /// Train a model on the answers of conversations
     Sft(commands::training::Args),
+    /// Train a reward model on ranked completions
+    Reward(commands::training::Args),
     /// Continue prompts
     Generate(commands::generate::Args),
     /// Talk with a model
@@ -97,6 +99,7 @@ fn run(cli: Cli) -> Result<()> {
             commands::training::run(args, global, pretrain::Inputs::open, pretrain::pretrain)
         }
         Command::Sft(args) => commands::training::run(args, global, sft::Inputs::open, sft::sft),
+        Command::Reward(args) => commands::training::run(args, global, reward::Inputs::open, reward::reward),
         Command::Generate(args) => commands::generate::run(args, global),
         Command::Chat(args) => commands::chat::run(args, global),
         Command::Score(args) => commands::score::run(args, global),

@@ -2,8 +2,12 @@
 
 pub mod base;
 pub mod dpo;
+pub mod interval;
 pub mod pretrain;
+pub mod ranking;
+pub mod reward;
 pub mod run;
+pub mod scorer;
 pub mod sft;
 pub mod step;
 pub mod training;

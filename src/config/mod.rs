@@ -9,6 +9,7 @@ mod numbers;
 pub mod preferences;
 mod presets;
 pub mod pretrain;
+pub mod reward;
 pub mod sections;
 pub mod sft;
 pub mod shape;
@@ -59,6 +60,7 @@ fn default_recipe(subcommand: &str) -> Option<(&'static str, &'static str)> {
             Some(("configs/pretrain/default.yaml", include_str!("../../configs/pretrain/default.yaml")))
         }
         "dpo" => Some(("configs/dpo/default.yaml", include_str!("../../configs/dpo/default.yaml"))),
+        "reward" => Some(("configs/reward/default.yaml", include_str!("../../configs/reward/default.yaml"))),
         "sft" => Some(("configs/sft/default.yaml", include_str!("../../configs/sft/default.yaml"))),
         _ => None,
     }

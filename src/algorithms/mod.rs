@@ -2,6 +2,7 @@
 
 pub mod base;
 pub mod pretrain;
+pub mod rl;
 pub mod run;
 pub mod sft;
 pub mod step;

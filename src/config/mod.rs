@@ -6,6 +6,7 @@ mod de;
 mod numbers;
 mod presets;
 pub mod pretrain;
+pub mod rewards;
 pub mod sections;
 pub mod sft;
 pub mod shape;

@@ -121,7 +121,7 @@ fn logits_and_log_probabilities() {
 
             let next = Tensor::cat(&[ids.narrow(1, 1, ids.size()[1] - 1), ids.narrow(1, 0, 1)], 1);
             let next = next.contiguous().view([-1]).to_device(device());
-            let out = LmHead::logprobs(&mut model, &hidden, &next, true).unwrap();
+            let out = LmHead::logprobs(&mut model, &hidden, &next, 1.0, true).unwrap();
             let both = mask.narrow(1, 0, mask.size()[1] - 1) * mask.narrow(1, 1, mask.size()[1] - 1);
             let logprobs =
                 cpu(out.logprobs).view(mask.size().as_slice()).narrow(1, 0, mask.size()[1] - 1) * both;

@@ -100,7 +100,7 @@ fn the_best_checkpoint_stays_and_patience_ends_the_run() {
     assert_eq!(losses.len() as u64, best / 2 + 3, "{losses:?}");
     let kept: Vec<u64> = run.checkpoints().iter().map(|(step, _)| *step).collect();
     assert_eq!(kept, [best, run.step()]);
-    assert!(ended.err.contains(&format!("lowest at step {best}")), "{ended}");
+    assert!(ended.err.contains(&format!("best at step {best}")), "{ended}");
 }
 
 #[test]

@@ -1,27 +1,18 @@
 //! Pretraining: next-token prediction on token shards, parameters sharded over the ranks.
 
-use std::path::{Path, PathBuf};
-
-use tch::Kind;
-
 use crate::algorithms::base::{self, Base};
 use crate::algorithms::step::{self, MicroBatch};
-use crate::algorithms::training::{Plan, Progress, RunFolder, Start};
-use crate::checkpoint::{Export, export};
-use crate::config::Loaded;
-use crate::config::pretrain::{Model, Pretrain};
-use crate::config::sections::{self, Compute, Mode};
+use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start, compute_kind};
+use crate::config::pretrain::Pretrain;
+use crate::config::sections::{self, Mode};
+use crate::config::{Algorithm, Loaded, common};
 use crate::data::loader::{Loader, Order, Source, State};
-use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
 use crate::error::Result;
 use crate::info;
-use crate::model::{Llama, init, layout};
-use crate::optim::{AdamW, Schedule};
+use crate::model::{Llama, Trainable};
+use crate::optim::Schedule;
 use crate::telemetry::Record;
-
-/// Bytes of tensors in one file of an exported model.
-pub const MAX_SHARD_SIZE: u64 = 5_000_000_000;
 
 /// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
 pub struct Inputs {
@@ -56,63 +47,31 @@ impl Inputs {
     }
 }
 
-pub fn compute_kind(c: Compute) -> Kind {
-    match c {
-        Compute::Float32 => Kind::Float,
-        Compute::Bfloat16 => Kind::BFloat16,
-        Compute::Float64 => Kind::Double,
-    }
-}
-
 /// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
 pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
     let c = &loaded.config;
-    let folder = RunFolder::open(
-        &c.output_dir,
-        &loaded.resolved_yaml()?,
-        start,
-        &inputs_of(c),
-        &inputs.base.shape,
-        &inputs.base.tokenizer,
-        c.checkpoint.keep,
-        world,
-    )?;
+    let common = c.common();
+    let inputs_of = common::paths(&c.model, c.tokenizer.as_ref(), c.data.train.iter().chain(&c.data.valid));
+    let tokenizer = &inputs.base.tokenizer;
+    let folder = RunFolder::open(&common, &loaded.resolved_yaml()?, start, &inputs_of, tokenizer, world)?;
 
     // The model on this rank, its optimizer, and where the run stands.
-    let (shard, replica) = shard_groups(c.parallel.mode, world);
-    let compute = compute_kind(c.precision.compute);
-    let params = Sharded::new(layout::layouts(&inputs.base.shape), shard, replica, compute, world.device);
-    let mut model = Llama::new(inputs.base.shape.clone(), params);
-    let mut optimizer = AdamW::configured(&model.params, &c.optim);
-    let progress = match folder.restore::<State>(&mut model.params, &mut optimizer)? {
+    let mut learner = Learner::new(&inputs.base, None, &Trainable::default(), &common, world)?;
+    let progress = match folder.restore::<State>(&mut learner)? {
         Some(progress) => {
             inputs.train.resume(&progress.data)?;
             progress
         }
         None => {
-            match &inputs.base.weights {
-                Some(weights) => weights.fill(&mut model.params)?,
-                None => init::init(&mut model.params, &inputs.base.shape, c.seed)?,
-            }
+            learner.begin(&inputs.base, c.seed)?;
             Progress::new(inputs.train.state(0))
         }
     };
-    announce(c, &inputs, &model, world);
+    announce(c, &inputs, &learner.model, world);
 
-    let schedule = Schedule {
-        kind: c.schedule.kind,
-        lr: c.optim.lr,
-        warmup_steps: c.schedule.warmup_steps,
-        total_steps: inputs.steps,
-        min_lr_ratio: c.schedule.min_lr_ratio,
-    };
-    let plan = Plan {
-        steps: inputs.steps,
-        log_every: c.log.every,
-        checkpoint_every: c.checkpoint.every,
-        compute: c.precision.compute,
-    };
-    let mut run = folder.start(progress, plan)?;
+    let schedule = Schedule::new(&common, inputs.steps);
+    let mut run = folder.start(progress, Plan::new(&common, inputs.steps))?;
+    let compute = compute_kind(c.precision.compute);
     let peak_flops = world.peak_flops(compute)?;
     // Windows of training data have a label at every position, so that no rank needs to ask the others.
     let count = c.train.batch_size * c.data.sequence_length;
@@ -121,10 +80,11 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
 
     while !run.done() {
         let micro_batches = this_ranks_batches(c, &inputs.train, run.progress.data.next, world)?;
+        let Learner { model, optimizer, .. } = &mut learner;
         let sums =
-            step::accumulate_balanced(&mut model, &micro_batches, count as f64, c.train.recompute, aux_coef)?;
+            step::accumulate_balanced(model, &micro_batches, count as f64, c.train.recompute, aux_coef)?;
         let (lr, clip) = (schedule.rate(run.progress.step), c.optim.clip);
-        let update = step::apply_gradients(&mut model, &mut optimizer, world, sums, count as f64, lr, clip)?;
+        let update = step::apply_gradients(model, optimizer, world, sums, lr, clip)?;
 
         run.progress.data.next += c.train.batch_size as u64;
         let stepped = run.stepped(count as u64, &update, lr)?;
@@ -138,57 +98,34 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
             }
             run.log(&record);
         }
+        let mut best = false;
         if let Some(valid) = &inputs.valid
             && run.due(c.valid.every)
         {
-            let loss = validate(c, &mut model, valid, world)?;
+            let loss = validate(c, &mut learner.model, valid, world)?;
             let record = run.with_loss(Record::new("valid", run.progress.step), loss);
             run.log(&record.float("perplexity", loss.exp()));
+            best = run.note_validation(loss, &c.valid);
             run.restart_window();
         }
-        run.save(&model.params, &optimizer, false)?;
+        run.save(&[learner.part("")], best)?;
     }
-    run.finish(|dir| {
-        let tokenizer = Some(&inputs.base.tokenizer);
-        let how = Export { dtype: compute, max_shard_size: MAX_SHARD_SIZE, tokenizer };
-        export(dir, &inputs.base.shape, &model.params, &how, &world.group)
-    })
+    run.finish(|dir| learner.export(dir, tokenizer, world))
 }
 
-/// The paths that the configuration reads from.
-pub fn inputs_of(c: &Pretrain) -> Vec<&Path> {
-    let model = match &c.model {
-        Model::Path(path) => Some(path),
-        Model::Preset(_) | Model::Init(_) => None,
-    };
-    let sources = c.data.train.iter().chain(&c.data.valid).map(|s| s.path.as_path());
-    let tokenizer = c.tokenizer.iter().filter_map(|t| t.path.as_deref());
-    sources.chain(tokenizer).chain(model.map(PathBuf::as_path)).collect()
-}
-
-/// The samples of the step that begins at global sample `first` are divided among the ranks in order, then into
-/// micro-batches in order.
+/// This rank's part of the step that begins at global sample `first`.
 fn this_ranks_batches(c: &Pretrain, data: &Loader, first: u64, world: &World) -> Result<Vec<MicroBatch>> {
-    let (rows, micro) = (c.train.batch_size / world.world_size, c.train.micro_batch_size(world.world_size));
-    let first = first + (world.rank * rows) as u64;
-    (0..rows / micro)
-        .map(|i| {
-            let batch = data.batch(first + (i * micro) as u64, micro as usize)?;
-            Ok(MicroBatch::from_rows(&batch.input_ids, &batch.labels, batch.columns as i64))
-        })
-        .collect()
+    let micro_batch = |(offset, rows): (u64, u64)| {
+        let batch = data.batch(first + offset, rows as usize)?;
+        Ok(MicroBatch::from_rows(&batch.input_ids, &batch.labels, batch.columns as i64))
+    };
+    step::division(&c.train, world).map(micro_batch).collect()
 }
 
 /// Mean loss over the first `valid.batches` batches of the validation data (or all of it), in nats a token.
 fn validate(c: &Pretrain, model: &mut Llama, data: &Loader, world: &World) -> Result<f64> {
-    let micro = c.train.micro_batch_size(world.world_size) as u64;
     let windows = data.num_windows().min((c.valid.batches * c.train.batch_size) as u64);
-    let (ranks, rank) = (world.world_size as u64, world.rank as u64);
-    let rounds = windows.div_ceil(micro * ranks);
-    let batches = (0..rounds).map(|round| {
-        // Every rank runs as many forwards, since they gather weights together: beyond the end, on rows without labels.
-        let first = (round * ranks + rank) * micro;
-        let rows = windows.saturating_sub(first).min(micro);
+    let batches = step::rounds(windows, &c.train, world).map(|(first, rows)| {
         let mut batch = data.batch(if rows == 0 { 0 } else { first }, rows.max(1) as usize)?;
         if rows == 0 {
             batch.labels.fill(-100);

@@ -1,18 +1,11 @@
 //! Supervised fine-tuning: next-token prediction on the assistant's turns of conversations.
 
-use std::path::Path;
-
-use serde::{Deserialize, Serialize};
-
 use crate::algorithms::base::{self, Base};
-use crate::algorithms::pretrain::{MAX_SHARD_SIZE, compute_kind};
 use crate::algorithms::step::{self, MicroBatch};
-use crate::algorithms::training::{Plan, Progress, Run, RunFolder, Start};
-use crate::checkpoint::{AdapterExport, BaseMeta, Export, export, export_adapter};
-use crate::config::pretrain::Model;
+use crate::algorithms::training::{Learner, Plan, Progress, Run, RunFolder, Start};
 use crate::config::sft::Sft;
 use crate::config::shape::Shape;
-use crate::config::{Loaded, sections};
+use crate::config::{Algorithm, Loaded, common, sections};
 use crate::data::chat::Chat;
 use crate::data::conversation::conversation;
 use crate::data::examples::{self, Encoded, Split, Tokenization};
@@ -20,14 +13,14 @@ use crate::data::loader::{Order, State};
 use crate::data::readers::{self, Record as DataRecord};
 use crate::data::rows::{RowLoader, Rows, Source};
 use crate::data::tokenizer::hex;
-use crate::distributed::sharded::{Sharded, shard_groups};
+use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::Result;
 use crate::generate::engine::{Options, Request, generate};
 use crate::generate::{self as generation, Sampling};
 use crate::info;
 use crate::model::{DropoutPlace, Input, Llama, Trainable};
-use crate::optim::{AdamW, Schedule};
+use crate::optim::Schedule;
 use crate::telemetry::Record;
 
 /// What a run reads before any rank talks to another: files are checked and tokenized, and errors told, before a group
@@ -48,16 +41,6 @@ struct SamplePrompt {
     request: Request,
     /// The answer of the data.
     reference: String,
-}
-
-/// Where a run stands in its data, and its best validation.
-#[derive(Debug, Serialize, Deserialize)]
-struct Position {
-    rows: State,
-    /// Step and loss of the best validation.
-    best: Option<(u64, f64)>,
-    /// Validations since then.
-    worse: u64,
 }
 
 impl Inputs {
@@ -138,71 +121,38 @@ pub fn encode(record: &DataRecord, chat: &Chat, train_on_prompt: bool) -> Result
 /// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
 pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
     let c = &loaded.config;
-    let mut folder = RunFolder::open(
-        &c.output_dir,
-        &loaded.resolved_yaml()?,
-        start,
-        &inputs_of(c),
-        &inputs.base.shape,
-        &inputs.base.tokenizer,
-        c.checkpoint.keep,
-        world,
-    )?;
-    let (shard, replica) = shard_groups(c.parallel.mode, world);
-    let compute = compute_kind(c.precision.compute);
-    let plans = inputs.trainable.plans(&inputs.base.shape)?;
-    let params = Sharded::new(plans, shard, replica, compute, world.device);
-    let mut model = Llama::new(inputs.base.shape.clone(), params);
-    let base = inputs.base.path(&c.model).unwrap_or_default();
-    // What is not trained is in no checkpoint.
-    let frozen = model.params.frozen_bytes() > 0;
-    if frozen {
-        folder.set_base(BaseMeta { path: base.clone(), trainable: inputs.trainable.clone() });
-        inputs.base.fill(&mut model.params, c.seed)?;
-    }
-    let mut optimizer = AdamW::configured(&model.params, &c.optim);
-    let progress = match folder.restore::<Position>(&mut model.params, &mut optimizer)? {
+    let common = c.common();
+    let inputs_of = common::paths(&c.model, c.tokenizer.as_ref(), c.data.train.iter().chain(&c.data.valid));
+    let tokenizer = &inputs.base.tokenizer;
+    let folder = RunFolder::open(&common, &loaded.resolved_yaml()?, start, &inputs_of, tokenizer, world)?;
+    let origin = inputs.base.path(&c.model);
+    let mut learner = Learner::new(&inputs.base, origin, &inputs.trainable, &common, world)?;
+    let progress = match folder.restore::<State>(&mut learner)? {
         Some(progress) => {
-            inputs.train.resume(&progress.data.rows)?;
+            inputs.train.resume(&progress.data)?;
             progress
         }
         None => {
-            if !frozen {
-                inputs.base.fill(&mut model.params, c.seed)?;
-            }
-            Progress::new(Position { rows: inputs.train.state(0), best: None, worse: 0 })
+            learner.begin(&inputs.base, c.seed)?;
+            Progress::new(inputs.train.state(0))
         }
     };
-    announce(c, &inputs, &model.params);
-    let schedule = Schedule {
-        kind: c.schedule.kind,
-        lr: c.optim.lr,
-        warmup_steps: c.schedule.warmup_steps,
-        total_steps: inputs.steps,
-        min_lr_ratio: c.schedule.min_lr_ratio,
-    };
-    let plan = Plan {
-        steps: inputs.steps,
-        log_every: c.log.every,
-        checkpoint_every: c.checkpoint.every,
-        compute: c.precision.compute,
-    };
-    let mut run = folder.start(progress, plan)?;
+    announce(c, &inputs, &learner.model.params);
+    let schedule = Schedule::new(&common, inputs.steps);
+    let mut run = folder.start(progress, Plan::new(&common, inputs.steps))?;
     let counts = inputs.train.counts();
-    if let Some((step, _)) = run.progress.data.best {
-        run.keep_best(step);
-    }
 
     while !run.done() {
-        let (next, batch) = (run.progress.data.rows.next, c.train.batch_size as u64);
+        let (next, batch) = (run.progress.data.next, c.train.batch_size as u64);
         // Every rank counts for all: rows are known everywhere.
         let (count, tokens) = inputs.train.count(next, batch);
         let micro_batches = this_ranks_batches(c, &inputs.train, next, run.progress.step, world);
-        let sums = step::accumulate_gradients(&mut model, &micro_batches, count as f64, c.train.recompute)?;
+        let Learner { model, optimizer, .. } = &mut learner;
+        let sums = step::accumulate_gradients(model, &micro_batches, count as f64, c.train.recompute)?;
         let (lr, clip) = (schedule.rate(run.progress.step), c.optim.clip);
-        let update = step::apply_gradients(&mut model, &mut optimizer, world, sums, count as f64, lr, clip)?;
+        let update = step::apply_gradients(model, optimizer, world, sums, lr, clip)?;
 
-        run.progress.data.rows.next += batch;
+        run.progress.data.next += batch;
         if let Some(record) = run.stepped(tokens, &update, lr)?.record {
             run.log(&record.count("truncated", counts.truncated).count("dropped", counts.dropped()));
         }
@@ -210,32 +160,23 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
         if let Some(valid) = &inputs.valid
             && run.due(c.valid.every)
         {
-            let loss = validate(c, &mut model, valid, world)?;
+            let loss = validate(c, &mut learner.model, valid, world)?;
             let record = run.with_loss(Record::new("valid", run.progress.step), loss);
             run.log(&record.float("perplexity", loss.exp()));
-            best = note_validation(c, &mut run, loss);
+            best = run.note_validation(loss, &c.valid);
             run.restart_window();
         }
         if c.samples.every > 0 && run.due(c.samples.every) {
-            sample(c, &inputs, &mut model, &mut run)?;
+            sample(c, &inputs, &mut learner.model, &mut run)?;
             run.restart_window();
         }
-        run.save(&model.params, &optimizer, best)?;
+        run.save(&[learner.part("")], best)?;
     }
-    run.finish(|dir| {
-        let tokenizer = Some(&inputs.base.tokenizer);
-        if inputs.trainable.lora.is_some() {
-            let (trainable, shape) = (&inputs.trainable, &inputs.base.shape);
-            let how = AdapterExport { trainable, shape, base: &base, tokenizer };
-            return export_adapter(dir, &model.params, &how, &world.group);
-        }
-        let how = Export { dtype: compute, max_shard_size: MAX_SHARD_SIZE, tokenizer };
-        export(dir, &inputs.base.shape, &model.params, &how, &world.group)
-    })
+    run.finish(|dir| learner.export(dir, tokenizer, world))
 }
 
 /// Answers the sample prompts, into samples.jsonl and TensorBoard. All ranks generate the same.
-fn sample(c: &Sft, inputs: &Inputs, model: &mut Llama, run: &mut Run<Position>) -> Result<()> {
+fn sample(c: &Sft, inputs: &Inputs, model: &mut Llama, run: &mut Run<State>) -> Result<()> {
     let step = run.progress.step;
     let sampling = Sampling {
         temperature: c.generation.temperature,
@@ -260,52 +201,15 @@ fn sample(c: &Sft, inputs: &Inputs, model: &mut Llama, run: &mut Run<Position>) 
     Ok(())
 }
 
-/// Whether this validation is the best so far and its checkpoint is to stay; ends the run where too many were none.
-fn note_validation(c: &Sft, run: &mut Run<Position>, loss: f64) -> bool {
-    let step = run.progress.step;
-    let position = &mut run.progress.data;
-    if position.best.is_none_or(|(_, best)| loss < best) {
-        (position.best, position.worse) = (Some((step, loss)), 0);
-        if c.valid.keep_best {
-            run.keep_best(step);
-        }
-        return c.valid.keep_best;
-    }
-    position.worse += 1;
-    if c.valid.patience > 0 && position.worse >= c.valid.patience {
-        let best = position.best.map_or(0, |(step, _)| step);
-        info!(
-            "the validation loss was lowest at step {best}, {} validations ago: the run ends here",
-            position.worse
-        );
-        run.stop_here();
-    }
-    false
-}
-
-/// The paths that the configuration reads from.
-pub fn inputs_of(c: &Sft) -> Vec<&Path> {
-    let model = match &c.model {
-        Model::Path(path) => Some(path.as_path()),
-        Model::Preset(_) | Model::Init(_) => None,
-    };
-    let sources = c.data.train.iter().chain(&c.data.valid).map(|s| s.path.as_path());
-    let tokenizer = c.tokenizer.iter().filter_map(|t| t.path.as_deref());
-    sources.chain(tokenizer).chain(model).collect()
-}
-
-/// The rows of the step that begins at row `first` are divided among the ranks in order, then into micro-batches in
-/// order.
+/// This rank's part of the step that begins at row `first`.
 fn this_ranks_batches(c: &Sft, data: &RowLoader, first: u64, step: u64, world: &World) -> Vec<MicroBatch> {
-    let (rows, micro) = (c.train.batch_size / world.world_size, c.train.micro_batch_size(world.world_size));
     let dropout = c.lora.as_ref().is_some_and(|l| l.dropout > 0.0);
-    let micro_batch = |i: i64| {
-        let first_row = (world.rank * rows + i * micro) as u64;
-        let mut batch = micro_batch(data.rows(first + first_row, micro as u64), c.data.packing);
+    let micro_batch = |(first_row, rows): (u64, u64)| {
+        let mut batch = micro_batch(data.rows(first + first_row, rows), c.data.packing);
         batch.input.dropout = dropout.then_some(DropoutPlace { seed: c.seed, step, first_row });
         batch
     };
-    (0..rows / micro).map(micro_batch).collect()
+    step::division(&c.train, world).map(micro_batch).collect()
 }
 
 /// Rows of one document each need neither positions nor starts: they begin at 0, and padding comes after them.
@@ -323,13 +227,8 @@ fn micro_batch(rows: Rows, packed: bool) -> MicroBatch {
 
 /// Mean loss over the supervised tokens of the first `valid.batches` batches of the validation data, in nats.
 fn validate(c: &Sft, model: &mut Llama, data: &RowLoader, world: &World) -> Result<f64> {
-    let micro = c.train.micro_batch_size(world.world_size) as u64;
     let total = data.num_rows().min((c.valid.batches * c.train.batch_size) as u64);
-    let (ranks, rank) = (world.world_size as u64, world.rank as u64);
-    let batches = (0..total.div_ceil(micro * ranks)).map(|round| {
-        // Every rank runs as many forwards, since they gather weights together: beyond the end, on rows without labels.
-        let first = (round * ranks + rank) * micro;
-        let rows = total.saturating_sub(first).min(micro);
+    let batches = step::rounds(total, &c.train, world).map(|(first, rows)| {
         let mut rows = match rows {
             0 => Rows { labels: Vec::new(), ..data.rows(0, 1) },
             n => data.rows(first, n),

@@ -4,8 +4,10 @@ use kernels::c10d::ReduceOp;
 use kernels::ops;
 use tch::{Kind, Tensor};
 
+use crate::config::sections::Train;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
+use crate::model::head::LogProbs;
 use crate::model::{Input, Llama, LmHead, Recompute};
 use crate::optim::AdamW;
 
@@ -27,11 +29,91 @@ impl MicroBatch {
 /// What the micro-batches of this rank add to the losses of a step.
 #[derive(Debug, Clone, Copy)]
 pub struct Sums {
-    /// The losses of the labelled tokens, in nats.
+    /// The loss, over what the step counts (see [`apply_gradients`]).
     pub loss: f64,
     /// The load-balancing losses of the micro-batches, each times the micro-batch's share of the step's labelled tokens;
     /// none where the load of experts was not balanced.
     pub aux_loss: Option<f64>,
+}
+
+/// A micro-batch and what it adds to the loss of a step. Rows that a loss couples (pairs, groups) are in one micro-batch.
+pub struct Entry<'a> {
+    pub batch: &'a MicroBatch,
+    pub objective: Objective<'a>,
+    /// A weight of the load-balancing loss of a mixture of experts, and the share of the step that this micro-batch is.
+    pub balance: Option<(f64, f64)>,
+}
+
+/// A part of a step's loss, as a function of what the model's head gives for a micro-batch.
+pub enum Objective<'a> {
+    /// -weight times the sum of the labels' log-probabilities: cross-entropy.
+    CrossEntropy { weight: f64 },
+    /// Any function of the labels' log-probabilities, A `[N]` (0 where there is no label), at a temperature, and of the
+    /// entropies, if they are asked for. It returns a scalar, which libtorch's autograd differentiates.
+    LogProbs { temperature: f64, entropies: bool, loss: Box<dyn FnMut(&LogProbs) -> Result<Tensor> + 'a> },
+}
+
+/// A scalar function's value at `leaves` and its gradients there; zeros for leaves that it does not depend on.
+pub fn differentiate(
+    leaves: &[&Tensor],
+    f: impl FnOnce(&[Tensor]) -> Result<Tensor>,
+) -> Result<(f64, Vec<Tensor>)> {
+    let leaves: Vec<Tensor> = leaves.iter().map(|t| t.detach().set_requires_grad(true)).collect();
+    let value = tch::with_grad(|| f(&leaves))?;
+    if value.requires_grad() {
+        value.f_backward()?;
+    }
+    let gradient = |leaf: &Tensor| match leaf.grad() {
+        grad if grad.defined() => grad,
+        _ => leaf.zeros_like().detach(),
+    };
+    Ok((value.detach().double_value(&[]), leaves.iter().map(gradient).collect()))
+}
+
+/// Forward and backward of the sum of `entries`. Leaves the gradients in the parameters' slices; returns each entry's loss,
+/// and the load-balancing losses, each times its share. Collective where parameters are sharded: all ranks give equally many
+/// entries.
+pub fn accumulate(
+    model: &mut Llama,
+    entries: &mut [Entry],
+    recompute: Recompute,
+) -> Result<(Vec<f64>, Option<f64>)> {
+    let (mut losses, mut aux_loss) = (Vec::new(), None);
+    let count = entries.len();
+    for (i, entry) in entries.iter_mut().enumerate() {
+        let last = i + 1 == count;
+        let (hidden, mut tape) = model.forward(&entry.batch.input, recompute)?;
+        let labels = entry.batch.labels.to_device(hidden.device());
+        let (loss, dhidden) = match &mut entry.objective {
+            Objective::CrossEntropy { weight } => {
+                let kind = ops::accumulator(hidden.kind());
+                let coefs = Tensor::full([labels.size()[0]], -*weight, (kind, hidden.device()));
+                let (logprobs, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coefs, last)?;
+                (-*weight * logprobs.sum(Kind::Double).double_value(&[]), dhidden)
+            }
+            Objective::LogProbs { temperature, entropies, loss } => {
+                let out = LmHead::logprobs(model, &hidden, &labels, *temperature, *entropies)?;
+                let mut leaves = vec![&out.logprobs];
+                leaves.extend(&out.entropies);
+                let of = |t: &[Tensor]| LogProbs {
+                    logprobs: t[0].shallow_clone(),
+                    entropies: t.get(1).map(Tensor::shallow_clone),
+                };
+                let (value, gradients) = differentiate(&leaves, |leaves| loss(&of(leaves)))?;
+                let gradients = of(&gradients);
+                let dhidden = LmHead::backward(model, &hidden, &labels, *temperature, &gradients, last)?;
+                (value, dhidden)
+            }
+        };
+        drop(hidden);
+        if let Some((weight, share)) = entry.balance {
+            *aux_loss.get_or_insert(0.0) += share * tape.balance_loss(weight * share).unwrap_or(0.0);
+        }
+        model.backward(dhidden, tape, last)?;
+        losses.push(loss);
+    }
+    model.params.finish_step_gradients()?;
+    Ok((losses, aux_loss))
 }
 
 /// Forward and backward of the mean cross-entropy over `count` labelled tokens (of all ranks and micro-batches). Leaves
@@ -55,29 +137,42 @@ pub fn accumulate_balanced(
     recompute: Recompute,
     coef: Option<f64>,
 ) -> Result<Sums> {
-    let mut sums = Sums { loss: 0.0, aux_loss: coef.map(|_| 0.0) };
-    for (i, batch) in micro_batches.iter().enumerate() {
-        let last = i + 1 == micro_batches.len();
-        let (hidden, mut tape) = model.forward(&batch.input, recompute)?;
-        let kind = ops::accumulator(hidden.kind());
-        let labels = batch.labels.to_device(hidden.device());
-        let coefs = Tensor::full([labels.size()[0]], -1.0 / count, (kind, hidden.device()));
-        let (logprobs, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coefs, last)?;
-        drop(hidden);
-        if let (Some(coef), Some(sum)) = (coef, &mut sums.aux_loss) {
-            let share = batch.labels.ge(0).sum(Kind::Double).double_value(&[]) / count;
-            *sum += share * tape.balance_loss(coef * share).unwrap_or(0.0);
-        }
-        model.backward(dhidden, tape, last)?;
-        sums.loss -= logprobs.sum(Kind::Double).double_value(&[]);
-    }
-    model.params.finish_step_gradients()?;
-    Ok(sums)
+    let entry = |batch| {
+        let balance = |coef| (coef, num_labels(batch) / count);
+        let objective = Objective::CrossEntropy { weight: 1.0 / count };
+        Entry { batch, objective, balance: coef.map(balance) }
+    };
+    let mut entries: Vec<Entry> = micro_batches.iter().map(entry).collect();
+    let (losses, aux_loss) = accumulate(model, &mut entries, recompute)?;
+    Ok(Sums { loss: losses.iter().sum(), aux_loss: aux_loss.or(coef.map(|_| 0.0)) })
+}
+
+fn num_labels(batch: &MicroBatch) -> f64 {
+    batch.labels.ge(0).sum(Kind::Double).double_value(&[])
+}
+
+/// The micro-batches of this rank in a step of `train.batch_size` rows, which are divided among the ranks in order, then into
+/// micro-batches in order: each one's first row within the step, and its rows.
+pub fn division(train: &Train, world: &World) -> impl Iterator<Item = (u64, u64)> {
+    let (rows, micro) = (train.batch_size / world.world_size, train.micro_batch_size(world.world_size));
+    let first = world.rank * rows;
+    (0..rows / micro).map(move |i| ((first + i * micro) as u64, micro as u64))
+}
+
+/// The micro-batches of this rank in a pass over `total` rows: each one's first row, and its rows. All ranks get equally many,
+/// since they gather weights together: beyond the end, of 0 rows.
+pub fn rounds(total: u64, train: &Train, world: &World) -> impl Iterator<Item = (u64, u64)> {
+    let micro = train.micro_batch_size(world.world_size) as u64;
+    let (ranks, rank) = (world.world_size as u64, world.rank as u64);
+    (0..total.div_ceil(micro * ranks)).map(move |round| {
+        let first = (round * ranks + rank) * micro;
+        (first, total.saturating_sub(first).min(micro))
+    })
 }
 
 /// What an update did.
 pub struct Update {
-    /// Mean loss over all labelled tokens of all ranks, before the update, in nats.
+    /// The loss of the step, over all ranks, before the update: a mean cross-entropy is in nats.
     pub loss: f64,
     /// The load-balancing loss of the step (see [`accumulate_balanced`]), where there is one.
     pub aux_loss: Option<f64>,
@@ -87,13 +182,13 @@ pub struct Update {
     pub skipped: bool,
 }
 
-/// Clips and applies the gradients of the step, or forgets them if they are not finite.
+/// Clips and applies the gradients of the step, or forgets them if they are not finite. The step's loss is the sum of all
+/// ranks' `sums`, whose entries have been divided by what the step counts.
 pub fn apply_gradients(
     model: &mut Llama,
     optimizer: &mut AdamW,
     world: &World,
     sums: Sums,
-    count: f64,
     lr: f64,
     clip: f64,
 ) -> Result<Update> {
@@ -108,7 +203,7 @@ pub fn apply_gradients(
         values = world.group.combine(&values, ReduceOp::Sum)?;
         model.params.sum_over_slices(squares)?
     };
-    let (loss, grad_norm) = (values[0] / count, squares.sqrt());
+    let (loss, grad_norm) = (values[0], squares.sqrt());
     let aux_loss = sums.aux_loss.map(|_| values[1]);
     // Equal on all ranks, since both are sums over all of them.
     let skipped = !(loss.is_finite() && grad_norm.is_finite());

@@ -2,16 +2,17 @@
 //!
 //! ```text
 //! let folder = RunFolder::open(...)             the run's folder, checked; the checkpoint to go on from
-//! let progress = folder.restore(...)            parameters, moments and position from there
+//! let mut learner = Learner::new(...)           a model on this rank, and its optimizer
+//! let progress = folder.restore(...)            parameters, moments and position from there, or new
 //! let mut run = folder.start(progress, ...)
 //! while !run.done() {
 //!     ...                                       the algorithm's step
 //!     let stepped = run.stepped(tokens, &update)?;
 //!     if stepped.log { run.log(...) }
 //!     ...                                       validation
-//!     run.save(&model.params, &optimizer, false)?;     where it is due; ends the run where a signal asked for it
+//!     run.save(&[learner.part("")], best)?;     where it is due; ends the run where a signal asked for it
 //! }
-//! run.finish(&model, ...)
+//! run.finish(|dir| learner.export(dir, ...))
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -20,17 +21,22 @@ use std::time::Instant;
 use kernels::c10d::ReduceOp;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use sha2::Digest;
+use tch::Kind;
 
+use crate::algorithms::base::Base;
 use crate::algorithms::run::{self, Resume, Signals};
 use crate::algorithms::step::{SkipGuard, Update};
-use crate::checkpoint::{BaseMeta, Checkpoint, RunInfo, Saver, agree};
-use crate::config::sections::Compute;
-use crate::config::shape::Shape;
+use crate::checkpoint::{
+    AdapterExport, BaseMeta, Checkpoint, Export, Part, RunInfo, Saver, agree, export, export_adapter,
+};
+use crate::config::common::Common;
+use crate::config::sections::{Compute, Valid};
 use crate::data::tokenizer::{Tokenizer, hex};
-use crate::distributed::sharded::Sharded;
+use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::info;
+use crate::model::{Llama, Trainable};
 use crate::optim::AdamW;
 use crate::telemetry::{Record, RunLog};
 
@@ -40,6 +46,8 @@ pub struct Progress<D> {
     /// Updates so far.
     pub step: u64,
     pub data: D,
+    #[serde(default)]
+    best: Best,
     /// Tokens read so far, over all ranks.
     pub tokens: u64,
     pub skipped_steps: u64,
@@ -49,7 +57,89 @@ pub struct Progress<D> {
 impl<D> Progress<D> {
     /// The start of a run.
     pub fn new(data: D) -> Self {
-        Progress { step: 0, data, tokens: 0, skipped_steps: 0, elapsed_s: 0.0 }
+        Progress { step: 0, data, best: Best::default(), tokens: 0, skipped_steps: 0, elapsed_s: 0.0 }
+    }
+}
+
+/// The best validation so far.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Best {
+    /// Its step and its loss.
+    best: Option<(u64, f64)>,
+    /// Validations since then.
+    worse: u64,
+}
+
+/// A model that is trained: its parameters on this rank, and their optimizer.
+pub struct Learner {
+    pub model: Llama,
+    pub optimizer: AdamW,
+    pub trainable: Trainable,
+    /// Where what is not trained comes from, which is in no checkpoint; none where all is trained.
+    frozen: Option<BaseMeta>,
+    /// The model that this one began as, for adapters to name.
+    origin: String,
+}
+
+impl Learner {
+    /// The model that `base` opened, at `origin` (empty for a new one), of which `trainable` says what is trained. Values
+    /// come with [`RunFolder::restore`]. Collective.
+    pub fn new(
+        base: &Base,
+        origin: Option<String>,
+        trainable: &Trainable,
+        c: &Common,
+        world: &World,
+    ) -> Result<Learner> {
+        let (shard, replica) = shard_groups(c.parallel.mode, world);
+        let compute = compute_kind(c.precision.compute);
+        let plans = trainable.plans(&base.shape)?;
+        let params = Sharded::new(plans, shard, replica, compute, world.device);
+        let mut model = Llama::new(base.shape.clone(), params);
+        let origin = origin.unwrap_or_default();
+        let frozen = model.params.frozen_bytes() > 0;
+        let frozen = frozen.then(|| BaseMeta { path: origin.clone(), trainable: trainable.clone() });
+        if frozen.is_some() {
+            base.fill(&mut model.params, c.seed)?;
+        }
+        let optimizer = AdamW::configured(&model.params, c.optim);
+        Ok(Learner { model, optimizer, trainable: trainable.clone(), frozen, origin })
+    }
+
+    /// As a part of a checkpoint; the run's first has no name.
+    pub fn part<'a>(&'a self, name: &'a str) -> Part<'a> {
+        let (shape, params) = (&self.model.shape, &self.model.params);
+        Part { name, shape, base: self.frozen.as_ref(), params, optim: Some(&self.optimizer) }
+    }
+
+    /// Writes what was trained in Hugging Face's format, adapters in PEFT's. Collective.
+    pub fn export(&self, dir: &Path, tokenizer: &Tokenizer, world: &World) -> Result<()> {
+        let (shape, params, tokenizer) = (&self.model.shape, &self.model.params, Some(tokenizer));
+        if self.trainable.lora.is_some() {
+            let how = AdapterExport { trainable: &self.trainable, shape, base: &self.origin, tokenizer };
+            return export_adapter(dir, params, &how, &world.group);
+        }
+        let how = Export { dtype: params.compute(), max_shard_size: MAX_SHARD_SIZE, tokenizer };
+        export(dir, shape, params, &how, &world.group)
+    }
+
+    /// Sets the values that a new run begins with. Collective.
+    pub fn begin(&mut self, base: &Base, seed: u64) -> Result<()> {
+        match self.frozen {
+            Some(_) => Ok(()), // by `new`
+            None => base.fill(&mut self.model.params, seed),
+        }
+    }
+}
+
+/// Bytes of tensors in one file of an exported model.
+pub const MAX_SHARD_SIZE: u64 = 5_000_000_000;
+
+pub fn compute_kind(c: Compute) -> Kind {
+    match c {
+        Compute::Float32 => Kind::Float,
+        Compute::Bfloat16 => Kind::BFloat16,
+        Compute::Float64 => Kind::Double,
     }
 }
 
@@ -72,45 +162,38 @@ pub struct RunFolder<'a> {
 
 impl<'a> RunFolder<'a> {
     /// Refuses a folder that holds another run; makes it and writes the `resolved` configuration. `inputs` are the paths
-    /// that the run reads, `shape` and `tokenizer` go into its checkpoints, of which `keep` stay. Collective.
-    #[allow(clippy::too_many_arguments)]
+    /// that the run reads; `tokenizer` goes into its checkpoints. Collective.
     pub fn open(
-        dir: &Path,
+        c: &Common,
         resolved: &str,
         start: &Start,
         inputs: &[&Path],
-        shape: &Shape,
         tokenizer: &Tokenizer,
-        keep: i64,
         world: &'a World,
     ) -> Result<Self> {
+        let dir = c.output_dir;
         let fresh = start.resume == Resume::Never;
         agree(&world.group, run::check_folder(dir, resolved, &start.resume, start.overwrite, inputs))?;
         run::prepare_folder(dir, resolved, fresh, world)?;
         let info = RunInfo {
-            shape: shape.clone(),
             config_hash: hex(&sha2::Sha256::digest(resolved.as_bytes())),
-            base: None,
             tokenizer: Some(tokenizer.clone()),
         };
-        let saver = Saver::new(dir, keep as usize, info, &world.group)?;
+        let saver = Saver::new(dir, c.checkpoint.keep as usize, info, &world.group)?;
         let from = agree(&world.group, run::find_checkpoint(dir, &start.resume))?;
         Ok(RunFolder { world, dir: dir.to_path_buf(), saver, signals: Signals::watch()?, from })
     }
 
-    /// The checkpoints to come hold what is trained; the rest is there.
-    pub fn set_base(&mut self, base: BaseMeta) {
-        self.saver.set_base(base);
+    /// The checkpoint that the run goes on from, if there is one.
+    pub fn from(&self) -> Option<&Checkpoint> {
+        self.from.as_ref()
     }
 
-    /// Sets parameters, moments and position from the checkpoint, if there is one to go on from. Collective.
-    pub fn restore<D: DeserializeOwned>(
-        &self,
-        params: &mut Sharded,
-        optimizer: &mut AdamW,
-    ) -> Result<Option<Progress<D>>> {
+    /// Sets a learner's parameters and moments, and the position, from the checkpoint, if there is one to go on from.
+    /// Further models of the run are in [`RunFolder::from`]'s parts. Collective.
+    pub fn restore<D: DeserializeOwned>(&self, learner: &mut Learner) -> Result<Option<Progress<D>>> {
         let Some(from) = &self.from else { return Ok(None) };
-        let state = from.load(params, optimizer)?.state;
+        let state = from.load(&mut learner.model.params, &mut learner.optimizer)?.state;
         let progress: Progress<D> = serde_json::from_value(state)
             .map_err(|e| Error::data(format!("{}: its state cannot be read: {e}", from.dir().display())))?;
         run::drop_later_checkpoints(&self.dir, progress.step, self.world)?;
@@ -120,7 +203,10 @@ impl<'a> RunFolder<'a> {
 
     /// Opens the log and starts the clock of a run of `steps`. Collective.
     pub fn start<D: Serialize>(self, progress: Progress<D>, plan: Plan) -> Result<Run<'a, D>> {
-        let RunFolder { world, dir, saver, signals, from } = self;
+        let RunFolder { world, dir, mut saver, signals, from } = self;
+        if let Some((step, _)) = progress.best.best {
+            saver.keep_best(step);
+        }
         let resumed_at = from.as_ref().map(|_| progress.step);
         let log = agree(&world.group, RunLog::create(&dir, world.rank, resumed_at, plan.steps))?;
         let guard = SkipGuard::new(progress.skipped_steps);
@@ -182,6 +268,18 @@ pub struct Stepped {
     pub record: Option<Record>,
     /// Tokens a second of the window, over all ranks.
     pub tokens_per_s: f64,
+}
+
+impl Plan {
+    /// Of a run of `steps`.
+    pub fn new(c: &Common, steps: u64) -> Plan {
+        Plan {
+            steps,
+            log_every: c.log.every,
+            checkpoint_every: c.checkpoint.every,
+            compute: c.precision.compute,
+        }
+    }
 }
 
 impl<D: Serialize> Run<'_, D> {
@@ -272,21 +370,36 @@ impl<D: Serialize> Run<'_, D> {
         self.plan.steps = self.progress.step;
     }
 
-    /// The checkpoint of `step` stays besides the newest, until another is the best.
-    pub fn keep_best(&mut self, step: u64) {
-        self.saver.keep_best(step);
+    /// Notes a validation, whose `loss` is better the lower it is. Returns whether its checkpoint is to be saved; ends the
+    /// run where too many in a row were not better.
+    pub fn note_validation(&mut self, loss: f64, valid: &Valid) -> bool {
+        let (step, best) = (self.progress.step, &mut self.progress.best);
+        if best.best.is_none_or(|(_, lowest)| loss < lowest) {
+            *best = Best { best: Some((step, loss)), worse: 0 };
+            if valid.keep_best {
+                self.saver.keep_best(step);
+            }
+            return valid.keep_best;
+        }
+        best.worse += 1;
+        if valid.patience > 0 && best.worse >= valid.patience {
+            let (at, worse) = (best.best.map_or(0, |(step, _)| step), best.worse);
+            info!("the validation was best at step {at}, {worse} validations ago: the run ends here");
+            self.stop_here();
+        }
+        false
     }
 
     /// Completes a save that is written, and begins one where it is due (or `now`). Collective.
     ///
     /// # Errors
     /// A signal asked for the end of the run, whose checkpoint is then written.
-    pub fn save(&mut self, params: &Sharded, optimizer: &AdamW, now: bool) -> Result<()> {
+    pub fn save(&mut self, models: &[Part], now: bool) -> Result<()> {
         self.saver.poll()?;
         let step = self.progress.step;
         if now || self.due(self.plan.checkpoint_every) || self.signal > 0.0 {
             let state = serde_json::to_value(&self.progress).map_err(|e| Error::failed(e.to_string()))?;
-            self.saver.begin(step, params, optimizer, state)?;
+            self.saver.begin(step, models, state)?;
         }
         if self.signal > 0.0 && !self.done() {
             self.saver.finish()?;

@@ -25,7 +25,7 @@ pub use agree::{agree, agree_over};
 pub use hf::{Export, HfModel, export};
 pub use meta::MetaModel;
 pub use peft::{AdapterExport, PeftAdapter, export_adapter};
-pub use saver::{RunInfo, Saved, Saver};
+pub use saver::{Part, RunInfo, Saved, Saver};
 pub use sharded::{BaseMeta, Checkpoint, State, bytes_per_checkpoint, latest};
 pub use source::Source;
 pub use weights::{Weights, in_hub_cache};

@@ -30,13 +30,22 @@ use crate::warn;
 
 /// What a run's checkpoints have in common.
 pub struct RunInfo {
-    pub shape: Shape,
     /// Hash of the resolved configuration.
     pub config_hash: String,
-    /// Where what is not trained comes from; none where all is trained.
-    pub base: Option<BaseMeta>,
     /// Whose files every checkpoint gets.
     pub tokenizer: Option<Tokenizer>,
+}
+
+/// A model in a checkpoint.
+pub struct Part<'a> {
+    /// Its folder in the checkpoint's; empty for the first part, which lies in the checkpoint's own.
+    pub name: &'a str,
+    pub shape: &'a Shape,
+    /// Where what is not trained comes from; none where all is trained.
+    pub base: Option<&'a BaseMeta>,
+    pub params: &'a Sharded,
+    /// None for a model that is not trained itself.
+    pub optim: Option<&'a AdamW>,
 }
 
 /// A save that is complete.
@@ -61,6 +70,14 @@ pub struct Saver {
 
 /// A save under way.
 struct Pending {
+    step: u64,
+    parts: Vec<PendingPart>,
+    job: Job,
+    started: Instant,
+}
+
+struct PendingPart {
+    name: String,
     /// Complete but for `slices` and `files`.
     meta: Meta,
     /// This rank's place in the shard group.
@@ -68,14 +85,15 @@ struct Pending {
     size: usize,
     /// Start and length of this rank's slices; none where a replica writes them.
     slices: Option<Vec<(i64, i64)>>,
-    job: Job,
-    started: Instant,
 }
 
+/// What a thread has written: the files of every part, its shard first.
+type Written = Vec<Vec<FileMeta>>;
+
 enum Job {
-    Running(JoinHandle<Result<Vec<FileMeta>>>),
-    /// Nothing to write, or it failed before the start.
-    Over(Result<Vec<FileMeta>>),
+    Running(JoinHandle<Result<Written>>),
+    /// It failed before the start.
+    Over(Result<Written>),
 }
 
 /// How a save ended, the same on all ranks.
@@ -130,11 +148,6 @@ impl Saver {
         self.failed_saves
     }
 
-    /// What is not trained comes from there.
-    pub fn set_base(&mut self, base: BaseMeta) {
-        self.run.base = Some(base);
-    }
-
     /// The checkpoint of `step` stays besides the newest, until another is the best.
     pub fn keep_best(&mut self, step: u64) {
         self.best = Some(step);
@@ -143,35 +156,49 @@ impl Saver {
     /// Copies the state to host memory and starts writing it. A save that is still under way is waited for first; if
     /// that one fails, a warning says so. `state` is the trainer's own, equal on all ranks. Collective if a save is
     /// under way.
-    pub fn begin(&mut self, step: u64, params: &Sharded, optim: &AdamW, state: Value) -> Result<()> {
+    pub fn begin(&mut self, step: u64, models: &[Part], state: Value) -> Result<()> {
         self.complete()?.warn_if_failed(&self.world);
         let started = Instant::now();
-        let (rank, size) = (params.shard_group().rank() as usize, params.shard_group().size() as usize);
-        let writes = params.replica_group().rank() == 0;
-        let slices = (0..params.len()).map(|i| params.slice(i)).map(|s| (s.start, s.len)).collect();
-        let job = if writes {
-            let path = self.temp(step).join(shard_name(rank, size));
-            let tokenizer = self.run.tokenizer.clone().filter(|_| self.world.rank() == 0);
-            match host_copies(params, optim) {
-                Ok(copies) => Job::Running(std::thread::spawn(move || write(&path, copies, tokenizer))),
-                Err(e) => Job::Over(Err(e)),
-            }
-        } else {
-            Job::Over(Ok(Vec::new()))
+        let names: Vec<String> = models.iter().skip(1).map(|m| m.name.to_string()).collect();
+        let mut parts = Vec::new();
+        let mut jobs = Ok(Vec::new());
+        for (i, model) in models.iter().enumerate() {
+            let params = model.params;
+            let (rank, size) = (params.shard_group().rank() as usize, params.shard_group().size() as usize);
+            let writes = params.replica_group().rank() == 0;
+            let slices = (0..params.len()).map(|i| params.slice(i)).map(|s| (s.start, s.len)).collect();
+            let meta = Meta {
+                step,
+                world_size: self.world.size(),
+                optimizer_step: model.optim.map_or(0, |o| o.step),
+                shape: model.shape.clone(),
+                config_hash: self.run.config_hash.clone(),
+                groups: (0..params.len()).map(|i| GroupMeta::of(params.layout(i))).collect(),
+                slices: Vec::new(),
+                files: Vec::new(),
+                base: model.base.cloned(),
+                parts: if i == 0 { names.clone() } else { Vec::new() },
+                state: if i == 0 { state.clone() } else { Value::Null },
+            };
+            let name = model.name.to_string();
+            let tokenizer = self.run.tokenizer.clone().filter(|_| self.world.rank() == 0 && i == 0);
+            let path = self.temp(step).join(&name).join(shard_name(rank, size));
+            jobs = jobs.and_then(|mut jobs: Vec<Option<ToWrite>>| {
+                jobs.push(match writes {
+                    true => Some(ToWrite { path, copies: host_copies(params, model.optim)?, tokenizer }),
+                    false => None,
+                });
+                Ok(jobs)
+            });
+            parts.push(PendingPart { name, meta, rank, size, slices: writes.then_some(slices) });
+        }
+        let job = match jobs {
+            Ok(jobs) => Job::Running(std::thread::spawn(move || {
+                jobs.into_iter().map(|job| job.map_or(Ok(Vec::new()), ToWrite::write)).collect()
+            })),
+            Err(e) => Job::Over(Err(e)),
         };
-        let meta = Meta {
-            step,
-            world_size: self.world.size(),
-            optimizer_step: optim.step,
-            shape: self.run.shape.clone(),
-            config_hash: self.run.config_hash.clone(),
-            groups: (0..params.len()).map(|i| GroupMeta::of(params.layout(i))).collect(),
-            slices: Vec::new(),
-            files: Vec::new(),
-            base: self.run.base.clone(),
-            state,
-        };
-        self.pending = Some(Pending { meta, rank, size, slices: writes.then_some(slices), job, started });
+        self.pending = Some(Pending { step, parts, job, started });
         Ok(())
     }
 
@@ -201,10 +228,9 @@ impl Saver {
 
     /// Waits for the save under way and completes it. An error means that ranks were lost.
     fn complete(&mut self) -> Result<Outcome> {
-        let Some(Pending { mut meta, rank, size, slices, job, started }) = self.pending.take() else {
+        let Some(Pending { step, mut parts, job, started }) = self.pending.take() else {
             return Ok(Outcome::Nothing);
         };
-        let step = meta.step;
         let mine = match job {
             Job::Over(result) => result,
             Job::Running(thread) => thread.join().unwrap_or_else(|_| {
@@ -216,25 +242,35 @@ impl Saver {
             Err(error) => return self.give_up(step, error),
         };
         // Numbers of every shard rank come together: size and checksum of its file, and its slices.
-        let groups = meta.groups.len();
-        let row = 2 + 2 * groups;
-        let mut table = vec![0.0; size * row];
-        if let (Some(slices), Some(file)) = (&slices, files.first()) {
-            let mine = &mut table[rank * row..(rank + 1) * row];
-            (mine[0], mine[1]) = (file.bytes as f64, f64::from(file.crc32));
-            for (to, (start, len)) in mine[2..].chunks_exact_mut(2).zip(slices) {
-                (to[0], to[1]) = (*start as f64, *len as f64);
+        let row = |part: &PendingPart| 2 + 2 * part.meta.groups.len();
+        let mut table = Vec::new();
+        for (part, files) in parts.iter().zip(&files) {
+            let (first, row) = (table.len(), row(part));
+            table.resize(first + part.size * row, 0.0);
+            if let (Some(slices), Some(file)) = (&part.slices, files.first()) {
+                let mine = &mut table[first + part.rank * row..][..row];
+                (mine[0], mine[1]) = (file.bytes as f64, f64::from(file.crc32));
+                for (to, (start, len)) in mine[2..].chunks_exact_mut(2).zip(slices) {
+                    (to[0], to[1]) = (*start as f64, *len as f64);
+                }
             }
         }
         let table = self.world.combine(&table, ReduceOp::Sum)?;
         let committed = if self.world.rank() == 0 {
-            for (r, row) in table.chunks_exact(row).enumerate() {
-                let (bytes, crc32) = (row[0] as u64, row[1] as u32);
-                meta.files.push(FileMeta { name: shard_name(r, size), bytes, crc32 });
-                meta.slices.push(row[2..].chunks_exact(2).map(|s| (s[0] as i64, s[1] as i64)).collect());
+            let mut rest = table.as_slice();
+            for (part, files) in parts.iter_mut().zip(files) {
+                let row = row(part);
+                let (rows, after) = rest.split_at(part.size * row);
+                rest = after;
+                for (r, row) in rows.chunks_exact(row).enumerate() {
+                    let (name, bytes, crc32) = (shard_name(r, part.size), row[0] as u64, row[1] as u32);
+                    part.meta.files.push(FileMeta { name, bytes, crc32 });
+                    let slices = row[2..].chunks_exact(2).map(|s| (s[0] as i64, s[1] as i64));
+                    part.meta.slices.push(slices.collect());
+                }
+                part.meta.files.extend(files.into_iter().skip(1));
             }
-            meta.files.extend(files.into_iter().skip(1));
-            self.commit(&meta)
+            self.commit(step, &parts)
         } else {
             Ok(())
         };
@@ -255,22 +291,25 @@ impl Saver {
     }
 
     /// Rank 0: everything is written, so the checkpoint may have its name.
-    fn commit(&self, meta: &Meta) -> Result<()> {
-        let temp = self.temp(meta.step);
-        for file in &meta.files {
-            let path = temp.join(&file.name);
-            let bytes = fs::metadata(&path).map(|m| m.len()).unwrap_or(0);
-            if bytes != file.bytes {
-                return Err(Error::failed(format!(
-                    "{}: {} bytes were written, rank 0 sees {bytes}: checkpoints must lie on a file system that all \
-                     nodes share",
-                    path.display(),
-                    file.bytes
-                )));
+    fn commit(&self, step: u64, parts: &[PendingPart]) -> Result<()> {
+        let temp = self.temp(step);
+        for part in parts {
+            let dir = temp.join(&part.name);
+            for file in &part.meta.files {
+                let path = dir.join(&file.name);
+                let bytes = fs::metadata(&path).map(|m| m.len()).unwrap_or(0);
+                if bytes != file.bytes {
+                    return Err(Error::failed(format!(
+                        "{}: {} bytes were written, rank 0 sees {bytes}: checkpoints must lie on a file system that \
+                         all nodes share",
+                        path.display(),
+                        file.bytes
+                    )));
+                }
             }
+            write_file(&dir.join(META), part.meta.to_text()?.as_bytes())?;
         }
-        write_file(&temp.join(META), meta.to_text()?.as_bytes())?;
-        files::replace_dir(&temp, &self.dir.join(step_name(meta.step)))?;
+        files::replace_dir(&temp, &self.dir.join(step_name(step)))?;
         // The first save has made the folder of checkpoints.
         files::sync_dir(files::parent(&self.dir))
     }
@@ -304,11 +343,11 @@ impl Saver {
 }
 
 /// Copies in host memory, by name in the file.
-fn host_copies(params: &Sharded, optim: &AdamW) -> Result<Vec<(Entry, Tensor)>> {
+fn host_copies(params: &Sharded, optim: Option<&AdamW>) -> Result<Vec<(Entry, Tensor)>> {
     let mut copies = Vec::with_capacity(params.len() * 3);
     for i in 0..params.len() {
         let master = params.master(i);
-        let moments = optim.moments[i].tensors();
+        let moments = optim.into_iter().flat_map(|o| o.moments[i].tensors());
         for (part, t) in std::iter::once((MASTER, &master)).chain(moments) {
             let mut copy = Tensor::f_empty(t.size(), (t.kind(), Device::Cpu))?;
             tch::no_grad(|| copy.f_copy_(t))?;
@@ -319,23 +358,32 @@ fn host_copies(params: &Sharded, optim: &AdamW) -> Result<Vec<(Entry, Tensor)>> 
     Ok(copies)
 }
 
-/// Writes a shard, and on rank 0 the tokenizer. Returns the files, the shard first.
-fn write(path: &Path, copies: Vec<(Entry, Tensor)>, tokenizer: Option<Tokenizer>) -> Result<Vec<FileMeta>> {
-    let dir = files::parent(path);
-    create_dir(dir)?;
-    let entries: Vec<Entry> = copies.iter().map(|(entry, _)| entry.clone()).collect();
-    let mut writer = Writer::create(path, &entries)?;
-    for (_, copy) in copies {
-        writer.write(&copy)?;
+/// This rank's shard of a part, and on rank 0 the tokenizer.
+struct ToWrite {
+    path: PathBuf,
+    copies: Vec<(Entry, Tensor)>,
+    tokenizer: Option<Tokenizer>,
+}
+
+impl ToWrite {
+    /// Returns the files, the shard first.
+    fn write(self) -> Result<Vec<FileMeta>> {
+        let dir = files::parent(&self.path);
+        create_dir(dir)?;
+        let entries: Vec<Entry> = self.copies.iter().map(|(entry, _)| entry.clone()).collect();
+        let mut writer = Writer::create(&self.path, &entries)?;
+        for (_, copy) in self.copies {
+            writer.write(&copy)?;
+        }
+        let written = writer.finish()?;
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let mut files = vec![FileMeta { name, bytes: written.bytes, crc32: written.crc32 }];
+        if let Some(tokenizer) = self.tokenizer {
+            let written = write_tokenizer(&tokenizer, dir)?;
+            files.extend(written.into_iter().map(|(name, bytes, crc32)| FileMeta { name, bytes, crc32 }));
+        }
+        Ok(files)
     }
-    let written = writer.finish()?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let mut files = vec![FileMeta { name, bytes: written.bytes, crc32: written.crc32 }];
-    if let Some(tokenizer) = tokenizer {
-        let written = write_tokenizer(&tokenizer, dir)?;
-        files.extend(written.into_iter().map(|(name, bytes, crc32)| FileMeta { name, bytes, crc32 }));
-    }
-    Ok(files)
 }
 
 /// Removes the temporary folders of killed runs, and puts back a checkpoint that was being replaced.

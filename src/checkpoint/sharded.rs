@@ -69,6 +69,9 @@ pub struct Meta {
     /// Where what was not trained comes from; none where all was trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<BaseMeta>,
+    /// Further models of the run, each a checkpoint in a folder of this name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<String>,
     /// What the trainer gave: data position, counters, randomness.
     pub state: Value,
 }
@@ -267,6 +270,9 @@ impl Checkpoint {
                 )));
             }
         }
+        for part in &meta.parts {
+            Self::open_alone(&dir.join(part))?;
+        }
         let mut places = HashMap::new();
         for (g, group) in meta.groups.iter().enumerate() {
             places.extend(group.tensors.iter().map(|t| (t.name.clone(), (g, t.offset, t.shape.clone()))));
@@ -280,6 +286,14 @@ impl Checkpoint {
 
     pub fn meta(&self) -> &Meta {
         &self.meta
+    }
+
+    /// A further model of the run, such as a critic.
+    pub fn part(&self, name: &str) -> Result<Checkpoint> {
+        match self.meta.parts.iter().any(|part| part == name) {
+            true => Self::open_alone(&self.dir.join(name)).map_err(|e| with_advice(&self.dir, e)),
+            false => Err(Error::data(format!("{}: the checkpoint has no {name}", self.dir.display()))),
+        }
     }
 
     /// Sets parameters, moments and the optimizer's counter; returns the rest of the state. All ranks that hold the
@@ -521,6 +535,8 @@ pub fn pieces(slices: impl Iterator<Item = Slice>, first: i64, len: i64) -> Vec<
 
 /// Adds to an error what to do about a checkpoint that cannot be used.
 fn with_advice(dir: &Path, e: Error) -> Error {
+    // A part lies in the folder of its checkpoint.
+    let dir = dir.parent().filter(|parent| step_of(parent).is_some()).unwrap_or(dir);
     let step = step_of(dir);
     let siblings = dir.parent().and_then(|p| list(p).ok()).unwrap_or_default();
     let older = siblings

@@ -176,22 +176,22 @@ fn tokenizer(name: &str) -> Tokenizer {
     Tokenizer::load(golden(name)).unwrap()
 }
 
-fn run_info(shape: &Shape) -> RunInfo {
-    RunInfo {
-        shape: shape.clone(),
-        config_hash: "abc".into(),
-        base: None,
-        tokenizer: Some(tokenizer("llama2")),
-    }
+fn run_info() -> RunInfo {
+    RunInfo { config_hash: "abc".into(), tokenizer: Some(tokenizer("llama2")) }
+}
+
+/// A checkpoint of one model.
+fn only<'a>(shape: &'a Shape, params: &'a Sharded, optim: &'a AdamW) -> [Part<'a>; 1] {
+    [Part { name: "", shape, base: None, params, optim: Some(optim) }]
 }
 
 /// Saves the state of [`trained`] on `n` ranks as each of `steps`.
 fn save(dir: &Path, shape: &Shape, n: i64, mode: Mode, compute: Kind, steps: &[u64]) {
     on_ranks(n, |world| {
         let (params, optim) = trained(shape, &world, mode, compute);
-        let mut saver = Saver::new(dir, 2, run_info(shape), &world).unwrap();
+        let mut saver = Saver::new(dir, 2, run_info(), &world).unwrap();
         for &step in steps {
-            saver.begin(step, &params, &optim, json!({"tokens": 7, "x": 0.1})).unwrap();
+            saver.begin(step, &only(shape, &params, &optim), json!({"tokens": 7, "x": 0.1})).unwrap();
             while saver.poll().unwrap().is_none() {
                 assert_eq!(saver.failed_saves(), 0);
                 std::thread::sleep(Duration::from_millis(1));
@@ -527,7 +527,7 @@ fn old_checkpoints_go_and_leftovers_of_killed_runs_too() {
     fs::write(dir.join(".tmp-step-00000050/shard"), "x").unwrap();
     fs::create_dir(dir.join(".trash-step-00000020")).unwrap();
     fs::rename(dir.join("step-00000040"), dir.join(".old-step-00000040")).unwrap();
-    Saver::new(&folder.0, 2, run_info(&shape), &Group::solo()).unwrap();
+    Saver::new(&folder.0, 2, run_info(), &Group::solo()).unwrap();
     assert_eq!(fs::read_dir(&dir).unwrap().count(), 2);
     assert_eq!(steps(), [30, 40]);
     assert_eq!(latest(&folder.0).unwrap().unwrap().meta().step, 40);
@@ -612,7 +612,7 @@ fn a_failed_save_leaves_nothing_and_is_known_to_all_ranks() {
     let dir = folder.0.join("checkpoints");
     let results: Vec<(Error, Result<Option<Saved>>)> = on_ranks(2, |world| {
         let (params, optim) = trained(&shape, &world, Mode::Full, Kind::Float);
-        let mut saver = Saver::new(&folder.0, 3, run_info(&shape), &world).unwrap();
+        let mut saver = Saver::new(&folder.0, 3, run_info(), &world).unwrap();
         // The disk is full for rank 1 alone.
         if world.rank() == 1 {
             let temp = dir.join(".tmp-step-00000007");
@@ -621,7 +621,7 @@ fn a_failed_save_leaves_nothing_and_is_known_to_all_ranks() {
             std::os::unix::fs::symlink("/dev/full", shard).unwrap();
         }
         world.barrier().unwrap();
-        saver.begin(7, &params, &optim, json!(null)).unwrap();
+        saver.begin(7, &only(&shape, &params, &optim), json!(null)).unwrap();
         while saver.failed_saves() == 0 {
             assert!(saver.poll().unwrap().is_none());
         }
@@ -635,9 +635,9 @@ fn a_failed_save_leaves_nothing_and_is_known_to_all_ranks() {
             std::os::unix::fs::symlink("/dev/full", shard).unwrap();
         }
         world.barrier().unwrap();
-        saver.begin(8, &params, &optim, json!(null)).unwrap();
+        saver.begin(8, &only(&shape, &params, &optim), json!(null)).unwrap();
         let last = saver.finish().unwrap_err();
-        saver.begin(9, &params, &optim, json!(null)).unwrap();
+        saver.begin(9, &only(&shape, &params, &optim), json!(null)).unwrap();
         (last, saver.finish())
     });
     for (error, after) in results {

@@ -9,8 +9,8 @@ use kernels::c10d::{Group, ReduceOp};
 use serde_json::json;
 use tch::{Kind, Tensor};
 
-use crate::algorithms::pretrain::compute_kind;
 use crate::algorithms::step::{MicroBatch, accumulate_gradients, apply_gradients};
+use crate::algorithms::training::compute_kind;
 use crate::commands::Global;
 use crate::config::sections::{Compute, Mode, Recompute};
 use crate::config::shape::Shape;
@@ -189,7 +189,7 @@ impl Training {
         let begun = Instant::now();
         let sums = accumulate_gradients(&mut self.model, &batches, self.count, self.recompute)?;
         let (model, optimizer) = (&mut self.model, &mut self.optimizer);
-        let update = apply_gradients(model, optimizer, world, sums, self.count, 3e-4, 1.0)?;
+        let update = apply_gradients(model, optimizer, world, sums, 3e-4, 1.0)?;
         world.synchronize()?;
         if update.skipped {
             return Err(Error::failed("a step was not finite: there is nothing to measure"));

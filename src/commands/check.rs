@@ -4,8 +4,9 @@ use std::path::Path;
 
 use clap::Subcommand;
 
-use crate::algorithms::pretrain::{Inputs, compute_kind};
+use crate::algorithms::pretrain::Inputs;
 use crate::algorithms::run::{self, Resume};
+use crate::algorithms::training::compute_kind;
 use crate::checkpoint;
 use crate::commands::training::ConfigArgs;
 use crate::config::pretrain::Pretrain;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tch::Device;
 
-use crate::algorithms::pretrain::compute_kind;
+use crate::algorithms::training::compute_kind;
 use crate::checkpoint::Weights;
 use crate::commands::Global;
 use crate::config::sections::{Compute, Mode};

@@ -192,6 +192,6 @@ pub fn logprobs(model: &mut Llama, ids: &[i64], labels: &[i64], time: usize) -> 
     let ids = Tensor::from_slice(ids).view([-1, time as i64]);
     let hidden = model.hidden(&Input::new(ids))?;
     let labels = Tensor::from_slice(labels).to_device(device);
-    let logprobs = LmHead::logprobs(model, &hidden, &labels, false)?.logprobs;
+    let logprobs = LmHead::logprobs(model, &hidden, &labels, 1.0, false)?.logprobs;
     Ok(Vec::<f64>::try_from(logprobs.to_device(Device::Cpu).to_kind(tch::Kind::Double))?)
 }

@@ -63,7 +63,7 @@ pub fn run<C: Algorithm, I>(
     let again = place.is_some_and(|p| p.attempt > 0) && holds_run(&loaded)?;
     let resume = if again { Resume::Auto } else { args.resume };
     let inputs = open(&loaded.config)?;
-    let timeout = Duration::from_secs_f64(loaded.config.parallel().timeout_s);
+    let timeout = Duration::from_secs_f64(loaded.config.common().parallel.timeout_s);
     let world = World::from_global(global.device.as_deref(), timeout)?;
     info!("{}", world.choice);
     train(&loaded, inputs, &world, &Start { resume, overwrite: args.overwrite })
@@ -71,6 +71,6 @@ pub fn run<C: Algorithm, I>(
 
 /// Whether the run's folder holds a run of just this configuration.
 fn holds_run<C: Algorithm>(loaded: &Loaded<C>) -> Result<bool> {
-    let (path, resolved) = (loaded.config.output_dir().join("config.yaml"), loaded.resolved_yaml()?);
+    let (path, resolved) = (loaded.config.common().output_dir.join("config.yaml"), loaded.resolved_yaml()?);
     Ok(std::fs::read_to_string(path).is_ok_and(|text| text == resolved))
 }

@@ -2,6 +2,7 @@
 //!
 //! Relative paths in a configuration are relative to the current directory, not to the file.
 
+pub mod common;
 mod de;
 mod numbers;
 mod presets;
@@ -21,6 +22,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
+use common::Common;
 use yaml::Node;
 
 /// The configuration of an algorithm.
@@ -28,10 +30,7 @@ pub trait Algorithm: Serialize + DeserializeOwned {
     /// The subcommand that runs it.
     const SUBCOMMAND: &'static str;
 
-    /// The run's folder.
-    fn output_dir(&self) -> &Path;
-
-    fn parallel(&self) -> &sections::Parallel;
+    fn common(&self) -> Common<'_>;
 
     /// The first key that does not fit the others on `world_size` (at least 1) ranks, and why; touches no file and no
     /// device.

@@ -1,44 +1,25 @@
 //! The configuration of `corral pretrain`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
+use super::common::{Common, configuration, conflict_of_inputs, sequence_length};
 use super::numbers::{count, positive, some_count, some_not_negative};
-use super::sections::{
-    Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Tokenizer, Train, Valid,
-};
+use super::sections::{Source, Tokenizer, Valid};
 use super::shape::{Experts, Family, Llama3RopeScaling, Shape};
 use super::{Algorithm, Conflict};
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Pretrain {
-    /// Decides initial weights and the order of the data.
-    #[serde(default = "one_u64")]
-    pub seed: u64,
-    /// The run's folder.
-    pub output_dir: PathBuf,
-    pub model: Model,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tokenizer: Option<Tokenizer>,
-    pub data: Data,
-    #[serde(default)]
-    pub parallel: Parallel,
-    #[serde(default)]
-    pub precision: Precision,
-    #[serde(default)]
-    pub optim: Optim,
-    #[serde(default)]
-    pub schedule: Schedule,
-    pub train: Train,
-    #[serde(default)]
-    pub checkpoint: Checkpoint,
-    #[serde(default)]
-    pub log: Log,
-    #[serde(default)]
-    pub valid: Valid,
+configuration! {
+    pub struct Pretrain {
+        pub model: Model,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub tokenizer: Option<Tokenizer>,
+        pub data: Data,
+        #[serde(default)]
+        pub valid: Valid,
+    }
 }
 
 /// Where the model comes from: exactly one of these.
@@ -254,23 +235,11 @@ pub struct Data {
 impl Algorithm for Pretrain {
     const SUBCOMMAND: &'static str = "pretrain";
 
-    fn output_dir(&self) -> &Path {
-        &self.output_dir
-    }
-
-    fn parallel(&self) -> &Parallel {
-        &self.parallel
+    fn common(&self) -> Common<'_> {
+        self.sections()
     }
 
     fn conflict(&self, world_size: i64) -> Option<Conflict> {
-        if self.data.train.is_empty() {
-            return Some(("data.train", "there is no data to train on; name at least one path".into()));
-        }
-        let has_path = self.tokenizer.as_ref().is_some_and(|t| t.path.is_some());
-        if !has_path && !matches!(self.model, Model::Path(_)) {
-            let why = "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer";
-            return Some(("tokenizer", why.into()));
-        }
         let positions = match &self.model {
             Model::Init(init) => init.max_position_embeddings,
             Model::Preset(name) => Shape::preset(name).map(|shape| shape.max_position_embeddings),
@@ -281,16 +250,10 @@ impl Algorithm for Pretrain {
             let why = format!("{length} tokens do not fit the model's max_position_embeddings, {positions}");
             return Some(("data.sequence_length", why));
         }
-        self.train
-            .conflict(world_size)
-            .or_else(|| self.schedule.conflict(&self.train))
-            .or_else(|| self.parallel.conflict())
-            .or_else(|| self.tokenizer.as_ref()?.conflict())
+        conflict_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train)
+            .or_else(|| self.common().conflict(world_size))
+            .or_else(|| self.valid.conflict(&self.data.valid))
     }
-}
-
-fn one_u64() -> u64 {
-    1
 }
 
 fn is_llama(family: &Family) -> bool {
@@ -307,10 +270,6 @@ fn rope_theta() -> f64 {
 
 fn initializer_range() -> f64 {
     0.02
-}
-
-fn sequence_length() -> i64 {
-    512
 }
 
 fn preset<'de, D: Deserializer<'de>>(d: D) -> Result<Option<String>, D::Error> {

@@ -378,11 +378,24 @@ pub struct Valid {
     /// Batches of `train.batch_size` sequences that a validation takes at most.
     #[serde(deserialize_with = "count")]
     pub batches: i64,
+    /// The checkpoint with the best validation stays besides the last `checkpoint.keep`.
+    pub keep_best: bool,
+    /// Validations in a row without a better one that end the run; 0: none do.
+    pub patience: u64,
 }
 
 impl Default for Valid {
     fn default() -> Self {
-        Valid { every: 100, batches: 20 }
+        Valid { every: 100, batches: 20, keep_best: false, patience: 0 }
+    }
+}
+
+impl Valid {
+    /// What does not fit the validation data, and why.
+    pub fn conflict(&self, data: &[Source]) -> Option<Conflict> {
+        let asks = self.keep_best || self.patience > 0;
+        let why = "keep_best and patience need validation data: give data.valid";
+        (asks && data.is_empty()).then(|| ("valid", why.into()))
     }
 }
 

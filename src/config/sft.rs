@@ -1,51 +1,34 @@
 //! The configuration of `corral sft`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::common::{Common, configuration, conflict_of_inputs, sequence_length, yes};
 use super::numbers::{count, not_negative, positive};
 use super::pretrain::Model;
-use super::sections::{Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Tokenizer, Train};
+use super::sections::{Source, Tokenizer, Valid};
 use super::trainable::{self, Freeze, Lora};
 use super::{Algorithm, Conflict};
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Sft {
-    /// Decides the order of the data, dropout and samples.
-    #[serde(default = "one")]
-    pub seed: u64,
-    /// The run's folder.
-    pub output_dir: PathBuf,
-    pub model: Model,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tokenizer: Option<Tokenizer>,
-    pub data: Data,
-    #[serde(default)]
-    pub parallel: Parallel,
-    #[serde(default)]
-    pub precision: Precision,
-    #[serde(default)]
-    pub optim: Optim,
-    #[serde(default)]
-    pub schedule: Schedule,
-    #[serde(default)]
-    pub freeze: Freeze,
-    /// Adapters; without them the model itself is trained.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lora: Option<Lora>,
-    pub train: Train,
-    #[serde(default)]
-    pub checkpoint: Checkpoint,
-    #[serde(default)]
-    pub log: Log,
-    #[serde(default)]
-    pub valid: Valid,
-    #[serde(default)]
-    pub samples: Samples,
-    #[serde(default)]
-    pub generation: Generation,
+configuration! {
+    pub struct Sft {
+        pub model: Model,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub tokenizer: Option<Tokenizer>,
+        pub data: Data,
+        #[serde(default)]
+        pub freeze: Freeze,
+        /// Adapters; without them the model itself is trained.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub lora: Option<Lora>,
+        #[serde(default)]
+        pub valid: Valid,
+        #[serde(default)]
+        pub samples: Samples,
+        #[serde(default)]
+        pub generation: Generation,
+    }
 }
 
 /// Conversations to train on: see the formats in docs/formats.md.
@@ -87,28 +70,6 @@ pub enum TooLong {
     Truncate,
     /// Leave it out, and count it.
     Drop,
-}
-
-/// Validation on `data.valid`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Valid {
-    /// Steps between validations.
-    #[serde(deserialize_with = "count")]
-    pub every: i64,
-    /// Batches of `train.batch_size` rows that a validation takes at most.
-    #[serde(deserialize_with = "count")]
-    pub batches: i64,
-    /// The checkpoint with the lowest loss stays besides the last `checkpoint.keep`.
-    pub keep_best: bool,
-    /// Validations in a row without a lower loss that end the run; 0: none do.
-    pub patience: u64,
-}
-
-impl Default for Valid {
-    fn default() -> Self {
-        Valid { every: 100, batches: 20, keep_best: false, patience: 0 }
-    }
 }
 
 /// Answers to the first prompts of the validation data, into samples.jsonl and TensorBoard.
@@ -153,23 +114,11 @@ impl Default for Generation {
 impl Algorithm for Sft {
     const SUBCOMMAND: &'static str = "sft";
 
-    fn output_dir(&self) -> &Path {
-        &self.output_dir
-    }
-
-    fn parallel(&self) -> &Parallel {
-        &self.parallel
+    fn common(&self) -> Common<'_> {
+        self.sections()
     }
 
     fn conflict(&self, world_size: i64) -> Option<Conflict> {
-        if self.data.train.is_empty() {
-            return Some(("data.train", "there is no data to train on; name at least one file".into()));
-        }
-        let has_path = self.tokenizer.as_ref().is_some_and(|t| t.path.is_some());
-        if !has_path && !matches!(self.model, Model::Path(_)) {
-            let why = "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer";
-            return Some(("tokenizer", why.into()));
-        }
         let split = &self.data.split;
         if !split.is_empty()
             && (split[0] <= 0.0 || split.iter().any(|size| !(size.is_finite() && *size >= 0.0)))
@@ -179,16 +128,8 @@ impl Algorithm for Sft {
                 "sizes must not be negative, and this stage's, the first, above 0".into(),
             ));
         }
-        if self.data.valid.is_empty() {
-            if self.valid.keep_best || self.valid.patience > 0 {
-                return Some((
-                    "valid",
-                    "keep_best and patience need validation data: give data.valid".into(),
-                ));
-            }
-            if self.samples.every > 0 {
-                return Some(("samples", "the prompts are the validation data's: give data.valid".into()));
-            }
+        if self.data.valid.is_empty() && self.samples.every > 0 {
+            return Some(("samples", "the prompts are the validation data's: give data.valid".into()));
         }
         if self.samples.every < 0 {
             return Some(("samples.every", "expected a number of steps, or 0 for no samples".into()));
@@ -196,23 +137,9 @@ impl Algorithm for Sft {
         if self.generation.top_p > 1.0 {
             return Some(("generation.top_p", "at most 1".into()));
         }
-        self.train
-            .conflict(world_size)
+        conflict_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train)
+            .or_else(|| self.common().conflict(world_size))
+            .or_else(|| self.valid.conflict(&self.data.valid))
             .or_else(|| trainable::conflict(&self.freeze, self.lora.as_ref()))
-            .or_else(|| self.schedule.conflict(&self.train))
-            .or_else(|| self.parallel.conflict())
-            .or_else(|| self.tokenizer.as_ref()?.conflict())
     }
-}
-
-fn one() -> u64 {
-    1
-}
-
-fn yes() -> bool {
-    true
-}
-
-fn sequence_length() -> i64 {
-    512
 }

@@ -15,7 +15,8 @@ const CHUNK_GPU: i64 = 64 << 20;
 /// The output projection of a Llama, tied or not.
 pub struct LmHead;
 
-/// Log-probabilities of labels, A `[N]` (0 where the label is negative), and entropies if they were asked for.
+/// Log-probabilities of labels, A `[N]` (0 where the label is negative), and entropies if they were asked for; or a loss's
+/// gradients with respect to them.
 pub struct LogProbs {
     pub logprobs: Tensor,
     pub entropies: Option<Tensor>,
@@ -36,12 +37,13 @@ impl LmHead {
         ((even + 63) / 64 * 64).max(64)
     }
 
-    /// Log-probabilities (and entropies, in nats) of labels, without a backward. `hidden`: T [N, C]; `labels`: int64
-    /// `[N]`, negative = left out.
+    /// Log-probabilities of labels (and entropies, in nats) of softmax(logits / temperature). Keeps nothing: see
+    /// [`LmHead::backward`]. `hidden`: T [N, C]; `labels`: int64 `[N]`, negative = left out.
     pub fn logprobs(
         model: &mut Llama,
         hidden: &Tensor,
         labels: &Tensor,
+        temperature: f64,
         entropies: bool,
     ) -> Result<LogProbs> {
         let weight = Self::weight(model)?;
@@ -51,13 +53,30 @@ impl LmHead {
         let out = LogProbs { logprobs: new(), entropies: entropies.then(new) };
         for first in (0..n).step_by(chunk as usize) {
             let part = |t: &Tensor| t.narrow(0, first, chunk.min(n - first));
-            let logits = part(hidden).mm(&weight.tr());
+            let logits = logits(&part(hidden), &weight, temperature);
             let entropy = out.entropies.as_ref().map(part);
             ops::log_softmax(&logits, &part(labels), None, &part(&out.logprobs), entropy.as_ref())?;
         }
         let group = model.head_group();
         model.params.release(group);
         Ok(out)
+    }
+
+    /// The backward of [`LmHead::logprobs`] with the same `hidden`, `labels` and `temperature`, whose logits are computed
+    /// again: from `gradients`, d loss / d log-probability (and d entropy), A `[N]`, the gradient of `hidden`, T [N, C].
+    /// Adds to the head's gradient, if it is trained. `last` is true in the last micro-batch of a step; a tied head's
+    /// reduction is left to the embedding's backward.
+    pub fn backward(
+        model: &mut Llama,
+        hidden: &Tensor,
+        labels: &Tensor,
+        temperature: f64,
+        gradients: &LogProbs,
+        last: bool,
+    ) -> Result<Tensor> {
+        let coef = &gradients.logprobs / temperature;
+        let entropies = gradients.entropies.as_ref().map(|g| g / temperature);
+        Ok(Self::run_backward(model, hidden, labels, &coef, entropies.as_ref(), temperature, last)?.1)
     }
 
     /// A loss that is linear in the log-probabilities, sum(coef * logprob), with its gradient in the same pass: returns
@@ -69,6 +88,19 @@ impl LmHead {
         hidden: &Tensor,
         labels: &Tensor,
         coef: &Tensor,
+        last: bool,
+    ) -> Result<(Tensor, Tensor)> {
+        Self::run_backward(model, hidden, labels, coef, None, 1.0, last)
+    }
+
+    /// `coef` and `entropies`: the loss's gradients, divided by the temperature.
+    fn run_backward(
+        model: &mut Llama,
+        hidden: &Tensor,
+        labels: &Tensor,
+        coef: &Tensor,
+        entropies: Option<&Tensor>,
+        temperature: f64,
         last: bool,
     ) -> Result<(Tensor, Tensor)> {
         let group = model.head_group();
@@ -85,8 +117,12 @@ impl LmHead {
         for first in (0..n).step_by(chunk as usize) {
             let part = |t: &Tensor| t.narrow(0, first, chunk.min(n - first));
             let h = part(hidden);
-            let logits = h.mm(&weight.tr());
+            let mut logits = logits(&h, &weight, temperature);
+            let of_entropy = entropies.map(|g| entropy_backward(&logits, &part(g)));
             ops::log_softmax(&logits, &part(labels), Some(&part(coef)), &part(&logprobs), None)?;
+            if let Some(d) = of_entropy {
+                logits += d;
+            }
             let dlogits = logits;
             let _ = dlogits.f_mm_out(&part(&dhidden), &weight)?;
             if let Some(dweight) = &dweight {
@@ -103,8 +139,25 @@ impl LmHead {
 
     /// The sum over tokens of the negative log-probabilities, and how many tokens count, without a backward.
     pub fn loss_sum(model: &mut Llama, hidden: &Tensor, labels: &Tensor) -> Result<(f64, i64)> {
-        let logprobs = Self::logprobs(model, hidden, labels, false)?.logprobs;
+        let logprobs = Self::logprobs(model, hidden, labels, 1.0, false)?.logprobs;
         let count = labels.ge(0).sum(Kind::Int64).int64_value(&[]);
         Ok((-logprobs.sum(Kind::Double).double_value(&[]), count))
     }
+}
+
+/// T [n, V], divided by the temperature.
+fn logits(hidden: &Tensor, weight: &Tensor, temperature: f64) -> Tensor {
+    let mut logits = hidden.mm(&weight.tr());
+    if temperature != 1.0 {
+        let _ = logits.g_mul_scalar_(1.0 / temperature);
+    }
+    logits
+}
+
+/// The gradient of sum(g * entropy): of H = -sum(p log p) it is -p (log p + H).
+fn entropy_backward(logits: &Tensor, g: &Tensor) -> Tensor {
+    let logp = logits.log_softmax(-1, g.kind());
+    let p = logp.exp();
+    let entropy = -(&p * &logp).sum_dim_intlist([-1i64].as_slice(), true, None);
+    (p * (logp + entropy) * -g.unsqueeze(-1)).to_kind(logits.kind())
 }

@@ -1,5 +1,6 @@
 //! Learning-rate schedules, as transformers' `get_scheduler` defines them.
 
+use crate::config::common::Common;
 use crate::config::sections::ScheduleKind as Kind;
 
 /// The learning rate as a function of the update's number.
@@ -16,6 +17,17 @@ pub struct Schedule {
 }
 
 impl Schedule {
+    /// As a configuration says, over `total_steps` updates.
+    pub fn new(c: &Common, total_steps: u64) -> Schedule {
+        Schedule {
+            kind: c.schedule.kind,
+            lr: c.optim.lr,
+            warmup_steps: c.schedule.warmup_steps,
+            total_steps,
+            min_lr_ratio: c.schedule.min_lr_ratio,
+        }
+    }
+
     /// The rate of the update number `step`, from 0. With a warm-up the first rate is 0, as in transformers; beyond
     /// `total_steps` it stays at its end.
     pub fn rate(&self, step: u64) -> f64 {

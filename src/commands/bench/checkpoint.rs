@@ -7,7 +7,7 @@ use kernels::c10d::ReduceOp;
 use serde_json::{Value, json};
 
 use super::{Scratch, Training, Workload, median};
-use crate::checkpoint::{RunInfo, Saver, agree, latest};
+use crate::checkpoint::{Part, RunInfo, Saver, agree, latest};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 
@@ -46,8 +46,7 @@ pub fn run(args: &Args, world: &World) -> Result<()> {
     for _ in 0..args.warmup {
         training.step(world)?;
     }
-    let info =
-        RunInfo { shape: training.shape.clone(), config_hash: "bench".into(), tokenizer: None, base: None };
+    let info = RunInfo { config_hash: "bench".into(), tokenizer: None };
     let mut saver = Saver::new(&run_dir, 1, info, &world.group)?;
     let mut times = Times::default();
     let mut step = 0;
@@ -104,7 +103,8 @@ pub fn run(args: &Args, world: &World) -> Result<()> {
 fn begin(saver: &mut Saver, step: u64, training: &Training, world: &World) -> Result<f64> {
     world.group.barrier()?;
     let begun = Instant::now();
-    saver.begin(step, &training.model.params, &training.optimizer, Value::Null)?;
+    let (shape, params, optim) = (&training.shape, &training.model.params, Some(&training.optimizer));
+    saver.begin(step, &[Part { name: "", shape, base: None, params, optim }], Value::Null)?;
     Ok(world.group.combine(&[begun.elapsed().as_secs_f64()], ReduceOp::Max)?[0])
 }
 

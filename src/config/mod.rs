@@ -8,6 +8,7 @@ mod numbers;
 mod presets;
 pub mod pretrain;
 pub mod rewards;
+pub mod rollout;
 pub mod sections;
 pub mod sft;
 pub mod shape;

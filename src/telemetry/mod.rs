@@ -108,6 +108,13 @@ impl Drop for RunLog {
     }
 }
 
+/// Memory that the machine can still give, in bytes; 0 where the system does not tell.
+pub fn free_bytes() -> u64 {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.strip_suffix("kB"));
+    line.and_then(|kib| kib.trim().parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
 /// Peak resident memory of this process, in bytes; 0 where the system does not tell.
 pub fn peak_bytes() -> u64 {
     // VmHWM is of this program alone; getrusage's ru_maxrss starts with that of the process that started it.

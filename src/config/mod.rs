@@ -7,6 +7,7 @@ mod de;
 mod numbers;
 mod presets;
 pub mod pretrain;
+pub mod prompts;
 pub mod rewards;
 pub mod rollout;
 pub mod sections;

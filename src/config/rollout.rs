@@ -152,7 +152,9 @@ impl<'de> Deserialize<'de> for Length {
 
 fn range<E: serde::de::Error>(low: u64, high: u64) -> Result<Length, E> {
     if low < 1 || high < low || high > 1 << 31 {
-        return Err(E::custom(format!("{low} to {high} are no numbers of tokens: expected 1 <= LOW <= HIGH")));
+        return Err(E::custom(format!(
+            "{low} to {high} are no numbers of tokens: expected 1 <= LOW <= HIGH"
+        )));
     }
     Ok(Length { low: low as usize, high: high as usize })
 }

@@ -56,8 +56,7 @@ impl Rollout<'_> {
     pub fn run(&self, model: &mut Llama, prompts: &[Asked]) -> Result<Vec<Response>> {
         let requests: Vec<Request> = prompts.iter().map(|p| self.request(p)).collect();
         let eos = if self.truncate.is_some() { &[][..] } else { self.eos };
-        let options =
-            Options { sampling: self.sampling, batch_size: self.batch_size, eos, stop: self.stop };
+        let options = Options { sampling: self.sampling, batch_size: self.batch_size, eos, stop: self.stop };
         let hold = model.params.gathers() && self.holds(&model.params)?;
         if hold {
             model.params.hold()?;
@@ -109,7 +108,10 @@ impl Rollout<'_> {
 /// Memory that this rank could have: on a CPU its share of what the machine has free.
 fn free_bytes(params: &Sharded) -> Result<f64> {
     Ok(match params.device() {
-        tch::Device::Cuda(index) => kernels::cuda::load()?.memory(index)?.free as f64,
+        tch::Device::Cuda(index) => {
+            let cuda = kernels::cuda::load()?;
+            (cuda.device_info(index)?.memory_bytes - cuda.memory(index)?.allocated) as f64
+        }
         _ => crate::telemetry::free_bytes() as f64 / params.shard_group().size() as f64,
     })
 }

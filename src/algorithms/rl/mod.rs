@@ -5,6 +5,7 @@
 //! micro-batches of the update, so that the same data gives the same update however it is divided.
 
 pub mod advantages;
+pub mod experience;
 pub mod grpo;
 pub mod kl;
 pub mod losses;

@@ -3,6 +3,7 @@
 pub mod base;
 pub mod pretrain;
 pub mod rl;
+pub mod ranking;
 pub mod run;
 pub mod sft;
 pub mod step;

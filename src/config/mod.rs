@@ -10,6 +10,7 @@ pub mod pretrain;
 pub mod prompts;
 pub mod rewards;
 pub mod rollout;
+pub mod reward;
 pub mod sections;
 pub mod sft;
 pub mod shape;

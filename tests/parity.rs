@@ -11,9 +11,11 @@ use std::collections::HashMap;
 use common::{
     FAMILIES, device, golden, golden_model, json, largest, load, load_sharded, on_ranks, relative, tensors,
 };
+use corral::algorithms::step::{self, MicroBatch};
 use corral::checkpoint::merge::Merge;
 use corral::checkpoint::{PeftAdapter, Weights};
 use corral::distributed::sharded::Sharded;
+use corral::model::head::LogProbs;
 use corral::model::{Input, Llama, LmHead, Recompute};
 use corral::optim::{AdamW, Hyper, Schedule, ScheduleKind};
 use kernels::c10d::Group;
@@ -147,6 +149,66 @@ fn loss_and_every_gradient() {
                 }
             }
         }
+    }
+}
+
+/// A loss that is not linear in log-probabilities and entropies, at a temperature: the head's backward against autograd
+/// over the whole logits.
+#[test]
+fn losses_of_log_probabilities_and_entropies() {
+    for family in ["llama3", "tied"] {
+        let g = Golden::read(family);
+        let mut model = load(&golden_model(family), Kind::Double);
+        let (input, ..) = g.input();
+        let labels = shifted(&g.single["labels"]).to_device(device());
+        let n = labels.size()[0];
+        let hidden = model.hidden(&input).unwrap();
+        let group = model.head_group();
+        let weight = model.params.single(group).unwrap();
+        let temperature = 0.7;
+        let loss = |p: &LogProbs| {
+            let (logprobs, entropies) = (&p.logprobs, p.entropies.as_ref().unwrap());
+            let places = Tensor::arange(n, (Kind::Double, device()));
+            Ok(((logprobs * 0.1).exp() * &places + entropies * entropies * places.cos()).mean(None::<Kind>))
+        };
+
+        let (x, w) = (hidden.copy().set_requires_grad(true), weight.copy().set_requires_grad(true));
+        let all = (x.mm(&w.tr()) / temperature).log_softmax(-1, Kind::Double);
+        let of_label = all.gather(-1, &labels.clamp_min(0).unsqueeze(-1), false).squeeze_dim(-1);
+        let logprobs = of_label * labels.ge(0);
+        let entropies = Some(-(all.exp() * &all).sum_dim_intlist([-1i64].as_slice(), false, None));
+        let expected = loss(&LogProbs { logprobs, entropies }).unwrap();
+        expected.backward();
+
+        let out = LmHead::logprobs(&mut model, &hidden, &labels, temperature, true).unwrap();
+        let entropies = out.entropies.as_ref().unwrap();
+        let (value, gradients) = step::differentiate(&[&out.logprobs, entropies], |leaves| {
+            let [logprobs, entropies] = leaves else { unreachable!() };
+            let entropies = Some(entropies.shallow_clone());
+            loss(&LogProbs { logprobs: logprobs.shallow_clone(), entropies })
+        })
+        .unwrap();
+        assert!((value - expected.double_value(&[])).abs() < 1e-12 * value.abs());
+        let [logprobs, entropies] = <[Tensor; 2]>::try_from(gradients).unwrap();
+        let gradients = LogProbs { logprobs, entropies: Some(entropies) };
+        let dhidden = LmHead::backward(&mut model, &hidden, &labels, temperature, &gradients, true).unwrap();
+        assert!(relative(&dhidden, &x.grad()) < 1e-12, "{family}: {}", relative(&dhidden, &x.grad()));
+        let (flat, _) = model.params.grad(group);
+        let dweight = model.params.layout(group).specs[0].view(&flat);
+        assert!(relative(&dweight, &w.grad()) < 1e-12, "{family}");
+        model.params.clear_gradients();
+
+        // The same as a step's entry.
+        let batch = MicroBatch { input, labels };
+        let objective = step::Objective::LogProbs { temperature, entropies: true, loss: Box::new(loss) };
+        let mut entries = [step::Entry { batch: &batch, objective, balance: None }];
+        let (losses, _) = step::accumulate(&mut model, &mut entries, Recompute::None).unwrap();
+        assert_eq!(losses, [value]);
+        if family == "llama3" {
+            let all = self::gradients(&model);
+            assert!(relative(&all["lm_head.weight"], &w.grad()) < 1e-12);
+        }
+        model.params.clear_gradients();
     }
 }
 

@@ -2,8 +2,8 @@
 
 pub mod base;
 pub mod pretrain;
-pub mod rl;
 pub mod ranking;
+pub mod rl;
 pub mod run;
 pub mod sft;
 pub mod step;

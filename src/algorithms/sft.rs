@@ -8,7 +8,7 @@ use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded, common, sections};
 use crate::data::chat::Chat;
 use crate::data::conversation::conversation;
-use crate::data::examples::{self, Encoded, Split, Tokenization};
+use crate::data::examples::{self, Counts, Encoded, Split, Tokenization};
 use crate::data::loader::{Order, State};
 use crate::data::readers::{self, Record as DataRecord};
 use crate::data::rows::{RowLoader, Rows, Source};
@@ -62,7 +62,6 @@ impl Inputs {
 
 /// Tokenizes the sources, or takes them from the cache.
 fn rows(c: &Sft, chat: &Chat, sources: &[sections::Source], order: Order) -> Result<RowLoader> {
-    let encode = |record: &DataRecord| encode(record, chat, c.data.train_on_prompt);
     let training = matches!(order, Order::Shuffled { .. });
     let split =
         (training && !c.data.split.is_empty()).then(|| Split { parts: c.data.split.clone(), part: 0 });
@@ -71,13 +70,16 @@ fn rows(c: &Sft, chat: &Chat, sources: &[sections::Source], order: Order) -> Res
         too_long: c.data.too_long,
         split,
     };
+    let encode = |record: &DataRecord, counts: &mut Counts| {
+        Ok(examples::fit(encode(record, chat, c.data.train_on_prompt)?, &options, counts))
+    };
     let eos: Vec<u32> = chat.stop_ids();
     let template = chat.tokenizer().chat_template().map(|t| t.source.as_str()).unwrap_or_default();
     let tokenization = Tokenization {
         encode: &encode,
         key: format!("{} {} {template}", hex(&chat.tokenizer().hash()), c.data.train_on_prompt),
         eos: &eos,
-        options,
+        options: options.clone(),
         cache: c.data.cache.clone().map_or_else(examples::default_cache, Ok)?,
     };
     let open = |s: &sections::Source| {

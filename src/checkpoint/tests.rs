@@ -700,3 +700,47 @@ fn new_rows_are_the_mean_of_the_old_ones() {
         assert!(e.message.contains("is [37, 24] in the checkpoint, [64, 24] in the model"), "{e}");
     }
 }
+
+#[test]
+fn further_models_lie_in_folders_of_their_own() {
+    let (folder, shape) = (Folder::new(), tiny(false));
+    let other = Shape { hidden_size: 2 * shape.hidden_size, ..shape.clone() };
+    on_ranks(2, |world| {
+        let (params, optim) = trained(&shape, &world, Mode::Full, Kind::Float);
+        let (critic, of_critic) = trained(&other, &world, Mode::Full, Kind::Float);
+        let mut saver = Saver::new(&folder.0, 3, run_info(), &world).unwrap();
+        let part = |name, shape, params, optim| Part { name, shape, base: None, params, optim };
+        let models = [
+            part("", &shape, &params, Some(&optim)),
+            part("critic", &other, &critic, Some(&of_critic)),
+            part("ema", &shape, &params, None),
+        ];
+        saver.begin(4, &models, json!({"tokens": 7})).unwrap();
+        saver.finish().unwrap().unwrap();
+    });
+    let checkpoint = latest(&folder.0).unwrap().unwrap();
+    for (name, shape, moments) in [("critic", &other, true), ("ema", &shape, false)] {
+        let part = checkpoint.part(name).unwrap();
+        let world = Group::solo();
+        let (expected, of_expected) = trained(shape, &world, Mode::Full, Kind::Float);
+        let mut params = Sharded::new(layouts(shape), world.clone(), world, Kind::Float, Device::Cpu);
+        let mut optim = AdamW::new(&params, of_expected.hyper);
+        match moments {
+            true => drop(part.load(&mut params, &mut optim).unwrap()),
+            false => part.fill_weights(&mut params).unwrap(),
+        }
+        for i in 0..params.len() {
+            assert!(params.master(i).equal(&expected.master(i)), "{name}");
+            let pairs = optim.moments[i].tensors().into_iter().zip(of_expected.moments[i].tensors());
+            assert!(!moments || pairs.into_iter().all(|((_, a), (_, b))| a.equal(b)), "{name}");
+        }
+        assert_eq!(optim.step, if moments { of_expected.step } else { 0 });
+    }
+    assert!(checkpoint.part("actor").unwrap_err().message.contains("has no actor"));
+
+    // What a part lacks, the whole lacks.
+    let shard = checkpoint.dir().join("critic/shard-00001-of-00002.safetensors");
+    fs::remove_file(&shard).unwrap();
+    let e = latest(&folder.0).unwrap_err();
+    assert!(e.exit_code() == 3 && e.message.contains("critic/shard-00001"), "{e}");
+}

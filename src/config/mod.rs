@@ -5,12 +5,13 @@
 pub mod common;
 mod de;
 mod numbers;
+pub mod preferences;
 mod presets;
 pub mod pretrain;
 pub mod prompts;
+pub mod reward;
 pub mod rewards;
 pub mod rollout;
-pub mod reward;
 pub mod sections;
 pub mod sft;
 pub mod shape;

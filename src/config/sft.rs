@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::common::{Common, configuration, conflict_of_inputs, sequence_length, yes};
 use super::numbers::{count, not_negative, positive};
+use super::preferences::split_conflict;
 use super::pretrain::Model;
 use super::sections::{Source, Tokenizer, Valid};
 use super::trainable::{self, Freeze, Lora};
@@ -119,14 +120,8 @@ impl Algorithm for Sft {
     }
 
     fn conflict(&self, world_size: i64) -> Option<Conflict> {
-        let split = &self.data.split;
-        if !split.is_empty()
-            && (split[0] <= 0.0 || split.iter().any(|size| !(size.is_finite() && *size >= 0.0)))
-        {
-            return Some((
-                "data.split",
-                "sizes must not be negative, and this stage's, the first, above 0".into(),
-            ));
+        if let Some(conflict) = split_conflict(&self.data.split, 0) {
+            return Some(conflict);
         }
         if self.data.valid.is_empty() && self.samples.every > 0 {
             return Some(("samples", "the prompts are the validation data's: give data.valid".into()));

@@ -41,21 +41,21 @@ pub fn conversation(record: &Record) -> Result<Vec<Message>> {
         return Ok(exchange(prompt, record.text("output")?));
     }
     if has("prompt") && has("completion") {
-        return pair(record, "prompt", &record.fields["completion"], "completion");
+        return Ok(joined(pair(record, "prompt", &record.fields["completion"], "completion")?));
     }
     if has("prompt") && has("completions") {
         let best = record.fields["completions"].as_array().and_then(|list| list.first());
         let best = best.ok_or_else(|| {
             Error::data(format!("{}: `completions` is no list with a completion", record.place))
         })?;
-        return pair(record, "prompt", best, "completions");
+        return Ok(joined(pair(record, "prompt", best, "completions")?));
     }
     if has("question") && has("answer") {
         return Ok(exchange(record.text("question")?, record.text("answer")?));
     }
     if has("chosen") {
         if has("prompt") {
-            return pair(record, "prompt", &record.fields["chosen"], "chosen");
+            return Ok(joined(pair(record, "prompt", &record.fields["chosen"], "chosen")?));
         }
         return match &record.fields["chosen"] {
             Value::Array(_) => messages(record, "chosen"),
@@ -70,11 +70,24 @@ pub fn conversation(record: &Record) -> Result<Vec<Message>> {
     )))
 }
 
-/// A prompt and its completion, each a text or a list of messages.
-fn pair(record: &Record, prompt: &str, completion: &Value, key: &str) -> Result<Vec<Message>> {
-    let mut all = turns(&record.fields[prompt], "user", record, prompt)?;
-    all.extend(turns(completion, "assistant", record, key)?);
-    Ok(all)
+/// A prompt and its completion, each a text or a list of messages. Messages may begin with the prompt once more.
+pub(super) fn pair(
+    record: &Record,
+    prompt: &str,
+    completion: &Value,
+    key: &str,
+) -> Result<(Vec<Message>, Vec<Message>)> {
+    let prompt = turns(&record.fields[prompt], "user", record, prompt)?;
+    let mut completion = turns(completion, "assistant", record, key)?;
+    if completion.starts_with(&prompt) {
+        completion.drain(..prompt.len());
+    }
+    Ok((prompt, completion))
+}
+
+fn joined((mut prompt, completion): (Vec<Message>, Vec<Message>)) -> Vec<Message> {
+    prompt.extend(completion);
+    prompt
 }
 
 fn exchange(prompt: impl Into<String>, completion: impl Into<String>) -> Vec<Message> {
@@ -133,7 +146,7 @@ fn turns(value: &Value, role: &str, record: &Record, key: &str) -> Result<Vec<Me
 }
 
 /// The messages under `key`; at least one.
-fn messages(record: &Record, key: &str) -> Result<Vec<Message>> {
+pub(super) fn messages(record: &Record, key: &str) -> Result<Vec<Message>> {
     let list = record.fields[key].as_array();
     let list =
         list.ok_or_else(|| Error::data(format!("{}: `{key}` is no list of messages", record.place)))?;

@@ -1,10 +1,12 @@
 //! Tokenized examples with the tokens that are supervised, kept in a cache so that a run, its restarts and its other
 //! ranks tokenize once.
 //!
-//! A cache file, little-endian: the tokens of all examples one after the other (`u32`; the highest bit says that the
-//! token is supervised), the end of each example (`u64`), a footer in JSON, the footer's length (`u64`), `CORRALEX`.
+//! A cache file, little-endian: the tokens of all sequences one after the other (`u32`; the highest bit says that the
+//! token is supervised), the end of each sequence in tokens (`u64`), the end of each example in sequences (`u64`), the rank
+//! of each sequence (`u32`), a footer in JSON, the footer's length (`u64`), `CORRALEX`.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -24,16 +26,30 @@ use crate::files::{AtomicFile, create_dir, read_error};
 
 const MAGIC: &[u8; 8] = b"CORRALEX";
 /// Of the file format and of what is done to examples: part of every cache's key.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const SUPERVISED: u32 = 1 << 31;
 /// Records that are read before they are tokenized together.
 const CHUNK: usize = 4096;
 
-/// An example's token ids, and for each whether the loss counts it.
+/// A sequence's token ids, and for each whether the loss counts it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Encoded {
     pub ids: Vec<u32>,
     pub supervised: Vec<bool>,
+}
+
+/// What is trained on together: a conversation, or a prompt with each of its ranked completions.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Example {
+    pub sequences: Vec<Encoded>,
+    /// Of each sequence: 0 is the best, equal ranks are equally good. A conversation alone has 0.
+    pub ranks: Vec<u32>,
+}
+
+impl From<Encoded> for Example {
+    fn from(sequence: Encoded) -> Example {
+        Example { sequences: vec![sequence], ranks: vec![0] }
+    }
 }
 
 /// One of several parts of a data set, one for each stage of training.
@@ -63,7 +79,7 @@ impl Split {
 /// How records become examples.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Options {
-    /// Most tokens of an example.
+    /// Most tokens of a sequence.
     pub sequence_length: usize,
     pub too_long: TooLong,
     pub split: Option<Split>,
@@ -75,6 +91,8 @@ pub struct Counts {
     /// Records of the part that was asked for.
     pub records: u64,
     pub examples: u64,
+    /// Of all examples: one each of conversations, several of preferences.
+    pub sequences: u64,
     pub tokens: u64,
     /// Tokens that the loss counts.
     pub supervised_tokens: u64,
@@ -84,7 +102,11 @@ pub struct Counts {
     pub too_long: u64,
     /// Left out because nothing of them is supervised (after a cut).
     pub unsupervised: u64,
-    /// Examples whose last token is a supervised end of sequence.
+    /// Completions left out because their tokens are those of another one of the same prompt.
+    pub duplicates: u64,
+    /// Examples left out because no two completions of different rank are left of them.
+    pub indistinct: u64,
+    /// Sequences whose last token is a supervised end of sequence.
     pub ends_in_eos: u64,
 }
 
@@ -93,11 +115,14 @@ impl Counts {
         for (a, b) in [
             (&mut self.records, other.records),
             (&mut self.examples, other.examples),
+            (&mut self.sequences, other.sequences),
             (&mut self.tokens, other.tokens),
             (&mut self.supervised_tokens, other.supervised_tokens),
             (&mut self.truncated, other.truncated),
             (&mut self.too_long, other.too_long),
             (&mut self.unsupervised, other.unsupervised),
+            (&mut self.duplicates, other.duplicates),
+            (&mut self.indistinct, other.indistinct),
             (&mut self.ends_in_eos, other.ends_in_eos),
         ] {
             *a += b;
@@ -106,7 +131,20 @@ impl Counts {
 
     /// Records that gave no example.
     pub fn dropped(&self) -> u64 {
-        self.too_long + self.unsupervised
+        self.too_long + self.unsupervised + self.indistinct
+    }
+
+    /// Counts an example that is kept.
+    fn keep(&mut self, example: &Example, eos: &[u32]) {
+        self.examples += 1;
+        self.sequences += example.sequences.len() as u64;
+        for sequence in &example.sequences {
+            self.tokens += sequence.ids.len() as u64;
+            self.supervised_tokens += sequence.supervised.iter().skip(1).filter(|s| **s).count() as u64;
+            let last = sequence.ids.last().zip(sequence.supervised.last());
+            self.ends_in_eos +=
+                u64::from(last.is_some_and(|(id, supervised)| *supervised && eos.contains(id)));
+        }
     }
 }
 
@@ -123,15 +161,14 @@ pub struct Examples {
     map: Mmap,
     counts: Counts,
     key: String,
-    /// In bytes from the file's begin.
-    ends_at: usize,
 }
 
 /// Turns records into examples, on all cores.
 pub struct Tokenization<'a> {
-    /// Also says that an example is unusable.
-    pub encode: &'a (dyn Fn(&Record) -> Result<Encoded> + Sync),
-    /// Tells tokenizer, template and whatever else `encode` depends on apart.
+    /// The example of a record as it is kept; none where it is left out, which is then counted. Also says that a record is
+    /// unusable.
+    pub encode: &'a (dyn Fn(&Record, &mut Counts) -> Result<Option<Example>> + Sync),
+    /// Tells tokenizer, template and whatever else `encode` depends on, besides `options`, apart.
     pub key: String,
     pub eos: &'a [u32],
     pub options: Options,
@@ -178,7 +215,8 @@ impl Tokenization<'_> {
 
     fn write(&self, path: &Path, cached: &Path, key: &str, read: &Arc<AtomicU64>) -> Result<()> {
         let mut file = AtomicFile::create(cached)?;
-        let (mut counts, mut ends, mut crc) = (Counts::default(), Vec::new(), crc32fast::Hasher::new());
+        let (mut counts, mut crc) = (Counts::default(), crc32fast::Hasher::new());
+        let (mut ends, mut example_ends, mut ranks) = (Vec::new(), Vec::new(), Vec::new());
         let mut records = readers::records(path, None, read)?;
         let mut index = 0;
         loop {
@@ -197,19 +235,30 @@ impl Tokenization<'_> {
                 break;
             }
             counts.records += chunk.len() as u64;
-            let encoded: Vec<Encoded> = chunk.par_iter().map(self.encode).collect::<Result<_>>()?;
-            for example in encoded {
-                let Some(words) = self.fit(example, &mut counts) else { continue };
-                counts.examples += 1;
-                counts.tokens += words.len() as u64;
-                counts.supervised_tokens += words.iter().filter(|w| **w & SUPERVISED != 0).count() as u64;
-                ends.push(counts.tokens);
-                let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
-                crc.update(&bytes);
-                file.put(&bytes)?;
+            let encode = |record: &Record| {
+                let mut counts = Counts::default();
+                let example = (self.encode)(record, &mut counts)?;
+                example.iter().for_each(|e| counts.keep(e, self.eos));
+                Ok((example, counts))
+            };
+            let encoded: Vec<_> = chunk.par_iter().map(encode).collect::<Result<_>>()?;
+            for (example, its_counts) in encoded {
+                counts.add(&its_counts);
+                let Some(example) = example else { continue };
+                let mut end = ends.last().copied().unwrap_or(0);
+                for sequence in &example.sequences {
+                    end += sequence.ids.len() as u64;
+                    ends.push(end);
+                    let bytes: Vec<u8> = words(sequence).flat_map(u32::to_le_bytes).collect();
+                    crc.update(&bytes);
+                    file.put(&bytes)?;
+                }
+                example_ends.push(ends.len() as u64);
+                ranks.extend(example.ranks);
             }
         }
-        let bytes: Vec<u8> = ends.iter().flat_map(|e| e.to_le_bytes()).collect();
+        let ends = ends.iter().chain(&example_ends).flat_map(|e| e.to_le_bytes());
+        let bytes: Vec<u8> = ends.chain(ranks.iter().flat_map(|r| r.to_le_bytes())).collect();
         crc.update(&bytes);
         file.put(&bytes)?;
         let footer = Footer { key: key.to_string(), counts, crc32: crc.finalize() };
@@ -219,31 +268,30 @@ impl Tokenization<'_> {
         file.put(MAGIC)?;
         file.commit()
     }
+}
 
-    /// The example as it is stored, if it is to be kept.
-    fn fit(&self, mut example: Encoded, counts: &mut Counts) -> Option<Vec<u32>> {
-        let most = self.options.sequence_length;
-        let too_long = example.ids.len() > most;
-        if too_long && self.options.too_long == TooLong::Drop {
-            counts.too_long += 1;
-            return None;
-        }
-        example.ids.truncate(most);
-        example.supervised.truncate(most);
-        // The first token is predicted by nothing.
-        if !example.supervised.iter().skip(1).any(|s| *s) {
-            counts.unsupervised += 1;
-            return None;
-        }
-        counts.truncated += u64::from(too_long);
-        let last = example.ids.last().zip(example.supervised.last());
-        counts.ends_in_eos +=
-            u64::from(last.is_some_and(|(id, supervised)| *supervised && self.eos.contains(id)));
-        let word = |(i, (id, supervised)): (usize, (u32, bool))| {
-            if supervised && i > 0 { id | SUPERVISED } else { id }
-        };
-        Some(example.ids.into_iter().zip(example.supervised).enumerate().map(word).collect())
+/// A sequence as it is stored. The first token is predicted by nothing.
+fn words(sequence: &Encoded) -> impl Iterator<Item = u32> {
+    let supervised = sequence.supervised.iter().enumerate().map(|(i, s)| *s && i > 0);
+    sequence.ids.iter().zip(supervised).map(|(id, s)| if s { id | SUPERVISED } else { *id })
+}
+
+/// A conversation of at most `options.sequence_length` tokens, if it is to be kept.
+pub fn fit(mut sequence: Encoded, options: &Options, counts: &mut Counts) -> Option<Example> {
+    let most = options.sequence_length;
+    let too_long = sequence.ids.len() > most;
+    if too_long && options.too_long == TooLong::Drop {
+        counts.too_long += 1;
+        return None;
     }
+    sequence.ids.truncate(most);
+    sequence.supervised.truncate(most);
+    if !sequence.supervised.iter().skip(1).any(|s| *s) {
+        counts.unsupervised += 1;
+        return None;
+    }
+    counts.truncated += u64::from(too_long);
+    Some(sequence.into())
 }
 
 impl Examples {
@@ -256,12 +304,14 @@ impl Examples {
         };
         let map = map_file(&file).map_err(|e| read_error(path, &e))?;
         let Some((footer, end)) = footer(&map) else { return Ok(None) };
-        let (tokens, examples) = (footer.counts.tokens as usize, footer.counts.examples as usize);
-        let whole = tokens.checked_mul(4).zip(examples.checked_mul(8)).and_then(|(a, b)| a.checked_add(b));
-        if footer.key != key || whole != Some(end) || crc32fast::hash(&map[..end]) != footer.crc32 {
+        let c = &footer.counts;
+        let whole = [(c.tokens, 4), (c.sequences, 12), (c.examples, 8)]
+            .iter()
+            .try_fold(0u64, |sum, (n, bytes)| sum.checked_add(n.checked_mul(*bytes)?));
+        if footer.key != key || whole != Some(end as u64) || crc32fast::hash(&map[..end]) != footer.crc32 {
             return Ok(None);
         }
-        Ok(Some(Examples { ends_at: tokens * 4, map, counts: footer.counts, key: footer.key }))
+        Ok(Some(Examples { map, counts: footer.counts, key: footer.key }))
     }
 
     pub fn counts(&self) -> &Counts {
@@ -281,32 +331,54 @@ impl Examples {
         self.len() == 0
     }
 
-    /// Where example `i` ends, in tokens.
-    fn end(&self, i: usize) -> usize {
-        let at = self.ends_at + 8 * i;
+    fn u64_at(&self, at: usize) -> usize {
         u64::from_le_bytes(std::array::from_fn(|b| self.map[at + b])) as usize
     }
 
-    fn words(&self, i: usize) -> impl Iterator<Item = u32> {
-        let begin = if i == 0 { 0 } else { self.end(i - 1) };
-        let bytes = &self.map[4 * begin..4 * self.end(i)];
+    /// Where the numbers of each sequence's end begin, in bytes from the file's begin.
+    fn ends_at(&self) -> usize {
+        4 * self.counts.tokens as usize
+    }
+
+    /// Where the first `n` sequences end, in tokens.
+    fn tokens_before(&self, n: usize) -> usize {
+        if n == 0 { 0 } else { self.u64_at(self.ends_at() + 8 * (n - 1)) }
+    }
+
+    /// The sequences of example `i`.
+    fn sequences(&self, i: usize) -> Range<usize> {
+        let at = self.ends_at() + 8 * self.counts.sequences as usize;
+        let before = |n: usize| if n == 0 { 0 } else { self.u64_at(at + 8 * (n - 1)) };
+        before(i)..before(i + 1)
+    }
+
+    fn words(&self, sequences: Range<usize>) -> impl Iterator<Item = u32> {
+        let bytes = &self.map[4 * self.tokens_before(sequences.start)..4 * self.tokens_before(sequences.end)];
         bytes.chunks_exact(4).map(|b| u32::from_le_bytes(std::array::from_fn(|i| b[i])))
     }
 
-    /// Tokens of example `i`.
+    /// Tokens of example `i`, of all its sequences.
     pub fn length(&self, i: usize) -> usize {
-        self.end(i) - if i == 0 { 0 } else { self.end(i - 1) }
+        let sequences = self.sequences(i);
+        self.tokens_before(sequences.end) - self.tokens_before(sequences.start)
     }
 
     /// Example `i`.
-    pub fn get(&self, i: usize) -> Encoded {
-        let (ids, supervised) = self.words(i).map(|w| (w & !SUPERVISED, w & SUPERVISED != 0)).unzip();
-        Encoded { ids, supervised }
+    pub fn get(&self, i: usize) -> Example {
+        let sequences = self.sequences(i);
+        let ranks_at = self.ends_at() + 8 * (self.counts.sequences + self.counts.examples) as usize;
+        let rank = |n: usize| u32::from_le_bytes(std::array::from_fn(|b| self.map[ranks_at + 4 * n + b]));
+        let sequence = |n: usize| {
+            let (ids, supervised) =
+                self.words(n..n + 1).map(|w| (w & !SUPERVISED, w & SUPERVISED != 0)).unzip();
+            Encoded { ids, supervised }
+        };
+        Example { ranks: sequences.clone().map(rank).collect(), sequences: sequences.map(sequence).collect() }
     }
 
-    /// Supervised tokens of example `i`.
+    /// Supervised tokens of example `i`, of all its sequences.
     pub fn num_supervised(&self, i: usize) -> usize {
-        self.words(i).filter(|w| w & SUPERVISED != 0).count()
+        self.words(self.sequences(i)).filter(|w| w & SUPERVISED != 0).count()
     }
 }
 

@@ -7,6 +7,7 @@ pub mod examples;
 pub mod loader;
 pub mod order;
 pub mod packing;
+pub mod preferences;
 pub mod prompts;
 pub mod readers;
 pub mod rng;

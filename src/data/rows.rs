@@ -3,7 +3,7 @@
 
 use sha2::{Digest, Sha256};
 
-use super::examples::{Counts, Encoded, Examples};
+use super::examples::{Counts, Encoded, Example, Examples};
 use super::loader::{IGNORE, Order, State};
 use super::order::{self, Mixture};
 use super::packing::best_fit_decreasing;
@@ -166,10 +166,19 @@ impl RowLoader {
         })
     }
 
-    /// Rows `first..first + count`. Packed rows have `sequence_length` columns, others those of the longest.
+    /// Example `index` of a loader that packs nothing.
+    pub fn example(&self, index: u64) -> Example {
+        let (source, i) = self.row(index)[0];
+        self.sources[source as usize].get(i as usize)
+    }
+
+    /// Rows `first..first + count` of conversations. Packed rows have `sequence_length` columns, others those of the longest.
     pub fn rows(&self, first: u64, count: u64) -> Rows {
         let documents = |index: u64| -> Vec<Encoded> {
-            self.row(index).iter().map(|(s, i)| self.sources[*s as usize].get(*i as usize)).collect()
+            self.row(index)
+                .iter()
+                .flat_map(|(s, i)| self.sources[*s as usize].get(*i as usize).sequences)
+                .collect()
         };
         let all: Vec<Vec<Encoded>> = (first..first + count).map(documents).collect();
         let longest = all.iter().map(|row| row.iter().map(|d| d.ids.len()).sum::<usize>()).max().unwrap_or(0);
@@ -184,7 +193,7 @@ impl RowLoader {
 mod tests {
     use super::*;
     use crate::config::sft::TooLong;
-    use crate::data::examples::{Options, Split, Tokenization};
+    use crate::data::examples::{Options, Split, Tokenization, fit};
     use crate::data::readers::Record;
     use crate::files::TestFolder;
     use std::collections::BTreeMap;
@@ -202,7 +211,8 @@ mod tests {
         let text: String = lines.iter().map(|l| format!("{{\"text\": \"{l}\"}}\n")).collect();
         let path = folder.file(name, text);
         let cache = folder.0.join("cache");
-        let encode = &encode;
+        let encode = |record: &Record, counts: &mut Counts| Ok(fit(encode(record)?, &options, counts));
+        let (encode, options) = (&encode, options.clone());
         let tokenization = Tokenization { encode, key: "test".into(), eos: &[9], options, cache };
         tokenization.open(&path, &Default::default()).unwrap()
     }
@@ -222,17 +232,21 @@ mod tests {
         let counts = Counts {
             records: 5,
             examples: 3,
+            sequences: 3,
             tokens: 4 + 5 + 5,
             supervised_tokens: 2 + 4 + 1,
             truncated: 1,
             too_long: 0,
             unsupervised: 2,
+            duplicates: 0,
+            indistinct: 0,
             ends_in_eos: 2,
         };
         assert_eq!(*all.counts(), counts);
         assert_eq!(
             all.get(2),
             Encoded { ids: vec![1, 2, 3, 4, 5], supervised: [false; 4].into_iter().chain([true]).collect() }
+                .into()
         );
         let dropped = examples(&folder, "a.jsonl", &lines(), options(5, TooLong::Drop));
         assert_eq!((dropped.counts().examples, dropped.counts().too_long), (2, 2));
@@ -265,7 +279,7 @@ mod tests {
             let part = examples(&folder, "a.jsonl", &lines, options);
             let wanted = [200.0, 400.0, 400.0][seen.len().min(1)];
             assert!((part.len() as f64 - wanted).abs() < 60.0, "{}", part.len());
-            seen.extend((0..part.len()).map(|i| part.get(i).ids[1]));
+            seen.extend((0..part.len()).map(|i| part.get(i).sequences[0].ids[1]));
         }
         seen.sort_unstable();
         assert_eq!(seen, (0..1000).collect::<Vec<_>>());

@@ -41,7 +41,7 @@ pub struct Rollout<'a> {
 }
 
 /// What was sampled for a prompt.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Response {
     /// The tokens, with the one that ended it.
     pub ids: Vec<i64>,

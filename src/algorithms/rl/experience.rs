@@ -14,13 +14,8 @@ use crate::generate::rollout::{Response, Rows, Sequences};
 use crate::model::head::LogProbs;
 use crate::model::{Input, Llama, LmHead, ScoreHead};
 
-/// Tells every rank the responses of all, by rank. A collective call.
-pub fn share(world: &World, mine: &[Response]) -> Result<Vec<Response>> {
-    share_all(world, &mine)
-}
-
 /// Tells every rank what each of them has, by rank. A collective call.
-pub fn share_all<T: serde::Serialize + serde::de::DeserializeOwned>(
+pub fn share<T: serde::Serialize + serde::de::DeserializeOwned>(
     world: &World,
     mine: &[T],
 ) -> Result<Vec<T>> {

@@ -1,0 +1,434 @@
+//! Preferences: a prompt and completions of it, best first; in tokens, and as batches whose rows belong together.
+
+use std::collections::HashSet;
+
+use serde_json::Value;
+
+use super::chat::Chat;
+use super::conversation::{Message, hh_dialogue, messages, pair};
+use super::examples::{self, Counts, Encoded, Example, Options, Split, Tokenization};
+use super::loader::Order;
+use super::readers::Record;
+use super::rows::{RowLoader, Rows, Source};
+use super::tokenizer::hex;
+use crate::config::preferences::Data;
+use crate::config::sections;
+use crate::config::sft::TooLong;
+use crate::error::{Error, Result};
+
+/// A prompt and its ranked completions, of which there are at least two.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Preference {
+    pub prompt: Vec<Message>,
+    pub completions: Vec<Vec<Message>>,
+    /// Of each completion: 0 is the best, equal ranks are equally good.
+    pub ranks: Vec<u32>,
+}
+
+impl Preference {
+    /// Reads `prompt` and `completions` (best first; the first `num_correct` are equally good), or `chosen` and `rejected`
+    /// with `prompt`, or without it: as messages or dialogues of Anthropic's HH, whose common beginning is the prompt.
+    ///
+    /// # Errors
+    /// With the record's place: none of the formats, fewer than two completions, no prompt.
+    pub fn read(record: &Record) -> Result<Preference> {
+        let bad = |what: &str| Error::data(format!("{}: {what}", record.place));
+        let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
+        let split = |completion: &Value, key: &str| pair(record, "prompt", completion, key);
+        let (prompt, completions, ranks) = if has("prompt") && has("completions") {
+            let list = record.fields["completions"].as_array().filter(|list| list.len() > 1);
+            let list = list.ok_or_else(|| bad("`completions` is no list of at least two completions"))?;
+            let all = list.iter().map(|c| split(c, "completions")).collect::<Result<Vec<_>>>()?;
+            let prompt = all[0].0.clone();
+            let completions = all.into_iter().map(|(_, completion)| completion).collect();
+            let ties = match record.fields.get("num_correct").filter(|v| !v.is_null()) {
+                None => 1,
+                Some(n) => n
+                    .as_u64()
+                    .filter(|n| *n <= list.len() as u64)
+                    .ok_or_else(|| bad("`num_correct` is no number of completions"))?,
+            };
+            let rank = |i: usize| (i as u32 + 1).saturating_sub(ties.max(1) as u32);
+            (prompt, completions, (0..list.len()).map(rank).collect())
+        } else if has("chosen") && has("rejected") {
+            if has("prompt") {
+                let (prompt, chosen) = split(&record.fields["chosen"], "chosen")?;
+                (prompt, vec![chosen, split(&record.fields["rejected"], "rejected")?.1], vec![0, 1])
+            } else {
+                let dialogue = |key: &str| match &record.fields[key] {
+                    Value::Array(_) => messages(record, key),
+                    _ => hh_dialogue(record.text(key)?, record),
+                };
+                let [mut chosen, mut rejected] = [dialogue("chosen")?, dialogue("rejected")?];
+                // The last message of each is its answer, also where the two are equal.
+                let most = chosen.len().min(rejected.len()) - 1;
+                let common = chosen.iter().zip(&rejected).take(most).take_while(|(a, b)| a == b).count();
+                let completions = vec![chosen.split_off(common), rejected.split_off(common)];
+                (chosen, completions, vec![0, 1])
+            }
+        } else {
+            let keys: Vec<&str> = record.fields.keys().map(String::as_str).collect();
+            return Err(bad(&format!(
+                "no preference: known are `prompt` and `completions`, and `chosen` and `rejected` with or without \
+                 `prompt`; keys here: {}",
+                if keys.is_empty() { "none".into() } else { keys.join(", ") }
+            )));
+        };
+        if prompt.is_empty() {
+            return Err(bad("there is nothing before the answers"));
+        }
+        if !completions.iter().all(|c: &Vec<Message>| c.iter().any(|m| m.role == "assistant")) {
+            return Err(bad("an answer has no turn of the assistant"));
+        }
+        Ok(Preference { prompt, completions, ranks })
+    }
+
+    /// The prompt with each completion in tokens, as the chat template writes them; supervised are the completion's turns of
+    /// the assistant, their ends included.
+    pub fn encode(&self, chat: &Chat) -> Result<Example> {
+        let before = self.prompt.iter().filter(|m| m.role == "assistant").count();
+        let encode = |completion: &Vec<Message>| {
+            let encoding = chat.encode(&[self.prompt.as_slice(), completion].concat(), false)?;
+            let mut supervised = vec![false; encoding.ids.len()];
+            for turn in encoding.turns.iter().skip(before) {
+                supervised[turn.clone()].fill(true);
+            }
+            Ok(Encoded { ids: encoding.ids, supervised })
+        };
+        let sequences = self.completions.iter().map(encode).collect::<Result<_>>()?;
+        Ok(Example { sequences, ranks: self.ranks.clone() })
+    }
+}
+
+/// The share of a sequence that a prompt keeps at least where it is cut.
+const LEAST_PROMPT: usize = 4;
+
+/// The example with sequences of at most `options.sequence_length` tokens, if it is to be kept. Of a prompt that is too
+/// long the beginning is cut off (after BOS), equally much before every completion, so that the prompt's end and the
+/// completions' stay; an example whose completions leave the prompt no quarter of the sequence is left out. Completions
+/// whose tokens are those of a better one are left out, and then examples without two of different rank.
+pub fn fit(
+    mut example: Example,
+    options: &Options,
+    bos: Option<u32>,
+    counts: &mut Counts,
+) -> Option<Example> {
+    let most = options.sequence_length;
+    let longest = example.sequences.iter().map(|s| s.ids.len()).max().unwrap_or(0);
+    if longest > most {
+        let prompt = |s: &Encoded| s.supervised.iter().position(|s| *s).unwrap_or(s.ids.len());
+        let prompt = example.sequences.iter().map(prompt).min().unwrap_or(0);
+        let kept =
+            usize::from(example.sequences.iter().all(|s| bos.is_some() && s.ids.first() == bos.as_ref()));
+        let least = prompt.min(most / LEAST_PROMPT).max(kept + 1);
+        let cut = longest - most;
+        if options.too_long == TooLong::Drop || prompt < least + cut {
+            counts.too_long += 1;
+            return None;
+        }
+        for sequence in &mut example.sequences {
+            sequence.ids.drain(kept..kept + cut);
+            sequence.supervised.drain(kept..kept + cut);
+        }
+    }
+    if example.sequences.iter().any(|s| !s.supervised.iter().skip(1).any(|s| *s)) {
+        counts.unsupervised += 1;
+        return None;
+    }
+    let all = example.sequences.len();
+    let mut seen = HashSet::new();
+    let (sequences, ranks): (Vec<Encoded>, Vec<u32>) =
+        example.sequences.into_iter().zip(example.ranks).filter(|(s, _)| seen.insert(s.ids.clone())).unzip();
+    counts.duplicates += (all - sequences.len()) as u64;
+    if ranks.iter().all(|r| *r == ranks[0]) {
+        counts.indistinct += 1;
+        return None;
+    }
+    counts.truncated += u64::from(longest > most);
+    Some(Example { sequences, ranks })
+}
+
+/// The preferences of `sources`, tokenized or from the cache; the loader's rows are examples. `part`: which of the parts of
+/// `data.split`, for training data.
+pub fn open(
+    data: &Data,
+    sources: &[sections::Source],
+    chat: &Chat,
+    order: Order,
+    part: usize,
+) -> Result<RowLoader> {
+    let training = matches!(order, Order::Shuffled { .. });
+    let split = (training && !data.split.is_empty()).then(|| Split { parts: data.split.clone(), part });
+    let options = Options { sequence_length: data.sequence_length as usize, too_long: data.too_long, split };
+    let bos = chat.tokenizer().bos_id();
+    let encode = |record: &Record, counts: &mut Counts| {
+        let example = Preference::read(record)?.encode(chat).map_err(|e| e.context(&record.place))?;
+        Ok(fit(example, &options, bos, counts))
+    };
+    let template = chat.tokenizer().chat_template().map(|t| t.source.as_str()).unwrap_or_default();
+    let tokenization = Tokenization {
+        encode: &encode,
+        key: format!("preferences {bos:?} {} {template}", hex(&chat.tokenizer().hash())),
+        eos: &chat.stop_ids(),
+        options: options.clone(),
+        cache: data.cache.clone().map_or_else(examples::default_cache, Ok)?,
+    };
+    let open = |s: &sections::Source| {
+        Ok(Source { examples: tokenization.open(&s.path, &Default::default())?, weight: s.weight })
+    };
+    let sources = sources.iter().map(open).collect::<Result<_>>()?;
+    RowLoader::new(sources, options.sequence_length, false, order)
+}
+
+/// Examples as rows of one micro-batch. S sequences, N = rows * columns positions.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Batch {
+    /// The sequences one after the other, those of an example adjacent: one a row, padded at its end; or, packed, all in
+    /// one row without padding.
+    pub rows: Rows,
+    /// `[N]`: the number of the sequence that the position belongs to; S for padding.
+    pub sequence: Vec<i64>,
+    /// `[S]`: the position (of N) of the sequence's last token.
+    pub last: Vec<i64>,
+    /// Of each example the ranks of its sequences; S in all.
+    pub ranks: Vec<Vec<u32>>,
+}
+
+impl Batch {
+    pub fn new(examples: &[Example], packed: bool) -> Batch {
+        let mut batch = Batch::default();
+        let sequences: Vec<&Encoded> = examples.iter().flat_map(|e| &e.sequences).collect();
+        let lengths = || sequences.iter().map(|s| s.ids.len());
+        let rest = sequences.len() as i64;
+        if packed {
+            let all: Vec<Encoded> = sequences.iter().map(|s| (*s).clone()).collect();
+            batch.rows.push(&all, lengths().sum());
+            for (i, n) in lengths().enumerate() {
+                batch.sequence.extend(std::iter::repeat_n(i as i64, n));
+                batch.last.push(batch.sequence.len() as i64 - 1);
+            }
+        } else {
+            let columns = lengths().max().unwrap_or(0);
+            for (i, sequence) in sequences.iter().enumerate() {
+                batch.rows.push(std::slice::from_ref(*sequence), columns);
+                let n = sequence.ids.len();
+                batch.sequence.extend(std::iter::repeat_n(i as i64, n));
+                batch.last.push(batch.sequence.len() as i64 - 1);
+                batch.sequence.extend(std::iter::repeat_n(rest, columns - n));
+            }
+        }
+        batch.ranks = examples.iter().map(|e| e.ranks.clone()).collect();
+        batch
+    }
+
+    pub fn num_sequences(&self) -> usize {
+        self.last.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::sections::Tokenizer as Section;
+    use crate::data::chat::configured;
+    use crate::data::readers;
+    use crate::data::tokenizer::tests::small;
+    use crate::files::TestFolder;
+
+    fn records(name: &str, lines: &str) -> Vec<Record> {
+        let folder = TestFolder::new(&format!("preferences-{name}"));
+        let path = folder.file("data.jsonl", lines);
+        readers::records(&path, None, &Default::default()).unwrap().map(Result::unwrap).collect()
+    }
+
+    fn turns(turns: &[(&str, &str)]) -> Vec<Message> {
+        turns.iter().map(|(role, text)| Message::new(*role, *text)).collect()
+    }
+
+    fn chat(folder: &TestFolder) -> Chat {
+        small(300).save(&folder.0).unwrap();
+        let section = Section { chat_template: Some("human-assistant".into()), ..Section::default() };
+        Chat::new(&configured(Some(&section), Some(&folder.0)).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn every_format_gives_a_prompt_and_ranked_completions() {
+        let ab = Preference {
+            prompt: turns(&[("user", "p")]),
+            completions: vec![turns(&[("assistant", "a")]), turns(&[("assistant", "b")])],
+            ranks: vec![0, 1],
+        };
+        let user = r#"{"role": "user", "content": "p"}"#;
+        let says = |text: &str| format!(r#"{{"role": "assistant", "content": "{text}"}}"#);
+        let (a, b) = (says("a"), says("b"));
+        let lines = [
+            r#"{"prompt": "p", "chosen": "a", "rejected": "b"}"#.to_string(),
+            format!(r#"{{"prompt": [{user}], "chosen": [{a}], "rejected": [{b}]}}"#),
+            format!(r#"{{"prompt": "p", "chosen": [{user}, {a}], "rejected": [{user}, {b}]}}"#),
+            format!(r#"{{"chosen": [{user}, {a}], "rejected": [{user}, {b}]}}"#),
+            r#"{"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"}"#
+                .into(),
+            r#"{"prompt": "p", "completions": ["a", "b"]}"#.into(),
+            format!(r#"{{"prompt": [{user}], "completions": [[{a}], [{b}]], "num_correct": 1}}"#),
+        ];
+        for record in records("formats", &lines.join("\n")) {
+            assert_eq!(Preference::read(&record).unwrap(), ab, "{}", record.place);
+        }
+    }
+
+    #[test]
+    fn the_first_correct_ones_are_equally_good_and_the_common_beginning_is_the_prompt() {
+        let lines = [
+            r#"{"prompt": "p", "completions": ["a", "b", "c", "d"], "num_correct": 2}"#,
+            r#"{"prompt": "p", "completions": ["a", "b", "c"], "num_correct": 0}"#,
+            r#"{"chosen": "\n\nHuman: p\n\nAssistant: x\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: x\n\nHuman: q\n\nAssistant: b"}"#,
+            r#"{"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: a"}"#,
+        ];
+        let read: Vec<Preference> = records("ties", &lines.join("\n"))
+            .iter()
+            .map(|record| Preference::read(record).unwrap())
+            .collect();
+        assert_eq!(read[0].ranks, [0, 0, 1, 2]);
+        assert_eq!(read[1].ranks, [0, 1, 2]);
+        assert_eq!(read[2].prompt, turns(&[("user", "p"), ("assistant", "x"), ("user", "q")]));
+        assert_eq!(read[2].completions, [turns(&[("assistant", "a")]), turns(&[("assistant", "b")])]);
+        assert_eq!(read[3].completions, [turns(&[("assistant", "a")]), turns(&[("assistant", "a")])]);
+    }
+
+    #[test]
+    fn what_is_no_preference_is_told_with_its_place() {
+        let cases = [
+            (r#"{"question": "p", "answer": "a"}"#, "no preference"),
+            (r#"{"prompt": "p", "completions": ["a"]}"#, "at least two"),
+            (r#"{"prompt": "p", "completions": ["a", "b"], "num_correct": 3}"#, "`num_correct`"),
+            (r#"{"prompt": "p", "completions": ["a", "b"], "num_correct": "x"}"#, "`num_correct`"),
+            (r#"{"prompt": "p", "completions": ["a", 3]}"#, "neither a text nor a list"),
+            (r#"{"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"}"#, "nothing before"),
+            (r#"{"chosen": "a", "rejected": "b"}"#, "must begin with a turn"),
+            (r#"{"prompt": [], "chosen": "a", "rejected": "b"}"#, "nothing before"),
+            (
+                r#"{"prompt": "p", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"}"#,
+                "no turn of the assistant",
+            ),
+        ];
+        for (line, part) in cases {
+            let e = Preference::read(&records("bad", line)[0]).unwrap_err();
+            assert!(e.message.contains(part) && e.message.contains("data.jsonl:1"), "{line}: {e}");
+            assert_eq!(e.exit_code(), 3);
+        }
+    }
+
+    #[test]
+    fn completions_are_the_conversations_of_fine_tuning() {
+        let folder = TestFolder::new("preferences-chat");
+        let chat = chat(&folder);
+        let preference = Preference {
+            prompt: turns(&[("user", "p"), ("assistant", "x"), ("user", "q")]),
+            completions: vec![turns(&[("assistant", "ab")]), turns(&[("assistant", "b")])],
+            ranks: vec![0, 1],
+        };
+        let example = preference.encode(&chat).unwrap();
+        let prompt = chat.prompt(&preference.prompt).unwrap();
+        for (sequence, completion) in example.sequences.iter().zip(&preference.completions) {
+            let whole = chat.encode(&[preference.prompt.as_slice(), completion].concat(), false).unwrap();
+            assert_eq!(sequence.ids, whole.ids);
+            assert!(sequence.ids.starts_with(&prompt));
+            let first = sequence.supervised.iter().position(|s| *s);
+            assert_eq!(first, Some(prompt.len()));
+            let end = whole.turns.last().unwrap().end;
+            assert!(sequence.supervised[prompt.len()..end].iter().all(|s| *s));
+            assert!(chat.stop_ids().contains(&sequence.ids[end - 1]));
+        }
+    }
+
+    fn sequence(prompt: &[u32], completion: &[u32]) -> Encoded {
+        let supervised = prompt.iter().map(|_| false).chain(completion.iter().map(|_| true)).collect();
+        Encoded { ids: [prompt, completion].concat(), supervised }
+    }
+
+    fn example(prompt: &[u32], completions: &[&[u32]], ranks: &[u32]) -> Example {
+        let sequences = completions.iter().map(|c| sequence(prompt, c)).collect();
+        Example { sequences, ranks: ranks.to_vec() }
+    }
+
+    #[test]
+    fn a_long_prompt_loses_its_beginning_and_equal_completions_are_left_out() {
+        let fit = |example: Example, length: usize, too_long: TooLong, bos: Option<u32>| {
+            let mut counts = Counts::default();
+            let options = Options { sequence_length: length, too_long, split: None };
+            (fit(example, &options, bos, &mut counts), counts)
+        };
+        let long = example(&[1, 2, 3, 4, 5, 6], &[&[7, 8, 9], &[8, 9]], &[0, 1]);
+        let (kept, counts) = fit(long.clone(), 7, TooLong::Truncate, None);
+        assert_eq!(kept.unwrap(), example(&[3, 4, 5, 6], &[&[7, 8, 9], &[8, 9]], &[0, 1]));
+        assert_eq!((counts.truncated, counts.dropped()), (1, 0));
+        let (kept, _) = fit(long.clone(), 7, TooLong::Truncate, Some(1));
+        assert_eq!(kept.unwrap(), example(&[1, 4, 5, 6], &[&[7, 8, 9], &[8, 9]], &[0, 1]));
+        let (kept, counts) = fit(long.clone(), 7, TooLong::Drop, None);
+        assert_eq!((kept, counts.too_long, counts.truncated), (None, 1, 0));
+        // A prompt keeps a quarter: 1 of 4 is there, 0 of 3 is not; BOS is no prompt.
+        assert!(fit(long.clone(), 4, TooLong::Truncate, None).0.is_some());
+        assert_eq!(fit(long.clone(), 3, TooLong::Truncate, None).1.too_long, 1);
+        assert_eq!(fit(long.clone(), 4, TooLong::Truncate, Some(1)).1.too_long, 1);
+        assert_eq!(fit(long, 9, TooLong::Truncate, None).1.truncated, 0);
+
+        let (kept, counts) = fit(example(&[1], &[&[2], &[3], &[2]], &[0, 1, 2]), 9, TooLong::Truncate, None);
+        assert_eq!(kept.unwrap(), example(&[1], &[&[2], &[3]], &[0, 1]));
+        assert_eq!((counts.duplicates, counts.indistinct), (1, 0));
+        for (completions, ranks, duplicates) in [([[2u32], [2]], [0, 1], 1), ([[2], [3]], [0, 0], 0)] {
+            let completions: Vec<&[u32]> = completions.iter().map(|c| c.as_slice()).collect();
+            let (kept, counts) = fit(example(&[1], &completions, &ranks), 9, TooLong::Truncate, None);
+            assert_eq!((kept, counts.duplicates, counts.indistinct), (None, duplicates, 1));
+        }
+        assert_eq!(fit(example(&[1], &[&[2], &[]], &[0, 1]), 9, TooLong::Drop, None).1.unsupervised, 1);
+    }
+
+    #[test]
+    fn examples_go_through_the_cache_and_into_batches() {
+        let folder = TestFolder::new("preferences-open");
+        let chat = chat(&folder);
+        let lines = "{\"prompt\": \"a\", \"completions\": [\"b\", \"cd\", \"e\"], \"num_correct\": 2}\n\
+                     {\"prompt\": \"a\", \"chosen\": \"b\", \"rejected\": \"b\"}\n\
+                     {\"prompt\": \"f\", \"chosen\": \"g\", \"rejected\": \"\"}\n";
+        let source = sections::Source { path: folder.file("data.jsonl", lines), weight: None };
+        let data = Data {
+            train: vec![source.clone()],
+            valid: Vec::new(),
+            sequence_length: 64,
+            packing: true,
+            too_long: TooLong::Truncate,
+            split: Vec::new(),
+            cache: Some(folder.0.join("cache")),
+        };
+        let opened = || open(&data, std::slice::from_ref(&source), &chat, Order::Sequential, 1).unwrap();
+        let (first, again) = (opened(), opened());
+        let counts = first.counts();
+        assert_eq!((counts.examples, counts.sequences, counts.indistinct), (2, 5, 1));
+        assert_eq!(first.count(0, 2), (counts.supervised_tokens, counts.tokens));
+        let examples: Vec<Example> = (0..2).map(|i| first.example(i)).collect();
+        assert_eq!(examples, (0..2).map(|i| again.example(i)).collect::<Vec<_>>());
+        assert_eq!(examples[0].ranks, [0, 0, 1]);
+
+        let lengths: Vec<i64> =
+            examples.iter().flat_map(|e| &e.sequences).map(|s| s.ids.len() as i64).collect();
+        let packed = Batch::new(&examples, true);
+        assert_eq!((packed.rows.rows, packed.rows.columns as i64), (1, lengths.iter().sum()));
+        assert_eq!(packed.ranks, [vec![0, 0, 1], vec![0, 1]]);
+        let padded = Batch::new(&examples, false);
+        assert_eq!((padded.rows.rows, padded.rows.columns as i64), (5, *lengths.iter().max().unwrap()));
+        for (batch, sequences) in [(&packed, 5), (&padded, 5)] {
+            assert_eq!(batch.num_sequences(), sequences);
+            for (i, n) in lengths.iter().enumerate() {
+                let of = |j: i64| batch.sequence.iter().filter(|s| **s == j).count() as i64;
+                assert_eq!(of(i as i64), *n);
+                let at = batch.last[i] as usize;
+                let sequence = &examples.iter().flat_map(|e| &e.sequences).nth(i).unwrap();
+                assert_eq!(batch.rows.input_ids[at], i64::from(*sequence.ids.last().unwrap()));
+                let begin = at + 1 - *n as usize;
+                assert_eq!((batch.rows.positions[begin], batch.rows.positions[at]), (0, n - 1));
+            }
+        }
+        let ignored = padded.sequence.iter().filter(|s| **s == 5).count();
+        assert_eq!(ignored, padded.rows.input_ids.len() - packed.rows.input_ids.len());
+    }
+}

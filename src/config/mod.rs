@@ -4,7 +4,10 @@
 
 pub mod common;
 mod de;
+pub mod models;
 mod numbers;
+pub mod policy;
+pub mod ppo;
 pub mod preferences;
 mod presets;
 pub mod pretrain;
@@ -62,6 +65,7 @@ fn default_recipe(subcommand: &str) -> Option<(&'static str, &'static str)> {
             Some(("configs/pretrain/default.yaml", include_str!("../../configs/pretrain/default.yaml")))
         }
         "sft" => Some(("configs/sft/default.yaml", include_str!("../../configs/sft/default.yaml"))),
+        "ppo" => Some(("configs/ppo/default.yaml", include_str!("../../configs/ppo/default.yaml"))),
         _ => None,
     }
 }

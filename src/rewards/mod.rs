@@ -7,7 +7,7 @@ pub mod math;
 use std::collections::BTreeMap;
 
 use regex::Regex;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::config::rewards::{Reward, RewardKind};
@@ -31,7 +31,7 @@ pub struct Answer<'a> {
 }
 
 /// What was made of a response.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Judgement {
     /// The weighted sum; none where a part could not be scored, which is no reward and no fault of the response.
     pub reward: Option<f64>,
@@ -40,14 +40,14 @@ pub struct Judgement {
 }
 
 /// One reward, before its weight.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Part {
     pub reward: Option<f64>,
     /// What was read as the response's answer.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parsed: Option<String>,
     /// What it was compared with.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gold: Option<String>,
 }
 

@@ -50,6 +50,12 @@ impl Record {
         self
     }
 
+    /// Any value; TensorBoard's scalars leave out what is no number.
+    pub fn json(mut self, key: &str, value: Value) -> Self {
+        self.fields.insert(key.to_string(), value);
+        self
+    }
+
     pub fn kind(&self) -> &str {
         &self.kind
     }

@@ -15,10 +15,7 @@ use crate::model::head::LogProbs;
 use crate::model::{Input, Llama, LmHead, ScoreHead};
 
 /// Tells every rank what each of them has, by rank. A collective call.
-pub fn share<T: serde::Serialize + serde::de::DeserializeOwned>(
-    world: &World,
-    mine: &[T],
-) -> Result<Vec<T>> {
+pub fn share<T: serde::Serialize + serde::de::DeserializeOwned>(world: &World, mine: &[T]) -> Result<Vec<T>> {
     let bytes = serde_json::to_vec(mine).map_err(|e| Error::failed(e.to_string()))?;
     let mut all = Vec::new();
     for bytes in gather_bytes(world, &bytes)? {

@@ -4,26 +4,12 @@
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
+pub use crate::config::policy::KlEstimator;
+
 /// The largest absolute value of an estimate: a token that the reference finds impossible must not outweigh the rest.
 const MOST: f64 = 10.0;
 /// The largest absolute exponent.
 const MOST_EXPONENT: f64 = 20.0;
-
-/// An estimator of KL(policy, reference) from a token of the policy, with `d = log policy - log reference`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
-#[serde(rename_all = "lowercase")]
-pub enum KlEstimator {
-    /// `d`: unbiased. As a loss its gradient is 0 in expectation.
-    #[default]
-    K1,
-    /// `d^2 / 2`: as a loss its gradient is that of the KL.
-    K2,
-    /// `exp(-d) - 1 + d`: unbiased and never negative.
-    K3,
-    /// The value of `k3` with the gradient of `k2`.
-    #[serde(rename = "k3+")]
-    K3Plus,
-}
 
 impl KlEstimator {
     /// Nats per token, [B, R], within ±10.

@@ -4,6 +4,7 @@ use kernels::c10d::{Group, ReduceOp};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+pub use crate::config::policy::Aggregation;
 use crate::error::Result;
 
 /// The largest absolute logarithm of a ratio of probabilities: its exponential stays finite.
@@ -27,21 +28,6 @@ impl Counts {
         let sums = group.combine(&[self.sequences, self.tokens], ReduceOp::Sum)?;
         Ok(Counts { sequences: sums[0], tokens: sums[1] })
     }
-}
-
-/// How the losses of tokens become one number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
-#[serde(rename_all = "kebab-case")]
-pub enum Aggregation {
-    /// The mean over all tokens.
-    #[default]
-    TokenMean,
-    /// The mean over responses of each one's mean over its tokens.
-    SeqMeanTokenMean,
-    /// The mean over responses of each one's sum.
-    SeqMeanTokenSum,
-    /// The same divided by the longest response that may be: no length is favoured.
-    SeqMeanTokenSumNorm,
 }
 
 impl Aggregation {

@@ -9,6 +9,7 @@ pub mod experience;
 pub mod grpo;
 pub mod kl;
 pub mod losses;
+pub mod sampling;
 
 #[cfg(test)]
 mod tests;

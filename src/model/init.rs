@@ -1,5 +1,5 @@
-//! Initial weights: normal with the shape's `initializer_range` (a scalar head: see [`score_std`]), norms 1, biases 0, as
-//! transformers does.
+//! Initial weights: normal with the shape's `initializer_range`, norms 1, biases 0, as transformers does; scalar heads are
+//! set apart.
 //!
 //! Every number depends only on the seed, the tensor's name and its place in the tensor, so that any slice can be made
 //! by itself and the weights do not depend on the world size.
@@ -46,8 +46,7 @@ pub fn init(params: &mut Sharded, shape: &Shape, seed: u64) -> Result<()> {
             let _ = values.shallow_clone().fill_(if spec.name.ends_with(".bias") { 0.0 } else { 1.0 });
             return Ok(());
         }
-        let std = if spec.name == SCORE { score_std(shape) } else { shape.initializer_range };
-        fill_normal(values, key_of(seed, &spec.name), first, std)
+        fill_normal(values, key_of(seed, &spec.name), first, shape.initializer_range)
     })
 }
 

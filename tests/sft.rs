@@ -186,3 +186,24 @@ fn an_evaluation_counts_exact_answers() {
     let program = Program::corral(&["eval", "--task", "gsm8k", "--model"]).arg(run.output()).arg("--input");
     program.arg(&nothing).run(&run.dir, "nothing").expect_error(3, &["no line of the input has an answer"]);
 }
+
+#[test]
+fn check_shows_an_example_and_how_examples_end() {
+    let run = Run::sft("check");
+    let words = ["check", "sft", "--example", "2", "--config"];
+    let checked = Program::corral(&words).arg(run.dir.join("config.yaml")).run(&run.dir, "check");
+    let checked = checked.expect_code(0);
+    for part in
+        ["# example 2 of 150", "⟦", "#### ", "</s>⟧", "# tokens a sequence: ", "(100.0 %) end in a superv"]
+    {
+        assert!(checked.out.contains(part), "{part}: {checked}");
+    }
+    // What is before the answer is not marked.
+    let shown = checked.out.split_once("# example 2").unwrap().1;
+    let (question, answer) = shown.split_once("and ⟧:").unwrap().1.split_once('⟦').unwrap();
+    assert!(question.contains('?') && !answer.split_once('⟧').unwrap().0.contains('?'), "{checked}");
+
+    let path = run.dir.join("config.yaml");
+    let beyond = Program::corral(&["check", "sft", "--example", "151", "--config"]).arg(&path);
+    beyond.run(&run.dir, "beyond").expect_error(2, &["--example 151: there are 150"]);
+}

@@ -11,6 +11,7 @@ use crate::commands::check::size;
 use crate::commands::convert::{Dtype, parse_size};
 use crate::config::trainable::Base;
 use crate::error::{Error, Result};
+use crate::telemetry::progress::with_bytes_bar;
 use crate::warn;
 
 #[derive(Debug, clap::Args)]
@@ -51,7 +52,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     }
     let merge = Merge::new(base, adapter, args.dtype.map(Dtype::kind))?;
     let (total, done) = (merge.bytes()?, Arc::default());
-    let report = super::with_bytes_bar("merging", total, &done, || {
+    let report = with_bytes_bar("merging", total, &done, || {
         merge.write(&args.output, args.max_shard_size, device, &done)
     })?;
     println!(

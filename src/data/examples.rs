@@ -23,6 +23,7 @@ use super::tokenizer::hex;
 use crate::config::sft::TooLong;
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFile, create_dir, read_error};
+use crate::telemetry::progress::with_bytes_bar;
 
 const MAGIC: &[u8; 8] = b"CORRALEX";
 /// Of the file format and of what is done to examples: part of every cache's key.
@@ -178,11 +179,11 @@ pub struct Tokenization<'a> {
 
 impl Tokenization<'_> {
     /// The examples of a file: from the cache, else tokenized into it. Processes that ask at the same time wait for the
-    /// first one. `read` grows with the bytes of `path` that were read.
+    /// first one.
     ///
     /// # Errors
     /// A record that cannot be read or rendered, with its place; a cache that cannot be written.
-    pub fn open(&self, path: &Path, read: &Arc<AtomicU64>) -> Result<Examples> {
+    pub fn open(&self, path: &Path) -> Result<Examples> {
         let key = self.cache_key(path)?;
         create_dir(&self.cache).context("data.cache")?;
         let cached = self.cache.join(format!("{key}.examples"));
@@ -197,7 +198,10 @@ impl Tokenization<'_> {
         if let Some(examples) = Examples::open(&cached, &key)? {
             return Ok(examples);
         }
-        self.write(path, &cached, &key, read)?;
+        let (what, read) = (format!("tokenizing {}", path.display()), Arc::default());
+        with_bytes_bar(&what, readers::total_bytes(&[path.to_path_buf()]), &read, || {
+            self.write(path, &cached, &key, &read)
+        })?;
         Examples::open(&cached, &key)?.ok_or_else(|| {
             Error::failed(format!("{}: it was just written and is not there", cached.display()))
         })

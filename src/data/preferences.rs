@@ -173,9 +173,7 @@ pub fn open(
         options: options.clone(),
         cache: data.cache.clone().map_or_else(examples::default_cache, Ok)?,
     };
-    let open = |s: &sections::Source| {
-        Ok(Source { examples: tokenization.open(&s.path, &Default::default())?, weight: s.weight })
-    };
+    let open = |s: &sections::Source| Ok(Source { examples: tokenization.open(&s.path)?, weight: s.weight });
     let sources = sources.iter().map(open).collect::<Result<_>>()?;
     RowLoader::new(sources, options.sequence_length, false, order)
 }

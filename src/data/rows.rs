@@ -214,7 +214,7 @@ mod tests {
         let encode = |record: &Record, counts: &mut Counts| Ok(fit(encode(record)?, &options, counts));
         let (encode, options) = (&encode, options.clone());
         let tokenization = Tokenization { encode, key: "test".into(), eos: &[9], options, cache };
-        tokenization.open(&path, &Default::default()).unwrap()
+        tokenization.open(&path).unwrap()
     }
 
     fn options(sequence_length: usize, too_long: TooLong) -> Options {

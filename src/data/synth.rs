@@ -272,6 +272,7 @@ const EQUATIONS_PER_DOCUMENT: usize = 10;
 fn record(stage: Stage, split: Split, level: Level, seed: u64, index: u64) -> Value {
     let purpose = format!("synth.{}.{}", stage.name(), if split == Split::Train { "train" } else { "valid" });
     let mut rng = Rng::new(seed, &purpose, index);
+    let mixed = level == Level::Mix;
     let level = match level {
         Level::One => 1,
         Level::Two => 2,
@@ -289,8 +290,8 @@ fn record(stage: Stage, split: Split, level: Level, seed: u64, index: u64) -> Va
         Stage::Pretrain => {
             let mut text = String::new();
             if rng.below(2) == 0 {
-                let mut count = problem.steps.len();
-                plain(&mut text, &problem.steps);
+                let level = if mixed { *rng.choose(&[1, 2, 3, 3, 3]) } else { level };
+                let mut count = 0;
                 while count < EQUATIONS_PER_DOCUMENT {
                     let steps = Problem::draw(&mut rng, level, split).steps;
                     plain(&mut text, &steps);

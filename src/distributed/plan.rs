@@ -71,6 +71,11 @@ impl Plan {
         self.layout.specs.iter().zip(&self.roles).any(named)
     }
 
+    /// The layout of what is trained, adapters included.
+    pub fn trained(&self) -> Layout {
+        self.place().layout
+    }
+
     pub(super) fn place(&self) -> Placed {
         let of_adapters = self.adapters.iter().flat_map(|a| [a.role; 2]);
         let roles: Vec<Role> = self.roles.iter().copied().chain(of_adapters).collect();

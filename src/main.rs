@@ -5,7 +5,7 @@ use std::process::exit;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use corral::algorithms::{pretrain, sft};
+use corral::algorithms::{ppo, pretrain, sft};
 use corral::commands::{self, Global};
 use corral::distributed::environment::Place;
 use corral::distributed::world;
@@ -34,6 +34,8 @@ enum Command {
     Pretrain(commands::training::Args),
     /// Train a model on the answers of conversations
     Sft(commands::training::Args),
+    /// Train a model on its own answers by PPO
+    Ppo(commands::training::Args),
     /// Continue prompts
     Generate(commands::generate::Args),
     /// Talk with a model
@@ -96,6 +98,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Pretrain(args) => {
             commands::training::run(args, global, pretrain::Inputs::open, pretrain::pretrain)
         }
+        Command::Ppo(args) => commands::training::run(args, global, ppo::Inputs::open, ppo::ppo),
         Command::Sft(args) => commands::training::run(args, global, sft::Inputs::open, sft::sft),
         Command::Generate(args) => commands::generate::run(args, global),
         Command::Chat(args) => commands::chat::run(args, global),

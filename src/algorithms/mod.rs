@@ -1,6 +1,7 @@
 //! One file an algorithm, and the few pieces they share.
 
 pub mod base;
+pub mod ppo;
 pub mod pretrain;
 pub mod ranking;
 pub mod rl;

@@ -99,7 +99,7 @@ pub struct PolicySums {
     pub approx_kl: f64,
     /// Ratios of new to old probabilities.
     pub ratio: f64,
-    /// The largest distance of a ratio from 1.
+    /// Distances of ratios from 1.
     pub ratio_distance: f64,
     /// Entropies, in nats.
     pub entropy: f64,
@@ -126,20 +126,29 @@ impl PolicySums {
         self.clipped += sum(&clipped.gt_tensor(&free).to_kind(Kind::Double));
         self.approx_kl += sum(&(&log_ratio * &log_ratio * 0.5));
         self.ratio += sum(&ratio);
-        if mask.numel() > 0 {
-            let distance = ((&ratio - 1.0).abs() * &mask).max().double_value(&[]);
-            self.ratio_distance = self.ratio_distance.max(distance);
-        }
+        self.ratio_distance += sum(&(&ratio - 1.0).abs());
         self.entropy += entropies.map_or(0.0, |e| sum(&e.detach().to_kind(Kind::Double)));
     }
 
     /// Over all ranks. A collective call.
     pub fn combine(self, group: &Group) -> Result<PolicySums> {
-        let sums = [self.tokens, self.clipped, self.approx_kl, self.ratio, self.entropy];
-        let sums = group.combine(&sums, ReduceOp::Sum)?;
-        let ratio_distance = group.combine(&[self.ratio_distance], ReduceOp::Max)?[0];
-        let [tokens, clipped, approx_kl, ratio, entropy] = [0, 1, 2, 3, 4].map(|i: usize| sums[i]);
-        Ok(PolicySums { tokens, clipped, approx_kl, ratio, ratio_distance, entropy })
+        let sums = group.combine(&self.numbers(), ReduceOp::Sum)?;
+        Ok(Self::from([0, 1, 2, 3, 4, 5].map(|i: usize| sums[i])))
+    }
+
+    /// Those of another part of the tokens besides.
+    pub fn plus(self, other: &PolicySums) -> PolicySums {
+        let (a, b) = (self.numbers(), other.numbers());
+        Self::from([0, 1, 2, 3, 4, 5].map(|i: usize| a[i] + b[i]))
+    }
+
+    fn numbers(&self) -> [f64; 6] {
+        [self.tokens, self.clipped, self.approx_kl, self.ratio, self.ratio_distance, self.entropy]
+    }
+
+    fn from(numbers: [f64; 6]) -> PolicySums {
+        let [tokens, clipped, approx_kl, ratio, ratio_distance, entropy] = numbers;
+        PolicySums { tokens, clipped, approx_kl, ratio, ratio_distance, entropy }
     }
 
     /// The share of tokens whose loss was clipped.

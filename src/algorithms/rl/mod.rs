@@ -5,10 +5,12 @@
 //! micro-batches of the update, so that the same data gives the same update however it is divided.
 
 pub mod advantages;
+pub mod checks;
 pub mod experience;
 pub mod grpo;
 pub mod kl;
 pub mod losses;
+pub mod place;
 pub mod sampling;
 
 #[cfg(test)]

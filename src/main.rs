@@ -5,7 +5,7 @@ use std::process::exit;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use corral::algorithms::{dpo, pretrain, sft};
+use corral::algorithms::{dpo, ppo, pretrain, sft};
 use corral::commands::{self, Global};
 use corral::distributed::environment::Place;
 use corral::distributed::world;
@@ -36,6 +36,8 @@ enum Command {
     Sft(commands::training::Args),
     /// Train a model to prefer the better of completions
     Dpo(commands::training::Args),
+    /// Train a model on its own answers by PPO
+    Ppo(commands::training::Args),
     /// Continue prompts
     Generate(commands::generate::Args),
     /// Talk with a model
@@ -98,6 +100,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Pretrain(args) => {
             commands::training::run(args, global, pretrain::Inputs::open, pretrain::pretrain)
         }
+        Command::Ppo(args) => commands::training::run(args, global, ppo::Inputs::open, ppo::ppo),
         Command::Sft(args) => commands::training::run(args, global, sft::Inputs::open, sft::sft),
         Command::Dpo(args) => commands::training::run(args, global, dpo::Inputs::open, dpo::dpo),
         Command::Generate(args) => commands::generate::run(args, global),

@@ -2,7 +2,10 @@
 
 pub mod base;
 pub mod dpo;
+pub mod ppo;
 pub mod pretrain;
+pub mod ranking;
+pub mod rl;
 pub mod run;
 pub mod sft;
 pub mod step;

@@ -107,7 +107,8 @@ fn find_tensors(family: &Description, shape: &Shape, files: Source) -> Result<So
         let harmless =
             name.ends_with("rotary_emb.inv_freq") || (shape.tie_word_embeddings && name.as_str() == LM_HEAD);
         if !harmless {
-            wrong.push(format!("`{name}` belongs to no {}", family.architecture));
+            let architecture = family.architecture(shape.head).unwrap_or_default();
+            wrong.push(format!("`{name}` belongs to no {architecture}"));
         }
     }
     all_fit(wrong, "config.json")?;

@@ -98,7 +98,7 @@ pub struct Report {
 
 impl Merge {
     pub fn new(base: Weights, adapter: PeftAdapter, dtype: Option<Kind>) -> Result<Merge> {
-        let shape = base.shape().clone();
+        let shape = adapter.shape(base.shape());
         adapter.check(&shape)?;
         let plans = adapter.trainable().plans(&shape)?;
         let with_tokenizer = [adapter.tokenizer_dir(), base.tokenizer_dir()];
@@ -116,7 +116,12 @@ impl Merge {
     }
 
     fn entry(&self, spec: &Spec) -> Result<Entry> {
-        let kind = self.dtype.unwrap_or(self.tensors.source.view(&spec.name)?.kind);
+        let kind = match (self.dtype, &self.tensors.source) {
+            (Some(dtype), _) => dtype,
+            // A head that came with the adapter.
+            (None, source) if !source.views.contains_key(&spec.name) => Kind::Float,
+            (None, source) => source.view(&spec.name)?.kind,
+        };
         Ok(Entry { name: spec.name.clone(), kind, shape: spec.shape.clone() })
     }
 

@@ -28,4 +28,4 @@ pub use peft::{AdapterExport, PeftAdapter, export_adapter};
 pub use saver::{Part, RunInfo, Saved, Saver};
 pub use sharded::{BaseMeta, Checkpoint, State, bytes_per_checkpoint, latest};
 pub use source::Source;
-pub use weights::{Weights, in_hub_cache};
+pub use weights::{Adapted, Weights, in_hub_cache};

@@ -12,7 +12,7 @@ use super::hf_config::read_object;
 use super::safetensors::{self, Entry, Writer};
 use super::source::Source;
 use super::torch_file;
-use crate::config::shape::Shape;
+use crate::config::shape::{Head, Shape};
 use crate::config::trainable::{Base, Freeze, Lora, Targets};
 use crate::data::tokenizer::{Tokenizer, folder_has_tokenizer, is_tokenizer_file};
 use crate::distributed::plan::{Role, adapter_names, is_adapter};
@@ -34,9 +34,14 @@ const PREFIX: &str = "base_model.model.";
 pub struct PeftAdapter {
     dir: PathBuf,
     trainable: Trainable,
+    /// The model has a scalar head, whatever its base has.
+    scored: bool,
     base: Option<String>,
     source: Source,
 }
+
+/// `task_type` of a model with a scalar head.
+const SEQ_CLS: &str = "SEQ_CLS";
 
 impl PeftAdapter {
     /// # Errors
@@ -45,7 +50,9 @@ impl PeftAdapter {
         let path = dir.join(CONFIG);
         let config = read_object(&path)?;
         let (trainable, base) = read_config(&config).map_err(|e| Error::data(e).context(path.display()))?;
-        let mut adapter = PeftAdapter { dir: dir.to_path_buf(), trainable, base, source: open_weights(dir)? };
+        let scored = config.get("task_type").is_some_and(|t| t == SEQ_CLS);
+        let source = open_weights(dir)?;
+        let mut adapter = PeftAdapter { dir: dir.to_path_buf(), trainable, scored, base, source };
         let ours = dir.join(OURS);
         if let (Some(lora), true) = (&mut adapter.trainable.lora, ours.is_file()) {
             let base = read_object(&ours)?.remove("base").unwrap_or_default();
@@ -64,6 +71,11 @@ impl PeftAdapter {
 
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// The shape of a model of shape `base` with the adapter.
+    pub fn shape(&self, base: &Shape) -> Shape {
+        if self.scored { base.scored() } else { base.clone() }
     }
 
     /// What was trained, and how the base was kept.
@@ -249,13 +261,21 @@ fn read_config(config: &Map<String, Value>) -> Result<(Trainable, Option<String>
     if rank < 1.0 || rank.fract() != 0.0 {
         return Err(format!("r: {rank} is no rank"));
     }
+    let mut saved = names("modules_to_save")?.unwrap_or_default();
+    if text("task_type") == Some(SEQ_CLS) {
+        // PEFT names the heads of all kinds of classifiers, and always saves them.
+        saved.retain(|name| name != "classifier");
+        if !saved.iter().any(|name| name == "score") {
+            saved.push("score".into());
+        }
+    }
     let lora = Lora {
         rank: rank as i64,
         alpha: number("lora_alpha", 8.0)?,
         dropout: number("lora_dropout", 0.0)?,
         targets,
         rslora: config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
-        modules_to_save: names("modules_to_save")?.unwrap_or_default(),
+        modules_to_save: saved,
         base: Base::None,
     };
     let base = text("base_model_name_or_path").filter(|b| !b.is_empty()).map(str::to_string);
@@ -337,7 +357,7 @@ fn begin(dir: &Path, how: &AdapterExport) -> Result<AtomicFolder> {
         CONFIG,
         &json!({
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": if how.shape.head == Head::Score { SEQ_CLS } else { "CAUSAL_LM" },
             "base_model_name_or_path": how.base,
             "inference_mode": true,
             "r": lora.rank,

@@ -21,9 +21,16 @@ use crate::model::Trainable;
 pub enum Weights {
     Hf(HfModel),
     Meta(MetaModel),
-    /// An adapter, and the model that it is for.
-    Adapter(PeftAdapter, Box<Weights>),
+    Adapted(Box<Adapted>),
     Checkpoint(Box<Checkpoint>),
+}
+
+/// An adapter, and the model that it is for.
+pub struct Adapted {
+    pub adapter: PeftAdapter,
+    pub base: Weights,
+    /// The base's, but for the head, which may come with the adapter.
+    shape: Shape,
 }
 
 impl Weights {
@@ -75,15 +82,16 @@ impl Weights {
                 base.dir().display()
             )));
         }
-        adapter.check(base.shape())?;
-        Ok(Weights::Adapter(adapter, Box::new(base)))
+        let shape = adapter.shape(base.shape());
+        adapter.check(&shape)?;
+        Ok(Weights::Adapted(Box::new(Adapted { adapter, base, shape })))
     }
 
     /// The adapters that the model has besides its own tensors, if any, and how its weights were kept in training.
     pub fn lora(&self) -> Option<&Trainable> {
         match self {
             Weights::Hf(_) | Weights::Meta(_) => None,
-            Weights::Adapter(adapter, _) => Some(adapter.trainable()),
+            Weights::Adapted(model) => Some(model.adapter.trainable()),
             Weights::Checkpoint(checkpoint) => {
                 checkpoint.meta().base.as_ref().map(|b| &b.trainable).filter(|t| t.lora.is_some())
             }
@@ -94,7 +102,7 @@ impl Weights {
         match self {
             Weights::Hf(model) => model.shape(),
             Weights::Meta(model) => model.shape(),
-            Weights::Adapter(_, base) => base.shape(),
+            Weights::Adapted(model) => &model.shape,
             Weights::Checkpoint(checkpoint) => &checkpoint.meta().shape,
         }
     }
@@ -104,7 +112,7 @@ impl Weights {
         match self {
             Weights::Hf(model) => model.dir(),
             Weights::Meta(model) => model.dir(),
-            Weights::Adapter(adapter, _) => adapter.dir(),
+            Weights::Adapted(model) => model.adapter.dir(),
             Weights::Checkpoint(checkpoint) => checkpoint.dir(),
         }
     }
@@ -140,20 +148,20 @@ impl Weights {
         let dir = self.dir();
         match self {
             _ if folder_has_tokenizer(dir) => Some(dir.to_path_buf()),
-            Weights::Adapter(_, base) => base.tokenizer_dir(),
+            Weights::Adapted(model) => model.base.tokenizer_dir(),
             _ => None,
         }
     }
 
     /// Fills the parameters, each rank its own slices; adapters, where the parameters have any, only from a model that has
-    /// them too. Collective over the ranks that hold them.
+    /// them too, and a scalar head only from a model that has one. Collective over the ranks that hold them.
     pub fn fill(&self, params: &mut Sharded) -> Result<()> {
         match self {
             Weights::Hf(model) => model.source().fill(params),
             Weights::Meta(model) => model.source().fill(params),
-            Weights::Adapter(adapter, base) => {
-                base.fill(params)?;
-                adapter.fill(params)
+            Weights::Adapted(model) => {
+                model.base.fill(params)?;
+                model.adapter.fill(params)
             }
             Weights::Checkpoint(checkpoint) => checkpoint.fill_weights(params),
         }
@@ -164,7 +172,7 @@ impl Weights {
         match self {
             Weights::Hf(model) => Ok(model.into_source()),
             Weights::Meta(model) => Ok(model.into_source()),
-            Weights::Adapter(adapter, base) => Err(with_adapter(adapter.dir(), base.dir())),
+            Weights::Adapted(model) => Err(with_adapter(model.adapter.dir(), model.base.dir())),
             Weights::Checkpoint(checkpoint) => match &checkpoint.meta().base {
                 None => checkpoint.source(),
                 Some(base) if base.trainable.lora.is_some() => {

@@ -8,12 +8,14 @@ pub mod linear;
 pub mod llama;
 mod mixture;
 mod mlp;
+pub mod score;
 pub mod trainable;
 
 pub use decode::KvCache;
 pub use head::LmHead;
 pub use linear::{Linear, LinearGrad};
 pub use llama::{DropoutPlace, Input, Llama, Tape};
+pub use score::ScoreHead;
 pub use trainable::Trainable;
 
 pub use crate::config::sections::Recompute;

@@ -54,6 +54,8 @@ enum Command {
     Merge(commands::merge::Args),
     /// Refuse what can be refused without a device, and show the resolved configuration
     Check(commands::check::Args),
+    /// Say what memory a training takes, without a device
+    Plan(commands::plan::Args),
     /// Measure speed; one JSON object a measurement
     #[command(subcommand)]
     Bench(commands::bench::Command),
@@ -111,6 +113,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Merge(args) => commands::merge::run(args, global.single_device()?),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Check(args) => commands::check::run(args),
+        Command::Plan(args) => commands::plan::run(args, global),
         Command::Bench(command) => commands::bench::run(command, global),
     }
 }

@@ -132,7 +132,7 @@ impl Weights {
             hash.update(&bytes[..]);
         }
         match self {
-            Weights::Adapter(_, base) => hash.update(base.fingerprint()?),
+            Weights::Adapted(model) => hash.update(model.base.fingerprint()?),
             Weights::Checkpoint(checkpoint) => {
                 if let Some(base) = &checkpoint.meta().base {
                     hash.update(Weights::open(Path::new(&base.path))?.fingerprint()?);

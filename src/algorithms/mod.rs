@@ -1,11 +1,14 @@
 //! One file an algorithm, and the few pieces they share.
 
 pub mod base;
+pub mod interval;
 pub mod ppo;
 pub mod pretrain;
 pub mod ranking;
+pub mod reward;
 pub mod rl;
 pub mod run;
+pub mod scorer;
 pub mod sft;
 pub mod step;
 pub mod training;

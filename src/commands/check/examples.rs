@@ -123,6 +123,6 @@ fn histogram(lengths: &mut [usize]) {
     for (b, count) in bins.iter().enumerate().filter(|(b, _)| shortest + b * width <= *longest) {
         let from = shortest + b * width;
         let bar = "#".repeat((count * WIDTH).div_ceil(most));
-        println!("#   {:>6} to {:>6} {count:>9} {bar}", from, from + width - 1);
+        println!("#   {:>6} to {:>6} {count:>9} {bar}", from, (from + width - 1).min(*longest));
     }
 }

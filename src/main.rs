@@ -5,7 +5,7 @@ use std::process::exit;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use corral::algorithms::{dpo, ppo, pretrain, sft};
+use corral::algorithms::{dpo, ppo, pretrain, reward, sft};
 use corral::commands::{self, Global};
 use corral::distributed::environment::Place;
 use corral::distributed::world;
@@ -38,6 +38,8 @@ enum Command {
     Dpo(commands::training::Args),
     /// Train a model on its own answers by PPO
     Ppo(commands::training::Args),
+    /// Train a reward model on ranked completions
+    Reward(commands::training::Args),
     /// Continue prompts
     Generate(commands::generate::Args),
     /// Talk with a model
@@ -105,6 +107,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Ppo(args) => commands::training::run(args, global, ppo::Inputs::open, ppo::ppo),
         Command::Sft(args) => commands::training::run(args, global, sft::Inputs::open, sft::sft),
         Command::Dpo(args) => commands::training::run(args, global, dpo::Inputs::open, dpo::dpo),
+        Command::Reward(args) => commands::training::run(args, global, reward::Inputs::open, reward::reward),
         Command::Generate(args) => commands::generate::run(args, global),
         Command::Chat(args) => commands::chat::run(args, global),
         Command::Score(args) => commands::score::run(args, global),

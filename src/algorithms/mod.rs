@@ -2,11 +2,14 @@
 
 pub mod base;
 pub mod dpo;
+pub mod interval;
 pub mod ppo;
 pub mod pretrain;
 pub mod ranking;
+pub mod reward;
 pub mod rl;
 pub mod run;
+pub mod scorer;
 pub mod sft;
 pub mod step;
 pub mod training;

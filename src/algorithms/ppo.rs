@@ -11,12 +11,12 @@ use tch::{Kind, Tensor};
 
 use crate::algorithms::base::{self, Base};
 use crate::algorithms::rl::advantages::explained_variance;
-use crate::algorithms::rl::experience::{Scoring, gather_rows, sampler_distance};
+use crate::algorithms::rl::experience::{Readout, gather_rows, sampler_distance};
 use crate::algorithms::rl::losses::{policy_loss, value_loss};
 use crate::algorithms::rl::place::{Average, Where, frozen};
-use crate::algorithms::rl::sampling::{Batch, Sampler};
+use crate::algorithms::rl::sampling::{Batch, Said, Sampler, Scorer};
 use crate::algorithms::rl::{
-    Clip, Counts, KlController, Moments, PolicySums, checks, gae, token_rewards, whiten,
+    Clip, Counts, KlController, Moments, PolicySums, checks, gae, reward_model, token_rewards, whiten,
 };
 use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Sums, Update};
 use crate::algorithms::training::{Learner, Plan, Progress, Run, RunFolder, Start};
@@ -45,6 +45,7 @@ pub struct Inputs {
     critic: (Base, Trainable),
     /// None: the actor without its adapters.
     reference: Option<Base>,
+    reward_model: Option<reward_model::Opened>,
     sampler: Sampler,
     ptx: Option<Loader>,
     steps: u64,
@@ -76,6 +77,13 @@ impl Inputs {
                 Some(base.and_then(|b| like_actor("reference", b)).map_err(|e| e.context("reference"))?)
             }
         };
+        let reward_model = match &c.reward_model {
+            None => None,
+            Some(section) => {
+                let opened = reward_model::Opened::open(section, &actor.tokenizer);
+                Some(opened.map_err(|e| e.context("reward_model"))?)
+            }
+        };
         let trainable = |base: &Base, m: &Trained| base.trainable(&m.freeze, m.lora.as_ref());
         let actor_trainable = trainable(&actor, &c.actor).map_err(|e| e.context("actor"))?;
         let critic_trainable = trainable(&critic, &critic_section).map_err(|e| e.context("critic"))?;
@@ -98,6 +106,7 @@ impl Inputs {
             actor: (actor, actor_trainable),
             critic: (critic, critic_trainable),
             reference,
+            reward_model,
             sampler,
             ptx,
             steps,
@@ -151,7 +160,12 @@ pub fn ppo(loaded: &Loaded<Ppo>, mut inputs: Inputs, world: &World, start: &Star
     let read: Vec<&Path> = inputs_of(c);
     let tokenizer = inputs.actor.0.tokenizer.clone();
     let folder = RunFolder::open(&common, &loaded.resolved_yaml()?, start, &read, &tokenizer, world)?;
+    let reward_opened = inputs.reward_model.take();
     let mut models = Models::load(c, &inputs, world)?;
+    let mut reward_model = match (&reward_opened, &c.reward_model) {
+        (Some(opened), Some(section)) => Some(opened.load(section, &common, world)?),
+        _ => None,
+    };
     let progress = match folder.restore::<Position>(&mut models.actor)? {
         Some(progress) => {
             inputs.sampler.prompts.resume(&progress.data.prompts)?;
@@ -188,7 +202,9 @@ pub fn ppo(loaded: &Loaded<Ppo>, mut inputs: Inputs, world: &World, start: &Star
         let kl_coef = run.progress.data.kl.coef();
         let asked = Instant::now();
         let actor = &mut models.actor.model;
-        let batch = inputs.sampler.sample(actor, first, c.train.batch_size as u64, 1, None, world)?;
+        let mut score = |said: &[Said]| reward_model.as_mut().map_or(Ok(Vec::new()), |m| m.score(said));
+        let scorer: Option<Scorer> = reward_opened.is_some().then_some(&mut score);
+        let batch = inputs.sampler.sample(actor, first, c.train.batch_size as u64, 1, scorer, world)?;
         let scored = Instant::now();
         let (experience, mut record) = experience(c, &mut models, &batch, kl_coef, step, world)?;
         let score_s = scored.elapsed().as_secs_f64();
@@ -288,16 +304,16 @@ impl<'a> Models<'a> {
 
     /// The actor's log-probabilities as it is now, of all responses.
     fn logprobs(&mut self, c: &Ppo, experience: &Experience, world: &World) -> Result<Tensor> {
-        let scoring = scoring(c, &experience.sequences, world);
-        gather_rows(world, &scoring.logprobs(&mut self.actor.model, c.generation.temperature)?)
+        let readout = readout(c, &experience.sequences, world);
+        gather_rows(world, &readout.logprobs(&mut self.actor.model, c.generation.temperature)?)
     }
 }
 
 /// This rank's share of the responses.
-fn scoring<'a>(c: &Ppo, sequences: &'a Sequences, world: &World) -> Scoring<'a> {
+fn readout<'a>(c: &Ppo, sequences: &'a Sequences, world: &World) -> Readout<'a> {
     let mine = sequences.len() / world.world_size as usize;
     let first = mine * world.rank as usize;
-    Scoring {
+    Readout {
         sequences,
         rows: first..first + mine,
         micro_batch_size: c.micro_batch_size(world.world_size) as usize,
@@ -315,14 +331,14 @@ fn experience(
     world: &World,
 ) -> Result<(Experience, Record)> {
     let (ppo, temperature) = (&c.ppo, c.generation.temperature);
-    let scoring = scoring(c, &batch.sequences, world);
-    let [logprobs, entropies] = scoring.logprobs_and_entropies(&mut models.actor.model, temperature)?;
-    let values = scoring.values(&mut models.critic.model)?;
+    let readout = readout(c, &batch.sequences, world);
+    let [logprobs, entropies] = readout.logprobs_and_entropies(&mut models.actor.model, temperature)?;
+    let values = readout.values(&mut models.critic.model)?;
     let reference = match &mut models.reference {
-        Some((reference, _)) => scoring.logprobs(reference, temperature)?,
+        Some((reference, _)) => readout.logprobs(reference, temperature)?,
         None => {
             models.actor.model.adapters = false;
-            let reference = scoring.logprobs(&mut models.actor.model, temperature);
+            let reference = readout.logprobs(&mut models.actor.model, temperature);
             models.actor.model.adapters = true;
             reference?
         }

@@ -79,6 +79,8 @@ pub fn losses(loss: Loss, scores: &Tensor, ranks: &Tensor, terms: &Terms) -> Ten
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Pairs {
     pub num_pairs: f64,
+    /// Pairs that are not compared, since their ranks are equal.
+    pub ties: f64,
     /// Pairs whose better completion has the higher score.
     pub right: f64,
     /// Sums of the better scores and of the worse.
@@ -91,8 +93,12 @@ impl Pairs {
         let scores = scores.detach().to_kind(Kind::Double);
         let better = better(ranks, Kind::Double);
         let sum = |t: Tensor| (t * &better).sum(Kind::Double).double_value(&[]);
+        let num_pairs = better.sum(Kind::Double).double_value(&[]);
+        let there = ranks.ge(0).sum_dim_intlist([1].as_slice(), false, Kind::Double);
+        let all = (&there * (&there - 1.0)).sum(Kind::Double).double_value(&[]) / 2.0;
         Pairs {
-            num_pairs: better.sum(Kind::Double).double_value(&[]),
+            num_pairs,
+            ties: all - num_pairs,
             right: sum(pairs(&scores, 1.0).gt(0.0).to_kind(Kind::Double)),
             chosen: sum(scores.unsqueeze(2).expand_as(&better)),
             rejected: sum(scores.unsqueeze(1).expand_as(&better)),
@@ -101,6 +107,7 @@ impl Pairs {
 
     pub fn add(&mut self, other: Pairs) {
         self.num_pairs += other.num_pairs;
+        self.ties += other.ties;
         self.right += other.right;
         self.chosen += other.chosen;
         self.rejected += other.rejected;

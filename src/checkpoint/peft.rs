@@ -9,6 +9,7 @@ use tch::Kind;
 use super::agree::{agree, agree_over};
 use super::hf::write_tokenizer;
 use super::hf_config::read_object;
+use super::ours::{OURS, Ours, Scoring};
 use super::safetensors::{self, Entry, Writer};
 use super::source::Source;
 use super::torch_file;
@@ -26,8 +27,6 @@ use kernels::c10d::Group;
 pub const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 const OLD_WEIGHTS: &str = "adapter_model.bin";
-/// How the base was kept in training: `{"base": "nf4"}`.
-const OURS: &str = "corral.json";
 const PREFIX: &str = "base_model.model.";
 
 /// An adapter on disk: its configuration, and the header of its tensors.
@@ -53,12 +52,8 @@ impl PeftAdapter {
         let scored = config.get("task_type").is_some_and(|t| t == SEQ_CLS);
         let source = open_weights(dir)?;
         let mut adapter = PeftAdapter { dir: dir.to_path_buf(), trainable, scored, base, source };
-        let ours = dir.join(OURS);
-        if let (Some(lora), true) = (&mut adapter.trainable.lora, ours.is_file()) {
-            let base = read_object(&ours)?.remove("base").unwrap_or_default();
-            lora.base = serde_json::from_value(base)
-                .map_err(|e| Error::data(format!("base: {e}")))
-                .context(ours.display())?;
+        if let (Some(lora), Some(base)) = (&mut adapter.trainable.lora, Ours::read(dir)?.base) {
+            lora.base = base;
         }
         Ok(adapter)
     }
@@ -289,6 +284,8 @@ pub struct AdapterExport<'a> {
     /// The model that the adapter is for: a path or a hub id.
     pub base: &'a str,
     pub tokenizer: Option<&'a Tokenizer>,
+    /// Of a reward model.
+    pub scoring: Option<&'a Scoring>,
 }
 
 /// Writes the adapters, and what is trained as a whole, to the folder `dir`, in float32: complete, or not at all. A
@@ -371,7 +368,7 @@ fn begin(dir: &Path, how: &AdapterExport) -> Result<AtomicFolder> {
             "fan_in_fan_out": false,
         }),
     )?;
-    write(OURS, &json!({"base": lora.base}))?;
+    Ours { base: Some(lora.base), reward: how.scoring.cloned() }.write(temp)?;
     if let Some(tokenizer) = how.tokenizer {
         write_tokenizer(tokenizer, temp)?;
     }

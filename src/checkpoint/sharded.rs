@@ -24,6 +24,7 @@ use tch::{Kind, Tensor};
 
 use super::agree::agree_over;
 use super::grow::{grown, stored};
+use super::ours::Scoring;
 use super::safetensors::Reader;
 use super::source::{Block, Order, Source, TensorFile, View};
 use super::weights::Weights;
@@ -71,6 +72,9 @@ pub struct Meta {
     /// Where what was not trained comes from; none where all was trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<BaseMeta>,
+    /// Of a reward model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scoring: Option<Scoring>,
     /// Further models of the run, each a checkpoint in a folder of this name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parts: Vec<String>,

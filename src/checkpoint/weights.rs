@@ -7,10 +7,12 @@ use sha2::{Digest, Sha256};
 
 use super::hf::HfModel;
 use super::meta::{MetaModel, PARAMS};
+use super::ours::{Ours, Scoring};
 use super::peft::{self, PeftAdapter};
 use super::sharded::{Checkpoint, META, checkpoints_dir, latest};
 use super::source::Source;
-use crate::config::shape::Shape;
+use crate::config::reward::Score;
+use crate::config::shape::{Head, Shape};
 use crate::data::tokenizer::{folder_has_tokenizer, hex};
 use crate::distributed::sharded::Sharded;
 use crate::error::{Context, Error, Result};
@@ -105,6 +107,23 @@ impl Weights {
             Weights::Adapted(model) => &model.shape,
             Weights::Checkpoint(checkpoint) => &checkpoint.meta().shape,
         }
+    }
+
+    /// How a scalar head's values become a reward, as the folder says; none for models with an LM head. What says nothing
+    /// is transformers' sequence classification.
+    pub fn scoring(&self) -> Result<Option<Scoring>> {
+        if self.shape().head == Head::Lm {
+            return Ok(None);
+        }
+        let said = match self {
+            Weights::Checkpoint(checkpoint) => checkpoint.meta().scoring.clone(),
+            Weights::Adapted(model) => match Ours::read(model.adapter.dir())?.reward {
+                Some(scoring) => Some(scoring),
+                None => model.base.scoring()?,
+            },
+            Weights::Hf(_) | Weights::Meta(_) => Ours::read(self.dir())?.reward,
+        };
+        Ok(Some(said.unwrap_or(Scoring::raw(Score::Last))))
     }
 
     /// The folder that the weights come from.

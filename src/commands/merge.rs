@@ -71,9 +71,14 @@ pub fn run(args: Args, device: Device) -> Result<()> {
             from.display()
         );
     }
-    println!(
-        "checked on {} tokens in float32: KL(with adapter || merged) = {:.3e} nats a token",
-        report.num_tokens, report.kl
-    );
+    let (tokens, distance) = (report.num_tokens, report.distance);
+    match report.scored {
+        false => println!(
+            "checked on {tokens} tokens in float32: KL(with adapter || merged) = {distance:.3e} nats a token"
+        ),
+        true => println!(
+            "checked on {tokens} tokens in float32: values differ by {distance:.3e} on average from those with the adapter"
+        ),
+    }
     Ok(())
 }

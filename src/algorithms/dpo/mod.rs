@@ -14,9 +14,9 @@ use tch::{Device, Kind, Tensor};
 use crate::algorithms::base::{self, Base};
 use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Sums};
 use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start, compute_kind};
-use crate::checkpoint::Weights;
 use crate::config::dpo::{Dpo, Pairs};
 use crate::config::preferences::Data;
+use crate::config::pretrain::Model;
 use crate::config::{Algorithm, Loaded, common};
 use crate::data::chat::Chat;
 use crate::data::examples::Example;
@@ -39,7 +39,7 @@ pub struct Inputs {
     pub train: RowLoader,
     pub valid: Option<RowLoader>,
     /// Another reference than the model itself.
-    reference: Option<Weights>,
+    reference: Option<Base>,
     pub steps: u64,
 }
 
@@ -56,22 +56,21 @@ impl Inputs {
             false => Some(open(&c.data.valid, Order::Sequential)?),
         };
         let steps = base::steps(&c.train, train.num_rows(), c.schedule.warmup_steps)?;
-        let reference = c.reference.as_ref().map(|r| Weights::open(&r.path)).transpose()?;
-        if let Some(weights) = &reference {
-            let (theirs, ours) = (weights.shape(), &base.shape);
-            base.tokenizer.check_fits(theirs.vocab_size).map_err(|e| e.context("reference.path"))?;
-            if c.data.sequence_length > theirs.max_position_embeddings || theirs.vocab_size > ours.vocab_size
-            {
-                return Err(Error::config(format!(
-                    "reference.path: a model of {} tokens and {} positions; the trained one has {}, and \
-                     data.sequence_length is {}",
-                    theirs.vocab_size,
-                    theirs.max_position_embeddings,
-                    ours.vocab_size,
-                    c.data.sequence_length
-                )));
+        let reference = match &c.reference {
+            None => None,
+            Some(r) => {
+                let length = c.data.sequence_length;
+                let opened = Base::open(&Model::Path(r.path.clone()), c.tokenizer.as_ref(), length);
+                let opened = opened.map_err(|e| e.context("reference"))?;
+                if opened.tokenizer.base_hash() != base.tokenizer.base_hash() {
+                    return Err(Error::config(
+                        "reference: its tokenizer is not the model's; it reads the same tokens, and must be of the same \
+                         family",
+                    ));
+                }
+                Some(opened)
             }
-        }
+        };
         Ok(Inputs { base, trainable, train, valid, reference, steps })
     }
 }

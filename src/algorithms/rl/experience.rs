@@ -46,7 +46,7 @@ impl Rows {
 
 /// How sequences are put through a model.
 #[derive(Debug, Clone)]
-pub struct Scoring<'a> {
+pub struct Readout<'a> {
     pub sequences: &'a Sequences,
     /// Which of them; of sharded models all ranks give equally many.
     pub rows: std::ops::Range<usize>,
@@ -56,7 +56,7 @@ pub struct Scoring<'a> {
     pub width: usize,
 }
 
-impl Scoring<'_> {
+impl Readout<'_> {
     /// What `head` makes of the hidden states T [N, C] and labels `[N]` of each micro-batch, laid out as [n, W] on the CPU;
     /// 0 where there is no token of a response.
     fn run<const K: usize>(

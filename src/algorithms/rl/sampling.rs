@@ -49,8 +49,19 @@ pub struct Batch {
     pub rollout_s: f64,
 }
 
-/// Scores responses (a prompt, the text of its response) with a reward model; each rank gives its own.
-pub type Scorer<'a> = &'a mut dyn FnMut(&[(&Prompt, &str)]) -> Result<Vec<f64>>;
+/// A response before it is judged.
+#[derive(Debug, Clone, Copy)]
+pub struct Said<'a> {
+    pub prompt: &'a Prompt,
+    pub ids: &'a [i64],
+    /// Without special tokens.
+    pub text: &'a str,
+    /// Whether it came to its end.
+    pub ended: bool,
+}
+
+/// Scores responses with a reward model; each rank gives its own.
+pub type Scorer<'a> = &'a mut dyn FnMut(&[Said]) -> Result<Vec<f64>>;
 
 /// Where responses come from.
 pub struct Sampler {
@@ -175,16 +186,23 @@ impl Sampler {
             generation::text(self.chat.tokenizer(), prompt, &r.ids, &self.generation.stop)
         };
         let texts: Vec<String> = numbers.iter().zip(&responses).map(text).collect::<Result<_>>()?;
-        let pairs: Vec<(&Prompt, &str)> =
-            numbers.iter().zip(&texts).map(|(n, text)| (self.prompts.get(*n), text.as_str())).collect();
-        let scores = score.map(|score| score(&pairs)).transpose()?;
-        let mut judgements = Vec::with_capacity(responses.len());
-        for (i, ((prompt, text), response)) in pairs.iter().zip(&responses).enumerate() {
+        let said: Vec<Said> = numbers
+            .iter()
+            .zip(&responses)
+            .zip(&texts)
+            .map(|((n, r), text)| {
+                let ended = r.finish != Finish::Length;
+                Said { prompt: self.prompts.get(*n), ids: &r.ids, text, ended }
+            })
+            .collect();
+        let scores = score.map(|score| score(&said)).transpose()?;
+        let mut judgements = Vec::with_capacity(said.len());
+        for (i, Said { prompt, ids, text, .. }) in said.iter().enumerate() {
             let answer = Answer {
                 prompt: prompt.question(),
                 response: text,
                 reference: prompt.reference.as_deref(),
-                num_tokens: response.ids.len(),
+                num_tokens: ids.len(),
                 record: &prompt.record,
                 score: scores.as_ref().and_then(|s| s.get(i).copied()),
             };

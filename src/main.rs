@@ -5,7 +5,7 @@ use std::process::exit;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use corral::algorithms::{dpo, pretrain, reward, sft};
+use corral::algorithms::{dpo, ppo, pretrain, reward, sft};
 use corral::commands::{self, Global};
 use corral::distributed::environment::Place;
 use corral::distributed::world;
@@ -36,6 +36,8 @@ enum Command {
     Sft(commands::training::Args),
     /// Train a model to prefer the better of completions
     Dpo(commands::training::Args),
+    /// Train a model on its own answers by PPO
+    Ppo(commands::training::Args),
     /// Train a reward model on ranked completions
     Reward(commands::training::Args),
     /// Continue prompts
@@ -102,6 +104,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Pretrain(args) => {
             commands::training::run(args, global, pretrain::Inputs::open, pretrain::pretrain)
         }
+        Command::Ppo(args) => commands::training::run(args, global, ppo::Inputs::open, ppo::ppo),
         Command::Sft(args) => commands::training::run(args, global, sft::Inputs::open, sft::sft),
         Command::Dpo(args) => commands::training::run(args, global, dpo::Inputs::open, dpo::dpo),
         Command::Reward(args) => commands::training::run(args, global, reward::Inputs::open, reward::reward),

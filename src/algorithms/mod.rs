@@ -3,9 +3,11 @@
 pub mod base;
 pub mod dpo;
 pub mod interval;
+pub mod ppo;
 pub mod pretrain;
 pub mod ranking;
 pub mod reward;
+pub mod rl;
 pub mod run;
 pub mod scorer;
 pub mod sft;

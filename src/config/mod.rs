@@ -5,11 +5,17 @@
 pub mod common;
 mod de;
 pub mod dpo;
+pub mod models;
 mod numbers;
+pub mod policy;
+pub mod ppo;
 pub mod preferences;
 mod presets;
 pub mod pretrain;
+pub mod prompts;
 pub mod reward;
+pub mod rewards;
+pub mod rollout;
 pub mod sections;
 pub mod sft;
 pub mod shape;
@@ -62,6 +68,7 @@ fn default_recipe(subcommand: &str) -> Option<(&'static str, &'static str)> {
         "dpo" => Some(("configs/dpo/default.yaml", include_str!("../../configs/dpo/default.yaml"))),
         "reward" => Some(("configs/reward/default.yaml", include_str!("../../configs/reward/default.yaml"))),
         "sft" => Some(("configs/sft/default.yaml", include_str!("../../configs/sft/default.yaml"))),
+        "ppo" => Some(("configs/ppo/default.yaml", include_str!("../../configs/ppo/default.yaml"))),
         _ => None,
     }
 }

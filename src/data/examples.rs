@@ -65,7 +65,7 @@ pub struct Split {
 impl Split {
     /// Whether record `index` of a file belongs to the part. It depends on the index and the parts alone, so that the
     /// stages of a pipeline get parts that do not overlap, whatever their seeds.
-    fn holds(&self, index: u64) -> bool {
+    pub fn holds(&self, index: u64) -> bool {
         let total: f64 = self.parts.iter().sum();
         let mut at = Rng::new(0, "data.split", index).uniform() * total;
         // Rounding must not leave a record in no part.

@@ -231,6 +231,15 @@ impl Sharded {
         self.groups.iter().map(|g| g.frozen.bytes()).sum()
     }
 
+    /// Bytes of all values as forwards use them, on a rank that gathers them all.
+    pub fn whole_bytes(&self) -> i64 {
+        let ranks = self.shard.size();
+        let of = |g: &FlatGroup| {
+            ranks * (g.shard_len * self.compute.elt_size_in_bytes() as i64 + g.frozen.bytes())
+        };
+        self.groups.iter().map(of).sum()
+    }
+
     /// The dtype of forward and backward.
     pub fn compute(&self) -> Kind {
         self.compute

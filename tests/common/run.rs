@@ -18,8 +18,23 @@ pub const LAUNCH: &str = env!("CARGO_BIN_EXE_launch");
 const TIME_LIMIT: Duration = Duration::from_secs(180);
 
 /// What stays in a run whatever interrupted it; times and memory do not.
-const REPRODUCIBLE: [&str; 8] =
-    ["kind", "step", "loss", "perplexity", "lr", "grad_norm", "tokens", "skipped_steps"];
+const REPRODUCIBLE: [&str; 15] = [
+    "kind",
+    "step",
+    "loss",
+    "perplexity",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "skipped_steps",
+    "reward",
+    "kl",
+    "kl_coef",
+    "entropy",
+    "policy_loss",
+    "value_loss",
+    "explained_variance",
+];
 
 /// An empty folder of this test, under `target/tmp`.
 pub fn folder(name: &str) -> PathBuf {
@@ -43,6 +58,20 @@ pub fn data() -> &'static Path {
         let words = ["tokenize", "--input", &text, "--tokenizer", &tokenizer, "--output", &at("tokens")];
         make("tokenize", &[&words[..], &["--valid-fraction", "0.1"]].concat());
         dir
+    })
+}
+
+/// A tiny model that was fine-tuned on the questions and answers of [`data`], made once for all tests of this binary.
+pub fn answers() -> &'static Path {
+    static MODEL: OnceLock<PathBuf> = OnceLock::new();
+    MODEL.get_or_init(|| {
+        let run = Run::sft("answers");
+        run.train(1, &["train.steps=60", "valid.every=100", "checkpoint.every=100"]);
+        let model = folder("answers-model");
+        fs::remove_dir(&model)
+            .and_then(|()| fs::rename(run.output().join("model"), &model))
+            .expect("a model");
+        model
     })
 }
 
@@ -303,6 +332,28 @@ valid: {{every: 10, batches: 3}}
         let text = format!("output_dir: {}\nparallel: {{timeout_s: 100}}\n{keys}", dir.join("run").display());
         fs::write(dir.join("config.yaml"), text).expect("writable");
         Run { dir, subcommand }
+    }
+
+    /// 4 iterations of PPO from a model of [`answers`], rewarded for numbers.
+    pub fn ppo(name: &str) -> Run {
+        let (dir, data, model) = (folder(name), data().display(), answers().display());
+        let text = format!(
+            "output_dir: {}
+actor: {{path: {model}, optim: {{lr: 3.0e-3}}}}
+critic: {{path: {model}, optim: {{lr: 1.0e-2}}}}
+data: {{train: [{data}/prompts.train.jsonl], sequence_length: 128}}
+rewards: [{{kind: format, pattern: '[0-9]'}}, {{kind: length, most: 12, buffer: 8, weight: 0.5}}]
+generation: {{max_new_tokens: [8, 12]}}
+parallel: {{timeout_s: 100}}
+ppo: {{epochs: 2, minibatch_size: 8, kl_coef: 0.1, kl_target: 1.0, kl_horizon: 100}}
+train: {{steps: 4, batch_size: 16}}
+samples: {{every: 2, count: 2, trace: true}}
+checkpoint: {{every: 1}}
+",
+            dir.join("run").display()
+        );
+        fs::write(dir.join("config.yaml"), text).expect("writable");
+        Run { dir, subcommand: "ppo" }
     }
 
     /// The folder of the run itself.

@@ -2,6 +2,7 @@
 
 pub mod base;
 pub mod dpo;
+pub mod grpo;
 pub mod interval;
 pub mod ppo;
 pub mod pretrain;

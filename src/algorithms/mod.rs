@@ -1,6 +1,7 @@
 //! One file an algorithm, and the few pieces they share.
 
 pub mod base;
+pub mod dpo;
 pub mod interval;
 pub mod ppo;
 pub mod pretrain;

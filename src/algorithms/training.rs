@@ -104,7 +104,7 @@ impl Learner {
         if frozen.is_some() {
             base.fill(&mut model.params, c.seed)?;
         }
-        let optimizer = AdamW::configured(&model.params, c.optim);
+        let optimizer = AdamW::configured(&model.params, c.optim)?;
         Ok(Learner { model, optimizer, trainable: trainable.clone(), frozen, origin, scoring: None })
     }
 

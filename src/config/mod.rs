@@ -4,6 +4,7 @@
 
 pub mod common;
 mod de;
+pub mod dpo;
 pub mod models;
 mod numbers;
 pub mod policy;
@@ -64,6 +65,7 @@ fn default_recipe(subcommand: &str) -> Option<(&'static str, &'static str)> {
         "pretrain" => {
             Some(("configs/pretrain/default.yaml", include_str!("../../configs/pretrain/default.yaml")))
         }
+        "dpo" => Some(("configs/dpo/default.yaml", include_str!("../../configs/dpo/default.yaml"))),
         "reward" => Some(("configs/reward/default.yaml", include_str!("../../configs/reward/default.yaml"))),
         "sft" => Some(("configs/sft/default.yaml", include_str!("../../configs/sft/default.yaml"))),
         "ppo" => Some(("configs/ppo/default.yaml", include_str!("../../configs/ppo/default.yaml"))),

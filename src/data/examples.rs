@@ -349,8 +349,8 @@ impl Examples {
         if n == 0 { 0 } else { self.u64_at(self.ends_at() + 8 * (n - 1)) }
     }
 
-    /// The sequences of example `i`.
-    fn sequences(&self, i: usize) -> Range<usize> {
+    /// The sequences of example `i`, numbered through all examples.
+    pub fn sequences(&self, i: usize) -> Range<usize> {
         let at = self.ends_at() + 8 * self.counts.sequences as usize;
         let before = |n: usize| if n == 0 { 0 } else { self.u64_at(at + 8 * (n - 1)) };
         before(i)..before(i + 1)

@@ -124,6 +124,14 @@ pub fn shard_groups(mode: Mode, world: &World) -> (Group, Group) {
     }
 }
 
+/// The ranks that slices lie over.
+pub fn shard_ranks(mode: Mode, world_size: i64) -> i64 {
+    match mode {
+        Mode::Full => world_size,
+        Mode::Replicate => 1,
+    }
+}
+
 /// Gives all values of a group, in any dtype: `[numel]`.
 type Load = Box<dyn Fn(&Layout) -> Result<Tensor>>;
 

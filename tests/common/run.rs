@@ -326,26 +326,12 @@ valid: {{every: 10, batches: 3}}
         Run { dir, subcommand: "sft" }
     }
 
-    /// 4 iterations of PPO from a model of [`answers`], rewarded for numbers.
-    pub fn ppo(name: &str) -> Run {
-        let (dir, data, model) = (folder(name), data().display(), answers().display());
-        let text = format!(
-            "output_dir: {}
-actor: {{path: {model}, optim: {{lr: 3.0e-3}}}}
-critic: {{path: {model}, optim: {{lr: 1.0e-2}}}}
-data: {{train: [{data}/prompts.train.jsonl], sequence_length: 128}}
-rewards: [{{kind: format, pattern: '[0-9]'}}, {{kind: length, most: 12, buffer: 8, weight: 0.5}}]
-generation: {{max_new_tokens: [8, 12]}}
-parallel: {{timeout_s: 100}}
-ppo: {{epochs: 2, minibatch_size: 8, kl_coef: 0.1, kl_target: 1.0, kl_horizon: 100}}
-train: {{steps: 4, batch_size: 16}}
-samples: {{every: 2, count: 2, trace: true}}
-checkpoint: {{every: 1}}
-",
-            dir.join("run").display()
-        );
+    /// A run with these keys besides its folder.
+    pub fn of(subcommand: &'static str, name: &str, keys: &str) -> Run {
+        let dir = folder(name);
+        let text = format!("output_dir: {}\nparallel: {{timeout_s: 100}}\n{keys}", dir.join("run").display());
         fs::write(dir.join("config.yaml"), text).expect("writable");
-        Run { dir, subcommand: "ppo" }
+        Run { dir, subcommand }
     }
 
     /// The folder of the run itself.
@@ -409,6 +395,16 @@ checkpoint: {{every: 1}}
     /// The complete checkpoints by step, ascending.
     pub fn checkpoints(&self) -> Vec<(u64, PathBuf)> {
         corral::checkpoint::sharded::list(&self.output().join("checkpoints")).expect("readable")
+    }
+
+    /// The parameters of the exported model as one vector, in float64.
+    pub fn parameters(&self) -> tch::Tensor {
+        let path = self.output().join("model/model.safetensors");
+        let mut tensors = tch::Tensor::read_safetensors(path).expect("an exported model");
+        tensors.sort_by(|a, b| a.0.cmp(&b.0));
+        let flat: Vec<tch::Tensor> =
+            tensors.iter().map(|(_, t)| t.to_kind(tch::Kind::Double).view([-1])).collect();
+        tch::Tensor::cat(&flat, 0)
     }
 
     /// The parameters of the exported model, byte by byte.

@@ -548,7 +548,7 @@ fn rows_of_a_rollout_score_as_they_were_drawn() {
             let logprobs = readout.logprobs(&mut model, 0.8).unwrap();
             let (mean, most) = sampler_distance(&sequences, &responses, &logprobs);
             assert!(mean <= most && most < 1e-9, "{family}: {most:e}");
-            let outside = &logprobs * (1 - sequences.mask(Kind::Double));
+            let outside: Tensor = &logprobs * (1.0 - sequences.mask(Kind::Double));
             assert_eq!(outside.abs().max().double_value(&[]), 0.0);
         }
     }

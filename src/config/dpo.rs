@@ -88,7 +88,7 @@ pub enum Loss {
     ExoPair,
     /// NCA (Chen et al. 2024).
     NcaPair,
-    /// BCO (Jung et al. 2024), with the mean reward of the run's earlier steps as its shift.
+    /// BCO (Jung et al. 2024), without its shift, as TRL has it.
     BcoPair,
     /// SPPO (Wu et al. 2024).
     SppoHard,

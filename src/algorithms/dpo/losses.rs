@@ -13,9 +13,9 @@ pub struct Pairs {
     pub rejected_tokens: Tensor,
 }
 
-/// The loss of each pair, `[P]`. `shift`: what BCO takes rewards to be above or below. With `d` = chosen - rejected, the
+/// The loss of each pair, `[P]`. With `d` = chosen - rejected, the
 /// formulas are those of the papers at [`Loss`], as TRL has them.
-pub fn losses(s: &Section, p: &Pairs, shift: f64) -> Tensor {
+pub fn losses(s: &Section, p: &Pairs) -> Tensor {
     let (beta, smoothing) = (s.beta, s.label_smoothing);
     let d = &p.chosen - &p.rejected;
     let per_token = || &p.chosen / &p.chosen_tokens - &p.rejected / &p.rejected_tokens;
@@ -38,15 +38,18 @@ pub fn losses(s: &Section, p: &Pairs, shift: f64) -> Tensor {
         Loss::ApoZero => 1.0 - chosen.sigmoid() + rejected.sigmoid(),
         Loss::ExoPair => {
             let x = d * beta;
-            let (right, wrong) =
-                (x.log_sigmoid() - (1.0 - smoothing).ln(), (-&x).log_sigmoid() - smoothing.ln());
+            // The target's logarithms are float32 numbers, as in TRL.
+            let target = Tensor::from(smoothing as f32);
+            let log = |t: Tensor| t.double_value(&[]);
+            let (log_right, log_wrong) = (log((-&target).log1p()), log(target.log()));
+            let (right, wrong) = (x.log_sigmoid() - log_right, (-&x).log_sigmoid() - log_wrong);
             x.sigmoid() * right + (-x).sigmoid() * wrong
         }
         Loss::NcaPair => {
             let negative = ((-&chosen).log_sigmoid() + (-rejected).log_sigmoid()) * 0.5;
             -chosen.log_sigmoid() - negative
         }
-        Loss::BcoPair => -(chosen - shift).log_sigmoid() - (shift - rejected).log_sigmoid(),
+        Loss::BcoPair => -chosen.log_sigmoid() - (-rejected).log_sigmoid(),
         Loss::SppoHard => (&p.chosen - 0.5 / beta).square() + (&p.rejected + 0.5 / beta).square(),
     }
 }
@@ -118,11 +121,8 @@ mod tests {
                     }
                 };
                 let p = pairs(&to(&policy));
-                // TRL's only batch has no earlier one: its own mean is the shift.
-                let rewards = Tensor::cat(&[&p.chosen, &p.rejected], 0) * section.beta;
-                let shift = rewards.mean(Kind::Double).double_value(&[]);
                 let (value, gradients) = differentiate(&[&to(&policy)], |leaves| {
-                    Ok(losses(&section, &pairs(&leaves[0]), shift).mean(kind))
+                    Ok(losses(&section, &pairs(&leaves[0])).mean(kind))
                 })
                 .unwrap();
                 let what = format!("{name}, beta {}, {kind:?}", section.beta);
@@ -133,7 +133,7 @@ mod tests {
                 );
                 near(&what, &gradients[0], &matrix(&case["grad_wrt_token_logps"]), tolerance);
                 if !case["per_pair"].is_null() {
-                    near(&what, &losses(&section, &p, shift), &vector(&case["per_pair"]), tolerance * 10.0);
+                    near(&what, &losses(&section, &p), &vector(&case["per_pair"]), tolerance * 10.0);
                 }
                 near(&what, &(&p.chosen * section.beta), &vector(&case["chosen_rewards"]), tolerance);
                 near(&what, &(&p.rejected * section.beta), &vector(&case["rejected_rewards"]), tolerance);
@@ -152,7 +152,7 @@ mod tests {
             chosen_tokens: of(&[tokens, tokens]),
             rejected_tokens: of(&[tokens, tokens]),
         };
-        let loss = |loss, tokens| losses(&Section { loss, ..Section::default() }, &pairs(tokens), 0.0);
+        let loss = |loss, tokens| losses(&Section { loss, ..Section::default() }, &pairs(tokens));
         assert_eq!(loss(Loss::IpoSum, 1.0), loss(Loss::Ipo, 1.0));
         let wanted = of(&[(0.75f64 - 5.0).powi(2), (-3.0f64 - 5.0).powi(2)]);
         near("sums", &loss(Loss::IpoSum, 7.0), &wanted, 1e-12);

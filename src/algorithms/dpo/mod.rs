@@ -9,15 +9,14 @@ use std::ops::Range;
 
 use kernels::c10d::ReduceOp;
 use kernels::ops;
-use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::algorithms::base::{self, Base};
 use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Sums};
 use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start, compute_kind};
-use crate::checkpoint::Weights;
-use crate::config::dpo::{Dpo, Loss, Pairs};
+use crate::config::dpo::{Dpo, Pairs};
 use crate::config::preferences::Data;
+use crate::config::pretrain::Model;
 use crate::config::{Algorithm, Loaded, common};
 use crate::data::chat::Chat;
 use crate::data::examples::Example;
@@ -40,23 +39,8 @@ pub struct Inputs {
     pub train: RowLoader,
     pub valid: Option<RowLoader>,
     /// Another reference than the model itself.
-    reference: Option<Weights>,
+    reference: Option<Base>,
     pub steps: u64,
-}
-
-/// Where a run stands.
-#[derive(Debug, Serialize, Deserialize)]
-struct Position {
-    examples: State,
-    /// Of all rewards so far: their number and sum.
-    rewards: (f64, f64),
-}
-
-impl Position {
-    /// What BCO's rewards are compared with.
-    fn shift(&self) -> f64 {
-        if self.rewards.0 > 0.0 { self.rewards.1 / self.rewards.0 } else { 0.0 }
-    }
 }
 
 impl Inputs {
@@ -72,22 +56,21 @@ impl Inputs {
             false => Some(open(&c.data.valid, Order::Sequential)?),
         };
         let steps = base::steps(&c.train, train.num_rows(), c.schedule.warmup_steps)?;
-        let reference = c.reference.as_ref().map(|r| Weights::open(&r.path)).transpose()?;
-        if let Some(weights) = &reference {
-            let (theirs, ours) = (weights.shape(), &base.shape);
-            base.tokenizer.check_fits(theirs.vocab_size).map_err(|e| e.context("reference.path"))?;
-            if c.data.sequence_length > theirs.max_position_embeddings || theirs.vocab_size > ours.vocab_size
-            {
-                return Err(Error::config(format!(
-                    "reference.path: a model of {} tokens and {} positions; the trained one has {}, and \
-                     data.sequence_length is {}",
-                    theirs.vocab_size,
-                    theirs.max_position_embeddings,
-                    ours.vocab_size,
-                    c.data.sequence_length
-                )));
+        let reference = match &c.reference {
+            None => None,
+            Some(r) => {
+                let length = c.data.sequence_length;
+                let opened = Base::open(&Model::Path(r.path.clone()), c.tokenizer.as_ref(), length);
+                let opened = opened.map_err(|e| e.context("reference"))?;
+                if opened.tokenizer.base_hash() != base.tokenizer.base_hash() {
+                    return Err(Error::config(
+                        "reference: its tokenizer is not the model's; it reads the same tokens, and must be of the same \
+                         family",
+                    ));
+                }
+                Some(opened)
             }
-        }
+        };
         Ok(Inputs { base, trainable, train, valid, reference, steps })
     }
 }
@@ -182,7 +165,7 @@ impl Work {
 
     /// The loss of the micro-batch, and its part of what is told ([`STATS`]). `sft`: the weight of a token of the best
     /// completions.
-    fn loss(&self, logprobs: &Tensor, c: &Dpo, shift: f64, sft: f64, stats: &RefCell<[f64; 8]>) -> Tensor {
+    fn loss(&self, logprobs: &Tensor, c: &Dpo, sft: f64, stats: &RefCell<[f64; 8]>) -> Tensor {
         let (sums, kind) = (self.sums(logprobs), self.mask.kind());
         let ratios = &sums - &self.reference;
         let tokens = self.mask.sum_dim_intlist([1i64].as_slice(), false, kind);
@@ -192,7 +175,7 @@ impl Work {
             chosen_tokens: tokens.index_select(0, &self.chosen),
             rejected_tokens: tokens.index_select(0, &self.rejected),
         };
-        let mut loss = (losses::losses(&c.dpo, &pairs, shift) * &self.weights).sum(kind);
+        let mut loss = (losses::losses(&c.dpo, &pairs) * &self.weights).sum(kind);
         if sft > 0.0 {
             loss -= (&sums * &self.best).sum(kind) * sft;
         }
@@ -242,16 +225,16 @@ pub fn dpo(loaded: &Loaded<Dpo>, inputs: Inputs, world: &World, start: &Start) -
     let folder = RunFolder::open(&common, &loaded.resolved_yaml()?, start, &paths, tokenizer, world)?;
     let origin = inputs.base.path(&c.model);
     let mut learner = Learner::new(&inputs.base, origin, &inputs.trainable, &common, world)?;
-    let restored = folder.restore::<Position>(&mut learner)?;
+    let restored = folder.restore::<State>(&mut learner)?;
     let fresh = restored.is_none();
     let progress = match restored {
         Some(progress) => {
-            inputs.train.resume(&progress.data.examples)?;
+            inputs.train.resume(&progress.data)?;
             progress
         }
         None => {
             learner.begin(&inputs.base, c.seed)?;
-            Progress::new(Position { examples: inputs.train.state(0), rewards: (0.0, 0.0) })
+            Progress::new(inputs.train.state(0))
         }
     };
     announce(c, &inputs);
@@ -261,9 +244,8 @@ pub fn dpo(loaded: &Loaded<Dpo>, inputs: Inputs, world: &World, start: &Start) -
     let counts = inputs.train.counts();
 
     while !run.done() {
-        let (next, batch) = (run.progress.data.examples.next, c.train.batch_size as u64);
+        let (next, batch) = (run.progress.data.next, c.train.batch_size as u64);
         let tokens = inputs.train.count(next, batch).1;
-        let shift = run.progress.data.shift();
         let sft = sft_weight(c, &inputs.train, next, batch);
         let mut works = this_ranks_work(c, &inputs.train, next, run.progress.step, world);
         for work in &mut works {
@@ -272,8 +254,7 @@ pub fn dpo(loaded: &Loaded<Dpo>, inputs: Inputs, world: &World, start: &Start) -
         let stats = RefCell::new([0.0; 8]);
         let entry = |work| {
             let (work, stats): (&Work, _) = (work, &stats);
-            let loss =
-                move |out: &crate::model::head::LogProbs| Ok(work.loss(&out.logprobs, c, shift, sft, stats));
+            let loss = move |out: &crate::model::head::LogProbs| Ok(work.loss(&out.logprobs, c, sft, stats));
             let objective = Objective::LogProbs { temperature: 1.0, entropies: false, loss: Box::new(loss) };
             Entry { batch: &work.batch, objective, balance: None }
         };
@@ -286,12 +267,7 @@ pub fn dpo(loaded: &Loaded<Dpo>, inputs: Inputs, world: &World, start: &Start) -
         let update = step::apply_gradients(model, optimizer, world, sums, lr, clip)?;
         let stats = world.group.combine(&stats.into_inner(), ReduceOp::Sum)?;
 
-        let data = &mut run.progress.data;
-        data.examples.next += batch;
-        if c.dpo.loss == Loss::BcoPair && !update.skipped {
-            data.rewards.0 += 2.0;
-            data.rewards.1 += stats[0] + stats[1];
-        }
+        run.progress.data.next += batch;
         if let Some(record) = run.stepped(tokens, &update, lr)?.record {
             let record = tell(record, &stats, c);
             let (truncated, dropped) = (counts.truncated, counts.dropped());
@@ -302,8 +278,7 @@ pub fn dpo(loaded: &Loaded<Dpo>, inputs: Inputs, world: &World, start: &Start) -
         if let Some(valid) = &inputs.valid
             && run.due(c.valid.every)
         {
-            let shift = run.progress.data.shift();
-            let (loss, stats) = validate(c, &mut learner.model, &mut reference, valid, shift, world)?;
+            let (loss, stats) = validate(c, &mut learner.model, &mut reference, valid, world)?;
             let record = run.with_loss(Record::new("valid", run.progress.step), loss);
             run.log(&tell(record, &stats, c).float("perplexity", (stats[6] / stats[7]).exp()));
             best = run.note_validation(loss, &c.valid);
@@ -349,7 +324,6 @@ fn validate(
     model: &mut Llama,
     reference: &mut Reference,
     data: &RowLoader,
-    shift: f64,
     world: &World,
 ) -> Result<(f64, Vec<f64>)> {
     let total = num_valid(c, data);
@@ -365,7 +339,7 @@ fn validate(
         let hidden = model.hidden(&work.batch.input)?;
         let labels = work.batch.labels.to_device(hidden.device());
         let logprobs = LmHead::logprobs(model, &hidden, &labels, 1.0, false)?.logprobs;
-        loss += work.loss(&logprobs, c, shift, sft, &stats).double_value(&[]);
+        loss += work.loss(&logprobs, c, sft, &stats).double_value(&[]);
     }
     let mut sums = stats.into_inner().to_vec();
     sums.push(loss);

@@ -8,22 +8,20 @@ use sha2::{Digest, Sha256};
 use tch::Tensor;
 
 use super::{Inputs, Work};
-use crate::algorithms::base::Base;
+use crate::algorithms::rl::place::{Where, frozen};
 use crate::algorithms::step;
-use crate::algorithms::training::{Learner, compute_kind};
-use crate::checkpoint::{Weights, agree};
-use crate::config::common::Common;
+use crate::algorithms::training::Learner;
+use crate::checkpoint::agree;
 use crate::config::dpo::{Dpo, ReferenceFrom};
 use crate::config::{Algorithm, sections};
 use crate::data::examples::default_cache;
 use crate::data::rows::RowLoader;
 use crate::data::tokenizer::hex;
-use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::files::{AtomicFile, read_error};
 use crate::info;
-use crate::model::{Llama, LmHead, Trainable};
+use crate::model::{Llama, LmHead};
 
 /// Where log-probabilities under the reference come from.
 pub enum Reference {
@@ -60,11 +58,10 @@ impl Reference {
             };
         }
         let lora = inputs.trainable.lora.as_ref();
-        let model = match (&inputs.reference, &inputs.base.weights) {
-            (Some(weights), _) => weights.fingerprint()?,
-            (None, Some(weights)) => format!("{} {:?}", weights.fingerprint()?, lora.map(|l| l.base)),
-            (None, None) => return Err(Error::failed("a new model is no reference")),
-        };
+        let base = inputs.reference.as_ref().unwrap_or(&inputs.base);
+        let weights = base.weights.as_ref().ok_or_else(|| Error::failed("a new model is no reference"))?;
+        let kept = lora.filter(|_| inputs.reference.is_none()).map(|l| l.base);
+        let model = format!("{} {kept:?}", weights.fingerprint()?);
         let key = format!("{model} {:?}", c.precision.compute);
         let cache = c.data.cache.clone().map_or_else(default_cache, Ok)?;
         let mut train = Table::open(&inputs.train, &key, &cache, world)?;
@@ -131,25 +128,8 @@ fn sums(model: &mut Llama, work: &Work) -> Result<Tensor> {
 
 /// The reference as a model of its own. Collective.
 fn frozen_copy(c: &Dpo, inputs: &Inputs, world: &World) -> Result<Llama> {
-    match (&inputs.reference, &inputs.base.weights) {
-        (Some(weights), _) | (None, Some(weights)) => frozen(weights, &inputs.base, &c.common(), world),
-        (None, None) => Err(Error::failed("a new model is no reference")),
-    }
-}
-
-/// A model of which nothing is trained, with the vocabulary of `base`, divided among the ranks as the trained one.
-/// Collective.
-fn frozen(weights: &Weights, base: &Base, c: &Common, world: &World) -> Result<Llama> {
-    let (shard, replica) = shard_groups(c.parallel.mode, world);
-    let mut shape = weights.shape().clone();
-    shape.vocab_size = base.shape.vocab_size;
-    let plans = match weights.lora() {
-        Some(trainable) => trainable.plans_for_inference(&shape)?,
-        None => Trainable::default().plans_for_inference(&shape)?,
-    };
-    let mut params = Sharded::new(plans, shard, replica, compute_kind(c.precision.compute), world.device);
-    weights.fill(&mut params)?;
-    Ok(Llama::new(shape, params))
+    let base = inputs.reference.as_ref().unwrap_or(&inputs.base);
+    frozen(base, &c.common(), None, &Where::Run(world))
 }
 
 /// Log-probabilities of all completions of a loader's files, in nats; NaN where they were not computed yet. A file in the

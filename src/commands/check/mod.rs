@@ -8,7 +8,7 @@ use clap::Subcommand;
 
 use crate::algorithms::run::{self, Resume};
 use crate::algorithms::training::compute_kind;
-use crate::algorithms::{pretrain, sft};
+use crate::algorithms::{pretrain, reward, sft};
 use crate::checkpoint;
 use crate::commands::training::ConfigArgs;
 use crate::config::common::Common;
@@ -28,6 +28,8 @@ pub struct Args {
 enum What {
     /// Check a configuration of `corral pretrain`
     Pretrain(Checked),
+    /// Check a configuration of `corral reward`
+    Reward(Checked),
     /// Check a configuration of `corral sft`; shows an example as the model will see it
     Sft {
         #[command(flatten)]
@@ -62,6 +64,20 @@ pub fn run(args: Args) -> Result<()> {
                 c.data.sequence_length,
                 inputs.steps,
                 inputs.steps as f64 * c.train.batch_size as f64 / inputs.train.num_windows() as f64
+            );
+            Ok(())
+        }),
+        What::Reward(checked) => checked.check(reward::Inputs::open, |loaded, inputs| {
+            let c = &loaded.config;
+            conclude(loaded, &[("model", &inputs.base.shape, &inputs.trainable)])?;
+            let counts = inputs.train.counts();
+            println!(
+                "# data: {} prompts with {} completions, {} tokens; {} steps are {:.2} epochs",
+                counts.examples,
+                counts.sequences,
+                counts.tokens,
+                inputs.steps,
+                inputs.steps as f64 * c.train.batch_size as f64 / inputs.train.num_rows() as f64
             );
             Ok(())
         }),

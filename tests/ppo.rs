@@ -9,6 +9,24 @@ use common::run::{Run, answers, data, largest_relative};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
+/// 4 iterations from a model of [`answers`], rewarded for numbers.
+fn ppo(name: &str) -> Run {
+    let (data, model) = (data().display(), answers().display());
+    let keys = format!(
+        "actor: {{path: {model}, optim: {{lr: 3.0e-3}}}}
+critic: {{path: {model}, optim: {{lr: 1.0e-2}}}}
+data: {{train: [{data}/prompts.train.jsonl], sequence_length: 128}}
+rewards: [{{kind: format, pattern: '[0-9]'}}, {{kind: length, most: 12, buffer: 8, weight: 0.5}}]
+generation: {{max_new_tokens: [8, 12]}}
+ppo: {{epochs: 2, minibatch_size: 8, kl_coef: 0.1, kl_target: 1.0, kl_horizon: 100}}
+train: {{steps: 4, batch_size: 16}}
+samples: {{every: 2, count: 2, trace: true}}
+checkpoint: {{every: 1}}
+"
+    );
+    Run::of("ppo", name, &keys)
+}
+
 /// The parameters of an exported model as one vector, in float64.
 fn parameters(dir: &Path) -> Tensor {
     let mut tensors = Tensor::read_safetensors(dir.join("model.safetensors")).unwrap();
@@ -28,7 +46,7 @@ fn lines(path: &Path) -> Vec<Value> {
 
 #[test]
 fn it_learns_what_is_rewarded_and_tells_about_it() {
-    let run = Run::ppo("learns");
+    let run = ppo("learns");
     run.train(1, &["train.steps=12", "ppo.kl_target=20"]);
     let reward = run.numbers("train", "reward");
     let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
@@ -77,9 +95,9 @@ fn it_learns_what_is_rewarded_and_tells_about_it() {
 #[test]
 fn a_killed_run_resumes_bit_by_bit() {
     let words = ["ppo.ema=0.9", "train.steps=8", "ppo.value_warmup=1"];
-    let whole = Run::ppo("resume-whole");
+    let whole = ppo("resume-whole");
     whole.train(1, &words);
-    let run = Run::ppo("resume-killed");
+    let run = ppo("resume-killed");
     for step in [2, 5] {
         let mut running = run.start(1, &words);
         running.wait_for("a step", std::time::Duration::from_millis(1), || run.step() >= step);
@@ -99,7 +117,7 @@ fn a_killed_run_resumes_bit_by_bit() {
 #[test]
 fn ranks_and_micro_batches_change_nothing_in_float64() {
     let base = ["precision.compute=float64", "ppo.entropy_coef=0.01", "ppo.whiten_rewards=true"];
-    let reference = Run::ppo("division-reference");
+    let reference = ppo("division-reference");
     reference.train(1, &base);
     let expected = ["model", "critic"].map(|part| parameters(&reference.output().join(part)));
     for (ranks, words) in [
@@ -108,7 +126,7 @@ fn ranks_and_micro_batches_change_nothing_in_float64() {
         (2, &["generation.gather=blocks", "train.micro_batch_size=2", "generation.batch_size=3"]),
         (2, &["parallel.mode=replicate"]),
     ] {
-        let run = Run::ppo(&format!("division-{ranks}-{}", words.join("-")));
+        let run = ppo(&format!("division-{ranks}-{}", words.join("-")));
         run.train(ranks, &[&base[..], words].concat());
         for key in ["reward", "kl", "policy_loss", "value_loss", "response_tokens", "tokens"] {
             let (a, b) = (run.numbers("train", key), reference.numbers("train", key));
@@ -126,13 +144,13 @@ fn ranks_and_micro_batches_change_nothing_in_float64() {
 
 #[test]
 fn adapters_have_their_base_as_the_reference() {
-    let run = Run::ppo("lora");
+    let run = ppo("lora");
     run.train(1, &["actor.lora={rank: 4, alpha: 8}", "actor.optim.lr=1e-2"]);
     let kl = run.numbers("train", "kl");
     assert!(kl[0] == 0.0 && kl[3] != 0.0, "{kl:?}");
     assert!(run.output().join("model/adapter_model.safetensors").is_file());
     // The same reference as a model of its own.
-    let other = Run::ppo("lora-reference");
+    let other = ppo("lora-reference");
     let reference = format!("reference.path={}", answers().display());
     other.train(1, &["actor.lora={rank: 4, alpha: 8}", "actor.optim.lr=1e-2", &reference]);
     assert!(largest_relative(&other.numbers("train", "reward"), &run.numbers("train", "reward")) < 1e-6);
@@ -140,7 +158,7 @@ fn adapters_have_their_base_as_the_reference() {
 
 #[test]
 fn a_warm_up_trains_the_critic_alone() {
-    let run = Run::ppo("warm-up");
+    let run = ppo("warm-up");
     run.train(1, &["ppo.value_warmup=4"]);
     let (start, model) = (parameters(answers()), parameters(&run.output().join("model")));
     assert!(relative(&model, &start) == 0.0, "the actor is as it was");
@@ -152,7 +170,7 @@ fn a_warm_up_trains_the_critic_alone() {
 #[test]
 fn options_do_what_they_say() {
     let last = |name: &str, words: &[&str], key: &str| {
-        let run = Run::ppo(name);
+        let run = ppo(name);
         run.train(1, words);
         (run.numbers("train", key), parameters(&run.output().join("model")))
     };
@@ -187,7 +205,7 @@ fn options_do_what_they_say() {
 
 #[test]
 fn what_fails_is_told() {
-    let run = Run::ppo("failing");
+    let run = ppo("failing");
     let fails = |words: &[&str], code: i32, parts: &[&str]| {
         run.start(1, words).wait().expect_error(code, parts);
     };
@@ -201,7 +219,7 @@ fn what_fails_is_told() {
     fails(&["rewards=[{kind: command, run: 'read line; exit 7'}]"], 1, &["exit status: 7"]);
     fails(&["data.sequence_length=14"], 3, &["no prompt is left"]);
     // An answer that cannot be compared is left out and counted; where all are, nothing is learned.
-    let none = Run::ppo("unscored");
+    let none = ppo("unscored");
     none.train(1, &["rewards=[{kind: command, run: 'while read l; do echo null; done'}]", "train.steps=2"]);
     assert_eq!(none.numbers("train", "unscored"), [16.0, 16.0]);
     let (start, model) = (parameters(answers()), parameters(&none.output().join("model")));

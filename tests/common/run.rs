@@ -334,28 +334,6 @@ valid: {{every: 10, batches: 3}}
         Run { dir, subcommand }
     }
 
-    /// 4 iterations of PPO from a model of [`answers`], rewarded for numbers.
-    pub fn ppo(name: &str) -> Run {
-        let (dir, data, model) = (folder(name), data().display(), answers().display());
-        let text = format!(
-            "output_dir: {}
-actor: {{path: {model}, optim: {{lr: 3.0e-3}}}}
-critic: {{path: {model}, optim: {{lr: 1.0e-2}}}}
-data: {{train: [{data}/prompts.train.jsonl], sequence_length: 128}}
-rewards: [{{kind: format, pattern: '[0-9]'}}, {{kind: length, most: 12, buffer: 8, weight: 0.5}}]
-generation: {{max_new_tokens: [8, 12]}}
-parallel: {{timeout_s: 100}}
-ppo: {{epochs: 2, minibatch_size: 8, kl_coef: 0.1, kl_target: 1.0, kl_horizon: 100}}
-train: {{steps: 4, batch_size: 16}}
-samples: {{every: 2, count: 2, trace: true}}
-checkpoint: {{every: 1}}
-",
-            dir.join("run").display()
-        );
-        fs::write(dir.join("config.yaml"), text).expect("writable");
-        Run { dir, subcommand: "ppo" }
-    }
-
     /// The folder of the run itself.
     pub fn output(&self) -> PathBuf {
         self.dir.join("run")

@@ -13,7 +13,8 @@ use crate::algorithms::base::{self, Base};
 use crate::algorithms::rl::advantages::explained_variance;
 use crate::algorithms::rl::experience::{Readout, gather_rows, sampler_distance};
 use crate::algorithms::rl::losses::{policy_loss, value_loss};
-use crate::algorithms::rl::place::{Average, Where, frozen};
+use crate::algorithms::rl::place::{Average, Where, at_work, check_offload, frozen};
+use crate::algorithms::rl::reward_model::RewardModel;
 use crate::algorithms::rl::sampling::{Batch, Said, Sampler, Scorer};
 use crate::algorithms::rl::{
     Clip, Counts, KlController, Moments, PolicySums, checks, gae, reward_model, token_rewards, whiten,
@@ -25,7 +26,8 @@ use crate::config::common::Common;
 use crate::config::models::Trained;
 use crate::config::ppo::{Baseline, KlIn, MissingEos, Ppo};
 use crate::config::pretrain::Model;
-use crate::config::sections::Precision;
+use crate::config::prompts::Data;
+use crate::config::sections::{Optim, Precision};
 use crate::config::{Algorithm, Loaded};
 use crate::data::chat::Chat;
 use crate::data::loader::{Loader, Order, Source, State as LoaderState};
@@ -35,20 +37,22 @@ use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::generate::rollout::Sequences;
 use crate::info;
+use crate::model::head::LogProbs;
 use crate::model::{Llama, Trainable};
 use crate::optim::Schedule;
 use crate::telemetry::Record;
 
 /// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
 pub struct Inputs {
-    actor: (Base, Trainable),
-    critic: (Base, Trainable),
+    pub actor: (Base, Trainable),
+    pub critic: (Base, Trainable),
     /// None: the actor without its adapters.
     reference: Option<Base>,
     reward_model: Option<reward_model::Opened>,
-    sampler: Sampler,
+    pub sampler: Sampler,
+    valid: Option<Sampler>,
     ptx: Option<Loader>,
-    steps: u64,
+    pub steps: u64,
 }
 
 impl Inputs {
@@ -69,8 +73,10 @@ impl Inputs {
         let critic_section = critic_section(c);
         let critic = Base::open_scored(&model(&critic_section.path), c.tokenizer.as_ref(), length, Some(0.0));
         let critic = critic.and_then(|base| like_actor("critic", base)).map_err(|e| e.context("critic"))?;
+        let adapted = actor.weights.as_ref().is_some_and(|w| w.lora().is_some());
         let reference = match &c.reference {
-            None if c.actor.lora.is_some() => None,
+            // Where the actor comes with adapters, the reference has them, too.
+            None if c.actor.lora.is_some() && !adapted => None,
             section => {
                 let path = section.as_ref().map_or(&c.actor.path, |r| &r.path);
                 let base = Base::open(&model(path), c.tokenizer.as_ref(), length);
@@ -87,9 +93,15 @@ impl Inputs {
         let trainable = |base: &Base, m: &Trained| base.trainable(&m.freeze, m.lora.as_ref());
         let actor_trainable = trainable(&actor, &c.actor).map_err(|e| e.context("actor"))?;
         let critic_trainable = trainable(&critic, &critic_section).map_err(|e| e.context("critic"))?;
-        let chat = Chat::new(&actor.tokenizer)?;
-        let rewards = c.rewards();
-        let sampler = Sampler::open(&c.data, &c.generation, &rewards, chat, &actor.shape, c.seed)?;
+        let open = |data: &Data| {
+            let chat = Chat::new(&actor.tokenizer)?;
+            Sampler::open(data, &c.generation, &c.rewards(), chat, &actor.shape, c.seed)
+        };
+        let sampler = open(&c.data)?;
+        let valid = match c.data.valid.is_empty() {
+            true => None,
+            false => Some(open(&Data { train: c.data.valid.clone(), split: Vec::new(), ..c.data.clone() })?),
+        };
         let ptx = match &c.ppo.ptx {
             None => None,
             Some(ptx) => {
@@ -108,6 +120,7 @@ impl Inputs {
             reference,
             reward_model,
             sampler,
+            valid,
             ptx,
             steps,
         })
@@ -201,10 +214,15 @@ pub fn ppo(loaded: &Loaded<Ppo>, mut inputs: Inputs, world: &World, start: &Star
         let first = run.progress.data.prompts.next;
         let kl_coef = run.progress.data.kl.coef();
         let asked = Instant::now();
-        let actor = &mut models.actor.model;
-        let mut score = |said: &[Said]| reward_model.as_mut().map_or(Ok(Vec::new()), |m| m.score(said));
-        let scorer: Option<Scorer> = reward_opened.is_some().then_some(&mut score);
-        let batch = inputs.sampler.sample(actor, first, c.train.batch_size as u64, 1, scorer, world)?;
+        let batch = respond(
+            c,
+            &mut models,
+            &mut reward_model,
+            &mut inputs.sampler,
+            first,
+            c.train.batch_size,
+            world,
+        )?;
         let scored = Instant::now();
         let (experience, mut record) = experience(c, &mut models, &batch, kl_coef, step, world)?;
         let score_s = scored.elapsed().as_secs_f64();
@@ -235,11 +253,23 @@ pub fn ppo(loaded: &Loaded<Ppo>, mut inputs: Inputs, world: &World, start: &Star
                     .float("generated_tokens_per_s", tokens as f64 / batch.rollout_s),
             );
         }
+        let mut best = false;
+        if let Some(sampler) = &mut inputs.valid
+            && run.due(c.valid.every)
+        {
+            let step = run.progress.step;
+            let (reward, record) = validate(c, &mut models, &mut reward_model, sampler, step, world)?;
+            run.log(&record);
+            best = run.note_validation(-reward, &c.valid);
+            run.restart_window();
+        }
         let Models { actor, critic, ema, .. } = &models;
         let mut parts = vec![actor.part(""), critic.part("critic")];
         parts.extend(ema.as_ref().map(|ema| Part { params: &ema.params, optim: None, ..actor.part("ema") }));
-        run.save(&parts, false)?;
+        run.save(&parts, best)?;
     }
+    models.actor.model.params.unpark()?;
+    models.critic.model.params.unpark()?;
     let Models { actor, critic, ema, .. } = &models;
     run.finish(|dir| {
         actor.export(dir, &tokenizer, world)?;
@@ -250,6 +280,46 @@ pub fn ppo(loaded: &Loaded<Ppo>, mut inputs: Inputs, world: &World, start: &Star
             None => Ok(()),
         }
     })
+}
+
+/// The actor's responses to `count` prompts, from number `first` on, judged.
+fn respond(
+    c: &Ppo,
+    models: &mut Models,
+    reward_model: &mut Option<RewardModel>,
+    sampler: &mut Sampler,
+    first: u64,
+    count: i64,
+    world: &World,
+) -> Result<Batch> {
+    let judged = reward_model.is_some();
+    let offload = c.reward_model.as_ref().is_some_and(|r| r.offload);
+    let mut score = |said: &[Said]| reward_model.as_mut().map_or(Ok(Vec::new()), |m| m.score(said, offload));
+    let scorer: Option<Scorer> = judged.then_some(&mut score);
+    let actor = &mut models.actor.model;
+    at_work(actor, c.actor.offload, |actor| sampler.sample(actor, first, count as u64, 1, scorer, world))
+}
+
+/// Mean reward of responses to the first prompts of the validation data, every time the same.
+fn validate(
+    c: &Ppo,
+    models: &mut Models,
+    reward_model: &mut Option<RewardModel>,
+    sampler: &mut Sampler,
+    step: u64,
+    world: &World,
+) -> Result<(f64, Record)> {
+    let most = (c.valid.batches * c.train.batch_size).min(sampler.prompts.len() as i64);
+    let count = (most / world.world_size).max(1) * world.world_size;
+    let batch = respond(c, models, reward_model, sampler, 0, count, world)?;
+    let there: Vec<f64> = batch.samples.iter().filter_map(|s| s.judgement.reward).collect();
+    let reward = there.iter().sum::<f64>() / there.len() as f64;
+    let ended = batch.samples.iter().filter(|s| s.ended()).count();
+    let record = Record::new("valid", step)
+        .float("reward", reward)
+        .float("eos_fraction", ended as f64 / batch.samples.len() as f64)
+        .count("unscored", (batch.samples.len() - there.len()) as u64);
+    Ok((reward, record))
 }
 
 fn inputs_of(c: &Ppo) -> Vec<&Path> {
@@ -280,6 +350,8 @@ impl<'a> Models<'a> {
         };
         let actor_world = place("actor", &c.actor.device, true)?;
         let critic_world = place("critic", &critic.device, true)?;
+        check_offload("actor", c.actor.offload, &actor_world)?;
+        check_offload("critic", critic.offload, &critic_world)?;
         let actor = learner(&c.actor, &inputs.actor, &actor_world)?;
         let critic = learner(&critic, &inputs.critic, &critic_world)?;
         let reference = match &inputs.reference {
@@ -288,6 +360,7 @@ impl<'a> Models<'a> {
                 let section = c.reference.as_ref();
                 let own = section.map_or(&c.actor.device, |r| &r.device);
                 let place = place("reference", own, false)?;
+                check_offload("reference", section.is_some_and(|r| r.offload), &place)?;
                 let dtype = section.map_or(c.actor.dtype, |r| r.dtype);
                 Some((frozen(base, &common, dtype, &place)?, place))
             }
@@ -305,7 +378,10 @@ impl<'a> Models<'a> {
     /// The actor's log-probabilities as it is now, of all responses.
     fn logprobs(&mut self, c: &Ppo, experience: &Experience, world: &World) -> Result<Tensor> {
         let readout = readout(c, &experience.sequences, world);
-        gather_rows(world, &readout.logprobs(&mut self.actor.model, c.generation.temperature)?)
+        let temperature = c.generation.temperature;
+        let actor = &mut self.actor.model;
+        let mine = at_work(actor, c.actor.offload, |actor| readout.logprobs(actor, temperature))?;
+        gather_rows(world, &mine)
     }
 }
 
@@ -332,15 +408,24 @@ fn experience(
 ) -> Result<(Experience, Record)> {
     let (ppo, temperature) = (&c.ppo, c.generation.temperature);
     let readout = readout(c, &batch.sequences, world);
-    let [logprobs, entropies] = readout.logprobs_and_entropies(&mut models.actor.model, temperature)?;
-    let values = readout.values(&mut models.critic.model)?;
-    let reference = match &mut models.reference {
-        Some((reference, _)) => readout.logprobs(reference, temperature)?,
-        None => {
-            models.actor.model.adapters = false;
-            let reference = readout.logprobs(&mut models.actor.model, temperature);
-            models.actor.model.adapters = true;
-            reference?
+    let has_reference = models.reference.is_some();
+    let (actor, critic) = (&mut models.actor.model, &mut models.critic.model);
+    let ([logprobs, entropies], without_adapters) = at_work(actor, c.actor.offload, |actor| {
+        let ours = readout.logprobs_and_entropies(actor, temperature)?;
+        actor.adapters = has_reference;
+        let reference = if has_reference { Ok(None) } else { readout.logprobs(actor, temperature).map(Some) };
+        actor.adapters = true;
+        Ok((ours, reference?))
+    })?;
+    let values = at_work(critic, critic_section(c).offload, |critic| readout.values(critic))?;
+    let reference = match (&mut models.reference, without_adapters) {
+        (Some((reference, _)), _) => {
+            let offload = c.reference.as_ref().is_some_and(|r| r.offload);
+            at_work(reference, offload, |reference| readout.logprobs(reference, temperature))?
+        }
+        (None, Some(reference)) => reference,
+        (None, None) => {
+            return Err(Error::failed("there is neither a reference nor a model without adapters"));
         }
     };
     let kind = logprobs.kind();
@@ -474,6 +559,170 @@ impl Updated {
     }
 }
 
+/// One minibatch of an epoch, as this rank sees it.
+struct Minibatch {
+    /// Of all ranks.
+    counts: Counts,
+    /// This rank's micro-batches: numbers of responses, and their rows.
+    parts: Vec<(Tensor, MicroBatch)>,
+}
+
+impl Minibatch {
+    /// What of an experience belongs to the rows of a micro-batch: in the shape, dtype and device of `like`, [B, T].
+    fn part(t: &Tensor, rows: &Tensor, like: &Tensor) -> Tensor {
+        let part = t.index_select(0, rows).narrow(1, 0, like.size()[1]);
+        part.to_kind(like.kind()).to_device(like.device())
+    }
+}
+
+/// The minibatches of all epochs of an iteration; each epoch has its own order, the same on all ranks.
+fn minibatches<'a>(
+    c: &'a Ppo,
+    e: &'a Experience,
+    step: u64,
+    world: &World,
+) -> impl Iterator<Item = Minibatch> + 'a {
+    let n = e.sequences.len();
+    let micro = c.micro_batch_size(world.world_size) as usize;
+    let size = c.ppo.minibatch_size as usize;
+    let share = size / world.world_size as usize;
+    let first = share * world.rank as usize;
+    let number = |rows: &[usize]| Tensor::from_slice(&rows.iter().map(|i| *i as i64).collect::<Vec<_>>());
+    (0..c.ppo.epochs as u64).flat_map(move |epoch| {
+        let order = Permutation::new(n as u64, c.seed, "ppo.order", step << 16 | epoch);
+        let order: Vec<usize> = (0..n as u64).map(|i| order.apply(i) as usize).collect();
+        let minibatch = move |i: usize| {
+            let rows = &order[i * size..(i + 1) * size];
+            let counts = Counts::of(&e.mask.index_select(0, &number(rows)));
+            let parts = rows[first..first + share].chunks(micro);
+            let parts = parts.map(|rows| (number(rows), e.sequences.rows(rows).micro_batch())).collect();
+            Minibatch { counts, parts }
+        };
+        (0..n / size).map(minibatch)
+    })
+}
+
+/// What updates of the actor on an iteration's responses did.
+#[derive(Default)]
+struct PolicyUpdates {
+    updates: Vec<Update>,
+    sums: PolicySums,
+    ptx_losses: Vec<f64>,
+    stopped_early: bool,
+}
+
+/// All epochs of updates of the actor; fewer where it has gone too far from where it was (`stop_kl`).
+fn update_policy(
+    c: &Ppo,
+    inputs: &Inputs,
+    models: &mut Models,
+    e: &Experience,
+    run: &mut Run<Position>,
+    (rate, grad_clip): (f64, f64),
+    world: &World,
+) -> Result<PolicyUpdates> {
+    let (ppo, step) = (&c.ppo, run.progress.step);
+    let clip = Clip { low: ppo.clip, high: ppo.clip_high.unwrap_or(ppo.clip), dual: ppo.dual_clip };
+    let longest = inputs.sampler.longest() as i64;
+    let kl_coef = match ppo.kl_in {
+        KlIn::Reward => 0.0,
+        KlIn::Loss => run.progress.data.kl.coef(),
+    };
+    let mut done = PolicyUpdates::default();
+    let Learner { model, optimizer, .. } = &mut models.actor;
+    for Minibatch { counts, parts } in minibatches(c, e, step, world) {
+        let sums = RefCell::new(PolicySums::default());
+        let loss = |out: &LogProbs, rows: &Tensor, width: i64| {
+            let logprobs = out.logprobs.view([-1, width]);
+            let of = |t: &Tensor| Minibatch::part(t, rows, &logprobs);
+            let (mask, old, advantages) = (of(&e.mask), of(&e.logprobs), of(&e.advantages));
+            sums.borrow_mut().add(&logprobs, &old, &advantages, None, &clip, &mask);
+            let mut loss = policy_loss(&logprobs, &old, &advantages, &clip);
+            if let Some(entropies) = &out.entropies {
+                loss -= entropies.view([-1, width]) * ppo.entropy_coef;
+            }
+            if kl_coef != 0.0 {
+                loss += ppo.kl_estimator.estimate(&logprobs, &of(&e.reference)) * kl_coef;
+            }
+            Ok((loss * ppo.aggregation.weights(&mask, &counts, longest)).sum(mask.kind()))
+        };
+        let entry = |(rows, batch): &'_ (Tensor, MicroBatch)| {
+            let (rows, width, loss) = (rows.shallow_clone(), batch.input.ids.size()[1], &loss);
+            Objective::LogProbs {
+                temperature: c.generation.temperature,
+                entropies: ppo.entropy_coef != 0.0,
+                loss: Box::new(move |out| loss(out, &rows, width)),
+            }
+        };
+        let ptx = ptx_batches(c, inputs, run, world)?;
+        let ours = parts.iter().map(|part| Entry { batch: &part.1, objective: entry(part), balance: None });
+        let theirs = ptx.iter().map(|(batch, weight)| Entry {
+            batch,
+            objective: Objective::CrossEntropy { weight: *weight },
+            balance: None,
+        });
+        let mut entries: Vec<Entry> = ours.chain(theirs).collect();
+        let losses = step::accumulate(model, &mut entries, c.train.recompute)?.0;
+        drop(entries);
+        let sums = sums.borrow().combine(&world.group)?;
+        if step == 0 && done.updates.is_empty() && ppo.self_check {
+            let distance = sums.ratio_distance / sums.tokens.max(1.0);
+            let same_rows = parts.len() == 1 && ppo.minibatch_size == e.sequences.len() as i64;
+            checks::ratios_are_one(distance, model.params.compute(), same_rows)?;
+        }
+        if ppo.stop_kl.is_some_and(|most| sums.approx_kl() > most) {
+            model.params.clear_gradients();
+            done.stopped_early = true;
+            break;
+        }
+        done.sums = done.sums.plus(&sums);
+        let (ours, theirs) = losses.split_at(parts.len());
+        if !theirs.is_empty() {
+            let sum = world.group.combine(&[theirs.iter().sum()], ReduceOp::Sum)?[0];
+            done.ptx_losses.push(sum / ppo.ptx.as_ref().map_or(1.0, |p| p.coef));
+        }
+        let loss = Sums { loss: ours.iter().sum(), aux_loss: None };
+        let update = step::apply_gradients(model, optimizer, &models.actor_world, loss, rate, grad_clip)?;
+        if let (Some(ema), false) = (&mut models.ema, update.skipped) {
+            ema.follow(&model.params);
+        }
+        done.updates.push(update);
+    }
+    Ok(done)
+}
+
+/// All epochs of updates of the critic.
+fn update_values(
+    c: &Ppo,
+    models: &mut Models,
+    e: &Experience,
+    step: u64,
+    (rate, grad_clip): (f64, f64),
+    world: &World,
+) -> Result<Vec<Update>> {
+    let clip = (c.ppo.clip_value > 0.0).then_some(c.ppo.clip_value);
+    let Learner { model, optimizer, .. } = &mut models.critic;
+    let mut updates = Vec::new();
+    for Minibatch { counts, parts } in minibatches(c, e, step, world) {
+        let loss = |values: &Tensor, rows: &Tensor, width: i64| {
+            let values = values.view([-1, width]);
+            let of = |t: &Tensor| Minibatch::part(t, rows, &values);
+            let weights = of(&e.mask) / counts.tokens.max(1.0);
+            Ok((value_loss(&values, &of(&e.values), &of(&e.returns), clip) * weights).sum(values.kind()))
+        };
+        let entry = |(rows, batch): &'_ (Tensor, MicroBatch)| {
+            let (rows, width, loss) = (rows.shallow_clone(), batch.input.ids.size()[1], &loss);
+            Objective::Values { loss: Box::new(move |values| loss(values, &rows, width)) }
+        };
+        let entries =
+            parts.iter().map(|part| Entry { batch: &part.1, objective: entry(part), balance: None });
+        let losses = step::accumulate(model, &mut entries.collect::<Vec<_>>(), c.train.recompute)?.0;
+        let loss = Sums { loss: losses.iter().sum(), aux_loss: None };
+        updates.push(step::apply_gradients(model, optimizer, &models.critic_world, loss, rate, grad_clip)?);
+    }
+    Ok(updates)
+}
+
 /// The epochs of updates on an iteration's responses.
 fn update(
     c: &Ppo,
@@ -483,161 +732,53 @@ fn update(
     run: &mut Run<Position>,
     world: &World,
 ) -> Result<Updated> {
-    let (ppo, common, step) = (&c.ppo, c.common(), run.progress.step);
-    let n = e.sequences.len();
-    let (size, ranks) = (ppo.minibatch_size as usize, world.world_size as usize);
-    let micro = c.micro_batch_size(world.world_size) as usize;
-    let critic_optim = critic_section(c).optim.unwrap_or_else(|| c.optim.clone());
-    let actor_optim = c.actor.optim.clone().unwrap_or_else(|| c.optim.clone());
-    let rate = |optim| Schedule::new(&Common { optim, ..common }, inputs.steps).rate(step);
-    let (actor_rate, critic_rate) = (rate(&actor_optim), rate(&critic_optim));
-    let clip = Clip { low: ppo.clip, high: ppo.clip_high.unwrap_or(ppo.clip), dual: ppo.dual_clip };
-    let warming_up = step < ppo.value_warmup;
-    let longest = inputs.sampler.longest() as i64;
-    let kl_coef = match ppo.kl_in {
-        KlIn::Reward => 0.0,
-        KlIn::Loss => run.progress.data.kl.coef(),
-    };
-
-    let mut policy = PolicySums::default();
-    let (mut actor_updates, mut critic_updates) = (Vec::new(), Vec::new());
-    let (mut ptx_losses, mut stopped_early) = (Vec::new(), false);
-    'epochs: for epoch in 0..ppo.epochs as u64 {
-        let order = Permutation::new(n as u64, c.seed, "ppo.order", step << 16 | epoch);
-        let order: Vec<usize> = (0..n as u64).map(|i| order.apply(i) as usize).collect();
-        for minibatch in order.chunks(size) {
-            let part = |t: &Tensor, rows: &[usize]| {
-                let rows: Vec<i64> = rows.iter().map(|i| *i as i64).collect();
-                t.index_select(0, &Tensor::from_slice(&rows))
-            };
-            let counts = Counts::of(&part(&e.mask, minibatch));
-            let mine = size / ranks * world.rank as usize;
-            let rows: Vec<&[usize]> = minibatch[mine..mine + size / ranks].chunks(micro).collect();
-            let batches: Vec<MicroBatch> =
-                rows.iter().map(|rows| e.sequences.rows(rows).micro_batch()).collect();
-            // What a micro-batch's losses are made of, on the device that they are computed on.
-            let shaped = |t: &Tensor, rows: &[usize], like: &Tensor| {
-                part(t, rows).narrow(1, 0, like.size()[1]).to_kind(like.kind()).to_device(like.device())
-            };
-            let columns = |batch: &MicroBatch| batch.input.ids.size()[1];
-
-            if !warming_up {
-                let sums = RefCell::new(PolicySums::default());
-                let ptx = ptx_batches(c, inputs, run, micro, world)?;
-                let mut entries: Vec<Entry> = rows
-                    .iter()
-                    .zip(&batches)
-                    .map(|(rows, batch)| {
-                        let (sums, clip, counts) = (&sums, &clip, &counts);
-                        let width = columns(batch);
-                        let loss = move |out: &crate::model::head::LogProbs| {
-                            let logprobs = out.logprobs.view([-1, width]);
-                            let of = |t: &Tensor| shaped(t, rows, &logprobs);
-                            let (mask, old, advantages) = (of(&e.mask), of(&e.logprobs), of(&e.advantages));
-                            sums.borrow_mut().add(&logprobs, &old, &advantages, None, clip, &mask);
-                            let weights = ppo.aggregation.weights(&mask, counts, longest);
-                            let mut loss = policy_loss(&logprobs, &old, &advantages, clip);
-                            if let Some(entropies) = &out.entropies {
-                                loss -= entropies.view([-1, width]) * ppo.entropy_coef;
-                            }
-                            if kl_coef != 0.0 {
-                                loss += ppo.kl_estimator.estimate(&logprobs, &of(&e.reference)) * kl_coef;
-                            }
-                            Ok((loss * weights).sum(mask.kind()))
-                        };
-                        let objective = Objective::LogProbs {
-                            temperature: c.generation.temperature,
-                            entropies: ppo.entropy_coef != 0.0,
-                            loss: Box::new(loss),
-                        };
-                        Entry { batch, objective, balance: None }
-                    })
-                    .collect();
-                entries.extend(ptx.iter().map(|(batch, weight)| {
-                    let objective = Objective::CrossEntropy { weight: *weight };
-                    Entry { batch, objective, balance: None }
-                }));
-                let Learner { model, optimizer, .. } = &mut models.actor;
-                let losses = step::accumulate(model, &mut entries, c.train.recompute)?.0;
-                drop(entries);
-                let sums = sums.into_inner().combine(&world.group)?;
-                if step == 0 && actor_updates.is_empty() && ppo.self_check {
-                    let distance = sums.ratio_distance / sums.tokens.max(1.0);
-                    checks::ratios_are_one(distance, model.params.compute(), n == micro)?;
-                }
-                if ppo.stop_kl.is_some_and(|most| sums.approx_kl() > most) {
-                    model.params.clear_gradients();
-                    stopped_early = true;
-                    break 'epochs;
-                }
-                policy = policy.plus(&sums);
-                let (ours, theirs) = losses.split_at(rows.len());
-                if !theirs.is_empty() {
-                    let sum = world.group.combine(&[theirs.iter().sum()], ReduceOp::Sum)?[0];
-                    ptx_losses.push(sum / ppo.ptx.as_ref().map_or(1.0, |p| p.coef));
-                }
-                let loss = Sums { loss: ours.iter().sum(), aux_loss: None };
-                let place = &models.actor_world;
-                let update =
-                    step::apply_gradients(model, optimizer, place, loss, actor_rate, actor_optim.clip)?;
-                if let (Some(ema), false) = (&mut models.ema, update.skipped) {
-                    ema.follow(&model.params);
-                }
-                actor_updates.push(update);
-            }
-
-            let clip_value = (ppo.clip_value > 0.0).then_some(ppo.clip_value);
-            let entry = |(rows, batch)| {
-                let rows: &&[usize] = rows;
-                let width = columns(batch);
-                let counts = &counts;
-                let loss = move |values: &Tensor| {
-                    let values = values.view([-1, width]);
-                    let of = |t: &Tensor| shaped(t, rows, &values);
-                    let weights = of(&e.mask) / counts.tokens.max(1.0);
-                    let loss = value_loss(&values, &of(&e.values), &of(&e.returns), clip_value);
-                    Ok((loss * weights).sum(values.kind()))
-                };
-                Entry { batch, objective: Objective::Values { loss: Box::new(loss) }, balance: None }
-            };
-            let mut entries: Vec<Entry> = rows.iter().zip(&batches).map(entry).collect();
-            let Learner { model, optimizer, .. } = &mut models.critic;
-            let losses = step::accumulate(model, &mut entries, c.train.recompute)?.0;
-            drop(entries);
-            let loss = Sums { loss: losses.iter().sum(), aux_loss: None };
-            let place = &models.critic_world;
-            critic_updates.push(step::apply_gradients(
-                model,
-                optimizer,
-                place,
-                loss,
-                critic_rate,
-                critic_optim.clip,
-            )?);
+    let (common, step) = (c.common(), run.progress.step);
+    let pace =
+        |optim: &Optim| (Schedule::new(&Common { optim, ..common }, inputs.steps).rate(step), optim.clip);
+    let critic_section = critic_section(c);
+    let actor_pace = pace(c.actor.optim.as_ref().unwrap_or(&c.optim));
+    let critic_pace = pace(critic_section.optim.as_ref().unwrap_or(&c.optim));
+    let warming_up = step < c.ppo.value_warmup;
+    let policy = match warming_up {
+        true => PolicyUpdates::default(),
+        false => {
+            models.actor.model.params.unpark()?;
+            let done = update_policy(c, inputs, models, e, run, actor_pace, world)?;
+            park_if(c.actor.offload, &mut models.actor.model)?;
+            done
         }
-    }
+    };
+    models.critic.model.params.unpark()?;
+    let values = update_values(c, models, e, step, critic_pace, world)?;
+    park_if(critic_section.offload, &mut models.critic.model)?;
+
     let mean = |updates: &[Update], f: fn(&Update) -> f64| {
         updates.iter().map(f).sum::<f64>() / updates.len().max(1) as f64
     };
-    let (actor, critic) = (mean(&actor_updates, |u| u.loss), mean(&critic_updates, |u| u.loss));
-    let told = if warming_up { &critic_updates } else { &actor_updates };
+    let (policy_loss, value_loss) = (mean(&policy.updates, |u| u.loss), mean(&values, |u| u.loss));
+    let told = if warming_up { &values } else { &policy.updates };
+    let ptx = &policy.ptx_losses;
     Ok(Updated {
         update: Update {
-            loss: actor + critic,
+            loss: policy_loss + value_loss,
             aux_loss: None,
             grad_norm: mean(told, |u| u.grad_norm),
-            skipped: actor_updates.iter().chain(&critic_updates).any(|u| u.skipped),
+            skipped: policy.updates.iter().chain(&values).any(|u| u.skipped),
         },
-        rate: if warming_up { 0.0 } else { actor_rate },
-        policy,
-        policy_loss: actor,
-        value_loss: critic,
-        ptx_loss: (!ptx_losses.is_empty()).then(|| ptx_losses.iter().sum::<f64>() / ptx_losses.len() as f64),
-        critic_grad_norm: mean(&critic_updates, |u| u.grad_norm),
-        critic_rate,
-        updates: critic_updates.len() as u64,
-        stopped_early,
+        rate: if warming_up { 0.0 } else { actor_pace.0 },
+        policy: policy.sums,
+        policy_loss,
+        value_loss,
+        ptx_loss: (!ptx.is_empty()).then(|| ptx.iter().sum::<f64>() / ptx.len() as f64),
+        critic_grad_norm: mean(&values, |u| u.grad_norm),
+        critic_rate: critic_pace.0,
+        updates: values.len() as u64,
+        stopped_early: policy.stopped_early,
     })
+}
+
+fn park_if(offload: bool, model: &mut Llama) -> Result<()> {
+    if offload { model.params.park() } else { Ok(()) }
 }
 
 /// The next rows of pretraining data, this rank's, with the weight of a token's loss.
@@ -645,9 +786,9 @@ fn ptx_batches(
     c: &Ppo,
     inputs: &Inputs,
     run: &mut Run<Position>,
-    micro: usize,
     world: &World,
 ) -> Result<Vec<(MicroBatch, f64)>> {
+    let micro = c.micro_batch_size(world.world_size) as usize;
     let (Some(ptx), Some(data), Some(state)) = (&c.ppo.ptx, &inputs.ptx, &mut run.progress.data.ptx) else {
         return Ok(Vec::new());
     };

@@ -9,7 +9,7 @@ use super::policy::{Aggregation, KlEstimator};
 use super::prompts::Data;
 use super::rewards::{Reward, RewardKind};
 use super::rollout::Generation;
-use super::sections::{Source, Tokenizer};
+use super::sections::{Source, Tokenizer, Valid};
 use super::trainable;
 use super::{Algorithm, Conflict};
 
@@ -36,6 +36,8 @@ configuration! {
         pub generation: Generation,
         #[serde(default)]
         pub ppo: Section,
+        #[serde(default)]
+        pub valid: Valid,
         #[serde(default)]
         pub samples: Samples,
     }
@@ -317,6 +319,7 @@ impl Algorithm for Ppo {
             .conflict(&self.generation)
             .or_else(|| self.generation.conflict())
             .or_else(|| self.common().conflict(world_size))
+            .or_else(|| self.valid.conflict(&self.data.valid))
             .or_else(|| self.tokenizer.as_ref()?.conflict())
     }
 }

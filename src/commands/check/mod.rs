@@ -8,7 +8,7 @@ use clap::Subcommand;
 
 use crate::algorithms::run::{self, Resume};
 use crate::algorithms::training::compute_kind;
-use crate::algorithms::{pretrain, reward, sft};
+use crate::algorithms::{ppo, pretrain, reward, sft};
 use crate::checkpoint;
 use crate::commands::training::ConfigArgs;
 use crate::config::common::Common;
@@ -38,6 +38,8 @@ enum What {
         #[arg(long, value_name = "N", default_value_t = 1)]
         example: usize,
     },
+    /// Check a configuration of `corral ppo`
+    Ppo(Checked),
 }
 
 #[derive(Debug, clap::Args)]
@@ -93,6 +95,21 @@ pub fn run(args: Args) -> Result<()> {
                 inputs.steps as f64 * c.train.batch_size as f64 / rows as f64
             );
             examples::show(&inputs.chat, inputs.train.sources(), example)
+        }),
+        What::Ppo(checked) => checked.check(ppo::Inputs::open, |loaded, inputs| {
+            let c = &loaded.config;
+            let models = [("actor", &inputs.actor), ("critic", &inputs.critic)];
+            conclude(loaded, &models.map(|(name, (base, trainable))| (name, &base.shape, trainable)))?;
+            let prompts = &inputs.sampler.prompts;
+            println!(
+                "# data: {} prompts of at most {} tokens, {} left out; {} iterations are {:.2} epochs",
+                prompts.len(),
+                prompts.longest(),
+                prompts.dropped,
+                inputs.steps,
+                inputs.steps as f64 * c.train.batch_size as f64 / prompts.len() as f64
+            );
+            Ok(())
         }),
     }
 }

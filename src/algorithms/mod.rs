@@ -2,7 +2,9 @@
 
 pub mod base;
 pub mod dpo;
+pub mod grpo;
 pub mod interval;
+pub mod online_dpo;
 pub mod ppo;
 pub mod pretrain;
 pub mod ranking;

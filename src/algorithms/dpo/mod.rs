@@ -2,7 +2,7 @@
 //! reference (Rafailov et al. 2023).
 
 pub mod losses;
-mod reference;
+pub(super) mod reference;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 use crate::algorithms::base::{self, Base};
 use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Sums};
 use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start, compute_kind};
-use crate::config::dpo::{Dpo, Pairs};
+use crate::config::dpo::{Dpo, Pairs, Section};
 use crate::config::preferences::Data;
 use crate::config::pretrain::Model;
 use crate::config::{Algorithm, Loaded, common};
@@ -76,13 +76,13 @@ impl Inputs {
 }
 
 /// A micro-batch of S completions, and what its loss is made of. P pairs, R supervised tokens of the longest completion.
-struct Work {
-    batch: MicroBatch,
+pub(super) struct Work {
+    pub batch: MicroBatch,
     /// Of each example: its source and its sequences there.
     places: Vec<(usize, Range<usize>)>,
     /// Where the completions' tokens are predicted, int64 [S * R], and which are there, A [S, R].
     positions: Tensor,
-    mask: Tensor,
+    pub mask: Tensor,
     /// Of each pair the numbers of its completions, int64 `[P]`, and its share of the loss, A `[P]`.
     chosen: Tensor,
     rejected: Tensor,
@@ -90,11 +90,11 @@ struct Work {
     /// 1 for the best completions, A `[S]`.
     best: Tensor,
     /// The reference's log-probabilities, A `[S]`.
-    reference: Tensor,
+    pub reference: Tensor,
 }
 
 /// What is told of pairs: sums over all of them, each times its share of the loss, but for the last two.
-const STATS: [&str; 8] = [
+pub(super) const STATS: [&str; 8] = [
     "rewards_chosen",
     "rewards_rejected",
     "accuracy",
@@ -109,9 +109,22 @@ impl Work {
     /// Rows of a loader, of which each is a `share` of the loss.
     fn new(c: &Dpo, rows: &RowLoader, numbers: &[u64], share: f64, device: Device) -> Work {
         let examples: Vec<Example> = numbers.iter().map(|n| rows.example(*n)).collect();
+        let kind = ops::accumulator(compute_kind(c.precision.compute));
         let places = numbers.iter().map(|n| rows.place(*n));
         let places = places.map(|(s, i)| (s, rows.sources()[s].sequences(i))).collect();
-        let batch = Batch::new(&examples, c.data.packing);
+        Work { places, ..Work::of(&examples, c.data.packing, c.dpo.pairs, share, kind, device) }
+    }
+
+    /// Examples that are in no file, of which each is a `share` of the loss. `kind`: of sums and losses.
+    pub fn of(
+        examples: &[Example],
+        packing: bool,
+        which: Pairs,
+        share: f64,
+        kind: Kind,
+        device: Device,
+    ) -> Work {
+        let batch = Batch::new(examples, packing);
         let (mut chosen, mut rejected, mut weights, mut best) = (vec![], vec![], vec![], vec![]);
         for ranks in &batch.ranks {
             let first = best.len();
@@ -119,7 +132,7 @@ impl Work {
             let before = chosen.len();
             for (i, a) in ranks.iter().enumerate() {
                 for (j, _) in ranks.iter().enumerate().filter(|(_, b)| a < *b) {
-                    if c.dpo.pairs == Pairs::All || *a == lowest {
+                    if which == Pairs::All || *a == lowest {
                         chosen.push((first + i) as i64);
                         rejected.push((first + j) as i64);
                     }
@@ -130,13 +143,12 @@ impl Work {
             best.extend(ranks.iter().map(|r| f64::from(u8::from(share > 0.0 && *r == lowest))));
         }
         let (positions, there) = batch.supervised();
-        let kind = ops::accumulator(compute_kind(c.precision.compute));
         let numbers = |values: &[f64]| Tensor::from_slice(values).to_device(device).to_kind(kind);
         let indices = |values: &[i64]| Tensor::from_slice(values).to_device(device);
         let mask = Tensor::from_slice(&there).to_device(device).to_kind(kind);
         let rows = &batch.rows;
         let mut micro_batch = MicroBatch::from_rows(&rows.input_ids, &rows.labels, rows.columns as i64);
-        if c.data.packing {
+        if packing {
             micro_batch.input = Input {
                 positions: Some(Tensor::from_slice(&rows.positions)),
                 start: Some(Tensor::from_slice(&rows.starts)),
@@ -145,7 +157,7 @@ impl Work {
         }
         Work {
             batch: micro_batch,
-            places,
+            places: Vec::new(),
             positions: indices(&positions),
             mask: mask.view([batch.num_sequences() as i64, -1]),
             chosen: indices(&chosen),
@@ -165,7 +177,7 @@ impl Work {
 
     /// The loss of the micro-batch, and its part of what is told ([`STATS`]). `sft`: the weight of a token of the best
     /// completions.
-    fn loss(&self, logprobs: &Tensor, c: &Dpo, sft: f64, stats: &RefCell<[f64; 8]>) -> Tensor {
+    pub fn loss(&self, logprobs: &Tensor, section: &Section, sft: f64, stats: &RefCell<[f64; 8]>) -> Tensor {
         let (sums, kind) = (self.sums(logprobs), self.mask.kind());
         let ratios = &sums - &self.reference;
         let tokens = self.mask.sum_dim_intlist([1i64].as_slice(), false, kind);
@@ -175,13 +187,13 @@ impl Work {
             chosen_tokens: tokens.index_select(0, &self.chosen),
             rejected_tokens: tokens.index_select(0, &self.rejected),
         };
-        let mut loss = (losses::losses(&c.dpo, &pairs) * &self.weights).sum(kind);
+        let mut loss = (losses::losses(section, &pairs) * &self.weights).sum(kind);
         if sft > 0.0 {
             loss -= (&sums * &self.best).sum(kind) * sft;
         }
         let total = |t: Tensor| t.detach().sum(Kind::Double).double_value(&[]);
         let weighted = |t: &Tensor| total(t.detach() * &self.weights);
-        let beta = c.dpo.beta;
+        let beta = section.beta;
         let margin = &pairs.chosen - &pairs.rejected;
         let logp = |which: &Tensor| sums.detach().index_select(0, which);
         let values = [
@@ -254,7 +266,8 @@ pub fn dpo(loaded: &Loaded<Dpo>, inputs: Inputs, world: &World, start: &Start) -
         let stats = RefCell::new([0.0; 8]);
         let entry = |work| {
             let (work, stats): (&Work, _) = (work, &stats);
-            let loss = move |out: &crate::model::head::LogProbs| Ok(work.loss(&out.logprobs, c, sft, stats));
+            let loss =
+                move |out: &crate::model::head::LogProbs| Ok(work.loss(&out.logprobs, &c.dpo, sft, stats));
             let objective = Objective::LogProbs { temperature: 1.0, entropies: false, loss: Box::new(loss) };
             Entry { batch: &work.batch, objective, balance: None }
         };
@@ -339,7 +352,7 @@ fn validate(
         let hidden = model.hidden(&work.batch.input)?;
         let labels = work.batch.labels.to_device(hidden.device());
         let logprobs = LmHead::logprobs(model, &hidden, &labels, 1.0, false)?.logprobs;
-        loss += work.loss(&logprobs, c, sft, &stats).double_value(&[]);
+        loss += work.loss(&logprobs, &c.dpo, sft, &stats).double_value(&[]);
     }
     let mut sums = stats.into_inner().to_vec();
     sums.push(loss);

@@ -120,10 +120,12 @@ impl Reference {
 }
 
 /// Log-probabilities of a micro-batch's completions under a model, `[S]`.
-fn sums(model: &mut Llama, work: &Work) -> Result<Tensor> {
+pub fn sums(model: &mut Llama, work: &Work) -> Result<Tensor> {
     let hidden = model.hidden(&work.batch.input)?;
     let labels = work.batch.labels.to_device(hidden.device());
-    Ok(work.sums(&LmHead::logprobs(model, &hidden, &labels, 1.0, false)?.logprobs))
+    let logprobs = LmHead::logprobs(model, &hidden, &labels, 1.0, false)?.logprobs;
+    // The reference may be in another place, and another dtype.
+    Ok(work.sums(&logprobs.to_device(work.mask.device()).to_kind(work.mask.kind())))
 }
 
 /// The reference as a model of its own. Collective.

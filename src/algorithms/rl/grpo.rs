@@ -6,6 +6,7 @@ use tch::Tensor;
 
 use super::kl::KlEstimator;
 use super::losses::{Aggregation, Counts, lengths, log_ratio};
+pub use crate::config::policy::{Level, LossType};
 
 /// What the distance of a reward from its group's mean is divided by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -86,36 +87,6 @@ pub fn rloo(rewards: &[f64], group_size: usize) -> Vec<f64> {
         advantages.extend(group.iter().map(advantage));
     }
     advantages
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
-#[serde(rename_all = "snake_case")]
-pub enum LossType {
-    /// The mean over answers of each one's mean over its tokens (Shao et al. 2024).
-    #[default]
-    Grpo,
-    /// The mean over the update's tokens.
-    Bnpo,
-    /// The mean over the rollout's tokens (Yu et al. 2025).
-    Dapo,
-    /// The sum over tokens, divided by answers and longest answer (Liu et al. 2025).
-    DrGrpo,
-    /// Ratios as constant weights, cut off above at `epsilon_high` (MiniMax 2025).
-    Cispo,
-    /// A sigmoid in the place of the clipping.
-    Sapo,
-    /// The mean over answers of each one's sum.
-    Luspo,
-}
-
-/// Whether ratios are taken of tokens or of whole answers (GSPO, Zheng et al. 2025).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
-#[serde(rename_all = "lowercase")]
-pub enum Level {
-    #[default]
-    Token,
-    /// The exponential of the mean log-ratio of an answer's tokens.
-    Sequence,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]

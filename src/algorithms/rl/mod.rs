@@ -11,6 +11,7 @@ pub mod grpo;
 pub mod kl;
 pub mod losses;
 pub mod place;
+pub mod policy;
 pub mod reward_model;
 pub mod sampling;
 

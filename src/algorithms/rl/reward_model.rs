@@ -54,21 +54,22 @@ impl Opened {
         let place = Where::of(world, "reward_model", section.device.as_deref(), false)?;
         check_offload("reward_model", section.offload, &place)?;
         let model = frozen(&self.base, c, section.dtype, &place)?;
-        Ok(RewardModel { opened: self, model, place })
+        Ok(RewardModel { opened: self, model, offload: section.offload, _place: place })
     }
 }
 
 pub struct RewardModel<'a> {
     opened: &'a Opened,
-    pub model: Llama,
-    pub place: Where<'a>,
+    model: Llama,
+    offload: bool,
+    _place: Where<'a>,
 }
 
 impl RewardModel<'_> {
     /// The normalised scores of responses. Each rank gives its own; collective where the model is sharded.
-    pub fn score(&mut self, said: &[Said], offload: bool) -> Result<Vec<f64>> {
+    pub fn score(&mut self, said: &[Said]) -> Result<Vec<f64>> {
         let sequences: Vec<Encoded> = said.iter().map(|s| self.opened.encode(s)).collect::<Result<_>>()?;
-        at_work(&mut self.model, offload, |m| scorer::rewards(m, &self.opened.scoring, &sequences))
+        at_work(&mut self.model, self.offload, |m| scorer::rewards(m, &self.opened.scoring, &sequences))
     }
 }
 

@@ -73,7 +73,9 @@ pub fn grpo(loaded: &Loaded<Grpo>, inputs: Inputs, world: &World, start: &Start)
         let batch = &asked.batch;
         let updating = Instant::now();
         let lr = schedule.rate(step);
+        policy.wake()?;
         let (update, record) = update(c, &mut policy, batch, step, lr, sampler.temperature(), world)?;
+        policy.rest()?;
         let update_s = updating.elapsed().as_secs_f64();
 
         run.progress.data = sampler.prompts.state(asked.next);
@@ -109,6 +111,7 @@ pub fn grpo(loaded: &Loaded<Grpo>, inputs: Inputs, world: &World, start: &Start)
         }
         run.save(&[policy.actor.part("")], best)?;
     }
+    policy.wake()?;
     run.finish(|dir| policy.actor.export(dir, &tokenizer, world))
 }
 

@@ -94,12 +94,14 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
         let updating = Instant::now();
         let lr = schedule.rate(step);
         let pairs = pairs(c, &batch);
+        policy.wake()?;
         let (update, stats) = update(c, &mut policy, moving.as_mut(), &pairs, lr, world)?;
         if let (Some(how), Some(reference)) = (&c.dpo.moving_reference, &moving)
             && (step + 1).is_multiple_of(how.every as u64)
         {
             follow(&reference.params, &policy.actor.model.params, how.rate);
         }
+        policy.rest()?;
         let update_s = updating.elapsed().as_secs_f64();
 
         run.progress.data = sampler.prompts.state(run.progress.data.next + count);
@@ -140,6 +142,7 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
         }
         run.save(&parts, best)?;
     }
+    policy.wake()?;
     run.finish(|dir| policy.actor.export(dir, &tokenizer, world))
 }
 

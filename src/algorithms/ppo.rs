@@ -26,6 +26,7 @@ use crate::config::models::Trained;
 use crate::config::ppo::{Baseline, KlIn, MissingEos, Ppo};
 use crate::config::pretrain::Model;
 use crate::config::sections::Precision;
+use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
 use crate::data::chat::Chat;
 use crate::data::loader::{Loader, Order, Source, State as LoaderState};
@@ -52,6 +53,12 @@ pub struct Inputs {
 }
 
 impl Inputs {
+    /// The models that are trained: name, shape, and what of them.
+    pub fn trained(&self) -> [(&str, &Shape, &Trainable); 2] {
+        let ((actor, of_actor), (critic, of_critic)) = (&self.actor, &self.critic);
+        [("actor", &actor.shape, of_actor), ("critic", &critic.shape, of_critic)]
+    }
+
     /// Opens and checks all that the configuration names.
     pub fn open(c: &Ppo) -> Result<Inputs> {
         let length = c.data.sequence_length;

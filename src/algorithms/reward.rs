@@ -395,12 +395,7 @@ fn normalized(inputs: &Inputs, model: &mut Llama, world: &World) -> Result<Scori
     if sequences.is_empty() {
         return Ok(Scoring::raw(score));
     }
-    let share = sequences.len().div_ceil(world.world_size as usize);
-    let first = (world.rank as usize * share).min(sequences.len());
-    let mine = &sequences[first..sequences.len().min(first + share)];
-    let mut scores = vec![0.0; sequences.len()];
-    scores[first..first + mine.len()].copy_from_slice(&scorer::scores(model, score, mine)?);
-    let scores = world.group.combine(&scores, ReduceOp::Sum)?;
+    let scores = scorer::scores_of_all(model, world, score, sequences)?;
     let n = scores.len() as f64;
     let mean = scores.iter().sum::<f64>() / n;
     let std = (scores.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();

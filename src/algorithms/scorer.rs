@@ -3,11 +3,12 @@
 use kernels::c10d::ReduceOp;
 use tch::{Device, Kind, Tensor};
 
-use crate::checkpoint::Scoring;
+use crate::checkpoint::{Scoring, agree};
 use crate::config::reward::Score;
 use crate::data::examples::{Encoded, Example};
 use crate::data::loader::IGNORE;
 use crate::data::preferences::Batch;
+use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::{Input, Llama, ScoreHead};
 
@@ -106,4 +107,19 @@ pub fn scores(model: &mut Llama, score: Score, sequences: &[Encoded]) -> Result<
 pub fn rewards(model: &mut Llama, scoring: &Scoring, sequences: &[Encoded]) -> Result<Vec<f64>> {
     let scores = scores(model, scoring.score, sequences)?;
     Ok(scores.into_iter().map(|score| scoring.reward(score)).collect())
+}
+
+/// [`scores`] of sequences that all ranks know, which divide the work. Collective.
+pub fn scores_of_all(
+    model: &mut Llama,
+    world: &World,
+    score: Score,
+    sequences: &[Encoded],
+) -> Result<Vec<f64>> {
+    let share = sequences.len().div_ceil(world.world_size as usize);
+    let first = (world.rank as usize * share).min(sequences.len());
+    let mine = &sequences[first..sequences.len().min(first + share)];
+    let mut all = vec![0.0; sequences.len()];
+    all[first..first + mine.len()].copy_from_slice(&agree(&world.group, scores(model, score, mine))?);
+    Ok(world.group.combine(&all, ReduceOp::Sum)?)
 }

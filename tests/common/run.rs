@@ -18,8 +18,23 @@ pub const LAUNCH: &str = env!("CARGO_BIN_EXE_launch");
 const TIME_LIMIT: Duration = Duration::from_secs(180);
 
 /// What stays in a run whatever interrupted it; times and memory do not.
-const REPRODUCIBLE: [&str; 8] =
-    ["kind", "step", "loss", "perplexity", "lr", "grad_norm", "tokens", "skipped_steps"];
+const REPRODUCIBLE: [&str; 15] = [
+    "kind",
+    "step",
+    "loss",
+    "perplexity",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "skipped_steps",
+    "reward",
+    "kl",
+    "kl_coef",
+    "entropy",
+    "policy_loss",
+    "value_loss",
+    "explained_variance",
+];
 
 /// An empty folder of this test, under `target/tmp`.
 pub fn folder(name: &str) -> PathBuf {
@@ -43,6 +58,20 @@ pub fn data() -> &'static Path {
         let words = ["tokenize", "--input", &text, "--tokenizer", &tokenizer, "--output", &at("tokens")];
         make("tokenize", &[&words[..], &["--valid-fraction", "0.1"]].concat());
         dir
+    })
+}
+
+/// A tiny model that was fine-tuned on the questions and answers of [`data`], made once for all tests of this binary.
+pub fn answers() -> &'static Path {
+    static MODEL: OnceLock<PathBuf> = OnceLock::new();
+    MODEL.get_or_init(|| {
+        let run = Run::sft("answers");
+        run.train(1, &["train.steps=60", "valid.every=100", "checkpoint.every=100"]);
+        let model = folder("answers-model");
+        fs::remove_dir(&model)
+            .and_then(|()| fs::rename(run.output().join("model"), &model))
+            .expect("a model");
+        model
     })
 }
 

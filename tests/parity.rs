@@ -696,7 +696,7 @@ fn lora() {
     let base = Weights::open(&adapter.base().unwrap()).unwrap();
     let merge = Merge::new(base, adapter, None).unwrap();
     let report = merge.write(&merged, 1 << 30, device(), &Default::default()).unwrap();
-    assert!(report.kl < 1e-9, "{report:?}");
+    assert!(report.distance < 1e-9, "{report:?}");
     let (ours, theirs) =
         (tensors(&merged.join("model.safetensors")), tensors(&dir.join("merged.safetensors")));
     assert_eq!(report.num_merged, theirs.len());

@@ -1,5 +1,7 @@
 //! What a training run begins with: weights or a shape, and a tokenizer.
 
+use std::path::Path;
+
 use crate::checkpoint::Weights;
 use crate::config::pretrain::Model;
 use crate::config::sections::{self, Train};
@@ -18,13 +20,45 @@ pub struct Base {
     pub shape: Shape,
     /// Weights to start from, where the model is not new.
     pub weights: Option<Weights>,
+    /// Standard deviation of a new scalar head's weights.
+    score_std: f64,
 }
 
 impl Base {
+    /// A model with an LM head.
+    ///
     /// # Errors
-    /// Files that are missing or damaged; a tokenizer that does not fit the model; `sequence_length` beyond the model's
-    /// positions.
+    /// Files that are missing or damaged; a model with a scalar head; a tokenizer that does not fit the model;
+    /// `sequence_length` beyond the model's positions.
     pub fn open(
+        model: &Model,
+        tokenizer: Option<&sections::Tokenizer>,
+        sequence_length: i64,
+    ) -> Result<Base> {
+        let base = Self::open_any(model, tokenizer, sequence_length)?;
+        match base.shape.predicts() {
+            Ok(_) => Ok(base),
+            Err(e) => {
+                Err(e.context(base.weights.as_ref().map_or(Path::new("model"), Weights::dir).display()))
+            }
+        }
+    }
+
+    /// A model with a scalar head: its own, or a new one on the trunk of a model with an LM head, normal with standard
+    /// deviation `std` (none: see [`init::score_std`]).
+    pub fn open_scored(
+        model: &Model,
+        tokenizer: Option<&sections::Tokenizer>,
+        sequence_length: i64,
+        std: Option<f64>,
+    ) -> Result<Base> {
+        let mut base = Self::open_any(model, tokenizer, sequence_length)?;
+        base.shape = base.shape.scored();
+        base.score_std = std.unwrap_or(base.score_std);
+        Ok(base)
+    }
+
+    fn open_any(
         model: &Model,
         tokenizer: Option<&sections::Tokenizer>,
         sequence_length: i64,
@@ -47,7 +81,8 @@ impl Base {
         shape.check()?;
         shape.vocab_size = tokenizer.rows(shape.vocab_size, section)?;
         check_length(sequence_length, &shape)?;
-        Ok(Base { tokenizer, shape, weights })
+        let score_std = init::score_std(&shape);
+        Ok(Base { tokenizer, shape, weights, score_std })
     }
 }
 
@@ -136,16 +171,17 @@ impl Base {
     /// Sets the parameters to what the run begins with. Collective.
     pub fn fill(&self, params: &mut Sharded, seed: u64) -> Result<()> {
         init::init_adapters(params, seed)?;
-        match &self.weights {
-            Some(weights) => weights.fill(params),
-            None => init::init(params, &self.shape, seed),
+        if self.weights.is_none() {
+            init::init(params, &self.shape, seed)?;
         }
+        init::init_score(params, self.score_std, seed)?;
+        self.weights.as_ref().map_or(Ok(()), |weights| weights.fill(params))
     }
 
     /// Where the model lies, without an adapter that it may have; a hub id as it was given. For models that are not new.
     pub fn path(&self, model: &Model) -> Option<String> {
         let dir = match self.weights.as_ref()? {
-            Weights::Adapter(_, base) => base.dir(),
+            Weights::Adapted(model) => model.base.dir(),
             weights => match model {
                 Model::Path(path) if !path.exists() => path,
                 _ => weights.dir(),

@@ -82,9 +82,7 @@ fn rows(c: &Sft, chat: &Chat, sources: &[sections::Source], order: Order) -> Res
         options: options.clone(),
         cache: c.data.cache.clone().map_or_else(examples::default_cache, Ok)?,
     };
-    let open = |s: &sections::Source| {
-        Ok(Source { examples: tokenization.open(&s.path, &Default::default())?, weight: s.weight })
-    };
+    let open = |s: &sections::Source| Ok(Source { examples: tokenization.open(&s.path)?, weight: s.weight });
     let sources = sources.iter().map(open).collect::<Result<_>>()?;
     RowLoader::new(sources, c.data.sequence_length as usize, c.data.packing, order)
 }

@@ -8,7 +8,7 @@ use crate::config::sections::Train;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::head::LogProbs;
-use crate::model::{Input, Llama, LmHead, Recompute};
+use crate::model::{Input, Llama, LmHead, Recompute, ScoreHead};
 use crate::optim::AdamW;
 
 /// Some rows of a batch: what one forward and backward takes.
@@ -51,6 +51,9 @@ pub enum Objective<'a> {
     /// Any function of the labels' log-probabilities, A `[N]` (0 where there is no label), at a temperature, and of the
     /// entropies, if they are asked for. It returns a scalar, which libtorch's autograd differentiates.
     LogProbs { temperature: f64, entropies: bool, loss: Box<dyn FnMut(&LogProbs) -> Result<Tensor> + 'a> },
+    /// Any function of the values that a scalar head gives, A `[N]`; the batch's labels are not read. It returns a scalar,
+    /// too.
+    Values { loss: Box<dyn FnMut(&Tensor) -> Result<Tensor> + 'a> },
 }
 
 /// A scalar function's value at `leaves` and its gradients there; zeros for leaves that it does not depend on.
@@ -103,6 +106,11 @@ pub fn accumulate(
                 let gradients = of(&gradients);
                 let dhidden = LmHead::backward(model, &hidden, &labels, *temperature, &gradients, last)?;
                 (value, dhidden)
+            }
+            Objective::Values { loss } => {
+                let values = ScoreHead::values(model, &hidden)?;
+                let (value, gradients) = differentiate(&[&values], |leaves| loss(&leaves[0]))?;
+                (value, ScoreHead::backward(model, &hidden, &gradients[0], last)?)
             }
         };
         drop(hidden);

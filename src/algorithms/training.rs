@@ -27,7 +27,7 @@ use crate::algorithms::base::Base;
 use crate::algorithms::run::{self, Resume, Signals};
 use crate::algorithms::step::{SkipGuard, Update};
 use crate::checkpoint::{
-    AdapterExport, BaseMeta, Checkpoint, Export, Part, RunInfo, Saver, agree, export, export_adapter,
+    AdapterExport, BaseMeta, Checkpoint, Export, Part, RunInfo, Saver, Scoring, agree, export, export_adapter,
 };
 use crate::config::common::Common;
 use crate::config::sections::{Compute, Valid};
@@ -79,6 +79,8 @@ pub struct Learner {
     frozen: Option<BaseMeta>,
     /// The model that this one began as, for adapters to name.
     origin: String,
+    /// Of a reward model: goes into checkpoints, and with the exported model.
+    pub scoring: Option<Scoring>,
 }
 
 impl Learner {
@@ -103,23 +105,37 @@ impl Learner {
             base.fill(&mut model.params, c.seed)?;
         }
         let optimizer = AdamW::configured(&model.params, c.optim)?;
-        Ok(Learner { model, optimizer, trainable: trainable.clone(), frozen, origin })
+        Ok(Learner { model, optimizer, trainable: trainable.clone(), frozen, origin, scoring: None })
     }
 
     /// As a part of a checkpoint; the run's first has no name.
     pub fn part<'a>(&'a self, name: &'a str) -> Part<'a> {
         let (shape, params) = (&self.model.shape, &self.model.params);
-        Part { name, shape, base: self.frozen.as_ref(), params, optim: Some(&self.optimizer) }
+        let (base, scoring) = (self.frozen.as_ref(), self.scoring.as_ref());
+        Part { name, shape, base, scoring, params, optim: Some(&self.optimizer) }
     }
 
     /// Writes what was trained in Hugging Face's format, adapters in PEFT's. Collective.
     pub fn export(&self, dir: &Path, tokenizer: &Tokenizer, world: &World) -> Result<()> {
-        let (shape, params, tokenizer) = (&self.model.shape, &self.model.params, Some(tokenizer));
+        self.export_as(&self.model.params, dir, tokenizer, world)
+    }
+
+    /// [`Learner::export`] of other values of the same parameters. Collective.
+    pub fn export_as(
+        &self,
+        params: &Sharded,
+        dir: &Path,
+        tokenizer: &Tokenizer,
+        world: &World,
+    ) -> Result<()> {
+        let (shape, tokenizer) = (&self.model.shape, Some(tokenizer));
+        let scoring = self.scoring.as_ref();
         if self.trainable.lora.is_some() {
-            let how = AdapterExport { trainable: &self.trainable, shape, base: &self.origin, tokenizer };
+            let how =
+                AdapterExport { trainable: &self.trainable, shape, base: &self.origin, tokenizer, scoring };
             return export_adapter(dir, params, &how, &world.group);
         }
-        let how = Export { dtype: params.compute(), max_shard_size: MAX_SHARD_SIZE, tokenizer };
+        let how = Export { dtype: params.compute(), max_shard_size: MAX_SHARD_SIZE, tokenizer, scoring };
         export(dir, shape, params, &how, &world.group)
     }
 
@@ -358,6 +374,11 @@ impl<D: Serialize> Run<'_, D> {
     /// A generated sample: a line of samples.jsonl, and a text for TensorBoard under `tag` (rank 0).
     pub fn log_sample(&mut self, record: &Record, tag: &str, text: &str) {
         self.log.log_sample(record, tag, text);
+    }
+
+    /// A token of a sample: a line of trace.jsonl (rank 0).
+    pub fn log_trace(&mut self, record: &Record) {
+        self.log.log_trace(record);
     }
 
     /// Speeds count from here: what was done since the last step (validation, samples) is no training.

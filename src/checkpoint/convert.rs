@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 use super::hf::{self, Output, write_tokenizer};
 use super::hf_config::SpecialIds;
 use super::meta::{self, Cut, PARAMS};
+use super::ours::Scoring;
 use super::safetensors::Entry;
 use super::source::{Order, Source};
 use super::torch_file;
@@ -62,6 +63,7 @@ pub struct Conversion {
     dir: PathBuf,
     /// Goes along.
     tokenizer: Option<Tokenizer>,
+    scoring: Option<Scoring>,
     target: Target,
     /// Of all tensors; none: each as it is.
     dtype: Option<Kind>,
@@ -72,9 +74,13 @@ pub struct Conversion {
 impl Conversion {
     pub fn new(weights: Weights, target: Target, dtype: Option<Kind>, device: Device) -> Result<Conversion> {
         let (shape, dir) = (weights.shape().clone(), weights.dir().to_path_buf());
+        if let Target::Meta { .. } = target {
+            shape.predicts().map_err(|e| e.context("Meta's format has no place for a scalar head"))?;
+        }
+        let scoring = weights.scoring()?;
         let tokenizer = weights.tokenizer_dir().map(Tokenizer::load).transpose()?;
         let source = Rc::new(weights.into_source()?);
-        Ok(Conversion { shape, source, dir, tokenizer, target, dtype, device })
+        Ok(Conversion { shape, source, dir, tokenizer, scoring, target, dtype, device })
     }
 
     /// Bytes of the tensors as they will be.
@@ -123,7 +129,8 @@ impl Conversion {
             None => SpecialIds::of_folder(&self.dir)?,
         };
         let (dtype, tokenizer) = (most_common(&entries), self.tokenizer.as_ref());
-        let (folder, copied) = hf::begin(to, &self.shape, dtype, ids, tokenizer, &plan)?;
+        let (folder, copied) =
+            hf::begin(to, &self.shape, dtype, ids, tokenizer, self.scoring.as_ref(), &plan)?;
         let mut output = Output::new(folder.temporary(), &plan);
         for entry in &entries {
             output.write(&self.source.tensor(&entry.name)?)?;

@@ -9,6 +9,7 @@ use tch::Kind;
 use super::agree::agree;
 use super::families::Description;
 use super::hf_config::{SpecialIds, read_object, read_shape, write_shape};
+use super::ours::{OURS, Ours, Scoring};
 use super::safetensors::{self, Entry, Writer};
 use super::source::{Source, TensorFile};
 use super::torch_file;
@@ -107,7 +108,8 @@ fn find_tensors(family: &Description, shape: &Shape, files: Source) -> Result<So
         let harmless =
             name.ends_with("rotary_emb.inv_freq") || (shape.tie_word_embeddings && name.as_str() == LM_HEAD);
         if !harmless {
-            wrong.push(format!("`{name}` belongs to no {}", family.architecture));
+            let architecture = family.architecture(shape.head).unwrap_or_default();
+            wrong.push(format!("`{name}` belongs to no {architecture}"));
         }
     }
     all_fit(wrong, "config.json")?;
@@ -192,6 +194,8 @@ pub struct Export<'a> {
     pub max_shard_size: u64,
     /// Whose files and special ids go with the model.
     pub tokenizer: Option<&'a Tokenizer>,
+    /// Of a reward model.
+    pub scoring: Option<&'a Scoring>,
 }
 
 /// Writes the model to the folder `dir`, which transformers loads: complete, or not at all; a model that is there is
@@ -203,10 +207,11 @@ pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: 
     let entry = |s: &Spec| Entry { name: s.name.clone(), kind: how.dtype, shape: s.shape.clone() };
     let plan = plan(specs.map(entry), how.max_shard_size);
     let started = match writes {
-        true => {
+        true => (|| {
             let ids = how.tokenizer.map_or_else(SpecialIds::default, SpecialIds::of);
-            begin(dir, shape, how.dtype, ids, how.tokenizer, &plan).map(|(folder, _)| Some(folder))
-        }
+            let (folder, _) = begin(dir, shape, how.dtype, ids, how.tokenizer, how.scoring, &plan)?;
+            Ok(Some(folder))
+        })(),
         false => Ok(None),
     };
     let folder =
@@ -260,10 +265,11 @@ pub(super) fn begin(
     dtype: Kind,
     ids: SpecialIds,
     tokenizer: Option<&Tokenizer>,
+    scoring: Option<&Scoring>,
     plan: &Plan,
 ) -> Result<(AtomicFolder, Vec<String>)> {
     let ours = |name: &str| {
-        name == "config.json"
+        ["config.json", OURS].contains(&name)
             || (name.starts_with("model") && name.contains(".safetensors"))
             || is_tokenizer_file(name)
     };
@@ -278,6 +284,7 @@ pub(super) fn begin(
     let generation: serde_json::Map<String, Value> =
         generation.into_iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.to_string(), v)).collect();
     write("generation_config.json", &Value::Object(generation))?;
+    Ours { base: None, reward: scoring.cloned() }.write(temp)?;
     let written = tokenizer.map_or(Ok(Vec::new()), |tokenizer| write_tokenizer(tokenizer, temp))?;
     if plan.len() > 1 {
         let total: u64 = plan.iter().flat_map(|(_, entries)| entries).map(Entry::bytes).sum();

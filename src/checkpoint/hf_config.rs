@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use tch::Kind;
 
 use super::families::{self, Config, Description, Only, refused};
-use crate::config::shape::{Family, Llama3RopeScaling, Shape};
+use crate::config::shape::{Family, Head, Llama3RopeScaling, Shape};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Context, Error, Result};
 use crate::files::read_error;
@@ -56,7 +56,7 @@ fn neutral(key: &str) -> Option<Only> {
 
 /// Keys that say nothing about the mathematics.
 fn harmless(key: &str) -> bool {
-    const KEYS: [&str; 36] = [
+    const KEYS: [&str; 37] = [
         "architectures",
         "model_type",
         "bos_token_id",
@@ -77,6 +77,7 @@ fn harmless(key: &str) -> bool {
         "id2label",
         "label2id",
         "problem_type",
+        "num_labels",
         "finetuning_task",
         "task_specific_params",
         "tokenizer_class",
@@ -111,7 +112,7 @@ pub fn read_shape(path: &Path) -> Result<(&'static Description, Shape, Vec<Strin
 }
 
 fn shape_of(config: &Map<String, Value>) -> Result<(&'static Description, Shape, Vec<String>)> {
-    let family = families::named(config)?;
+    let (family, head) = families::named(config)?;
     let mut unknown = Vec::new();
     for (key, value) in config {
         if value.is_null() || harmless(key) || family.harmless.contains(&key.as_str()) {
@@ -126,9 +127,26 @@ fn shape_of(config: &Map<String, Value>) -> Result<(&'static Description, Shape,
             None => unknown.push(key.clone()),
         }
     }
-    let shape = (family.read)(&Config(config))?;
+    let mut shape = (family.read)(&Config(config))?;
+    if head == Head::Score {
+        check_one_label(config)?;
+        shape = shape.scored();
+    }
     shape.check().map_err(|e| Error::data(e.message))?;
     Ok((family, shape, unknown))
+}
+
+/// Refuses a classifier: the scalar head is one label. transformers counts `id2label`; without it there are two.
+fn check_one_label(config: &Map<String, Value>) -> Result<()> {
+    let labels = match (config.get("num_labels"), config.get("id2label")) {
+        (Some(number), _) if !number.is_null() => number.clone(),
+        (_, Some(Value::Object(labels))) => json!(labels.len()),
+        _ => json!(2),
+    };
+    match labels == json!(1) {
+        true => Ok(()),
+        false => Err(refused("num_labels (the entries of id2label)", &labels, "1")),
+    }
 }
 
 /// What transformers takes where a key is missing.
@@ -166,6 +184,7 @@ pub(super) fn common(config: &Config, d: Defaults) -> Result<Shape> {
     let (rope_theta, rope_scaling) = rope(config.0, d.rope_theta)?;
     Ok(Shape {
         family: d.family,
+        head: Head::Lm,
         vocab_size: config.integer("vocab_size")?,
         hidden_size,
         intermediate_size: config.integer("intermediate_size")?,
@@ -261,7 +280,7 @@ pub fn write_shape(s: &Shape, dtype: Kind, ids: &SpecialIds) -> Value {
     });
     let family = families::of(s.family);
     let Value::Object(mut config) = json!({
-        "architectures": [family.architecture],
+        "architectures": [family.architecture(s.head)],
         "attention_dropout": 0.0,
         "bos_token_id": ids.bos,
         "eos_token_id": ids.eos,
@@ -287,6 +306,10 @@ pub fn write_shape(s: &Shape, dtype: Kind, ids: &SpecialIds) -> Value {
         unreachable!("the literal above is an object")
     };
     (family.write)(s, &mut config);
+    if s.head == Head::Score {
+        config.insert("id2label".into(), json!({"0": "LABEL_0"}));
+        config.insert("label2id".into(), json!({"LABEL_0": 0}));
+    }
     Value::Object(config)
 }
 
@@ -355,8 +378,8 @@ mod tests {
 
     #[test]
     fn shapes_survive_the_way_out_and_back() {
-        for name in Shape::PRESETS {
-            let shape = Shape::preset(name).unwrap();
+        let presets = Shape::PRESETS.map(|name| Shape::preset(name).unwrap());
+        for shape in presets.iter().flat_map(|s| [s.clone(), s.scored()]) {
             let config = write_shape(&shape, Kind::BFloat16, &SpecialIds::default());
             let (family, back, unknown) = shape_of(config.as_object().unwrap()).unwrap();
             assert_eq!((family.model_type, back), (families::of(shape.family).model_type, shape));
@@ -401,6 +424,28 @@ mod tests {
             let e = shape_of(&config).expect_err(&format!("{key}: {value}"));
             assert_eq!(e.exit_code(), 3, "{key}: {e}");
             assert!(e.message.contains(part), "{key}: {e}");
+        }
+    }
+
+    #[test]
+    fn a_scalar_head_has_one_label() {
+        let shape = Shape::preset("llama-3.2-1b").unwrap();
+        let config = write_shape(&shape.scored(), Kind::Float, &SpecialIds::default());
+        assert_eq!(config["architectures"], json!(["LlamaForSequenceClassification"]));
+        let mut config = config.as_object().unwrap().clone();
+        // Nothing is tied to a scalar head, whatever is said.
+        config.insert("tie_word_embeddings".into(), json!(true));
+        assert_eq!(shape_of(&config).unwrap().1, shape.scored());
+        assert!(shape.scored().predicts().unwrap_err().message.contains("scalar head"));
+        for (key, value, labels) in [
+            ("id2label", json!({"0": "a", "1": "b"}), "is 2"),
+            ("id2label", Value::Null, "is 2"),
+            ("num_labels", json!(3), "is 3"),
+        ] {
+            let mut other = config.clone();
+            other.insert(key.into(), value);
+            let e = shape_of(&other).unwrap_err();
+            assert!(e.exit_code() == 3 && e.message.contains(labels), "{e}");
         }
     }
 

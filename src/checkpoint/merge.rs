@@ -12,11 +12,12 @@ use tch::{Device, Kind, Tensor};
 use super::convert::logits;
 use super::hf::{self, Output};
 use super::hf_config::SpecialIds;
+use super::ours::{Ours, Scoring};
 use super::peft::PeftAdapter;
 use super::safetensors::Entry;
 use super::source::Source;
 use super::weights::Weights;
-use crate::config::shape::Shape;
+use crate::config::shape::{Head, Shape};
 use crate::config::trainable::Base;
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::frozen::Storage;
@@ -33,6 +34,7 @@ pub struct Merge {
     tensors: Rc<Tensors>,
     ids: SpecialIds,
     tokenizer: Option<Tokenizer>,
+    scoring: Option<Scoring>,
     /// Of all tensors; none: each as it is in the model.
     dtype: Option<Kind>,
 }
@@ -91,14 +93,17 @@ pub struct Report {
     pub num_files: usize,
     /// How the model's weights were kept in training.
     pub base: Base,
-    /// Mean over tokens of KL(model with adapter || merged model), in nats.
-    pub kl: f64,
+    /// Mean over tokens of KL(model with adapter || merged model), in nats; with a scalar head, of the absolute difference
+    /// of their values.
+    pub distance: f64,
+    /// The model has a scalar head.
+    pub scored: bool,
     pub num_tokens: i64,
 }
 
 impl Merge {
     pub fn new(base: Weights, adapter: PeftAdapter, dtype: Option<Kind>) -> Result<Merge> {
-        let shape = base.shape().clone();
+        let shape = adapter.shape(base.shape());
         adapter.check(&shape)?;
         let plans = adapter.trainable().plans(&shape)?;
         let with_tokenizer = [adapter.tokenizer_dir(), base.tokenizer_dir()];
@@ -107,8 +112,9 @@ impl Merge {
             Some(tokenizer) => SpecialIds::of(tokenizer),
             None => SpecialIds::of_folder(base.dir())?,
         };
+        let scoring = Ours::read(adapter.dir())?.reward.map_or_else(|| base.scoring(), |s| Ok(Some(s)))?;
         let tensors = Rc::new(Tensors { source: base.into_source()?, adapter });
-        Ok(Merge { shape, plans, tensors, ids, tokenizer, dtype })
+        Ok(Merge { shape, plans, tensors, ids, tokenizer, scoring, dtype })
     }
 
     fn specs(&self) -> impl Iterator<Item = (&Spec, &Role)> {
@@ -116,7 +122,12 @@ impl Merge {
     }
 
     fn entry(&self, spec: &Spec) -> Result<Entry> {
-        let kind = self.dtype.unwrap_or(self.tensors.source.view(&spec.name)?.kind);
+        let kind = match (self.dtype, &self.tensors.source) {
+            (Some(dtype), _) => dtype,
+            // A head that came with the adapter.
+            (None, source) if !source.views.contains_key(&spec.name) => Kind::Float,
+            (None, source) => source.view(&spec.name)?.kind,
+        };
         Ok(Entry { name: spec.name.clone(), kind, shape: spec.shape.clone() })
     }
 
@@ -131,8 +142,8 @@ impl Merge {
         let entries = self.specs().map(|(spec, _)| self.entry(spec)).collect::<Result<Vec<_>>>()?;
         let plan = hf::plan(entries.iter().cloned(), max_shard_size);
         let dtype = super::convert::most_common(&entries);
-        let (folder, _) =
-            hf::begin(to, &self.shape, dtype, self.ids.clone(), self.tokenizer.as_ref(), &plan)?;
+        let (ids, tokenizer) = (self.ids.clone(), self.tokenizer.as_ref());
+        let (folder, _) = hf::begin(to, &self.shape, dtype, ids, tokenizer, self.scoring.as_ref(), &plan)?;
         let mut output = Output::new(folder.temporary(), &plan);
         let mut num_merged = 0;
         for ((spec, role), entry) in self.specs().zip(&entries) {
@@ -146,7 +157,7 @@ impl Merge {
         }
         drop(output);
         let written = Rc::new(Weights::open(folder.temporary())?.into_source()?);
-        let (kl, num_tokens) = self.divergence(&written, device)?;
+        let (distance, num_tokens) = self.divergence(&written, device)?;
         folder.commit()?;
         Ok(Report {
             num_tensors: entries.len(),
@@ -154,12 +165,13 @@ impl Merge {
             bytes: entries.iter().map(Entry::bytes).sum(),
             num_files: plan.len(),
             base: self.tensors.adapter.trainable().lora.as_ref().map_or(Base::None, |l| l.base),
-            kl,
+            distance,
+            scored: self.shape.head == Head::Score,
             num_tokens,
         })
     }
 
-    /// The mean KL divergence of the written model from the one with its adapter, and on how many tokens.
+    /// How far the written model is from the one with its adapter, and on how many tokens (see [`Report::distance`]).
     fn divergence(&self, written: &Rc<Source>, device: Device) -> Result<(f64, i64)> {
         let with_adapter: Vec<Plan> = self
             .plans
@@ -175,11 +187,18 @@ impl Merge {
         let p = logits(&self.shape, with_adapter, from, device)?;
         let written = written.clone();
         let q = logits(&self.shape, layouts(&self.shape), move |spec| written.tensor(&spec.name), device)?;
-        let [p, q] = [p, q].map(|t| t.log_softmax(-1, Kind::Double));
-        let kl = (p.exp() * (&p - q)).sum(Kind::Double).double_value(&[]) / p.size()[0] as f64;
-        if !kl.is_finite() {
-            return Err(Error::data("the merged model's logits are not finite"));
+        let [p, q] = match self.shape.head {
+            Head::Lm => [p, q].map(|t| t.log_softmax(-1, Kind::Double)),
+            Head::Score => [p, q].map(|t| t.to_kind(Kind::Double)),
+        };
+        let each = match self.shape.head {
+            Head::Lm => p.exp() * (&p - q),
+            Head::Score => (&p - q).abs(),
+        };
+        let distance = each.sum(Kind::Double).double_value(&[]) / p.size()[0] as f64;
+        if !distance.is_finite() {
+            return Err(Error::data("what the merged model gives is not finite"));
         }
-        Ok((kl.max(0.0), p.size()[0]))
+        Ok((distance.max(0.0), p.size()[0]))
     }
 }

@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 use super::hf_config::read_object;
 use super::source::{Block, Order, Source, TensorFile, View};
 use super::torch_file::Reader;
-use crate::config::shape::{Family, Llama3RopeScaling, Shape};
+use crate::config::shape::{Family, Head, Llama3RopeScaling, Shape};
 use crate::error::{Context, Error, Result};
 use crate::files::read_error;
 use crate::model::layout::{EMBEDDING, FINAL_NORM, LM_HEAD, layouts};
@@ -225,6 +225,7 @@ fn shape_of(params: &Map<String, Value>, output_rows: i64, ffn_rows: i64) -> Res
     let norm_eps = number("norm_eps", Some(1e-5))?.unwrap_or(1e-5);
     let shape = Shape {
         family: Family::Llama,
+        head: Head::Lm,
         vocab_size,
         hidden_size: dim,
         intermediate_size,

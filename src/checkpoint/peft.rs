@@ -9,10 +9,11 @@ use tch::Kind;
 use super::agree::{agree, agree_over};
 use super::hf::write_tokenizer;
 use super::hf_config::read_object;
+use super::ours::{OURS, Ours, Scoring};
 use super::safetensors::{self, Entry, Writer};
 use super::source::Source;
 use super::torch_file;
-use crate::config::shape::Shape;
+use crate::config::shape::{Head, Shape};
 use crate::config::trainable::{Base, Freeze, Lora, Targets};
 use crate::data::tokenizer::{Tokenizer, folder_has_tokenizer, is_tokenizer_file};
 use crate::distributed::plan::{Role, adapter_names, is_adapter};
@@ -26,17 +27,20 @@ use kernels::c10d::Group;
 pub const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 const OLD_WEIGHTS: &str = "adapter_model.bin";
-/// How the base was kept in training: `{"base": "nf4"}`.
-const OURS: &str = "corral.json";
 const PREFIX: &str = "base_model.model.";
 
 /// An adapter on disk: its configuration, and the header of its tensors.
 pub struct PeftAdapter {
     dir: PathBuf,
     trainable: Trainable,
+    /// The model has a scalar head, whatever its base has.
+    scored: bool,
     base: Option<String>,
     source: Source,
 }
+
+/// `task_type` of a model with a scalar head.
+const SEQ_CLS: &str = "SEQ_CLS";
 
 impl PeftAdapter {
     /// # Errors
@@ -45,13 +49,11 @@ impl PeftAdapter {
         let path = dir.join(CONFIG);
         let config = read_object(&path)?;
         let (trainable, base) = read_config(&config).map_err(|e| Error::data(e).context(path.display()))?;
-        let mut adapter = PeftAdapter { dir: dir.to_path_buf(), trainable, base, source: open_weights(dir)? };
-        let ours = dir.join(OURS);
-        if let (Some(lora), true) = (&mut adapter.trainable.lora, ours.is_file()) {
-            let base = read_object(&ours)?.remove("base").unwrap_or_default();
-            lora.base = serde_json::from_value(base)
-                .map_err(|e| Error::data(format!("base: {e}")))
-                .context(ours.display())?;
+        let scored = config.get("task_type").is_some_and(|t| t == SEQ_CLS);
+        let source = open_weights(dir)?;
+        let mut adapter = PeftAdapter { dir: dir.to_path_buf(), trainable, scored, base, source };
+        if let (Some(lora), Some(base)) = (&mut adapter.trainable.lora, Ours::read(dir)?.base) {
+            lora.base = base;
         }
         Ok(adapter)
     }
@@ -64,6 +66,11 @@ impl PeftAdapter {
 
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// The shape of a model of shape `base` with the adapter.
+    pub fn shape(&self, base: &Shape) -> Shape {
+        if self.scored { base.scored() } else { base.clone() }
     }
 
     /// What was trained, and how the base was kept.
@@ -249,13 +256,21 @@ fn read_config(config: &Map<String, Value>) -> Result<(Trainable, Option<String>
     if rank < 1.0 || rank.fract() != 0.0 {
         return Err(format!("r: {rank} is no rank"));
     }
+    let mut saved = names("modules_to_save")?.unwrap_or_default();
+    if text("task_type") == Some(SEQ_CLS) {
+        // PEFT names the heads of all kinds of classifiers, and always saves them.
+        saved.retain(|name| name != "classifier");
+        if !saved.iter().any(|name| name == "score") {
+            saved.push("score".into());
+        }
+    }
     let lora = Lora {
         rank: rank as i64,
         alpha: number("lora_alpha", 8.0)?,
         dropout: number("lora_dropout", 0.0)?,
         targets,
         rslora: config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
-        modules_to_save: names("modules_to_save")?.unwrap_or_default(),
+        modules_to_save: saved,
         base: Base::None,
     };
     let base = text("base_model_name_or_path").filter(|b| !b.is_empty()).map(str::to_string);
@@ -269,6 +284,8 @@ pub struct AdapterExport<'a> {
     /// The model that the adapter is for: a path or a hub id.
     pub base: &'a str,
     pub tokenizer: Option<&'a Tokenizer>,
+    /// Of a reward model.
+    pub scoring: Option<&'a Scoring>,
 }
 
 /// Writes the adapters, and what is trained as a whole, to the folder `dir`, in float32: complete, or not at all. A
@@ -337,7 +354,7 @@ fn begin(dir: &Path, how: &AdapterExport) -> Result<AtomicFolder> {
         CONFIG,
         &json!({
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": if how.shape.head == Head::Score { SEQ_CLS } else { "CAUSAL_LM" },
             "base_model_name_or_path": how.base,
             "inference_mode": true,
             "r": lora.rank,
@@ -351,7 +368,7 @@ fn begin(dir: &Path, how: &AdapterExport) -> Result<AtomicFolder> {
             "fan_in_fan_out": false,
         }),
     )?;
-    write(OURS, &json!({"base": lora.base}))?;
+    Ours { base: Some(lora.base), reward: how.scoring.cloned() }.write(temp)?;
     if let Some(tokenizer) = how.tokenizer {
         write_tokenizer(tokenizer, temp)?;
     }

@@ -15,6 +15,7 @@ use tch::{Device, Tensor};
 
 use super::agree::agree;
 use super::hf::write_tokenizer;
+use super::ours::Scoring;
 use super::safetensors::{Entry, Writer};
 use super::sharded::{
     BaseMeta, FileMeta, GroupMeta, MASTER, META, Meta, checkpoints_dir, list, shard_name, step_name,
@@ -43,6 +44,8 @@ pub struct Part<'a> {
     pub shape: &'a Shape,
     /// Where what is not trained comes from; none where all is trained.
     pub base: Option<&'a BaseMeta>,
+    /// Of a reward model.
+    pub scoring: Option<&'a Scoring>,
     pub params: &'a Sharded,
     /// None for a model that is not trained itself.
     pub optim: Option<&'a AdamW>,
@@ -177,6 +180,7 @@ impl Saver {
                 slices: Vec::new(),
                 files: Vec::new(),
                 base: model.base.cloned(),
+                scoring: model.scoring.cloned(),
                 parts: if i == 0 { names.clone() } else { Vec::new() },
                 state: if i == 0 { state.clone() } else { Value::Null },
             };

@@ -24,6 +24,7 @@ use tch::{Kind, Tensor};
 
 use super::agree::agree_over;
 use super::grow::{grown, stored};
+use super::ours::Scoring;
 use super::safetensors::Reader;
 use super::source::{Block, Order, Source, TensorFile, View};
 use super::weights::Weights;
@@ -33,6 +34,7 @@ use crate::distributed::sharded::{Layout, Sharded, Slice, Spec};
 use crate::error::{Context, Error, Result};
 use crate::files::{crc32, read_error};
 use crate::model::Trainable;
+use crate::model::layout::{LM_HEAD, SCORE};
 use crate::optim::{AdamW, Moments};
 
 /// The part of a shard that holds a group's values; its moments lie beside it.
@@ -70,6 +72,9 @@ pub struct Meta {
     /// Where what was not trained comes from; none where all was trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<BaseMeta>,
+    /// Of a reward model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scoring: Option<Scoring>,
     /// Further models of the run, each a checkpoint in a folder of this name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parts: Vec<String>,
@@ -409,10 +414,16 @@ impl Checkpoint {
     /// Refuses tensors that are others than the checkpoint's, but for rows beyond a vocabulary of `rows`. Unless they must be
     /// `all` there, the checkpoint may lack some.
     fn check_tensors(&self, specs: impl Iterator<Item = Spec>, rows: i64, all: bool) -> Result<()> {
+        let weights_only = rows != i64::MAX;
         let mut missing: BTreeSet<&String> = self.places.keys().collect();
         let mut wrong = Vec::new();
         for spec in specs {
             missing.remove(&spec.name);
+            // A new head on the trunk of a model with another.
+            if spec.name == SCORE && weights_only && !self.places.contains_key(SCORE) {
+                missing.retain(|name| *name != LM_HEAD);
+                continue;
+            }
             match self.places.get(&spec.name) {
                 None if all => wrong.push(format!("`{}` is not in the checkpoint", spec.name)),
                 Some((_, _, shape))

@@ -10,10 +10,11 @@ use tch::{Kind, Tensor};
 
 use super::agree::agree_over;
 use super::grow::grown;
+use crate::distributed::plan::is_adapter;
 use crate::distributed::sharded::{Sharded, Spec};
 use crate::error::{Context, Error, Result};
 use crate::files::CHUNK;
-use crate::model::layout::EMBEDDING;
+use crate::model::layout::{EMBEDDING, SCORE};
 
 /// An open file whose table of tensors was checked against its size.
 pub trait TensorFile: Send + Sync {
@@ -285,10 +286,14 @@ impl Source {
     }
 
     /// Fills the parameters, whose vocabulary may be larger than the model's (see [`super::grow`]); every rank reads its
-    /// own slices only. All ranks that hold them call this, and fail together.
+    /// own slices only. A scalar head that is not there stays as it is. All ranks that hold them call this, and fail
+    /// together.
     pub fn fill(&self, params: &mut Sharded) -> Result<()> {
         let read = |spec: &Spec, first, values: &Tensor| self.read(&spec.name, first, values);
-        let mine = self.view(EMBEDDING).and_then(|view| params.fill(grown(view.shape[0], read)));
+        let wanted =
+            |spec: &Spec| !is_adapter(&spec.name) && (spec.name != SCORE || self.views.contains_key(SCORE));
+        let mine =
+            self.view(EMBEDDING).and_then(|v| params.fill_where(wanted, true, &mut grown(v.shape[0], read)));
         agree_over(params, mine)
     }
 }

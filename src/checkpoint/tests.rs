@@ -182,7 +182,7 @@ fn run_info() -> RunInfo {
 
 /// A checkpoint of one model.
 fn only<'a>(shape: &'a Shape, params: &'a Sharded, optim: &'a AdamW) -> [Part<'a>; 1] {
-    [Part { name: "", shape, base: None, params, optim: Some(optim) }]
+    [Part { name: "", shape, base: None, scoring: None, params, optim: Some(optim) }]
 }
 
 /// Saves the state of [`trained`] on `n` ranks as each of `steps`.
@@ -420,7 +420,8 @@ fn an_export_is_an_import() {
         for _ in 0..2 {
             on_ranks(ranks, |world| {
                 let (params, _) = trained(&shape, &world, Mode::Full, Kind::Float);
-                let how = Export { dtype: Kind::Float, max_shard_size, tokenizer: Some(&tokenizer) };
+                let how =
+                    Export { dtype: Kind::Float, max_shard_size, tokenizer: Some(&tokenizer), scoring: None };
                 export(&dir, &shape, &params, &how, &world).unwrap();
             });
         }
@@ -448,7 +449,7 @@ fn an_export_spares_what_is_not_its_own_and_fails_on_all_ranks() {
     fs::write(folder.0.join("thesis.txt"), "precious").unwrap();
     let errors = on_ranks(2, |world| {
         let (params, _) = trained(&shape, &world, Mode::Replicate, Kind::Float);
-        let how = Export { dtype: Kind::BFloat16, max_shard_size: u64::MAX, tokenizer: None };
+        let how = Export { dtype: Kind::BFloat16, max_shard_size: u64::MAX, tokenizer: None, scoring: None };
         let e = export(Path::new("."), &shape, &params, &how, &world).unwrap_err();
         assert!(e.message.contains("no name for a file or folder"), "{e}");
         export(&folder.0, &shape, &params, &how, &world).unwrap_err()
@@ -669,7 +670,7 @@ fn new_rows_are_the_mean_of_the_old_ones() {
         let (folder, shape) = (Folder::new(), tiny(tied));
         save(&folder.0, &shape, 2, Mode::Full, Kind::Float, &[1]);
         let (old, _) = trained(&shape, &Group::solo(), Mode::Full, Kind::Float);
-        let how = Export { dtype: Kind::Float, max_shard_size: u64::MAX, tokenizer: None };
+        let how = Export { dtype: Kind::Float, max_shard_size: u64::MAX, tokenizer: None, scoring: None };
         let model = folder.0.join("exported");
         export(&model, &shape, &old, &how, &Group::solo()).unwrap();
         let larger = Shape { vocab_size: 64, ..shape.clone() };
@@ -709,7 +710,8 @@ fn further_models_lie_in_folders_of_their_own() {
         let (params, optim) = trained(&shape, &world, Mode::Full, Kind::Float);
         let (critic, of_critic) = trained(&other, &world, Mode::Full, Kind::Float);
         let mut saver = Saver::new(&folder.0, 3, run_info(), &world).unwrap();
-        let part = |name, shape, params, optim| Part { name, shape, base: None, params, optim };
+        let part =
+            |name, shape, params, optim| Part { name, shape, base: None, scoring: None, params, optim };
         let models = [
             part("", &shape, &params, Some(&optim)),
             part("critic", &other, &critic, Some(&of_critic)),

@@ -2,24 +2,37 @@
 
 use std::path::{Path, PathBuf};
 
+use kernels::mmap::map_file;
+use sha2::{Digest, Sha256};
+
 use super::hf::HfModel;
 use super::meta::{MetaModel, PARAMS};
+use super::ours::{Ours, Scoring};
 use super::peft::{self, PeftAdapter};
 use super::sharded::{Checkpoint, META, checkpoints_dir, latest};
 use super::source::Source;
-use crate::config::shape::Shape;
-use crate::data::tokenizer::folder_has_tokenizer;
+use crate::config::reward::Score;
+use crate::config::shape::{Head, Shape};
+use crate::data::tokenizer::{folder_has_tokenizer, hex};
 use crate::distributed::sharded::Sharded;
 use crate::error::{Context, Error, Result};
+use crate::files::read_error;
 use crate::model::Trainable;
 
 /// A model on disk, found by its path.
 pub enum Weights {
     Hf(HfModel),
     Meta(MetaModel),
-    /// An adapter, and the model that it is for.
-    Adapter(PeftAdapter, Box<Weights>),
+    Adapted(Box<Adapted>),
     Checkpoint(Box<Checkpoint>),
+}
+
+/// An adapter, and the model that it is for.
+pub struct Adapted {
+    pub adapter: PeftAdapter,
+    pub base: Weights,
+    /// The base's, but for the head, which may come with the adapter.
+    shape: Shape,
 }
 
 impl Weights {
@@ -71,15 +84,16 @@ impl Weights {
                 base.dir().display()
             )));
         }
-        adapter.check(base.shape())?;
-        Ok(Weights::Adapter(adapter, Box::new(base)))
+        let shape = adapter.shape(base.shape());
+        adapter.check(&shape)?;
+        Ok(Weights::Adapted(Box::new(Adapted { adapter, base, shape })))
     }
 
     /// The adapters that the model has besides its own tensors, if any, and how its weights were kept in training.
     pub fn lora(&self) -> Option<&Trainable> {
         match self {
             Weights::Hf(_) | Weights::Meta(_) => None,
-            Weights::Adapter(adapter, _) => Some(adapter.trainable()),
+            Weights::Adapted(model) => Some(model.adapter.trainable()),
             Weights::Checkpoint(checkpoint) => {
                 checkpoint.meta().base.as_ref().map(|b| &b.trainable).filter(|t| t.lora.is_some())
             }
@@ -90,9 +104,26 @@ impl Weights {
         match self {
             Weights::Hf(model) => model.shape(),
             Weights::Meta(model) => model.shape(),
-            Weights::Adapter(_, base) => base.shape(),
+            Weights::Adapted(model) => &model.shape,
             Weights::Checkpoint(checkpoint) => &checkpoint.meta().shape,
         }
+    }
+
+    /// How a scalar head's values become a reward, as the folder says; none for models with an LM head. What says nothing
+    /// is transformers' sequence classification.
+    pub fn scoring(&self) -> Result<Option<Scoring>> {
+        if self.shape().head == Head::Lm {
+            return Ok(None);
+        }
+        let said = match self {
+            Weights::Checkpoint(checkpoint) => checkpoint.meta().scoring.clone(),
+            Weights::Adapted(model) => match Ours::read(model.adapter.dir())?.reward {
+                Some(scoring) => Some(scoring),
+                None => model.base.scoring()?,
+            },
+            Weights::Hf(_) | Weights::Meta(_) => Ours::read(self.dir())?.reward,
+        };
+        Ok(Some(said.unwrap_or(Scoring::raw(Score::Last))))
     }
 
     /// The folder that the weights come from.
@@ -100,9 +131,35 @@ impl Weights {
         match self {
             Weights::Hf(model) => model.dir(),
             Weights::Meta(model) => model.dir(),
-            Weights::Adapter(adapter, _) => adapter.dir(),
+            Weights::Adapted(model) => model.adapter.dir(),
             Weights::Checkpoint(checkpoint) => checkpoint.dir(),
         }
+    }
+
+    /// Tells models apart by the contents of all files of their folders, wherever these lie.
+    pub fn fingerprint(&self) -> Result<String> {
+        let mut hash = Sha256::new();
+        let read = |e: std::io::Error| read_error(self.dir(), &e);
+        let entries = std::fs::read_dir(self.dir()).map_err(read)?.collect::<std::io::Result<Vec<_>>>();
+        let mut paths: Vec<PathBuf> = entries.map_err(read)?.into_iter().map(|e| e.path()).collect();
+        paths.sort();
+        for path in paths.into_iter().filter(|p| p.is_file()) {
+            let file = std::fs::File::open(&path).map_err(|e| read_error(&path, &e))?;
+            let bytes = map_file(&file).map_err(|e| read_error(&path, &e))?;
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            hash.update(format!("{name} {} ", bytes.len()));
+            hash.update(&bytes[..]);
+        }
+        match self {
+            Weights::Adapted(model) => hash.update(model.base.fingerprint()?),
+            Weights::Checkpoint(checkpoint) => {
+                if let Some(base) = &checkpoint.meta().base {
+                    hash.update(Weights::open(Path::new(&base.path))?.fingerprint()?);
+                }
+            }
+            Weights::Hf(_) | Weights::Meta(_) => {}
+        }
+        Ok(hex(&hash.finalize()[..16]))
     }
 
     /// The folder with the model's tokenizer, if it has one.
@@ -110,20 +167,20 @@ impl Weights {
         let dir = self.dir();
         match self {
             _ if folder_has_tokenizer(dir) => Some(dir.to_path_buf()),
-            Weights::Adapter(_, base) => base.tokenizer_dir(),
+            Weights::Adapted(model) => model.base.tokenizer_dir(),
             _ => None,
         }
     }
 
     /// Fills the parameters, each rank its own slices; adapters, where the parameters have any, only from a model that has
-    /// them too. Collective over the ranks that hold them.
+    /// them too, and a scalar head only from a model that has one. Collective over the ranks that hold them.
     pub fn fill(&self, params: &mut Sharded) -> Result<()> {
         match self {
             Weights::Hf(model) => model.source().fill(params),
             Weights::Meta(model) => model.source().fill(params),
-            Weights::Adapter(adapter, base) => {
-                base.fill(params)?;
-                adapter.fill(params)
+            Weights::Adapted(model) => {
+                model.base.fill(params)?;
+                model.adapter.fill(params)
             }
             Weights::Checkpoint(checkpoint) => checkpoint.fill_weights(params),
         }
@@ -134,7 +191,7 @@ impl Weights {
         match self {
             Weights::Hf(model) => Ok(model.into_source()),
             Weights::Meta(model) => Ok(model.into_source()),
-            Weights::Adapter(adapter, base) => Err(with_adapter(adapter.dir(), base.dir())),
+            Weights::Adapted(model) => Err(with_adapter(model.adapter.dir(), model.base.dir())),
             Weights::Checkpoint(checkpoint) => match &checkpoint.meta().base {
                 None => checkpoint.source(),
                 Some(base) if base.trainable.lora.is_some() => {

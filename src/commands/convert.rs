@@ -10,6 +10,7 @@ use crate::checkpoint::Weights;
 use crate::checkpoint::convert::{Conversion, Target};
 use crate::commands::check::size;
 use crate::error::{Error, Result};
+use crate::telemetry::progress::with_bytes_bar;
 use crate::warn;
 
 #[derive(Debug, clap::Args)]
@@ -78,7 +79,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     let conversion =
         Conversion::new(Weights::open(&args.from)?, target, args.dtype.map(Dtype::kind), device)?;
     let (total, done) = (2 * conversion.bytes()?, Arc::default());
-    let report = super::with_bytes_bar("converting", total, &done, || conversion.write(&args.to, &done))?;
+    let report = with_bytes_bar("converting", total, &done, || conversion.write(&args.to, &done))?;
     println!(
         "{}: {} tensors, {} in {} file(s); copied: {}",
         args.to.display(),

@@ -1,6 +1,6 @@
 //! `corral data`: built-in data.
 
-use crate::data::synth::{self, Level};
+use crate::data::synth::{self, Level, Options};
 use crate::error::{Error, Result};
 use std::path::PathBuf;
 
@@ -30,6 +30,9 @@ struct Synth {
     /// 1: one step; 2: two steps; 3: products and larger numbers; mix: 0.5, 0.3, 0.2 of them
     #[arg(long, default_value = "mix", value_parser = ["1", "2", "3", "mix"])]
     level: String,
+    /// Share of the answers of sft.train.jsonl that are wrong, for a model that reinforcement learning can correct
+    #[arg(long, default_value_t = 0.0, value_name = "X")]
+    wrong_answers: f64,
 }
 
 pub fn run(args: Args) -> Result<()> {
@@ -43,7 +46,14 @@ pub fn run(args: Args) -> Result<()> {
         "3" => Level::Three,
         _ => Level::Mix,
     };
-    synth::write(&args.output, args.seed, args.count, level)?;
+    if !(0.0..=1.0).contains(&args.wrong_answers) {
+        return Err(Error::config(format!(
+            "--wrong-answers {}: expected a share of 0 to 1",
+            args.wrong_answers
+        )));
+    }
+    let Synth { seed, count, wrong_answers, .. } = args;
+    synth::write(&args.output, &Options { seed, count, level, wrong_answers })?;
     let (train, valid, output) = (args.count, synth::num_valid(args.count), args.output.display());
     println!(
         "{output}: pretrain, sft, rankings and prompts, {train} records to train and {valid} to validate each"

@@ -7,7 +7,7 @@ use serde_json::Value;
 use tch::Device;
 
 use crate::algorithms::training::compute_kind;
-use crate::checkpoint::Weights;
+use crate::checkpoint::{Scoring, Weights};
 use crate::commands::Global;
 use crate::config::sections::{Compute, Mode};
 use crate::config::shape::Shape;
@@ -63,7 +63,15 @@ pub struct Opened {
 }
 
 impl ModelArgs {
+    /// A model with an LM head.
     pub fn open(&self) -> Result<Opened> {
+        let opened = self.open_any()?;
+        opened.shape().predicts().map_err(|e| e.context(opened.dir().display()))?;
+        Ok(opened)
+    }
+
+    /// A model with either head.
+    pub fn open_any(&self) -> Result<Opened> {
         let weights = Weights::open(&self.model)?;
         let tokenizer = weights.tokenizer_dir().map(Tokenizer::load).transpose()?;
         if let Some(tokenizer) = &tokenizer {
@@ -76,6 +84,11 @@ impl ModelArgs {
 impl Opened {
     pub fn shape(&self) -> &Shape {
         self.weights.shape()
+    }
+
+    /// Of a model with a scalar head.
+    pub fn scoring(&self) -> Result<Option<Scoring>> {
+        self.weights.scoring()
     }
 
     pub fn dir(&self) -> &Path {

@@ -11,6 +11,7 @@ use crate::commands::check::size;
 use crate::commands::convert::{Dtype, parse_size};
 use crate::config::trainable::Base;
 use crate::error::{Error, Result};
+use crate::telemetry::progress::with_bytes_bar;
 use crate::warn;
 
 #[derive(Debug, clap::Args)]
@@ -51,7 +52,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     }
     let merge = Merge::new(base, adapter, args.dtype.map(Dtype::kind))?;
     let (total, done) = (merge.bytes()?, Arc::default());
-    let report = super::with_bytes_bar("merging", total, &done, || {
+    let report = with_bytes_bar("merging", total, &done, || {
         merge.write(&args.output, args.max_shard_size, device, &done)
     })?;
     println!(
@@ -70,9 +71,14 @@ pub fn run(args: Args, device: Device) -> Result<()> {
             from.display()
         );
     }
-    println!(
-        "checked on {} tokens in float32: KL(with adapter || merged) = {:.3e} nats a token",
-        report.num_tokens, report.kl
-    );
+    let (tokens, distance) = (report.num_tokens, report.distance);
+    match report.scored {
+        false => println!(
+            "checked on {tokens} tokens in float32: KL(with adapter || merged) = {distance:.3e} nats a token"
+        ),
+        true => println!(
+            "checked on {tokens} tokens in float32: values differ by {distance:.3e} on average from those with the adapter"
+        ),
+    }
     Ok(())
 }

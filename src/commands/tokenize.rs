@@ -5,6 +5,7 @@ use crate::data::shards::Header;
 use crate::data::tokenize::{self, Options};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::telemetry::progress::with_bytes_bar;
 use crate::warn;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -44,7 +45,7 @@ pub fn run(args: Args) -> Result<()> {
         max_shard_tokens: args.max_shard_tokens,
     };
     let bytes = Arc::default();
-    let summary = super::with_bytes_bar("tokenizing", total, &bytes, || {
+    let summary = with_bytes_bar("tokenizing", total, &bytes, || {
         tokenize::tokenize(&options, &tokenizer, &args.output, &bytes)
     })?;
     for (name, headers) in [("train", &summary.train), ("valid", &summary.valid)] {

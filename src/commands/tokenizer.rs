@@ -2,6 +2,7 @@
 
 use crate::data::{readers, tokenizer};
 use crate::error::{Error, Result};
+use crate::telemetry::progress::with_bytes_bar;
 use crate::warn;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -53,7 +54,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     let bytes = Arc::default();
     let total = readers::total_bytes(&args.input);
-    let tokenizer = super::with_bytes_bar("reading", total, &bytes, || {
+    let tokenizer = with_bytes_bar("reading", total, &bytes, || {
         let texts = readers::texts(&args.input, &args.text_key, &bytes);
         tokenizer::train(texts, args.vocab_size, args.split_digits)
     })?;

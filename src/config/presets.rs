@@ -1,6 +1,6 @@
 //! Shapes by name: those of the benchmark table, and of published models as their `config.json` has them.
 
-use super::shape::{Experts, Family, Llama3RopeScaling, Shape};
+use super::shape::{Experts, Family, Head, Llama3RopeScaling, Shape};
 
 impl Shape {
     /// The names of the presets. `llama-15m`, `llama-42m` and `llama-110m` are those of the benchmark table; `llama-1b` is
@@ -70,6 +70,7 @@ impl Shape {
 fn plain(hidden_size: i64, intermediate_size: i64, layers: i64, heads: i64) -> Shape {
     Shape {
         family: Family::Llama,
+        head: Head::Lm,
         vocab_size: 32000,
         hidden_size,
         intermediate_size,

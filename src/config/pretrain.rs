@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::common::{Common, configuration, conflict_of_inputs, sequence_length};
 use super::numbers::{count, positive, some_count, some_not_negative};
 use super::sections::{Source, Tokenizer, Valid};
-use super::shape::{Experts, Family, Llama3RopeScaling, Shape};
+use super::shape::{Experts, Family, Head, Llama3RopeScaling, Shape};
 use super::{Algorithm, Conflict};
 
 configuration! {
@@ -199,6 +199,7 @@ impl Init {
     pub fn shape(&self, vocab_size: i64, sequence_length: i64) -> Shape {
         Shape {
             family: self.model_type,
+            head: Head::Lm,
             vocab_size: self.vocab_size.unwrap_or(vocab_size),
             hidden_size: self.hidden_size,
             intermediate_size: self.intermediate_size,

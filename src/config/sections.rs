@@ -65,6 +65,10 @@ pub struct Tokenizer {
     /// Special tokens that the tokenizer gets; their embeddings are new rows, each the mean of the model's rows.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub add_tokens: Vec<String>,
+    /// The token that pads, a new one where the tokenizer does not have it. Only files that others read need one: nothing
+    /// here looks at it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pad_token: Option<String>,
     /// The embeddings get as many rows that their number is a multiple of this.
     #[serde(deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
     pub pad_to_multiple_of: Option<i64>,
@@ -75,6 +79,9 @@ impl Tokenizer {
     pub fn conflict(&self) -> Option<Conflict> {
         if self.chat_template.is_some() && self.template.is_some() {
             return Some(("tokenizer.template", "tokenizer.chat_template is given too; keep one".into()));
+        }
+        if self.pad_token.as_ref().is_some_and(String::is_empty) {
+            return Some(("tokenizer.pad_token", "the token is empty".into()));
         }
         let bad = self
             .add_tokens

@@ -22,6 +22,23 @@ pub enum Family {
     Qwen3,
 }
 
+/// What is made of the hidden states.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Head {
+    /// Logits of the next token.
+    #[default]
+    Lm,
+    /// One number a token: reward models and critics.
+    Score,
+}
+
+impl Head {
+    fn is_lm(&self) -> bool {
+        *self == Head::Lm
+    }
+}
+
 /// `rope_scaling` of type `llama3` (Llama 3.1 and later): low frequencies are slowed down by `factor`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -51,6 +68,8 @@ pub struct Experts {
 pub struct Shape {
     #[serde(default)]
     pub family: Family,
+    #[serde(default, skip_serializing_if = "Head::is_lm")]
+    pub head: Head,
     pub vocab_size: i64,
     pub hidden_size: i64,
     pub intermediate_size: i64,
@@ -84,6 +103,25 @@ impl Shape {
     /// Each head's query and key are normalised.
     pub fn qk_norm(&self) -> bool {
         self.family == Family::Qwen3
+    }
+
+    /// The same trunk with a scalar head, which is tied to nothing.
+    pub fn scored(&self) -> Shape {
+        Shape { head: Head::Score, tie_word_embeddings: false, ..self.clone() }
+    }
+
+    /// The same shape, if it has an LM head.
+    ///
+    /// # Errors
+    /// Of kind Data: a reward model or critic predicts no tokens.
+    pub fn predicts(&self) -> Result<&Shape> {
+        match self.head {
+            Head::Lm => Ok(self),
+            Head::Score => Err(Error::data(
+                "the model has a scalar head (a reward model or critic): it predicts no tokens; take a model with an LM \
+                 head",
+            )),
+        }
     }
 
     /// The sliding window of block `layer`, if it has one.
@@ -123,6 +161,9 @@ impl Shape {
                 self.num_attention_heads, self.num_key_value_heads
             ));
         }
+        if self.head == Head::Score && self.tie_word_embeddings {
+            return refuse("a scalar head is tied to no embedding: tie_word_embeddings must be false".into());
+        }
         if self.head_dim % 2 != 0 {
             return refuse(format!("head_dim is {}; rotary positions need an even number", self.head_dim));
         }
@@ -149,6 +190,14 @@ impl Shape {
         }
     }
 
+    /// Numbers that the head makes of a hidden state.
+    pub fn head_rows(&self) -> i64 {
+        match self.head {
+            Head::Lm => self.vocab_size,
+            Head::Score => 1,
+        }
+    }
+
     /// Numbers in the matrices of one block's attention, and of its MLP with `experts` experts.
     fn matrices(&self, experts: i64) -> (i64, i64) {
         let c = self.hidden_size;
@@ -168,8 +217,8 @@ impl Shape {
         if self.qk_norm() {
             vectors += 2 * d;
         }
-        let embeddings = self.vocab_size * c * if self.tie_word_embeddings { 1 } else { 2 };
-        embeddings + self.num_hidden_layers * (attention + mlp + vectors) + c
+        let head = if self.tie_word_embeddings { 0 } else { self.head_rows() * c };
+        self.vocab_size * c + head + self.num_hidden_layers * (attention + mlp + vectors) + c
     }
 
     /// Floating-point operations of forward and backward for one token of a sequence of `length`: 6 for every weight of a
@@ -178,7 +227,7 @@ impl Shape {
     /// count.
     pub fn flops_per_token(&self, length: i64) -> f64 {
         let (attention, mlp) = self.matrices(self.experts.as_ref().map_or(1, |e| e.num_experts_per_tok));
-        let products = self.num_hidden_layers * (attention + mlp) + self.vocab_size * self.hidden_size;
+        let products = self.num_hidden_layers * (attention + mlp) + self.head_rows() * self.hidden_size;
         let seen = |layer| {
             let (n, w) = (length as f64, self.window(layer).unwrap_or(length).min(length) as f64);
             w * (n - w / 2.0) / n

@@ -70,6 +70,27 @@ pub fn conversation(record: &Record) -> Result<Vec<Message>> {
     )))
 }
 
+/// A conversation's turns before its answer, and the answer: `prompt` and `completion`, or the last turn of another format.
+///
+/// # Errors
+/// As [`conversation`]; nothing before the answer, or no answer of the assistant.
+pub fn answered(record: &Record) -> Result<(Vec<Message>, Vec<Message>)> {
+    let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
+    let (prompt, completion) = if has("prompt") && has("completion") {
+        pair(record, "prompt", &record.fields["completion"], "completion")?
+    } else {
+        let mut messages = conversation(record)?;
+        let answer = messages.split_off(messages.len().saturating_sub(1));
+        (messages, answer)
+    };
+    let bad = |what: &str| Err(Error::data(format!("{}: {what}", record.place)));
+    match completion.iter().any(|m| m.role == "assistant") {
+        false => bad("the conversation does not end with an answer of the assistant"),
+        true if prompt.is_empty() => bad("there is nothing before the answer"),
+        true => Ok((prompt, completion)),
+    }
+}
+
 /// A prompt and its completion, each a text or a list of messages. Messages may begin with the prompt once more.
 pub(super) fn pair(
     record: &Record,

@@ -23,6 +23,7 @@ use super::tokenizer::hex;
 use crate::config::sft::TooLong;
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFile, create_dir, read_error};
+use crate::telemetry::progress::with_bytes_bar;
 
 const MAGIC: &[u8; 8] = b"CORRALEX";
 /// Of the file format and of what is done to examples: part of every cache's key.
@@ -64,7 +65,7 @@ pub struct Split {
 impl Split {
     /// Whether record `index` of a file belongs to the part. It depends on the index and the parts alone, so that the
     /// stages of a pipeline get parts that do not overlap, whatever their seeds.
-    fn holds(&self, index: u64) -> bool {
+    pub fn holds(&self, index: u64) -> bool {
         let total: f64 = self.parts.iter().sum();
         let mut at = Rng::new(0, "data.split", index).uniform() * total;
         // Rounding must not leave a record in no part.
@@ -178,11 +179,11 @@ pub struct Tokenization<'a> {
 
 impl Tokenization<'_> {
     /// The examples of a file: from the cache, else tokenized into it. Processes that ask at the same time wait for the
-    /// first one. `read` grows with the bytes of `path` that were read.
+    /// first one.
     ///
     /// # Errors
     /// A record that cannot be read or rendered, with its place; a cache that cannot be written.
-    pub fn open(&self, path: &Path, read: &Arc<AtomicU64>) -> Result<Examples> {
+    pub fn open(&self, path: &Path) -> Result<Examples> {
         let key = self.cache_key(path)?;
         create_dir(&self.cache).context("data.cache")?;
         let cached = self.cache.join(format!("{key}.examples"));
@@ -197,7 +198,10 @@ impl Tokenization<'_> {
         if let Some(examples) = Examples::open(&cached, &key)? {
             return Ok(examples);
         }
-        self.write(path, &cached, &key, read)?;
+        let (what, read) = (format!("tokenizing {}", path.display()), Arc::default());
+        with_bytes_bar(&what, readers::total_bytes(&[path.to_path_buf()]), &read, || {
+            self.write(path, &cached, &key, &read)
+        })?;
         Examples::open(&cached, &key)?.ok_or_else(|| {
             Error::failed(format!("{}: it was just written and is not there", cached.display()))
         })
@@ -345,8 +349,8 @@ impl Examples {
         if n == 0 { 0 } else { self.u64_at(self.ends_at() + 8 * (n - 1)) }
     }
 
-    /// The sequences of example `i`.
-    fn sequences(&self, i: usize) -> Range<usize> {
+    /// The sequences of example `i`, numbered through all examples.
+    pub fn sequences(&self, i: usize) -> Range<usize> {
         let at = self.ends_at() + 8 * self.counts.sequences as usize;
         let before = |n: usize| if n == 0 { 0 } else { self.u64_at(at + 8 * (n - 1)) };
         before(i)..before(i + 1)

@@ -269,10 +269,24 @@ impl Stage {
 /// Equations a pretraining document of bare equations holds: about as long as a question.
 const EQUATIONS_PER_DOCUMENT: usize = 10;
 
-fn record(stage: Stage, split: Split, level: Level, seed: u64, index: u64) -> Value {
+/// What is made.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Equal seeds give equal bytes.
+    pub seed: u64,
+    /// Records of every training file.
+    pub count: u64,
+    pub level: Level,
+    /// Share of the answers of fine-tuning's training file that are wrong: where reinforcement learning is to have
+    /// something to correct, it can start from a model that was trained on these.
+    pub wrong_answers: f64,
+}
+
+fn record(stage: Stage, split: Split, options: &Options, index: u64) -> Value {
     let purpose = format!("synth.{}.{}", stage.name(), if split == Split::Train { "train" } else { "valid" });
-    let mut rng = Rng::new(seed, &purpose, index);
-    let level = match level {
+    let mut rng = Rng::new(options.seed, &purpose, index);
+    let mixed = options.level == Level::Mix;
+    let level = match options.level {
         Level::One => 1,
         Level::Two => 2,
         Level::Three => 3,
@@ -289,8 +303,8 @@ fn record(stage: Stage, split: Split, level: Level, seed: u64, index: u64) -> Va
         Stage::Pretrain => {
             let mut text = String::new();
             if rng.below(2) == 0 {
-                let mut count = problem.steps.len();
-                plain(&mut text, &problem.steps);
+                let level = if mixed { *rng.choose(&[1, 2, 3, 3, 3]) } else { level };
+                let mut count = 0;
                 while count < EQUATIONS_PER_DOCUMENT {
                     let steps = Problem::draw(&mut rng, level, split).steps;
                     plain(&mut text, &steps);
@@ -302,7 +316,18 @@ fn record(stage: Stage, split: Split, level: Level, seed: u64, index: u64) -> Va
             }
             json!({"text": text, "level": level})
         }
-        Stage::Sft => json!({"question": problem.question, "answer": problem.answer(), "level": level}),
+        Stage::Sft => {
+            let wrong =
+                split == Split::Train && options.wrong_answers > 0.0 && rng.uniform() < options.wrong_answers;
+            let answer = match wrong {
+                true => {
+                    let kind = *rng.choose(&[Wrong::Slip, Wrong::Final, Wrong::Step, Wrong::Operation]);
+                    wrong_answer(&mut rng, &problem, kind, split)
+                }
+                false => problem.answer(),
+            };
+            json!({"question": problem.question, "answer": answer, "level": level})
+        }
         Stage::Prompts => json!({"prompt": problem.question, "answer": problem.answer(), "level": level}),
         Stage::Rankings => {
             let mut wrongs = vec![Wrong::Final, Wrong::Step, Wrong::Operation];
@@ -326,8 +351,9 @@ pub fn num_valid(count: u64) -> u64 {
 /// Writes `{pretrain,sft,rankings,prompts}.{train,valid}.jsonl` into `output`: `count` training records each and
 /// `num_valid(count)` for validation. Equal arguments give equal bytes. All files are written before the first
 /// gets its name.
-pub fn write(output: &Path, seed: u64, count: u64, level: Level) -> Result<()> {
+pub fn write(output: &Path, options: &Options) -> Result<()> {
     let mut files = Vec::new();
+    let count = options.count;
     for stage in Stage::ALL {
         for (split, name, count) in
             [(Split::Train, "train", count), (Split::Valid, "valid", num_valid(count))]
@@ -337,7 +363,7 @@ pub fn write(output: &Path, seed: u64, count: u64, level: Level) -> Result<()> {
             for start in (0..count).step_by(CHUNK as usize) {
                 let lines: Vec<String> = (start..count.min(start + CHUNK))
                     .into_par_iter()
-                    .map(|i| format!("{}\n", record(stage, split, level, seed, i)))
+                    .map(|i| format!("{}\n", record(stage, split, options, i)))
                     .collect();
                 file.put(lines.concat().as_bytes())?;
             }
@@ -353,8 +379,12 @@ mod tests {
     use crate::files::TestFolder;
     use std::collections::HashSet;
 
+    fn options(seed: u64, count: u64) -> Options {
+        Options { seed, count, level: Level::Mix, wrong_answers: 0.0 }
+    }
+
     fn records(stage: Stage, split: Split, count: u64) -> Vec<Value> {
-        (0..count).map(|i| record(stage, split, Level::Mix, 1, i)).collect()
+        (0..count).map(|i| record(stage, split, &options(1, count), i)).collect()
     }
 
     /// Every `a op b = c` in a text, calculator notes included.
@@ -393,7 +423,7 @@ mod tests {
         let folder = TestFolder::new("synth");
         let read = |name: &str, seed: u64| {
             let out = folder.0.join(name);
-            write(&out, seed, 300, Level::Mix).unwrap();
+            write(&out, &options(seed, 300)).unwrap();
             let mut all = Vec::new();
             for (stage, keys) in [
                 ("pretrain", vec!["text", "level"]),
@@ -510,7 +540,8 @@ mod tests {
     #[test]
     fn levels_and_their_mix() {
         let count = |level, wanted: i64| {
-            let records = (0..4000).map(|i| record(Stage::Sft, Split::Train, level, 5, i));
+            let options = Options { level, ..options(5, 4000) };
+            let records = (0..4000).map(|i| record(Stage::Sft, Split::Train, &options, i));
             records.filter(|r| r["level"] == wanted).count() as f64 / 4000.0
         };
         for (level, number) in [(Level::One, 1), (Level::Two, 2), (Level::Three, 3)] {
@@ -523,5 +554,23 @@ mod tests {
         let questions: HashSet<_> =
             records(Stage::Sft, Split::Train, 2000).iter().map(|r| r["question"].to_string()).collect();
         assert!(questions.len() > 1950, "only {} different questions of 2000", questions.len());
+    }
+    #[test]
+    fn as_many_answers_are_wrong_as_asked_for() {
+        let options = Options { wrong_answers: 0.4, ..options(3, 4000) };
+        let right = |split| {
+            let right = |i| {
+                let record = record(Stage::Sft, split, &options, i);
+                let answer = record["answer"].as_str().unwrap().to_string();
+                let (steps, last) = answer.rsplit_once("#### ").unwrap();
+                let steps = equations(steps);
+                let operation = steps.iter().all(true_equation);
+                f64::from(u8::from(operation && steps.last().unwrap().result.to_string() == last))
+            };
+            (0..4000).map(right).sum::<f64>() / 4000.0
+        };
+        // Another operation leaves true equations: a quarter of what is wrong.
+        assert!((right(Split::Train) - 0.7).abs() < 0.03, "{}", right(Split::Train));
+        assert_eq!(right(Split::Valid), 1.0);
     }
 }

@@ -72,6 +72,11 @@ impl Plan {
         self.layout.specs.iter().zip(&self.roles).any(named)
     }
 
+    /// The layout of what is trained, adapters included.
+    pub fn trained(&self) -> Layout {
+        self.place().layout
+    }
+
     /// What the group takes of each rank's memory, in `compute`, in slices over `ranks`.
     pub fn bytes(&self, compute: Kind, ranks: i64) -> GroupBytes {
         let placed = self.place();

@@ -1,4 +1,5 @@
-//! Initial weights: normal with the shape's `initializer_range`, norms 1, biases 0, as transformers does.
+//! Initial weights: normal with the shape's `initializer_range`, norms 1, biases 0, as transformers does; scalar heads are
+//! set apart.
 //!
 //! Every number depends only on the seed, the tensor's name and its place in the tensor, so that any slice can be made
 //! by itself and the weights do not depend on the world size.
@@ -9,27 +10,43 @@ use tch::{Device, Kind, Tensor};
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::error::Result;
+use crate::model::layout::SCORE;
+
+/// The standard deviation of a new scalar head in a reward model: 1 / sqrt(C + 1) (Ziegler et al. 2019).
+pub fn score_std(shape: &Shape) -> f64 {
+    1.0 / (shape.hidden_size as f64 + 1.0).sqrt()
+}
+
+/// Fills this rank's slice of the scalar head, if the model has one: normal with standard deviation `std`; 0 for 0.
+pub fn init_score(params: &mut Sharded, std: f64, seed: u64) -> Result<()> {
+    params.fill_where(|spec| spec.name == SCORE, true, &mut |spec, first, values| {
+        fill_normal(values, key_of(seed, &spec.name), first, std)
+    })
+}
+
+/// Fills `values` with elements `first..` of a tensor of normal numbers.
+fn fill_normal(values: &Tensor, key: u64, first: i64, std: f64) -> Result<()> {
+    let mut values = values.shallow_clone();
+    let in_place = values.kind() == Kind::Float && values.device() == Device::Cpu;
+    let numbers = match in_place {
+        true => values.shallow_clone(),
+        false => Tensor::empty(values.size(), (Kind::Float, Device::Cpu)),
+    };
+    ops::fill_normal(&numbers, key, first as u64, std)?;
+    if !in_place {
+        values.copy_(&numbers);
+    }
+    Ok(())
+}
 
 /// Fills the slices of this rank with initial weights.
 pub fn init(params: &mut Sharded, shape: &Shape, seed: u64) -> Result<()> {
     params.fill(|spec, first, values| {
-        let mut values = values.shallow_clone();
         if spec.shape.len() == 1 {
-            let _ = values.fill_(if spec.name.ends_with(".bias") { 0.0 } else { 1.0 });
+            let _ = values.shallow_clone().fill_(if spec.name.ends_with(".bias") { 0.0 } else { 1.0 });
             return Ok(());
         }
-        let key = key_of(seed, &spec.name);
-        let in_place = values.kind() == Kind::Float && values.device() == Device::Cpu;
-        let numbers = if in_place {
-            values.shallow_clone()
-        } else {
-            Tensor::empty(values.size(), (Kind::Float, Device::Cpu))
-        };
-        ops::fill_normal(&numbers, key, first as u64, shape.initializer_range)?;
-        if !in_place {
-            values.copy_(&numbers);
-        }
-        Ok(())
+        fill_normal(values, key_of(seed, &spec.name), first, shape.initializer_range)
     })
 }
 

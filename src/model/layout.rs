@@ -1,7 +1,7 @@
 //! The groups of a model's parameters, under Hugging Face's names, matrices before vectors.
 //!
 //! Group 0 is the embedding, 1 to L are the blocks (the last one carries the final norm), L + 1 is the LM head where
-//! it is not tied to the embedding. q, k, v lie one after the other, and gate and up, so that each is one product. Experts lie in
+//! it is not tied to the embedding, or the scalar head. q, k, v lie one after the other, and gate and up, so that each is one product. Experts lie in
 //! their block's group.
 
 use std::ops::Range;
@@ -9,7 +9,7 @@ use std::ops::Range;
 use kernels::ops;
 use tch::Tensor;
 
-use crate::config::shape::Shape;
+use crate::config::shape::{Head, Shape};
 use crate::distributed::plan::{Adapter, Piece, Plan};
 use crate::distributed::sharded::{Layout, Sharded};
 use crate::error::Result;
@@ -21,6 +21,8 @@ use crate::model::mlp::{Dense, Mlp};
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
 pub const FINAL_NORM: &str = "model.norm.weight";
 pub const LM_HEAD: &str = "lm_head.weight";
+/// The scalar head, as transformers' sequence classification with one label has it.
+pub const SCORE: &str = "score.weight";
 
 /// The layouts of all groups, in the order of the forward.
 pub fn layouts(s: &Shape) -> Vec<Layout> {
@@ -28,7 +30,11 @@ pub fn layouts(s: &Shape) -> Vec<Layout> {
         vec![Layout::new("embedding", vec![(EMBEDDING.into(), vec![s.vocab_size, s.hidden_size])])];
     groups.extend((0..s.num_hidden_layers).map(|i| block(s, i)));
     if !s.tie_word_embeddings {
-        groups.push(Layout::new("head", vec![(LM_HEAD.into(), vec![s.vocab_size, s.hidden_size])]));
+        let name = match s.head {
+            Head::Lm => LM_HEAD,
+            Head::Score => SCORE,
+        };
+        groups.push(Layout::new("head", vec![(name.into(), vec![s.head_rows(), s.hidden_size])]));
     }
     groups
 }

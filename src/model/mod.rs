@@ -9,6 +9,7 @@ pub mod llama;
 pub mod memory;
 mod mixture;
 mod mlp;
+pub mod score;
 pub mod trainable;
 
 pub use decode::KvCache;
@@ -16,6 +17,7 @@ pub use head::LmHead;
 pub use linear::{Linear, LinearGrad};
 pub use llama::{DropoutPlace, Input, Llama, Tape};
 pub use memory::Memory;
+pub use score::ScoreHead;
 pub use trainable::Trainable;
 
 pub use crate::config::sections::Recompute;

@@ -1,6 +1,8 @@
 //! How far a run is: a bar on a terminal, plain lines elsewhere.
 
 use std::io::IsTerminal;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -150,6 +152,27 @@ fn duration(seconds: f64) -> String {
         60..3600 => format!("{} min {:02} s", s / 60, s % 60),
         _ => format!("{} h {:02} min", s / 3600, s % 3600 / 60),
     }
+}
+
+/// Shows a bar of `done` of `total` bytes while `work` runs, if stderr is a terminal.
+pub fn with_bytes_bar<T>(what: &str, total: u64, done: &Arc<AtomicU64>, work: impl FnOnce() -> T) -> T {
+    let bar = ProgressBar::new(total).with_message(what.to_string());
+    let template = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    let (ticking, done) = (bar.clone(), done.clone());
+    let ticker = std::thread::spawn(move || {
+        while !ticking.is_finished() {
+            ticking.set_position(done.load(Relaxed));
+            std::thread::sleep(DRAW_INTERVAL);
+        }
+    });
+    let result = work();
+    bar.finish_and_clear();
+    // A failure of the bar is no failure of the work.
+    let _ = ticker.join();
+    result
 }
 
 #[cfg(test)]

@@ -10,13 +10,13 @@ mod qwen3;
 
 use serde_json::{Map, Value};
 
-use crate::config::shape::{Family, Shape};
+use crate::config::shape::{Family, Head, Shape};
 use crate::error::{Error, Result};
 
 /// What one family's folders have of their own.
 #[derive(Debug)]
 pub struct Description {
-    /// `architectures` and `model_type` of `config.json`.
+    /// `architectures`, of a model with an LM head, and `model_type` of `config.json`.
     pub architecture: &'static str,
     pub model_type: &'static str,
     /// Keys that `read` looks at.
@@ -32,6 +32,18 @@ pub struct Description {
     /// Where a tensor of the model lies in the family's files, by the model's name of it: the name there, and the row
     /// that it begins with. Tensors that share a name lie one after the other, and are all that is in there.
     pub place: fn(&str, &Shape) -> (String, i64),
+}
+
+impl Description {
+    /// `architectures` of a model with this head; none where transformers has no such class.
+    pub fn architecture(&self, head: Head) -> Option<String> {
+        match head {
+            Head::Lm => Some(self.architecture.to_string()),
+            Head::Score => {
+                Some(format!("{}ForSequenceClassification", self.architecture.strip_suffix("ForCausalLM")?))
+            }
+        }
+    }
 }
 
 /// The one value that can be computed.
@@ -78,24 +90,33 @@ pub fn of(family: Family) -> &'static Description {
     }
 }
 
-/// The family that a `config.json` names: by its one architecture, or where that is missing by `model_type`.
-pub fn named(config: &Map<String, Value>) -> Result<&'static Description> {
-    let known = || FAMILIES.map(|f| f.architecture).join(", ");
+/// The family that a `config.json` names, and the head: by its one architecture, or where that is missing by
+/// `model_type`.
+pub fn named(config: &Map<String, Value>) -> Result<(&'static Description, Head)> {
+    let known = || {
+        let names = FAMILIES.map(|f| f.architecture).join(", ");
+        format!(
+            "{names}; and with a scalar head (one label) ...ForSequenceClassification in place of ...ForCausalLM"
+        )
+    };
     match config.get("architectures") {
         Some(Value::Array(list)) if list.len() == 1 => {
-            let found = FAMILIES.iter().find(|f| list[0] == f.architecture);
-            found.copied().ok_or_else(|| {
+            let pairs = FAMILIES.iter().flat_map(|f| [(*f, Head::Lm), (*f, Head::Score)]);
+            let mut named =
+                pairs.filter(|(f, head)| f.architecture(*head).is_some_and(|name| list[0] == *name));
+            named.next().ok_or_else(|| {
                 Error::data(format!("architecture {} is not known; known are: {}", list[0], known()))
             })
         }
         None | Some(Value::Null) => {
             let model_type = config.get("model_type").unwrap_or(&Value::Null);
-            FAMILIES.iter().find(|f| *model_type == f.model_type).copied().ok_or_else(|| {
+            let family = FAMILIES.iter().find(|f| *model_type == f.model_type).copied().ok_or_else(|| {
                 Error::data(format!(
                     "there is no architectures, and model_type is {model_type}; known architectures are: {}",
                     known()
                 ))
-            })
+            })?;
+            Ok((family, Head::Lm))
         }
         Some(other) => {
             Err(Error::data(format!("architectures is {other}; it must name one of: {}", known())))

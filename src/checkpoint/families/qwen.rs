@@ -4,7 +4,7 @@
 //! neither does anything up to there, so that these are the positions that the model has here.
 
 use super::{Config, Description, Only, refused};
-use crate::config::shape::{Family, Shape};
+use crate::config::shape::{Family, Head, Shape};
 use crate::error::{Error, Result};
 
 pub static QWEN: Description = Description {
@@ -74,6 +74,7 @@ fn read(config: &Config) -> Result<Shape> {
     }
     Ok(Shape {
         family: Family::Qwen2,
+        head: Head::Lm,
         vocab_size: config.integer("vocab_size")?,
         hidden_size,
         intermediate_size: intermediate_size / 2,

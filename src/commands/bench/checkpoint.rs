@@ -104,7 +104,7 @@ fn begin(saver: &mut Saver, step: u64, training: &Training, world: &World) -> Re
     world.group.barrier()?;
     let begun = Instant::now();
     let (shape, params, optim) = (&training.shape, &training.model.params, Some(&training.optimizer));
-    saver.begin(step, &[Part { name: "", shape, base: None, params, optim }], Value::Null)?;
+    saver.begin(step, &[Part { name: "", shape, base: None, scoring: None, params, optim }], Value::Null)?;
     Ok(world.group.combine(&[begun.elapsed().as_secs_f64()], ReduceOp::Max)?[0])
 }
 

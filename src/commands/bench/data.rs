@@ -58,7 +58,8 @@ pub fn run(args: &Args, world: &World) -> Result<()> {
     }
     let scratch = Scratch::create(&args.dir, std::process::id())?;
     let inputs = if args.input.is_empty() {
-        synth::write(&scratch.0, 1, SYNTHETIC, Level::Mix)?;
+        let options = synth::Options { seed: 1, count: SYNTHETIC, level: Level::Mix, wrong_answers: 0.0 };
+        synth::write(&scratch.0, &options)?;
         vec![scratch.0.join("pretrain.train.jsonl")]
     } else {
         args.input.clone()

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use super::{Args, tell};
+use crate::algorithms::interval::wilson;
 use crate::checkpoint::agree;
 use crate::commands::Global;
 use crate::commands::inference;
@@ -18,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::files::AtomicFile;
 use crate::generate::engine::{Options, Request, generate};
 use crate::generate::{self as generation, Sampling};
-use crate::rewards::gsm8k::{Answer, Form, answer};
+use crate::rewards::gsm8k::{self, Answer, Form, answer};
 
 /// A question and the number that answers it.
 struct Question {
@@ -131,10 +132,7 @@ fn question(record: &Record, chat: &Chat) -> Result<Question> {
             _ => return Err(Error::data(format!("{}: no key `answer`", record.place))),
         },
     };
-    // A bare number is an answer, too.
-    let bare = || answer(&format!("#### {}", reference.trim()), Form::Strict);
-    let gold =
-        answer(&reference, Form::Strict).or_else(|| if reference.contains("####") { None } else { bare() });
+    let gold = gsm8k::reference(&reference);
     let messages = Prompt::read(record)?.into_messages();
     let prompt = chat.prompt(&messages).map_err(|e| e.context(&record.place))?;
     let prompt = prompt.into_iter().map(i64::from).collect();
@@ -182,32 +180,5 @@ impl Tally {
             Value::Object(fields) => fields,
             _ => Map::new(),
         }
-    }
-}
-
-/// The 95 % interval of a share (Wilson 1927), which also holds near 0 and 1.
-fn wilson(successes: u64, trials: u64) -> Option<[f64; 2]> {
-    let (n, z) = (trials as f64, 1.959964);
-    let p = successes as f64 / n;
-    let middle = p + z * z / (2.0 * n);
-    let half = z * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt();
-    let scale = 1.0 + z * z / n;
-    (trials > 0).then(|| [((middle - half) / scale).max(0.0), ((middle + half) / scale).min(1.0)])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Values of the published formula, evaluated apart in Python.
-    #[test]
-    fn intervals_are_wilsons() {
-        for (successes, trials, low, high) in
-            [(0, 10, 0.0, 0.277533), (5, 10, 0.236593, 0.763407), (950, 1000, 0.934686, 0.961870)]
-        {
-            let [a, b] = wilson(successes, trials).unwrap();
-            assert!((a - low).abs() < 2e-6 && (b - high).abs() < 2e-6, "{a} {b}");
-        }
-        assert_eq!(wilson(0, 0), None);
     }
 }

@@ -2,6 +2,7 @@
 
 mod gsm8k;
 mod perplexity;
+mod preference;
 
 use std::path::PathBuf;
 
@@ -27,7 +28,7 @@ pub struct Args {
     #[arg(long, value_enum)]
     task: Task,
     /// perplexity: text, JSON, JSON lines (each also .gz or .zst), Parquet, or a folder of token shards; gsm8k: lines with
-    /// `question` (or another prompt) and `answer`
+    /// `question` (or another prompt) and `answer`; preference: ranked completions, as for `corral reward`
     #[arg(long, num_args = 1.., required = true, value_name = "FILE")]
     input: Vec<PathBuf>,
     /// Where the result goes, besides stdout
@@ -39,10 +40,11 @@ pub struct Args {
     /// perplexity: key or column of the text
     #[arg(long, default_value = "text", value_name = "KEY")]
     text_key: String,
-    /// gsm8k: questions that are asked, the first of the input [default: all]
+    /// gsm8k, preference: questions that are asked, or prompts, the first of the input [default: all]
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
-    /// gsm8k: where every answer goes, a line each [default: beside --output]
+    /// gsm8k: where every answer goes, a line each; preference: every line with its completions' rewards [default: beside
+    /// --output]
     #[arg(long, value_name = "FILE")]
     answers: Option<PathBuf>,
     /// gsm8k: tokens an answer may have
@@ -57,7 +59,8 @@ pub struct Args {
     /// gsm8k: of the draws
     #[arg(long, default_value_t = 0, value_name = "S")]
     seed: u64,
-    /// gsm8k: also the accuracy for each value of this key
+    /// gsm8k: also the accuracy for each value of this key; preference: of the best completion against each other one, by
+    /// what the key says of that (in a list of one entry a completion) or of the prompt
     #[arg(long, value_name = "KEY")]
     by: Option<String>,
 }
@@ -66,6 +69,8 @@ pub struct Args {
 enum Task {
     /// Loss in nats a token, perplexity, and bits a byte of text
     Perplexity,
+    /// Share of pairs of ranked completions of which a reward model prefers the better one
+    Preference,
     /// Share of questions whose answer has the right number after its last `####`
     Gsm8k,
 }
@@ -73,6 +78,7 @@ enum Task {
 pub fn run(args: Args, global: &Global) -> Result<()> {
     match args.task {
         Task::Perplexity => perplexity::run(args, global),
+        Task::Preference => preference::run(args, global),
         Task::Gsm8k => gsm8k::run(args, global),
     }
 }

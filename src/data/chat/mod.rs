@@ -198,7 +198,10 @@ pub fn configured(section: Option<&sections::Tokenizer>, model: Option<&Path>) -
         (None, None) => return Err(Error::config("a new model needs tokenizer.path")),
     };
     let Some(section) = section else { return Ok(tokenizer) };
-    let tokenizer = tokenizer.with_tokens(&section.add_tokens)?;
+    let mut tokenizer = tokenizer.with_tokens(&section.add_tokens)?;
+    if let Some(token) = &section.pad_token {
+        tokenizer = tokenizer.with_pad_token(token)?;
+    }
     let template = match (&section.chat_template, &section.template) {
         (Some(what), _) => templates::find(what, &tokenizer)?,
         (None, Some(template)) => templates::plain(template, &tokenizer)?,

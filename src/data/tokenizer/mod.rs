@@ -203,7 +203,9 @@ impl Tokenizer {
         let Some(section) = section else { return self.check_fits(rows).map(|()| rows) };
         let added = |id: i64| {
             let token = u32::try_from(id).ok().and_then(|id| self.id_to_token(id));
-            token.is_some_and(|token| section.add_tokens.contains(&token))
+            token.is_some_and(|token| {
+                section.add_tokens.contains(&token) || section.pad_token.as_ref() == Some(&token)
+            })
         };
         if !(rows..self.vocab_size as i64).all(added) {
             self.check_fits(rows)?;
@@ -304,6 +306,41 @@ impl Tokenizer {
         self.files = Arc::new(files);
         self.eos = ids.to_vec();
         Ok(self)
+    }
+
+    /// The same tokenizer with this token for padding, a new one where it does not have it.
+    pub fn with_pad_token(self, token: &str) -> Result<Self> {
+        let mut tokenizer = match self.token_to_id(token) {
+            Some(_) => self,
+            None => self.with_tokens(&[token.to_string()])?,
+        };
+        let id = tokenizer.token_to_id(token);
+        if tokenizer.pad == id {
+            return Ok(tokenizer);
+        }
+        let mut contents = tokenizer.files.as_ref().clone();
+        if !contents.iter().any(|(name, _)| name == "tokenizer_config.json") {
+            contents.push(("tokenizer_config.json".into(), b"{}".to_vec()));
+        }
+        for (name, bytes) in &mut contents {
+            let mut json = match name.as_str() {
+                "tokenizer_config.json" | "special_tokens_map.json" | "generation_config.json" => {
+                    files::parse(bytes, Path::new(name))?
+                }
+                _ => continue,
+            };
+            let (key, value) = match name.as_str() {
+                "generation_config.json" => ("pad_token_id", json!(id)),
+                _ => ("pad_token", json!(token)),
+            };
+            json[key] = value;
+            *bytes = format!("{json:#}\n").into_bytes();
+        }
+        tokenizer.files = Arc::new(contents);
+        tokenizer.pad = id;
+        tokenizer.named.retain(|(name, _)| *name != "pad_token");
+        tokenizer.named.push(("pad_token", token.to_string()));
+        Ok(tokenizer)
     }
 
     /// Whether the token is a special one, or another that was added to the vocabulary.

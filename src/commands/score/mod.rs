@@ -1,4 +1,6 @@
-//! `corral score`: log-probabilities of texts, a line in, a line out.
+//! `corral score`: log-probabilities of texts, or rewards, a line in, a line out.
+
+pub mod reward;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,7 +11,8 @@ use tch::{Device, Tensor};
 
 use crate::checkpoint::agree;
 use crate::commands::Global;
-use crate::commands::inference::{self, ModelArgs, Opened, RanksArgs};
+use crate::commands::inference::{self, ModelArgs, Opened, RanksArgs, TemplateArgs};
+use crate::config::shape::Shape;
 use crate::data::readers::{self, Record};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
@@ -25,11 +28,14 @@ pub struct Args {
     model: ModelArgs,
     #[command(flatten)]
     ranks: RanksArgs,
-    /// JSON lines: `input_ids`, else `prompt` and `completion`, else `text`
+    #[command(flatten)]
+    template: TemplateArgs,
+    /// JSON lines: `input_ids`, else `prompt` and `completion`, else `text`; for a reward model also other conversations
     #[arg(long, value_name = "FILE")]
     input: PathBuf,
     /// The same lines with `token_ids`, `logprobs` (of every token but the first; with a prompt, of the completion's
-    /// tokens: those of the last of `token_ids`) and `sum_logprob`, in nats
+    /// tokens: those of the last of `token_ids`) and `sum_logprob`, in nats; of a reward model with `token_ids`, `score`
+    /// and `reward`, the normalised score
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
 }
@@ -42,7 +48,13 @@ struct Sequence {
 
 pub fn run(args: Args, global: &Global) -> Result<()> {
     let lines: Vec<Record> = readers::records(&args.input, None, &Arc::default())?.collect::<Result<_>>()?;
-    let opened = args.model.open()?;
+    let opened = args.model.open_any()?;
+    if let Some(scoring) = opened.scoring()? {
+        return reward::run(&args, lines, &opened, &scoring, global);
+    }
+    if args.template.chat_template.is_some() {
+        return Err(Error::config("--chat-template is for reward models: others score texts as they are"));
+    }
     let sequences = lines.iter().map(|line| sequence(line, &opened)).collect::<Result<Vec<_>>>()?;
     let world = inference::join(global)?;
     let mut model = opened.load(&world, args.ranks.mode)?;
@@ -75,28 +87,37 @@ fn sequence(line: &Record, opened: &Opened) -> Result<Sequence> {
         true => e,
         false => e.context(&line.place),
     })?;
-    let shape = opened.shape();
-    let (n, most) = (sequence.ids.len(), shape.max_position_embeddings);
+    check(line, &sequence.ids, opened.shape())?;
+    Ok(sequence)
+}
+
+/// Refuses tokens that the model cannot read.
+fn check(line: &Record, ids: &[i64], shape: &Shape) -> Result<()> {
+    let (n, most) = (ids.len(), shape.max_position_embeddings);
     if n as i64 > most {
         return Err(Error::data(format!(
             "{}: {n} tokens; the model has {most} positions (max_position_embeddings): shorten the line",
             line.place
         )));
     }
-    if let Some(id) = sequence.ids.iter().find(|id| !(0..shape.vocab_size).contains(*id)) {
-        return Err(Error::data(format!(
+    match ids.iter().find(|id| !(0..shape.vocab_size).contains(*id)) {
+        None => Ok(()),
+        Some(id) => Err(Error::data(format!(
             "{}: token id {id} is not in the model's vocabulary of {}",
             line.place, shape.vocab_size
-        )));
+        ))),
     }
-    Ok(sequence)
+}
+
+/// A line's own token ids, if it has any.
+fn input_ids(line: &Record) -> Result<Option<Vec<i64>>> {
+    let Some(ids) = line.fields.get("input_ids") else { return Ok(None) };
+    let ids = ids.as_array().and_then(|ids| ids.iter().map(Value::as_i64).collect::<Option<Vec<_>>>());
+    ids.map(Some).ok_or_else(|| Error::data(format!("{}: input_ids is no list of token ids", line.place)))
 }
 
 fn tokens(line: &Record, opened: &Opened) -> Result<Sequence> {
-    if let Some(ids) = line.fields.get("input_ids") {
-        let ids = ids.as_array().and_then(|ids| ids.iter().map(Value::as_i64).collect::<Option<Vec<_>>>());
-        let ids =
-            ids.ok_or_else(|| Error::data(format!("{}: input_ids is no list of token ids", line.place)))?;
+    if let Some(ids) = input_ids(line)? {
         return Ok(Sequence { ids, first: 1 });
     }
     let tokenizer = opened.tokenizer()?;

@@ -1,0 +1,449 @@
+//! Reward models: a scalar head that learns to score better completions higher than worse ones.
+
+use std::cell::RefCell;
+use std::path::Path;
+
+use kernels::c10d::ReduceOp;
+use tch::{Kind, Tensor};
+
+use crate::algorithms::base::{self, Base};
+use crate::algorithms::interval::wilson;
+use crate::algorithms::ranking::{Pairs, Terms, losses};
+use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Sums};
+use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start};
+use crate::algorithms::{scorer, sft};
+use crate::checkpoint::{Measured, Scoring};
+use crate::config::reward::{Reward, Score, Settings, Which};
+use crate::config::{Algorithm, Loaded, common};
+use crate::data::chat::Chat;
+use crate::data::examples::{Counts, Encoded, Example};
+use crate::data::loader::{Order, State};
+use crate::data::preferences::{self, Batch, Preference};
+use crate::data::readers;
+use crate::data::rows::RowLoader;
+use crate::distributed::world::World;
+use crate::error::{Context, Error, Result};
+use crate::model::{DropoutPlace, Llama, ScoreHead, Trainable};
+use crate::optim::Schedule;
+use crate::telemetry::Record;
+use crate::{info, warn};
+
+/// What a run reads before any rank talks to another: files are checked and tokenized, and errors told, before a group
+/// could hang.
+pub struct Inputs {
+    pub base: Base,
+    pub trainable: Trainable,
+    pub score: Score,
+    pub train: RowLoader,
+    pub valid: Option<RowLoader>,
+    /// What the scores are normalised on.
+    reference: Reference,
+    pub steps: u64,
+}
+
+/// Completions, and what they are, in words.
+struct Reference {
+    sequences: Vec<Encoded>,
+    on: String,
+}
+
+impl Inputs {
+    /// Opens, checks and tokenizes all that the configuration names.
+    pub fn open(c: &Reward) -> Result<Inputs> {
+        let base =
+            Base::open_scored(&c.model, c.tokenizer.as_ref(), c.data.sequence_length, c.reward.init_std)?;
+        let scoring = base.weights.as_ref().map_or(Ok(None), |w| w.scoring())?;
+        let score = c.reward.score.or(scoring.map(|s| s.score)).unwrap_or_default();
+        check_pad_token(&base)?;
+        // The head is new, or learns something else.
+        let (mut freeze, mut lora) = (c.freeze.clone(), c.lora.clone());
+        if !freeze.train_only.is_empty() {
+            freeze.train_only.push(HEAD.into());
+        }
+        if let Some(lora) = lora.as_mut().filter(|l| !l.modules_to_save.iter().any(|m| m == HEAD)) {
+            lora.modules_to_save.push(HEAD.into());
+        }
+        let trainable = base.trainable(&freeze, lora.as_ref())?;
+        let chat = Chat::new(&base.tokenizer)?;
+        let open = |sources, order| {
+            preferences::open(&c.data, sources, &chat, order, crate::config::preferences::Data::PART)
+        };
+        let train = open(&c.data.train, Order::Shuffled { seed: c.seed })?;
+        let valid = match c.data.valid.is_empty() {
+            true => None,
+            false => Some(open(&c.data.valid, Order::Sequential)?),
+        };
+        let steps = base::steps(&c.train, train.num_rows(), c.schedule.warmup_steps)?;
+        let reference = Reference::open(c, &chat, valid.as_ref().unwrap_or(&train))?;
+        Ok(Inputs { base, trainable, score, train, valid, reference, steps })
+    }
+}
+
+/// The head's module.
+const HEAD: &str = "score";
+
+/// transformers' sequence classification finds a text's last token by what pads it.
+fn check_pad_token(base: &Base) -> Result<()> {
+    let why = match base.tokenizer.pad_id() {
+        None => "no pad token",
+        Some(pad) if base.tokenizer.eos_ids().contains(&pad) => "the token that ends texts as its pad token",
+        Some(_) => return Ok(()),
+    };
+    Err(Error::config(format!(
+        "{}: the tokenizer has {why}, and transformers finds the token that a reward model's score is read at by a pad \
+         token of its own: give tokenizer.pad_token, a token that is not used otherwise, or a new one, such as \"<pad>\"",
+        base.tokenizer.place()
+    )))
+}
+
+impl Reference {
+    /// The first completions of `c.reward.normalize`'s files, or of the run's own data.
+    fn open(c: &Reward, chat: &Chat, data: &RowLoader) -> Result<Reference> {
+        let normalize = &c.reward.normalize;
+        let most = normalize.samples as usize;
+        let mut sequences = Vec::new();
+        let mut take = |example: Example| {
+            let wanted = |rank: u32| normalize.of == Which::All || rank == 0;
+            let all = example.sequences.into_iter().zip(example.ranks).filter(|(_, rank)| wanted(*rank));
+            sequences.extend(all.map(|(s, _)| s).take(most - sequences.len()));
+            sequences.len() < most
+        };
+        let which = match normalize.of {
+            Which::All => "all completions",
+            Which::Best => "the best completions",
+        };
+        if normalize.data.is_empty() {
+            let sources = if c.data.valid.is_empty() { &c.data.train } else { &c.data.valid };
+            if most > 0 {
+                let _ = (0..data.num_rows()).all(|i| take(data.example(i)));
+            }
+            let files: Vec<&Path> = sources.iter().map(|s| s.path.as_path()).collect();
+            return Ok(Reference { sequences, on: format!("{which} of {}", names(&files)) });
+        }
+        'files: for path in normalize.data.iter().filter(|_| most > 0) {
+            for record in readers::records(path, None, &Default::default())? {
+                if !take(reference_example(&record?, chat, c.data.sequence_length as usize)?) {
+                    break 'files;
+                }
+            }
+        }
+        let files: Vec<&Path> = normalize.data.iter().map(|p| p.as_path()).collect();
+        if most > 0 && sequences.len() < 2 {
+            return Err(Error::data(format!(
+                "reward.normalize.data: {} gives {} completions of at most {} tokens; at least 2 are needed",
+                names(&files),
+                sequences.len(),
+                c.data.sequence_length
+            )));
+        }
+        Ok(Reference { sequences, on: format!("{which} of {}", names(&files)) })
+    }
+}
+
+fn names(files: &[&Path]) -> String {
+    files.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// A record's completions: ranked ones, or the answer of a conversation. What is too long is left out.
+fn reference_example(record: &readers::Record, chat: &Chat, longest: usize) -> Result<Example> {
+    let ranked =
+        ["completions", "rejected"].iter().any(|key| record.fields.get(*key).is_some_and(|v| !v.is_null()));
+    let example = match ranked {
+        true => Preference::read(record)?.encode(chat).context(&record.place)?,
+        false => sft::encode(record, chat, false)?.into(),
+    };
+    let fits = |s: &Encoded| s.ids.len() <= longest && s.supervised.iter().skip(1).any(|s| *s);
+    let (sequences, ranks) =
+        example.sequences.into_iter().zip(example.ranks).filter(|(s, _)| fits(s)).unzip();
+    Ok(Example { sequences, ranks })
+}
+
+/// Some prompts with their completions, ready for the model.
+struct Ranked {
+    batch: MicroBatch,
+    /// [S, N] (see [`scorer::pooling`]).
+    pooling: Tensor,
+    /// Which score each completion of each prompt has, int64 [P, K]; 0 where there is none.
+    places: Tensor,
+    /// int64 [P, K], -1 where there is no completion.
+    ranks: Tensor,
+}
+
+impl Ranked {
+    /// `kind`: that of the values.
+    fn new(batch: &Batch, score: Score, model: &Llama) -> Ranked {
+        let device = model.params.device();
+        let kind = kernels::ops::accumulator(model.params.compute());
+        let most = batch.ranks.iter().map(Vec::len).max().unwrap_or(0);
+        let (mut places, mut ranks, mut next) = (Vec::new(), Vec::new(), 0);
+        for of_prompt in &batch.ranks {
+            for k in 0..most {
+                places.push(if k < of_prompt.len() { next + k as i64 } else { 0 });
+                ranks.push(of_prompt.get(k).map_or(-1, |rank| i64::from(*rank)));
+            }
+            next += of_prompt.len() as i64;
+        }
+        let table = |t: Vec<i64>| Tensor::from_slice(&t).view([-1, most as i64]).to_device(device);
+        Ranked {
+            batch: MicroBatch { input: scorer::input(batch), labels: Tensor::from_slice(&batch.rows.labels) },
+            pooling: scorer::pooling(batch, score, kind, device),
+            places: table(places),
+            ranks: table(ranks),
+        }
+    }
+
+    /// Scores [P, K] of the tokens' values `[N]`.
+    fn scores(&self, values: &Tensor) -> Tensor {
+        self.pooling.mv(values).index_select(0, &self.places.view([-1])).view_as(&self.places)
+    }
+
+    /// The sum of the prompts' losses.
+    fn loss(&self, scores: &Tensor, settings: &Settings) -> Tensor {
+        let margins = (settings.margin > 0.0)
+            .then(|| Tensor::full([scores.size()[0]], settings.margin, (scores.kind(), scores.device())));
+        losses(settings.loss, scores, &self.ranks, &Terms { margins, center: settings.center })
+            .sum(scores.kind())
+    }
+}
+
+/// What is counted of scores, over micro-batches and then over ranks.
+#[derive(Debug, Clone, Copy, Default)]
+struct Tally {
+    pairs: Pairs,
+    loss: f64,
+    /// Of all completions' scores: how many, their sum, and the sum of their squares.
+    scores: [f64; 3],
+}
+
+impl Tally {
+    fn add(&mut self, scores: &Tensor, ranked: &Ranked) {
+        self.pairs.add(Pairs::of(scores, &ranked.ranks));
+        let there = ranked.ranks.ge(0).to_kind(Kind::Double);
+        let scores = scores.detach().to_kind(Kind::Double) * &there;
+        let sum = |t: &Tensor| t.sum(Kind::Double).double_value(&[]);
+        for (total, of_batch) in
+            self.scores.iter_mut().zip([sum(&there), sum(&scores), sum(&scores.square())])
+        {
+            *total += of_batch;
+        }
+    }
+
+    /// That of all ranks. Collective.
+    fn over_ranks(self, world: &World) -> Result<Tally> {
+        let Tally { pairs: p, loss, scores: [n, sum, squares] } = self;
+        let mine = [p.num_pairs, p.ties, p.right, p.chosen, p.rejected, loss, n, sum, squares];
+        let all = world.group.combine(&mine, ReduceOp::Sum)?;
+        let pairs =
+            Pairs { num_pairs: all[0], ties: all[1], right: all[2], chosen: all[3], rejected: all[4] };
+        Ok(Tally { pairs, loss: all[5], scores: [all[6], all[7], all[8]] })
+    }
+
+    fn tell(&self, record: Record) -> Record {
+        let p = &self.pairs;
+        record
+            .float("accuracy", p.right / p.num_pairs)
+            .float("margin", (p.chosen - p.rejected) / p.num_pairs)
+            .float("reward_chosen", p.chosen / p.num_pairs)
+            .float("reward_rejected", p.rejected / p.num_pairs)
+    }
+
+    /// Mean and standard deviation (n - 1) of all scores.
+    fn mean_and_std(&self) -> (f64, f64) {
+        let [n, sum, squares] = self.scores;
+        let mean = sum / n;
+        (mean, ((squares - sum * mean) / (n - 1.0)).max(0.0).sqrt())
+    }
+}
+
+/// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
+pub fn reward(loaded: &Loaded<Reward>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
+    let c = &loaded.config;
+    let common = c.common();
+    let mut inputs_of =
+        common::paths(&c.model, c.tokenizer.as_ref(), c.data.train.iter().chain(&c.data.valid));
+    inputs_of.extend(c.reward.normalize.data.iter().map(|p| p.as_path()));
+    let tokenizer = &inputs.base.tokenizer;
+    let folder = RunFolder::open(&common, &loaded.resolved_yaml()?, start, &inputs_of, tokenizer, world)?;
+    let origin = inputs.base.path(&c.model);
+    let mut learner = Learner::new(&inputs.base, origin, &inputs.trainable, &common, world)?;
+    learner.scoring = Some(Scoring::raw(inputs.score));
+    let progress = match folder.restore::<State>(&mut learner)? {
+        Some(progress) => {
+            inputs.train.resume(&progress.data)?;
+            progress
+        }
+        None => {
+            learner.begin(&inputs.base, c.seed)?;
+            Progress::new(inputs.train.state(0))
+        }
+    };
+    announce(c, &inputs, &learner.model);
+    let schedule = Schedule::new(&common, inputs.steps);
+    let mut run = folder.start(progress, Plan::new(&common, inputs.steps))?;
+    let counts = inputs.train.counts();
+
+    while !run.done() {
+        let (next, batch) = (run.progress.data.next, c.train.batch_size as u64);
+        let tokens = inputs.train.count(next, batch).1;
+        let ranked = this_ranks_batches(c, &inputs, next, run.progress.step, &learner.model, world);
+        let tally = RefCell::new(Tally::default());
+        let entry = |ranked| {
+            let loss = |values: &Tensor, ranked: &Ranked| {
+                let scores = ranked.scores(values);
+                tally.borrow_mut().add(&scores, ranked);
+                Ok(ranked.loss(&scores, &c.reward) / batch as f64)
+            };
+            let ranked: &Ranked = ranked;
+            let objective = Objective::Values { loss: Box::new(move |values| loss(values, ranked)) };
+            Entry { batch: &ranked.batch, objective, balance: None }
+        };
+        let mut entries: Vec<Entry> = ranked.iter().map(entry).collect();
+        let Learner { model, optimizer, .. } = &mut learner;
+        let (losses, _) = step::accumulate(model, &mut entries, c.train.recompute)?;
+        drop(entries);
+        let sums = Sums { loss: losses.iter().sum(), aux_loss: None };
+        let (lr, clip) = (schedule.rate(run.progress.step), c.optim.clip);
+        let update = step::apply_gradients(model, optimizer, world, sums, lr, clip)?;
+
+        run.progress.data.next += batch;
+        let tally = tally.into_inner().over_ranks(world)?;
+        if let Some(record) = run.stepped(tokens, &update, lr)?.record {
+            let record = tally.tell(record).count("ties", tally.pairs.ties as u64);
+            run.log(&tell_counts(record, &counts));
+        }
+        let mut best = false;
+        if let Some(valid) = &inputs.valid
+            && run.due(c.valid.every)
+        {
+            let (prompts, tally) = validate(c, inputs.score, &mut learner.model, valid, world)?;
+            let loss = tally.loss / prompts;
+            let record = tally.tell(run.with_loss(Record::new("valid", run.progress.step), loss));
+            let (mean, std) = tally.mean_and_std();
+            let [low, high] =
+                wilson(tally.pairs.right as u64, tally.pairs.num_pairs as u64).unwrap_or([0.0, 1.0]);
+            run.log(
+                &record
+                    .float("accuracy_low", low)
+                    .float("accuracy_high", high)
+                    .float("reward_mean", mean)
+                    .float("reward_std", std),
+            );
+            best = run.note_validation(loss, &c.valid);
+            run.restart_window();
+        }
+        run.save(&[learner.part("")], best)?;
+    }
+    learner.scoring = Some(normalized(&inputs, &mut learner.model, world)?);
+    run.finish(|dir| learner.export(dir, tokenizer, world))
+}
+
+/// This rank's part of the step that begins at prompt `first`.
+fn this_ranks_batches(
+    c: &Reward,
+    inputs: &Inputs,
+    first: u64,
+    step: u64,
+    model: &Llama,
+    world: &World,
+) -> Vec<Ranked> {
+    let dropout = c.lora.as_ref().is_some_and(|l| l.dropout > 0.0);
+    let ranked = |(offset, prompts): (u64, u64)| {
+        let mut ranked = ranked(c, inputs.score, &inputs.train, first + offset, prompts, model);
+        if dropout {
+            // Rows are completions, of which prompts have different numbers.
+            let before = (first..first + offset).map(|i| inputs.train.example(i).ranks.len() as u64).sum();
+            ranked.batch.input.dropout = Some(DropoutPlace { seed: c.seed, step, first_row: before });
+        }
+        ranked
+    };
+    step::division(&c.train, world).map(ranked).collect()
+}
+
+/// Prompts `first..first + count` with their completions.
+fn ranked(c: &Reward, score: Score, data: &RowLoader, first: u64, count: u64, model: &Llama) -> Ranked {
+    let examples: Vec<Example> = (first..first + count).map(|i| data.example(i)).collect();
+    Ranked::new(&Batch::new(&examples, c.data.packing), score, model)
+}
+
+/// How many prompts of the validation data were taken (at most `valid.batches` batches), and what was counted of them.
+fn validate(
+    c: &Reward,
+    score: Score,
+    model: &mut Llama,
+    data: &RowLoader,
+    world: &World,
+) -> Result<(f64, Tally)> {
+    let total = data.num_rows().min((c.valid.batches * c.train.batch_size) as u64);
+    let mut tally = Tally::default();
+    for (first, count) in step::rounds(total, &c.train, world) {
+        // All ranks take equally many forwards: beyond the end, of a prompt that does not count.
+        let ranked = ranked(c, score, data, if count == 0 { 0 } else { first }, count.max(1), model);
+        let hidden = model.hidden(&ranked.batch.input)?;
+        let values = ScoreHead::values(model, &hidden)?;
+        if count > 0 {
+            let scores = ranked.scores(&values);
+            tally.add(&scores, &ranked);
+            tally.loss += ranked.loss(&scores, &c.reward).double_value(&[]);
+        }
+    }
+    Ok((total as f64, tally.over_ranks(world)?))
+}
+
+/// The normalisation of the trained model's scores, equal on all ranks. Collective.
+fn normalized(inputs: &Inputs, model: &mut Llama, world: &World) -> Result<Scoring> {
+    let (score, sequences) = (inputs.score, &inputs.reference.sequences);
+    if sequences.is_empty() {
+        return Ok(Scoring::raw(score));
+    }
+    let scores = scorer::scores_of_all(model, world, score, sequences)?;
+    let n = scores.len() as f64;
+    let mean = scores.iter().sum::<f64>() / n;
+    let std = (scores.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();
+    if std == 0.0 {
+        warn!("all {n} reference scores are {mean}: the reward is left as the score");
+        return Ok(Scoring::raw(score));
+    }
+    let measured = Measured { on: inputs.reference.on.clone(), samples: scores.len() as u64, mean, std };
+    let scoring = Scoring::normalized(score, measured);
+    info!(
+        "scores of {}: mean {mean:.4}, standard deviation {std:.4} over {n} samples; reward = {:.4} * score {:+.4}",
+        inputs.reference.on, scoring.gain, scoring.bias
+    );
+    if score != Score::Last {
+        info!(
+            "the score is the {} over the completion's tokens, as corral.json says beside the model; transformers' class \
+             reads the last token's value",
+            if score == Score::Sum { "sum" } else { "mean" }
+        );
+    }
+    Ok(scoring)
+}
+
+fn tell_counts(record: Record, counts: &Counts) -> Record {
+    record
+        .count("truncated", counts.truncated)
+        .count("dropped", counts.dropped())
+        .count("duplicates", counts.duplicates)
+}
+
+fn announce(c: &Reward, inputs: &Inputs, model: &Llama) {
+    let counts = inputs.train.counts();
+    let params = &model.params;
+    let trained: i64 = (0..params.len()).map(|i| params.layout(i).numel).sum();
+    info!(
+        "model: {:.2}M parameters, of which {:.2}M are trained",
+        model.shape.num_parameters() as f64 / 1e6,
+        trained as f64 / 1e6
+    );
+    info!(
+        "data: {} prompts with {} completions, {} tokens; {} prompts left out, {} completions are another's copy; {} steps \
+         are {:.2} epochs",
+        counts.examples,
+        counts.sequences,
+        counts.tokens,
+        counts.dropped(),
+        counts.duplicates,
+        inputs.steps,
+        inputs.steps as f64 * c.train.batch_size as f64 / inputs.train.num_rows() as f64,
+    );
+}

@@ -1,0 +1,229 @@
+//! `corral check`: all that can be refused without a device.
+
+mod examples;
+
+use std::path::Path;
+
+use clap::Subcommand;
+
+use crate::algorithms::run::{self, Resume};
+use crate::algorithms::training::compute_kind;
+use crate::algorithms::{dpo, grpo, online_dpo, ppo, pretrain, reward, sft};
+use crate::checkpoint;
+use crate::commands::training::ConfigArgs;
+use crate::config::common::Common;
+use crate::config::shape::Shape;
+use crate::config::{Algorithm, Loaded};
+use crate::data::rows::RowLoader;
+use crate::distributed::plan::{Plan, Role};
+use crate::error::{Context, Error, Result};
+use crate::model::Trainable;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Check a configuration of `corral pretrain`
+    Pretrain(Checked),
+    /// Check a configuration of `corral reward`
+    Reward(Checked),
+    /// Check a configuration of `corral dpo`
+    Dpo(Checked),
+    /// Check a configuration of `corral ppo`
+    Ppo(Checked),
+    /// Check a configuration of `corral grpo`
+    Grpo(Checked),
+    /// Check a configuration of `corral online-dpo`
+    OnlineDpo(Checked),
+    /// Check a configuration of `corral sft`; shows an example as the model will see it
+    Sft {
+        #[command(flatten)]
+        checked: Checked,
+        /// The training example to show, from 1
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        example: usize,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct Checked {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Ranks that the run will have
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    nproc: i64,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    match args.what {
+        What::Pretrain(checked) => checked.check(pretrain::Inputs::open, |loaded, inputs| {
+            let c = &loaded.config;
+            for set in inputs.train.sets().chain(inputs.valid.iter().flat_map(|v| v.sets())) {
+                set.verify()?;
+            }
+            conclude(loaded, &[("model", &inputs.base.shape, &Trainable::default())])?;
+            println!(
+                "# data: {} tokens, {} samples of {} an epoch; {} steps are {:.2} epochs",
+                inputs.train.num_tokens(),
+                inputs.train.num_windows(),
+                c.data.sequence_length,
+                inputs.steps,
+                inputs.steps as f64 * c.train.batch_size as f64 / inputs.train.num_windows() as f64
+            );
+            Ok(())
+        }),
+        What::Reward(checked) => checked.check(reward::Inputs::open, |loaded, inputs| {
+            conclude(loaded, &[("model", &inputs.base.shape, &inputs.trainable)])?;
+            ranked(&loaded.config.common(), &inputs.train, inputs.steps);
+            Ok(())
+        }),
+        What::Dpo(checked) => checked.check(dpo::Inputs::open, |loaded, inputs| {
+            conclude(loaded, &[("model", &inputs.base.shape, &inputs.trainable)])?;
+            ranked(&loaded.config.common(), &inputs.train, inputs.steps);
+            Ok(())
+        }),
+        What::Ppo(checked) => {
+            checked.check(ppo::Inputs::open, |loaded, inputs| conclude(loaded, &inputs.trained()))
+        }
+        What::Grpo(checked) => {
+            checked.check(grpo::Inputs::open, |loaded, inputs| conclude(loaded, &inputs.trained()))
+        }
+        What::OnlineDpo(checked) => {
+            checked.check(online_dpo::Inputs::open, |loaded, inputs| conclude(loaded, &inputs.trained()))
+        }
+        What::Sft { checked, example } => checked.check(sft::Inputs::open, |loaded, inputs| {
+            let c = &loaded.config;
+            conclude(loaded, &[("model", &inputs.base.shape, &inputs.trainable)])?;
+            let rows = inputs.train.num_rows();
+            println!(
+                "# rows: {rows} of {} tokens, {:.1} % padding; {} steps are {:.2} epochs",
+                c.data.sequence_length,
+                100.0 * inputs.train.padding(),
+                inputs.steps,
+                inputs.steps as f64 * c.train.batch_size as f64 / rows as f64
+            );
+            examples::show(&inputs.chat, inputs.train.sources(), example)
+        }),
+    }
+}
+
+impl Checked {
+    /// Loads and checks the configuration, and opens what it names.
+    fn check<C: Algorithm, I>(
+        self,
+        open: impl FnOnce(&C) -> Result<I>,
+        show: impl FnOnce(&Loaded<C>, &I) -> Result<()>,
+    ) -> Result<()> {
+        if self.nproc < 1 {
+            return Err(Error::config("--nproc must be at least 1"));
+        }
+        let loaded = self.config.load::<C>()?;
+        loaded.validate(self.nproc)?;
+        let inputs = open(&loaded.config)?;
+        let dir = loaded.config.common().output_dir;
+        run::check_folder(dir, &loaded.resolved_yaml()?, &Resume::Auto, false, &[])?;
+        show(&loaded, &inputs)
+    }
+}
+
+/// Tells of ranked completions.
+fn ranked(c: &Common, data: &RowLoader, steps: u64) {
+    let counts = data.counts();
+    println!(
+        "# data: {} prompts with {} completions, {} tokens; {} were cut, {} prompts left out, {} completions are another's \
+         copy; {steps} steps are {:.2} epochs",
+        counts.examples,
+        counts.sequences,
+        counts.tokens,
+        counts.truncated,
+        counts.dropped(),
+        counts.duplicates,
+        steps as f64 * c.train.batch_size as f64 / data.num_rows() as f64
+    );
+}
+
+/// Refuses a disk that is too small, and prints the resolved configuration and what of the models is trained.
+fn conclude<C: Algorithm>(loaded: &Loaded<C>, models: &[(&str, &Shape, &Trainable)]) -> Result<()> {
+    let c = loaded.config.common();
+    let compute = compute_kind(c.precision.compute);
+    let (mut checkpoint, mut exported) = (0, 0);
+    let mut lines = Vec::new();
+    for (name, shape, trainable) in models {
+        let plans = trainable.plans(shape)?;
+        let trained: Vec<_> = plans.iter().map(Plan::trained).collect();
+        checkpoint +=
+            checkpoint::bytes_per_checkpoint(&trained, kernels::ops::accumulator(compute), c.optim.moments);
+        let numel: u64 = trained.iter().map(|l| l.numel as u64).sum();
+        let whole = trainable.lora.is_none();
+        let written = if whole { shape.num_parameters() as u64 } else { numel };
+        exported += written * compute.elt_size_in_bytes() as u64;
+        lines.push(format!("# {name}: {} parameters, {numel} of them trained", shape.num_parameters()));
+        for (plan, trained) in plans.iter().zip(&trained) {
+            let frozen = plan.roles.iter().any(|role| *role != Role::Trained);
+            let note = if frozen { " trained, the rest frozen" } else { "" };
+            lines.push(format!("#   {:<12} {:>14}{note}", trained.name, trained.numel));
+        }
+    }
+    // While one is written the old ones are still there; the exported models come on top.
+    let needed = checkpoint * (c.checkpoint.keep as u64 + 1) + exported;
+    let free = room(&c, needed)?;
+    println!("{}\n", loaded.resolved_yaml()?.trim_end());
+    lines.iter().for_each(|line| println!("{line}"));
+    println!(
+        "# disk: {} a checkpoint, {} with {} kept; {} free",
+        size(checkpoint),
+        size(needed),
+        c.checkpoint.keep,
+        size(free)
+    );
+    Ok(())
+}
+
+/// The bytes that are free for a run's folder, which must hold `needed`.
+fn room(c: &Common, needed: u64) -> Result<u64> {
+    let there = bytes_in(&c.output_dir.join("checkpoints"));
+    let free = free_where(c.output_dir)?;
+    if needed <= free + there {
+        return Ok(free);
+    }
+    Err(Error::config(format!(
+        "{}: {} checkpoints and the model need {}, and {} are free; set checkpoint.keep lower or choose another output_dir",
+        c.output_dir.display(),
+        c.checkpoint.keep + 1,
+        size(needed),
+        size(free)
+    )))
+}
+
+/// Bytes free where `path` is or will be.
+fn free_where(path: &Path) -> Result<u64> {
+    let absolute = std::path::absolute(path).context(path.display())?;
+    checkpoint::free_bytes(absolute.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/")))
+}
+
+/// Bytes of the files in a folder and below; 0 if there is none.
+fn bytes_in(path: &Path) -> u64 {
+    let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+    entries
+        .map(|e| match e.metadata() {
+            Ok(m) if m.is_dir() => bytes_in(&e.path()),
+            Ok(m) => m.len(),
+            Err(_) => 0,
+        })
+        .sum()
+}
+
+/// Bytes for people.
+pub fn size(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let (mut x, mut unit) = (bytes as f64, 0);
+    while x >= 1024.0 && unit + 1 < units.len() {
+        x /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{x:.1} {}", units[unit]) }
+}

@@ -1,0 +1,40 @@
+//! The scalar head: a value of every token.
+
+use kernels::ops;
+use tch::Tensor;
+
+use crate::error::Result;
+use crate::model::llama::Llama;
+
+/// The scalar head of reward models and critics: a linear layer of one row without a bias, and every token has a value.
+pub struct ScoreHead;
+
+impl ScoreHead {
+    /// The values of hidden states, A `[N]`. `hidden`: T [N, C]. Products are summed in A, whatever T is.
+    pub fn values(model: &mut Llama, hidden: &Tensor) -> Result<Tensor> {
+        let group = model.head_group();
+        let kind = ops::accumulator(hidden.kind());
+        let weight = model.params.single(group)?.to_kind(kind);
+        let values = hidden.to_kind(kind).f_mv(&weight.f_view([-1])?)?;
+        model.params.release(group);
+        Ok(values)
+    }
+
+    /// Given the gradient of the values, A `[N]`: returns that of `hidden`, T [N, C], and adds to the head's gradient, if it
+    /// is trained. `last` is true in the last micro-batch of a step.
+    pub fn backward(model: &mut Llama, hidden: &Tensor, dvalues: &Tensor, last: bool) -> Result<Tensor> {
+        let group = model.head_group();
+        let kind = ops::accumulator(hidden.kind());
+        let weight = model.params.single(group)?.to_kind(kind);
+        let dvalues = dvalues.f_view([-1, 1])?;
+        let dhidden = dvalues.f_mm(&weight)?.to_kind(hidden.kind());
+        model.params.release(group);
+        if model.params.trains(group) {
+            let (flat, fresh) = model.params.grad(group);
+            let dweight = model.params.layout(group).specs[0].view(&flat);
+            ops::grad_weight(&dweight, &dvalues, &hidden.to_kind(kind), fresh)?;
+            model.params.reduce(group, last)?;
+        }
+        Ok(dhidden)
+    }
+}

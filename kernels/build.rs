@@ -59,7 +59,7 @@ fn main() {
         .include(torch.join("include/torch/csrc/api/include"));
     cuda_shim(&build, &torch, &lib, &out);
     build
-        .files(["cpp/ops.cpp", "cpp/quant_ops.cpp", "cpp/gpu_ops.cpp", "cpp/c10d.cpp"])
+        .files(["cpp/allocations.cpp", "cpp/ops.cpp", "cpp/quant_ops.cpp", "cpp/gpu_ops.cpp", "cpp/c10d.cpp"])
         .compile("corral_kernels");
 
     println!("cargo:rustc-link-search=native={}", lib.display());

@@ -5,7 +5,7 @@ use std::process::exit;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use corral::algorithms::{pretrain, reward, sft};
+use corral::algorithms::{dpo, grpo, online_dpo, ppo, pretrain, reward, sft};
 use corral::commands::{self, Global};
 use corral::distributed::environment::Place;
 use corral::distributed::world;
@@ -34,8 +34,16 @@ enum Command {
     Pretrain(commands::training::Args),
     /// Train a model on the answers of conversations
     Sft(commands::training::Args),
+    /// Train a model to prefer the better of completions
+    Dpo(commands::training::Args),
+    /// Train a model on its own answers by PPO
+    Ppo(commands::training::Args),
     /// Train a reward model on ranked completions
     Reward(commands::training::Args),
+    /// Train a model to prefer the better of its own answers
+    OnlineDpo(commands::training::Args),
+    /// Train a model on its own answers by GRPO
+    Grpo(commands::training::Args),
     /// Continue prompts
     Generate(commands::generate::Args),
     /// Talk with a model
@@ -52,6 +60,8 @@ enum Command {
     Merge(commands::merge::Args),
     /// Refuse what can be refused without a device, and show the resolved configuration
     Check(commands::check::Args),
+    /// Say what memory a training takes, without a device
+    Plan(commands::plan::Args),
     /// Measure speed; one JSON object a measurement
     #[command(subcommand)]
     Bench(commands::bench::Command),
@@ -98,7 +108,13 @@ fn run(cli: Cli) -> Result<()> {
         Command::Pretrain(args) => {
             commands::training::run(args, global, pretrain::Inputs::open, pretrain::pretrain)
         }
+        Command::Ppo(args) => commands::training::run(args, global, ppo::Inputs::open, ppo::ppo),
         Command::Sft(args) => commands::training::run(args, global, sft::Inputs::open, sft::sft),
+        Command::Grpo(args) => commands::training::run(args, global, grpo::Inputs::open, grpo::grpo),
+        Command::OnlineDpo(args) => {
+            commands::training::run(args, global, online_dpo::Inputs::open, online_dpo::online_dpo)
+        }
+        Command::Dpo(args) => commands::training::run(args, global, dpo::Inputs::open, dpo::dpo),
         Command::Reward(args) => commands::training::run(args, global, reward::Inputs::open, reward::reward),
         Command::Generate(args) => commands::generate::run(args, global),
         Command::Chat(args) => commands::chat::run(args, global),
@@ -108,6 +124,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Merge(args) => commands::merge::run(args, global.single_device()?),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Check(args) => commands::check::run(args),
+        Command::Plan(args) => commands::plan::run(args, global),
         Command::Bench(command) => commands::bench::run(command, global),
     }
 }

@@ -6,8 +6,11 @@ mod common;
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 
-use common::{FAMILIES, golden, golden_model, largest, load, tensors};
+use common::{FAMILIES, golden, golden_model, largest, load, load_sharded, on_ranks, tensors};
+use corral::algorithms::rl::experience::{Readout, sampler_distance};
+use corral::config::rollout::{Gather, Length};
 use corral::data::tokenizer::Tokenizer;
+use corral::generate::rollout::{Asked, Response, Rollout, Sequences};
 use corral::generate::sampler::{Draw, choose, probabilities};
 use corral::generate::{
     Completion, Engine, Finish, Options, Request, Sampling, Session, Stop, generate, text,
@@ -425,5 +428,128 @@ fn a_session_reads_on_where_prompts_agree() {
                 Ok(if seen == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
             });
         assert_eq!(stopped.unwrap().ids.len(), 3);
+    }
+}
+
+/// Two ranks that share the model, with unequal work: block by block, held, and let go again.
+#[test]
+fn ranks_that_share_a_model_generate_together() {
+    for family in ["llama3", "tied"] {
+        let sampling = Sampling { temperature: 2.0, top_k: 0, top_p: 1.0, seed: 4 };
+        let sampled = |batch_size| Options { sampling, ..options(batch_size) };
+        on_ranks(2, |group| {
+            let (g, rank) = (Golden::read(family), group.rank() as usize);
+            // Rank 0: a prompt whose samples follow one another in a single slot. Rank 1: more, in two.
+            let requests: Vec<Request> = match rank {
+                0 => vec![Request { samples: vec![7, 8, 9], ..g.prompts(5).remove(0) }],
+                _ => g.prompts(17),
+            };
+            let mut alone = load(&g.dir, Kind::Double);
+            let expected = run(&mut alone, &requests, &sampled(1 + rank));
+            let mut model = load_sharded(&g.dir, Kind::Double, group, Device::Cpu);
+            assert!(model.params.gathers());
+            assert_eq!(run(&mut model, &requests, &sampled(1 + rank)), expected, "{family}, block by block");
+            let none = run(&mut model, &requests[..requests.len() * (1 - rank)], &sampled(1));
+            assert_eq!(
+                ids(&none),
+                if rank == 0 { ids(&expected) } else { Vec::new() },
+                "{family}, one is idle"
+            );
+            model.params.hold().unwrap();
+            assert!(!model.params.gathers());
+            // Nothing is communicated: the ranks need not do it alike.
+            for _ in 0..=rank {
+                assert_eq!(run(&mut model, &requests, &sampled(1 + rank)), expected, "{family}, held");
+            }
+            model.params.let_go();
+            assert_eq!(ids(&run(&mut model, &requests, &sampled(2))), ids(&expected), "{family}, let go");
+        });
+    }
+}
+
+/// Responses depend on the prompt's number, not on who asks: drawn lengths, samples that share a prompt, cuts.
+#[test]
+fn rollouts_are_the_same_for_any_number_of_ranks() {
+    let g = Golden::read("llama3");
+    let dir = &g.dir.clone();
+    let prompts: Vec<Vec<i64>> = g.prompts(1).into_iter().map(|r| r.prompt).collect();
+    let ask = |range: std::ops::Range<usize>| -> Vec<Asked> {
+        range.map(|i| Asked { number: 40 + i as u64, ids: &prompts[i] }).collect()
+    };
+    let rollout = Rollout {
+        sampling: Sampling { temperature: 1.5, top_k: 0, top_p: 1.0, seed: 9 },
+        samples: 3,
+        min_new_tokens: 2,
+        max_new_tokens: Length { low: 4, high: 9 },
+        batch_size: 5,
+        eos: &[],
+        stop: None,
+        truncate: None,
+        gather: Gather::Auto,
+    };
+    let mut model = load(&g.dir, Kind::Double);
+    let all = rollout.run(&mut model, &ask(0..4)).unwrap();
+    assert_eq!(all.len(), 12);
+    let lengths: Vec<usize> = all.iter().map(|r| r.ids.len()).collect();
+    assert!(lengths.chunks(3).all(|group| group.iter().all(|n| *n == group[0] && (4..=9).contains(n))));
+    assert!(lengths.iter().any(|n| *n != lengths[0]), "{lengths:?}");
+    assert!(all.chunks(3).any(|group| group[0].ids != group[1].ids));
+    for gather in [Gather::Auto, Gather::Whole, Gather::Blocks] {
+        let parts = on_ranks(2, |group| {
+            // Three prompts against one.
+            let mine = if group.rank() == 0 { 0..3 } else { 3..4 };
+            let mut model = load_sharded(dir, Kind::Double, group, Device::Cpu);
+            Rollout { gather, ..rollout.clone() }.run(&mut model, &ask(mine)).unwrap()
+        });
+        assert_eq!(ids_of(&parts.concat()), ids_of(&all), "{gather:?}");
+    }
+    // Cut after the first of a token that has two before it.
+    let token = all[0].ids[2];
+    let cut = Rollout { truncate: Some((token, 2)), ..rollout.clone() };
+    for (cut, whole) in cut.run(&mut model, &ask(0..4)).unwrap().iter().zip(&all) {
+        let end = (2..whole.ids.len()).find(|i| whole.ids[*i] == token);
+        assert_eq!(cut.ids, whole.ids[..end.map_or(whole.ids.len(), |end| end + 1)]);
+        assert_eq!(cut.finish == Finish::Eos, end.is_some());
+        assert_eq!(cut.ids.len(), cut.sampler_logprobs.len());
+    }
+    let ended = Rollout { eos: &[token], ..rollout }.run(&mut model, &ask(0..4)).unwrap();
+    assert!(ended.iter().all(|r| r.ids.len() >= 2 && !r.ids[..r.ids.len() - 1].contains(&token)));
+}
+
+fn ids_of(responses: &[Response]) -> Vec<Vec<i64>> {
+    responses.iter().map(|r| r.ids.clone()).collect()
+}
+
+/// What the training's forward says of a rollout is what the sampler drew from, token by token.
+#[test]
+fn rows_of_a_rollout_score_as_they_were_drawn() {
+    for family in FAMILIES {
+        let g = Golden::read(family);
+        let mut model = load(&g.dir, Kind::Double);
+        let prompts: Vec<Vec<i64>> = g.prompts(1).into_iter().map(|r| r.prompt).collect();
+        let asked: Vec<Asked> =
+            prompts.iter().enumerate().map(|(i, ids)| Asked { number: i as u64, ids }).collect();
+        let rollout = Rollout {
+            sampling: Sampling { temperature: 0.8, top_k: 0, top_p: 1.0, seed: 3 },
+            samples: 1,
+            min_new_tokens: 0,
+            max_new_tokens: Length { low: 3, high: 8 },
+            batch_size: 3,
+            eos: &[],
+            stop: None,
+            truncate: None,
+            gather: Gather::Auto,
+        };
+        let responses = rollout.run(&mut model, &asked).unwrap();
+        let sequences = Sequences { prompts, responses: responses.iter().map(|r| r.ids.clone()).collect() };
+        let (n, width) = (sequences.len(), sequences.width(0..sequences.len()));
+        for micro_batch_size in [n, 1] {
+            let readout = Readout { sequences: &sequences, rows: 0..n, micro_batch_size, width };
+            let logprobs = readout.logprobs(&mut model, 0.8).unwrap();
+            let (mean, most) = sampler_distance(&sequences, &responses, &logprobs);
+            assert!(mean <= most && most < 1e-9, "{family}: {most:e}");
+            let outside: Tensor = &logprobs * (1.0 - sequences.mask(Kind::Double));
+            assert_eq!(outside.abs().max().double_value(&[]), 0.0);
+        }
     }
 }

@@ -5,22 +5,12 @@ mod common;
 use std::fs;
 
 use common::run::{Program, Run, data, largest_relative, uint};
-use tch::Tensor;
-
-/// The exported parameters as one vector, in float64.
-fn parameters(run: &Run) -> Tensor {
-    let path = run.output().join("model/model.safetensors");
-    let mut tensors = Tensor::read_safetensors(path).unwrap();
-    tensors.sort_by(|a, b| a.0.cmp(&b.0));
-    let flat: Vec<Tensor> = tensors.iter().map(|(_, t)| t.to_kind(tch::Kind::Double).view([-1])).collect();
-    Tensor::cat(&flat, 0)
-}
 
 /// Micro-batches, ranks and modes divide the same work: losses, gradient norms and updates are those of one batch.
 fn same_updates(name: &str, words: &[&str], loss_tolerance: f64, update_tolerance: f64) {
     let reference = Run::sft(&format!("{name}-reference"));
     reference.train(1, words);
-    let expected = (reference.numbers("train", "loss"), parameters(&reference));
+    let expected = (reference.numbers("train", "loss"), reference.parameters());
     assert!(expected.0[19] < 0.7 * expected.0[0], "the loss falls: {:?}", expected.0);
     for (ranks, mode, micro) in [(1, "full", 2), (2, "full", 4), (2, "full", 1), (2, "replicate", 2)] {
         let run = Run::sft(&format!("{name}-{ranks}-{mode}-{micro}"));
@@ -29,7 +19,7 @@ fn same_updates(name: &str, words: &[&str], loss_tolerance: f64, update_toleranc
         run.train(ranks, &divided);
         let loss = largest_relative(&run.numbers("train", "loss"), &expected.0);
         let update =
-            (parameters(&run) - &expected.1).norm().double_value(&[]) / expected.1.norm().double_value(&[]);
+            (run.parameters() - &expected.1).norm().double_value(&[]) / expected.1.norm().double_value(&[]);
         println!(
             "{name}: {ranks} ranks, {mode}, micro-batch {micro}: loss {loss:.1e}, parameters {update:.1e}"
         );

@@ -6,7 +6,35 @@
 //! ```
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::ffi::c_char;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use crate::error::{Result, check};
+
+unsafe extern "C" {
+    fn corral_allocations_begin() -> *mut c_char;
+    fn corral_allocations_end(peak: *mut i64, live: *mut i64) -> *mut c_char;
+}
+
+/// What tensors on the CPU took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tensors {
+    /// The most bytes at once.
+    pub peak: i64,
+    /// Bytes that are still there.
+    pub live: i64,
+}
+
+/// Counts the memory of the tensors that `f` makes on this thread.
+pub fn tensors<T>(f: impl FnOnce() -> T) -> Result<(T, Tensors)> {
+    // SAFETY: the counter belongs to this thread, and is taken away below.
+    check(unsafe { corral_allocations_begin() })?;
+    let result = f();
+    let (mut peak, mut live) = (0, 0);
+    // SAFETY: writes two numbers; fails where no counter is there.
+    check(unsafe { corral_allocations_end(&mut peak, &mut live) })?;
+    Ok((result, Tensors { peak, live }))
+}
 
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);

@@ -50,6 +50,11 @@ pub struct Moment {
 }
 
 impl Moment {
+    /// Bytes of a moment of n values.
+    pub fn bytes(n: i64) -> i64 {
+        n + 4 * blocks(n, CODE_BLOCK)
+    }
+
     pub fn zeros(n: i64, device: Device) -> Moment {
         Moment {
             codes: Tensor::zeros([n], (Kind::Uint8, device)),

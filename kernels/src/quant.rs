@@ -385,6 +385,21 @@ fn panel_values(device: Device) -> i64 {
     if device == Device::Cpu { 1 << 20 } else { 1 << 23 }
 }
 
+fn panel_rows(device: Device, columns: i64) -> i64 {
+    (panel_values(device) / columns.max(1)).max(1)
+}
+
+/// Values of W that exist at once in [`linear`], where the largest part has `rows`.
+pub fn forward_panel(device: Device, rows: i64, columns: i64) -> i64 {
+    rows.min(panel_rows(device, columns)) * columns
+}
+
+/// Values of W `[rows, columns]` that exist at once in [`linear_backward`].
+pub fn backward_panel(device: Device, rows: i64, columns: i64) -> i64 {
+    let step = blocks(panel_values(device) / rows.max(1), NF4_BLOCK).max(1) * NF4_BLOCK;
+    rows * step.min(columns)
+}
+
 /// O and I of weights one above the other.
 fn stacked(parts: &[&Quantized], x: &Tensor, dim: usize) -> Result<[i64; 2]> {
     let columns = parts.first().map_or(0, |p| p.shape[1]);
@@ -402,9 +417,9 @@ pub fn linear(parts: &[&Quantized], x: &Tensor) -> Result<Tensor> {
     let [rows, columns] = stacked(parts, x, 1)?;
     let options = (x.kind(), x.device());
     let y = Tensor::empty([x.size()[0], rows], options);
-    let step = (panel_values(x.device()) / columns.max(1)).max(1);
-    let most = parts.iter().map(|p| p.shape[0]).max().unwrap_or(0).min(step);
-    let scratch = Tensor::empty([most, columns], options);
+    let step = panel_rows(x.device(), columns);
+    let most = parts.iter().map(|p| p.shape[0]).max().unwrap_or(0);
+    let scratch = Tensor::empty([forward_panel(x.device(), most, columns)], options).view([-1, columns]);
     let few = x.device() == Device::Cpu && x.size()[0] <= ops::few_rows(x.kind());
     let mut at = 0;
     for part in parts {
@@ -430,8 +445,8 @@ pub fn linear_backward(parts: &[&Quantized], dy: &Tensor) -> Result<Tensor> {
     let [rows, columns] = stacked(parts, dy, 0)?;
     let options = (dy.kind(), dy.device());
     let dx = Tensor::empty([dy.size()[0], columns], options);
-    let step = (blocks(panel_values(dy.device()) / rows.max(1), NF4_BLOCK).max(1) * NF4_BLOCK).min(columns);
-    let scratch = Tensor::empty([rows * step], options);
+    let panel = backward_panel(dy.device(), rows, columns);
+    let (step, scratch) = (panel / rows.max(1), Tensor::empty([panel], options));
     let mut column = 0;
     while column < columns {
         let n = step.min(columns - column);

@@ -73,23 +73,57 @@ impl Base {
         let mut shape = match (model, &weights) {
             (_, Some(weights)) => weights.shape().clone(),
             (Model::Init(init), _) => init.shape(tokenizer.vocab_size() as i64, sequence_length),
-            (Model::Preset(name), _) => Shape::preset(name)
-                .ok_or_else(|| Error::config(format!("model.preset: '{name}' is not known")))?,
+            (Model::Preset(name), _) => preset(name)?,
             (Model::Path(path), None) => {
                 return Err(Error::failed(format!("{} was not opened", path.display())));
             }
         };
         shape.check()?;
         shape.vocab_size = tokenizer.rows(shape.vocab_size, section)?;
-        if sequence_length > shape.max_position_embeddings {
-            return Err(Error::config(format!(
-                "data.sequence_length: {sequence_length} is more than the model's max_position_embeddings, {}",
-                shape.max_position_embeddings
-            )));
-        }
+        check_length(sequence_length, &shape)?;
         let score_std = init::score_std(&shape);
         Ok(Base { tokenizer, shape, weights, score_std })
     }
+}
+
+/// What is trained of which shape, as a configuration says: for plans, which open no more than the shape needs. A preset
+/// stands for the model of that shape that a run would be given.
+///
+/// # Errors
+/// Those of [`Base::open`] and [`Base::trainable`].
+pub fn shape_and_trainable(
+    model: &Model,
+    tokenizer: Option<&sections::Tokenizer>,
+    sequence_length: i64,
+    freeze: &Freeze,
+    lora: Option<&Lora>,
+) -> Result<(Shape, Trainable)> {
+    let adds = tokenizer.is_some_and(|t| !t.add_tokens.is_empty() || t.pad_to_multiple_of.is_some());
+    if let (Model::Preset(name), false) = (model, adds) {
+        let shape = preset(name)?;
+        check_length(sequence_length, &shape)?;
+        return Ok((shape, Trainable::new(freeze, lora)));
+    }
+    let base = Base::open(model, tokenizer, sequence_length)?;
+    let trainable = match base.weights {
+        Some(_) => base.trainable(freeze, lora)?,
+        None => Trainable::new(freeze, lora),
+    };
+    Ok((base.shape, trainable))
+}
+
+fn preset(name: &str) -> Result<Shape> {
+    Shape::preset(name).ok_or_else(|| Error::config(format!("model.preset: '{name}' is not known")))
+}
+
+fn check_length(sequence_length: i64, shape: &Shape) -> Result<()> {
+    if sequence_length <= shape.max_position_embeddings {
+        return Ok(());
+    }
+    Err(Error::config(format!(
+        "data.sequence_length: {sequence_length} is more than the model's max_position_embeddings, {}",
+        shape.max_position_embeddings
+    )))
 }
 
 impl Base {

@@ -1,10 +1,15 @@
 //! One file an algorithm, and the few pieces they share.
 
 pub mod base;
+pub mod dpo;
+pub mod grpo;
 pub mod interval;
+pub mod online_dpo;
+pub mod ppo;
 pub mod pretrain;
 pub mod ranking;
 pub mod reward;
+pub mod rl;
 pub mod run;
 pub mod scorer;
 pub mod sft;

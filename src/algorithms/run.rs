@@ -87,7 +87,7 @@ pub fn check_folder(
 }
 
 /// What a new run removes of the one that it replaces.
-const REMOVED: [&str; 2] = ["checkpoints", "model"];
+const REMOVED: [&str; 4] = ["checkpoints", "model", "critic", "ema"];
 
 fn has_events(dir: &Path) -> bool {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();

@@ -104,7 +104,7 @@ impl Learner {
         if frozen.is_some() {
             base.fill(&mut model.params, c.seed)?;
         }
-        let optimizer = AdamW::configured(&model.params, c.optim);
+        let optimizer = AdamW::configured(&model.params, c.optim)?;
         Ok(Learner { model, optimizer, trainable: trainable.clone(), frozen, origin, scoring: None })
     }
 
@@ -117,7 +117,18 @@ impl Learner {
 
     /// Writes what was trained in Hugging Face's format, adapters in PEFT's. Collective.
     pub fn export(&self, dir: &Path, tokenizer: &Tokenizer, world: &World) -> Result<()> {
-        let (shape, params, tokenizer) = (&self.model.shape, &self.model.params, Some(tokenizer));
+        self.export_as(&self.model.params, dir, tokenizer, world)
+    }
+
+    /// [`Learner::export`] of other values of the same parameters. Collective.
+    pub fn export_as(
+        &self,
+        params: &Sharded,
+        dir: &Path,
+        tokenizer: &Tokenizer,
+        world: &World,
+    ) -> Result<()> {
+        let (shape, tokenizer) = (&self.model.shape, Some(tokenizer));
         let scoring = self.scoring.as_ref();
         if self.trainable.lora.is_some() {
             let how =
@@ -363,6 +374,11 @@ impl<D: Serialize> Run<'_, D> {
     /// A generated sample: a line of samples.jsonl, and a text for TensorBoard under `tag` (rank 0).
     pub fn log_sample(&mut self, record: &Record, tag: &str, text: &str) {
         self.log.log_sample(record, tag, text);
+    }
+
+    /// A token of a sample: a line of trace.jsonl (rank 0).
+    pub fn log_trace(&mut self, record: &Record) {
+        self.log.log_trace(record);
     }
 
     /// Speeds count from here: what was done since the last step (validation, samples) is no training.

@@ -16,6 +16,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use kernels::moments::Moment;
 use kernels::quant::CODE_BLOCK;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -49,7 +50,7 @@ pub fn bytes_per_checkpoint(layouts: &[Layout], master: Kind, moments: MomentsIn
     let value = master.elt_size_in_bytes() as u64;
     let of = |n: u64| match moments {
         MomentsIn::Float32 => 3 * n * value,
-        MomentsIn::EightBit => n * value + 2 * n + 2 * 4 * n.div_ceil(CODE_BLOCK as u64),
+        MomentsIn::EightBit => n * value + 2 * Moment::bytes(n as i64) as u64,
     };
     layouts.iter().map(|l| of(l.numel as u64)).sum()
 }

@@ -132,7 +132,7 @@ fn optimizer(params: &Sharded) -> AdamW {
         Kind::BFloat16 => MomentsIn::EightBit,
         _ => MomentsIn::Float32,
     };
-    AdamW::configured(params, &Optim { moments, ..Optim::default() })
+    AdamW::configured(params, &Optim { moments, ..Optim::default() }).unwrap()
 }
 
 /// Parameters and moments whose every element depends on its place only, so that any slice can be checked.

@@ -2,6 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use kernels::mmap::map_file;
+use sha2::{Digest, Sha256};
+
 use super::hf::HfModel;
 use super::meta::{MetaModel, PARAMS};
 use super::ours::{Ours, Scoring};
@@ -10,9 +13,10 @@ use super::sharded::{Checkpoint, META, checkpoints_dir, latest};
 use super::source::Source;
 use crate::config::reward::Score;
 use crate::config::shape::{Head, Shape};
-use crate::data::tokenizer::folder_has_tokenizer;
+use crate::data::tokenizer::{folder_has_tokenizer, hex};
 use crate::distributed::sharded::Sharded;
 use crate::error::{Context, Error, Result};
+use crate::files::read_error;
 use crate::model::Trainable;
 
 /// A model on disk, found by its path.
@@ -130,6 +134,32 @@ impl Weights {
             Weights::Adapted(model) => model.adapter.dir(),
             Weights::Checkpoint(checkpoint) => checkpoint.dir(),
         }
+    }
+
+    /// Tells models apart by the contents of all files of their folders, wherever these lie.
+    pub fn fingerprint(&self) -> Result<String> {
+        let mut hash = Sha256::new();
+        let read = |e: std::io::Error| read_error(self.dir(), &e);
+        let entries = std::fs::read_dir(self.dir()).map_err(read)?.collect::<std::io::Result<Vec<_>>>();
+        let mut paths: Vec<PathBuf> = entries.map_err(read)?.into_iter().map(|e| e.path()).collect();
+        paths.sort();
+        for path in paths.into_iter().filter(|p| p.is_file()) {
+            let file = std::fs::File::open(&path).map_err(|e| read_error(&path, &e))?;
+            let bytes = map_file(&file).map_err(|e| read_error(&path, &e))?;
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            hash.update(format!("{name} {} ", bytes.len()));
+            hash.update(&bytes[..]);
+        }
+        match self {
+            Weights::Adapted(model) => hash.update(model.base.fingerprint()?),
+            Weights::Checkpoint(checkpoint) => {
+                if let Some(base) = &checkpoint.meta().base {
+                    hash.update(Weights::open(Path::new(&base.path))?.fingerprint()?);
+                }
+            }
+            Weights::Hf(_) | Weights::Meta(_) => {}
+        }
+        Ok(hex(&hash.finalize()[..16]))
     }
 
     /// The folder with the model's tokenizer, if it has one.

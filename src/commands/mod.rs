@@ -20,6 +20,7 @@ pub mod generate;
 mod inference;
 pub mod inspect;
 pub mod merge;
+pub mod plan;
 pub mod score;
 pub mod tokenize;
 pub mod tokenizer;

@@ -4,11 +4,20 @@
 
 pub mod common;
 mod de;
+pub mod dpo;
+pub mod grpo;
+pub mod models;
 mod numbers;
+pub mod online_dpo;
+pub mod policy;
+pub mod ppo;
 pub mod preferences;
 mod presets;
 pub mod pretrain;
+pub mod prompts;
 pub mod reward;
+pub mod rewards;
+pub mod rollout;
 pub mod sections;
 pub mod sft;
 pub mod shape;
@@ -58,8 +67,14 @@ fn default_recipe(subcommand: &str) -> Option<(&'static str, &'static str)> {
         "pretrain" => {
             Some(("configs/pretrain/default.yaml", include_str!("../../configs/pretrain/default.yaml")))
         }
+        "dpo" => Some(("configs/dpo/default.yaml", include_str!("../../configs/dpo/default.yaml"))),
         "reward" => Some(("configs/reward/default.yaml", include_str!("../../configs/reward/default.yaml"))),
+        "online-dpo" => {
+            Some(("configs/online_dpo/default.yaml", include_str!("../../configs/online_dpo/default.yaml")))
+        }
+        "grpo" => Some(("configs/grpo/default.yaml", include_str!("../../configs/grpo/default.yaml"))),
         "sft" => Some(("configs/sft/default.yaml", include_str!("../../configs/sft/default.yaml"))),
+        "ppo" => Some(("configs/ppo/default.yaml", include_str!("../../configs/ppo/default.yaml"))),
         _ => None,
     }
 }

@@ -33,6 +33,12 @@ pub fn ratio<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
     number(d, "of 0 to 1", |x| (0.0..=1.0).contains(&x))
 }
 
+pub fn some_ratio<'de, D: Deserializer<'de>>(d: D) -> Result<Option<f64>, D::Error> {
+    #[derive(Deserialize)]
+    struct Ratio(#[serde(deserialize_with = "ratio")] f64);
+    Ok(Option::<Ratio>::deserialize(d)?.map(|Ratio(x)| x))
+}
+
 pub fn betas<'de, D: Deserializer<'de>>(d: D) -> Result<[f64; 2], D::Error> {
     let betas = <[f64; 2]>::deserialize(d)?;
     match betas.iter().find(|b| !(0.0..1.0).contains(*b)) {

@@ -219,6 +219,8 @@ pub struct Optim {
     pub clip: f64,
     /// What the moments are kept in.
     pub moments: MomentsIn,
+    /// Moments lie in host memory and come to the GPU in parts when they are updated.
+    pub offload: bool,
 }
 
 /// What AdamW's moments are kept in.
@@ -242,6 +244,7 @@ impl Default for Optim {
             weight_decay: 0.1,
             clip: 1.0,
             moments: MomentsIn::Float32,
+            offload: false,
         }
     }
 }

@@ -84,6 +84,14 @@ pub struct Samples {
     pub count: i64,
 }
 
+impl Samples {
+    /// What does not fit, and why.
+    pub fn conflict(&self) -> Option<Conflict> {
+        let why = "expected a number of steps, or 0 for no samples";
+        (self.every < 0).then(|| ("samples.every", why.into()))
+    }
+}
+
 impl Default for Samples {
     fn default() -> Self {
         Samples { every: 0, count: 4 }
@@ -126,11 +134,11 @@ impl Algorithm for Sft {
         if self.data.valid.is_empty() && self.samples.every > 0 {
             return Some(("samples", "the prompts are the validation data's: give data.valid".into()));
         }
-        if self.samples.every < 0 {
-            return Some(("samples.every", "expected a number of steps, or 0 for no samples".into()));
-        }
         if self.generation.top_p > 1.0 {
             return Some(("generation.top_p", "at most 1".into()));
+        }
+        if let Some(conflict) = self.samples.conflict() {
+            return Some(conflict);
         }
         conflict_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train)
             .or_else(|| self.common().conflict(world_size))

@@ -65,7 +65,7 @@ pub struct Split {
 impl Split {
     /// Whether record `index` of a file belongs to the part. It depends on the index and the parts alone, so that the
     /// stages of a pipeline get parts that do not overlap, whatever their seeds.
-    fn holds(&self, index: u64) -> bool {
+    pub fn holds(&self, index: u64) -> bool {
         let total: f64 = self.parts.iter().sum();
         let mut at = Rng::new(0, "data.split", index).uniform() * total;
         // Rounding must not leave a record in no part.
@@ -349,8 +349,8 @@ impl Examples {
         if n == 0 { 0 } else { self.u64_at(self.ends_at() + 8 * (n - 1)) }
     }
 
-    /// The sequences of example `i`.
-    fn sequences(&self, i: usize) -> Range<usize> {
+    /// The sequences of example `i`, numbered through all examples.
+    pub fn sequences(&self, i: usize) -> Range<usize> {
         let at = self.ends_at() + 8 * self.counts.sequences as usize;
         let before = |n: usize| if n == 0 { 0 } else { self.u64_at(at + 8 * (n - 1)) };
         before(i)..before(i + 1)

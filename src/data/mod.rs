@@ -8,6 +8,7 @@ pub mod loader;
 pub mod order;
 pub mod packing;
 pub mod preferences;
+pub mod prompts;
 pub mod readers;
 pub mod rng;
 pub mod rows;

@@ -228,6 +228,21 @@ impl Batch {
     pub fn num_sequences(&self) -> usize {
         self.last.len()
     }
+
+    /// The positions (of N) whose labels are each sequence's supervised tokens: S rows of equal length, the shorter ones
+    /// filled with 0, and which of them are there.
+    pub fn supervised(&self) -> (Vec<i64>, Vec<bool>) {
+        let mut positions = vec![Vec::new(); self.num_sequences()];
+        for (at, (label, sequence)) in self.rows.labels.iter().zip(&self.sequence).enumerate() {
+            if *label >= 0 {
+                positions[*sequence as usize].push(at as i64);
+            }
+        }
+        let columns = positions.iter().map(Vec::len).max().unwrap_or(0);
+        let there = positions.iter().flat_map(|p| (0..columns).map(|i| i < p.len())).collect();
+        positions.iter_mut().for_each(|p| p.resize(columns, 0));
+        (positions.concat(), there)
+    }
 }
 
 #[cfg(test)]
@@ -432,6 +447,17 @@ mod tests {
                 assert_eq!(batch.rows.input_ids[at], i64::from(*sequence.ids.last().unwrap()));
                 let begin = at + 1 - *n as usize;
                 assert_eq!((batch.rows.positions[begin], batch.rows.positions[at]), (0, n - 1));
+            }
+            let (positions, there) = batch.supervised();
+            let labels = |i: usize| -> Vec<i64> {
+                let columns = positions.len() / 5;
+                let row = (i * columns)..(i + 1) * columns;
+                row.filter(|at| there[*at]).map(|at| batch.rows.labels[positions[at] as usize]).collect()
+            };
+            for (i, sequence) in examples.iter().flat_map(|e| &e.sequences).enumerate() {
+                let ids = sequence.ids.iter().zip(&sequence.supervised);
+                let wanted: Vec<i64> = ids.filter(|(_, s)| **s).map(|(id, _)| i64::from(*id)).collect();
+                assert_eq!(labels(i), wanted);
             }
         }
     }

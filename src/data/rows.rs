@@ -166,10 +166,16 @@ impl RowLoader {
         })
     }
 
+    /// The source and the number in it of example `index` of a loader that packs nothing.
+    pub fn place(&self, index: u64) -> (usize, usize) {
+        let (source, i) = self.row(index)[0];
+        (source as usize, i as usize)
+    }
+
     /// Example `index` of a loader that packs nothing.
     pub fn example(&self, index: u64) -> Example {
-        let (source, i) = self.row(index)[0];
-        self.sources[source as usize].get(i as usize)
+        let (source, i) = self.place(index);
+        self.sources[source].get(i)
     }
 
     /// Rows `first..first + count` of conversations. Packed rows have `sequence_length` columns, others those of the longest.

@@ -58,24 +58,8 @@ impl Frozen {
         ranks: i64,
         device: Device,
     ) -> Frozen {
-        let mut end = 0;
-        let entries = tensors.map(|(mut spec, storage)| {
-            spec.offset = end;
-            let parts = match (storage, spec.shape[..].try_into()) {
-                (Storage::Quantized(scheme), Ok(shape)) => scheme.buffers(shape),
-                _ => vec![(compute, spec.numel())],
-            };
-            let mut place = |(kind, n): (Kind, i64)| {
-                let first = end;
-                end += n * kind.elt_size_in_bytes() as i64;
-                end = (end + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-                (kind, n, first)
-            };
-            let buffers = parts.into_iter().map(&mut place).collect();
-            Entry { spec, storage, buffers }
-        });
-        let entries: Vec<Entry> = entries.collect();
-        let shard_len = padded_slice(end, ranks);
+        let (entries, bytes) = lay_out(tensors, compute);
+        let shard_len = padded_slice(bytes, ranks);
         let local = Tensor::zeros([shard_len], (Kind::Uint8, device));
         Frozen { entries, shard_len, local, full: None, gathering: None, device }
     }
@@ -204,6 +188,32 @@ impl Frozen {
         }
         Ok(())
     }
+}
+
+/// The tensors' places one after the other, and the bytes of all.
+fn lay_out(tensors: impl Iterator<Item = (Spec, Storage)>, compute: Kind) -> (Vec<Entry>, i64) {
+    let mut end = 0;
+    let entries = tensors.map(|(mut spec, storage)| {
+        spec.offset = end;
+        let parts = match (storage, spec.shape[..].try_into()) {
+            (Storage::Quantized(scheme), Ok(shape)) => scheme.buffers(shape),
+            _ => vec![(compute, spec.numel())],
+        };
+        let mut place = |(kind, n): (Kind, i64)| {
+            let first = end;
+            end += n * kind.elt_size_in_bytes() as i64;
+            end = (end + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+            (kind, n, first)
+        };
+        let buffers = parts.into_iter().map(&mut place).collect();
+        Entry { spec, storage, buffers }
+    });
+    (entries.collect(), end)
+}
+
+/// Bytes of one rank's slice of tensors that are not trained.
+pub(super) fn slice_bytes(tensors: impl Iterator<Item = (Spec, Storage)>, compute: Kind, ranks: i64) -> i64 {
+    padded_slice(lay_out(tensors, compute).1, ranks)
 }
 
 /// Quantizes a weight whose rows from `row` on `read(row, values)` gives, some at a time.

@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 
-use tch::Tensor;
+use kernels::ops::accumulator;
+use tch::{Kind, Tensor};
 
-use crate::distributed::frozen::Storage;
-use crate::distributed::sharded::{Layout, Spec};
+use crate::distributed::frozen::{self, Storage};
+use crate::distributed::sharded::{Layout, Spec, padded_slice};
 
 /// What becomes of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +77,26 @@ impl Plan {
         self.place().layout
     }
 
+    /// What the group takes of each rank's memory, in `compute`, in slices over `ranks`.
+    pub fn bytes(&self, compute: Kind, ranks: i64) -> GroupBytes {
+        let placed = self.place();
+        let (value, master) = (compute.elt_size_in_bytes() as i64, accumulator(compute));
+        let numel = placed.layout.numel;
+        let (slice, a) = (padded_slice(numel, ranks), master.elt_size_in_bytes() as i64);
+        let frozen = frozen::slice_bytes(placed.frozen.into_iter(), compute, ranks);
+        let shared = if ranks > 1 { ranks } else { 0 };
+        GroupBytes {
+            num_trained: numel,
+            slice_len: slice.min(numel),
+            master: slice * a,
+            copy: if compute == master { 0 } else { slice * value },
+            frozen,
+            gathered: shared * (slice * value + frozen),
+            gradient: slice * a,
+            whole_gradient: shared * slice * a,
+        }
+    }
+
     pub(super) fn place(&self) -> Placed {
         let of_adapters = self.adapters.iter().flat_map(|a| [a.role; 2]);
         let roles: Vec<Role> = self.roles.iter().copied().chain(of_adapters).collect();
@@ -105,6 +126,25 @@ impl Plan {
         let adapter_homes = of_adapters.chunks_exact(2).map(|c| [c[0], c[1]]).collect();
         Placed { homes: homes.to_vec(), adapter_homes, layout, frozen }
     }
+}
+
+/// What a group takes of a rank's memory; bytes, but for the two counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct GroupBytes {
+    /// Numbers that are trained, over all ranks.
+    pub num_trained: i64,
+    /// Numbers of the largest slice of them, for which there are moments.
+    pub slice_len: i64,
+    /// The slice of the master values, and its copy in the compute dtype, where that is another.
+    pub master: i64,
+    pub copy: i64,
+    /// The slice of what is not trained.
+    pub frozen: i64,
+    /// All values in the compute dtype while they are in use; 0 where one rank has them anyway.
+    pub gathered: i64,
+    /// The slice of the gradient, and the gradient before it is reduced into slices; the latter 0 for one rank.
+    pub gradient: i64,
+    pub whole_gradient: i64,
 }
 
 /// What lies where.

@@ -124,6 +124,14 @@ pub fn shard_groups(mode: Mode, world: &World) -> (Group, Group) {
     }
 }
 
+/// The ranks that slices lie over.
+pub fn shard_ranks(mode: Mode, world_size: i64) -> i64 {
+    match mode {
+        Mode::Full => world_size,
+        Mode::Replicate => 1,
+    }
+}
+
 /// Gives all values of a group, in any dtype: `[numel]`.
 type Load = Box<dyn Fn(&Layout) -> Result<Tensor>>;
 
@@ -221,6 +229,15 @@ impl Sharded {
     /// Bytes of this rank's slices of what is not trained.
     pub fn frozen_bytes(&self) -> i64 {
         self.groups.iter().map(|g| g.frozen.bytes()).sum()
+    }
+
+    /// Bytes of all values as forwards use them, on a rank that gathers them all.
+    pub fn whole_bytes(&self) -> i64 {
+        let ranks = self.shard.size();
+        let of = |g: &FlatGroup| {
+            ranks * (g.shard_len * self.compute.elt_size_in_bytes() as i64 + g.frozen.bytes())
+        };
+        self.groups.iter().map(of).sum()
     }
 
     /// The dtype of forward and backward.

@@ -1,6 +1,7 @@
 //! Text from a model: sampler, batched engine over the KV cache, conversations.
 
 pub mod engine;
+pub mod rollout;
 pub mod sampler;
 pub mod session;
 pub mod stop;

@@ -2,7 +2,7 @@
 //! never exist at once, forward or backward.
 
 use kernels::ops;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
 use crate::model::llama::Llama;
@@ -11,6 +11,14 @@ use crate::model::llama::Llama;
 /// vocabularies take more (see `chunk`).
 const CHUNK_CPU: i64 = 4 << 20;
 const CHUNK_GPU: i64 = 64 << 20;
+
+/// Rows of a chunk of logits of a vocabulary, for `n` rows on a device.
+pub(super) fn chunk(device: Device, vocab_size: i64, n: i64) -> i64 {
+    let elements = if device == Device::Cpu { CHUNK_CPU } else { CHUNK_GPU };
+    let most = (elements / vocab_size).max(512);
+    let even = n / ((n + most - 1) / most).max(1);
+    ((even + 63) / 64 * 64).max(64)
+}
 
 /// The output projection of a Llama, tied or not.
 pub struct LmHead;
@@ -31,10 +39,7 @@ impl LmHead {
     /// Rows of a chunk, for `n` rows: at least 512, since every chunk reads the weight and adds to its whole gradient, and
     /// all of nearly one size.
     fn chunk(model: &Llama, n: i64) -> i64 {
-        let elements = if model.params.device() == tch::Device::Cpu { CHUNK_CPU } else { CHUNK_GPU };
-        let most = (elements / model.shape.vocab_size).max(512);
-        let even = n / ((n + most - 1) / most).max(1);
-        ((even + 63) / 64 * 64).max(64)
+        chunk(model.params.device(), model.shape.vocab_size, n)
     }
 
     /// Log-probabilities of labels (and entropies, in nats) of softmax(logits / temperature). Keeps nothing: see

@@ -6,6 +6,7 @@ pub mod init;
 pub mod layout;
 pub mod linear;
 pub mod llama;
+pub mod memory;
 mod mixture;
 mod mlp;
 pub mod score;
@@ -15,6 +16,7 @@ pub use decode::KvCache;
 pub use head::LmHead;
 pub use linear::{Linear, LinearGrad};
 pub use llama::{DropoutPlace, Input, Llama, Tape};
+pub use memory::Memory;
 pub use score::ScoreHead;
 pub use trainable::Trainable;
 

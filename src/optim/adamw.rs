@@ -1,13 +1,17 @@
 //! AdamW on the slices that a rank owns. Weight decay works on matrices only (embeddings and the LM head included), not
 //! on norms' weights.
+//!
+//! Moments may lie in host memory (offload): an update then takes them to the device in parts and back, and computes what it
+//! would compute without.
 
 use kernels::moments::{self, Moment};
 use kernels::ops;
-use tch::Tensor;
+use kernels::quant::CODE_BLOCK;
+use tch::{Device, Kind, Tensor};
 
 use crate::config::sections::{MomentsIn, Optim};
 use crate::distributed::sharded::Sharded;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// The constants of AdamW.
 #[derive(Debug, Clone, Copy)]
@@ -40,7 +44,63 @@ impl Moments {
             ],
         }
     }
+
+    /// Of n values, 0.
+    fn zeros(n: i64, kind: Kind, kept: MomentsIn, device: Device) -> Moments {
+        match kept {
+            MomentsIn::Float32 => {
+                let zeros = || Tensor::zeros([n], (kind, device));
+                Moments::Float { exp_avg: zeros(), exp_avg_sq: zeros() }
+            }
+            MomentsIn::EightBit => {
+                let zeros = || Moment::zeros(n, device);
+                Moments::EightBit { exp_avg: zeros(), exp_avg_sq: zeros() }
+            }
+        }
+    }
+
+    /// The same with every tensor replaced.
+    fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Moments> {
+        let moment =
+            |m: &Moment| -> Result<Moment> { Ok(Moment { codes: f(&m.codes)?, absmax: f(&m.absmax)? }) };
+        Ok(match self {
+            Moments::Float { exp_avg, exp_avg_sq } => {
+                Moments::Float { exp_avg: f(exp_avg)?, exp_avg_sq: f(exp_avg_sq)? }
+            }
+            Moments::EightBit { exp_avg, exp_avg_sq } => {
+                Moments::EightBit { exp_avg: moment(exp_avg)?, exp_avg_sq: moment(exp_avg_sq)? }
+            }
+        })
+    }
+
+    /// Those of values `first..first + len`, as views; `first` is a multiple of 256.
+    fn part(&self, first: i64, len: i64) -> Moments {
+        let values = |t: &Tensor| t.narrow(0, first, len);
+        let moment = |m: &Moment| {
+            let blocks = (len + CODE_BLOCK - 1) / CODE_BLOCK;
+            Moment { codes: values(&m.codes), absmax: m.absmax.narrow(0, first / CODE_BLOCK, blocks) }
+        };
+        match self {
+            Moments::Float { exp_avg, exp_avg_sq } => {
+                Moments::Float { exp_avg: values(exp_avg), exp_avg_sq: values(exp_avg_sq) }
+            }
+            Moments::EightBit { exp_avg, exp_avg_sq } => {
+                Moments::EightBit { exp_avg: moment(exp_avg), exp_avg_sq: moment(exp_avg_sq) }
+            }
+        }
+    }
+
+    /// Sets the values to those of `from`, which may lie on another device.
+    fn set(&self, from: &Moments) -> Result<()> {
+        for ((_, to), (_, from)) in self.tensors().into_iter().zip(from.tensors()) {
+            to.shallow_clone().f_copy_(from)?;
+        }
+        Ok(())
+    }
 }
+
+/// Values whose moments are on the device at once where they lie in host memory.
+const STREAMED: i64 = 16 << 20;
 
 /// The moments of all groups' slices, and the number of updates so far.
 pub struct AdamW {
@@ -48,27 +108,52 @@ pub struct AdamW {
     /// One a group.
     pub moments: Vec<Moments>,
     pub step: i64,
+    /// Values of an update for which moments are brought to the device; none: the moments are there.
+    streamed: Option<i64>,
 }
 
 impl AdamW {
-    /// With moments in float32 (float64 in float64 compute).
+    /// With moments in float32 (float64 in float64 compute), where the parameters are.
     pub fn new(params: &Sharded, hyper: Hyper) -> AdamW {
-        let zeros = |i| params.master(i).zeros_like();
-        let moments = |i| Moments::Float { exp_avg: zeros(i), exp_avg_sq: zeros(i) };
-        AdamW { hyper, moments: (0..params.len()).map(moments).collect(), step: 0 }
+        AdamW::kept(params, hyper, MomentsIn::Float32)
+    }
+
+    fn kept(params: &Sharded, hyper: Hyper, kept: MomentsIn) -> AdamW {
+        let kind = ops::accumulator(params.compute());
+        let moments = |i| Moments::zeros(params.slice(i).len, kind, kept, params.device());
+        AdamW { hyper, moments: (0..params.len()).map(moments).collect(), step: 0, streamed: None }
     }
 
     /// As a configuration says.
-    pub fn configured(params: &Sharded, c: &Optim) -> AdamW {
+    ///
+    /// # Errors
+    /// Of kind Config: `optim.offload` where the parameters are in host memory themselves.
+    pub fn configured(params: &Sharded, c: &Optim) -> Result<AdamW> {
         let hyper = Hyper { betas: c.betas, eps: c.eps, weight_decay: c.weight_decay };
-        match c.moments {
-            MomentsIn::Float32 => AdamW::new(params, hyper),
-            MomentsIn::EightBit => {
-                let zeros = |i| Moment::zeros(params.slice(i).len, params.device());
-                let moments = |i| Moments::EightBit { exp_avg: zeros(i), exp_avg_sq: zeros(i) };
-                AdamW { hyper, moments: (0..params.len()).map(moments).collect(), step: 0 }
+        match (c.offload, params.device()) {
+            (false, _) => Ok(AdamW::kept(params, hyper, c.moments)),
+            (true, Device::Cpu) => Err(Error::config(
+                "optim.offload: on a CPU the optimizer's state is in host memory anyway; leave it out",
+            )),
+            (true, device) => {
+                AdamW::offloaded(params, hyper, c.moments, STREAMED, |t| Ok(t.f_pin_memory(device)?))
             }
         }
+    }
+
+    /// With moments in host memory, where `pin` gives a tensor its place; an update brings those of `streamed` values (a
+    /// multiple of 256) to the parameters' device at a time.
+    fn offloaded(
+        params: &Sharded,
+        hyper: Hyper,
+        kept: MomentsIn,
+        streamed: i64,
+        pin: impl Fn(&Tensor) -> Result<Tensor>,
+    ) -> Result<AdamW> {
+        let kind = ops::accumulator(params.compute());
+        let moments = |i| Moments::zeros(params.slice(i).len, kind, kept, Device::Cpu).map(&pin);
+        let moments = (0..params.len()).map(moments).collect::<Result<_>>()?;
+        Ok(AdamW { hyper, moments, step: 0, streamed: Some(streamed) })
     }
 
     /// The sum of squares of the gradient over this rank's slices, in float64.
@@ -86,45 +171,141 @@ impl AdamW {
     /// One update of all parameters with the gradients of the step, which are then forgotten.
     pub fn update(&mut self, params: &mut Sharded, lr: f64, grad_scale: f64) -> Result<()> {
         self.step += 1;
+        let step = ops::AdamW {
+            lr,
+            beta1: self.hyper.betas[0],
+            beta2: self.hyper.betas[1],
+            eps: self.hyper.eps,
+            weight_decay: self.hyper.weight_decay,
+            step: self.step,
+            grad_scale,
+        };
         for i in 0..params.len() {
             let Some(grad) = params.slice_grad(i) else { continue };
             let (slice, num_decayed) = (params.slice(i), params.layout(i).num_decayed);
-            let (master, copy) = (params.master(i), params.copy(i));
+            let values = Values { master: params.master(i), grad, copy: params.copy(i) };
             let decayed = (num_decayed - slice.start).clamp(0, slice.len);
-            let step = ops::AdamW {
-                lr,
-                beta1: self.hyper.betas[0],
-                beta2: self.hyper.betas[1],
-                eps: self.hyper.eps,
-                weight_decay: self.hyper.weight_decay,
-                step: self.step,
-                grad_scale,
+            let Some(streamed) = self.streamed else {
+                update(&values, &self.moments[i], decayed, step)?;
+                continue;
             };
-            match &self.moments[i] {
-                Moments::Float { exp_avg, exp_avg_sq } => {
-                    for (first, len, weight_decay) in
-                        [(0, decayed, step.weight_decay), (decayed, slice.len - decayed, 0.0)]
-                    {
-                        if len == 0 {
-                            continue;
-                        }
-                        let part = |t: &Tensor| t.narrow(0, first, len);
-                        ops::adamw(
-                            &part(&master),
-                            &part(&grad),
-                            &part(exp_avg),
-                            &part(exp_avg_sq),
-                            copy.as_ref().map(part).as_ref(),
-                            ops::AdamW { weight_decay, ..step },
-                        )?;
-                    }
-                }
-                Moments::EightBit { exp_avg, exp_avg_sq } => {
-                    moments::adamw8(&master, &grad, exp_avg, exp_avg_sq, copy.as_ref(), decayed, step)?;
-                }
+            for first in (0..slice.len).step_by(streamed as usize) {
+                let len = streamed.min(slice.len - first);
+                let host = self.moments[i].part(first, len);
+                let near = host.map(|t| {
+                    let mut near = Tensor::f_empty(t.size(), (t.kind(), params.device()))?;
+                    near.f_copy_(t)?;
+                    Ok(near)
+                })?;
+                update(&values.part(first, len), &near, (decayed - first).clamp(0, len), step)?;
+                host.set(&near)?;
             }
         }
         params.clear_gradients();
         Ok(())
+    }
+}
+
+/// A slice of parameters, its gradient, and its copy in the compute dtype.
+struct Values {
+    master: Tensor,
+    grad: Tensor,
+    copy: Option<Tensor>,
+}
+
+impl Values {
+    fn part(&self, first: i64, len: i64) -> Values {
+        let part = |t: &Tensor| t.narrow(0, first, len);
+        Values { master: part(&self.master), grad: part(&self.grad), copy: self.copy.as_ref().map(part) }
+    }
+}
+
+/// Updates values whose moments are on the same device; weight decay works on the first `decayed`.
+fn update(values: &Values, moments: &Moments, decayed: i64, step: ops::AdamW) -> Result<()> {
+    let len = values.master.numel() as i64;
+    match moments {
+        Moments::Float { exp_avg, exp_avg_sq } => {
+            for (first, n, weight_decay) in [(0, decayed, step.weight_decay), (decayed, len - decayed, 0.0)] {
+                if n == 0 {
+                    continue;
+                }
+                let (part, v) = (|t: &Tensor| t.narrow(0, first, n), values.part(first, n));
+                let step = ops::AdamW { weight_decay, ..step };
+                ops::adamw(&v.master, &v.grad, &part(exp_avg), &part(exp_avg_sq), v.copy.as_ref(), step)?;
+            }
+        }
+        Moments::EightBit { exp_avg, exp_avg_sq } => {
+            let copy = values.copy.as_ref();
+            moments::adamw8(&values.master, &values.grad, exp_avg, exp_avg_sq, copy, decayed, step)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use kernels::c10d::Group;
+
+    use super::*;
+    use crate::distributed::sharded::Layout;
+
+    /// Three updates with moments that are brought in parts, against the same without, bit for bit: matrices, vectors, slices
+    /// that are no multiple of a part, float and 8-bit moments, with and without copies in another dtype.
+    #[test]
+    fn offloaded_moments_change_nothing() {
+        let tensors =
+            || vec![("w".to_string(), vec![37, 41]), ("v".to_string(), vec![5, 300]), ("b".into(), vec![77])];
+        let hyper = Hyper { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 };
+        for compute in [Kind::Float, Kind::BFloat16, Kind::Double] {
+            for kept in [MomentsIn::Float32, MomentsIn::EightBit] {
+                let model = |params: &mut Sharded| {
+                    let set = |_: &crate::distributed::sharded::Spec, _, values: &Tensor| {
+                        let n = values.numel() as i64;
+                        let ramp = Tensor::arange(n, (Kind::Double, Device::Cpu)).sin();
+                        Ok(values.shallow_clone().f_copy_(&ramp)?)
+                    };
+                    params.fill(set).unwrap();
+                };
+                let params = || {
+                    let layouts = [Layout::new("a", tensors()), Layout::new("b", tensors())];
+                    let mut params =
+                        Sharded::new(layouts, Group::solo(), Group::solo(), compute, Device::Cpu);
+                    model(&mut params);
+                    params
+                };
+                let (mut a, mut b) = (params(), params());
+                let mut plain = AdamW::kept(&a, hyper, kept);
+                let copied = |t: &Tensor| Ok(t.copy());
+                let mut offloaded = AdamW::offloaded(&b, hyper, kept, 1024, copied).unwrap();
+                for step in 0..3 {
+                    for params in [&mut a, &mut b] {
+                        for i in 0..params.len() {
+                            let (grad, _) = params.grad(i);
+                            let at = Tensor::arange(grad.numel() as i64, (Kind::Double, Device::Cpu));
+                            grad.shallow_clone().copy_(&(at * (0.37 + step as f64)).cos());
+                        }
+                    }
+                    plain.update(&mut a, 1e-2, 0.7).unwrap();
+                    offloaded.update(&mut b, 1e-2, 0.7).unwrap();
+                }
+                for i in 0..a.len() {
+                    assert!(a.master(i).equal(&b.master(i)));
+                    assert!(a.copy(i).is_none() || a.copy(i).unwrap().equal(&b.copy(i).unwrap()));
+                    let pairs = plain.moments[i].tensors().into_iter().zip(offloaded.moments[i].tensors());
+                    for ((name, x), (_, y)) in pairs {
+                        assert!(x.equal(y) && x.abs().sum(Kind::Double).double_value(&[]) > 0.0, "{name}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_offloaded_from_a_cpu() {
+        let layout = Layout::new("a", vec![("w".into(), vec![4, 4])]);
+        let params = Sharded::new([layout], Group::solo(), Group::solo(), Kind::Float, Device::Cpu);
+        let refused = AdamW::configured(&params, &Optim { offload: true, ..Optim::default() });
+        let e = refused.err().unwrap();
+        assert!(e.exit_code() == 2 && e.message.contains("optim.offload"), "{e}");
     }
 }

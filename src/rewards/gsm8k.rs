@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+pub use crate::config::rewards::Form;
+
 /// What a text says its answer is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Answer {
@@ -9,15 +11,6 @@ pub struct Answer {
     pub text: String,
     /// In one form for equal numbers: no separators, no superfluous zeros.
     pub number: String,
-}
-
-/// How an answer is looked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
-    /// The number after the last `####` that one follows.
-    Strict,
-    /// The last number of the text.
-    Flexible,
 }
 
 /// The answer that a text gives, if it gives one.
@@ -43,6 +36,16 @@ pub fn answer(text: &str, form: Form) -> Option<Answer> {
             }
             last
         }
+    }
+}
+
+/// The answer that a reference gives: the number after its last `####`; without that mark, the number that it
+/// begins with.
+pub fn reference(text: &str) -> Option<Answer> {
+    let text = text.trim();
+    match text.contains("####") {
+        true => answer(text, Form::Strict),
+        false => answer(&format!("#### {text}"), Form::Strict),
     }
 }
 

@@ -1,3 +1,274 @@
-//! Rules that judge an answer.
+//! Rules that judge an answer, and their weighted sum.
 
+mod command;
 pub mod gsm8k;
+pub mod math;
+
+use std::collections::BTreeMap;
+
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::config::rewards::{Reward, RewardKind};
+use crate::error::{Error, Result};
+use command::Command;
+use gsm8k::Form;
+
+/// A response that is to be judged.
+#[derive(Debug, Clone, Copy)]
+pub struct Answer<'a> {
+    pub prompt: &'a str,
+    pub response: &'a str,
+    /// What the data says is right.
+    pub reference: Option<&'a str>,
+    /// Tokens of the response, with the one that ended it.
+    pub num_tokens: usize,
+    /// The record of the data, for commands.
+    pub record: &'a Map<String, Value>,
+    /// The reward model's score, where one is asked.
+    pub score: Option<f64>,
+}
+
+/// What was made of a response.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Judgement {
+    /// The weighted sum; none where a part could not be scored, which is no reward and no fault of the response.
+    pub reward: Option<f64>,
+    /// By kind; a second one of a kind is `kind.2`.
+    pub parts: BTreeMap<String, Part>,
+}
+
+/// One reward, before its weight.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Part {
+    pub reward: Option<f64>,
+    /// What was read as the response's answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parsed: Option<String>,
+    /// What it was compared with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gold: Option<String>,
+}
+
+impl Part {
+    fn of(reward: Option<f64>) -> Part {
+        Part { reward, parsed: None, gold: None }
+    }
+}
+
+enum Rule {
+    Gsm8k(Form),
+    Math,
+    Format(Regex),
+    Length { most: f64, buffer: f64 },
+    Command(Box<Command>),
+    Model,
+}
+
+/// Judges responses by the rules of a configuration.
+pub struct Judge {
+    /// Name, weight, rule.
+    rules: Vec<(String, f64, Rule)>,
+}
+
+impl Judge {
+    /// Checks the rules and starts the commands.
+    ///
+    /// # Errors
+    /// Of kind Config: keys that do not fit, a pattern that is none, a command that cannot be started.
+    pub fn new(rewards: &[Reward]) -> Result<Judge> {
+        let mut rules: Vec<(String, f64, Rule)> = Vec::new();
+        for (i, reward) in rewards.iter().enumerate() {
+            let place = |why: String| Error::config(format!("rewards, number {}: {why}", i + 1));
+            if let Some(why) = reward.conflict() {
+                return Err(place(why));
+            }
+            let text = |text: &Option<String>| text.clone().unwrap_or_default();
+            let rule = match reward.kind {
+                RewardKind::Gsm8k => Rule::Gsm8k(reward.form.unwrap_or_default()),
+                RewardKind::Math => Rule::Math,
+                RewardKind::Format => Rule::Format(
+                    Regex::new(&text(&reward.pattern)).map_err(|e| place(format!("pattern: {e}")))?,
+                ),
+                RewardKind::Length => {
+                    let most = reward.most.unwrap_or(1);
+                    let buffer = reward.buffer.unwrap_or((most / 4).max(1));
+                    Rule::Length { most: most as f64, buffer: buffer as f64 }
+                }
+                RewardKind::Command => {
+                    Rule::Command(Box::new(Command::start(&text(&reward.run), reward.timeout_s)?))
+                }
+                RewardKind::Model => Rule::Model,
+            };
+            let kind = reward.kind.name();
+            let same = rewards[..i].iter().filter(|r| r.kind == reward.kind).count();
+            let name = if same == 0 { kind.into() } else { format!("{kind}.{}", same + 1) };
+            rules.push((name, reward.weight, rule));
+        }
+        Ok(Judge { rules })
+    }
+
+    /// # Errors
+    /// A command that fails: what it did not say is never taken for a reward.
+    pub fn judge(&mut self, answer: &Answer) -> Result<Judgement> {
+        let (mut sum, mut parts) = (Some(0.0), BTreeMap::new());
+        for (name, weight, rule) in &mut self.rules {
+            let part = rule.judge(answer)?;
+            sum = sum.zip(part.reward).map(|(sum, reward)| sum + *weight * reward);
+            parts.insert(name.clone(), part);
+        }
+        Ok(Judgement { reward: sum, parts })
+    }
+}
+
+impl Rule {
+    fn judge(&mut self, answer: &Answer) -> Result<Part> {
+        Ok(match self {
+            Rule::Gsm8k(form) => {
+                let gold = answer.reference.and_then(gsm8k::reference);
+                let parsed = gsm8k::answer(answer.response, *form);
+                let equal = |gold: &gsm8k::Answer| parsed.as_ref().is_some_and(|p| p.number == gold.number);
+                let reward = gold.as_ref().map(|g| f64::from(equal(g)));
+                Part { reward, parsed: parsed.map(|p| p.number), gold: gold.map(|g| g.number) }
+            }
+            Rule::Math => {
+                let gold = answer.reference.and_then(math::reference);
+                let parsed = math::boxed(answer.response);
+                let equal = |gold: &String| parsed.is_some_and(|p| math::equal(p, gold));
+                let reward = gold.as_ref().map(|g| f64::from(equal(g)));
+                Part { reward, parsed: parsed.map(str::to_string), gold }
+            }
+            Rule::Format(pattern) => {
+                let found = pattern.find(answer.response).map(|m| m.as_str().to_string());
+                Part { reward: Some(f64::from(found.is_some())), parsed: found, gold: None }
+            }
+            Rule::Length { most, buffer } => {
+                let excess = answer.num_tokens as f64 - (*most - *buffer);
+                Part::of(Some(-(excess / *buffer).clamp(0.0, 1.0)))
+            }
+            Rule::Command(command) => Part::of(command.judge(answer)?),
+            Rule::Model => {
+                let score = answer.score.ok_or_else(|| Error::failed("the reward model gave no score"))?;
+                Part::of(Some(score))
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rewards(yaml: &str) -> Vec<Reward> {
+        serde_saphyr::from_str(yaml).unwrap()
+    }
+
+    fn judge(yaml: &str, response: &str, reference: Option<&str>, score: Option<f64>) -> Result<Judgement> {
+        let record = Map::new();
+        let num_tokens = response.split_whitespace().count();
+        let answer = Answer { prompt: "2 + 2?", response, reference, num_tokens, record: &record, score };
+        Judge::new(&rewards(yaml))?.judge(&answer)
+    }
+
+    #[test]
+    fn rewards_are_summed_with_their_weights() {
+        let yaml = r#"
+- {kind: gsm8k, weight: 2}
+- {kind: format, pattern: '(?s)^<think>.*</think>', weight: 0.5}
+- {kind: model, weight: -1}
+"#;
+        let got = judge(yaml, "<think>a\nb</think>\n#### 4", Some("#### 4.0"), Some(0.25)).unwrap();
+        assert_eq!(got.reward, Some(2.25));
+        assert_eq!(got.parts["gsm8k"].parsed.as_deref(), Some("4"));
+        assert_eq!(got.parts["gsm8k"].gold.as_deref(), Some("4"));
+        let wrong = judge(yaml, "<think>#### 5", Some("4"), Some(0.0)).unwrap();
+        assert_eq!(wrong.reward, Some(0.0));
+        let json = serde_json::to_value(&wrong.parts).unwrap();
+        assert_eq!(json["gsm8k"], serde_json::json!({"reward": 0.0, "parsed": "5", "gold": "4"}));
+    }
+
+    #[test]
+    fn what_cannot_be_compared_is_not_rewarded() {
+        for reference in [None, Some("#### none"), Some("")] {
+            for kind in ["gsm8k", "math"] {
+                if kind == "math" && reference == Some("#### none") {
+                    continue;
+                }
+                let got = judge(&format!("[{{kind: {kind}}}]"), "#### 4", reference, None).unwrap();
+                assert_eq!(got.reward, None, "{kind} {reference:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn long_responses_lose() {
+        let yaml = "[{kind: length, most: 10, buffer: 4}]";
+        for (words, wanted) in [(6, 0.0), (7, -0.25), (10, -1.0), (12, -1.0)] {
+            let got = judge(yaml, &"a ".repeat(words), None, None).unwrap();
+            assert_eq!(got.reward, Some(wanted), "{words}");
+        }
+    }
+
+    #[test]
+    fn rules_that_do_not_fit_are_refused() {
+        let cases = [
+            ("[{kind: format}]", "needs pattern"),
+            ("[{kind: format, pattern: '('}]", "rewards, number 1: pattern"),
+            ("[{kind: math}, {kind: math, form: strict}]", "number 2: 'form' is of the kind gsm8k"),
+            ("[{kind: length, most: 3, buffer: 4}]", "more than the 3"),
+            ("[{kind: command}]", "needs run"),
+        ];
+        for (yaml, why) in cases {
+            let e = Judge::new(&rewards(yaml)).map(drop).unwrap_err();
+            assert!(e.message.contains(why) && e.exit_code() == 2, "{e}");
+        }
+    }
+
+    #[test]
+    fn a_command_is_asked_line_by_line() {
+        // Counts its questions: the same process answers all.
+        let script = r#"n=0; while read -r line; do n=$((n+1)); case "$line" in *skip*) echo null;; *) echo "{\"reward\": $n}";; esac; done"#;
+        let yaml = format!("[{{kind: command, run: '{script}'}}]");
+        let mut judge = Judge::new(&rewards(&yaml)).unwrap();
+        let record = Map::new();
+        let mut ask = |response| {
+            let (prompt, reference) = ("", None);
+            let answer = Answer { prompt, response, reference, num_tokens: 1, record: &record, score: None };
+            judge.judge(&answer).unwrap().reward
+        };
+        assert_eq!([ask("a\nb"), ask("skip"), ask("c")], [Some(1.0), None, Some(3.0)]);
+    }
+
+    #[test]
+    fn a_command_that_fails_is_no_reward() {
+        let cases = [
+            ("read line; exit 3", "exit status: 3"),
+            ("read line; echo good", "is no JSON"),
+            ("read line; echo 1e999", "is no JSON"),
+            ("read line; echo true", "no number"),
+            ("read line; sleep 20", "0.2 s"),
+            ("echo 1; echo 2; read line; sleep 20", "before it was asked"),
+            ("/no/such/program", "exit status"),
+        ];
+        for (script, why) in cases {
+            let yaml = format!("[{{kind: command, run: '{script}', timeout_s: 0.2}}]");
+            // A line that nobody asked for must be there when the question comes.
+            let record = Map::new();
+            let answer = Answer {
+                prompt: "",
+                response: "a",
+                reference: None,
+                num_tokens: 1,
+                record: &record,
+                score: None,
+            };
+            let mut judge = Judge::new(&rewards(&yaml)).unwrap();
+            if script.starts_with("echo") {
+                std::thread::sleep(std::time::Duration::from_millis(300));
+            }
+            let e = judge.judge(&answer).unwrap_err();
+            assert!(e.message.contains(why) && e.message.contains(script) && e.exit_code() == 1, "{e}");
+        }
+    }
+}

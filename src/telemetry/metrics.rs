@@ -50,6 +50,19 @@ impl Record {
         self
     }
 
+    /// Adds the keys of another record, and its notes.
+    pub fn with(mut self, other: Record) -> Self {
+        self.fields.extend(other.fields);
+        self.notes.extend(other.notes);
+        self
+    }
+
+    /// Any value; TensorBoard's scalars leave out what is no number.
+    pub fn json(mut self, key: &str, value: Value) -> Self {
+        self.fields.insert(key.to_string(), value);
+        self
+    }
+
     pub fn kind(&self) -> &str {
         &self.kind
     }

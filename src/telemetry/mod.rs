@@ -18,6 +18,8 @@ use tensorboard::EventWriter;
 
 /// Where generated samples go.
 const SAMPLES: &str = "samples.jsonl";
+/// Where every token of some samples goes.
+const TRACE: &str = "trace.jsonl";
 
 /// The log of a run in its folder: `metrics.jsonl`, the same scalars for TensorBoard, and progress on stderr. Only
 /// rank 0 writes. Nothing that goes wrong after the start ends the run.
@@ -29,6 +31,8 @@ struct Logs {
     metrics: MetricsWriter,
     /// `samples.jsonl`, once there is one.
     samples: Option<MetricsWriter>,
+    /// `trace.jsonl`, once there is one.
+    trace: Option<MetricsWriter>,
     dir: PathBuf,
     resume_step: Option<u64>,
     events: EventWriter,
@@ -52,16 +56,17 @@ impl RunLog {
         let events = EventWriter::create(dir)?;
         let progress = Progress::start(resume_step.unwrap_or(0), total_steps);
         if resume_step.is_none() {
-            let old = dir.join(SAMPLES);
-            match std::fs::remove_file(&old) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(e).with_context(|| format!("cannot remove {}", old.display()));
+            for old in [SAMPLES, TRACE].map(|name| dir.join(name)) {
+                match std::fs::remove_file(&old) {
+                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                        return Err(e).with_context(|| format!("cannot remove {}", old.display()));
+                    }
+                    _ => {}
                 }
-                _ => {}
             }
         }
-        let (samples, dir) = (None, dir.to_path_buf());
-        Ok(RunLog(Some(Logs { metrics, samples, dir, resume_step, events, progress })))
+        let (samples, trace, dir) = (None, None, dir.to_path_buf());
+        Ok(RunLog(Some(Logs { metrics, samples, trace, dir, resume_step, events, progress })))
     }
 
     /// Writes a line of metrics and, as `KIND/KEY`, its finite numbers; a record of kind `train` also moves the
@@ -79,26 +84,45 @@ impl RunLog {
     /// A generated sample: a line of `samples.jsonl`, and a text for TensorBoard under `tag`.
     pub fn log_sample(&mut self, record: &Record, tag: &str, text: &str) {
         let Some(logs) = &mut self.0 else { return };
-        if logs.samples.is_none() {
-            match MetricsWriter::open(&logs.dir.join(SAMPLES), logs.resume_step) {
-                Ok(writer) => logs.samples = Some(writer),
-                Err(e) => warn!("{e}; the run goes on without samples"),
-            }
-        }
-        logs.samples.iter_mut().for_each(|samples| samples.append(record));
+        append(&mut logs.samples, &logs.dir, SAMPLES, logs.resume_step, record);
         logs.events.add_text(tag, text, record.step());
     }
+
+    /// A token of a sample: a line of `trace.jsonl`.
+    pub fn log_trace(&mut self, record: &Record) {
+        let Some(logs) = &mut self.0 else { return };
+        append(&mut logs.trace, &logs.dir, TRACE, logs.resume_step, record);
+    }
+}
+
+/// Adds a line to a file of the run, which is opened for the first one.
+fn append(
+    writer: &mut Option<MetricsWriter>,
+    dir: &Path,
+    name: &str,
+    resume_step: Option<u64>,
+    record: &Record,
+) {
+    if writer.is_none() {
+        match MetricsWriter::open(&dir.join(name), resume_step) {
+            Ok(opened) => *writer = Some(opened),
+            Err(e) => warn!("{e}; the run goes on without {name}"),
+        }
+    }
+    writer.iter_mut().for_each(|writer| writer.append(record));
 }
 
 /// The end of the run, also a bad one: the progress ends, and what could not be written is told.
 impl Drop for RunLog {
     fn drop(&mut self) {
-        let Some(Logs { metrics, samples, events, progress, .. }) = self.0.take() else { return };
+        let Some(Logs { metrics, samples, trace, events, progress, .. }) = self.0.take() else { return };
         drop(progress);
         let samples = samples.map_or(0, |s| s.lost());
+        let trace = trace.map_or(0, |t| t.lost());
         for (lost, what) in [
             (metrics.lost(), "lines of metrics.jsonl"),
             (samples, "lines of samples.jsonl"),
+            (trace, "lines of trace.jsonl"),
             (events.lost(), "TensorBoard events"),
         ] {
             if lost > 0 {
@@ -108,17 +132,31 @@ impl Drop for RunLog {
     }
 }
 
+/// Memory that the machine can still give, in bytes; 0 where the system does not tell.
+pub fn free_bytes() -> u64 {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.strip_suffix("kB"));
+    line.and_then(|kib| kib.trim().parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
 /// Peak resident memory of this process, in bytes; 0 where the system does not tell.
 pub fn peak_bytes() -> u64 {
     // VmHWM is of this program alone; getrusage's ru_maxrss starts with that of the process that started it.
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let high =
-        status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.strip_suffix("kB")?.trim().parse().ok());
-    let kib = high.or_else(|| {
+    let kib = status_kib("VmHWM:").or_else(|| {
         let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF).ok()?;
         u64::try_from(usage.max_rss()).ok()
     });
     kib.unwrap_or(0) * 1024
+}
+
+/// Resident memory of this process now, in bytes; 0 where the system does not tell.
+pub fn resident_bytes() -> u64 {
+    status_kib("VmRSS:").unwrap_or(0) * 1024
+}
+
+fn status_kib(key: &str) -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    status.lines().find_map(|line| line.strip_prefix(key)?.strip_suffix("kB")?.trim().parse().ok())
 }
 
 /// Seconds since this process was started, to a hundredth.

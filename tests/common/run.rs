@@ -18,8 +18,23 @@ pub const LAUNCH: &str = env!("CARGO_BIN_EXE_launch");
 const TIME_LIMIT: Duration = Duration::from_secs(180);
 
 /// What stays in a run whatever interrupted it; times and memory do not.
-const REPRODUCIBLE: [&str; 8] =
-    ["kind", "step", "loss", "perplexity", "lr", "grad_norm", "tokens", "skipped_steps"];
+const REPRODUCIBLE: [&str; 15] = [
+    "kind",
+    "step",
+    "loss",
+    "perplexity",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "skipped_steps",
+    "reward",
+    "kl",
+    "kl_coef",
+    "entropy",
+    "policy_loss",
+    "value_loss",
+    "explained_variance",
+];
 
 /// An empty folder of this test, under `target/tmp`.
 pub fn folder(name: &str) -> PathBuf {
@@ -43,6 +58,20 @@ pub fn data() -> &'static Path {
         let words = ["tokenize", "--input", &text, "--tokenizer", &tokenizer, "--output", &at("tokens")];
         make("tokenize", &[&words[..], &["--valid-fraction", "0.1"]].concat());
         dir
+    })
+}
+
+/// A tiny model that was fine-tuned on the questions and answers of [`data`], made once for all tests of this binary.
+pub fn answers() -> &'static Path {
+    static MODEL: OnceLock<PathBuf> = OnceLock::new();
+    MODEL.get_or_init(|| {
+        let run = Run::sft("answers");
+        run.train(1, &["train.steps=60", "valid.every=100", "checkpoint.every=100"]);
+        let model = folder("answers-model");
+        fs::remove_dir(&model)
+            .and_then(|()| fs::rename(run.output().join("model"), &model))
+            .expect("a model");
+        model
     })
 }
 
@@ -297,6 +326,14 @@ valid: {{every: 10, batches: 3}}
         Run { dir, subcommand: "sft" }
     }
 
+    /// A run with these keys besides its folder.
+    pub fn of(subcommand: &'static str, name: &str, keys: &str) -> Run {
+        let dir = folder(name);
+        let text = format!("output_dir: {}\nparallel: {{timeout_s: 100}}\n{keys}", dir.join("run").display());
+        fs::write(dir.join("config.yaml"), text).expect("writable");
+        Run { dir, subcommand }
+    }
+
     /// The folder of the run itself.
     pub fn output(&self) -> PathBuf {
         self.dir.join("run")
@@ -358,6 +395,16 @@ valid: {{every: 10, batches: 3}}
     /// The complete checkpoints by step, ascending.
     pub fn checkpoints(&self) -> Vec<(u64, PathBuf)> {
         corral::checkpoint::sharded::list(&self.output().join("checkpoints")).expect("readable")
+    }
+
+    /// The parameters of the exported model as one vector, in float64.
+    pub fn parameters(&self) -> tch::Tensor {
+        let path = self.output().join("model/model.safetensors");
+        let mut tensors = tch::Tensor::read_safetensors(path).expect("an exported model");
+        tensors.sort_by(|a, b| a.0.cmp(&b.0));
+        let flat: Vec<tch::Tensor> =
+            tensors.iter().map(|(_, t)| t.to_kind(tch::Kind::Double).view([-1])).collect();
+        tch::Tensor::cat(&flat, 0)
     }
 
     /// The parameters of the exported model, byte by byte.

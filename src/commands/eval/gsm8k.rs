@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::files::AtomicFile;
 use crate::generate::engine::{Options, Request, generate};
 use crate::generate::{self as generation, Sampling};
-use crate::rewards::gsm8k::{Answer, Form, answer};
+use crate::rewards::gsm8k::{self, Answer, Form, answer};
 
 /// A question and the number that answers it.
 struct Question {
@@ -132,10 +132,7 @@ fn question(record: &Record, chat: &Chat) -> Result<Question> {
             _ => return Err(Error::data(format!("{}: no key `answer`", record.place))),
         },
     };
-    // A bare number is an answer, too.
-    let bare = || answer(&format!("#### {}", reference.trim()), Form::Strict);
-    let gold =
-        answer(&reference, Form::Strict).or_else(|| if reference.contains("####") { None } else { bare() });
+    let gold = gsm8k::reference(&reference);
     let messages = Prompt::read(record)?.into_messages();
     let prompt = chat.prompt(&messages).map_err(|e| e.context(&record.place))?;
     let prompt = prompt.into_iter().map(i64::from).collect();

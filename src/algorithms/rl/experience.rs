@@ -1,0 +1,126 @@
+//! What a rollout left, and what the models say about it.
+//!
+//! A rank samples and scores its share; then all ranks are told everything, which is little next to a model: advantages,
+//! minibatches and statistics are the same on every rank, and the same for any number of ranks.
+
+use kernels::ops;
+use tch::{Device, Kind, Tensor};
+
+use crate::algorithms::step::MicroBatch;
+use crate::distributed::exchange::gather_bytes;
+use crate::distributed::world::World;
+use crate::error::{Error, Result};
+use crate::generate::rollout::{Response, Rows, Sequences};
+use crate::model::head::LogProbs;
+use crate::model::{Input, Llama, LmHead, ScoreHead};
+
+/// Tells every rank what each of them has, by rank. A collective call.
+pub fn share<T: serde::Serialize + serde::de::DeserializeOwned>(world: &World, mine: &[T]) -> Result<Vec<T>> {
+    let bytes = serde_json::to_vec(mine).map_err(|e| Error::failed(e.to_string()))?;
+    let mut all = Vec::new();
+    for bytes in gather_bytes(world, &bytes)? {
+        let theirs: Vec<T> = serde_json::from_slice(&bytes)
+            .map_err(|e| Error::failed(format!("what another rank tells cannot be read: {e}")))?;
+        all.extend(theirs);
+    }
+    Ok(all)
+}
+
+/// The rows of all ranks, each of which gives `[n, W]` on the CPU: `[ranks * n, W]`. A collective call.
+pub fn gather_rows(world: &World, mine: &Tensor) -> Result<Tensor> {
+    if world.world_size == 1 {
+        return Ok(mine.shallow_clone());
+    }
+    let (rows, width) = (mine.size()[0], mine.size()[1]);
+    let all = Tensor::empty([world.world_size * rows * width], (mine.kind(), world.device));
+    world.group.all_gather(&all, &mine.contiguous().view([-1]).to_device(world.device))?.wait()?;
+    Ok(all.to_device(Device::Cpu).view([-1, width]))
+}
+
+impl Rows {
+    /// For a forward of the training.
+    pub fn micro_batch(self) -> MicroBatch {
+        MicroBatch { input: Input::new(self.ids), labels: self.labels }
+    }
+}
+
+/// How sequences are put through a model.
+#[derive(Debug, Clone)]
+pub struct Readout<'a> {
+    pub sequences: &'a Sequences,
+    /// Which of them; of sharded models all ranks give equally many.
+    pub rows: std::ops::Range<usize>,
+    /// Sequences of one forward.
+    pub micro_batch_size: usize,
+    /// Places of a row of the result, W.
+    pub width: usize,
+}
+
+impl Readout<'_> {
+    /// What `head` makes of the hidden states T [N, C] and labels `[N]` of each micro-batch, laid out as [n, W] on the CPU;
+    /// 0 where there is no token of a response.
+    fn run<const K: usize>(
+        &self,
+        model: &mut Llama,
+        mut head: impl FnMut(&mut Llama, &Tensor, &Tensor) -> Result<[Tensor; K]>,
+    ) -> Result<[Tensor; K]> {
+        let kind = ops::accumulator(model.params.compute());
+        let size = [self.rows.len() as i64, self.width as i64];
+        let out = [(); K].map(|()| Tensor::zeros(size, (kind, Device::Cpu)));
+        let rows: Vec<usize> = self.rows.clone().collect();
+        let mut first = 0;
+        for chunk in rows.chunks(self.micro_batch_size) {
+            let rows = self.sequences.rows(chunk);
+            let (shape, mask) = (rows.mask.size(), rows.mask.to_kind(kind));
+            let batch = rows.micro_batch();
+            let hidden = model.hidden(&batch.input)?;
+            let values = head(model, &hidden, &batch.labels.to_device(hidden.device()))?;
+            for (out, values) in out.iter().zip(values) {
+                let values = values.to_device(Device::Cpu).view([shape[0], shape[1]]) * &mask;
+                out.narrow(0, first, shape[0]).narrow(1, 0, shape[1]).copy_(&values);
+            }
+            first += shape[0];
+        }
+        Ok(out)
+    }
+
+    /// Log-probabilities of the responses' tokens at a temperature, A [n, W].
+    pub fn logprobs(&self, model: &mut Llama, temperature: f64) -> Result<Tensor> {
+        let head = |model: &mut Llama, hidden: &Tensor, labels: &Tensor| {
+            Ok([LmHead::logprobs(model, hidden, labels, temperature, false)?.logprobs])
+        };
+        self.run(model, head).map(|[logprobs]| logprobs)
+    }
+
+    /// The same, and the entropies of the distributions that they were drawn from.
+    pub fn logprobs_and_entropies(&self, model: &mut Llama, temperature: f64) -> Result<[Tensor; 2]> {
+        self.run(model, |model, hidden, labels| {
+            let LogProbs { logprobs, entropies } =
+                LmHead::logprobs(model, hidden, labels, temperature, true)?;
+            let entropies = entropies.ok_or_else(|| Error::failed("entropies were asked for"))?;
+            Ok([logprobs, entropies])
+        })
+    }
+
+    /// The values of a critic, A [n, W]: of what is there before each token of the response.
+    pub fn values(&self, critic: &mut Llama) -> Result<Tensor> {
+        self.run(critic, |critic, hidden, _| Ok([ScoreHead::values(critic, hidden)?])).map(|[values]| values)
+    }
+}
+
+/// How far the training's log-probabilities are from the sampler's: mean and largest distance over the tokens of all
+/// responses, in nats. `logprobs`: [n, W].
+pub fn sampler_distance(sequences: &Sequences, responses: &[Response], logprobs: &Tensor) -> (f64, f64) {
+    let (mut sum, mut most, mut count) = (0.0f64, 0.0f64, 0usize);
+    for (i, response) in responses.iter().enumerate() {
+        let range = sequences.range(i);
+        let row = logprobs.get(i as i64).narrow(0, range.start as i64, range.len() as i64);
+        let row = Vec::<f64>::try_from(row.to_kind(Kind::Double)).unwrap_or_default();
+        for (ours, theirs) in row.iter().zip(&response.sampler_logprobs) {
+            sum += (ours - theirs).abs();
+            most = most.max((ours - theirs).abs());
+            count += 1;
+        }
+    }
+    (sum / count.max(1) as f64, most)
+}

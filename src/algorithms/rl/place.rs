@@ -1,0 +1,106 @@
+//! Models that have their own places.
+
+use std::ops::Deref;
+
+use kernels::c10d::Group;
+use tch::Device;
+
+use crate::algorithms::base::Base;
+use crate::algorithms::training::compute_kind;
+use crate::config::common::Common;
+use crate::config::sections::Compute;
+use crate::distributed::sharded::{Sharded, shard_groups};
+use crate::distributed::world::{DeviceChoice, World};
+use crate::error::{Error, Result};
+use crate::model::{Llama, Trainable};
+
+/// The world that a model computes in: the run's, or one of this rank alone on another device.
+pub enum Where<'a> {
+    Run(&'a World),
+    Own(Box<World>),
+}
+
+impl Deref for Where<'_> {
+    type Target = World;
+
+    fn deref(&self) -> &World {
+        match self {
+            Where::Run(world) => world,
+            Where::Own(world) => world,
+        }
+    }
+}
+
+impl<'a> Where<'a> {
+    /// The world of the model that section `name` places on `device`. What is trained on several ranks is on the run's
+    /// device; what is only asked may be as a whole on each rank's other device.
+    pub fn of(world: &'a World, name: &str, device: Option<&str>, trained: bool) -> Result<Where<'a>> {
+        let Some(device) = device else { return Ok(Where::Run(world)) };
+        let choice: DeviceChoice =
+            device.parse().map_err(|e: Error| Error::config(format!("{name}.device: {}", e.message)))?;
+        let same = match (choice, world.device) {
+            (DeviceChoice::Cpu, Device::Cpu) => true,
+            (DeviceChoice::Cuda, Device::Cuda(i)) => i == world.local_rank as usize,
+            (DeviceChoice::CudaIndex(n), Device::Cuda(i)) => n == i,
+            _ => false,
+        };
+        if same {
+            return Ok(Where::Run(world));
+        }
+        if trained && world.world_size > 1 {
+            return Err(Error::config(format!(
+                "{name}.device: with several ranks a model that is trained is where they meet, on {:?}; leave it out, or set \
+                 --device",
+                world.device
+            )));
+        }
+        let choice = match choice {
+            DeviceChoice::Cuda => DeviceChoice::CudaIndex(world.local_rank as usize),
+            other => other,
+        };
+        World::solo(choice)
+            .map(|own| Where::Own(Box::new(own)))
+            .map_err(|e| e.context(format!("{name}.device")))
+    }
+}
+
+/// A model that is only asked: what it may have learned as adapters acts. Collective.
+pub fn frozen(base: &Base, c: &Common, dtype: Option<Compute>, world: &Where) -> Result<Llama> {
+    let (shard, replica) = match world {
+        Where::Run(world) => shard_groups(c.parallel.mode, world),
+        Where::Own(_) => (Group::solo(), Group::solo()),
+    };
+    let trainable = base.weights.as_ref().and_then(|w| w.lora().cloned()).unwrap_or_default();
+    let plans = trainable.plans_for_inference(&base.shape)?;
+    let compute = compute_kind(dtype.unwrap_or(c.precision.compute));
+    let mut params = Sharded::new(plans, shard, replica, compute, world.device);
+    base.fill(&mut params, c.seed)?;
+    Ok(Llama::new(base.shape.clone(), params))
+}
+
+/// A moving average of a model's trained weights, on the same slices.
+pub struct Average {
+    pub params: Sharded,
+    decay: f64,
+}
+
+impl Average {
+    /// That begins as the model is. Collective.
+    pub fn new(base: &Base, trainable: &Trainable, of: &Sharded, decay: f64, seed: u64) -> Result<Average> {
+        let plans = trainable.plans(&base.shape)?;
+        let (shard, replica) = (of.shard_group().clone(), of.replica_group().clone());
+        let mut params = Sharded::new(plans, shard, replica, of.compute(), of.device());
+        base.fill(&mut params, seed)?;
+        for i in 0..params.len() {
+            params.master(i).copy_(&of.master(i));
+        }
+        Ok(Average { params, decay })
+    }
+
+    /// Moves by `1 - decay` of the way to the model.
+    pub fn follow(&mut self, of: &Sharded) {
+        for i in 0..self.params.len() {
+            let _ = self.params.master(i).lerp_(&of.master(i), 1.0 - self.decay);
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! A policy that learns from its own responses without a critic, what it is compared with, and who judges it.
+
+use crate::algorithms::base::{self, Base};
+use crate::algorithms::rl::experience::{Readout, gather_rows};
+use crate::algorithms::rl::place::{Where, frozen};
+use crate::algorithms::rl::reward_model::{self, RewardModel};
+use crate::algorithms::rl::sampling::{Batch, Said, Sampled, Sampler, Scorer};
+use crate::algorithms::training::Learner;
+use crate::config::common::Common;
+use crate::config::policy::OwnResponses;
+use crate::config::pretrain::Model;
+use crate::config::prompts::Data;
+use crate::config::sections::{Precision, Valid};
+use crate::data::chat::Chat;
+use crate::data::prompts::Prompts;
+use crate::data::tokenizer::Tokenizer;
+use crate::distributed::world::World;
+use crate::error::{Error, Result};
+use crate::generate::rollout::Sequences;
+use crate::info;
+use crate::model::{Llama, Trainable};
+use crate::telemetry::Record;
+use tch::Tensor;
+
+/// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
+pub struct Opened {
+    pub actor: Base,
+    pub trainable: Trainable,
+    /// None: the actor without its adapters, where it has any.
+    reference: Option<Base>,
+    reward_model: Option<reward_model::Opened>,
+    pub steps: u64,
+}
+
+/// Where responses come from.
+pub struct Samplers {
+    pub train: Sampler,
+    pub valid: Option<Sampler>,
+}
+
+impl Opened {
+    /// Opens and checks all that the sections name. `reference`: whether it is asked.
+    pub fn open(s: &OwnResponses, reference: bool) -> Result<(Opened, Samplers)> {
+        let c = &s.common;
+        let length = s.data.sequence_length;
+        let open = |path: &std::path::Path| Base::open(&Model::Path(path.to_path_buf()), s.tokenizer, length);
+        let actor = open(&s.actor.path).map_err(|e| e.context("actor"))?;
+        let trainable = actor.trainable(&s.actor.freeze, s.actor.lora.as_ref());
+        let trainable = trainable.map_err(|e| e.context("actor"))?;
+        let adapted = actor.weights.as_ref().is_some_and(|w| w.lora().is_some());
+        let reference = match s.reference {
+            // Of adapters that the actor came with the reference is the model with them.
+            None if !reference || (s.actor.lora.is_some() && !adapted) => None,
+            section => {
+                let base =
+                    open(section.map_or(&s.actor.path, |r| &r.path)).map_err(|e| e.context("reference"))?;
+                if base.tokenizer.base_hash() != actor.tokenizer.base_hash() {
+                    return Err(Error::config(
+                        "reference: its tokenizer is not the actor's; it reads the same tokens, and must be of the same \
+                         family",
+                    ));
+                }
+                Some(base)
+            }
+        };
+        let reward_model =
+            s.reward_model.map(|r| reward_model::Opened::open(r, &actor.tokenizer)).transpose();
+        let reward_model = reward_model.map_err(|e| e.context("reward_model"))?;
+        let sampler = |data: &Data| {
+            let chat = Chat::new(&actor.tokenizer)?;
+            Sampler::open(data, s.generation, &s.rewards, chat, &actor.shape, c.seed)
+        };
+        let valid = match s.data.valid.is_empty() {
+            true => None,
+            false => {
+                Some(sampler(&Data { train: s.data.valid.clone(), split: Vec::new(), ..s.data.clone() })?)
+            }
+        };
+        let train = sampler(s.data)?;
+        let steps = base::steps(c.train, train.prompts.len() as u64, c.schedule.warmup_steps)?;
+        Ok((Opened { actor, trainable, reference, reward_model, steps }, Samplers { train, valid }))
+    }
+
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.actor.tokenizer
+    }
+
+    /// What a run begins with, told.
+    pub fn announce(&self, prompts: &Prompts, batch_size: i64) {
+        info!("actor: {:.2}M parameters", self.actor.shape.num_parameters() as f64 / 1e6);
+        info!(
+            "data: {} prompts, {} dropped for their length; {} iterations are {:.2} epochs",
+            prompts.len(),
+            prompts.dropped,
+            self.steps,
+            self.steps as f64 * batch_size as f64 / prompts.len() as f64
+        );
+    }
+}
+
+/// The models on this rank.
+pub struct Policy<'a> {
+    pub actor: Learner,
+    pub actor_world: Where<'a>,
+    reference: Option<(Llama, Where<'a>)>,
+    reward_model: Option<RewardModel<'a>>,
+}
+
+impl<'a> Policy<'a> {
+    /// Values of the actor come with the run's checkpoint, or from [`Learner::begin`]. Collective.
+    pub fn load(s: &OwnResponses, opened: &'a Opened, world: &'a World) -> Result<Policy<'a>> {
+        let c = &s.common;
+        let actor_world = Where::of(world, "actor", s.actor.device.as_deref(), true)?;
+        let precision = Precision { compute: s.actor.dtype.unwrap_or(c.precision.compute) };
+        let optim = s.actor.optim.as_ref().unwrap_or(c.optim);
+        let own = Common { precision: &precision, optim, ..*c };
+        let origin = opened.actor.path(&Model::Path(s.actor.path.clone()));
+        let actor = Learner::new(&opened.actor, origin, &opened.trainable, &own, &actor_world)?;
+        let reference = match &opened.reference {
+            None => None,
+            Some(base) => {
+                let device = s.reference.map_or(&s.actor.device, |r| &r.device);
+                let place = Where::of(world, "reference", device.as_deref(), false)?;
+                let dtype = s.reference.map_or(s.actor.dtype, |r| r.dtype);
+                Some((frozen(base, c, dtype, &place)?, place))
+            }
+        };
+        let reward_model = match (&opened.reward_model, s.reward_model) {
+            (Some(opened), Some(section)) => Some(opened.load(section, c, world)?),
+            _ => None,
+        };
+        Ok(Policy { actor, actor_world, reference, reward_model })
+    }
+
+    /// `samples` judged responses to each of the prompts `first .. first + count` of a sampler. Collective.
+    pub fn ask(
+        &mut self,
+        sampler: &mut Sampler,
+        first: u64,
+        count: u64,
+        samples: usize,
+        world: &World,
+    ) -> Result<Batch> {
+        let judged = self.reward_model.is_some();
+        let reward_model = &mut self.reward_model;
+        let mut score = |said: &[Said]| reward_model.as_mut().map_or(Ok(Vec::new()), |m| m.score(said));
+        let scorer: Option<Scorer> = judged.then_some(&mut score);
+        sampler.sample(&mut self.actor.model, first, count, samples, scorer, world)
+    }
+
+    /// Calls `f` with the reference: a model of its own, or the actor without its adapters.
+    pub fn with_reference<T>(&mut self, f: impl FnOnce(&mut Llama) -> Result<T>) -> Result<T> {
+        match &mut self.reference {
+            Some((reference, _)) => f(reference),
+            None => {
+                self.actor.model.adapters = false;
+                let result = f(&mut self.actor.model);
+                self.actor.model.adapters = true;
+                result
+            }
+        }
+    }
+
+    /// One sampled response to each of the first prompts of the validation data: mean reward, tokens, and the share that
+    /// ended.
+    pub fn validate(
+        &mut self,
+        sampler: &mut Sampler,
+        valid: &Valid,
+        batch_size: i64,
+        step: u64,
+        world: &World,
+    ) -> Result<(Record, f64)> {
+        let ranks = world.world_size as u64;
+        let count = (sampler.prompts.len() as u64).min((valid.batches * batch_size) as u64);
+        // Equally many a rank; the first ones again, where there are too few.
+        let batch = self.ask(sampler, 0, count.div_ceil(ranks) * ranks, 1, world)?;
+        let told = describe(&batch.samples[..count as usize]);
+        let reward = told.get("reward").unwrap_or(f64::NAN);
+        Ok((Record::new("valid", step).with(told), reward))
+    }
+}
+
+/// What is told of judged responses.
+pub fn describe(samples: &[Sampled]) -> Record {
+    let n = samples.len() as f64;
+    let there: Vec<f64> = samples.iter().filter_map(|s| s.judgement.reward).collect();
+    let ended = samples.iter().filter(|s| s.ended()).count();
+    let tokens: usize = samples.iter().map(|s| s.response.ids.len()).sum();
+    Record::new("train", 0)
+        .float("reward", there.iter().sum::<f64>() / there.len() as f64)
+        .float("response_tokens", tokens as f64 / n)
+        .float("eos_fraction", ended as f64 / n)
+        .count("unscored", (samples.len() - there.len()) as u64)
+        .count("truncated", (samples.len() - ended) as u64)
+}
+
+/// This rank's share of responses that all ranks know, for forwards.
+pub fn share_of<'a>(sequences: &'a Sequences, micro: usize, world: &World) -> Readout<'a> {
+    let mine = sequences.len() / world.world_size as usize;
+    let first = mine * world.rank as usize;
+    Readout {
+        sequences,
+        rows: first..first + mine,
+        micro_batch_size: micro,
+        width: sequences.width(0..sequences.len()),
+    }
+}
+
+/// Log-probabilities of all responses' tokens under a model, [n, W] on the CPU, on every rank. Collective.
+pub fn logprobs(model: &mut Llama, share: &Readout, temperature: f64, world: &World) -> Result<Tensor> {
+    gather_rows(world, &share.logprobs(model, temperature)?)
+}

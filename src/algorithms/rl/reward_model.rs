@@ -1,0 +1,108 @@
+//! A reward model that scores responses while another model is trained. It may be of another family: what was said is then
+//! tokenized again, by its own tokenizer and template.
+
+use crate::algorithms::base::Base;
+use crate::algorithms::rl::place::{Where, frozen};
+use crate::algorithms::rl::sampling::Said;
+use crate::algorithms::scorer;
+use crate::checkpoint::Scoring;
+use crate::config::common::Common;
+use crate::config::models::Frozen;
+use crate::config::pretrain::Model;
+use crate::data::chat::Chat;
+use crate::data::conversation::Message;
+use crate::data::examples::Encoded;
+use crate::data::tokenizer::Tokenizer;
+use crate::distributed::world::World;
+use crate::error::{Error, Result};
+use crate::model::Llama;
+
+/// Opened and checked, nothing of it read yet.
+pub struct Opened {
+    base: Base,
+    scoring: Scoring,
+    /// Its template, where it does not read the actor's tokens.
+    chat: Option<Chat>,
+}
+
+impl Opened {
+    /// `actor`: the tokenizer of the responses.
+    ///
+    /// # Errors
+    /// No reward model; one of other tokens without a chat template of its own.
+    pub fn open(section: &Frozen, actor: &Tokenizer) -> Result<Opened> {
+        let base = Base::open_scored(&Model::Path(section.path.clone()), None, 1, None)?;
+        let scoring = base.weights.as_ref().map_or(Ok(None), |w| w.scoring())?;
+        let has_head =
+            base.weights.as_ref().is_some_and(|w| w.shape().head == crate::config::shape::Head::Score);
+        if !has_head {
+            return Err(Error::data(format!(
+                "{}: the model has no scalar head: it is no reward model (see corral reward)",
+                section.path.display()
+            )));
+        }
+        let scoring = scoring.unwrap_or_else(|| Scoring::raw(Default::default()));
+        let template = |t: &Tokenizer| t.chat_template().map(|t| t.source.clone());
+        let same =
+            base.tokenizer.base_hash() == actor.base_hash() && template(&base.tokenizer) == template(actor);
+        let chat = if same { None } else { Some(Chat::new(&base.tokenizer)?) };
+        Ok(Opened { base, scoring, chat })
+    }
+
+    /// Loads it, each rank what it holds. Collective.
+    pub fn load<'a>(&'a self, section: &Frozen, c: &Common, world: &'a World) -> Result<RewardModel<'a>> {
+        let place = Where::of(world, "reward_model", section.device.as_deref(), false)?;
+        let model = frozen(&self.base, c, section.dtype, &place)?;
+        Ok(RewardModel { opened: self, model, place })
+    }
+}
+
+pub struct RewardModel<'a> {
+    opened: &'a Opened,
+    pub model: Llama,
+    pub place: Where<'a>,
+}
+
+impl RewardModel<'_> {
+    /// The normalised scores of responses. Each rank gives its own; collective where the model is sharded.
+    pub fn score(&mut self, said: &[Said]) -> Result<Vec<f64>> {
+        let sequences: Vec<Encoded> = said.iter().map(|s| self.opened.encode(s)).collect::<Result<_>>()?;
+        scorer::rewards(&mut self.model, &self.opened.scoring, &sequences)
+    }
+}
+
+impl Opened {
+    /// What the model reads: the actor's own tokens, where it knows them.
+    fn encode(&self, said: &Said) -> Result<Encoded> {
+        let (ids, supervised) = match &self.chat {
+            None => {
+                let ids: Vec<u32> = said.prompt.ids.iter().chain(said.ids).map(|id| *id as u32).collect();
+                let supervised = (0..ids.len()).map(|i| i >= said.prompt.ids.len()).collect();
+                (ids, supervised)
+            }
+            Some(chat) => {
+                let mut messages = said.prompt.messages.clone();
+                messages.push(Message::new("assistant", said.text));
+                let encoding = chat.encode(&messages, false)?;
+                let mut supervised = encoding.mask();
+                // Earlier turns of the assistant are of the prompt.
+                let last = encoding.turns.last().map_or(0, |turn| turn.start);
+                supervised[..last].fill(false);
+                let mut ids = encoding.ids;
+                if !said.ended {
+                    // Without the end of a turn that the response did not come to.
+                    let end = encoding.turns.last().map_or(ids.len(), |turn| turn.end);
+                    let stops = chat.stop_ids();
+                    let cut = if end > last + 1 && stops.contains(&ids[end - 1]) { end - 1 } else { end };
+                    ids.truncate(cut);
+                    supervised.truncate(cut);
+                }
+                (ids, supervised)
+            }
+        };
+        let most = self.base.shape.max_position_embeddings as usize;
+        // A long prompt loses its beginning: the response is what is scored.
+        let cut = ids.len().saturating_sub(most);
+        Ok(Encoded { ids: ids[cut..].to_vec(), supervised: supervised[cut..].to_vec() })
+    }
+}

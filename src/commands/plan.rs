@@ -1,0 +1,317 @@
+//! `corral plan`: what memory a training takes on each rank, without a device.
+
+use clap::Subcommand;
+use kernels::c10d::Group;
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use crate::algorithms::base::shape_and_trainable;
+use crate::algorithms::step::{MicroBatch, accumulate_gradients};
+use crate::algorithms::training::compute_kind;
+use crate::commands::Global;
+use crate::commands::check::size;
+use crate::commands::convert::parse_size;
+use crate::commands::training::ConfigArgs;
+use crate::config::common::Common;
+use crate::config::pretrain::Pretrain;
+use crate::config::sections::Recompute;
+use crate::config::sft::Sft;
+use crate::config::shape::Shape;
+use crate::config::trainable::Freeze;
+use crate::config::{Algorithm, Loaded};
+use crate::distributed::plan::Plan;
+use crate::distributed::sharded::{Sharded, shard_ranks};
+use crate::distributed::world::DeviceChoice;
+use crate::error::{Error, Result};
+use crate::model::memory::{Batch, Memory, Parts};
+use crate::model::{Input, Llama, init, layout};
+use crate::optim::AdamW;
+use crate::telemetry;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// A configuration of `corral pretrain`
+    Pretrain(Options),
+    /// A configuration of `corral sft`
+    Sft(Options),
+}
+
+#[derive(Debug, clap::Args)]
+struct Options {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Ranks that the run will have
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    nproc: i64,
+    /// Memory of the device of a rank, such as 24GiB: the largest micro-batch that fits is told
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    device_memory: Option<u64>,
+    /// One JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// What a run has in memory.
+struct Training {
+    subcommand: &'static str,
+    shape: Shape,
+    memory: Memory,
+    moments: i64,
+    offload: bool,
+    /// Host memory of a checkpoint while it is written; 0 where the only one is written after the last step.
+    checkpoint: i64,
+    batch: Batch,
+    /// Rows of a step on one rank.
+    rows: i64,
+    ranks: i64,
+    compute: Kind,
+    device: Device,
+}
+
+pub fn run(args: Args, global: &Global) -> Result<()> {
+    let device = match DeviceChoice::of(global.device.as_deref())? {
+        DeviceChoice::Cpu => Device::Cpu,
+        DeviceChoice::Cuda => Device::Cuda(0),
+        DeviceChoice::CudaIndex(index) => Device::Cuda(index),
+    };
+    let (training, options) = match args.what {
+        What::Pretrain(options) => {
+            let loaded = load::<Pretrain>(&options)?;
+            let c = &loaded.config;
+            let tokenizer = c.tokenizer.as_ref();
+            let length = c.data.sequence_length;
+            let (shape, _) = shape_and_trainable(&c.model, tokenizer, length, &Freeze::default(), None)?;
+            let plans = layout::layouts(&shape).into_iter().map(Plan::from).collect();
+            (
+                Training::new(
+                    Pretrain::SUBCOMMAND,
+                    &c.common(),
+                    shape,
+                    plans,
+                    (length, false),
+                    options.nproc,
+                    device,
+                )?,
+                options,
+            )
+        }
+        What::Sft(options) => {
+            let loaded = load::<Sft>(&options)?;
+            let c = &loaded.config;
+            let (tokenizer, length) = (c.tokenizer.as_ref(), c.data.sequence_length);
+            let (shape, trainable) =
+                shape_and_trainable(&c.model, tokenizer, length, &c.freeze, c.lora.as_ref())?;
+            let plans = trainable.plans(&shape)?;
+            let rows = (length, c.data.packing);
+            (Training::new(Sft::SUBCOMMAND, &c.common(), shape, plans, rows, options.nproc, device)?, options)
+        }
+    };
+    let process = if device == Device::Cpu { process_bytes(training.compute)? } else { 0 };
+    training.tell(process, &options);
+    Ok(())
+}
+
+/// The configuration, of which all must fit but the tokenizer, which need not be there.
+fn load<C: Algorithm>(options: &Options) -> Result<Loaded<C>> {
+    if options.nproc < 1 {
+        return Err(Error::config("--nproc must be at least 1"));
+    }
+    let loaded = options.config.load::<C>()?;
+    let conflict = loaded.config.conflict(options.nproc).filter(|(key, _)| *key != "tokenizer");
+    match conflict.or_else(|| loaded.config.common().conflict(options.nproc)) {
+        Some((key, why)) => Err(loaded.error(key, &why)),
+        None => Ok(loaded),
+    }
+}
+
+impl Training {
+    fn new(
+        subcommand: &'static str,
+        c: &Common,
+        shape: Shape,
+        plans: Vec<Plan>,
+        (length, packed): (i64, bool),
+        ranks: i64,
+        device: Device,
+    ) -> Result<Training> {
+        let compute = compute_kind(c.precision.compute);
+        let memory = Memory::new(&shape, &plans, compute, shard_ranks(c.parallel.mode, ranks), device)?;
+        let moments = memory.moments(c.optim.moments);
+        let only_at_the_end = c.train.steps.is_some_and(|steps| steps <= c.checkpoint.every);
+        let rows = c.train.batch_size / ranks;
+        let micro = c.train.micro_batch_size(ranks);
+        Ok(Training {
+            subcommand,
+            moments,
+            offload: c.optim.offload,
+            checkpoint: if only_at_the_end { 0 } else { memory.masters() + moments },
+            batch: Batch {
+                rows: micro,
+                length,
+                micro_batches: rows / micro,
+                recompute: c.train.recompute,
+                packed,
+            },
+            rows,
+            memory,
+            shape,
+            ranks,
+            compute,
+            device,
+        })
+    }
+
+    /// Of a step with micro-batches of `rows`.
+    fn step(&self, rows: i64) -> Parts {
+        let batch = Batch { rows, micro_batches: (self.rows + rows - 1) / rows, ..self.batch };
+        let mut parts = self.memory.step(&batch);
+        if !self.offload {
+            parts.moments = self.moments;
+        }
+        parts
+    }
+
+    /// What the device must have for micro-batches of `rows`.
+    fn peak(&self, rows: i64, process: i64) -> i64 {
+        let on_host = if self.device == Device::Cpu { self.checkpoint } else { 0 };
+        self.step(rows).total() + process + on_host
+    }
+
+    /// The most rows of a micro-batch whose peak is within `bytes`; 0: not even one.
+    fn largest(&self, bytes: i64, process: i64) -> i64 {
+        let fits = |rows: i64| self.peak(rows, process) <= bytes;
+        let (mut low, mut high) = (0, 1);
+        while high <= 1 << 20 && fits(high) {
+            (low, high) = (high, 2 * high);
+        }
+        while high - low > 1 {
+            let middle = (low + high) / 2;
+            if fits(middle) {
+                low = middle;
+            } else {
+                high = middle;
+            }
+        }
+        low
+    }
+
+    fn tell(&self, process: i64, options: &Options) {
+        let parts = self.step(self.batch.rows);
+        let peak = self.peak(self.batch.rows, process);
+        let fit = options.device_memory.map(|bytes| {
+            let largest = self.largest(bytes as i64, process);
+            let divides = (1..=largest.min(self.rows)).rev().find(|n| self.rows % n == 0);
+            (bytes, largest, divides)
+        });
+        let host = self.checkpoint + if self.offload { self.moments } else { 0 };
+        if options.json {
+            let mut out = json!({
+                "subcommand": self.subcommand,
+                "parameters": self.shape.num_parameters(),
+                "device": if self.device == Device::Cpu { "cpu" } else { "cuda" },
+                "ranks": self.ranks,
+                "micro_batch_size": self.batch.rows,
+                "sequence_length": self.batch.length,
+                "parts": parts,
+                "process_bytes": process,
+                "step_bytes": parts.total() + process,
+                "checkpoint_bytes": self.checkpoint,
+                "peak_bytes": peak,
+            });
+            if self.device != Device::Cpu {
+                out["host_bytes"] = json!(host);
+            }
+            if let Some((bytes, largest, divides)) = fit {
+                out["device_memory"] = json!(bytes);
+                out["largest_micro_batch_size"] = json!(largest);
+                out["largest_of_batch"] = divides.map_or(Value::Null, Value::from);
+            }
+            println!("{out}");
+            return;
+        }
+        println!(
+            "# {:.2}M parameters, {:?} compute, {}; {} rank(s); micro-batches of {} x {} tokens",
+            self.shape.num_parameters() as f64 / 1e6,
+            self.compute,
+            if self.device == Device::Cpu { "cpu" } else { "cuda" },
+            self.ranks,
+            self.batch.rows,
+            self.batch.length,
+        );
+        let line = |what: &str, bytes: i64| println!("{what:<28} {:>12}", size(bytes.max(0) as u64));
+        let named = parts.named();
+        named.iter().filter(|(_, bytes)| *bytes > 0).for_each(|(what, bytes)| line(what, *bytes));
+        if process > 0 {
+            line("the process without a model", process);
+        }
+        line("a step of a rank, at most", parts.total() + process);
+        match self.device {
+            Device::Cpu if self.checkpoint > 0 => {
+                line("a checkpoint being written", self.checkpoint);
+                line("together", peak);
+            }
+            Device::Cpu => {}
+            _ => {
+                println!("# besides: what CUDA and its libraries take, and what the allocator cannot use");
+                if self.offload {
+                    line("moments in host memory", self.moments);
+                }
+                if self.checkpoint > 0 {
+                    line("a checkpoint, host memory", self.checkpoint);
+                }
+            }
+        }
+        if let Some((bytes, largest, divides)) = fit {
+            match divides {
+                None => println!(
+                    "# {}: not even a micro_batch_size of 1 fits, which takes {}",
+                    size(bytes),
+                    size(self.peak(1, process) as u64)
+                ),
+                Some(n) if largest >= self.rows => {
+                    println!(
+                        "# {}: a micro_batch_size of {largest} fits; the {} rows of a rank need {n}",
+                        size(bytes),
+                        self.rows
+                    );
+                }
+                Some(n) => println!(
+                    "# {}: a micro_batch_size of {largest} fits; of those that divide the {} rows of a rank {n}",
+                    size(bytes),
+                    self.rows
+                ),
+            }
+        }
+    }
+}
+
+/// What this process takes before there is a model to speak of: measured here, after a step of a model of some thousand
+/// parameters, which has brought the libraries' code and buffers in.
+fn process_bytes(compute: Kind) -> Result<i64> {
+    let shape = Shape {
+        vocab_size: 256,
+        hidden_size: 64,
+        intermediate_size: 128,
+        num_hidden_layers: 1,
+        num_attention_heads: 2,
+        num_key_value_heads: 2,
+        head_dim: 32,
+        ..Shape::preset("llama-15m").ok_or_else(|| Error::failed("a preset is missing"))?
+    };
+    let mut params =
+        Sharded::new(layout::layouts(&shape), Group::solo(), Group::solo(), compute, Device::Cpu);
+    init::init(&mut params, &shape, 0)?;
+    let mut model = Llama::new(shape, params);
+    let mut optimizer = AdamW::configured(&model.params, &Default::default())?;
+    let ids = Tensor::arange(128, (Kind::Int64, Device::Cpu)).view([1, 128]);
+    let batch = MicroBatch { labels: ids.view([-1]), input: Input::new(ids) };
+    accumulate_gradients(&mut model, &[batch], 128.0, Recompute::None)?;
+    optimizer.update(&mut model.params, 1e-3, 1.0)?;
+    Ok(telemetry::resident_bytes() as i64)
+}

@@ -1,0 +1,43 @@
+//! The models of an algorithm that has several: each has its own place.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::sections::{Compute, Optim};
+use super::trainable::{Freeze, Lora};
+
+/// A model that is trained.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Trained {
+    /// Hugging Face folder, run folder, checkpoint of a run, or Meta folder.
+    pub path: PathBuf,
+    /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: that of the command.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// The dtype of forward and backward. Default: `precision.compute`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<Compute>,
+    #[serde(default)]
+    pub freeze: Freeze,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Lora>,
+    /// Default: the section `optim`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub optim: Option<Optim>,
+}
+
+/// A model that is only asked.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Frozen {
+    /// Hugging Face folder, run folder, checkpoint of a run, or Meta folder.
+    pub path: PathBuf,
+    /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: that of the command.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// The dtype of its forward. Default: `precision.compute`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<Compute>,
+}

@@ -1,0 +1,147 @@
+//! The configuration of `corral online-dpo`.
+
+use serde::{Deserialize, Serialize};
+
+use super::common::{Common, configuration};
+use super::dpo::{self, Loss, Pairs, ReferenceFrom};
+use super::grpo::{Truncated, samples};
+use super::models::{Frozen, Trained};
+use super::numbers::{count, not_negative, positive, ratio};
+use super::policy::OwnResponses;
+use super::prompts::Data;
+use super::rewards::Reward;
+use super::rollout::Generation;
+use super::sections::{Tokenizer, Valid};
+use super::sft::Samples;
+use super::{Algorithm, Conflict};
+
+configuration! {
+    /// DPO on the model's own responses; `train.batch_size` counts prompts an iteration, `train.steps` iterations.
+    pub struct OnlineDpo {
+        /// The policy.
+        pub actor: Trained,
+        /// What the policy is compared with. Default: the actor as it was, with adapters: the actor without them.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub reference: Option<Frozen>,
+        /// What scores responses, where a reward is of the kind `model`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub reward_model: Option<Frozen>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub tokenizer: Option<Tokenizer>,
+        pub data: Data,
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        pub rewards: Vec<Reward>,
+        #[serde(default)]
+        pub generation: Generation,
+        #[serde(default)]
+        pub dpo: Section,
+        #[serde(default)]
+        pub valid: Valid,
+        #[serde(default = "samples")]
+        pub samples: Samples,
+    }
+}
+
+/// The section `dpo`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Section {
+    pub loss: Loss,
+    /// How strongly the reference holds.
+    #[serde(deserialize_with = "positive")]
+    pub beta: f64,
+    /// As in `corral dpo`.
+    #[serde(deserialize_with = "not_negative")]
+    pub label_smoothing: f64,
+    /// Responses to each prompt, of which the best and the worst are a pair.
+    #[serde(deserialize_with = "count")]
+    pub group_size: i64,
+    /// What becomes of responses that did not end.
+    pub truncated: Truncated,
+    /// What `penalize` takes from their reward.
+    #[serde(deserialize_with = "not_negative")]
+    pub truncated_penalty: f64,
+    /// A reference that follows the policy (Gorbatovski et al. 2024); none: it stays.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub moving_reference: Option<MovingReference>,
+}
+
+/// How the reference follows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MovingReference {
+    /// Iterations between its moves.
+    #[serde(deserialize_with = "count")]
+    pub every: i64,
+    /// The share of the way to the policy; 1: it becomes the policy.
+    #[serde(deserialize_with = "ratio")]
+    pub rate: f64,
+}
+
+impl Default for Section {
+    fn default() -> Self {
+        Section {
+            loss: Loss::Sigmoid,
+            beta: 0.1,
+            label_smoothing: 0.0,
+            group_size: 2,
+            truncated: Truncated::Keep,
+            truncated_penalty: 1.0,
+            moving_reference: None,
+        }
+    }
+}
+
+impl Section {
+    /// The loss of a pair.
+    pub fn of_pairs(&self) -> dpo::Section {
+        dpo::Section {
+            loss: self.loss,
+            beta: self.beta,
+            label_smoothing: self.label_smoothing,
+            sft_weight: 0.0,
+            pairs: Pairs::All,
+            reference: ReferenceFrom::Online,
+        }
+    }
+}
+
+impl OnlineDpo {
+    pub fn sections_of_responses(&self) -> OwnResponses<'_> {
+        OwnResponses {
+            common: self.common(),
+            actor: &self.actor,
+            reference: self.reference.as_ref(),
+            reward_model: self.reward_model.as_ref(),
+            tokenizer: self.tokenizer.as_ref(),
+            data: &self.data,
+            rewards: self.rewards.clone(),
+            generation: &self.generation,
+        }
+    }
+}
+
+impl Algorithm for OnlineDpo {
+    const SUBCOMMAND: &'static str = "online-dpo";
+
+    fn common(&self) -> Common<'_> {
+        self.sections()
+    }
+
+    fn conflict(&self, world_size: i64) -> Option<Conflict> {
+        if self.dpo.group_size < 2 {
+            return Some(("dpo.group_size", "a pair takes 2 responses at least".into()));
+        }
+        if self.dpo.moving_reference.is_some() && self.reference.is_some() {
+            let why =
+                "the moving reference begins as the actor; leave out reference, or dpo.moving_reference";
+            return Some(("reference", why.into()));
+        }
+        self.dpo
+            .of_pairs()
+            .conflict()
+            .or_else(|| self.sections_of_responses().conflict(world_size))
+            .or_else(|| self.valid.conflict(&self.data.valid))
+            .or_else(|| self.samples.conflict())
+    }
+}

@@ -1,0 +1,322 @@
+//! The configuration of `corral ppo`.
+
+use serde::{Deserialize, Serialize};
+
+use super::common::{Common, configuration};
+use super::models::{Frozen, Trained};
+use super::numbers::{count, not_negative, positive, ratio, some_count, some_positive, some_ratio};
+use super::policy::{Aggregation, KlEstimator};
+use super::prompts::Data;
+use super::rewards::{Reward, RewardKind};
+use super::rollout::Generation;
+use super::sections::{Source, Tokenizer};
+use super::trainable;
+use super::{Algorithm, Conflict};
+
+configuration! {
+    pub struct Ppo {
+        /// The policy.
+        pub actor: Trained,
+        /// What predicts returns. Default: the reward model's weights, without one the actor's with a new head.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub critic: Option<Trained>,
+        /// What scores responses, where `rewards` does not say otherwise.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub reward_model: Option<Frozen>,
+        /// What the policy should stay near to. Default: the actor as it was, with adapters: the actor without them.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub reference: Option<Frozen>,
+        /// Of the actor, and of what has none.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub tokenizer: Option<Tokenizer>,
+        pub data: Data,
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        pub rewards: Vec<Reward>,
+        #[serde(default)]
+        pub generation: Generation,
+        #[serde(default)]
+        pub ppo: Section,
+        #[serde(default)]
+        pub samples: Samples,
+    }
+}
+
+/// The section `ppo`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Section {
+    /// Passes over an iteration's responses, each in its own order.
+    #[serde(deserialize_with = "count")]
+    pub epochs: i64,
+    /// Responses of one update, over all ranks.
+    #[serde(deserialize_with = "count")]
+    pub minibatch_size: i64,
+    /// How far a ratio may go from 1.
+    #[serde(deserialize_with = "positive")]
+    pub clip: f64,
+    /// How far upwards, where that differs.
+    #[serde(deserialize_with = "some_positive", skip_serializing_if = "Option::is_none")]
+    pub clip_high: Option<f64>,
+    /// The largest loss of a negative advantage, in multiples of it; above 1.
+    #[serde(deserialize_with = "some_positive", skip_serializing_if = "Option::is_none")]
+    pub dual_clip: Option<f64>,
+    /// How far a value may go from what it was; 0: any way.
+    #[serde(deserialize_with = "not_negative")]
+    pub clip_value: f64,
+    #[serde(deserialize_with = "ratio")]
+    pub gamma: f64,
+    #[serde(deserialize_with = "ratio")]
+    pub lambda: f64,
+    pub whiten_advantages: bool,
+    /// Rewards with the KL penalty are divided by their deviation.
+    pub whiten_rewards: bool,
+    /// How the losses of tokens become one.
+    pub aggregation: Aggregation,
+    /// Weight of the entropy, which is made larger.
+    #[serde(deserialize_with = "not_negative")]
+    pub entropy_coef: f64,
+    /// Weight of the KL to the reference; of adaptive control its first.
+    #[serde(deserialize_with = "not_negative")]
+    pub kl_coef: f64,
+    pub kl_estimator: KlEstimator,
+    /// Whether the KL is a penalty on rewards or a part of the loss.
+    pub kl_in: KlIn,
+    /// Nats a response that the weight is controlled for; none: it stays.
+    #[serde(deserialize_with = "some_positive", skip_serializing_if = "Option::is_none")]
+    pub kl_target: Option<f64>,
+    /// Responses over which the weight follows an error by its size.
+    #[serde(deserialize_with = "positive")]
+    pub kl_horizon: f64,
+    /// An iteration's updates end where their mean approximate KL to the policy that generated is above this, nats a token.
+    #[serde(deserialize_with = "some_positive", skip_serializing_if = "Option::is_none")]
+    pub stop_kl: Option<f64>,
+    /// Scores are cut off at plus and minus this, before the KL penalty.
+    #[serde(deserialize_with = "some_positive", skip_serializing_if = "Option::is_none")]
+    pub reward_clip: Option<f64>,
+    /// What is taken from every score: a number, or `batch`, the mean of the iteration's.
+    pub reward_baseline: Baseline,
+    /// What becomes of responses that did not end.
+    pub missing_eos: MissingEos,
+    /// The number that `missing_eos` takes.
+    #[serde(deserialize_with = "not_negative")]
+    pub missing_eos_penalty: f64,
+    /// Iterations in which only the critic is trained.
+    pub value_warmup: u64,
+    /// Decay of a moving average of the actor's weights, written to RUN_DIR/ema; none: there is none.
+    #[serde(deserialize_with = "some_ratio", skip_serializing_if = "Option::is_none")]
+    pub ema: Option<f64>,
+    /// Pretraining data beside the rollouts (Ouyang et al. 2022).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ptx: Option<Ptx>,
+    /// Checks at the start that ratio and KL are what they must be.
+    pub self_check: bool,
+}
+
+/// Text whose cross-entropy is added to the actor's loss.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ptx {
+    /// Token shards, as for pretraining.
+    pub data: Vec<Source>,
+    /// Weight of the mean loss of a token.
+    #[serde(deserialize_with = "positive")]
+    pub coef: f64,
+    #[serde(default = "super::common::sequence_length", deserialize_with = "count")]
+    pub sequence_length: i64,
+    /// Sequences of one update, over all ranks. Default: `ppo.minibatch_size`.
+    #[serde(default, deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
+    pub batch_size: Option<i64>,
+}
+
+impl Default for Section {
+    fn default() -> Self {
+        Section {
+            epochs: 4,
+            minibatch_size: 8,
+            clip: 0.2,
+            clip_high: None,
+            dual_clip: None,
+            clip_value: 0.2,
+            gamma: 1.0,
+            lambda: 0.95,
+            whiten_advantages: true,
+            whiten_rewards: false,
+            aggregation: Aggregation::TokenMean,
+            entropy_coef: 0.0,
+            kl_coef: 0.05,
+            kl_estimator: KlEstimator::K1,
+            kl_in: KlIn::Reward,
+            kl_target: None,
+            kl_horizon: 10_000.0,
+            stop_kl: None,
+            reward_clip: None,
+            reward_baseline: Baseline::Number(0.0),
+            missing_eos: MissingEos::Keep,
+            missing_eos_penalty: 1.0,
+            value_warmup: 0,
+            ema: None,
+            ptx: None,
+            self_check: true,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KlIn {
+    Reward,
+    Loss,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Baseline {
+    Number(f64),
+    Of(Batch),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Batch {
+    Batch,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MissingEos {
+    /// Their score stays.
+    Keep,
+    /// Their score is minus the penalty.
+    Replace,
+    /// The penalty is taken from their score.
+    Subtract,
+    /// They are left out of the losses.
+    Mask,
+}
+
+/// What is written of the responses.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Samples {
+    /// Iterations between samples; 0: there are none.
+    pub every: u64,
+    /// How many responses of an iteration.
+    #[serde(deserialize_with = "count")]
+    pub count: i64,
+    /// Every token of them, too, in trace.jsonl.
+    pub trace: bool,
+}
+
+impl Default for Samples {
+    fn default() -> Self {
+        Samples { every: 10, count: 4, trace: false }
+    }
+}
+
+impl Ppo {
+    /// What responses are rewarded for: the reward model, where nothing else is said.
+    pub fn rewards(&self) -> Vec<Reward> {
+        match self.rewards.is_empty() {
+            true => vec![Reward::new(RewardKind::Model)],
+            false => self.rewards.clone(),
+        }
+    }
+
+    /// Sequences that one rank computes at once.
+    pub fn micro_batch_size(&self, world_size: i64) -> i64 {
+        self.train.micro_batch_size.unwrap_or(self.ppo.minibatch_size / world_size)
+    }
+}
+
+impl Algorithm for Ppo {
+    const SUBCOMMAND: &'static str = "ppo";
+
+    fn common(&self) -> Common<'_> {
+        self.sections()
+    }
+
+    fn conflict(&self, world_size: i64) -> Option<Conflict> {
+        let (ppo, batch) = (&self.ppo, self.train.batch_size);
+        let micro = self.micro_batch_size(world_size);
+        let unit = micro.max(1) * world_size;
+        if ppo.minibatch_size % unit != 0 || micro < 1 {
+            return Some((
+                "ppo.minibatch_size",
+                format!("{} is no multiple of train.micro_batch_size x ranks = {unit}", ppo.minibatch_size),
+            ));
+        }
+        if batch % ppo.minibatch_size != 0 {
+            return Some((
+                "ppo.minibatch_size",
+                format!("train.batch_size, {batch} prompts, is no multiple of {}", ppo.minibatch_size),
+            ));
+        }
+        if ppo.dual_clip.is_some_and(|c| c <= 1.0) {
+            return Some(("ppo.dual_clip", "above 1: at 1 every negative advantage would be cut off".into()));
+        }
+        let uses_model = self.rewards().iter().any(|r| r.kind == RewardKind::Model);
+        match (&self.reward_model, uses_model) {
+            (None, true) => {
+                let why = "there is nothing to learn from: give reward_model, or rewards by rule such as [{kind: gsm8k}]";
+                return Some(("rewards", why.into()));
+            }
+            (Some(_), false) => {
+                let why =
+                    "no reward of the kind model asks it; add {kind: model} to rewards, or leave it out";
+                return Some(("reward_model", why.into()));
+            }
+            _ => {}
+        }
+        if let Some(why) = self.rewards.iter().find_map(Reward::conflict) {
+            return Some(("rewards", why));
+        }
+        if ppo.kl_target.is_some() && ppo.kl_coef == 0.0 {
+            return Some(("ppo.kl_target", "a weight of 0 (kl_coef) stays 0, whatever its target".into()));
+        }
+        if ppo.kl_target.is_some() && ppo.kl_in == KlIn::Loss {
+            return Some((
+                "ppo.kl_target",
+                "the weight is controlled where the KL is a penalty on rewards".into(),
+            ));
+        }
+        if let Some(ptx) = &ppo.ptx {
+            let rows = ptx.batch_size.unwrap_or(ppo.minibatch_size);
+            if ptx.data.is_empty() {
+                return Some(("ppo.ptx.data", "name at least one folder of token shards".into()));
+            }
+            if rows % unit != 0 {
+                return Some((
+                    "ppo.ptx.batch_size",
+                    format!("{rows} is no multiple of train.micro_batch_size x ranks = {unit}"),
+                ));
+            }
+        }
+        if world_size > 1 {
+            let places = [
+                ("actor.device", &self.actor.device),
+                ("critic.device", self.critic.as_ref().map_or(&None, |m| &m.device)),
+                ("reward_model.device", self.reward_model.as_ref().map_or(&None, |m| &m.device)),
+                ("reference.device", self.reference.as_ref().map_or(&None, |m| &m.device)),
+            ];
+            let numbered = |d: &Option<String>| d.as_ref().is_some_and(|d| d.starts_with("cuda:"));
+            if let Some((key, _)) = places.iter().find(|(_, device)| numbered(device)) {
+                return Some((
+                    *key,
+                    "cuda:N is for a world of one rank; with several, cuda is each rank's own".into(),
+                ));
+            }
+        }
+        let trained = [("actor", Some(&self.actor)), ("critic", self.critic.as_ref())];
+        for (name, model) in trained {
+            if let Some(why) = model.and_then(|m| trainable::conflict(&m.freeze, m.lora.as_ref())) {
+                let key = if name == "actor" { "actor" } else { "critic" };
+                return Some((key, format!("{}: {}", why.0, why.1)));
+            }
+        }
+        self.data
+            .conflict(&self.generation)
+            .or_else(|| self.generation.conflict())
+            .or_else(|| self.common().conflict(world_size))
+            .or_else(|| self.tokenizer.as_ref()?.conflict())
+    }
+}

@@ -1,0 +1,264 @@
+//! Prompts that a model is to answer while it is trained, with what the data says of the answer.
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+use std::sync::Arc;
+
+use super::chat::Chat;
+use super::conversation::{self, Message, conversation};
+use super::examples::Split;
+use super::order::{self, Mixture};
+use super::readers::{self, Record};
+use super::tokenizer::hex;
+use crate::config::prompts::Data;
+use crate::config::sections::Source;
+use crate::error::{Error, Result};
+
+/// A prompt in tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prompt {
+    pub ids: Vec<i64>,
+    /// The conversation so far.
+    pub messages: Vec<Message>,
+    /// The record's `answer`, or else the completion that it has.
+    pub reference: Option<String>,
+    pub record: Map<String, Value>,
+}
+
+impl Prompt {
+    fn read(record: Record, shots: &[Message], chat: &Chat) -> Result<Prompt> {
+        let asked = conversation::Prompt::read(&record)?.into_messages();
+        let messages = [shots, &asked].concat();
+        let ids = chat.prompt(&messages).map_err(|e| e.context(&record.place))?;
+        let reference = match record.fields.get("answer") {
+            Some(Value::String(text)) => Some(text.clone()),
+            Some(Value::Number(number)) => Some(number.to_string()),
+            _ => conversation(&record)
+                .ok()
+                .and_then(|mut turns| turns.pop_if(|turn| turn.role == "assistant").map(|turn| turn.content)),
+        };
+        let ids = ids.into_iter().map(i64::from).collect();
+        Ok(Prompt { ids, messages, reference, record: record.fields })
+    }
+
+    /// What was asked last.
+    pub fn question(&self) -> &str {
+        self.messages.last().map_or("", |m| &m.content)
+    }
+}
+
+/// Where a run stands in its prompts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// The number of the next prompt.
+    pub next: u64,
+    /// Tells data, weights, seed and tokenizer apart.
+    fingerprint: String,
+}
+
+/// Gives prompt `i` of an endless sequence, shuffled anew in every epoch (without a seed: in the data's order).
+pub struct Prompts {
+    /// Without weights one pool of all sources, else one for each.
+    pools: Vec<Vec<Prompt>>,
+    mixture: Mixture,
+    seed: Option<u64>,
+    /// Prompts that were too long.
+    pub dropped: u64,
+    fingerprint: String,
+}
+
+impl Prompts {
+    /// Reads and tokenizes `sources`, those of `data.train` or of `data.valid` (`seed`: none). Prompts of more than `most`
+    /// tokens are left out.
+    ///
+    /// # Errors
+    /// What cannot be read, with its place; a source without a prompt; weights on some sources only.
+    pub fn open(
+        data: &Data,
+        sources: &[Source],
+        chat: &Chat,
+        most: usize,
+        seed: Option<u64>,
+    ) -> Result<Prompts> {
+        let mut shots = Vec::new();
+        if let Some(few) = &data.few_shot {
+            let records = readers::records(&few.path, None, &Arc::default())?;
+            for record in records.take(few.count as usize) {
+                shots.extend(conversation(&record?)?);
+            }
+        }
+        let split = (seed.is_some() && !data.split.is_empty())
+            .then(|| Split { parts: data.split.clone(), part: Data::PART });
+        let (mut pools, mut dropped) = (Vec::new(), 0);
+        let mut hash = Sha256::new();
+        let template = chat.tokenizer().chat_template().map(|t| t.source.as_str()).unwrap_or_default();
+        hash.update(format!("{seed:?} {most} {split:?} {shots:?} {template}"));
+        hash.update(chat.tokenizer().hash());
+        for source in sources {
+            let mut records = Vec::new();
+            for (i, record) in readers::records(&source.path, None, &Arc::default())?.enumerate() {
+                let record = record?;
+                if split.as_ref().is_none_or(|s| s.holds(i as u64)) {
+                    records.push(record);
+                }
+            }
+            let read = |record| Prompt::read(record, &shots, chat);
+            let mut prompts: Vec<Prompt> = records.into_par_iter().map(read).collect::<Result<_>>()?;
+            let all = prompts.len();
+            prompts.retain(|p| p.ids.len() <= most);
+            dropped += (all - prompts.len()) as u64;
+            if prompts.is_empty() {
+                return Err(Error::data(format!(
+                    "{}: no prompt is left: {all} were read, and those of more than {most} tokens left out (see \
+                     data.sequence_length)",
+                    source.path.display()
+                )));
+            }
+            for prompt in &prompts {
+                prompt.ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+                hash.update(prompt.reference.as_deref().unwrap_or_default());
+            }
+            hash.update(format!("{:?}", source.weight));
+            pools.push(prompts);
+        }
+        let weights: Vec<f64> = sources.iter().filter_map(|s| s.weight).collect();
+        if weights.len() != sources.len() && !weights.is_empty() {
+            return Err(Error::config("data.train: give all sources a weight or none"));
+        }
+        if weights.is_empty() {
+            pools = vec![pools.into_iter().flatten().collect()];
+        }
+        let mixture = Mixture::new(if weights.is_empty() { &[1.0] } else { &weights });
+        Ok(Prompts { pools, mixture, seed, dropped, fingerprint: hex(&hash.finalize()[..8]) })
+    }
+
+    /// Prompts of one epoch over all sources.
+    pub fn len(&self) -> usize {
+        self.pools.iter().map(Vec::len).sum()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Prompt number `index` of the sequence.
+    pub fn get(&self, index: u64) -> &Prompt {
+        let (pool, index) = self.mixture.locate(index);
+        let n = self.pools[pool].len() as u64;
+        let i = match self.seed {
+            Some(seed) => order::shuffled(seed, pool, n, index).0,
+            None => index % n,
+        };
+        &self.pools[pool][i as usize]
+    }
+
+    /// Tokens of the longest prompt.
+    pub fn longest(&self) -> usize {
+        self.pools.iter().flatten().map(|p| p.ids.len()).max().unwrap_or(0)
+    }
+
+    pub fn state(&self, next: u64) -> State {
+        State { next, fingerprint: self.fingerprint.clone() }
+    }
+
+    /// The next prompt's number, where `state` was saved with the same prompts in the same order.
+    pub fn resume(&self, state: &State) -> Result<u64> {
+        if state.fingerprint == self.fingerprint {
+            return Ok(state.next);
+        }
+        Err(Error::config(format!(
+            "the checkpoint stands at prompt {} of other prompts ({}, here {}): the files, their weights, the tokenizer, \
+             the template, the options of `data` or the seed have changed; set them as they were, or start a new run from \
+             the model",
+            state.next, state.fingerprint, self.fingerprint
+        )))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::tokenizer::tests::small;
+    use crate::files::TestFolder;
+
+    fn open(folder: &TestFolder, lines: &str, data: &str, most: usize, seed: Option<u64>) -> Result<Prompts> {
+        let path = folder.0.join("prompts.jsonl");
+        std::fs::write(&path, lines).unwrap();
+        let data: Data = serde_saphyr::from_str(&format!("{{train: [{}]{data}}}", path.display())).unwrap();
+        let section = crate::config::sections::Tokenizer {
+            chat_template: Some(
+                "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt \
+                 %}a: {% endif %}"
+                    .into(),
+            ),
+            ..Default::default()
+        };
+        let tokenizer = folder.0.join("tokenizer");
+        small(290).save(&tokenizer).unwrap();
+        let tokenizer = crate::data::chat::configured(Some(&section), Some(&tokenizer)).unwrap();
+        Prompts::open(&data, &data.train, &Chat::new(&tokenizer).unwrap(), most, seed)
+    }
+
+    #[test]
+    fn answers_stay_apart() {
+        let folder = TestFolder::new("prompts-answers");
+        let lines = r#"{"prompt": "a", "answer": 4}
+{"question": "b", "answer": "x\n#### 5", "level": 2}
+{"prompt": "c"}
+{"messages": [{"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]}
+"#;
+        let prompts = open(&folder, lines, "", 100, None).unwrap();
+        let seen: Vec<(&str, Option<&str>)> =
+            (0..4).map(|i| (prompts.get(i).question(), prompts.get(i).reference.as_deref())).collect();
+        assert_eq!(seen, [("a", Some("4")), ("b", Some("x\n#### 5")), ("c", None), ("d", Some("e"))]);
+        assert_eq!(prompts.get(1).record["level"], 2);
+        assert_eq!(prompts.get(4), prompts.get(0));
+        assert_eq!(prompts.len(), 4);
+    }
+
+    #[test]
+    fn every_epoch_has_its_order_and_a_position_is_of_its_data() {
+        let folder = TestFolder::new("prompts-order");
+        let line = |i: i32| format!("{{\"prompt\": \"n{i}\"}}\n");
+        let lines: String = (0..50).map(line).collect();
+        let prompts = open(&folder, &lines, "", 100, Some(1)).unwrap();
+        let epoch =
+            |e: u64| -> Vec<&str> { (e * 50..e * 50 + 50).map(|i| prompts.get(i).question()).collect() };
+        let sorted = |mut names: Vec<&str>| {
+            names.sort();
+            names.join(" ")
+        };
+        assert_ne!(epoch(0), epoch(1));
+        assert_eq!(sorted(epoch(0)), sorted(epoch(1)));
+        let state = prompts.state(7);
+        assert_eq!(prompts.resume(&state).unwrap(), 7);
+        for (data, seed) in [("", Some(2)), (", split: [1, 1, 2]", Some(1))] {
+            let other = open(&folder, &lines, data, 100, seed).unwrap();
+            assert!(other.resume(&state).unwrap_err().message.contains("other prompts"));
+        }
+        let part = open(&folder, &lines, ", split: [1, 1, 2]", 100, Some(1)).unwrap();
+        assert!((15..35).contains(&part.len()), "{}", part.len());
+    }
+
+    #[test]
+    fn long_prompts_are_left_out_and_examples_stand_before() {
+        let folder = TestFolder::new("prompts");
+        let lines = format!("{{\"prompt\": \"short\"}}\n{{\"prompt\": \"{}\"}}\n", "long ".repeat(60));
+        let prompts = open(&folder, &lines, "", 40, None).unwrap();
+        assert_eq!((prompts.len(), prompts.dropped), (1, 1));
+        let e = open(&folder, &lines, "", 3, None).map(drop).unwrap_err();
+        assert!(e.message.contains("no prompt is left: 2 were read") && e.exit_code() == 3, "{e}");
+        let shots = folder.0.join("shots.jsonl");
+        std::fs::write(
+            &shots,
+            "{\"question\": \"1+1\", \"answer\": \"2\"}\n{\"question\": \"x\", \"answer\": \"y\"}\n",
+        )
+        .unwrap();
+        let few = format!(", few_shot: {{path: {}, count: 1}}", shots.display());
+        let prompts = open(&folder, &lines, &few, 60, None).unwrap();
+        let turns: Vec<&str> = prompts.get(0).messages.iter().map(|m| m.content.as_str()).collect();
+        assert_eq!(turns, ["1+1", "2", "short"]);
+    }
+}

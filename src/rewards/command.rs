@@ -1,0 +1,123 @@
+//! A program that judges: a line of JSON in, a line of JSON out, one process for the whole run.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use super::Answer;
+use crate::error::{Context, Error, Result};
+
+const DEFAULT_TIMEOUT_S: f64 = 60.0;
+
+/// What the program is asked is `{"prompt", "response", "reference", "num_tokens", "record"}`; it answers a number,
+/// `{"reward": number}`, or null for what it cannot judge. Its stderr is the run's.
+pub struct Command {
+    run: String,
+    timeout: Duration,
+    child: Child,
+    /// Lines to its stdin: a thread writes them, so that a program that does not read runs into the time-out, too.
+    questions: Sender<String>,
+    answers: Receiver<String>,
+}
+
+impl Command {
+    /// Starts `sh -c run`, in a process group of its own: a Ctrl-C is not for it.
+    pub fn start(run: &str, timeout_s: Option<f64>) -> Result<Command> {
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", run]).stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
+        let mut child = command.spawn().context("cannot start sh for a reward of the kind command")?;
+        let (Some(mut stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err(Error::failed("a reward's command has no pipes"));
+        };
+        let (questions, to_write) = channel::<String>();
+        let (read, answers) = channel::<String>();
+        std::thread::spawn(move || {
+            // The end of a program shows where its answer is waited for.
+            for line in to_write {
+                if stdin.write_all(line.as_bytes()).and_then(|()| stdin.flush()).is_err() {
+                    return;
+                }
+            }
+        });
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines() {
+                let Ok(line) = line else { return };
+                if read.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        let timeout = Duration::try_from_secs_f64(timeout_s.unwrap_or(DEFAULT_TIMEOUT_S));
+        let timeout = timeout.map_err(|_| Error::config("rewards: timeout_s is too long"))?;
+        Ok(Command { run: run.to_string(), timeout, child, questions, answers })
+    }
+
+    /// The program's number for an answer; none where it says null.
+    pub fn judge(&mut self, answer: &Answer) -> Result<Option<f64>> {
+        if let Ok(line) = self.answers.try_recv() {
+            return Err(self.failed(&format!("wrote a line before it was asked: {}", shown(&line))));
+        }
+        let question = json!({
+            "prompt": answer.prompt,
+            "response": answer.response,
+            "reference": answer.reference,
+            "num_tokens": answer.num_tokens,
+            "record": answer.record,
+        });
+        // A writer that is gone is a program that is gone, which the answer tells.
+        let _ = self.questions.send(format!("{question}\n"));
+        let line = match self.answers.recv_timeout(self.timeout) {
+            Ok(line) => line,
+            Err(RecvTimeoutError::Timeout) => {
+                let seconds = self.timeout.as_secs_f64();
+                return Err(self.failed(&format!("gave no answer within {seconds} s (timeout_s)")));
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                let end = match self.child.wait() {
+                    Ok(status) => status.to_string(),
+                    Err(e) => e.to_string(),
+                };
+                return Err(self.failed(&format!("ended without an answer ({end})")));
+            }
+        };
+        let value: Value = serde_json::from_str(&line)
+            .map_err(|e| self.failed(&format!("wrote {}, which is no JSON: {e}", shown(&line))))?;
+        let reward = match &value {
+            Value::Object(object) => object.get("reward"),
+            other => Some(other),
+        };
+        match reward {
+            Some(Value::Null) => Ok(None),
+            Some(Value::Number(n)) => Ok(n.as_f64()),
+            _ => Err(self.failed(&format!("wrote {}: no number and no `reward` with one", shown(&line)))),
+        }
+    }
+
+    fn failed(&self, what: &str) -> Error {
+        Error::failed(format!("the reward's command `{}` {what}", self.run))
+    }
+}
+
+/// The beginning of a line, for messages.
+fn shown(line: &str) -> String {
+    let begin: String = line.chars().take(80).collect();
+    format!("`{begin}`")
+}
+
+impl Drop for Command {
+    fn drop(&mut self) {
+        // It ends by itself where its input ends; one that does not is not waited for.
+        if matches!(self.answers.try_recv(), Err(TryRecvError::Disconnected)) {
+            let _ = self.child.wait();
+            return;
+        }
+        let _ = killpg(Pid::from_raw(self.child.id() as i32), Signal::SIGKILL);
+        let _ = self.child.wait();
+    }
+}

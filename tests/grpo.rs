@@ -1,0 +1,225 @@
+//! GRPO and online DPO through the real binaries.
+
+mod common;
+
+use std::fs;
+use std::path::PathBuf;
+
+use common::relative;
+use common::run::{Run, data, uint};
+use serde_json::Value;
+
+/// A small fine-tuned model, made once for all tests.
+fn start() -> PathBuf {
+    static START: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
+    START
+        .get_or_init(|| {
+            let run = Run::sft("start");
+            run.train(1, &["train.steps=60"]);
+            let kept = common::run::folder("kept").join("model");
+            fs::rename(run.output().join("model"), &kept).unwrap();
+            kept
+        })
+        .clone()
+}
+
+/// What a model of this size can learn: a reward that many of its responses get.
+const EASY: &str = "rewards=[{kind: format, pattern: '[02468]'}]";
+
+fn run(subcommand: &'static str, name: &str) -> Run {
+    let (start, data) = (start(), data().display());
+    let keys = format!(
+        "actor: {{path: {}}}
+data:
+  train: [{data}/prompts.train.jsonl]
+  valid: [{data}/prompts.valid.jsonl]
+  sequence_length: 128
+rewards: [{{kind: format, pattern: '7'}}]
+generation: {{max_new_tokens: 12}}
+optim: {{lr: 3.0e-3}}
+schedule: {{kind: constant}}
+train: {{steps: 6, batch_size: 4}}
+valid: {{every: 3, batches: 1}}
+samples: {{every: 2, count: 3}}
+",
+        start.display()
+    );
+    Run::of(subcommand, name, &keys)
+}
+
+const GRPO: [&str; 8] =
+    ["reward", "reward_std", "kl", "entropy", "clip_fraction", "response_tokens", "eos_fraction", "loss"];
+
+/// The largest distance of the numbers of two runs.
+fn apart(a: &Run, b: &Run, keys: &[&str]) -> f64 {
+    let of = |key: &&str| {
+        let (a, b) = (a.numbers("train", key), b.numbers("train", key));
+        assert_eq!(a.len(), b.len());
+        a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+    };
+    keys.iter().map(of).fold(0.0, f64::max)
+}
+
+#[test]
+fn ranks_and_micro_batches_change_nothing() {
+    let words = ["precision.compute=float64", "grpo={group_size: 4, beta: 0.05}"];
+    let several =
+        "grpo={group_size: 4, epochs: 2, minibatch_size: 8, loss: dapo, epsilon_high: 0.28, beta: 0.05}";
+    let whole = run("grpo", "whole");
+    whole.train(1, &words);
+    assert!(whole.numbers("train", "kl")[0].abs() < 1e-12, "the reference is the policy at the start");
+    assert!(whole.numbers("train", "kl")[5].abs() > 1e-6, "the policy moves");
+    assert_eq!(whole.numbers("valid", "reward").len(), 2);
+    let cases: [(&str, usize, &[&str]); 3] = [
+        ("micro", 1, &["train.micro_batch_size=2"]),
+        ("two", 2, &[]),
+        ("replicated", 2, &["parallel.mode=replicate", "train.micro_batch_size=4"]),
+    ];
+    let same = |other: &Run, whole: &Run| {
+        let (metrics, parameters) =
+            (apart(other, whole, &GRPO), relative(&other.parameters(), &whole.parameters()));
+        println!("{}: {metrics:.1e} {parameters:.1e}", other.dir.display());
+        assert!(metrics < 1e-9 && parameters < 1e-9, "{metrics:e} {parameters:e}");
+    };
+    for (name, ranks, more) in cases {
+        let other = run("grpo", name);
+        other.train(ranks, &[&words[..], more].concat());
+        same(&other, &whole);
+    }
+    let (one, two) = (run("grpo", "several-1"), run("grpo", "several-2"));
+    one.train(1, &[words[0], several]);
+    two.train(2, &[words[0], several]);
+    assert_eq!(one.numbers("train", "updates"), [4.0; 6]);
+    same(&two, &one);
+}
+
+/// A reward that responses can get is got more often.
+#[test]
+fn rewards_rise() {
+    for (subcommand, section) in [("grpo", "grpo={group_size: 8}"), ("online-dpo", "dpo={group_size: 4}")] {
+        let run = run(subcommand, &format!("rise-{subcommand}"));
+        run.train(1, &[EASY, section, "train={steps: 30, batch_size: 8}"]);
+        let rewards = run.numbers("train", "reward");
+        let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+        let (first, last) = (mean(&rewards[..5]), mean(&rewards[25..]));
+        assert!(last > first + 0.1, "{subcommand}: {first} to {last}, {rewards:?}");
+    }
+}
+
+#[test]
+fn every_kind_of_advantage_and_loss_runs_and_counts() {
+    let sections = [
+        "{group_size: 4, advantages: batch, loss: bnpo, level: sequence}",
+        "{group_size: 4, advantages: none, loss: dr_grpo, delta: 3, truncated: mask}",
+        "{group_size: 4, advantages: rloo, loss: cispo, epochs: 2, truncated: penalize}",
+        "{group_size: 1, advantages: reinforce++, loss: sapo, beta: 0.05}",
+        "{group_size: 4, loss: luspo, level: sequence, resample: 2, measure_kl: false}",
+    ];
+    for (i, section) in sections.iter().enumerate() {
+        let run = run("grpo", &format!("kind-{i}"));
+        run.train(1, &[&format!("grpo={section}"), "train.steps=3"]);
+        let lines: Vec<Value> = run.metrics().into_iter().filter(|l| l["kind"] == "train").collect();
+        assert_eq!(lines.len(), 3);
+        for line in &lines {
+            for key in ["groups_without_variance", "resampled", "unscored", "truncated", "dropped"] {
+                uint(line, key);
+            }
+            assert!(line["grad_norm"].as_f64().is_some() && line["update_s"].as_f64() > Some(0.0), "{line}");
+            let kl = &line["kl"];
+            assert!(kl.is_number() != section.contains("measure_kl: false"), "{section}: {kl}");
+        }
+    }
+}
+
+/// A gold answer that cannot be read is neither rewarded nor punished; what was read of responses is told.
+#[test]
+fn what_cannot_be_scored_is_counted_and_samples_tell_what_was_read() {
+    let run = run("grpo", "unscored");
+    let prompts = run.dir.join("prompts.jsonl");
+    let lines =
+        "{\"prompt\": \"1 + 1?\", \"answer\": \"#### many\"}\n{\"prompt\": \"1 + 2?\", \"answer\": \"3\"}\n";
+    fs::write(&prompts, lines).unwrap();
+    let source = format!("data.train=[{}]", prompts.display());
+    run.train(1, &[&source, "rewards=[]", "grpo={rewards: [gsm8k], group_size: 4}", "train.steps=2"]);
+    let lines: Vec<Value> = run.metrics().into_iter().filter(|l| l["kind"] == "train").collect();
+    assert!(lines.iter().all(|l| uint(l, "unscored") == 8), "{lines:?}");
+    let samples = fs::read_to_string(run.output().join("samples.jsonl")).unwrap();
+    let samples: Vec<Value> = samples.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(samples.len(), 3);
+    for sample in samples {
+        let part = &sample["rewards"]["gsm8k"];
+        assert!(
+            sample["prompt"].is_string() && sample["response"].is_string() && part.is_object(),
+            "{sample}"
+        );
+        assert_eq!(part["reward"].is_null(), part["gold"].is_null(), "{sample}");
+    }
+}
+
+#[test]
+fn killed_runs_resume_bit_by_bit() {
+    let moving = "dpo={group_size: 3, moving_reference: {every: 2, rate: 0.5}}";
+    for (subcommand, section) in
+        [("grpo", "grpo={group_size: 4, epochs: 2, resample: 1}"), ("online-dpo", moving)]
+    {
+        let words = [section, EASY, "train.steps=12", "checkpoint.every=2"];
+        let whole = run(subcommand, &format!("resume-whole-{subcommand}"));
+        whole.train(1, &words);
+        let killed = run(subcommand, &format!("resume-killed-{subcommand}"));
+        let mut running = killed.start(1, &words);
+        running.wait_for("step 7", std::time::Duration::from_millis(1), || killed.step() >= 7);
+        running.signal(nix::sys::signal::Signal::SIGKILL);
+        running.wait();
+        killed.train(1, &words);
+        killed.expect_equal(&whole);
+        assert_eq!(killed.numbers("train", "reward"), whole.numbers("train", "reward"));
+        let samples = |run: &Run| fs::read_to_string(run.output().join("samples.jsonl")).unwrap();
+        assert_eq!(samples(&killed), samples(&whole));
+    }
+}
+
+#[test]
+fn online_dpo_drops_ties_and_ranks_change_nothing() {
+    let words = ["precision.compute=float64", EASY, "dpo={group_size: 3}"];
+    let keys = ["loss", "reward", "rewards_chosen", "rewards_rejected", "accuracy", "margin", "ties"];
+    let whole = run("online-dpo", "online-whole");
+    whole.train(1, &words);
+    let ties = whole.numbers("train", "ties");
+    let pairs = whole.numbers("train", "pairs");
+    assert!(ties.iter().zip(&pairs).all(|(t, p)| t + p == 4.0), "{ties:?} {pairs:?}");
+    assert!(whole.numbers("train", "margin")[0].abs() < 1e-12);
+    let cases: [(&str, usize, &[&str]); 2] =
+        [("online-micro", 1, &["train.micro_batch_size=1"]), ("online-two", 2, &[])];
+    for (name, ranks, more) in cases {
+        let other = run("online-dpo", name);
+        other.train(ranks, &[&words[..], more].concat());
+        let (metrics, parameters) =
+            (apart(&other, &whole, &keys), relative(&other.parameters(), &whole.parameters()));
+        assert!(metrics < 1e-9 && parameters < 1e-9, "{name}: {metrics:e} {parameters:e}");
+    }
+    // Nothing is learnt where all responses are equally good.
+    let flat = run("online-dpo", "online-flat");
+    flat.train(1, &["rewards=[{kind: format, pattern: ''}]", "train.steps=2"]);
+    assert_eq!(flat.numbers("train", "ties"), [4.0; 2]);
+    assert_eq!(flat.numbers("train", "grad_norm"), [0.0; 2]);
+}
+
+#[test]
+fn what_cannot_be_is_refused() {
+    let cases: [(&'static str, &[&str], &str); 9] = [
+        ("grpo", &["rewards=[]"], "nothing to learn from"),
+        ("grpo", &["grpo.group_size=1"], "nothing to be compared with"),
+        ("grpo", &["grpo.minibatch_size=5"], "no multiple of 5"),
+        ("grpo", &["train.micro_batch_size=5"], "train.micro_batch_size"),
+        ("grpo", &["grpo.loss=sapo", "grpo.delta=4"], "no delta"),
+        ("grpo", &["grpo.delta=1.1"], "above 1 + epsilon"),
+        ("grpo", &["rewards=[{kind: model}]"], "needs reward_model"),
+        ("online-dpo", &["dpo.group_size=1"], "2 responses"),
+        ("online-dpo", &["data.sequence_length=12"], "leave no room"),
+    ];
+    for (subcommand, words, part) in cases {
+        let run = run(subcommand, "refused");
+        run.start(1, words).wait().expect_error(2, &[part]);
+        assert!(!run.output().exists(), "nothing is begun");
+    }
+}

@@ -1,0 +1,227 @@
+//! PPO through the real binaries.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use common::run::{Run, answers, data, largest_relative};
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+/// 4 iterations from a model of [`answers`], rewarded for numbers.
+fn ppo(name: &str) -> Run {
+    let (data, model) = (data().display(), answers().display());
+    let keys = format!(
+        "actor: {{path: {model}, optim: {{lr: 3.0e-3}}}}
+critic: {{path: {model}, optim: {{lr: 1.0e-2}}}}
+data: {{train: [{data}/prompts.train.jsonl], sequence_length: 128}}
+rewards: [{{kind: format, pattern: '[0-9]'}}, {{kind: length, most: 12, buffer: 8, weight: 0.5}}]
+generation: {{max_new_tokens: [8, 12]}}
+ppo: {{epochs: 2, minibatch_size: 8, kl_coef: 0.1, kl_target: 1.0, kl_horizon: 100}}
+train: {{steps: 4, batch_size: 16}}
+samples: {{every: 2, count: 2, trace: true}}
+checkpoint: {{every: 1}}
+"
+    );
+    Run::of("ppo", name, &keys)
+}
+
+/// The parameters of an exported model as one vector, in float64.
+fn parameters(dir: &Path) -> Tensor {
+    let mut tensors = Tensor::read_safetensors(dir.join("model.safetensors")).unwrap();
+    tensors.sort_by(|a, b| a.0.cmp(&b.0));
+    let flat: Vec<Tensor> = tensors.iter().map(|(_, t)| t.to_kind(Kind::Double).view([-1])).collect();
+    Tensor::cat(&flat, 0)
+}
+
+fn relative(a: &Tensor, b: &Tensor) -> f64 {
+    (a - b).norm().double_value(&[]) / b.norm().double_value(&[])
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn it_learns_what_is_rewarded_and_tells_about_it() {
+    let run = ppo("learns");
+    run.train(1, &["train.steps=12", "ppo.kl_target=20"]);
+    let reward = run.numbers("train", "reward");
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    assert!(mean(&reward[9..]) > mean(&reward[..2]) + 0.1, "{reward:?}");
+    let kl = run.numbers("train", "kl");
+    assert_eq!(kl[0], 0.0, "actor and reference begin alike");
+    assert!(kl[11] > 0.0 && kl.iter().all(|x| x.is_finite()), "{kl:?}");
+    assert!(run.numbers("train", "sampler_distance_max").iter().all(|d| *d < 1e-4));
+    for line in run.metrics() {
+        for key in [
+            "policy_loss",
+            "value_loss",
+            "clip_fraction",
+            "approx_kl",
+            "ratio_mean",
+            "explained_variance",
+            "response_tokens",
+            "eos_fraction",
+            "rollout_s",
+            "update_s",
+            "generated_tokens_per_s",
+            "unscored",
+            "dropped",
+            "peak_bytes",
+        ] {
+            assert!(line[key].is_number(), "{key} of {line}");
+        }
+    }
+    let samples = lines(&run.output().join("samples.jsonl"));
+    assert_eq!(samples.len(), 12);
+    let sample = &samples[0];
+    assert!(
+        sample["prompt"].as_str().unwrap().contains('?') && sample["rewards"]["format"]["reward"].is_number()
+    );
+    let trace = lines(&run.output().join("trace.jsonl"));
+    let first: Vec<&Value> = trace.iter().filter(|t| t["step"] == 1 && t["sample"] == 0).collect();
+    assert_eq!(first.len() as u64, sample["num_tokens"].as_u64().unwrap());
+    // The rewards of tokens are the KL penalty (none yet) and the score at the end.
+    let number = |t: &Value, key: &str| t[key].as_f64().unwrap();
+    assert!(first[..first.len() - 1].iter().all(|t| number(t, "reward") == 0.0));
+    assert!((number(first[first.len() - 1], "reward") - number(sample, "reward")).abs() < 1e-6);
+    assert!(first.iter().any(|t| number(t, "logprob_new") != number(t, "logprob_old")));
+    assert!(run.output().join("critic/model.safetensors").is_file());
+}
+
+#[test]
+fn a_killed_run_resumes_bit_by_bit() {
+    let words = ["ppo.ema=0.9", "train.steps=8", "ppo.value_warmup=1"];
+    let whole = ppo("resume-whole");
+    whole.train(1, &words);
+    let run = ppo("resume-killed");
+    for step in [2, 5] {
+        let mut running = run.start(1, &words);
+        running.wait_for("a step", std::time::Duration::from_millis(1), || run.step() >= step);
+        running.signal(nix::sys::signal::Signal::SIGKILL);
+        running.wait();
+    }
+    run.train(1, &words);
+    run.expect_equal(&whole);
+    for file in ["critic/model.safetensors", "ema/model.safetensors", "samples.jsonl", "trace.jsonl"] {
+        let read = |run: &Run| fs::read(run.output().join(file)).unwrap();
+        assert!(read(&run) == read(&whole), "{file} differs");
+    }
+    assert!(parameters(&run.output().join("ema")) != parameters(&run.output().join("model")));
+}
+
+/// The same prompts, responses, advantages and updates, however they are divided.
+#[test]
+fn ranks_and_micro_batches_change_nothing_in_float64() {
+    let base = ["precision.compute=float64", "ppo.entropy_coef=0.01", "ppo.whiten_rewards=true"];
+    let reference = ppo("division-reference");
+    reference.train(1, &base);
+    let expected = ["model", "critic"].map(|part| parameters(&reference.output().join(part)));
+    for (ranks, words) in [
+        (1, &["train.micro_batch_size=2"][..]),
+        (2, &["generation.gather=whole"]),
+        (2, &["generation.gather=blocks", "train.micro_batch_size=2", "generation.batch_size=3"]),
+        (2, &["parallel.mode=replicate"]),
+    ] {
+        let run = ppo(&format!("division-{ranks}-{}", words.join("-")));
+        run.train(ranks, &[&base[..], words].concat());
+        for key in ["reward", "kl", "policy_loss", "value_loss", "response_tokens", "tokens"] {
+            let (a, b) = (run.numbers("train", key), reference.numbers("train", key));
+            let close = a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= 1e-9 * b.abs().max(1.0));
+            assert!(close, "{key} with {ranks} ranks, {words:?}: {a:?} {b:?}");
+        }
+        for (part, expected) in ["model", "critic"].iter().zip(&expected) {
+            let distance = relative(&parameters(&run.output().join(part)), expected);
+            assert!(distance < 1e-9, "{part} with {ranks} ranks, {words:?}: {distance:e}");
+        }
+        let samples = |run: &Run| fs::read(run.output().join("samples.jsonl")).unwrap();
+        assert!(samples(&run) == samples(&reference), "{ranks} ranks, {words:?}: other samples");
+    }
+}
+
+#[test]
+fn adapters_have_their_base_as_the_reference() {
+    let run = ppo("lora");
+    run.train(1, &["actor.lora={rank: 4, alpha: 8}", "actor.optim.lr=1e-2"]);
+    let kl = run.numbers("train", "kl");
+    assert!(kl[0] == 0.0 && kl[3] != 0.0, "{kl:?}");
+    assert!(run.output().join("model/adapter_model.safetensors").is_file());
+    // The same reference as a model of its own.
+    let other = ppo("lora-reference");
+    let reference = format!("reference.path={}", answers().display());
+    other.train(1, &["actor.lora={rank: 4, alpha: 8}", "actor.optim.lr=1e-2", &reference]);
+    assert!(largest_relative(&other.numbers("train", "reward"), &run.numbers("train", "reward")) < 1e-6);
+}
+
+#[test]
+fn a_warm_up_trains_the_critic_alone() {
+    let run = ppo("warm-up");
+    run.train(1, &["ppo.value_warmup=4"]);
+    let (start, model) = (parameters(answers()), parameters(&run.output().join("model")));
+    assert!(relative(&model, &start) == 0.0, "the actor is as it was");
+    let loss = run.numbers("train", "value_loss");
+    assert!(loss[3] < loss[0], "{loss:?}");
+    assert!(run.numbers("train", "ratio_mean").iter().all(|r| *r == 1.0));
+}
+
+#[test]
+fn options_do_what_they_say() {
+    let last = |name: &str, words: &[&str], key: &str| {
+        let run = ppo(name);
+        run.train(1, words);
+        (run.numbers("train", key), parameters(&run.output().join("model")))
+    };
+    let plain = last("plain", &[], "reward");
+    // Each changes the result.
+    for (i, words) in [
+        &["ppo.kl_in=loss", "ppo.kl_target=null", "ppo.kl_estimator=k3+"][..],
+        &["ppo.whiten_advantages=false"],
+        &["ppo.aggregation=seq-mean-token-sum-norm"],
+        &["ppo.reward_baseline=batch"],
+        &["ppo.reward_clip=0.1"],
+        &["ppo.missing_eos=replace", "ppo.missing_eos_penalty=3"],
+        &["ppo.missing_eos=mask"],
+        &["generation.temperature=0.7"],
+        &["generation.truncate_token='1'", "generation.truncate_after=2"],
+        &["ppo.clip=0.001", "ppo.clip_high=0.01"],
+    ]
+    .iter()
+    .enumerate()
+    {
+        let (reward, model) = last(&format!("option-{i}"), words, "reward");
+        assert!(reward.iter().all(|r| r.is_finite()));
+        assert!(relative(&model, &plain.1) > 0.0, "{words:?} changes nothing");
+    }
+    let (stopped, _) = last("stop-kl", &["ppo.stop_kl=1e-9"], "stopped_early");
+    assert_eq!(stopped, [1.0; 4]);
+    let ptx =
+        format!("ppo.ptx={{data: [{}/tokens/train], coef: 1.0, sequence_length: 32}}", data().display());
+    let (losses, _) = last("ptx", &[&ptx, "train.micro_batch_size=4"], "ptx_loss");
+    assert!(losses[3] < losses[0], "{losses:?}");
+}
+
+#[test]
+fn what_fails_is_told() {
+    let run = ppo("failing");
+    let fails = |words: &[&str], code: i32, parts: &[&str]| {
+        run.start(1, words).wait().expect_error(code, parts);
+    };
+    fails(&["rewards=[]"], 2, &["there is nothing to learn from"]);
+    fails(&["ppo.minibatch_size=6"], 2, &["'ppo.minibatch_size'", "16 prompts, is no multiple of 6"]);
+    fails(&["generation.max_new_tokens=[9, 3]"], 2, &["9 to 3"]);
+    fails(&["rewards=[{kind: length, pattern: x}]"], 2, &["'pattern' is of the kind format"]);
+    fails(&["ppo.klcoef=1"], 2, &["klcoef"]);
+    let reward_model = format!("reward_model.path={}", answers().display());
+    fails(&[&reward_model, "rewards=[{kind: model}]"], 3, &["no scalar head"]);
+    fails(&["rewards=[{kind: command, run: 'read line; exit 7'}]"], 1, &["exit status: 7"]);
+    fails(&["data.sequence_length=14"], 3, &["no prompt is left"]);
+    // An answer that cannot be compared is left out and counted; where all are, nothing is learned.
+    let none = ppo("unscored");
+    none.train(1, &["rewards=[{kind: command, run: 'while read l; do echo null; done'}]", "train.steps=2"]);
+    assert_eq!(none.numbers("train", "unscored"), [16.0, 16.0]);
+    let (start, model) = (parameters(answers()), parameters(&none.output().join("model")));
+    assert!(relative(&model, &start) < 1e-12, "nothing was learned");
+}

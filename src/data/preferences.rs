@@ -438,9 +438,9 @@ mod tests {
         assert_eq!((padded.rows.rows, padded.rows.columns as i64), (5, *lengths.iter().max().unwrap()));
         for (batch, sequences) in [(&packed, 5), (&padded, 5)] {
             assert_eq!(batch.num_sequences(), sequences);
+            let of = |j: i64| batch.sequence.iter().filter(|s| **s == j).count() as i64;
+            assert_eq!(of(5), batch.rows.input_ids.len() as i64 - lengths.iter().sum::<i64>());
             for (i, n) in lengths.iter().enumerate() {
-                let of = |j: i64| batch.sequence.iter().filter(|s| **s == j).count() as i64;
-                assert_eq!(of(5), batch.rows.input_ids.len() as i64 - lengths.iter().sum::<i64>());
                 assert_eq!(of(i as i64), *n);
                 let at = batch.last[i] as usize;
                 let sequence = &examples.iter().flat_map(|e| &e.sequences).nth(i).unwrap();

@@ -15,11 +15,13 @@ use crate::algorithms::rl::sampling::{Batch, Sampled, Sampler};
 use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Sums, Update};
 use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start};
 use crate::config::grpo::{Advantages, Grpo, Truncated};
+use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
 use crate::data::prompts::State;
 use crate::data::rng::Permutation;
 use crate::distributed::world::World;
 use crate::error::Result;
+use crate::model::Trainable;
 use crate::model::head::LogProbs;
 use crate::optim::Schedule;
 use crate::telemetry::Record;
@@ -31,6 +33,11 @@ impl Inputs {
     pub fn open(c: &Grpo) -> Result<Inputs> {
         Opened::open(&c.sections_of_responses(), c.uses_reference())
             .map(|(opened, samplers)| Inputs(opened, samplers))
+    }
+
+    /// The models that are trained: name, shape, and what of them.
+    pub fn trained(&self) -> [(&str, &Shape, &Trainable); 1] {
+        [("actor", &self.0.actor.shape, &self.0.trainable)]
     }
 }
 
@@ -66,7 +73,9 @@ pub fn grpo(loaded: &Loaded<Grpo>, inputs: Inputs, world: &World, start: &Start)
         let batch = &asked.batch;
         let updating = Instant::now();
         let lr = schedule.rate(step);
+        policy.wake()?;
         let (update, record) = update(c, &mut policy, batch, step, lr, sampler.temperature(), world)?;
+        policy.rest()?;
         let update_s = updating.elapsed().as_secs_f64();
 
         run.progress.data = sampler.prompts.state(asked.next);
@@ -102,6 +111,7 @@ pub fn grpo(loaded: &Loaded<Grpo>, inputs: Inputs, world: &World, start: &Start)
         }
         run.save(&[policy.actor.part("")], best)?;
     }
+    policy.wake()?;
     run.finish(|dir| policy.actor.export(dir, &tokenizer, world))
 }
 

@@ -18,6 +18,7 @@ use crate::config::common::Common;
 use crate::config::dpo::Pairs;
 use crate::config::grpo::Truncated;
 use crate::config::online_dpo::OnlineDpo;
+use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
 use crate::data::examples::{Encoded, Example};
 use crate::data::prompts::State;
@@ -25,6 +26,7 @@ use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::Result;
 use crate::model::Llama;
+use crate::model::Trainable;
 use crate::model::head::LogProbs;
 use crate::optim::Schedule;
 
@@ -35,6 +37,11 @@ impl Inputs {
     pub fn open(c: &OnlineDpo) -> Result<Inputs> {
         let frozen = c.dpo.moving_reference.is_none();
         Opened::open(&c.sections_of_responses(), frozen).map(|(opened, samplers)| Inputs(opened, samplers))
+    }
+
+    /// The models that are trained: name, shape, and what of them.
+    pub fn trained(&self) -> [(&str, &Shape, &Trainable); 1] {
+        [("actor", &self.0.actor.shape, &self.0.trainable)]
     }
 }
 
@@ -87,12 +94,14 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
         let updating = Instant::now();
         let lr = schedule.rate(step);
         let pairs = pairs(c, &batch);
+        policy.wake()?;
         let (update, stats) = update(c, &mut policy, moving.as_mut(), &pairs, lr, world)?;
         if let (Some(how), Some(reference)) = (&c.dpo.moving_reference, &moving)
             && (step + 1).is_multiple_of(how.every as u64)
         {
             follow(&reference.params, &policy.actor.model.params, how.rate);
         }
+        policy.rest()?;
         let update_s = updating.elapsed().as_secs_f64();
 
         run.progress.data = sampler.prompts.state(run.progress.data.next + count);
@@ -133,6 +142,7 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
         }
         run.save(&parts, best)?;
     }
+    policy.wake()?;
     run.finish(|dir| policy.actor.export(dir, &tokenizer, world))
 }
 

@@ -19,6 +19,9 @@ pub struct Trained {
     /// The dtype of forward and backward. Default: `precision.compute`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Compute>,
+    /// Its values are on the device only while it works, else in host memory.
+    #[serde(default)]
+    pub offload: bool,
     #[serde(default)]
     pub freeze: Freeze,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -40,4 +43,7 @@ pub struct Frozen {
     /// The dtype of its forward. Default: `precision.compute`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Compute>,
+    /// Its values are on the device only while it works, else in host memory.
+    #[serde(default)]
+    pub offload: bool,
 }

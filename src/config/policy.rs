@@ -87,7 +87,7 @@ pub struct OwnResponses<'a> {
     pub generation: &'a Generation,
 }
 
-impl OwnResponses<'_> {
+impl<'a> OwnResponses<'a> {
     /// What does not fit, and why.
     pub fn conflict(&self, world_size: i64) -> Option<Conflict> {
         if self.rewards.is_empty() {
@@ -132,7 +132,7 @@ impl OwnResponses<'_> {
     }
 
     /// The paths that are read.
-    pub fn paths(&self) -> Vec<&Path> {
+    pub fn paths(&self) -> Vec<&'a Path> {
         let models = [
             Some(&self.actor.path),
             self.reference.map(|m| &m.path),

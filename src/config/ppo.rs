@@ -1,15 +1,17 @@
 //! The configuration of `corral ppo`.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 
 use super::common::{Common, configuration};
 use super::models::{Frozen, Trained};
 use super::numbers::{count, not_negative, positive, ratio, some_count, some_positive, some_ratio};
-use super::policy::{Aggregation, KlEstimator};
+use super::policy::{Aggregation, KlEstimator, OwnResponses};
 use super::prompts::Data;
 use super::rewards::{Reward, RewardKind};
 use super::rollout::Generation;
-use super::sections::{Source, Tokenizer};
+use super::sections::{Source, Tokenizer, Valid};
 use super::trainable;
 use super::{Algorithm, Conflict};
 
@@ -36,6 +38,8 @@ configuration! {
         pub generation: Generation,
         #[serde(default)]
         pub ppo: Section,
+        #[serde(default)]
+        pub valid: Valid,
         #[serde(default)]
         pub samples: Samples,
     }
@@ -222,6 +226,35 @@ impl Ppo {
         }
     }
 
+    /// The critic's section; where there is none: the reward model's weights, else the actor's trunk.
+    pub fn critic(&self) -> Trained {
+        let path = self.reward_model.as_ref().map_or(&self.actor.path, |m| &m.path);
+        let default = || Trained { path: path.clone(), lora: None, ..self.actor.clone() };
+        self.critic.clone().unwrap_or_else(default)
+    }
+
+    /// The sections that PPO shares with what has no critic.
+    pub fn sections_of_responses(&self) -> OwnResponses<'_> {
+        OwnResponses {
+            common: self.common(),
+            actor: &self.actor,
+            reference: self.reference.as_ref(),
+            reward_model: self.reward_model.as_ref(),
+            tokenizer: self.tokenizer.as_ref(),
+            data: &self.data,
+            rewards: self.rewards(),
+            generation: &self.generation,
+        }
+    }
+
+    /// The paths that are read.
+    pub fn paths(&self) -> Vec<&Path> {
+        let mut paths = self.sections_of_responses().paths();
+        paths.extend(self.critic.iter().map(|c| c.path.as_path()));
+        paths.extend(self.ppo.ptx.iter().flat_map(|p| &p.data).map(|s| s.path.as_path()));
+        paths
+    }
+
     /// Sequences that one rank computes at once.
     pub fn micro_batch_size(&self, world_size: i64) -> i64 {
         self.train.micro_batch_size.unwrap_or(self.ppo.minibatch_size / world_size)
@@ -254,21 +287,9 @@ impl Algorithm for Ppo {
         if ppo.dual_clip.is_some_and(|c| c <= 1.0) {
             return Some(("ppo.dual_clip", "above 1: at 1 every negative advantage would be cut off".into()));
         }
-        let uses_model = self.rewards().iter().any(|r| r.kind == RewardKind::Model);
-        match (&self.reward_model, uses_model) {
-            (None, true) => {
-                let why = "there is nothing to learn from: give reward_model, or rewards by rule such as [{kind: gsm8k}]";
-                return Some(("rewards", why.into()));
-            }
-            (Some(_), false) => {
-                let why =
-                    "no reward of the kind model asks it; add {kind: model} to rewards, or leave it out";
-                return Some(("reward_model", why.into()));
-            }
-            _ => {}
-        }
-        if let Some(why) = self.rewards.iter().find_map(Reward::conflict) {
-            return Some(("rewards", why));
+        if self.rewards.is_empty() && self.reward_model.is_none() {
+            let why = "there is nothing to learn from: give reward_model, or rewards by rule such as [{kind: gsm8k}]";
+            return Some(("rewards", why.into()));
         }
         if ppo.kl_target.is_some() && ppo.kl_coef == 0.0 {
             return Some(("ppo.kl_target", "a weight of 0 (kl_coef) stays 0, whatever its target".into()));
@@ -291,32 +312,15 @@ impl Algorithm for Ppo {
                 ));
             }
         }
-        if world_size > 1 {
-            let places = [
-                ("actor.device", &self.actor.device),
-                ("critic.device", self.critic.as_ref().map_or(&None, |m| &m.device)),
-                ("reward_model.device", self.reward_model.as_ref().map_or(&None, |m| &m.device)),
-                ("reference.device", self.reference.as_ref().map_or(&None, |m| &m.device)),
-            ];
-            let numbered = |d: &Option<String>| d.as_ref().is_some_and(|d| d.starts_with("cuda:"));
-            if let Some((key, _)) = places.iter().find(|(_, device)| numbered(device)) {
-                return Some((
-                    *key,
-                    "cuda:N is for a world of one rank; with several, cuda is each rank's own".into(),
-                ));
+        if let Some(critic) = &self.critic {
+            if world_size > 1 && critic.device.as_ref().is_some_and(|d| d.starts_with("cuda:")) {
+                let why = "cuda:N is for a world of one rank; with several, cuda is each rank's own";
+                return Some(("critic.device", why.into()));
+            }
+            if let Some((key, why)) = trainable::conflict(&critic.freeze, critic.lora.as_ref()) {
+                return Some(("critic", format!("{key}: {why}")));
             }
         }
-        let trained = [("actor", Some(&self.actor)), ("critic", self.critic.as_ref())];
-        for (name, model) in trained {
-            if let Some(why) = model.and_then(|m| trainable::conflict(&m.freeze, m.lora.as_ref())) {
-                let key = if name == "actor" { "actor" } else { "critic" };
-                return Some((key, format!("{}: {}", why.0, why.1)));
-            }
-        }
-        self.data
-            .conflict(&self.generation)
-            .or_else(|| self.generation.conflict())
-            .or_else(|| self.common().conflict(world_size))
-            .or_else(|| self.tokenizer.as_ref()?.conflict())
+        self.sections_of_responses().conflict(world_size).or_else(|| self.valid.conflict(&self.data.valid))
     }
 }

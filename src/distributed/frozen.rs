@@ -73,6 +73,16 @@ impl Frozen {
         self.shard_len
     }
 
+    /// This rank's slice, uint8.
+    pub fn local(&self) -> &Tensor {
+        &self.local
+    }
+
+    /// The same bytes elsewhere.
+    pub fn set_local(&mut self, local: Tensor) {
+        self.local = local;
+    }
+
     pub fn storage(&self, index: usize) -> Storage {
         self.entries[index].storage
     }

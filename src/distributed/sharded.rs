@@ -12,6 +12,8 @@
 //! slices' gradients are summed over `replica` (ZeRO-3: a group of one; DDP: all ranks). A group of one sends
 //! nothing, so one rank alone runs the same code on its own buffers, without copies.
 
+mod parking;
+
 use kernels::c10d::{Group, ReduceOp, Work};
 use tch::{Device, Kind, Tensor};
 
@@ -106,6 +108,8 @@ struct FlatGroup {
     gathering: Option<Work>,
     /// The gradient of one micro-batch over all values, between backward and reduction.
     full_grad: Option<Tensor>,
+    /// Host memory of what is parked, once it was: the values, and what is frozen.
+    parked: Option<[Tensor; 2]>,
 }
 
 /// A reduction under way: its result is added to the group's slice when it is done.
@@ -147,6 +151,8 @@ pub struct Sharded {
     device: Device,
     /// Gathered values stay until [`Sharded::let_go`].
     held: bool,
+    /// The values are in host memory (see [`Sharded::park`]).
+    away: bool,
 }
 
 /// Reductions that may be under way at once: one is sent while the next block computes.
@@ -166,7 +172,17 @@ impl Sharded {
             .into_iter()
             .map(|plan| FlatGroup::new(plan.into(), shard.size(), compute, device))
             .collect();
-        Sharded { groups, load: None, reductions: Vec::new(), shard, replica, compute, device, held: false }
+        Sharded {
+            groups,
+            load: None,
+            reductions: Vec::new(),
+            shard,
+            replica,
+            compute,
+            device,
+            held: false,
+            away: false,
+        }
     }
 
     /// Parameters of one rank that are loaded anew whenever a group is used, and dropped after it: for the forward of a
@@ -189,6 +205,7 @@ impl Sharded {
             compute,
             device,
             held: false,
+            away: false,
         }
     }
 
@@ -595,6 +612,7 @@ impl FlatGroup {
             full: None,
             gathering: None,
             full_grad: None,
+            parked: None,
         }
     }
 }

@@ -78,6 +78,26 @@ pub fn frozen(base: &Base, c: &Common, dtype: Option<Compute>, world: &Where) ->
     Ok(Llama::new(base.shape.clone(), params))
 }
 
+/// Lets a model work: its values are on its device meanwhile, and with `offload` only then.
+pub fn at_work<T>(model: &mut Llama, offload: bool, work: impl FnOnce(&mut Llama) -> Result<T>) -> Result<T> {
+    model.params.unpark()?;
+    let result = work(model);
+    if offload {
+        model.params.park()?;
+    }
+    result
+}
+
+/// Refuses to offload from where there is nothing to offload to.
+pub fn check_offload(name: &str, offload: bool, world: &World) -> Result<()> {
+    match offload && world.device == Device::Cpu {
+        true => Err(Error::config(format!(
+            "{name}.offload: the model computes on the CPU, whose memory is the host's; leave it out"
+        ))),
+        false => Ok(()),
+    }
+}
+
 /// A moving average of a model's trained weights, on the same slices.
 pub struct Average {
     pub params: Sharded,

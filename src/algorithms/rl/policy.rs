@@ -2,7 +2,7 @@
 
 use crate::algorithms::base::{self, Base};
 use crate::algorithms::rl::experience::{Readout, gather_rows};
-use crate::algorithms::rl::place::{Where, frozen};
+use crate::algorithms::rl::place::{Where, at_work, check_offload, frozen};
 use crate::algorithms::rl::reward_model::{self, RewardModel};
 use crate::algorithms::rl::sampling::{Batch, Said, Sampled, Sampler, Scorer};
 use crate::algorithms::training::Learner;
@@ -102,8 +102,17 @@ impl Opened {
 pub struct Policy<'a> {
     pub actor: Learner,
     pub actor_world: Where<'a>,
-    reference: Option<(Llama, Where<'a>)>,
+    /// The actor's values are in host memory except while it works.
+    offload: bool,
+    reference: Option<Asked<'a>>,
     reward_model: Option<RewardModel<'a>>,
+}
+
+/// A model that is only asked.
+struct Asked<'a> {
+    model: Llama,
+    offload: bool,
+    _place: Where<'a>,
 }
 
 impl<'a> Policy<'a> {
@@ -122,14 +131,18 @@ impl<'a> Policy<'a> {
                 let device = s.reference.map_or(&s.actor.device, |r| &r.device);
                 let place = Where::of(world, "reference", device.as_deref(), false)?;
                 let dtype = s.reference.map_or(s.actor.dtype, |r| r.dtype);
-                Some((frozen(base, c, dtype, &place)?, place))
+                let offload = s.reference.is_some_and(|r| r.offload);
+                check_offload("reference", offload, &place)?;
+                Some(Asked { model: frozen(base, c, dtype, &place)?, offload, _place: place })
             }
         };
         let reward_model = match (&opened.reward_model, s.reward_model) {
             (Some(opened), Some(section)) => Some(opened.load(section, c, world)?),
             _ => None,
         };
-        Ok(Policy { actor, actor_world, reference, reward_model })
+        let offload = s.actor.offload;
+        check_offload("actor", offload, &actor_world)?;
+        Ok(Policy { actor, actor_world, offload, reference, reward_model })
     }
 
     /// `samples` judged responses to each of the prompts `first .. first + count` of a sampler. Collective.
@@ -145,19 +158,31 @@ impl<'a> Policy<'a> {
         let reward_model = &mut self.reward_model;
         let mut score = |said: &[Said]| reward_model.as_mut().map_or(Ok(Vec::new()), |m| m.score(said));
         let scorer: Option<Scorer> = judged.then_some(&mut score);
-        sampler.sample(&mut self.actor.model, first, count, samples, scorer, world)
+        at_work(&mut self.actor.model, self.offload, |actor| {
+            sampler.sample(actor, first, count, samples, scorer, world)
+        })
+    }
+
+    /// Brings the actor's values to its device, where they are until [`Policy::rest`].
+    pub fn wake(&mut self) -> Result<()> {
+        self.actor.model.params.unpark()
+    }
+
+    /// Ends [`Policy::wake`]: with `offload` the values are in host memory again.
+    pub fn rest(&mut self) -> Result<()> {
+        if self.offload { self.actor.model.params.park() } else { Ok(()) }
     }
 
     /// Calls `f` with the reference: a model of its own, or the actor without its adapters.
     pub fn with_reference<T>(&mut self, f: impl FnOnce(&mut Llama) -> Result<T>) -> Result<T> {
         match &mut self.reference {
-            Some((reference, _)) => f(reference),
-            None => {
-                self.actor.model.adapters = false;
-                let result = f(&mut self.actor.model);
-                self.actor.model.adapters = true;
+            Some(reference) => at_work(&mut reference.model, reference.offload, f),
+            None => at_work(&mut self.actor.model, self.offload, |actor| {
+                actor.adapters = false;
+                let result = f(actor);
+                actor.adapters = true;
                 result
-            }
+            }),
         }
     }
 

@@ -2,7 +2,7 @@
 //! tokenized again, by its own tokenizer and template.
 
 use crate::algorithms::base::Base;
-use crate::algorithms::rl::place::{Where, frozen};
+use crate::algorithms::rl::place::{Where, at_work, check_offload, frozen};
 use crate::algorithms::rl::sampling::Said;
 use crate::algorithms::scorer;
 use crate::checkpoint::Scoring;
@@ -52,22 +52,24 @@ impl Opened {
     /// Loads it, each rank what it holds. Collective.
     pub fn load<'a>(&'a self, section: &Frozen, c: &Common, world: &'a World) -> Result<RewardModel<'a>> {
         let place = Where::of(world, "reward_model", section.device.as_deref(), false)?;
+        check_offload("reward_model", section.offload, &place)?;
         let model = frozen(&self.base, c, section.dtype, &place)?;
-        Ok(RewardModel { opened: self, model, place })
+        Ok(RewardModel { opened: self, model, offload: section.offload, _place: place })
     }
 }
 
 pub struct RewardModel<'a> {
     opened: &'a Opened,
-    pub model: Llama,
-    pub place: Where<'a>,
+    model: Llama,
+    offload: bool,
+    _place: Where<'a>,
 }
 
 impl RewardModel<'_> {
     /// The normalised scores of responses. Each rank gives its own; collective where the model is sharded.
     pub fn score(&mut self, said: &[Said]) -> Result<Vec<f64>> {
         let sequences: Vec<Encoded> = said.iter().map(|s| self.opened.encode(s)).collect::<Result<_>>()?;
-        scorer::rewards(&mut self.model, &self.opened.scoring, &sequences)
+        at_work(&mut self.model, self.offload, |m| scorer::rewards(m, &self.opened.scoring, &sequences))
     }
 }
 

@@ -8,12 +8,13 @@ use clap::Subcommand;
 
 use crate::algorithms::run::{self, Resume};
 use crate::algorithms::training::compute_kind;
-use crate::algorithms::{pretrain, reward, sft};
+use crate::algorithms::{dpo, grpo, online_dpo, ppo, pretrain, reward, sft};
 use crate::checkpoint;
 use crate::commands::training::ConfigArgs;
 use crate::config::common::Common;
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
+use crate::data::rows::RowLoader;
 use crate::distributed::plan::{Plan, Role};
 use crate::error::{Context, Error, Result};
 use crate::model::Trainable;
@@ -30,6 +31,14 @@ enum What {
     Pretrain(Checked),
     /// Check a configuration of `corral reward`
     Reward(Checked),
+    /// Check a configuration of `corral dpo`
+    Dpo(Checked),
+    /// Check a configuration of `corral ppo`
+    Ppo(Checked),
+    /// Check a configuration of `corral grpo`
+    Grpo(Checked),
+    /// Check a configuration of `corral online-dpo`
+    OnlineDpo(Checked),
     /// Check a configuration of `corral sft`; shows an example as the model will see it
     Sft {
         #[command(flatten)]
@@ -68,19 +77,24 @@ pub fn run(args: Args) -> Result<()> {
             Ok(())
         }),
         What::Reward(checked) => checked.check(reward::Inputs::open, |loaded, inputs| {
-            let c = &loaded.config;
             conclude(loaded, &[("model", &inputs.base.shape, &inputs.trainable)])?;
-            let counts = inputs.train.counts();
-            println!(
-                "# data: {} prompts with {} completions, {} tokens; {} steps are {:.2} epochs",
-                counts.examples,
-                counts.sequences,
-                counts.tokens,
-                inputs.steps,
-                inputs.steps as f64 * c.train.batch_size as f64 / inputs.train.num_rows() as f64
-            );
+            ranked(&loaded.config.common(), &inputs.train, inputs.steps);
             Ok(())
         }),
+        What::Dpo(checked) => checked.check(dpo::Inputs::open, |loaded, inputs| {
+            conclude(loaded, &[("model", &inputs.base.shape, &inputs.trainable)])?;
+            ranked(&loaded.config.common(), &inputs.train, inputs.steps);
+            Ok(())
+        }),
+        What::Ppo(checked) => {
+            checked.check(ppo::Inputs::open, |loaded, inputs| conclude(loaded, &inputs.trained()))
+        }
+        What::Grpo(checked) => {
+            checked.check(grpo::Inputs::open, |loaded, inputs| conclude(loaded, &inputs.trained()))
+        }
+        What::OnlineDpo(checked) => {
+            checked.check(online_dpo::Inputs::open, |loaded, inputs| conclude(loaded, &inputs.trained()))
+        }
         What::Sft { checked, example } => checked.check(sft::Inputs::open, |loaded, inputs| {
             let c = &loaded.config;
             conclude(loaded, &[("model", &inputs.base.shape, &inputs.trainable)])?;
@@ -114,6 +128,22 @@ impl Checked {
         run::check_folder(dir, &loaded.resolved_yaml()?, &Resume::Auto, false, &[])?;
         show(&loaded, &inputs)
     }
+}
+
+/// Tells of ranked completions.
+fn ranked(c: &Common, data: &RowLoader, steps: u64) {
+    let counts = data.counts();
+    println!(
+        "# data: {} prompts with {} completions, {} tokens; {} were cut, {} prompts left out, {} completions are another's \
+         copy; {steps} steps are {:.2} epochs",
+        counts.examples,
+        counts.sequences,
+        counts.tokens,
+        counts.truncated,
+        counts.dropped(),
+        counts.duplicates,
+        steps as f64 * c.train.batch_size as f64 / data.num_rows() as f64
+    );
 }
 
 /// Refuses a disk that is too small, and prints the resolved configuration and what of the models is trained.

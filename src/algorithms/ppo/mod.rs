@@ -1,0 +1,255 @@
+//! Proximal policy optimization (Schulman et al. 2017) as it is used on language models (Ziegler et al. 2019, Ouyang et al.
+//! 2022): an iteration samples responses, scores them, and takes several epochs of updates on them.
+
+mod experience;
+mod update;
+
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use crate::algorithms::base::Base;
+use crate::algorithms::rl::KlController;
+use crate::algorithms::rl::experience::gather_rows;
+use crate::algorithms::rl::place::{Average, Where, check_offload};
+use crate::algorithms::rl::policy::{Opened, Policy, Samplers, share_of};
+use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start};
+use crate::checkpoint::Part;
+use crate::config::common::Common;
+use crate::config::ppo::Ppo;
+use crate::config::pretrain::Model;
+use crate::config::sections::{self, Precision};
+use crate::config::shape::Shape;
+use crate::config::{Algorithm, Loaded};
+use crate::data::loader::{Loader, Order, Source, State as LoaderState};
+use crate::data::prompts::State;
+use crate::distributed::world::World;
+use crate::error::{Error, Result};
+use crate::generate::rollout::Sequences;
+use crate::info;
+use crate::model::Trainable;
+
+/// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
+pub struct Inputs {
+    opened: Opened,
+    samplers: Samplers,
+    critic: (Base, Trainable),
+    ptx: Option<Loader>,
+}
+
+impl Inputs {
+    /// Opens and checks all that the configuration names.
+    pub fn open(c: &Ppo) -> Result<Inputs> {
+        let (opened, samplers) = Opened::open(&c.sections_of_responses(), true)?;
+        let actor = &opened.actor;
+        let section = c.critic();
+        let critic = || {
+            let (model, length) = (Model::Path(section.path.clone()), c.data.sequence_length);
+            let base = Base::open_scored(&model, c.tokenizer.as_ref(), length, Some(0.0))?;
+            if base.tokenizer.base_hash() != actor.tokenizer.base_hash() {
+                return Err(Error::config(
+                    "its tokenizer is not the actor's; it reads the same tokens, and must be of the same family",
+                ));
+            }
+            let trainable = base.trainable(&section.freeze, section.lora.as_ref())?;
+            Ok((base, trainable))
+        };
+        let critic = critic().map_err(|e| e.context("critic"))?;
+        let ptx = match &c.ppo.ptx {
+            None => None,
+            Some(ptx) => {
+                let source = |s: &sections::Source| Source { path: s.path.clone(), weight: s.weight };
+                let sources: Vec<Source> = ptx.data.iter().map(source).collect();
+                let order = Order::Shuffled { seed: c.seed };
+                let (hash, rows) = (actor.tokenizer.base_hash(), actor.shape.vocab_size as usize);
+                Some(Loader::new(&sources, Some(hash), rows, ptx.sequence_length as usize, order)?)
+            }
+        };
+        Ok(Inputs { opened, samplers, critic, ptx })
+    }
+
+    /// The models that are trained: name, shape, and what of them.
+    pub fn trained(&self) -> [(&str, &Shape, &Trainable); 2] {
+        let (opened, (critic, of_critic)) = (&self.opened, &self.critic);
+        [("actor", &opened.actor.shape, &opened.trainable), ("critic", &critic.shape, of_critic)]
+    }
+}
+
+/// [`Inputs`] of which the samplers are in use.
+struct Ready {
+    opened: Opened,
+    critic: (Base, Trainable),
+    ptx: Option<Loader>,
+}
+
+/// Where a run stands.
+#[derive(Debug, Serialize, Deserialize)]
+struct Position {
+    prompts: State,
+    kl: KlController,
+    ptx: Option<LoaderState>,
+}
+
+/// The models of a run on this rank.
+struct Models<'a> {
+    /// The actor, its reference, and the reward model.
+    policy: Policy<'a>,
+    critic: Learner,
+    critic_world: Where<'a>,
+    ema: Option<Average>,
+}
+
+/// All responses of an iteration, the same on every rank: [n, W], in the actor's accumulator, 0 where there is no token of
+/// a response.
+struct Experience {
+    sequences: Sequences,
+    /// 1 at the tokens that are learned from.
+    mask: Tensor,
+    logprobs: Tensor,
+    reference: Tensor,
+    values: Tensor,
+    rewards: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+}
+
+/// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
+pub fn ppo(loaded: &Loaded<Ppo>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
+    let Inputs { opened, samplers, critic, ptx } = inputs;
+    let (inputs, samplers) = (&Ready { opened, critic, ptx }, samplers);
+    let c = &loaded.config;
+    let common = c.common();
+    let tokenizer = inputs.opened.tokenizer().clone();
+    let folder = RunFolder::open(&common, &loaded.resolved_yaml()?, start, &c.paths(), &tokenizer, world)?;
+    let Samplers { train: mut sampler, mut valid } = samplers;
+    let mut models = Models::load(c, inputs, world)?;
+    let progress = match folder.restore::<Position>(&mut models.policy.actor)? {
+        Some(progress) => {
+            sampler.prompts.resume(&progress.data.prompts)?;
+            if let (Some(ptx), Some(state)) = (&inputs.ptx, &progress.data.ptx) {
+                ptx.resume(state)?;
+            }
+            if let Some(from) = folder.from() {
+                let Learner { model, optimizer, .. } = &mut models.critic;
+                from.part("critic")?.load(&mut model.params, optimizer)?;
+                if let Some(ema) = &mut models.ema {
+                    from.part("ema")?.fill_weights(&mut ema.params)?;
+                }
+            }
+            progress
+        }
+        None => {
+            models.policy.actor.begin(&inputs.opened.actor, c.seed)?;
+            models.critic.begin(&inputs.critic.0, c.seed)?;
+            let coef = c.ppo.kl_coef;
+            let kl = match c.ppo.kl_target {
+                Some(target) => KlController::Adaptive { coef, target, horizon: c.ppo.kl_horizon },
+                None => KlController::Fixed { coef },
+            };
+            let ptx = inputs.ptx.as_ref().map(|p| p.state(0));
+            Progress::new(Position { prompts: sampler.prompts.state(0), kl, ptx })
+        }
+    };
+    inputs.opened.announce(&sampler.prompts, c.train.batch_size);
+    let size = models.critic.model.shape.num_parameters() as f64 / 1e6;
+    info!("critic: {size:.2}M parameters on {:?}", models.critic_world.device);
+    let mut run = folder.start(progress, Plan::new(&common, inputs.opened.steps))?;
+
+    while !run.done() {
+        let (step, count) = (run.progress.step, c.train.batch_size as u64);
+        let first = run.progress.data.prompts.next;
+        let kl_coef = run.progress.data.kl.coef();
+        let asking = Instant::now();
+        let batch = models.policy.ask(&mut sampler, first, count, 1, world)?;
+        let (experience, mut record) = experience::experience(c, &mut models, &batch, kl_coef, step, world)?;
+        let score_s = asking.elapsed().as_secs_f64() - batch.rollout_s;
+        let updating = Instant::now();
+        let updated = update::update(c, inputs, &mut models, &experience, &mut run, world)?;
+        let update_s = updating.elapsed().as_secs_f64();
+
+        let generated: usize = batch.samples.iter().map(|s| s.response.ids.len()).sum();
+        let read: usize = batch.sequences.prompts.iter().map(Vec::len).sum();
+        let data = &mut run.progress.data;
+        data.prompts = sampler.prompts.state(first + count);
+        data.kl.update(record.get("kl").unwrap_or(0.0), count as f64);
+        if experience::samples_due(c, step) {
+            let trace = c.samples.trace.then(|| models.logprobs(c, &experience, world)).transpose()?;
+            experience::write_samples(c, &sampler, &batch, &experience, trace, &mut run)?;
+        }
+        if let Some(train) = run.stepped((generated + read) as u64, &updated.update, updated.rate)?.record {
+            record = updated.describe(train.with(record));
+            run.log(
+                &record
+                    .float("kl_coef", kl_coef)
+                    .count("dropped", sampler.prompts.dropped)
+                    .float("rollout_s", batch.rollout_s)
+                    .float("score_s", score_s)
+                    .float("update_s", update_s)
+                    .float("generated_tokens_per_s", generated as f64 / batch.rollout_s),
+            );
+        }
+        let mut best = false;
+        if let Some(valid) = &mut valid
+            && run.due(c.valid.every)
+        {
+            let policy = &mut models.policy;
+            let (record, reward) = policy.validate(valid, &c.valid, c.train.batch_size, step + 1, world)?;
+            run.log(&record);
+            best = run.note_validation(-reward, &c.valid);
+            run.restart_window();
+        }
+        let Models { policy, critic, ema, .. } = &models;
+        let mut parts = vec![policy.actor.part(""), critic.part("critic")];
+        parts.extend(ema.as_ref().map(|ema| Part {
+            params: &ema.params,
+            optim: None,
+            ..policy.actor.part("ema")
+        }));
+        run.save(&parts, best)?;
+    }
+    models.policy.wake()?;
+    models.critic.model.params.unpark()?;
+    let Models { policy, critic, ema, .. } = &models;
+    run.finish(|dir| {
+        policy.actor.export(dir, &tokenizer, world)?;
+        critic.export(&dir.with_file_name("critic"), &tokenizer, world)?;
+        match ema {
+            Some(ema) => policy.actor.export_as(&ema.params, &dir.with_file_name("ema"), &tokenizer, world),
+            None => Ok(()),
+        }
+    })
+}
+
+impl<'a> Models<'a> {
+    fn load(c: &Ppo, inputs: &'a Ready, world: &'a World) -> Result<Models<'a>> {
+        let common = c.common();
+        let policy = Policy::load(&c.sections_of_responses(), &inputs.opened, world)?;
+        let section = c.critic();
+        let critic_world = Where::of(world, "critic", section.device.as_deref(), true)?;
+        check_offload("critic", section.offload, &critic_world)?;
+        let precision = Precision { compute: section.dtype.unwrap_or(c.precision.compute) };
+        let optim = section.optim.as_ref().unwrap_or(&c.optim);
+        let own = Common { precision: &precision, optim, ..common };
+        let (base, trainable) = &inputs.critic;
+        let origin = base.path(&Model::Path(section.path.clone()));
+        let critic = Learner::new(base, origin, trainable, &own, &critic_world)?;
+        let ema = match c.ppo.ema {
+            Some(decay) => {
+                let Opened { actor, trainable, .. } = &inputs.opened;
+                Some(Average::new(actor, trainable, &policy.actor.model.params, decay, c.seed)?)
+            }
+            None => None,
+        };
+        Ok(Models { policy, critic, critic_world, ema })
+    }
+
+    /// The actor's log-probabilities as it is now, of all responses.
+    fn logprobs(&mut self, c: &Ppo, e: &Experience, world: &World) -> Result<Tensor> {
+        let share = share_of(&e.sequences, c.micro_batch_size(world.world_size) as usize, world);
+        self.policy.wake()?;
+        let mine = share.logprobs(&mut self.policy.actor.model, c.generation.temperature)?;
+        self.policy.rest()?;
+        gather_rows(world, &mine)
+    }
+}

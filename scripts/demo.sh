@@ -1,10 +1,12 @@
 #!/bin/sh
-# From nothing to a trained model: libtorch, build, the built-in arithmetic problems, a tokenizer, pretraining on two
-# ranks with sharded parameters, fine-tuning, and the model's answers. Everything it makes lies in runs/.
+# From nothing to a model that was taught by its own answers: libtorch, build, the built-in arithmetic problems, a tokenizer;
+# then, on two ranks with sharded parameters, pretraining, fine-tuning, a reward model and PPO. Everything it makes lies in
+# runs/.
 set -eu
 cd "$(dirname "$0")/.."
 bin=${CARGO_TARGET_DIR:-target}/release
-stages=
+times=
+table=
 total=$(date +%s)
 stage() { # stage NAME COMMAND...
     name=$1
@@ -12,29 +14,59 @@ stage() { # stage NAME COMMAND...
     printf '\n== %s: %s\n' "$name" "$*"
     started=$(date +%s)
     "$@"
-    stages="$stages$(printf '  %-10s %4d s' "$name" $(($(date +%s) - started)))
+    seconds=$(($(date +%s) - started))
+    times="$times$(printf '  %-12s %4d s' "$name" $seconds)
 "
 }
+row() { # row STAGE METRIC BEFORE AFTER: a row of the table, with the time of the last stage
+    table="$table$(printf '  %-12s %-46s %8s %8s %6d s' "$1" "$2" "$3" "$4" "$seconds")
+"
+}
+# A number of the first or last line of metrics of a kind.
+metric() { # metric RUN KIND KEY head|tail
+    grep "\"kind\":\"$2\"" "$1/metrics.jsonl" | "$4" -n 1 | sed "s/.*\"$3\":\([0-9.eE+-]*\).*/\1/" | cut -c1-6
+}
+# Right answers of a model to 1,000 held-out problems, in per cent.
+right() { # right MODEL OUTPUT TEMPERATURE
+    "$bin/corral" -q eval --task gsm8k --model "$1" --input runs/data/sft.valid.jsonl --limit 1000 --by level \
+        --max-new-tokens 64 --batch-size 128 --temperature "$3" --output "$2" >/dev/null
+    sed 's/.*{"accuracy":\([0-9.]*\).*/\1/; q' "$2" | awk '{printf "%.1f %%", 100 * $1}'
+}
+new="--resume never --overwrite"
 
 stage setup make --no-print-directory setup
 stage build cargo build --release --workspace
 stage data "$bin/corral" data synth --output runs/data
+stage noisy "$bin/corral" data synth --output runs/data/noisy --wrong-answers 0.4
 stage tokenizer "$bin/corral" tokenizer train --input runs/data/pretrain.train.jsonl --vocab-size 400 \
     --output runs/data/tokenizer
 stage tokenize "$bin/corral" tokenize --input runs/data/pretrain.train.jsonl --tokenizer runs/data/tokenizer \
     --output runs/data/tokens
-stage pretrain "$bin/launch" --nproc 2 pretrain --config configs/pretrain/default.yaml \
-    --resume never --overwrite output_dir=runs/demo
-stage sft "$bin/launch" --nproc 2 sft --config configs/sft/default.yaml \
-    --resume never --overwrite output_dir=runs/demo-sft model.path=runs/demo
+
+stage pretrain "$bin/launch" --nproc 2 pretrain --config configs/pretrain/default.yaml $new output_dir=runs/demo
+row pretrain "nats a token, validation" "$(metric runs/demo train loss head)" "$(metric runs/demo valid loss tail)"
+
+stage sft "$bin/launch" --nproc 2 sft --config configs/sft/default.yaml $new output_dir=runs/demo-sft model.path=runs/demo
 # Problems whose numbers no training text has combined.
 head -n 4 runs/data/prompts.valid.jsonl >runs/demo-sft/prompts.jsonl
-stage answers "$bin/corral" generate --chat --model runs/demo-sft --input runs/demo-sft/prompts.jsonl \
-    --max-new-tokens 64 --temperature 0
-stage eval "$bin/corral" eval --task gsm8k --model runs/demo-sft --input runs/data/sft.valid.jsonl --limit 1000 --by level \
-    --max-new-tokens 64 --batch-size 128 --output runs/demo-sft/eval.json
+"$bin/corral" generate --chat --model runs/demo-sft --input runs/demo-sft/prompts.jsonl --max-new-tokens 64 --temperature 0
+row sft "right answers, the most probable ones" - "$(right runs/demo-sft runs/demo-sft/eval.json 0)"
 
-printf '\nThe pretrained model is in runs/demo/model, the one that answers in runs/demo-sft/model (Hugging Face format); their\n'
-printf 'metrics lie beside them in metrics.jsonl, every answer of the evaluation in runs/demo-sft/eval.answers.jsonl.\n'
-printf 'TensorBoard files: runs/demo*/events.out.tfevents.* (tensorboard --logdir runs)\n'
-printf 'Wall time of each stage:\n%s  %-10s %4d s\n' "$stages" total $(($(date +%s) - total))
+stage reward "$bin/launch" --nproc 2 reward --config configs/reward/default.yaml $new output_dir=runs/demo-reward \
+    model.path=runs/demo-sft
+row reward "pairs of answers in the right order" "50.0 %" \
+    "$(metric runs/demo-reward valid accuracy tail | awk '{printf "%.1f %%", 100 * $1}')"
+
+# PPO corrects a model whose teacher was wrong in 40 of 100 answers.
+stage start "$bin/launch" --nproc 2 sft --config configs/sft/noisy.yaml $new output_dir=runs/demo-start model.path=runs/demo
+stage ppo "$bin/launch" --nproc 2 ppo --config configs/ppo/default.yaml $new output_dir=runs/demo-ppo \
+    actor.path=runs/demo-start reward_model.path=runs/demo-reward
+row ppo "right answers, sampled" "$(right runs/demo-start runs/demo-start/sampled.json 1)" \
+    "$(right runs/demo-ppo runs/demo-ppo/sampled.json 1)"
+row ppo "right answers, the most probable ones" "$(right runs/demo-start runs/demo-start/greedy.json 0)" \
+    "$(right runs/demo-ppo runs/demo-ppo/greedy.json 0)"
+
+printf '\nThe models are in runs/demo*/model (Hugging Face format), their metrics beside them in metrics.jsonl, every answer of the\n'
+printf 'evaluations in runs/demo-*/*.answers.jsonl. TensorBoard: tensorboard --logdir runs\n\n'
+printf '  %-12s %-46s %8s %8s %8s\n%s' stage metric before after time "$table"
+printf '\nWall time:\n%s  %-12s %4d s, evaluations included\n' "$times" total $(($(date +%s) - total))

@@ -42,7 +42,7 @@ fn status(key: &str) -> u64 {
 #[test]
 fn as_rank() {
     let Ok(model) = std::env::var("CORRAL_TEST_MODEL") else { return };
-    kernels::host::tune_allocator(false);
+    kernels::host::tune_allocator(false).unwrap();
     let world = World::from_env(BackendChoice::Auto, DeviceChoice::Cpu, Duration::from_secs(60)).unwrap();
     let weights = Weights::open(Path::new(&model)).unwrap();
     let layouts = layouts(weights.shape());

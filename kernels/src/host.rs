@@ -1,17 +1,24 @@
 //! Settings of this process: threads, where float32 products go, the allocator.
 
+use std::ffi::c_char;
+
 use tch::{Kind, Tensor};
 
-use crate::error::Result;
+use crate::error::{Result, check};
 use crate::ops;
 
-/// How glibc's allocator treats freed memory.
+unsafe extern "C" {
+    fn corral_allocate_by_malloc() -> *mut c_char;
+}
+
+/// How glibc's allocator treats freed memory, and that tensors come from there such that a freed one makes room for the next
+/// of its size.
 ///
 /// One rank alone keeps it in the heap: activations are allocated and freed in the same pattern each step, and fresh pages
 /// cost more to map than a product to compute. Ranks that share parameters give buffers of 4 MiB and more back at once:
 /// what is gathered and reduced between buffers that live long would otherwise scatter over the heap, which then hides
 /// what sharding saves.
-pub fn tune_allocator(alone: bool) {
+pub fn tune_allocator(alone: bool) -> Result<()> {
     // SAFETY: mallopt only sets parameters of glibc's allocator.
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, if alone { 1 << 30 } else { 4 << 20 });
@@ -20,6 +27,8 @@ pub fn tune_allocator(alone: bool) {
         // Threads that hold memory for each other (communication, saving) would otherwise keep heaps of their own.
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }
+    // SAFETY: tensors that are there already keep the allocator that they came from.
+    check(unsafe { corral_allocate_by_malloc() })
 }
 
 /// Which library multiplies float32 matrices on the CPU.

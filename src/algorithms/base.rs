@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::checkpoint::Weights;
 use crate::config::pretrain::Model;
 use crate::config::sections::{self, Train};
-use crate::config::shape::Shape;
+use crate::config::shape::{Head, Shape};
 use crate::config::trainable::{Freeze, Lora};
 use crate::data::chat;
 use crate::data::tokenizer::Tokenizer;
@@ -155,6 +155,13 @@ impl Base {
                     p.roles.iter().map(|r| *r == Role::Trained).collect::<Vec<_>>(),
                 )
             };
+            let mut there = there.clone();
+            if let (Head::Lm, Head::Score, Some(lora)) =
+                (weights.shape().head, self.shape.head, &mut there.lora)
+            {
+                // A head that is new.
+                lora.modules_to_save.push("score".into());
+            }
             let theirs = there.plans(&self.shape)?;
             if lora.is_none() || !plans.iter().map(trained).eq(theirs.iter().map(trained)) {
                 let theirs = serde_json::to_string(&there.lora).unwrap_or_default();

@@ -77,7 +77,7 @@ impl Global {
         }
         // An environment that cannot be read is refused where the world is joined.
         let ranks = Place::from_env().ok().flatten().map_or(1, |p| p.world_size);
-        kernels::host::tune_allocator(ranks == 1);
+        kernels::host::tune_allocator(ranks == 1)?;
         kernels::host::choose_float32_products()?;
         Ok(())
     }

@@ -142,21 +142,14 @@ pub fn free_bytes() -> u64 {
 /// Peak resident memory of this process, in bytes; 0 where the system does not tell.
 pub fn peak_bytes() -> u64 {
     // VmHWM is of this program alone; getrusage's ru_maxrss starts with that of the process that started it.
-    let kib = status_kib("VmHWM:").or_else(|| {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let high =
+        status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.strip_suffix("kB")?.trim().parse().ok());
+    let kib = high.or_else(|| {
         let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF).ok()?;
         u64::try_from(usage.max_rss()).ok()
     });
     kib.unwrap_or(0) * 1024
-}
-
-/// Resident memory of this process now, in bytes; 0 where the system does not tell.
-pub fn resident_bytes() -> u64 {
-    status_kib("VmRSS:").unwrap_or(0) * 1024
-}
-
-fn status_kib(key: &str) -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    status.lines().find_map(|line| line.strip_prefix(key)?.strip_suffix("kB")?.trim().parse().ok())
 }
 
 /// Seconds since this process was started, to a hundredth.

@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::checkpoint::Weights;
 use crate::config::pretrain::Model;
 use crate::config::sections::{self, Train};
-use crate::config::shape::Shape;
+use crate::config::shape::{Head, Shape};
 use crate::config::trainable::{Freeze, Lora};
 use crate::data::chat;
 use crate::data::tokenizer::Tokenizer;
@@ -112,6 +112,22 @@ pub fn shape_and_trainable(
     Ok((base.shape, trainable))
 }
 
+/// The shape of a model that is only asked, and how it is laid out; for plans, as [`shape_and_trainable`].
+///
+/// # Errors
+/// Those of [`Base::open`].
+pub fn shape_to_ask(model: &Model, tokenizer: Option<&sections::Tokenizer>) -> Result<(Shape, Trainable)> {
+    let (freeze, none) = (Freeze::default(), Trainable::default());
+    match model {
+        Model::Preset(_) => Ok((shape_and_trainable(model, tokenizer, 1, &freeze, None)?.0, none)),
+        _ => {
+            let base = Base::open_any(model, tokenizer, 1)?;
+            let trainable = base.weights.as_ref().and_then(|w| w.lora().cloned()).unwrap_or(none);
+            Ok((base.shape, trainable))
+        }
+    }
+}
+
 fn preset(name: &str) -> Result<Shape> {
     Shape::preset(name).ok_or_else(|| Error::config(format!("model.preset: '{name}' is not known")))
 }
@@ -155,6 +171,13 @@ impl Base {
                     p.roles.iter().map(|r| *r == Role::Trained).collect::<Vec<_>>(),
                 )
             };
+            let mut there = there.clone();
+            if let (Head::Lm, Head::Score, Some(lora)) =
+                (weights.shape().head, self.shape.head, &mut there.lora)
+            {
+                // A head that is new.
+                lora.modules_to_save.push("score".into());
+            }
             let theirs = there.plans(&self.shape)?;
             if lora.is_none() || !plans.iter().map(trained).eq(theirs.iter().map(trained)) {
                 let theirs = serde_json::to_string(&there.lora).unwrap_or_default();

@@ -178,11 +178,15 @@ pub fn open(
     RowLoader::new(sources, options.sequence_length, false, order)
 }
 
+/// Lengths of packed rows are multiples of this: oneDNN keeps what it has prepared for each shape of a product, up to
+/// hundreds of megabytes where every row has another length.
+const PACKED: usize = 64;
+
 /// Examples as rows of one micro-batch. S sequences, N = rows * columns positions.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Batch {
     /// The sequences one after the other, those of an example adjacent: one a row, padded at its end; or, packed, all in
-    /// one row without padding.
+    /// one row, whose length is a multiple of [`PACKED`].
     pub rows: Rows,
     /// `[N]`: the number of the sequence that the position belongs to; S for padding.
     pub sequence: Vec<i64>,
@@ -200,11 +204,13 @@ impl Batch {
         let rest = sequences.len() as i64;
         if packed {
             let all: Vec<Encoded> = sequences.iter().map(|s| (*s).clone()).collect();
-            batch.rows.push(&all, lengths().sum());
+            let columns = lengths().sum::<usize>().next_multiple_of(PACKED);
+            batch.rows.push(&all, columns);
             for (i, n) in lengths().enumerate() {
                 batch.sequence.extend(std::iter::repeat_n(i as i64, n));
                 batch.last.push(batch.sequence.len() as i64 - 1);
             }
+            batch.sequence.resize(columns, rest);
         } else {
             let columns = lengths().max().unwrap_or(0);
             for (i, sequence) in sequences.iter().enumerate() {
@@ -425,14 +431,16 @@ mod tests {
         let lengths: Vec<i64> =
             examples.iter().flat_map(|e| &e.sequences).map(|s| s.ids.len() as i64).collect();
         let packed = Batch::new(&examples, true);
-        assert_eq!((packed.rows.rows, packed.rows.columns as i64), (1, lengths.iter().sum()));
+        assert_eq!((packed.rows.rows, packed.rows.columns), (1, PACKED));
+        assert!(lengths.iter().sum::<i64>() < PACKED as i64);
         assert_eq!(packed.ranks, [vec![0, 0, 1], vec![0, 1]]);
         let padded = Batch::new(&examples, false);
         assert_eq!((padded.rows.rows, padded.rows.columns as i64), (5, *lengths.iter().max().unwrap()));
         for (batch, sequences) in [(&packed, 5), (&padded, 5)] {
             assert_eq!(batch.num_sequences(), sequences);
+            let of = |j: i64| batch.sequence.iter().filter(|s| **s == j).count() as i64;
+            assert_eq!(of(5), batch.rows.input_ids.len() as i64 - lengths.iter().sum::<i64>());
             for (i, n) in lengths.iter().enumerate() {
-                let of = |j: i64| batch.sequence.iter().filter(|s| **s == j).count() as i64;
                 assert_eq!(of(i as i64), *n);
                 let at = batch.last[i] as usize;
                 let sequence = &examples.iter().flat_map(|e| &e.sequences).nth(i).unwrap();
@@ -452,7 +460,5 @@ mod tests {
                 assert_eq!(labels(i), wanted);
             }
         }
-        let ignored = padded.sequence.iter().filter(|s| **s == 5).count();
-        assert_eq!(ignored, padded.rows.input_ids.len() - packed.rows.input_ids.len());
     }
 }

@@ -303,7 +303,7 @@ fn record(stage: Stage, split: Split, options: &Options, index: u64) -> Value {
         Stage::Pretrain => {
             let mut text = String::new();
             if rng.below(2) == 0 {
-                let level = if mixed { *rng.choose(&[1, 2, 3, 3, 3]) } else { level };
+                let level = if mixed { *rng.choose(&[1, 2, 3, 3]) } else { level };
                 let mut count = 0;
                 while count < EQUATIONS_PER_DOCUMENT {
                     let steps = Problem::draw(&mut rng, level, split).steps;

@@ -49,6 +49,9 @@ pub fn model(dir: &Path, depth: Depth) -> Result<Report> {
         && let Some(weights) = report.noted(Weights::open(dir))
     {
         report.fact("shape", json!(weights.shape()));
+        if let Some(Some(scoring)) = report.noted(weights.scoring()) {
+            report.fact("reward", json!(scoring));
+        }
         let tied = weights.shape().tie_word_embeddings;
         if let Some(source) = report.noted(weights.into_source()) {
             // The model's own tensors: parts put together, and nothing twice.

@@ -1,0 +1,307 @@
+//! Reward models through the real binaries.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use common::relative;
+use common::run::{Ended, Program, Run, data};
+use serde_json::{Value, json};
+
+/// A small fine-tuned model, made once for all tests.
+fn start() -> PathBuf {
+    static START: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
+    START
+        .get_or_init(|| {
+            let run = Run::sft("start");
+            run.train(1, &["train.steps=10"]);
+            let kept = common::run::folder("kept").join("model");
+            fs::rename(run.output().join("model"), &kept).unwrap();
+            kept
+        })
+        .clone()
+}
+
+/// 12 steps on the rankings of [`data`].
+fn run(name: &str) -> Run {
+    let (data, start) = (data().display(), start());
+    let keys = format!(
+        "model: {{path: {}}}
+data:
+  train: [{data}/rankings.train.jsonl]
+  valid: [{data}/rankings.valid.jsonl]
+  sequence_length: 128
+  cache: {data}/cache-{name}
+reward: {{normalize: {{samples: 20}}}}
+optim: {{lr: 3.0e-3}}
+schedule: {{kind: constant}}
+train: {{steps: 12, batch_size: 4}}
+valid: {{every: 6, batches: 2}}
+",
+        start.display()
+    );
+    Run::of("reward", name, &keys)
+}
+
+const KEYS: [&str; 4] = ["accuracy", "margin", "reward_chosen", "reward_rejected"];
+
+fn ours(model: &Path) -> Value {
+    common::json(&model.join("corral.json"))["reward"].clone()
+}
+
+fn words<'a>(words: &[&'a str], more: &[&'a str]) -> Vec<&'a str> {
+    [words, more].concat()
+}
+
+#[test]
+fn rankings_are_learnt_and_ranks_micro_batches_and_packing_change_nothing() {
+    for (score, loss) in [("sum", "pairs"), ("mean", "order"), ("last", "best")] {
+        let (score_is, loss_is) = (format!("reward.score={score}"), format!("reward.loss={loss}"));
+        let options = ["precision.compute=float64", score_is.as_str(), loss_is.as_str()];
+        let whole = run(&format!("whole-{score}"));
+        whole.train(1, &options);
+        let losses = whole.numbers("train", "loss");
+        let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len() as f64;
+        assert!(score != "sum" || mean(&losses[8..]) < mean(&losses[..4]), "{losses:?}");
+        for key in [&KEYS[..], &["accuracy_low", "accuracy_high", "reward_mean", "reward_std"]].concat() {
+            assert_eq!(whole.numbers("valid", key).len(), 2, "{key}");
+        }
+        let normalized = ours(&whole.output().join("model"));
+        assert_eq!(normalized["score"], json!(score));
+        assert_eq!(normalized["measured"]["samples"], json!(20));
+        let cases: [(&str, usize, &[&str]); 3] = [
+            ("two", 2, &["data.packing=false"]),
+            ("micro", 2, &["train.micro_batch_size=1"]),
+            ("replicated", 2, &["parallel.mode=replicate", "data.packing=false"]),
+        ];
+        for (name, ranks, more) in cases.into_iter().take(if score == "sum" { 3 } else { 1 }) {
+            let other = run(&format!("{name}-{score}"));
+            other.train(ranks, &words(&options, more));
+            for key in [&["loss"], &KEYS[..]].concat() {
+                for kind in ["train", "valid"] {
+                    let (a, b) = (other.numbers(kind, key), whole.numbers(kind, key));
+                    for (a, b) in a.iter().zip(&b) {
+                        assert!((a - b).abs() <= 1e-9 * b.abs().max(1.0), "{name} {kind} {key}: {a} {b}");
+                    }
+                }
+            }
+            let distance = relative(&other.parameters(), &whole.parameters());
+            assert!(distance < 1e-9, "{name}: {distance:e}");
+            let gain = ours(&other.output().join("model"))["gain"].as_f64().unwrap();
+            assert!((gain / normalized["gain"].as_f64().unwrap() - 1.0).abs() < 1e-9);
+        }
+    }
+}
+
+#[test]
+fn a_killed_run_resumes_bit_by_bit() {
+    let whole = run("resume-whole");
+    whole.train(1, &["checkpoint.every=3"]);
+    let killed = run("resume-killed");
+    let mut running = killed.start(1, &["checkpoint.every=3"]);
+    running.wait_for("step 7", std::time::Duration::from_millis(1), || killed.step() >= 7);
+    running.signal(nix::sys::signal::Signal::SIGKILL);
+    running.wait();
+    killed.train(1, &["checkpoint.every=3"]);
+    killed.expect_equal(&whole);
+    assert_eq!(ours(&killed.output().join("model")), ours(&whole.output().join("model")));
+}
+
+/// `corral score` of lines.
+fn scored(model: &Path, name: &str, lines: &[Value]) -> Vec<Value> {
+    let dir = common::run::folder(name);
+    let text: String = lines.iter().map(|l| format!("{l}\n")).collect();
+    fs::write(dir.join("in.jsonl"), text).unwrap();
+    let at = |name: &str| dir.join(name).to_string_lossy().into_owned();
+    let (input, output) = (at("in.jsonl"), at("out.jsonl"));
+    let model = model.to_string_lossy().into_owned();
+    let words = ["score", "--model", &model, "--input", &input, "--output", &output];
+    Program::corral(&words).run(&dir, "score").expect_code(0);
+    let text = fs::read_to_string(dir.join("out.jsonl")).unwrap();
+    text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+fn rankings() -> Vec<Value> {
+    let text = fs::read_to_string(data().join("rankings.valid.jsonl")).unwrap();
+    text.lines().take(10).map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+fn eval(model: &Path, name: &str, more: &[&str]) -> Ended {
+    let dir = common::run::folder(name);
+    let at = |path: PathBuf| path.to_string_lossy().into_owned();
+    let (model, input) = (at(model.to_path_buf()), at(data().join("rankings.valid.jsonl")));
+    let options = ["eval", "--model", &model, "--task", "preference", "--input", &input];
+    Program::corral(&words(&options, more)).run(&dir, "eval")
+}
+
+#[test]
+fn scores_are_normalised_wherever_they_are_read() {
+    let trained = run("score");
+    trained.train(1, &["reward.score=sum"]);
+    let model = trained.output().join("model");
+    let scoring = ours(&model);
+    let lines: Vec<Value> = rankings()
+        .iter()
+        .flat_map(|line| {
+            let completions = line["completions"].as_array().unwrap().clone();
+            completions.into_iter().map(|c| json!({"prompt": line["prompt"], "completion": c}))
+        })
+        .collect();
+    let of_run = scored(&trained.output(), "score-run", &lines);
+    for line in &of_run {
+        let number = |key: &str| line[key].as_f64().unwrap();
+        let reward = scoring["gain"].as_f64().unwrap() * number("score") + scoring["bias"].as_f64().unwrap();
+        assert!((number("reward") - reward).abs() < 1e-9);
+        assert!(line["token_ids"].as_array().unwrap().len() > 5);
+    }
+    // A checkpoint is not normalised yet.
+    let (_, newest) = trained.checkpoints().pop().unwrap();
+    for (line, raw) in of_run.iter().zip(scored(&newest, "score-checkpoint", &lines)) {
+        assert_eq!((&line["score"], &line["score"]), (&raw["score"], &raw["reward"]));
+    }
+    // Converted, it scores the same.
+    let dir = common::run::folder("score-converted");
+    let at = |path: &Path| path.to_string_lossy().into_owned();
+    let (from, to) = (at(&model), at(&dir.join("hf")));
+    Program::corral(&["convert", "--from", &from, "--to", &to, "--format", "hf"])
+        .run(&dir, "convert")
+        .expect_code(0);
+    assert_eq!(scored(&dir.join("hf"), "score-hf", &lines), of_run);
+    Program::corral(&["convert", "--from", &from, "--to", &to, "--format", "meta"])
+        .run(&dir, "meta")
+        .expect_error(3, &["no place for a scalar head"]);
+
+    let out = eval(&model, "eval", &["--by", "kinds", "--limit", "10"]).expect_code(0).out;
+    let result: Value = serde_json::from_str(out.trim()).unwrap();
+    let rewards: Vec<f64> = of_run.iter().map(|l| l["reward"].as_f64().unwrap()).collect();
+    let (mut next, mut right, mut all, mut of_final) = (0, 0, 0, 0);
+    for line in rankings() {
+        let mine = &rewards[next..next + line["completions"].as_array().unwrap().len()];
+        next += mine.len();
+        for i in 0..mine.len() {
+            for j in i + 1..mine.len() {
+                all += 1;
+                right += u64::from(mine[i] > mine[j]);
+                of_final += u64::from(i == 0 && mine[i] > mine[j] && line["kinds"][j] == "final");
+            }
+        }
+    }
+    assert_eq!((&result["pairs"], &result["right"]), (&json!(all), &json!(right)));
+    assert_eq!(result["by_kinds"]["final"]["pairs"], json!(rankings().len()));
+    assert_eq!(result["by_kinds"]["final"]["right"], json!(of_final));
+    assert!(result["by_kinds"].get("correct").is_none());
+    let low = result["accuracy_95"][0].as_f64().unwrap();
+    assert!(low < result["accuracy"].as_f64().unwrap());
+
+    // It goes on with its own head; and predicts nothing.
+    let again = run("again");
+    let path = format!("model.path={}", model.display());
+    again.train(1, &[&path, "optim.lr=1.0e-9", "train.steps=4", "valid.every=4"]);
+    assert_eq!(ours(&again.output().join("model"))["score"], json!("sum"));
+    for (line, other) in of_run.iter().zip(scored(&again.output(), "score-again", &lines)) {
+        let number = |line: &Value| line["score"].as_f64().unwrap();
+        assert!((number(line) - number(&other)).abs() < 1e-3, "{line} {other}");
+    }
+    let dir = common::run::folder("refused");
+    for (name, more) in [
+        ("generate", vec!["generate", "--prompt", "a"]),
+        ("perplexity", vec!["eval", "--task", "perplexity", "--input", "x"]),
+    ] {
+        let arguments = words(&more, &["--model", &from]);
+        Program::corral(&arguments).run(&dir, name).expect_error(3, &["scalar head"]);
+    }
+    fs::write(dir.join("in.jsonl"), "{\"text\": \"a\"}\n").unwrap();
+    let (input, output) = (at(&dir.join("in.jsonl")), at(&dir.join("out.jsonl")));
+    Program::corral(&["score", "--model", &from, "--input", &input, "--output", &output])
+        .run(&dir, "score")
+        .expect_error(3, &["in.jsonl:1", "give `prompt` and `completion`"]);
+    eval(&start(), "lm", &[]).expect_error(3, &["no reward model"]);
+}
+
+#[test]
+fn adapters_and_frozen_blocks_train_the_head_too() {
+    let lines: Vec<Value> = rankings()
+        .iter()
+        .map(|line| json!({"prompt": line["prompt"], "completion": line["completions"][0]}))
+        .collect();
+    let adapter = run("lora");
+    adapter.train(2, &["lora={rank: 4, alpha: 8, base: int8}"]);
+    let dir = adapter.output().join("model");
+    let config = common::json(&dir.join("adapter_config.json"));
+    assert_eq!((&config["task_type"], &config["modules_to_save"]), (&json!("SEQ_CLS"), &json!(["score"])));
+    let tensors = common::tensors(&dir.join("adapter_model.safetensors"));
+    assert!(tensors.contains_key("base_model.model.score.weight"));
+    assert_eq!(common::json(&dir.join("corral.json"))["base"], json!("int8"));
+    let (_, newest) = adapter.checkpoints().pop().unwrap();
+    for (line, raw) in
+        scored(&dir, "score-lora", &lines).iter().zip(scored(&newest, "score-lora-checkpoint", &lines))
+    {
+        let number = |line: &Value| line["score"].as_f64().unwrap();
+        assert!((number(line) - number(&raw)).abs() < 1e-4);
+    }
+    // Merged it is a reward model by itself, normalised as before.
+    let merged = common::run::folder("merged");
+    let at = |path: &Path| path.to_string_lossy().into_owned();
+    let (from, to) = (at(&dir), at(&merged.join("hf")));
+    Program::corral(&["merge", "--adapter", &from, "--output", &to]).run(&merged, "merge").expect_code(0);
+    assert_eq!(ours(&merged.join("hf")), ours(&dir));
+    for (line, other) in
+        scored(&dir, "score-adapter", &lines).iter().zip(scored(&merged.join("hf"), "score-merged", &lines))
+    {
+        let number = |line: &Value| line["reward"].as_f64().unwrap();
+        assert!((number(line) - number(&other)).abs() < 1e-3);
+    }
+    // An adapter of fine-tuning is trained further, with a new head.
+    let tuned = Run::sft("tuned");
+    let base = format!("model={{path: {}}}", start().display());
+    tuned.train(1, &[&base, "lora={rank: 4, alpha: 8}", "train.steps=4", "valid.every=4"]);
+    let further = run("further");
+    let path = format!("model.path={}", tuned.output().display());
+    further.train(1, &[&path, "lora={rank: 4, alpha: 8}", "train.steps=4", "valid.every=4"]);
+    let before = common::tensors(&tuned.output().join("model/adapter_model.safetensors"));
+    let after = common::tensors(&further.output().join("model/adapter_model.safetensors"));
+    assert_eq!(before.len() + 1, after.len());
+    for (name, tensor) in before.iter().filter(|(name, _)| name.contains("lora_A")) {
+        assert!(relative(&after[name], tensor) < 0.5, "{name}");
+    }
+
+    let frozen = run("frozen");
+    frozen.train(1, &["freeze.blocks=1", "freeze.embeddings=true", "freeze.train_only=[norm]"]);
+    let (before, after) = (
+        common::tensors(&start().join("model.safetensors")),
+        common::tensors(&frozen.output().join("model/model.safetensors")),
+    );
+    assert!(after["score.weight"].abs().max().double_value(&[]) > 0.0);
+    for (name, tensor) in &after {
+        if name == "score.weight" {
+            continue;
+        }
+        assert_eq!(tensor.equal(&before[name]), name != "model.norm.weight", "{name}");
+    }
+}
+
+#[test]
+fn what_cannot_be_trained_is_refused() {
+    let refused = |name: &str, words: &[&str], code: i32, parts: &[&str]| {
+        let run = run(name);
+        run.program(1, words).run(&run.dir, "refused").expect_error(code, parts);
+    };
+    refused("margin", &["reward.loss=best", "reward.margin=0.5"], 2, &["reward.margin", "only the loss"]);
+    refused("dropout", &["lora={rank: 2, alpha: 4, dropout: 0.1}"], 2, &["data.packing"]);
+    refused("normalize", &["reward.normalize.samples=1"], 2, &["no standard deviation"]);
+    refused("loss", &["reward.loss=triples"], 2, &["reward.loss"]);
+    refused("pad", &["tokenizer.pad_token='</s>'"], 2, &["pad token of its own", "tokenizer.pad_token"]);
+}
+
+/// A pad token that is new is one more row of the embedding, and stands in the files.
+#[test]
+fn a_pad_token_is_added_where_it_is_asked_for() {
+    let trained = run("padded");
+    trained.train(1, &["tokenizer.pad_token=<|fill|>", "train.steps=4"]);
+    let model = trained.output().join("model");
+    let (config, tokenizer) =
+        (common::json(&model.join("config.json")), common::json(&model.join("tokenizer_config.json")));
+    assert_eq!((&config["pad_token_id"], &config["vocab_size"]), (&json!(300), &json!(301)));
+    assert_eq!(tokenizer["pad_token"], json!("<|fill|>"));
+}

@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::run::{Program, Run};
 use corral::algorithms::step::{MicroBatch, accumulate_gradients};
 use corral::config::sections::Recompute;
 use corral::config::shape::Shape;
@@ -9,7 +10,6 @@ use corral::config::trainable::{Base, Freeze, Lora, Targets};
 use corral::distributed::sharded::Sharded;
 use corral::model::memory::{Batch, Memory};
 use corral::model::{DropoutPlace, Input, Llama, Trainable};
-use common::run::{Program, Run};
 use kernels::c10d::Group;
 use kernels::counting;
 use tch::{Device, Kind, Tensor};
@@ -116,7 +116,8 @@ fn a_plan_is_what_a_run_measures() {
     ];
     for (name, ranks, words) in cases {
         let run = Run::sft(&format!("plan-{name}"));
-        let words = [&[model.as_str(), "train.steps=3", "data.valid=[]", "schedule.warmup_steps=0"], words].concat();
+        let words =
+            [&[model.as_str(), "train.steps=3", "data.valid=[]", "schedule.warmup_steps=0"], words].concat();
         run.train(ranks, &words);
         let peak = run.numbers("train", "peak_bytes").into_iter().fold(0.0, f64::max);
         let plan = plan(&run, ranks, &words);

@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::run::{Program, Run};
 use corral::algorithms::step::{MicroBatch, accumulate_gradients};
 use corral::config::sections::Recompute;
 use corral::config::shape::Shape;
@@ -9,7 +10,6 @@ use corral::config::trainable::{Base, Freeze, Lora, Targets};
 use corral::distributed::sharded::Sharded;
 use corral::model::memory::{Batch, Memory};
 use corral::model::{DropoutPlace, Input, Llama, Trainable};
-use common::run::{Program, Run};
 use kernels::c10d::Group;
 use kernels::counting;
 use tch::{Device, Kind, Tensor};
@@ -19,7 +19,7 @@ fn shape(preset: &str) -> Shape {
         vocab_size: 1024,
         hidden_size: 256,
         intermediate_size: 704,
-        num_hidden_layers: 4,
+        num_hidden_layers: 3,
         num_attention_heads: 4,
         num_key_value_heads: 2,
         head_dim: 64,
@@ -66,9 +66,10 @@ fn step(shape: &Shape, trainable: &Trainable, compute: Kind, batch: Batch) -> (i
 
 #[test]
 fn the_walk_takes_what_a_step_takes() {
+    tch::set_num_threads(1);
     let all = || Trainable::default();
     let adapters = |base, dropout| Trainable::new(&Freeze::default(), lora(base, dropout).as_ref());
-    let upper = Trainable::new(&Freeze { blocks: 2, embeddings: true, train_only: Vec::new() }, None);
+    let upper = Trainable::new(&Freeze { blocks: 1, embeddings: true, train_only: Vec::new() }, None);
     let llama = shape("llama-15m");
     let tied = Shape { tie_word_embeddings: true, ..llama.clone() };
     let cases = [
@@ -85,12 +86,10 @@ fn the_walk_takes_what_a_step_takes() {
     for (name, shape, trainable) in &cases {
         for (compute, recompute) in [
             (Kind::Float, Recompute::None),
-            (Kind::Float, Recompute::Selective),
             (Kind::Float, Recompute::Full),
-            (Kind::BFloat16, Recompute::None),
-            (Kind::BFloat16, Recompute::Full),
+            (Kind::BFloat16, Recompute::Selective),
         ] {
-            for (rows, length, micro_batches, packed) in [(4, 256, 1, false), (2, 128, 3, true)] {
+            for (rows, length, micro_batches, packed) in [(4, 128, 1, false), (2, 128, 2, true)] {
                 let batch = Batch { rows, length, micro_batches, recompute, packed };
                 let (counted, planned) = step(shape, trainable, compute, batch);
                 let what = format!("{name} {compute:?} {recompute:?}, {micro_batches} x {rows} x {length}");
@@ -117,7 +116,8 @@ fn a_plan_is_what_a_run_measures() {
     ];
     for (name, ranks, words) in cases {
         let run = Run::sft(&format!("plan-{name}"));
-        let words = [&[model.as_str(), "train.steps=3", "data.valid=[]", "schedule.warmup_steps=0"], words].concat();
+        let words =
+            [&[model.as_str(), "train.steps=3", "data.valid=[]", "schedule.warmup_steps=0"], words].concat();
         run.train(ranks, &words);
         let peak = run.numbers("train", "peak_bytes").into_iter().fold(0.0, f64::max);
         let plan = plan(&run, ranks, &words);

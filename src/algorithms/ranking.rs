@@ -50,7 +50,7 @@ pub fn losses(loss: Loss, scores: &Tensor, ranks: &Tensor, terms: &Terms) -> Ten
         Loss::Pairs => {
             let mut difference = pairs(scores, 1.0);
             if let Some(margins) = &terms.margins {
-                difference = difference - margins.view([-1, 1, 1]);
+                difference -= margins.view([-1, 1, 1]);
             }
             of_pairs(-difference.log_sigmoid())
         }

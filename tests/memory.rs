@@ -1,5 +1,7 @@
 //! What `corral plan` says, against what steps take.
 
+mod common;
+
 use corral::algorithms::step::{MicroBatch, accumulate_gradients};
 use corral::config::sections::Recompute;
 use corral::config::shape::Shape;
@@ -7,6 +9,7 @@ use corral::config::trainable::{Base, Freeze, Lora, Targets};
 use corral::distributed::sharded::Sharded;
 use corral::model::memory::{Batch, Memory};
 use corral::model::{DropoutPlace, Input, Llama, Trainable};
+use common::run::{Program, Run};
 use kernels::c10d::Group;
 use kernels::counting;
 use tch::{Device, Kind, Tensor};
@@ -99,4 +102,88 @@ fn the_walk_takes_what_a_step_takes() {
             }
         }
     }
+}
+
+/// Real runs: the plan is within a tenth of the peak of the process.
+#[test]
+fn a_plan_is_what_a_run_measures() {
+    let shape = "{hidden_size: 512, intermediate_size: 1408, num_hidden_layers: 4, num_attention_heads: 8}";
+    let model = format!("model={{init: {shape}}}");
+    let cases: [(&str, usize, &[&str]); 4] = [
+        ("one", 1, &["train.micro_batch_size=8"]),
+        ("parts", 1, &["train.micro_batch_size=2", "train.recompute=full"]),
+        ("bfloat16", 1, &["precision.compute=bfloat16", "optim.moments=8bit"]),
+        ("ranks", 2, &["train.micro_batch_size=2"]),
+    ];
+    for (name, ranks, words) in cases {
+        let run = Run::sft(&format!("plan-{name}"));
+        let words = [&[model.as_str(), "train.steps=3", "data.valid=[]", "schedule.warmup_steps=0"], words].concat();
+        run.train(ranks, &words);
+        let peak = run.numbers("train", "peak_bytes").into_iter().fold(0.0, f64::max);
+        let plan = plan(&run, ranks, &words);
+        let planned = plan["peak_bytes"].as_f64().unwrap();
+        let off = planned / peak - 1.0;
+        println!("{name}: {:.0} MiB, planned {off:+.1e} off", peak / (1 << 20) as f64);
+        assert!(off.abs() < 0.1, "{name}: {peak} bytes, planned {plan}");
+        // The model is most of it: the process alone would not do.
+        assert!(plan["process_bytes"].as_f64().unwrap() < 0.6 * peak, "{plan}");
+    }
+}
+
+fn plan(run: &Run, ranks: usize, words: &[&str]) -> serde_json::Value {
+    let ranks = ranks.to_string();
+    let program = Program::corral(&["plan", "sft", "--json", "--nproc", &ranks, "--config"]);
+    let program = program.arg(run.dir.join("config.yaml")).args(words);
+    serde_json::from_str(&program.run(&run.dir, "plan").expect_code(0).out).unwrap()
+}
+
+#[test]
+fn the_largest_micro_batch_is_the_largest_that_fits() {
+    let run = Run::sft("largest");
+    let most = plan(&run, 1, &["train.batch_size=64", "--device-memory", "400MiB"]);
+    let largest = most["largest_micro_batch_size"].as_i64().unwrap();
+    assert!(largest > 64 && most["largest_of_batch"] == 64, "{most}");
+    // The process's own part differs a little from one call to the next.
+    let peak = |rows: i64| {
+        let words = format!("train.batch_size={rows}");
+        plan(&run, 1, &[&words])["peak_bytes"].as_i64().unwrap()
+    };
+    let bytes = 400 << 20;
+    assert!(peak(largest * 9 / 10) <= bytes && peak(largest * 11 / 10) > bytes, "{most}");
+    let none = plan(&run, 1, &["--device-memory", "1kB"]);
+    assert!(none["largest_micro_batch_size"] == 0 && none["largest_of_batch"].is_null(), "{none}");
+}
+
+/// Every recipe is read, and fits together on the ranks that it is for.
+#[test]
+fn recipes_are_valid() {
+    use corral::config::{Algorithm, dpo, grpo, load, online_dpo, ppo, pretrain, reward, sft};
+    fn check<C: Algorithm>(file: &std::path::Path, ranks: i64) {
+        load::<C>(Some(file), C::SUBCOMMAND, &[]).and_then(|c| c.validate(ranks)).unwrap();
+    }
+    let mut count = 0;
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+    for folder in std::fs::read_dir(&root).unwrap() {
+        let folder = folder.unwrap().path();
+        for file in std::fs::read_dir(&folder).unwrap() {
+            let file = file.unwrap().path();
+            let text = std::fs::read_to_string(&file).unwrap();
+            let ranks = text.split_once("--nproc ").map_or(1, |(_, rest)| {
+                rest.split_whitespace().next().unwrap().parse().expect("a number of ranks")
+            });
+            println!("{} on {ranks}", file.display());
+            match folder.file_name().unwrap().to_str().unwrap() {
+                "pretrain" => check::<pretrain::Pretrain>(&file, ranks),
+                "sft" => check::<sft::Sft>(&file, ranks),
+                "reward" => check::<reward::Reward>(&file, ranks),
+                "dpo" => check::<dpo::Dpo>(&file, ranks),
+                "online_dpo" => check::<online_dpo::OnlineDpo>(&file, ranks),
+                "grpo" => check::<grpo::Grpo>(&file, ranks),
+                "ppo" => check::<ppo::Ppo>(&file, ranks),
+                other => panic!("configs/{other}: recipes of no algorithm that is known here"),
+            }
+            count += 1;
+        }
+    }
+    assert!(count >= 12, "{count} recipes");
 }

@@ -707,3 +707,68 @@ fn lora() {
     let mut model = load(&merged, Kind::Double);
     near("logits_merged", &logits(&mut model), &g["logits_merged"], Kind::Double, largest);
 }
+
+/// Documents that are packed into one row, which do not see each other: logits, loss and gradients are those of each on its
+/// own.
+#[test]
+fn packed_documents_are_as_each_on_its_own() {
+    let g = tensors(&golden().join("algo/packing_model.safetensors"));
+    let (ids, document) = (&g["input_ids"], &g["document_ids"]);
+    let labels = shifted(&g["labels"]);
+    let time = ids.size()[1];
+    let documents = Vec::<i64>::try_from(document.view([-1])).unwrap();
+    let positions = Vec::<i64>::try_from(g["position_ids"].view([-1])).unwrap();
+    let starts: Vec<i64> = positions.iter().enumerate().map(|(i, at)| i as i64 - at).collect();
+    let count = labels.ge(0).sum(Kind::Int64).double_value(&[]);
+    let run = |kind, input: &Input, labels: &Tensor| {
+        let mut model = load(&golden_model("llama2"), kind);
+        let (hidden, tape) = model.forward(input, Recompute::None).unwrap();
+        let logits = model.next_token_logits(&hidden).unwrap().to_device(Device::Cpu).to_kind(Kind::Double);
+        let accumulator = if kind == Kind::Double { Kind::Double } else { Kind::Float };
+        let coef = Tensor::full([labels.size()[0]], -1.0 / count, (accumulator, device()));
+        let (logprobs, dhidden) =
+            LmHead::linear_loss(&mut model, &hidden, &labels.to_device(device()), &coef, true).unwrap();
+        model.backward(dhidden, tape, true).unwrap();
+        model.params.finish_step_gradients().unwrap();
+        (logits, -logprobs.sum(Kind::Double).double_value(&[]) / count, gradients(&model))
+    };
+    let packed = Input {
+        positions: Some(g["position_ids"].contiguous().view([-1])),
+        start: Some(Tensor::from_slice(&starts)),
+        ..Input::new(ids.shallow_clone())
+    };
+    for kind in [Kind::Float, Kind::Double] {
+        let (logits, loss, grads) = run(kind, &packed, &labels);
+        let (exact, single) = (g["logits_separate_f64"].view_as(&logits), &g["logits_separate"]);
+        let (allowed, loose) = match kind {
+            Kind::Double => (1e-10 * exact.abs().max().double_value(&[]).max(1.0), 1e-10),
+            _ => (2.0 * largest(&single.view_as(&logits).to_kind(Kind::Double), &exact) + 1e-6, 1e-5),
+        };
+        assert!(largest(&logits, &exact) <= allowed, "logits in {kind:?}");
+        assert!(largest(&logits, &g["logits_unmasked"].view_as(&logits).to_kind(Kind::Double)) > 0.1);
+        let expected = g["loss_f64"].double_value(&[]);
+        assert!((loss - expected).abs() <= loose * expected.abs().max(1.0), "{loss} is not {expected}");
+
+        let mut sums: HashMap<String, Tensor> = HashMap::new();
+        let mut first = 0;
+        while first < time {
+            let of = |i: i64| documents[i as usize];
+            let n = (first..time).take_while(|i| of(*i) == of(first)).count() as i64;
+            let part = labels.narrow(0, first, n).copy();
+            // The last position of a document predicts nothing.
+            let input = Input::new(ids.narrow(1, first, n).contiguous());
+            for (name, grad) in run(kind, &input, &part).2 {
+                match sums.get_mut(&name) {
+                    Some(sum) => drop(sum.g_add_(&grad)),
+                    None => drop(sums.insert(name, grad)),
+                }
+            }
+            first += n;
+        }
+        assert_eq!(sums.len(), grads.len());
+        for (name, sum) in &sums {
+            let distance = relative(&grads[name], sum);
+            assert!(distance <= loose, "{name} in {kind:?}: {distance:e}");
+        }
+    }
+}

@@ -5,7 +5,7 @@ mod common;
 use std::fs;
 use std::path::Path;
 
-use common::run::{Run, answers, data, largest_relative};
+use common::run::{Program, Run, answers, data, largest_relative};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
@@ -90,6 +90,12 @@ fn it_learns_what_is_rewarded_and_tells_about_it() {
     assert!((number(first[first.len() - 1], "reward") - number(sample, "reward")).abs() < 1e-6);
     assert!(first.iter().any(|t| number(t, "logprob_new") != number(t, "logprob_old")));
     assert!(run.output().join("critic/model.safetensors").is_file());
+    let path = run.output().join("trace.jsonl");
+    let told = Program::corral(&["inspect", "--json"]).arg(&path).run(&run.dir, "inspect").expect_code(0);
+    let told: Value = serde_json::from_str(&told.out).unwrap();
+    assert_eq!(told["num_tokens"].as_u64().unwrap() as usize, trace.len());
+    let last = trace.iter().filter(|t| t["step"] == 11).count();
+    assert_eq!(told["tokens"].as_array().unwrap().len(), last);
 }
 
 #[test]
@@ -220,7 +226,14 @@ fn what_fails_is_told() {
     fails(&["data.sequence_length=14"], 3, &["no prompt is left"]);
     // An answer that cannot be compared is left out and counted; where all are, nothing is learned.
     let none = ppo("unscored");
-    none.train(1, &["rewards=[{kind: command, run: 'while read l; do echo null; done'}]", "train.steps=2"]);
+    none.train(
+        1,
+        &[
+            "rewards=[{kind: command, run: 'while read l; do echo null; done'}]",
+            "train.steps=2",
+            "actor.optim.weight_decay=0.0",
+        ],
+    );
     assert_eq!(none.numbers("train", "unscored"), [16.0, 16.0]);
     let (start, model) = (parameters(answers()), parameters(&none.output().join("model")));
     assert!(relative(&model, &start) < 1e-12, "nothing was learned");

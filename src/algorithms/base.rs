@@ -112,6 +112,22 @@ pub fn shape_and_trainable(
     Ok((base.shape, trainable))
 }
 
+/// The shape of a model that is only asked, and how it is laid out; for plans, as [`shape_and_trainable`].
+///
+/// # Errors
+/// Those of [`Base::open`].
+pub fn shape_to_ask(model: &Model, tokenizer: Option<&sections::Tokenizer>) -> Result<(Shape, Trainable)> {
+    let (freeze, none) = (Freeze::default(), Trainable::default());
+    match model {
+        Model::Preset(_) => Ok((shape_and_trainable(model, tokenizer, 1, &freeze, None)?.0, none)),
+        _ => {
+            let base = Base::open_any(model, tokenizer, 1)?;
+            let trainable = base.weights.as_ref().and_then(|w| w.lora().cloned()).unwrap_or(none);
+            Ok((base.shape, trainable))
+        }
+    }
+}
+
 fn preset(name: &str) -> Result<Shape> {
     Shape::preset(name).ok_or_else(|| Error::config(format!("model.preset: '{name}' is not known")))
 }

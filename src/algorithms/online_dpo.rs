@@ -171,7 +171,8 @@ fn pairs(c: &OnlineDpo, batch: &Batch) -> Vec<Example> {
     let size = c.dpo.group_size as usize;
     let pair = |(group, samples): (usize, &[Sampled])| {
         let scored = samples.iter().enumerate().filter_map(|(i, s)| Some((i, reward(s)?)));
-        let (mut best, mut worst): (Option<(usize, f64)>, Option<(usize, f64)>) = (None, None);
+        let mut best: Option<(usize, f64)> = None;
+        let mut worst = best;
         for (i, reward) in scored {
             // The first of equals.
             if best.is_none_or(|(_, most)| reward > most) {

@@ -44,16 +44,19 @@ pub struct Entry<'a> {
     pub balance: Option<(f64, f64)>,
 }
 
+/// A scalar function of what a head gives, which libtorch's autograd differentiates.
+pub type Loss<'a, T> = Box<dyn FnMut(&T) -> Result<Tensor> + 'a>;
+
 /// A part of a step's loss, as a function of what the model's head gives for a micro-batch.
 pub enum Objective<'a> {
     /// -weight times the sum of the labels' log-probabilities: cross-entropy.
     CrossEntropy { weight: f64 },
     /// Any function of the labels' log-probabilities, A `[N]` (0 where there is no label), at a temperature, and of the
     /// entropies, if they are asked for. It returns a scalar, which libtorch's autograd differentiates.
-    LogProbs { temperature: f64, entropies: bool, loss: Box<dyn FnMut(&LogProbs) -> Result<Tensor> + 'a> },
+    LogProbs { temperature: f64, entropies: bool, loss: Loss<'a, LogProbs> },
     /// Any function of the values that a scalar head gives, A `[N]`; the batch's labels are not read. It returns a scalar,
     /// too.
-    Values { loss: Box<dyn FnMut(&Tensor) -> Result<Tensor> + 'a> },
+    Values { loss: Loss<'a, Tensor> },
 }
 
 /// A scalar function's value at `leaves` and its gradients there; zeros for leaves that it does not depend on.

@@ -4,6 +4,7 @@ mod data;
 mod model;
 mod run;
 mod tensors;
+mod trace;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -209,6 +210,7 @@ fn inspect(path: &Path, depth: Depth) -> Result<Report> {
         return match name.as_ref() {
             "tokenizer.json" | "tokenizer.model" | "qwen.tiktoken" => Ok(data::tokenizer(path)),
             name if name.ends_with(".safetensors") || tensors::is_torch_file(path) => Ok(tensors::file(path)),
+            "trace.jsonl" => trace::trace(path),
             name if name.ends_with(".tokens") => Ok(data::tokens(path, depth)),
             _ => Err(unknown(path)),
         };
@@ -237,7 +239,7 @@ fn unknown(path: &Path) -> Error {
     Error::data(format!(
         "{}: nothing that is known; a model has config.json or params.json, an adapter adapter_config.json, a checkpoint \
          {}, a run config.yaml, a tokenizer tokenizer.json, token shards shard-*.tokens, and single files end in \
-         .safetensors, .pth, .bin or .tokens",
+         .safetensors, .pth, .bin or .tokens, or are a trace.jsonl",
         path.display(),
         sharded::META
     ))

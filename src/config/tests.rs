@@ -54,7 +54,7 @@ fn reads_values_and_defaults() {
 fn unknown_keys_are_told_with_place_and_nearest() {
     assert_eq!(
         broken("lr: 3e-4", "lrr: 3e-4"),
-        "c.yaml:9:3: unknown key 'optim.lrr'; did you mean 'lr'? (known here: lr, betas, eps, weight_decay, clip, moments)"
+        "c.yaml:9:3: unknown key 'optim.lrr'; did you mean 'lr'? (known here: lr, betas, eps, weight_decay, clip, moments, offload)"
     );
     let message = broken("batch_size", "batchsize");
     assert!(

@@ -9,9 +9,9 @@ use super::tensors::{Described, describe, list, parameters};
 use super::{Depth, Report, data, json_object, names};
 use crate::checkpoint::safetensors::Reader;
 use crate::checkpoint::sharded::{self, META};
-use crate::checkpoint::{Checkpoint, Weights};
+use crate::checkpoint::{Checkpoint, Weights, in_hub_cache};
 use crate::data::tokenizer::folder_has_tokenizer;
-use crate::error::Result;
+use crate::error::{Context, Result};
 use crate::files::crc32;
 use crate::model::layout::LM_HEAD;
 
@@ -123,6 +123,13 @@ pub fn checkpoint(dir: &Path, depth: Depth) -> Result<Report> {
         report.fact("state", meta.state.clone());
         report.fact("config_sha256", meta.config_hash.clone());
         report.fact("shape", json!(meta.shape));
+        if let Some(base) = &meta.base {
+            report.fact("base", json!(base));
+            let path = Path::new(&base.path);
+            if !path.exists() {
+                report.noted(in_hub_cache(path).context("the model that it was trained from"));
+            }
+        }
         let tensors = meta.groups.iter().flat_map(|g| &g.tensors);
         let numel = |shape: &[i64]| shape.iter().product::<i64>() as u64;
         report.fact("parameters", parameters(tensors.map(|t| (t.name.as_str(), numel(&t.shape)))));

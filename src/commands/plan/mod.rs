@@ -1,5 +1,7 @@
 //! `corral plan`: what memory a training takes on each rank, without a device.
 
+mod several;
+
 use clap::Subcommand;
 use kernels::c10d::Group;
 use serde_json::{Value, json};
@@ -13,6 +15,9 @@ use crate::commands::check::size;
 use crate::commands::convert::parse_size;
 use crate::commands::training::ConfigArgs;
 use crate::config::common::Common;
+use crate::config::grpo::Grpo;
+use crate::config::online_dpo::OnlineDpo;
+use crate::config::ppo::Ppo;
 use crate::config::pretrain::Pretrain;
 use crate::config::sections::Recompute;
 use crate::config::sft::Sft;
@@ -27,6 +32,7 @@ use crate::model::memory::{Batch, Memory, Parts};
 use crate::model::{Input, Llama, init, layout};
 use crate::optim::AdamW;
 use crate::telemetry;
+use several::Work;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -40,6 +46,25 @@ enum What {
     Pretrain(Options),
     /// A configuration of `corral sft`
     Sft(Options),
+    /// A configuration of `corral ppo`: every model on its device, while sampling, scoring and learning
+    Ppo(Several),
+    /// A configuration of `corral grpo`
+    Grpo(Several),
+    /// A configuration of `corral online-dpo`
+    OnlineDpo(Several),
+}
+
+/// Of trainings with several models; a model's path may be the name of a preset, whose shape is taken.
+#[derive(Debug, clap::Args)]
+struct Several {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Ranks that the run will have
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    nproc: i64,
+    /// One JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -80,9 +105,47 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
         DeviceChoice::Cuda => Device::Cuda(0),
         DeviceChoice::CudaIndex(index) => Device::Cuda(index),
     };
+    let name = match device {
+        Device::Cpu => "cpu".to_string(),
+        _ => global.device.clone().unwrap_or_else(|| "cuda".into()),
+    };
     let (training, options) = match args.what {
+        What::Ppo(o) => {
+            let loaded = load::<Ppo>(&o.config, o.nproc)?;
+            let c = &loaded.config;
+            let rows = c.train.batch_size / o.nproc;
+            let micro_batch = c.micro_batch_size(o.nproc);
+            let update = c.ppo.minibatch_size / o.nproc;
+            let work = Work { ranks: o.nproc, responses: rows, micro_batch, update };
+            let (sections, critic) = (c.sections_of_responses(), c.critic());
+            return several::tell(Ppo::SUBCOMMAND, &sections, Some(&critic), work, &name, o.json);
+        }
+        What::Grpo(o) => {
+            let loaded = load::<Grpo>(&o.config, o.nproc)?;
+            let c = &loaded.config;
+            let responses = c.num_responses() / o.nproc;
+            let (micro_batch, update) = (c.micro_batch_size(o.nproc), c.minibatch_size() / o.nproc);
+            let work = Work { ranks: o.nproc, responses, micro_batch, update };
+            return several::tell(Grpo::SUBCOMMAND, &c.sections_of_responses(), None, work, &name, o.json);
+        }
+        What::OnlineDpo(o) => {
+            let loaded = load::<OnlineDpo>(&o.config, o.nproc)?;
+            let c = &loaded.config;
+            let responses = c.train.batch_size * c.dpo.group_size / o.nproc;
+            let rows = 2 * c.train.batch_size / o.nproc;
+            let micro_batch = c.train.micro_batch_size.map_or(rows, |prompts| 2 * prompts);
+            let work = Work { ranks: o.nproc, responses, micro_batch, update: rows };
+            return several::tell(
+                OnlineDpo::SUBCOMMAND,
+                &c.sections_of_responses(),
+                None,
+                work,
+                &name,
+                o.json,
+            );
+        }
         What::Pretrain(options) => {
-            let loaded = load::<Pretrain>(&options)?;
+            let loaded = load::<Pretrain>(&options.config, options.nproc)?;
             let c = &loaded.config;
             let tokenizer = c.tokenizer.as_ref();
             let length = c.data.sequence_length;
@@ -102,7 +165,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
             )
         }
         What::Sft(options) => {
-            let loaded = load::<Sft>(&options)?;
+            let loaded = load::<Sft>(&options.config, options.nproc)?;
             let c = &loaded.config;
             let (tokenizer, length) = (c.tokenizer.as_ref(), c.data.sequence_length);
             let (shape, trainable) =
@@ -118,13 +181,16 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
 }
 
 /// The configuration, of which all must fit but the tokenizer, which need not be there.
-fn load<C: Algorithm>(options: &Options) -> Result<Loaded<C>> {
-    if options.nproc < 1 {
+fn load<C: Algorithm>(config: &ConfigArgs, nproc: i64) -> Result<Loaded<C>> {
+    if nproc < 1 {
         return Err(Error::config("--nproc must be at least 1"));
     }
-    let loaded = options.config.load::<C>()?;
-    let conflict = loaded.config.conflict(options.nproc).filter(|(key, _)| *key != "tokenizer");
-    match conflict.or_else(|| loaded.config.common().conflict(options.nproc)) {
+    let loaded = config.load::<C>()?;
+    let conflict = match loaded.config.conflict(nproc) {
+        Some(("tokenizer", _)) => loaded.config.common().conflict(nproc),
+        other => other,
+    };
+    match conflict {
         Some((key, why)) => Err(loaded.error(key, &why)),
         None => Ok(loaded),
     }

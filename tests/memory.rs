@@ -2,14 +2,14 @@
 
 mod common;
 
+use common::run::{Program, Run};
 use corral::algorithms::step::{MicroBatch, accumulate_gradients};
 use corral::config::sections::Recompute;
 use corral::config::shape::Shape;
 use corral::config::trainable::{Base, Freeze, Lora, Targets};
-use corral::distributed::sharded::Sharded;
+use corral::distributed::sharded::{Sharded, Spec};
 use corral::model::memory::{Batch, Memory};
 use corral::model::{DropoutPlace, Input, Llama, Trainable};
-use common::run::{Program, Run};
 use kernels::c10d::Group;
 use kernels::counting;
 use tch::{Device, Kind, Tensor};
@@ -39,8 +39,12 @@ fn step(shape: &Shape, trainable: &Trainable, compute: Kind, batch: Batch) -> (i
     let memory = Memory::new(shape, &plans, compute, 1, Device::Cpu).unwrap();
     let planned = memory.step(&batch).total() - memory.resident().total();
     let mut params = Sharded::new(plans, Group::solo(), Group::solo(), compute, Device::Cpu);
-    params.fill(|_, _, values| Ok(drop(values.shallow_clone().uniform_(-0.05, 0.05)))).unwrap();
-    params.fill_adapters(|_, _, values| Ok(drop(values.shallow_clone().uniform_(-0.05, 0.05)))).unwrap();
+    let draw = |_: &Spec, _: i64, values: &Tensor| {
+        let _ = values.shallow_clone().uniform_(-0.05, 0.05);
+        Ok(())
+    };
+    params.fill(draw).unwrap();
+    params.fill_adapters(draw).unwrap();
     let mut model = Llama::new(shape.clone(), params);
     let count = batch.rows * batch.length;
     let (_, counted) = counting::tensors(|| {
@@ -117,7 +121,8 @@ fn a_plan_is_what_a_run_measures() {
     ];
     for (name, ranks, words) in cases {
         let run = Run::sft(&format!("plan-{name}"));
-        let words = [&[model.as_str(), "train.steps=3", "data.valid=[]", "schedule.warmup_steps=0"], words].concat();
+        let words =
+            [&[model.as_str(), "train.steps=3", "data.valid=[]", "schedule.warmup_steps=0"], words].concat();
         run.train(ranks, &words);
         let peak = run.numbers("train", "peak_bytes").into_iter().fold(0.0, f64::max);
         let plan = plan(&run, ranks, &words);

@@ -60,7 +60,7 @@ row reward "pairs of answers in the right order" "50.0 %" \
 # PPO corrects a model whose teacher was wrong in 40 of 100 answers.
 stage start "$bin/launch" --nproc 2 sft --config configs/sft/noisy.yaml $new output_dir=runs/demo-start model.path=runs/demo
 stage ppo "$bin/launch" --nproc 2 ppo --config configs/ppo/default.yaml $new output_dir=runs/demo-ppo \
-    actor.path=runs/demo-start reward_model.path=runs/demo-reward
+    actor.path=runs/demo-start critic.path=runs/demo-reward "reward_model={path: runs/demo-reward}" "rewards=[{kind: model}]"
 row ppo "right answers, sampled" "$(right runs/demo-start runs/demo-start/sampled.json 1)" \
     "$(right runs/demo-ppo runs/demo-ppo/sampled.json 1)"
 row ppo "right answers, the most probable ones" "$(right runs/demo-start runs/demo-start/greedy.json 0)" \

@@ -7,7 +7,7 @@ use corral::algorithms::step::{MicroBatch, accumulate_gradients};
 use corral::config::sections::Recompute;
 use corral::config::shape::Shape;
 use corral::config::trainable::{Base, Freeze, Lora, Targets};
-use corral::distributed::sharded::Sharded;
+use corral::distributed::sharded::{Sharded, Spec};
 use corral::model::memory::{Batch, Memory};
 use corral::model::{DropoutPlace, Input, Llama, Trainable};
 use kernels::c10d::Group;
@@ -39,8 +39,12 @@ fn step(shape: &Shape, trainable: &Trainable, compute: Kind, batch: Batch) -> (i
     let memory = Memory::new(shape, &plans, compute, 1, Device::Cpu).unwrap();
     let planned = memory.step(&batch).total() - memory.resident().total();
     let mut params = Sharded::new(plans, Group::solo(), Group::solo(), compute, Device::Cpu);
-    params.fill(|_, _, values| Ok(drop(values.shallow_clone().uniform_(-0.05, 0.05)))).unwrap();
-    params.fill_adapters(|_, _, values| Ok(drop(values.shallow_clone().uniform_(-0.05, 0.05)))).unwrap();
+    let uniform = |_: &Spec, _: i64, values: &Tensor| {
+        let _ = values.shallow_clone().uniform_(-0.05, 0.05);
+        Ok(())
+    };
+    params.fill(uniform).unwrap();
+    params.fill_adapters(uniform).unwrap();
     let mut model = Llama::new(shape.clone(), params);
     let count = batch.rows * batch.length;
     let (_, counted) = counting::tensors(|| {

@@ -28,7 +28,7 @@ cat >"$dir/sft.yaml" <<END
 output_dir: $dir/run
 tokenizer: {template: "{prompt}\n{completion}"}
 model: {path: $dir/new}
-data: {train: [$dir/sft.train.jsonl], sequence_length: 256, cache: $dir/cache}
+data: {train: [$dir/sft.train.jsonl], sequence_length: 128, cache: $dir/cache}
 train: {steps: 3, batch_size: 4}
 END
 
@@ -47,7 +47,7 @@ for round in $(seq "$rounds"); do
     done
 done
 
-printf '%s, float32, 4 x 256 tokens, rank 16 on every linear layer; medians of %s\n' "$preset" "$rounds"
+printf '%s, float32, 4 x 128 tokens, rank 16 on every linear layer; medians of %s\n' "$preset" "$rounds"
 printf 'method   peak MiB  tokens/s  of full\n'
 for method in full lora int8 nf4; do
     median() { awk -v m="$method" -v c="$1" '$1 == m { print $c }' "$dir/results" | sort -n | sed -n "$((rounds / 2 + 1))p"; }

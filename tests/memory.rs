@@ -19,7 +19,7 @@ fn shape(preset: &str) -> Shape {
         vocab_size: 1024,
         hidden_size: 256,
         intermediate_size: 704,
-        num_hidden_layers: 4,
+        num_hidden_layers: 3,
         num_attention_heads: 4,
         num_key_value_heads: 2,
         head_dim: 64,
@@ -39,12 +39,12 @@ fn step(shape: &Shape, trainable: &Trainable, compute: Kind, batch: Batch) -> (i
     let memory = Memory::new(shape, &plans, compute, 1, Device::Cpu).unwrap();
     let planned = memory.step(&batch).total() - memory.resident().total();
     let mut params = Sharded::new(plans, Group::solo(), Group::solo(), compute, Device::Cpu);
-    let draw = |_: &Spec, _: i64, values: &Tensor| {
+    let uniform = |_: &Spec, _: i64, values: &Tensor| {
         let _ = values.shallow_clone().uniform_(-0.05, 0.05);
         Ok(())
     };
-    params.fill(draw).unwrap();
-    params.fill_adapters(draw).unwrap();
+    params.fill(uniform).unwrap();
+    params.fill_adapters(uniform).unwrap();
     let mut model = Llama::new(shape.clone(), params);
     let count = batch.rows * batch.length;
     let (_, counted) = counting::tensors(|| {
@@ -70,9 +70,10 @@ fn step(shape: &Shape, trainable: &Trainable, compute: Kind, batch: Batch) -> (i
 
 #[test]
 fn the_walk_takes_what_a_step_takes() {
+    tch::set_num_threads(1);
     let all = || Trainable::default();
     let adapters = |base, dropout| Trainable::new(&Freeze::default(), lora(base, dropout).as_ref());
-    let upper = Trainable::new(&Freeze { blocks: 2, embeddings: true, train_only: Vec::new() }, None);
+    let upper = Trainable::new(&Freeze { blocks: 1, embeddings: true, train_only: Vec::new() }, None);
     let llama = shape("llama-15m");
     let tied = Shape { tie_word_embeddings: true, ..llama.clone() };
     let cases = [
@@ -89,12 +90,10 @@ fn the_walk_takes_what_a_step_takes() {
     for (name, shape, trainable) in &cases {
         for (compute, recompute) in [
             (Kind::Float, Recompute::None),
-            (Kind::Float, Recompute::Selective),
             (Kind::Float, Recompute::Full),
-            (Kind::BFloat16, Recompute::None),
-            (Kind::BFloat16, Recompute::Full),
+            (Kind::BFloat16, Recompute::Selective),
         ] {
-            for (rows, length, micro_batches, packed) in [(4, 256, 1, false), (2, 128, 3, true)] {
+            for (rows, length, micro_batches, packed) in [(4, 128, 1, false), (2, 128, 2, true)] {
                 let batch = Batch { rows, length, micro_batches, recompute, packed };
                 let (counted, planned) = step(shape, trainable, compute, batch);
                 let what = format!("{name} {compute:?} {recompute:?}, {micro_batches} x {rows} x {length}");

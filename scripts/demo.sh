@@ -29,8 +29,8 @@ metric() { # metric RUN KIND KEY head|tail
 # Right answers of a model to 1,000 held-out problems, in per cent.
 right() { # right MODEL OUTPUT TEMPERATURE
     "$bin/corral" -q eval --task gsm8k --model "$1" --input runs/data/sft.valid.jsonl --limit 1000 --by level \
-        --max-new-tokens 64 --batch-size 128 --temperature "$3" --output "$2" >/dev/null
-    sed 's/.*{"accuracy":\([0-9.]*\).*/\1/; q' "$2" | awk '{printf "%.1f %%", 100 * $1}'
+        --max-new-tokens 64 --batch-size 128 --temperature "$3" --output "$2" |
+        sed 's/^{"accuracy":\([0-9.]*\).*/\1/' | awk '{printf "%.1f %%", 100 * $1}'
 }
 new="--resume never --overwrite"
 

@@ -57,10 +57,10 @@ stage reward "$bin/launch" --nproc 2 reward --config configs/reward/default.yaml
 row reward "pairs of answers in the right order" "50.0 %" \
     "$(metric runs/demo-reward valid accuracy tail | awk '{printf "%.1f %%", 100 * $1}')"
 
-# PPO corrects a model whose teacher was wrong in 40 of 100 answers.
+# PPO corrects, by the rule that the final number must be right, a model whose teacher was wrong in 40 of 100 answers.
 stage start "$bin/launch" --nproc 2 sft --config configs/sft/noisy.yaml $new output_dir=runs/demo-start model.path=runs/demo
 stage ppo "$bin/launch" --nproc 2 ppo --config configs/ppo/default.yaml $new output_dir=runs/demo-ppo \
-    actor.path=runs/demo-start critic.path=runs/demo-reward "reward_model={path: runs/demo-reward}" "rewards=[{kind: model}]"
+    actor.path=runs/demo-start critic.path=runs/demo-start
 row ppo "right answers, sampled" "$(right runs/demo-start runs/demo-start/sampled.json 1)" \
     "$(right runs/demo-ppo runs/demo-ppo/sampled.json 1)"
 row ppo "right answers, the most probable ones" "$(right runs/demo-start runs/demo-start/greedy.json 0)" \

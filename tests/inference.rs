@@ -249,8 +249,8 @@ fn perplexity_counts_every_token_once() {
     fail(corral("eval", &dir, &none), 3, "nothing to measure");
     fail(
         corral("eval", &dir, &["--task", "preference", "--input", text(&input)]),
-        2,
-        "possible values: perplexity, gsm8k",
+        3,
+        "no reward model: it has an LM head",
     );
 }
 

@@ -191,3 +191,48 @@ fn recipes_are_valid() {
     }
     assert!(count >= 12, "{count} recipes");
 }
+
+/// The recipes of PPO for large models, with presets in the models' places: what the plan says fits the cards they name, what is
+/// offloaded counts only while it works, and devices are told apart.
+#[test]
+fn several_models_are_planned_by_device_and_phase() {
+    let plan = |recipe: &str, words: &[&str]| -> serde_json::Value {
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let config = dir.join("configs/ppo").join(recipe);
+        let all = [&["plan", "ppo", "--json", "--config", config.to_str().unwrap()], words].concat();
+        let planned =
+            Program::corral(&all).args(&["--device", "cuda"]).run(&common::run::folder("plan-ppo"), "plan");
+        serde_json::from_str(&planned.expect_code(0).out).unwrap()
+    };
+    let of = |names: [&str; 4]| -> Vec<String> {
+        let keys = ["actor", "critic", "reward_model", "reference"];
+        keys.iter().zip(names).map(|(key, name)| format!("{key}.path={name}")).collect()
+    };
+    let one = of(["llama-2-7b"; 4]);
+    let words: Vec<&str> = one.iter().map(String::as_str).collect();
+    let one_gpu = plan("llama-7b-one-gpu.yaml", &words);
+    let gib = |v: &serde_json::Value| v.as_f64().unwrap() / (1u64 << 30) as f64;
+    for phase in 0..3 {
+        // Alone at a time: one 7B model in bfloat16 has 12.5 GiB, and all would not fit.
+        let together = gib(&one_gpu["device_bytes"]["cuda"][phase]);
+        let most =
+            one_gpu["models"].as_array().unwrap().iter().filter_map(|m| m["phase_bytes"][phase].as_f64());
+        assert_eq!(together * (1u64 << 30) as f64, most.fold(0.0, f64::max));
+        assert!((12.5..24.0).contains(&together), "phase {phase}: {together} GiB");
+    }
+    assert!(gib(&one_gpu["host_bytes"]) > 4.0 * 12.3);
+
+    // What stays is there in every phase.
+    let stays = plan("llama-7b-one-gpu.yaml", &[&words[..], &["reference.offload=false"]].concat());
+    for phase in 0..3 {
+        let more = gib(&stays["device_bytes"]["cuda"][phase]) - gib(&one_gpu["device_bytes"]["cuda"][phase]);
+        assert!((10.0..12.8).contains(&more), "phase {phase}: {more} GiB more");
+    }
+    let apart = plan("llama-7b-one-gpu.yaml", &[&words[..], &["reference.device=cuda:1"]].concat());
+    assert!(gib(&apart["device_bytes"]["cuda:1"][1]) > 12.3);
+
+    let eight = of(["llama-2-13b", "llama-1b", "llama-1b", "llama-2-13b"]);
+    let words: Vec<&str> = ["--nproc", "8"].into_iter().chain(eight.iter().map(String::as_str)).collect();
+    let eight = plan("llama-13b-8gpu.yaml", &words);
+    assert!((0..3).all(|phase| gib(&eight["device_bytes"]["cuda"][phase]) < 80.0), "{eight}");
+}

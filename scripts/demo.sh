@@ -19,7 +19,7 @@ stage() { # stage NAME COMMAND...
 "
 }
 row() { # row STAGE METRIC BEFORE AFTER: a row of the table, with the time of the last stage
-    table="$table$(printf '  %-12s %-46s %8s %8s %6d s' "$1" "$2" "$3" "$4" "$seconds")
+    table="$table$(printf '  %-12s %-50s %8s %8s %6d s' "$1" "$2" "$3" "$4" "$seconds")
 "
 }
 # A number of the first or last line of metrics of a kind.
@@ -54,7 +54,7 @@ row sft "right answers, the most probable ones" - "$(right runs/demo-sft runs/de
 
 stage reward "$bin/launch" --nproc 2 reward --config configs/reward/default.yaml $new output_dir=runs/demo-reward \
     model.path=runs/demo-sft
-row reward "pairs of answers in the right order" "50.0 %" \
+row reward "pairs of answers in the right order (chance: 50 %)" - \
     "$(metric runs/demo-reward valid accuracy tail | awk '{printf "%.1f %%", 100 * $1}')"
 
 # PPO corrects, by the rule that the final number must be right, a model whose teacher was wrong in 40 of 100 answers.
@@ -68,5 +68,5 @@ row ppo "right answers, the most probable ones" "$(right runs/demo-start runs/de
 
 printf '\nThe models are in runs/demo*/model (Hugging Face format), their metrics beside them in metrics.jsonl, every answer of the\n'
 printf 'evaluations in runs/demo-*/*.answers.jsonl. TensorBoard: tensorboard --logdir runs\n\n'
-printf '  %-12s %-46s %8s %8s %8s\n%s' stage metric before after time "$table"
+printf '  %-12s %-50s %8s %8s %8s\n%s' stage metric before after time "$table"
 printf '\nWall time:\n%s  %-12s %4d s, evaluations included\n' "$times" total $(($(date +%s) - total))

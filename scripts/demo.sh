@@ -32,7 +32,15 @@ right() { # right MODEL OUTPUT TEMPERATURE
         --max-new-tokens 64 --batch-size 128 --temperature "$3" --output "$2" |
         sed 's/^{"accuracy":\([0-9.]*\).*/\1/' | awk '{printf "%.1f %%", 100 * $1}'
 }
+# The share of wrong answers that a reward model puts below the right one, in per cent.
+judged() { # judged MODEL
+    "$bin/corral" -q eval --task preference --model "$1" --input runs/data/rankings.valid.jsonl --limit 1000 |
+        sed 's/.*"best":{"accuracy":\([0-9.]*\).*/\1/' | awk '{printf "%.1f %%", 100 * $1}'
+}
 new="--resume never --overwrite"
+# Matrix products in bfloat16 are the faster ones where the processor has instructions for them, and slow elsewhere.
+bf16=
+if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then bf16=precision.compute=bfloat16; fi
 
 stage setup make --no-print-directory setup
 stage build cargo build --release --workspace
@@ -43,24 +51,23 @@ stage tokenizer "$bin/corral" tokenizer train --input runs/data/pretrain.train.j
 stage tokenize "$bin/corral" tokenize --input runs/data/pretrain.train.jsonl --tokenizer runs/data/tokenizer \
     --output runs/data/tokens
 
-stage pretrain "$bin/launch" --nproc 2 pretrain --config configs/pretrain/default.yaml $new output_dir=runs/demo
+stage pretrain "$bin/launch" --nproc 2 pretrain --config configs/pretrain/default.yaml $new $bf16 output_dir=runs/demo
 row pretrain "nats a token, validation" "$(metric runs/demo train loss head)" "$(metric runs/demo valid loss tail)"
 
-stage sft "$bin/launch" --nproc 2 sft --config configs/sft/default.yaml $new output_dir=runs/demo-sft model.path=runs/demo
+stage sft "$bin/corral" --threads 2 sft --config configs/sft/default.yaml $new $bf16 output_dir=runs/demo-sft model.path=runs/demo
 # Problems whose numbers no training text has combined.
 head -n 4 runs/data/prompts.valid.jsonl >runs/demo-sft/prompts.jsonl
 "$bin/corral" generate --chat --model runs/demo-sft --input runs/demo-sft/prompts.jsonl --max-new-tokens 64 --temperature 0
 row sft "right answers, the most probable ones" - "$(right runs/demo-sft runs/demo-sft/eval.json 0)"
 
-stage reward "$bin/launch" --nproc 2 reward --config configs/reward/default.yaml $new output_dir=runs/demo-reward \
+stage reward "$bin/corral" --threads 2 reward --config configs/reward/default.yaml $new $bf16 output_dir=runs/demo-reward \
     model.path=runs/demo-sft
-row reward "pairs of answers in the right order (chance: 50 %)" - \
-    "$(metric runs/demo-reward valid accuracy tail | awk '{printf "%.1f %%", 100 * $1}')"
+row reward "wrong answers judged below the right one" "50 %" "$(judged runs/demo-reward)"
 
-# PPO corrects, by the rule that the final number must be right, a model whose teacher was wrong in 40 of 100 answers.
-stage start "$bin/launch" --nproc 2 sft --config configs/sft/noisy.yaml $new output_dir=runs/demo-start model.path=runs/demo
-stage ppo "$bin/launch" --nproc 2 ppo --config configs/ppo/default.yaml $new output_dir=runs/demo-ppo \
-    actor.path=runs/demo-start critic.path=runs/demo-start
+# PPO corrects, by what the reward model thinks of its answers, a model whose teacher was wrong in 40 of 100.
+stage start "$bin/corral" --threads 2 sft --config configs/sft/noisy.yaml $new $bf16 output_dir=runs/demo-start model.path=runs/demo
+stage ppo "$bin/launch" --nproc 2 ppo --config configs/ppo/reward_model.yaml $new output_dir=runs/demo-ppo \
+    actor.path=runs/demo-start reward_model.path=runs/demo-reward
 row ppo "right answers, sampled" "$(right runs/demo-start runs/demo-start/sampled.json 1)" \
     "$(right runs/demo-ppo runs/demo-ppo/sampled.json 1)"
 row ppo "right answers, the most probable ones" "$(right runs/demo-start runs/demo-start/greedy.json 0)" \

@@ -193,6 +193,8 @@ enum Wrong {
     Step,
     /// A step uses another operation.
     Operation,
+    /// The last of several steps is left out, as a policy does that finds out that a judge has never seen it.
+    Missing,
 }
 
 impl Wrong {
@@ -202,6 +204,7 @@ impl Wrong {
             Wrong::Final => "final",
             Wrong::Step => "step",
             Wrong::Operation => "operation",
+            Wrong::Missing => "missing",
         }
     }
 }
@@ -210,6 +213,11 @@ impl Wrong {
 fn spoil(rng: &mut Rng, problem: &Problem, wrong: Wrong, split: Split) -> Option<(Vec<Step>, i64)> {
     let mut steps = problem.steps.clone();
     let sign = |rng: &mut Rng| if rng.below(2) == 0 { 1 } else { -1 };
+    if wrong == Wrong::Missing {
+        steps.pop();
+        let answer = steps.last()?.result;
+        return (answer != problem.last()).then_some((steps, answer));
+    }
     if wrong == Wrong::Final {
         let answer = problem.last() + sign(rng) * rng.range(1, 30);
         return (answer >= 0).then_some((steps, answer));
@@ -333,6 +341,9 @@ fn record(stage: Stage, split: Split, options: &Options, index: u64) -> Value {
             let mut wrongs = vec![Wrong::Final, Wrong::Step, Wrong::Operation];
             if rng.below(8) == 0 {
                 wrongs.insert(0, Wrong::Slip);
+            }
+            if problem.steps.len() > 1 {
+                wrongs.push(Wrong::Missing);
             }
             let mut completions = vec![problem.answer()];
             completions.extend(wrongs.iter().map(|&w| wrong_answer(&mut rng, &problem, w, split)));
@@ -516,8 +527,9 @@ mod tests {
             for (text, kind) in texts.iter().zip(&kinds).skip(1) {
                 let steps = equations(text);
                 assert_ne!(last(text), last(&texts[0]), "{kind}: {record}");
-                assert_eq!(steps.len(), right.len());
+                assert_eq!(steps.len(), right.len() - (*kind == "missing") as usize);
                 match *kind {
+                    "missing" => assert!(steps == right[..steps.len()] && steps.last().unwrap().result == last(text)),
                     "final" => assert!(steps == right && steps.last().unwrap().result != last(text)),
                     "operation" => assert!(
                         steps.iter().all(true_equation)

@@ -189,8 +189,8 @@ fn losses_of_log_probabilities_and_entropies() {
         })
         .unwrap();
         assert!((value - expected.double_value(&[])).abs() < 1e-12 * value.abs());
-        let [logprobs, entropies] = <[Tensor; 2]>::try_from(gradients).unwrap();
-        let gradients = LogProbs { logprobs, entropies: Some(entropies) };
+        let [logprobs, entropies] = <[Option<Tensor>; 2]>::try_from(gradients).unwrap();
+        let gradients = LogProbs { logprobs: logprobs.unwrap(), entropies };
         let dhidden = LmHead::backward(&mut model, &hidden, &labels, temperature, &gradients, true).unwrap();
         assert!(relative(&dhidden, &x.grad()) < 1e-12, "{family}: {}", relative(&dhidden, &x.grad()));
         let (flat, _) = model.params.grad(group);

@@ -145,7 +145,7 @@ fn plans_of_preferences_are_what_runs_measure() {
 
     let line = |i: usize| {
         let prompt: Vec<String> = (0..200).map(|k| format!("{}", (i * 37 + k * 91) % 1000)).collect();
-        let answer = |what: &str| vec![what; 8].join(" ");
+        let answer = |what: &str| [what; 8].join(" ");
         let (chosen, rejected) = (answer("31"), answer("17"));
         serde_json::json!({"prompt": prompt.join(" "), "chosen": chosen, "rejected": rejected}).to_string()
     };

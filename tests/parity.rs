@@ -9,8 +9,8 @@ mod common;
 use std::collections::HashMap;
 
 use common::{
-    FAMILIES, device, golden_model, gradients, json, largest, load, load_sharded, on_ranks, relative, shifted,
-    tensors,
+    FAMILIES, device, golden_model, gradients, json, largest, load, load_sharded, on_ranks, relative,
+    shifted, tensors,
 };
 use corral::algorithms::step::{self, MicroBatch};
 use corral::model::head::LogProbs;

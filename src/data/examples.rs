@@ -27,7 +27,7 @@ use crate::telemetry::progress::with_bytes_bar;
 
 const MAGIC: &[u8; 8] = b"CORRALEX";
 /// Of the file format and of what is done to examples: part of every cache's key.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const SUPERVISED: u32 = 1 << 31;
 /// Records that are read before they are tokenized together.
 const CHUNK: usize = 4096;
@@ -37,6 +37,18 @@ const CHUNK: usize = 4096;
 pub struct Encoded {
     pub ids: Vec<u32>,
     pub supervised: Vec<bool>,
+}
+
+impl Encoded {
+    /// Without what a template writes after the last turn's end, such as ChatML's line break: a sampler ends at that token
+    /// and never writes more, so that what scores a whole completion has to end there, too.
+    pub fn to_the_last_turns_end(mut self) -> Encoded {
+        if let Some(last) = self.supervised.iter().rposition(|s| *s) {
+            self.ids.truncate(last + 1);
+            self.supervised.truncate(last + 1);
+        }
+        self
+    }
 }
 
 /// What is trained on together: a conversation, or a prompt with each of its ranked completions.

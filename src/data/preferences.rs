@@ -84,7 +84,7 @@ impl Preference {
     }
 
     /// The prompt with each completion in tokens, as the chat template writes them; supervised are the completion's turns of
-    /// the assistant, their ends included.
+    /// the assistant, their ends included. The last one's end is the sequence's.
     pub fn encode(&self, chat: &Chat) -> Result<Example> {
         let before = self.prompt.iter().filter(|m| m.role == "assistant").count();
         let encode = |completion: &Vec<Message>| {
@@ -93,7 +93,7 @@ impl Preference {
             for turn in encoding.turns.iter().skip(before) {
                 supervised[turn.clone()].fill(true);
             }
-            Ok(Encoded { ids: encoding.ids, supervised })
+            Ok(Encoded { ids: encoding.ids, supervised }.to_the_last_turns_end())
         };
         let sequences = self.completions.iter().map(encode).collect::<Result<_>>()?;
         Ok(Example { sequences, ranks: self.ranks.clone() })

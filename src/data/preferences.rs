@@ -161,13 +161,13 @@ pub fn open(
     let split = (training && !data.split.is_empty()).then(|| Split { parts: data.split.clone(), part });
     let options = Options { sequence_length: data.sequence_length as usize, too_long: data.too_long, split };
     let bos = chat.tokenizer().bos_id();
-    let encode = |record: &Record, counts: &mut Counts| {
-        let example = Preference::read(record)?.encode(chat).map_err(|e| e.context(&record.place))?;
-        Ok(fit(example, &options, bos, counts))
-    };
+    let encode =
+        |record: &Record| Preference::read(record)?.encode(chat).map_err(|e| e.context(&record.place));
+    let fit = |example, counts: &mut Counts| fit(example, &options, bos, counts);
     let template = chat.tokenizer().chat_template().map(|t| t.source.as_str()).unwrap_or_default();
     let tokenization = Tokenization {
         encode: &encode,
+        fit: &fit,
         key: format!("preferences {bos:?} {} {template}", hex(&chat.tokenizer().hash())),
         eos: &chat.stop_ids(),
         options: options.clone(),

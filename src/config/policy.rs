@@ -74,6 +74,10 @@ pub enum Level {
     Sequence,
 }
 
+/// Why adapters have no dropout here.
+pub(super) const NO_DROPOUT: &str = "0 is all that there is: log-probabilities of responses are compared with those of the \
+                                     model that wrote them, and dropout would change them";
+
 /// The sections of an algorithm that learns from its own responses, without a critic; `train.batch_size` counts prompts.
 #[derive(Debug, Clone)]
 pub struct OwnResponses<'a> {
@@ -121,6 +125,9 @@ impl<'a> OwnResponses<'a> {
         }
         if let Some((key, why)) = trainable::conflict(&self.actor.freeze, self.actor.lora.as_ref()) {
             return Some(("actor", format!("{key}: {why}")));
+        }
+        if self.actor.drops_out() {
+            return Some(("actor.lora.dropout", NO_DROPOUT.into()));
         }
         // Micro-batches are of responses; prompts only need to be divided among the ranks.
         let train = Train { micro_batch_size: None, ..self.common.train.clone() };

@@ -76,16 +76,13 @@ impl RewardModel<'_> {
 impl Opened {
     /// What the model reads: the actor's own tokens, where it knows them.
     fn encode(&self, said: &Said) -> Result<Encoded> {
-        let (ids, supervised) = match &self.chat {
+        let Encoded { ids, supervised } = match &self.chat {
             None => {
                 let ids: Vec<u32> = said.prompt.ids.iter().chain(said.ids).map(|id| *id as u32).collect();
                 let supervised = (0..ids.len()).map(|i| i >= said.prompt.ids.len()).collect();
-                (ids, supervised)
+                Encoded { ids, supervised }
             }
-            Some(chat) => {
-                let Encoded { ids, supervised } = rendered(chat, said)?;
-                (ids, supervised)
-            }
+            Some(chat) => rendered(chat, said)?,
         };
         let most = self.base.shape.max_position_embeddings as usize;
         // A long prompt loses its beginning: the response is what is scored.
@@ -98,19 +95,15 @@ impl Opened {
 fn rendered(chat: &Chat, said: &Said) -> Result<Encoded> {
     let mut messages = said.prompt.messages.clone();
     messages.push(Message::new("assistant", said.text));
-    let encoding = chat.encode(&messages, false)?;
+    let encoding = match said.ended {
+        true => chat.encode(&messages, false)?,
+        false => chat.encode_unfinished(&messages)?,
+    };
     let mut supervised = encoding.mask();
     // Earlier turns of the assistant are of the prompt.
     let last = encoding.turns.last().map_or(0, |turn| turn.start);
     supervised[..last].fill(false);
-    let mut encoded = Encoded { ids: encoding.ids, supervised }.to_the_last_turns_end();
-    let n = encoded.ids.len();
-    // Without the end of a turn that the response did not come to.
-    if !said.ended && n > last + 1 && chat.stop_ids().contains(&encoded.ids[n - 1]) {
-        encoded.ids.truncate(n - 1);
-        encoded.supervised.truncate(n - 1);
-    }
-    Ok(encoded)
+    Ok(Encoded { ids: encoding.ids, supervised }.to_the_last_turns_end())
 }
 
 #[cfg(test)]

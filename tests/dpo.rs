@@ -140,6 +140,17 @@ fn pairs_are_learnt_and_ranks_micro_batches_and_packing_change_nothing() {
     }
 }
 
+#[test]
+fn completions_of_equal_rank_are_counted() {
+    let run = run("ties");
+    let tied = run.dir.join("tied.jsonl");
+    let line = "{\"prompt\": \"1 + 1?\", \"completions\": [\"2\", \"two\", \"3\"], \"num_correct\": 2}\n";
+    fs::write(&tied, line.repeat(4)).unwrap();
+    run.train(1, &[&format!("data.train=[{}]", tied.display()), "train.steps=6"]);
+    assert_eq!(run.numbers("train", "ties"), [4.0; 6]);
+    assert_eq!(run.numbers("valid", "ties"), [0.0]);
+}
+
 /// With adapters the reference is the model without them, whether it is computed in every step or once.
 #[test]
 fn the_reference_of_adapters_is_the_model_without_them() {

@@ -156,6 +156,39 @@ fn what_cannot_be_scored_is_counted_and_samples_tell_what_was_read() {
     }
 }
 
+/// Of prompts that are asked in the place of others the rewards do not hide what the policy gets where it is due.
+#[test]
+fn rewards_are_of_the_prompts_that_were_due() {
+    let run = run("grpo", "resampled");
+    run.train(1, &["grpo={group_size: 4, resample: 3}", "rewards=[{kind: format, pattern: '[37]'}]"]);
+    let of = |key: &str| run.numbers("train", key);
+    let (mut replaced, mut apart) = (0, 0);
+    for ((reward, kept), resampled) in of("reward").into_iter().zip(of("reward_kept")).zip(of("resampled")) {
+        assert!(resampled > 0.0 || reward == kept, "{reward} {kept}");
+        replaced += i32::from(resampled > 0.0);
+        apart += i32::from(reward != kept);
+    }
+    assert!(replaced > 0 && apart > 0, "{replaced} {apart}");
+}
+
+#[test]
+fn examples_stand_before_every_prompt() {
+    let run = run("grpo", "few-shot");
+    let shots = run.dir.join("shots.jsonl");
+    fs::write(&shots, "{\"prompt\": \"1 + 1?\", \"completion\": \"2\"}\n").unwrap();
+    let few = format!("data.few_shot={{path: {}, count: 1}}", shots.display());
+    let words = ["tokenizer={chat_template: human-assistant}", "train.steps=1", few.as_str()];
+    run.train(1, &words);
+    let samples = fs::read_to_string(run.output().join("samples.jsonl")).unwrap();
+    assert_eq!(samples.lines().count(), 3);
+    for sample in samples.lines() {
+        let sample: Value = serde_json::from_str(sample).unwrap();
+        let prompt = sample["prompt"].as_str().unwrap();
+        let rest = prompt.split_once("\n\nHuman: 1 + 1?\n\nAssistant: 2</s>\n\nHuman: ").expect(prompt).1;
+        assert!(rest.ends_with("\n\nAssistant:") && rest.matches("Human").count() == 0, "{prompt}");
+    }
+}
+
 #[test]
 fn killed_runs_resume_bit_by_bit() {
     let moving = "dpo={group_size: 3, moving_reference: {every: 2, rate: 0.5}}";
@@ -197,6 +230,17 @@ fn online_dpo_drops_ties_and_ranks_change_nothing() {
             (apart(&other, &whole, &keys), relative(&other.parameters(), &whole.parameters()));
         assert!(metrics < 1e-9 && parameters < 1e-9, "{name}: {metrics:e} {parameters:e}");
     }
+    // Responses without a reward are no ties.
+    let unscored = run("online-dpo", "online-unscored");
+    let prompts = unscored.dir.join("prompts.jsonl");
+    let lines =
+        "{\"prompt\": \"1 + 1?\", \"answer\": \"#### many\"}\n{\"prompt\": \"1 + 2?\", \"answer\": \"3\"}\n";
+    fs::write(&prompts, lines).unwrap();
+    let source = format!("data.train=[{}]", prompts.display());
+    unscored.train(1, &[&source, "rewards=[{kind: gsm8k}]", "train.steps=2"]);
+    let (ties, pairs) = (unscored.numbers("train", "ties"), unscored.numbers("train", "pairs"));
+    assert_eq!(unscored.numbers("train", "unpaired"), [2.0; 2]);
+    assert!(ties.iter().zip(&pairs).all(|(t, p)| t + p == 2.0), "{ties:?} {pairs:?}");
     // Nothing is learnt where all responses are equally good.
     let flat = run("online-dpo", "online-flat");
     flat.train(1, &["rewards=[{kind: format, pattern: ''}]", "train.steps=2"]);
@@ -206,7 +250,7 @@ fn online_dpo_drops_ties_and_ranks_change_nothing() {
 
 #[test]
 fn what_cannot_be_is_refused() {
-    let cases: [(&'static str, &[&str], &str); 9] = [
+    let cases: [(&'static str, &[&str], &str); 13] = [
         ("grpo", &["rewards=[]"], "nothing to learn from"),
         ("grpo", &["grpo.group_size=1"], "nothing to be compared with"),
         ("grpo", &["grpo.minibatch_size=5"], "no multiple of 5"),
@@ -214,6 +258,14 @@ fn what_cannot_be_is_refused() {
         ("grpo", &["grpo.loss=sapo", "grpo.delta=4"], "no delta"),
         ("grpo", &["grpo.delta=1.1"], "above 1 + epsilon"),
         ("grpo", &["rewards=[{kind: model}]"], "needs reward_model"),
+        ("grpo", &["grpo.advantages=reinforce++", "grpo.kl_estimator=k3"], "the sum of k1"),
+        ("grpo", &["actor.lora={rank: 4, alpha: 8, dropout: 0.1}"], "actor.lora.dropout"),
+        ("online-dpo", &["actor.lora={rank: 4, alpha: 8, dropout: 0.1}"], "actor.lora.dropout"),
+        (
+            "ppo",
+            &["train.batch_size=8", "critic={path: x, lora: {rank: 4, alpha: 8, dropout: 0.1}}"],
+            "critic.lora.dropout",
+        ),
         ("online-dpo", &["dpo.group_size=1"], "2 responses"),
         ("online-dpo", &["data.sequence_length=12"], "leave no room"),
     ];

@@ -305,3 +305,16 @@ fn a_pad_token_is_added_where_it_is_asked_for() {
     assert_eq!((&config["pad_token_id"], &config["vocab_size"]), (&json!(300), &json!(301)));
     assert_eq!(tokenizer["pad_token"], json!("<|fill|>"));
 }
+
+/// ChatML writes a line break after a turn, at which nothing is scored.
+#[test]
+fn the_end_of_a_turn_is_scored() {
+    let trained = run("chatml");
+    let template = "tokenizer={chat_template: chatml, add_tokens: ['<|im_start|>', '<|im_end|>']}";
+    trained.train(1, &[template, "reward.score=last", "train.steps=4"]);
+    let line = json!({"prompt": "1 + 1?", "completion": "2"});
+    let scored = scored(&trained.output(), "score-chatml", &[line]);
+    let ids = scored[0]["token_ids"].as_array().unwrap();
+    assert_eq!(ids.iter().filter(|id| **id == json!(301)).count(), 2, "{ids:?}");
+    assert_eq!(ids.last(), Some(&json!(301)), "{ids:?}");
+}

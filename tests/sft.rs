@@ -197,3 +197,53 @@ fn check_shows_an_example_and_how_examples_end() {
     let beyond = Program::corral(&["check", "sft", "--example", "151", "--config"]).arg(&path);
     beyond.run(&run.dir, "beyond").expect_error(2, &["--example 151: there are 150"]);
 }
+
+#[test]
+fn check_tells_what_templates_and_lengths_do() {
+    let run = Run::sft("check-more");
+    let config = run.dir.join("config.yaml");
+    let check = |name: &str, words: &[&str]| {
+        let program = Program::corral(&["check", "sft", "--config"]).arg(&config).args(words);
+        program.run(&run.dir, name)
+    };
+    let tokenizer = data().join("tokens/tokenizer");
+    let with = |keys: &str| format!("tokenizer={{path: {}, {keys}}}", tokenizer.display());
+    // What ends a turn of ChatML stands before a line break.
+    let chatml = with("chat_template: chatml, add_tokens: ['<|im_start|>', '<|im_end|>']");
+    let told = check("chatml", &[&chatml, "data.sequence_length=256"]).expect_code(0);
+    assert!(told.out.contains("# 150 of 150 sequences (100.0 %) end in a superv"), "{told}");
+    assert!(told.out.contains("# 0 of 150 sequences are longer than data.sequence_length, 256"), "{told}");
+
+    // Lengths are those before anything is cut, or left out.
+    let longest = |out: &str| -> u64 {
+        let line = out.split_once("# tokens a sequence: ").unwrap().1.split_once(',').unwrap().0.to_string();
+        line.split_once(" to ").unwrap().1.parse().unwrap()
+    };
+    let uncut = longest(&told.out);
+    for too_long in ["truncate", "drop"] {
+        let words = [chatml.as_str(), "data.sequence_length=96", &format!("data.too_long={too_long}")];
+        let told = check(too_long, &words).expect_code(0);
+        assert!(uncut > 96 && longest(&told.out) == uncut, "{told}");
+        let longer = told.out.split_once(" of 150 sequences are longer than").unwrap().0;
+        assert!(longer.rsplit_once("# ").unwrap().1.parse::<u64>().unwrap() > 0, "{told}");
+    }
+    let cut = Run::sft("cut");
+    let told = cut.train(1, &["data.sequence_length=64", "train.steps=1", "schedule.warmup_steps=0"]);
+    let counted = told.err.split_once(" were truncated, 0 left out").expect("what was cut").0;
+    assert!(counted.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap() > 0, "{told}");
+
+    let pad = with("template: \"{prompt}\\n{completion}\", pad_token: '</s>'");
+    let told = check("pad", &[&pad]).expect_code(0);
+    assert!(told.out.contains("the pad token (</s>) also ends a sequence"), "{told}");
+    let twice = with(
+        "chat_template: '{{ bos_token }}{% for m in messages %}{% if m.role == \"assistant\" %}{% generation %}{{ \
+         bos_token + m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}'",
+    );
+    check("twice", &[&twice]).expect_error(3, &["example 1 begins with two BOS tokens (<s>)"]);
+
+    let saved = run.dir.join("saved");
+    fs::create_dir(&saved).unwrap();
+    fs::write(saved.join("dataset_info.json"), "{}").unwrap();
+    let source = format!("data.train=[{}]", saved.display());
+    check("saved", &[&source]).expect_error(3, &["is a folder, written by `save_to_disk`", "`to_parquet`"]);
+}

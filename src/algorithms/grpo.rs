@@ -90,7 +90,7 @@ pub fn grpo(loaded: &Loaded<Grpo>, inputs: Inputs, world: &World, start: &Start)
         if let Some(train) = run.stepped((generated + read) as u64, &update, lr)?.record {
             run.log(
                 &train
-                    .with(describe(&batch.samples))
+                    .with(asked.told)
                     .with(record)
                     .count("resampled", asked.resampled)
                     .count("dropped", sampler.prompts.dropped)
@@ -124,6 +124,9 @@ struct Asked {
     resampled: u64,
     /// Tokens of all responses, also of those that were replaced.
     generated: usize,
+    /// Of the responses to the prompts that were due, also of those that were replaced: what is left of resampling is the
+    /// harder part of the data. `reward_kept` is the mean of those that are learned from.
+    told: Record,
 }
 
 /// Asks the next prompts, and others in the place of those whose responses are all equally good, as often as is configured.
@@ -133,6 +136,7 @@ fn ask(c: &Grpo, policy: &mut Policy, sampler: &mut Sampler, first: u64, world: 
     let tokens = |batch: &Batch| batch.samples.iter().map(|s| s.response.ids.len()).sum::<usize>();
     let mut batch = policy.ask(sampler, first, count, group, world)?;
     let (mut next, mut resampled, mut generated) = (first + count, 0, tokens(&batch));
+    let mut told = describe(&batch.samples);
     for _ in 0..c.grpo.resample {
         let flat: Vec<usize> =
             (0..count as usize).filter(|g| !varies(c, group_of(&batch, *g, group))).collect();
@@ -156,7 +160,10 @@ fn ask(c: &Grpo, policy: &mut Policy, sampler: &mut Sampler, first: u64, world: 
             }
         }
     }
-    Ok(Asked { batch, next, resampled, generated })
+    if c.grpo.resample > 0 {
+        told = told.float("reward_kept", describe(&batch.samples).get("reward").unwrap_or(f64::NAN));
+    }
+    Ok(Asked { batch, next, resampled, generated, told })
 }
 
 fn group_of(batch: &Batch, number: usize, size: usize) -> &[Sampled] {
@@ -250,7 +257,7 @@ fn update(
         },
         delta: grpo.delta,
         beta: if grpo.advantages == Advantages::Reinforce { 0.0 } else { grpo.beta },
-        kl: grpo.kl_estimator,
+        kl: c.kl_estimator(),
         temperatures: [1.0, 1.05],
     };
     let longest = c.generation.max_new_tokens.high as i64;

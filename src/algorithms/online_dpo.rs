@@ -93,7 +93,7 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
         let asking_s = asking.elapsed().as_secs_f64();
         let updating = Instant::now();
         let lr = schedule.rate(step);
-        let pairs = pairs(c, &batch);
+        let (pairs, ties) = pairs(c, &batch);
         policy.wake()?;
         let (update, stats) = update(c, &mut policy, moving.as_mut(), &pairs, lr, world)?;
         if let (Some(how), Some(reference)) = (&c.dpo.moving_reference, &moving)
@@ -119,7 +119,8 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
             run.log(
                 &train
                     .count("pairs", pairs.len() as u64)
-                    .count("ties", count - pairs.len() as u64)
+                    .count("ties", ties)
+                    .count("unpaired", count - ties - pairs.len() as u64)
                     .count("dropped", sampler.prompts.dropped)
                     .float("rollout_s", batch.rollout_s)
                     .float("score_s", asking_s - batch.rollout_s)
@@ -157,8 +158,9 @@ fn follow(reference: &Sharded, policy: &Sharded, rate: f64) {
     }
 }
 
-/// The best and the worst response to each prompt; none of prompts whose responses are equally good, or the same.
-fn pairs(c: &OnlineDpo, batch: &Batch) -> Vec<Example> {
+/// The best and the worst response to each prompt; none of prompts whose responses are equally good, or the same, whose
+/// number comes with them, and none of those without two responses that have a reward.
+fn pairs(c: &OnlineDpo, batch: &Batch) -> (Vec<Example>, u64) {
     let penalty = if c.dpo.truncated == Truncated::Penalize { c.dpo.truncated_penalty } else { 0.0 };
     let reward = |s: &Sampled| {
         let reward = s.judgement.reward?;
@@ -169,8 +171,11 @@ fn pairs(c: &OnlineDpo, batch: &Batch) -> Vec<Example> {
         }
     };
     let size = c.dpo.group_size as usize;
+    let mut ties = 0;
     let pair = |(group, samples): (usize, &[Sampled])| {
-        let scored = samples.iter().enumerate().filter_map(|(i, s)| Some((i, reward(s)?)));
+        let scored: Vec<(usize, f64)> =
+            samples.iter().enumerate().filter_map(|(i, s)| Some((i, reward(s)?))).collect();
+        let comparable = scored.len() > 1;
         let mut best: Option<(usize, f64)> = None;
         let mut worst = best;
         for (i, reward) in scored {
@@ -193,10 +198,12 @@ fn pairs(c: &OnlineDpo, batch: &Batch) -> Vec<Example> {
             }
         };
         let sequences = vec![encode(best), encode(worst)];
-        (most > least && sequences[0].ids != sequences[1].ids)
-            .then(|| Example { sequences, ranks: vec![0, 1] })
+        let differ = most > least && sequences[0].ids != sequences[1].ids;
+        ties += u64::from(comparable && !differ);
+        differ.then(|| Example { sequences, ranks: vec![0, 1] })
     };
-    batch.samples.chunks(size).enumerate().filter_map(pair).collect()
+    let pairs = batch.samples.chunks(size).enumerate().filter_map(pair).collect();
+    (pairs, ties)
 }
 
 /// One update on the pairs, which all ranks know, and what is told of them. Without pairs there is none. Collective.

@@ -156,7 +156,7 @@ fn reference_example(record: &readers::Record, chat: &Chat, longest: usize) -> R
         ["completions", "rejected"].iter().any(|key| record.fields.get(*key).is_some_and(|v| !v.is_null()));
     let example = match ranked {
         true => Preference::read(record)?.encode(chat).context(&record.place)?,
-        false => sft::encode(record, chat, false)?.into(),
+        false => sft::encode(record, chat, false)?.to_the_last_turns_end().into(),
     };
     let fits = |s: &Encoded| s.ids.len() <= longest && s.supervised.iter().skip(1).any(|s| *s);
     let (sequences, ranks) =

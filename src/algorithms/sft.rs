@@ -70,13 +70,13 @@ fn rows(c: &Sft, chat: &Chat, sources: &[sections::Source], order: Order) -> Res
         too_long: c.data.too_long,
         split,
     };
-    let encode = |record: &DataRecord, counts: &mut Counts| {
-        Ok(examples::fit(encode(record, chat, c.data.train_on_prompt)?, &options, counts))
-    };
+    let encode = |record: &DataRecord| Ok(encode(record, chat, c.data.train_on_prompt)?.into());
+    let fit = |example, counts: &mut Counts| examples::fit(example, &options, counts);
     let eos: Vec<u32> = chat.stop_ids();
     let template = chat.tokenizer().chat_template().map(|t| t.source.as_str()).unwrap_or_default();
     let tokenization = Tokenization {
         encode: &encode,
+        fit: &fit,
         key: format!("{} {} {template}", hex(&chat.tokenizer().hash()), c.data.train_on_prompt),
         eos: &eos,
         options: options.clone(),
@@ -254,11 +254,15 @@ fn announce(c: &Sft, inputs: &Inputs, params: &Sharded) {
         ),
     }
     info!(
-        "data: {} examples, {} tokens, {} of them supervised; {} rows of {} tokens, {:.1} % padding; {} steps are {:.2} \
-         epochs",
+        "data: {} examples, {} tokens, {} of them supervised; {} were truncated, {} left out ({} too long, {} with nothing \
+         supervised); {} rows of {} tokens, {:.1} % padding; {} steps are {:.2} epochs",
         counts.examples,
         counts.tokens,
         counts.supervised_tokens,
+        counts.truncated,
+        counts.dropped(),
+        counts.too_long,
+        counts.unsupervised,
         inputs.train.num_rows(),
         c.data.sequence_length,
         100.0 * inputs.train.padding(),

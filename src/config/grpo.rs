@@ -45,7 +45,9 @@ pub struct Section {
     /// The weight of the KL to the reference, in the loss; of `reinforce++` in the reward.
     #[serde(deserialize_with = "not_negative")]
     pub beta: f64,
-    pub kl_estimator: KlEstimator,
+    /// Default: `k3`; of `reinforce++` it is always `k1`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl_estimator: Option<KlEstimator>,
     /// The KL to the reference is measured also where beta is 0, which takes a reference: a model in memory, and a forward
     /// of it.
     pub measure_kl: bool,
@@ -76,7 +78,7 @@ impl Default for Section {
             epsilon_high: None,
             delta: None,
             beta: 0.0,
-            kl_estimator: KlEstimator::K3,
+            kl_estimator: None,
             measure_kl: true,
             epochs: 1,
             minibatch_size: None,
@@ -147,6 +149,11 @@ impl Grpo {
         self.grpo.epochs * (self.num_responses() / self.minibatch_size()).max(1)
     }
 
+    /// How the KL to the reference is estimated in the loss.
+    pub fn kl_estimator(&self) -> KlEstimator {
+        self.grpo.kl_estimator.unwrap_or(KlEstimator::K3)
+    }
+
     /// Whether the reference is asked.
     pub fn uses_reference(&self) -> bool {
         self.grpo.beta > 0.0 || self.grpo.measure_kl
@@ -182,6 +189,11 @@ impl Algorithm for Grpo {
         if grpo.group_size == 1 && grpo.advantages != Advantages::Reinforce {
             let why = "a response alone has nothing to be compared with; 2 at least, or grpo.advantages=reinforce++";
             return Some(("grpo.group_size", why.into()));
+        }
+        if grpo.advantages == Advantages::Reinforce && grpo.kl_estimator.is_some_and(|e| e != KlEstimator::K1)
+        {
+            let why = "reinforce++ has the KL in the reward, as the sum of k1 over a response; leave it out";
+            return Some(("grpo.kl_estimator", why.into()));
         }
         if grpo.delta.is_some_and(|d| d <= 1.0 + grpo.epsilon) {
             return Some(("grpo.delta", "above 1 + epsilon: below it nothing would be left to clip".into()));

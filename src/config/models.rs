@@ -31,6 +31,13 @@ pub struct Trained {
     pub optim: Option<Optim>,
 }
 
+impl Trained {
+    /// Whether its adapters ask for dropout, which no algorithm with such models has.
+    pub fn drops_out(&self) -> bool {
+        self.lora.as_ref().is_some_and(|l| l.dropout > 0.0)
+    }
+}
+
 /// A model that is only asked.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -74,6 +74,10 @@ pub enum Level {
     Sequence,
 }
 
+/// Why adapters have no dropout here.
+pub(super) const NO_DROPOUT: &str = "0 is all that there is: log-probabilities of responses are compared with those of the \
+                                     model that wrote them, and dropout would change them";
+
 /// Defines the configuration of an algorithm that learns from its own responses: a struct with the given keys, those that all
 /// such algorithms have and those of [`configuration!`], and `fn sections_of_responses(&self)`, which takes the rewards of a
 /// method `rewards`.
@@ -172,6 +176,9 @@ impl<'a> OwnResponses<'a> {
         }
         if let Some((key, why)) = trainable::conflict(&self.actor.freeze, self.actor.lora.as_ref()) {
             return Some(("actor", format!("{key}: {why}")));
+        }
+        if self.actor.drops_out() {
+            return Some(("actor.lora.dropout", NO_DROPOUT.into()));
         }
         // Micro-batches are of responses; prompts only need to be divided among the ranks.
         let train = Train { micro_batch_size: None, ..self.common.train.clone() };

@@ -286,6 +286,11 @@ impl Algorithm for Ppo {
             if let Some((key, why)) = trainable::conflict(&critic.freeze, critic.lora.as_ref()) {
                 return Some(("critic", format!("{key}: {why}")));
             }
+            if critic.drops_out() {
+                let why = "0 is all that there is: values are compared with those before the updates, and dropout would \
+                           change them";
+                return Some(("critic.lora.dropout", why.into()));
+            }
         }
         self.sections_of_responses().conflict(world_size).or_else(|| self.valid.conflict(&self.data.valid))
     }

@@ -5,6 +5,7 @@
 //! token is supervised), the end of each sequence in tokens (`u64`), the end of each example in sequences (`u64`), the rank
 //! of each sequence (`u32`), a footer in JSON, the footer's length (`u64`), `CORRALEX`.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -27,7 +28,7 @@ use crate::telemetry::progress::with_bytes_bar;
 
 const MAGIC: &[u8; 8] = b"CORRALEX";
 /// Of the file format and of what is done to examples: part of every cache's key.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const SUPERVISED: u32 = 1 << 31;
 /// Records that are read before they are tokenized together.
 const CHUNK: usize = 4096;
@@ -37,6 +38,18 @@ const CHUNK: usize = 4096;
 pub struct Encoded {
     pub ids: Vec<u32>,
     pub supervised: Vec<bool>,
+}
+
+impl Encoded {
+    /// Without what a template writes after the last turn's end, such as ChatML's line break: a sampler ends at that token
+    /// and never writes more, so that what scores a whole completion has to end there, too.
+    pub fn to_the_last_turns_end(mut self) -> Encoded {
+        if let Some(last) = self.supervised.iter().rposition(|s| *s) {
+            self.ids.truncate(last + 1);
+            self.supervised.truncate(last + 1);
+        }
+        self
+    }
 }
 
 /// What is trained on together: a conversation, or a prompt with each of its ranked completions.
@@ -107,7 +120,7 @@ pub struct Counts {
     pub duplicates: u64,
     /// Examples left out because no two completions of different rank are left of them.
     pub indistinct: u64,
-    /// Sequences whose last token is a supervised end of sequence.
+    /// Sequences whose last supervised token is an end of sequence.
     pub ends_in_eos: u64,
 }
 
@@ -142,17 +155,21 @@ impl Counts {
         for sequence in &example.sequences {
             self.tokens += sequence.ids.len() as u64;
             self.supervised_tokens += sequence.supervised.iter().skip(1).filter(|s| **s).count() as u64;
-            let last = sequence.ids.last().zip(sequence.supervised.last());
-            self.ends_in_eos +=
-                u64::from(last.is_some_and(|(id, supervised)| *supervised && eos.contains(id)));
+            // Templates may write a line break after it.
+            let last = sequence.supervised.iter().rposition(|s| *s);
+            self.ends_in_eos += u64::from(last.is_some_and(|i| eos.contains(&sequence.ids[i])));
         }
     }
 }
+
+/// How many sequences have each number of tokens before any is cut or left out.
+pub type Lengths = BTreeMap<usize, u64>;
 
 #[derive(Serialize, Deserialize)]
 struct Footer {
     key: String,
     counts: Counts,
+    lengths: Lengths,
     crc32: u32,
 }
 
@@ -161,15 +178,17 @@ struct Footer {
 pub struct Examples {
     map: Mmap,
     counts: Counts,
+    lengths: Lengths,
     key: String,
 }
 
 /// Turns records into examples, on all cores.
 pub struct Tokenization<'a> {
-    /// The example of a record as it is kept; none where it is left out, which is then counted. Also says that a record is
-    /// unusable.
-    pub encode: &'a (dyn Fn(&Record, &mut Counts) -> Result<Option<Example>> + Sync),
-    /// Tells tokenizer, template and whatever else `encode` depends on, besides `options`, apart.
+    /// The example of a record as it is, or why the record is unusable.
+    pub encode: &'a (dyn Fn(&Record) -> Result<Example> + Sync),
+    /// The example as it is kept; none where it is left out, which is then counted.
+    pub fit: &'a (dyn Fn(Example, &mut Counts) -> Option<Example> + Sync),
+    /// Tells tokenizer, template and whatever else `encode` and `fit` depend on, besides `options`, apart.
     pub key: String,
     pub eos: &'a [u32],
     pub options: Options,
@@ -208,6 +227,7 @@ impl Tokenization<'_> {
     }
 
     fn cache_key(&self, path: &Path) -> Result<String> {
+        readers::refuse_folder(path)?;
         let mut hash = Sha256::new();
         let file = File::open(path).map_err(|e| read_error(path, &e))?;
         hash.update(&map_file(&file).map_err(|e| read_error(path, &e))?[..]);
@@ -220,6 +240,7 @@ impl Tokenization<'_> {
     fn write(&self, path: &Path, cached: &Path, key: &str, read: &Arc<AtomicU64>) -> Result<()> {
         let mut file = AtomicFile::create(cached)?;
         let (mut counts, mut crc) = (Counts::default(), crc32fast::Hasher::new());
+        let mut lengths = Lengths::new();
         let (mut ends, mut example_ends, mut ranks) = (Vec::new(), Vec::new(), Vec::new());
         let mut records = readers::records(path, None, read)?;
         let mut index = 0;
@@ -241,13 +262,16 @@ impl Tokenization<'_> {
             counts.records += chunk.len() as u64;
             let encode = |record: &Record| {
                 let mut counts = Counts::default();
-                let example = (self.encode)(record, &mut counts)?;
+                let example = (self.encode)(record)?;
+                let lengths: Vec<usize> = example.sequences.iter().map(|s| s.ids.len()).collect();
+                let example = (self.fit)(example, &mut counts);
                 example.iter().for_each(|e| counts.keep(e, self.eos));
-                Ok((example, counts))
+                Ok((example, counts, lengths))
             };
             let encoded: Vec<_> = chunk.par_iter().map(encode).collect::<Result<_>>()?;
-            for (example, its_counts) in encoded {
+            for (example, its_counts, its_lengths) in encoded {
                 counts.add(&its_counts);
+                its_lengths.into_iter().for_each(|n| *lengths.entry(n).or_default() += 1);
                 let Some(example) = example else { continue };
                 let mut end = ends.last().copied().unwrap_or(0);
                 for sequence in &example.sequences {
@@ -265,7 +289,7 @@ impl Tokenization<'_> {
         let bytes: Vec<u8> = ends.chain(ranks.iter().flat_map(|r| r.to_le_bytes())).collect();
         crc.update(&bytes);
         file.put(&bytes)?;
-        let footer = Footer { key: key.to_string(), counts, crc32: crc.finalize() };
+        let footer = Footer { key: key.to_string(), counts, lengths, crc32: crc.finalize() };
         let footer = serde_json::to_vec(&footer).map_err(|e| Error::failed(e.to_string()))?;
         file.put(&footer)?;
         file.put(&(footer.len() as u64).to_le_bytes())?;
@@ -281,8 +305,8 @@ fn words(sequence: &Encoded) -> impl Iterator<Item = u32> {
 }
 
 /// A conversation of at most `options.sequence_length` tokens, if it is to be kept.
-pub fn fit(mut sequence: Encoded, options: &Options, counts: &mut Counts) -> Option<Example> {
-    let most = options.sequence_length;
+pub fn fit(conversation: Example, options: &Options, counts: &mut Counts) -> Option<Example> {
+    let (most, mut sequence) = (options.sequence_length, conversation.sequences.into_iter().next()?);
     let too_long = sequence.ids.len() > most;
     if too_long && options.too_long == TooLong::Drop {
         counts.too_long += 1;
@@ -315,11 +339,15 @@ impl Examples {
         if footer.key != key || whole != Some(end as u64) || crc32fast::hash(&map[..end]) != footer.crc32 {
             return Ok(None);
         }
-        Ok(Some(Examples { map, counts: footer.counts, key: footer.key }))
+        Ok(Some(Examples { map, counts: footer.counts, lengths: footer.lengths, key: footer.key }))
     }
 
     pub fn counts(&self) -> &Counts {
         &self.counts
+    }
+
+    pub fn lengths(&self) -> &Lengths {
+        &self.lengths
     }
 
     /// Tells the data, its tokenizer and its options apart.

@@ -84,7 +84,7 @@ impl Preference {
     }
 
     /// The prompt with each completion in tokens, as the chat template writes them; supervised are the completion's turns of
-    /// the assistant, their ends included.
+    /// the assistant, their ends included. The last one's end is the sequence's.
     pub fn encode(&self, chat: &Chat) -> Result<Example> {
         let before = self.prompt.iter().filter(|m| m.role == "assistant").count();
         let encode = |completion: &Vec<Message>| {
@@ -93,7 +93,7 @@ impl Preference {
             for turn in encoding.turns.iter().skip(before) {
                 supervised[turn.clone()].fill(true);
             }
-            Ok(Encoded { ids: encoding.ids, supervised })
+            Ok(Encoded { ids: encoding.ids, supervised }.to_the_last_turns_end())
         };
         let sequences = self.completions.iter().map(encode).collect::<Result<_>>()?;
         Ok(Example { sequences, ranks: self.ranks.clone() })
@@ -161,13 +161,13 @@ pub fn open(
     let split = (training && !data.split.is_empty()).then(|| Split { parts: data.split.clone(), part });
     let options = Options { sequence_length: data.sequence_length as usize, too_long: data.too_long, split };
     let bos = chat.tokenizer().bos_id();
-    let encode = |record: &Record, counts: &mut Counts| {
-        let example = Preference::read(record)?.encode(chat).map_err(|e| e.context(&record.place))?;
-        Ok(fit(example, &options, bos, counts))
-    };
+    let encode =
+        |record: &Record| Preference::read(record)?.encode(chat).map_err(|e| e.context(&record.place));
+    let fit = |example, counts: &mut Counts| fit(example, &options, bos, counts);
     let template = chat.tokenizer().chat_template().map(|t| t.source.as_str()).unwrap_or_default();
     let tokenization = Tokenization {
         encode: &encode,
+        fit: &fit,
         key: format!("preferences {bos:?} {} {template}", hex(&chat.tokenizer().hash())),
         eos: &chat.stop_ids(),
         options: options.clone(),

@@ -85,8 +85,17 @@ impl Prompts {
         let mut shots = Vec::new();
         if let Some(few) = &data.few_shot {
             let records = readers::records(&few.path, None, &Arc::default())?;
+            let mut read = 0;
             for record in records.take(few.count as usize) {
                 shots.extend(conversation(&record?)?);
+                read += 1;
+            }
+            if read < few.count {
+                return Err(Error::config(format!(
+                    "data.few_shot.count: {} are asked for, and {} has {read} records",
+                    few.count,
+                    few.path.display()
+                )));
             }
         }
         let split = (seed.is_some() && !data.split.is_empty())
@@ -260,5 +269,9 @@ mod tests {
         let prompts = open(&folder, &lines, &few, 60, None).unwrap();
         let turns: Vec<&str> = prompts.get(0).messages.iter().map(|m| m.content.as_str()).collect();
         assert_eq!(turns, ["1+1", "2", "short"]);
+        let few = format!(", few_shot: {{path: {}, count: 3}}", shots.display());
+        let e = open(&folder, &lines, &few, 60, None).map(drop).unwrap_err();
+        assert!(e.message.contains("data.few_shot.count: 3 are asked for") && e.exit_code() == 2, "{e}");
+        assert!(e.message.contains("has 2 records"), "{e}");
     }
 }

@@ -136,16 +136,29 @@ impl<R: Read> Read for Counted<R> {
 
 type Input = BufReader<Box<dyn Read + Send>>;
 
+/// # Errors
+/// The path is a folder, with what to do about it.
+pub fn refuse_folder(path: &Path) -> Result<()> {
+    if !path.is_dir() {
+        return Ok(());
+    }
+    let saved = ["dataset_info.json", "state.json", "dataset_dict.json"];
+    let how = match saved.iter().any(|name| path.join(name).is_file()) {
+        true => {
+            ", written by `save_to_disk` of Hugging Face's datasets, whose Arrow files are not read; export the data set \
+             with its `to_parquet` or `to_json`, and name that file"
+        }
+        false => "; name the files in it",
+    };
+    Err(Error::data(format!("{} is a folder{how}", path.display())))
+}
+
 /// Opens a file of any known kind. `columns`: the columns of a Parquet file to read (all where `None`).
 /// `bytes` grows with what was read of the file on disk.
 pub fn records(path: &Path, columns: Option<&[&str]>, bytes: &Arc<AtomicU64>) -> Result<Records> {
     let cannot = |e: io::Error| Error::data(format!("cannot read {}: {e}", path.display()));
-    let (format, compression) = match format_of(path) {
-        Err(_) if path.is_dir() => {
-            return Err(Error::data(format!("{} is a folder; name the files in it", path.display())));
-        }
-        known => known?,
-    };
+    refuse_folder(path)?;
+    let (format, compression) = format_of(path)?;
     let file = File::open(path).map_err(cannot)?;
     let path: Arc<Path> = path.into();
     if format == Format::Parquet {
@@ -556,6 +569,9 @@ mod tests {
         assert!(error(&file("j.parquet", b"PAR1")).starts_with("cannot read FILE: "));
         assert!(error(&folder.0.join("missing.jsonl")).starts_with("cannot read FILE: No such file"));
         assert_eq!(error(&folder.0), "FILE is a folder; name the files in it");
+        folder.file("dataset_info.json", "{}");
+        let saved = error(&folder.0);
+        assert!(saved.contains("`save_to_disk`") && saved.contains("`to_parquet`"), "{saved}");
         let whole = gzip(format!("{LINES}\n").repeat(1000).as_bytes());
         assert!(error(&file("k.jsonl.gz", &whole[..whole.len() / 2])).starts_with("cannot read FILE:"));
         assert!(error(&file("l.jsonl.zst", b"no zstd at all")).starts_with("cannot read FILE:"));

@@ -217,9 +217,10 @@ mod tests {
         let text: String = lines.iter().map(|l| format!("{{\"text\": \"{l}\"}}\n")).collect();
         let path = folder.file(name, text);
         let cache = folder.0.join("cache");
-        let encode = |record: &Record, counts: &mut Counts| Ok(fit(encode(record)?, &options, counts));
-        let (encode, options) = (&encode, options.clone());
-        let tokenization = Tokenization { encode, key: "test".into(), eos: &[9], options, cache };
+        let encode = |record: &Record| Ok(encode(record)?.into());
+        let fit = |example, counts: &mut Counts| fit(example, &options, counts);
+        let (encode, fit, options) = (&encode, &fit, options.clone());
+        let tokenization = Tokenization { encode, fit, key: "test".into(), eos: &[9], options, cache };
         tokenization.open(&path).unwrap()
     }
 
@@ -256,6 +257,10 @@ mod tests {
         );
         let dropped = examples(&folder, "a.jsonl", &lines(), options(5, TooLong::Drop));
         assert_eq!((dropped.counts().examples, dropped.counts().too_long), (2, 2));
+        // Before any was cut or left out, with the cache read again.
+        for examples in [all, dropped, examples(&folder, "a.jsonl", &lines(), options(5, TooLong::Drop))] {
+            assert_eq!(*examples.lengths(), BTreeMap::from([(1, 1), (4, 1), (5, 1), (6, 1), (8, 1)]));
+        }
     }
 
     #[test]

@@ -39,14 +39,15 @@ pub fn answer(text: &str, form: Form) -> Option<Answer> {
     }
 }
 
-/// The answer that a reference gives: the number after its last `####`; without that mark, the number that it
-/// begins with.
+/// The answer that a reference gives: the number after its last `####`; without that mark, the number that it is. Of what
+/// is more than a number (`3 apples and 4`, `1/2`) none is taken for the answer.
 pub fn reference(text: &str) -> Option<Answer> {
     let text = text.trim();
-    match text.contains("####") {
-        true => answer(text, Form::Strict),
-        false => answer(&format!("#### {text}"), Form::Strict),
+    if text.contains("####") {
+        return answer(text, Form::Strict);
     }
+    let text = text.trim_start_matches([' ', '$']);
+    number_at_start(text).filter(|answer| answer.text == text.trim_end_matches([',', '.']))
 }
 
 /// A minus right before a number belongs to it, unless it stands after an operand.
@@ -129,6 +130,24 @@ mod tests {
         ];
         for (text, wanted) in cases {
             assert_eq!(number(text, Form::Flexible).as_deref(), wanted, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_reference_is_a_number_or_marks_one() {
+        let cases = [
+            ("16 - 9 = 7\n#### 7", Some("7")),
+            ("18", Some("18")),
+            (" $1,200.50. ", Some("1200.5")),
+            ("-3", Some("-3")),
+            ("3 apples and 4 make 7", None),
+            ("1/2", None),
+            ("5%", None),
+            ("x = 4", None),
+            ("", None),
+        ];
+        for (text, wanted) in cases {
+            assert_eq!(reference(text).map(|a| a.number).as_deref(), wanted, "{text}");
         }
     }
 

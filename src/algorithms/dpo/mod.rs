@@ -211,6 +211,15 @@ impl Work {
     }
 }
 
+/// Pairs of equal rank, which no loss compares, of rows `first..first + count`.
+fn ties(rows: &RowLoader, first: u64, count: u64) -> u64 {
+    let of = |ranks: Vec<u32>| {
+        let equal = |(i, rank): (usize, &u32)| ranks[i + 1..].iter().filter(|r| *r == rank).count();
+        ranks.iter().enumerate().map(equal).sum::<usize>() as u64
+    };
+    (first..first + count).map(|n| of(rows.example(n).ranks)).sum()
+}
+
 /// Tokens of the best completions of rows `first..first + count`.
 fn best_tokens(rows: &RowLoader, first: u64, count: u64) -> f64 {
     let tokens = |example: Example| {
@@ -285,7 +294,8 @@ pub fn dpo(loaded: &Loaded<Dpo>, inputs: Inputs, world: &World, start: &Start) -
             let record = tell(record, &stats, c);
             let (truncated, dropped) = (counts.truncated, counts.dropped());
             let record = record.count("truncated", truncated).count("dropped", dropped);
-            run.log(&record.count("duplicates", counts.duplicates));
+            let ties = ties(&inputs.train, next, batch);
+            run.log(&record.count("duplicates", counts.duplicates).count("ties", ties));
         }
         let mut best = false;
         if let Some(valid) = &inputs.valid
@@ -293,7 +303,8 @@ pub fn dpo(loaded: &Loaded<Dpo>, inputs: Inputs, world: &World, start: &Start) -
         {
             let (loss, stats) = validate(c, &mut learner.model, &mut reference, valid, world)?;
             let record = run.with_loss(Record::new("valid", run.progress.step), loss);
-            run.log(&tell(record, &stats, c).float("perplexity", (stats[6] / stats[7]).exp()));
+            let record = tell(record, &stats, c).float("perplexity", (stats[6] / stats[7]).exp());
+            run.log(&record.count("ties", ties(valid, 0, num_valid(c, valid))));
             best = run.note_validation(loss, &c.valid);
             run.restart_window();
         }

@@ -42,3 +42,30 @@ pub fn kl_is_zero(distance: f64, compute: Kind) -> Result<()> {
          nats a token (allowed in {compute:?}: {allowed:.0e}); ppo.self_check=false goes on all the same"
     )))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_too_far_away_ends_the_run() {
+        for (compute, same_rows, allowed) in [
+            (Kind::Double, true, 1e-9),
+            (Kind::Float, true, 1e-5),
+            (Kind::Float, false, 1e-4),
+            (Kind::BFloat16, true, 1e-2),
+            (Kind::BFloat16, false, 5e-2),
+        ] {
+            ratios_are_one(allowed * 0.9, compute, same_rows).unwrap();
+            for distance in [allowed * 1.1, f64::NAN] {
+                let e = ratios_are_one(distance, compute, same_rows).unwrap_err();
+                assert!(e.message.contains("must be 1") && e.exit_code() == 1, "{e}");
+            }
+        }
+        kl_is_zero(0.0, Kind::Float).unwrap();
+        for distance in [1e-4, f64::NAN] {
+            let e = kl_is_zero(distance, Kind::Float).unwrap_err();
+            assert!(e.message.contains("the same weights") && e.message.contains("ppo.self_check"), "{e}");
+        }
+    }
+}

@@ -76,29 +76,81 @@ impl RewardModel<'_> {
 impl Opened {
     /// What the model reads: the actor's own tokens, where it knows them.
     fn encode(&self, said: &Said) -> Result<Encoded> {
-        let (ids, supervised) = match &self.chat {
+        let Encoded { ids, supervised } = match &self.chat {
             None => {
                 let ids: Vec<u32> = said.prompt.ids.iter().chain(said.ids).map(|id| *id as u32).collect();
                 let supervised = (0..ids.len()).map(|i| i >= said.prompt.ids.len()).collect();
-                (ids, supervised)
+                Encoded { ids, supervised }
             }
-            Some(chat) => {
-                let mut messages = said.prompt.messages.clone();
-                messages.push(Message::new("assistant", said.text));
-                let encoding = match said.ended {
-                    true => chat.encode(&messages, false)?,
-                    false => chat.encode_unfinished(&messages)?,
-                };
-                let mut supervised = encoding.mask();
-                // Earlier turns of the assistant are of the prompt.
-                let last = encoding.turns.last().map_or(0, |turn| turn.start);
-                supervised[..last].fill(false);
-                (encoding.ids, supervised)
-            }
+            Some(chat) => rendered(chat, said)?,
         };
         let most = self.base.shape.max_position_embeddings as usize;
         // A long prompt loses its beginning: the response is what is scored.
         let cut = ids.len().saturating_sub(most);
         Ok(Encoded { ids: ids[cut..].to_vec(), supervised: supervised[cut..].to_vec() })
+    }
+}
+
+/// What was said in the tokens of another template, up to where the response ended.
+fn rendered(chat: &Chat, said: &Said) -> Result<Encoded> {
+    let mut messages = said.prompt.messages.clone();
+    messages.push(Message::new("assistant", said.text));
+    let encoding = match said.ended {
+        true => chat.encode(&messages, false)?,
+        false => chat.encode_unfinished(&messages)?,
+    };
+    let mut supervised = encoding.mask();
+    // Earlier turns of the assistant are of the prompt.
+    let last = encoding.turns.last().map_or(0, |turn| turn.start);
+    supervised[..last].fill(false);
+    Ok(Encoded { ids: encoding.ids, supervised }.to_the_last_turns_end())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::sections;
+    use crate::data::chat::configured;
+    use crate::data::preferences::Preference;
+    use crate::data::prompts::Prompt;
+    use crate::data::tokenizer::tests::small;
+    use crate::files::TestFolder;
+
+    /// What is trained on, what `score` and `eval` read, what the actor wrote, and what is made of its text are one.
+    #[test]
+    fn a_completion_ends_at_the_same_token_wherever_it_is_scored() {
+        for template in ["chatml", "human-assistant"] {
+            let folder = TestFolder::new(&format!("scored-{template}"));
+            small(300).save(&folder.0).unwrap();
+            let section = sections::Tokenizer {
+                chat_template: Some(template.into()),
+                add_tokens: vec!["<|im_start|>".into(), "<|im_end|>".into()],
+                ..Default::default()
+            };
+            let chat = Chat::new(&configured(Some(&section), Some(&folder.0)).unwrap()).unwrap();
+            let messages = vec![Message::new("user", "1 + 1?")];
+            let ids: Vec<i64> = chat.prompt(&messages).unwrap().into_iter().map(i64::from).collect();
+            let prompt = Prompt { ids, messages, reference: None, record: Default::default() };
+            let answer = vec![Message::new("assistant", "two")];
+            let preference =
+                Preference { prompt: prompt.messages.clone(), completions: vec![answer], ranks: vec![0] };
+            let trained = preference.encode(&chat).unwrap().sequences.remove(0);
+
+            let end = chat.end_of_turn().unwrap();
+            let mut response = chat.tokenizer().encode("two", false).unwrap();
+            if template == "human-assistant" {
+                response = chat.tokenizer().encode(" two", false).unwrap();
+            }
+            response.push(end);
+            let written: Vec<u32> = prompt.ids.iter().map(|id| *id as u32).chain(response.clone()).collect();
+            assert_eq!(trained.ids, written, "{template}");
+            let wanted: Vec<bool> = (0..written.len()).map(|i| i >= prompt.ids.len()).collect();
+            assert_eq!(trained.supervised, wanted, "{template}");
+            let ids: Vec<i64> = response.into_iter().map(i64::from).collect();
+            let said = Said { prompt: &prompt, ids: &ids, text: "two", ended: true };
+            assert_eq!(rendered(&chat, &said).unwrap(), trained, "{template}");
+            let cut = rendered(&chat, &Said { ended: false, ..said }).unwrap();
+            assert_eq!(cut.ids, written[..written.len() - 1], "{template}");
+        }
     }
 }

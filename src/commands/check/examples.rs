@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 
 use crate::data::chat::Chat;
-use crate::data::examples::{Counts, Encoded, Examples};
+use crate::data::examples::{Counts, Encoded, Examples, Lengths};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
@@ -11,7 +11,9 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// Of kind Data: examples that begin with two BOS, or in which nothing is supervised.
-pub fn show(chat: &Chat, sources: &[Examples], number: usize) -> Result<()> {
+///
+/// `most`: what longer sequences are cut at, or left out for.
+pub fn show(chat: &Chat, sources: &[Examples], number: usize, most: i64) -> Result<()> {
     let tokenizer = chat.tokenizer();
     let mut counts = Counts::default();
     sources.iter().for_each(|s| counts.add(s.counts()));
@@ -25,7 +27,7 @@ pub fn show(chat: &Chat, sources: &[Examples], number: usize) -> Result<()> {
     for sequence in &shown.sequences {
         println!("{}", marked(tokenizer, sequence)?);
     }
-    let (bos, mut lengths) = (tokenizer.bos_id(), Vec::new());
+    let bos = tokenizer.bos_id();
     for (i, example) in all().enumerate() {
         for sequence in &example.sequences {
             if bos.is_some()
@@ -39,13 +41,19 @@ pub fn show(chat: &Chat, sources: &[Examples], number: usize) -> Result<()> {
                     bos.and_then(|id| tokenizer.id_to_token(id)).unwrap_or_default()
                 )));
             }
-            lengths.push(sequence.ids.len());
         }
     }
     if counts.supervised_tokens == 0 {
         return Err(Error::data("no token is supervised: the loss would count nothing"));
     }
-    histogram(&mut lengths);
+    let mut lengths = Lengths::new();
+    for (length, count) in sources.iter().flat_map(Examples::lengths) {
+        *lengths.entry(*length).or_default() += count;
+    }
+    histogram(&lengths);
+    let longer: u64 = lengths.range(most as usize + 1..).map(|(_, count)| count).sum();
+    let all: u64 = lengths.values().sum();
+    println!("# {longer} of {all} sequences are longer than data.sequence_length, {most} tokens");
     let share = |n: u64| 100.0 * n as f64 / counts.sequences.max(1) as f64;
     println!(
         "# {} of {} sequences ({:.1} %) end in a supervised end of sequence",
@@ -103,26 +111,37 @@ const BARS: usize = 8;
 const WIDTH: usize = 40;
 
 /// Prints how lengths are spread.
-fn histogram(lengths: &mut [usize]) {
-    lengths.sort_unstable();
-    let (Some(shortest), Some(longest)) = (lengths.first(), lengths.last()) else { return };
-    let at = |share: f64| lengths[((lengths.len() - 1) as f64 * share) as usize];
+fn histogram(lengths: &Lengths) {
+    let (Some((shortest, _)), Some((longest, _))) = (lengths.first_key_value(), lengths.last_key_value())
+    else {
+        return;
+    };
+    let total: u64 = lengths.values().sum();
+    let at = |share: f64| {
+        let mut rest = ((total - 1) as f64 * share) as u64;
+        let found = lengths.iter().find(|(_, count)| {
+            let here = rest < **count;
+            rest = rest.saturating_sub(**count);
+            here
+        });
+        found.map_or(*longest, |(length, _)| *length)
+    };
     println!(
         "# tokens a sequence: {shortest} to {longest}, median {}, 95 % have at most {}",
         at(0.5),
         at(0.95)
     );
     let width = (longest - shortest + 1).div_ceil(BARS);
-    let bins: Vec<usize> = (0..BARS)
+    let bins: Vec<u64> = (0..BARS)
         .map(|b| {
             let from = shortest + b * width;
-            lengths.iter().filter(|l| (from..from + width).contains(l)).count()
+            lengths.range(from..from + width).map(|(_, count)| count).sum()
         })
         .collect();
     let most = bins.iter().max().copied().unwrap_or(1).max(1);
     for (b, count) in bins.iter().enumerate().filter(|(b, _)| shortest + b * width <= *longest) {
         let from = shortest + b * width;
-        let bar = "#".repeat((count * WIDTH).div_ceil(most));
+        let bar = "#".repeat((count * WIDTH as u64).div_ceil(most) as usize);
         println!("#   {:>6} to {:>6} {count:>9} {bar}", from, (from + width - 1).min(*longest));
     }
 }

@@ -122,7 +122,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
                 inputs.steps,
                 inputs.steps as f64 * c.train.batch_size as f64 / rows as f64
             );
-            examples::show(&inputs.chat, inputs.train.sources(), example)
+            examples::show(&inputs.chat, inputs.train.sources(), example, c.data.sequence_length)
         }),
     }
 }

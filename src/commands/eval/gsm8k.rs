@@ -44,7 +44,9 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
         }
     }
     if !questions.iter().any(|q| q.gold.is_some()) {
-        return Err(Error::data("no line of the input has an answer with a number after `####`"));
+        return Err(Error::data(
+            "no line of the input has an answer that is a number, or has one after `####`",
+        ));
     }
     let requests: Vec<Request> = questions
         .iter()

@@ -173,6 +173,17 @@ fn a_warm_up_trains_the_critic_alone() {
     assert!(run.numbers("train", "ratio_mean").iter().all(|r| *r == 1.0));
 }
 
+/// Ratios are checked at the actor's first update, whenever that is.
+#[test]
+fn ratios_are_checked_after_a_warm_up() {
+    for (i, warmup) in ["ppo.value_warmup=0", "ppo.value_warmup=2", "ppo.value_warmup=4"].iter().enumerate() {
+        let run = ppo(&format!("warm-up-check-{i}"));
+        let ended = run.train(1, &[warmup]);
+        let checks = ended.err.matches("self-check: ratios are 1").count();
+        assert_eq!(checks, usize::from(i < 2), "{warmup}: {ended}");
+    }
+}
+
 #[test]
 fn options_do_what_they_say() {
     let last = |name: &str, words: &[&str], key: &str| {

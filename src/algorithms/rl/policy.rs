@@ -2,7 +2,7 @@
 
 use crate::algorithms::base::{self, Base};
 use crate::algorithms::rl::experience::{Readout, gather_rows};
-use crate::algorithms::rl::place::{Where, at_work, check_offload, frozen};
+use crate::algorithms::rl::place::{Where, at_work, check_offload, frozen, where_it_was};
 use crate::algorithms::rl::reward_model::{self, RewardModel};
 use crate::algorithms::rl::sampling::{Batch, Said, Sampled, Sampler, Scorer};
 use crate::algorithms::training::Learner;
@@ -177,7 +177,8 @@ impl<'a> Policy<'a> {
     pub fn with_reference<T>(&mut self, f: impl FnOnce(&mut Llama) -> Result<T>) -> Result<T> {
         match &mut self.reference {
             Some(reference) => at_work(&mut reference.model, reference.offload, f),
-            None => at_work(&mut self.actor.model, self.offload, |actor| {
+            // The actor may be awake, for its updates: then it stays so.
+            None => where_it_was(&mut self.actor.model, |actor| {
                 actor.adapters = false;
                 let result = f(actor);
                 actor.adapters = true;

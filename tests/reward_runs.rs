@@ -305,3 +305,64 @@ fn a_pad_token_is_added_where_it_is_asked_for() {
     assert_eq!((&config["pad_token_id"], &config["vocab_size"]), (&json!(300), &json!(301)));
     assert_eq!(tokenizer["pad_token"], json!("<|fill|>"));
 }
+
+/// PPO on the prompts of [`data`], rewarded by a model that is the critic, too.
+fn ppo(name: &str, reward_model: &Path) -> Run {
+    let (data, start, reward_model) = (data().display(), start(), reward_model.display());
+    let keys = format!(
+        "actor: {{path: {}}}
+critic: {{optim: {{lr: 1.0e-30, weight_decay: 0.0}}}}
+reward_model: {{path: {reward_model}}}
+data: {{train: [{data}/prompts.train.jsonl], sequence_length: 128}}
+generation: {{max_new_tokens: 8}}
+ppo: {{epochs: 1, minibatch_size: 4}}
+train: {{steps: 1, batch_size: 4}}
+",
+        start.display()
+    );
+    Run::of("ppo", name, &keys)
+}
+
+/// The values of a critic that was a reward model begin at the size of its rewards, where its head is of one token.
+#[test]
+fn a_reward_model_becomes_a_critic() {
+    for score in ["last", "sum"] {
+        let trained = run(&format!("critic-{score}"));
+        // With a pad token that the actor does not know.
+        let words = ["tokenizer.pad_token=<|fill|>", "train.steps=4"];
+        trained.train(1, &[&words[..], &[&format!("reward.score={score}")]].concat());
+        let model = trained.output().join("model");
+        let run = ppo(&format!("ppo-{score}"), &model);
+        run.train(1, &[]);
+        let head =
+            |dir: &Path| common::tensors(&dir.join("model.safetensors"))["score.weight"].shallow_clone();
+        let gain = ours(&model)["gain"].as_f64().unwrap();
+        assert!((gain - 1.0).abs() > 0.01, "{gain} shows nothing");
+        let wanted = head(&model) * if score == "last" { gain } else { 1.0 };
+        let distance = relative(&head(&run.output().join("critic")), &wanted);
+        assert!(distance < 1e-6, "{score}: {distance:e}");
+    }
+}
+
+/// A response that one rank's reward model cannot read ends all of them, at once and with its reason.
+#[test]
+fn ranks_fail_together_where_one_cannot_score() {
+    let trained = run("unreadable");
+    trained.train(1, &["train.steps=4"]);
+    let model = trained.output().join("model");
+    let path = model.join("chat_template.jinja");
+    let template = fs::read_to_string(&path).unwrap();
+    let refuse =
+        "{%- if 'seven' in messages[0].content %}{{ raise_exception('cannot read seven') }}{% endif -%}";
+    fs::write(&path, format!("{refuse}{template}")).unwrap();
+    let run = ppo("ppo-unreadable", &model);
+    let prompts = run.dir.join("prompts.jsonl");
+    fs::write(&prompts, "{\"prompt\": \"1 + 1?\"}\n{\"prompt\": \"1 + seven?\"}\n").unwrap();
+    let source = format!("data.train=[{}]", prompts.display());
+    let words = ["train.batch_size=2", "ppo.minibatch_size=2", "parallel.mode=full", "parallel.timeout_s=20"];
+    let ended = run.start(2, &[&words[..], &[&source]].concat()).wait();
+    assert!(ended.code != 0 && ended.err.contains("cannot read seven"), "{ended}");
+    // Neither rank speaks of the other's silence or of numbers that do not fit.
+    let errors: Vec<&str> = ended.err.lines().filter(|l| l.contains("error")).collect();
+    assert!(errors.iter().all(|l| l.contains("cannot read seven")), "{errors:?}");
+}

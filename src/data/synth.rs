@@ -529,7 +529,9 @@ mod tests {
                 assert_ne!(last(text), last(&texts[0]), "{kind}: {record}");
                 assert_eq!(steps.len(), right.len() - (*kind == "missing") as usize);
                 match *kind {
-                    "missing" => assert!(steps == right[..steps.len()] && steps.last().unwrap().result == last(text)),
+                    "missing" => {
+                        assert!(steps == right[..steps.len()] && steps.last().unwrap().result == last(text))
+                    }
                     "final" => assert!(steps == right && steps.last().unwrap().result != last(text)),
                     "operation" => assert!(
                         steps.iter().all(true_equation)

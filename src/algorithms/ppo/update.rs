@@ -145,7 +145,7 @@ fn update_policy(
                 loss -= entropies.view([-1, width]) * ppo.entropy_coef;
             }
             if kl_coef != 0.0 {
-                loss += ppo.kl_estimator.estimate(&logprobs, &of(&e.reference)) * kl_coef;
+                loss += ppo.kl_estimator().estimate(&logprobs, &of(&e.reference)) * kl_coef;
             }
             Ok((loss * ppo.aggregation.weights(&mask, &counts, longest)).sum(mask.kind()))
         };

@@ -19,7 +19,7 @@ test: setup ## all tests
 	cargo test --release --workspace
 
 parity: setup ## only the tests against golden data (CORRAL_GOLDEN=DIR: another set of it)
-	cargo test --release --test parity --test tokenizer
+	cargo test --release --test parity --test parity_training --test tokenizer
 	cargo test --release --test dpo trls
 	cargo test --release --lib algorithms::
 

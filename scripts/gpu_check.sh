@@ -12,7 +12,7 @@ set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 target=${CARGO_TARGET_DIR:-target}
-tests="parity ops" # golden models; kernels/tests/ops.rs
+tests="parity parity_training ops" # golden models; golden training; kernels/tests/ops.rs
 
 pack() {
     make --no-print-directory build
@@ -20,7 +20,7 @@ pack() {
     mkdir gpu-check
     cp "$target/release/corral" "$target/release/launch" gpu-check/
     # Cargo names the test binaries with a hash; its messages tell which.
-    cargo test --release --workspace --test parity --test ops --no-run --message-format json | "$PYTHON" -c '
+    cargo test --release --workspace --test parity --test parity_training --test ops --no-run --message-format json | "$PYTHON" -c '
 import json, shutil, sys
 found = {m["target"]["name"]: m["executable"] for m in map(json.loads, sys.stdin)
          if m["reason"] == "compiler-artifact" and m["executable"] and m["target"]["kind"] == ["test"]}

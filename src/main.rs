@@ -123,7 +123,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Convert(args) => commands::convert::run(args, global.single_device()?),
         Command::Merge(args) => commands::merge::run(args, global.single_device()?),
         Command::Inspect(args) => commands::inspect::run(args),
-        Command::Check(args) => commands::check::run(args),
+        Command::Check(args) => commands::check::run(args, global),
         Command::Plan(args) => commands::plan::run(args, global),
         Command::Bench(command) => commands::bench::run(command, global),
     }

@@ -204,13 +204,7 @@ fn several_models_are_planned_by_device_and_phase() {
             Program::corral(&all).args(&["--device", "cuda"]).run(&common::run::folder("plan-ppo"), "plan");
         serde_json::from_str(&planned.expect_code(0).out).unwrap()
     };
-    let of = |names: [&str; 4]| -> Vec<String> {
-        let keys = ["actor", "critic", "reward_model", "reference"];
-        keys.iter().zip(names).map(|(key, name)| format!("{key}.path={name}")).collect()
-    };
-    let one = of(["llama-2-7b"; 4]);
-    let words: Vec<&str> = one.iter().map(String::as_str).collect();
-    let one_gpu = plan("llama-7b-one-gpu.yaml", &words);
+    let one_gpu = plan("llama-7b-one-gpu.yaml", &[]);
     let gib = |v: &serde_json::Value| v.as_f64().unwrap() / (1u64 << 30) as f64;
     for phase in 0..3 {
         // Alone at a time: one 7B model in bfloat16 has 12.5 GiB, and all would not fit.
@@ -223,16 +217,41 @@ fn several_models_are_planned_by_device_and_phase() {
     assert!(gib(&one_gpu["host_bytes"]) > 4.0 * 12.3);
 
     // What stays is there in every phase.
-    let stays = plan("llama-7b-one-gpu.yaml", &[&words[..], &["reference.offload=false"]].concat());
+    let stays = plan("llama-7b-one-gpu.yaml", &["reference.offload=false"]);
     for phase in 0..3 {
         let more = gib(&stays["device_bytes"]["cuda"][phase]) - gib(&one_gpu["device_bytes"]["cuda"][phase]);
         assert!((10.0..12.8).contains(&more), "phase {phase}: {more} GiB more");
     }
-    let apart = plan("llama-7b-one-gpu.yaml", &[&words[..], &["reference.device=cuda:1"]].concat());
+    let apart = plan("llama-7b-one-gpu.yaml", &["reference.device=cuda:1"]);
     assert!(gib(&apart["device_bytes"]["cuda:1"][1]) > 12.3);
 
-    let eight = of(["llama-2-13b", "llama-1b", "llama-1b", "llama-2-13b"]);
-    let words: Vec<&str> = ["--nproc", "8"].into_iter().chain(eight.iter().map(String::as_str)).collect();
-    let eight = plan("llama-13b-8gpu.yaml", &words);
+    let eight = plan("llama-13b-8gpu.yaml", &["--nproc", "8"]);
     assert!((0..3).all(|phase| gib(&eight["device_bytes"]["cuda"][phase]) < 80.0), "{eight}");
+    let averaged = plan("llama-13b-8gpu.yaml", &["--nproc", "8", "ppo.ema=0.99"]);
+    let more = gib(&averaged["device_bytes"]["cuda"][1]) - gib(&eight["device_bytes"]["cuda"][1]);
+    assert!((6.0..13.0).contains(&more), "an eighth of 13B in float32, and a copy: {more} GiB");
+}
+
+/// What `plan` says of presets, `check` does, and that it has opened nothing.
+#[test]
+fn a_recipe_of_presets_is_checked_without_models() {
+    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/ppo");
+    for (recipe, ranks) in [("llama-7b-one-gpu.yaml", "1"), ("llama-13b-8gpu.yaml", "8")] {
+        let config = dir.join(recipe);
+        let words = ["check", "ppo", "--device", "cuda", "--nproc", ranks, "--config"];
+        let check = |more: &[&str]| {
+            let folder = common::run::folder(&format!("check-presets-{ranks}"));
+            Program::corral(&words).arg(&config).args(more).run(&folder, "check")
+        };
+        let told = check(&[]).expect_code(0).out;
+        for part in
+            ["neither models nor data were opened", "sampling", "scoring", "learning", "reward_model", "cuda"]
+        {
+            assert!(told.contains(part), "{part} in {told}");
+        }
+        check(&["ppo.minibatch_size=7"]).expect_code(2);
+        check(&["actor.path=there-is-none"]).expect_code(3);
+        let all = ["actor", "critic", "reward_model", "reference"].map(|m| format!("{m}.path=there-is-none"));
+        check(&all.each_ref().map(String::as_str)).expect_code(3);
+    }
 }

@@ -5,7 +5,11 @@ mod common;
 use std::fs;
 use std::path::Path;
 
-use common::run::{Program, Run, answers, data, largest_relative};
+use common::json;
+use common::run::{Program, Run, answers, data, folder, largest_relative};
+use corral::data::chat::Chat;
+use corral::data::conversation::Message;
+use corral::data::tokenizer::Tokenizer;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
@@ -293,4 +297,92 @@ fn what_fails_is_told() {
     assert_eq!(none.numbers("train", "unscored"), [16.0, 16.0]);
     let (start, model) = (parameters(answers()), parameters(&none.output().join("model")));
     assert!(relative(&model, &start) < 1e-12, "nothing was learned");
+}
+
+/// `corral score` of lines: what it writes of each.
+fn scored(model: &Path, dir: &Path, input: &[Value]) -> Vec<Value> {
+    let at = |name: &str| dir.join(name).to_string_lossy().into_owned();
+    let text: String = input.iter().map(|line| format!("{line}\n")).collect();
+    fs::write(at("in.jsonl"), text).unwrap();
+    let (model, input, output) = (model.to_string_lossy(), at("in.jsonl"), at("out.jsonl"));
+    let words = ["score", "--model", &*model, "--input", &input, "--output", &output];
+    Program::corral(&words).run(dir, "score").expect_code(0);
+    lines(Path::new(&output))
+}
+
+/// A reward model of another tokenizer and template than the actor's is given the text of what was said, and scores it as
+/// `corral score` does; of a response that was cut, without what the template writes after an answer.
+#[test]
+fn a_reward_model_of_another_tokenizer_scores_the_text() {
+    let (data, bpe) = (data().display(), folder("other-bpe"));
+    let (text, tokenizer) = (format!("{data}/pretrain.train.jsonl"), bpe.to_string_lossy().into_owned());
+    let words = ["tokenizer", "train", "--input", &text, "--vocab-size", "340", "--output", &tokenizer];
+    Program::corral(&words).run(&bpe, "bpe").expect_code(0);
+    let chatml = "chat_template: chatml, add_tokens: ['<|im_start|>', '<|im_end|>']";
+    let plain = "template: \"Q: {prompt}\\nA: {completion}\\nThat is all.\"";
+    for (score, template) in [("last", chatml), ("sum", plain)] {
+        let keys = format!(
+            "model: {{init: {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2}}}}
+tokenizer: {{path: {tokenizer}, {template}}}
+data: {{train: [{data}/rankings.train.jsonl], sequence_length: 128, cache: {data}/cache-{score}}}
+reward: {{score: {score}, normalize: {{samples: 10}}}}
+optim: {{lr: 1.0e-2}}
+train: {{steps: 4, batch_size: 4}}
+"
+        );
+        let trained = Run::of("reward", &format!("other-reward-{score}"), &keys);
+        trained.train(1, &[]);
+        let reward_model = trained.output().join("model");
+
+        let run = ppo(&format!("other-{score}"));
+        let path = format!("reward_model.path={}", reward_model.display());
+        run.train(1, &[&path, "rewards=[]", "train.steps=2", "samples.every=1", "samples.count=16"]);
+        let samples = lines(&run.output().join("samples.jsonl"));
+        assert_eq!(samples.len(), 32);
+        let (cut, ended): (Vec<_>, Vec<_>) = samples.iter().partition(|s| s["finish_reason"] == "length");
+        assert!(cut.len() > 2 && ended.len() > 2, "{} were cut, {} ended", cut.len(), ended.len());
+        let text = |sample: &Value, key: &str| sample[key].as_str().unwrap().to_string();
+        // As the actor's template writes it.
+        let prompt = |sample: &Value| {
+            let rendered = text(sample, "prompt");
+            rendered.strip_prefix("<s>").unwrap().strip_suffix('\n').unwrap().to_string()
+        };
+        let equal = |sample: &Value, expected: f64| {
+            let reward = sample["rewards"]["model"]["reward"].as_f64().unwrap();
+            assert!((reward - expected).abs() < 1e-4, "{score}: {expected} expected of {sample}");
+        };
+
+        let line = |s: &&Value| serde_json::json!({"prompt": prompt(s), "completion": text(s, "response")});
+        let told = scored(&reward_model, &run.dir, &ended.iter().map(line).collect::<Vec<_>>());
+        ended.iter().zip(&told).for_each(|(sample, told)| equal(sample, told["reward"].as_f64().unwrap()));
+
+        // A model of the same values that tells the last one, of every beginning of what was said.
+        let last = run.dir.join("last");
+        fs::create_dir(&last).unwrap();
+        for entry in fs::read_dir(&reward_model).unwrap().flatten() {
+            fs::copy(entry.path(), last.join(entry.file_name())).unwrap();
+        }
+        let mut ours = json(&last.join("corral.json"));
+        let number = |key: &str| ours["reward"][key].as_f64().unwrap();
+        let (gain, bias) = (number("gain"), number("bias"));
+        ours["reward"]["score"] = "last".into();
+        fs::write(last.join("corral.json"), ours.to_string()).unwrap();
+        let theirs = Tokenizer::load(&reward_model).unwrap();
+        let chat = Chat::new(&theirs).unwrap();
+        let (mut beginnings, mut first) = (Vec::new(), vec![0]);
+        for sample in &cut {
+            let asked = chat.prompt(&[Message::new("user", prompt(sample))]).unwrap();
+            let said = theirs.encode(&text(sample, "response"), false).unwrap();
+            let beginning = |n: usize| serde_json::json!({"input_ids": ([&asked[..], &said[..n]].concat())});
+            beginnings.extend((1..=said.len()).map(beginning));
+            first.push(beginnings.len());
+        }
+        let told = scored(&last, &run.dir, &beginnings);
+        let values: Vec<f64> = told.iter().map(|line| line["score"].as_f64().unwrap()).collect();
+        for (sample, range) in cut.iter().zip(first.windows(2)) {
+            let values = &values[range[0]..range[1]];
+            let raw = if score == "sum" { values.iter().sum() } else { values[values.len() - 1] };
+            equal(sample, gain * raw + bias);
+        }
+    }
 }

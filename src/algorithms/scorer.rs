@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::model::{Input, Llama, ScoreHead};
 
 /// Tokens that one forward reads at most (one sequence may be longer).
-const BATCH_TOKENS: usize = 8192;
+pub const BATCH_TOKENS: usize = 8192;
 
 /// Which tokens' values are a sequence's score, [S, N]: the scores are its product with the values. The dtype and the
 /// device are those of the values.

@@ -52,27 +52,25 @@ pub enum Objective<'a> {
     /// -weight times the sum of the labels' log-probabilities: cross-entropy.
     CrossEntropy { weight: f64 },
     /// Any function of the labels' log-probabilities, A `[N]` (0 where there is no label), at a temperature, and of the
-    /// entropies, if they are asked for. It returns a scalar, which libtorch's autograd differentiates.
+    /// entropies, if they are asked for (and differentiated if it depends on them, not if it only reads their values). It
+    /// returns a scalar, which libtorch's autograd differentiates.
     LogProbs { temperature: f64, entropies: bool, loss: Loss<'a, LogProbs> },
     /// Any function of the values that a scalar head gives, A `[N]`; the batch's labels are not read. It returns a scalar,
     /// too.
     Values { loss: Loss<'a, Tensor> },
 }
 
-/// A scalar function's value at `leaves` and its gradients there; zeros for leaves that it does not depend on.
+/// A scalar function's value at `leaves` and its gradients there; none for leaves that it does not depend on.
 pub fn differentiate(
     leaves: &[&Tensor],
     f: impl FnOnce(&[Tensor]) -> Result<Tensor>,
-) -> Result<(f64, Vec<Tensor>)> {
+) -> Result<(f64, Vec<Option<Tensor>>)> {
     let leaves: Vec<Tensor> = leaves.iter().map(|t| t.detach().set_requires_grad(true)).collect();
     let value = tch::with_grad(|| f(&leaves))?;
     if value.requires_grad() {
         value.f_backward()?;
     }
-    let gradient = |leaf: &Tensor| match leaf.grad() {
-        grad if grad.defined() => grad,
-        _ => leaf.zeros_like().detach(),
-    };
+    let gradient = |leaf: &Tensor| Some(leaf.grad()).filter(Tensor::defined);
     Ok((value.detach().double_value(&[]), leaves.iter().map(gradient).collect()))
 }
 
@@ -101,19 +99,24 @@ pub fn accumulate(
                 let out = LmHead::logprobs(model, &hidden, &labels, *temperature, *entropies)?;
                 let mut leaves = vec![&out.logprobs];
                 leaves.extend(&out.entropies);
-                let of = |t: &[Tensor]| LogProbs {
-                    logprobs: t[0].shallow_clone(),
-                    entropies: t.get(1).map(Tensor::shallow_clone),
+                let (value, gradients) = differentiate(&leaves, |leaves| {
+                    let entropies = leaves.get(1).map(Tensor::shallow_clone);
+                    loss(&LogProbs { logprobs: leaves[0].shallow_clone(), entropies })
+                })?;
+                // Entropies that are only told have no gradient, and so no backward.
+                let [logprobs, entropies] = [0, 1].map(|i| gradients.get(i).and_then(Option::as_ref));
+                let gradients = LogProbs {
+                    logprobs: logprobs.map_or_else(|| out.logprobs.zeros_like(), Tensor::shallow_clone),
+                    entropies: entropies.map(Tensor::shallow_clone),
                 };
-                let (value, gradients) = differentiate(&leaves, |leaves| loss(&of(leaves)))?;
-                let gradients = of(&gradients);
                 let dhidden = LmHead::backward(model, &hidden, &labels, *temperature, &gradients, last)?;
                 (value, dhidden)
             }
             Objective::Values { loss } => {
                 let values = ScoreHead::values(model, &hidden)?;
-                let (value, gradients) = differentiate(&[&values], |leaves| loss(&leaves[0]))?;
-                (value, ScoreHead::backward(model, &hidden, &gradients[0], last)?)
+                let (value, mut gradients) = differentiate(&[&values], |leaves| loss(&leaves[0]))?;
+                let gradient = gradients.remove(0).unwrap_or_else(|| values.zeros_like());
+                (value, ScoreHead::backward(model, &hidden, &gradient, last)?)
             }
         };
         drop(hidden);
@@ -297,6 +300,19 @@ mod tests {
 
     fn update(loss: f64) -> Update {
         Update { loss, aux_loss: None, grad_norm: loss, skipped: !loss.is_finite() }
+    }
+
+    #[test]
+    fn what_a_loss_only_reads_has_no_gradient() {
+        let [a, b] = [2.0, 3.0].map(|x| Tensor::from_slice(&[x]));
+        let read = differentiate(&[&a, &b], |leaves| Ok((&leaves[0] * leaves[1].detach()).sum(Kind::Double)));
+        let (value, gradients) = read.unwrap();
+        assert_eq!((value, gradients[1].is_none()), (6.0, true));
+        assert_eq!(gradients[0].as_ref().map(|g| g.double_value(&[0])), Some(3.0));
+        // Nor has anything where nothing is differentiated.
+        let (value, gradients) =
+            differentiate(&[&a], |leaves| Ok(leaves[0].detach().sum(Kind::Double))).unwrap();
+        assert_eq!((value, gradients[0].is_none()), (2.0, true));
     }
 
     #[test]

@@ -2,39 +2,18 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::common::{Common, configuration};
-use super::models::{Frozen, Trained};
+use super::common::Common;
 use super::numbers::{count, not_negative, positive, some_count, some_positive};
-use super::policy::{KlEstimator, Level, LossType, OwnResponses};
-use super::prompts::Data;
+use super::policy::{KlEstimator, Level, LossType, policy_configuration};
 use super::rewards::{Reward, RewardKind};
-use super::rollout::Generation;
-use super::sections::{Tokenizer, Valid};
 use super::sft::Samples;
 use super::{Algorithm, Conflict};
 
-configuration! {
+policy_configuration! {
     /// Group-relative policy optimization; `train.batch_size` counts prompts an iteration, `train.steps` iterations.
     pub struct Grpo {
-        /// The policy.
-        pub actor: Trained,
-        /// What the policy is compared with. Default: the actor as it was, with adapters: the actor without them.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub reference: Option<Frozen>,
-        /// What scores responses, where a reward is of the kind `model`.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub reward_model: Option<Frozen>,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub tokenizer: Option<Tokenizer>,
-        pub data: Data,
-        #[serde(default, skip_serializing_if = "Vec::is_empty")]
-        pub rewards: Vec<Reward>,
-        #[serde(default)]
-        pub generation: Generation,
         #[serde(default)]
         pub grpo: Section,
-        #[serde(default)]
-        pub valid: Valid,
         #[serde(default = "samples")]
         pub samples: Samples,
     }
@@ -171,19 +150,6 @@ impl Grpo {
     /// Whether the reference is asked.
     pub fn uses_reference(&self) -> bool {
         self.grpo.beta > 0.0 || self.grpo.measure_kl
-    }
-
-    pub fn sections_of_responses(&self) -> OwnResponses<'_> {
-        OwnResponses {
-            common: self.common(),
-            actor: &self.actor,
-            reference: self.reference.as_ref(),
-            reward_model: self.reward_model.as_ref(),
-            tokenizer: self.tokenizer.as_ref(),
-            data: &self.data,
-            rewards: self.rewards(),
-            generation: &self.generation,
-        }
     }
 }
 

@@ -2,41 +2,20 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::common::{Common, configuration};
+use super::common::Common;
 use super::dpo::{self, Loss, Pairs, ReferenceFrom};
 use super::grpo::{Truncated, samples};
-use super::models::{Frozen, Trained};
 use super::numbers::{count, not_negative, positive, ratio};
-use super::policy::OwnResponses;
-use super::prompts::Data;
+use super::policy::policy_configuration;
 use super::rewards::Reward;
-use super::rollout::Generation;
-use super::sections::{Tokenizer, Valid};
 use super::sft::Samples;
 use super::{Algorithm, Conflict};
 
-configuration! {
+policy_configuration! {
     /// DPO on the model's own responses; `train.batch_size` counts prompts an iteration, `train.steps` iterations.
     pub struct OnlineDpo {
-        /// The policy.
-        pub actor: Trained,
-        /// What the policy is compared with. Default: the actor as it was, with adapters: the actor without them.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub reference: Option<Frozen>,
-        /// What scores responses, where a reward is of the kind `model`.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub reward_model: Option<Frozen>,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub tokenizer: Option<Tokenizer>,
-        pub data: Data,
-        #[serde(default, skip_serializing_if = "Vec::is_empty")]
-        pub rewards: Vec<Reward>,
-        #[serde(default)]
-        pub generation: Generation,
         #[serde(default)]
         pub dpo: Section,
-        #[serde(default)]
-        pub valid: Valid,
         #[serde(default = "samples")]
         pub samples: Samples,
     }
@@ -107,17 +86,9 @@ impl Section {
 }
 
 impl OnlineDpo {
-    pub fn sections_of_responses(&self) -> OwnResponses<'_> {
-        OwnResponses {
-            common: self.common(),
-            actor: &self.actor,
-            reference: self.reference.as_ref(),
-            reward_model: self.reward_model.as_ref(),
-            tokenizer: self.tokenizer.as_ref(),
-            data: &self.data,
-            rewards: self.rewards.clone(),
-            generation: &self.generation,
-        }
+    /// What responses are rewarded for.
+    pub fn rewards(&self) -> Vec<Reward> {
+        self.rewards.clone()
     }
 }
 

@@ -80,6 +80,57 @@ pub enum Level {
     Sequence,
 }
 
+/// Defines the configuration of an algorithm that learns from its own responses: a struct with the given keys, those that all
+/// such algorithms have and those of [`configuration!`], and `fn sections_of_responses(&self)`, which takes the rewards of a
+/// method `rewards`.
+macro_rules! policy_configuration {
+    ($(#[$doc:meta])* pub struct $name:ident {
+        $($(#[$about:meta])* pub $key:ident: $type:ty,)*
+    }) => {
+        crate::config::common::configuration! {
+            $(#[$doc])*
+            pub struct $name {
+                /// The policy.
+                pub actor: crate::config::models::Trained,
+                /// What the policy is compared with. Default: the actor as it was, with adapters: the actor without them.
+                #[serde(default, skip_serializing_if = "Option::is_none")]
+                pub reference: Option<crate::config::models::Frozen>,
+                /// What scores responses, where a reward is of the kind `model`.
+                #[serde(default, skip_serializing_if = "Option::is_none")]
+                pub reward_model: Option<crate::config::models::Frozen>,
+                /// Of the actor, and of what has none.
+                #[serde(default, skip_serializing_if = "Option::is_none")]
+                pub tokenizer: Option<crate::config::sections::Tokenizer>,
+                pub data: crate::config::prompts::Data,
+                #[serde(default, skip_serializing_if = "Vec::is_empty")]
+                pub rewards: Vec<crate::config::rewards::Reward>,
+                #[serde(default)]
+                pub generation: crate::config::rollout::Generation,
+                $($(#[$about])* pub $key: $type,)*
+                #[serde(default)]
+                pub valid: crate::config::sections::Valid,
+            }
+        }
+
+        impl $name {
+            /// The sections that all have that learn from their own responses.
+            pub fn sections_of_responses(&self) -> crate::config::policy::OwnResponses<'_> {
+                crate::config::policy::OwnResponses {
+                    common: self.sections(),
+                    actor: &self.actor,
+                    reference: self.reference.as_ref(),
+                    reward_model: self.reward_model.as_ref(),
+                    tokenizer: self.tokenizer.as_ref(),
+                    data: &self.data,
+                    rewards: self.rewards(),
+                    generation: &self.generation,
+                }
+            }
+        }
+    };
+}
+pub(super) use policy_configuration;
+
 /// The sections of an algorithm that learns from its own responses, without a critic; `train.batch_size` counts prompts.
 #[derive(Debug, Clone)]
 pub struct OwnResponses<'a> {

@@ -4,42 +4,22 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::common::{Common, configuration};
-use super::models::{Critic, Frozen, Trained};
+use super::common::Common;
+use super::models::{Critic, Trained};
 use super::numbers::{count, not_negative, positive, ratio, some_count, some_positive, some_ratio};
-use super::policy::{Aggregation, KlEstimator, OwnResponses};
-use super::prompts::Data;
+use super::policy::{Aggregation, KlEstimator, policy_configuration};
 use super::rewards::{Reward, RewardKind};
-use super::rollout::Generation;
-use super::sections::{Source, Tokenizer, Valid};
+use super::sections::Source;
 use super::trainable;
 use super::{Algorithm, Conflict};
 
-configuration! {
+policy_configuration! {
     pub struct Ppo {
-        /// The policy.
-        pub actor: Trained,
         /// What predicts returns. Default: the reward model's weights, without one the actor's with a new head.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pub critic: Option<Critic>,
-        /// What scores responses, where `rewards` does not say otherwise.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub reward_model: Option<Frozen>,
-        /// What the policy should stay near to. Default: the actor as it was, with adapters: the actor without them.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub reference: Option<Frozen>,
-        /// Of the actor, and of what has none.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub tokenizer: Option<Tokenizer>,
-        pub data: Data,
-        #[serde(default, skip_serializing_if = "Vec::is_empty")]
-        pub rewards: Vec<Reward>,
-        #[serde(default)]
-        pub generation: Generation,
         #[serde(default)]
         pub ppo: Section,
-        #[serde(default)]
-        pub valid: Valid,
         #[serde(default)]
         pub samples: Samples,
     }
@@ -242,20 +222,6 @@ impl Ppo {
     pub fn critic(&self) -> Trained {
         let path = self.reward_model.as_ref().map_or(&self.actor.path, |m| &m.path);
         self.critic.clone().unwrap_or_default().or_path(path)
-    }
-
-    /// The sections that PPO shares with what has no critic.
-    pub fn sections_of_responses(&self) -> OwnResponses<'_> {
-        OwnResponses {
-            common: self.common(),
-            actor: &self.actor,
-            reference: self.reference.as_ref(),
-            reward_model: self.reward_model.as_ref(),
-            tokenizer: self.tokenizer.as_ref(),
-            data: &self.data,
-            rewards: self.rewards(),
-            generation: &self.generation,
-        }
     }
 
     /// The paths that are read.

@@ -3,12 +3,13 @@
 use super::shape::{Experts, Family, Head, Llama3RopeScaling, Shape};
 
 impl Shape {
-    /// The names of the presets. `llama-15m`, `llama-42m` and `llama-110m` are those of the benchmark table; `llama-1b` is
-    /// `llama-3.2-1b`; the others are published models.
-    pub const PRESETS: [&'static str; 19] = [
+    /// The names of the presets. `llama-15m`, `llama-42m` and `llama-110m` are those of the benchmark table; `llama-350m` is of
+    /// the size of small reward models; `llama-1b` is `llama-3.2-1b`; the others are published models.
+    pub const PRESETS: [&'static str; 20] = [
         "llama-15m",
         "llama-42m",
         "llama-110m",
+        "llama-350m",
         "llama-1b",
         "llama-1-7b",
         "llama-1-13b",
@@ -33,6 +34,7 @@ impl Shape {
             "llama-15m" => Shape { vocab_size: 4096, max_position_embeddings: 256, ..plain(288, 768, 6, 6) },
             "llama-42m" => Shape { vocab_size: 8192, max_position_embeddings: 512, ..plain(512, 1376, 8, 8) },
             "llama-110m" => Shape { max_position_embeddings: 1024, ..plain(768, 2048, 12, 12) },
+            "llama-350m" => Shape { max_position_embeddings: 2048, ..plain(1024, 2816, 24, 16) },
             "llama-1-7b" => llama1(plain(4096, 11008, 32, 32)),
             "llama-1-13b" => llama1(plain(5120, 13824, 40, 40)),
             "llama-1-33b" => llama1(plain(6656, 17920, 60, 52)),

@@ -16,7 +16,7 @@ use crate::generate::stop::Stop;
 use crate::model::{KvCache, Llama};
 
 /// Prompt tokens, padding included, that one forward reads at most: bounds the memory of activations.
-const PREFILL_TOKENS: usize = 8192;
+pub const PREFILL_TOKENS: usize = 8192;
 
 #[derive(Debug, Clone)]
 pub struct Options<'a> {

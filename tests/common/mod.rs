@@ -113,3 +113,22 @@ pub fn relative(a: &Tensor, b: &Tensor) -> f64 {
     let (a, b) = (exact(a), exact(b));
     (&a - &b).norm().double_value(&[]) / b.norm().double_value(&[]).max(1e-300)
 }
+
+/// The token that every position predicts, int64 [B * T]: the labels moved to the left.
+pub fn shifted(labels: &Tensor) -> Tensor {
+    let rows = labels.size()[0];
+    let none = Tensor::full([rows, 1], -100i64, (Kind::Int64, Device::Cpu));
+    Tensor::cat(&[labels.narrow(1, 1, labels.size()[1] - 1), none], 1).contiguous().view([-1])
+}
+
+/// Gradients by name, of a model on one rank.
+pub fn gradients(model: &Llama) -> HashMap<String, Tensor> {
+    let mut all = HashMap::new();
+    for i in 0..model.params.len() {
+        let grad = model.params.slice_grad(i).expect("every group has a gradient");
+        for spec in &model.params.layout(i).specs {
+            all.insert(spec.name.clone(), spec.view(&grad).copy());
+        }
+    }
+    all
+}

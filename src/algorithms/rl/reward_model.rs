@@ -86,21 +86,15 @@ impl Opened {
             Some(chat) => {
                 let mut messages = said.prompt.messages.clone();
                 messages.push(Message::new("assistant", said.text));
-                let encoding = chat.encode(&messages, false)?;
+                let encoding = match said.ended {
+                    true => chat.encode(&messages, false)?,
+                    false => chat.encode_unfinished(&messages)?,
+                };
                 let mut supervised = encoding.mask();
                 // Earlier turns of the assistant are of the prompt.
                 let last = encoding.turns.last().map_or(0, |turn| turn.start);
                 supervised[..last].fill(false);
-                let mut ids = encoding.ids;
-                if !said.ended {
-                    // Without the end of a turn that the response did not come to.
-                    let end = encoding.turns.last().map_or(ids.len(), |turn| turn.end);
-                    let stops = chat.stop_ids();
-                    let cut = if end > last + 1 && stops.contains(&ids[end - 1]) { end - 1 } else { end };
-                    ids.truncate(cut);
-                    supervised.truncate(cut);
-                }
-                (ids, supervised)
+                (encoding.ids, supervised)
             }
         };
         let most = self.base.shape.max_position_embeddings as usize;

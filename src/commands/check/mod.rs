@@ -10,8 +10,13 @@ use crate::algorithms::run::{self, Resume};
 use crate::algorithms::training::compute_kind;
 use crate::algorithms::{dpo, grpo, online_dpo, ppo, pretrain, reward, sft};
 use crate::checkpoint;
+use crate::commands::Global;
+use crate::commands::plan::several;
 use crate::commands::training::ConfigArgs;
 use crate::config::common::Common;
+use crate::config::grpo::Grpo;
+use crate::config::online_dpo::OnlineDpo;
+use crate::config::ppo::Ppo;
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
 use crate::data::rows::RowLoader;
@@ -58,7 +63,8 @@ struct Checked {
     nproc: i64,
 }
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(args: Args, global: &Global) -> Result<()> {
+    let device = global.device.as_deref().unwrap_or("cpu");
     match args.what {
         What::Pretrain(checked) => checked.check(pretrain::Inputs::open, |loaded, inputs| {
             let c = &loaded.config;
@@ -87,13 +93,23 @@ pub fn run(args: Args) -> Result<()> {
             Ok(())
         }),
         What::Ppo(checked) => {
-            checked.check(ppo::Inputs::open, |loaded, inputs| conclude(loaded, &inputs.trained()))
+            let there =
+                |c: &Ppo| several::presets(&c.sections_of_responses(), Some(&c.critic().path)).is_empty();
+            checked.check_several(there, ppo::Inputs::open, |i| i.trained().to_vec(), several::ppo, device)
         }
         What::Grpo(checked) => {
-            checked.check(grpo::Inputs::open, |loaded, inputs| conclude(loaded, &inputs.trained()))
+            let there = |c: &Grpo| several::presets(&c.sections_of_responses(), None).is_empty();
+            checked.check_several(there, grpo::Inputs::open, |i| i.trained().to_vec(), several::grpo, device)
         }
         What::OnlineDpo(checked) => {
-            checked.check(online_dpo::Inputs::open, |loaded, inputs| conclude(loaded, &inputs.trained()))
+            let there = |c: &OnlineDpo| several::presets(&c.sections_of_responses(), None).is_empty();
+            checked.check_several(
+                there,
+                online_dpo::Inputs::open,
+                |i| i.trained().to_vec(),
+                several::online_dpo,
+                device,
+            )
         }
         What::Sft { checked, example } => checked.check(sft::Inputs::open, |loaded, inputs| {
             let c = &loaded.config;
@@ -127,6 +143,32 @@ impl Checked {
         let dir = loaded.config.common().output_dir;
         run::check_folder(dir, &loaded.resolved_yaml()?, &Resume::Auto, false, &[])?;
         show(&loaded, &inputs)
+    }
+}
+
+impl Checked {
+    /// Of a training with several models: also tells their memory. Where the path of one is the name of a preset, which has
+    /// no weights, nothing is opened.
+    fn check_several<C: Algorithm, I>(
+        self,
+        there: impl FnOnce(&C) -> bool,
+        open: impl FnOnce(&C) -> Result<I>,
+        trained: impl for<'a> Fn(&'a I) -> Vec<(&'a str, &'a Shape, &'a Trainable)>,
+        plan: impl FnOnce(&C, i64, &str, bool) -> Result<()>,
+        device: &str,
+    ) -> Result<()> {
+        let nproc = self.nproc;
+        if there(&self.config.load::<C>()?.config) {
+            return self.check(open, |loaded, inputs| {
+                conclude(loaded, &trained(inputs))?;
+                plan(&loaded.config, nproc, device, false)
+            });
+        }
+        self.check(|_| Ok(()), |loaded, ()| {
+            println!("{}\n", loaded.resolved_yaml()?.trim_end());
+            println!("# a model's path is a preset, a shape without weights: neither models nor data were opened");
+            plan(&loaded.config, nproc, device, false)
+        })
     }
 }
 

@@ -1,6 +1,6 @@
 //! `corral plan`: what memory a training takes on each rank, without a device.
 
-mod several;
+pub mod several;
 
 use clap::Subcommand;
 use kernels::c10d::Group;
@@ -32,7 +32,6 @@ use crate::model::memory::{Batch, Memory, Parts};
 use crate::model::{Input, Llama, init, layout};
 use crate::optim::AdamW;
 use crate::telemetry;
-use several::Work;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -112,37 +111,15 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
     let (training, options) = match args.what {
         What::Ppo(o) => {
             let loaded = load::<Ppo>(&o.config, o.nproc)?;
-            let c = &loaded.config;
-            let rows = c.train.batch_size / o.nproc;
-            let micro_batch = c.micro_batch_size(o.nproc);
-            let update = c.ppo.minibatch_size / o.nproc;
-            let work = Work { ranks: o.nproc, responses: rows, micro_batch, update };
-            let (sections, critic) = (c.sections_of_responses(), c.critic());
-            return several::tell(Ppo::SUBCOMMAND, &sections, Some(&critic), work, &name, o.json);
+            return several::ppo(&loaded.config, o.nproc, &name, o.json);
         }
         What::Grpo(o) => {
             let loaded = load::<Grpo>(&o.config, o.nproc)?;
-            let c = &loaded.config;
-            let responses = c.num_responses() / o.nproc;
-            let (micro_batch, update) = (c.micro_batch_size(o.nproc), c.minibatch_size() / o.nproc);
-            let work = Work { ranks: o.nproc, responses, micro_batch, update };
-            return several::tell(Grpo::SUBCOMMAND, &c.sections_of_responses(), None, work, &name, o.json);
+            return several::grpo(&loaded.config, o.nproc, &name, o.json);
         }
         What::OnlineDpo(o) => {
             let loaded = load::<OnlineDpo>(&o.config, o.nproc)?;
-            let c = &loaded.config;
-            let responses = c.train.batch_size * c.dpo.group_size / o.nproc;
-            let rows = 2 * c.train.batch_size / o.nproc;
-            let micro_batch = c.train.micro_batch_size.map_or(rows, |prompts| 2 * prompts);
-            let work = Work { ranks: o.nproc, responses, micro_batch, update: rows };
-            return several::tell(
-                OnlineDpo::SUBCOMMAND,
-                &c.sections_of_responses(),
-                None,
-                work,
-                &name,
-                o.json,
-            );
+            return several::online_dpo(&loaded.config, o.nproc, &name, o.json);
         }
         What::Pretrain(options) => {
             let loaded = load::<Pretrain>(&options.config, options.nproc)?;

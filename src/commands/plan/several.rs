@@ -9,26 +9,86 @@ use serde_json::json;
 use tch::{Device, Kind};
 
 use crate::algorithms::base::{shape_and_trainable, shape_to_ask};
+use crate::algorithms::scorer::BATCH_TOKENS;
 use crate::algorithms::training::compute_kind;
 use crate::commands::check::size;
+use crate::config::Algorithm;
+use crate::config::grpo::Grpo;
 use crate::config::models::{Frozen, Trained};
+use crate::config::online_dpo::OnlineDpo;
 use crate::config::policy::OwnResponses;
+use crate::config::ppo::Ppo;
 use crate::config::pretrain::Model as Origin;
 use crate::config::rollout::Gather;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::shard_ranks;
 use crate::error::{Error, Result};
+use crate::generate::engine::PREFILL_TOKENS;
 use crate::model::memory::{Batch, Memory};
 
 /// What is computed at once.
 #[derive(Clone, Copy)]
-pub struct Work {
-    pub ranks: i64,
+struct Work {
+    ranks: i64,
     /// Responses that a rank samples at once, where the configuration does not say.
-    pub responses: i64,
+    responses: i64,
     /// Sequences that a rank computes at once, and those of an update on it.
-    pub micro_batch: i64,
-    pub update: i64,
+    micro_batch: i64,
+    update: i64,
+}
+
+/// The models besides the actor that the sections which all share do not tell.
+struct Others<'a> {
+    critic: Option<&'a Trained>,
+    /// Whether a reference is asked; where it is a model of its own that moves, it is a second actor.
+    reference: bool,
+    /// A moving average of the actor.
+    average: bool,
+}
+
+/// The plan of `corral ppo`. `device`: what a run's models are on where their sections do not say.
+pub fn ppo(c: &Ppo, ranks: i64, device: &str, as_json: bool) -> Result<()> {
+    let work = Work {
+        ranks,
+        responses: c.train.batch_size / ranks,
+        micro_batch: c.micro_batch_size(ranks),
+        update: c.ppo.minibatch_size / ranks,
+    };
+    let critic = c.critic();
+    let others = Others { critic: Some(&critic), reference: true, average: c.ppo.ema.is_some() };
+    tell(Ppo::SUBCOMMAND, &c.sections_of_responses(), &others, work, device, as_json)
+}
+
+/// The plan of `corral grpo`.
+pub fn grpo(c: &Grpo, ranks: i64, device: &str, as_json: bool) -> Result<()> {
+    let work = Work {
+        ranks,
+        responses: c.num_responses() / ranks,
+        micro_batch: c.micro_batch_size(ranks),
+        update: c.minibatch_size() / ranks,
+    };
+    let others = Others { critic: None, reference: c.uses_reference(), average: false };
+    tell(Grpo::SUBCOMMAND, &c.sections_of_responses(), &others, work, device, as_json)
+}
+
+/// The plan of `corral online-dpo`.
+pub fn online_dpo(c: &OnlineDpo, ranks: i64, device: &str, as_json: bool) -> Result<()> {
+    let rows = 2 * c.train.batch_size / ranks;
+    let work = Work {
+        ranks,
+        responses: c.train.batch_size * c.dpo.group_size / ranks,
+        micro_batch: c.train.micro_batch_size.map_or(rows, |prompts| 2 * prompts),
+        update: rows,
+    };
+    let others = Others { critic: None, reference: true, average: false };
+    tell(OnlineDpo::SUBCOMMAND, &c.sections_of_responses(), &others, work, device, as_json)
+}
+
+/// The paths that are no folders but names of presets, which have a shape and no weights.
+pub fn presets<'a>(c: &OwnResponses<'a>, critic: Option<&'a Path>) -> Vec<&'a Path> {
+    let frozen = [c.reward_model, c.reference].into_iter().flatten().map(|m| m.path.as_path());
+    let all = std::iter::once(c.actor.path.as_path()).chain(critic).chain(frozen);
+    all.filter(|path| matches!(origin(path), Origin::Preset(_))).collect()
 }
 
 const PHASES: [&str; 3] = ["sampling", "scoring", "learning"];
@@ -49,16 +109,16 @@ struct Model {
 }
 
 /// The models that a run has, and their plan, as a table or (`as_json`) as one JSON object.
-pub fn tell(
+fn tell(
     subcommand: &str,
     c: &OwnResponses,
-    critic: Option<&Trained>,
+    others: &Others,
     work: Work,
     device: &str,
     as_json: bool,
 ) -> Result<()> {
     let mut models = vec![trained("actor", c, c.actor, work, device)?];
-    if let Some(critic) = critic {
+    if let Some(critic) = others.critic {
         models.push(trained("critic", c, critic, work, device)?);
     }
     if let Some(model) = c.reward_model {
@@ -67,7 +127,7 @@ pub fn tell(
     match c.reference {
         Some(model) => models.push(asked("reference", c, model, work, device)?),
         // The actor without its adapters takes nothing more.
-        None if c.actor.lora.is_some() => {}
+        None if c.actor.lora.is_some() || !others.reference => {}
         None => {
             let like = Frozen {
                 path: c.actor.path.clone(),
@@ -77,6 +137,12 @@ pub fn tell(
             };
             models.push(asked("reference", c, &like, work, device)?);
         }
+    }
+    if others.average {
+        // Master values, which are never asked.
+        let mut average = trained("average", c, c.actor, work, device)?;
+        (average.at_work, average.offload, average.host) = ([None; 3], false, 0);
+        models.push(average);
     }
     let mut devices: BTreeMap<&str, Vec<&Model>> = BTreeMap::new();
     models.iter().for_each(|m| devices.entry(&m.device).or_default().push(m));
@@ -167,7 +233,7 @@ fn trained(name: &'static str, c: &OwnResponses, m: &Trained, work: Work, device
     let plans = trainable.plans(&shape).map_err(context)?;
     let memory = Memory::new(&shape, &plans, compute, ranks, on_device(&device))?;
     let optim = m.optim.as_ref().unwrap_or(c.common.optim);
-    let moments = memory.moments(optim.moments);
+    let moments = if name == "average" { 0 } else { memory.moments(optim.moments) };
     let (there, host) = if optim.offload { (0, moments) } else { (moments, 0) };
     let batch = Batch {
         rows: work.micro_batch,
@@ -179,7 +245,11 @@ fn trained(name: &'static str, c: &OwnResponses, m: &Trained, work: Work, device
     let resident = memory.resident().total() + there;
     let scoring = memory.forward(&batch).total() + there;
     let learning = memory.step(&batch).total() + there;
-    let sampling = (name == "actor").then(|| resident + sampling(c, &shape, compute, ranks, work));
+    let sampling = (name == "actor").then(|| {
+        let prefill =
+            memory.forward(&read_at_once(PREFILL_TOKENS, length)).total() - memory.resident().total();
+        resident + sampling(c, &shape, compute, ranks, work, prefill)
+    });
     let at_work = [sampling, Some(scoring), Some(learning)];
     let parameters = shape.num_parameters();
     Ok(Model { name, parameters, compute, device, offload: m.offload, resident, at_work, host })
@@ -200,12 +270,9 @@ fn asked(name: &'static str, c: &OwnResponses, m: &Frozen, work: Work, device: &
     let ranks = if alone { 1 } else { shard_ranks(c.common.parallel.mode, work.ranks) };
     let plans = plans.plans_for_inference(&shape)?;
     let memory = Memory::new(&shape, &plans, compute, ranks, on_device(&device))?;
-    let batch = Batch {
-        rows: work.micro_batch,
-        length: c.data.sequence_length,
-        micro_batches: 1,
-        recompute: c.common.train.recompute,
-        packed: false,
+    let batch = match own_tokens {
+        true => read_at_once(BATCH_TOKENS, c.data.sequence_length),
+        false => Batch { rows: work.micro_batch, ..read_at_once(0, c.data.sequence_length) },
     };
     let resident = memory.resident().total();
     let at_work = [None, Some(memory.forward(&batch).total()), None];
@@ -213,9 +280,15 @@ fn asked(name: &'static str, c: &OwnResponses, m: &Frozen, work: Work, device: &
     Ok(Model { name, parameters, compute, device, offload: m.offload, resident, at_work, host: 0 })
 }
 
+/// Sequences of `length` that are read at once where `tokens` bound them.
+fn read_at_once(tokens: usize, length: i64) -> Batch {
+    let rows = (tokens as i64 / length).max(1);
+    Batch { rows, length, micro_batches: 1, recompute: Default::default(), packed: false }
+}
+
 /// What sampling takes besides the actor's slices: the keys and values of all responses in work, all parameters where they
-/// are gathered for it, and the logits of a step.
-fn sampling(c: &OwnResponses, s: &Shape, compute: Kind, ranks: i64, work: Work) -> i64 {
+/// are gathered for it, and the logits of a step or what the reading of prompts takes (`prefill`), if that is more.
+fn sampling(c: &OwnResponses, s: &Shape, compute: Kind, ranks: i64, work: Work, prefill: i64) -> i64 {
     let bytes = compute.elt_size_in_bytes() as i64;
     let slots = c.generation.batch_size.unwrap_or(work.responses).min(work.responses);
     let cache =
@@ -223,5 +296,5 @@ fn sampling(c: &OwnResponses, s: &Shape, compute: Kind, ranks: i64, work: Work) 
     let whole =
         if ranks > 1 && c.generation.gather != Gather::Blocks { s.num_parameters() * bytes } else { 0 };
     let logits = slots * s.vocab_size * (bytes + accumulator(compute).elt_size_in_bytes() as i64);
-    cache + whole + logits
+    cache + whole + logits.max(prefill)
 }

@@ -108,12 +108,37 @@ impl Chat {
     /// The template refuses the messages; what it writes for messages changes with those that follow, so that the
     /// turns cannot be told.
     pub fn encode(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Encoding> {
+        let (text, turns) = self.render_turns(messages, add_generation_prompt)?;
+        self.encode_text(text, &turns)
+    }
+
+    /// [`Chat::encode`] of a conversation whose last message is an answer that did not come to its end: without what the
+    /// template writes after it. An answer that the template does not write as it is, or an empty one, is taken for whole.
+    pub fn encode_unfinished(&self, messages: &[Message]) -> Result<Encoding> {
+        let (mut text, mut turns) = self.render_turns(messages, false)?;
+        if let (Some(turn), Some(answer)) = (turns.last_mut(), messages.last()) {
+            // Many templates trim what is said.
+            let written = |said: &str| text[turn.clone()].find(said).map(|at| turn.start + at + said.len());
+            let all = [answer.content.as_str(), answer.content.trim()];
+            if let Some(end) = all.into_iter().filter(|said| !said.is_empty()).find_map(written) {
+                text.truncate(end);
+                turn.end = end;
+            }
+        }
+        self.encode_text(text, &turns)
+    }
+
+    fn render_turns(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<(String, Vec<Range<usize>>)> {
         let rendered = self.template.render(messages, add_generation_prompt)?;
         let turns = match self.template.marks {
             true => rendered.marked,
             false => self.find_turns(messages, &rendered.text)?,
         };
-        self.encode_text(rendered.text, &turns)
+        Ok((rendered.text, turns))
     }
 
     /// The ids of messages and of the beginning of the assistant's answer: what a model is given to answer. A template

@@ -279,6 +279,14 @@ fn turns_are_those_of_the_assistant() {
 
     let human = Chat::new(&with_chat_template(small(300), "human-assistant").unwrap()).unwrap();
     assert_eq!(turns(&human, &messages), [" b\n</s>", " </s>"]);
+    // An answer that was cut: what the template writes before it stays, what it writes after it goes.
+    let unfinished = |answer: &str| {
+        let encoded = human.encode_unfinished(&chat(&[("user", "b"), ("assistant", answer)])).unwrap();
+        let turn = &encoded.ids[encoded.turns[0].clone()];
+        assert_eq!(encoded.turns[0].end, encoded.ids.len());
+        human.tokenizer().decode(turn, false).unwrap()
+    };
+    assert_eq!([unfinished("b\n"), unfinished("")], [" b\n", " </s>"]);
     // Without a token at the end, a turn ends where its text does.
     let bare = "{% for m in messages %}{{ m.role + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}";
     let bare = Chat::new(&with_chat_template(small(300), bare).unwrap()).unwrap();

@@ -363,6 +363,6 @@ fn ranks_fail_together_where_one_cannot_score() {
     let ended = run.start(2, &[&words[..], &[&source]].concat()).wait();
     assert!(ended.code != 0 && ended.err.contains("cannot read seven"), "{ended}");
     // Neither rank speaks of the other's silence or of numbers that do not fit.
-    let errors: Vec<&str> = ended.err.lines().filter(|l| l.contains("error")).collect();
+    let errors: Vec<&str> = ended.err.lines().filter(|l| l.contains("error (rank")).collect();
     assert!(errors.iter().all(|l| l.contains("cannot read seven")), "{errors:?}");
 }

@@ -19,7 +19,7 @@ import tempfile
 HERE = pathlib.Path(__file__).resolve().parent
 SHAPE = dict(hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=6, vocab_size=4096,
              max_position_embeddings=256, rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-STEPS, WARMUP = 8, 2
+STEPS, WARMUP = 5, 2
 COMMON = """
 model: {{path: {folder}/model}}
 tokenizer: {{template: "{{prompt}}{{completion}}"}}

@@ -22,7 +22,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("algorithm", choices=["dpo", "grpo", "ppo"])
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
     import torch
     from datasets import Dataset, disable_progress_bars

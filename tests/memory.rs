@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::run::{Program, Run};
+use common::run::{Program, Run, data, folder};
 use corral::algorithms::step::{MicroBatch, accumulate_gradients};
 use corral::config::sections::Recompute;
 use corral::config::shape::Shape;
@@ -124,7 +124,7 @@ fn a_plan_is_what_a_run_measures() {
             [&[model.as_str(), "train.steps=3", "data.valid=[]", "schedule.warmup_steps=0"], words].concat();
         run.train(ranks, &words);
         let peak = run.numbers("train", "peak_bytes").into_iter().fold(0.0, f64::max);
-        let plan = plan(&run, ranks, &words);
+        let plan = plan("sft", &run, ranks, &words);
         let planned = plan["peak_bytes"].as_f64().unwrap();
         let off = planned / peak - 1.0;
         println!("{name}: {:.0} MiB, planned {off:+.1e} off", peak / (1 << 20) as f64);
@@ -134,9 +134,94 @@ fn a_plan_is_what_a_run_measures() {
     }
 }
 
-fn plan(run: &Run, ranks: usize, words: &[&str]) -> serde_json::Value {
+/// Reward models and DPO, on completions that are all as long as a sequence may be.
+#[test]
+fn plans_of_preferences_are_what_runs_measure() {
+    let shape = "{hidden_size: 512, intermediate_size: 1408, num_hidden_layers: 4, num_attention_heads: 8}";
+    let tuned = Run::sft("plan-preferences");
+    let short = ["train.steps=1", "data.valid=[]", "schedule.warmup_steps=0"];
+    tuned.train(1, &[&[format!("model={{init: {shape}}}").as_str()], &short[..]].concat());
+    let model = tuned.output().join("model");
+
+    let line = |i: usize| {
+        let prompt: Vec<String> = (0..200).map(|k| format!("{}", (i * 37 + k * 91) % 1000)).collect();
+        let answer = |what: &str| [what; 8].join(" ");
+        let (chosen, rejected) = (answer("31"), answer("17"));
+        serde_json::json!({"prompt": prompt.join(" "), "chosen": chosen, "rejected": rejected}).to_string()
+    };
+    let (dir, bpe) = (folder("plan-preferences-data"), data().join("tokens/tokenizer"));
+    std::fs::write(dir.join("pairs.jsonl"), (0..24).map(|i| line(i) + "\n").collect::<String>()).unwrap();
+    let keys = format!(
+        "model: {{path: {}}}
+tokenizer: {{path: {}, template: \"{{prompt}}\\n{{completion}}\"}}
+data: {{train: [{}/pairs.jsonl], sequence_length: 128, too_long: truncate, cache: {}/cache}}
+train: {{steps: 2, batch_size: 4}}
+",
+        model.display(),
+        bpe.display(),
+        dir.display(),
+        dir.display()
+    );
+    let reference = format!("reference={{path: {}}}", model.display());
+    // What normalisation takes is not in the metrics of steps: it comes after the last.
+    const FEW: &str = "reward.normalize.samples=4";
+    let cases: [(&'static str, &str, usize, &[&str]); 6] = [
+        ("reward", "packed", 1, &[FEW]),
+        ("reward", "padded", 1, &[FEW, "data.packing=false", "train.micro_batch_size=2"]),
+        ("reward", "ranks", 2, &[FEW, "train.micro_batch_size=2", "precision.compute=bfloat16"]),
+        ("dpo", "cached", 1, &["data.packing=false"]),
+        ("dpo", "online", 1, &["dpo.reference=online", "train.micro_batch_size=2"]),
+        ("dpo", "reference", 1, &[&reference, "train.micro_batch_size=1", "train.recompute=full"]),
+    ];
+    let mut plans = Vec::new();
+    for (subcommand, name, ranks, words) in cases {
+        let run = Run::of(subcommand, &format!("plan-{subcommand}-{name}"), &keys);
+        run.train(ranks, words);
+        let peak = run.numbers("train", "peak_bytes").into_iter().fold(0.0, f64::max);
+        let plan = plan(subcommand, &run, ranks, words);
+        let off = plan["peak_bytes"].as_f64().unwrap() / peak - 1.0;
+        println!("{subcommand} {name}: {:.0} MiB, planned {off:+.1e} off", peak / (1 << 20) as f64);
+        assert!(off.abs() < 0.15, "{subcommand} {name}: {peak} bytes, planned {plan}");
+        plans.push(plan);
+        if name == "packed" {
+            // A critic that comes from a reward model has its head.
+            let (actor, trained) = (model.display(), run.output().join("model"));
+            let keys = format!(
+                "actor: {{path: {actor}}}
+reward_model: {{path: {}}}
+data: {{train: [{}/prompts.train.jsonl], sequence_length: 128}}
+generation: {{max_new_tokens: 16}}
+ppo: {{minibatch_size: 4}}
+train: {{steps: 1, batch_size: 4}}
+",
+                trained.display(),
+                data().display()
+            );
+            let ppo = self::plan("ppo", &Run::of("ppo", "plan-critic", &keys), 1, &[]);
+            let of = |i: usize| ppo["models"][i]["parameters"].as_i64().unwrap();
+            assert_eq!((&ppo["models"][1]["name"], of(1)), (&"critic".into(), of(2)), "{ppo}");
+            assert!(of(1) < of(0), "{ppo}");
+        }
+    }
+    let many = plan("reward", &Run::of("reward", "plan-normalize", &keys), 1, &["train.micro_batch_size=1"]);
+    assert!(many["asking_bytes"].as_i64() > many["step_bytes"].as_i64(), "{many}");
+    assert_eq!(many["peak_bytes"], many["asking_bytes"]);
+    // A reference of its own is there in every step, or only before the first; else there is none.
+    let bytes = |case: usize, key: &str| plans[case][key].as_i64().unwrap();
+    assert!(bytes(4, "reference_bytes") > 4 * 12_000_000 && bytes(4, "asking_bytes") > 0);
+    assert!(bytes(5, "reference_bytes") == 0 && bytes(5, "asking_bytes") > bytes(5, "step_bytes") / 2);
+    assert_eq!([bytes(3, "reference_bytes"), bytes(3, "asking_bytes")], [0, 0]);
+    // Each has as many completions as are told, and a preset stands for a model.
+    let run = Run::of("dpo", "plan-preset", &keys);
+    let preset = ["--completions", "4", "model.path=llama-15m"];
+    let [two, four] = [&preset[2..], &preset].map(|words| plan("dpo", &run, 1, words));
+    let activations = |plan: &serde_json::Value| plan["parts"]["activations"].as_f64().unwrap();
+    assert!(activations(&four) > 1.5 * activations(&two), "{two} {four}");
+}
+
+fn plan(subcommand: &str, run: &Run, ranks: usize, words: &[&str]) -> serde_json::Value {
     let ranks = ranks.to_string();
-    let program = Program::corral(&["plan", "sft", "--json", "--nproc", &ranks, "--config"]);
+    let program = Program::corral(&["plan", subcommand, "--json", "--nproc", &ranks, "--config"]);
     let program = program.arg(run.dir.join("config.yaml")).args(words);
     serde_json::from_str(&program.run(&run.dir, "plan").expect_code(0).out).unwrap()
 }
@@ -144,17 +229,17 @@ fn plan(run: &Run, ranks: usize, words: &[&str]) -> serde_json::Value {
 #[test]
 fn the_largest_micro_batch_is_the_largest_that_fits() {
     let run = Run::sft("largest");
-    let most = plan(&run, 1, &["train.batch_size=64", "--device-memory", "400MiB"]);
+    let most = plan("sft", &run, 1, &["train.batch_size=64", "--device-memory", "400MiB"]);
     let largest = most["largest_micro_batch_size"].as_i64().unwrap();
     assert!(largest > 64 && most["largest_of_batch"] == 64, "{most}");
     // The process's own part differs a little from one call to the next.
     let peak = |rows: i64| {
         let words = format!("train.batch_size={rows}");
-        plan(&run, 1, &[&words])["peak_bytes"].as_i64().unwrap()
+        plan("sft", &run, 1, &[&words])["peak_bytes"].as_i64().unwrap()
     };
     let bytes = 400 << 20;
     assert!(peak(largest * 9 / 10) <= bytes && peak(largest * 11 / 10) > bytes, "{most}");
-    let none = plan(&run, 1, &["--device-memory", "1kB"]);
+    let none = plan("sft", &run, 1, &["--device-memory", "1kB"]);
     assert!(none["largest_micro_batch_size"] == 0 && none["largest_of_batch"].is_null(), "{none}");
 }
 

@@ -86,13 +86,14 @@ impl Base {
     }
 }
 
-/// What is trained of which shape, as a configuration says: for plans, which open no more than the shape needs. A preset
-/// stands for the model of that shape that a run would be given.
+/// What is trained of which shape, as a configuration says, with a head of this kind: for plans, which open no more than the
+/// shape needs. A preset stands for the model of that shape that a run would be given.
 ///
 /// # Errors
 /// Those of [`Base::open`] and [`Base::trainable`].
 pub fn shape_and_trainable(
     model: &Model,
+    head: Head,
     tokenizer: Option<&sections::Tokenizer>,
     sequence_length: i64,
     freeze: &Freeze,
@@ -102,9 +103,13 @@ pub fn shape_and_trainable(
     if let (Model::Preset(name), false) = (model, adds) {
         let shape = preset(name)?;
         check_length(sequence_length, &shape)?;
+        let shape = if head == Head::Score { shape.scored() } else { shape };
         return Ok((shape, Trainable::new(freeze, lora)));
     }
-    let base = Base::open(model, tokenizer, sequence_length)?;
+    let base = match head {
+        Head::Lm => Base::open(model, tokenizer, sequence_length)?,
+        Head::Score => Base::open_scored(model, tokenizer, sequence_length, None)?,
+    };
     let trainable = match base.weights {
         Some(_) => base.trainable(freeze, lora)?,
         None => Trainable::new(freeze, lora),
@@ -119,7 +124,7 @@ pub fn shape_and_trainable(
 pub fn shape_to_ask(model: &Model, tokenizer: Option<&sections::Tokenizer>) -> Result<(Shape, Trainable)> {
     let (freeze, none) = (Freeze::default(), Trainable::default());
     match model {
-        Model::Preset(_) => Ok((shape_and_trainable(model, tokenizer, 1, &freeze, None)?.0, none)),
+        Model::Preset(_) => Ok((shape_and_trainable(model, Head::Lm, tokenizer, 1, &freeze, None)?.0, none)),
         _ => {
             let base = Base::open_any(model, tokenizer, 1)?;
             let trainable = base.weights.as_ref().and_then(|w| w.lora().cloned()).unwrap_or(none);

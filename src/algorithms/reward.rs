@@ -14,6 +14,7 @@ use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start};
 use crate::algorithms::{scorer, sft};
 use crate::checkpoint::{Measured, Scoring};
 use crate::config::reward::{Reward, Score, Settings, Which};
+use crate::config::trainable::{Freeze, Lora};
 use crate::config::{Algorithm, Loaded, common};
 use crate::data::chat::Chat;
 use crate::data::examples::{Counts, Encoded, Example};
@@ -55,14 +56,7 @@ impl Inputs {
         let scoring = base.weights.as_ref().map_or(Ok(None), |w| w.scoring())?;
         let score = c.reward.score.or(scoring.map(|s| s.score)).unwrap_or_default();
         check_pad_token(&base)?;
-        // The head is new, or learns something else.
-        let (mut freeze, mut lora) = (c.freeze.clone(), c.lora.clone());
-        if !freeze.train_only.is_empty() {
-            freeze.train_only.push(HEAD.into());
-        }
-        if let Some(lora) = lora.as_mut().filter(|l| !l.modules_to_save.iter().any(|m| m == HEAD)) {
-            lora.modules_to_save.push(HEAD.into());
-        }
+        let (freeze, lora) = with_head(c);
         let trainable = base.trainable(&freeze, lora.as_ref())?;
         let chat = Chat::new(&base.tokenizer)?;
         let open = |sources, order| {
@@ -81,6 +75,18 @@ impl Inputs {
 
 /// The head's module.
 const HEAD: &str = "score";
+
+/// What is trained, the head in any case: it is new, or learns something else.
+pub fn with_head(c: &Reward) -> (Freeze, Option<Lora>) {
+    let (mut freeze, mut lora) = (c.freeze.clone(), c.lora.clone());
+    if !freeze.train_only.is_empty() {
+        freeze.train_only.push(HEAD.into());
+    }
+    if let Some(lora) = lora.as_mut().filter(|l| !l.modules_to_save.iter().any(|m| m == HEAD)) {
+        lora.modules_to_save.push(HEAD.into());
+    }
+    (freeze, lora)
+}
 
 /// transformers' sequence classification finds a text's last token by what pads it.
 fn check_pad_token(base: &Base) -> Result<()> {

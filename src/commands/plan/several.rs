@@ -20,7 +20,7 @@ use crate::config::policy::OwnResponses;
 use crate::config::ppo::Ppo;
 use crate::config::pretrain::Model as Origin;
 use crate::config::rollout::Gather;
-use crate::config::shape::Shape;
+use crate::config::shape::{Head, Shape};
 use crate::distributed::sharded::shard_ranks;
 use crate::error::{Error, Result};
 use crate::generate::engine::PREFILL_TOKENS;
@@ -207,7 +207,7 @@ fn peaks(on: &[&Model]) -> [i64; 3] {
 }
 
 /// A path, or where there is nothing the shape of the preset of this name.
-fn origin(path: &Path) -> Origin {
+pub fn origin(path: &Path) -> Origin {
     match path.to_str().filter(|name| !path.exists() && Shape::preset(name).is_some()) {
         Some(name) => Origin::Preset(name.to_string()),
         None => Origin::Path(path.to_path_buf()),
@@ -223,12 +223,10 @@ fn trained(name: &'static str, c: &OwnResponses, m: &Trained, work: Work, device
     let compute = compute_kind(m.dtype.unwrap_or(c.common.precision.compute));
     let context = |e: Error| e.context(name);
     let length = c.data.sequence_length;
-    let (mut shape, trainable) =
-        shape_and_trainable(&origin(&m.path), c.tokenizer, length, &m.freeze, m.lora.as_ref())
+    let head = if name == "critic" { Head::Score } else { Head::Lm };
+    let (shape, trainable) =
+        shape_and_trainable(&origin(&m.path), head, c.tokenizer, length, &m.freeze, m.lora.as_ref())
             .map_err(context)?;
-    if name == "critic" {
-        shape = shape.scored();
-    }
     let ranks = shard_ranks(c.common.parallel.mode, work.ranks);
     let plans = trainable.plans(&shape).map_err(context)?;
     let memory = Memory::new(&shape, &plans, compute, ranks, on_device(&device))?;

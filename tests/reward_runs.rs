@@ -361,8 +361,8 @@ fn ranks_fail_together_where_one_cannot_score() {
     let source = format!("data.train=[{}]", prompts.display());
     let words = ["train.batch_size=2", "ppo.minibatch_size=2", "parallel.mode=full", "parallel.timeout_s=20"];
     let ended = run.start(2, &[&words[..], &[&source]].concat()).wait();
-    assert!(ended.code != 0 && ended.err.contains("cannot read seven"), "{ended}");
-    // Neither rank speaks of the other's silence or of numbers that do not fit.
-    let errors: Vec<&str> = ended.err.lines().filter(|l| l.contains("error (rank")).collect();
-    assert!(errors.iter().all(|l| l.contains("cannot read seven")), "{errors:?}");
+    let ended = ended.expect_code(3);
+    assert!(ended.err.contains("cannot read seven"), "{ended}");
+    // Not by calls of one rank that meet others of the other one.
+    assert!(!ended.err.contains("terminate called") && !ended.err.contains("mismatch"), "{ended}");
 }

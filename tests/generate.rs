@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 
 use common::{FAMILIES, golden, golden_model, largest, load, load_sharded, on_ranks, tensors};
-use corral::algorithms::rl::experience::{Readout, sampler_distance};
+use corral::algorithms::rl::experience::{Readout, SamplerDistance};
 use corral::config::rollout::{Gather, Length};
 use corral::data::tokenizer::Tokenizer;
 use corral::generate::rollout::{Asked, Response, Rollout, Sequences};
@@ -546,8 +546,10 @@ fn rows_of_a_rollout_score_as_they_were_drawn() {
         for micro_batch_size in [n, 1] {
             let readout = Readout { sequences: &sequences, rows: 0..n, micro_batch_size, width };
             let logprobs = readout.logprobs(&mut model, 0.8).unwrap();
-            let (mean, most) = sampler_distance(&sequences, &responses, &logprobs);
-            assert!(mean <= most && most < 1e-9, "{family}: {most:e}");
+            let mut apart = SamplerDistance::default();
+            apart.add(&sequences, responses.iter().enumerate(), &logprobs);
+            let (mean, most) = (apart.mean(), apart.most);
+            assert!(0.0 < mean && mean <= most && most < 1e-9, "{family}: {most:e}");
             let outside: Tensor = &logprobs * (1.0 - sequences.mask(Kind::Double));
             assert_eq!(outside.abs().max().double_value(&[]), 0.0);
         }

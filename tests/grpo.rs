@@ -131,6 +131,57 @@ fn every_kind_of_advantage_and_loss_runs_and_counts() {
     }
 }
 
+/// Where all responses are equally good nothing is learned: no step by the optimizer's momentum or weight decay.
+#[test]
+fn without_variance_there_is_no_update() {
+    let flat = run("grpo", "flat");
+    let words = ["rewards=[{kind: format, pattern: ''}]", "grpo.group_size=3", "train.steps=2"];
+    flat.train(1, &[&words[..], &["optim.weight_decay=0.1"]].concat());
+    assert_eq!(flat.numbers("train", "updates"), [0.0; 2]);
+    assert_eq!(flat.numbers("train", "groups_without_variance"), [4.0; 2]);
+    let begin = common::tensors(&start().join("model.safetensors"));
+    for (name, tensor) in common::tensors(&flat.output().join("model/model.safetensors")) {
+        assert!(tensor.equal(&begin[&name]), "{name}");
+    }
+    // With a KL in the loss there is something.
+    let kl = run("grpo", "flat-kl");
+    kl.train(1, &[&words[..], &["grpo.beta=0.1"]].concat());
+    assert_eq!(kl.numbers("train", "updates"), [1.0; 2]);
+}
+
+/// A response that cannot be scored has no part in the loss: neither in what it is divided by nor in the KL.
+#[test]
+fn what_cannot_be_scored_is_left_out_of_the_loss() {
+    let trained = |name: &str, other: &str, more: &[&str]| {
+        let run = run("grpo", name);
+        let prompts = run.dir.join("prompts.jsonl");
+        fs::write(&prompts, "{\"prompt\": \"1 + 1?\"}\n{\"prompt\": \"1 + 2?\"}\n").unwrap();
+        let source = format!("data.train=[{}]", prompts.display());
+        let judge = format!(
+            "rewards=[{{kind: command, run: 'while read -r l; do case \"$l\" in *\"1 + 2\"*) echo {other};; \
+             *) echo ${{#l}};; esac; done'}}]"
+        );
+        run.train(
+            1,
+            &[&[source.as_str(), &judge, "train.steps=1", "precision.compute=float64"], more].concat(),
+        );
+        run
+    };
+    // Equal rewards have no gradient either, but are answers of the batch: half of them.
+    let [unscored, equal] =
+        [("unscored-half", "null"), ("equal-half", "1")].map(|(name, other)| trained(name, other, &[]));
+    assert_eq!(unscored.numbers("train", "unscored"), [16.0]);
+    let norm = |run: &Run| run.numbers("train", "grad_norm")[0];
+    assert!(norm(&equal) > 0.0);
+    assert!((norm(&unscored) / norm(&equal) - 2.0).abs() < 1e-9, "{} {}", norm(&unscored), norm(&equal));
+    let none = trained(
+        "unscored-all",
+        "null",
+        &["rewards=[{kind: command, run: 'while read l; do echo null; done'}]", "grpo.beta=0.1"],
+    );
+    assert_eq!(none.numbers("train", "updates"), [0.0]);
+}
+
 /// A gold answer that cannot be read is neither rewarded nor punished; what was read of responses is told.
 #[test]
 fn what_cannot_be_scored_is_counted_and_samples_tell_what_was_read() {
@@ -143,6 +194,9 @@ fn what_cannot_be_scored_is_counted_and_samples_tell_what_was_read() {
     run.train(1, &[&source, "rewards=[]", "grpo={rewards: [gsm8k], group_size: 4}", "train.steps=2"]);
     let lines: Vec<Value> = run.metrics().into_iter().filter(|l| l["kind"] == "train").collect();
     assert!(lines.iter().all(|l| uint(l, "unscored") == 8), "{lines:?}");
+    for line in &lines {
+        assert!(line["sampler_distance_max"].as_f64().is_some_and(|d| 0.0 < d && d < 1e-4), "{line}");
+    }
     let samples = fs::read_to_string(run.output().join("samples.jsonl")).unwrap();
     let samples: Vec<Value> = samples.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert_eq!(samples.len(), 3);
@@ -250,13 +304,16 @@ fn online_dpo_drops_ties_and_ranks_change_nothing() {
 
 #[test]
 fn what_cannot_be_is_refused() {
-    let cases: [(&'static str, &[&str], &str); 13] = [
+    let cases: [(&'static str, &[&str], &str); 16] = [
         ("grpo", &["rewards=[]"], "nothing to learn from"),
         ("grpo", &["grpo.group_size=1"], "nothing to be compared with"),
         ("grpo", &["grpo.minibatch_size=5"], "no multiple of 5"),
         ("grpo", &["train.micro_batch_size=5"], "train.micro_batch_size"),
         ("grpo", &["grpo.loss=sapo", "grpo.delta=4"], "no delta"),
         ("grpo", &["grpo.delta=1.1"], "above 1 + epsilon"),
+        ("grpo", &["grpo.delta=1.25", "grpo.epsilon_high=0.28"], "above 1 + epsilon_high"),
+        ("grpo", &["grpo.kl_estimator=k1", "grpo.beta=0.1"], "the gradient of k1 is 0"),
+        ("grpo", &["grpo={group_size: 1, advantages: reinforce++, resample: 1}"], "never varies"),
         ("grpo", &["rewards=[{kind: model}]"], "needs reward_model"),
         ("grpo", &["grpo.advantages=reinforce++", "grpo.kl_estimator=k3"], "the sum of k1"),
         ("grpo", &["actor.lora={rank: 4, alpha: 8, dropout: 0.1}"], "actor.lora.dropout"),

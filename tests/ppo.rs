@@ -166,6 +166,48 @@ fn adapters_have_their_base_as_the_reference() {
     assert!(largest_relative(&other.numbers("train", "reward"), &run.numbers("train", "reward")) < 1e-6);
 }
 
+/// Whether actor and reference begin alike is known by what they are, not by how they are written.
+#[test]
+fn a_reference_is_recognized_as_the_model_that_the_actor_began_as() {
+    let parent =
+        answers().parent().unwrap().join("..").join(answers().parent().unwrap().file_name().unwrap());
+    let spelt = format!("reference.path={}", parent.join(answers().file_name().unwrap()).display());
+    // The weights of nf4 are others than those of its file.
+    for (name, adapters, checks) in
+        [("spelt", "actor.lora=null", 1), ("nf4", "actor.lora={rank: 4, alpha: 8, base: nf4}", 0)]
+    {
+        let run = ppo(&format!("begins-{name}"));
+        let ended = run.train(1, &[&spelt, adapters, "train.steps=1"]);
+        assert_eq!(ended.err.matches("self-check: actor and reference").count(), checks, "{ended}");
+    }
+}
+
+/// The weight of the KL follows its target from the actor's first update on.
+#[test]
+fn the_kl_weight_waits_for_the_actor() {
+    let run = ppo("kl-weight");
+    run.train(1, &["ppo.value_warmup=2"]);
+    let coef = run.numbers("train", "kl_coef");
+    assert!(coef[0] == 0.1 && coef[1] == 0.1 && coef[2] == 0.1 && coef[3] != 0.1, "{coef:?}");
+}
+
+/// A section without a path: the actor's trunk with an optimizer of its own, as if the path were given.
+#[test]
+fn a_critic_needs_no_path() {
+    let base = ppo("critic-path");
+    let text = fs::read_to_string(base.dir.join("config.yaml")).unwrap();
+    let path = format!("path: {}, optim: {{lr: 1.0e-2}}", answers().display());
+    assert!(text.contains(&format!("critic: {{{path}}}")));
+    let bare = ppo("critic-bare");
+    let text = text.replace(&format!("critic: {{{path}}}"), "critic: {optim: {lr: 1.0e-2}}");
+    fs::write(bare.dir.join("config.yaml"), text.replace("critic-path", "critic-bare")).unwrap();
+    for run in [&base, &bare] {
+        run.train(1, &["train.steps=1"]);
+    }
+    let of = |run: &Run| parameters(&run.output().join("critic"));
+    assert!(relative(&of(&bare), &of(&base)) == 0.0);
+}
+
 #[test]
 fn a_warm_up_trains_the_critic_alone() {
     let run = ppo("warm-up");
@@ -175,6 +217,17 @@ fn a_warm_up_trains_the_critic_alone() {
     let loss = run.numbers("train", "value_loss");
     assert!(loss[3] < loss[0], "{loss:?}");
     assert!(run.numbers("train", "ratio_mean").iter().all(|r| *r == 1.0));
+}
+
+/// Ratios are checked at the actor's first update, whenever that is.
+#[test]
+fn ratios_are_checked_after_a_warm_up() {
+    for (i, warmup) in ["ppo.value_warmup=0", "ppo.value_warmup=2", "ppo.value_warmup=4"].iter().enumerate() {
+        let run = ppo(&format!("warm-up-check-{i}"));
+        let ended = run.train(1, &[warmup]);
+        let checks = ended.err.matches("self-check: ratios are 1").count();
+        assert_eq!(checks, usize::from(i < 2), "{warmup}: {ended}");
+    }
 }
 
 #[test]
@@ -188,6 +241,7 @@ fn options_do_what_they_say() {
     // Each changes the result.
     for (i, words) in [
         &["ppo.kl_in=loss", "ppo.kl_target=null", "ppo.kl_estimator=k3+"][..],
+        &["ppo.kl_in=loss", "ppo.kl_target=null"],
         &["ppo.whiten_advantages=false"],
         &["ppo.aggregation=seq-mean-token-sum-norm"],
         &["ppo.reward_baseline=batch"],
@@ -224,6 +278,8 @@ fn what_fails_is_told() {
     fails(&["generation.max_new_tokens=[9, 3]"], 2, &["9 to 3"]);
     fails(&["rewards=[{kind: length, pattern: x}]"], 2, &["'pattern' is of the kind format"]);
     fails(&["ppo.klcoef=1"], 2, &["klcoef"]);
+    let k1 = ["ppo.kl_in=loss", "ppo.kl_target=null", "ppo.kl_estimator=k1"];
+    fails(&k1, 2, &["'ppo.kl_estimator'", "the gradient of k1 is 0"]);
     let reward_model = format!("reward_model.path={}", answers().display());
     fails(&[&reward_model, "rewards=[{kind: model}]"], 3, &["no scalar head"]);
     fails(&["rewards=[{kind: command, run: 'read line; exit 7'}]"], 1, &["exit status: 7"]);

@@ -318,3 +318,64 @@ fn the_end_of_a_turn_is_scored() {
     assert_eq!(ids.iter().filter(|id| **id == json!(301)).count(), 2, "{ids:?}");
     assert_eq!(ids.last(), Some(&json!(301)), "{ids:?}");
 }
+
+/// PPO on the prompts of [`data`], rewarded by a model that is the critic, too.
+fn ppo(name: &str, reward_model: &Path) -> Run {
+    let (data, start, reward_model) = (data().display(), start(), reward_model.display());
+    let keys = format!(
+        "actor: {{path: {}}}
+critic: {{optim: {{lr: 1.0e-30, weight_decay: 0.0}}}}
+reward_model: {{path: {reward_model}}}
+data: {{train: [{data}/prompts.train.jsonl], sequence_length: 128}}
+generation: {{max_new_tokens: 8}}
+ppo: {{epochs: 1, minibatch_size: 4}}
+train: {{steps: 1, batch_size: 4}}
+",
+        start.display()
+    );
+    Run::of("ppo", name, &keys)
+}
+
+/// The values of a critic that was a reward model begin at the size of its rewards, where its head is of one token.
+#[test]
+fn a_reward_model_becomes_a_critic() {
+    for score in ["last", "sum"] {
+        let trained = run(&format!("critic-{score}"));
+        // With a pad token that the actor does not know.
+        let words = ["tokenizer.pad_token=<|fill|>", "train.steps=4"];
+        trained.train(1, &[&words[..], &[&format!("reward.score={score}")]].concat());
+        let model = trained.output().join("model");
+        let run = ppo(&format!("ppo-{score}"), &model);
+        run.train(1, &[]);
+        let head =
+            |dir: &Path| common::tensors(&dir.join("model.safetensors"))["score.weight"].shallow_clone();
+        let gain = ours(&model)["gain"].as_f64().unwrap();
+        assert!((gain - 1.0).abs() > 0.01, "{gain} shows nothing");
+        let wanted = head(&model) * if score == "last" { gain } else { 1.0 };
+        let distance = relative(&head(&run.output().join("critic")), &wanted);
+        assert!(distance < 1e-6, "{score}: {distance:e}");
+    }
+}
+
+/// A response that one rank's reward model cannot read ends all of them, at once and with its reason.
+#[test]
+fn ranks_fail_together_where_one_cannot_score() {
+    let trained = run("unreadable");
+    trained.train(1, &["train.steps=4"]);
+    let model = trained.output().join("model");
+    let path = model.join("chat_template.jinja");
+    let template = fs::read_to_string(&path).unwrap();
+    let refuse =
+        "{%- if 'seven' in messages[0].content %}{{ raise_exception('cannot read seven') }}{% endif -%}";
+    fs::write(&path, format!("{refuse}{template}")).unwrap();
+    let run = ppo("ppo-unreadable", &model);
+    let prompts = run.dir.join("prompts.jsonl");
+    fs::write(&prompts, "{\"prompt\": \"1 + 1?\"}\n{\"prompt\": \"1 + seven?\"}\n").unwrap();
+    let source = format!("data.train=[{}]", prompts.display());
+    let words = ["train.batch_size=2", "ppo.minibatch_size=2", "parallel.mode=full", "parallel.timeout_s=20"];
+    let ended = run.start(2, &[&words[..], &[&source]].concat()).wait();
+    let ended = ended.expect_code(3);
+    assert!(ended.err.contains("cannot read seven"), "{ended}");
+    // Not by calls of one rank that meet others of the other one.
+    assert!(!ended.err.contains("terminate called") && !ended.err.contains("mismatch"), "{ended}");
+}

@@ -76,14 +76,10 @@ fn the_best_checkpoint_stays_and_patience_ends_the_run() {
     // A learning rate that ruins the model after the first validation.
     let words =
         ["optim.lr=3.0", "optim.clip=0", "schedule={kind: constant, warmup_steps: 4}", "train.steps=40"];
-    let ended = run.train(
-        1,
-        &[
-            &words[..],
-            &["valid={every: 2, batches: 2, keep_best: true, patience: 3}", "checkpoint={every: 2, keep: 1}"],
-        ]
-        .concat(),
-    );
+    let ends =
+        ["valid={every: 2, batches: 2, keep_best: true, patience: 3}", "checkpoint={every: 2, keep: 1}"];
+    let words = [&words[..], &ends].concat();
+    let ended = run.train(1, &words);
     let losses = run.numbers("valid", "loss");
     let best =
         losses.iter().enumerate().min_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| 2 * (i as u64 + 1)).unwrap();
@@ -91,6 +87,10 @@ fn the_best_checkpoint_stays_and_patience_ends_the_run() {
     let kept: Vec<u64> = run.checkpoints().iter().map(|(step, _)| *step).collect();
     assert_eq!(kept, [best, run.step()]);
     assert!(ended.err.contains(&format!("best at step {best}")), "{ended}");
+    // The same command again finds it ended.
+    let last = run.step();
+    run.train(1, &words);
+    assert_eq!(run.step(), last, "it went on after its end");
 }
 
 #[test]

@@ -5,11 +5,13 @@ use std::cell::RefCell;
 use std::time::Instant;
 
 use kernels::c10d::ReduceOp;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::algorithms::rl::Counts;
-use crate::algorithms::rl::experience::{gather_rows, sampler_distance};
-use crate::algorithms::rl::grpo::{GrpoLoss, LossType, ScaleRewards, group_advantages, rloo};
+use crate::algorithms::rl::experience::{SamplerDistance, gather_rows};
+use crate::algorithms::rl::grpo::{
+    GroupAdvantages, GrpoLoss, LossType, ScaleRewards, group_advantages, rloo, varies,
+};
 use crate::algorithms::rl::policy::{Opened, Policy, Samplers, describe, logprobs, share_of};
 use crate::algorithms::rl::sampling::{Batch, Sampled, Sampler};
 use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Sums, Update};
@@ -139,7 +141,7 @@ fn ask(c: &Grpo, policy: &mut Policy, sampler: &mut Sampler, first: u64, world: 
     let mut told = describe(&batch.samples);
     for _ in 0..c.grpo.resample {
         let flat: Vec<usize> =
-            (0..count as usize).filter(|g| !varies(c, group_of(&batch, *g, group))).collect();
+            (0..count as usize).filter(|g| !differ(c, group_of(&batch, *g, group))).collect();
         if flat.is_empty() {
             break;
         }
@@ -149,7 +151,7 @@ fn ask(c: &Grpo, policy: &mut Policy, sampler: &mut Sampler, first: u64, world: 
         next += more;
         generated += tokens(&other);
         batch.rollout_s += other.rollout_s;
-        let varied = (0..more as usize).filter(|g| varies(c, group_of(&other, *g, group)));
+        let varied = (0..more as usize).filter(|g| differ(c, group_of(&other, *g, group)));
         for (to, from) in flat.into_iter().zip(varied) {
             resampled += 1;
             for i in 0..group {
@@ -171,10 +173,8 @@ fn group_of(batch: &Batch, number: usize, size: usize) -> &[Sampled] {
 }
 
 /// Whether a group's rewards differ.
-fn varies(c: &Grpo, group: &[Sampled]) -> bool {
-    let mut rewards = rewards(c, group).into_iter().filter(|r| !r.is_nan());
-    let first = rewards.next();
-    rewards.any(|r| Some(r) != first)
+fn differ(c: &Grpo, group: &[Sampled]) -> bool {
+    varies(&rewards(c, group))
 }
 
 /// The reward that each response is compared by; NaN where it could not be scored.
@@ -187,7 +187,24 @@ fn rewards(c: &Grpo, samples: &[Sampled]) -> Vec<f64> {
     samples.iter().map(reward).collect()
 }
 
-/// The updates on an iteration's responses, which all ranks know. The record has what is to be told. Collective.
+/// What the rewards say of groups, and the advantage of each response.
+fn advantages(c: &Grpo, rewards: &[f64]) -> (GroupAdvantages, Vec<f64>) {
+    let group = c.grpo.group_size as usize;
+    let scale = match c.grpo.advantages {
+        Advantages::Batch => ScaleRewards::Batch,
+        Advantages::None => ScaleRewards::None,
+        _ => ScaleRewards::Group,
+    };
+    let groups = group_advantages(rewards, group, scale);
+    let advantages = match c.grpo.advantages {
+        Advantages::Rloo => rloo(rewards, group),
+        Advantages::Reinforce => group_advantages(rewards, rewards.len(), ScaleRewards::Group).advantages,
+        _ => groups.advantages.clone(),
+    };
+    (groups, advantages)
+}
+
+/// The updates on an iteration's responses, which all ranks know; none where they teach nothing. The record has what is to be told. Collective.
 fn update(
     c: &Grpo,
     policy: &mut Policy,
@@ -197,7 +214,7 @@ fn update(
     temperature: f64,
     world: &World,
 ) -> Result<(Update, Record)> {
-    let (grpo, sequences) = (&c.grpo, &batch.sequences);
+    let (grpo, sequences, samples) = (&c.grpo, &batch.sequences, &batch.samples);
     let n = sequences.len();
     let size = c.minibatch_size() as usize;
     let micro = c.micro_batch_size(world.world_size) as usize;
@@ -209,9 +226,17 @@ fn update(
         true => Some(policy.with_reference(|model| logprobs(model, &share, temperature, world))?),
         false => None,
     };
+    // What cannot be scored, or is masked, is left out of the losses.
+    let mut rewards = rewards(c, samples);
+    let scored: Vec<bool> = rewards.iter().map(|r| !r.is_nan()).collect();
+    let kept = |(s, scored): (&Sampled, &bool)| *scored && (s.ended() || grpo.truncated != Truncated::Mask);
+    let kept: Vec<f64> = samples.iter().zip(&scored).map(|s| f64::from(u8::from(kept(s)))).collect();
+    let (mut groups, mut advantages) = self::advantages(c, &rewards);
+    // A step without a gradient would only follow the optimizer's momentum, and decay weights.
+    let idle = (0..n).all(|i| kept[i] == 0.0 || (advantages[i] == 0.0 && grpo.beta == 0.0));
     // With one update the policy is what it was: its own forward tells.
     let penalized = grpo.advantages == Advantages::Reinforce && grpo.beta > 0.0;
-    let old = match several || penalized {
+    let old = match several || penalized || idle {
         true => {
             let [logprobs, entropies] = share.logprobs_and_entropies(&mut policy.actor.model, temperature)?;
             Some([gather_rows(world, &logprobs)?, gather_rows(world, &entropies)?])
@@ -227,24 +252,10 @@ fn update(
         (Some([old, _]), Some(reference)) => Some(per_response(&(old - reference))?),
         _ => None,
     };
-    let mut rewards = rewards(c, &batch.samples);
     if let (true, Some(kl)) = (penalized, &kl) {
         rewards.iter_mut().zip(kl).for_each(|(reward, kl)| *reward -= grpo.beta * kl);
+        (groups, advantages) = self::advantages(c, &rewards);
     }
-    let group = grpo.group_size as usize;
-    let scale = match grpo.advantages {
-        Advantages::Batch => ScaleRewards::Batch,
-        Advantages::None => ScaleRewards::None,
-        _ => ScaleRewards::Group,
-    };
-    let groups = group_advantages(&rewards, group, scale);
-    let advantages = match grpo.advantages {
-        Advantages::Rloo => rloo(&rewards, group),
-        Advantages::Reinforce => group_advantages(&rewards, n, ScaleRewards::Group).advantages,
-        _ => groups.advantages.clone(),
-    };
-    let kept = |s: &Sampled| f64::from(u8::from(s.ended() || grpo.truncated != Truncated::Mask));
-    let kept: Vec<f64> = batch.samples.iter().map(kept).collect();
     let length = |i: usize| kept[i] * sequences.responses[i].len() as f64;
 
     let objective = GrpoLoss {
@@ -262,7 +273,9 @@ fn update(
     };
     let longest = c.generation.max_new_tokens.high as i64;
     let (mut updates, mut told) = (Vec::new(), [0.0; 4]);
-    for epoch in 0..grpo.epochs as u64 {
+    // With one update every response goes through it once, and tells it here.
+    let apart = RefCell::new(SamplerDistance::default());
+    for epoch in 0..if idle { 0 } else { grpo.epochs as u64 } {
         let order = Permutation::new(n as u64, c.seed, "grpo.order", step << 16 | epoch);
         let order: Vec<usize> = (0..n as u64).map(|i| order.apply(i) as usize).collect();
         for minibatch in order.chunks(size) {
@@ -271,7 +284,8 @@ fn update(
                 LossType::Dapo | LossType::Cispo => (0..n).map(length).sum::<f64>() * size as f64 / n as f64,
                 _ => minibatch.iter().map(|i| length(*i)).sum(),
             };
-            let counts = Counts { sequences: minibatch.len() as f64, tokens };
+            let scored_here = minibatch.iter().filter(|i| scored[**i]).count();
+            let counts = Counts { sequences: scored_here as f64, tokens };
             let part = size / world.world_size as usize;
             let mut mine = minibatch[part * world.rank as usize..][..part].to_vec();
             // Rows of like length together: less padding.
@@ -282,7 +296,7 @@ fn update(
             let entry = |(rows, batch)| {
                 let (rows, batch): (&&[usize], &MicroBatch) = (rows, batch);
                 let width = batch.input.ids.size()[1];
-                let (stats, counts, objective) = (&stats, &counts, &objective);
+                let (stats, apart, counts, objective) = (&stats, &apart, &counts, &objective);
                 let (reference, old, kept, advantages) = (&reference, &old, &kept, &advantages);
                 let loss = move |out: &LogProbs| {
                     let logprobs = out.logprobs.view([-1, width]);
@@ -305,6 +319,10 @@ fn update(
                     };
                     let reference = reference.as_ref().map(of);
                     let now = logprobs.detach();
+                    if old.is_none() {
+                        let responses = rows.iter().map(|i| (*i, &samples[*i].response));
+                        apart.borrow_mut().add(sequences, responses, &now.to_device(Device::Cpu));
+                    }
                     let sum = |t: &Tensor, mask: &Tensor| (t * mask).sum(Kind::Double).double_value(&[]);
                     let (low, high) = objective.clipped(&now, &before, &advantages, &mask);
                     let mut stats = stats.borrow_mut();
@@ -343,19 +361,23 @@ fn update(
         (Some(_), Some(kl)) => kl.iter().sum::<f64>(),
         (Some(_), None) => told[3],
     };
-    let mut record = Record::new("train", step + 1)
+    let record = Record::new("train", step + 1)
         .float("reward_std", groups.reward_std)
         .float("kl", kl / n as f64)
         .float("entropy", entropy / all_tokens)
         .float("clip_fraction", told[1] / told[0].max(1.0))
         .count("updates", updates.len() as u64)
         .count("groups_without_variance", groups.without_variance);
-    if let Some([old, _]) = &old {
-        let responses: Vec<_> = batch.samples.iter().map(|s| s.response.clone()).collect();
-        let (mean, most) = sampler_distance(sequences, &responses, old);
-        record = record.float("sampler_distance", mean).float("sampler_distance_max", most);
-    }
-    let mean = |f: fn(&Update) -> f64| updates.iter().map(f).sum::<f64>() / updates.len() as f64;
+    let apart = match &old {
+        Some([old, _]) => {
+            let mut apart = SamplerDistance::default();
+            apart.add(sequences, samples.iter().map(|s| &s.response).enumerate(), old);
+            apart
+        }
+        None => apart.into_inner().combine(&world.group)?,
+    };
+    let record = apart.describe(record);
+    let mean = |f: fn(&Update) -> f64| updates.iter().map(f).sum::<f64>() / updates.len().max(1) as f64;
     let update = Update {
         loss: mean(|u| u.loss),
         aux_loss: None,

@@ -60,13 +60,12 @@ pub fn input(batch: &Batch) -> Input {
 /// # Errors
 /// A sequence without tokens, or, for sum and mean, without a completion; scores that are not finite.
 pub fn scores(model: &mut Llama, score: Score, sequences: &[Encoded]) -> Result<Vec<f64>> {
-    for (i, sequence) in sequences.iter().enumerate() {
-        let needs = score != Score::Last;
-        if sequence.ids.is_empty() || (needs && !sequence.supervised.iter().skip(1).any(|s| *s)) {
-            let what = if needs { "no completion after a prompt" } else { "no tokens" };
-            return Err(Error::data(format!("sequence {} has {what}: there is nothing to score", i + 1)));
-        }
+    let mut checked = check(score, sequences);
+    if model.params.gathers() {
+        // A rank must not leave the others alone in the forwards.
+        checked = agree(model.params.shard_group(), checked);
     }
+    checked?;
     let mut batches: Vec<&[Encoded]> = Vec::new();
     let mut rest = sequences;
     while !rest.is_empty() {
@@ -101,6 +100,17 @@ pub fn scores(model: &mut Llama, score: Score, sequences: &[Encoded]) -> Result<
         true => Ok(all),
         false => Err(Error::failed("a score is not finite: the reward model is damaged, or has diverged")),
     }
+}
+
+fn check(score: Score, sequences: &[Encoded]) -> Result<()> {
+    let needs = score != Score::Last;
+    for (i, sequence) in sequences.iter().enumerate() {
+        if sequence.ids.is_empty() || (needs && !sequence.supervised.iter().skip(1).any(|s| *s)) {
+            let what = if needs { "no completion after a prompt" } else { "no tokens" };
+            return Err(Error::data(format!("sequence {} has {what}: there is nothing to score", i + 1)));
+        }
+    }
+    Ok(())
 }
 
 /// The rewards of the sequences: their [`scores`], normalised as the model says.

@@ -48,6 +48,9 @@ pub struct Progress<D> {
     pub data: D,
     #[serde(default)]
     best: Best,
+    /// The run ended before its last step.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    ended: bool,
     /// Tokens read so far, over all ranks.
     pub tokens: u64,
     pub skipped_steps: u64,
@@ -57,7 +60,15 @@ pub struct Progress<D> {
 impl<D> Progress<D> {
     /// The start of a run.
     pub fn new(data: D) -> Self {
-        Progress { step: 0, data, best: Best::default(), tokens: 0, skipped_steps: 0, elapsed_s: 0.0 }
+        Progress {
+            step: 0,
+            data,
+            best: Best::default(),
+            ended: false,
+            tokens: 0,
+            skipped_steps: 0,
+            elapsed_s: 0.0,
+        }
     }
 }
 
@@ -68,6 +79,19 @@ struct Best {
     best: Option<(u64, f64)>,
     /// Validations since then.
     worse: u64,
+}
+
+impl Best {
+    /// Notes the validation after a step; whether it is the best so far. What is no number (a diverged model, responses of
+    /// which none could be scored) is not.
+    fn note(&mut self, step: u64, loss: f64) -> bool {
+        let better = loss.is_finite() && self.best.is_none_or(|(_, lowest)| loss < lowest);
+        match better {
+            true => *self = Best { best: Some((step, loss)), worse: 0 },
+            false => self.worse += 1,
+        }
+        better
+    }
 }
 
 /// A model that is trained: its parameters on this rank, and their optimizer.
@@ -299,9 +323,9 @@ impl Plan {
 }
 
 impl<D: Serialize> Run<'_, D> {
-    /// All steps were done.
+    /// All steps were done, or the run ended early.
     pub fn done(&self) -> bool {
-        self.progress.step >= self.plan.steps
+        self.progress.ended || self.progress.step >= self.plan.steps
     }
 
     /// Whether something that is done every `every` steps, and after the last one, is due.
@@ -386,27 +410,26 @@ impl<D: Serialize> Run<'_, D> {
         self.window = Window { started: Instant::now(), tokens: 0, steps: 0 };
     }
 
-    /// Ends the run early: this was its last step.
-    pub fn stop_here(&mut self) {
-        self.plan.steps = self.progress.step;
-    }
-
     /// Notes a validation, whose `loss` is better the lower it is. Returns whether its checkpoint is to be saved; ends the
     /// run where too many in a row were not better.
     pub fn note_validation(&mut self, loss: f64, valid: &Valid) -> bool {
         let (step, best) = (self.progress.step, &mut self.progress.best);
-        if best.best.is_none_or(|(_, lowest)| loss < lowest) {
-            *best = Best { best: Some((step, loss)), worse: 0 };
+        if best.note(step, loss) {
             if valid.keep_best {
                 self.saver.keep_best(step);
             }
             return valid.keep_best;
         }
-        best.worse += 1;
         if valid.patience > 0 && best.worse >= valid.patience {
-            let (at, worse) = (best.best.map_or(0, |(step, _)| step), best.worse);
-            info!("the validation was best at step {at}, {worse} validations ago: the run ends here");
-            self.stop_here();
+            let worse = best.worse;
+            match best.best {
+                Some((at, _)) => {
+                    info!("the validation was best at step {at}, {worse} validations ago: the run ends here");
+                }
+                None => info!("none of {worse} validations gave a number: the run ends here"),
+            }
+            // Told to the checkpoint, so that a restart does not go on.
+            self.progress.ended = true;
         }
         false
     }
@@ -440,5 +463,28 @@ impl<D: Serialize> Run<'_, D> {
         drop(self.log);
         info!("the trained model is in {}", dir.display());
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Validations that are no numbers are never the best, and what was noted can be read again.
+    #[test]
+    fn only_numbers_are_the_best() {
+        let mut progress = Progress::new(7u64);
+        let notes = [f64::NAN, 2.0, f64::NAN, f64::NEG_INFINITY, 3.0, 1.0].map(|l| progress.best.note(1, l));
+        assert_eq!(notes, [false, true, false, false, false, true]);
+        for losses in [&[f64::NAN][..], &[1.0, -f64::NAN]] {
+            let mut progress = Progress::new(7u64);
+            losses.iter().for_each(|loss| {
+                progress.best.note(1, *loss);
+            });
+            assert_eq!(progress.best.worse, 1);
+            let text = serde_json::to_string(&progress).unwrap();
+            let again: Progress<u64> = serde_json::from_str(&text).unwrap();
+            assert_eq!(again.best.best, progress.best.best);
+        }
     }
 }

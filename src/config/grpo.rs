@@ -39,7 +39,7 @@ pub struct Section {
     /// How far above, where that differs. `cispo`: the largest ratio itself; default 5.
     #[serde(deserialize_with = "some_positive", skip_serializing_if = "Option::is_none")]
     pub epsilon_high: Option<f64>,
-    /// The largest ratio whatever the advantage's sign (two-sided clipping); above 1 + epsilon.
+    /// The largest ratio whatever the advantage's sign (two-sided clipping); above 1 + epsilon_high.
     #[serde(deserialize_with = "some_positive", skip_serializing_if = "Option::is_none")]
     pub delta: Option<f64>,
     /// The weight of the KL to the reference, in the loss; of `reinforce++` in the reward.
@@ -195,8 +195,17 @@ impl Algorithm for Grpo {
             let why = "reinforce++ has the KL in the reward, as the sum of k1 over a response; leave it out";
             return Some(("grpo.kl_estimator", why.into()));
         }
-        if grpo.delta.is_some_and(|d| d <= 1.0 + grpo.epsilon) {
-            return Some(("grpo.delta", "above 1 + epsilon: below it nothing would be left to clip".into()));
+        if grpo.group_size == 1 && grpo.resample > 0 {
+            let why = "a group of one response never varies: others would be asked in the place of all, for nothing";
+            return Some(("grpo.resample", why.into()));
+        }
+        if grpo.delta.is_some_and(|d| d <= 1.0 + grpo.epsilon_high.unwrap_or(grpo.epsilon)) {
+            let why = "above 1 + epsilon_high (default: epsilon): below it nothing would be left to clip";
+            return Some(("grpo.delta", why.into()));
+        }
+        let in_loss = grpo.beta > 0.0 && grpo.advantages != Advantages::Reinforce;
+        if in_loss && grpo.kl_estimator == Some(KlEstimator::K1) {
+            return Some(("grpo.kl_estimator", KlEstimator::NO_LOSS.into()));
         }
         if matches!(grpo.loss, LossType::Cispo | LossType::Sapo)
             && (grpo.delta.is_some() || grpo.level == Level::Sequence)

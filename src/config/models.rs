@@ -1,6 +1,6 @@
 //! The models of an algorithm that has several: each has its own place.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +35,33 @@ impl Trained {
     /// Whether its adapters ask for dropout, which no algorithm with such models has.
     pub fn drops_out(&self) -> bool {
         self.lora.as_ref().is_some_and(|l| l.dropout > 0.0)
+    }
+}
+
+/// A critic: [`Trained`], but for its path, which may be another section's.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Critic {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<Compute>,
+    pub offload: bool,
+    pub freeze: Freeze,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Lora>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub optim: Option<Optim>,
+}
+
+impl Critic {
+    /// The model at the critic's own path, else at `path`.
+    pub fn or_path(self, path: &Path) -> Trained {
+        let Critic { path: own, device, dtype, offload, freeze, lora, optim } = self;
+        let path = own.unwrap_or_else(|| path.to_path_buf());
+        Trained { path, device, dtype, offload, freeze, lora, optim }
     }
 }
 

@@ -43,6 +43,12 @@ pub enum KlEstimator {
     K3Plus,
 }
 
+impl KlEstimator {
+    /// Why `k1` is refused as a part of a loss.
+    pub const NO_LOSS: &str = "in the loss the gradient of k1 is 0 in expectation, so that nothing would hold the policy near \
+                               the reference: take k3 (unbiased value), k2 or k3+ (the gradient of the KL)";
+}
+
 /// How the losses of the tokens of GRPO's responses are made, and become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(rename_all = "snake_case")]

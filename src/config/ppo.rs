@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::common::Common;
-use super::models::Trained;
+use super::models::{Critic, Trained};
 use super::numbers::{count, not_negative, positive, ratio, some_count, some_positive, some_ratio};
 use super::policy::{Aggregation, KlEstimator, policy_configuration};
 use super::rewards::{Reward, RewardKind};
@@ -17,7 +17,7 @@ policy_configuration! {
     pub struct Ppo {
         /// What predicts returns. Default: the reward model's weights, without one the actor's with a new head.
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub critic: Option<Trained>,
+        pub critic: Option<Critic>,
         #[serde(default)]
         pub ppo: Section,
         #[serde(default)]
@@ -62,7 +62,9 @@ pub struct Section {
     /// Weight of the KL to the reference; of adaptive control its first.
     #[serde(deserialize_with = "not_negative")]
     pub kl_coef: f64,
-    pub kl_estimator: KlEstimator,
+    /// Default: `k1`, in the loss `k3`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl_estimator: Option<KlEstimator>,
     /// Whether the KL is a penalty on rewards or a part of the loss.
     pub kl_in: KlIn,
     /// Nats a response that the weight is controlled for; none: it stays.
@@ -128,7 +130,7 @@ impl Default for Section {
             aggregation: Aggregation::TokenMean,
             entropy_coef: 0.0,
             kl_coef: 0.05,
-            kl_estimator: KlEstimator::K1,
+            kl_estimator: None,
             kl_in: KlIn::Reward,
             kl_target: None,
             kl_horizon: 10_000.0,
@@ -142,6 +144,16 @@ impl Default for Section {
             ptx: None,
             self_check: true,
         }
+    }
+}
+
+impl Section {
+    /// The estimator of the KL to the reference.
+    pub fn kl_estimator(&self) -> KlEstimator {
+        self.kl_estimator.unwrap_or(match self.kl_in {
+            KlIn::Reward => KlEstimator::K1,
+            KlIn::Loss => KlEstimator::K3,
+        })
     }
 }
 
@@ -206,17 +218,16 @@ impl Ppo {
         }
     }
 
-    /// The critic's section; where there is none: the reward model's weights, else the actor's trunk.
+    /// The critic's section; where it names no path: the reward model's weights, else the actor's trunk.
     pub fn critic(&self) -> Trained {
         let path = self.reward_model.as_ref().map_or(&self.actor.path, |m| &m.path);
-        let default = || Trained { path: path.clone(), lora: None, ..self.actor.clone() };
-        self.critic.clone().unwrap_or_else(default)
+        self.critic.clone().unwrap_or_default().or_path(path)
     }
 
     /// The paths that are read.
     pub fn paths(&self) -> Vec<&Path> {
         let mut paths = self.sections_of_responses().paths();
-        paths.extend(self.critic.iter().map(|c| c.path.as_path()));
+        paths.extend(self.critic.iter().filter_map(|c| c.path.as_deref()));
         paths.extend(self.ppo.ptx.iter().flat_map(|p| &p.data).map(|s| s.path.as_path()));
         paths
     }
@@ -266,6 +277,9 @@ impl Algorithm for Ppo {
                 "the weight is controlled where the KL is a penalty on rewards".into(),
             ));
         }
+        if ppo.kl_in == KlIn::Loss && ppo.kl_coef > 0.0 && ppo.kl_estimator() == KlEstimator::K1 {
+            return Some(("ppo.kl_estimator", KlEstimator::NO_LOSS.into()));
+        }
         if let Some(ptx) = &ppo.ptx {
             let rows = ptx.batch_size.unwrap_or(ppo.minibatch_size);
             if ptx.data.is_empty() {
@@ -286,7 +300,7 @@ impl Algorithm for Ppo {
             if let Some((key, why)) = trainable::conflict(&critic.freeze, critic.lora.as_ref()) {
                 return Some(("critic", format!("{key}: {why}")));
             }
-            if critic.drops_out() {
+            if self.critic().drops_out() {
                 let why = "0 is all that there is: values are compared with those before the updates, and dropout would \
                            change them";
                 return Some(("critic.lora.dropout", why.into()));

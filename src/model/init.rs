@@ -24,6 +24,14 @@ pub fn init_score(params: &mut Sharded, std: f64, seed: u64) -> Result<()> {
     })
 }
 
+/// Multiplies the scalar head's values by `gain`.
+pub fn scale_score(params: &mut Sharded, gain: f64) -> Result<()> {
+    params.fill_where(|spec| spec.name == SCORE, true, &mut |_, _, values| {
+        let _ = values.shallow_clone().g_mul_scalar_(gain);
+        Ok(())
+    })
+}
+
 /// Fills `values` with elements `first..` of a tensor of normal numbers.
 fn fill_normal(values: &Tensor, key: u64, first: i64, std: f64) -> Result<()> {
     let mut values = values.shallow_clone();

@@ -5,14 +5,13 @@ use tch::{Kind, Tensor};
 
 use super::{Experience, Models, Position};
 use crate::algorithms::rl::advantages::explained_variance;
-use crate::algorithms::rl::experience::{gather_rows, sampler_distance};
+use crate::algorithms::rl::experience::{SamplerDistance, gather_rows};
 use crate::algorithms::rl::place::at_work;
 use crate::algorithms::rl::policy::{describe, share_of};
 use crate::algorithms::rl::sampling::{Batch, Sampled, Sampler};
 use crate::algorithms::rl::{Moments, checks, gae, token_rewards, whiten};
 use crate::algorithms::training::Run;
 use crate::config::ppo::{Baseline, KlIn, MissingEos, Ppo};
-use crate::config::sections::Compute;
 use crate::distributed::world::World;
 use crate::error::Result;
 use crate::telemetry::Record;
@@ -49,7 +48,7 @@ pub fn experience(
     let mask = &all * Tensor::from_slice(&rows).to_kind(kind).unsqueeze(1);
     let scores: Vec<f64> = scores.iter().map(|s| s.unwrap_or(0.0)).collect();
     let penalty = match ppo.kl_in {
-        KlIn::Reward => ppo.kl_estimator.estimate(&logprobs, &reference),
+        KlIn::Reward => ppo.kl_estimator().estimate(&logprobs, &reference),
         KlIn::Loss => logprobs.zeros_like(),
     };
     let mut rewards = token_rewards(&Tensor::from_slice(&scores).to_kind(kind), &penalty, kl_coef, &mask);
@@ -65,19 +64,18 @@ pub fn experience(
 
     let distance = (&logprobs - &reference) * &all;
     let kl = distance.sum(Kind::Double).double_value(&[]) / batch.samples.len() as f64;
-    if step == 0 && ppo.self_check && same_start(c) {
+    if step == 0 && ppo.self_check && models.policy.begins_as_reference {
         let apart = Moments::of(&distance.abs(), &all, &alone)?.mean;
         checks::kl_is_zero(apart, models.policy.actor.model.params.compute())?;
     }
-    let responses = batch.samples.iter().map(|s| s.response.clone()).collect::<Vec<_>>();
-    let (apart, most_apart) = sampler_distance(&batch.sequences, &responses, &logprobs);
+    let mut apart = SamplerDistance::default();
+    apart.add(&batch.sequences, batch.samples.iter().map(|s| &s.response).enumerate(), &logprobs);
     let record = describe(&batch.samples)
         .float("kl", kl)
         .float("entropy", Moments::of(&entropies, &all, &alone)?.mean)
         .float("explained_variance", explained_variance(&values, &returns, &mask, &alone)?)
-        .float("return", Moments::of(&returns, &mask, &alone)?.mean)
-        .float("sampler_distance", apart)
-        .float("sampler_distance_max", most_apart);
+        .float("return", Moments::of(&returns, &mask, &alone)?.mean);
+    let record = apart.describe(record);
     let sequences = batch.sequences.clone();
     let experience =
         Experience { sequences, mask, logprobs, reference, values, rewards, advantages, returns };
@@ -105,17 +103,6 @@ fn scores(c: &Ppo, batch: &Batch) -> Vec<Option<f64>> {
     };
     let clip = ppo.reward_clip.unwrap_or(f64::INFINITY);
     scores.into_iter().map(|s| s.map(|s| (s - baseline).clamp(-clip, clip))).collect()
-}
-
-/// Whether the actor begins as its reference.
-fn same_start(c: &Ppo) -> bool {
-    let dtype = |d: Option<Compute>| d.unwrap_or(c.precision.compute);
-    match &c.reference {
-        None => true,
-        Some(r) => {
-            r.path == c.actor.path && dtype(r.dtype) == dtype(c.actor.dtype) && r.device == c.actor.device
-        }
-    }
 }
 
 pub fn samples_due(c: &Ppo, step: u64) -> bool {

@@ -13,22 +13,23 @@ use crate::algorithms::base::Base;
 use crate::algorithms::rl::KlController;
 use crate::algorithms::rl::experience::gather_rows;
 use crate::algorithms::rl::place::{Average, Where, check_offload};
-use crate::algorithms::rl::policy::{Opened, Policy, Samplers, share_of};
+use crate::algorithms::rl::policy::{Opened, Policy, Samplers, check_reads, share_of};
 use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start};
 use crate::checkpoint::Part;
 use crate::config::common::Common;
 use crate::config::ppo::Ppo;
 use crate::config::pretrain::Model;
+use crate::config::reward::Score;
 use crate::config::sections::{self, Precision};
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
 use crate::data::loader::{Loader, Order, Source, State as LoaderState};
 use crate::data::prompts::State;
 use crate::distributed::world::World;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::generate::rollout::Sequences;
 use crate::info;
-use crate::model::Trainable;
+use crate::model::{Trainable, init};
 
 /// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
 pub struct Inputs {
@@ -44,14 +45,10 @@ impl Inputs {
         let (opened, samplers) = Opened::open(&c.sections_of_responses(), true)?;
         let actor = &opened.actor;
         let section = c.critic();
-        let critic = || {
+        let critic = || -> Result<(Base, Trainable)> {
             let (model, length) = (Model::Path(section.path.clone()), c.data.sequence_length);
             let base = Base::open_scored(&model, c.tokenizer.as_ref(), length, Some(0.0))?;
-            if base.tokenizer.base_hash() != actor.tokenizer.base_hash() {
-                return Err(Error::config(
-                    "its tokenizer is not the actor's; it reads the same tokens, and must be of the same family",
-                ));
-            }
+            check_reads(&base, actor)?;
             let trainable = base.trainable(&section.freeze, section.lora.as_ref())?;
             Ok((base, trainable))
         };
@@ -81,6 +78,16 @@ struct Ready {
     opened: Opened,
     critic: (Base, Trainable),
     ptx: Option<Loader>,
+}
+
+impl Ready {
+    /// What the values of the critic's head are multiplied by at the start, where it was a reward model's: so that they are
+    /// of the size of its rewards. Only of a head whose value at the last token is the score; those of which the values of
+    /// tokens are added or averaged begin as they are.
+    fn gain_of_values(&self) -> Result<Option<f64>> {
+        let scoring = self.critic.0.weights.as_ref().map_or(Ok(None), |w| w.scoring())?;
+        Ok(scoring.filter(|s| s.score == Score::Last && s.gain != 1.0).map(|s| s.gain))
+    }
 }
 
 /// Where a run stands.
@@ -142,6 +149,9 @@ pub fn ppo(loaded: &Loaded<Ppo>, inputs: Inputs, world: &World, start: &Start) -
         None => {
             models.policy.actor.begin(&inputs.opened.actor, c.seed)?;
             models.critic.begin(&inputs.critic.0, c.seed)?;
+            if let Some(gain) = inputs.gain_of_values()? {
+                init::scale_score(&mut models.critic.model.params, gain)?;
+            }
             let coef = c.ppo.kl_coef;
             let kl = match c.ppo.kl_target {
                 Some(target) => KlController::Adaptive { coef, target, horizon: c.ppo.kl_horizon },
@@ -172,7 +182,10 @@ pub fn ppo(loaded: &Loaded<Ppo>, inputs: Inputs, world: &World, start: &Start) -
         let read: usize = batch.sequences.prompts.iter().map(Vec::len).sum();
         let data = &mut run.progress.data;
         data.prompts = sampler.prompts.state(first + count);
-        data.kl.update(record.get("kl").unwrap_or(0.0), count as f64);
+        // While only the critic is trained the KL says nothing about the weight.
+        if step >= c.ppo.value_warmup {
+            data.kl.update(record.get("kl").unwrap_or(0.0), count as f64);
+        }
         if experience::samples_due(c, step) {
             let trace = c.samples.trace.then(|| models.logprobs(c, &experience, world)).transpose()?;
             experience::write_samples(c, &sampler, &batch, &experience, trace, &mut run)?;

@@ -145,7 +145,7 @@ fn update_policy(
                 loss -= entropies.view([-1, width]) * ppo.entropy_coef;
             }
             if kl_coef != 0.0 {
-                loss += ppo.kl_estimator.estimate(&logprobs, &of(&e.reference)) * kl_coef;
+                loss += ppo.kl_estimator().estimate(&logprobs, &of(&e.reference)) * kl_coef;
             }
             Ok((loss * ppo.aggregation.weights(&mask, &counts, longest)).sum(mask.kind()))
         };
@@ -168,7 +168,7 @@ fn update_policy(
         let losses = step::accumulate(model, &mut entries, c.train.recompute)?.0;
         drop(entries);
         let sums = sums.borrow().combine(&world.group)?;
-        if step == 0 && done.updates.is_empty() && ppo.self_check {
+        if step == ppo.value_warmup && done.updates.is_empty() && ppo.self_check {
             let distance = sums.ratio_distance / sums.tokens.max(1.0);
             let same_rows = parts.len() == 1 && ppo.minibatch_size == e.sequences.len() as i64;
             checks::ratios_are_one(distance, model.params.compute(), same_rows)?;

@@ -4,6 +4,7 @@
 use tch::Kind;
 
 use crate::error::{Error, Result};
+use crate::info;
 
 /// How far from 1 the ratios of the first minibatch may be (mean over its tokens), and how far from 0 log-probabilities of
 /// equal models (nats a token). Rows of the same number and width go through the same products; others are summed in
@@ -22,6 +23,7 @@ fn tolerance(compute: Kind, same_rows: bool) -> f64 {
 pub fn ratios_are_one(distance: f64, compute: Kind, same_rows: bool) -> Result<()> {
     let allowed = tolerance(compute, same_rows);
     if distance <= allowed {
+        info!("self-check: ratios are 1 before the first update, mean distance {distance:.1e}");
         return Ok(());
     }
     Err(Error::failed(format!(
@@ -35,6 +37,7 @@ pub fn ratios_are_one(distance: f64, compute: Kind, same_rows: bool) -> Result<(
 pub fn kl_is_zero(distance: f64, compute: Kind) -> Result<()> {
     let allowed = tolerance(compute, true);
     if distance <= allowed {
+        info!("self-check: actor and reference begin alike, mean distance {distance:.1e}");
         return Ok(());
     }
     Err(Error::failed(format!(

@@ -3,6 +3,7 @@
 //! A rank samples and scores its share; then all ranks are told everything, which is little next to a model: advantages,
 //! minibatches and statistics are the same on every rank, and the same for any number of ranks.
 
+use kernels::c10d::{Group, ReduceOp};
 use kernels::ops;
 use tch::{Device, Kind, Tensor};
 
@@ -13,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::generate::rollout::{Response, Rows, Sequences};
 use crate::model::head::LogProbs;
 use crate::model::{Input, Llama, LmHead, ScoreHead};
+use crate::telemetry::Record;
 
 /// Tells every rank what each of them has, by rank. A collective call.
 pub fn share<T: serde::Serialize + serde::de::DeserializeOwned>(world: &World, mine: &[T]) -> Result<Vec<T>> {
@@ -108,19 +110,47 @@ impl Readout<'_> {
     }
 }
 
-/// How far the training's log-probabilities are from the sampler's: mean and largest distance over the tokens of all
-/// responses, in nats. `logprobs`: [n, W].
-pub fn sampler_distance(sequences: &Sequences, responses: &[Response], logprobs: &Tensor) -> (f64, f64) {
-    let (mut sum, mut most, mut count) = (0.0f64, 0.0f64, 0usize);
-    for (i, response) in responses.iter().enumerate() {
-        let range = sequences.range(i);
-        let row = logprobs.get(i as i64).narrow(0, range.start as i64, range.len() as i64);
-        let row = Vec::<f64>::try_from(row.to_kind(Kind::Double)).unwrap_or_default();
-        for (ours, theirs) in row.iter().zip(&response.sampler_logprobs) {
-            sum += (ours - theirs).abs();
-            most = most.max((ours - theirs).abs());
-            count += 1;
+/// How far the training's log-probabilities are from the sampler's, in nats, over the tokens of responses.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SamplerDistance {
+    sum: f64,
+    tokens: f64,
+    pub most: f64,
+}
+
+impl SamplerDistance {
+    /// Adds responses by their numbers among the `sequences`; `logprobs`: [n, W], a row for each of them.
+    pub fn add<'a>(
+        &mut self,
+        sequences: &Sequences,
+        responses: impl Iterator<Item = (usize, &'a Response)>,
+        logprobs: &Tensor,
+    ) {
+        for (row, (number, response)) in responses.enumerate() {
+            let range = sequences.range(number);
+            let row = logprobs.get(row as i64).narrow(0, range.start as i64, range.len() as i64);
+            let row = Vec::<f64>::try_from(row.to_kind(Kind::Double)).unwrap_or_default();
+            for (ours, theirs) in row.iter().zip(&response.sampler_logprobs) {
+                self.sum += (ours - theirs).abs();
+                self.most = self.most.max((ours - theirs).abs());
+                self.tokens += 1.0;
+            }
         }
     }
-    (sum / count.max(1) as f64, most)
+
+    pub fn mean(&self) -> f64 {
+        self.sum / self.tokens.max(1.0)
+    }
+
+    /// Over all ranks. A collective call.
+    pub fn combine(self, group: &Group) -> Result<SamplerDistance> {
+        let sums = group.combine(&[self.sum, self.tokens], ReduceOp::Sum)?;
+        let most = group.combine(&[self.most], ReduceOp::Max)?[0];
+        Ok(SamplerDistance { sum: sums[0], tokens: sums[1], most })
+    }
+
+    /// Adds mean and largest distance.
+    pub fn describe(&self, record: Record) -> Record {
+        record.float("sampler_distance", self.mean()).float("sampler_distance_max", self.most)
+    }
 }

@@ -52,7 +52,8 @@ pub fn group_advantages(rewards: &[f64], group_size: usize, scale: ScaleRewards)
     let (mut advantages, mut without_variance, mut deviations) = (Vec::new(), 0, 0.0);
     for group in rewards.chunks(group_size) {
         let (mean, std) = if group_size == 1 { (0.0, 1.0) } else { mean_and_std(group) };
-        without_variance += u64::from(varies(group).is_none());
+        let flat = !varies(group);
+        without_variance += u64::from(flat);
         deviations += mean_and_std(group).1;
         let divisor = match scale {
             ScaleRewards::Group if group_size == 1 => 1.0,
@@ -60,17 +61,19 @@ pub fn group_advantages(rewards: &[f64], group_size: usize, scale: ScaleRewards)
             ScaleRewards::Batch => all + EPS,
             ScaleRewards::None => 1.0,
         };
-        advantages.extend(group.iter().map(|r| if r.is_nan() { 0.0 } else { (r - mean) / divisor }));
+        // Exactly 0 where all are equal: what rounding leaves of the mean an optimizer could make a step of.
+        let none = |r: &f64| r.is_nan() || (flat && group_size > 1);
+        advantages.extend(group.iter().map(|r| if none(r) { 0.0 } else { (r - mean) / divisor }));
     }
     let groups = rewards.len().div_ceil(group_size).max(1) as f64;
     GroupAdvantages { advantages, without_variance, reward_std: deviations / groups }
 }
 
-/// Two rewards of a group that differ.
-fn varies(group: &[f64]) -> Option<(f64, f64)> {
-    let mut there = group.iter().copied().filter(|r| !r.is_nan());
-    let first = there.next()?;
-    there.find(|r| *r != first).map(|other| (first, other))
+/// Whether the rewards of a group differ, of those that are there.
+pub fn varies(group: &[f64]) -> bool {
+    let mut there = group.iter().filter(|r| !r.is_nan());
+    let first = there.next();
+    there.any(|r| Some(r) != first)
 }
 
 /// REINFORCE with leave-one-out baselines (Ahmadian et al. 2024): a reward minus the mean of the others of its group. In
@@ -80,7 +83,8 @@ pub fn rloo(rewards: &[f64], group_size: usize) -> Vec<f64> {
     for group in rewards.chunks(group_size) {
         let n = group.iter().filter(|r| !r.is_nan()).count() as f64;
         let sum: f64 = group.iter().filter(|r| !r.is_nan()).sum();
-        let advantage = |r: &f64| match r.is_nan() || n < 2.0 {
+        let flat = !varies(group);
+        let advantage = |r: &f64| match r.is_nan() || flat {
             true => 0.0,
             false => r - (sum - r) / (n - 1.0),
         };
@@ -160,13 +164,20 @@ impl GrpoLoss {
         aggregation.weights(mask, counts, longest)
     }
 
-    /// Tokens that are clipped: (below, for a negative advantage; above, for a positive one).
+    /// Tokens that are clipped: (below, for a negative advantage; above, for a positive one). `cispo`: those whose weight is
+    /// cut off above, whatever their advantage; `sapo`: none.
     pub fn clipped(&self, logprobs: &Tensor, old: &Tensor, advantages: &Tensor, mask: &Tensor) -> (f64, f64) {
         let ratio = self.ratio(&logprobs.detach(), old, mask);
         let a = advantages.unsqueeze(1);
         let count = |t: Tensor| (t.to_kind(mask.kind()) * mask).sum(tch::Kind::Double).double_value(&[]);
-        let low = ratio.lt(1.0 - self.epsilon_low).logical_and(&a.lt(0.0));
-        let high = ratio.gt(1.0 + self.epsilon_high).logical_and(&a.gt(0.0));
-        (count(low), count(high))
+        match self.loss {
+            LossType::Sapo => (0.0, 0.0),
+            LossType::Cispo => (0.0, count(ratio.gt(self.epsilon_high))),
+            _ => {
+                let low = ratio.lt(1.0 - self.epsilon_low).logical_and(&a.lt(0.0));
+                let high = ratio.gt(1.0 + self.epsilon_high).logical_and(&a.gt(0.0));
+                (count(low), count(high))
+            }
+        }
     }
 }

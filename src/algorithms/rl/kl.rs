@@ -6,27 +6,26 @@ use tch::Tensor;
 
 pub use crate::config::policy::KlEstimator;
 
-/// The largest absolute value of an estimate: a token that the reference finds impossible must not outweigh the rest.
+/// The largest absolute value of an estimate, and of its slope: a token that the reference finds impossible must not outweigh the rest.
 const MOST: f64 = 10.0;
 /// The largest absolute exponent.
 const MOST_EXPONENT: f64 = 20.0;
 
 impl KlEstimator {
-    /// Nats per token, [B, R], within ±10.
+    /// Nats per token, [B, R], within ±10. So is its derivative by `logprobs`, which does not end where the value does: what
+    /// is far from the reference must be drawn back all the same.
     pub fn estimate(self, logprobs: &Tensor, reference: &Tensor) -> Tensor {
-        let d = logprobs - reference;
-        let k2 = |d: &Tensor| d * d * 0.5;
-        let k3 = |d: &Tensor| (-d).clamp(-MOST_EXPONENT, MOST_EXPONENT).exp() - 1.0 + d;
-        let estimate = match self {
-            KlEstimator::K1 => d,
-            KlEstimator::K2 => k2(&d),
-            KlEstimator::K3 => k3(&d),
-            KlEstimator::K3Plus => {
-                let (k2, k3) = (k2(&d).clamp(-MOST, MOST), k3(&d).clamp(-MOST, MOST));
-                return &k2 - k2.detach() + k3.detach();
-            }
+        let d = logprobs.detach() - reference;
+        let odds = (-&d).clamp(-MOST_EXPONENT, MOST_EXPONENT).exp();
+        let (k2, k3) = (|| &d * &d * 0.5, || &odds - 1.0 + &d);
+        let (value, slope) = match self {
+            KlEstimator::K1 => (d.shallow_clone(), d.ones_like()),
+            KlEstimator::K2 => (k2(), d.shallow_clone()),
+            KlEstimator::K3 => (k3(), 1.0 - &odds),
+            KlEstimator::K3Plus => (k3(), d.shallow_clone()),
         };
-        estimate.clamp(-MOST, MOST)
+        let [value, slope] = [value, slope].map(|t| t.clamp(-MOST, MOST));
+        value + slope * (logprobs - logprobs.detach())
     }
 }
 

@@ -88,6 +88,12 @@ pub fn at_work<T>(model: &mut Llama, offload: bool, work: impl FnOnce(&mut Llama
     result
 }
 
+/// Lets a model work, and leaves its values where they were.
+pub fn where_it_was<T>(model: &mut Llama, work: impl FnOnce(&mut Llama) -> Result<T>) -> Result<T> {
+    let away = model.params.is_parked();
+    at_work(model, away, work)
+}
+
 /// Refuses to offload from where there is nothing to offload to.
 pub fn check_offload(name: &str, offload: bool, world: &World) -> Result<()> {
     match offload && world.device == Device::Cpu {
@@ -121,6 +127,35 @@ impl Average {
     pub fn follow(&mut self, of: &Sharded) {
         for i in 0..self.params.len() {
             let _ = self.params.master(i).lerp_(&of.master(i), 1.0 - self.decay);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+    use crate::config::shape::Shape;
+
+    /// A model that is asked in the middle of its updates is on its device afterwards, one that was away is away.
+    #[test]
+    fn values_stay_where_they_were() {
+        let shape = Shape::preset("llama-15m").unwrap();
+        let plans = Trainable::default().plans(&shape).unwrap();
+        let params = Sharded::new(plans, Group::solo(), Group::solo(), Kind::Float, Device::Cpu);
+        let mut model = Llama::new(shape, params);
+        for away in [false, true] {
+            if away {
+                model.params.park().unwrap();
+            }
+            for asked in [Ok(1), Err(Error::failed("no"))] {
+                let told = where_it_was(&mut model, |m| {
+                    assert!(!m.params.is_parked());
+                    asked.clone()
+                });
+                assert_eq!((told.is_ok(), model.params.is_parked()), (asked.is_ok(), away));
+            }
         }
     }
 }

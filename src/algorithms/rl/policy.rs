@@ -1,8 +1,11 @@
 //! A policy that learns from its own responses without a critic, what it is compared with, and who judges it.
 
+use std::cell::RefCell;
+use std::rc::Rc;
+
 use crate::algorithms::base::{self, Base};
 use crate::algorithms::rl::experience::{Readout, gather_rows};
-use crate::algorithms::rl::place::{Where, at_work, check_offload, frozen};
+use crate::algorithms::rl::place::{Where, at_work, check_offload, frozen, where_it_was};
 use crate::algorithms::rl::reward_model::{self, RewardModel};
 use crate::algorithms::rl::sampling::{Batch, Said, Sampled, Sampler, Scorer};
 use crate::algorithms::training::Learner;
@@ -10,7 +13,7 @@ use crate::config::common::Common;
 use crate::config::policy::OwnResponses;
 use crate::config::pretrain::Model;
 use crate::config::prompts::Data;
-use crate::config::sections::{Precision, Valid};
+use crate::config::sections::{Compute, Precision, Valid};
 use crate::data::chat::Chat;
 use crate::data::prompts::Prompts;
 use crate::data::tokenizer::Tokenizer;
@@ -19,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::generate::rollout::Sequences;
 use crate::info;
 use crate::model::{Llama, Trainable};
+use crate::rewards::Judge;
 use crate::telemetry::Record;
 use tch::Tensor;
 
@@ -54,21 +58,17 @@ impl Opened {
             section => {
                 let base =
                     open(section.map_or(&s.actor.path, |r| &r.path)).map_err(|e| e.context("reference"))?;
-                if base.tokenizer.base_hash() != actor.tokenizer.base_hash() {
-                    return Err(Error::config(
-                        "reference: its tokenizer is not the actor's; it reads the same tokens, and must be of the same \
-                         family",
-                    ));
-                }
+                check_reads(&base, &actor).map_err(|e| e.context("reference"))?;
                 Some(base)
             }
         };
         let reward_model =
             s.reward_model.map(|r| reward_model::Opened::open(r, &actor.tokenizer)).transpose();
         let reward_model = reward_model.map_err(|e| e.context("reward_model"))?;
+        let judge = Rc::new(RefCell::new(Judge::new(&s.rewards)?));
         let sampler = |data: &Data| {
             let chat = Chat::new(&actor.tokenizer)?;
-            Sampler::open(data, s.generation, &s.rewards, chat, &actor.shape, c.seed)
+            Sampler::open(data, s.generation, judge.clone(), chat, &actor.shape, c.seed)
         };
         let valid = match s.data.valid.is_empty() {
             true => None,
@@ -79,6 +79,25 @@ impl Opened {
         let train = sampler(s.data)?;
         let steps = base::steps(c.train, train.prompts.len() as u64, c.schedule.warmup_steps)?;
         Ok((Opened { actor, trainable, reference, reward_model, steps }, Samplers { train, valid }))
+    }
+
+    /// Whether the reference is the model that the actor begins as, computed in the same way.
+    fn begins_as_reference(&self, s: &OwnResponses) -> bool {
+        let Some(section) = s.reference else { return true };
+        let kept =
+            |t: Option<&Trainable>| t.and_then(|t| t.lora.as_ref()).map(|l| l.base).unwrap_or_default();
+        let bases = [
+            kept(Some(&self.trainable)),
+            kept(self.reference.as_ref().and_then(|r| r.weights.as_ref()).and_then(|w| w.lora())),
+        ];
+        // A folder has many names, a hub id one.
+        let [actor, reference] =
+            [&s.actor.path, &section.path].map(|p| p.canonicalize().unwrap_or_else(|_| p.clone()));
+        let dtype = |d: Option<Compute>| d.unwrap_or(s.common.precision.compute);
+        actor == reference
+            && bases[0] == bases[1]
+            && dtype(section.dtype) == dtype(s.actor.dtype)
+            && section.device == s.actor.device
     }
 
     pub fn tokenizer(&self) -> &Tokenizer {
@@ -105,6 +124,8 @@ pub struct Policy<'a> {
     /// The actor's values are in host memory except while it works.
     offload: bool,
     reference: Option<Asked<'a>>,
+    /// The reference is the model that the actor begins as.
+    pub begins_as_reference: bool,
     reward_model: Option<RewardModel<'a>>,
 }
 
@@ -142,7 +163,8 @@ impl<'a> Policy<'a> {
         };
         let offload = s.actor.offload;
         check_offload("actor", offload, &actor_world)?;
-        Ok(Policy { actor, actor_world, offload, reference, reward_model })
+        let begins_as_reference = opened.begins_as_reference(s);
+        Ok(Policy { actor, actor_world, offload, reference, begins_as_reference, reward_model })
     }
 
     /// `samples` judged responses to each of the prompts `first .. first + count` of a sampler. Collective.
@@ -177,7 +199,8 @@ impl<'a> Policy<'a> {
     pub fn with_reference<T>(&mut self, f: impl FnOnce(&mut Llama) -> Result<T>) -> Result<T> {
         match &mut self.reference {
             Some(reference) => at_work(&mut reference.model, reference.offload, f),
-            None => at_work(&mut self.actor.model, self.offload, |actor| {
+            // The actor may be awake, for its updates: then it stays so.
+            None => where_it_was(&mut self.actor.model, |actor| {
                 actor.adapters = false;
                 let result = f(actor);
                 actor.adapters = true;
@@ -203,6 +226,17 @@ impl<'a> Policy<'a> {
         let told = describe(&batch.samples[..count as usize]);
         let reward = told.get("reward").unwrap_or(f64::NAN);
         Ok((Record::new("valid", step).with(told), reward))
+    }
+}
+
+/// Refuses a model that is to read the actor's tokens and takes them for others. It may know further ones, such as a pad
+/// token that it was given.
+pub fn check_reads(model: &Base, actor: &Base) -> Result<()> {
+    match model.tokenizer.knows_tokens_of(&actor.tokenizer) {
+        true => Ok(()),
+        false => Err(Error::config(
+            "its tokenizer is not the actor's; it reads the same tokens, and must be of the same family",
+        )),
     }
 }
 

@@ -5,7 +5,7 @@ use crate::algorithms::base::Base;
 use crate::algorithms::rl::place::{Where, at_work, check_offload, frozen};
 use crate::algorithms::rl::sampling::Said;
 use crate::algorithms::scorer;
-use crate::checkpoint::Scoring;
+use crate::checkpoint::{Scoring, agree};
 use crate::config::common::Common;
 use crate::config::models::Frozen;
 use crate::config::pretrain::Model;
@@ -68,7 +68,8 @@ pub struct RewardModel<'a> {
 impl RewardModel<'_> {
     /// The normalised scores of responses. Each rank gives its own; collective where the model is sharded.
     pub fn score(&mut self, said: &[Said]) -> Result<Vec<f64>> {
-        let sequences: Vec<Encoded> = said.iter().map(|s| self.opened.encode(s)).collect::<Result<_>>()?;
+        let sequences = said.iter().map(|s| self.opened.encode(s)).collect::<Result<Vec<Encoded>>>();
+        let sequences = agree(self.model.params.shard_group(), sequences)?;
         at_work(&mut self.model, self.offload, |m| scorer::rewards(m, &self.opened.scoring, &sequences))
     }
 }

@@ -1,5 +1,7 @@
 //! Prompts are asked, responses judged: what every algorithm that learns from its own responses begins an iteration with.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -7,7 +9,6 @@ use serde::{Deserialize, Serialize};
 use crate::algorithms::rl::experience::share;
 use crate::checkpoint::agree;
 use crate::config::prompts::Data;
-use crate::config::rewards::Reward;
 use crate::config::rollout::Generation;
 use crate::config::shape::Shape;
 use crate::data::chat::Chat;
@@ -68,18 +69,19 @@ pub struct Sampler {
     pub prompts: Prompts,
     pub chat: Chat,
     generation: Generation,
-    judge: Judge,
+    /// That of the run, whose programs answer for training and validation.
+    judge: Rc<RefCell<Judge>>,
     eos: Vec<i64>,
     truncate: Option<(i64, usize)>,
     seed: u64,
 }
 
 impl Sampler {
-    /// Opens and checks all that the sections `data`, `generation` and `rewards` name, for a model of this shape.
+    /// Opens and checks all that the sections `data` and `generation` name, for a model of this shape.
     pub fn open(
         data: &Data,
         generation: &Generation,
-        rewards: &[Reward],
+        judge: Rc<RefCell<Judge>>,
         chat: Chat,
         shape: &Shape,
         seed: u64,
@@ -116,7 +118,6 @@ impl Sampler {
                  gradients are then those of tokens that the policy would not have drawn so"
             );
         }
-        let judge = Judge::new(rewards)?;
         Ok(Sampler { prompts, chat, generation: generation.clone(), judge, eos, truncate, seed })
     }
 
@@ -166,7 +167,7 @@ impl Sampler {
         let responses = rollout.run(model, &asked)?;
         let rollout_s = started.elapsed().as_secs_f64();
         let numbers: Vec<u64> = numbers.iter().flat_map(|n| std::iter::repeat_n(*n, samples)).collect();
-        let judged = self.judge(&numbers, responses, score);
+        let judged = self.judge(&numbers, responses, score, world);
         let samples = share(world, &agree(&world.group, judged)?)?;
         let sequences = Sequences {
             prompts: samples.iter().map(|s| self.prompts.get(s.prompt).ids.clone()).collect(),
@@ -175,17 +176,21 @@ impl Sampler {
         Ok(Batch { samples, sequences, rollout_s })
     }
 
+    /// This rank's responses. Collective; its last part is not, so that a rank may fail alone.
     fn judge(
         &mut self,
         numbers: &[u64],
         responses: Vec<Response>,
         score: Option<Scorer>,
+        world: &World,
     ) -> Result<Vec<Sampled>> {
         let text = |(n, r): (&u64, &Response)| {
             let prompt = &self.prompts.get(*n).ids;
             generation::text(self.chat.tokenizer(), prompt, &r.ids, &self.generation.stop)
         };
-        let texts: Vec<String> = numbers.iter().zip(&responses).map(text).collect::<Result<_>>()?;
+        let texts = numbers.iter().zip(&responses).map(text).collect::<Result<Vec<String>>>();
+        // Before the reward model, which all ranks ask together.
+        let texts = agree(&world.group, texts)?;
         let said: Vec<Said> = numbers
             .iter()
             .zip(&responses)
@@ -206,7 +211,7 @@ impl Sampler {
                 record: &prompt.record,
                 score: scores.as_ref().and_then(|s| s.get(i).copied()),
             };
-            judgements.push(self.judge.judge(&answer)?);
+            judgements.push(self.judge.borrow_mut().judge(&answer)?);
         }
         let all = numbers.iter().zip(responses).zip(texts).zip(judgements);
         let sampled = all.map(|(((prompt, response), text), judgement)| Sampled {

@@ -305,6 +305,41 @@ fn unscored_and_equal_answers_have_no_advantage() {
     assert_eq!(rloo(&[3.0, 0.0, 6.0], 3), [0.0, -4.5, 4.5]);
 }
 
+/// Rewards that rounding gives no exact mean.
+#[test]
+fn a_group_that_does_not_vary_has_advantages_of_exactly_0() {
+    let equal = [[0.7; 3], [0.1; 3]].concat();
+    for scale in [ScaleRewards::Group, ScaleRewards::None] {
+        assert_eq!(group_advantages(&equal, 3, scale).advantages, [0.0; 6], "{scale:?}");
+    }
+    assert_eq!(group_advantages(&[0.7, 0.7, f64::NAN, 0.7], 4, ScaleRewards::Batch).advantages, [0.0; 4]);
+    assert_eq!(rloo(&equal, 3), [0.0; 6]);
+}
+
+/// What is counted as clipped is what the loss clips.
+#[test]
+fn clipped_tokens_are_those_of_the_loss() {
+    let t = |x: &[f64]| Tensor::from_slice(x).view([2, -1]);
+    let (old, mask) = (t(&[0.0; 6]), t(&[1.0; 6]));
+    let logp = t(&[0.5, 1.5, 6.0, 0.5, 6.0, -6.0].map(f64::ln_1p).map(|x| if x.is_nan() { -3.0 } else { x }));
+    let advantages = Tensor::from_slice(&[1.0, -1.0]);
+    let of = |loss, epsilon_high| GrpoLoss {
+        loss,
+        level: Level::Token,
+        epsilon_low: 0.2,
+        epsilon_high,
+        delta: None,
+        beta: 0.0,
+        kl: KlEstimator::K3,
+        temperatures: [1.0, 1.05],
+    };
+    let clipped = |loss, high| of(loss, high).clipped(&logp, &old, &advantages, &mask);
+    // Ratios 1.5, 2.5, 7 with A = 1, and 1.5, 7, e^-3 with A = -1.
+    assert_eq!(clipped(LossType::Grpo, 0.28), (1.0, 3.0));
+    assert_eq!(clipped(LossType::Cispo, 5.0), (0.0, 2.0));
+    assert_eq!(clipped(LossType::Sapo, 0.2), (0.0, 0.0));
+}
+
 /// The textbook's sums, written out: one response with a hole, its value after the end given.
 #[test]
 fn gae_is_the_discounted_sum_of_deltas() {
@@ -353,6 +388,25 @@ fn dual_clip_bounds_negative_advantages_only() {
     assert!((loss.detach() - wanted).abs().max().double_value(&[]) < 1e-14);
     loss.sum(Kind::Double).backward();
     assert!((logp.grad() - t(&[0.0, 0.0, 0.1f64.exp()])).abs().max().double_value(&[]) < 1e-14);
+}
+
+/// Where an estimate is cut off its gradient is not: it draws the policy back.
+#[test]
+fn what_is_far_from_the_reference_has_a_gradient() {
+    let slopes = |k: KlEstimator| {
+        let d = Tensor::from_slice(&[-500.0, -6.0, -1.0, 0.5, 6.0, 500.0]).set_requires_grad(true);
+        k.estimate(&d, &d.zeros_like().detach()).sum(Kind::Double).backward();
+        Vec::<f64>::try_from(d.grad()).unwrap()
+    };
+    let near = |k, wanted: [f64; 6]| {
+        let got = slopes(k);
+        assert!(got.iter().zip(wanted).all(|(a, b)| (a - b).abs() < 1e-14), "{k:?}: {got:?}");
+    };
+    near(KlEstimator::K1, [1.0; 6]);
+    near(KlEstimator::K2, [-10.0, -6.0, -1.0, 0.5, 6.0, 10.0]);
+    near(KlEstimator::K3Plus, [-10.0, -6.0, -1.0, 0.5, 6.0, 10.0]);
+    let k3 = [-1.0f64, 0.5, 6.0, 20.0].map(|d| 1.0 - (-d).exp());
+    near(KlEstimator::K3, [-10.0, -10.0, k3[0], k3[1], k3[2], k3[3]]);
 }
 
 #[test]

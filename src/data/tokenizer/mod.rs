@@ -396,6 +396,12 @@ impl Tokenizer {
         self.base_hash
     }
 
+    /// Whether every token of `other` is here, under the same id.
+    pub fn knows_tokens_of(&self, other: &Tokenizer) -> bool {
+        self.base_hash == other.base_hash && self.hash == other.hash
+            || (0..other.vocab_size as u32).all(|id| self.id_to_token(id) == other.id_to_token(id))
+    }
+
     /// Names and contents of its files, `tokenizer.json` among them also where it was read from another format.
     pub fn files(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice()))

@@ -23,6 +23,11 @@ impl Sharded {
         Ok(())
     }
 
+    /// Whether the values are in host memory, by [`Sharded::park`].
+    pub fn is_parked(&self) -> bool {
+        self.away
+    }
+
     /// Ends [`Sharded::park`].
     pub fn unpark(&mut self) -> Result<()> {
         if !self.away {

@@ -67,7 +67,7 @@ row reward "wrong answers judged below the right one" "50 %" "$(judged runs/demo
 # PPO corrects, by what the reward model thinks of its answers, a model whose teacher was wrong in 40 of 100.
 stage start "$bin/corral" --threads 2 sft --config configs/sft/noisy.yaml $new $bf16 output_dir=runs/demo-start model.path=runs/demo
 stage ppo "$bin/launch" --nproc 2 ppo --config configs/ppo/reward_model.yaml $new output_dir=runs/demo-ppo \
-    actor.path=runs/demo-start critic.path=runs/demo-reward reward_model.path=runs/demo-reward
+    actor.path=runs/demo-start reward_model.path=runs/demo-reward
 row ppo "right answers, sampled" "$(right runs/demo-start runs/demo-start/sampled.json 1)" \
     "$(right runs/demo-ppo runs/demo-ppo/sampled.json 1)"
 row ppo "right answers, the most probable ones" "$(right runs/demo-start runs/demo-start/greedy.json 0)" \

@@ -22,7 +22,6 @@ SHAPE = dict(hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_at
 STEPS, WARMUP = 5, 2
 COMMON = """
 model: {{path: {folder}/model}}
-tokenizer: {{template: "{{prompt}}{{completion}}"}}
 data: {{train: [{folder}/{data}], sequence_length: 128}}
 optim: {{lr: 1.0e-5, weight_decay: 0.0, clip: 1.0}}
 schedule: {{kind: constant}}
@@ -59,6 +58,8 @@ def make(folder):
     bpe.train_from_iterator([text], trainers.BpeTrainer(vocab_size=SHAPE["vocab_size"], special_tokens=["<s>", "</s>", "<pad>"],
                                                         initial_alphabet=alphabet, show_progress=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = ("{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+                               "{% endfor %}")
     torch.manual_seed(1)
     config = LlamaConfig(rope_parameters=dict(rope_type="default", rope_theta=10000.0), **SHAPE)
     config.num_labels = 1

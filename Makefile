@@ -1,6 +1,6 @@
 # Thin: what each target does is in scripts/. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test parity interop bench lint check gpu-check package clean
+.PHONY: help setup build demo test parity interop bench bench-trl lint check gpu-check package clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -30,6 +30,9 @@ interop: build ## the files we write, read by transformers, safetensors and Tens
 bench: build ## training speed and memory against PyTorch (ARGS="--presets llama-15m --rounds 3")
 	@scripts/interop.sh
 	.interop/bin/python scripts/bench.py $(ARGS)
+
+bench-trl: build ## seconds a step of DPO, GRPO and PPO against TRL (PYTHON=one with TRL, ARGS="--ppo FOLDER": docs/benchmarks.md)
+	$(or $(PYTHON),python3) scripts/bench_trl.py $(ARGS)
 
 lint: setup
 	@scripts/doctor.sh lint

@@ -3,6 +3,7 @@
 mod common;
 
 use std::fs;
+use std::path::Path;
 
 use common::run::{Program, Run, data, largest_relative, uint};
 
@@ -241,9 +242,13 @@ fn check_tells_what_templates_and_lengths_do() {
     );
     check("twice", &[&twice]).expect_error(3, &["example 1 begins with two BOS tokens (<s>)"]);
 
-    let saved = run.dir.join("saved");
-    fs::create_dir(&saved).unwrap();
-    fs::write(saved.join("dataset_info.json"), "{}").unwrap();
-    let source = format!("data.train=[{}]", saved.display());
-    check("saved", &[&source]).expect_error(3, &["is a folder, written by `save_to_disk`", "`to_parquet`"]);
+    // A folder of Arrow files, and one of splits.
+    let saved = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/arrow");
+    let told = check("saved", &[&format!("data.train=[{}]", saved.display())]).expect_code(0);
+    assert!(told.out.contains("# 5 of 5 sequences (100.0 %) end in a superv"), "{told}");
+    let splits = run.dir.join("splits");
+    fs::create_dir(&splits).unwrap();
+    fs::write(splits.join("dataset_dict.json"), r#"{"splits": ["train", "test"]}"#).unwrap();
+    let source = format!("data.train=[{}]", splits.display());
+    check("splits", &[&source]).expect_error(3, &["holds the splits train, test; name the folder of one"]);
 }

@@ -18,6 +18,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::arrow;
 use super::readers::{self, Record};
 use super::rng::Rng;
 use super::tokenizer::hex;
@@ -227,10 +228,12 @@ impl Tokenization<'_> {
     }
 
     fn cache_key(&self, path: &Path) -> Result<String> {
-        readers::refuse_folder(path)?;
+        let files = if path.is_dir() { arrow::files(path)? } else { vec![path.to_path_buf()] };
         let mut hash = Sha256::new();
-        let file = File::open(path).map_err(|e| read_error(path, &e))?;
-        hash.update(&map_file(&file).map_err(|e| read_error(path, &e))?[..]);
+        for path in &files {
+            let file = File::open(path).map_err(|e| read_error(path, &e))?;
+            hash.update(&map_file(&file).map_err(|e| read_error(path, &e))?[..]);
+        }
         // The name decides the format.
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         hash.update(format!("{VERSION} {name} {:?} {:?} {}", self.options, self.eos, self.key));

@@ -1,6 +1,7 @@
 //! From text to batches: readers, tokenizer, token shards, a loader with an exact position, and the built-in
 //! word problems.
 
+pub mod arrow;
 pub mod chat;
 pub mod conversation;
 pub mod examples;

@@ -1,5 +1,6 @@
-//! Records from text, JSON, JSON lines and Parquet files, also `.gz` and `.zst`, one at a time.
+//! Records from text, JSON, JSON lines and Parquet files, also `.gz` and `.zst`, and from folders of Arrow files, one at a time.
 
+use crate::data::arrow;
 use crate::error::{Error, Result};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row, reader::RowIter};
@@ -136,28 +137,13 @@ impl<R: Read> Read for Counted<R> {
 
 type Input = BufReader<Box<dyn Read + Send>>;
 
-/// # Errors
-/// The path is a folder, with what to do about it.
-pub fn refuse_folder(path: &Path) -> Result<()> {
-    if !path.is_dir() {
-        return Ok(());
-    }
-    let saved = ["dataset_info.json", "state.json", "dataset_dict.json"];
-    let how = match saved.iter().any(|name| path.join(name).is_file()) {
-        true => {
-            ", written by `save_to_disk` of Hugging Face's datasets, whose Arrow files are not read; export the data set \
-             with its `to_parquet` or `to_json`, and name that file"
-        }
-        false => "; name the files in it",
-    };
-    Err(Error::data(format!("{} is a folder{how}", path.display())))
-}
-
-/// Opens a file of any known kind. `columns`: the columns of a Parquet file to read (all where `None`).
+/// Opens a file of any known kind, or a folder by `save_to_disk`. `columns`: those that are wanted of a table (all where `None`).
 /// `bytes` grows with what was read of the file on disk.
 pub fn records(path: &Path, columns: Option<&[&str]>, bytes: &Arc<AtomicU64>) -> Result<Records> {
     let cannot = |e: io::Error| Error::data(format!("cannot read {}: {e}", path.display()));
-    refuse_folder(path)?;
+    if path.is_dir() {
+        return arrow_rows(path, columns, bytes);
+    }
     let (format, compression) = format_of(path)?;
     let file = File::open(path).map_err(cannot)?;
     let path: Arc<Path> = path.into();
@@ -330,6 +316,29 @@ impl<'de> Visitor<'de> for &mut Elements<'_> {
     }
 }
 
+/// The rows of all files of a data set, numbered through.
+fn arrow_rows(dir: &Path, columns: Option<&[&str]>, bytes: &Arc<AtomicU64>) -> Result<Records> {
+    let path: Arc<Path> = dir.into();
+    let mut parts = Vec::new();
+    for file in arrow::files(dir)? {
+        let wrong = |what: &dyn fmt::Display| Error::data(format!("cannot read {}: {what}", file.display()));
+        let inner = File::open(&file).map_err(|e| wrong(&e))?;
+        let (names, rows) = arrow::rows(Counted { inner, bytes: bytes.clone() }).map_err(|e| wrong(&e))?;
+        let missing = columns.into_iter().flatten().find(|wanted| !names.iter().any(|name| name == *wanted));
+        if let Some(missing) = missing {
+            return Err(missing_key(&dir.display(), missing, names.iter().map(String::as_str)));
+        }
+        let file: Arc<Path> = file.into();
+        parts.push(rows.map(move |row| {
+            row.map_err(|what| Error::data(format!("cannot read {}: {what}", file.display())))
+        }));
+    }
+    Ok(fused(parts.into_iter().flatten().zip(1u64..).map(move |(row, number)| {
+        let place = Place { path: path.clone(), unit: Unit::Row, number };
+        Ok(Record { fields: row?, place })
+    })))
+}
+
 fn parquet_rows(
     path: Arc<Path>,
     file: File,
@@ -453,7 +462,11 @@ pub fn texts(
 
 /// Bytes on disk of all these files: the end of a progress bar.
 pub fn total_bytes(paths: &[PathBuf]) -> u64 {
-    paths.iter().filter_map(|p| std::fs::metadata(p).ok()).map(|m| m.len()).sum()
+    let of = |path: &PathBuf| match path.is_dir() {
+        true => arrow::bytes(path),
+        false => std::fs::metadata(path).map_or(0, |m| m.len()),
+    };
+    paths.iter().map(of).sum()
 }
 
 #[cfg(test)]
@@ -568,10 +581,15 @@ mod tests {
         assert!(error(&file("i.csv", b"")).starts_with("FILE: unknown kind of file; known are .txt"));
         assert!(error(&file("j.parquet", b"PAR1")).starts_with("cannot read FILE: "));
         assert!(error(&folder.0.join("missing.jsonl")).starts_with("cannot read FILE: No such file"));
-        assert_eq!(error(&folder.0), "FILE is a folder; name the files in it");
-        folder.file("dataset_info.json", "{}");
-        let saved = error(&folder.0);
-        assert!(saved.contains("`save_to_disk`") && saved.contains("`to_parquet`"), "{saved}");
+        assert!(error(&folder.0).starts_with("FILE is a folder, and no data set"));
+        folder.file("state.json", r#"{"_data_files": [{"filename": "a.arrow"}]}"#);
+        assert!(error(&folder.0).contains("a.arrow: No such file"));
+        folder.file("a.arrow", b"no Arrow at all");
+        assert!(error(&folder.0).starts_with("cannot read FILE/a.arrow: "));
+        folder.file("state.json", r#"{"_data_files": [{"filename": "../a.arrow"}]}"#);
+        assert!(error(&folder.0).contains("`../a.arrow` is not the name of a file"));
+        folder.file("dataset_dict.json", r#"{"splits": ["train", "test"]}"#);
+        assert_eq!(error(&folder.0), "FILE holds the splits train, test; name the folder of one");
         let whole = gzip(format!("{LINES}\n").repeat(1000).as_bytes());
         assert!(error(&file("k.jsonl.gz", &whole[..whole.len() / 2])).starts_with("cannot read FILE:"));
         assert!(error(&file("l.jsonl.zst", b"no zstd at all")).starts_with("cannot read FILE:"));
@@ -591,6 +609,27 @@ mod tests {
             missing(path),
             "FILE: no key `text`; keys here: id, body; name the right one with --text-key"
         );
+    }
+
+    /// tests/fixtures/arrow: written by datasets 5.2.0, see make_arrow.py there.
+    #[test]
+    fn what_save_to_disk_wrote() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/arrow");
+        let rows = read(&dir).unwrap();
+        let expected = std::fs::read_to_string(dir.join("expected.jsonl")).unwrap();
+        let expected: Vec<Map<String, Value>> =
+            expected.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(rows.iter().map(|r| r.fields.clone()).collect::<Vec<_>>(), expected);
+        assert_eq!(rows.len(), 5);
+        assert!(rows[4].place.to_string().ends_with("arrow, row 5"));
+        let bytes = Arc::default();
+        assert_eq!(records(&dir, Some(&["text"]), &bytes).unwrap().count(), 5);
+        assert_eq!(bytes.load(Relaxed), total_bytes(std::slice::from_ref(&dir)));
+        // The fourth text is null.
+        let null = read_texts(std::slice::from_ref(&dir), "text").unwrap_err().message;
+        assert!(null.ends_with("arrow, row 4: `text` is null, not a text"), "{null}");
+        let missing = read_texts(&[dir], "body").unwrap_err().message;
+        assert!(missing.contains("no key `body`; keys here: text, messages, score"), "{missing}");
     }
 
     #[test]

@@ -1,0 +1,100 @@
+//! Data sets that Hugging Face's datasets wrote by `save_to_disk`: a folder of Arrow files (IPC streams) and `state.json`, which
+//! names them.
+
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use arrow_ipc::reader::StreamReader;
+use arrow_json::writer::{LineDelimited, WriterBuilder};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// The part of `state.json` that is read.
+#[derive(Deserialize)]
+struct State {
+    #[serde(rename = "_data_files")]
+    files: Vec<Part>,
+    /// Where a selection or an order of the rows stands beside them.
+    #[serde(rename = "_indices_data_files", default)]
+    indices: Option<Vec<Part>>,
+}
+
+#[derive(Deserialize)]
+struct Part {
+    filename: String,
+}
+
+/// The Arrow files of a folder, in their order.
+///
+/// # Errors
+/// Of kind Data: a folder of several splits, which are named; one that is no data set; a damaged `state.json`.
+pub fn files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let wrong = |path: &Path, what: &dyn std::fmt::Display| {
+        Error::data(format!("cannot read {}: {what}", path.display()))
+    };
+    let splits = dir.join("dataset_dict.json");
+    if let Ok(text) = std::fs::read(&splits) {
+        let names: Value = serde_json::from_slice(&text).map_err(|e| wrong(&splits, &e))?;
+        let names: Vec<&str> =
+            names["splits"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        let message =
+            format!("{} holds the splits {}; name the folder of one", dir.display(), names.join(", "));
+        return Err(Error::data(message));
+    }
+    let path = dir.join("state.json");
+    let text = match std::fs::read(&path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let what = "is a folder, and no data set that `save_to_disk` of Hugging Face's datasets wrote (there is no \
+                        state.json); name the files in it";
+            return Err(Error::data(format!("{} {what}", dir.display())));
+        }
+        Err(e) => return Err(wrong(&path, &e)),
+    };
+    let state: State = serde_json::from_slice(&text).map_err(|e| wrong(&path, &e))?;
+    if state.indices.is_some_and(|parts| !parts.is_empty()) {
+        let what = "its rows are selected or ordered by a file of indices; call flatten_indices() before save_to_disk";
+        return Err(Error::data(format!("{}: {what}", dir.display())));
+    }
+    match state.files.iter().find(|part| Path::new(&part.filename).components().count() != 1) {
+        Some(part) => {
+            Err(wrong(&path, &format!("`{}` is not the name of a file in its folder", part.filename)))
+        }
+        None => Ok(state.files.iter().map(|part| dir.join(&part.filename)).collect()),
+    }
+}
+
+/// Rows as JSON objects, of which the first error is the last.
+type Rows = Box<dyn Iterator<Item = std::result::Result<Map<String, Value>, String>> + Send>;
+
+/// The names of the columns of a file (an IPC stream), and its rows.
+pub fn rows(file: impl Read + Send + 'static) -> std::result::Result<(Vec<String>, Rows), String> {
+    let batches = StreamReader::try_new(BufReader::new(file), None).map_err(|e| e.to_string())?;
+    let names = batches.schema().fields().iter().map(|f| f.name().clone()).collect();
+    let rows = batches.flat_map(|batch| {
+        let rows = batch.map_err(|e| e.to_string()).and_then(|batch| {
+            let mut writer =
+                WriterBuilder::new().with_explicit_nulls(true).build::<_, LineDelimited>(Vec::new());
+            writer.write(&batch).and_then(|()| writer.finish()).map_err(|e| e.to_string())?;
+            let lines = writer.into_inner();
+            let rows = serde_json::Deserializer::from_slice(&lines)
+                .into_iter()
+                .collect::<std::result::Result<Vec<_>, _>>();
+            rows.map_err(|e| e.to_string())
+        });
+        match rows {
+            Ok(rows) => rows.into_iter().map(Ok).collect::<Vec<_>>(),
+            Err(e) => vec![Err(e)],
+        }
+    });
+    Ok((names, Box::new(rows)))
+}
+
+/// All bytes of a data set on disk.
+pub fn bytes(dir: &Path) -> u64 {
+    let files = files(dir).unwrap_or_default();
+    files.iter().filter_map(|path| File::open(path).ok()?.metadata().ok()).map(|m| m.len()).sum()
+}

@@ -6,6 +6,7 @@ use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::content::unusable;
 use crate::error::{Context, Error, Result};
 
 /// Bytes that are read or written at once.
@@ -47,7 +48,9 @@ pub fn write_error(path: &Path, e: &io::Error) -> Error {
 
 /// What to tell when a file that should be there cannot be read.
 pub fn read_error(path: &Path, e: &io::Error) -> Error {
-    Error::data(format!("cannot read {}: {e}", path.display()))
+    let error = Error::data(format!("cannot read {}: {e}", path.display()));
+    // Not UTF-8, where text is expected.
+    if e.kind() == io::ErrorKind::InvalidData { unusable(path, error) } else { error }
 }
 
 /// Makes the folder and those above it.

@@ -1,13 +1,14 @@
 //! Corral: a Llama trainer on libtorch.
 //!
 //! Dependencies point one way: [`commands`] -> [`algorithms`] -> [`generate`], [`checkpoint`] -> [`optim`], [`model`] ->
-//! [`distributed`], [`data`] -> `kernels`. [`config`] and [`telemetry`] know no algorithm; [`mod@error`] and [`files`] are everywhere.
+//! [`distributed`], [`data`] -> `kernels`. [`config`] and [`telemetry`] know no algorithm; [`mod@error`], [`files`] and [`content`] are everywhere.
 //! `docs/architecture.md` says how it fits together and why.
 
 pub mod algorithms;
 pub mod checkpoint;
 pub mod commands;
 pub mod config;
+pub mod content;
 pub mod data;
 pub mod distributed;
 pub mod error;

@@ -189,9 +189,9 @@ fn the_folder_of_a_run() {
     for path in tensorboard::event_files(&run.output()).unwrap() {
         let mut file = fs::File::open(path).unwrap();
         while let Some((_, event)) = tensorboard::read_event(&mut file).unwrap() {
-            let values = event.get_summary().get_value().iter();
+            let values = event.summary.iter().flat_map(|s| &s.values);
             events.extend(
-                values.map(|v| (event.get_step() as u64, v.get_tag().to_string(), v.get_simple_value())),
+                values.map(|v| (event.step as u64, v.tag.clone(), v.simple_value.unwrap_or_default())),
             );
         }
     }

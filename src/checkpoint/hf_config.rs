@@ -8,6 +8,7 @@ use tch::Kind;
 
 use super::families::{self, Config, Description, Only, refused};
 use crate::config::shape::{Family, Head, Llama3RopeScaling, Shape};
+use crate::content::unusable;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Context, Error, Result};
 use crate::files::read_error;
@@ -101,7 +102,8 @@ fn harmless(key: &str) -> bool {
 /// Reads a JSON file that must hold an object.
 pub fn read_object(path: &Path) -> Result<Map<String, Value>> {
     let text = fs::read_to_string(path).map_err(|e| read_error(path, &e))?;
-    serde_json::from_str(&text).map_err(|e| Error::data(format!("{}: no JSON object: {e}", path.display())))
+    serde_json::from_str(&text)
+        .map_err(|e| unusable(path, Error::data(format!("{}: no JSON object: {e}", path.display()))))
 }
 
 /// What a `config.json` describes: the family that it names, the shape, and the keys that are not known (so that they

@@ -24,6 +24,7 @@ mod weights;
 pub use crate::files::free_bytes;
 pub use agree::{agree, agree_over};
 pub use hf::{Export, HfModel, export};
+pub use hf_config::read_object;
 pub use meta::MetaModel;
 pub use ours::{Measured, Ours, Scoring};
 pub use peft::{AdapterExport, PeftAdapter, export_adapter};

@@ -13,6 +13,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use tch::{Kind, Tensor};
 
 use super::source::{TensorFile, fill_chunks, for_chunks};
+use crate::content::unusable;
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFile, read_error};
 
@@ -37,10 +38,8 @@ impl Reader {
         let file = File::open(path).map_err(|e| read_error(path, &e))?;
         let size = file.metadata().map_err(|e| read_error(path, &e))?.len();
         let damaged = |what: String| {
-            Error::data(format!(
-                "{}: {what}; the file is damaged or no safetensors file: get it again",
-                path.display()
-            ))
+            let what = format!("{what}; the file is damaged or no safetensors file: get it again");
+            unusable(path, Error::data(format!("{}: {what}", path.display())))
         };
         let mut length = [0; 8];
         if size < 8 {

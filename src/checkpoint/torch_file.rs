@@ -15,6 +15,7 @@ use zip::{CompressionMethod, ZipArchive};
 use super::pickle;
 use super::safetensors::Entry;
 use super::source::{TensorFile, for_chunks};
+use crate::content::unusable;
 use crate::error::{Error, Result};
 use crate::files::{AtomicFile, read_error, write_error};
 
@@ -62,7 +63,8 @@ impl Reader {
             ));
         }
         if !magic[..len].starts_with(b"PK") {
-            return Err(damaged("no file of torch.save: it is no zip archive; get it again".into()));
+            let e = damaged("no file of torch.save: it is no zip archive; get it again".into());
+            return Err(unusable(path, e));
         }
         let entries =
             entries(&file).map_err(|e| damaged(format!("{e}; the file is damaged: get it again")))?;

@@ -254,9 +254,3 @@ fn names(dir: &Path) -> Result<Vec<String>> {
     names.sort();
     Ok(names)
 }
-
-/// Reads a file that must hold a JSON object.
-fn json_object(path: &Path) -> Result<Map<String, Value>> {
-    let text = fs::read_to_string(path).map_err(|e| read_error(path, &e))?;
-    serde_json::from_str(&text).map_err(|e| Error::data(format!("{}: no JSON object: {e}", path.display())))
-}

@@ -94,7 +94,8 @@ pub fn load<T: DeserializeOwned>(
         (Some(file), _) => {
             let source = file.display().to_string();
             let text = std::fs::read_to_string(file).map_err(|e| {
-                Error::config(format!("{source}: cannot read the configuration: {e}; see --config"))
+                let e = format!("{source}: cannot read the configuration: {e}; see --config");
+                crate::content::unusable(file, Error::config(e))
             })?;
             parse(&text, source, false, overrides)
         }

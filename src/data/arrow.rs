@@ -1,14 +1,14 @@
 //! Data sets that Hugging Face's datasets wrote by `save_to_disk`: a folder of Arrow files (IPC streams) and `state.json`, which
 //! names them.
 
+mod ipc;
+
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use arrow_ipc::reader::StreamReader;
-use arrow_json::writer::{LineDelimited, WriterBuilder};
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 
@@ -67,30 +67,9 @@ pub fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     }
 }
 
-/// Rows as JSON objects, of which the first error is the last.
-type Rows = Box<dyn Iterator<Item = std::result::Result<Map<String, Value>, String>> + Send>;
-
 /// The names of the columns of a file (an IPC stream), and its rows.
-pub fn rows(file: impl Read + Send + 'static) -> std::result::Result<(Vec<String>, Rows), String> {
-    let batches = StreamReader::try_new(BufReader::new(file), None).map_err(|e| e.to_string())?;
-    let names = batches.schema().fields().iter().map(|f| f.name().clone()).collect();
-    let rows = batches.flat_map(|batch| {
-        let rows = batch.map_err(|e| e.to_string()).and_then(|batch| {
-            let mut writer =
-                WriterBuilder::new().with_explicit_nulls(true).build::<_, LineDelimited>(Vec::new());
-            writer.write(&batch).and_then(|()| writer.finish()).map_err(|e| e.to_string())?;
-            let lines = writer.into_inner();
-            let rows = serde_json::Deserializer::from_slice(&lines)
-                .into_iter()
-                .collect::<std::result::Result<Vec<_>, _>>();
-            rows.map_err(|e| e.to_string())
-        });
-        match rows {
-            Ok(rows) => rows.into_iter().map(Ok).collect::<Vec<_>>(),
-            Err(e) => vec![Err(e)],
-        }
-    });
-    Ok((names, Box::new(rows)))
+pub fn rows(file: impl Read + Send + 'static) -> std::result::Result<(Vec<String>, ipc::Rows), String> {
+    ipc::rows(BufReader::with_capacity(1 << 18, file))
 }
 
 /// All bytes of a data set on disk.

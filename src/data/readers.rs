@@ -1,5 +1,6 @@
 //! Records from text, JSON, JSON lines and Parquet files, also `.gz` and `.zst`, and from folders of Arrow files, one at a time.
 
+use crate::content;
 use crate::data::arrow;
 use crate::error::{Error, Result};
 use parquet::file::reader::{FileReader, SerializedFileReader};
@@ -135,6 +136,48 @@ impl<R: Read> Read for Counted<R> {
     }
 }
 
+/// The members of a gzip file, one after the other. Zeros after a member are padding, as tapes and block devices leave it.
+struct Gzip<R: BufRead> {
+    member: Option<flate2::bufread::GzDecoder<R>>,
+}
+
+impl<R: BufRead> Gzip<R> {
+    fn new(input: R) -> Self {
+        Gzip { member: Some(flate2::bufread::GzDecoder::new(input)) }
+    }
+}
+
+impl<R: BufRead> Read for Gzip<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let Some(member) = &mut self.member else { return Ok(0) };
+            let n = member.read(buffer)?;
+            if n > 0 || buffer.is_empty() {
+                return Ok(n);
+            }
+            let Some(mut input) = self.member.take().map(flate2::bufread::GzDecoder::into_inner) else {
+                return Ok(0);
+            };
+            loop {
+                let bytes = input.fill_buf()?;
+                let zeros = bytes.iter().take_while(|b| **b == 0).count();
+                let (all, end) = (zeros == bytes.len(), bytes.is_empty());
+                input.consume(zeros);
+                if end {
+                    return Ok(0);
+                }
+                if !all {
+                    break;
+                }
+            }
+            self.member = Some(flate2::bufread::GzDecoder::new(input));
+        }
+    }
+}
+
+/// U+FEFF in UTF-8.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
 type Input = BufReader<Box<dyn Read + Send>>;
 
 /// Opens a file of any known kind, or a folder by `save_to_disk`. `columns`: those that are wanted of a table (all where `None`).
@@ -153,12 +196,25 @@ pub fn records(path: &Path, columns: Option<&[&str]>, bytes: &Arc<AtomicU64>) ->
     let counted = BufReader::with_capacity(1 << 18, Counted { inner: file, bytes: bytes.clone() });
     let decoded: Box<dyn Read + Send> = match compression {
         Compression::None => Box::new(counted),
-        Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(counted)),
-        Compression::Zstd => Box::new(zstd::Decoder::with_buffer(counted).map_err(cannot)?),
+        Compression::Gzip => Box::new(Gzip::new(counted)),
+        Compression::Zstd => {
+            let mut decoder = zstd::Decoder::with_buffer(counted).map_err(cannot)?;
+            // As `zstd --long=31` writes them; the default takes at most 128 MiB.
+            decoder.window_log_max(31).map_err(cannot)?;
+            Box::new(decoder)
+        }
     };
     let mut input = BufReader::with_capacity(1 << 18, decoded);
-    if input.fill_buf().map_err(cannot)?.starts_with(b"\xef\xbb\xbf") {
-        input.consume(3);
+    let start = match input.fill_buf() {
+        Ok(start) => start,
+        Err(e) => return Err(content::unusable(&path, cannot(e))),
+    };
+    if let Some(what) = content::mistaken(start, format == Format::Text) {
+        let inside = if compression == Compression::None { "is" } else { "contains" };
+        return Err(Error::data(format!("{} {inside} {what}", path.display())));
+    }
+    if start.starts_with(BYTE_ORDER_MARK) {
+        input.consume(BYTE_ORDER_MARK.len());
     }
     match format {
         Format::Text => Ok(Box::new(std::iter::once_with(move || whole_text(path, input)))),
@@ -202,6 +258,11 @@ fn json_lines(path: Arc<Path>, mut input: Input) -> impl Iterator<Item = Result<
                 Ok(_) if line.iter().all(u8::is_ascii_whitespace) => continue,
                 Ok(_) => {}
             }
+            if line.starts_with(BYTE_ORDER_MARK) {
+                let what =
+                    "a byte order mark (U+FEFF) inside the file, as joining files leaves it: remove it";
+                return Some(Err(Error::data(format!("{place}: {what}"))));
+            }
             let value = serde_json::from_slice(&line).map_err(|e| {
                 let what = json_message(&e);
                 Error::data(format!("{place}:{}: not valid JSON: {what}", e.column()))
@@ -223,7 +284,15 @@ fn object(value: Value, place: Place) -> Result<Record> {
 /// serde_json's message without its own "at line 1 column 7".
 fn json_message(e: &serde_json::Error) -> String {
     let message = e.to_string();
-    message.rsplit_once(" at line ").map_or(message.clone(), |(what, _)| what.to_string())
+    let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(what, _)| what);
+    match message {
+        "lone leading surrogate in hex escape" | "unexpected end of hex escape" => {
+            let what =
+                "half a surrogate pair (a \\ud800 to \\udfff that stands alone), which is no character";
+            format!("{what}: the text was cut inside a character; remove it or write the text anew")
+        }
+        _ => message.to_string(),
+    }
 }
 
 /// A `.json` file: one array of records, or records one after the other (which many call JSON too).
@@ -323,7 +392,8 @@ fn arrow_rows(dir: &Path, columns: Option<&[&str]>, bytes: &Arc<AtomicU64>) -> R
     for file in arrow::files(dir)? {
         let wrong = |what: &dyn fmt::Display| Error::data(format!("cannot read {}: {what}", file.display()));
         let inner = File::open(&file).map_err(|e| wrong(&e))?;
-        let (names, rows) = arrow::rows(Counted { inner, bytes: bytes.clone() }).map_err(|e| wrong(&e))?;
+        let (names, rows) = arrow::rows(Counted { inner, bytes: bytes.clone() })
+            .map_err(|e| content::unusable(&file, wrong(&e)))?;
         let missing = columns.into_iter().flatten().find(|wanted| !names.iter().any(|name| name == *wanted));
         if let Some(missing) = missing {
             return Err(missing_key(&dir.display(), missing, names.iter().map(String::as_str)));
@@ -348,7 +418,7 @@ fn parquet_rows(
     let wrong =
         |e: parquet::errors::ParquetError| Error::data(format!("cannot read {}: {e}", path.display()));
     let size = file.metadata().map_or(0, |m| m.len());
-    let reader = SerializedFileReader::new(file).map_err(wrong)?;
+    let reader = SerializedFileReader::new(file).map_err(|e| content::unusable(&path, wrong(e)))?;
     let metadata = reader.metadata().file_metadata();
     let num_rows = metadata.num_rows().max(1) as u128;
     let root = metadata.schema();
@@ -496,12 +566,29 @@ mod tests {
     }
 
     fn parquet_file(path: &Path, column: &str, texts: &[&str], rows_per_group: usize) {
+        compressed_parquet_file(
+            path,
+            column,
+            texts,
+            rows_per_group,
+            parquet::basic::Compression::UNCOMPRESSED,
+        );
+    }
+
+    fn compressed_parquet_file(
+        path: &Path,
+        column: &str,
+        texts: &[&str],
+        rows_per_group: usize,
+        compression: parquet::basic::Compression,
+    ) {
         use parquet::data_type::{ByteArray, ByteArrayType, Int32Type};
         let schema = format!("message m {{ REQUIRED INT32 id; REQUIRED BYTE_ARRAY {column} (UTF8); }}");
         let schema = Arc::new(parquet::schema::parser::parse_message_type(&schema).unwrap());
         let file = File::create(path).unwrap();
-        let mut writer =
-            parquet::file::writer::SerializedFileWriter::new(file, schema, Default::default()).unwrap();
+        let properties = parquet::file::properties::WriterProperties::builder();
+        let properties = Arc::new(properties.set_compression(compression).build());
+        let mut writer = parquet::file::writer::SerializedFileWriter::new(file, schema, properties).unwrap();
         for group in texts.chunks(rows_per_group) {
             let mut row_group = writer.next_row_group().unwrap();
             let ids: Vec<i32> = (0..group.len() as i32).collect();
@@ -532,9 +619,30 @@ mod tests {
             paths.push(folder.file(&format!("{name}.gz"), gzip(content)));
             paths.push(folder.file(&format!("{name}.zst"), zstd::encode_all(content, 3).unwrap()));
         }
-        let path = folder.0.join("d.parquet");
-        parquet_file(&path, "text", &TEXTS, 2);
-        paths.push(path);
+        use parquet::basic::Compression as Codec;
+        let codecs = [
+            Codec::UNCOMPRESSED,
+            Codec::SNAPPY,
+            Codec::GZIP(Default::default()),
+            Codec::ZSTD(Default::default()),
+            Codec::BROTLI(Default::default()),
+            Codec::LZ4,
+            Codec::LZ4_RAW,
+        ];
+        for (i, codec) in codecs.into_iter().enumerate() {
+            let path = folder.0.join(format!("d{i}.parquet"));
+            compressed_parquet_file(&path, "text", &TEXTS, 2, codec);
+            paths.push(path);
+        }
+        // A frame that says that it needs a window of 1 GiB, as `zstd --long=30` writes it: magic, descriptor, window, one block.
+        let block = (((LINES.len() as u32) << 3) | 1).to_le_bytes();
+        let frame = [b"\x28\xb5\x2f\xfd\0\xa0", &block[..3], LINES.as_bytes()].concat();
+        paths.push(folder.file("w.jsonl.zst", frame));
+        // Padding after a member and between members.
+        let (first, second) = LINES.split_at(LINES.find("\n\n").unwrap() + 2);
+        let members =
+            [gzip(first.as_bytes()), vec![0; 300], gzip(second.as_bytes()), vec![0; 70_000]].concat();
+        paths.push(folder.file("p.jsonl.gz", members));
         for path in &paths {
             assert_eq!(read_texts(std::slice::from_ref(path), "text").unwrap(), TEXTS, "{}", path.display());
         }

@@ -113,7 +113,8 @@ impl Shard {
     fn open(path: PathBuf) -> Result<Self> {
         let cannot = |e: std::io::Error| Error::data(format!("cannot read {}: {e}", path.display()));
         let map = map_file(&File::open(&path).map_err(cannot)?).map_err(cannot)?;
-        let header = Header::from_bytes(&map).map_err(|what| unusable(&path, what))?;
+        let header = Header::from_bytes(&map)
+            .map_err(|what| crate::content::unusable(&path, unusable(&path, what)))?;
         Ok(Shard { path, header, map })
     }
 

@@ -206,10 +206,8 @@ mod tests {
         for path in tensorboard::event_files(dir).unwrap() {
             let mut file = File::open(path).unwrap();
             while let Some((_, event)) = tensorboard::read_event(&mut file).unwrap() {
-                let values = event.get_summary().get_value();
-                all.extend(
-                    values.iter().map(|v| (event.get_step(), v.get_tag().to_string(), v.get_simple_value())),
-                );
+                let values = event.summary.iter().flat_map(|s| &s.values);
+                all.extend(values.map(|v| (event.step, v.tag.clone(), v.simple_value.unwrap_or_default())));
             }
         }
         all.sort_by(|a, b| a.partial_cmp(b).unwrap());

@@ -8,17 +8,87 @@ use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use protobuf::Message;
-use tensorboard_proto::event::Event;
-use tensorboard_proto::summary::{Summary, Summary_Value, SummaryMetadata, SummaryMetadata_PluginData};
-use tensorboard_proto::tensor::TensorProto;
-use tensorboard_proto::tensor_shape::{TensorShapeProto, TensorShapeProto_Dim};
-use tensorboard_proto::types::DataType;
+use prost::Message;
 
 use super::append::{AppendFile, rewrite};
 use crate::error::{Context, Error, Result};
 
 const PREFIX: &str = "events.out.tfevents.";
+
+/// The fields that are written and read of TensorBoard's `Event` (tensorboard/compat/proto/event.proto). A file that is cut
+/// keeps the bytes of its events, with whatever fields other writers gave them.
+#[derive(Clone, PartialEq, Message)]
+pub struct Event {
+    /// Seconds since 1970.
+    #[prost(double, tag = "1")]
+    pub wall_time: f64,
+    #[prost(int64, tag = "2")]
+    pub step: i64,
+    /// Of the first event of a file.
+    #[prost(string, optional, tag = "3")]
+    pub file_version: Option<String>,
+    #[prost(message, optional, tag = "5")]
+    pub summary: Option<Summary>,
+}
+
+/// Values of one step (summary.proto).
+#[derive(Clone, PartialEq, Message)]
+pub struct Summary {
+    #[prost(message, repeated, tag = "1")]
+    pub values: Vec<SummaryValue>,
+}
+
+/// `Summary.Value`: a scalar, or a tensor with metadata that names the plugin which shows it.
+#[derive(Clone, PartialEq, Message)]
+pub struct SummaryValue {
+    #[prost(string, tag = "1")]
+    pub tag: String,
+    #[prost(float, optional, tag = "2")]
+    pub simple_value: Option<f32>,
+    #[prost(message, optional, tag = "8")]
+    pub tensor: Option<TensorProto>,
+    #[prost(message, optional, tag = "9")]
+    pub metadata: Option<SummaryMetadata>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct SummaryMetadata {
+    #[prost(message, optional, tag = "1")]
+    pub plugin_data: Option<PluginData>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct PluginData {
+    #[prost(string, tag = "1")]
+    pub plugin_name: String,
+}
+
+/// A tensor of texts (tensor.proto).
+#[derive(Clone, PartialEq, Message)]
+pub struct TensorProto {
+    /// [`DT_STRING`].
+    #[prost(int32, tag = "1")]
+    pub dtype: i32,
+    #[prost(message, optional, tag = "2")]
+    pub tensor_shape: Option<TensorShape>,
+    #[prost(bytes = "vec", repeated, tag = "8")]
+    pub string_val: Vec<Vec<u8>>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct TensorShape {
+    #[prost(message, repeated, tag = "2")]
+    pub dims: Vec<TensorDim>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct TensorDim {
+    #[prost(int64, tag = "1")]
+    pub size: i64,
+}
+
+/// `DataType.DT_STRING` (types.proto).
+const DT_STRING: i32 = 7;
 
 /// Writes one event file. An event that cannot be written is lost, with one warning; the run goes on.
 #[derive(Debug)]
@@ -49,41 +119,34 @@ impl EventWriter {
         }
         let file = AppendFile::open(&path, 0).with_context(|| format!("cannot open {}", path.display()))?;
         let mut writer = EventWriter { file };
-        let mut event = Event::new();
-        event.set_file_version("brain.Event:2".into());
-        writer.write(event, 0);
+        writer.write(Event { file_version: Some("brain.Event:2".into()), ..Event::default() }, 0);
         Ok(writer)
     }
 
     /// Scalars of one step, stored in float32, as TensorBoard holds them.
     pub fn add_scalars(&mut self, scalars: impl IntoIterator<Item = (String, f64)>, step: u64) {
-        let values = scalars.into_iter().map(|(tag, x)| {
-            let mut value = Summary_Value::new();
-            value.set_tag(tag);
-            value.set_simple_value(x as f32);
-            value
-        });
-        self.write_summary(values.collect(), step);
+        let value = |(tag, x): (String, f64)| SummaryValue {
+            tag,
+            simple_value: Some(x as f32),
+            ..SummaryValue::default()
+        };
+        self.write_summary(scalars.into_iter().map(value).collect(), step);
     }
 
     /// A text (Markdown) for the Text tab.
     pub fn add_text(&mut self, tag: &str, text: &str, step: u64) {
-        let mut plugin = SummaryMetadata_PluginData::new();
-        plugin.set_plugin_name("text".into());
-        let mut metadata = SummaryMetadata::new();
-        metadata.set_plugin_data(plugin);
-        let mut dim = TensorShapeProto_Dim::new();
-        dim.set_size(1);
-        let mut shape = TensorShapeProto::new();
-        shape.set_dim(vec![dim].into());
-        let mut tensor = TensorProto::new();
-        tensor.set_dtype(DataType::DT_STRING);
-        tensor.set_tensor_shape(shape);
-        tensor.set_string_val(vec![text.as_bytes().to_vec()].into());
-        let mut value = Summary_Value::new();
-        value.set_tag(tag.into());
-        value.set_metadata(metadata);
-        value.set_tensor(tensor);
+        let plugin_data = Some(PluginData { plugin_name: "text".into() });
+        let tensor = TensorProto {
+            dtype: DT_STRING,
+            tensor_shape: Some(TensorShape { dims: vec![TensorDim { size: 1 }] }),
+            string_val: vec![text.as_bytes().to_vec()],
+        };
+        let value = SummaryValue {
+            tag: tag.into(),
+            tensor: Some(tensor),
+            metadata: Some(SummaryMetadata { plugin_data }),
+            ..SummaryValue::default()
+        };
         self.write_summary(vec![value], step);
     }
 
@@ -92,21 +155,13 @@ impl EventWriter {
         self.file.lost()
     }
 
-    fn write_summary(&mut self, values: Vec<Summary_Value>, step: u64) {
-        let mut summary = Summary::new();
-        summary.set_value(values.into());
-        let mut event = Event::new();
-        event.set_summary(summary);
-        self.write(event, step);
+    fn write_summary(&mut self, values: Vec<SummaryValue>, step: u64) {
+        self.write(Event { summary: Some(Summary { values }), ..Event::default() }, step);
     }
 
-    fn write(&mut self, mut event: Event, step: u64) {
-        event.set_wall_time(now());
-        event.set_step(step as i64);
-        match event.write_to_bytes() {
-            Ok(data) => self.file.append(&record(&data)),
-            Err(e) => crate::warn!("an event for TensorBoard cannot be encoded: {e}"),
-        }
+    fn write(&mut self, event: Event, step: u64) {
+        let event = Event { wall_time: now(), step: step as i64, ..event };
+        self.file.append(&record(&event.encode_to_vec()));
     }
 }
 
@@ -134,7 +189,7 @@ fn truncate_file_after(path: &Path, step: u64) -> Result<()> {
         loop {
             match read_event(input) {
                 Ok(None) => return Ok(left_out),
-                Ok(Some((_, event))) if event.get_step() > step as i64 => left_out = true,
+                Ok(Some((_, event))) if event.step > step as i64 => left_out = true,
                 Ok(Some((data, _))) => output.put(&record(&data))?,
                 // What a killed writer left: nothing after it can be read.
                 Err(e) if matches!(e.kind(), ErrorKind::UnexpectedEof | ErrorKind::InvalidData) => {
@@ -183,7 +238,7 @@ pub fn read_event(input: &mut impl Read) -> io::Result<Option<(Vec<u8>, Event)>>
     if check != masked_crc(&data).to_le_bytes() {
         return Err(invalid("the data"));
     }
-    let event = Event::parse_from_bytes(&data).map_err(|_| invalid("the encoding"))?;
+    let event = Event::decode(&data[..]).map_err(|_| invalid("the encoding"))?;
     Ok(Some((data, event)))
 }
 
@@ -234,11 +289,9 @@ mod tests {
     }
 
     fn scalars(events: &[Event]) -> Vec<(i64, String, f32)> {
-        let values = |e: &Event| e.get_summary().get_value().to_vec();
-        let all = events.iter().flat_map(|e| values(e).into_iter().map(|v| (e.get_step(), v)));
-        all.filter(|(_, v)| v.has_simple_value())
-            .map(|(step, v)| (step, v.get_tag().to_string(), v.get_simple_value()))
-            .collect()
+        let values = |e: &Event| e.summary.iter().flat_map(|s| s.values.clone()).collect::<Vec<_>>();
+        let all = events.iter().flat_map(|e| values(e).into_iter().map(|v| (e.step, v)));
+        all.filter_map(|(step, v)| Some((step, v.tag.clone(), v.simple_value?))).collect()
     }
 
     /// RFC 3720, B.4.
@@ -264,14 +317,15 @@ mod tests {
         assert_eq!(files.len(), 1);
         let events = read_all(&files[0]).unwrap();
         assert_eq!(events.len(), 3);
-        assert_eq!(events[0].get_file_version(), "brain.Event:2");
-        assert!(events[1].get_wall_time() > 1.6e9);
+        assert_eq!(events[0].file_version.as_deref(), Some("brain.Event:2"));
+        assert!(events[1].wall_time > 1.6e9);
         assert_eq!(scalars(&events), [(7, "train/loss".into(), 2.5), (7, "train/lr".into(), 1e-3f32)]);
-        let value = &events[2].get_summary().get_value()[0];
-        assert_eq!((events[2].get_step(), value.get_tag()), (8, "samples"));
-        assert_eq!(value.get_metadata().get_plugin_data().get_plugin_name(), "text");
-        assert_eq!(value.get_tensor().get_dtype(), DataType::DT_STRING);
-        assert_eq!(value.get_tensor().get_string_val(), [b"*hello*\nworld".to_vec()]);
+        let value = &events[2].summary.as_ref().unwrap().values[0];
+        assert_eq!((events[2].step, value.tag.as_str()), (8, "samples"));
+        let plugin = value.metadata.as_ref().unwrap().plugin_data.as_ref().unwrap();
+        assert_eq!(plugin.plugin_name, "text");
+        let tensor = value.tensor.as_ref().unwrap();
+        assert_eq!((tensor.dtype, &tensor.string_val), (DT_STRING, &vec![b"*hello*\nworld".to_vec()]));
         // Two files of one second and process have two names.
         EventWriter::create(&dir.path("")).unwrap();
         assert_eq!(event_files(&dir.path("")).unwrap().len(), 2);
@@ -291,7 +345,7 @@ mod tests {
 
         truncate_after(&dir.path(""), Some(3)).unwrap();
         let events = read_all(&path).unwrap();
-        assert_eq!(events[0].get_file_version(), "brain.Event:2");
+        assert_eq!(events[0].file_version.as_deref(), Some("brain.Event:2"));
         assert_eq!(scalars(&events), [(1, "a".into(), 1.0), (2, "a".into(), 2.0), (3, "a".into(), 3.0)]);
         assert_eq!(std::fs::read_dir(dir.path("")).unwrap().count(), 1);
 

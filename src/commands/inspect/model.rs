@@ -6,10 +6,10 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::tensors::{Described, describe, list, parameters};
-use super::{Depth, Report, data, json_object, names};
+use super::{Depth, Report, data, names};
 use crate::checkpoint::safetensors::Reader;
 use crate::checkpoint::sharded::{self, META};
-use crate::checkpoint::{Checkpoint, Weights, in_hub_cache};
+use crate::checkpoint::{Checkpoint, Weights, in_hub_cache, read_object};
 use crate::data::tokenizer::folder_has_tokenizer;
 use crate::error::{Context, Result};
 use crate::files::crc32;
@@ -28,13 +28,13 @@ pub fn model(dir: &Path, depth: Depth) -> Result<Report> {
     let mut report = Report::new("model", dir);
     let files = if dir.join("params.json").exists() && !dir.join("config.json").exists() {
         report.fact("format", "meta");
-        let params = report.noted(json_object(&dir.join("params.json")));
+        let params = report.noted(read_object(&dir.join("params.json")));
         report.fact("params", params);
         names(dir)?.into_iter().filter(|n| n.starts_with("consolidated.") && n.ends_with(".pth")).collect()
     } else {
         report.fact("format", "hf");
         if dir.join("config.json").exists()
-            && let Some(config) = report.noted(json_object(&dir.join("config.json")))
+            && let Some(config) = report.noted(read_object(&dir.join("config.json")))
         {
             report.fact("architecture", config.get("architectures").and_then(|a| a.get(0)).cloned());
             report.fact("model_type", config.get("model_type").cloned());
@@ -78,7 +78,7 @@ fn hf_files(report: &mut Report, dir: &Path) -> Result<Vec<String>> {
     if !main.ends_with(".json") {
         return Ok(vec![main.to_string()]);
     }
-    let index = report.noted(json_object(&dir.join(main))).unwrap_or_default();
+    let index = report.noted(read_object(&dir.join(main))).unwrap_or_default();
     let mut wanted: BTreeMap<&str, usize> = BTreeMap::new();
     for (_, file) in index.get("weight_map").and_then(Value::as_object).into_iter().flatten() {
         *wanted.entry(file.as_str().unwrap_or_default()).or_default() += 1;
@@ -171,7 +171,7 @@ pub fn checkpoint(dir: &Path, depth: Depth) -> Result<Report> {
 /// An adapter in PEFT's format.
 pub fn adapter(dir: &Path, depth: Depth) -> Report {
     let mut report = Report::new("adapter", dir);
-    let config = report.noted(json_object(&dir.join("adapter_config.json"))).unwrap_or_default();
+    let config = report.noted(read_object(&dir.join("adapter_config.json"))).unwrap_or_default();
     for key in [
         "peft_type",
         "base_model_name_or_path",

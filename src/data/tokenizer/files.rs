@@ -2,6 +2,7 @@
 
 use super::convert::Added;
 use super::{invalid, sentencepiece, tiktoken};
+use crate::content::unusable;
 use crate::error::Result;
 use crate::files::read_error;
 use serde_json::{Map, Value, json};
@@ -62,7 +63,7 @@ pub(super) fn main_file(path: &Path) -> Result<PathBuf> {
 }
 
 pub(super) fn parse(bytes: &[u8], path: &Path) -> Result<Value> {
-    serde_json::from_slice(bytes).map_err(|e| invalid(path, format!("not valid JSON: {e}")))
+    serde_json::from_slice(bytes).map_err(|e| unusable(path, invalid(path, format!("not valid JSON: {e}"))))
 }
 
 /// Names and contents of a tokenizer's files, with a `tokenizer.json` in any case; and the `config.json` beside them.

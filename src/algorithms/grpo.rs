@@ -7,6 +7,7 @@ use std::time::Instant;
 use kernels::c10d::ReduceOp;
 use tch::{Device, Kind, Tensor};
 
+use crate::algorithms::records;
 use crate::algorithms::rl::Counts;
 use crate::algorithms::rl::experience::{SamplerDistance, gather_rows};
 use crate::algorithms::rl::grpo::{
@@ -41,6 +42,11 @@ impl Inputs {
     pub fn trained(&self) -> [(&str, &Shape, &Trainable); 1] {
         [("actor", &self.0.actor.shape, &self.0.trainable)]
     }
+
+    /// Where prompts come from.
+    pub fn samplers(&self) -> &Samplers {
+        &self.1
+    }
 }
 
 /// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
@@ -51,7 +57,7 @@ pub fn grpo(loaded: &Loaded<Grpo>, inputs: Inputs, world: &World, start: &Start)
     let folder =
         RunFolder::open(&common, &loaded.resolved_yaml()?, start, &sections.paths(), &tokenizer, world)?;
     let Samplers { train: mut sampler, mut valid } = samplers;
-    opened.announce(&sampler.prompts, c.train.batch_size);
+    opened.announce(&sampler, valid.as_ref(), c.train.batch_size, world);
     let mut policy = Policy::load(&sections, &opened, world)?;
     let progress = match folder.restore::<State>(&mut policy.actor)? {
         Some(progress) => {
@@ -90,6 +96,7 @@ pub fn grpo(loaded: &Loaded<Grpo>, inputs: Inputs, world: &World, start: &Start)
             }
         }
         if let Some(train) = run.stepped((generated + read) as u64, &update, lr)?.record {
+            let train = records::count(train, &sampler.prompts.odd, c.data.on_error);
             run.log(
                 &train
                     .with(asked.told)

@@ -8,6 +8,7 @@ pub mod online_dpo;
 pub mod ppo;
 pub mod pretrain;
 pub mod ranking;
+pub mod records;
 pub mod reward;
 pub mod rl;
 pub mod run;

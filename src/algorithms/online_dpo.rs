@@ -8,6 +8,7 @@ use kernels::ops;
 
 use crate::algorithms::dpo::reference::sums;
 use crate::algorithms::dpo::{STATS, Work};
+use crate::algorithms::records;
 use crate::algorithms::rl::place::Average;
 use crate::algorithms::rl::policy::{Opened, Policy, Samplers, describe};
 use crate::algorithms::rl::sampling::{Batch, Sampled};
@@ -43,6 +44,11 @@ impl Inputs {
     pub fn trained(&self) -> [(&str, &Shape, &Trainable); 1] {
         [("actor", &self.0.actor.shape, &self.0.trainable)]
     }
+
+    /// Where prompts come from.
+    pub fn samplers(&self) -> &Samplers {
+        &self.1
+    }
 }
 
 /// The name of a moving reference in checkpoints.
@@ -56,7 +62,7 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
     let tokenizer = opened.tokenizer().clone();
     let folder =
         RunFolder::open(&common, &loaded.resolved_yaml()?, start, &sections.paths(), &tokenizer, world)?;
-    opened.announce(&sampler.prompts, c.train.batch_size);
+    opened.announce(&sampler, valid.as_ref(), c.train.batch_size, world);
     let mut policy = Policy::load(&sections, &opened, world)?;
     let restored = folder.restore::<State>(&mut policy.actor)?;
     if restored.is_none() {
@@ -115,6 +121,7 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
         }
         if let Some(train) = run.stepped((generated + read) as u64, &update, lr)?.record {
             let train = train.with(describe(&batch.samples));
+            let train = records::count(train, &sampler.prompts.odd, c.data.on_error);
             let train = STATS.iter().zip(stats).take(6).fold(train, |r, (key, x)| r.float(key, x));
             run.log(
                 &train

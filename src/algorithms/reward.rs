@@ -11,19 +11,22 @@ use crate::algorithms::interval::wilson;
 use crate::algorithms::ranking::{Pairs, Terms, losses};
 use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Sums};
 use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start};
-use crate::algorithms::{scorer, sft};
+use crate::algorithms::{records, scorer};
 use crate::checkpoint::{Measured, Scoring};
 use crate::config::reward::{Reward, Score, Settings, Which};
+use crate::config::sections::OnError;
 use crate::config::trainable::{Freeze, Lora};
 use crate::config::{Algorithm, Loaded, common};
 use crate::data::chat::Chat;
 use crate::data::examples::{Counts, Encoded, Example};
-use crate::data::loader::{Order, State};
-use crate::data::preferences::{self, Batch, Preference};
+use crate::data::loader::State;
+use crate::data::odd::{Odd, OddRecords, OrOdd, Reason};
+use crate::data::preferences::{self, Batch};
 use crate::data::readers;
 use crate::data::rows::RowLoader;
+use crate::data::supervised;
 use crate::distributed::world::World;
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::model::{DropoutPlace, Llama, ScoreHead, Trainable};
 use crate::optim::Schedule;
 use crate::telemetry::Record;
@@ -34,6 +37,7 @@ use crate::{info, warn};
 pub struct Inputs {
     pub base: Base,
     pub trainable: Trainable,
+    pub chat: Chat,
     pub score: Score,
     pub train: RowLoader,
     pub valid: Option<RowLoader>,
@@ -46,6 +50,8 @@ pub struct Inputs {
 struct Reference {
     sequences: Vec<Encoded>,
     on: String,
+    /// Records of `reward.normalize.data` that cannot be used.
+    odd: OddRecords,
 }
 
 impl Inputs {
@@ -59,17 +65,10 @@ impl Inputs {
         let (freeze, lora) = with_head(c);
         let trainable = base.trainable(&freeze, lora.as_ref())?;
         let chat = Chat::new(&base.tokenizer)?;
-        let open = |sources, order| {
-            preferences::open(&c.data, sources, &chat, order, crate::config::preferences::Data::PART)
-        };
-        let train = open(&c.data.train, Order::Shuffled { seed: c.seed })?;
-        let valid = match c.data.valid.is_empty() {
-            true => None,
-            false => Some(open(&c.data.valid, Order::Sequential)?),
-        };
+        let (train, valid) = preferences::open(&c.data, &chat, c.seed)?;
         let steps = base::steps(&c.train, train.num_rows(), c.schedule.warmup_steps)?;
         let reference = Reference::open(c, &chat, valid.as_ref().unwrap_or(&train))?;
-        Ok(Inputs { base, trainable, score, train, valid, reference, steps })
+        Ok(Inputs { base, trainable, chat, score, train, valid, reference, steps })
     }
 }
 
@@ -124,15 +123,27 @@ impl Reference {
                 let _ = (0..data.num_rows()).all(|i| take(data.example(i)));
             }
             let files: Vec<&Path> = sources.iter().map(|s| s.path.as_path()).collect();
-            return Ok(Reference { sequences, on: format!("{which} of {}", names(&files)) });
+            let odd = OddRecords::default();
+            return Ok(Reference { sequences, on: format!("{which} of {}", names(&files)), odd });
         }
+        let mut odd = OddRecords::default();
         'files: for path in normalize.data.iter().filter(|_| most > 0) {
-            for record in readers::records(path, None, &Default::default())? {
-                if !take(reference_example(&record?, chat, c.data.sequence_length as usize)?) {
-                    break 'files;
+            for record in readers::records_or_errors(path, None, &Default::default())? {
+                odd.records += 1;
+                let example = record?
+                    .or_odd(Reason::Unreadable)
+                    .and_then(|record| reference_example(&record, chat, c.data.sequence_length as usize));
+                match example {
+                    Ok(example) => {
+                        if !take(example) {
+                            break 'files;
+                        }
+                    }
+                    Err(one) => odd.add(one)?,
                 }
             }
         }
+        odd.check(c.data.on_error).map_err(|e| e.context("reward.normalize.data"))?;
         let files: Vec<&Path> = normalize.data.iter().map(|p| p.as_path()).collect();
         if most > 0 && sequences.len() < 2 {
             return Err(Error::data(format!(
@@ -142,7 +153,7 @@ impl Reference {
                 c.data.sequence_length
             )));
         }
-        Ok(Reference { sequences, on: format!("{which} of {}", names(&files)) })
+        Ok(Reference { sequences, on: format!("{which} of {}", names(&files)), odd })
     }
 }
 
@@ -151,12 +162,12 @@ fn names(files: &[&Path]) -> String {
 }
 
 /// A record's completions: ranked ones, or the answer of a conversation. What is too long is left out.
-fn reference_example(record: &readers::Record, chat: &Chat, longest: usize) -> Result<Example> {
+fn reference_example(record: &readers::Record, chat: &Chat, longest: usize) -> Result<Example, Odd> {
     let ranked =
         ["completions", "rejected"].iter().any(|key| record.fields.get(*key).is_some_and(|v| !v.is_null()));
     let example = match ranked {
-        true => Preference::read(record)?.encode(chat).context(&record.place)?,
-        false => sft::encode(record, chat, false)?.to_the_last_turns_end().into(),
+        true => preferences::read_and_encode(record, chat)?,
+        false => supervised::encode(record, chat)?.to_the_last_turns_end().into(),
     };
     let fits = |s: &Encoded| s.ids.len() <= longest && s.supervised.iter().skip(1).any(|s| *s);
     let (sequences, ranks) =
@@ -284,9 +295,11 @@ pub fn reward(loaded: &Loaded<Reward>, inputs: Inputs, world: &World, start: &St
         }
     };
     announce(c, &inputs, &learner.model);
+    records::announce(&inputs.train, inputs.valid.as_ref(), &inputs.chat, world);
+    records::announce_skipped("reward.normalize.data", &inputs.reference.odd, world);
     let schedule = Schedule::new(&common, inputs.steps);
     let mut run = folder.start(progress, Plan::new(&common, inputs.steps))?;
-    let counts = inputs.train.counts();
+    let (counts, odd) = (inputs.train.counts(), inputs.train.odd());
 
     while !run.done() {
         let (next, batch) = (run.progress.data.next, c.train.batch_size as u64);
@@ -315,7 +328,7 @@ pub fn reward(loaded: &Loaded<Reward>, inputs: Inputs, world: &World, start: &St
         let tally = tally.into_inner().over_ranks(world)?;
         if let Some(record) = run.stepped(tokens, &update, lr)?.record {
             let record = tally.tell(record).count("ties", tally.pairs.ties as u64);
-            run.log(&tell_counts(record, &counts));
+            run.log(&tell_counts(record, &counts, &odd, c.data.on_error));
         }
         let mut best = false;
         if let Some(valid) = &inputs.valid
@@ -425,8 +438,8 @@ fn normalized(inputs: &Inputs, model: &mut Llama, world: &World) -> Result<Scori
     Ok(scoring)
 }
 
-fn tell_counts(record: Record, counts: &Counts) -> Record {
-    record
+fn tell_counts(record: Record, counts: &Counts, odd: &OddRecords, on_error: OnError) -> Record {
+    records::count(record, odd, on_error)
         .count("truncated", counts.truncated)
         .count("dropped", counts.dropped())
         .count("duplicates", counts.duplicates)
@@ -442,12 +455,13 @@ fn announce(c: &Reward, inputs: &Inputs, model: &Llama) {
         trained as f64 / 1e6
     );
     info!(
-        "data: {} prompts with {} completions, {} tokens; {} prompts left out, {} completions are another's copy; {} steps \
+        "data: {} prompts with {} completions, {} tokens; {} were truncated, {}; {} completions are another's copy; {} steps \
          are {:.2} epochs",
         counts.examples,
         counts.sequences,
         counts.tokens,
-        counts.dropped(),
+        counts.truncated,
+        counts.dropped_and_why(),
         counts.duplicates,
         inputs.steps,
         inputs.steps as f64 * c.train.batch_size as f64 / inputs.train.num_rows() as f64,

@@ -1,6 +1,7 @@
 //! Supervised fine-tuning: next-token prediction on the assistant's turns of conversations.
 
 use crate::algorithms::base::{self, Base};
+use crate::algorithms::records;
 use crate::algorithms::step::{self, MicroBatch};
 use crate::algorithms::training::{Learner, Plan, Progress, Run, RunFolder, Start};
 use crate::config::sft::Sft;
@@ -8,10 +9,11 @@ use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded, common, sections};
 use crate::data::chat::Chat;
 use crate::data::conversation::conversation;
-use crate::data::examples::{self, Counts, Encoded, Split, Tokenization};
+use crate::data::examples::{self, Counts, Split, Tokenization};
 use crate::data::loader::{Order, State};
 use crate::data::readers::{self, Record as DataRecord};
-use crate::data::rows::{RowLoader, Rows, Source};
+use crate::data::rows::{self, RowLoader, Rows, Source};
+use crate::data::supervised;
 use crate::data::tokenizer::hex;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
@@ -49,11 +51,14 @@ impl Inputs {
         let base = Base::open(&c.model, c.tokenizer.as_ref(), c.data.sequence_length)?;
         let trainable = base.trainable(&c.freeze, c.lora.as_ref())?;
         let chat = Chat::new(&base.tokenizer)?;
-        let train = rows(c, &chat, &c.data.train, Order::Shuffled { seed: c.seed })?;
-        let valid = match c.data.valid.is_empty() {
-            true => None,
-            false => Some(rows(c, &chat, &c.data.valid, Order::Sequential)?),
+        let train = sources(c, &chat, &c.data.train, true)?;
+        let valid = sources(c, &chat, &c.data.valid, false)?;
+        rows::check_records(c.data.on_error, train.iter().chain(&valid))?;
+        let loader = |sources: Vec<Source>, order| {
+            RowLoader::new(sources, c.data.sequence_length as usize, c.data.packing, order)
         };
+        let train = loader(train, Order::Shuffled { seed: c.seed })?;
+        let valid = (!valid.is_empty()).then(|| loader(valid, Order::Sequential)).transpose()?;
         let steps = base::steps(&c.train, train.num_rows(), c.schedule.warmup_steps)?;
         let prompts = if c.samples.every > 0 { sample_prompts(c, &chat, &base.shape)? } else { Vec::new() };
         Ok(Inputs { base, trainable, chat, train, valid, prompts, steps })
@@ -61,8 +66,7 @@ impl Inputs {
 }
 
 /// Tokenizes the sources, or takes them from the cache.
-fn rows(c: &Sft, chat: &Chat, sources: &[sections::Source], order: Order) -> Result<RowLoader> {
-    let training = matches!(order, Order::Shuffled { .. });
+fn sources(c: &Sft, chat: &Chat, sources: &[sections::Source], training: bool) -> Result<Vec<Source>> {
     let split =
         (training && !c.data.split.is_empty()).then(|| Split { parts: c.data.split.clone(), part: 0 });
     let options = examples::Options {
@@ -70,7 +74,13 @@ fn rows(c: &Sft, chat: &Chat, sources: &[sections::Source], order: Order) -> Res
         too_long: c.data.too_long,
         split,
     };
-    let encode = |record: &DataRecord| Ok(encode(record, chat, c.data.train_on_prompt)?.into());
+    let encode = |record: &DataRecord| {
+        let mut encoded = supervised::encode(record, chat)?;
+        if c.data.train_on_prompt {
+            encoded.supervised.fill(true);
+        }
+        Ok(encoded.into())
+    };
     let fit = |example, counts: &mut Counts| examples::fit(example, &options, counts);
     let eos: Vec<u32> = chat.stop_ids();
     let template = chat.tokenizer().chat_template().map(|t| t.source.as_str()).unwrap_or_default();
@@ -83,39 +93,34 @@ fn rows(c: &Sft, chat: &Chat, sources: &[sections::Source], order: Order) -> Res
         cache: c.data.cache.clone().map_or_else(examples::default_cache, Ok)?,
     };
     let open = |s: &sections::Source| Ok(Source { examples: tokenization.open(&s.path)?, weight: s.weight });
-    let sources = sources.iter().map(open).collect::<Result<_>>()?;
-    RowLoader::new(sources, c.data.sequence_length as usize, c.data.packing, order)
+    sources.iter().map(open).collect()
 }
 
 /// The first prompts of the validation data, up to the assistant's last turn.
 fn sample_prompts(c: &Sft, chat: &Chat, shape: &Shape) -> Result<Vec<SamplePrompt>> {
     let mut prompts = Vec::new();
     for source in &c.data.valid {
-        for record in readers::records(&source.path, None, &Default::default())? {
+        for record in readers::records_or_errors(&source.path, None, &Default::default())? {
             if prompts.len() == c.samples.count as usize {
                 return Ok(prompts);
             }
-            let record = record?;
-            let mut messages = conversation(&record)?;
+            // What cannot be used is counted with the validation data.
+            let Ok(record) = record? else { continue };
+            let Ok(mut messages) = conversation(&record) else { continue };
             let Some(answer) = messages.pop_if(|m| m.role == "assistant") else { continue };
-            let ids = chat.prompt(&messages).map_err(|e| e.context(&record.place))?;
+            let Ok(ids) = chat.prompt(&messages) else { continue };
             let ids = ids.into_iter().map(i64::from).collect();
             let number = prompts.len() as u64;
             let request = Request::new(ids, number, c.generation.max_new_tokens as usize);
-            request.check(shape).map_err(|e| e.context(&record.place))?;
+            if let Err(e) = request.check(shape) {
+                info!("samples: {} is not taken: {e}", record.place);
+                continue;
+            }
             let text = chat.render(&messages, true)?;
             prompts.push(SamplePrompt { text, request, reference: answer.content });
         }
     }
     Ok(prompts)
-}
-
-/// A record in tokens; the loss counts the assistant's turns, their ends included, or everything.
-pub fn encode(record: &DataRecord, chat: &Chat, train_on_prompt: bool) -> Result<Encoded> {
-    let messages = conversation(record)?;
-    let encoding = chat.encode(&messages, false).map_err(|e| e.context(&record.place))?;
-    let supervised = if train_on_prompt { vec![true; encoding.ids.len()] } else { encoding.mask() };
-    Ok(Encoded { ids: encoding.ids, supervised })
 }
 
 /// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
@@ -138,9 +143,10 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
         }
     };
     announce(c, &inputs, &learner.model.params);
+    records::announce(&inputs.train, inputs.valid.as_ref(), &inputs.chat, world);
     let schedule = Schedule::new(&common, inputs.steps);
     let mut run = folder.start(progress, Plan::new(&common, inputs.steps))?;
-    let counts = inputs.train.counts();
+    let (counts, odd) = (inputs.train.counts(), inputs.train.odd());
 
     while !run.done() {
         let (next, batch) = (run.progress.data.next, c.train.batch_size as u64);
@@ -154,7 +160,8 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
 
         run.progress.data.next += batch;
         if let Some(record) = run.stepped(tokens, &update, lr)?.record {
-            run.log(&record.count("truncated", counts.truncated).count("dropped", counts.dropped()));
+            let record = record.count("truncated", counts.truncated).count("dropped", counts.dropped());
+            run.log(&records::count(record, &odd, c.data.on_error));
         }
         let mut best = false;
         if let Some(valid) = &inputs.valid
@@ -254,15 +261,13 @@ fn announce(c: &Sft, inputs: &Inputs, params: &Sharded) {
         ),
     }
     info!(
-        "data: {} examples, {} tokens, {} of them supervised; {} were truncated, {} left out ({} too long, {} with nothing \
-         supervised); {} rows of {} tokens, {:.1} % padding; {} steps are {:.2} epochs",
+        "data: {} examples, {} tokens, {} of them supervised; {} were truncated, {}; {} rows of {} tokens, {:.1} % padding; {} \
+         steps are {:.2} epochs",
         counts.examples,
         counts.tokens,
         counts.supervised_tokens,
         counts.truncated,
-        counts.dropped(),
-        counts.too_long,
-        counts.unsupervised,
+        counts.dropped_and_why(),
         inputs.train.num_rows(),
         c.data.sequence_length,
         100.0 * inputs.train.padding(),

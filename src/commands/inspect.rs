@@ -16,6 +16,7 @@ use crate::checkpoint::{in_hub_cache, sharded};
 use crate::data::tokenizer::folder_has_tokenizer;
 use crate::error::{Error, Result};
 use crate::files::read_error;
+use crate::telemetry::console::grouped;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -187,19 +188,6 @@ fn inline(key: &str, value: &Value) -> String {
         Value::Bool(false) => "no".into(),
         Value::Null => "none".into(),
     }
-}
-
-/// 1234567 as 1,234,567.
-fn grouped(n: u64) -> String {
-    let digits = n.to_string();
-    let mut text = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }
 
 fn inspect(path: &Path, depth: Depth) -> Result<Report> {

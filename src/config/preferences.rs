@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::Conflict;
 use super::common::{sequence_length, yes};
 use super::numbers::count;
-use super::sections::Source;
+use super::sections::{OnError, Source};
 use super::sft::TooLong;
 
 /// Prompts with ranked completions: see the formats in docs/formats.md.
@@ -29,6 +29,9 @@ pub struct Data {
     /// beginning of the prompt off.
     #[serde(default)]
     pub too_long: TooLong,
+    /// What to do with records that cannot be used.
+    #[serde(default)]
+    pub on_error: OnError,
     /// Relative sizes of the parts of the training files for the stages fine-tuning, preferences (reward model, DPO) and
     /// RL: this stage takes the second part. Empty: every stage takes all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -8,7 +8,7 @@ use super::Conflict;
 use super::common::sequence_length;
 use super::numbers::count;
 use super::rollout::Generation;
-use super::sections::Source;
+use super::sections::{OnError, Source};
 
 /// Prompts: see the formats in docs/formats.md.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,6 +26,9 @@ pub struct Data {
     /// Examples with their answers that stand before every prompt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub few_shot: Option<FewShot>,
+    /// What to do with records that cannot be used.
+    #[serde(default)]
+    pub on_error: OnError,
     /// Relative sizes of the parts of the training files for the stages fine-tuning, preferences (reward model, DPO) and
     /// RL: this stage takes the third part. Empty: every stage takes all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -9,6 +9,17 @@ use serde::{Deserialize, Serialize};
 use super::Conflict;
 use super::numbers::{betas, count, not_negative, positive, ratio, some_count, some_positive};
 
+/// What to do with records that cannot be used: unreadable lines, no known format, messages that the chat template refuses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum OnError {
+    /// Count all, name the first ten, and end before anything is computed
+    #[default]
+    Refuse,
+    /// Leave them out, and count them by reason
+    Skip,
+}
+
 /// A source of data: a path, or `{path: ..., weight: ...}`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Source {

@@ -8,7 +8,7 @@ use super::common::{Common, configuration, conflict_of_inputs, sequence_length, 
 use super::numbers::{count, not_negative, positive};
 use super::preferences::split_conflict;
 use super::pretrain::Model;
-use super::sections::{Source, Tokenizer, Valid};
+use super::sections::{OnError, Source, Tokenizer, Valid};
 use super::trainable::{self, Freeze, Lora};
 use super::{Algorithm, Conflict};
 
@@ -53,6 +53,9 @@ pub struct Data {
     /// What to do with examples of more than `sequence_length` tokens.
     #[serde(default)]
     pub too_long: TooLong,
+    /// What to do with records that cannot be used.
+    #[serde(default)]
+    pub on_error: OnError,
     /// Relative sizes of the parts of the training files for the stages fine-tuning, reward model and RL: this stage
     /// takes the first part. Empty: every stage takes all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -27,6 +27,11 @@ struct Part {
     filename: String,
 }
 
+/// Whether a folder is a data set by `save_to_disk`.
+pub fn is_data_set(dir: &Path) -> bool {
+    ["state.json", "dataset_dict.json"].iter().any(|name| dir.join(name).exists())
+}
+
 /// The Arrow files of a folder, in their order.
 ///
 /// # Errors

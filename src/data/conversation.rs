@@ -70,6 +70,15 @@ pub fn conversation(record: &Record) -> Result<Vec<Message>> {
     )))
 }
 
+/// The turns of a record's `prompt` and of its `completion`, where it has both.
+pub fn prompt_and_completion(record: &Record) -> Result<Option<(Vec<Message>, Vec<Message>)>> {
+    let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
+    match has("prompt") && has("completion") && !has("messages") && !has("conversations") {
+        true => pair(record, "prompt", &record.fields["completion"], "completion").map(Some),
+        false => Ok(None),
+    }
+}
+
 /// A conversation's turns before its answer, and the answer: `prompt` and `completion`, or the last turn of another format.
 ///
 /// # Errors
@@ -146,6 +155,17 @@ impl Prompt {
             return Err(Error::data(format!("{}: there is nothing before the answer", record.place)));
         }
         Ok(Prompt::Messages(messages))
+    }
+
+    /// [`Prompt::read`] of what a model is to go on with: a last turn of the assistant under `prompt`, `messages` or
+    /// `conversations` stays, as the beginning of the answer.
+    pub fn read_with_prefill(record: &Record) -> Result<Prompt> {
+        let list = |key: &&&str| record.fields.get(**key).is_some_and(Value::is_array);
+        let text = record.fields.get("prompt").is_some_and(|v| !v.is_null() && !v.is_array());
+        match ["prompt", "messages", "conversations"].iter().find(list).filter(|_| !text) {
+            Some(key) => messages(record, key).map(Prompt::Messages),
+            None => Prompt::read(record),
+        }
     }
 
     /// The turns; a text is one of the user's.

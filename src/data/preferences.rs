@@ -8,8 +8,9 @@ use super::chat::Chat;
 use super::conversation::{Message, hh_dialogue, messages, pair};
 use super::examples::{self, Counts, Encoded, Example, Options, Split, Tokenization};
 use super::loader::Order;
+use super::odd::{Odd, OrOdd, Reason};
 use super::readers::Record;
-use super::rows::{RowLoader, Rows, Source};
+use super::rows::{self, RowLoader, Rows, Source};
 use super::tokenizer::hex;
 use crate::config::preferences::Data;
 use crate::config::sections;
@@ -148,21 +149,25 @@ pub fn fit(
     Some(Example { sequences, ranks })
 }
 
-/// The preferences of `sources`, tokenized or from the cache; the loader's rows are examples. `part`: which of the parts of
-/// `data.split`, for training data.
-pub fn open(
-    data: &Data,
-    sources: &[sections::Source],
-    chat: &Chat,
-    order: Order,
-    part: usize,
-) -> Result<RowLoader> {
-    let training = matches!(order, Order::Shuffled { .. });
+/// The preferences of `data.train`, shuffled by `seed`, and of `data.valid`, where there are any; rows are examples.
+pub fn open(data: &Data, chat: &Chat, seed: u64) -> Result<(RowLoader, Option<RowLoader>)> {
+    let train = sources(data, &data.train, chat, true)?;
+    let valid = sources(data, &data.valid, chat, false)?;
+    rows::check_records(data.on_error, train.iter().chain(&valid))?;
+    let loader =
+        |sources: Vec<Source>, order| RowLoader::new(sources, data.sequence_length as usize, false, order);
+    let train = loader(train, Order::Shuffled { seed })?;
+    let valid = (!valid.is_empty()).then(|| loader(valid, Order::Sequential)).transpose()?;
+    Ok((train, valid))
+}
+
+/// The preferences of `sources`, tokenized or from the cache.
+fn sources(data: &Data, sources: &[sections::Source], chat: &Chat, training: bool) -> Result<Vec<Source>> {
+    let part = Data::PART;
     let split = (training && !data.split.is_empty()).then(|| Split { parts: data.split.clone(), part });
     let options = Options { sequence_length: data.sequence_length as usize, too_long: data.too_long, split };
     let bos = chat.tokenizer().bos_id();
-    let encode =
-        |record: &Record| Preference::read(record)?.encode(chat).map_err(|e| e.context(&record.place));
+    let encode = |record: &Record| read_and_encode(record, chat);
     let fit = |example, counts: &mut Counts| fit(example, &options, bos, counts);
     let template = chat.tokenizer().chat_template().map(|t| t.source.as_str()).unwrap_or_default();
     let tokenization = Tokenization {
@@ -174,8 +179,13 @@ pub fn open(
         cache: data.cache.clone().map_or_else(examples::default_cache, Ok)?,
     };
     let open = |s: &sections::Source| Ok(Source { examples: tokenization.open(&s.path)?, weight: s.weight });
-    let sources = sources.iter().map(open).collect::<Result<_>>()?;
-    RowLoader::new(sources, options.sequence_length, false, order)
+    sources.iter().map(open).collect()
+}
+
+/// A record's preference in tokens, or why there is none.
+pub fn read_and_encode(record: &Record, chat: &Chat) -> Result<Example, Odd> {
+    let preference = Preference::read(record).or_odd(Reason::Format)?;
+    preference.encode(chat).map_err(|e| e.context(&record.place)).or_odd(Reason::Template)
 }
 
 /// Lengths of packed rows are multiples of this: oneDNN keeps what it has prepared for each shape of a product, up to
@@ -248,7 +258,7 @@ impl Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::sections::Tokenizer as Section;
+    use crate::config::sections::{OnError, Tokenizer as Section};
     use crate::data::chat::configured;
     use crate::data::readers;
     use crate::data::tokenizer::tests::small;
@@ -412,14 +422,15 @@ mod tests {
         let source = sections::Source { path: folder.file("data.jsonl", lines), weight: None };
         let data = Data {
             train: vec![source.clone()],
-            valid: Vec::new(),
+            valid: vec![source],
             sequence_length: 64,
             packing: true,
             too_long: TooLong::Truncate,
+            on_error: OnError::Refuse,
             split: Vec::new(),
             cache: Some(folder.0.join("cache")),
         };
-        let opened = || open(&data, std::slice::from_ref(&source), &chat, Order::Sequential, 1).unwrap();
+        let opened = || open(&data, &chat, 1).unwrap().1.unwrap();
         let (first, again) = (opened(), opened());
         let counts = first.counts();
         assert_eq!((counts.examples, counts.sequences, counts.indistinct), (2, 5, 1));

@@ -9,8 +9,9 @@ use std::sync::Arc;
 use super::chat::Chat;
 use super::conversation::{self, Message, conversation};
 use super::examples::Split;
+use super::odd::{Odd, OddRecords, OrOdd, Reason};
 use super::order::{self, Mixture};
-use super::readers::{self, Record};
+use super::readers::{self, Place, Record};
 use super::tokenizer::hex;
 use crate::config::prompts::Data;
 use crate::config::sections::Source;
@@ -28,10 +29,10 @@ pub struct Prompt {
 }
 
 impl Prompt {
-    fn read(record: Record, shots: &[Message], chat: &Chat) -> Result<Prompt> {
-        let asked = conversation::Prompt::read(&record)?.into_messages();
+    fn read(record: Record, shots: &[Message], chat: &Chat) -> Result<Prompt, Odd> {
+        let asked = conversation::Prompt::read(&record).or_odd(Reason::Format)?.into_messages();
         let messages = [shots, &asked].concat();
-        let ids = chat.prompt(&messages).map_err(|e| e.context(&record.place))?;
+        let ids = chat.prompt(&messages).map_err(|e| e.context(&record.place)).or_odd(Reason::Template)?;
         let reference = match record.fields.get("answer") {
             Some(Value::String(text)) => Some(text.clone()),
             Some(Value::Number(number)) => Some(number.to_string()),
@@ -66,6 +67,8 @@ pub struct Prompts {
     seed: Option<u64>,
     /// Prompts that were too long.
     pub dropped: u64,
+    /// Records that cannot be used.
+    pub odd: OddRecords,
     fingerprint: String,
 }
 
@@ -73,8 +76,10 @@ impl Prompts {
     /// Reads and tokenizes `sources`, those of `data.train` or of `data.valid` (`seed`: none). Prompts of more than `most`
     /// tokens are left out.
     ///
+    /// Records that cannot be used are left out, too, and the caller checks them.
+    ///
     /// # Errors
-    /// What cannot be read, with its place; a source without a prompt; weights on some sources only.
+    /// A file that cannot be read on; a source without a prompt; weights on some sources only.
     pub fn open(
         data: &Data,
         sources: &[Source],
@@ -100,31 +105,50 @@ impl Prompts {
         }
         let split = (seed.is_some() && !data.split.is_empty())
             .then(|| Split { parts: data.split.clone(), part: Data::PART });
-        let (mut pools, mut dropped) = (Vec::new(), 0);
+        let (mut pools, mut dropped, mut odd) = (Vec::new(), 0, OddRecords::default());
         let mut hash = Sha256::new();
         let template = chat.tokenizer().chat_template().map(|t| t.source.as_str()).unwrap_or_default();
         hash.update(format!("{seed:?} {most} {split:?} {shots:?} {template}"));
         hash.update(chat.tokenizer().hash());
         for source in sources {
             let mut records = Vec::new();
-            for (i, record) in readers::records(&source.path, None, &Arc::default())?.enumerate() {
+            for (i, record) in readers::records_or_errors(&source.path, None, &Arc::default())?.enumerate() {
                 let record = record?;
                 if split.as_ref().is_none_or(|s| s.holds(i as u64)) {
                     records.push(record);
                 }
             }
-            let read = |record| Prompt::read(record, &shots, chat);
-            let mut prompts: Vec<Prompt> = records.into_par_iter().map(read).collect::<Result<_>>()?;
-            let all = prompts.len();
-            prompts.retain(|p| p.ids.len() <= most);
-            dropped += (all - prompts.len()) as u64;
-            if prompts.is_empty() {
-                return Err(Error::data(format!(
-                    "{}: no prompt is left: {all} were read, and those of more than {most} tokens left out (see \
-                     data.sequence_length)",
-                    source.path.display()
-                )));
+            let mut here = OddRecords::of(records.len() as u64);
+            let read = |record: Result<Record>| {
+                let record = record.or_odd(Reason::Unreadable)?;
+                let place = record.place.clone();
+                Ok((Prompt::read(record, &shots, chat)?, place))
+            };
+            let read: Vec<Result<(Prompt, Place), Odd>> = records.into_par_iter().map(read).collect();
+            let (mut prompts, mut too_long, mut first) = (Vec::new(), 0, None);
+            for prompt in read {
+                match prompt {
+                    Ok((prompt, _)) if prompt.ids.len() <= most => prompts.push(prompt),
+                    Ok((_, place)) => {
+                        too_long += 1;
+                        first.get_or_insert(place);
+                    }
+                    Err(one) => here.add(one)?,
+                }
             }
+            if prompts.is_empty() {
+                here.check(data.on_error)?;
+                let (path, all) = (source.path.display(), here.records);
+                let long = first.map_or(String::new(), |place| {
+                    format!("; {too_long} have more than {most} tokens (see data.sequence_length), the first: {place}")
+                });
+                let odd = here
+                    .example()
+                    .map_or(String::new(), |line| format!("; {}, the first: {line}", here.reasons()));
+                return Err(Error::data(format!("{path}: no prompt is left: {all} were read{long}{odd}")));
+            }
+            dropped += too_long;
+            odd.merge(&here);
             for prompt in &prompts {
                 prompt.ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
                 hash.update(prompt.reference.as_deref().unwrap_or_default());
@@ -140,7 +164,7 @@ impl Prompts {
             pools = vec![pools.into_iter().flatten().collect()];
         }
         let mixture = Mixture::new(if weights.is_empty() { &[1.0] } else { &weights });
-        Ok(Prompts { pools, mixture, seed, dropped, fingerprint: hex(&hash.finalize()[..8]) })
+        Ok(Prompts { pools, mixture, seed, dropped, odd, fingerprint: hex(&hash.finalize()[..8]) })
     }
 
     /// Prompts of one epoch over all sources.
@@ -150,6 +174,11 @@ impl Prompts {
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The prompts of one epoch in the data's order.
+    pub fn iter(&self) -> impl Iterator<Item = &Prompt> {
+        self.pools.iter().flatten()
     }
 
     /// Prompt number `index` of the sequence.

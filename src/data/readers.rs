@@ -32,15 +32,21 @@ enum Unit {
     Row,
 }
 
+impl Place {
+    /// The place without the file's path: `:12` or `, row 12`.
+    pub fn in_file(&self) -> String {
+        match self.unit {
+            Unit::File => String::new(),
+            Unit::Line => format!(":{}", self.number),
+            Unit::Record => format!(", record {}", self.number),
+            Unit::Row => format!(", row {}", self.number),
+        }
+    }
+}
+
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let path = self.path.display();
-        match self.unit {
-            Unit::File => write!(f, "{path}"),
-            Unit::Line => write!(f, "{path}:{}", self.number),
-            Unit::Record => write!(f, "{path}, record {}", self.number),
-            Unit::Row => write!(f, "{path}, row {}", self.number),
-        }
+        write!(f, "{}{}", self.path.display(), self.in_file())
     }
 }
 
@@ -84,6 +90,9 @@ fn kind_of(value: &Value) -> &'static str {
 /// The records of a file, in order. The first error ends them.
 pub type Records = Box<dyn Iterator<Item = Result<Record>> + Send>;
 
+/// The records of a file, in order. The outer error ends them; after an inner one, of a single record, they go on.
+pub type RecordsOrErrors = Box<dyn Iterator<Item = Result<Result<Record>>> + Send>;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Format {
     Text,
@@ -97,6 +106,11 @@ enum Compression {
     None,
     Gzip,
     Zstd,
+}
+
+/// Whether a file is one text.
+pub fn is_text(path: &Path) -> bool {
+    matches!(format_of(path), Ok((Format::Text, _)))
 }
 
 fn format_of(path: &Path) -> Result<(Format, Compression)> {
@@ -183,6 +197,17 @@ type Input = BufReader<Box<dyn Read + Send>>;
 /// Opens a file of any known kind, or a folder by `save_to_disk`. `columns`: those that are wanted of a table (all where `None`).
 /// `bytes` grows with what was read of the file on disk.
 pub fn records(path: &Path, columns: Option<&[&str]>, bytes: &Arc<AtomicU64>) -> Result<Records> {
+    let records = records_or_errors(path, columns, bytes)?.map(Result::flatten);
+    Ok(fused(records))
+}
+
+/// [`records`] that go on after a line that is no record. What cannot be read on after, such as a `.json` file that breaks off,
+/// ends them in any case.
+pub fn records_or_errors(
+    path: &Path,
+    columns: Option<&[&str]>,
+    bytes: &Arc<AtomicU64>,
+) -> Result<RecordsOrErrors> {
     let cannot = |e: io::Error| Error::data(format!("cannot read {}: {e}", path.display()));
     if path.is_dir() {
         return arrow_rows(path, columns, bytes);
@@ -217,14 +242,16 @@ pub fn records(path: &Path, columns: Option<&[&str]>, bytes: &Arc<AtomicU64>) ->
         input.consume(BYTE_ORDER_MARK.len());
     }
     match format {
-        Format::Text => Ok(Box::new(std::iter::once_with(move || whole_text(path, input)))),
+        Format::Text => Ok(Box::new(std::iter::once_with(move || whole_text(path, input).map(Ok)))),
         Format::JsonLines => Ok(fused(json_lines(path, input))),
         _ => json(path, input),
     }
 }
 
 /// Ends after the first error, after which a reader's state means nothing.
-fn fused(records: impl Iterator<Item = Result<Record>> + Send + 'static) -> Records {
+fn fused<T: 'static>(
+    records: impl Iterator<Item = Result<T>> + Send + 'static,
+) -> Box<dyn Iterator<Item = Result<T>> + Send> {
     let mut failed = false;
     Box::new(records.take_while(move |record| !std::mem::replace(&mut failed, record.is_err())))
 }
@@ -244,7 +271,7 @@ fn whole_text(path: Arc<Path>, mut input: Input) -> Result<Record> {
     Ok(Record { fields, place: Place { path, unit: Unit::File, number: 1 } })
 }
 
-fn json_lines(path: Arc<Path>, mut input: Input) -> impl Iterator<Item = Result<Record>> + Send {
+fn json_lines(path: Arc<Path>, mut input: Input) -> impl Iterator<Item = Result<Result<Record>>> + Send {
     let mut number = 0;
     let mut line = Vec::new();
     std::iter::from_fn(move || {
@@ -267,7 +294,7 @@ fn json_lines(path: Arc<Path>, mut input: Input) -> impl Iterator<Item = Result<
                 let what = json_message(&e);
                 Error::data(format!("{place}:{}: not valid JSON: {what}", e.column()))
             });
-            return Some(value.and_then(|value| object(value, place)));
+            return Some(Ok(value.and_then(|value| object(value, place))));
         }
     })
 }
@@ -296,7 +323,7 @@ fn json_message(e: &serde_json::Error) -> String {
 }
 
 /// A `.json` file: one array of records, or records one after the other (which many call JSON too).
-fn json(path: Arc<Path>, mut input: Input) -> Result<Records> {
+fn json(path: Arc<Path>, mut input: Input) -> Result<RecordsOrErrors> {
     let mut start = Vec::new();
     while start.last().is_none_or(u8::is_ascii_whitespace) {
         let mut byte = [0];
@@ -314,16 +341,16 @@ fn json(path: Arc<Path>, mut input: Input) -> Result<Records> {
     Ok(Box::new(Pulled(receiver)))
 }
 
-struct Pulled(Receiver<Result<Record>>);
+struct Pulled(Receiver<Result<Result<Record>>>);
 
 impl Iterator for Pulled {
-    type Item = Result<Record>;
+    type Item = Result<Result<Record>>;
     fn next(&mut self) -> Option<Self::Item> {
         self.0.recv().ok()
     }
 }
 
-fn push_json(path: Arc<Path>, input: impl Read, array: bool, sender: SyncSender<Result<Record>>) {
+fn push_json(path: Arc<Path>, input: impl Read, array: bool, sender: SyncSender<Result<Result<Record>>>) {
     let mut elements = Elements { path: path.clone(), number: 0, sender: &sender, stopped: false };
     let parsed = if array {
         let mut parser = serde_json::Deserializer::from_reader(input);
@@ -354,18 +381,16 @@ fn push_json(path: Arc<Path>, input: impl Read, array: bool, sender: SyncSender<
 struct Elements<'a> {
     path: Arc<Path>,
     number: u64,
-    sender: &'a SyncSender<Result<Record>>,
+    sender: &'a SyncSender<Result<Result<Record>>>,
     stopped: bool,
 }
 
 impl Elements<'_> {
-    /// Fails where reading is to stop: at a record that is none, or when nobody reads on.
+    /// Fails where nobody reads on.
     fn push<E: serde::de::Error>(&mut self, value: Value) -> std::result::Result<(), E> {
         self.number += 1;
         let place = Place { path: self.path.clone(), unit: Unit::Record, number: self.number };
-        let record = object(value, place);
-        let failed = record.is_err();
-        self.stopped = self.sender.send(record).is_err() || failed;
+        self.stopped = self.sender.send(Ok(object(value, place))).is_err();
         if self.stopped { Err(E::custom("stopped")) } else { Ok(()) }
     }
 }
@@ -386,7 +411,7 @@ impl<'de> Visitor<'de> for &mut Elements<'_> {
 }
 
 /// The rows of all files of a data set, numbered through.
-fn arrow_rows(dir: &Path, columns: Option<&[&str]>, bytes: &Arc<AtomicU64>) -> Result<Records> {
+fn arrow_rows(dir: &Path, columns: Option<&[&str]>, bytes: &Arc<AtomicU64>) -> Result<RecordsOrErrors> {
     let path: Arc<Path> = dir.into();
     let mut parts = Vec::new();
     for file in arrow::files(dir)? {
@@ -405,7 +430,7 @@ fn arrow_rows(dir: &Path, columns: Option<&[&str]>, bytes: &Arc<AtomicU64>) -> R
     }
     Ok(fused(parts.into_iter().flatten().zip(1u64..).map(move |(row, number)| {
         let place = Place { path: path.clone(), unit: Unit::Row, number };
-        Ok(Record { fields: row?, place })
+        Ok(Ok(Record { fields: row?, place }))
     })))
 }
 
@@ -414,7 +439,7 @@ fn parquet_rows(
     file: File,
     columns: Option<&[&str]>,
     bytes: &Arc<AtomicU64>,
-) -> Result<Records> {
+) -> Result<RecordsOrErrors> {
     let wrong =
         |e: parquet::errors::ParquetError| Error::data(format!("cannot read {}: {e}", path.display()));
     let size = file.metadata().map_or(0, |m| m.len());
@@ -453,8 +478,8 @@ fn parquet_rows(
         let read = |rows: u64| (size as u128 * rows as u128 / num_rows) as u64;
         bytes.fetch_add(read(number) - read(number - 1), Relaxed);
         let row = row.map_err(|e| Error::data(format!("cannot read {place}: {e}")))?;
-        let fields = row_fields(row).map_err(|what| Error::data(format!("{place}: {what}")))?;
-        Ok(Record { fields, place })
+        let fields = row_fields(row).map_err(|what| Error::data(format!("{place}: {what}")));
+        Ok(fields.map(|fields| Record { fields, place }))
     })))
 }
 
@@ -717,6 +742,22 @@ mod tests {
             missing(path),
             "FILE: no key `text`; keys here: id, body; name the right one with --text-key"
         );
+    }
+
+    #[test]
+    fn records_go_on_after_one_that_is_none() {
+        let folder = TestFolder::new("reader-goes-on");
+        let read = |name: &str, content: &[u8]| -> Result<Vec<bool>> {
+            let path = folder.file(name, content);
+            records_or_errors(&path, None, &Arc::default())?.map(|r| r.map(|r| r.is_ok())).collect()
+        };
+        assert_eq!(
+            read("a.jsonl", b"{}\n{oops\n[1]\n{\"a\": \"\xff\"}\n{}\n").unwrap(),
+            [true, false, false, false, true]
+        );
+        assert_eq!(read("a.json", b"[{}, 3, {}]").unwrap(), [true, false, true]);
+        // Where a file breaks off, nothing can follow.
+        assert!(read("b.json", b"[{}, {\"a\"").is_err());
     }
 
     /// tests/fixtures/arrow: written by datasets 5.2.0, see make_arrow.py there.

@@ -5,10 +5,13 @@ use sha2::{Digest, Sha256};
 
 use super::examples::{Counts, Encoded, Example, Examples};
 use super::loader::{IGNORE, Order, State};
+use super::odd::OddRecords;
 use super::order::{self, Mixture};
 use super::packing::best_fit_decreasing;
 use super::tokenizer::hex;
+use crate::config::sections::OnError;
 use crate::error::{Error, Result};
+use crate::telemetry::console::grouped;
 
 /// Rows of one micro-batch, `rows` times `columns` numbers each, row by row.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -57,6 +60,22 @@ pub struct Source {
     pub weight: Option<f64>,
 }
 
+/// Refuses records that cannot be used, those of all sources in one message, unless `on_error` says to skip them.
+pub fn check_records<'a>(on_error: OnError, sources: impl IntoIterator<Item = &'a Source>) -> Result<()> {
+    let mut odd = OddRecords::default();
+    sources.into_iter().for_each(|s| odd.merge(s.examples.odd()));
+    odd.check(on_error)
+}
+
+/// Why a file gives no example.
+fn nothing_left(examples: &Examples) -> String {
+    let (path, records) = (examples.path().display(), examples.counts().records);
+    match records {
+        0 => format!("{path}: there are no records (in this stage's part of data.split, if that is set)"),
+        n => format!("{path}: no example is left of {} records: {}", grouped(n), examples.reasons()),
+    }
+}
+
 /// Gives row `i` of an endless sequence (of one pass, in [`Order::Sequential`]): one example, or with packing the
 /// examples that fill a row best.
 pub struct RowLoader {
@@ -90,8 +109,12 @@ impl RowLoader {
             true => vec![(0..sources.len()).flat_map(all).collect()],
             false => (0..sources.len()).map(|s| all(s).collect()).collect(),
         };
+        let empty: Vec<String> = sources.iter().filter(|s| s.is_empty()).map(nothing_left).collect();
         if pools.iter().any(Vec::is_empty) {
-            return Err(Error::data("a source has no example to train on: all were left out"));
+            return Err(Error::data(match empty.is_empty() {
+                true => "there are no files to take examples from: name at least one path".to_string(),
+                false => empty.join("\n"),
+            }));
         }
         let length = |(s, i): &(u32, u32)| sources[*s as usize].length(*i as usize);
         let rows = |pool: Row| match packing {
@@ -118,6 +141,18 @@ impl RowLoader {
         let mut counts = Counts::default();
         self.sources.iter().for_each(|s| counts.add(s.counts()));
         counts
+    }
+
+    /// Records of all sources that cannot be used.
+    pub fn odd(&self) -> OddRecords {
+        let mut odd = OddRecords::default();
+        self.sources.iter().for_each(|s| odd.merge(s.odd()));
+        odd
+    }
+
+    /// Why each source that gives no example gives none.
+    pub fn empty_sources(&self) -> impl Iterator<Item = String> {
+        self.sources.iter().filter(|s| s.is_empty()).map(nothing_left)
     }
 
     /// The sources' examples, in the order given.
@@ -200,6 +235,7 @@ mod tests {
     use super::*;
     use crate::config::sft::TooLong;
     use crate::data::examples::{Options, Split, Tokenization, fit};
+    use crate::data::odd::{OrOdd, Reason};
     use crate::data::readers::Record;
     use crate::files::TestFolder;
     use std::collections::BTreeMap;
@@ -217,7 +253,7 @@ mod tests {
         let text: String = lines.iter().map(|l| format!("{{\"text\": \"{l}\"}}\n")).collect();
         let path = folder.file(name, text);
         let cache = folder.0.join("cache");
-        let encode = |record: &Record| Ok(encode(record)?.into());
+        let encode = |record: &Record| Ok(encode(record).or_odd(Reason::Format)?.into());
         let fit = |example, counts: &mut Counts| fit(example, &options, counts);
         let (encode, fit, options) = (&encode, &fit, options.clone());
         let tokenization = Tokenization { encode, fit, key: "test".into(), eos: &[9], options, cache };

@@ -12,15 +12,15 @@ use kernels::ops;
 use tch::{Device, Kind, Tensor};
 
 use crate::algorithms::base::{self, Base};
+use crate::algorithms::records;
 use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Sums};
 use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start, compute_kind};
 use crate::config::dpo::{Dpo, Pairs, Section};
-use crate::config::preferences::Data;
 use crate::config::pretrain::Model;
 use crate::config::{Algorithm, Loaded, common};
 use crate::data::chat::Chat;
 use crate::data::examples::Example;
-use crate::data::loader::{Order, State};
+use crate::data::loader::State;
 use crate::data::preferences::{self, Batch};
 use crate::data::rows::RowLoader;
 use crate::distributed::world::World;
@@ -36,6 +36,7 @@ use reference::{Of, Reference};
 pub struct Inputs {
     pub base: Base,
     pub trainable: Trainable,
+    pub chat: Chat,
     pub train: RowLoader,
     pub valid: Option<RowLoader>,
     /// Another reference than the model itself.
@@ -49,12 +50,7 @@ impl Inputs {
         let base = Base::open(&c.model, c.tokenizer.as_ref(), c.data.sequence_length)?;
         let trainable = base.trainable(&c.freeze, c.lora.as_ref())?;
         let chat = Chat::new(&base.tokenizer)?;
-        let open = |sources, order| preferences::open(&c.data, sources, &chat, order, Data::PART);
-        let train = open(&c.data.train, Order::Shuffled { seed: c.seed })?;
-        let valid = match c.data.valid.is_empty() {
-            true => None,
-            false => Some(open(&c.data.valid, Order::Sequential)?),
-        };
+        let (train, valid) = preferences::open(&c.data, &chat, c.seed)?;
         let steps = base::steps(&c.train, train.num_rows(), c.schedule.warmup_steps)?;
         let reference = match &c.reference {
             None => None,
@@ -71,7 +67,7 @@ impl Inputs {
                 Some(opened)
             }
         };
-        Ok(Inputs { base, trainable, train, valid, reference, steps })
+        Ok(Inputs { base, trainable, chat, train, valid, reference, steps })
     }
 }
 
@@ -259,10 +255,11 @@ pub fn dpo(loaded: &Loaded<Dpo>, inputs: Inputs, world: &World, start: &Start) -
         }
     };
     announce(c, &inputs);
+    records::announce(&inputs.train, inputs.valid.as_ref(), &inputs.chat, world);
     let mut reference = Reference::new(c, &inputs, &mut learner, fresh, world)?;
     let schedule = Schedule::new(&common, inputs.steps);
     let mut run = folder.start(progress, Plan::new(&common, inputs.steps))?;
-    let counts = inputs.train.counts();
+    let (counts, odd) = (inputs.train.counts(), inputs.train.odd());
 
     while !run.done() {
         let (next, batch) = (run.progress.data.next, c.train.batch_size as u64);
@@ -294,6 +291,7 @@ pub fn dpo(loaded: &Loaded<Dpo>, inputs: Inputs, world: &World, start: &Start) -
             let record = tell(record, &stats, c);
             let (truncated, dropped) = (counts.truncated, counts.dropped());
             let record = record.count("truncated", truncated).count("dropped", dropped);
+            let record = records::count(record, &odd, c.data.on_error);
             let ties = ties(&inputs.train, next, batch);
             run.log(&record.count("duplicates", counts.duplicates).count("ties", ties));
         }
@@ -375,15 +373,12 @@ fn announce(c: &Dpo, inputs: &Inputs) {
     let counts = inputs.train.counts();
     info!("model: {:.2}M parameters", inputs.base.shape.num_parameters() as f64 / 1e6);
     info!(
-        "data: {} prompts with {} completions, {} tokens; {} were truncated, {} left out ({} too long, {} without two \
-         completions that differ); {} steps are {:.2} epochs",
+        "data: {} prompts with {} completions, {} tokens; {} were truncated, {}; {} steps are {:.2} epochs",
         counts.examples,
         counts.sequences,
         counts.tokens,
         counts.truncated,
-        counts.dropped(),
-        counts.too_long,
-        counts.indistinct,
+        counts.dropped_and_why(),
         inputs.steps,
         inputs.steps as f64 * c.train.batch_size as f64 / inputs.train.num_rows() as f64,
     );

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::algorithms::base::Base;
+use crate::algorithms::records;
 use crate::algorithms::rl::KlController;
 use crate::algorithms::rl::experience::gather_rows;
 use crate::algorithms::rl::place::{Average, Where, check_offload};
@@ -70,6 +71,11 @@ impl Inputs {
     pub fn trained(&self) -> [(&str, &Shape, &Trainable); 2] {
         let (opened, (critic, of_critic)) = (&self.opened, &self.critic);
         [("actor", &opened.actor.shape, &opened.trainable), ("critic", &critic.shape, of_critic)]
+    }
+
+    /// Where prompts come from.
+    pub fn samplers(&self) -> &Samplers {
+        &self.samplers
     }
 }
 
@@ -161,7 +167,7 @@ pub fn ppo(loaded: &Loaded<Ppo>, inputs: Inputs, world: &World, start: &Start) -
             Progress::new(Position { prompts: sampler.prompts.state(0), kl, ptx })
         }
     };
-    inputs.opened.announce(&sampler.prompts, c.train.batch_size);
+    inputs.opened.announce(&sampler, valid.as_ref(), c.train.batch_size, world);
     let size = models.critic.model.shape.num_parameters() as f64 / 1e6;
     info!("critic: {size:.2}M parameters on {:?}", models.critic_world.device);
     let mut run = folder.start(progress, Plan::new(&common, inputs.opened.steps))?;
@@ -192,6 +198,7 @@ pub fn ppo(loaded: &Loaded<Ppo>, inputs: Inputs, world: &World, start: &Start) -
         }
         if let Some(train) = run.stepped((generated + read) as u64, &updated.update, updated.rate)?.record {
             record = updated.describe(train.with(record));
+            record = records::count(record, &sampler.prompts.odd, c.data.on_error);
             run.log(
                 &record
                     .float("kl_coef", kl_coef)

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use crate::algorithms::base::{self, Base};
+use crate::algorithms::records;
 use crate::algorithms::rl::experience::{Readout, gather_rows};
 use crate::algorithms::rl::place::{Where, at_work, check_offload, frozen, where_it_was};
 use crate::algorithms::rl::reward_model::{self, RewardModel};
@@ -15,7 +16,6 @@ use crate::config::pretrain::Model;
 use crate::config::prompts::Data;
 use crate::config::sections::{Compute, Precision, Valid};
 use crate::data::chat::Chat;
-use crate::data::prompts::Prompts;
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
@@ -77,6 +77,9 @@ impl Opened {
             }
         };
         let train = sampler(s.data)?;
+        let mut odd = train.prompts.odd.clone();
+        valid.iter().for_each(|valid| odd.merge(&valid.prompts.odd));
+        odd.check(s.data.on_error)?;
         let steps = base::steps(c.train, train.prompts.len() as u64, c.schedule.warmup_steps)?;
         Ok((Opened { actor, trainable, reference, reward_model, steps }, Samplers { train, valid }))
     }
@@ -105,7 +108,8 @@ impl Opened {
     }
 
     /// What a run begins with, told.
-    pub fn announce(&self, prompts: &Prompts, batch_size: i64) {
+    pub fn announce(&self, train: &Sampler, valid: Option<&Sampler>, batch_size: i64, world: &World) {
+        let prompts = &train.prompts;
         info!("actor: {:.2}M parameters", self.actor.shape.num_parameters() as f64 / 1e6);
         info!(
             "data: {} prompts, {} dropped for their length; {} iterations are {:.2} epochs",
@@ -114,6 +118,10 @@ impl Opened {
             self.steps,
             self.steps as f64 * batch_size as f64 / prompts.len() as f64
         );
+        records::announce_skipped("data.train", &prompts.odd, world);
+        if let Some(valid) = valid {
+            records::announce_skipped("data.valid", &valid.prompts.odd, world);
+        }
     }
 }
 

@@ -6,9 +6,10 @@ use std::path::Path;
 
 use clap::Subcommand;
 
+use crate::algorithms::rl::policy::Samplers;
 use crate::algorithms::run::{self, Resume};
 use crate::algorithms::training::compute_kind;
-use crate::algorithms::{dpo, grpo, online_dpo, ppo, pretrain, reward, sft};
+use crate::algorithms::{dpo, grpo, online_dpo, ppo, pretrain, records, reward, sft};
 use crate::checkpoint;
 use crate::commands::Global;
 use crate::commands::plan::several;
@@ -19,10 +20,12 @@ use crate::config::online_dpo::OnlineDpo;
 use crate::config::ppo::Ppo;
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
+use crate::data::chat::Chat;
 use crate::data::rows::RowLoader;
 use crate::distributed::plan::{Plan, Role};
 use crate::error::{Context, Error, Result};
 use crate::model::Trainable;
+use crate::warn;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -34,24 +37,27 @@ pub struct Args {
 enum What {
     /// Check a configuration of `corral pretrain`
     Pretrain(Checked),
-    /// Check a configuration of `corral reward`
-    Reward(Checked),
-    /// Check a configuration of `corral dpo`
-    Dpo(Checked),
-    /// Check a configuration of `corral ppo`
-    Ppo(Checked),
-    /// Check a configuration of `corral grpo`
-    Grpo(Checked),
-    /// Check a configuration of `corral online-dpo`
-    OnlineDpo(Checked),
+    /// Check a configuration of `corral reward`; shows an example as the model will see it
+    Reward(WithExample),
+    /// Check a configuration of `corral dpo`; shows an example as the model will see it
+    Dpo(WithExample),
+    /// Check a configuration of `corral ppo`; shows a prompt as the model will get it
+    Ppo(WithExample),
+    /// Check a configuration of `corral grpo`; shows a prompt as the model will get it
+    Grpo(WithExample),
+    /// Check a configuration of `corral online-dpo`; shows a prompt as the model will get it
+    OnlineDpo(WithExample),
     /// Check a configuration of `corral sft`; shows an example as the model will see it
-    Sft {
-        #[command(flatten)]
-        checked: Checked,
-        /// The training example to show, from 1
-        #[arg(long, value_name = "N", default_value_t = 1)]
-        example: usize,
-    },
+    Sft(WithExample),
+}
+
+#[derive(Debug, clap::Args)]
+struct WithExample {
+    #[command(flatten)]
+    checked: Checked,
+    /// The training example or prompt to show, from 1
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    example: usize,
 }
 
 #[derive(Debug, clap::Args)]
@@ -82,36 +88,60 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
             );
             Ok(())
         }),
-        What::Reward(checked) => checked.check(reward::Inputs::open, |loaded, inputs| {
+        What::Reward(WithExample { checked, example }) => {
+            checked.check(reward::Inputs::open, |loaded, inputs| {
+                let c = &loaded.config;
+                conclude(loaded, &[("model", &inputs.base.shape, &inputs.trainable)])?;
+                ranked(&c.common(), &inputs.train, inputs.steps);
+                warn_of(&inputs.train, inputs.valid.as_ref(), &inputs.chat);
+                examples::show(&inputs.chat, &inputs.train, example, c.data.sequence_length)
+            })
+        }
+        What::Dpo(WithExample { checked, example }) => checked.check(dpo::Inputs::open, |loaded, inputs| {
+            let c = &loaded.config;
             conclude(loaded, &[("model", &inputs.base.shape, &inputs.trainable)])?;
-            ranked(&loaded.config.common(), &inputs.train, inputs.steps);
-            Ok(())
+            ranked(&c.common(), &inputs.train, inputs.steps);
+            warn_of(&inputs.train, inputs.valid.as_ref(), &inputs.chat);
+            examples::show(&inputs.chat, &inputs.train, example, c.data.sequence_length)
         }),
-        What::Dpo(checked) => checked.check(dpo::Inputs::open, |loaded, inputs| {
-            conclude(loaded, &[("model", &inputs.base.shape, &inputs.trainable)])?;
-            ranked(&loaded.config.common(), &inputs.train, inputs.steps);
-            Ok(())
-        }),
-        What::Ppo(checked) => {
+        What::Ppo(WithExample { checked, example }) => {
             let there =
                 |c: &Ppo| several::presets(&c.sections_of_responses(), Some(&c.critic().path)).is_empty();
-            checked.check_several(there, ppo::Inputs::open, |i| i.trained().to_vec(), several::ppo, device)
+            let shown = |i: &ppo::Inputs| prompts(i.samplers(), example);
+            checked.check_several(
+                there,
+                ppo::Inputs::open,
+                |i| i.trained().to_vec(),
+                shown,
+                several::ppo,
+                device,
+            )
         }
-        What::Grpo(checked) => {
+        What::Grpo(WithExample { checked, example }) => {
             let there = |c: &Grpo| several::presets(&c.sections_of_responses(), None).is_empty();
-            checked.check_several(there, grpo::Inputs::open, |i| i.trained().to_vec(), several::grpo, device)
+            let shown = |i: &grpo::Inputs| prompts(i.samplers(), example);
+            checked.check_several(
+                there,
+                grpo::Inputs::open,
+                |i| i.trained().to_vec(),
+                shown,
+                several::grpo,
+                device,
+            )
         }
-        What::OnlineDpo(checked) => {
+        What::OnlineDpo(WithExample { checked, example }) => {
             let there = |c: &OnlineDpo| several::presets(&c.sections_of_responses(), None).is_empty();
+            let shown = |i: &online_dpo::Inputs| prompts(i.samplers(), example);
             checked.check_several(
                 there,
                 online_dpo::Inputs::open,
                 |i| i.trained().to_vec(),
+                shown,
                 several::online_dpo,
                 device,
             )
         }
-        What::Sft { checked, example } => checked.check(sft::Inputs::open, |loaded, inputs| {
+        What::Sft(WithExample { checked, example }) => checked.check(sft::Inputs::open, |loaded, inputs| {
             let c = &loaded.config;
             conclude(loaded, &[("model", &inputs.base.shape, &inputs.trainable)])?;
             let rows = inputs.train.num_rows();
@@ -122,7 +152,8 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
                 inputs.steps,
                 inputs.steps as f64 * c.train.batch_size as f64 / rows as f64
             );
-            examples::show(&inputs.chat, inputs.train.sources(), example, c.data.sequence_length)
+            warn_of(&inputs.train, inputs.valid.as_ref(), &inputs.chat);
+            examples::show(&inputs.chat, &inputs.train, example, c.data.sequence_length)
         }),
     }
 }
@@ -146,6 +177,23 @@ impl Checked {
     }
 }
 
+/// Warns of what a run would warn of.
+fn warn_of(train: &RowLoader, valid: Option<&RowLoader>, chat: &Chat) {
+    records::warnings(train, valid, chat).iter().for_each(|warning| warn!("{warning}"));
+}
+
+/// Shows a prompt of a run's training data, and warns of records that are skipped.
+fn prompts(samplers: &Samplers, number: usize) -> Result<()> {
+    let Samplers { train, valid } = samplers;
+    for (key, sampler) in [("data.train", Some(train)), ("data.valid", valid.as_ref())] {
+        sampler
+            .and_then(|s| records::skipped(key, &s.prompts.odd))
+            .iter()
+            .for_each(|warning| warn!("{warning}"));
+    }
+    examples::prompt(&train.chat, &train.prompts, number)
+}
+
 impl Checked {
     /// Of a training with several models: also tells their memory. Where the path of one is the name of a preset, which has
     /// no weights, nothing is opened.
@@ -154,6 +202,7 @@ impl Checked {
         there: impl FnOnce(&C) -> bool,
         open: impl FnOnce(&C) -> Result<I>,
         trained: impl for<'a> Fn(&'a I) -> Vec<(&'a str, &'a Shape, &'a Trainable)>,
+        shown: impl Fn(&I) -> Result<()>,
         plan: impl FnOnce(&C, i64, &str, bool) -> Result<()>,
         device: &str,
     ) -> Result<()> {
@@ -161,7 +210,8 @@ impl Checked {
         if there(&self.config.load::<C>()?.config) {
             return self.check(open, |loaded, inputs| {
                 conclude(loaded, &trained(inputs))?;
-                plan(&loaded.config, nproc, device, false)
+                plan(&loaded.config, nproc, device, false)?;
+                shown(inputs)
             });
         }
         self.check(|_| Ok(()), |loaded, ()| {
@@ -176,13 +226,12 @@ impl Checked {
 fn ranked(c: &Common, data: &RowLoader, steps: u64) {
     let counts = data.counts();
     println!(
-        "# data: {} prompts with {} completions, {} tokens; {} were cut, {} prompts left out, {} completions are another's \
-         copy; {steps} steps are {:.2} epochs",
+        "# data: {} prompts with {} completions, {} tokens; {} were cut, {}; {} completions are another's copy; {steps} steps are {:.2} epochs",
         counts.examples,
         counts.sequences,
         counts.tokens,
         counts.truncated,
-        counts.dropped(),
+        counts.dropped_and_why(),
         counts.duplicates,
         steps as f64 * c.train.batch_size as f64 / data.num_rows() as f64
     );

@@ -3,6 +3,7 @@
 //! A prompt and its completion are a conversation of two messages, so that all go one way.
 
 mod jinja;
+mod prefill;
 mod templates;
 #[cfg(test)]
 mod tests;

@@ -303,3 +303,49 @@ fn turns_are_those_of_the_assistant() {
     );
     assert!(!last_only.prompt(&messages).unwrap().is_empty());
 }
+
+/// Right values: transformers 5.24, `apply_chat_template(..., continue_final_message=True)`.
+#[test]
+fn a_last_turn_of_the_assistant_is_continued_as_by_transformers() {
+    let trims = "{% for m in messages %}[{{ m.role }}]\n{{ m.content | trim }}|{% endfor %}{% if add_generation_prompt \
+                 %}[assistant]\n{% endif %}";
+    let human = "\n\nHuman: Q\n\nAssistant:";
+    for (template, said, wanted) in [
+        (trims, "The sea", "[user]\nQ|[assistant]\nThe sea".to_string()),
+        (trims, "The sea ", "[user]\nQ|[assistant]\nThe sea".into()),
+        (trims, " The", "[user]\nQ|[assistant]\nThe".into()),
+        (trims, "", "[user]\nQ|[assistant]".into()),
+        ("human-assistant", "The sea", format!("<s>{human} The sea")),
+        ("human-assistant", "The sea ", format!("<s>{human} The sea ")),
+        ("human-assistant", " The", format!("<s>{human}  The")),
+        ("human-assistant", "", format!("<s>{human} ")),
+        ("llama-2", "The sea ", "<s>[INST] Q [/INST] The sea ".into()),
+        ("llama-2", " The", "<s>[INST] Q [/INST] The".into()),
+    ] {
+        let chat_ = Chat::new(&with_chat_template(small(300), template).unwrap()).unwrap();
+        let messages = chat(&[("user", "Q"), ("assistant", said)]);
+        let ids = chat_.prompt_or_prefill(&messages).unwrap();
+        assert_eq!(chat_.tokenizer().decode(&ids, false).unwrap(), wanted, "{template} {said:?}");
+    }
+    let loses = "{% for m in messages %}{% if m.role == 'user' %}U{{ m.content }}{% endif %}{% endfor %}A";
+    let loses = Chat::new(&with_chat_template(small(300), loses).unwrap()).unwrap();
+    let e = loses.prompt_or_prefill(&chat(&[("user", "Q"), ("assistant", "The")])).unwrap_err();
+    assert!(e.message.contains("cannot be continued") && e.exit_code() == 3, "{e}");
+    assert!(loses.prompt_or_prefill(&chat(&[("user", "Q")])).is_ok());
+}
+
+/// What follows a prefill is supervised from its first character on, and its tokens do not reach back.
+#[test]
+fn an_answer_goes_on_where_its_prefill_ends() {
+    let chat_ = Chat::new(&with_chat_template(small(300), "human-assistant").unwrap()).unwrap();
+    let prompt = chat(&[("user", "Q"), ("assistant", "x"), ("user", "R"), ("assistant", "One, ")]);
+    let encoding =
+        chat_.answer(&prompt, &chat(&[("assistant", "two"), ("user", "S"), ("assistant", "y")])).unwrap();
+    let decode =
+        |range: &Range<usize>| chat_.tokenizer().decode(&encoding.ids[range.clone()], false).unwrap();
+    assert_eq!(encoding.turns.iter().map(decode).collect::<Vec<_>>(), ["two</s>", " y</s>"]);
+    assert_eq!(encoding.ids[..encoding.turns[0].start], chat_.prompt_or_prefill(&prompt).unwrap());
+    // A turn of the assistant that something else follows is whole.
+    let encoding = chat_.answer(&prompt[..2], &chat(&[("user", "R"), ("assistant", "two")])).unwrap();
+    assert_eq!(encoding.turns.len(), 1);
+}

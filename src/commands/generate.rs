@@ -43,7 +43,7 @@ pub struct Args {
     /// Text to continue
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
-    /// JSON lines with a `prompt` or `messages` each
+    /// JSON lines with a `prompt` or `messages` each; a last turn of the assistant is continued
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
     /// Take a prompt for a message of the user and put it into the chat template, as `messages` always are; implied by
@@ -268,7 +268,7 @@ fn read_lines(path: &Path) -> Result<(Vec<Line>, Vec<Prompt>)> {
     let records = readers::records(path, None, &Arc::default())?;
     let lines = records.map(|record| {
         let record = record?;
-        let prompt = Prompt::read(&record)?;
+        let prompt = Prompt::read_with_prefill(&record)?;
         Ok((record.fields, prompt))
     });
     lines.collect()
@@ -281,7 +281,7 @@ fn requests(args: &Args, prompts: Vec<Prompt>, opened: &Opened, chat: Option<&Ch
         (Prompt::Text(text), None) => inference::encode(tokenizer, &text, true),
         (Prompt::Text(text), Some(_)) if !args.chats() => inference::encode(tokenizer, &text, true),
         (prompt, Some(chat)) => {
-            Ok(chat.prompt(&prompt.into_messages())?.into_iter().map(i64::from).collect())
+            Ok(chat.prompt_or_prefill(&prompt.into_messages())?.into_iter().map(i64::from).collect())
         }
         (Prompt::Messages(_), None) => Err(Error::failed("messages need a chat template")),
     };

@@ -19,6 +19,7 @@ pub mod eval;
 pub mod generate;
 mod inference;
 pub mod inspect;
+mod intake;
 pub mod merge;
 pub mod plan;
 pub mod score;

@@ -11,8 +11,10 @@ use crate::algorithms::interval::wilson;
 use crate::checkpoint::agree;
 use crate::commands::Global;
 use crate::commands::inference;
+use crate::commands::intake::Intake;
 use crate::data::chat::Chat;
 use crate::data::conversation::{Prompt, conversation};
+use crate::data::odd::{Odd, OrOdd, Reason};
 use crate::data::readers::{self, Record};
 use crate::distributed::exchange::gather_bytes;
 use crate::error::{Error, Result};
@@ -34,14 +36,20 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     sampling.check()?;
     let opened = args.model.open()?;
     let chat = opened.chat(&args.template)?;
-    let mut questions = Vec::new();
-    for path in &args.input {
-        for record in readers::records(path, None, &Arc::default())? {
+    let (mut questions, mut intake) = (Vec::new(), Intake::new(args.on_error));
+    'files: for path in &args.input {
+        for record in readers::records_or_errors(path, None, &Arc::default())? {
             if args.limit.is_some_and(|limit| questions.len() == limit) {
-                break;
+                break 'files;
             }
-            questions.push(question(&record?, &chat)?);
+            let read =
+                |record: Record| question(record, &chat, opened.shape().max_position_embeddings as usize);
+            questions.extend(intake.take(record?, read)?);
         }
+    }
+    intake.check()?;
+    if questions.is_empty() {
+        return Err(Error::data(format!("there is nothing to ask: {}", intake.why_nothing())));
     }
     if !questions.iter().any(|q| q.gold.is_some()) {
         return Err(Error::data(
@@ -55,6 +63,7 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
         .collect();
     requests.iter().try_for_each(|r| r.check(opened.shape()))?;
     let world = inference::join(global)?;
+    intake.warn(&world);
     let mut model = opened.load(&world, args.ranks.mode)?;
     let mut eos = opened.eos_ids()?;
     eos.extend(chat.stop_ids().into_iter().map(i64::from));
@@ -106,6 +115,8 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     let mut result = total.to_json();
     result.insert("task".into(), json!("gsm8k"));
     result.insert("temperature".into(), json!(args.temperature));
+    result.insert("too_long".into(), json!(intake.too_long()));
+    result.insert("skipped_records".into(), json!(intake.skipped()));
     if let Some(key) = &args.by {
         let groups: Map<String, Value> =
             groups.into_iter().map(|(value, tally)| (value, Value::Object(tally.to_json()))).collect();
@@ -125,20 +136,34 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     tell(&args, &world, &Value::Object(result))
 }
 
-fn question(record: &Record, chat: &Chat) -> Result<Question> {
+/// A record's question in tokens, and its answer. A last turn of the assistant in `messages` or `prompt` is the answer, or, beside
+/// `answer`, the beginning of the model's.
+fn question(record: Record, chat: &Chat, positions: usize) -> Result<Question, Odd> {
+    let (reference, prompt) = asked(&record).or_odd(Reason::Format)?;
+    let prompt = chat.prompt_or_prefill(&prompt.into_messages());
+    let prompt = prompt.map_err(|e| e.context(&record.place)).or_odd(Reason::Template)?;
+    let n = prompt.len();
+    if n >= positions {
+        return Err(Error::data(format!(
+            "{}: {n} tokens; the model's {positions} positions (max_position_embeddings) leave no room for an answer",
+            record.place
+        )))
+        .or_odd(Reason::TooLong);
+    }
+    let prompt = prompt.into_iter().map(i64::from).collect();
+    Ok(Question { line: record.fields, prompt, gold: gsm8k::reference(&reference) })
+}
+
+fn asked(record: &Record) -> Result<(String, Prompt)> {
     let reference = match record.fields.get("answer") {
         Some(Value::String(text)) => text.clone(),
         Some(Value::Number(number)) => format!("#### {number}"),
         _ => match conversation(record)?.pop() {
-            Some(last) if last.role == "assistant" => last.content,
+            Some(last) if last.role == "assistant" => return Ok((last.content, Prompt::read(record)?)),
             _ => return Err(Error::data(format!("{}: no key `answer`", record.place))),
         },
     };
-    let gold = gsm8k::reference(&reference);
-    let messages = Prompt::read(record)?.into_messages();
-    let prompt = chat.prompt(&messages).map_err(|e| e.context(&record.place))?;
-    let prompt = prompt.into_iter().map(i64::from).collect();
-    Ok(Question { line: record.fields.clone(), prompt, gold })
+    Ok((reference, Prompt::read_with_prefill(record)?))
 }
 
 #[derive(Debug, Default, Clone, Copy)]

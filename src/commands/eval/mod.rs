@@ -3,6 +3,7 @@
 mod gsm8k;
 mod perplexity;
 mod preference;
+mod supervised;
 
 use std::path::PathBuf;
 
@@ -12,6 +13,7 @@ use serde_json::Value;
 use crate::checkpoint::agree;
 use crate::commands::Global;
 use crate::commands::inference::{ModelArgs, RanksArgs, TemplateArgs};
+use crate::commands::intake::OnErrorArgs;
 use crate::distributed::world::World;
 use crate::error::Result;
 use crate::files::write_file;
@@ -24,22 +26,26 @@ pub struct Args {
     ranks: RanksArgs,
     #[command(flatten)]
     template: TemplateArgs,
+    #[command(flatten)]
+    on_error: OnErrorArgs,
     /// What to measure
     #[arg(long, value_enum)]
     task: Task,
-    /// perplexity: text, JSON, JSON lines (each also .gz or .zst), Parquet, or a folder of token shards; gsm8k: lines with
+    /// perplexity: text, or conversations as for `corral sft`, in text, JSON, JSON lines (each also .gz or .zst) or Parquet
+    /// files, or a folder of token shards; gsm8k: lines with
     /// `question` (or another prompt) and `answer`; preference: ranked completions, as for `corral reward`
     #[arg(long, num_args = 1.., required = true, value_name = "FILE")]
     input: Vec<PathBuf>,
     /// Where the result goes, besides stdout
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// perplexity: tokens of a window [default: the model's positions, at most 1024]
+    /// perplexity: tokens of a window [default: the model's positions, at most 1024]; of conversations the most tokens of one,
+    /// longer ones being left out and counted [default: the model's positions]
     #[arg(long, value_name = "N")]
     sequence_length: Option<usize>,
-    /// perplexity: key or column of the text
-    #[arg(long, default_value = "text", value_name = "KEY")]
-    text_key: String,
+    /// perplexity: key or column of the text [default: text; of records without it the conversation is measured]
+    #[arg(long, value_name = "KEY")]
+    text_key: Option<String>,
     /// gsm8k, preference: questions that are asked, or prompts, the first of the input [default: all]
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
@@ -67,7 +73,7 @@ pub struct Args {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Task {
-    /// Loss in nats a token, perplexity, and bits a byte of text
+    /// Loss in nats a token, perplexity, and bits a byte of text; of conversations the loss of supervised tokens
     Perplexity,
     /// Share of pairs of ranked completions of which a reward model prefers the better one
     Preference,

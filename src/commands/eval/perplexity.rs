@@ -1,17 +1,20 @@
 //! Loss in nats a token, perplexity, and bits a byte of text.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kernels::c10d::ReduceOp;
 use rayon::prelude::*;
 use serde_json::json;
 
-use super::Args;
+use super::{Args, supervised};
 use crate::commands::Global;
 use crate::commands::inference::{self, Opened};
+use crate::commands::intake::Intake;
 use crate::commands::score;
-use crate::data::readers;
+use crate::data::arrow;
+use crate::data::odd::{OrOdd, Reason};
+use crate::data::readers::{self, Record};
 use crate::data::shards::TokenSet;
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::world::World;
@@ -35,14 +38,33 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
             "--sequence-length {window} is beyond the model's {positions} positions (max_position_embeddings)"
         )));
     }
-    let streams: Vec<Stream> =
-        args.input.iter().map(|path| Stream::open(path, &args.text_key, &opened)).collect::<Result<_>>()?;
+    let kinds: Vec<bool> =
+        args.input.iter().map(|path| holds_conversations(path, &args)).collect::<Result<_>>()?;
+    match kinds.iter().position(|kind| *kind != kinds[0]) {
+        None if kinds[0] => {
+            return supervised::run(&args, &opened, args.sequence_length.unwrap_or(positions), global);
+        }
+        None => {}
+        Some(other) => {
+            let (first, other) = (args.input[0].display(), args.input[other].display());
+            return Err(Error::config(format!(
+                "--input: one of {first} and {other} holds texts and the other one conversations, of which different tokens \
+                 count; measure them by themselves"
+            )));
+        }
+    }
+    let mut intake = Intake::new(args.on_error);
+    let text_key = args.text_key.as_deref().unwrap_or(TEXT);
+    let open = |path: &PathBuf| Stream::open(path, text_key, &opened, &mut intake);
+    let streams: Vec<Stream> = args.input.iter().map(open).collect::<Result<_>>()?;
+    intake.check()?;
     let num_tokens: u64 = streams.iter().map(Stream::predictions).sum();
     let num_bytes: u64 = streams.iter().map(Stream::num_bytes).sum();
     if num_tokens == 0 || num_bytes == 0 {
         return Err(Error::data("the input has no two tokens of text: there is nothing to measure"));
     }
     let world = inference::join(global)?;
+    intake.warn(&world);
     let mut model = opened.load(&world, args.ranks.mode)?;
     let sum = measure(&mut model, &world, &streams, window)?;
     let loss = sum / num_tokens as f64;
@@ -58,9 +80,32 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
         "bits_per_byte": sum / std::f64::consts::LN_2 / num_bytes as f64,
         "num_tokens": num_tokens,
         "num_bytes": num_bytes,
+        "counted": "all tokens",
+        "skipped_records": intake.skipped(),
         "sequence_length": window,
     });
     super::tell(&args, &world, &result)
+}
+
+/// The key of a text where none is given.
+const TEXT: &str = "text";
+
+fn is_token_shards(path: &Path) -> bool {
+    path.is_dir() && !arrow::is_data_set(path) || path.extension().is_some_and(|e| e == "tokens")
+}
+
+/// Whether a file's first record is a conversation, and no text.
+fn holds_conversations(path: &Path, args: &Args) -> Result<bool> {
+    if args.text_key.is_some() || is_token_shards(path) {
+        return Ok(false);
+    }
+    for record in readers::records_or_errors(path, None, &Arc::default())? {
+        let Ok(record) = record? else { continue };
+        let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
+        let known = ["messages", "conversations", "instruction", "prompt", "question", "chosen"];
+        return Ok(!has(TEXT) && known.into_iter().any(has));
+    }
+    Ok(false)
 }
 
 /// The tokens of an input, one document after the other.
@@ -70,8 +115,8 @@ enum Stream {
 }
 
 impl Stream {
-    fn open(path: &Path, text_key: &str, opened: &Opened) -> Result<Stream> {
-        if path.is_dir() || path.extension().is_some_and(|e| e == "tokens") {
+    fn open(path: &Path, text_key: &str, opened: &Opened, intake: &mut Intake) -> Result<Stream> {
+        if is_token_shards(path) {
             let set = TokenSet::open(path)?;
             let hash = opened.tokenizer().ok().map(Tokenizer::hash);
             set.check(hash, opened.shape().vocab_size as usize)?;
@@ -79,8 +124,15 @@ impl Stream {
         }
         let tokenizer = opened.tokenizer()?;
         let (mut ids, mut num_bytes) = (Vec::new(), 0);
-        for text in readers::texts(&[path.to_path_buf()], text_key, &Arc::default()) {
-            let text = text?;
+        // A text file has no keys.
+        let key = if readers::is_text(path) { TEXT } else { text_key };
+        let text = |record: Record| {
+            let advise =
+                |e: Error| Error { message: format!("{e}; name the right one with --text-key"), ..e };
+            record.text(key).map(str::to_string).map_err(advise).or_odd(Reason::Format)
+        };
+        for record in readers::records_or_errors(path, None, &Arc::default())? {
+            let Some(text) = intake.take(record?, text)? else { continue };
             num_bytes += text.len() as u64;
             document(tokenizer, &text, &mut ids)?;
         }

@@ -12,9 +12,11 @@ use crate::algorithms::scorer;
 use crate::checkpoint::agree;
 use crate::commands::Global;
 use crate::commands::inference;
+use crate::commands::intake::Intake;
 use crate::data::examples::Encoded;
-use crate::data::preferences::Preference;
-use crate::data::readers;
+use crate::data::odd::{OrOdd, Reason};
+use crate::data::preferences;
+use crate::data::readers::{self, Record};
 use crate::error::{Error, Result};
 use crate::files::AtomicFile;
 
@@ -31,28 +33,38 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     })?;
     let chat = opened.chat(&args.template)?;
     let most = opened.shape().max_position_embeddings as usize;
-    let (mut ranked, mut sequences, mut too_long) = (Vec::new(), Vec::<Encoded>::new(), 0);
+    let read = |record: Record| {
+        let example = preferences::read_and_encode(&record, &chat)?;
+        match example.sequences.iter().map(|s| s.ids.len()).find(|n| *n > most) {
+            None => Ok((example, record.fields)),
+            Some(n) => Err(Error::data(format!(
+                "{}: {n} tokens; the model has {most} positions (max_position_embeddings)",
+                record.place
+            )))
+            .or_odd(Reason::TooLong),
+        }
+    };
+    let (mut ranked, mut sequences) = (Vec::new(), Vec::<Encoded>::new());
+    let mut intake = Intake::new(args.on_error);
     'files: for path in &args.input {
-        for record in readers::records(path, None, &Arc::default())? {
+        for record in readers::records_or_errors(path, None, &Arc::default())? {
             if args.limit.is_some_and(|limit| ranked.len() == limit) {
                 break 'files;
             }
-            let record = record?;
-            let example = Preference::read(&record)?.encode(&chat).map_err(|e| e.context(&record.place))?;
-            if example.sequences.iter().any(|s| s.ids.len() > most) {
-                too_long += 1;
-                continue;
-            }
+            let Some((example, line)) = intake.take(record?, read)? else { continue };
             sequences.extend(example.sequences);
-            ranked.push(Ranked { line: record.fields, ranks: example.ranks });
+            ranked.push(Ranked { line, ranks: example.ranks });
         }
     }
+    intake.check()?;
     if !ranked.iter().any(|r| r.ranks.iter().any(|rank| *rank != r.ranks[0])) {
         return Err(Error::data(format!(
-            "the input has no two completions of different rank and at most {most} tokens: nothing can be compared"
+            "the input has no two completions of different rank and at most {most} tokens: nothing can be compared; {}",
+            intake.why_nothing()
         )));
     }
     let world = inference::join(global)?;
+    intake.warn(&world);
     let mut model = opened.load(&world, args.ranks.mode)?;
     let scores = scorer::scores_of_all(&mut model, &world, scoring.score, &sequences)?;
 
@@ -96,7 +108,8 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     add("reward_rejected", json!(rejected / pairs));
     add("reward_mean", json!(mean));
     add("reward_std", json!(variance.sqrt()));
-    add("too_long", json!(too_long));
+    add("too_long", json!(intake.too_long()));
+    add("skipped_records", json!(intake.skipped()));
     if let Some(key) = &args.by {
         let groups: Map<String, Value> =
             groups.into_iter().map(|(value, tally)| (value, Value::Object(tally.to_json()))).collect();

@@ -1,0 +1,68 @@
+//! Loss of the supervised tokens of conversations, in nats a token, and perplexity.
+
+use std::sync::Arc;
+
+use serde_json::json;
+
+use super::Args;
+use crate::commands::Global;
+use crate::commands::inference::{self, Opened};
+use crate::commands::intake::Intake;
+use crate::commands::score::{self, Sequence};
+use crate::data::odd::{Odd, OrOdd, Reason};
+use crate::data::readers::{self, Record};
+use crate::data::supervised;
+use crate::error::{Error, Result};
+
+/// Measures the records of `args.input`, each as `corral sft` trains on it, in one piece of at most `most` tokens.
+pub(super) fn run(args: &Args, opened: &Opened, most: usize, global: &Global) -> Result<()> {
+    let chat = opened.chat(&args.template)?;
+    let read = |record: Record| -> Result<Sequence, Odd> {
+        let encoded = supervised::encode(&record, &chat)?;
+        let n = encoded.ids.len();
+        if n > most {
+            let why = format!("{}: {n} tokens are more than --sequence-length, {most}", record.place);
+            return Err(Error::data(why)).or_odd(Reason::TooLong);
+        }
+        Ok(Sequence::supervised(&encoded))
+    };
+    let (mut intake, mut sequences, mut unsupervised) = (Intake::new(args.on_error), Vec::new(), 0u64);
+    for path in &args.input {
+        for record in readers::records_or_errors(path, None, &Arc::default())? {
+            match intake.take(record?, read)? {
+                Some(sequence) if sequence.scored.is_empty() => unsupervised += 1,
+                sequence => sequences.extend(sequence),
+            }
+        }
+    }
+    intake.check()?;
+    if sequences.is_empty() {
+        return Err(Error::data(format!(
+            "there is nothing to measure: {}, and {unsupervised} have no turn of the assistant",
+            intake.why_nothing()
+        )));
+    }
+    let world = inference::join(global)?;
+    intake.warn(&world);
+    let mut model = opened.load(&world, args.ranks.mode)?;
+    let logprobs = score::score(&mut model, &world, &sequences)?.concat();
+    let loss = -logprobs.iter().sum::<f64>() / logprobs.len() as f64;
+    if !loss.is_finite() {
+        return Err(Error::failed(
+            "the loss is not finite: the model's weights may be damaged, or have diverged",
+        ));
+    }
+    let result = json!({
+        "task": "perplexity",
+        "loss": loss,
+        "perplexity": loss.exp(),
+        "num_tokens": logprobs.len(),
+        "counted": "supervised tokens",
+        "sequences": sequences.len(),
+        "unsupervised": unsupervised,
+        "too_long": intake.too_long(),
+        "skipped_records": intake.skipped(),
+        "sequence_length": most,
+    });
+    super::tell(args, &world, &result)
+}

@@ -180,6 +180,11 @@ impl<R: BufRead> Read for Gzip<R> {
                 if end {
                     return Ok(0);
                 }
+                if !all && input.fill_buf()?.first() != Some(&0x1f) {
+                    let what =
+                        "after the end of the gzip data stands something that is neither gzip nor padding";
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+                }
                 if !all {
                     break;
                 }

@@ -531,3 +531,54 @@ pub fn rows(mut input: impl Read + Send + 'static) -> Result<(Vec<String>, Rows)
     });
     Ok((names, Box::new(rows)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::{Path, PathBuf};
+
+    fn fixture(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/arrow").join(name)
+    }
+
+    fn read(bytes: Vec<u8>) -> Result<Vec<Map<String, Value>>> {
+        rows(std::io::Cursor::new(bytes))?.1.collect()
+    }
+
+    /// Written by pyarrow (make_types.py): streams without and with compression, and Arrow's file format.
+    #[test]
+    fn every_type_that_is_read() {
+        let expected = std::fs::read_to_string(fixture("types.jsonl")).unwrap();
+        let expected: Vec<Map<String, Value>> =
+            expected.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        for name in ["types.arrow", "types_lz4.arrow", "types_zstd.arrow", "types_file.arrow"] {
+            let rows = read(std::fs::read(fixture(name)).unwrap()).unwrap();
+            for (row, expected) in rows.iter().zip(&expected) {
+                assert_eq!(row, expected, "{name}");
+            }
+            assert_eq!(rows.len(), 7, "{name}");
+        }
+    }
+
+    /// Every byte of the metadata and of the columns, changed: rows or an error, no panic.
+    #[test]
+    fn a_damaged_file_is_an_error_and_no_panic() {
+        for name in ["types.arrow", "types_zstd.arrow"] {
+            let whole = std::fs::read(fixture(name)).unwrap();
+            let mut refused = 0;
+            for at in 0..whole.len() {
+                for change in [0x01, 0x80, 0xff] {
+                    let mut bytes = whole.clone();
+                    bytes[at] ^= change;
+                    refused += usize::from(read(bytes).is_err());
+                }
+            }
+            assert!(refused > 100, "{name}: {refused} of {} were noticed", 3 * whole.len());
+            for end in (1..whole.len() - 8).step_by(97) {
+                if let Ok(rows) = read(whole[..end].to_vec()) {
+                    assert!(rows.len() < 7, "{name} cut at {end}");
+                }
+            }
+        }
+    }
+}

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use super::Conflict;
 use super::pretrain::Model;
-use super::sections::{Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Tokenizer, Train};
+use super::sections::{
+    Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Tokenizer, Train, Valid,
+};
 
 /// The keys that every configuration has.
 #[derive(Debug, Clone, Copy)]
@@ -18,6 +20,7 @@ pub struct Common<'a> {
     pub train: &'a Train,
     pub checkpoint: &'a Checkpoint,
     pub log: &'a Log,
+    pub valid: &'a Valid,
 }
 
 impl Common<'_> {
@@ -30,7 +33,7 @@ impl Common<'_> {
     }
 }
 
-/// Defines the configuration of an algorithm: a struct with the given keys and those of [`Common`], and `fn common(&self)`.
+/// Defines the configuration of an algorithm: a struct with the given keys (`valid` among them) and those of [`Common`], and `fn common(&self)`.
 macro_rules! configuration {
     ($(#[$doc:meta])* pub struct $name:ident {
         $($(#[$about:meta])* pub $key:ident: $type:ty,)*
@@ -72,6 +75,7 @@ macro_rules! configuration {
                     train: &self.train,
                     checkpoint: &self.checkpoint,
                     log: &self.log,
+                    valid: &self.valid,
                 }
             }
         }

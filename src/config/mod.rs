@@ -2,6 +2,7 @@
 //!
 //! Relative paths in a configuration are relative to the current directory, not to the file.
 
+pub mod changes;
 pub mod common;
 mod de;
 pub mod dpo;
@@ -102,6 +103,20 @@ pub fn load<T: DeserializeOwned>(
         (None, Some((source, text))) => parse(text, source.to_string(), true, overrides),
         (None, None) => Err(Error::config(format!("{subcommand} has no default recipe: give --config FILE"))),
     }
+}
+
+/// The first subcommand whose configuration `text` is.
+fn subcommand_of(text: &str) -> Option<&'static str> {
+    fn is<T: Algorithm>(text: &str) -> Option<&'static str> {
+        parse::<T>(text, String::new(), false, &[]).is_ok().then_some(T::SUBCOMMAND)
+    }
+    is::<pretrain::Pretrain>(text)
+        .or_else(|| is::<sft::Sft>(text))
+        .or_else(|| is::<reward::Reward>(text))
+        .or_else(|| is::<dpo::Dpo>(text))
+        .or_else(|| is::<online_dpo::OnlineDpo>(text))
+        .or_else(|| is::<grpo::Grpo>(text))
+        .or_else(|| is::<ppo::Ppo>(text))
 }
 
 fn parse<T: DeserializeOwned>(

@@ -87,13 +87,16 @@ fn listen_to_signals() -> Result<Events, Failure> {
         .map_err(|error| Failure::new(1, format!("cannot handle signals: {error}")))?;
     let (sender, receiver) = mpsc::channel();
     let to_main = sender.clone();
-    std::thread::spawn(move || {
+    let listen = move || {
         for signal in signals.forever() {
             if to_main.send(Event::Signal(signal)).is_err() {
                 return;
             }
         }
-    });
+    };
+    std::thread::Builder::new()
+        .spawn(listen)
+        .map_err(|error| Failure::new(1, format!("cannot start a thread: {error}; see ulimit -u")))?;
     Ok(Events { sender, receiver })
 }
 

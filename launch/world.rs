@@ -225,7 +225,9 @@ impl<'a> World<'a> {
         if let Some(capture) = capture {
             capture.finish(LAST_WORDS, || true);
             let lines = capture.last_lines();
-            if !lines.is_empty() {
+            // One line of error, which has just been shown, needs no second showing.
+            let told = plan.shows(*rank) && matches!(status.code(), Some(2 | 3));
+            if !lines.is_empty() && !told {
                 text += &format!("\nlaunch: the last lines of rank {rank}'s standard error:");
                 lines.iter().for_each(|line| text += &format!("\n    {line}"));
             }

@@ -20,6 +20,7 @@ pub mod generate;
 mod inference;
 pub mod inspect;
 mod intake;
+mod limits;
 pub mod merge;
 pub mod plan;
 pub mod score;
@@ -68,16 +69,18 @@ impl Global {
             .threads
             .or_else(from_environment)
             .or_else(|| std::thread::available_parallelism().ok().map(std::num::NonZero::get));
+        // An environment that cannot be read is refused where the world is joined.
+        let ranks = Place::from_env().ok().flatten().map_or(1, |p| p.world_size);
         match threads {
             Some(0) => return Err(Error::config("--threads must be at least 1")),
             Some(n) => {
-                let _ = rayon::ThreadPoolBuilder::new().num_threads(n).build_global();
+                limits::check(n, ranks)?;
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build_global();
+                pool.map_err(|e| Error::failed(format!("cannot start {n} threads: {e}")))?;
                 tch::set_num_threads(n as i32);
             }
-            None => {}
+            None => limits::check(1, ranks)?,
         }
-        // An environment that cannot be read is refused where the world is joined.
-        let ranks = Place::from_env().ok().flatten().map_or(1, |p| p.world_size);
         kernels::host::tune_allocator(ranks == 1)?;
         kernels::host::choose_float32_products()?;
         Ok(())

@@ -257,7 +257,9 @@ pub fn recover(path: &Path) -> Result<()> {
 /// Removes a folder that others may be looking at: it leaves its name at once.
 pub fn remove_dir(path: &Path) -> Result<()> {
     let trash = beside(path, ".trash-");
-    fs::rename(path, &trash)
+    let emptied = if trash.exists() { fs::remove_dir_all(&trash) } else { Ok(()) };
+    emptied
+        .and_then(|()| fs::rename(path, &trash))
         .and_then(|()| fs::remove_dir_all(&trash))
         .map_err(|e| Error::failed(format!("cannot remove {}: {e}", path.display())))
 }

@@ -5,11 +5,11 @@ use std::process::exit;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use corral::algorithms::{dpo, grpo, online_dpo, ppo, pretrain, reward, sft};
+use corral::algorithms::{dpo, grpo, online_dpo, ppo, pretrain, reward, run, sft};
 use corral::commands::{self, Global};
 use corral::distributed::environment::Place;
 use corral::distributed::world;
-use corral::error::first_line;
+use corral::error::{Kind, first_line};
 use corral::{Result, telemetry};
 
 /// Trains Llama models: pretraining on sharded parameters and what belongs around it.
@@ -70,17 +70,17 @@ enum Command {
 fn main() {
     std::panic::set_hook(Box::new(tell_panic));
     let cli = Cli::try_parse().unwrap_or_else(|e| {
-        let_rank_0_tell();
+        let_rank_0_tell(true);
         e.exit()
     });
     telemetry::console::init(cli.global.console());
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(cli)));
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| execute(cli)));
     // Exits at once: what threads are left need not be waited for.
     match result {
         Ok(Ok(())) => exit(0),
         Ok(Err(e)) => {
-            if !matches!(e.kind, corral::error::Kind::Stopped(_)) {
-                let_rank_0_tell();
+            if !matches!(e.kind, Kind::Stopped(_)) {
+                let_rank_0_tell(matches!(e.kind, Kind::Config | Kind::Data));
                 corral::error!("{e}");
             }
             exit(e.exit_code())
@@ -89,16 +89,22 @@ fn main() {
     }
 }
 
-/// What goes wrong before the ranks have met mostly goes wrong on all of them: rank 0 tells it, and its launcher ends the
-/// others while they wait here. What goes wrong on another rank alone is told a little later.
-fn let_rank_0_tell() {
-    let rank = Place::from_env().ok().flatten().map_or(0, |place| place.rank);
-    if rank > 0 && !world::have_met() {
-        std::thread::sleep(Duration::from_secs(2));
+/// What goes wrong before the ranks have met, and later what is wrong with the configuration or the data, goes wrong on all of
+/// them, or they all know of it: rank 0 tells it, and its launcher ends the others while they wait here. What goes wrong on
+/// another rank alone is told a little later; on each host its first rank is the first to tell.
+fn let_rank_0_tell(known_to_all: bool) {
+    let Some(place) = Place::from_env().ok().flatten() else { return };
+    if place.rank > 0 && (known_to_all || !world::have_met()) {
+        for _ in 0..20 + 2 * place.local_rank {
+            std::thread::sleep(Duration::from_millis(100));
+            if run::is_asked_to_end() {
+                exit(143)
+            }
+        }
     }
 }
 
-fn run(cli: Cli) -> Result<()> {
+fn execute(cli: Cli) -> Result<()> {
     let global = &cli.global;
     global.set_up()?;
     match cli.command {
@@ -140,6 +146,11 @@ fn tell_panic(info: &PanicHookInfo) {
     // `called Result::unwrap() on an Err value: Torch("message\nException raised from ...")`, as Debug prints it.
     let text = match text.split_once("Torch(\"") {
         Some((_, message)) => format!("libtorch: {}", message.split("\\n").next().unwrap_or(message)),
+        None if text.contains("failed to spawn thread") => {
+            "cannot start a thread: raise the limit of processes (ulimit -u, or pids.max of the container), or compute with \
+             fewer --threads"
+                .to_string()
+        }
         None => {
             let place = info.location().map(|l| format!(" ({}:{})", l.file(), l.line())).unwrap_or_default();
             format!("internal error: {}{place}; please report this", first_line(text))

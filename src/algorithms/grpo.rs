@@ -7,6 +7,7 @@ use std::time::Instant;
 use kernels::c10d::ReduceOp;
 use tch::{Device, Kind, Tensor};
 
+use crate::algorithms::folder::{RunFolder, Start};
 use crate::algorithms::records;
 use crate::algorithms::rl::Counts;
 use crate::algorithms::rl::experience::{SamplerDistance, gather_rows};
@@ -16,7 +17,7 @@ use crate::algorithms::rl::grpo::{
 use crate::algorithms::rl::policy::{Opened, Policy, Samplers, describe, logprobs, share_of};
 use crate::algorithms::rl::sampling::{Batch, Sampled, Sampler};
 use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Sums, Update};
-use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start};
+use crate::algorithms::training::{Learner, Plan, Progress};
 use crate::config::grpo::{Advantages, Grpo, Truncated};
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
@@ -54,8 +55,7 @@ pub fn grpo(loaded: &Loaded<Grpo>, inputs: Inputs, world: &World, start: &Start)
     let (c, Inputs(opened, samplers)) = (&loaded.config, inputs);
     let (common, sections) = (c.common(), c.sections_of_responses());
     let tokenizer = opened.tokenizer().clone();
-    let folder =
-        RunFolder::open(&common, &loaded.resolved_yaml()?, start, &sections.paths(), &tokenizer, world)?;
+    let folder = RunFolder::open(loaded, start, &sections.paths(), &tokenizer, world)?;
     let Samplers { train: mut sampler, mut valid } = samplers;
     opened.announce(&sampler, valid.as_ref(), c.train.batch_size, world);
     let mut policy = Policy::load(&sections, &opened, world)?;
@@ -73,6 +73,10 @@ pub fn grpo(loaded: &Loaded<Grpo>, inputs: Inputs, world: &World, start: &Start)
     let schedule = Schedule::new(&crate::config::common::Common { optim, ..common }, opened.steps);
     let mut run = folder.start(progress, Plan::new(&common, opened.steps))?;
 
+    if run.owes_validation() {
+        let best = policy.validation(&mut valid, &c.valid, c.train.batch_size, &mut run, world)?;
+        run.save(&[policy.actor.part("")], best)?;
+    }
     while !run.done() {
         let step = run.progress.step;
         let asking = Instant::now();
@@ -109,15 +113,7 @@ pub fn grpo(loaded: &Loaded<Grpo>, inputs: Inputs, world: &World, start: &Start)
                     .float("generated_tokens_per_s", asked.generated as f64 / batch.rollout_s),
             );
         }
-        let mut best = false;
-        if let Some(valid) = &mut valid
-            && run.due(c.valid.every)
-        {
-            let (record, reward) = policy.validate(valid, &c.valid, c.train.batch_size, step + 1, world)?;
-            run.log(&record);
-            best = run.note_validation(-reward, &c.valid);
-            run.restart_window();
-        }
+        let best = policy.validation(&mut valid, &c.valid, c.train.batch_size, &mut run, world)?;
         run.save(&[policy.actor.part("")], best)?;
     }
     policy.wake()?;

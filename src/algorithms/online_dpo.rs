@@ -8,12 +8,13 @@ use kernels::ops;
 
 use crate::algorithms::dpo::reference::sums;
 use crate::algorithms::dpo::{STATS, Work};
+use crate::algorithms::folder::{RunFolder, Start};
 use crate::algorithms::records;
 use crate::algorithms::rl::place::Average;
 use crate::algorithms::rl::policy::{Opened, Policy, Samplers, describe};
 use crate::algorithms::rl::sampling::{Batch, Sampled};
 use crate::algorithms::step::{self, Entry, Objective, Sums, Update};
-use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start};
+use crate::algorithms::training::{Learner, Plan, Progress};
 use crate::checkpoint::Part;
 use crate::config::common::Common;
 use crate::config::dpo::Pairs;
@@ -60,8 +61,7 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
     let (common, sections) = (c.common(), c.sections_of_responses());
     let Samplers { train: mut sampler, mut valid } = samplers;
     let tokenizer = opened.tokenizer().clone();
-    let folder =
-        RunFolder::open(&common, &loaded.resolved_yaml()?, start, &sections.paths(), &tokenizer, world)?;
+    let folder = RunFolder::open(loaded, start, &sections.paths(), &tokenizer, world)?;
     opened.announce(&sampler, valid.as_ref(), c.train.batch_size, world);
     let mut policy = Policy::load(&sections, &opened, world)?;
     let restored = folder.restore::<State>(&mut policy.actor)?;
@@ -91,6 +91,10 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
     let schedule = Schedule::new(&Common { optim, ..common }, opened.steps);
     let mut run = folder.start(progress, Plan::new(&common, opened.steps))?;
 
+    if run.owes_validation() {
+        let best = policy.validation(&mut valid, &c.valid, c.train.batch_size, &mut run, world)?;
+        run.save(&parts(&policy, moving.as_ref()), best)?;
+    }
     while !run.done() {
         let (step, count) = (run.progress.step, c.train.batch_size as u64);
         let asking = Instant::now();
@@ -135,23 +139,18 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
                     .float("generated_tokens_per_s", generated as f64 / batch.rollout_s),
             );
         }
-        let mut best = false;
-        if let Some(valid) = &mut valid
-            && run.due(c.valid.every)
-        {
-            let (record, reward) = policy.validate(valid, &c.valid, c.train.batch_size, step + 1, world)?;
-            run.log(&record);
-            best = run.note_validation(-reward, &c.valid);
-            run.restart_window();
-        }
-        let mut parts = vec![policy.actor.part("")];
-        if let Some(reference) = &moving {
-            parts.push(Part { params: &reference.params, optim: None, ..policy.actor.part(REFERENCE) });
-        }
-        run.save(&parts, best)?;
+        let best = policy.validation(&mut valid, &c.valid, c.train.batch_size, &mut run, world)?;
+        run.save(&parts(&policy, moving.as_ref()), best)?;
     }
     policy.wake()?;
     run.finish(|dir| policy.actor.export(dir, &tokenizer, world))
+}
+
+/// The run's checkpoint.
+fn parts<'a>(policy: &'a Policy, moving: Option<&'a Llama>) -> Vec<Part<'a>> {
+    let actor = policy.actor.part("");
+    let moving = moving.map(|m| Part { params: &m.params, optim: None, ..policy.actor.part(REFERENCE) });
+    [Some(actor), moving].into_iter().flatten().collect()
 }
 
 /// Moves a reference by `rate` of the way to the policy.

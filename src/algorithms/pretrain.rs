@@ -1,8 +1,9 @@
 //! Pretraining: next-token prediction on token shards, parameters sharded over the ranks.
 
 use crate::algorithms::base::{self, Base};
-use crate::algorithms::step::{self, MicroBatch};
-use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start, compute_kind};
+use crate::algorithms::folder::{RunFolder, Start};
+use crate::algorithms::step::{self, MicroBatch, Stop};
+use crate::algorithms::training::{Learner, Plan, Progress, Run, compute_kind};
 use crate::config::pretrain::Pretrain;
 use crate::config::sections::{self, Mode};
 use crate::config::{Algorithm, Loaded, common};
@@ -53,7 +54,7 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
     let common = c.common();
     let inputs_of = common::paths(&c.model, c.tokenizer.as_ref(), c.data.train.iter().chain(&c.data.valid));
     let tokenizer = &inputs.base.tokenizer;
-    let folder = RunFolder::open(&common, &loaded.resolved_yaml()?, start, &inputs_of, tokenizer, world)?;
+    let folder = RunFolder::open(loaded, start, &inputs_of, tokenizer, world)?;
 
     // The model on this rank, its optimizer, and where the run stands.
     let mut learner = Learner::new(&inputs.base, None, &Trainable::default(), &common, world)?;
@@ -78,6 +79,10 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
 
     let aux_coef = inputs.base.shape.experts.as_ref().map(|e| e.router_aux_loss_coef);
 
+    if run.owes_validation() {
+        let best = validation(c, &inputs, &mut learner.model, &mut run, world)?;
+        run.save(&[learner.part("")], best)?;
+    }
     while !run.done() {
         let micro_batches = this_ranks_batches(c, &inputs.train, run.progress.data.next, world)?;
         let Learner { model, optimizer, .. } = &mut learner;
@@ -98,16 +103,8 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
             }
             run.log(&record);
         }
-        let mut best = false;
-        if let Some(valid) = &inputs.valid
-            && run.due(c.valid.every)
-        {
-            let loss = validate(c, &mut learner.model, valid, world)?;
-            let record = run.with_loss(Record::new("valid", run.progress.step), loss);
-            run.log(&record.float("perplexity", loss.exp()));
-            best = run.note_validation(loss, &c.valid);
-            run.restart_window();
-        }
+        let due = run.due(c.valid.every);
+        let best = due && validation(c, &inputs, &mut learner.model, &mut run, world)?;
         run.save(&[learner.part("")], best)?;
     }
     run.finish(|dir| learner.export(dir, tokenizer, world))
@@ -122,8 +119,33 @@ fn this_ranks_batches(c: &Pretrain, data: &Loader, first: u64, world: &World) ->
     step::division(&c.train, world).map(micro_batch).collect()
 }
 
-/// Mean loss over the first `valid.batches` batches of the validation data (or all of it), in nats a token.
-fn validate(c: &Pretrain, model: &mut Llama, data: &Loader, world: &World) -> Result<f64> {
+/// Validates, where there is data to validate on; whether the checkpoint is the best so far, to be saved.
+fn validation(
+    c: &Pretrain,
+    inputs: &Inputs,
+    model: &mut Llama,
+    run: &mut Run<State>,
+    world: &World,
+) -> Result<bool> {
+    let Some(valid) = &inputs.valid else { return Ok(false) };
+    let Some(loss) = validate(c, model, valid, world, &mut || run.interrupted())? else {
+        return run.owe_validation();
+    };
+    let record = run.with_loss(Record::new("valid", run.progress.step), loss);
+    run.log(&record.float("perplexity", loss.exp()));
+    run.restart_window();
+    Ok(run.note_validation(loss, &c.valid))
+}
+
+/// Mean loss over the first `valid.batches` batches of the validation data (or all of it), in nats a token; none where it was
+/// stopped.
+fn validate(
+    c: &Pretrain,
+    model: &mut Llama,
+    data: &Loader,
+    world: &World,
+    stop: Stop,
+) -> Result<Option<f64>> {
     let windows = data.num_windows().min((c.valid.batches * c.train.batch_size) as u64);
     let batches = step::rounds(windows, &c.train, world).map(|(first, rows)| {
         let mut batch = data.batch(if rows == 0 { 0 } else { first }, rows.max(1) as usize)?;
@@ -132,7 +154,7 @@ fn validate(c: &Pretrain, model: &mut Llama, data: &Loader, world: &World) -> Re
         }
         Ok(MicroBatch::from_rows(&batch.input_ids, &batch.labels, batch.columns as i64))
     });
-    Ok(step::evaluate(model, world, batches)?.0)
+    step::evaluate(model, world, batches, stop)
 }
 
 fn announce(c: &Pretrain, inputs: &Inputs, model: &Llama, world: &World) {

@@ -7,10 +7,11 @@ use kernels::c10d::ReduceOp;
 use tch::{Kind, Tensor};
 
 use crate::algorithms::base::{self, Base};
+use crate::algorithms::folder::{RunFolder, Start};
 use crate::algorithms::interval::wilson;
 use crate::algorithms::ranking::{Pairs, Terms, losses};
-use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Sums};
-use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start};
+use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Stop, Sums};
+use crate::algorithms::training::{Learner, Plan, Progress, Run};
 use crate::algorithms::{records, scorer};
 use crate::checkpoint::{Measured, Scoring};
 use crate::config::reward::{Reward, Score, Settings, Which};
@@ -280,7 +281,7 @@ pub fn reward(loaded: &Loaded<Reward>, inputs: Inputs, world: &World, start: &St
         common::paths(&c.model, c.tokenizer.as_ref(), c.data.train.iter().chain(&c.data.valid));
     inputs_of.extend(c.reward.normalize.data.iter().map(|p| p.as_path()));
     let tokenizer = &inputs.base.tokenizer;
-    let folder = RunFolder::open(&common, &loaded.resolved_yaml()?, start, &inputs_of, tokenizer, world)?;
+    let folder = RunFolder::open(loaded, start, &inputs_of, tokenizer, world)?;
     let origin = inputs.base.path(&c.model);
     let mut learner = Learner::new(&inputs.base, origin, &inputs.trainable, &common, world)?;
     learner.scoring = Some(Scoring::raw(inputs.score));
@@ -301,6 +302,10 @@ pub fn reward(loaded: &Loaded<Reward>, inputs: Inputs, world: &World, start: &St
     let mut run = folder.start(progress, Plan::new(&common, inputs.steps))?;
     let (counts, odd) = (inputs.train.counts(), inputs.train.odd());
 
+    if run.owes_validation() {
+        let best = validation(c, &inputs, &mut learner.model, &mut run, world)?;
+        run.save(&[learner.part("")], best)?;
+    }
     while !run.done() {
         let (next, batch) = (run.progress.data.next, c.train.batch_size as u64);
         let tokens = inputs.train.count(next, batch).1;
@@ -330,26 +335,8 @@ pub fn reward(loaded: &Loaded<Reward>, inputs: Inputs, world: &World, start: &St
             let record = tally.tell(record).count("ties", tally.pairs.ties as u64);
             run.log(&tell_counts(record, &counts, &odd, c.data.on_error));
         }
-        let mut best = false;
-        if let Some(valid) = &inputs.valid
-            && run.due(c.valid.every)
-        {
-            let (prompts, tally) = validate(c, inputs.score, &mut learner.model, valid, world)?;
-            let loss = tally.loss / prompts;
-            let record = tally.tell(run.with_loss(Record::new("valid", run.progress.step), loss));
-            let (mean, std) = tally.mean_and_std();
-            let [low, high] =
-                wilson(tally.pairs.right as u64, tally.pairs.num_pairs as u64).unwrap_or([0.0, 1.0]);
-            run.log(
-                &record
-                    .float("accuracy_low", low)
-                    .float("accuracy_high", high)
-                    .float("reward_mean", mean)
-                    .float("reward_std", std),
-            );
-            best = run.note_validation(loss, &c.valid);
-            run.restart_window();
-        }
+        let due = run.due(c.valid.every);
+        let best = due && validation(c, &inputs, &mut learner.model, &mut run, world)?;
         run.save(&[learner.part("")], best)?;
     }
     learner.scoring = Some(normalized(&inputs, &mut learner.model, world)?);
@@ -384,17 +371,48 @@ fn ranked(c: &Reward, score: Score, data: &RowLoader, first: u64, count: u64, mo
     Ranked::new(&Batch::new(&examples, c.data.packing), score, model)
 }
 
-/// How many prompts of the validation data were taken (at most `valid.batches` batches), and what was counted of them.
+/// Validates, where there is data to validate on; whether the checkpoint is the best so far, to be saved.
+fn validation(
+    c: &Reward,
+    inputs: &Inputs,
+    model: &mut Llama,
+    run: &mut Run<State>,
+    world: &World,
+) -> Result<bool> {
+    let Some(valid) = &inputs.valid else { return Ok(false) };
+    let validated = validate(c, inputs.score, model, valid, world, &mut || run.interrupted())?;
+    let Some((prompts, tally)) = validated else { return run.owe_validation() };
+    let loss = tally.loss / prompts;
+    let record = tally.tell(run.with_loss(Record::new("valid", run.progress.step), loss));
+    let (mean, std) = tally.mean_and_std();
+    let [low, high] = wilson(tally.pairs.right as u64, tally.pairs.num_pairs as u64).unwrap_or([0.0, 1.0]);
+    run.log(
+        &record
+            .float("accuracy_low", low)
+            .float("accuracy_high", high)
+            .float("reward_mean", mean)
+            .float("reward_std", std),
+    );
+    run.restart_window();
+    Ok(run.note_validation(loss, &c.valid))
+}
+
+/// How many prompts of the validation data were taken (at most `valid.batches` batches), and what was counted of them; none
+/// where it was stopped.
 fn validate(
     c: &Reward,
     score: Score,
     model: &mut Llama,
     data: &RowLoader,
     world: &World,
-) -> Result<(f64, Tally)> {
+    stop: Stop,
+) -> Result<Option<(f64, Tally)>> {
     let total = data.num_rows().min((c.valid.batches * c.train.batch_size) as u64);
     let mut tally = Tally::default();
     for (first, count) in step::rounds(total, &c.train, world) {
+        if stop()? {
+            return Ok(None);
+        }
         // All ranks take equally many forwards: beyond the end, of a prompt that does not count.
         let ranked = ranked(c, score, data, if count == 0 { 0 } else { first }, count.max(1), model);
         let hidden = model.hidden(&ranked.batch.input)?;
@@ -405,7 +423,7 @@ fn validate(
             tally.loss += ranked.loss(&scores, &c.reward).double_value(&[]);
         }
     }
-    Ok((total as f64, tally.over_ranks(world)?))
+    Ok(Some((total as f64, tally.over_ranks(world)?)))
 }
 
 /// The normalisation of the trained model's scores, equal on all ranks. Collective.

@@ -1,9 +1,10 @@
 //! Supervised fine-tuning: next-token prediction on the assistant's turns of conversations.
 
 use crate::algorithms::base::{self, Base};
+use crate::algorithms::folder::{RunFolder, Start};
 use crate::algorithms::records;
-use crate::algorithms::step::{self, MicroBatch};
-use crate::algorithms::training::{Learner, Plan, Progress, Run, RunFolder, Start};
+use crate::algorithms::step::{self, MicroBatch, Stop};
+use crate::algorithms::training::{Learner, Plan, Progress, Run};
 use crate::config::sft::Sft;
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded, common, sections};
@@ -129,7 +130,7 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
     let common = c.common();
     let inputs_of = common::paths(&c.model, c.tokenizer.as_ref(), c.data.train.iter().chain(&c.data.valid));
     let tokenizer = &inputs.base.tokenizer;
-    let folder = RunFolder::open(&common, &loaded.resolved_yaml()?, start, &inputs_of, tokenizer, world)?;
+    let folder = RunFolder::open(loaded, start, &inputs_of, tokenizer, world)?;
     let origin = inputs.base.path(&c.model);
     let mut learner = Learner::new(&inputs.base, origin, &inputs.trainable, &common, world)?;
     let progress = match folder.restore::<State>(&mut learner)? {
@@ -148,6 +149,10 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
     let mut run = folder.start(progress, Plan::new(&common, inputs.steps))?;
     let (counts, odd) = (inputs.train.counts(), inputs.train.odd());
 
+    if run.owes_validation() {
+        let best = validation(c, &inputs, &mut learner.model, &mut run, world)?;
+        run.save(&[learner.part("")], best)?;
+    }
     while !run.done() {
         let (next, batch) = (run.progress.data.next, c.train.batch_size as u64);
         // Every rank counts for all: rows are known everywhere.
@@ -163,23 +168,37 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
             let record = record.count("truncated", counts.truncated).count("dropped", counts.dropped());
             run.log(&records::count(record, &odd, c.data.on_error));
         }
-        let mut best = false;
-        if let Some(valid) = &inputs.valid
-            && run.due(c.valid.every)
-        {
-            let loss = validate(c, &mut learner.model, valid, world)?;
-            let record = run.with_loss(Record::new("valid", run.progress.step), loss);
-            run.log(&record.float("perplexity", loss.exp()));
-            best = run.note_validation(loss, &c.valid);
-            run.restart_window();
-        }
-        if c.samples.every > 0 && run.due(c.samples.every) {
-            sample(c, &inputs, &mut learner.model, &mut run)?;
-            run.restart_window();
-        }
+        let best = validation(c, &inputs, &mut learner.model, &mut run, world)?;
         run.save(&[learner.part("")], best)?;
     }
     run.finish(|dir| learner.export(dir, tokenizer, world))
+}
+
+/// Validates and samples, where each is due; whether the checkpoint is the best so far, to be saved.
+fn validation(
+    c: &Sft,
+    inputs: &Inputs,
+    model: &mut Llama,
+    run: &mut Run<State>,
+    world: &World,
+) -> Result<bool> {
+    let mut best = false;
+    if let Some(valid) = &inputs.valid
+        && run.due(c.valid.every)
+    {
+        let Some(loss) = validate(c, model, valid, world, &mut || run.interrupted())? else {
+            return run.owe_validation();
+        };
+        let record = run.with_loss(Record::new("valid", run.progress.step), loss);
+        run.log(&record.float("perplexity", loss.exp()));
+        best = run.note_validation(loss, &c.valid);
+        run.restart_window();
+    }
+    if c.samples.every > 0 && run.due(c.samples.every) {
+        sample(c, inputs, model, run)?;
+        run.restart_window();
+    }
+    Ok(best)
 }
 
 /// Answers the sample prompts, into samples.jsonl and TensorBoard. All ranks generate the same.
@@ -232,8 +251,9 @@ fn micro_batch(rows: Rows, packed: bool) -> MicroBatch {
     batch
 }
 
-/// Mean loss over the supervised tokens of the first `valid.batches` batches of the validation data, in nats.
-fn validate(c: &Sft, model: &mut Llama, data: &RowLoader, world: &World) -> Result<f64> {
+/// Mean loss over the supervised tokens of the first `valid.batches` batches of the validation data, in nats; none where it was
+/// stopped.
+fn validate(c: &Sft, model: &mut Llama, data: &RowLoader, world: &World, stop: Stop) -> Result<Option<f64>> {
     let total = data.num_rows().min((c.valid.batches * c.train.batch_size) as u64);
     let batches = step::rounds(total, &c.train, world).map(|(first, rows)| {
         let mut rows = match rows {
@@ -243,7 +263,7 @@ fn validate(c: &Sft, model: &mut Llama, data: &RowLoader, world: &World) -> Resu
         rows.labels.resize(rows.input_ids.len(), crate::data::loader::IGNORE);
         Ok(micro_batch(rows, c.data.packing))
     });
-    Ok(step::evaluate(model, world, batches)?.0)
+    step::evaluate(model, world, batches, stop)
 }
 
 fn announce(c: &Sft, inputs: &Inputs, params: &Sharded) {

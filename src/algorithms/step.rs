@@ -184,6 +184,9 @@ pub fn rounds(total: u64, train: &Train, world: &World) -> impl Iterator<Item = 
     })
 }
 
+/// Whether a validation is to end before its end, the same on all ranks. Collective.
+pub type Stop<'a> = &'a mut dyn FnMut() -> Result<bool>;
+
 /// What an update did.
 pub struct Update {
     /// The loss of the step, over all ranks, before the update: a mean cross-entropy is in nats.
@@ -274,15 +277,19 @@ impl SkipGuard {
     }
 }
 
-/// Mean loss in nats over the labelled tokens of this rank's `micro_batches` and all other ranks', and their count. All
-/// ranks must give equally many micro-batches.
+/// Mean loss in nats over the labelled tokens of this rank's `micro_batches` and all other ranks'; none where `stop`, which all
+/// ranks ask before each, answers true. All ranks must give equally many micro-batches.
 pub fn evaluate(
     model: &mut Llama,
     world: &World,
     micro_batches: impl Iterator<Item = Result<MicroBatch>>,
-) -> Result<(f64, f64)> {
+    stop: Stop,
+) -> Result<Option<f64>> {
     let (mut loss_sum, mut count) = (0.0, 0.0);
     for batch in micro_batches {
+        if stop()? {
+            return Ok(None);
+        }
         let batch = batch?;
         let hidden = model.hidden(&batch.input)?;
         let labels = batch.labels.to_device(hidden.device());
@@ -291,7 +298,7 @@ pub fn evaluate(
         count += n as f64;
     }
     let total = world.group.combine(&[loss_sum, count], ReduceOp::Sum)?;
-    Ok((total[0] / total[1], total[1]))
+    Ok(Some(total[0] / total[1]))
 }
 
 #[cfg(test)]

@@ -1,10 +1,11 @@
 //! What every training loop does besides its steps: resume, metrics, checkpoints, the end.
 //!
 //! ```text
-//! let folder = RunFolder::open(...)             the run's folder, checked; the checkpoint to go on from
+//! let folder = RunFolder::open(...)             the run's folder, locked and checked; the checkpoint to go on from
 //! let mut learner = Learner::new(...)           a model on this rank, and its optimizer
 //! let progress = folder.restore(...)            parameters, moments and position from there, or new
-//! let mut run = folder.start(progress, ...)
+//! let mut run = folder.start(progress, ...)     until the first save, what it replaces can be put back
+//! if run.owes_validation() { ... }              a signal ended the run before within a validation
 //! while !run.done() {
 //!     ...                                       the algorithm's step
 //!     let stepped = run.stepped(tokens, &update)?;
@@ -19,26 +20,27 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use kernels::c10d::ReduceOp;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use sha2::Digest;
+use serde::{Deserialize, Serialize};
 use tch::Kind;
 
 use crate::algorithms::base::Base;
-use crate::algorithms::run::{self, Resume, Signals};
+use crate::algorithms::lock::RunLock;
+use crate::algorithms::run::Signals;
 use crate::algorithms::step::{SkipGuard, Update};
 use crate::checkpoint::{
-    AdapterExport, BaseMeta, Checkpoint, Export, Part, RunInfo, Saver, Scoring, agree, export, export_adapter,
+    AdapterExport, BaseMeta, Export, Part, Saver, Scoring, agree, export, export_adapter,
 };
+use crate::config::changes::Change;
 use crate::config::common::Common;
 use crate::config::sections::{Compute, Valid};
-use crate::data::tokenizer::{Tokenizer, hex};
+use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::info;
 use crate::model::{Llama, Trainable};
 use crate::optim::AdamW;
-use crate::telemetry::{Record, RunLog};
+use crate::telemetry::{Cut, Record, RunLog};
 
 /// What a checkpoint holds besides parameters and moments; `D` is the position in the data.
 #[derive(Debug, Serialize, Deserialize)]
@@ -51,6 +53,15 @@ pub struct Progress<D> {
     /// The run ended before its last step.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     ended: bool,
+    /// The validation after the last step was due and is not done: a signal came within it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    owes_validation: bool,
+    /// The last step whose line of metrics was written.
+    #[serde(default)]
+    pub(super) logged: u64,
+    /// The start of the run that made the checkpoint.
+    #[serde(default)]
+    pub(super) start: String,
     /// Tokens read so far, over all ranks.
     pub tokens: u64,
     pub skipped_steps: u64,
@@ -65,9 +76,34 @@ impl<D> Progress<D> {
             data,
             best: Best::default(),
             ended: false,
+            owes_validation: false,
+            logged: 0,
+            start: String::new(),
             tokens: 0,
             skipped_steps: 0,
             elapsed_s: 0.0,
+        }
+    }
+
+    /// The step of the best validation so far.
+    pub(super) fn best_step(&self) -> Option<u64> {
+        self.best.best.map(|(step, _)| step)
+    }
+
+    /// What of the log a run that goes on at `step` cuts off.
+    pub(super) fn cut(&self, step: u64) -> Cut {
+        Cut { after: step, validation: self.owes_validation }
+    }
+
+    /// Takes the changes of the configuration since the start before into account.
+    pub(super) fn go_on(&mut self, changes: &[Change]) {
+        let changed = |keys: &[&str]| changes.iter().any(|c| keys.iter().any(|key| c.key.starts_with(key)));
+        if changed(&["data.valid", "valid.batches"]) {
+            // Losses on other data are no measure for what comes.
+            self.best = Best::default();
+        }
+        if changed(&["data.valid", "valid.", "train.steps", "train.epochs"]) {
+            self.ended = false;
         }
     }
 }
@@ -183,97 +219,14 @@ pub fn compute_kind(c: Compute) -> Kind {
     }
 }
 
-/// How a run is to begin, as the command line says.
-#[derive(Debug, Clone)]
-pub struct Start {
-    pub resume: Resume,
-    /// With [`Resume::Never`]: replace the run that the folder holds.
-    pub overwrite: bool,
-}
-
-/// The folder of a run that is about to begin: checked, made, and searched for the checkpoint to go on from.
-pub struct RunFolder<'a> {
-    world: &'a World,
-    dir: PathBuf,
-    saver: Saver,
-    signals: Signals,
-    from: Option<Checkpoint>,
-}
-
-impl<'a> RunFolder<'a> {
-    /// Refuses a folder that holds another run; makes it and writes the `resolved` configuration. `inputs` are the paths
-    /// that the run reads; `tokenizer` goes into its checkpoints. Collective.
-    pub fn open(
-        c: &Common,
-        resolved: &str,
-        start: &Start,
-        inputs: &[&Path],
-        tokenizer: &Tokenizer,
-        world: &'a World,
-    ) -> Result<Self> {
-        let dir = c.output_dir;
-        let fresh = start.resume == Resume::Never;
-        agree(&world.group, run::check_folder(dir, resolved, &start.resume, start.overwrite, inputs))?;
-        run::prepare_folder(dir, resolved, fresh, world)?;
-        let info = RunInfo {
-            config_hash: hex(&sha2::Sha256::digest(resolved.as_bytes())),
-            tokenizer: Some(tokenizer.clone()),
-        };
-        let saver = Saver::new(dir, c.checkpoint.keep as usize, info, &world.group)?;
-        let from = agree(&world.group, run::find_checkpoint(dir, &start.resume))?;
-        Ok(RunFolder { world, dir: dir.to_path_buf(), saver, signals: Signals::watch()?, from })
-    }
-
-    /// The checkpoint that the run goes on from, if there is one.
-    pub fn from(&self) -> Option<&Checkpoint> {
-        self.from.as_ref()
-    }
-
-    /// Sets a learner's parameters and moments, and the position, from the checkpoint, if there is one to go on from.
-    /// Further models of the run are in [`RunFolder::from`]'s parts. Collective.
-    pub fn restore<D: DeserializeOwned>(&self, learner: &mut Learner) -> Result<Option<Progress<D>>> {
-        let Some(from) = &self.from else { return Ok(None) };
-        let state = from.load(&mut learner.model.params, &mut learner.optimizer)?.state;
-        let progress: Progress<D> = serde_json::from_value(state)
-            .map_err(|e| Error::data(format!("{}: its state cannot be read: {e}", from.dir().display())))?;
-        run::drop_later_checkpoints(&self.dir, progress.step, self.world)?;
-        info!("resumed from {}", from.dir().display());
-        Ok(Some(progress))
-    }
-
-    /// Opens the log and starts the clock of a run of `steps`. Collective.
-    pub fn start<D: Serialize>(self, progress: Progress<D>, plan: Plan) -> Result<Run<'a, D>> {
-        let RunFolder { world, dir, mut saver, signals, from } = self;
-        if let Some((step, _)) = progress.best.best {
-            saver.keep_best(step);
-        }
-        let resumed_at = from.as_ref().map(|_| progress.step);
-        let log = agree(&world.group, RunLog::create(&dir, world.rank, resumed_at, plan.steps))?;
-        let guard = SkipGuard::new(progress.skipped_steps);
-        let (elapsed_before, now) = (progress.elapsed_s, Instant::now());
-        Ok(Run {
-            progress,
-            world,
-            dir,
-            plan,
-            saver,
-            log,
-            signals,
-            guard,
-            started: now,
-            elapsed_before,
-            window: Window { started: now, tokens: 0, steps: 0 },
-            signal: 0.0,
-        })
-    }
-}
-
 /// How long a run is, and when it logs and saves.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan {
     pub steps: u64,
     pub log_every: i64,
     pub checkpoint_every: i64,
+    /// The checkpoint of the best validation stays.
+    pub keep_best: bool,
     /// Decides how losses are printed: in the precision that they were computed in.
     pub compute: Compute,
 }
@@ -281,25 +234,34 @@ pub struct Plan {
 /// A training run on this rank.
 pub struct Run<'a, D> {
     pub progress: Progress<D>,
-    world: &'a World,
-    dir: PathBuf,
-    plan: Plan,
-    saver: Saver,
-    log: RunLog,
-    signals: Signals,
-    guard: SkipGuard,
-    started: Instant,
-    elapsed_before: f64,
-    window: Window,
+    pub(super) world: &'a World,
+    pub(super) dir: PathBuf,
+    pub(super) plan: Plan,
+    pub(super) saver: Saver,
+    pub(super) log: RunLog,
+    pub(super) signals: Signals,
+    /// Of the run's folder, on rank 0.
+    pub(super) lock: Option<RunLock>,
+    pub(super) guard: SkipGuard,
+    pub(super) started: Instant,
+    pub(super) elapsed_before: f64,
+    pub(super) window: Window,
     /// The signal that a rank has received, 0 if none.
-    signal: f64,
+    pub(super) signal: f64,
 }
 
 /// What happened since the last line of metrics.
-struct Window {
+pub struct Window {
     started: Instant,
     tokens: u64,
     steps: u64,
+}
+
+impl Window {
+    /// Begins now.
+    pub fn begin() -> Window {
+        Window { started: Instant::now(), tokens: 0, steps: 0 }
+    }
 }
 
 /// What follows from a step.
@@ -317,6 +279,7 @@ impl Plan {
             steps,
             log_every: c.log.every,
             checkpoint_every: c.checkpoint.every,
+            keep_best: c.valid.keep_best,
             compute: c.precision.compute,
         }
     }
@@ -348,10 +311,14 @@ impl<D: Serialize> Run<'_, D> {
         let fatal = self.guard.note(progress.step, update);
         progress.skipped_steps = self.guard.skipped_steps;
 
-        // Ranks decide together: a signal that reached one of them stops all.
-        let mine = [self.signals.received(), self.world.peak_bytes()? as f64];
+        // Ranks decide together: a signal that reached one of them stops all, and so does a folder that is gone.
+        let lost = self.check_folder().is_err();
+        let mine = [self.signals.received(), self.world.peak_bytes()? as f64, f64::from(u8::from(lost))];
         let most = self.world.group.combine(&mine, ReduceOp::Max)?;
         self.signal = most[0];
+        if most[2] > 0.0 {
+            agree(&self.world.group, self.check_folder())?;
+        }
         let seconds = self.window.started.elapsed().as_secs_f64();
         let tokens_per_s = self.window.tokens as f64 / seconds;
         let due = self.due(self.plan.log_every) || update.skipped || fatal.is_err();
@@ -377,9 +344,33 @@ impl<D: Serialize> Run<'_, D> {
             return Err(e);
         }
         if record.is_some() {
+            self.progress.logged = self.progress.step;
             self.restart_window();
         }
         Ok(Stepped { record, tokens_per_s })
+    }
+
+    /// Whether the folder is still this run's (rank 0).
+    fn check_folder(&self) -> Result<()> {
+        self.lock.as_ref().map_or(Ok(()), RunLock::check)
+    }
+
+    /// Whether a signal asks for the end of the run, also while it validates. Collective.
+    pub fn interrupted(&mut self) -> Result<bool> {
+        let mine = self.signals.received().max(self.signal);
+        self.signal = self.world.group.combine(&[mine], ReduceOp::Max)?[0];
+        Ok(self.signal > 0.0)
+    }
+
+    /// A signal came within the validation: the run that goes on does it anew. There is no best one to save.
+    pub fn owe_validation(&mut self) -> Result<bool> {
+        self.progress.owes_validation = true;
+        Ok(false)
+    }
+
+    /// Whether the validation after the last step is still to be done; asked before the first step.
+    pub fn owes_validation(&mut self) -> bool {
+        std::mem::take(&mut self.progress.owes_validation)
     }
 
     /// Adds a loss, in the precision that it was computed in.
@@ -407,7 +398,7 @@ impl<D: Serialize> Run<'_, D> {
 
     /// Speeds count from here: what was done since the last step (validation, samples) is no training.
     pub fn restart_window(&mut self) {
-        self.window = Window { started: Instant::now(), tokens: 0, steps: 0 };
+        self.window = Window::begin();
     }
 
     /// Notes a validation, whose `loss` is better the lower it is. Returns whether its checkpoint is to be saved; ends the
@@ -443,9 +434,10 @@ impl<D: Serialize> Run<'_, D> {
         let step = self.progress.step;
         if now || self.due(self.plan.checkpoint_every) || self.signal > 0.0 {
             let state = serde_json::to_value(&self.progress).map_err(|e| Error::failed(e.to_string()))?;
+            self.saver.sync_with_next(self.log.files());
             self.saver.begin(step, models, state)?;
         }
-        if self.signal > 0.0 && !self.done() {
+        if self.signal > 0.0 && (!self.done() || self.progress.owes_validation) {
             self.saver.finish()?;
             return Err(Signals::stopped(self.signal, step));
         }
@@ -455,11 +447,14 @@ impl<D: Serialize> Run<'_, D> {
     /// Waits for the last save, and writes the trained model by `export` to `RUN_DIR/model`: also where the last
     /// checkpoint could not be written, since it needs less room. Collective.
     pub fn finish(mut self, export: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        agree(&self.world.group, self.check_folder())?;
         let saved = self.saver.finish();
         let dir = self.dir.join("model");
         let exported = export(&dir);
         saved?;
         exported?;
+        agree(&self.world.group, self.check_folder())?;
+        self.saver.end(self.progress.step);
         drop(self.log);
         info!("the trained model is in {}", dir.display());
         Ok(())

@@ -4,7 +4,7 @@
 //! temporary folder; collectives stay on the trainer's thread, which asks at step boundaries whether all ranks are done.
 //! Then rank 0 writes `meta.json` and renames the folder.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -69,6 +69,15 @@ pub struct Saver {
     pending: Option<Pending>,
     failed_saves: u64,
     best: Option<u64>,
+    first: Option<FirstSave>,
+    logs: Vec<File>,
+}
+
+/// What rank 0 does when the first save stands.
+struct FirstSave {
+    /// The checkpoints that were there are another run's, and go.
+    replaces: bool,
+    then: Box<dyn FnOnce() -> Result<()> + Send>,
 }
 
 /// A save under way.
@@ -143,12 +152,38 @@ impl Saver {
             pending: None,
             failed_saves: 0,
             best: None,
+            first: None,
+            logs: Vec::new(),
         })
+    }
+
+    /// Calls `then` on rank 0 when the first save stands, and what it has replaced is removed: checkpoints of later steps, with
+    /// `replaces` all others.
+    pub fn once_saved(&mut self, replaces: bool, then: Box<dyn FnOnce() -> Result<()> + Send>) {
+        self.first = Some(FirstSave { replaces, then });
     }
 
     /// Saves that failed so far.
     pub fn failed_saves(&self) -> u64 {
         self.failed_saves
+    }
+
+    /// The end of a run at `step`: one that had nothing left to do has saved nothing, and has given nothing up unless there are
+    /// checkpoints of later steps.
+    pub fn end(&mut self, step: u64) {
+        let newer = || list(&self.dir).is_ok_and(|list| list.last().is_some_and(|(last, _)| *last > step));
+        if self.world.rank() == 0
+            && self.first.is_some()
+            && !newer()
+            && let Some(Err(e)) = self.first.take().map(|first| (first.then)())
+        {
+            warn!("{e}");
+        }
+    }
+
+    /// Files that are brought to the disk before the checkpoint that is begun next gets its name.
+    pub fn sync_with_next(&mut self, logs: Vec<File>) {
+        self.logs = logs;
     }
 
     /// The checkpoint of `step` stays besides the newest, until another is the best.
@@ -196,10 +231,17 @@ impl Saver {
             });
             parts.push(PendingPart { name, meta, rank, size, slices: writes.then_some(slices) });
         }
+        let logs = std::mem::take(&mut self.logs);
         let job = match jobs {
-            Ok(jobs) => Job::Running(std::thread::spawn(move || {
-                jobs.into_iter().map(|job| job.map_or(Ok(Vec::new()), ToWrite::write)).collect()
-            })),
+            Ok(jobs) => {
+                let write = move || {
+                    // What is no file, such as a device, cannot be brought to the disk; a line that is lost is counted.
+                    logs.iter().for_each(|log| drop(log.sync_all()));
+                    jobs.into_iter().map(|job| job.map_or(Ok(Vec::new()), ToWrite::write)).collect()
+                };
+                let thread = std::thread::Builder::new().name("saver".into()).spawn(write);
+                thread.map_or_else(|e| Job::Over(Err(e.into())), Job::Running)
+            }
             Err(e) => Job::Over(Err(e)),
         };
         self.pending = Some(Pending { step, parts, job, started });
@@ -282,7 +324,7 @@ impl Saver {
             return self.give_up(step, error);
         }
         if self.world.rank() == 0
-            && let Err(e) = self.prune(step)
+            && let Err(e) = self.tidy_up(step)
         {
             warn!("old checkpoints stay: {e}");
         }
@@ -316,6 +358,17 @@ impl Saver {
         files::replace_dir(&temp, &self.dir.join(step_name(step)))?;
         // The first save has made the folder of checkpoints.
         files::sync_dir(files::parent(&self.dir))
+    }
+
+    /// Rank 0: removes what a save that stands makes superfluous.
+    fn tidy_up(&mut self, step: u64) -> Result<()> {
+        if self.first.as_ref().is_some_and(|first| first.replaces) {
+            for (_, path) in list(&self.dir)?.into_iter().filter(|(s, _)| *s != step) {
+                files::remove_dir(&path)?;
+            }
+        }
+        self.prune(step)?;
+        self.first.take().map_or(Ok(()), |first| (first.then)())
     }
 
     /// Rank 0: leaves the newest and the best. What is newer than this step belongs to a history that was given up by resuming

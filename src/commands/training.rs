@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::algorithms::folder::{Start, examine, is_begun};
+use crate::algorithms::lock::RunLock;
 use crate::algorithms::run::Resume;
-use crate::algorithms::training::Start;
 use crate::commands::Global;
 use crate::config::{self, Algorithm, Loaded};
 use crate::distributed::environment::Place;
@@ -16,7 +17,7 @@ use crate::info;
 pub struct Args {
     #[command(flatten)]
     pub config: ConfigArgs,
-    /// Where to go on from: auto (the newest checkpoint of the run's folder), a checkpoint's folder, or never
+    /// Where to go on from: auto (the newest checkpoint of the run's folder), a checkpoint or another run's folder, or never
     #[arg(long, default_value = "auto", value_name = "auto|DIR|never")]
     pub resume: Resume,
     /// With --resume never: replace the run that the folder holds
@@ -60,17 +61,16 @@ pub fn run<C: Algorithm, I>(
     loaded.validate(place.as_ref().map_or(1, |p| p.world_size))?;
     // A world that was started again goes on with the run that its first attempt began, whatever its command said at
     // first; unless it did not come to that.
-    let again = place.is_some_and(|p| p.attempt > 0) && holds_run(&loaded)?;
+    let again = place.is_some_and(|p| p.attempt > 0) && is_begun(&loaded)?;
     let resume = if again { Resume::Auto } else { args.resume };
+    let start = Start { resume, overwrite: args.overwrite };
+    // Here, before data is read and tokenized, and again once the folder is this run's.
+    let dir = loaded.config.common().output_dir;
+    RunLock::check_free(dir)?;
+    examine(&loaded, &start, &[])?;
     let inputs = open(&loaded.config)?;
     let timeout = Duration::from_secs_f64(loaded.config.common().parallel.timeout_s);
     let world = World::from_global(global.device.as_deref(), timeout)?;
     info!("{}", world.choice);
-    train(&loaded, inputs, &world, &Start { resume, overwrite: args.overwrite })
-}
-
-/// Whether the run's folder holds a run of just this configuration.
-fn holds_run<C: Algorithm>(loaded: &Loaded<C>) -> Result<bool> {
-    let (path, resolved) = (loaded.config.common().output_dir.join("config.yaml"), loaded.resolved_yaml()?);
-    Ok(std::fs::read_to_string(path).is_ok_and(|text| text == resolved))
+    train(&loaded, inputs, &world, &start)
 }

@@ -266,7 +266,13 @@ const OF_STAGE: &[(&str, Section)] = &[
         "sft",
         (
             "generation",
-            &[("max_new_tokens", Output), ("temperature", Output), ("top_k", Output), ("top_p", Output)],
+            &[
+                ("max_new_tokens", Output),
+                ("temperature", Output),
+                ("top_k", Output),
+                ("top_p", Output),
+                ("stop", Output),
+            ],
         ),
     ),
 ];

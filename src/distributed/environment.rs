@@ -66,6 +66,12 @@ impl Place {
     }
 }
 
+/// Whether the launcher (`launch` or torchrun) has started this world again.
+pub fn is_restart_by_launcher() -> bool {
+    let count = |name| std::env::var(name).ok().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+    count("CORRAL_RESTART_COUNT") > 0 || count("TORCHELASTIC_RESTART_COUNT") > 0
+}
+
 fn number<T: std::str::FromStr>(get: Get, name: &str) -> Result<Option<T>> {
     let Some(text) = get(name) else { return Ok(None) };
     match text.trim().parse() {

@@ -33,6 +33,11 @@ impl AppendFile {
         self.lost
     }
 
+    /// The open file, to be brought to the disk.
+    pub fn file(&self) -> Option<File> {
+        self.file.as_ref()?.try_clone().ok()
+    }
+
     pub fn append(&mut self, record: &[u8]) {
         if let Err(e) = self.try_append(record) {
             if self.lost == 0 {
@@ -67,6 +72,15 @@ impl AppendFile {
             file.set_len(self.len)?;
         }
         Ok(file)
+    }
+}
+
+/// Makes room for a new file at `path`: a file that is there may have other names, so it is not emptied but leaves this one.
+/// What is no file, such as a device, stays.
+pub fn remove_file(path: &Path) -> io::Result<()> {
+    match std::fs::metadata(path) {
+        Ok(there) if there.is_file() => std::fs::remove_file(path),
+        _ => Ok(()),
     }
 }
 

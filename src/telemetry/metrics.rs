@@ -1,11 +1,13 @@
 //! `metrics.jsonl`: one JSON object a line, every number in full precision.
 
+use std::fs::File;
 use std::io::BufRead;
 use std::path::Path;
 
 use serde_json::{Map, Number, Value};
 
-use super::append::{AppendFile, rewrite};
+use super::Cut;
+use super::append::{AppendFile, remove_file, rewrite};
 use crate::error::{Context, Result};
 
 /// One line of `metrics.jsonl`: `kind`, `step` (1-based, after the update), and the keys that are added, in order.
@@ -98,21 +100,28 @@ impl Record {
 #[derive(Debug)]
 pub struct MetricsWriter {
     file: AppendFile,
+    /// The last step of the training that was there.
+    last_step: Option<u64>,
 }
 
 impl MetricsWriter {
-    /// Opens the file and cuts off what is after `resume_step`: everything for a run that starts (`None`).
+    /// Opens the file and cuts off what `cut` says: everything for a run that starts (`None`). What is cut stays under the other
+    /// names that the file may have.
     ///
     /// # Errors
     /// The file cannot be made, read or rewritten.
-    pub fn open(path: &Path, resume_step: Option<u64>) -> Result<Self> {
+    pub fn open(path: &Path, cut: Option<Cut>) -> Result<Self> {
         let what = || format!("cannot open {}", path.display());
-        let len = match resume_step {
-            Some(step) if path.exists() => truncate_after(path, step).with_context(what)?,
-            _ => 0,
+        let (len, last_step) = match cut {
+            Some(cut) if path.exists() => truncate_after(path, cut).with_context(what)?,
+            Some(_) => (0, None),
+            None => {
+                remove_file(path).with_context(what)?;
+                (0, None)
+            }
         };
         let file = AppendFile::open(path, len).with_context(what)?;
-        Ok(MetricsWriter { file })
+        Ok(MetricsWriter { file, last_step })
     }
 
     pub fn append(&mut self, record: &Record) {
@@ -123,22 +132,31 @@ impl MetricsWriter {
     pub fn lost(&self) -> u64 {
         self.file.lost()
     }
+
+    /// The last step of the training that was there when the file was opened; 0 where there was none.
+    pub fn last_step(&self) -> u64 {
+        self.last_step.unwrap_or(0)
+    }
+
+    pub fn file(&self) -> Option<File> {
+        self.file.file()
+    }
 }
 
-/// Cuts off all lines with a `step` above `step`, and a last line that has no end. The file is replaced in one move;
-/// one that needs no cut is left alone. Returns its length in bytes.
-pub fn truncate_after(path: &Path, step: u64) -> Result<u64> {
-    let mut kept = 0;
+/// Cuts off all lines that `cut` covers, and a last line that has no end. The file is replaced in one move; one that needs no
+/// cut is left alone. Returns its length in bytes and the last step of the training that is left.
+pub fn truncate_after(path: &Path, cut: Cut) -> Result<(u64, Option<u64>)> {
+    let (mut kept, mut last_step) = (0, None);
     rewrite(path, |input, output| {
         let (mut line, mut left_out) = (vec![], false);
         while input.read_until(b'\n', &mut line)? > 0 {
-            let later = || {
-                let object = serde_json::from_slice::<Value>(&line).ok()?;
-                Some(object.get("step")?.as_u64()? > step)
-            };
-            if line.ends_with(b"\n") && !later().unwrap_or(false) {
+            let object = serde_json::from_slice::<Value>(&line).ok();
+            let kind = object.as_ref().and_then(|o| o.get("kind")?.as_str()).unwrap_or_default();
+            let step = object.as_ref().and_then(|o| o.get("step")?.as_u64());
+            if line.ends_with(b"\n") && !step.is_some_and(|step| cut.covers(kind == "train", step)) {
                 output.put(&line)?;
                 kept += line.len() as u64;
+                last_step = step.filter(|_| kind == "train").or(last_step);
             } else {
                 left_out = true;
             }
@@ -146,7 +164,7 @@ pub fn truncate_after(path: &Path, step: u64) -> Result<u64> {
         }
         Ok(left_out)
     })?;
-    Ok(kept)
+    Ok((kept, last_step))
 }
 
 #[cfg(test)]
@@ -195,12 +213,17 @@ mod tests {
         let half = [std::fs::read(&path).unwrap(), br#"{"kind":"train","step":2"#.to_vec()].concat();
         std::fs::write(&path, half).unwrap();
 
-        let mut log = MetricsWriter::open(&path, Some(2)).unwrap();
+        let mut log = MetricsWriter::open(&path, Some(Cut { after: 2, validation: false })).unwrap();
         log.append(&Record::new("train", 3));
         let expected = [("train", 1), ("train", 2), ("valid", 2), ("train", 3)];
         let expected: Vec<_> = expected.map(|(kind, step)| Record::new(kind, step).to_json() + "\n").into();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), expected.concat());
         assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+
+        // A validation that is done anew.
+        let log = MetricsWriter::open(&path, Some(Cut { after: 2, validation: true })).unwrap();
+        assert_eq!(log.last_step(), 2);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), expected[..2].concat());
 
         MetricsWriter::open(&path, None).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"");

@@ -6,6 +6,7 @@ pub mod metrics;
 pub mod progress;
 pub mod tensorboard;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 pub use metrics::Record;
@@ -16,10 +17,36 @@ use metrics::MetricsWriter;
 use progress::Progress;
 use tensorboard::EventWriter;
 
+const METRICS: &str = "metrics.jsonl";
 /// Where generated samples go.
 const SAMPLES: &str = "samples.jsonl";
 /// Where every token of some samples goes.
 const TRACE: &str = "trace.jsonl";
+
+/// What a run that goes on from a checkpoint cuts off its log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cut {
+    /// All that is of later steps.
+    pub after: u64,
+    /// Of this step, too, what is not the training's: the validation is done anew.
+    pub validation: bool,
+}
+
+impl Cut {
+    fn covers(self, of_training: bool, step: u64) -> bool {
+        step > self.after || (self.validation && !of_training && step == self.after)
+    }
+}
+
+/// The names of the files in a run's folder that its log has written.
+pub fn log_files(dir: &Path) -> Result<Vec<String>> {
+    let name = |path: PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let mut names: Vec<String> = tensorboard::event_files(dir)?.into_iter().map(name).collect();
+    let there =
+        [METRICS, SAMPLES, TRACE].into_iter().filter(|name| dir.join(name).symlink_metadata().is_ok());
+    names.extend(there.map(str::to_string));
+    Ok(names)
+}
 
 /// The log of a run in its folder: `metrics.jsonl`, the same scalars for TensorBoard, and progress on stderr. Only
 /// rank 0 writes. Nothing that goes wrong after the start ends the run.
@@ -34,39 +61,47 @@ struct Logs {
     /// `trace.jsonl`, once there is one.
     trace: Option<MetricsWriter>,
     dir: PathBuf,
-    resume_step: Option<u64>,
     events: EventWriter,
     progress: Progress,
 }
 
 impl RunLog {
     /// Opens the log in `dir`, which is made if it is missing, for a run of `total_steps`. A run that goes on from a
-    /// checkpoint gives its step: later lines and events are cut off first. Without one, all earlier ones are
-    /// removed.
+    /// checkpoint says what is cut off first. Without a cut, all that is there is removed. What is cut or removed stays under
+    /// the other names that a file has.
     ///
     /// # Errors
     /// The folder or its files cannot be made or rewritten.
-    pub fn create(dir: &Path, rank: i64, resume_step: Option<u64>, total_steps: u64) -> Result<Self> {
+    pub fn create(dir: &Path, rank: i64, cut: Option<Cut>, total_steps: u64) -> Result<Self> {
         if rank != 0 {
             return Ok(RunLog(None));
         }
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make the folder {}", dir.display()))?;
-        let metrics = MetricsWriter::open(&dir.join("metrics.jsonl"), resume_step)?;
-        tensorboard::truncate_after(dir, resume_step)?;
+        let metrics = MetricsWriter::open(&dir.join(METRICS), cut)?;
+        tensorboard::truncate_after(dir, cut)?;
         let events = EventWriter::create(dir)?;
-        let progress = Progress::start(resume_step.unwrap_or(0), total_steps);
-        if resume_step.is_none() {
-            for old in [SAMPLES, TRACE].map(|name| dir.join(name)) {
-                match std::fs::remove_file(&old) {
-                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                        return Err(e).with_context(|| format!("cannot remove {}", old.display()));
-                    }
-                    _ => {}
-                }
+        let progress = Progress::start(cut.map_or(0, |cut| cut.after), total_steps);
+        let further = |name: &str| -> Result<Option<MetricsWriter>> {
+            let path = dir.join(name);
+            if cut.is_none() {
+                append::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
             }
-        }
-        let (samples, trace, dir) = (None, None, dir.to_path_buf());
-        Ok(RunLog(Some(Logs { metrics, samples, trace, dir, resume_step, events, progress })))
+            path.exists().then(|| MetricsWriter::open(&path, cut)).transpose()
+        };
+        let (samples, trace, dir) = (further(SAMPLES)?, further(TRACE)?, dir.to_path_buf());
+        Ok(RunLog(Some(Logs { metrics, samples, trace, dir, events, progress })))
+    }
+
+    /// The last step of the training that was there when the log was opened; none on a rank that does not write.
+    pub fn last_step(&self) -> Option<u64> {
+        self.0.as_ref().map(|logs| logs.metrics.last_step())
+    }
+
+    /// The open files, to be brought to the disk with a checkpoint.
+    pub fn files(&self) -> Vec<File> {
+        let Some(Logs { metrics, samples, trace, events, .. }) = &self.0 else { return Vec::new() };
+        let further = [samples, trace].into_iter().flatten().filter_map(|writer| writer.file());
+        [metrics.file(), events.file()].into_iter().flatten().chain(further).collect()
     }
 
     /// Writes a line of metrics and, as `KIND/KEY`, its finite numbers; a record of kind `train` also moves the
@@ -84,27 +119,21 @@ impl RunLog {
     /// A generated sample: a line of `samples.jsonl`, and a text for TensorBoard under `tag`.
     pub fn log_sample(&mut self, record: &Record, tag: &str, text: &str) {
         let Some(logs) = &mut self.0 else { return };
-        append(&mut logs.samples, &logs.dir, SAMPLES, logs.resume_step, record);
+        append(&mut logs.samples, &logs.dir, SAMPLES, record);
         logs.events.add_text(tag, text, record.step());
     }
 
     /// A token of a sample: a line of `trace.jsonl`.
     pub fn log_trace(&mut self, record: &Record) {
         let Some(logs) = &mut self.0 else { return };
-        append(&mut logs.trace, &logs.dir, TRACE, logs.resume_step, record);
+        append(&mut logs.trace, &logs.dir, TRACE, record);
     }
 }
 
 /// Adds a line to a file of the run, which is opened for the first one.
-fn append(
-    writer: &mut Option<MetricsWriter>,
-    dir: &Path,
-    name: &str,
-    resume_step: Option<u64>,
-    record: &Record,
-) {
+fn append(writer: &mut Option<MetricsWriter>, dir: &Path, name: &str, record: &Record) {
     if writer.is_none() {
-        match MetricsWriter::open(&dir.join(name), resume_step) {
+        match MetricsWriter::open(&dir.join(name), None) {
             Ok(opened) => *writer = Some(opened),
             Err(e) => warn!("{e}; the run goes on without {name}"),
         }
@@ -223,7 +252,7 @@ mod tests {
         log.log(&Record::new("valid", 3).float("loss", 0.5));
         drop(log);
 
-        let mut log = RunLog::create(&run, 0, Some(2), 4).unwrap();
+        let mut log = RunLog::create(&run, 0, Some(Cut { after: 2, validation: false }), 4).unwrap();
         log.log(&train(3));
         drop(log);
         let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();

@@ -3,13 +3,14 @@
 //! A record is the length of its data (u64), the masked CRC32C of the length, the data (an `Event`), and the masked
 //! CRC32C of the data; integers are little-endian.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use prost::Message;
 
+use super::Cut;
 use super::append::{AppendFile, rewrite};
 use crate::error::{Context, Error, Result};
 
@@ -155,6 +156,10 @@ impl EventWriter {
         self.file.lost()
     }
 
+    pub fn file(&self) -> Option<File> {
+        self.file.file()
+    }
+
     fn write_summary(&mut self, values: Vec<SummaryValue>, step: u64) {
         self.write(Event { summary: Some(Summary { values }), ..Event::default() }, step);
     }
@@ -170,12 +175,12 @@ fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
 }
 
-/// Cuts all events with a step above `step` out of the event files in `dir`, and what follows a broken record; each
-/// file is replaced in one move. `None`: all event files are removed.
-pub fn truncate_after(dir: &Path, step: Option<u64>) -> Result<()> {
+/// Cuts all events that `cut` covers out of the event files in `dir`, and what follows a broken record; each file is replaced
+/// in one move. `None`: all event files are removed.
+pub fn truncate_after(dir: &Path, cut: Option<Cut>) -> Result<()> {
     for path in event_files(dir)? {
-        let result = match step {
-            Some(step) => truncate_file_after(&path, step),
+        let result = match cut {
+            Some(cut) => truncate_file_after(&path, cut),
             None => std::fs::remove_file(&path).map_err(Error::from),
         };
         result.with_context(|| format!("cannot cut {}", path.display()))?;
@@ -183,13 +188,13 @@ pub fn truncate_after(dir: &Path, step: Option<u64>) -> Result<()> {
     Ok(())
 }
 
-fn truncate_file_after(path: &Path, step: u64) -> Result<()> {
+fn truncate_file_after(path: &Path, cut: Cut) -> Result<()> {
     rewrite(path, |input, output| {
         let mut left_out = false;
         loop {
             match read_event(input) {
                 Ok(None) => return Ok(left_out),
-                Ok(Some((_, event))) if event.step > step as i64 => left_out = true,
+                Ok(Some((_, event))) if covers(cut, &event) => left_out = true,
                 Ok(Some((data, _))) => output.put(&record(&data))?,
                 // What a killed writer left: nothing after it can be read.
                 Err(e) if matches!(e.kind(), ErrorKind::UnexpectedEof | ErrorKind::InvalidData) => {
@@ -199,6 +204,12 @@ fn truncate_file_after(path: &Path, step: u64) -> Result<()> {
             }
         }
     })
+}
+
+fn covers(cut: Cut, event: &Event) -> bool {
+    let values = event.summary.iter().flat_map(|summary| &summary.values);
+    let of_training = values.into_iter().all(|value| value.tag.starts_with("train/"));
+    cut.covers(of_training, event.step as u64)
 }
 
 /// The event files in `dir`, by name.
@@ -273,7 +284,6 @@ fn crc32c(data: &[u8]) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
     use std::io::BufReader;
 
     use super::*;
@@ -343,7 +353,7 @@ mod tests {
         std::fs::write(&path, &whole[..whole.len() - 3]).unwrap();
         assert_eq!(read_all(&path).unwrap_err().kind(), ErrorKind::UnexpectedEof);
 
-        truncate_after(&dir.path(""), Some(3)).unwrap();
+        truncate_after(&dir.path(""), Some(Cut { after: 3, validation: false })).unwrap();
         let events = read_all(&path).unwrap();
         assert_eq!(events[0].file_version.as_deref(), Some("brain.Event:2"));
         assert_eq!(scalars(&events), [(1, "a".into(), 1.0), (2, "a".into(), 2.0), (3, "a".into(), 3.0)]);
@@ -354,7 +364,7 @@ mod tests {
         damaged[last] ^= 1;
         std::fs::write(&path, &damaged).unwrap();
         assert_eq!(read_all(&path).unwrap_err().kind(), ErrorKind::InvalidData);
-        truncate_after(&dir.path(""), Some(3)).unwrap();
+        truncate_after(&dir.path(""), Some(Cut { after: 3, validation: false })).unwrap();
         assert_eq!(scalars(&read_all(&path).unwrap()).len(), 2);
 
         truncate_after(&dir.path(""), None).unwrap();

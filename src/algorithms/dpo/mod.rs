@@ -12,9 +12,10 @@ use kernels::ops;
 use tch::{Device, Kind, Tensor};
 
 use crate::algorithms::base::{self, Base};
+use crate::algorithms::folder::{RunFolder, Start};
 use crate::algorithms::records;
-use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Sums};
-use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start, compute_kind};
+use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Stop, Sums};
+use crate::algorithms::training::{Learner, Plan, Progress, Run, compute_kind};
 use crate::config::dpo::{Dpo, Pairs, Section};
 use crate::config::pretrain::Model;
 use crate::config::{Algorithm, Loaded, common};
@@ -239,7 +240,7 @@ pub fn dpo(loaded: &Loaded<Dpo>, inputs: Inputs, world: &World, start: &Start) -
     let mut paths = common::paths(&c.model, c.tokenizer.as_ref(), sources);
     paths.extend(c.reference.as_ref().map(|r| r.path.as_path()));
     let tokenizer = &inputs.base.tokenizer;
-    let folder = RunFolder::open(&common, &loaded.resolved_yaml()?, start, &paths, tokenizer, world)?;
+    let folder = RunFolder::open(loaded, start, &paths, tokenizer, world)?;
     let origin = inputs.base.path(&c.model);
     let mut learner = Learner::new(&inputs.base, origin, &inputs.trainable, &common, world)?;
     let restored = folder.restore::<State>(&mut learner)?;
@@ -261,6 +262,10 @@ pub fn dpo(loaded: &Loaded<Dpo>, inputs: Inputs, world: &World, start: &Start) -
     let mut run = folder.start(progress, Plan::new(&common, inputs.steps))?;
     let (counts, odd) = (inputs.train.counts(), inputs.train.odd());
 
+    if run.owes_validation() {
+        let best = validation(c, &inputs, &mut learner.model, &mut reference, &mut run, world)?;
+        run.save(&[learner.part("")], best)?;
+    }
     while !run.done() {
         let (next, batch) = (run.progress.data.next, c.train.batch_size as u64);
         let tokens = inputs.train.count(next, batch).1;
@@ -295,17 +300,8 @@ pub fn dpo(loaded: &Loaded<Dpo>, inputs: Inputs, world: &World, start: &Start) -
             let ties = ties(&inputs.train, next, batch);
             run.log(&record.count("duplicates", counts.duplicates).count("ties", ties));
         }
-        let mut best = false;
-        if let Some(valid) = &inputs.valid
-            && run.due(c.valid.every)
-        {
-            let (loss, stats) = validate(c, &mut learner.model, &mut reference, valid, world)?;
-            let record = run.with_loss(Record::new("valid", run.progress.step), loss);
-            let record = tell(record, &stats, c).float("perplexity", (stats[6] / stats[7]).exp());
-            run.log(&record.count("ties", ties(valid, 0, num_valid(c, valid))));
-            best = run.note_validation(loss, &c.valid);
-            run.restart_window();
-        }
+        let due = run.due(c.valid.every);
+        let best = due && validation(c, &inputs, &mut learner.model, &mut reference, &mut run, world)?;
         run.save(&[learner.part("")], best)?;
     }
     run.finish(|dir| learner.export(dir, tokenizer, world))
@@ -340,18 +336,42 @@ fn num_valid(c: &Dpo, data: &RowLoader) -> u64 {
     data.num_rows().min((c.valid.batches * c.train.batch_size) as u64)
 }
 
-/// The loss over the first `valid.batches` batches of the validation data, and what is told with it.
+/// Validates, where there is data to validate on; whether the checkpoint is the best so far, to be saved.
+fn validation(
+    c: &Dpo,
+    inputs: &Inputs,
+    model: &mut Llama,
+    reference: &mut Reference,
+    run: &mut Run<State>,
+    world: &World,
+) -> Result<bool> {
+    let Some(valid) = &inputs.valid else { return Ok(false) };
+    let validated = validate(c, model, reference, valid, world, &mut || run.interrupted())?;
+    let Some((loss, stats)) = validated else { return run.owe_validation() };
+    let record = run.with_loss(Record::new("valid", run.progress.step), loss);
+    let record = tell(record, &stats, c).float("perplexity", (stats[6] / stats[7]).exp());
+    run.log(&record.count("ties", ties(valid, 0, num_valid(c, valid))));
+    run.restart_window();
+    Ok(run.note_validation(loss, &c.valid))
+}
+
+/// The loss over the first `valid.batches` batches of the validation data, and what is told with it; none where it was
+/// stopped.
 fn validate(
     c: &Dpo,
     model: &mut Llama,
     reference: &mut Reference,
     data: &RowLoader,
     world: &World,
-) -> Result<(f64, Vec<f64>)> {
+    stop: Stop,
+) -> Result<Option<(f64, Vec<f64>)>> {
     let total = num_valid(c, data);
     let sft = sft_weight(c, data, 0, total);
     let (mut loss, stats) = (0.0, RefCell::new([0.0; 8]));
     for (first, count) in step::rounds(total, &c.train, world) {
+        if stop()? {
+            return Ok(None);
+        }
         let (numbers, share): (Vec<u64>, f64) = match count {
             0 => (vec![0], 0.0),
             n => ((first..first + n).collect(), 1.0 / total as f64),
@@ -366,7 +386,7 @@ fn validate(
     let mut sums = stats.into_inner().to_vec();
     sums.push(loss);
     let mut sums = world.group.combine(&sums, ReduceOp::Sum)?;
-    Ok((sums.pop().unwrap_or(f64::NAN), sums))
+    Ok(Some((sums.pop().unwrap_or(f64::NAN), sums)))
 }
 
 fn announce(c: &Dpo, inputs: &Inputs) {

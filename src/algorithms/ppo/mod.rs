@@ -10,12 +10,13 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::algorithms::base::Base;
+use crate::algorithms::folder::{RunFolder, Start};
 use crate::algorithms::records;
 use crate::algorithms::rl::KlController;
 use crate::algorithms::rl::experience::gather_rows;
 use crate::algorithms::rl::place::{Average, Where, check_offload};
 use crate::algorithms::rl::policy::{Opened, Policy, Samplers, check_reads, share_of};
-use crate::algorithms::training::{Learner, Plan, Progress, RunFolder, Start};
+use crate::algorithms::training::{Learner, Plan, Progress};
 use crate::checkpoint::Part;
 use crate::config::common::Common;
 use crate::config::ppo::Ppo;
@@ -134,7 +135,7 @@ pub fn ppo(loaded: &Loaded<Ppo>, inputs: Inputs, world: &World, start: &Start) -
     let c = &loaded.config;
     let common = c.common();
     let tokenizer = inputs.opened.tokenizer().clone();
-    let folder = RunFolder::open(&common, &loaded.resolved_yaml()?, start, &c.paths(), &tokenizer, world)?;
+    let folder = RunFolder::open(loaded, start, &c.paths(), &tokenizer, world)?;
     let Samplers { train: mut sampler, mut valid } = samplers;
     let mut models = Models::load(c, inputs, world)?;
     let progress = match folder.restore::<Position>(&mut models.policy.actor)? {
@@ -172,6 +173,10 @@ pub fn ppo(loaded: &Loaded<Ppo>, inputs: Inputs, world: &World, start: &Start) -
     info!("critic: {size:.2}M parameters on {:?}", models.critic_world.device);
     let mut run = folder.start(progress, Plan::new(&common, inputs.opened.steps))?;
 
+    if run.owes_validation() {
+        let best = models.policy.validation(&mut valid, &c.valid, c.train.batch_size, &mut run, world)?;
+        run.save(&models.parts(), best)?;
+    }
     while !run.done() {
         let (step, count) = (run.progress.step, c.train.batch_size as u64);
         let first = run.progress.data.prompts.next;
@@ -209,24 +214,8 @@ pub fn ppo(loaded: &Loaded<Ppo>, inputs: Inputs, world: &World, start: &Start) -
                     .float("generated_tokens_per_s", generated as f64 / batch.rollout_s),
             );
         }
-        let mut best = false;
-        if let Some(valid) = &mut valid
-            && run.due(c.valid.every)
-        {
-            let policy = &mut models.policy;
-            let (record, reward) = policy.validate(valid, &c.valid, c.train.batch_size, step + 1, world)?;
-            run.log(&record);
-            best = run.note_validation(-reward, &c.valid);
-            run.restart_window();
-        }
-        let Models { policy, critic, ema, .. } = &models;
-        let mut parts = vec![policy.actor.part(""), critic.part("critic")];
-        parts.extend(ema.as_ref().map(|ema| Part {
-            params: &ema.params,
-            optim: None,
-            ..policy.actor.part("ema")
-        }));
-        run.save(&parts, best)?;
+        let best = models.policy.validation(&mut valid, &c.valid, c.train.batch_size, &mut run, world)?;
+        run.save(&models.parts(), best)?;
     }
     models.policy.wake()?;
     models.critic.model.params.unpark()?;
@@ -262,6 +251,14 @@ impl<'a> Models<'a> {
             None => None,
         };
         Ok(Models { policy, critic, critic_world, ema })
+    }
+
+    /// The run's checkpoint.
+    fn parts(&self) -> Vec<Part<'_>> {
+        let actor = self.policy.actor.part("");
+        let ema = self.ema.as_ref();
+        let ema = ema.map(|ema| Part { params: &ema.params, optim: None, ..self.policy.actor.part("ema") });
+        [Some(actor), Some(self.critic.part("critic")), ema].into_iter().flatten().collect()
     }
 
     /// The actor's log-probabilities as it is now, of all responses.

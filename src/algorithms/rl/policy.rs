@@ -9,7 +9,7 @@ use crate::algorithms::rl::experience::{Readout, gather_rows};
 use crate::algorithms::rl::place::{Where, at_work, check_offload, frozen, where_it_was};
 use crate::algorithms::rl::reward_model::{self, RewardModel};
 use crate::algorithms::rl::sampling::{Batch, Said, Sampled, Sampler, Scorer};
-use crate::algorithms::training::Learner;
+use crate::algorithms::training::{Learner, Run};
 use crate::config::common::Common;
 use crate::config::policy::OwnResponses;
 use crate::config::pretrain::Model;
@@ -24,6 +24,7 @@ use crate::info;
 use crate::model::{Llama, Trainable};
 use crate::rewards::Judge;
 use crate::telemetry::Record;
+use serde::Serialize;
 use tch::Tensor;
 
 /// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
@@ -217,23 +218,33 @@ impl<'a> Policy<'a> {
         }
     }
 
-    /// One sampled response to each of the first prompts of the validation data: mean reward, tokens, and the share that
-    /// ended.
-    pub fn validate(
+    /// Validates, where it is due, on one sampled response to each of the first prompts of the validation data (mean reward,
+    /// tokens, and the share that ended); whether the checkpoint is the best so far, to be saved.
+    pub fn validation<D: Serialize>(
         &mut self,
-        sampler: &mut Sampler,
+        sampler: &mut Option<Sampler>,
         valid: &Valid,
         batch_size: i64,
-        step: u64,
+        run: &mut Run<D>,
         world: &World,
-    ) -> Result<(Record, f64)> {
+    ) -> Result<bool> {
+        let Some(sampler) = sampler.as_mut().filter(|_| run.due(valid.every)) else { return Ok(false) };
         let ranks = world.world_size as u64;
         let count = (sampler.prompts.len() as u64).min((valid.batches * batch_size) as u64);
-        // Equally many a rank; the first ones again, where there are too few.
-        let batch = self.ask(sampler, 0, count.div_ceil(ranks) * ranks, 1, world)?;
-        let told = describe(&batch.samples[..count as usize]);
+        let mut samples = Vec::new();
+        for first in (0..count).step_by(batch_size as usize) {
+            if run.interrupted()? {
+                return run.owe_validation();
+            }
+            // Equally many a rank; the first ones again, where there are too few.
+            let prompts = (count - first).min(batch_size as u64).div_ceil(ranks) * ranks;
+            samples.extend(self.ask(sampler, first, prompts, 1, world)?.samples);
+        }
+        let told = describe(&samples[..count as usize]);
         let reward = told.get("reward").unwrap_or(f64::NAN);
-        Ok((Record::new("valid", step).with(told), reward))
+        run.log(&Record::new("valid", run.progress.step).with(told));
+        run.restart_window();
+        Ok(run.note_validation(-reward, valid))
     }
 }
 

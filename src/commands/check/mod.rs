@@ -6,8 +6,9 @@ use std::path::Path;
 
 use clap::Subcommand;
 
+use crate::algorithms::folder::{Start, examine};
 use crate::algorithms::rl::policy::Samplers;
-use crate::algorithms::run::{self, Resume};
+use crate::algorithms::run::Resume;
 use crate::algorithms::training::compute_kind;
 use crate::algorithms::{dpo, grpo, online_dpo, ppo, pretrain, records, reward, sft};
 use crate::checkpoint;
@@ -171,8 +172,7 @@ impl Checked {
         let loaded = self.config.load::<C>()?;
         loaded.validate(self.nproc)?;
         let inputs = open(&loaded.config)?;
-        let dir = loaded.config.common().output_dir;
-        run::check_folder(dir, &loaded.resolved_yaml()?, &Resume::Auto, false, &[])?;
+        examine(&loaded, &Start { resume: Resume::Auto, overwrite: false }, &[])?;
         show(&loaded, &inputs)
     }
 }

@@ -1,0 +1,321 @@
+//! The folder of a run that is about to begin: locked, checked against its configuration, searched for the checkpoint to go
+//! on from. Nothing of an earlier start is removed before the first save of this one stands (see [`super::rollback`]).
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde::{Serialize, de::DeserializeOwned};
+use sha2::Digest;
+
+use super::lock::RunLock;
+use super::rollback::{self, CONFIG, MODELS};
+use super::run::{Resume, Signals};
+use super::step::SkipGuard;
+use super::training::{Learner, Plan, Progress, Run, Window};
+use crate::checkpoint::sharded::{META, checkpoints_dir, list};
+use crate::checkpoint::{self, Checkpoint, RunInfo, Saver, agree};
+use crate::config::changes::{self, Change, Class};
+use crate::config::{Algorithm, Loaded};
+use crate::data::tokenizer::{Tokenizer, hex};
+use crate::distributed::world::World;
+use crate::error::{Context, Error, Result};
+use crate::telemetry::{RunLog, log_files};
+use crate::{files, info, warn};
+
+/// How a run is to begin, as the command line says.
+#[derive(Debug, Clone)]
+pub struct Start {
+    pub resume: Resume,
+    /// With [`Resume::Never`]: replace the run that the folder holds.
+    pub overwrite: bool,
+}
+
+/// What a run that is about to begin finds in its folder.
+pub struct Found {
+    /// The checkpoint to go on from.
+    from: Option<Checkpoint>,
+    /// It is one of this folder.
+    own: bool,
+    /// What differs from the configuration of the run that the folder holds; nothing of it is refused.
+    changes: Vec<Change>,
+}
+
+/// Checks the folder, and finds the checkpoint that the run goes on from. Changes nothing. `inputs` are the paths that the run
+/// reads, which a replaced run must not hold.
+///
+/// # Errors
+/// The folder holds another run, or what looks like one and is not ours to change (kind Config); a checkpoint that is
+/// damaged or missing (kind Data).
+pub fn examine<C: Algorithm>(loaded: &Loaded<C>, start: &Start, inputs: &[&Path]) -> Result<Found> {
+    let dir = loaded.config.common().output_dir;
+    let new_run = || Ok(Found { from: None, own: false, changes: Vec::new() });
+    if start.resume == Resume::Never && start.overwrite {
+        check_inputs(dir, inputs)?;
+        return new_run();
+    }
+    let refuse = |what: &str| {
+        Err(Error::config(format!(
+            "{} {what}; choose another output_dir, or replace what is there with --resume never --overwrite",
+            dir.display()
+        )))
+    };
+    let config = rollback::config_path(dir);
+    let has_checkpoint = !list(&checkpoints_dir(dir))?.is_empty();
+    let has_model = dir.join("model").exists();
+    // Without a configuration, what a run would write over belongs to somebody else.
+    if !config.exists() && (has_model || (dir.is_dir() && !log_files(dir)?.is_empty())) {
+        return refuse("holds metrics, a model or TensorBoard files, but no run's config.yaml");
+    }
+    if start.resume == Resume::Never && (has_checkpoint || has_model) {
+        return refuse("already holds a run (--resume auto goes on with it)");
+    }
+    let from = find_checkpoint(dir, &start.resume)?;
+    let changes = match config.exists() && (has_checkpoint || has_model) {
+        true => changes(loaded, &config)?,
+        // A start that never came to a checkpoint holds nothing.
+        false => Vec::new(),
+    };
+    let refused: Vec<&Change> = changes.iter().filter(|change| change.is_refused()).collect();
+    if !refused.is_empty() && !has_checkpoint {
+        let what = "holds the model of a run with another configuration";
+        return refuse(&format!("{what} ({})", changes::list(refused)));
+    }
+    if !refused.is_empty() {
+        return Err(another_run(dir, &start.resume, &refused));
+    }
+    let own = from.as_ref().is_some_and(|from| is_within(from.dir(), &checkpoints_dir(dir)));
+    Ok(Found { from, own, changes: if own { changes } else { Vec::new() } })
+}
+
+/// Whether the folder holds a run of just this configuration that has come to a checkpoint.
+pub fn is_begun<C: Algorithm>(loaded: &Loaded<C>) -> Result<bool> {
+    let dir = loaded.config.common().output_dir;
+    let text = std::fs::read_to_string(dir.join(CONFIG)).unwrap_or_default();
+    let same = changes::resolved(&text) == loaded.resolved_yaml()?;
+    Ok(same && !rollback::can_be_undone(dir)? && !list(&checkpoints_dir(dir))?.is_empty())
+}
+
+/// Refuses to replace a run that holds what the new one reads.
+fn check_inputs(dir: &Path, inputs: &[&Path]) -> Result<()> {
+    let removed = || MODELS.map(|name| dir.join(name)).into_iter().chain([checkpoints_dir(dir)]);
+    match inputs.iter().find(|path| removed().any(|removed| is_within(path, &removed))) {
+        None => Ok(()),
+        Some(path) => Err(Error::config(format!(
+            "--overwrite would remove {}, which the run reads; choose another output_dir",
+            path.display()
+        ))),
+    }
+}
+
+fn is_within(path: &Path, folder: &Path) -> bool {
+    let absolute = |p: &Path| p.canonicalize().unwrap_or_else(|_| p.to_path_buf());
+    absolute(path).starts_with(absolute(folder))
+}
+
+/// The checkpoint that the run goes on from, if any.
+fn find_checkpoint(dir: &Path, resume: &Resume) -> Result<Option<Checkpoint>> {
+    let path = match resume {
+        Resume::Never => return Ok(None),
+        Resume::Auto => return checkpoint::latest(dir),
+        Resume::From(path) => path,
+    };
+    let told = |why: &str| Err(Error::data(format!("--resume {}: {why}", path.display())));
+    if !path.is_dir() {
+        return told("there is no such folder; give a checkpoint, or a run's folder");
+    }
+    // A run's folder, or its folder of checkpoints.
+    let newest = match path.join(META).exists() {
+        true => return Checkpoint::open(path).map(Some),
+        false if checkpoints_dir(path).is_dir() => checkpoint::latest(path)?,
+        false => list(path)?.pop().map(|(_, newest)| Checkpoint::open(&newest)).transpose()?,
+    };
+    match newest {
+        Some(newest) => Ok(Some(newest)),
+        None => told("neither a checkpoint nor the folder of a run that has one"),
+    }
+}
+
+/// What one may do where a folder holds another run.
+const ADVICE: &str =
+    "for a new run choose another output_dir, or replace the one there with --resume never --overwrite";
+
+/// What differs between the configuration and the one of the run that the folder holds.
+fn changes<C: Algorithm>(loaded: &Loaded<C>, config: &Path) -> Result<Vec<Change>> {
+    let dir = loaded.config.common().output_dir.display();
+    let text = std::fs::read_to_string(config).data_error(config.display())?;
+    let source = config.display().to_string();
+    let other = |there| Error::config(format!("{dir} holds a run of `corral {there}`; {ADVICE}"));
+    if let Some(there) = changes::noted_stage(&text).filter(|there| *there != C::SUBCOMMAND) {
+        return Err(other(there));
+    }
+    changes::between(&text, &source, &loaded.config).map_err(|e| match changes::stage_of(&text) {
+        Some(there) if there != C::SUBCOMMAND => other(there),
+        _ => Error::config(format!("{dir} holds a run whose configuration cannot be read: {e}; {ADVICE}")),
+    })
+}
+
+/// The folder holds a run whose mathematics differs in the `refused` keys.
+fn another_run(dir: &Path, resume: &Resume, refused: &[&Change]) -> Error {
+    let dir = dir.display();
+    let from = match resume {
+        Resume::From(path) => path.display().to_string(),
+        _ => dir.to_string(),
+    };
+    let bound: Vec<&str> =
+        refused.iter().filter(|c| c.class != Class::Mathematics).map(|c| c.key.as_str()).collect();
+    let bound = match bound.is_empty() {
+        true => String::new(),
+        false => format!(" (with {} as there: a checkpoint is bound to it)", bound.join(", ")),
+    };
+    Error::config(format!(
+        "{dir} holds a run with another configuration: {}. To go on from its newest checkpoint in another folder: --resume \
+         {from} output_dir=NEW{bound}; {ADVICE}",
+        changes::list(refused.iter().copied())
+    ))
+}
+
+/// The folder of a run that is about to begin, held by this process group.
+pub struct RunFolder<'a> {
+    world: &'a World,
+    dir: PathBuf,
+    /// The subcommand.
+    stage: &'static str,
+    resolved: String,
+    /// The run that the folder holds is replaced.
+    replaces: bool,
+    /// On rank 0.
+    lock: Option<RunLock>,
+    saver: Saver,
+    signals: Signals,
+    found: Found,
+}
+
+impl<'a> RunFolder<'a> {
+    /// Takes the folder, and refuses one that holds another run. `inputs` are the paths that the run reads; `tokenizer` goes
+    /// into its checkpoints. Collective.
+    pub fn open<C: Algorithm>(
+        loaded: &Loaded<C>,
+        start: &Start,
+        inputs: &[&Path],
+        tokenizer: &Tokenizer,
+        world: &'a World,
+    ) -> Result<Self> {
+        let (c, resolved) = (loaded.config.common(), loaded.resolved_yaml()?);
+        let dir = c.output_dir;
+        let take = || {
+            let lock = RunLock::take(dir)?;
+            rollback::undo(dir)?;
+            Ok(Some(lock))
+        };
+        let lock = agree(&world.group, if world.rank == 0 { take() } else { Ok(None) })?;
+        let info = RunInfo {
+            config_hash: hex(&sha2::Sha256::digest(resolved.as_bytes())),
+            tokenizer: Some(tokenizer.clone()),
+        };
+        let saver = Saver::new(dir, c.checkpoint.keep as usize, info, &world.group)?;
+        let found = agree(&world.group, examine(loaded, start, inputs))?;
+        let replaces = start.resume == Resume::Never && start.overwrite;
+        let signals = Signals::watch()?;
+        let (dir, stage) = (dir.to_path_buf(), C::SUBCOMMAND);
+        Ok(RunFolder { world, dir, stage, resolved, replaces, lock, saver, signals, found })
+    }
+
+    /// The checkpoint that the run goes on from, if there is one.
+    pub fn from(&self) -> Option<&Checkpoint> {
+        self.found.from.as_ref()
+    }
+
+    /// Sets a learner's parameters and moments, and the position, from the checkpoint, if there is one to go on from.
+    /// Further models of the run are in [`RunFolder::from`]'s parts. Collective.
+    pub fn restore<D: DeserializeOwned>(&self, learner: &mut Learner) -> Result<Option<Progress<D>>> {
+        let Some(from) = &self.found.from else { return Ok(None) };
+        let state = from.load(&mut learner.model.params, &mut learner.optimizer)?.state;
+        let progress: Progress<D> = serde_json::from_value(state)
+            .map_err(|e| Error::data(format!("{}: its state cannot be read: {e}", from.dir().display())))?;
+        info!("resumed from {}", from.dir().display());
+        Ok(Some(progress))
+    }
+
+    /// Writes the configuration, opens the log and starts the clock of a run of `plan.steps`: from here on the folder holds
+    /// this run. Collective.
+    pub fn start<D: Serialize>(self, mut progress: Progress<D>, plan: Plan) -> Result<Run<'a, D>> {
+        let RunFolder { world, dir, stage, resolved, replaces, lock, mut saver, signals, found } = self;
+        let resumed_at = found.from.as_ref().map(|_| progress.step);
+        if progress.step > plan.steps {
+            let (step, steps) = (progress.step, plan.steps);
+            return Err(Error::config(format!(
+                "the checkpoint stands at step {step}, beyond the {steps} of this configuration: raise train.steps or \
+                 train.epochs, or go on from an older checkpoint with --resume"
+            )));
+        }
+        found.tell(&plan, world);
+        progress.go_on(&found.changes);
+        progress.start = rollback::name_of_start();
+        let open = || -> Result<RunLog> {
+            if world.rank == 0 {
+                std::fs::create_dir_all(&dir).context(format!("cannot make the folder {}", dir.display()))?;
+                if dir.join(CONFIG).exists() || !log_files(&dir)?.is_empty() || replaces {
+                    rollback::keep(&dir, &progress.start, replaces)?;
+                }
+                files::write_file(&dir.join(CONFIG), changes::recorded(stage, &resolved).as_bytes())?;
+            }
+            RunLog::create(&dir, world.rank, resumed_at.map(|step| progress.cut(step)), plan.steps)
+        };
+        let log = agree(&world.group, open())?;
+        if let Some(last) = log.last_step().filter(|last| found.own && *last < progress.logged) {
+            warn!(
+                "metrics.jsonl ends at step {last}, and the checkpoint is of step {}: the lines between are missing",
+                progress.step
+            );
+        }
+        if let Some(step) = progress.best_step().filter(|_| plan.keep_best) {
+            saver.keep_best(step);
+        }
+        let folder = dir.clone();
+        saver.once_saved(replaces, Box::new(move || rollback::forget(&folder)));
+        let (skipped, elapsed_before, now) = (progress.skipped_steps, progress.elapsed_s, Instant::now());
+        Ok(Run {
+            progress,
+            world,
+            dir,
+            plan,
+            saver,
+            log,
+            signals,
+            lock,
+            guard: SkipGuard::new(skipped),
+            started: now,
+            elapsed_before,
+            window: Window::begin(),
+            signal: 0.0,
+        })
+    }
+}
+
+impl Found {
+    /// Says what has changed since the run's last start.
+    fn tell(&self, plan: &Plan, world: &World) {
+        let of = |class: &[Class]| -> Vec<String> {
+            self.changes.iter().filter(|c| class.contains(&c.class)).map(Change::before_and_now).collect()
+        };
+        let changed = of(&[Class::Output, Class::Execution]);
+        if !changed.is_empty() {
+            info!("changed: {}", changed.join("; "));
+        }
+        let mut rounds = of(&[Class::Rounding]);
+        let ranks = self.from.as_ref().map(|from| from.meta().world_size).filter(|n| *n != world.world_size);
+        rounds.extend(
+            ranks.filter(|_| self.own).map(|n| format!("ranks: before {n}, now {}", world.world_size)),
+        );
+        if !rounds.is_empty() {
+            info!(
+                "changed: {}: from here on results are equal up to rounding, not to the bit",
+                rounds.join("; ")
+            );
+        }
+        let length = of(&[Class::Length]);
+        if !length.is_empty() {
+            info!("changed: {}: the schedule is now one over {} steps", length.join("; "), plan.steps);
+        }
+    }
+}

@@ -5,6 +5,7 @@ pub mod arrow;
 pub mod chat;
 pub mod conversation;
 pub mod examples;
+mod jinja;
 pub mod loader;
 pub mod odd;
 pub mod order;

@@ -49,18 +49,21 @@ fn templates_are_rendered_as_by_transformers() {
 #[test]
 fn errors_of_templates_are_told_with_their_line() {
     let jinja = |source: &str| Jinja::new(&template(source), Vec::new());
-    let e = jinja("a\nb {% if %}").err().unwrap();
-    assert!(e.message.starts_with("here, line 2: syntax error: "), "{e}");
+    for (source, part) in
+        [("a\nb {% if %}", "expected an expression"), ("\n{% include 'other' %}", "'include'")]
+    {
+        let e = jinja(source).err().unwrap();
+        assert!(e.message.starts_with("here, line 2: syntax error: ") && e.message.contains(part), "{e}");
+    }
     let fails = |source: &str| jinja(source).unwrap().render(&chat(&[("user", "x")]), true).err().unwrap();
     let e = fails("\n\n{{ raise_exception('never ' + messages[0].content) }}");
     assert_eq!((e.message.as_str(), e.exit_code()), ("here, line 3: never x", 3));
     for (source, part) in [
-        ("{{ messages[0].a.b }}", "here, line 1: undefined value"),
+        ("{{ messages[0].a.b }}", "here, line 1: 'dict object' has no attribute 'a'"),
         ("\n{{ none + 'a' }}", "here, line 2: "),
-        ("{{ messages | nothing }}", "unknown filter"),
-        ("{{ nothing() }}", "here, line 1: unknown function"),
-        ("{{ 'a'.nothing() }}", "unknown method"),
-        ("{% include 'other' %}", "here, line 1: "),
+        ("{{ messages | nothing }}", "unknown filter 'nothing'"),
+        ("{{ nothing() }}", "here, line 1: 'nothing' is undefined"),
+        ("{{ 'a'.nothing() }}", "'str object' has no attribute 'nothing'"),
         ("{{ strftime_now('%!') }}", "bad format"),
     ] {
         let e = fails(source);

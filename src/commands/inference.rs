@@ -128,6 +128,8 @@ impl Opened {
         for name in ["generation_config.json", "config.json"] {
             ids.extend(eos_of(&self.dir().join(name))?);
         }
+        // Such as -1, which says that there is none.
+        ids.retain(|id| (0..self.shape().vocab_size).contains(id));
         ids.sort_unstable();
         ids.dedup();
         Ok(ids)

@@ -20,10 +20,10 @@ pub(super) struct Added {
     pub id: u32,
     pub content: String,
     /// `single_word`, `lstrip`, `rstrip`, `normalized`, `special`.
-    flags: [bool; 5],
+    pub flags: [bool; 5],
 }
 
-const FLAGS: [&str; 5] = ["single_word", "lstrip", "rstrip", "normalized", "special"];
+pub(super) const FLAGS: [&str; 5] = ["single_word", "lstrip", "rstrip", "normalized", "special"];
 
 impl Added {
     pub fn special(id: u32, content: &str) -> Added {
@@ -46,7 +46,9 @@ impl Added {
             let (id, content) = parsed.ok_or_else(|| {
                 error("tokenizer_config.json", format!("added_tokens_decoder: `{id}` is no token"))
             })?;
-            let flags = FLAGS.map(|name| token[name].as_bool().unwrap_or(false));
+            let special = token["special"].as_bool().unwrap_or(false);
+            let flag = |name| token[name].as_bool().unwrap_or(name == "normalized" && !special);
+            let flags = FLAGS.map(flag);
             tokens.push(Added { id, content: content.into(), flags });
         }
         for (content, id) in older.as_object().into_iter().flatten() {

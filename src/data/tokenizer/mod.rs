@@ -1,8 +1,10 @@
 //! Tokenizers: Hugging Face's `tokenizer.json`, SentencePiece's and tiktoken's `tokenizer.model`, and byte-level BPE of
 //! our own. Whatever was read, what works is a `tokenizers` tokenizer, and what is written is a `tokenizer.json`.
 
+mod companions;
 mod convert;
 mod files;
+mod pieces;
 mod segments;
 mod sentencepiece;
 mod tiktoken;
@@ -14,6 +16,7 @@ pub use train::{MIN_VOCAB_SIZE, train};
 use crate::config::sections;
 use crate::error::{Error, Result};
 use crate::files::write_file;
+use companions::Companions;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::path::Path;
@@ -76,56 +79,44 @@ impl Tokenizer {
 
     /// From the contents of the files; `main` is where `tokenizer.json` lies, for messages, and `fallback` a
     /// `config.json`, whose ids count where no other file names any.
-    fn from_files(files: files::Contents, main: &Path, fallback: &Value) -> Result<Self> {
+    fn from_files(mut files: files::Contents, main: &Path, fallback: &Value) -> Result<Self> {
         let content = |name: &str| files.iter().find(|(n, _)| n == name).map(|(_, bytes)| bytes.as_slice());
         let parse = |name: &str| files::parse(content(name).unwrap_or(b"{}"), &main.with_file_name(name));
-        let definition = files::parse(content("tokenizer.json").unwrap_or_default(), main)?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(content("tokenizer.json").unwrap_or_default())
-            .map_err(|e| invalid(main, format!("not a tokenizer: {e}")))?;
-        inner.with_truncation(None).map_err(|e| invalid(main, e))?;
-        inner.with_padding(None);
-        check_ids(&inner, &definition).map_err(|e| invalid(main, e))?;
-
-        let (config, map, generation) = (
+        let mut definition = files::parse(content("tokenizer.json").unwrap_or_default(), main)?;
+        let mut inner = companions::load(content("tokenizer.json").unwrap_or_default(), main)?;
+        companions::check_ids(&inner, &definition, main)?;
+        let [config, map, added, generation] = [
             parse("tokenizer_config.json")?,
             parse("special_tokens_map.json")?,
+            parse("added_tokens.json")?,
             parse("generation_config.json")?,
-        );
+        ];
+        let companions = Companions { main, config: &config, map: &map, added: &added };
+        let merged = companions.merge(&inner, &mut definition)?.then(|| definition.to_string().into_bytes());
+        if let Some(bytes) = &merged {
+            inner = companions::load(bytes, main)?;
+            companions::check_ids(&inner, &definition, main)?;
+        }
         let mut named = Vec::new();
         let mut special = |name: &'static str| -> Result<Option<u32>> {
-            let value = [&config[name], &map[name]].into_iter().find(|v| !v.is_null());
-            let Some(text) = value.and_then(|v| v.as_str().or(v["content"].as_str())) else {
+            let Some(text) = companions.named(name) else { return Ok(None) };
+            let id = inner.token_to_id(text);
+            if id.is_none() && name == "pad_token" {
                 return Ok(None);
-            };
-            named.push((name, text.to_string()));
-            inner.token_to_id(text).map(Some).ok_or_else(|| {
-                invalid(
-                    main,
-                    format!(
-                        "{name} is `{text}`, which is not in the vocabulary; correct tokenizer_config.json"
-                    ),
-                )
-            })
-        };
-        let ids = |name: &str| -> Result<Vec<u32>> {
-            let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
-            let (file, value) = match &generation[name] {
-                Value::Null => ("config.json", &fallback[name]),
-                value => ("generation_config.json", value),
-            };
-            match value {
-                Value::Null => Some(Vec::new()),
-                Value::Array(list) => list.iter().map(id).collect(),
-                single => id(single).map(|id| vec![id]),
             }
-            .ok_or_else(|| {
-                invalid(&main.with_file_name(file), format!("{name} is no token id, nor a list of them"))
+            named.push((name, text.to_string()));
+            id.map(Some).ok_or_else(|| {
+                let what = "which is not in the vocabulary; correct tokenizer_config.json";
+                invalid(main, format!("{name} is `{text}`, {what}"))
             })
         };
-        let bos = special("bos_token")?.or(ids("bos_token_id")?.first().copied());
-        let pad = special("pad_token")?.or(ids("pad_token_id")?.first().copied());
+        let (configs, known) = ([&generation, fallback], vocab_size(&inner));
+        let single = |name: &str| companions::single_id(main, configs, name, known);
+        let bos = special("bos_token")?.map_or_else(|| single("bos_token_id"), |id| Ok(Some(id)))?;
+        let pad = special("pad_token")?.map_or_else(|| single("pad_token_id"), |id| Ok(Some(id)))?;
         let mut eos: Vec<u32> = special("eos_token")?.into_iter().collect();
-        for id in ids("eos_token_id")? {
+        let rows = fallback["vocab_size"].as_u64().map_or(known, |rows| known.max(rows as usize));
+        for id in companions::ids(main, configs, "eos_token_id", rows)? {
             if !eos.contains(&id) {
                 eos.push(id);
             }
@@ -134,23 +125,15 @@ impl Tokenizer {
 
         let empty = inner.encode_fast("", true).map_err(|e| invalid(main, e))?;
         let adds_bos = bos.is_some() && empty.get_ids().first().copied() == bos;
-        let chat_template = match content("chat_template.jinja") {
-            Some(bytes) => {
-                let path = main.with_file_name("chat_template.jinja");
-                let source =
-                    String::from_utf8(bytes.to_vec()).map_err(|_| invalid(&path, "not UTF-8 text"))?;
-                Some(ChatTemplate { source, place: path.display().to_string() })
-            }
-            None => {
-                let path = main.with_file_name("tokenizer_config.json");
-                let source = files::template_of(&config["chat_template"]).map_err(|e| invalid(&path, e))?;
-                source.map(|source| ChatTemplate {
-                    source,
-                    place: format!("{}: chat_template", path.display()),
-                })
-            }
-        };
-        let splits_at_lines = splits_at_lines(&definition);
+        let adds_eos = eos.first().map(|eos| empty.get_ids().last() == Some(eos));
+        companions.warn_of_unused([("add_bos_token", bos.map(|_| adds_bos)), ("add_eos_token", adds_eos)]);
+        let chat_template = companions::chat_template(content("chat_template.jinja"), &config, main)?;
+        if let Some(bytes) = merged {
+            // The other formats do not know what was merged.
+            files.retain(|(name, _)| !files::VOCABULARIES.contains(&name.as_str()));
+            files.insert(0, ("tokenizer.json".into(), bytes));
+        }
+        let splits_at_lines = pieces::splits_at_lines(&inner, &definition);
         let hash = hash(definition);
         Ok(Tokenizer {
             vocab_size: vocab_size(&inner),
@@ -411,27 +394,6 @@ impl Tokenizer {
     pub fn save(&self, folder: &Path) -> Result<()> {
         self.files().try_for_each(|(name, bytes)| write_file(&folder.join(name), bytes))
     }
-
-    /// Cuts a long text into pieces of about `size` bytes that give, encoded one by one without special tokens, the
-    /// same ids as the whole. Where this tokenizer allows no such cut, the text stays whole.
-    pub fn pieces<'a>(&self, text: &'a str, size: usize) -> Vec<&'a str> {
-        let mut pieces = Vec::new();
-        let mut rest = text;
-        while self.splits_at_lines && rest.len() > size {
-            // After a letter and before a line break no pre-tokenizer in use joins anything; after punctuation or
-            // white space some do.
-            let start = (size..).find(|&i| rest.is_char_boundary(i)).unwrap_or(rest.len());
-            let cut = rest[start..].match_indices('\n').map(|(i, _)| start + i);
-            let Some(cut) = cut.into_iter().find(|&i| rest[..i].ends_with(char::is_alphabetic)) else {
-                break;
-            };
-            let (piece, tail) = rest.split_at(cut);
-            pieces.push(piece);
-            rest = tail;
-        }
-        pieces.push(rest);
-        pieces
-    }
 }
 
 fn ids_of(inner: &tokenizers::Tokenizer, text: &str, add_special: bool) -> Result<Vec<u32>> {
@@ -443,20 +405,6 @@ fn vocab_size(inner: &tokenizers::Tokenizer) -> usize {
     inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1)
 }
 
-/// Refuses added tokens that `tokenizers` gave other ids than the file says: it numbers those that are not in the
-/// vocabulary one after the other.
-fn check_ids(inner: &tokenizers::Tokenizer, definition: &Value) -> Result<(), String> {
-    for token in definition["added_tokens"].as_array().into_iter().flatten() {
-        let (Some(content), Some(id)) = (token["content"].as_str(), token["id"].as_u64()) else { continue };
-        let got = inner.token_to_id(content).map(u64::from);
-        if got != Some(id) {
-            let got = got.map_or("none".to_string(), |id| id.to_string());
-            return Err(format!("the added token `{content}` should have the id {id}, and gets {got}"));
-        }
-    }
-    Ok(())
-}
-
 /// SHA-256 of a `tokenizer.json` in canonical form.
 fn hash(mut definition: Value) -> [u8; 32] {
     if let Some(definition) = definition.as_object_mut() {
@@ -465,16 +413,6 @@ fn hash(mut definition: Value) -> [u8; 32] {
     }
     definition.sort_all_objects();
     Sha256::digest(definition.to_string().as_bytes()).into()
-}
-
-/// Whether the tokenizer works on each line by itself: byte-level, nothing put before the text, and a
-/// normalizer, if any, that looks at single characters.
-fn splits_at_lines(definition: &Value) -> bool {
-    let pre_tokenizer = definition["pre_tokenizer"].to_string();
-    pre_tokenizer.contains("\"ByteLevel\"")
-        && !pre_tokenizer.contains("\"Metaspace\"")
-        && !pre_tokenizer.contains("\"add_prefix_space\":true")
-        && matches!(definition["normalizer"]["type"].as_str(), None | Some("NFC"))
 }
 
 /// A hash as users see it.

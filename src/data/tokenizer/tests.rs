@@ -98,7 +98,12 @@ fn special_tokens_come_from_all_their_files() {
     folder.file("special_tokens_map.json", r#"{"eos_token": "<s>", "pad_token": "<pad>"}"#);
     folder.file("generation_config.json", r#"{"eos_token_id": [7, 1, 9], "bos_token_id": 0}"#);
     let t = Tokenizer::load(&folder.0).unwrap();
-    assert_eq!((t.bos_id(), t.eos_ids(), t.pad_id()), (Some(0), &[1, 7, 9][..], Some(2)));
+    // Without added_tokens_decoder the older file counts, as in transformers.
+    assert_eq!((t.bos_id(), t.eos_ids(), t.pad_id()), (Some(0), &[0, 7, 1, 9][..], Some(2)));
+    let config = r#"{"eos_token": {"content": "</s>"}, "chat_template": "x", "added_tokens_decoder": {}}"#;
+    folder.file("tokenizer_config.json", config);
+    let t = Tokenizer::load(&folder.0).unwrap();
+    assert_eq!((t.eos_ids(), t.pad_id()), (&[1, 7, 9][..], None));
     assert_eq!(t.chat_template().unwrap().source, "x");
     folder.file("chat_template.jinja", "y");
     assert_eq!(Tokenizer::load(&folder.0).unwrap().chat_template().unwrap().source, "y");
@@ -315,6 +320,194 @@ fn the_config_beside_a_vocabulary_counts() {
     folder.file("config.json", r#"{"eos_token_id": [2, 5], "pad_token_id": 0}"#);
     let t = Tokenizer::load(&folder.0).unwrap();
     assert_eq!((t.bos_id(), t.eos_ids(), t.pad_id()), (Some(1), &[2, 5][..], Some(0)));
+}
+
+/// Tokens that other files than tokenizer.json name, and what transformers makes of them (tests/fixtures/make_added.py).
+#[test]
+fn added_tokens_of_other_files_count_as_in_transformers() {
+    let fixture: Value = serde_json::from_str(include_str!("../../../tests/fixtures/added.json")).unwrap();
+    for case in fixture["cases"].as_array().unwrap() {
+        let folder = TestFolder::new("added-tokens");
+        for (name, content) in case["files"].as_object().unwrap() {
+            folder.file(name, content.to_string());
+        }
+        folder.file("tokenizer.json", fixture["tokenizer"].to_string());
+        let name = &case["name"];
+        let t = match (Tokenizer::load(&folder.0), case["refused"].as_array()) {
+            (Ok(t), None) => t,
+            (Err(e), Some(words)) => {
+                assert!(words.iter().all(|w| e.message.contains(w.as_str().unwrap())), "{name}: {e}");
+                assert_eq!(e.exit_code(), 3);
+                continue;
+            }
+            (Ok(_), Some(_)) => panic!("{name}: not refused"),
+            (Err(e), None) => panic!("{name}: {e}"),
+        };
+        assert_eq!(json!(t.encode(case["text"].as_str().unwrap(), true).unwrap()), case["ids"], "{name}");
+        assert_eq!(json!(t.vocab_size()), case["len"], "{name}");
+        let text = t.decode(&t.encode(case["text"].as_str().unwrap(), true).unwrap(), true).unwrap();
+        assert_eq!(json!(text), case["decoded"], "{name}");
+        for (key, token) in case["special"].as_object().unwrap() {
+            let named = t.special_tokens().iter().find(|(name, _)| name == key);
+            assert_eq!(json!(named.map(|(_, text)| text)), *token, "{name}: {key}");
+        }
+        // What is saved says the same.
+        let saved = TestFolder::new("added-tokens-saved");
+        t.save(&saved.0).unwrap();
+        let again = Tokenizer::load(&saved.0).unwrap();
+        assert_eq!((again.hash(), again.eos_ids()), (t.hash(), t.eos_ids()), "{name}");
+        assert_eq!(json!(again.encode(case["text"].as_str().unwrap(), true).unwrap()), case["ids"], "{name}");
+    }
+}
+
+/// Ids that are no token's say nothing; what is no number is refused.
+#[test]
+fn ids_that_are_no_tokens_are_left_out() {
+    let folder = TestFolder::new("tokenizer-no-ids");
+    small(290).save(&folder.0).unwrap();
+    folder.file("tokenizer_config.json", "{}");
+    let load = |generation: Value, config: Value| {
+        folder.file("generation_config.json", generation.to_string());
+        folder.file("config.json", config.to_string());
+        Tokenizer::load(&folder.0).map(|t| (t.bos_id(), t.eos_ids().to_vec(), t.pad_id()))
+    };
+    let ids = |bos: Value, eos: Value, pad: Value| json!({"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad});
+    let none = json!({});
+    for (bos, eos, pad, right) in [
+        (json!(0), json!(1), json!(-1), (Some(0), vec![1], None)),
+        (json!(-1), json!(-1), json!(290), (None, vec![], None)),
+        (json!([0]), json!([1, -1, 2]), json!([2, 1]), (Some(0), vec![1, 2], Some(2))),
+        (json!([]), json!([]), json!([-1]), (None, vec![], None)),
+        (json!(null), json!([null, 1]), json!(null), (None, vec![1], None)),
+        (json!(100000), json!([1, 100000]), json!(100000), (None, vec![1], None)),
+    ] {
+        let all = ids(bos, eos, pad);
+        assert_eq!(load(all.clone(), none.clone()).unwrap(), right, "{all}");
+        assert_eq!(load(none.clone(), all.clone()).unwrap(), right, "{all}");
+    }
+    // A model with more rows than the tokenizer has tokens may end with one of them.
+    let rows = load(json!({"eos_token_id": [1, 300]}), json!({"vocab_size": 320})).unwrap();
+    assert_eq!(rows.1, [1, 300]);
+    for bad in [json!("0"), json!(1.5), json!({"id": 1}), json!([[1]])] {
+        let e = load(ids(json!(0), json!(1), bad.clone()), none.clone()).unwrap_err();
+        assert!(
+            e.message.contains("pad_token_id is no token id") && e.message.contains(&bad.to_string()),
+            "{e}"
+        );
+    }
+}
+
+/// Texts of letters, marks, digits, apostrophes, white space and line ends of many scripts, in pieces and as a whole.
+#[test]
+fn pieces_of_any_script_give_the_ids_of_the_whole() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models");
+    let mut all: Vec<(String, Tokenizer)> = ["llama", "no_prefix", "symbols", "llama3", "qwen"]
+        .map(|name| (name.to_string(), load_fixture(name).1))
+        .into();
+    for name in ["llama2", "llama3", "mistral", "qwen2", "qwen3", "mixtral", "tied"] {
+        all.push((format!("golden {name}"), Tokenizer::load(golden.join(name)).unwrap()));
+    }
+    let lines_with = |added: &[&str]| {
+        small(300).with_tokens(&added.iter().map(|t| t.to_string()).collect::<Vec<_>>()).unwrap()
+    };
+    all.push(("trained".into(), small(320)));
+    all.push(("with tokens".into(), lines_with(&["<|x|>", "END", "é"])));
+    let parts = [
+        "नमस्ते",
+        "दुनिया",
+        "कि",
+        "का",
+        "हिन्दी",
+        "สวัสดี",
+        "ที่",
+        "กำ",
+        "น้ำ",
+        "السَّلامُ",
+        "عَلَيْكُمْ",
+        "كتابٌ",
+        "שָׁלוֹם",
+        "தமிழ்",
+        "বাংলা",
+        "ো",
+        "e\u{301}",
+        "é",
+        "ß",
+        "ǆ",
+        "ªº",
+        "ⅷ",
+        "ⓐ",
+        "中文",
+        "日本語",
+        "한국어",
+        "🦀",
+        "\u{200d}",
+        "\u{345}",
+        "ͅ",
+        "a",
+        "Word",
+        "don't",
+        "it's",
+        "'S",
+        "'",
+        "’s",
+        "12",
+        "٣٤",
+        "१२",
+        "½",
+        "3.14",
+        ".",
+        "!?",
+        "-",
+        "_",
+        "<|x|>",
+        "END",
+        "</s>",
+        "<s>",
+        " ",
+        "  ",
+        "\t",
+        "\u{a0}",
+        "\u{3000}",
+    ];
+    let breaks = [
+        "\n", "\n", "\n\n", "\r\n", "\r\n\r\n", "\n \n", " \n", "\n  ", "\r", "\u{2028}", "\u{85}", "\n\t",
+        "\t\r\n",
+    ];
+    let mut rng = crate::data::rng::Rng::new(7, "pieces", 0);
+    let mut pick = |from: &[&'static str]| from[rng.below(from.len() as u64) as usize];
+    let mut text = || {
+        let mut text = String::new();
+        for _ in 0..400 {
+            text += pick(&parts);
+            if pick(&["a", "b", "c", "d"]) == "a" {
+                text += pick(&breaks);
+            }
+        }
+        text
+    };
+    let texts: Vec<String> = (0..30).map(|_| text()).collect();
+    let mut cut = 0;
+    for (name, t) in &all {
+        for text in &texts {
+            let whole = t.encode(text, false).unwrap();
+            for size in [1, 16, 300] {
+                let pieces = t.pieces(text, size);
+                assert_eq!(pieces.concat(), *text);
+                cut += pieces.len() - 1;
+                let mut at = 0;
+                for piece in &pieces {
+                    let ids = t.encode(piece, false).unwrap();
+                    assert!(whole[at..].starts_with(&ids), "{name}, pieces of {size}: {piece:?}");
+                    at += ids.len();
+                }
+                assert_eq!(at, whole.len(), "{name}, pieces of {size}");
+            }
+        }
+        if name.contains("qwen") || name.contains("llama3") || name == "trained" {
+            assert!(t.pieces(&texts.concat(), 100).len() > 200, "{name} cuts nowhere");
+        }
+    }
+    assert!(cut > 10_000, "{cut}");
 }
 
 /// Damaged files give an error or a tokenizer, never a panic.

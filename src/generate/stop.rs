@@ -23,8 +23,35 @@ impl Stop<'_> {
         let longest = self.texts.iter().map(String::len).max().unwrap_or(0);
         let tail = &ids[ids.len().saturating_sub(longest + 8)..];
         let text = decode(self.tokenizer, tail)?;
-        Ok(self.texts.iter().any(|stop| text.contains(stop.as_str())))
+        let complete = self.texts.iter().any(|stop| text.contains(stop.as_str()));
+        Ok(complete || at_special_token(self.tokenizer, tail, self.texts)?.is_some())
     }
+}
+
+/// Where the first stop text with a special token in it begins, which [`decode`] leaves out of a text: the number of tokens
+/// before it, and what the next one says before the stop text.
+fn at_special_token(tokenizer: &Tokenizer, ids: &[i64], stop: &[String]) -> Result<Option<(usize, String)>> {
+    let special = |id: &i64| u32::try_from(*id).is_ok_and(|id| tokenizer.is_added(id));
+    let mut first = None;
+    for (i, id) in ids.iter().enumerate().filter(|(_, id)| special(id)) {
+        let Some(token) = tokenizer.id_to_token(*id as u32) else { continue };
+        for stop in stop.iter().filter(|stop| stop.contains(&token)) {
+            // Every token of it but those of one character's bytes has a character at least.
+            let near = i.saturating_sub(stop.len())..ids.len().min(i + stop.len() + 1);
+            let raw = |from: usize| decode_all(tokenizer, &ids[from..near.end]);
+            let Some(_) = raw(near.start)?.find(stop.as_str()) else { continue };
+            // The last token from which on it is there.
+            let mut begin = near.start;
+            while begin < i && raw(begin + 1)?.contains(stop.as_str()) {
+                begin += 1;
+            }
+            let before = raw(begin)?.split(stop.as_str()).next().unwrap_or_default().to_string();
+            if first.as_ref().is_none_or(|(known, _)| begin < *known) {
+                first = Some((begin, before));
+            }
+        }
+    }
+    Ok(first)
 }
 
 /// Tokens of a prompt that its completion's text is told from.
@@ -34,11 +61,16 @@ const PROMPT_TAIL: usize = 16;
 /// after their prompt, of which the last few are looked at: some tokenizers drop a space where a text begins.
 pub fn text(tokenizer: &Tokenizer, prompt: &[i64], ids: &[i64], stop: &[String]) -> Result<String> {
     let prompt = &prompt[prompt.len().saturating_sub(PROMPT_TAIL)..];
+    let (ids, rest) = match at_special_token(tokenizer, ids, stop)? {
+        Some((end, rest)) => (&ids[..end], rest),
+        None => (ids, String::new()),
+    };
     let all = decode(tokenizer, &[prompt, ids].concat())?;
     let mut text = match all.strip_prefix(&decode(tokenizer, prompt)?) {
         Some(text) => text.to_string(),
         None => decode(tokenizer, ids)?,
     };
+    text += &rest;
     if let Some(end) = stop.iter().filter_map(|s| text.find(s.as_str())).min() {
         text.truncate(end);
     }
@@ -50,6 +82,12 @@ fn decode(tokenizer: &Tokenizer, ids: &[i64]) -> Result<String> {
     tokenizer.decode(&ids, true)
 }
 
+/// With special tokens.
+fn decode_all(tokenizer: &Tokenizer, ids: &[i64]) -> Result<String> {
+    let ids: Vec<u32> = ids.iter().map(|id| *id as u32).collect();
+    tokenizer.decode(&ids, false)
+}
+
 /// The text of a completion as it grows, token by token, of which only what cannot change any more is given out.
 pub struct TextStream<'a> {
     tokenizer: &'a Tokenizer,
@@ -59,6 +97,9 @@ pub struct TextStream<'a> {
     known: usize,
     text: String,
     given: usize,
+    /// The last tokens of the prompt, and all of the completion.
+    prompt: Vec<i64>,
+    ids: Vec<i64>,
 }
 
 /// Bytes, and so tokens, that a character has at most.
@@ -66,14 +107,22 @@ const CHAR: usize = 4;
 
 impl<'a> TextStream<'a> {
     pub fn new(tokenizer: &'a Tokenizer, prompt: &[i64], stop: &'a [String]) -> TextStream<'a> {
-        let window = prompt[prompt.len().saturating_sub(PROMPT_TAIL)..].to_vec();
-        TextStream { tokenizer, stop, known: window.len(), window, text: String::new(), given: 0 }
+        let prompt = prompt[prompt.len().saturating_sub(PROMPT_TAIL)..].to_vec();
+        let (text, ids, window) = (String::new(), Vec::new(), prompt.clone());
+        TextStream { tokenizer, stop, known: window.len(), window, text, given: 0, prompt, ids }
     }
 
     /// Adds a token, which may be the `last`. Returns what is new of the text: whole characters, without what may yet
     /// turn out to begin a stop text; in the end all that is before one.
     pub fn push(&mut self, id: i64, last: bool) -> Result<&str> {
         self.window.push(id);
+        self.ids.push(id);
+        if last && at_special_token(self.tokenizer, &self.ids, self.stop)?.is_some() {
+            self.text = text(self.tokenizer, &self.prompt, &self.ids, self.stop)?;
+            let part = self.text.floor_char_boundary(self.given)..;
+            self.given = self.text.len();
+            return Ok(&self.text[part]);
+        }
         let all = decode(self.tokenizer, &self.window)?;
         let whole = !all.ends_with(char::REPLACEMENT_CHARACTER) || self.window.len() - self.known >= CHAR;
         if whole || last {
@@ -144,6 +193,33 @@ mod tests {
         assert_eq!(parts[..3].concat(), "", "it may be the beginning of a character");
         assert!(!parts[3].is_empty() && !parts[7].is_empty());
         assert_eq!(parts.concat(), "\u{fffd}".repeat(9));
+    }
+
+    /// A special token is in no text, and ends an answer all the same, alone or within a stop text.
+    #[test]
+    fn special_tokens_stop() {
+        let tokenizer = small(290).with_tokens(&["<|end|>".into(), "<|other|>".into()]).unwrap();
+        let ids = |text: &str| {
+            tokenizer.encode(text, false).unwrap().into_iter().map(i64::from).collect::<Vec<_>>()
+        };
+        for (stop, answer, wanted) in [
+            (vec!["<|end|>"], "dogs<|end|>", "dogs"),
+            (vec!["<|end|>\n"], "dogs<|end|>\n", "dogs"),
+            (vec!["s<|end|>"], "dogs<|end|>", "dog"),
+            (vec!["none", "<|other|> <|end|>"], "a<|end|>b<|other|> <|end|>", "ab"),
+            (vec!["</s>"], "dogs\n</s>", "dogs\n"),
+        ] {
+            let texts: Vec<String> = stop.iter().map(|s| s.to_string()).collect();
+            let stop = Stop { texts: &texts, tokenizer: &tokenizer };
+            let all = ids(answer);
+            let complete = |n: usize| stop.is_complete(&all[..n]).unwrap();
+            assert!(complete(all.len()) && (1..all.len()).all(|n| !complete(n)), "{texts:?} {answer:?}");
+            assert_eq!(stream(&tokenizer, "The fox: ", answer, &texts).1, wanted, "{texts:?}");
+        }
+        // Elsewhere it ends nothing.
+        let texts = ["<|end|>x".to_string()];
+        let stop = Stop { texts: &texts, tokenizer: &tokenizer };
+        assert!(!stop.is_complete(&ids("a<|end|>y<|other|>x")).unwrap());
     }
 
     #[test]

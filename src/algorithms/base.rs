@@ -99,7 +99,8 @@ pub fn shape_and_trainable(
     freeze: &Freeze,
     lora: Option<&Lora>,
 ) -> Result<(Shape, Trainable)> {
-    let adds = tokenizer.is_some_and(|t| !t.add_tokens.is_empty() || t.pad_to_multiple_of.is_some());
+    let adds = tokenizer
+        .is_some_and(|t| !t.add_tokens.is_empty() || t.pad_token.is_some() || t.pad_to_multiple_of.is_some());
     if let (Model::Preset(name), false) = (model, adds) {
         let shape = preset(name)?;
         check_length(sequence_length, &shape)?;
@@ -163,10 +164,18 @@ impl Base {
                 false => Ok(trainable),
             };
         };
-        if lora.is_some() && self.shape.vocab_size > weights.shape().vocab_size {
-            return Err(Error::config(
-                "lora: the tokenizer adds tokens to the model, whose rows no adapter holds; train them first without lora",
-            ));
+        let new = self.shape.vocab_size - weights.shape().vocab_size;
+        if let Some(lora) = lora.filter(|_| new > 0) {
+            let saves = |name: &str| lora.modules_to_save.iter().any(|m| m == name);
+            let head = self.shape.head == Head::Score || self.shape.tie_word_embeddings;
+            if !saves("embed_tokens") || !head && !saves("lm_head") {
+                return Err(Error::config(format!(
+                    "lora.modules_to_save: the tokenizer has {new} tokens that the model has no rows for, and an adapter \
+                     holds whole rows only of modules that it saves. Set lora.modules_to_save to [{}] to train and save them. \
+                     Or name tokens that the tokenizer has: tokenizer.pad_token takes one that no text uses.",
+                    if head { "embed_tokens" } else { "embed_tokens, lm_head" },
+                )));
+            }
         }
         if let Some(there) = weights.lora() {
             let trained = |p: &Plan| {

@@ -96,8 +96,10 @@ fn check_pad_token(base: &Base) -> Result<()> {
         Some(_) => return Ok(()),
     };
     Err(Error::config(format!(
-        "{}: the tokenizer has {why}, and transformers finds the token that a reward model's score is read at by a pad \
-         token of its own: give tokenizer.pad_token, a token that is not used otherwise, or a new one, such as \"<pad>\"",
+        "tokenizer.pad_token is missing: the tokenizer {} has {why}, and transformers finds the token that a reward model's \
+         score is read at by a pad token of its own. Set tokenizer.pad_token to a token that the tokenizer has and no text \
+         uses, such as \"<unk>\". Or set it to a new one, such as \"<pad>\" (one in brackets in quotes: '\"[PAD]\"'), for \
+         which the embedding gets a row. With lora a new one also needs lora.modules_to_save: [embed_tokens].",
         base.tokenizer.place()
     )))
 }

@@ -21,6 +21,7 @@ use crate::distributed::sharded::Sharded;
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFolder, write_file};
 use crate::model::Trainable;
+use crate::model::layout::EMBEDDING;
 use crate::model::trainable::{last_part, module};
 use kernels::c10d::Group;
 
@@ -68,9 +69,13 @@ impl PeftAdapter {
         &self.dir
     }
 
-    /// The shape of a model of shape `base` with the adapter.
+    /// The shape of a model of shape `base` with the adapter, which may have an embedding of more rows.
     pub fn shape(&self, base: &Shape) -> Shape {
-        if self.scored { base.scored() } else { base.clone() }
+        let mut shape = if self.scored { base.scored() } else { base.clone() };
+        let embedding = self.source.views.get(&format!("{PREFIX}{EMBEDDING}"));
+        let rows = embedding.and_then(|view| view.shape.first()).copied();
+        shape.vocab_size = shape.vocab_size.max(rows.unwrap_or(0));
+        shape
     }
 
     /// What was trained, and how the base was kept.

@@ -146,6 +146,14 @@ impl<'a> NodeDeserializer<'a> {
         match &self.node.value {
             Value::Text(text) => Ok(text),
             Value::Bool(_) | Value::Int(_) | Value::Float(_) => Ok(&self.node.spelling),
+            Value::List(items) => {
+                let [Node { value: Value::Text(text), .. }] = items.as_slice() else {
+                    return self.expected("text");
+                };
+                Err(DeError::message(format!(
+                    "expected text, found a list: in YAML [{text}] is a list with {text} in it; write \"[{text}]\" in quotes"
+                )))
+            }
             _ => self.expected("text"),
         }
     }

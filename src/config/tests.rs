@@ -165,7 +165,11 @@ fn wrong_types_and_ranges_are_told_with_place() {
             "weight: -1",
             "c.yaml:6:32: 'data.train.1.weight': expected a number above 0, found -1",
         ),
-        ("output_dir: runs/x", "output_dir: [x]", "c.yaml:2:13: 'output_dir': expected text, found a list"),
+        (
+            "output_dir: runs/x",
+            "output_dir: [x]",
+            "c.yaml:2:13: 'output_dir': expected text, found a list: in YAML [x] is a list with x in it; write \"[x]\" in quotes",
+        ),
         ("data:\n", "data: 3\nvalid:\n", "c.yaml:5:7: 'data': expected a section of keys, found 3"),
         (
             "llama-15m",

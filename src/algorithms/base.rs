@@ -6,6 +6,7 @@ use crate::checkpoint::Weights;
 use crate::config::pretrain::Model;
 use crate::config::sections::{self, Train};
 use crate::config::shape::{Head, Shape};
+use crate::config::template_date::TemplateDate;
 use crate::config::trainable::{Freeze, Lora};
 use crate::data::chat;
 use crate::data::tokenizer::Tokenizer;
@@ -13,6 +14,7 @@ use crate::distributed::plan::{Plan, Role};
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
 use crate::model::{Trainable, init};
+use crate::{detail, warn};
 
 /// A model that is to be trained: opened and checked, nothing of it read yet.
 pub struct Base {
@@ -42,6 +44,20 @@ impl Base {
                 Err(e.context(base.weights.as_ref().map_or(Path::new("model"), Weights::dir).display()))
             }
         }
+    }
+
+    /// With this date for its chat template.
+    pub fn dated(mut self, date: TemplateDate) -> Base {
+        self.tokenizer = self.tokenizer.with_template_date(date);
+        match self.tokenizer.told_date() {
+            Some(date) => detail!("the chat template is told the date {date} (data.template_date)"),
+            None if date.given => warn!(
+                "data.template_date {} is not used: the chat template asks for no date (strftime_now, date_string)",
+                date.date
+            ),
+            None => {}
+        }
+        self
     }
 
     /// A model with a scalar head: its own, or a new one on the trunk of a model with an LM head, normal with standard

@@ -60,6 +60,7 @@ impl Inputs {
     pub fn open(c: &Reward) -> Result<Inputs> {
         let base =
             Base::open_scored(&c.model, c.tokenizer.as_ref(), c.data.sequence_length, c.reward.init_std)?;
+        let base = base.dated(c.data.template_date);
         let scoring = base.weights.as_ref().map_or(Ok(None), |w| w.scoring())?;
         let score = c.reward.score.or(scoring.map(|s| s.score)).unwrap_or_default();
         check_pad_token(&base)?;

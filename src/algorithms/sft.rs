@@ -15,7 +15,6 @@ use crate::data::loader::{Order, State};
 use crate::data::readers::{self, Record as DataRecord};
 use crate::data::rows::{self, RowLoader, Rows, Source};
 use crate::data::supervised;
-use crate::data::tokenizer::hex;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::Result;
@@ -50,6 +49,7 @@ impl Inputs {
     /// Opens, checks and tokenizes all that the configuration names.
     pub fn open(c: &Sft) -> Result<Inputs> {
         let base = Base::open(&c.model, c.tokenizer.as_ref(), c.data.sequence_length)?;
+        let base = base.dated(c.data.template_date);
         let trainable = base.trainable(&c.freeze, c.lora.as_ref())?;
         let chat = Chat::new(&base.tokenizer)?;
         let train = sources(c, &chat, &c.data.train, true)?;
@@ -84,11 +84,10 @@ fn sources(c: &Sft, chat: &Chat, sources: &[sections::Source], training: bool) -
     };
     let fit = |example, counts: &mut Counts| examples::fit(example, &options, counts);
     let eos: Vec<u32> = chat.stop_ids();
-    let template = chat.tokenizer().chat_template().map(|t| t.source.as_str()).unwrap_or_default();
     let tokenization = Tokenization {
         encode: &encode,
         fit: &fit,
-        key: format!("{} {} {template}", hex(&chat.tokenizer().hash()), c.data.train_on_prompt),
+        key: format!("{} {}", chat.tokenizer().text_fingerprint(), c.data.train_on_prompt),
         eos: &eos,
         options: options.clone(),
         cache: c.data.cache.clone().map_or_else(examples::default_cache, Ok)?,

@@ -22,6 +22,7 @@ use super::sharded::{
     tensor_name,
 };
 use crate::config::shape::Shape;
+use crate::config::template_date::TemplateDate;
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
@@ -35,6 +36,13 @@ pub struct RunInfo {
     pub config_hash: String,
     /// Whose files every checkpoint gets.
     pub tokenizer: Option<Tokenizer>,
+}
+
+impl RunInfo {
+    fn template_date(&self) -> Option<TemplateDate> {
+        let tokenizer = self.tokenizer.as_ref()?;
+        tokenizer.told_date().map(|_| tokenizer.template_date())
+    }
 }
 
 /// A model in a checkpoint.
@@ -217,6 +225,7 @@ impl Saver {
                 base: model.base.cloned(),
                 scoring: model.scoring.cloned(),
                 parts: if i == 0 { names.clone() } else { Vec::new() },
+                template_date: self.run.template_date(),
                 state: if i == 0 { state.clone() } else { Value::Null },
             };
             let name = model.name.to_string();

@@ -30,6 +30,7 @@ use super::source::{Block, Order, Source, TensorFile, View};
 use super::weights::Weights;
 use crate::config::sections::MomentsIn;
 use crate::config::shape::Shape;
+use crate::config::template_date::TemplateDate;
 use crate::distributed::sharded::{Layout, Sharded, Slice, Spec};
 use crate::error::{Context, Error, Result};
 use crate::files::{crc32, read_error};
@@ -78,6 +79,9 @@ pub struct Meta {
     /// Further models of the run, each a checkpoint in a folder of this name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parts: Vec<String>,
+    /// The date that the chat template is told, which a resumed run keeps; none where it asks for none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template_date: Option<TemplateDate>,
     /// What the trainer gave: data position, counters, randomness.
     pub state: Value,
 }

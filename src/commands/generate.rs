@@ -144,7 +144,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
 impl Args {
     /// Whether a text is a message for the chat template.
     fn chats(&self) -> bool {
-        self.chat || self.template.chat_template.is_some()
+        self.chat || self.template.chat_template.is_some() || self.template.template_date.is_some()
     }
 
     /// Whether the completion is shown as text, instead of lines of JSON.
@@ -161,6 +161,7 @@ fn settings(args: &Args) -> Result<Value> {
         "model": model, "dtype": args.model.dtype, "max_new_tokens": args.max_new_tokens,
         "min_new_tokens": args.min_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
         "seed": seed, "stop": args.stop, "chat": args.chats(), "chat_template": args.template.chat_template,
+        "template_date": args.template.template_date,
     }))
 }
 

@@ -11,13 +11,14 @@ use crate::checkpoint::{Scoring, Weights};
 use crate::commands::Global;
 use crate::config::sections::{Compute, Mode};
 use crate::config::shape::Shape;
+use crate::config::template_date::TemplateDate;
 use crate::data::chat::{self, Chat};
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::{Llama, Trainable};
-use crate::{detail, telemetry};
+use crate::{detail, telemetry, warn};
 
 /// How long ranks wait for each other: longer than any of them reads weights, or computes between two exchanges.
 const TIMEOUT: Duration = Duration::from_secs(1800);
@@ -53,6 +54,9 @@ pub struct TemplateArgs {
     /// The chat template in place of the model's: the name of a built-in one, a file, or Jinja itself
     #[arg(long, value_name = "NAME|FILE")]
     pub chat_template: Option<String>,
+    /// The date that the chat template is told, where it asks for one [default: today's]
+    #[arg(long, value_name = "YYYY-MM-DD")]
+    pub template_date: Option<TemplateDate>,
 }
 
 /// A model of which only headers were read, and its tokenizer.
@@ -110,14 +114,24 @@ impl Opened {
     /// There is none; the names of the built-in ones are told.
     pub fn chat(&self, args: &TemplateArgs) -> Result<Chat> {
         let tokenizer = self.tokenizer()?;
+        let dated = |tokenizer: &Tokenizer| match args.template_date {
+            None => tokenizer.clone(),
+            Some(date) => {
+                let dated = tokenizer.clone().with_template_date(date);
+                if dated.told_date().is_none() {
+                    warn!("--template-date {} is not used: the chat template asks for no date", date.date);
+                }
+                dated
+            }
+        };
         match &args.chat_template {
-            Some(what) => Chat::new(&chat::with_chat_template(tokenizer.clone(), what)?),
+            Some(what) => Chat::new(&dated(&chat::with_chat_template(tokenizer.clone(), what)?)),
             None if tokenizer.chat_template().is_none() => Err(Error::config(format!(
                 "{}: the model has no chat template; choose one with --chat-template: {}, or a file with one",
                 self.dir().display(),
                 chat::built_in_names()
             ))),
-            None => Chat::new(tokenizer),
+            None => Chat::new(&dated(tokenizer)),
         }
     }
 

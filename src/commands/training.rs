@@ -3,9 +3,13 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use chrono::{Datelike, NaiveDate};
+use kernels::c10d::ReduceOp;
+
 use crate::algorithms::folder::{Start, examine, is_begun};
 use crate::algorithms::lock::RunLock;
-use crate::algorithms::run::Resume;
+use crate::algorithms::run::{Resume, find_checkpoint};
+use crate::checkpoint::agree;
 use crate::commands::Global;
 use crate::config::{self, Algorithm, Loaded};
 use crate::distributed::environment::Place;
@@ -50,13 +54,13 @@ impl ConfigArgs {
 pub fn run<C: Algorithm, I>(
     args: Args,
     global: &Global,
-    open: impl FnOnce(&C) -> Result<I>,
+    open: impl Fn(&C) -> Result<I>,
     train: impl FnOnce(&Loaded<C>, I, &World, &Start) -> Result<()>,
 ) -> Result<()> {
     if args.overwrite && args.resume != Resume::Never {
         return Err(Error::config("--overwrite goes with --resume never"));
     }
-    let loaded = args.config.load::<C>()?;
+    let mut loaded = args.config.load::<C>()?;
     let place = Place::from_env()?;
     loaded.validate(place.as_ref().map_or(1, |p| p.world_size))?;
     // A world that was started again goes on with the run that its first attempt began, whatever its command said at
@@ -68,9 +72,43 @@ pub fn run<C: Algorithm, I>(
     let dir = loaded.config.common().output_dir;
     RunLock::check_free(dir)?;
     examine(&loaded, &start, &[])?;
+    keep_date(&mut loaded.config, &start.resume);
     let inputs = open(&loaded.config)?;
     let timeout = Duration::from_secs_f64(loaded.config.common().parallel.timeout_s);
     let world = World::from_global(global.device.as_deref(), timeout)?;
     info!("{}", world.choice);
+    let inputs = with_first_ranks_date(&mut loaded.config, inputs, open, &world)?;
     train(&loaded, inputs, &world, &start)
+}
+
+/// A resumed run's template goes on being told its date, unless the configuration gives one.
+fn keep_date<C: Algorithm>(config: &mut C, resume: &Resume) {
+    let dir = config.common().output_dir.to_path_buf();
+    let Some(date) = config.template_date().filter(|date| !date.given) else { return };
+    // What is wrong with the checkpoint is told when the run is restored.
+    if let Ok(Some(from)) = find_checkpoint(&dir, resume)
+        && let Some(there) = from.meta().template_date
+    {
+        date.date = there.date;
+    }
+}
+
+/// Ranks that began on two sides of midnight: the date of rank 0 counts, and others read their data again. Collective.
+fn with_first_ranks_date<C: Algorithm, I>(
+    config: &mut C,
+    inputs: I,
+    open: impl Fn(&C) -> Result<I>,
+    world: &World,
+) -> Result<I> {
+    let Some(date) = config.template_date() else { return Ok(inputs) };
+    let mine = f64::from(date.date.num_days_from_ce());
+    let told = if world.rank == 0 { mine } else { 0.0 };
+    let first = world.group.combine(&[told], ReduceOp::Sum)?[0];
+    match NaiveDate::from_num_days_from_ce_opt(first as i32).filter(|_| first != mine) {
+        None => agree(&world.group, Ok(inputs)),
+        Some(first) => {
+            date.date = first;
+            agree(&world.group, open(config))
+        }
+    }
 }

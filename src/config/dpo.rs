@@ -9,6 +9,7 @@ use super::numbers::{not_negative, positive};
 use super::preferences::Data;
 use super::pretrain::Model;
 use super::sections::{Tokenizer, Valid};
+use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};
 use super::{Algorithm, Conflict};
 
@@ -147,6 +148,10 @@ impl Algorithm for Dpo {
 
     fn common(&self) -> Common<'_> {
         self.sections()
+    }
+
+    fn template_date(&mut self) -> Option<&mut TemplateDate> {
+        Some(&mut self.data.template_date)
     }
 
     fn conflict(&self, world_size: i64) -> Option<Conflict> {

@@ -7,6 +7,7 @@ use super::numbers::{count, not_negative, positive, some_count, some_positive};
 use super::policy::{KlEstimator, Level, LossType, policy_configuration};
 use super::rewards::{Reward, RewardKind};
 use super::sft::Samples;
+use super::template_date::TemplateDate;
 use super::{Algorithm, Conflict};
 
 policy_configuration! {
@@ -165,6 +166,10 @@ impl Algorithm for Grpo {
 
     fn common(&self) -> Common<'_> {
         self.sections()
+    }
+
+    fn template_date(&mut self) -> Option<&mut TemplateDate> {
+        Some(&mut self.data.template_date)
     }
 
     fn conflict(&self, world_size: i64) -> Option<Conflict> {

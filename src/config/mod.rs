@@ -22,6 +22,7 @@ pub mod rollout;
 pub mod sections;
 pub mod sft;
 pub mod shape;
+pub mod template_date;
 #[cfg(test)]
 mod tests;
 pub mod trainable;
@@ -34,6 +35,7 @@ use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
 use common::Common;
+use template_date::TemplateDate;
 use yaml::Node;
 
 /// The configuration of an algorithm.
@@ -46,6 +48,11 @@ pub trait Algorithm: Serialize + DeserializeOwned {
     /// The first key that does not fit the others on `world_size` (at least 1) ranks, and why; touches no file and no
     /// device.
     fn conflict(&self, world_size: i64) -> Option<Conflict>;
+
+    /// The date that its chat template is told; none where no template is used.
+    fn template_date(&mut self) -> Option<&mut TemplateDate> {
+        None
+    }
 }
 
 /// A configuration, and where each of its values came from.

@@ -9,6 +9,7 @@ use super::numbers::{count, not_negative, positive, ratio};
 use super::policy::policy_configuration;
 use super::rewards::Reward;
 use super::sft::Samples;
+use super::template_date::TemplateDate;
 use super::{Algorithm, Conflict};
 
 policy_configuration! {
@@ -97,6 +98,10 @@ impl Algorithm for OnlineDpo {
 
     fn common(&self) -> Common<'_> {
         self.sections()
+    }
+
+    fn template_date(&mut self) -> Option<&mut TemplateDate> {
+        Some(&mut self.data.template_date)
     }
 
     fn conflict(&self, world_size: i64) -> Option<Conflict> {

@@ -10,6 +10,7 @@ use super::numbers::{count, not_negative, positive, ratio, some_count, some_posi
 use super::policy::{Aggregation, KlEstimator, policy_configuration};
 use super::rewards::{Reward, RewardKind};
 use super::sections::Source;
+use super::template_date::TemplateDate;
 use super::trainable;
 use super::{Algorithm, Conflict};
 
@@ -243,6 +244,10 @@ impl Algorithm for Ppo {
 
     fn common(&self) -> Common<'_> {
         self.sections()
+    }
+
+    fn template_date(&mut self) -> Option<&mut TemplateDate> {
+        Some(&mut self.data.template_date)
     }
 
     fn conflict(&self, world_size: i64) -> Option<Conflict> {

@@ -9,6 +9,7 @@ use super::common::{sequence_length, yes};
 use super::numbers::count;
 use super::sections::{OnError, Source};
 use super::sft::TooLong;
+use super::template_date::TemplateDate;
 
 /// Prompts with ranked completions: see the formats in docs/formats.md.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -36,6 +37,9 @@ pub struct Data {
     /// RL: this stage takes the second part. Empty: every stage takes all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub split: Vec<f64>,
+    /// The date that the chat template is told, where it asks for one (`YYYY-MM-DD`). Default: today's when the run begins.
+    #[serde(default, skip_serializing_if = "TemplateDate::is_default")]
+    pub template_date: TemplateDate,
     /// Where tokenized data is kept. Default: `corral` in the user's cache folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,

@@ -9,6 +9,7 @@ use super::common::sequence_length;
 use super::numbers::count;
 use super::rollout::Generation;
 use super::sections::{OnError, Source};
+use super::template_date::TemplateDate;
 
 /// Prompts: see the formats in docs/formats.md.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -33,6 +34,9 @@ pub struct Data {
     /// RL: this stage takes the third part. Empty: every stage takes all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub split: Vec<f64>,
+    /// The date that the chat template is told, where it asks for one (`YYYY-MM-DD`). Default: today's when the run begins.
+    #[serde(default, skip_serializing_if = "TemplateDate::is_default")]
+    pub template_date: TemplateDate,
 }
 
 /// The first records of a file, as turns of the conversation.

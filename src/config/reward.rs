@@ -9,6 +9,7 @@ use super::numbers::{not_negative, some_not_negative};
 use super::preferences::Data;
 use super::pretrain::Model;
 use super::sections::{Tokenizer, Valid};
+use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};
 use super::{Algorithm, Conflict};
 
@@ -110,6 +111,10 @@ impl Algorithm for Reward {
 
     fn common(&self) -> Common<'_> {
         self.sections()
+    }
+
+    fn template_date(&mut self) -> Option<&mut TemplateDate> {
+        Some(&mut self.data.template_date)
     }
 
     fn conflict(&self, world_size: i64) -> Option<Conflict> {

@@ -9,6 +9,7 @@ use super::numbers::{count, not_negative, positive};
 use super::preferences::split_conflict;
 use super::pretrain::Model;
 use super::sections::{OnError, Source, Tokenizer, Valid};
+use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};
 use super::{Algorithm, Conflict};
 
@@ -60,6 +61,9 @@ pub struct Data {
     /// takes the first part. Empty: every stage takes all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub split: Vec<f64>,
+    /// The date that the chat template is told, where it asks for one (`YYYY-MM-DD`). Default: today's when the run begins.
+    #[serde(default, skip_serializing_if = "TemplateDate::is_default")]
+    pub template_date: TemplateDate,
     /// Where tokenized data is kept. Default: `corral` in the user's cache folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
@@ -128,6 +132,10 @@ impl Algorithm for Sft {
 
     fn common(&self) -> Common<'_> {
         self.sections()
+    }
+
+    fn template_date(&mut self) -> Option<&mut TemplateDate> {
+        Some(&mut self.data.template_date)
     }
 
     fn conflict(&self, world_size: i64) -> Option<Conflict> {

@@ -169,11 +169,10 @@ fn sources(data: &Data, sources: &[sections::Source], chat: &Chat, training: boo
     let bos = chat.tokenizer().bos_id();
     let encode = |record: &Record| read_and_encode(record, chat);
     let fit = |example, counts: &mut Counts| fit(example, &options, bos, counts);
-    let template = chat.tokenizer().chat_template().map(|t| t.source.as_str()).unwrap_or_default();
     let tokenization = Tokenization {
         encode: &encode,
         fit: &fit,
-        key: format!("preferences {bos:?} {} {template}", hex(&chat.tokenizer().hash())),
+        key: format!("preferences {bos:?} {}", chat.tokenizer().text_fingerprint()),
         eos: &chat.stop_ids(),
         options: options.clone(),
         cache: data.cache.clone().map_or_else(examples::default_cache, Ok)?,

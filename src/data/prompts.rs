@@ -107,9 +107,8 @@ impl Prompts {
             .then(|| Split { parts: data.split.clone(), part: Data::PART });
         let (mut pools, mut dropped, mut odd) = (Vec::new(), 0, OddRecords::default());
         let mut hash = Sha256::new();
-        let template = chat.tokenizer().chat_template().map(|t| t.source.as_str()).unwrap_or_default();
-        hash.update(format!("{seed:?} {most} {split:?} {shots:?} {template}"));
-        hash.update(chat.tokenizer().hash());
+        let texts = chat.tokenizer().text_fingerprint();
+        hash.update(format!("{seed:?} {most} {split:?} {shots:?} {texts}"));
         for source in sources {
             let mut records = Vec::new();
             for (i, record) in readers::records_or_errors(&source.path, None, &Arc::default())?.enumerate() {

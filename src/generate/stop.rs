@@ -38,14 +38,22 @@ fn at_special_token(tokenizer: &Tokenizer, ids: &[i64], stop: &[String]) -> Resu
         for stop in stop.iter().filter(|stop| stop.contains(&token)) {
             // Every token of it but those of one character's bytes has a character at least.
             let near = i.saturating_sub(stop.len())..ids.len().min(i + stop.len() + 1);
-            let raw = |from: usize| decode_all(tokenizer, &ids[from..near.end]);
-            let Some(_) = raw(near.start)?.find(stop.as_str()) else { continue };
-            // The last token from which on it is there.
-            let mut begin = near.start;
-            while begin < i && raw(begin + 1)?.contains(stop.as_str()) {
+            let has = |part: std::ops::Range<usize>| -> Result<bool> {
+                Ok(decode_all(tokenizer, &ids[part])?.contains(stop.as_str()))
+            };
+            if !has(near.clone())? {
+                continue;
+            }
+            // The first token with which it is there, and the last from which on it is.
+            let (mut begin, mut end) = (near.start, i + 1);
+            while !has(begin..end)? {
+                end += 1;
+            }
+            while has(begin + 1..end)? {
                 begin += 1;
             }
-            let before = raw(begin)?.split(stop.as_str()).next().unwrap_or_default().to_string();
+            let from_there = decode_all(tokenizer, &ids[begin..end])?;
+            let before = from_there.split(stop.as_str()).next().unwrap_or_default().to_string();
             if first.as_ref().is_none_or(|(known, _)| begin < *known) {
                 first = Some((begin, before));
             }
@@ -208,6 +216,7 @@ mod tests {
             (vec!["s<|end|>"], "dogs<|end|>", "dog"),
             (vec!["none", "<|other|> <|end|>"], "a<|end|>b<|other|> <|end|>", "ab"),
             (vec!["</s>"], "dogs\n</s>", "dogs\n"),
+            (vec!["<|end|><|end|>"], "a<|other|><|end|><|end|>", "a"),
         ] {
             let texts: Vec<String> = stop.iter().map(|s| s.to_string()).collect();
             let stop = Stop { texts: &texts, tokenizer: &tokenizer };

@@ -49,6 +49,7 @@ impl Inputs {
     /// Opens, checks and tokenizes all that the configuration names.
     pub fn open(c: &Dpo) -> Result<Inputs> {
         let base = Base::open(&c.model, c.tokenizer.as_ref(), c.data.sequence_length)?;
+        let base = base.dated(c.data.template_date);
         let trainable = base.trainable(&c.freeze, c.lora.as_ref())?;
         let chat = Chat::new(&base.tokenizer)?;
         let (train, valid) = preferences::open(&c.data, &chat, c.seed)?;

@@ -49,7 +49,7 @@ impl Opened {
         let c = &s.common;
         let length = s.data.sequence_length;
         let open = |path: &std::path::Path| Base::open(&Model::Path(path.to_path_buf()), s.tokenizer, length);
-        let actor = open(&s.actor.path).map_err(|e| e.context("actor"))?;
+        let actor = open(&s.actor.path).map_err(|e| e.context("actor"))?.dated(s.data.template_date);
         let trainable = actor.trainable(&s.actor.freeze, s.actor.lora.as_ref());
         let trainable = trainable.map_err(|e| e.context("actor"))?;
         let adapted = actor.weights.as_ref().is_some_and(|w| w.lora().is_some());

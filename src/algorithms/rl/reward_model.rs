@@ -31,7 +31,8 @@ impl Opened {
     /// # Errors
     /// No reward model; one of other tokens without a chat template of its own.
     pub fn open(section: &Frozen, actor: &Tokenizer) -> Result<Opened> {
-        let base = Base::open_scored(&Model::Path(section.path.clone()), None, 1, None)?;
+        let mut base = Base::open_scored(&Model::Path(section.path.clone()), None, 1, None)?;
+        base.tokenizer = base.tokenizer.with_template_date(actor.template_date());
         let scoring = base.weights.as_ref().map_or(Ok(None), |w| w.scoring())?;
         let has_head =
             base.weights.as_ref().is_some_and(|w| w.shape().head == crate::config::shape::Head::Score);

@@ -122,6 +122,9 @@ pub fn checkpoint(dir: &Path, depth: Depth) -> Result<Report> {
         report.fact("world_size", meta.world_size);
         report.fact("state", meta.state.clone());
         report.fact("config_sha256", meta.config_hash.clone());
+        if let Some(date) = meta.template_date {
+            report.fact("template_date", json!(date));
+        }
         report.fact("shape", json!(meta.shape));
         if let Some(base) = &meta.base {
             report.fact("base", json!(base));

@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use chrono::{Local, NaiveDate, NaiveTime};
+use chrono::NaiveTime;
 
+use crate::config::template_date::TemplateDate;
 use crate::data::conversation::Message;
 use crate::data::jinja::{CLOSE, Dict, Failure, OPEN, Template, Value};
 use crate::data::tokenizer::ChatTemplate;
@@ -17,8 +18,7 @@ pub(super) struct Jinja {
     pub place: String,
     /// Whether it marks the assistant's turns.
     pub marks: bool,
-    /// The date that a configuration gives; without one it is today's.
-    date: Option<NaiveDate>,
+    date: TemplateDate,
 }
 
 /// A rendered conversation, and the byte ranges that `{% generation %}` marks.
@@ -28,10 +28,15 @@ pub(super) struct Rendered {
 }
 
 impl Jinja {
-    pub fn new(template: &ChatTemplate, tokens: Vec<(&'static str, String)>) -> Result<Jinja> {
+    /// `date` is what `strftime_now` tells, at midnight, and, where the user gave it, what `date_string` is.
+    pub fn new(
+        template: &ChatTemplate,
+        tokens: Vec<(&'static str, String)>,
+        date: TemplateDate,
+    ) -> Result<Jinja> {
         let place = template.place.clone();
         let read = Template::new(&template.source).map_err(|e| error(&place, e))?;
-        Ok(Jinja { marks: read.marks, template: read, tokens, place, date: None })
+        Ok(Jinja { marks: read.marks, template: read, tokens, place, date })
     }
 
     /// Renders messages; `add_generation_prompt`: with the beginning of the answer to them.
@@ -53,7 +58,11 @@ impl Jinja {
         variables.set_name("add_generation_prompt", add_generation_prompt.into());
         variables.set_name("tools", Value::None);
         variables.set_name("documents", Value::None);
-        let date = self.date.unwrap_or_else(|| Local::now().date_naive());
+        let TemplateDate { date, given } = self.date;
+        if given {
+            // As Llama's templates write it.
+            variables.set_name("date_string", date.format("%d %b %Y").to_string().into());
+        }
         let rendered = self.template.render(variables, date.and_time(NaiveTime::MIN));
         let rendered = rendered.map_err(|e| error(&self.place, e))?;
         Ok(unmarked(&rendered))

@@ -63,7 +63,7 @@ impl Chat {
     }
 
     fn with(tokenizer: &Tokenizer, template: &ChatTemplate) -> Result<Chat> {
-        let template = Jinja::new(template, tokenizer.special_tokens().to_vec())?;
+        let template = Jinja::new(template, tokenizer.special_tokens().to_vec(), tokenizer.template_date())?;
         let mut chat = Chat { tokenizer: tokenizer.clone(), template, end_of_turn: None };
         // What a template makes of these two tells how it ends a turn; not every one takes them.
         let probe = [Message::new("user", "a"), Message::new("assistant", "b")];

@@ -29,7 +29,7 @@ fn templates_are_rendered_as_by_transformers() {
         let index = |i: usize| case[i].as_u64().unwrap() as usize;
         let source = fixture["templates"][index(0)].as_str().unwrap();
         let messages: Vec<Message> = serde_json::from_value(fixture["chats"][index(1)].clone()).unwrap();
-        let jinja = Jinja::new(&template(source), tokens()).unwrap();
+        let jinja = Jinja::new(&template(source), tokens(), Default::default()).unwrap();
         let rendered = jinja.render(&messages, case[2].as_bool().unwrap());
         match case[3].as_str() {
             None => assert!(rendered.is_err(), "{source}\n{messages:?}"),
@@ -48,7 +48,7 @@ fn templates_are_rendered_as_by_transformers() {
 
 #[test]
 fn errors_of_templates_are_told_with_their_line() {
-    let jinja = |source: &str| Jinja::new(&template(source), Vec::new());
+    let jinja = |source: &str| Jinja::new(&template(source), Vec::new(), Default::default());
     for (source, part) in
         [("a\nb {% if %}", "expected an expression"), ("\n{% include 'other' %}", "'include'")]
     {
@@ -351,4 +351,32 @@ fn an_answer_goes_on_where_its_prefill_ends() {
     // A turn of the assistant that something else follows is whole.
     let encoding = chat_.answer(&prompt[..2], &chat(&[("user", "R"), ("assistant", "two")])).unwrap();
     assert_eq!(encoding.turns.len(), 1);
+}
+
+#[test]
+fn templates_are_told_the_date() {
+    let source = "{{ strftime_now('%Y-%m-%d') }}|{{ date_string|default('none') }}|{{ messages[0].content }}";
+    let t = with_chat_template(small(300), source).unwrap();
+    let date = |text: &str| text.parse::<crate::config::template_date::TemplateDate>().unwrap();
+    let rendered = |t: &Tokenizer| Chat::new(t).unwrap().render(&chat(&[("user", "x")]), false).unwrap();
+    let given = t.clone().with_template_date(date("2024-07-06"));
+    assert_eq!(rendered(&given), "2024-07-06|06 Jul 2024|x");
+    let today = chrono::Local::now().date_naive();
+    assert_eq!(rendered(&t), format!("{today}|none|x"));
+    // Fingerprints are of what comes out.
+    let other = t.clone().with_template_date(date("2024-07-07"));
+    let prints = [&t, &given, &other].map(|t| t.text_fingerprint());
+    assert!(prints[0] != prints[1] && prints[1] != prints[2]);
+    assert_eq!(given.told_date().unwrap().to_string(), "2024-07-06");
+    let without = with_chat_template(small(300), "human-assistant").unwrap();
+    assert_eq!(without.told_date(), None);
+    let dated = without.clone().with_template_date(date("2024-07-06"));
+    assert_eq!(without.text_fingerprint(), dated.text_fingerprint());
+    // A template that reads date_string alone is told it only where the user gave one.
+    let string_only = with_chat_template(small(300), "{{ date_string|default('26 Jul 2024') }}").unwrap();
+    assert_eq!((string_only.told_date(), rendered(&string_only)), (None, "26 Jul 2024".into()));
+    assert_eq!(rendered(&string_only.with_template_date(date("2025-01-31"))), "31 Jan 2025");
+    for bad in ["2024-7-6", "06.07.2024", "2024-02-30", ""] {
+        assert!(bad.parse::<crate::config::template_date::TemplateDate>().is_err(), "{bad}");
+    }
 }

@@ -14,8 +14,10 @@ pub use files::{folder_has_tokenizer, is_tokenizer_file};
 pub use train::{MIN_VOCAB_SIZE, train};
 
 use crate::config::sections;
+use crate::config::template_date::TemplateDate;
 use crate::error::{Error, Result};
 use crate::files::write_file;
+use chrono::NaiveDate;
 use companions::Companions;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -38,6 +40,7 @@ pub struct Tokenizer {
     /// `bos_token` and so on, as the tokenizer's files name them.
     named: Vec<(&'static str, String)>,
     chat_template: Option<ChatTemplate>,
+    template_date: TemplateDate,
     adds_bos: bool,
     splits_at_lines: bool,
     hash: [u8; 32],
@@ -145,6 +148,7 @@ impl Tokenizer {
             pad,
             named,
             chat_template,
+            template_date: TemplateDate::default(),
             adds_bos,
             splits_at_lines,
             hash,
@@ -366,6 +370,35 @@ impl Tokenizer {
     /// The Jinja chat template, of `chat_template.jinja`, else `tokenizer_config.json`.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.chat_template.as_ref()
+    }
+
+    /// The same tokenizer with this date for chat templates that ask for one.
+    pub fn with_template_date(mut self, date: TemplateDate) -> Self {
+        self.template_date = date;
+        self
+    }
+
+    /// The date for chat templates that ask for one.
+    pub fn template_date(&self) -> TemplateDate {
+        self.template_date
+    }
+
+    /// The date that the chat template is told; none where it asks for none. What `strftime_now` tells is always the date;
+    /// `date_string` is there only where the user gave one, as in transformers.
+    pub fn told_date(&self) -> Option<NaiveDate> {
+        let template = &self.chat_template.as_ref()?.source;
+        let asks =
+            template.contains("strftime_now") || self.template_date.given && template.contains("date_string");
+        asks.then_some(self.template_date.date)
+    }
+
+    /// What tells apart the texts and tokens that conversations become: tokenizer, template, the tokens that it may write,
+    /// and the date that it is told.
+    pub fn text_fingerprint(&self) -> String {
+        let template = self.chat_template.as_ref().map(|t| t.source.as_str());
+        let date = self.told_date().map(|date| date.to_string());
+        let parts = json!([hex(&self.hash), template, self.named, self.adds_bos, date]);
+        hex(&Sha256::digest(parts.to_string().as_bytes()))
     }
 
     /// SHA-256 of `tokenizer.json` in canonical form (keys sorted, no white space, without truncation and

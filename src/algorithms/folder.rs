@@ -33,7 +33,7 @@ pub struct Start {
 /// What a run that is about to begin finds in its folder.
 pub struct Found {
     /// The checkpoint to go on from.
-    from: Option<Checkpoint>,
+    pub from: Option<Checkpoint>,
     /// It is one of this folder.
     own: bool,
     /// What differs from the configuration of the run that the folder holds; nothing of it is refused.

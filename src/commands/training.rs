@@ -8,8 +8,8 @@ use kernels::c10d::ReduceOp;
 
 use crate::algorithms::folder::{Start, examine, is_begun};
 use crate::algorithms::lock::RunLock;
-use crate::algorithms::run::{Resume, find_checkpoint};
-use crate::checkpoint::agree;
+use crate::algorithms::run::Resume;
+use crate::checkpoint::{Checkpoint, agree};
 use crate::commands::Global;
 use crate::config::{self, Algorithm, Loaded};
 use crate::distributed::environment::Place;
@@ -71,8 +71,8 @@ pub fn run<C: Algorithm, I>(
     // Here, before data is read and tokenized, and again once the folder is this run's.
     let dir = loaded.config.common().output_dir;
     RunLock::check_free(dir)?;
-    examine(&loaded, &start, &[])?;
-    keep_date(&mut loaded.config, &start.resume);
+    let found = examine(&loaded, &start, &[])?;
+    keep_date(&mut loaded.config, found.from.as_ref());
     let inputs = open(&loaded.config)?;
     let timeout = Duration::from_secs_f64(loaded.config.common().parallel.timeout_s);
     let world = World::from_global(global.device.as_deref(), timeout)?;
@@ -82,13 +82,9 @@ pub fn run<C: Algorithm, I>(
 }
 
 /// A resumed run's template goes on being told its date, unless the configuration gives one.
-fn keep_date<C: Algorithm>(config: &mut C, resume: &Resume) {
-    let dir = config.common().output_dir.to_path_buf();
-    let Some(date) = config.template_date().filter(|date| !date.given) else { return };
-    // What is wrong with the checkpoint is told when the run is restored.
-    if let Ok(Some(from)) = find_checkpoint(&dir, resume)
-        && let Some(there) = from.meta().template_date
-    {
+fn keep_date<C: Algorithm>(config: &mut C, from: Option<&Checkpoint>) {
+    let there = from.and_then(|from| from.meta().template_date);
+    if let (Some(date), Some(there)) = (config.template_date().filter(|date| !date.given), there) {
         date.date = there.date;
     }
 }

@@ -11,7 +11,6 @@ use super::loader::Order;
 use super::odd::{Odd, OrOdd, Reason};
 use super::readers::Record;
 use super::rows::{self, RowLoader, Rows, Source};
-use super::tokenizer::hex;
 use crate::config::preferences::Data;
 use crate::config::sections;
 use crate::config::sft::TooLong;
@@ -427,6 +426,7 @@ mod tests {
             too_long: TooLong::Truncate,
             on_error: OnError::Refuse,
             split: Vec::new(),
+            template_date: Default::default(),
             cache: Some(folder.0.join("cache")),
         };
         let opened = || open(&data, &chat, 1).unwrap().1.unwrap();

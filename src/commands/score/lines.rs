@@ -13,6 +13,7 @@ use crate::data::odd::{Odd, OrOdd, Reason};
 use crate::data::readers::Record;
 use crate::data::supervised;
 use crate::error::{Error, Result};
+use crate::warn;
 
 /// A line's tokens, and which of them are scored; never the first.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +61,9 @@ impl<'a> Reader<'a> {
         let chats = args.chat || args.template.chat_template.is_some();
         let needed = lines.iter().flatten().any(|line| kind(line, chats) == Kind::Conversation);
         let chat = needed.then(|| opened.chat(&args.template)).transpose()?;
+        if let (None, Some(date)) = (&chat, args.template.template_date) {
+            warn!("--template-date {} is not used: no line is a conversation", date.date);
+        }
         Ok(Reader { opened, chats, chat })
     }
 

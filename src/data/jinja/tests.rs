@@ -38,6 +38,26 @@ fn snippets_are_rendered_as_by_jinja2() {
     assert!(wrong.is_empty(), "{} of {} differ:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
 }
 
+/// The golden models' templates, and others that write tools, with tools none, empty and given
+/// (tests/fixtures/make_tools.py).
+#[test]
+fn templates_with_tools_are_rendered_as_by_jinja2() {
+    let fixture: Json = serde_json::from_str(include_str!("../../../tests/fixtures/tools.json")).unwrap();
+    let cases = fixture["cases"].as_array().unwrap();
+    assert!(cases.len() > 200);
+    for case in cases {
+        let mut variables = fixture["variables"].clone();
+        for (name, value) in case[1].as_object().unwrap() {
+            variables[name] = value.clone();
+        }
+        let got = render(fixture["templates"][case[0].as_str().unwrap()].as_str().unwrap(), &variables);
+        match case[2].as_str() {
+            Some(text) => assert_eq!(got.as_deref(), Ok(text), "{} {}", case[0], case[1]),
+            None => assert!(got.is_err(), "{} {}", case[0], case[1]),
+        }
+    }
+}
+
 #[test]
 fn what_is_not_built_is_refused_by_its_name() {
     for (source, name) in [

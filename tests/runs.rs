@@ -151,7 +151,8 @@ fn a_second_process_is_told_who_holds_the_folder() {
         assert!(second.err.contains(&pid) && second.err.contains(", since 20"), "{second}");
     }
     // Who only reads needs no lock.
-    Program::corral(&["inspect"]).arg(run.output()).run(&run.dir, "inspect");
+    let inspected = Program::corral(&["inspect", "--json"]).arg(run.output()).run(&run.dir, "inspect");
+    assert!(inspected.out.contains(&pid), "{inspected}");
     let config = run.dir.join("config.yaml");
     Program::corral(&["check", "pretrain", long[0], "--config"])
         .arg(&config)
@@ -232,8 +233,8 @@ fn what_does_not_change_the_mathematics_may_change() {
         "{ended}"
     );
     assert_eq!(run.numbers("train", "loss").len(), 20);
-    let ended = run.train(2, &words);
-    assert!(ended.err.contains("ranks: before 1, now 2"), "{ended}");
+    let ended = run.program(2, &words).env("OMP_NUM_THREADS", "2").run(&run.dir, "ranks").expect_code(0);
+    assert!(ended.err.contains("ranks: before 1, now 2; threads: before 1, now 2"), "{ended}");
 }
 
 #[test]

@@ -12,7 +12,7 @@ use super::rollback::{self, CONFIG, MODELS};
 use super::run::{Resume, Signals};
 use super::step::SkipGuard;
 use super::training::{Learner, Plan, Progress, Run, Window};
-use crate::checkpoint::sharded::{META, checkpoints_dir, list};
+use crate::checkpoint::sharded::{META, checkpoints_dir, list, step_name};
 use crate::checkpoint::{self, Checkpoint, RunInfo, Saver, agree};
 use crate::config::changes::{self, Change, Class};
 use crate::config::{Algorithm, Loaded};
@@ -69,7 +69,11 @@ pub fn examine<C: Algorithm>(loaded: &Loaded<C>, start: &Start, inputs: &[&Path]
     if start.resume == Resume::Never && (has_checkpoint || has_model) {
         return refuse("already holds a run (--resume auto goes on with it)");
     }
-    let from = find_checkpoint(dir, &start.resume)?;
+    let from = match find_checkpoint(dir, &start.resume)? {
+        // The same command once more: it goes on from what came after.
+        Some(named) if has_checkpoint && begins_with(dir, &named)? => checkpoint::latest(dir)?,
+        found => found,
+    };
     let changes = match config.exists() && (has_checkpoint || has_model) {
         true => changes(loaded, &config)?,
         // A start that never came to a checkpoint holds nothing.
@@ -133,6 +137,13 @@ fn find_checkpoint(dir: &Path, resume: &Resume) -> Result<Option<Checkpoint>> {
         Some(newest) => Ok(Some(newest)),
         None => told("neither a checkpoint nor the folder of a run that has one"),
     }
+}
+
+/// Whether the run in this folder began from this checkpoint of another.
+fn begins_with(dir: &Path, named: &Checkpoint) -> Result<bool> {
+    let Some(newest) = checkpoint::latest(dir)? else { return Ok(false) };
+    let begun_from = newest.meta().state.get("begun_from").and_then(|path| path.as_str());
+    Ok(begun_from.is_some_and(|path| named.dir().canonicalize().is_ok_and(|named| named == Path::new(path))))
 }
 
 /// What one may do where a folder holds another run.
@@ -248,8 +259,17 @@ impl<'a> RunFolder<'a> {
                  train.epochs, or go on from an older checkpoint with --resume"
             )));
         }
-        found.tell(&plan, world);
-        progress.go_on(&found.changes);
+        let here = machine(world);
+        found.tell(&plan, progress.machine.as_ref().unwrap_or(&here), world);
+        progress.machine = Some(here);
+        match &found.from {
+            Some(from) if !found.own => progress.move_to_another_folder(from.dir()),
+            _ => progress.go_on(&found.changes),
+        }
+        let best = progress.best_step().map(|step| checkpoints_dir(&dir).join(step_name(step)));
+        if plan.keep_best && best.is_some_and(|best| !best.is_dir()) {
+            progress.forget_best();
+        }
         progress.start = rollback::name_of_start();
         let open = || -> Result<RunLog> {
             if world.rank == 0 {
@@ -292,9 +312,17 @@ impl<'a> RunFolder<'a> {
     }
 }
 
+/// What decides in which order numbers are added: the kind of device, and the threads on it.
+fn machine(world: &World) -> (String, i32) {
+    match world.device {
+        tch::Device::Cpu => ("cpu".into(), tch::get_num_threads()),
+        _ => ("cuda".into(), 0),
+    }
+}
+
 impl Found {
     /// Says what has changed since the run's last start.
-    fn tell(&self, plan: &Plan, world: &World) {
+    fn tell(&self, plan: &Plan, before: &(String, i32), world: &World) {
         let of = |class: &[Class]| -> Vec<String> {
             self.changes.iter().filter(|c| class.contains(&c.class)).map(Change::before_and_now).collect()
         };

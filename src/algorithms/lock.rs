@@ -122,13 +122,9 @@ impl RunLock {
 
     /// Refuses, as [`RunLock::take`] does, a folder that another run holds. Changes nothing.
     pub fn check_free(dir: &Path) -> Result<()> {
-        let Ok(mut file) = OpenOptions::new().read(true).write(true).open(dir.join(LOCK)) else {
-            return Ok(());
-        };
         let started = Instant::now();
         loop {
-            let kernel = ask_kernel(&file, false)?;
-            match refusal(dir, &mut file, kernel)? {
+            match look(dir)? {
                 Some(_) if started.elapsed() < GRACE => std::thread::sleep(Duration::from_millis(50)),
                 Some(refused) => return Err(refused),
                 None => return Ok(()),
@@ -221,6 +217,22 @@ impl Drop for RunLock {
             let _ = fs::remove_dir(&self.dir);
         }
     }
+}
+
+/// Why the folder's lock could not be taken now.
+fn look(dir: &Path) -> Result<Option<Error>> {
+    let Ok(mut file) = OpenOptions::new().read(true).write(true).open(dir.join(LOCK)) else {
+        return Ok(None);
+    };
+    let kernel = ask_kernel(&file, false)?;
+    refusal(dir, &mut file, kernel)
+}
+
+/// Who holds a run's folder, for those who look into it.
+pub fn holder(dir: &Path) -> Option<String> {
+    look(dir).ok()??;
+    let holder = read_holder(&dir.join(LOCK))?;
+    Some(format!("pid {} on {}, since {}", holder.pid, holder.host, holder.since))
 }
 
 /// Why the lock in `file`, of which the kernel says `kernel`, cannot be taken; none if it can.

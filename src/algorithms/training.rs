@@ -62,6 +62,12 @@ pub struct Progress<D> {
     /// The start of the run that made the checkpoint.
     #[serde(default)]
     pub(super) start: String,
+    /// The device and the number of threads that it was computed with.
+    #[serde(default)]
+    pub(super) machine: Option<(String, i32)>,
+    /// The checkpoint of another folder that the run in this one went on from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) begun_from: Option<PathBuf>,
     /// Tokens read so far, over all ranks.
     pub tokens: u64,
     pub skipped_steps: u64,
@@ -79,6 +85,8 @@ impl<D> Progress<D> {
             owes_validation: false,
             logged: 0,
             start: String::new(),
+            machine: None,
+            begun_from: None,
             tokens: 0,
             skipped_steps: 0,
             elapsed_s: 0.0,
@@ -93,6 +101,18 @@ impl<D> Progress<D> {
     /// What of the log a run that goes on at `step` cuts off.
     pub(super) fn cut(&self, step: u64) -> Cut {
         Cut { after: step, validation: self.owes_validation }
+    }
+
+    /// In the folder of another run it goes on without what belongs to the one that it came from.
+    pub(super) fn move_to_another_folder(&mut self, from: &Path) {
+        self.best = Best::default();
+        self.ended = false;
+        self.begun_from = from.canonicalize().ok();
+    }
+
+    /// The checkpoint of the best validation is not there: what comes may be the best.
+    pub(super) fn forget_best(&mut self) {
+        self.best = Best::default();
     }
 
     /// Takes the changes of the configuration since the start before into account.

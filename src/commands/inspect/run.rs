@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::model::checkpoint;
 use super::{Depth, Report, inspect, names};
+use crate::algorithms::lock;
 use crate::checkpoint::sharded::{checkpoints_dir, list};
 use crate::error::{Error, Result};
 use crate::files::read_error;
@@ -17,6 +18,9 @@ pub fn run(dir: &Path, depth: Depth) -> Result<Report> {
     let mut report = Report::new("run", dir);
     let path = dir.join("config.yaml");
     let config = report.noted(config(&path)).unwrap_or_default();
+    if let Some(holder) = lock::holder(dir) {
+        report.fact("held_by", holder);
+    }
     let steps = config.pointer("/train/steps").and_then(Value::as_u64);
     report.fact("config", config);
 

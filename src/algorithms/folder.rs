@@ -335,6 +335,12 @@ impl Found {
         rounds.extend(
             ranks.filter(|_| self.own).map(|n| format!("ranks: before {n}, now {}", world.world_size)),
         );
+        let here = machine(world);
+        if before.0 != here.0 {
+            rounds.push(format!("device: before {}, now {}", before.0, here.0));
+        } else if before.1 != here.1 {
+            rounds.push(format!("threads: before {}, now {}", before.1, here.1));
+        }
         if !rounds.is_empty() {
             info!(
                 "changed: {}: from here on results are equal up to rounding, not to the bit",

@@ -410,6 +410,26 @@ mod tests {
     }
 
     #[test]
+    fn without_locks_the_process_or_its_heartbeat_tells() {
+        let folder = TestFolder::new("lock-none");
+        let path = folder.0.join(LOCK);
+        let refused = |holder: &Holder| {
+            fs::write(&path, serde_json::to_string(holder).unwrap()).unwrap();
+            refusal(&folder.0, &mut File::open(&path).unwrap(), Kernel::Refuses).unwrap().is_some()
+        };
+        let here = Holder::this_process();
+        assert!(refused(&here));
+        assert!(
+            !refused(&Holder { ticks: here.ticks + 1, ..here.clone() }),
+            "another process has its number"
+        );
+        let there = Holder { boot: "another".into(), host: "elsewhere".into(), ..here.clone() };
+        assert!(!refused(&there), "it has never beaten");
+        beat(&folder.0).unwrap();
+        assert!(refused(&there));
+    }
+
+    #[test]
     fn a_folder_that_is_gone_is_told() {
         let folder = TestFolder::new("lock-gone");
         let dir = folder.0.join("a");

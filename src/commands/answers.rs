@@ -39,7 +39,9 @@ pub fn find(path: &Path, input: &[Map<String, Value>], added: &[&str], settings:
     };
     let end = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |i| i + 1);
     let bare = |line: &Map<String, Value>| {
-        let own = line.iter().filter(|(key, _)| !added.contains(&key.as_str()));
+        let skipped = line.get("finish_reason").is_some_and(|reason| reason == "error");
+        let own =
+            line.iter().filter(|(key, _)| !(added.contains(&key.as_str()) || skipped && *key == "error"));
         own.map(|(key, value)| (key.clone(), value.clone())).collect::<Map<_, _>>()
     };
     let mut lines = 0;

@@ -12,8 +12,10 @@ use crate::checkpoint::agree;
 use crate::commands::Global;
 use crate::commands::answers::{self, Answers, Kept};
 use crate::commands::inference::{self, ModelArgs, Opened, RanksArgs, TemplateArgs};
+use crate::commands::intake::{Intake, OnErrorArgs};
 use crate::data::chat::Chat;
 use crate::data::conversation::Prompt;
+use crate::data::odd::{Odd, OrOdd, Reason};
 use crate::data::readers;
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::exchange::gather_bytes;
@@ -52,8 +54,10 @@ pub struct Args {
     chat: bool,
     #[command(flatten)]
     template: TemplateArgs,
+    #[command(flatten)]
+    on_error: OnErrorArgs,
     /// Where the lines go, in the input's order, each with `completion`, `num_tokens` and `finish_reason` (eos, stop or
-    /// length) added; what is there already of a run with the same settings is gone on with [default: stdout]
+    /// length; error for a line that is skipped, whose `error` says why) added; what is there already of a run with the same settings is gone on with [default: stdout]
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Start the output anew
@@ -104,21 +108,22 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
     }
     let (lines, prompts) = match (&args.prompt, &args.input) {
         (Some(prompt), _) => {
-            (vec![Map::from_iter([("prompt".into(), json!(prompt))])], vec![Prompt::Text(prompt.clone())])
+            (vec![Map::from_iter([("prompt".into(), json!(prompt))])], vec![Ok(Prompt::Text(prompt.clone()))])
         }
         (None, Some(path)) => read_lines(path)?,
         (None, None) => return Err(Error::config("--prompt or --input says what to continue")),
     };
     let opened = args.model.open()?;
-    let messages = prompts.iter().any(|p| matches!(p, Prompt::Messages(_)));
+    let messages = prompts.iter().flatten().any(|p| matches!(p, Prompt::Messages(_)));
     let chat = if args.chats() || messages { Some(opened.chat(&args.template)?) } else { None };
-    let requests = requests(&args, prompts, &opened, chat.as_ref())?;
+    let (requests, intake) = requests(&args, prompts, &opened, chat.as_ref())?;
     let settings = settings(&args)?;
     let kept = match &args.output {
         Some(path) if !args.overwrite => answers::find(path, &lines, &ADDED, &settings)?,
         _ => Kept::default(),
     };
     let world = inference::join(global)?;
+    intake.warn(&world);
     let known = if world.rank == 0 { kept.lines } else { 0 };
     let kept_lines = world.group.combine(&[known as f64], ReduceOp::Max)?[0] as usize;
     if kept_lines > 0 {
@@ -179,12 +184,18 @@ impl Job<'_> {
         &self,
         model: &mut Llama,
         lines: Vec<Line>,
-        requests: &[Request],
+        requests: &[Result<Request, String>],
         first: usize,
         mut answers: Option<Answers>,
     ) -> Result<()> {
         let (rank, ranks) = (self.world.rank as usize, self.world.world_size as usize);
-        let mine: Vec<usize> = (first..lines.len()).filter(|i| i % ranks == rank).collect();
+        let mine: Vec<(usize, &Request)> = requests
+            .iter()
+            .enumerate()
+            .skip(first)
+            .filter_map(|(i, request)| Some((i, request.as_ref().ok()?)))
+            .filter(|(i, _)| i % ranks == rank)
+            .collect();
         let stop = (!self.args.stop.is_empty())
             .then_some(Stop { texts: &self.args.stop, tokenizer: self.tokenizer });
         let options = Options {
@@ -194,18 +205,25 @@ impl Job<'_> {
             stop,
         };
         let mut engine = Engine::new(model, options)?;
-        let prompt = requests.first().map_or(&[][..], |r| &r.prompt);
+        let prompt = mine.first().map_or(&[][..], |(_, request)| &request.prompt);
         let (mut stream, mut held) =
             (TextStream::new(self.tokenizer, prompt, &self.args.stop), String::new());
         let bar = inference::bar(lines.len() as u64, "completions");
         bar.set_position(first as u64);
         let (mut added, mut finished) = (0, 0);
+        if let Some(answers) = &mut answers {
+            for (i, request) in requests.iter().enumerate().skip(first) {
+                let Err(why) = request else { continue };
+                answers.put(i, skipped(&lines[i], why))?;
+                bar.inc(1);
+            }
+        }
         loop {
             let mut done = Vec::new();
             for _ in 0..if ranks == 1 { 1 } else { EXCHANGE } {
                 if engine.num_waiting() == 0 && added < mine.len() {
                     let window = &mine[added..mine.len().min(added + WINDOW * self.args.batch_size)];
-                    engine.add(model, window.iter().map(|i| requests[*i].clone()))?;
+                    engine.add(model, window.iter().map(|(_, request)| (*request).clone()))?;
                     added += window.len();
                 }
                 let shows = self.args.streams();
@@ -214,8 +232,8 @@ impl Job<'_> {
                     false => Ok(()),
                 })?;
                 for completion in engine.take_finished() {
-                    let index = mine[completion.request];
-                    done.push((index, self.answer(&lines[index], &requests[index], &completion)?));
+                    let (index, request) = mine[completion.request];
+                    done.push((index, self.answer(&lines[index], request, &completion)?));
                 }
                 if !stepped {
                     break;
@@ -265,18 +283,38 @@ impl Job<'_> {
     }
 }
 
-fn read_lines(path: &Path) -> Result<(Vec<Line>, Vec<Prompt>)> {
-    let records = readers::records(path, None, &Arc::default())?;
+/// The line of a prompt that is skipped.
+fn skipped(line: &Line, why: &str) -> String {
+    let mut line = line.clone();
+    line.insert("completion".into(), Value::Null);
+    line.insert("num_tokens".into(), json!(0));
+    line.insert("finish_reason".into(), json!("error"));
+    line.insert("error".into(), json!(why));
+    Value::Object(line).to_string()
+}
+
+type Prompts = Vec<Result<Prompt, Odd>>;
+
+fn read_lines(path: &Path) -> Result<(Vec<Line>, Prompts)> {
+    let records = readers::records_or_errors(path, None, &Arc::default())?;
     let lines = records.map(|record| {
-        let record = record?;
-        let prompt = Prompt::read_with_prefill(&record)?;
+        let record = match record? {
+            Ok(record) => record,
+            Err(e) => return Ok((Line::new(), Err(e).or_odd(Reason::Unreadable))),
+        };
+        let prompt = Prompt::read_with_prefill(&record).or_odd(Reason::Format);
         Ok((record.fields, prompt))
     });
     lines.collect()
 }
 
-/// The prompts in tokens, on all cores.
-fn requests(args: &Args, prompts: Vec<Prompt>, opened: &Opened, chat: Option<&Chat>) -> Result<Vec<Request>> {
+/// The prompts in tokens, on all cores, or why a line has none.
+fn requests(
+    args: &Args,
+    prompts: Prompts,
+    opened: &Opened,
+    chat: Option<&Chat>,
+) -> Result<(Vec<Result<Request, String>>, Intake)> {
     let (tokenizer, shape) = (opened.tokenizer()?, opened.shape());
     let encode = |prompt: Prompt| match (prompt, chat) {
         (Prompt::Text(text), None) => inference::encode(tokenizer, &text, true),
@@ -286,22 +324,29 @@ fn requests(args: &Args, prompts: Vec<Prompt>, opened: &Opened, chat: Option<&Ch
         }
         (Prompt::Messages(_), None) => Err(Error::failed("messages need a chat template")),
     };
-    let request = |(i, prompt): (usize, Prompt)| {
-        let request = Request {
-            prompt: encode(prompt)?,
-            samples: vec![i as u64],
-            min_new_tokens: args.min_new_tokens,
-            max_new_tokens: args.max_new_tokens,
-        };
-        request.check(shape)?;
-        Ok(request)
-    };
     let place = |i: usize, e: Error| match &args.input {
         Some(path) if e.exit_code() == 3 => e.context(format!("{}, line {}", path.display(), i + 1)),
         _ => e,
     };
-    let numbered = prompts.into_par_iter().enumerate();
-    numbered.map(|(i, prompt)| request((i, prompt)).map_err(|e| place(i, e))).collect()
+    let request = |(i, prompt): (usize, Result<Prompt, Odd>)| {
+        let prompt = encode(prompt?).map_err(|e| place(i, e)).or_odd(Reason::Template)?;
+        let (min_new_tokens, max_new_tokens) = (args.min_new_tokens, args.max_new_tokens);
+        let request = Request { prompt, samples: vec![i as u64], min_new_tokens, max_new_tokens };
+        request.check(shape).map_err(|e| place(i, e)).or_odd(Reason::TooLong)?;
+        Ok(request)
+    };
+    let read: Vec<Result<Request, Odd>> = prompts.into_par_iter().enumerate().map(request).collect();
+    let mut intake = Intake::of_lines(args.on_error);
+    let requests = read.into_iter().map(|request| intake.read(request)).collect::<Result<Vec<_>>>()?;
+    match &args.input {
+        Some(_) => intake.check()?,
+        // The one prompt of the command line has no line that could be left out.
+        None => requests.iter().try_for_each(|r| r.as_ref().map(drop).map_err(Error::data))?,
+    }
+    if requests.iter().all(Result::is_err) && !requests.is_empty() {
+        return Err(Error::data(format!("there is nothing to continue: {}", intake.why_nothing())));
+    }
+    Ok((requests, intake))
 }
 
 /// Shows the newest token of the only completion: as it comes where stdout is a terminal, else all at its end.

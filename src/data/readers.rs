@@ -293,11 +293,13 @@ fn json_lines(path: Arc<Path>, mut input: Input) -> impl Iterator<Item = Result<
             if line.starts_with(BYTE_ORDER_MARK) {
                 let what =
                     "a byte order mark (U+FEFF) inside the file, as joining files leaves it: remove it";
-                return Some(Err(Error::data(format!("{place}: {what}"))));
+                return Some(Ok(Err(Error::data(format!("{place}: {what}")))));
             }
             let value = serde_json::from_slice(&line).map_err(|e| {
                 let what = json_message(&e);
-                Error::data(format!("{place}:{}: not valid JSON: {what}", e.column()))
+                // serde_json counts the line's end as the begin of another line.
+                let column = if e.column() > 0 { e.column() } else { line.len() };
+                Error::data(format!("{place}:{column}: not valid JSON: {what}"))
             });
             return Some(Ok(value.and_then(|value| object(value, place))));
         }

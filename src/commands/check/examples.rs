@@ -78,7 +78,7 @@ pub fn prompt(chat: &Chat, prompts: &Prompts, number: usize) -> Result<()> {
     match &shown.reference {
         Some(answer) => {
             println!("# the answer that rewards compare with:");
-            whole_lines(answer);
+            answer.lines().for_each(|line| println!("  {line}"));
         }
         None => println!("# the record has no answer that rewards could compare with"),
     }

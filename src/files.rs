@@ -1,7 +1,7 @@
 //! Files and folders that are complete or absent: written as `.tmp-NAME`, brought to the disk, renamed. What a killed
 //! process leaves under that name, the next that writes the same removes.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -21,6 +21,90 @@ pub fn beside(path: &Path, prefix: &str) -> PathBuf {
 /// The folder that `path` lies in.
 pub fn parent(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// What lies at `path`, links followed; none where there is nothing. The one way to ask whether a file or folder is there.
+///
+/// # Errors
+/// Of kind Data: a symbolic link, at the path or on the way to it, whose target is missing; what may not be looked at.
+pub fn look(path: &Path) -> Result<Option<Metadata>> {
+    match fs::metadata(path) {
+        Ok(found) => Ok(Some(found)),
+        Err(e) => match (broken_link(path), e.kind()) {
+            (Some(what), _) => Err(Error::data(what)),
+            (None, io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+            (None, _) => Err(read_error(path, &e)),
+        },
+    }
+}
+
+/// Whether there is something at `path` (see [`look`]).
+pub fn exists(path: &Path) -> Result<bool> {
+    Ok(look(path)?.is_some())
+}
+
+/// Whether `path` is a file (see [`look`]).
+pub fn is_file(path: &Path) -> Result<bool> {
+    Ok(look(path)?.is_some_and(|found| found.is_file()))
+}
+
+/// Whether `path` is a folder (see [`look`]).
+pub fn is_dir(path: &Path) -> Result<bool> {
+    Ok(look(path)?.is_some_and(|found| found.is_dir()))
+}
+
+/// Whether there is a file at `path`, or a folder that is not empty (see [`look`]).
+pub fn holds_something(path: &Path) -> Result<bool> {
+    match look(path)? {
+        Some(found) if found.is_dir() => {
+            Ok(fs::read_dir(path).map_err(|e| read_error(path, &e))?.next().is_some())
+        }
+        found => Ok(found.is_some()),
+    }
+}
+
+/// Opens a file to read it; none where there is none (see [`look`]).
+pub fn open(path: &Path) -> Result<Option<File>> {
+    match look(path)? {
+        Some(_) => File::open(path).map(Some).map_err(|e| read_error(path, &e)),
+        None => Ok(None),
+    }
+}
+
+/// Names the first symbolic link on the way to `path` that leads nowhere, if there is one.
+pub fn broken_link(path: &Path) -> Option<String> {
+    let broken =
+        |p: &&Path| fs::symlink_metadata(p).is_ok_and(|m| m.is_symlink()) && fs::metadata(p).is_err();
+    let way: Vec<&Path> = path.ancestors().collect();
+    let link = way.into_iter().rev().find(broken)?;
+    let why = match fs::metadata(link) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => format!("cannot be followed ({e})"),
+        _ => "is missing".into(),
+    };
+    let target = fs::read_link(link).ok()?;
+    Some(format!(
+        "{} is a symbolic link to {}, which {why}: restore that, or remove the link",
+        link.display(),
+        target.display()
+    ))
+}
+
+/// Where to write for `path`: a link to a file or folder stays, and its target is written.
+///
+/// # Errors
+/// Of kind Config: a symbolic link whose target is missing.
+fn target(path: &Path) -> Result<PathBuf> {
+    // Without a slash at its end, which would hide a link.
+    let path: PathBuf = path.components().collect();
+    if !fs::symlink_metadata(&path).is_ok_and(|m| m.is_symlink()) {
+        return Ok(path);
+    }
+    match look(&path).map_err(|e| Error::config(e.message))? {
+        Some(found) if found.is_file() || found.is_dir() => {
+            fs::canonicalize(&path).map_err(|e| write_error(&path, &e))
+        }
+        _ => Ok(path),
+    }
 }
 
 /// Bytes free for this user on the file system that holds `path` or, where it does not exist yet, its nearest parent.
@@ -43,11 +127,17 @@ pub fn write_error(path: &Path, e: &io::Error) -> Error {
         },
         _ => String::new(),
     };
-    Error::failed(format!("cannot write {}: {e}{advice}", path.display()))
+    match broken_link(path) {
+        Some(what) => Error::config(format!("cannot write {}: {what}", path.display())),
+        None => Error::failed(format!("cannot write {}: {e}{advice}", path.display())),
+    }
 }
 
 /// What to tell when a file that should be there cannot be read.
 pub fn read_error(path: &Path, e: &io::Error) -> Error {
+    if let Some(what) = broken_link(path) {
+        return Error::data(format!("cannot read {}: {what}", path.display()));
+    }
     let error = Error::data(format!("cannot read {}: {e}", path.display()));
     // Not UTF-8, where text is expected.
     if e.kind() == io::ErrorKind::InvalidData { unusable(path, error) } else { error }
@@ -97,6 +187,7 @@ impl AtomicFile {
     /// # Errors
     /// It cannot be written, or another process is writing it.
     pub fn create(path: &Path) -> Result<Self> {
+        let path = &target(path)?;
         let temp = temporary(path)?;
         create_dir(parent(path))?;
         let error = |e| write_error(path, &e);
@@ -168,6 +259,7 @@ impl AtomicFolder {
     /// # Errors
     /// The folder holds something that is not `ours` by its name, cannot be written, or another process is writing it.
     pub fn create(path: &Path, ours: impl Fn(&str) -> bool) -> Result<Self> {
+        let path = &target(path)?;
         let temp = temporary(path)?;
         if let Ok(left) = File::open(&temp) {
             claim(&left, &temp, path)?;
@@ -254,14 +346,25 @@ pub fn recover(path: &Path) -> Result<()> {
     clean().map_err(|e| Error::failed(format!("cannot clear what is left of {}: {e}", path.display())))
 }
 
-/// Removes a folder that others may be looking at: it leaves its name at once.
+/// Removes a folder that others may be looking at: it leaves its name at once. Of a link to a folder the target is emptied,
+/// and the link stays.
 pub fn remove_dir(path: &Path) -> Result<()> {
-    let trash = beside(path, ".trash-");
-    let emptied = if trash.exists() { fs::remove_dir_all(&trash) } else { Ok(()) };
-    emptied
-        .and_then(|()| fs::rename(path, &trash))
-        .and_then(|()| fs::remove_dir_all(&trash))
-        .map_err(|e| Error::failed(format!("cannot remove {}: {e}", path.display())))
+    let remove = || -> io::Result<()> {
+        if !fs::symlink_metadata(path)?.is_symlink() {
+            let trash = beside(path, ".trash-");
+            fs::rename(path, &trash)?;
+            return fs::remove_dir_all(&trash);
+        }
+        for entry in fs::read_dir(path)? {
+            let entry = entry?;
+            match entry.file_type()?.is_dir() {
+                true => fs::remove_dir_all(entry.path())?,
+                false => fs::remove_file(entry.path())?,
+            }
+        }
+        Ok(())
+    };
+    remove().map_err(|e| Error::failed(format!("cannot remove {}: {e}", path.display())))
 }
 
 /// The CRC-32 of a file.
@@ -382,6 +485,77 @@ mod tests {
         write_file(&at("file"), b"whole").unwrap();
         assert_eq!(fs::read(at("file")).unwrap(), b"whole");
         assert_eq!(names(&folder.0), ["file", "out"]);
+    }
+
+    #[test]
+    fn a_broken_link_never_counts_as_absent() {
+        let folder = TestFolder::new("broken-links");
+        let at = |name: &str| folder.0.join(name);
+        let link = |target: &str, name: &str| std::os::unix::fs::symlink(target, at(name)).unwrap();
+        fs::create_dir(at("there")).unwrap();
+        fs::write(at("there/file"), "x").unwrap();
+        link("there", "link");
+        link("gone", "broken");
+        link("circle", "circle");
+        link("link", "chain");
+        assert!(is_file(&at("chain/file")).unwrap() && is_dir(&at("chain")).unwrap());
+        for absent in ["nothing", "there/nothing", "there/file/nothing", "link/nothing"] {
+            assert!(look(&at(absent)).unwrap().is_none(), "{absent}");
+            assert!(open(&at(absent)).unwrap().is_none(), "{absent}");
+        }
+        for (path, link) in [("broken", "broken"), ("broken/a/b", "broken"), ("circle", "circle")] {
+            for e in [
+                look(&at(path)).unwrap_err(),
+                open(&at(path)).unwrap_err(),
+                File::open(at(path)).map_err(|e| read_error(&at(path), &e)).unwrap_err(),
+            ] {
+                let what = format!("{} is a symbolic link to", at(link).display());
+                assert!(e.message.contains(&what) && e.exit_code() == 3, "{e}");
+            }
+        }
+        let e = look(&at("broken")).unwrap_err();
+        assert!(e.message.contains("link to gone, which is missing"), "{e}");
+        for e in [
+            write_file(&at("broken"), b"x").unwrap_err(),
+            AtomicFolder::create(&at("broken"), |_| true).err().unwrap(),
+            create_dir(&at("broken")).unwrap_err(),
+        ] {
+            assert!(e.message.contains("which is missing") && e.exit_code() == 2, "{e}");
+        }
+        assert!(fs::symlink_metadata(at("broken")).unwrap().is_symlink());
+    }
+
+    #[test]
+    fn a_link_stays_and_its_target_is_written() {
+        let folder = TestFolder::new("links");
+        let at = |name: &str| folder.0.join(name);
+        let link = |target: &str, name: &str| std::os::unix::fs::symlink(target, at(name)).unwrap();
+        fs::create_dir_all(at("disk/out")).unwrap();
+        fs::write(at("disk/file"), "old").unwrap();
+        link("disk/out", "out");
+        link("disk/file", "file");
+        for path in ["out", "out/"] {
+            let output = AtomicFolder::create(&at(path), |name| name == "x").unwrap();
+            assert_eq!(output.temporary(), at("disk/.tmp-out").canonicalize().unwrap());
+            fs::write(output.temporary().join("x"), path).unwrap();
+            output.commit().unwrap();
+            assert_eq!(fs::read_to_string(at("disk/out/x")).unwrap(), path);
+        }
+        write_file(&at("file"), b"new").unwrap();
+        assert_eq!(fs::read(at("disk/file")).unwrap(), b"new");
+        fs::create_dir(at("disk/out/y")).unwrap();
+        remove_dir(&at("out")).unwrap();
+        assert_eq!(names(&at("disk/out")), Vec::<String>::new());
+        for name in ["out", "file"] {
+            assert!(fs::symlink_metadata(at(name)).unwrap().is_symlink(), "{name}");
+        }
+        assert_eq!(
+            (names(&at("disk")), names(&folder.0)),
+            (vec!["file".to_string(), "out".into()], vec!["disk".to_string(), "file".into(), "out".into()],)
+        );
+        assert!(!holds_something(&at("out")).unwrap() && holds_something(&at("disk")).unwrap());
+        remove_dir(&at("disk")).unwrap();
+        assert!(!exists(&folder.0.join("disk")).unwrap());
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::distributed::plan::{Plan, Role};
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
+use crate::files::exists;
 use crate::model::{Trainable, init};
 use crate::{detail, warn};
 
@@ -84,7 +85,10 @@ impl Base {
             Model::Preset(_) | Model::Init(_) => None,
         };
         let section = tokenizer;
-        let beside = weights.as_ref().map(|w| w.tokenizer_dir().unwrap_or_else(|| w.dir().to_path_buf()));
+        let beside = match &weights {
+            Some(w) => Some(w.tokenizer_dir()?.unwrap_or_else(|| w.dir().to_path_buf())),
+            None => None,
+        };
         let tokenizer = chat::configured(section, beside.as_deref())?;
         let mut shape = match (model, &weights) {
             (_, Some(weights)) => weights.shape().clone(),
@@ -236,7 +240,7 @@ impl Base {
         let dir = match self.weights.as_ref()? {
             Weights::Adapted(model) => model.base.dir(),
             weights => match model {
-                Model::Path(path) if !path.exists() => path,
+                Model::Path(path) if matches!(exists(path), Ok(false)) => path,
                 _ => weights.dir(),
             },
         };

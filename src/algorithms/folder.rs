@@ -59,11 +59,12 @@ pub fn examine<C: Algorithm>(loaded: &Loaded<C>, start: &Start, inputs: &[&Path]
             dir.display()
         )))
     };
-    let config = rollback::config_path(dir);
+    let config = rollback::config_path(dir)?;
     let has_checkpoint = !list(&checkpoints_dir(dir))?.is_empty();
-    let has_model = dir.join("model").exists();
+    let has_model = files::holds_something(&dir.join("model"))?;
     // Without a configuration, what a run would write over belongs to somebody else.
-    if !config.exists() && (has_model || (dir.is_dir() && !log_files(dir)?.is_empty())) {
+    let configured = files::exists(&config)?;
+    if !configured && (has_model || (files::is_dir(dir)? && !log_files(dir)?.is_empty())) {
         return refuse("holds metrics, a model or TensorBoard files, but no run's config.yaml");
     }
     if start.resume == Resume::Never && (has_checkpoint || has_model) {
@@ -74,7 +75,7 @@ pub fn examine<C: Algorithm>(loaded: &Loaded<C>, start: &Start, inputs: &[&Path]
         Some(named) if has_checkpoint && begins_with(dir, &named)? => checkpoint::latest(dir)?,
         found => found,
     };
-    let changes = match config.exists() && (has_checkpoint || has_model) {
+    let changes = match configured && (has_checkpoint || has_model) {
         true => changes(loaded, &config)?,
         // A start that never came to a checkpoint holds nothing.
         false => Vec::new(),
@@ -124,13 +125,13 @@ fn find_checkpoint(dir: &Path, resume: &Resume) -> Result<Option<Checkpoint>> {
         Resume::From(path) => path,
     };
     let told = |why: &str| Err(Error::data(format!("--resume {}: {why}", path.display())));
-    if !path.is_dir() {
+    if !files::is_dir(path)? {
         return told("there is no such folder; give a checkpoint, or a run's folder");
     }
     // A run's folder, or its folder of checkpoints.
-    let newest = match path.join(META).exists() {
+    let newest = match files::exists(&path.join(META))? {
         true => return Checkpoint::open(path).map(Some),
-        false if checkpoints_dir(path).is_dir() => checkpoint::latest(path)?,
+        false if files::is_dir(&checkpoints_dir(path))? => checkpoint::latest(path)?,
         false => list(path)?.pop().map(|(_, newest)| Checkpoint::open(&newest)).transpose()?,
     };
     match newest {
@@ -273,8 +274,8 @@ impl<'a> RunFolder<'a> {
         progress.start = rollback::name_of_start();
         let open = || -> Result<RunLog> {
             if world.rank == 0 {
-                std::fs::create_dir_all(&dir).context(format!("cannot make the folder {}", dir.display()))?;
-                if dir.join(CONFIG).exists() || !log_files(&dir)?.is_empty() || replaces {
+                files::create_dir(&dir).context(format!("cannot make the folder {}", dir.display()))?;
+                if files::exists(&dir.join(CONFIG))? || !log_files(&dir)?.is_empty() || replaces {
                     rollback::keep(&dir, &progress.start, replaces)?;
                 }
                 files::write_file(&dir.join(CONFIG), changes::recorded(stage, &resolved).as_bytes())?;

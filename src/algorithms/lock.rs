@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::distributed::environment::is_restart_by_launcher;
 use crate::error::{Context, Error, Result};
 use crate::files::{beside, write_error};
-use crate::{info, warn};
+use crate::{files, info, warn};
 
 const LOCK: &str = ".lock";
 const HEARTBEAT: &str = ".heartbeat";
@@ -92,8 +92,8 @@ impl RunLock {
     /// # Errors
     /// Of kind Config: another run holds it; the message says who. Then nothing is changed.
     pub fn take(dir: &Path) -> Result<RunLock> {
-        let made = !dir.exists();
-        fs::create_dir_all(dir).context(format!("cannot make the folder {}", dir.display()))?;
+        let made = !files::exists(dir)?;
+        files::create_dir(dir).context(format!("cannot make the folder {}", dir.display()))?;
         let started = Instant::now();
         let (file, kernel) = loop {
             match Self::try_take(dir)? {

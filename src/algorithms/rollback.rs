@@ -42,9 +42,9 @@ pub fn name_of_start() -> String {
 }
 
 /// The `config.yaml` of the run that the folder holds: where a start has replaced it and never came to a save, the old one.
-pub fn config_path(dir: &Path) -> PathBuf {
+pub fn config_path(dir: &Path) -> Result<PathBuf> {
     let kept = dir.join(KEPT).join(CONFIG);
-    if kept.exists() { kept } else { dir.join(CONFIG) }
+    Ok(if files::exists(&kept)? { kept } else { dir.join(CONFIG) })
 }
 
 /// Whether a start has replaced files of the run and has not come to a save.
@@ -88,8 +88,10 @@ pub fn forget(dir: &Path) -> Result<()> {
     let path = dir.join(KEPT);
     let Some(kept) = read(&path)? else { return Ok(()) };
     if kept.everything {
-        for old in MODELS.map(|name| dir.join(name)).iter().filter(|old| old.exists()) {
-            files::remove_dir(old)?;
+        for old in MODELS.map(|name| dir.join(name)) {
+            if files::exists(&old)? {
+                files::remove_dir(&old)?;
+            }
         }
     }
     files::remove_dir(&path)

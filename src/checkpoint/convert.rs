@@ -78,7 +78,7 @@ impl Conversion {
             shape.predicts().map_err(|e| e.context("Meta's format has no place for a scalar head"))?;
         }
         let scoring = weights.scoring()?;
-        let tokenizer = weights.tokenizer_dir().map(Tokenizer::load).transpose()?;
+        let tokenizer = weights.tokenizer_dir()?.map(Tokenizer::load).transpose()?;
         let source = Rc::new(weights.into_source()?);
         Ok(Conversion { shape, source, dir, tokenizer, scoring, target, dtype, device })
     }

@@ -17,7 +17,7 @@ use crate::config::shape::Shape;
 use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
 use crate::distributed::sharded::{Sharded, Spec};
 use crate::error::{Context, Error, Result};
-use crate::files::{AtomicFolder, write_file};
+use crate::files::{AtomicFolder, exists, is_file, write_file};
 use crate::model::layout::{LM_HEAD, layouts};
 use kernels::c10d::Group;
 
@@ -131,10 +131,10 @@ pub(super) fn all_fit(mut wrong: Vec<String>, config: &str) -> Result<()> {
 /// Opens the weights' files and finds out which tensor lies where.
 fn open_weights(dir: &Path) -> Result<Source> {
     for (single, index) in [(SINGLE, INDEX), (BIN, BIN_INDEX)] {
-        if dir.join(single).is_file() {
+        if is_file(&dir.join(single))? {
             return Ok(Source::of_files(vec![open_file(&dir.join(single))?]));
         }
-        if dir.join(index).is_file() {
+        if is_file(&dir.join(index))? {
             return open_parts(dir, &dir.join(index));
         }
     }
@@ -334,7 +334,7 @@ impl<'a> Output<'a> {
 pub(super) fn write_tokenizer(tokenizer: &Tokenizer, to: &Path) -> Result<Vec<(String, u64, u32)>> {
     let mut written = Vec::new();
     for (name, bytes) in tokenizer.files() {
-        if !to.join(name).exists() {
+        if !exists(&to.join(name))? {
             write_file(&to.join(name), bytes)?;
             written.push((name.to_string(), bytes.len() as u64, crc32fast::hash(bytes)));
         }

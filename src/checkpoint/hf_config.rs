@@ -11,7 +11,7 @@ use crate::config::shape::{Family, Head, Llama3RopeScaling, Shape};
 use crate::content::unusable;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Context, Error, Result};
-use crate::files::read_error;
+use crate::files::{is_file, read_error};
 
 /// Keys that [`common`] reads.
 pub(super) const COMMON: [&str; 15] = [
@@ -338,7 +338,7 @@ impl SpecialIds {
         let mut ids = SpecialIds::default();
         for name in ["generation_config.json", "config.json"] {
             let path = dir.join(name);
-            let object = if path.is_file() { read_object(&path)? } else { Map::new() };
+            let object = if is_file(&path)? { read_object(&path)? } else { Map::new() };
             for (id, key) in [
                 (&mut ids.bos, "bos_token_id"),
                 (&mut ids.eos, "eos_token_id"),

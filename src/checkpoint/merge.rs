@@ -106,7 +106,7 @@ impl Merge {
         let shape = adapter.shape(base.shape());
         adapter.check(&shape)?;
         let plans = adapter.trainable().plans(&shape)?;
-        let with_tokenizer = [adapter.tokenizer_dir(), base.tokenizer_dir()];
+        let with_tokenizer = [adapter.tokenizer_dir()?, base.tokenizer_dir()?];
         let tokenizer = with_tokenizer.into_iter().flatten().next().map(Tokenizer::load).transpose()?;
         let ids = match &tokenizer {
             Some(tokenizer) => SpecialIds::of(tokenizer),

@@ -8,7 +8,7 @@ use super::hf_config::read_object;
 use crate::config::reward::Score;
 use crate::config::trainable::Base;
 use crate::error::{Context, Error, Result};
-use crate::files::write_file;
+use crate::files::{is_file, write_file};
 
 pub const OURS: &str = "corral.json";
 
@@ -77,7 +77,7 @@ impl Ours {
     /// What a model's folder says; nothing where there is no such file.
     pub fn read(dir: &Path) -> Result<Ours> {
         let path = dir.join(OURS);
-        if !path.is_file() {
+        if !is_file(&path)? {
             return Ok(Ours::default());
         }
         let object = serde_json::Value::Object(read_object(&path)?);

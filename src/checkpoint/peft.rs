@@ -19,7 +19,7 @@ use crate::data::tokenizer::{Tokenizer, folder_has_tokenizer, is_tokenizer_file}
 use crate::distributed::plan::{Role, adapter_names, is_adapter};
 use crate::distributed::sharded::Sharded;
 use crate::error::{Context, Error, Result};
-use crate::files::{AtomicFolder, write_file};
+use crate::files::{AtomicFolder, exists, is_file, write_file};
 use crate::model::Trainable;
 use crate::model::layout::EMBEDDING;
 use crate::model::trainable::{last_part, module};
@@ -61,8 +61,12 @@ impl PeftAdapter {
 
     /// The adapter in a folder, or in the folder of the run that trained it; none where there is none.
     pub fn find(path: &Path) -> Result<Option<PeftAdapter>> {
-        let dirs = [path.to_path_buf(), path.join("model")];
-        dirs.iter().find(|d| d.join(CONFIG).is_file()).map(|d| PeftAdapter::open(d)).transpose()
+        for dir in [path.to_path_buf(), path.join("model")] {
+            if is_file(&dir.join(CONFIG))? {
+                return PeftAdapter::open(&dir).map(Some);
+            }
+        }
+        Ok(None)
     }
 
     pub fn dir(&self) -> &Path {
@@ -92,7 +96,7 @@ impl PeftAdapter {
             ))
         })?;
         let beside = self.dir.join(base);
-        Ok(if beside.exists() { beside } else { base.into() })
+        Ok(if exists(&beside)? { beside } else { base.into() })
     }
 
     /// The tensors that the adapter consists of for a model of this shape, under the model's names.
@@ -157,8 +161,8 @@ impl PeftAdapter {
     }
 
     /// The folder with its tokenizer, if it has one.
-    pub fn tokenizer_dir(&self) -> Option<PathBuf> {
-        folder_has_tokenizer(&self.dir).then(|| self.dir.clone())
+    pub fn tokenizer_dir(&self) -> Result<Option<PathBuf>> {
+        Ok(folder_has_tokenizer(&self.dir)?.then(|| self.dir.clone()))
     }
 
     /// Fills the adapters, and what was trained as a whole. Collective over the ranks that hold the parameters.
@@ -174,7 +178,7 @@ impl PeftAdapter {
 
 fn open_weights(dir: &Path) -> Result<Source> {
     let (path, old) = (dir.join(WEIGHTS), dir.join(OLD_WEIGHTS));
-    Ok(Source::of_files(vec![match !path.is_file() && old.is_file() {
+    Ok(Source::of_files(vec![match !is_file(&path)? && is_file(&old)? {
         true => Box::new(torch_file::Reader::open(&old)?),
         false => Box::new(safetensors::Reader::open(&path)?),
     }]))

@@ -454,7 +454,7 @@ impl ToWrite {
 
 /// Removes the temporary folders of killed runs, and puts back a checkpoint that was being replaced.
 fn remove_leftovers(dir: &Path) -> Result<()> {
-    if !dir.is_dir() {
+    if !files::is_dir(dir)? {
         return Ok(());
     }
     for entry in fs::read_dir(dir).map_err(|e| files::read_error(dir, &e))? {

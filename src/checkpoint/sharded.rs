@@ -33,7 +33,7 @@ use crate::config::shape::Shape;
 use crate::config::template_date::TemplateDate;
 use crate::distributed::sharded::{Layout, Sharded, Slice, Spec};
 use crate::error::{Context, Error, Result};
-use crate::files::{crc32, read_error};
+use crate::files::{crc32, is_dir, read_error};
 use crate::model::Trainable;
 use crate::model::layout::{LM_HEAD, SCORE};
 use crate::optim::{AdamW, Moments};
@@ -212,7 +212,7 @@ pub fn checkpoints_dir(run_dir: &Path) -> PathBuf {
 /// The checkpoints in a folder by step, ascending.
 pub fn list(checkpoints: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
-    if checkpoints.is_dir() {
+    if is_dir(checkpoints)? {
         for entry in fs::read_dir(checkpoints).map_err(|e| read_error(checkpoints, &e))? {
             let path = entry.map_err(|e| read_error(checkpoints, &e))?.path();
             if let Some(step) = step_of(&path) {

@@ -16,7 +16,7 @@ use crate::config::shape::{Head, Shape};
 use crate::data::tokenizer::{folder_has_tokenizer, hex};
 use crate::distributed::sharded::Sharded;
 use crate::error::{Context, Error, Result};
-use crate::files::read_error;
+use crate::files::{exists, is_dir, is_file, read_error};
 use crate::model::Trainable;
 
 /// A model on disk, found by its path.
@@ -40,32 +40,32 @@ impl Weights {
     /// checkpoint), a checkpoint, or a hub id that the local hub cache holds.
     /// Reads headers only.
     pub fn open(path: &Path) -> Result<Weights> {
-        let found = match path.exists() {
+        let found = match exists(path)? {
             true => path.to_path_buf(),
             false => in_hub_cache(path)?,
         };
         let path = found.as_path();
-        if path.join(META).is_file() {
+        if is_file(&path.join(META))? {
             return Ok(Weights::Checkpoint(Box::new(Checkpoint::open(path)?)));
         }
         for dir in [path.to_path_buf(), path.join("model")] {
-            if dir.join(peft::CONFIG).is_file() {
+            if is_file(&dir.join(peft::CONFIG))? {
                 let adapter = PeftAdapter::open(&dir)?;
                 let base = adapter.base()?;
                 let base = Weights::open(&base)
                     .with_context(|| format!("the model of the adapter {}", dir.display()))?;
                 return Weights::adapted(base, adapter);
             }
-            if dir.join("config.json").is_file() {
+            if is_file(&dir.join("config.json"))? {
                 return Ok(Weights::Hf(HfModel::load(&dir)?));
             }
         }
-        if checkpoints_dir(path).is_dir()
+        if is_dir(&checkpoints_dir(path))?
             && let Some(checkpoint) = latest(path)?
         {
             return Ok(Weights::Checkpoint(Box::new(checkpoint)));
         }
-        if path.join(PARAMS).is_file() {
+        if is_file(&path.join(PARAMS))? {
             return Ok(Weights::Meta(MetaModel::load(path)?));
         }
         Err(Error::data(format!(
@@ -143,7 +143,10 @@ impl Weights {
         let entries = std::fs::read_dir(self.dir()).map_err(read)?.collect::<std::io::Result<Vec<_>>>();
         let mut paths: Vec<PathBuf> = entries.map_err(read)?.into_iter().map(|e| e.path()).collect();
         paths.sort();
-        for path in paths.into_iter().filter(|p| p.is_file()) {
+        for path in paths {
+            if !is_file(&path)? {
+                continue;
+            }
             let file = std::fs::File::open(&path).map_err(|e| read_error(&path, &e))?;
             let bytes = map_file(&file).map_err(|e| read_error(&path, &e))?;
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -163,12 +166,12 @@ impl Weights {
     }
 
     /// The folder with the model's tokenizer, if it has one.
-    pub fn tokenizer_dir(&self) -> Option<PathBuf> {
+    pub fn tokenizer_dir(&self) -> Result<Option<PathBuf>> {
         let dir = self.dir();
         match self {
-            _ if folder_has_tokenizer(dir) => Some(dir.to_path_buf()),
+            _ if folder_has_tokenizer(dir)? => Ok(Some(dir.to_path_buf())),
             Weights::Adapted(model) => model.base.tokenizer_dir(),
-            _ => None,
+            _ => Ok(None),
         }
     }
 
@@ -230,9 +233,13 @@ pub fn in_hub_cache(path: &Path) -> Result<PathBuf> {
         .or_else(|| Some(var("HOME")?.join(".cache/huggingface/hub")))
         .unwrap_or_default();
     let repository = cache.join(format!("models--{owner}--{name}"));
-    let commit = std::fs::read_to_string(repository.join("refs/main")).unwrap_or_default();
+    let main = repository.join("refs/main");
+    let commit = match exists(&main)? {
+        true => std::fs::read_to_string(&main).map_err(|e| read_error(&main, &e))?,
+        false => String::new(),
+    };
     let snapshot = repository.join("snapshots").join(commit.trim());
-    if !commit.trim().is_empty() && snapshot.is_dir() {
+    if !commit.trim().is_empty() && is_dir(&snapshot)? {
         return Ok(snapshot);
     }
     Err(Error::data(format!(

@@ -29,11 +29,8 @@ fn settings_path(output: &Path) -> PathBuf {
 /// What is there answers other lines, or was made with other `settings` (exit code 2).
 pub fn find(path: &Path, input: &[Map<String, Value>], added: &[&str], settings: &Value) -> Result<Kept> {
     let mut bytes = Vec::new();
-    match File::open(path) {
-        Ok(mut file) => file.read_to_end(&mut bytes).map_err(|e| files::read_error(path, &e))?,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Kept::default()),
-        Err(e) => return Err(files::read_error(path, &e)),
-    };
+    let Some(mut file) = files::open(path)? else { return Ok(Kept::default()) };
+    file.read_to_end(&mut bytes).map_err(|e| files::read_error(path, &e))?;
     let refuse = |what: String| {
         Err(Error::config(format!("{what}; choose another --output, or start anew with --overwrite")))
     };

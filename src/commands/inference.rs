@@ -17,6 +17,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::model::{Llama, Trainable};
 use crate::{detail, telemetry, warn};
 
@@ -77,7 +78,7 @@ impl ModelArgs {
     /// A model with either head.
     pub fn open_any(&self) -> Result<Opened> {
         let weights = Weights::open(&self.model)?;
-        let tokenizer = weights.tokenizer_dir().map(Tokenizer::load).transpose()?;
+        let tokenizer = weights.tokenizer_dir()?.map(Tokenizer::load).transpose()?;
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check_fits(weights.shape().vocab_size)?;
         }
@@ -178,11 +179,10 @@ pub fn join(global: &Global) -> Result<World> {
 
 /// `eos_token_id` of a JSON file: a number, a list, or none; a file may be missing.
 fn eos_of(path: &Path) -> Result<Vec<i64>> {
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(Error::data(format!("cannot read {}: {e}", path.display()))),
-    };
+    if !files::exists(path)? {
+        return Ok(Vec::new());
+    }
+    let bytes = std::fs::read(path).map_err(|e| files::read_error(path, &e))?;
     let json: Value = serde_json::from_slice(&bytes)
         .map_err(|e| Error::data(format!("{}: not valid JSON: {e}", path.display())))?;
     let ids = match &json["eos_token_id"] {

@@ -15,7 +15,7 @@ use super::check::size;
 use crate::checkpoint::{in_hub_cache, sharded};
 use crate::data::tokenizer::folder_has_tokenizer;
 use crate::error::{Error, Result};
-use crate::files::read_error;
+use crate::files::{exists, is_dir, read_error};
 use crate::telemetry::console::grouped;
 
 #[derive(Debug, clap::Args)]
@@ -44,7 +44,7 @@ struct Depth {
 /// Prints what is there. What is damaged or incomplete is printed too, and ends in an error of kind Data.
 pub fn run(args: Args) -> Result<()> {
     let depth = Depth { tensors: args.tensors, checksums: args.checksums };
-    let path = if args.path.exists() { args.path } else { in_hub_cache(&args.path)? };
+    let path = if exists(&args.path)? { args.path } else { in_hub_cache(&args.path)? };
     let report = inspect(&path, depth)?;
     if args.json {
         println!("{}", report.to_json());
@@ -191,8 +191,8 @@ fn inline(key: &str, value: &Value) -> String {
 }
 
 fn inspect(path: &Path, depth: Depth) -> Result<Report> {
-    let has = |name: &str| path.join(name).exists();
-    if !path.is_dir() {
+    let has = |name: &str| is_there(&path.join(name));
+    if !is_dir(path)? {
         fs::File::open(path).map_err(|e| read_error(path, &e))?;
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         return match name.as_ref() {
@@ -218,7 +218,7 @@ fn inspect(path: &Path, depth: Depth) -> Result<Report> {
         }
         () if any("shard-", ".tokens") => data::tokens(path, depth),
         () if has("train") || has("valid") => data::dataset(path, depth)?,
-        () if folder_has_tokenizer(path) => data::tokenizer(path),
+        () if folder_has_tokenizer(path)? => data::tokenizer(path),
         () => return Err(unknown(path)),
     })
 }
@@ -231,6 +231,11 @@ fn unknown(path: &Path) -> Error {
         path.display(),
         sharded::META
     ))
+}
+
+/// Whether a folder lists this, a link that leads nowhere included: reading that tells what is wrong with it.
+fn is_there(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
 }
 
 /// The names in a folder, sorted.

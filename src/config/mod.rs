@@ -34,6 +34,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
+use crate::files::broken_link;
 use common::Common;
 use template_date::TemplateDate;
 use yaml::Node;
@@ -102,7 +103,8 @@ pub fn load<T: DeserializeOwned>(
         (Some(file), _) => {
             let source = file.display().to_string();
             let text = std::fs::read_to_string(file).map_err(|e| {
-                let e = format!("{source}: cannot read the configuration: {e}; see --config");
+                let why = broken_link(file).unwrap_or(format!("{e}; see --config"));
+                let e = format!("{source}: cannot read the configuration: {why}");
                 crate::content::unusable(file, Error::config(e))
             })?;
             parse(&text, source, false, overrides)

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::files::{exists, read_error};
 
 /// The part of `state.json` that is read.
 #[derive(Deserialize)]
@@ -28,8 +29,8 @@ struct Part {
 }
 
 /// Whether a folder is a data set by `save_to_disk`.
-pub fn is_data_set(dir: &Path) -> bool {
-    ["state.json", "dataset_dict.json"].iter().any(|name| dir.join(name).exists())
+pub fn is_data_set(dir: &Path) -> Result<bool> {
+    Ok(exists(&dir.join("state.json"))? || exists(&dir.join("dataset_dict.json"))?)
 }
 
 /// The Arrow files of a folder, in their order.
@@ -41,7 +42,8 @@ pub fn files(dir: &Path) -> Result<Vec<PathBuf>> {
         Error::data(format!("cannot read {}: {what}", path.display()))
     };
     let splits = dir.join("dataset_dict.json");
-    if let Ok(text) = std::fs::read(&splits) {
+    if exists(&splits)? {
+        let text = std::fs::read(&splits).map_err(|e| read_error(&splits, &e))?;
         let names: Value = serde_json::from_slice(&text).map_err(|e| wrong(&splits, &e))?;
         let names: Vec<&str> =
             names["splits"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
@@ -50,15 +52,12 @@ pub fn files(dir: &Path) -> Result<Vec<PathBuf>> {
         return Err(Error::data(message));
     }
     let path = dir.join("state.json");
-    let text = match std::fs::read(&path) {
-        Ok(text) => text,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            let what = "is a folder, and no data set that `save_to_disk` of Hugging Face's datasets wrote (there is no \
-                        state.json); name the files in it";
-            return Err(Error::data(format!("{} {what}", dir.display())));
-        }
-        Err(e) => return Err(wrong(&path, &e)),
-    };
+    if !exists(&path)? {
+        let what = "is a folder, and no data set that `save_to_disk` of Hugging Face's datasets wrote (there is no \
+                    state.json); name the files in it";
+        return Err(Error::data(format!("{} {what}", dir.display())));
+    }
+    let text = std::fs::read(&path).map_err(|e| read_error(&path, &e))?;
     let state: State = serde_json::from_slice(&text).map_err(|e| wrong(&path, &e))?;
     if state.indices.is_some_and(|parts| !parts.is_empty()) {
         let what = "its rows are selected or ordered by a file of indices; call flatten_indices() before save_to_disk";

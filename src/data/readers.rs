@@ -3,6 +3,7 @@
 use crate::content;
 use crate::data::arrow;
 use crate::error::{Error, Result};
+use crate::files::{is_dir, read_error};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row, reader::RowIter};
 use parquet::schema::types::Type;
@@ -213,8 +214,8 @@ pub fn records_or_errors(
     columns: Option<&[&str]>,
     bytes: &Arc<AtomicU64>,
 ) -> Result<RecordsOrErrors> {
-    let cannot = |e: io::Error| Error::data(format!("cannot read {}: {e}", path.display()));
-    if path.is_dir() {
+    let cannot = |e: io::Error| read_error(path, &e);
+    if is_dir(path)? {
         return arrow_rows(path, columns, bytes);
     }
     let (format, compression) = format_of(path)?;
@@ -423,7 +424,7 @@ fn arrow_rows(dir: &Path, columns: Option<&[&str]>, bytes: &Arc<AtomicU64>) -> R
     let mut parts = Vec::new();
     for file in arrow::files(dir)? {
         let wrong = |what: &dyn fmt::Display| Error::data(format!("cannot read {}: {what}", file.display()));
-        let inner = File::open(&file).map_err(|e| wrong(&e))?;
+        let inner = File::open(&file).map_err(|e| read_error(&file, &e))?;
         let (names, rows) = arrow::rows(Counted { inner, bytes: bytes.clone() })
             .map_err(|e| content::unusable(&file, wrong(&e)))?;
         let missing = columns.into_iter().flatten().find(|wanted| !names.iter().any(|name| name == *wanted));

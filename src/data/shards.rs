@@ -18,7 +18,7 @@
 
 use super::tokenizer::hex;
 use crate::error::{Error, Result};
-use crate::files::write_error;
+use crate::files::{exists, is_dir, read_error, write_error};
 use kernels::mmap::{Mmap, map_file};
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
@@ -111,7 +111,7 @@ fn unusable(path: &Path, what: impl std::fmt::Display) -> Error {
 
 impl Shard {
     fn open(path: PathBuf) -> Result<Self> {
-        let cannot = |e: std::io::Error| Error::data(format!("cannot read {}: {e}", path.display()));
+        let cannot = |e: std::io::Error| read_error(&path, &e);
         let map = map_file(&File::open(&path).map_err(cannot)?).map_err(cannot)?;
         let header = Header::from_bytes(&map)
             .map_err(|what| crate::content::unusable(&path, unusable(&path, what)))?;
@@ -282,9 +282,9 @@ impl TokenSet {
 
 /// The shards of a folder in order; at least one.
 fn shard_files(path: &Path) -> Result<Vec<PathBuf>> {
-    let cannot = |e: std::io::Error| Error::data(format!("cannot read {}: {e}", path.display()));
-    if !path.is_dir() {
-        if path.extension().is_some_and(|e| e == "tokens") || !path.exists() {
+    let cannot = |e: std::io::Error| read_error(path, &e);
+    if !is_dir(path)? {
+        if path.extension().is_some_and(|e| e == "tokens") || !exists(path)? {
             std::fs::metadata(path).map_err(cannot)?;
             return Ok(vec![path.to_path_buf()]);
         }
@@ -303,7 +303,7 @@ fn shard_files(path: &Path) -> Result<Vec<PathBuf>> {
     }
     names.sort();
     if names.is_empty() {
-        let hint = match path.join("train").is_dir() {
+        let hint = match is_dir(&path.join("train"))? {
             true => format!("; did you mean {}?", path.join("train").display()),
             false => "; `corral tokenize` writes them".to_string(),
         };

@@ -113,7 +113,7 @@ impl MetricsWriter {
     pub fn open(path: &Path, cut: Option<Cut>) -> Result<Self> {
         let what = || format!("cannot open {}", path.display());
         let (len, last_step) = match cut {
-            Some(cut) if path.exists() => truncate_after(path, cut).with_context(what)?,
+            Some(cut) if crate::files::exists(path)? => truncate_after(path, cut).with_context(what)?,
             Some(_) => (0, None),
             None => {
                 remove_file(path).with_context(what)?;

@@ -76,7 +76,7 @@ impl RunLog {
         if rank != 0 {
             return Ok(RunLog(None));
         }
-        std::fs::create_dir_all(dir).with_context(|| format!("cannot make the folder {}", dir.display()))?;
+        crate::files::create_dir(dir).with_context(|| format!("cannot make the folder {}", dir.display()))?;
         let metrics = MetricsWriter::open(&dir.join(METRICS), cut)?;
         tensorboard::truncate_after(dir, cut)?;
         let events = EventWriter::create(dir)?;
@@ -86,7 +86,10 @@ impl RunLog {
             if cut.is_none() {
                 append::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
             }
-            path.exists().then(|| MetricsWriter::open(&path, cut)).transpose()
+            match crate::files::exists(&path)? {
+                true => MetricsWriter::open(&path, cut).map(Some),
+                false => Ok(None),
+            }
         };
         let (samples, trace, dir) = (further(SAMPLES)?, further(TRACE)?, dir.to_path_buf());
         Ok(RunLog(Some(Logs { metrics, samples, trace, dir, events, progress })))

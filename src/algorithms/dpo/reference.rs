@@ -19,7 +19,7 @@ use crate::data::rows::RowLoader;
 use crate::data::tokenizer::hex;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
-use crate::files::{AtomicFile, read_error};
+use crate::files::{AtomicFile, exists, read_error};
 use crate::info;
 use crate::model::{Llama, LmHead};
 
@@ -223,11 +223,10 @@ impl Table {
 /// NaN where nothing is known: there is no such file, or it is damaged.
 fn read(path: &Path, len: usize) -> Result<Vec<f64>> {
     let unknown = vec![f64::NAN; len];
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(unknown),
-        Err(e) => return Err(read_error(path, &e)),
-    };
+    if !exists(path)? {
+        return Ok(unknown);
+    }
+    let bytes = std::fs::read(path).map_err(|e| read_error(path, &e))?;
     let Some((values, crc)) = bytes.split_last_chunk::<4>() else { return Ok(unknown) };
     if values.len() != 8 * len || crc32fast::hash(values) != u32::from_le_bytes(*crc) {
         return Ok(unknown);

@@ -19,6 +19,7 @@ use crate::data::shards::TokenSet;
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
+use crate::files::is_dir;
 use crate::model::Llama;
 
 /// Tokens that one forward reads, or one window if that is longer.
@@ -90,13 +91,16 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
 /// The key of a text where none is given.
 const TEXT: &str = "text";
 
-fn is_token_shards(path: &Path) -> bool {
-    path.is_dir() && !arrow::is_data_set(path) || path.extension().is_some_and(|e| e == "tokens")
+fn is_token_shards(path: &Path) -> Result<bool> {
+    match is_dir(path)? {
+        true => Ok(!arrow::is_data_set(path)?),
+        false => Ok(path.extension().is_some_and(|e| e == "tokens")),
+    }
 }
 
 /// Whether a file's first record is a conversation, and no text.
 fn holds_conversations(path: &Path, args: &Args) -> Result<bool> {
-    if args.text_key.is_some() || is_token_shards(path) {
+    if args.text_key.is_some() || is_token_shards(path)? {
         return Ok(false);
     }
     for record in readers::records_or_errors(path, None, &Arc::default())? {
@@ -116,7 +120,7 @@ enum Stream {
 
 impl Stream {
     fn open(path: &Path, text_key: &str, opened: &Opened, intake: &mut Intake) -> Result<Stream> {
-        if is_token_shards(path) {
+        if is_token_shards(path)? {
             let set = TokenSet::open(path)?;
             let hash = opened.tokenizer().ok().map(Tokenizer::hash);
             set.check(hash, opened.shape().vocab_size as usize)?;

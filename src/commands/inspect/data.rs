@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Depth, Report, names};
+use super::{Depth, Report, is_there, names};
 use crate::data::shards::TokenSet;
 use crate::data::tokenizer::{Tokenizer, hex};
 use crate::error::Result;
@@ -64,12 +64,12 @@ pub fn tokens(path: &Path, depth: Depth) -> Report {
 pub fn dataset(path: &Path, depth: Depth) -> Result<Report> {
     let mut report = Report::new("tokenized text", path);
     for name in ["train", "valid"] {
-        if path.join(name).is_dir() {
+        if is_there(&path.join(name)) {
             report.parts.push(tokens(&path.join(name), depth));
         }
     }
     let dir = path.join("tokenizer");
-    if dir.is_dir() {
+    if is_there(&dir) {
         let part = tokenizer(&dir);
         for shards in &report.parts {
             let other =

@@ -6,13 +6,13 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::tensors::{Described, describe, list, parameters};
-use super::{Depth, Report, data, names};
+use super::{Depth, Report, data, is_there, names};
 use crate::checkpoint::safetensors::Reader;
 use crate::checkpoint::sharded::{self, META};
 use crate::checkpoint::{Checkpoint, Weights, in_hub_cache, read_object};
 use crate::data::tokenizer::folder_has_tokenizer;
 use crate::error::{Context, Result};
-use crate::files::crc32;
+use crate::files::{crc32, exists, look};
 use crate::model::layout::LM_HEAD;
 
 /// Where a folder's weights may be, in the order in which they are looked for: a file, or an index of files.
@@ -26,14 +26,14 @@ const WEIGHTS: [&str; 4] = [
 /// A folder in Hugging Face's or Meta's format.
 pub fn model(dir: &Path, depth: Depth) -> Result<Report> {
     let mut report = Report::new("model", dir);
-    let files = if dir.join("params.json").exists() && !dir.join("config.json").exists() {
+    let files = if is_there(&dir.join("params.json")) && !is_there(&dir.join("config.json")) {
         report.fact("format", "meta");
         let params = report.noted(read_object(&dir.join("params.json")));
         report.fact("params", params);
         names(dir)?.into_iter().filter(|n| n.starts_with("consolidated.") && n.ends_with(".pth")).collect()
     } else {
         report.fact("format", "hf");
-        if dir.join("config.json").exists()
+        if is_there(&dir.join("config.json"))
             && let Some(config) = report.noted(read_object(&dir.join("config.json")))
         {
             report.fact("architecture", config.get("architectures").and_then(|a| a.get(0)).cloned());
@@ -71,7 +71,7 @@ pub fn model(dir: &Path, depth: Depth) -> Result<Report> {
 /// The files of a Hugging Face folder's weights that are there; those that its index misses are problems.
 fn hf_files(report: &mut Report, dir: &Path) -> Result<Vec<String>> {
     let all = names(dir)?;
-    let Some(main) = WEIGHTS.into_iter().find(|name| dir.join(name).exists()) else {
+    let Some(main) = WEIGHTS.into_iter().find(|name| is_there(&dir.join(name))) else {
         let weights = |n: &String| n.starts_with("model") && n.ends_with(".safetensors");
         return Ok(all.into_iter().filter(weights).collect());
     };
@@ -94,7 +94,7 @@ fn hf_files(report: &mut Report, dir: &Path) -> Result<Vec<String>> {
 
 /// Adds the tokenizer that lies beside a model, and compares their vocabularies.
 fn tokenizer_beside(report: &mut Report, dir: &Path) {
-    if !folder_has_tokenizer(dir) {
+    if report.noted(folder_has_tokenizer(dir)) != Some(true) {
         return;
     }
     let tokenizer = data::tokenizer(dir);
@@ -129,7 +129,7 @@ pub fn checkpoint(dir: &Path, depth: Depth) -> Result<Report> {
         if let Some(base) = &meta.base {
             report.fact("base", json!(base));
             let path = Path::new(&base.path);
-            if !path.exists() {
+            if report.noted(exists(path)) == Some(false) {
                 report.noted(in_hub_cache(path).context("the model that it was trained from"));
             }
         }
@@ -138,13 +138,14 @@ pub fn checkpoint(dir: &Path, depth: Depth) -> Result<Report> {
         report.fact("parameters", parameters(tensors.map(|t| (t.name.as_str(), numel(&t.shape)))));
         for file in &meta.files {
             let path = dir.join(&file.name);
-            match path.metadata().map(|m| m.len()) {
-                Err(_) => report.problem(format!("{}: missing", path.display())),
-                Ok(bytes) if bytes != file.bytes => {
+            match look(&path).map(|found| found.map(|m| m.len())) {
+                Err(e) => report.problem(e),
+                Ok(None) => report.problem(format!("{}: missing", path.display())),
+                Ok(Some(bytes)) if bytes != file.bytes => {
                     report.problem(format!("{}: {bytes} bytes, should be {}", path.display(), file.bytes));
                     files.retain(|n| *n != file.name);
                 }
-                Ok(_) if depth.checksums => match crc32(&path) {
+                Ok(Some(_)) if depth.checksums => match crc32(&path) {
                     Ok(found) if found == file.crc32 => {}
                     Ok(found) => report.problem(format!(
                         "{}: damaged: its checksum is {found:08x}, should be {:08x}",
@@ -153,7 +154,7 @@ pub fn checkpoint(dir: &Path, depth: Depth) -> Result<Report> {
                     )),
                     Err(e) => report.problem(e),
                 },
-                Ok(_) => {}
+                Ok(Some(_)) => {}
             }
         }
         for name in files.iter().filter(|n| !meta.files.iter().any(|f| f.name == **n)) {

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::model::checkpoint;
-use super::{Depth, Report, inspect, names};
+use super::{Depth, Report, inspect, is_there, names};
 use crate::algorithms::lock;
 use crate::checkpoint::sharded::{checkpoints_dir, list};
 use crate::error::{Error, Result};
@@ -41,7 +41,7 @@ pub fn run(dir: &Path, depth: Depth) -> Result<Report> {
         report.problems.extend(part.problems().into_iter().map(str::to_string));
     }
     report.fact("checkpoints", lines);
-    if checkpoints.is_dir() {
+    if is_there(&checkpoints) {
         // Of a save under way, or of a process that was killed; the next start clears them.
         let unfinished: Vec<_> = names(&checkpoints)?.into_iter().filter(|n| n.starts_with('.')).collect();
         report.fact("unfinished_saves", unfinished);
@@ -49,7 +49,7 @@ pub fn run(dir: &Path, depth: Depth) -> Result<Report> {
 
     for name in ["model", "critic"] {
         let path = dir.join(name);
-        if path.is_dir() {
+        if is_there(&path) {
             match inspect(&path, depth) {
                 Ok(part) => report.parts.push(part),
                 Err(e) => report.problem(e),

@@ -23,6 +23,7 @@ use crate::config::rollout::Gather;
 use crate::config::shape::{Head, Shape};
 use crate::distributed::sharded::shard_ranks;
 use crate::error::{Error, Result};
+use crate::files::exists;
 use crate::generate::engine::PREFILL_TOKENS;
 use crate::model::memory::{Batch, Memory};
 
@@ -208,7 +209,7 @@ fn peaks(on: &[&Model]) -> [i64; 3] {
 
 /// A path, or where there is nothing the shape of the preset of this name.
 pub fn origin(path: &Path) -> Origin {
-    match path.to_str().filter(|name| !path.exists() && Shape::preset(name).is_some()) {
+    match path.to_str().filter(|name| matches!(exists(path), Ok(false)) && Shape::preset(name).is_some()) {
         Some(name) => Origin::Preset(name.to_string()),
         None => Origin::Path(path.to_path_buf()),
     }

@@ -2,6 +2,8 @@
 
 use crate::data::tokenizer::{ChatTemplate, Tokenizer};
 use crate::error::{Error, Result};
+use crate::files::broken_link;
+use std::path::Path;
 
 struct BuiltIn {
     name: &'static str,
@@ -77,6 +79,9 @@ pub fn find(what: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
     }
     if ["{%", "{{", "{#"].iter().any(|mark| what.contains(mark)) {
         return Ok(ChatTemplate { source: what.into(), place: "tokenizer.chat_template".into() });
+    }
+    if let Some(why) = broken_link(Path::new(what)) {
+        return Err(Error::config(format!("tokenizer.chat_template: {why}")));
     }
     let source = std::fs::read_to_string(what).map_err(|e| {
         Error::config(format!(

@@ -23,7 +23,7 @@ use crate::data::odd::{Odd, OddRecords, OrOdd, Reason};
 use crate::data::readers::{self, Record};
 use crate::data::tokenizer::hex;
 use crate::error::{Context, Error, Result};
-use crate::files::{AtomicFile, create_dir, read_error};
+use crate::files::{self, AtomicFile, create_dir, read_error};
 use crate::telemetry::console::grouped;
 use crate::telemetry::progress::with_bytes_bar;
 
@@ -108,7 +108,7 @@ impl Tokenization<'_> {
     }
 
     fn cache_key(&self, path: &Path) -> Result<String> {
-        let files = if path.is_dir() { arrow::files(path)? } else { vec![path.to_path_buf()] };
+        let files = if files::is_dir(path)? { arrow::files(path)? } else { vec![path.to_path_buf()] };
         let mut hash = Sha256::new();
         for path in &files {
             let file = File::open(path).map_err(|e| read_error(path, &e))?;
@@ -218,11 +218,7 @@ fn words(sequence: &Encoded) -> impl Iterator<Item = u32> {
 impl Examples {
     /// None where there is no such file, or it is of another key or damaged: then it is made again.
     fn open(cached: &Path, key: &str, path: &Path) -> Result<Option<Examples>> {
-        let file = match File::open(cached) {
-            Ok(file) => file,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(read_error(cached, &e)),
-        };
+        let Some(file) = files::open(cached)? else { return Ok(None) };
         let map = map_file(&file).map_err(|e| read_error(cached, &e))?;
         let Some((footer, end)) = footer(&map) else { return Ok(None) };
         let c = &footer.counts;

@@ -4,7 +4,7 @@ use super::convert::Added;
 use super::{invalid, sentencepiece, tiktoken};
 use crate::content::unusable;
 use crate::error::Result;
-use crate::files::read_error;
+use crate::files::{is_dir, is_file, read_error};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 
@@ -28,8 +28,18 @@ const COMPANIONS: [&str; 5] = [
 ];
 
 /// Whether a folder has a tokenizer that [`super::Tokenizer::load`] reads.
-pub fn folder_has_tokenizer(folder: &Path) -> bool {
-    MAIN.iter().any(|name| folder.join(name).is_file())
+pub fn folder_has_tokenizer(folder: &Path) -> Result<bool> {
+    Ok(first_file(folder, &MAIN)?.is_some())
+}
+
+/// The first of these files that a folder has.
+fn first_file(folder: &Path, names: &[&'static str]) -> Result<Option<&'static str>> {
+    for name in names {
+        if is_file(&folder.join(name))? {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
 }
 
 /// Whether a file of this name in a model's folder belongs to its tokenizer.
@@ -39,10 +49,10 @@ pub fn is_tokenizer_file(name: &str) -> bool {
 
 /// The one place that decides which file is loaded.
 pub(super) fn main_file(path: &Path) -> Result<PathBuf> {
-    if !path.is_dir() {
+    if !is_dir(path)? {
         return Ok(path.to_path_buf());
     }
-    if let Some(name) = MAIN.iter().find(|name| path.join(name).is_file()) {
+    if let Some(name) = first_file(path, &MAIN)? {
         return Ok(path.join(name));
     }
     let found =
@@ -73,12 +83,12 @@ pub(super) fn read(main: &Path) -> Result<(Contents, Value)> {
     let mut files = Vec::new();
     for name in VOCABULARIES.iter().skip(1).chain(&COMPANIONS) {
         let path = main.with_file_name(name);
-        if path.is_file() {
+        if is_file(&path)? {
             files.push((name.to_string(), read(&path)?));
         }
     }
     let path = main.with_file_name("config.json");
-    let model = if path.is_file() { parse(&read(&path)?, &path)? } else { json!({}) };
+    let model = if is_file(&path)? { parse(&read(&path)?, &path)? } else { json!({}) };
     let family = match main.extension().and_then(|e| e.to_str()) {
         Some("json") => {
             files.insert(0, ("tokenizer.json".into(), bytes));

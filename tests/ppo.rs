@@ -386,3 +386,109 @@ train: {{steps: 4, batch_size: 4}}
         }
     }
 }
+
+/// What the last iterations of a critic say: its gradient norms, the mean explained variance and value loss.
+fn last_of_critic(run: &Run) -> (Vec<f64>, f64, f64) {
+    let mean = |key: &str| {
+        let all = run.numbers("train", key);
+        let last = &all[all.len() - 4..];
+        last.iter().sum::<f64>() / last.len() as f64
+    };
+    (run.numbers("train", "critic_grad_norm"), mean("explained_variance"), mean("value_loss"))
+}
+
+/// The critic begins as a language model, so its head is 0: whatever else of it is trained, the head is, or no gradient
+/// reaches anything.
+#[test]
+fn the_head_of_a_critic_is_always_trained() {
+    let whole = ppo("critic-whole");
+    whole.train(1, &["train.steps=12"]);
+    let (_, explained, loss) = last_of_critic(&whole);
+    for (name, words) in [
+        ("lora", "critic.lora={rank: 4, alpha: 8, targets: [q_proj, v_proj]}"),
+        ("nf4", "critic.lora={rank: 4, alpha: 8, base: nf4}"),
+        ("blocks", "critic.freeze={blocks: 2, embeddings: true}"),
+        ("train-only", "critic.freeze={train_only: [q_proj]}"),
+    ] {
+        let run = ppo(&format!("critic-{name}"));
+        run.train(1, &["train.steps=12", words]);
+        let (norms, part, of_part) = last_of_critic(&run);
+        assert!(norms.iter().all(|norm| *norm > 0.0), "{words}: {norms:?}");
+        assert!(
+            part > 0.5 * explained && of_part < 3.0 * loss,
+            "{words}: {part} {of_part}, {explained} {loss}"
+        );
+    }
+}
+
+/// The head lies with the adapter, as PEFT's sequence classification has it, and is there again.
+#[test]
+fn the_head_of_a_critic_is_saved_with_its_adapter() {
+    let run = ppo("critic-saved");
+    let words = ["critic.lora={rank: 4, alpha: 8}", "train.steps=3"];
+    run.train(1, &words);
+    let critic = run.output().join("critic");
+    let config = json(&critic.join("adapter_config.json"));
+    assert_eq!(
+        (&config["task_type"], &config["modules_to_save"]),
+        (&"SEQ_CLS".into(), &serde_json::json!(["score"]))
+    );
+    let tensors = common::tensors(&critic.join("adapter_model.safetensors"));
+    let head = &tensors["base_model.model.score.weight"];
+    assert!(head.abs().max().double_value(&[]) > 0.0, "{head:?}");
+    // Scored as it is, and merged into its model.
+    let lines = [serde_json::json!({"input_ids": [1, 5, 9, 14]}), serde_json::json!({"input_ids": [1, 7]})];
+    let rewards = |model: &Path| -> Vec<f64> {
+        scored(model, &run.dir, &lines).iter().map(|line| line["reward"].as_f64().unwrap()).collect()
+    };
+    let merged = run.dir.join("merged");
+    let (from, to) = (critic.to_string_lossy().into_owned(), merged.to_string_lossy().into_owned());
+    Program::corral(&["merge", "--adapter", &from, "--output", &to]).run(&run.dir, "merge").expect_code(0);
+    let (adapted, whole) = (rewards(&critic), rewards(&merged));
+    assert!(adapted[0] != adapted[1] && largest_relative(&adapted, &whole) < 1e-4, "{adapted:?} {whole:?}");
+    // Another run goes on with it, and a run that was stopped as if it had not been.
+    let next = ppo("critic-next");
+    next.train(1, &[&format!("critic.path={from}"), "critic.lora={rank: 4, alpha: 8}", "train.steps=1"]);
+    assert!(next.numbers("train", "explained_variance")[0] != 0.0, "the head is there from the start");
+    let stopped = ppo("critic-stopped");
+    let stop = [&words[..1], &["train.steps=3"]].concat();
+    let mut running = stopped.start(1, &stop);
+    running.wait_for("a step", std::time::Duration::from_millis(1), || stopped.step() >= 1);
+    running.signal(nix::sys::signal::Signal::SIGKILL);
+    running.wait();
+    stopped.train(1, &stop);
+    assert!(
+        common::tensors(&stopped.output().join("critic/adapter_model.safetensors"))
+            .iter()
+            .all(|(name, tensor)| tensor.equal(&tensors[name]))
+    );
+}
+
+/// A critic whose hidden states are 0 has no gradient: an error at the second step. Without anything to learn it is none,
+/// and equal rewards are told once.
+#[test]
+fn a_critic_that_cannot_learn_ends_the_run() {
+    let dead = folder("dead-critic");
+    for entry in fs::read_dir(answers()).unwrap().flatten() {
+        fs::copy(entry.path(), dead.join(entry.file_name())).unwrap();
+    }
+    let file = dead.join("model.safetensors");
+    let zeroed: Vec<(String, Tensor)> = Tensor::read_safetensors(&file)
+        .unwrap()
+        .into_iter()
+        .map(|(name, t)| if name == "model.norm.weight" { (name, t.zeros_like()) } else { (name, t) })
+        .collect();
+    Tensor::write_safetensors(&zeroed, &file).unwrap();
+    let path = format!("critic.path={}", dead.display());
+    let equal = "rewards=[{kind: format, pattern: 'never said'}]";
+    let run = ppo("dead");
+    let words = [&path, "critic.freeze={train_only: [q_proj]}"];
+    let ended = run.start(1, &words).wait();
+    ended.expect_error(1, &["critic: it has learned nothing in 2 steps", "gradient is 0"]);
+    assert_eq!(run.step(), 1, "the second step is not logged");
+    let run = ppo("nothing-to-learn");
+    let ended = run.train(1, &[&path, equal, "ppo.kl_coef=0", "ppo.kl_target=null", words[1]]);
+    assert!(run.numbers("train", "value_loss").iter().all(|loss| *loss == 0.0));
+    assert!(run.numbers("train", "critic_grad_norm").iter().all(|norm| *norm == 0.0));
+    assert_eq!(ended.err.matches("rewards are 0").count(), 1, "{ended}");
+}

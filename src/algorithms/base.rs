@@ -125,7 +125,7 @@ pub fn shape_and_trainable(
         let shape = preset(name)?;
         check_length(sequence_length, &shape)?;
         let shape = if head == Head::Score { shape.scored() } else { shape };
-        return Ok((shape, Trainable::new(freeze, lora)));
+        return Ok((shape, Trainable::with_head(head, freeze, lora)));
     }
     let base = match head {
         Head::Lm => Base::open(model, tokenizer, sequence_length)?,
@@ -133,7 +133,7 @@ pub fn shape_and_trainable(
     };
     let trainable = match base.weights {
         Some(_) => base.trainable(freeze, lora)?,
-        None => Trainable::new(freeze, lora),
+        None => Trainable::with_head(head, freeze, lora),
     };
     Ok((base.shape, trainable))
 }
@@ -169,13 +169,13 @@ fn check_length(sequence_length: i64, shape: &Shape) -> Result<()> {
 }
 
 impl Base {
-    /// What of the model is trained, as the sections `freeze` and `lora` say.
+    /// What of the model is trained, as the sections `freeze` and `lora` say; a scalar head in any case.
     ///
     /// # Errors
     /// Of kind Config: names that the model does not have; a model that is new, or that has an adapter, which only goes on
     /// as the same adapter.
     pub fn trainable(&self, freeze: &Freeze, lora: Option<&Lora>) -> Result<Trainable> {
-        let mut trainable = Trainable::new(freeze, lora);
+        let mut trainable = Trainable::with_head(self.shape.head, freeze, lora);
         let plans = trainable.plans(&self.shape)?;
         let partial = lora.is_some() || *freeze != Freeze::default();
         let Some(weights) = &self.weights else {
@@ -205,13 +205,10 @@ impl Base {
                     p.roles.iter().map(|r| *r == Role::Trained).collect::<Vec<_>>(),
                 )
             };
-            let mut there = there.clone();
-            if let (Head::Lm, Head::Score, Some(lora)) =
-                (weights.shape().head, self.shape.head, &mut there.lora)
-            {
-                // A head that is new.
-                lora.modules_to_save.push("score".into());
-            }
+            let there = Trainable {
+                layers: there.layers.clone(),
+                ..Trainable::with_head(self.shape.head, &there.freeze, there.lora.as_ref())
+            };
             let theirs = there.plans(&self.shape)?;
             if lora.is_none() || !plans.iter().map(trained).eq(theirs.iter().map(trained)) {
                 let theirs = serde_json::to_string(&there.lora).unwrap_or_default();

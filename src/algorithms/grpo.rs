@@ -81,6 +81,7 @@ pub fn grpo(loaded: &Loaded<Grpo>, inputs: Inputs, world: &World, start: &Start)
         let step = run.progress.step;
         let asking = Instant::now();
         let asked = ask(c, &mut policy, &mut sampler, run.progress.data.next, world)?;
+        policy.note_rewards(&asked.batch.samples, step, world);
         let asking_s = asking.elapsed().as_secs_f64();
         let batch = &asked.batch;
         let updating = Instant::now();

@@ -100,6 +100,7 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
         let asking = Instant::now();
         let group = c.dpo.group_size as usize;
         let batch = policy.ask(&mut sampler, run.progress.data.next, count, group, world)?;
+        policy.note_rewards(&batch.samples, step, world);
         let asking_s = asking.elapsed().as_secs_f64();
         let updating = Instant::now();
         let lr = schedule.rate(step);

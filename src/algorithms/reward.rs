@@ -16,7 +16,6 @@ use crate::algorithms::{records, scorer};
 use crate::checkpoint::{Measured, Scoring};
 use crate::config::reward::{Reward, Score, Settings, Which};
 use crate::config::sections::OnError;
-use crate::config::trainable::{Freeze, Lora};
 use crate::config::{Algorithm, Loaded, common};
 use crate::data::chat::Chat;
 use crate::data::examples::{Counts, Encoded, Example};
@@ -64,29 +63,13 @@ impl Inputs {
         let scoring = base.weights.as_ref().map_or(Ok(None), |w| w.scoring())?;
         let score = c.reward.score.or(scoring.map(|s| s.score)).unwrap_or_default();
         check_pad_token(&base)?;
-        let (freeze, lora) = with_head(c);
-        let trainable = base.trainable(&freeze, lora.as_ref())?;
+        let trainable = base.trainable(&c.freeze, c.lora.as_ref())?;
         let chat = Chat::new(&base.tokenizer)?;
         let (train, valid) = preferences::open(&c.data, &chat, c.seed)?;
         let steps = base::steps(&c.train, train.num_rows(), c.schedule.warmup_steps)?;
         let reference = Reference::open(c, &chat, valid.as_ref().unwrap_or(&train))?;
         Ok(Inputs { base, trainable, chat, score, train, valid, reference, steps })
     }
-}
-
-/// The head's module.
-const HEAD: &str = "score";
-
-/// What is trained, the head in any case: it is new, or learns something else.
-pub fn with_head(c: &Reward) -> (Freeze, Option<Lora>) {
-    let (mut freeze, mut lora) = (c.freeze.clone(), c.lora.clone());
-    if !freeze.train_only.is_empty() {
-        freeze.train_only.push(HEAD.into());
-    }
-    if let Some(lora) = lora.as_mut().filter(|l| !l.modules_to_save.iter().any(|m| m == HEAD)) {
-        lora.modules_to_save.push(HEAD.into());
-    }
-    (freeze, lora)
 }
 
 /// transformers' sequence classification finds a text's last token by what pads it.

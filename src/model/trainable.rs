@@ -4,13 +4,13 @@
 use kernels::quant::Scheme;
 use serde::{Deserialize, Serialize};
 
-use crate::config::shape::Shape;
+use crate::config::shape::{Head, Shape};
 use crate::config::trainable::{Base, Freeze, Lora, Targets};
 use crate::distributed::frozen::Storage;
 use crate::distributed::plan::{Adapter, Plan, Role};
 use crate::distributed::sharded::{Layout, Spec};
 use crate::error::{Error, Result};
-use crate::model::layout::{EMBEDDING, LM_HEAD, layouts};
+use crate::model::layout::{EMBEDDING, LM_HEAD, SCORE, layouts};
 
 /// What is trained. By default all.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -78,6 +78,23 @@ fn occurs(pattern: &str, name: &str) -> bool {
 impl Trainable {
     pub fn new(freeze: &Freeze, lora: Option<&Lora>) -> Trainable {
         Trainable { freeze: freeze.clone(), lora: lora.cloned(), layers: None }
+    }
+
+    /// As the sections say, of a model with this head. A scalar head is always trained: where it is new it is 0 or random,
+    /// and with a head of 0 no gradient reaches what is below it.
+    pub fn with_head(head: Head, freeze: &Freeze, lora: Option<&Lora>) -> Trainable {
+        let mut trainable = Trainable::new(freeze, lora);
+        let score = module(SCORE).to_string();
+        if head == Head::Score {
+            if !trainable.freeze.train_only.is_empty() {
+                trainable.freeze.train_only.push(score.clone());
+            }
+            let saved = trainable.lora.as_mut().map(|l| &mut l.modules_to_save);
+            if let Some(saved) = saved.filter(|saved| !saved.contains(&score)) {
+                saved.push(score);
+            }
+        }
+        trainable
     }
 
     /// How the parameters of a model are laid out for training.
@@ -295,6 +312,26 @@ mod tests {
         assert_eq!(still[3].adapters[0].role, Role::Frozen(Storage::Dense));
         let rslora = Lora { rslora: true, ..lora(Targets::AllLinear) };
         assert_eq!(rslora.scale(), 4.0);
+    }
+
+    #[test]
+    fn a_scalar_head_is_always_trained() {
+        let shape = shape().scored();
+        let freeze = Freeze { blocks: 2, embeddings: true, train_only: vec!["q_proj".into()] };
+        let blocks = Freeze { train_only: Vec::new(), ..freeze.clone() };
+        let lora = lora(Targets::Attention);
+        let saved = Lora { modules_to_save: vec!["score".into()], ..lora.clone() };
+        for (freeze, lora) in
+            [(&freeze, None), (&blocks, None), (&blocks, Some(&lora)), (&Freeze::default(), Some(&saved))]
+        {
+            let trainable = Trainable::with_head(Head::Score, freeze, lora);
+            let plans = trainable.plans(&shape).unwrap();
+            assert_eq!(plans.last().unwrap().roles, [Role::Trained], "{freeze:?} {lora:?}");
+            let once = |names: &Vec<String>| names.iter().filter(|n| *n == "score").count() <= 1;
+            assert!(trainable.lora.is_none_or(|l| once(&l.modules_to_save)));
+        }
+        let as_said = Trainable::with_head(Head::Lm, &freeze, Some(&lora));
+        assert_eq!(as_said, Trainable::new(&freeze, Some(&lora)));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::algorithms::base::Base;
 use crate::algorithms::folder::{RunFolder, Start};
 use crate::algorithms::records;
 use crate::algorithms::rl::KlController;
+use crate::algorithms::rl::checks::Stalled;
 use crate::algorithms::rl::experience::gather_rows;
 use crate::algorithms::rl::place::{Average, Where, check_offload};
 use crate::algorithms::rl::policy::{Opened, Policy, Samplers, check_reads, share_of};
@@ -177,17 +178,21 @@ pub fn ppo(loaded: &Loaded<Ppo>, inputs: Inputs, world: &World, start: &Start) -
         let best = models.policy.validation(&mut valid, &c.valid, c.train.batch_size, &mut run, world)?;
         run.save(&models.parts(), best)?;
     }
+    let mut stalled = Stalled::default();
     while !run.done() {
         let (step, count) = (run.progress.step, c.train.batch_size as u64);
         let first = run.progress.data.prompts.next;
         let kl_coef = run.progress.data.kl.coef();
         let asking = Instant::now();
         let batch = models.policy.ask(&mut sampler, first, count, 1, world)?;
+        models.policy.note_rewards(&batch.samples, step, world);
         let (experience, mut record) = experience::experience(c, &mut models, &batch, kl_coef, step, world)?;
         let score_s = asking.elapsed().as_secs_f64() - batch.rollout_s;
         let updating = Instant::now();
         let updated = update::update(c, inputs, &mut models, &experience, &mut run, world)?;
         let update_s = updating.elapsed().as_secs_f64();
+        let explained = record.get("explained_variance").unwrap_or(f64::NAN);
+        stalled.check(explained, updated.value_loss, updated.critic_grad_norm)?;
 
         let generated: usize = batch.samples.iter().map(|s| s.response.ids.len()).sum();
         let read: usize = batch.sequences.prompts.iter().map(Vec::len).sum();

@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use crate::algorithms::base::{self, Base};
 use crate::algorithms::records;
+use crate::algorithms::rl::checks::EqualRewards;
 use crate::algorithms::rl::experience::{Readout, gather_rows};
 use crate::algorithms::rl::place::{Where, at_work, check_offload, frozen, where_it_was};
 use crate::algorithms::rl::reward_model::{self, RewardModel};
@@ -136,6 +137,7 @@ pub struct Policy<'a> {
     /// The reference is the model that the actor begins as.
     pub begins_as_reference: bool,
     reward_model: Option<RewardModel<'a>>,
+    equal_rewards: EqualRewards,
 }
 
 /// A model that is only asked.
@@ -173,7 +175,16 @@ impl<'a> Policy<'a> {
         let offload = s.actor.offload;
         check_offload("actor", offload, &actor_world)?;
         let begins_as_reference = opened.begins_as_reference(s);
-        Ok(Policy { actor, actor_world, offload, reference, begins_as_reference, reward_model })
+        let equal_rewards = EqualRewards::default();
+        Ok(Policy {
+            actor,
+            actor_world,
+            offload,
+            reference,
+            begins_as_reference,
+            reward_model,
+            equal_rewards,
+        })
     }
 
     /// `samples` judged responses to each of the prompts `first .. first + count` of a sampler. Collective.
@@ -192,6 +203,12 @@ impl<'a> Policy<'a> {
         at_work(&mut self.actor.model, self.offload, |actor| {
             sampler.sample(actor, first, count, samples, scorer, world)
         })
+    }
+
+    /// Warns, once, where the rewards of a step's responses are all equal.
+    pub fn note_rewards(&mut self, samples: &[Sampled], step: u64, world: &World) {
+        let rewards: Vec<f64> = samples.iter().filter_map(|s| s.judgement.reward).collect();
+        self.equal_rewards.check(&rewards, step + 1, world.rank);
     }
 
     /// Brings the actor's values to its device, where they are until [`Policy::rest`].

@@ -9,7 +9,6 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::algorithms::base::{shape_and_trainable, shape_to_ask};
-use crate::algorithms::reward::with_head;
 use crate::algorithms::scorer;
 use crate::algorithms::step::{MicroBatch, accumulate_gradients};
 use crate::algorithms::training::compute_kind;
@@ -203,10 +202,10 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
         What::Reward(OfPreferences { options, completions }) => {
             let loaded = load::<Reward>(&options.config, options.nproc)?;
             let c = &loaded.config;
-            let ((freeze, lora), tokenizer) = (with_head(c), c.tokenizer.as_ref());
+            let tokenizer = c.tokenizer.as_ref();
             let (model, length) = (origin(&c.model), c.data.sequence_length);
             let (shape, trainable) =
-                shape_and_trainable(&model, Head::Score, tokenizer, length, &freeze, lora.as_ref())?;
+                shape_and_trainable(&model, Head::Score, tokenizer, length, &c.freeze, c.lora.as_ref())?;
             let (plans, packed) = (trainable.plans(&shape)?, c.data.packing);
             let rows = Rows { sequences: completions, length, packed, joined: packed };
             let mut training =

@@ -45,4 +45,4 @@ macro_rules! files {
     };
 }
 
-files!(records, preferences, model, tokenizer, template, config, hub, messages, examples, runs);
+files!(adapter, records, preferences, model, tokenizer, template, config, hub, messages, examples, runs);

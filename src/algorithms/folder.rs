@@ -268,7 +268,7 @@ impl<'a> RunFolder<'a> {
             _ => progress.go_on(&found.changes),
         }
         let best = progress.best_step().map(|step| checkpoints_dir(&dir).join(step_name(step)));
-        if plan.keep_best && best.is_some_and(|best| !best.is_dir()) {
+        if plan.keep_best && best.is_some_and(|best| matches!(files::is_dir(&best), Ok(false))) {
             progress.forget_best();
         }
         progress.start = rollback::name_of_start();

@@ -51,6 +51,8 @@ pub struct Report {
     pub num_tokens: i64,
     /// Largest difference of a logit to the source, where its tensors were rounded to another dtype; else they are equal.
     pub rounding: Option<f64>,
+    /// Tensors of the source's files that are none of the model's: neither written nor compared.
+    pub left_out: Vec<String>,
     /// `max_position_embeddings` as it is read back, where the format does not keep it.
     pub positions: Option<i64>,
 }
@@ -214,7 +216,7 @@ impl Conversion {
                 initializer_range: read.initializer_range,
                 family: read.family,
                 max_window_layers: read.max_window_layers,
-                tie_word_embeddings: read.tie_word_embeddings,
+                tie_word_embeddings: shape.tie_word_embeddings || read.tie_word_embeddings,
                 ..shape.clone()
             },
         };
@@ -263,7 +265,9 @@ impl Conversion {
         let positions = (read.max_position_embeddings != shape.max_position_embeddings)
             .then_some(read.max_position_embeddings);
         let num_tokens = ours.size()[0];
-        Ok(Report { num_tensors, bytes, num_files: 0, copied: Vec::new(), num_tokens, rounding, positions })
+        let left_out = source.left_out.clone();
+        let (num_files, copied) = (0, Vec::new());
+        Ok(Report { num_tensors, bytes, num_files, copied, num_tokens, rounding, left_out, positions })
     }
 }
 

@@ -4,47 +4,58 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Value, json};
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use super::agree::agree;
 use super::families::Description;
-use super::hf_config::{SpecialIds, read_object, read_shape, write_shape};
+use super::hf_config::{Described, SpecialIds, read_object, read_shape, write_shape};
 use super::ours::{OURS, Ours, Scoring};
 use super::safetensors::{self, Entry, Writer};
 use super::source::{Source, TensorFile};
 use super::torch_file;
+use super::unfit::{Unfit, common_prefix};
 use crate::config::shape::Shape;
 use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
 use crate::distributed::sharded::{Sharded, Spec};
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFolder, exists, is_file, write_file};
-use crate::model::layout::{LM_HEAD, layouts};
+use crate::model::layout::{EMBEDDING, LM_HEAD, layouts};
+use crate::model::llama::inverse_frequencies;
+use crate::telemetry::console::warn_once;
 use kernels::c10d::Group;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const BIN: &str = "pytorch_model.bin";
 const BIN_INDEX: &str = "pytorch_model.bin.index.json";
+/// The end of the names of tables that old files carry, and that are computed.
+const INV_FREQ: &str = "rotary_emb.inv_freq";
 
 /// A model in Hugging Face's format, checked and ready to be read.
 pub struct HfModel {
     dir: PathBuf,
     shape: Shape,
     source: Source,
-    unknown_keys: Vec<String>,
+    warnings: Vec<String>,
 }
 
 impl HfModel {
     /// Opens a folder with `config.json` and `model.safetensors`, or its parts with an index; where these are not there,
-    /// `pytorch_model.bin` or its parts. Reads and checks all headers, and no tensor.
+    /// `pytorch_model.bin` or its parts. Reads and checks all headers; of the tensors only a tied model's embedding and head,
+    /// where the files have both, and tables of rotary positions. What is in the folder and does not count is told once.
     ///
     /// Errors are of kind Data: an architecture or an option that is not built, files that are missing or damaged, and
     /// in one message all tensors that are missing, superfluous or of another shape.
     pub fn load(dir: &Path) -> Result<HfModel> {
-        let (family, shape, unknown_keys) = read_shape(&dir.join("config.json"))?;
+        let config = dir.join("config.json");
+        let Described { family, mut shape, mut warnings } = read_shape(&config)?;
+        warnings.iter_mut().for_each(|w| w.insert_str(0, "config.json: "));
         let files = open_weights(dir)?;
-        let source = find_tensors(family, &shape, files).context(dir.display())?;
-        Ok(HfModel { dir: dir.to_path_buf(), shape, source, unknown_keys })
+        let source = find_tensors(family, &mut shape, files, &mut warnings).context(dir.display())?;
+        for warning in &warnings {
+            warn_once(&format!("{}: {warning}", dir.display()));
+        }
+        Ok(HfModel { dir: dir.to_path_buf(), shape, source, warnings })
     }
 
     pub fn shape(&self) -> &Shape {
@@ -55,9 +66,9 @@ impl HfModel {
         &self.dir
     }
 
-    /// Keys of `config.json` that are not known and had no effect: worth a warning.
-    pub fn unknown_keys(&self) -> &[String] {
-        &self.unknown_keys
+    /// What is in the folder and does not count.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// The tensors, under the model's names.
@@ -70,9 +81,15 @@ impl HfModel {
     }
 }
 
-/// Compares the tensors in the files with those that the shape asks for, and finds the model's in them.
-fn find_tensors(family: &Description, shape: &Shape, files: Source) -> Result<Source> {
-    let found: BTreeSet<&String> = files.names().collect();
+/// Compares the tensors in the files with those that the shape asks for, and finds the model's in them. A tied model whose
+/// files have another head is untied.
+fn find_tensors(
+    family: &Description,
+    shape: &mut Shape,
+    mut files: Source,
+    warnings: &mut Vec<String>,
+) -> Result<Source> {
+    let found: BTreeSet<String> = files.names().cloned().collect();
     // Before anything is made for every block and expert.
     let experts = shape.experts.as_ref().map_or(1, |e| e.num_local_experts);
     if shape.num_hidden_layers * experts > found.len() as i64 {
@@ -83,49 +100,102 @@ fn find_tensors(family: &Description, shape: &Shape, files: Source) -> Result<So
             found.len()
         )));
     }
+    let (head, _) = (family.place)(LM_HEAD, shape);
+    let embedding = tied_embedding(family, shape, &files, &found, warnings)?;
     // The tensors of the family's files, of which each holds one or more of the model's.
     let mut wanted: BTreeMap<String, Vec<i64>> = BTreeMap::new();
     let mut places = Vec::new();
     for spec in layouts(shape).into_iter().flat_map(|layout| layout.specs) {
-        let (tensor, row) = (family.place)(&spec.name, shape);
+        let (tensor, row) = match (&embedding, spec.name.as_str()) {
+            (Some(embedding), EMBEDDING) => (embedding.clone(), 0),
+            _ => (family.place)(&spec.name, shape),
+        };
         let size = wanted.entry(tensor.clone()).or_insert_with(|| [&[0], &spec.shape[1..]].concat());
         size[0] += spec.shape[0];
         places.push((spec, tensor, row));
     }
-    let mut wrong = Vec::new();
+    let mut unfit = Unfit::default();
     for (name, shape) in &wanted {
         if !found.contains(name) {
-            wrong.push(format!("`{name}` {shape:?} is missing"));
+            unfit.missing.push(format!("`{name}` {shape:?} is missing"));
             continue;
         }
         let view = files.view(name)?;
         if view.shape != *shape {
-            wrong.push(format!("`{name}` is {:?} and should be {shape:?}", view.shape));
+            unfit.wrong.push(format!("`{name}` is {:?} and should be {shape:?}", view.shape));
         }
     }
-    for name in found.into_iter().filter(|name| !wanted.contains_key(*name)) {
-        // Tables that old files carry, and the second name of tied embeddings.
-        let harmless =
-            name.ends_with("rotary_emb.inv_freq") || (shape.tie_word_embeddings && name.as_str() == LM_HEAD);
-        if !harmless {
-            let architecture = family.architecture(shape.head).unwrap_or_default();
-            wrong.push(format!("`{name}` belongs to no {architecture}"));
+    let mut tables = Vec::new();
+    for name in found.iter().filter(|name| !wanted.contains_key(*name)) {
+        match name.ends_with(INV_FREQ) {
+            // Tables that old files carry.
+            true => tables.push(name.clone()),
+            // The second name of a tied embedding.
+            false if shape.tie_word_embeddings && *name == head => {}
+            false => {
+                let architecture = family.architecture(shape.head).unwrap_or_default();
+                unfit.extra.push(format!("`{name}` belongs to no {architecture}"));
+            }
         }
     }
-    all_fit(wrong, "config.json")?;
+    let names = |all: &mut dyn Iterator<Item = &'_ String>| all.cloned().collect::<Vec<_>>();
+    let (wanted, found) = (names(&mut wanted.keys()), names(&mut found.iter()));
+    unfit.hint = common_prefix(
+        &wanted.iter().map(String::as_str).collect(),
+        &found.iter().map(String::as_str).collect(),
+    );
+    unfit.into_result("the tensors do not fit its config.json")?;
+    warnings.extend(check_tables(&files, &tables, shape)?);
+    files.left_out = tables;
     files.regroup(places.into_iter().map(|(spec, tensor, row)| (spec.name, spec.shape, tensor, row)))
 }
 
-/// Fails if there is anything `wrong` with the tensors, and names it.
-pub(super) fn all_fit(mut wrong: Vec<String>, config: &str) -> Result<()> {
-    if wrong.is_empty() {
-        return Ok(());
+/// Where a tied embedding lies, as transformers 5 finds out (`tie_weights`): where the files have the head alone, there. A
+/// head that is another tensor than the embedding unties the model.
+fn tied_embedding(
+    family: &Description,
+    shape: &mut Shape,
+    files: &Source,
+    found: &BTreeSet<String>,
+    warnings: &mut Vec<String>,
+) -> Result<Option<String>> {
+    if !shape.tie_word_embeddings {
+        return Ok(None);
     }
-    const SHOWN: usize = 12;
-    let more = wrong.len().saturating_sub(SHOWN);
-    wrong.truncate(SHOWN);
-    let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
-    Err(Error::data(format!("the tensors do not fit its {config}:\n  {}{more}", wrong.join("\n  "))))
+    let [(embedding, _), (head, _)] = [EMBEDDING, LM_HEAD].map(|name| (family.place)(name, shape));
+    match (found.contains(&embedding), found.contains(&head)) {
+        (false, true) => Ok(Some(head)),
+        (true, true) if !files.equal(&embedding, &head)? => {
+            shape.tie_word_embeddings = false;
+            warnings.push(format!(
+                "tie_word_embeddings is true, but `{head}` is another tensor than `{embedding}`: both are used and the model is \
+                 untied, as transformers does; set tie_word_embeddings to false"
+            ));
+            Ok(None)
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Compares tables of rotary frequencies with those that are computed.
+fn check_tables(files: &Source, tables: &[String], shape: &Shape) -> Result<Option<String>> {
+    let computed = Tensor::from_slice(&inverse_frequencies(shape));
+    let mut other = Vec::new();
+    for name in tables {
+        let table = files.tensor(name)?.to_kind(Kind::Double);
+        // They may have been rounded to float16.
+        let near = |table: &Tensor| table.allclose(&computed, 1e-2, 1e-7, false);
+        if table.size() != computed.size() || !near(&table) {
+            other.push(name.as_str());
+        }
+    }
+    Ok(other.first().map(|first| {
+        format!(
+            "{} of {} tables of rotary frequencies (`{first}`) are not those of config.json; they are not used, as in transformers",
+            other.len(),
+            tables.len()
+        )
+    }))
 }
 
 /// Opens the weights' files and finds out which tensor lies where.

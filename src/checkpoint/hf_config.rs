@@ -6,8 +6,10 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use tch::Kind;
 
-use super::families::{self, Config, Description, Only, refused};
-use crate::config::shape::{Family, Head, Llama3RopeScaling, Shape};
+use super::families::{self, Config, Description, refused};
+use super::keys::{harmless, neutral, unread};
+use super::rope;
+use crate::config::shape::{Family, Head, Shape};
 use crate::content::unusable;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Context, Error, Result};
@@ -32,73 +34,6 @@ pub(super) const COMMON: [&str; 15] = [
     "hidden_act",
 ];
 
-/// Keys that change any model's mathematics in a way that is not built, unless they have this value (or null).
-fn neutral(key: &str) -> Option<Only> {
-    Some(match key {
-        "use_qk_norm" | "qk_norm" => Only::Bool(false),
-        "attention_dropout" | "hidden_dropout" | "resid_pdrop" | "embd_pdrop" => Only::Number(0.0),
-        "partial_rotary_factor"
-        | "embedding_multiplier"
-        | "residual_multiplier"
-        | "attention_multiplier"
-        | "logits_scaling" => Only::Number(1.0),
-        "quantization_config"
-        | "layer_types"
-        | "no_rope_layers"
-        | "num_local_experts"
-        | "num_experts"
-        | "sliding_window"
-        | "attn_logit_softcapping"
-        | "final_logit_softcapping"
-        | "query_pre_attn_scalar" => Only::Null,
-        _ => return None,
-    })
-}
-
-/// Keys that say nothing about the mathematics.
-fn harmless(key: &str) -> bool {
-    const KEYS: [&str; 37] = [
-        "architectures",
-        "model_type",
-        "bos_token_id",
-        "eos_token_id",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "use_cache",
-        "pad_token_id",
-        "pretraining_tp",
-        "auto_map",
-        "is_decoder",
-        "is_encoder_decoder",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "chunk_size_feed_forward",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "num_labels",
-        "finetuning_task",
-        "task_specific_params",
-        "tokenizer_class",
-        "prefix",
-        "add_cross_attention",
-        "tie_encoder_decoder",
-        "pruned_heads",
-        "torchscript",
-        "cross_attention_hidden_size",
-        "decoder_start_token_id",
-        "sep_token_id",
-        "use_bfloat16",
-        "tf_legacy_loss",
-        "unsloth_version",
-        "unsloth_fixed",
-        "attn_implementation",
-    ];
-    key.starts_with('_') || KEYS.contains(&key)
-}
-
 /// Reads a JSON file that must hold an object.
 pub fn read_object(path: &Path) -> Result<Map<String, Value>> {
     let text = fs::read_to_string(path).map_err(|e| read_error(path, &e))?;
@@ -106,15 +41,27 @@ pub fn read_object(path: &Path) -> Result<Map<String, Value>> {
         .map_err(|e| unusable(path, Error::data(format!("{}: no JSON object: {e}", path.display()))))
 }
 
-/// What a `config.json` describes: the family that it names, the shape, and the keys that are not known (so that they
-/// can be reported).
-pub fn read_shape(path: &Path) -> Result<(&'static Description, Shape, Vec<String>)> {
+/// What a `config.json` describes.
+#[derive(Debug)]
+pub struct Described {
+    pub family: &'static Description,
+    pub shape: Shape,
+    /// What is to be told of keys that do not count.
+    pub warnings: Vec<String>,
+}
+
+/// Reads a `config.json`.
+///
+/// # Errors
+/// Of kind Data: an architecture that is not known; a key that changes the mathematics in a way that is not built.
+pub fn read_shape(path: &Path) -> Result<Described> {
     let config = read_object(path)?;
     shape_of(&config).context(path.display())
 }
 
-fn shape_of(config: &Map<String, Value>) -> Result<(&'static Description, Shape, Vec<String>)> {
+fn shape_of(config: &Map<String, Value>) -> Result<Described> {
     let (family, head) = families::named(config)?;
+    let mut warnings: Vec<String> = check_model_type(config, family)?.into_iter().collect();
     let mut unknown = Vec::new();
     for (key, value) in config {
         if value.is_null() || harmless(key) || family.harmless.contains(&key.as_str()) {
@@ -135,7 +82,41 @@ fn shape_of(config: &Map<String, Value>) -> Result<(&'static Description, Shape,
         shape = shape.scored();
     }
     shape.check().map_err(|e| Error::data(e.message))?;
-    Ok((family, shape, unknown))
+    check_layer_types(config, &shape)?;
+    warnings.extend(unread(config, family, unknown)?);
+    if family.keys.iter().any(|keys| keys.contains(&"rope_parameters")) {
+        warnings.extend(rope::read(config, shape.rope_theta)?.warnings);
+    }
+    Ok(Described { family, shape, warnings })
+}
+
+/// Compares `model_type` with the family that `architectures` names: transformers' Auto classes go by the former.
+fn check_model_type(config: &Map<String, Value>, family: &Description) -> Result<Option<String>> {
+    let Some(model_type) = config.get("model_type").and_then(Value::as_str) else { return Ok(None) };
+    if model_type == family.model_type {
+        return Ok(None);
+    }
+    match families::FAMILIES.iter().find(|f| f.model_type == model_type) {
+        Some(other) => Err(Error::data(format!(
+            "architectures names a {}, and model_type \"{model_type}\" a {}: set the one that is wrong",
+            family.architecture, other.architecture
+        ))),
+        None => Ok(Some(format!(
+            "model_type \"{model_type}\" is not known: the model is read as a {}, which architectures names",
+            family.architecture
+        ))),
+    }
+}
+
+/// Refuses `layer_types` that say something else than the window that the other keys give.
+fn check_layer_types(config: &Map<String, Value>, shape: &Shape) -> Result<()> {
+    let Some(types) = config.get("layer_types").filter(|v| !v.is_null()) else { return Ok(()) };
+    let of = |layer| if shape.window(layer).is_some() { "sliding_attention" } else { "full_attention" };
+    let computed: Vec<&str> = (0..shape.num_hidden_layers).map(of).collect();
+    match *types == json!(computed) {
+        true => Ok(()),
+        false => Err(refused("layer_types", types, &format!("{} by the other keys", json!(computed)))),
+    }
 }
 
 /// Refuses a classifier: the scalar head is one label. transformers counts `id2label`; without it there are two.
@@ -165,8 +146,10 @@ pub(super) struct Defaults {
 
 /// The part of the shape that is in the same keys in nearly all families.
 pub(super) fn common(config: &Config, d: Defaults) -> Result<Shape> {
+    // Two names of one function.
     if let Some(act) = config.get("hidden_act")
         && act != "silu"
+        && act != "swish"
     {
         return Err(refused("hidden_act", act, "\"silu\""));
     }
@@ -183,7 +166,7 @@ pub(super) fn common(config: &Config, d: Defaults) -> Result<Shape> {
     };
     let default = if config.is_null("num_key_value_heads") { None } else { d.num_key_value_heads };
     let kv_heads = config.some_integer("num_key_value_heads")?.or(default).unwrap_or(heads);
-    let (rope_theta, rope_scaling) = rope(config.0, d.rope_theta)?;
+    let rope = rope::read(config.0, d.rope_theta)?;
     Ok(Shape {
         family: d.family,
         head: Head::Lm,
@@ -198,75 +181,14 @@ pub(super) fn common(config: &Config, d: Defaults) -> Result<Shape> {
             .some_integer("max_position_embeddings")?
             .unwrap_or(d.max_position_embeddings),
         rms_norm_eps: config.number("rms_norm_eps", d.rms_norm_eps)?,
-        rope_theta,
-        rope_scaling,
+        rope_theta: rope.theta,
+        rope_scaling: rope.scaling,
         tie_word_embeddings: config.flag("tie_word_embeddings", false)?,
         initializer_range: config.number("initializer_range", 0.02)?,
         sliding_window: None,
         max_window_layers: 0,
         experts: None,
     })
-}
-
-/// Rotary base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
-fn rope(config: &Map<String, Value>, default: f64) -> Result<(f64, Option<Llama3RopeScaling>)> {
-    let number = |from: &Map<String, Value>, key: &str| match from.get(key).filter(|v| !v.is_null()) {
-        Some(v) => {
-            v.as_f64().map(Some).ok_or_else(|| Error::data(format!("{key} is {v}; it must be a number")))
-        }
-        None => Ok(None),
-    };
-    let (key, parameters) = match (config.get("rope_parameters"), config.get("rope_scaling")) {
-        (Some(v), _) if !v.is_null() => ("rope_parameters", v),
-        (_, Some(v)) if !v.is_null() => ("rope_scaling", v),
-        _ => return Ok((number(config, "rope_theta")?.unwrap_or(default), None)),
-    };
-    let Some(parameters) = parameters.as_object() else {
-        return Err(Error::data(format!("{key} is {parameters}; it must be an object")));
-    };
-    let theta = match number(parameters, "rope_theta")? {
-        Some(theta) => theta,
-        None => number(config, "rope_theta")?.unwrap_or(default),
-    };
-    // Before transformers 4.43 the type was called `type`.
-    let kind = parameters.get("rope_type").or(parameters.get("type")).unwrap_or(&Value::Null);
-    let known: &[&str] = match kind.as_str() {
-        Some("default") => &[],
-        Some("llama3") => {
-            &["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-        }
-        _ => return Err(refused(&format!("{key}.rope_type"), kind, "\"default\" and \"llama3\"")),
-    };
-    for (name, value) in parameters {
-        let neutral = name == "partial_rotary_factor" && Only::Number(1.0).is(value);
-        if !(known.contains(&name.as_str())
-            || neutral
-            || value.is_null()
-            || ["rope_type", "type", "rope_theta"].contains(&name.as_str()))
-        {
-            return Err(refused(&format!("{key}.{name}"), value, "its absence"));
-        }
-    }
-    if known.is_empty() {
-        return Ok((theta, None));
-    }
-    let required =
-        |name: &str| number(parameters, name)?.ok_or_else(|| Error::data(format!("{key}.{name} is missing")));
-    let original = required("original_max_position_embeddings")?;
-    if original.fract() != 0.0 || original < 1.0 {
-        return Err(Error::data(format!(
-            "{key}.original_max_position_embeddings is {original}; it must be a positive integer"
-        )));
-    }
-    Ok((
-        theta,
-        Some(Llama3RopeScaling {
-            factor: required("factor")?,
-            low_freq_factor: required("low_freq_factor")?,
-            high_freq_factor: required("high_freq_factor")?,
-            original_max_position_embeddings: original as i64,
-        }),
-    ))
 }
 
 /// The `config.json` of a model, in the layout that transformers reads from 4.43 on.
@@ -368,6 +290,11 @@ impl SpecialIds {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::families::Only;
+
+    fn shape_of(config: &Map<String, Value>) -> Result<(&'static Description, Shape, Vec<String>)> {
+        super::shape_of(config).map(|d| (d.family, d.shape, d.warnings))
+    }
 
     fn llama() -> Map<String, Value> {
         let Value::Object(map) =
@@ -416,6 +343,14 @@ mod tests {
             ("vocab_size", Value::Null, "vocab_size is missing"),
             ("num_key_value_heads", json!(4), "multiple"),
             ("tie_word_embeddings", json!("no"), "true or false"),
+            ("model_type", json!("qwen2"), "model_type \"qwen2\" a Qwen2ForCausalLM"),
+            ("layer_types", json!(["sliding_attention"]), "layer_types is [\"sliding_attention\"]"),
+            ("text_config", json!({"tie_word_embeddings": true}), "text_config"),
+            ("logit_scale", json!(0.0625), "logit_scale"),
+            ("qkv_bias", json!(true), "qkv_bias"),
+            ("add_cross_attention", json!(true), "add_cross_attention"),
+            ("pruned_heads", json!({"0": [1]}), "pruned_heads"),
+            ("rotary_pct", json!(0.25), "rotary_pct"),
         ];
         for (key, value, part) in cases {
             let mut config = llama();
@@ -525,6 +460,7 @@ mod tests {
         let qwen2 = |keys: Value| {
             let mut config = llama();
             config.insert("architectures".into(), json!(["Qwen2ForCausalLM"]));
+            config.insert("model_type".into(), json!("qwen2"));
             config.extend(keys.as_object().unwrap().clone());
             shape_of(&config).map(|(_, s, _)| (0..6).map(|i| s.window(i).unwrap_or(0)).collect::<Vec<_>>())
         };
@@ -558,6 +494,7 @@ mod tests {
         let mistral = |keys: Value| {
             let mut config = llama();
             config.insert("architectures".into(), json!(["MistralForCausalLM"]));
+            config.insert("model_type".into(), json!("mistral"));
             config.extend(keys.as_object().unwrap().clone());
             shape_of(&config).unwrap().1.sliding_window
         };
@@ -612,6 +549,41 @@ mod tests {
     }
 
     #[test]
+    fn other_names_of_a_key_are_told_or_refused() {
+        let warned = |key: &str, value: Value| {
+            let mut config = llama();
+            config.insert(key.into(), value);
+            shape_of(&config).unwrap().2
+        };
+        let shape = Shape::preset("llama-15m").unwrap();
+        assert!(warned("n_embd", json!(shape.hidden_size)).is_empty());
+        assert!(warned("layer_norm_eps", json!(shape.rms_norm_eps)).is_empty());
+        assert!(warned("hidden_activation", json!("silu")).is_empty());
+        let other = warned("n_ctx", json!(4096));
+        assert!(
+            other[0].starts_with("n_ctx is 4096 and is not used: max_position_embeddings counts"),
+            "{other:?}"
+        );
+        assert!(warned("model_type", json!("mine"))[0].contains("\"mine\" is not known"));
+        let full = vec!["full_attention"; shape.num_hidden_layers as usize];
+        assert!(warned("layer_types", json!(full)).is_empty());
+        for (key, value) in [
+            ("pruned_heads", json!({})),
+            ("add_cross_attention", json!(false)),
+            ("hidden_act", json!("swish")),
+        ] {
+            assert!(warned(key, value).is_empty(), "{key}");
+        }
+        // Its default would be taken without a word.
+        let mut config = llama();
+        config.remove("max_position_embeddings");
+        config.insert("n_positions".into(), json!(4096));
+        let e = shape_of(&config).unwrap_err();
+        assert!(e.message.contains("n_positions is 4096, and max_position_embeddings is missing"), "{e}");
+        assert!(Only::Off.is(&json!([])) && Only::Off.is(&json!(0)) && !Only::Off.is(&json!(1)));
+    }
+
+    #[test]
     fn unknown_keys_are_reported_and_defaults_are_those_of_transformers() {
         let mut config = llama();
         config.insert("my_note".into(), json!(1));
@@ -622,7 +594,7 @@ mod tests {
             config.remove(key);
         }
         let (_, shape, unknown) = shape_of(&config).unwrap();
-        assert_eq!(unknown, ["my_note"]);
+        assert_eq!(unknown, ["1 key not known and not used: my_note"]);
         assert_eq!((shape.head_dim, shape.num_key_value_heads, shape.max_position_embeddings), (48, 6, 2048));
         assert_eq!((shape.rope_theta, shape.rms_norm_eps), (10000.0, 1e-6));
     }

@@ -102,7 +102,7 @@ pub struct Report {
 }
 
 impl Merge {
-    pub fn new(base: Weights, adapter: PeftAdapter, dtype: Option<Kind>) -> Result<Merge> {
+    pub fn new(base: Weights, mut adapter: PeftAdapter, dtype: Option<Kind>) -> Result<Merge> {
         let shape = adapter.shape(base.shape());
         adapter.check(&shape)?;
         let plans = adapter.trainable().plans(&shape)?;

@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 use super::hf_config::read_object;
 use super::source::{Block, Order, Source, TensorFile, View};
 use super::torch_file::Reader;
+use super::unfit::{Unfit, common_prefix};
 use crate::config::shape::{Family, Head, Llama3RopeScaling, Shape};
 use crate::error::{Context, Error, Result};
 use crate::files::read_error;
@@ -108,6 +109,7 @@ impl MetaModel {
         let path = dir.join(PARAMS);
         let params = read_object(&path)?;
         let files = open_parts(dir)?;
+        require(&files, "output.weight").context(dir.display())?;
         let rows = |name: &str| -> Result<i64> {
             files.iter().map(|f| Ok(f.info(name)?.0.first().copied().unwrap_or(0))).sum()
         };
@@ -136,6 +138,22 @@ impl MetaModel {
     pub fn into_source(self) -> Source {
         self.source
     }
+}
+
+/// Refuses files without this tensor, with the names that they have.
+fn require(files: &[Box<dyn TensorFile>], name: &str) -> Result<()> {
+    let found: BTreeSet<String> = files.iter().flat_map(|file| file.names()).collect();
+    if found.contains(name) {
+        return Ok(());
+    }
+    let some = ["tok_embeddings.weight", "norm.weight", name];
+    let unfit = Unfit {
+        missing: vec![format!("`{name}` is missing")],
+        extra: found.iter().map(|name| format!("`{name}` is there")).collect(),
+        hint: common_prefix(&BTreeSet::from(some), &found.iter().map(String::as_str).collect()),
+        ..Unfit::default()
+    };
+    unfit.into_result(&format!("the tensors do not fit its {PARAMS}"))
 }
 
 /// Opens `consolidated.00.pth` and so on; there must be no gap.
@@ -288,7 +306,9 @@ fn find_tensors(source: &mut Source, shape: &Shape) -> Result<()> {
         let (layers, tensors) = (shape.num_hidden_layers, files[0].names().len());
         return Err(Error::data(format!("n_layers is {layers}, and there are {tensors} tensors")));
     }
-    let (mut known, mut wrong) = (BTreeSet::from(["rope.freqs".to_string()]), Vec::new());
+    const FREQS: &str = "rope.freqs";
+    let (mut known, mut unfit) = (BTreeSet::new(), Unfit::default());
+    let found: BTreeSet<String> = files.iter().flat_map(|file| file.names()).collect();
     for spec in layouts(shape).into_iter().flat_map(|l| l.specs) {
         let Some(named) = named(&spec.name) else {
             return Err(Error::failed(format!("Meta's format has no place for `{}`", spec.name)));
@@ -297,15 +317,22 @@ fn find_tensors(source: &mut Source, shape: &Shape) -> Result<()> {
             Ok(view) => {
                 source.views.insert(spec.name, view);
             }
-            Err(e) => wrong.push(e.message),
+            Err(e) if found.contains(&named.name) => unfit.wrong.push(e.message),
+            Err(e) => unfit.missing.push(e.message),
         }
         known.insert(named.name);
     }
     for file in files {
-        let extra = file.names().into_iter().filter(|name| !known.contains(name));
-        wrong.extend(extra.map(|name| format!("`{name}` belongs to no Llama")));
+        let extra = file.names().into_iter().filter(|name| !known.contains(name) && name != FREQS);
+        unfit.extra.extend(extra.map(|name| format!("`{name}` belongs to no Llama")));
     }
-    super::hf::all_fit(wrong, PARAMS)
+    unfit.hint = common_prefix(
+        &known.iter().map(String::as_str).collect(),
+        &found.iter().map(String::as_str).collect(),
+    );
+    unfit.into_result(&format!("the tensors do not fit its {PARAMS}"))?;
+    source.left_out.extend(found.contains(FREQS).then(|| FREQS.to_string()));
+    Ok(())
 }
 
 /// Puts a tensor together from the parts.

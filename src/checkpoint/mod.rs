@@ -7,11 +7,13 @@ mod families;
 mod grow;
 pub mod hf;
 mod hf_config;
+mod keys;
 pub mod merge;
 mod meta;
 mod ours;
 pub mod peft;
 mod pickle;
+mod rope;
 pub mod safetensors;
 mod saver;
 pub mod sharded;
@@ -19,6 +21,7 @@ pub mod source;
 #[cfg(test)]
 mod tests;
 pub mod torch_file;
+mod unfit;
 mod weights;
 
 pub use crate::files::free_bytes;

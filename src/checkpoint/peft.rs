@@ -1,6 +1,7 @@
 //! Adapters in PEFT's format: a folder with `adapter_config.json` and `adapter_model.safetensors` (`.bin` is read), whose tensors have the
 //! model's names after `base_model.model.`. What PEFT has no place for is in `corral.json`.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
@@ -13,6 +14,7 @@ use super::ours::{OURS, Ours, Scoring};
 use super::safetensors::{self, Entry, Writer};
 use super::source::Source;
 use super::torch_file;
+use super::unfit::{Unfit, common_prefix};
 use crate::config::shape::{Head, Shape};
 use crate::config::trainable::{Base, Freeze, Lora, Targets};
 use crate::data::tokenizer::{Tokenizer, folder_has_tokenizer, is_tokenizer_file};
@@ -23,6 +25,7 @@ use crate::files::{AtomicFolder, exists, is_file, write_file};
 use crate::model::Trainable;
 use crate::model::layout::EMBEDDING;
 use crate::model::trainable::{last_part, module};
+use crate::telemetry::console::warn_once;
 use kernels::c10d::Group;
 
 pub const CONFIG: &str = "adapter_config.json";
@@ -50,6 +53,9 @@ impl PeftAdapter {
         let path = dir.join(CONFIG);
         let config = read_object(&path)?;
         let (trainable, base) = read_config(&config).map_err(|e| Error::data(e).context(path.display()))?;
+        if let Some(unread) = unread(&config) {
+            warn_once(&format!("{}: {unread}", path.display()));
+        }
         let scored = config.get("task_type").is_some_and(|t| t == SEQ_CLS);
         let source = open_weights(dir)?;
         let mut adapter = PeftAdapter { dir: dir.to_path_buf(), trainable, scored, base, source };
@@ -113,36 +119,39 @@ impl PeftAdapter {
         Ok(wanted)
     }
 
-    /// Refuses an adapter whose tensors are not those that its configuration asks for on a model of this shape.
-    pub fn check(&self, shape: &Shape) -> Result<()> {
+    /// Refuses an adapter whose tensors are not those that its configuration asks for on a model of this shape. Names in the
+    /// configuration that the model does not have are passed over, with a warning, as PEFT does.
+    pub fn check(&mut self, shape: &Shape) -> Result<()> {
+        let forgotten = self.trainable.forget_missing(shape);
         let wanted = self.wanted(shape).map_err(|e| Error::data(e.message).context(self.dir.display()))?;
-        let there: Vec<&String> = self.source.names().collect();
-        let mut wrong = Vec::new();
+        let wanted: BTreeMap<String, Vec<i64>> =
+            wanted.into_iter().map(|(name, size)| (format!("{PREFIX}{name}"), size)).collect();
+        let there: BTreeSet<&str> = self.source.names().map(String::as_str).collect();
+        let names: BTreeSet<&str> = wanted.keys().map(String::as_str).collect();
+        let mut unfit = Unfit { hint: common_prefix(&names, &there), ..Unfit::default() };
         for (name, size) in &wanted {
-            let name = format!("{PREFIX}{name}");
-            match there.contains(&&name) {
-                false => wrong.push(format!("`{name}` {size:?} is missing")),
-                true => match &self.source.view(&name)?.shape {
-                    found if found != size => {
-                        wrong.push(format!("`{name}` is {found:?} and should be {size:?}"))
-                    }
-                    _ => {}
-                },
+            if !there.contains(name.as_str()) {
+                unfit.missing.push(format!("`{name}` {size:?} is missing"));
+                continue;
+            }
+            let found = &self.source.view(name)?.shape;
+            if found != size {
+                unfit.wrong.push(format!("`{name}` is {found:?} and should be {size:?}"));
             }
         }
-        let known =
-            |name: &str| name.strip_prefix(PREFIX).is_some_and(|name| wanted.iter().any(|(w, _)| w == name));
-        wrong.extend(there.iter().filter(|n| !known(n)).map(|n| format!("`{n}` has no place in the model")));
-        if wrong.is_empty() {
-            return Ok(());
+        unfit.extra = there.difference(&names).map(|n| format!("`{n}` has no place in the model")).collect();
+        unfit.into_result(&format!(
+            "{}: the adapter does not fit its configuration and the model",
+            self.dir.display()
+        ))?;
+        if !forgotten.is_empty() {
+            warn_once(&format!(
+                "{}: the model has no {}, and the adapter no tensors for that: not used",
+                self.dir.join(CONFIG).display(),
+                forgotten.join(", ")
+            ));
         }
-        let more = if wrong.len() > 6 { format!("\n  and {} more", wrong.len() - 6) } else { String::new() };
-        wrong.truncate(6);
-        Err(Error::data(format!(
-            "{}: the adapter does not fit its configuration and the model:\n  {}{more}",
-            self.dir.display(),
-            wrong.join("\n  ")
-        )))
+        Ok(())
     }
 
     /// Whether the adapter has this tensor of the model, trained as a whole or part of an adapter.
@@ -184,42 +193,101 @@ fn open_weights(dir: &Path) -> Result<Source> {
     }]))
 }
 
-/// What of PEFT's options changes the mathematics and is not built: key, and the values that mean that it is off.
-fn refused(config: &Map<String, Value>) -> Option<String> {
-    let off = |v: &Value| match v {
+/// Keys that change the mathematics in a way that is not built, unless they are off.
+const REFUSED: [&str; 17] = [
+    "bias",
+    "use_dora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "exclude_modules",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "num_virtual_tokens",
+];
+
+/// Keys that are read, or that say how an adapter was made and not what it is.
+const KNOWN: [&str; 27] = [
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "target_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "init_lora_weights",
+    "auto_mapping",
+    "inference_mode",
+    "peft_version",
+    "megatron_config",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "velora_config",
+    "runtime_config",
+    "qalora_group_size",
+    "ensure_weight_tying",
+    "unsloth_version",
+    "unsloth_fixed",
+];
+
+/// Null, false, nothing in it, or `none`: the key has no effect.
+fn off(v: &Value) -> bool {
+    match v {
         Value::Null | Value::Bool(false) => true,
         Value::Array(a) => a.is_empty(),
         Value::Object(o) => o.is_empty(),
         Value::String(s) => s == "none",
-        _ => false,
-    };
-    let keys = [
-        "bias",
-        "use_dora",
-        "fan_in_fan_out",
-        "lora_bias",
-        "rank_pattern",
-        "alpha_pattern",
-        "exclude_modules",
-        "layer_replication",
-        "target_parameters",
-        "trainable_token_indices",
-        "use_qalora",
-        "use_bdlora",
-        "alora_invocation_tokens",
-    ];
-    for key in keys {
+        Value::Number(_) | Value::Bool(true) => false,
+    }
+}
+
+/// What of PEFT's options changes the mathematics and is not built.
+fn refused(config: &Map<String, Value>) -> Option<String> {
+    for key in REFUSED {
         if let Some(value) = config.get(key).filter(|v| !off(v)) {
             return Some(format!("{key}: {value} is not built"));
         }
     }
+    if let Some(pattern) =
+        config.get("layers_pattern").filter(|v| !off(v) && **v != "layers" && **v != json!(["layers"]))
+    {
+        return Some(format!("layers_pattern: {pattern} is not built; the model's blocks are `layers`"));
+    }
     // These ways of starting also change the base, which is not in the adapter.
     let start = config.get("init_lora_weights").and_then(Value::as_str).unwrap_or("");
-    ["pissa", "olora", "corda", "loftq"].iter().any(|name| start.starts_with(name)).then(|| {
+    ["pissa", "olora", "corda", "loftq", "lora_ga"].iter().any(|name| start.starts_with(name)).then(|| {
         format!(
             "init_lora_weights: {start} changed the base; convert the adapter to plain LoRA when saving it"
         )
     })
+}
+
+/// Keys that nothing reads, of which it is not known that they have no effect.
+fn unread(config: &Map<String, Value>) -> Option<String> {
+    let known = |key: &str| KNOWN.contains(&key) || REFUSED.contains(&key);
+    let unread: Vec<String> = config
+        .iter()
+        .filter(|(key, value)| !known(key) && !off(value))
+        .map(|(key, value)| format!("{key} ({value})"))
+        .collect();
+    let s = if unread.len() > 1 { "s" } else { "" };
+    (!unread.is_empty())
+        .then(|| format!("{} key{s} not known and not used: {}", unread.len(), unread.join(", ")))
 }
 
 fn read_config(config: &Map<String, Value>) -> Result<(Trainable, Option<String>), String> {

@@ -441,12 +441,17 @@ impl Checkpoint {
                 _ => {}
             }
         }
-        wrong.extend(missing.iter().map(|name| format!("`{name}` is not in the model")));
-        if wrong.is_empty() {
+        let mut extra: Vec<String> =
+            missing.iter().map(|name| format!("`{name}` is not in the model")).collect();
+        let all = wrong.len() + extra.len();
+        if all == 0 {
             return Ok(());
         }
-        let more = if wrong.len() > 5 { format!("; and {} more", wrong.len() - 5) } else { String::new() };
-        wrong.truncate(5);
+        // Some of both sides.
+        [&mut wrong, &mut extra].into_iter().for_each(|lines| lines.truncate(4));
+        wrong.append(&mut extra);
+        let more =
+            if all > wrong.len() { format!("; and {} more", all - wrong.len()) } else { String::new() };
         Err(Error::data(format!("{}: another model: {}{more}", self.dir.display(), wrong.join("; "))))
     }
 

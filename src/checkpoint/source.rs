@@ -26,6 +26,11 @@ pub trait TensorFile: Send + Sync {
     /// Shape and dtype of a tensor. An error (kind Data) if it is not there, or no floating-point tensor.
     fn info(&self, name: &str) -> Result<(Vec<i64>, Kind)>;
 
+    /// Whether two names stand for the same bytes of the file.
+    fn is_one_tensor(&self, _a: &str, _b: &str) -> bool {
+        false
+    }
+
     /// Fills `to` with elements `first..` of the flattened tensor, in the file's dtype.
     fn read_bytes(&self, name: &str, first: i64, to: &mut [u8]) -> Result<()>;
 }
@@ -171,6 +176,8 @@ pub struct Source {
     pub views: HashMap<String, View>,
     /// Tensors that no model consists of, such as tables of integers, with what to tell when one is asked for.
     unusable: HashMap<String, Error>,
+    /// Tensors of the files that are none of the model's.
+    pub left_out: Vec<String>,
 }
 
 impl Source {
@@ -209,13 +216,14 @@ impl Source {
             part.blocks[0].first = row * part.shape[1..].iter().product::<i64>();
             views.insert(name, part);
         }
-        Ok(Source { files: self.files, views, unusable: HashMap::new() })
+        Ok(Source { files: self.files, views, unusable: HashMap::new(), left_out: self.left_out })
     }
 
     /// The same tensors, but for those that `over` has too: they are its.
     pub fn overlaid(mut self, over: Source) -> Source {
         let before = self.files.len();
         self.files.extend(over.files);
+        self.left_out.extend(over.left_out);
         for (name, mut view) in over.views {
             view.blocks.iter_mut().for_each(|b| b.file += before);
             self.unusable.remove(&name);
@@ -271,12 +279,24 @@ impl Source {
         if x.shape != y.shape || x.kind != y.kind {
             return Ok(false);
         }
+        // A file that has one storage for both.
+        if let ([x], [y]) = (&x.blocks[..], &y.blocks[..])
+            && x.file == y.file
+            && self.files[x.file].is_one_tensor(&x.tensor, &y.tensor)
+        {
+            return Ok(true);
+        }
+        let bits = match x.kind.elt_size_in_bytes() {
+            2 => Kind::Int16,
+            4 => Kind::Int,
+            _ => Kind::Int64,
+        };
         let step = (CHUNK / x.kind.elt_size_in_bytes()) as i64;
         for first in (0..x.numel()).step_by(step as usize) {
             let part = |name: &str| -> Result<Tensor> {
                 let t = Tensor::f_empty([step.min(x.numel() - first)], (x.kind, tch::Device::Cpu))?;
                 self.read(name, first, &t)?;
-                Ok(t)
+                Ok(t.f_view_dtype(bits)?)
             };
             if !part(a)?.f_equal(&part(b)?)? {
                 return Ok(false);

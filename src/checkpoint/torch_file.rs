@@ -26,6 +26,7 @@ const OLD_MAGIC: &[u8] = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\
 const ALIGNMENT: u16 = 64;
 
 /// Where a tensor's elements lie.
+#[derive(PartialEq)]
 struct Place {
     kind: Kind,
     /// Byte of the file that the first element begins at.
@@ -220,6 +221,10 @@ impl TensorFile for Reader {
                 self.path.display(),
             ))),
         }
+    }
+
+    fn is_one_tensor(&self, a: &str, b: &str) -> bool {
+        self.places.get(a).is_some_and(|a| self.places.get(b) == Some(a))
     }
 
     /// One read for every run of elements that lie together: a single one for all tensors but views of others, an

@@ -76,7 +76,7 @@ impl Weights {
     }
 
     /// A model with an adapter, which must fit it.
-    pub fn adapted(base: Weights, adapter: PeftAdapter) -> Result<Weights> {
+    pub fn adapted(base: Weights, mut adapter: PeftAdapter) -> Result<Weights> {
         if base.lora().is_some() {
             return Err(Error::data(format!(
                 "{} is an adapter for {}, which is itself a model with an adapter; merge that first (corral merge)",

@@ -92,10 +92,20 @@ pub fn run(args: Args, device: Device) -> Result<()> {
         Some(dtype) => format!(", converted to {}", format!("{dtype:?}").to_lowercase()),
         None => String::new(),
     };
+    let compared = match report.left_out.as_slice() {
+        [] => "every tensor equals".to_string(),
+        _ => format!("the model's {} tensors equal", report.num_tensors),
+    };
     println!(
-        "checked: every tensor equals the source's{rounded}; logits of {} tokens in float32, largest difference: 0",
+        "checked: {compared} the source's{rounded}; logits of {} tokens in float32, largest difference: 0",
         report.num_tokens
     );
+    if let [first, ..] = report.left_out.as_slice() {
+        println!(
+            "left out, and not compared: {} tensors that are none of the model's, such as {first}",
+            report.left_out.len()
+        );
+    }
     if let Some(difference) = report.rounding {
         println!("largest difference of a logit to the source as it is: {difference:.3e}");
     }

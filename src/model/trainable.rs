@@ -97,6 +97,36 @@ impl Trainable {
         trainable
     }
 
+    /// Forgets targets, modules and blocks that a model of this shape does not have, as long as others are left; returns
+    /// their names.
+    pub fn forget_missing(&mut self, shape: &Shape) -> Vec<String> {
+        let layouts = layouts(shape);
+        let specs = || layouts.iter().flat_map(|l| &l.specs);
+        let has = |linear: bool, name: &str| {
+            specs().any(|s| (!linear || is_linear(s)) && ends_with(module(&s.name), name))
+        };
+        let mut forgotten = Vec::new();
+        let mut forget = |names: &mut Vec<String>, there: &dyn Fn(&str) -> bool| {
+            forgotten.extend(names.iter().filter(|name| !there(name)).cloned());
+            names.retain(|name| there(name));
+        };
+        if let Some(lora) = &mut self.lora {
+            if let Targets::Names(names) = &mut lora.targets
+                && names.iter().any(|name| has(true, name))
+            {
+                forget(names, &|name| has(true, name));
+            }
+            // A tied head is there, under another name.
+            forget(&mut lora.modules_to_save, &|name| ends_with(module(LM_HEAD), name) || has(false, name));
+        }
+        let there = |layer: &i64| (0..shape.num_hidden_layers).contains(layer);
+        if let Some(layers) = self.layers.as_mut().filter(|layers| layers.iter().any(there)) {
+            forgotten.extend(layers.iter().filter(|l| !there(l)).map(|l| format!("layer {l}")));
+            layers.retain(there);
+        }
+        forgotten
+    }
+
     /// How the parameters of a model are laid out for training.
     ///
     /// # Errors
@@ -312,6 +342,27 @@ mod tests {
         assert_eq!(still[3].adapters[0].role, Role::Frozen(Storage::Dense));
         let rslora = Lora { rslora: true, ..lora(Targets::AllLinear) };
         assert_eq!(rslora.scale(), 4.0);
+    }
+
+    #[test]
+    fn what_a_model_does_not_have_is_forgotten() {
+        let mut lora = lora(Targets::Names(["q_proj", "c_attn", "lm_head"].map(String::from).to_vec()));
+        lora.modules_to_save = vec!["embed_tokens".into(), "wte".into()];
+        let layers = Some(vec![0, 2, 30]);
+        let mut t = Trainable { layers, ..Trainable::new(&Freeze::default(), Some(&lora)) };
+        assert_eq!(t.forget_missing(&shape()), ["c_attn", "lm_head", "wte", "layer 30"]);
+        let left = t.lora.as_ref().unwrap();
+        assert_eq!(
+            (&left.targets, &left.modules_to_save),
+            (&Targets::Names(vec!["q_proj".into()]), &vec!["embed_tokens".to_string()],)
+        );
+        assert_eq!(t.layers, Some(vec![0, 2]));
+        assert!(t.forget_missing(&shape()).is_empty());
+        // Where nothing would be left, what is wrong is told.
+        lora.targets = Targets::Names(vec!["c_attn".into()]);
+        let mut t = Trainable::new(&Freeze::default(), Some(&lora));
+        t.forget_missing(&shape());
+        assert!(t.plans(&shape()).unwrap_err().message.contains("no linear layer 'c_attn'"));
     }
 
     #[test]

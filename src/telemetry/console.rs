@@ -1,5 +1,6 @@
 //! What a person reads: lines on stderr, which go above the progress bar, or JSON objects with `--log-format json`.
 
+use std::collections::BTreeSet;
 use std::fmt::Arguments;
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -70,6 +71,15 @@ pub fn print(level: Level, everywhere: bool, message: Arguments) {
     match &console.bar {
         Some(bar) => bar.suspend(|| write_stderr(&line, "\n")),
         None => write_stderr(&line, "\n"),
+    }
+}
+
+/// Warns on rank 0, of one message once in the life of the process.
+pub fn warn_once(message: &str) {
+    static WARNED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let new = WARNED.lock().unwrap_or_else(PoisonError::into_inner).insert(message.to_string());
+    if new && settings().rank == 0 {
+        print(Level::Warn, false, format_args!("{message}"));
     }
 }
 

@@ -52,6 +52,8 @@ pub enum Only {
     Bool(bool),
     Number(f64),
     Null,
+    /// Null, false, 0, or nothing in it.
+    Off,
 }
 
 impl Only {
@@ -61,6 +63,13 @@ impl Only {
             Only::Bool(only) => value.as_bool() == Some(only),
             Only::Number(only) => value.as_f64() == Some(only),
             Only::Null => value.is_null(),
+            Only::Off => match value {
+                Value::Null | Value::Bool(false) => true,
+                Value::Number(n) => n.as_f64() == Some(0.0),
+                Value::Array(list) => list.is_empty(),
+                Value::Object(object) => object.is_empty(),
+                _ => false,
+            },
         }
     }
 }
@@ -70,7 +79,7 @@ impl std::fmt::Display for Only {
         match self {
             Only::Bool(only) => only.fmt(f),
             Only::Number(only) => write!(f, "{only:?}"),
-            Only::Null => f.write_str("null"),
+            Only::Null | Only::Off => f.write_str("null"),
         }
     }
 }

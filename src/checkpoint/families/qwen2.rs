@@ -12,7 +12,13 @@ pub static QWEN2: Description = Description {
     model_type: "qwen2",
     keys: &[&COMMON, &WINDOW],
     // Its bias is not asked for by the key.
-    only: &[("attention_bias", Only::Bool(false)), ("mlp_bias", Only::Bool(false))],
+    only: &[
+        ("attention_bias", Only::Bool(false)),
+        ("mlp_bias", Only::Bool(false)),
+        ("qkv_bias", Only::Bool(true)),
+        ("use_qkv_bias", Only::Bool(true)),
+        ("add_qkv_bias", Only::Bool(true)),
+    ],
     harmless: &[],
     read,
     write: write_window,

@@ -4,6 +4,7 @@ use super::*;
 use crate::checkpoint::safetensors::{Entry, Reader, Writer};
 use crate::checkpoint::source::TensorFile;
 use crate::error::Kind as ErrorKind;
+use crate::model::layout::{EMBEDDING, LM_HEAD};
 
 #[test]
 fn tensors_survive_files_in_every_dtype() {
@@ -94,7 +95,7 @@ fn a_full_disk_is_one_clear_message() {
 fn golden_models_load_as_they_are() {
     for name in ["llama2", "llama3", "tied", "llama3_sharded", "mistral", "mixtral", "qwen2"] {
         let model = HfModel::load(&golden(name)).unwrap();
-        assert!(model.unknown_keys().is_empty(), "{:?}", model.unknown_keys());
+        assert!(model.warnings().is_empty(), "{:?}", model.warnings());
         let mut tensors = std::collections::HashMap::new();
         for entry in fs::read_dir(golden(name)).unwrap() {
             let path = entry.unwrap().path();
@@ -115,6 +116,58 @@ fn golden_models_load_as_they_are() {
                 }
             }
         });
+    }
+}
+
+/// A tied model with another head is untied, one whose file has its embedding twice is not: transformers 5's `tie_weights`,
+/// in files of both kinds.
+#[test]
+fn a_head_beside_a_tied_embedding_is_compared() {
+    let weights = Tensor::read_safetensors(golden("tied").join("model.safetensors")).unwrap();
+    let embedding = weights.iter().find(|(name, _)| name == EMBEDDING).unwrap().1.shallow_clone();
+    let last = Tensor::zeros_like(&embedding);
+    let _ = last.get(599).get(63).fill_(1.0);
+    // The embedding's own names, the head, and whether the model stays tied.
+    let cases: [(&str, bool, Option<Tensor>, bool); 4] = [
+        ("equal", true, Some(embedding.copy()), true),
+        ("other", true, Some(&embedding + &last), false),
+        ("alone", false, Some(embedding.copy()), true),
+        ("none", true, None, true),
+    ];
+    for (name, with_embedding, head, tied) in &cases {
+        for bin in [false, true] {
+            let folder = Folder::new();
+            let dir = folder.0.join(format!("{name}-{bin}"));
+            fs::create_dir(&dir).unwrap();
+            fs::copy(golden("tied").join("config.json"), dir.join("config.json")).unwrap();
+            let kept = weights.iter().filter(|(name, _)| *with_embedding || name != EMBEDDING);
+            let head_too = head.iter().map(|head| (LM_HEAD, head));
+            let tensors: Vec<(&str, &Tensor)> = kept.map(|(n, t)| (n.as_str(), t)).chain(head_too).collect();
+            let entry = |(name, t): &(&str, &Tensor)| Entry {
+                name: name.to_string(),
+                kind: Kind::Float,
+                shape: t.size(),
+            };
+            let entries: Vec<Entry> = tensors.iter().map(entry).collect();
+            if bin {
+                let path = dir.join("pytorch_model.bin");
+                let mut writer = crate::checkpoint::torch_file::Writer::create(&path, &entries).unwrap();
+                tensors.iter().for_each(|(_, t)| writer.write(t).unwrap());
+                writer.finish().unwrap();
+            } else {
+                let mut writer = Writer::create(&dir.join("model.safetensors"), &entries).unwrap();
+                tensors.iter().for_each(|(_, t)| writer.write(t).unwrap());
+                writer.finish().unwrap();
+            }
+            let model = HfModel::load(&dir).unwrap();
+            assert_eq!(model.shape().tie_word_embeddings, *tied, "{name}");
+            assert_eq!(model.warnings().len(), usize::from(!tied), "{name}: {:?}", model.warnings());
+            let source = model.into_source();
+            assert!(source.tensor(EMBEDDING).unwrap().equal(&embedding), "{name}");
+            if !tied {
+                assert!(source.tensor(LM_HEAD).unwrap().equal(head.as_ref().unwrap()), "{name}");
+            }
+        }
     }
 }
 

@@ -272,6 +272,10 @@ impl Machine {
     }
 
     fn assign(&mut self, target: &Target, value: Value) -> Outcome<()> {
+        // What is nested deeper could not be taken apart on the stack again.
+        if !value.is_within(DEEPEST) {
+            return fail(format!("a value has more than {DEEPEST} lists or dicts inside one another"));
+        }
         match target {
             Target::Name(name) => self.scope.set(name, value),
             Target::Attribute(object, name) => match self.lookup(object) {

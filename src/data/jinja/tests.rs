@@ -118,7 +118,8 @@ fn deep_templates_are_refused() {
         format!("{}{}", "{% if true %}".repeat(5000), "{% endif %}".repeat(5000)),
         format!("{}{}", "{% for x in [1] %}".repeat(5000), "{% endfor %}".repeat(5000)),
         format!("{{% set {}a{} = 1 %}}", "(".repeat(5000), ")".repeat(5000)),
-        "{% set ns = namespace(x=[]) %}{% for i in range(150) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}".into(),
+        "{% set ns = namespace(x=[]) %}{% for i in range(90000) %}{% set ns.x = [ns.x] %}{% endfor %}".into(),
+        format!("{}{{{{ x.y.z }}}}", "{% set x = {'a': x} %}".repeat(5000)),
         "{% set ns = namespace(x='a') %}{% for i in range(100) %}{% set ns.x = ns.x * 9 %}{% endfor %}".into(),
     ];
     let run = move || sources.iter().for_each(|source| drop(fails(source)));

@@ -303,6 +303,18 @@ impl Value {
         })
     }
 
+    /// Whether lists and dicts in it lie at most so deep.
+    pub fn is_within(&self, depth: usize) -> bool {
+        let all = |items: &[Value]| depth > 0 && items.iter().all(|item| item.is_within(depth - 1));
+        match self {
+            Value::List(items) | Value::Tuple(items) | Value::Group(items) | Value::View(_, items) => {
+                all(items)
+            }
+            Value::Dict(dict) => depth > 0 && dict.items.iter().all(|(_, value)| value.is_within(depth - 1)),
+            _ => true,
+        }
+    }
+
     /// `str(value)`
     pub fn to_text(&self) -> Outcome<Rc<str>> {
         Ok(match self {

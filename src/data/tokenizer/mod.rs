@@ -125,6 +125,10 @@ impl Tokenizer {
             }
         }
         special("unk_token")?;
+        for name in ["sep_token", "cls_token", "mask_token"] {
+            let known = companions.named(name).filter(|text| inner.token_to_id(text).is_some());
+            named.extend(known.map(|text| (name, text.to_string())));
+        }
 
         let empty = inner.encode_fast("", true).map_err(|e| invalid(main, e))?;
         let adds_bos = bos.is_some() && empty.get_ids().first().copied() == bos;
@@ -361,7 +365,7 @@ impl Tokenizer {
         self.pad
     }
 
-    /// `bos_token`, `eos_token`, `unk_token` and `pad_token` by these names, where `tokenizer_config.json` or
+    /// `bos_token`, `eos_token`, `unk_token`, `pad_token` and so on by these names, where `tokenizer_config.json` or
     /// `special_tokens_map.json` has them: what a chat template may write.
     pub fn special_tokens(&self) -> &[(&'static str, String)] {
         &self.named

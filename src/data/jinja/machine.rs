@@ -8,7 +8,7 @@ use super::arguments::Args;
 use super::functions::{self, Clock, Function};
 use super::tree::*;
 use super::value::{Dict, Value};
-use super::{CLOSE, Failure, OPEN, Outcome, access, checks, fail, filters, methods, operators};
+use super::{CLOSE, Failure, OPEN, Outcome, fail, methods, operators};
 
 /// Calls inside one another, and statements and operators inside these, at most: bounds the stack.
 const DEEPEST: usize = 200;
@@ -124,7 +124,7 @@ pub fn run(body: &Body, variables: Dict, clock: Clock) -> Outcome<String> {
 }
 
 impl Machine {
-    fn deeper<T>(&mut self, run: impl FnOnce(&mut Self) -> Outcome<T>) -> Outcome<T> {
+    pub(super) fn deeper<T>(&mut self, run: impl FnOnce(&mut Self) -> Outcome<T>) -> Outcome<T> {
         if self.depth >= DEEPEST {
             return fail(
                 "blocks, calls or operators are nested too deeply (a macro that calls itself for ever?)",
@@ -311,151 +311,9 @@ impl Machine {
         Ok(())
     }
 
-    fn lookup(&self, name: &str) -> Value {
+    pub(super) fn lookup(&self, name: &str) -> Value {
         let value = self.scope.get(name).or_else(|| Function::named(name).map(Value::Function));
         value.unwrap_or_else(|| Value::undefined(format!("'{name}' is undefined")))
-    }
-
-    // ---- expressions ----
-
-    pub fn eval(&mut self, expr: &Expr) -> Outcome<Value> {
-        Ok(match expr {
-            Expr::None => Value::None,
-            Expr::Bool(b) => Value::Bool(*b),
-            Expr::Int(n) => Value::Int(*n),
-            Expr::Float(x) => Value::Float(*x),
-            Expr::Str(text) => Value::from(text),
-            Expr::Name(name) => self.lookup(name),
-            _ => return self.deeper(|m| m.compound(expr)),
-        })
-    }
-
-    fn all(&mut self, items: &[Expr]) -> Outcome<Vec<Value>> {
-        items.iter().map(|item| self.eval(item)).collect()
-    }
-
-    fn compound(&mut self, expr: &Expr) -> Outcome<Value> {
-        Ok(match expr {
-            Expr::List(items) => Value::list(self.all(items)?),
-            Expr::Tuple(items) => Value::tuple(self.all(items)?),
-            Expr::Dict(items) => {
-                let mut dict = Dict::default();
-                for (key, value) in items {
-                    dict.set(self.eval(key)?, self.eval(value)?)?;
-                }
-                Value::Dict(Rc::new(dict))
-            }
-            Expr::Attribute(object, name) => access::attribute(&self.eval(object)?, name)?,
-            Expr::Item(object, key) => {
-                let object = self.eval(object)?;
-                access::item(&object, &self.eval(key)?)?
-            }
-            Expr::Slice(object, parts) => {
-                let object = self.eval(object)?;
-                let mut values = [const { Value::None }; 3];
-                for (value, part) in values.iter_mut().zip(parts.iter()) {
-                    if let Some(part) = part {
-                        *value = self.eval(part)?;
-                    }
-                }
-                access::slice(&object, values)?
-            }
-            Expr::Call(call) => {
-                let callee = self.eval(&call.callee)?;
-                let args = self.arguments(&call.args)?;
-                self.call(&callee, args)?
-            }
-            Expr::Filter(value, filter) => {
-                let value = self.eval(value)?;
-                let args = self.arguments(&filter.args)?;
-                filters::apply(self, &filter.name, value, args)?
-            }
-            Expr::Test(value, test) => {
-                let value = self.eval(value)?;
-                let args = self.arguments(&test.args)?;
-                checks::check(&test.name, &value, args)?.into()
-            }
-            Expr::Not(value) => Value::Bool(!self.eval(value)?.is_true()),
-            Expr::Negative(value) => operators::negative(&self.eval(value)?)?,
-            Expr::Positive(value) => operators::positive(&self.eval(value)?)?,
-            Expr::And(a, b) => {
-                let a = self.eval(a)?;
-                if a.is_true() { self.eval(b)? } else { a }
-            }
-            Expr::Or(a, b) => {
-                let a = self.eval(a)?;
-                if a.is_true() { a } else { self.eval(b)? }
-            }
-            Expr::Binary(..) => self.operators_in_a_row(expr)?,
-            Expr::Concat(parts) => operators::concat(&self.all(parts)?)?,
-            Expr::Compare(first, more) => {
-                let mut left = self.eval(first)?;
-                for (comparison, right) in more {
-                    let right = self.eval(right)?;
-                    if !operators::compare(*comparison, &left, &right)? {
-                        return Ok(false.into());
-                    }
-                    left = right;
-                }
-                true.into()
-            }
-            Expr::If(parts, otherwise, line) => {
-                let [condition, value] = &**parts;
-                if self.eval(condition)?.is_true() {
-                    self.eval(value)?
-                } else if let Some(otherwise) = otherwise {
-                    self.eval(otherwise)?
-                } else {
-                    Value::undefined(format!(
-                        "the inline if-expression on line {line} evaluated to false and no else section was defined."
-                    ))
-                }
-            }
-            other => self.eval(other)?,
-        })
-    }
-
-    /// `a + b + c ...`, without going deeper for each.
-    fn operators_in_a_row(&mut self, expr: &Expr) -> Outcome<Value> {
-        let (mut first, mut rest) = (expr, Vec::new());
-        while let Expr::Binary(operator, left, right) = first {
-            rest.push((*operator, right));
-            first = left;
-        }
-        let mut value = self.eval(first)?;
-        for (operator, right) in rest.into_iter().rev() {
-            value = operators::binary(operator, &value, &self.eval(right)?)?;
-        }
-        Ok(value)
-    }
-
-    fn arguments(&mut self, args: &Arguments) -> Outcome<Args> {
-        let mut positional = self.all(&args.positional)?;
-        let mut named = Vec::with_capacity(args.named.len());
-        for (name, value) in &args.named {
-            named.push((name.clone(), self.eval(value)?));
-        }
-        if let Some(list) = &args.list {
-            positional.extend(self.eval(list)?.items()?);
-        }
-        if let Some(map) = &args.map {
-            let Value::Dict(dict) = self.eval(map)? else {
-                return fail("the argument after ** must be a mapping");
-            };
-            for (key, value) in &dict.items {
-                let Some(name) = key.as_str() else { return fail("keywords must be strings") };
-                named.push((Name::from(name), value.clone()));
-            }
-        }
-        Ok(Args { positional, named })
-    }
-
-    fn filtered(&mut self, mut value: Value, filters: &[Filter]) -> Outcome<Value> {
-        for filter in filters {
-            let args = self.arguments(&filter.args)?;
-            value = filters::apply(self, &filter.name, value, args)?;
-        }
-        Ok(value)
     }
 
     pub fn call(&mut self, callee: &Value, args: Args) -> Outcome<Value> {

@@ -1,12 +1,15 @@
 //! Jinja as chat templates use it, with the values and operators of Python: what `jinja2`'s immutable sandbox renders with
 //! `trim_blocks`, `lstrip_blocks` and loop controls. A construct that is not built is refused by its name.
 //!
-//! `lexer` makes tokens, `parser` the tree of `tree`, `machine` runs it; `value` has Python's values, `operators` what can
-//! be computed with them, `methods`, `filters`, `checks` (Jinja's tests) and `functions` what can be called.
+//! `lexer` makes tokens, `parser` and `expressions` the tree of `tree`, `machine` and `evaluation` run it; `value` has
+//! Python's values, `operators` what can be computed with them, `methods`, `filters`, `checks` (Jinja's tests) and
+//! `functions` what can be called.
 
 mod access;
 mod arguments;
 mod checks;
+mod evaluation;
+mod expressions;
 mod filters;
 mod format;
 mod functions;

@@ -12,6 +12,8 @@ ROWS = [[1, 5, 9, 20, 33, 47, 88, 120, 7, 3], [250, 17, 17, 64, 2, 199]]
 ADAPTERS = {
     "all": "lora={rank: 4, alpha: 8, dropout: 0.1}",
     "some": "lora={rank: 4, alpha: 8, rslora: true, targets: attention, modules_to_save: [embed_tokens, lm_head]}",
+    # Two new tokens, whose rows the adapter holds.
+    "grown": "lora={rank: 4, alpha: 8, modules_to_save: [embed_tokens, lm_head]}",
     "upper": "lora={rank: 2, alpha: 8, targets: [q_proj, mlp.down_proj]}",
 }
 
@@ -50,11 +52,15 @@ data: {{train: ["{made}/data/sft.train.jsonl"], sequence_length: 128, cache: {tm
 optim: {{lr: 1.0e-2}}
 train: {{steps: 6, batch_size: 8}}
 """)
-    words = ["freeze.blocks=1"] if name == "upper" else []
+    words = {"upper": ["freeze.blocks=1"], "grown": ["tokenizer.add_tokens=['<|x|>', '<|y|>']"]}.get(name, [])
     run("corral", "sft", "--config", tmp_path / "sft.yaml", ADAPTERS[name], *words)
     ours = scored(tmp_path / "run", tmp_path)
     base = load(made / "run/model")
     assert max((a - b).abs().max() for a, b in zip(ours, logprobs(base))) > 1e-3, "the adapter does something"
+    if name == "grown":
+        # As PEFT's documentation has it: the model gets its rows before the adapter.
+        rows = base.get_input_embeddings().num_embeddings
+        base.resize_token_embeddings(rows + 2)
     theirs = PeftModel.from_pretrained(base, tmp_path / "run/model").eval()
     close(ours, logprobs(theirs))
 

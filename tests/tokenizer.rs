@@ -48,7 +48,8 @@ fn check_chats(expected: &Value, chat: &Chat) {
     let chats = expected["chats"].as_array().unwrap();
     assert!(!chats.is_empty());
     for case in chats {
-        let messages: Vec<Message> = serde_json::from_value(case["messages"].clone()).unwrap();
+        let messages = case["messages"].as_array().unwrap();
+        let messages: Vec<Message> = messages.iter().map(|m| Message::read(m).unwrap()).collect();
         let prompt = case["add_generation_prompt"].as_bool().unwrap();
         assert_eq!(json!(chat.render(&messages, prompt).unwrap()), case["text"]);
         let encoded = chat.encode(&messages, prompt).unwrap();

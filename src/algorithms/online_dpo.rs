@@ -207,7 +207,7 @@ fn pairs(c: &OnlineDpo, batch: &Batch) -> (Vec<Example>, u64) {
         let sequences = vec![encode(best), encode(worst)];
         let differ = most > least && sequences[0].ids != sequences[1].ids;
         ties += u64::from(comparable && !differ);
-        differ.then(|| Example { sequences, ranks: vec![0, 1] })
+        differ.then(|| Example { sequences, ranks: vec![0, 1], unused: Vec::new() })
     };
     let pairs = batch.samples.chunks(size).enumerate().filter_map(pair).collect();
     (pairs, ties)

@@ -154,12 +154,12 @@ fn reference_example(record: &readers::Record, chat: &Chat, longest: usize) -> R
         ["completions", "rejected"].iter().any(|key| record.fields.get(*key).is_some_and(|v| !v.is_null()));
     let example = match ranked {
         true => preferences::read_and_encode(record, chat)?,
-        false => supervised::encode(record, chat)?.to_the_last_turns_end().into(),
+        false => Example::from(supervised::encode(record, chat)?.to_the_last_turns_end()),
     };
     let fits = |s: &Encoded| s.ids.len() <= longest && s.supervised.iter().skip(1).any(|s| *s);
     let (sequences, ranks) =
         example.sequences.into_iter().zip(example.ranks).filter(|(s, _)| fits(s)).unzip();
-    Ok(Example { sequences, ranks })
+    Ok(Example { sequences, ranks, unused: example.unused })
 }
 
 /// Some prompts with their completions, ready for the model.

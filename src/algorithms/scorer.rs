@@ -89,7 +89,7 @@ pub fn scores(model: &mut Llama, score: Score, sequences: &[Encoded]) -> Result<
             let _ = ScoreHead::values(model, &hidden)?;
             continue;
         };
-        let example = Example { sequences: batch.to_vec(), ranks: vec![0; batch.len()] };
+        let example = Example { sequences: batch.to_vec(), ranks: vec![0; batch.len()], unused: Vec::new() };
         let batch = Batch::new(&[example], true);
         let hidden = model.hidden(&input(&batch))?;
         let values = ScoreHead::values(model, &hidden)?;

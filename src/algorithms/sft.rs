@@ -75,13 +75,7 @@ fn sources(c: &Sft, chat: &Chat, sources: &[sections::Source], training: bool) -
         too_long: c.data.too_long,
         split,
     };
-    let encode = |record: &DataRecord| {
-        let mut encoded = supervised::encode(record, chat)?;
-        if c.data.train_on_prompt {
-            encoded.supervised.fill(true);
-        }
-        Ok(encoded.into())
-    };
+    let encode = |record: &DataRecord| supervised::example(record, chat, c.data.train_on_prompt);
     let fit = |example, counts: &mut Counts| examples::fit(example, &options, counts);
     let eos: Vec<u32> = chat.stop_ids();
     let tokenization = Tokenization {
@@ -117,7 +111,7 @@ fn sample_prompts(c: &Sft, chat: &Chat, shape: &Shape) -> Result<Vec<SamplePromp
                 continue;
             }
             let text = chat.render(&messages, true)?;
-            prompts.push(SamplePrompt { text, request, reference: answer.content });
+            prompts.push(SamplePrompt { text, request, reference: answer.text().into_owned() });
         }
     }
     Ok(prompts)

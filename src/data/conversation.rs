@@ -1,21 +1,105 @@
 //! Records of supervised fine-tuning and of preferences, in the formats that data sets come in, as conversations.
 
-use serde_json::Value;
+use std::ops::{Deref, DerefMut};
 
+use serde_json::{Map, Value};
+
+use super::fields::Fields;
+pub use super::message::Message;
+use super::message::{is_empty, shown, without_nulls};
 use super::readers::Record;
 use crate::error::{Error, Result};
 
-/// One turn of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Message {
-    /// `system`, `user`, `assistant`, or what else a chat template knows.
-    pub role: String,
-    pub content: String,
+/// What a record gives to the chat template besides messages.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TemplateInputs {
+    pub tools: Option<Value>,
+    pub documents: Option<Value>,
+    /// Further variables of the template, such as `enable_thinking`.
+    pub kwargs: Map<String, Value>,
 }
 
-impl Message {
-    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Message {
-        Message { role: role.into(), content: content.into() }
+/// Variables of a template that no record may set.
+const OURS: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
+
+impl TemplateInputs {
+    /// Reads `tools` (a list, or JSON text of one), `documents` (a list of objects) and `chat_template_kwargs` (an object, or
+    /// JSON text of one).
+    fn read(fields: &Fields) -> Result<TemplateInputs> {
+        let parsed = |key: &'static str| match fields.get(key) {
+            Some(Value::String(text)) if text.trim().is_empty() => Ok(None),
+            Some(Value::String(text)) => serde_json::from_str(text)
+                .map(Some)
+                .map_err(|e| fields.bad(format!("`{key}` is a text, but not JSON: {e}"))),
+            other => Ok(other.map(without_nulls)),
+        };
+        let tools = match parsed("tools")? {
+            Some(Value::Array(list)) => {
+                let tools = list.into_iter().map(|tool| match &tool {
+                    Value::String(text) => serde_json::from_str(text).unwrap_or(tool),
+                    _ => tool,
+                });
+                let tools: Vec<Value> = tools.collect();
+                if let Some(tool) = tools.iter().find(|tool| !tool.is_object()) {
+                    return Err(fields.bad(format!("`tools`: {} is no object", shown(tool))));
+                }
+                Some(Value::Array(tools))
+            }
+            Some(other) => {
+                return Err(fields.bad(format!("`tools` is {}, not a list of objects", shown(&other))));
+            }
+            None => None,
+        };
+        let objects = |v: &Value| v.as_array().is_some_and(|list| list.iter().all(Value::is_object));
+        let documents = match fields.record.fields.get("documents") {
+            Some(list) if objects(list) => fields.get("documents").map(without_nulls),
+            _ => None,
+        };
+        let kwargs = match parsed("chat_template_kwargs")? {
+            Some(Value::Object(kwargs)) => kwargs,
+            Some(other) => {
+                let what = format!("`chat_template_kwargs` is {}, not an object", shown(&other));
+                return Err(fields.bad(what));
+            }
+            None => Map::new(),
+        };
+        match kwargs.keys().find(|key| OURS.contains(&key.as_str())) {
+            Some(key) => Err(fields.bad(format!("`chat_template_kwargs` cannot set `{key}`"))),
+            None => Ok(TemplateInputs { tools, documents, kwargs }),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.tools.is_none() && self.documents.is_none() && self.kwargs.is_empty()
+    }
+}
+
+/// Messages, and what else a template reads of their record.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Conversation {
+    pub messages: Vec<Message>,
+    pub inputs: Box<TemplateInputs>,
+    /// What is said of each key of the record that was not read; see [`super::fields::Unused`].
+    pub unused: Vec<String>,
+}
+
+impl From<Vec<Message>> for Conversation {
+    fn from(messages: Vec<Message>) -> Conversation {
+        Conversation { messages, ..Conversation::default() }
+    }
+}
+
+impl Deref for Conversation {
+    type Target = Vec<Message>;
+
+    fn deref(&self) -> &Vec<Message> {
+        &self.messages
+    }
+}
+
+impl DerefMut for Conversation {
+    fn deref_mut(&mut self) -> &mut Vec<Message> {
+        &mut self.messages
     }
 }
 
@@ -26,72 +110,171 @@ const FORMATS: &str = "`messages` or `conversations`; `instruction` and `output`
 /// The conversation of a record of any known format, which its keys tell.
 ///
 /// # Errors
-/// With the record's place: none of the formats, texts that are no texts, roles that are missing.
-pub fn conversation(record: &Record) -> Result<Vec<Message>> {
-    let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
-    if let Some(key) = ["messages", "conversations"].into_iter().find(|key| has(key)) {
-        return messages(record, key);
-    }
-    if has("instruction") {
-        // Alpaca: the input, where there is one, follows the instruction.
-        let mut prompt = record.text("instruction")?.to_string();
-        if has("input") && !record.text("input")?.is_empty() {
-            prompt = format!("{prompt}\n\n{}", record.text("input")?);
-        }
-        return Ok(exchange(prompt, record.text("output")?));
-    }
-    if has("prompt") && has("completion") {
-        return Ok(joined(pair(record, "prompt", &record.fields["completion"], "completion")?));
-    }
-    if has("prompt") && has("completions") {
-        let best = record.fields["completions"].as_array().and_then(|list| list.first());
-        let best = best.ok_or_else(|| {
-            Error::data(format!("{}: `completions` is no list with a completion", record.place))
-        })?;
-        return Ok(joined(pair(record, "prompt", best, "completions")?));
-    }
-    if has("question") && has("answer") {
-        return Ok(exchange(record.text("question")?, record.text("answer")?));
-    }
-    if has("chosen") {
-        if has("prompt") {
-            return Ok(joined(pair(record, "prompt", &record.fields["chosen"], "chosen")?));
-        }
-        return match &record.fields["chosen"] {
-            Value::Array(_) => messages(record, "chosen"),
-            _ => hh_dialogue(record.text("chosen")?, record),
-        };
-    }
-    let keys: Vec<&str> = record.fields.keys().map(String::as_str).collect();
-    Err(Error::data(format!(
-        "{}: no known format; known are {FORMATS}; keys here: {}",
-        record.place,
-        if keys.is_empty() { "none".into() } else { keys.join(", ") }
-    )))
+/// With the record's place: none of the formats, texts that are no texts, roles that are missing, keys that are not
+/// supported.
+pub fn conversation(record: &Record) -> Result<Conversation> {
+    let (mut conversation, completion) = prompt_and_completion(record)?;
+    conversation.messages.extend(completion);
+    Ok(conversation)
 }
 
-/// The turns of a record's `prompt` and of its `completion`, where it has both.
-pub fn prompt_and_completion(record: &Record) -> Result<Option<(Vec<Message>, Vec<Message>)>> {
-    let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
-    match has("prompt") && has("completion") && !has("messages") && !has("conversations") {
-        true => pair(record, "prompt", &record.fields["completion"], "completion").map(Some),
+/// What a record asks, and its completion; without one where the format does not tell them apart.
+///
+/// # Errors
+/// As [`conversation`].
+pub fn prompt_and_completion(record: &Record) -> Result<(Conversation, Vec<Message>)> {
+    let fields = Fields::new(record)?;
+    let (messages, completion) = formats(&fields)?;
+    let conversation = with_columns(&fields, messages)?;
+    Ok((Conversation { unused: fields.unused(), ..conversation }, completion))
+}
+
+fn formats(fields: &Fields) -> Result<(Vec<Message>, Vec<Message>)> {
+    let has = |key: &str| fields.has(key);
+    if let Some(key) = ["messages", "conversations"].into_iter().find(|key| has(key)) {
+        let turns = messages(fields, key)?;
+        let answered = turns.last().is_some_and(|m| m.role == "assistant");
+        return match has("chosen") && !answered {
+            true => paired(fields, turns, "chosen"),
+            false => Ok((turns, Vec::new())),
+        };
+    }
+    let completion = ["completion", "completions", "chosen", "output", "answer"].into_iter().find(|key| {
+        has(key)
+            && match *key {
+                "output" => has("instruction"),
+                "answer" => has("question"),
+                "chosen" => true,
+                _ => has("prompt"),
+            }
+    });
+    if has("instruction") && completion.is_none_or(|key| key != "chosen") {
+        let prompt = instruction(fields)?;
+        return Ok((prompt, vec![Message::new("assistant", fields.text("output")?)]));
+    }
+    match completion {
+        Some("answer") => {
+            let prompt = vec![Message::new("user", fields.text("question")?)];
+            Ok((prompt, vec![Message::new("assistant", fields.text("answer")?)]))
+        }
+        Some(key) => match prompt(fields)? {
+            Some(turns) => paired(fields, turns, key),
+            None => Ok((dialogue(fields, key)?, Vec::new())),
+        },
+        None => {
+            let keys: Vec<&str> = fields.record.fields.keys().map(String::as_str).collect();
+            let keys = if keys.is_empty() { "none".into() } else { keys.join(", ") };
+            Err(fields.bad(format!("no known format; known are {FORMATS}; keys here: {keys}")))
+        }
+    }
+}
+
+/// The prompt with the completion under `key`, of a list of them the first.
+fn paired(fields: &Fields, prompt: Vec<Message>, key: &'static str) -> Result<(Vec<Message>, Vec<Message>)> {
+    if key == "completion" && fields.record.fields.get("label") == Some(&Value::Bool(false)) {
+        return Err(
+            fields.bad("`label` is false: the completion is marked as a bad one, and cannot be learned")
+        );
+    }
+    if key == "completion" && matches!(fields.record.fields.get("label"), Some(Value::Bool(_))) {
+        fields.get("label");
+    }
+    let value = fields.get(key).unwrap_or(&Value::Null);
+    let best = match (key, value.as_array()) {
+        ("completions", Some(list)) if !list.is_empty() => &list[0],
+        ("completions", _) => return Err(fields.bad("`completions` is no list with a completion")),
+        _ => value,
+    };
+    let (prompt, mut completions) = split(fields, prompt, &[(key, best)])?;
+    Ok((prompt, completions.remove(0)))
+}
+
+/// The prompt of a record with completions: `prompt`, a conversation without its answer, an instruction or a question.
+pub(super) fn prompt(fields: &Fields) -> Result<Option<Vec<Message>>> {
+    if fields.has("prompt") {
+        let value = fields.get("prompt").unwrap_or(&Value::Null);
+        let mut prompt = turns(value, "user", fields, "prompt")?;
+        // HH's prompts end with the beginning of the answer.
+        prompt.pop_if(|m| m.role == "assistant" && m.text().is_empty() && value.is_string());
+        return Ok(Some(prompt));
+    }
+    if let Some(key) = ["messages", "conversations"].into_iter().find(|key| fields.has(key)) {
+        let listed = fields.record.fields[key].as_array().and_then(|list| list.last());
+        let answered = listed.and_then(|m| Message::read(m).ok()).is_some_and(|m| m.role == "assistant");
+        return if answered { Ok(None) } else { messages(fields, key).map(Some) };
+    }
+    if fields.has("instruction") {
+        return instruction(fields).map(Some);
+    }
+    match fields.has("question") {
+        true => Ok(Some(vec![Message::new("user", fields.text("question")?)])),
         false => Ok(None),
     }
+}
+
+/// Alpaca: the input, where there is one, follows the instruction.
+fn instruction(fields: &Fields) -> Result<Vec<Message>> {
+    let instruction = fields.text("instruction")?;
+    let input = if fields.has("input") { fields.text("input")? } else { "" };
+    let prompt = match input {
+        "" => instruction.to_string(),
+        input => format!("{instruction}\n\n{input}"),
+    };
+    Ok(vec![Message::new("user", prompt)])
+}
+
+/// The messages with the columns that stand beside any format: `system`, `history`, and what the template reads.
+pub(super) fn with_columns(fields: &Fields, mut messages: Vec<Message>) -> Result<Conversation> {
+    let earlier = history(fields)?;
+    let first = usize::from(messages.first().is_some_and(|m| m.role == "system"));
+    messages.splice(first..first, earlier);
+    for key in ["system", "system_prompt"].into_iter().filter(|key| fields.has(key)) {
+        let system = Message::new("system", fields.text(key)?);
+        match messages.first().filter(|m| m.role == "system") {
+            _ if system.text().is_empty() => {}
+            Some(first) if first.says_the_same_as(&system) => {}
+            Some(first) => {
+                let (a, b) = (shown(&system.text().into()), shown(&first.text().into()));
+                return Err(fields.bad(format!("`{key}` is {a}, and the first message is another one, {b}")));
+            }
+            None => messages.insert(0, system),
+        }
+    }
+    let inputs = Box::new(TemplateInputs::read(fields)?);
+    Ok(Conversation { messages, inputs, unused: Vec::new() })
+}
+
+/// `history`: earlier turns, as pairs of what the user and the assistant said, or as messages.
+fn history(fields: &Fields) -> Result<Vec<Message>> {
+    let Some(value) = fields.get("history") else { return Ok(Vec::new()) };
+    let bad = |what: &Value| {
+        let what = shown(what);
+        fields.bad(format!("`history`: {what} is neither a pair of texts nor a message"))
+    };
+    let mut turns = Vec::new();
+    for turn in value.as_array().ok_or_else(|| bad(value))? {
+        match turn.as_array().map(Vec::as_slice) {
+            Some([Value::String(user), Value::String(assistant)]) => {
+                turns.extend([Message::new("user", user), Message::new("assistant", assistant)]);
+            }
+            Some(_) => return Err(bad(turn)),
+            None if turn.is_object() => turns.push(message(turn, fields, "history")?),
+            None => return Err(bad(turn)),
+        }
+    }
+    Ok(turns)
 }
 
 /// A conversation's turns before its answer, and the answer: `prompt` and `completion`, or the last turn of another format.
 ///
 /// # Errors
 /// As [`conversation`]; nothing before the answer, or no answer of the assistant.
-pub fn answered(record: &Record) -> Result<(Vec<Message>, Vec<Message>)> {
-    let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
-    let (prompt, completion) = if has("prompt") && has("completion") {
-        pair(record, "prompt", &record.fields["completion"], "completion")?
-    } else {
-        let mut messages = conversation(record)?;
-        let answer = messages.split_off(messages.len().saturating_sub(1));
-        (messages, answer)
-    };
+pub fn answered(record: &Record) -> Result<(Conversation, Vec<Message>)> {
+    let (mut prompt, mut completion) = prompt_and_completion(record)?;
+    if completion.is_empty() {
+        let before = prompt.len().saturating_sub(1);
+        completion = prompt.split_off(before);
+    }
     let bad = |what: &str| Err(Error::data(format!("{}: {what}", record.place)));
     match completion.iter().any(|m| m.role == "assistant") {
         false => bad("the conversation does not end with an answer of the assistant"),
@@ -100,28 +283,114 @@ pub fn answered(record: &Record) -> Result<(Vec<Message>, Vec<Message>)> {
     }
 }
 
-/// A prompt and its completion, each a text or a list of messages. Messages may begin with the prompt once more.
-pub(super) fn pair(
-    record: &Record,
-    prompt: &str,
-    completion: &Value,
-    key: &str,
-) -> Result<(Vec<Message>, Vec<Message>)> {
-    let prompt = turns(&record.fields[prompt], "user", record, prompt)?;
-    let mut completion = turns(completion, "assistant", record, key)?;
-    if completion.starts_with(&prompt) {
-        completion.drain(..prompt.len());
+/// A prompt and completions of it, of which each may repeat the prompt, whole or its last turn, or begin with a system turn
+/// that the prompt lacks: the common part, once, and what follows it. A completion begins with a turn of the assistant.
+///
+/// # Errors
+/// With both: prompts that differ.
+pub(super) fn split(
+    fields: &Fields,
+    prompt: Vec<Message>,
+    completions: &[(&'static str, &Value)],
+) -> Result<(Vec<Message>, Vec<Vec<Message>>)> {
+    let mut prompts: Vec<Vec<Message>> = Vec::new();
+    let mut answers = Vec::new();
+    for (key, value) in completions {
+        let said = turns(value, "assistant", fields, key)?;
+        if !said.iter().any(|m| m.role == "assistant") {
+            return Err(fields.bad(format!("`{key}`: an answer has no turn of the assistant")));
+        }
+        let (own, answer) = divided(&prompt, said).map_err(|theirs| {
+            let shown = |turns: &[Message]| {
+                let turns: Vec<String> = turns.iter().map(|m| format!("{}: {}", m.role, m.text())).collect();
+                shown(&turns.join("; ").into())
+            };
+            let (ours, theirs) = (shown(&prompt), shown(&theirs));
+            fields.bad(format!("the prompts differ: the record's is {ours}, that of `{key}` {theirs}"))
+        })?;
+        prompts.push(own);
+        answers.push(answer);
     }
-    Ok((prompt, completion))
+    let longest = prompts.iter().max_by_key(|p| p.len()).cloned().unwrap_or_default();
+    for (own, answer) in prompts.iter().zip(&mut answers) {
+        // What follows the prompt in all of them is told by the longest one; the others must say the same.
+        if own.len() != longest.len() || !own.iter().zip(&longest).all(|(a, b)| a.says_the_same_as(b)) {
+            let whole: Vec<Message> = own.iter().chain(answer.iter()).cloned().collect();
+            let (_, rest) = divided(&longest, whole)
+                .ok()
+                .filter(|(own, _)| own.len() == longest.len())
+                .ok_or_else(|| fields.bad("the prompts of the completions differ"))?;
+            *answer = rest;
+        }
+    }
+    common(fields, longest, answers)
 }
 
-fn joined((mut prompt, completion): (Vec<Message>, Vec<Message>)) -> Vec<Message> {
-    prompt.extend(completion);
-    prompt
+/// Takes what all answers begin with into the prompt; at least one turn of each stays.
+pub(super) fn common(
+    fields: &Fields,
+    mut prompt: Vec<Message>,
+    mut answers: Vec<Vec<Message>>,
+) -> Result<(Vec<Message>, Vec<Vec<Message>>)> {
+    if answers.len() > 1 {
+        let most = answers.iter().map(Vec::len).min().unwrap_or(1).saturating_sub(1);
+        let same = |i: &usize| answers.iter().all(|a| a[*i].says_the_same_as(&answers[0][*i]));
+        let n = (0..most).take_while(same).count();
+        let mut shared = Vec::new();
+        for answer in &mut answers {
+            shared = answer.drain(..n).collect();
+        }
+        prompt.extend(shared);
+    }
+    for answer in &mut answers {
+        // A tool's result may come first where the answers have it in common; a user's turn is a prompt that differs.
+        if let Some(first) = answer.first().filter(|m| m.role != "assistant") {
+            let (role, text) = (&first.role, shown(&first.text().into()));
+            return Err(fields.bad(format!(
+                "the prompts differ: a completion begins with a turn of role `{role}`, {text}, which not all have"
+            )));
+        }
+    }
+    Ok((prompt, answers))
 }
 
-fn exchange(prompt: impl Into<String>, completion: impl Into<String>) -> Vec<Message> {
-    vec![Message::new("user", prompt), Message::new("assistant", completion)]
+/// Divides what is said into its prompt, which has to be `prompt`, and the answer.
+///
+/// # Errors
+/// What is said before the answer, where that is another prompt.
+fn divided(prompt: &[Message], said: Vec<Message>) -> Result<(Vec<Message>, Vec<Message>), Vec<Message>> {
+    let bare = |turns: &[Message]| usize::from(turns.first().is_some_and(|m| m.role == "system"));
+    let same = |a: &[Message], b: &[Message]| {
+        a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.says_the_same_as(b))
+    };
+    let (ours, theirs) = (&prompt[bare(prompt)..], &said[bare(&said)..]);
+    let systems =
+        (bare(prompt) > 0).then(|| &prompt[0]).into_iter().chain((bare(&said) > 0).then(|| &said[0]));
+    let systems: Vec<&Message> = systems.collect();
+    let system = systems.first().map(|m| (*m).clone());
+    let agree = systems.iter().all(|m| m.says_the_same_as(systems[0]));
+    let whole = |n: usize| {
+        (system.iter().cloned().chain(theirs[..n].iter().cloned()).collect(), theirs[n..].to_vec())
+    };
+    let n = ours.len();
+    if agree && n > 0 && theirs.len() > n && same(&theirs[..n], ours) {
+        return Ok(whole(n));
+    }
+    let first = theirs.first().map(|m| m.role.as_str());
+    if systems.len() == bare(prompt) && matches!(first, Some("assistant" | "tool" | "ipython" | "function")) {
+        return Ok((prompt.to_vec(), said));
+    }
+    // The prompt may be the last turn before the answer.
+    let last = theirs.iter().rposition(|m| m.role == "assistant").unwrap_or(0);
+    let answers = |n: &usize| theirs[*n].role == "assistant";
+    let ends = (n.max(1)..=last).rev().filter(answers).find(|end| same(&theirs[end - n..*end], ours));
+    match ends.filter(|_| agree && n > 0) {
+        Some(end) => Ok(whole(end)),
+        None => {
+            let first = said.iter().position(|m| m.role == "assistant").unwrap_or(said.len());
+            Err(said[..first].to_vec())
+        }
+    }
 }
 
 /// What a model is asked: a record without its answer.
@@ -129,98 +398,103 @@ fn exchange(prompt: impl Into<String>, completion: impl Into<String>) -> Vec<Mes
 pub enum Prompt {
     Text(String),
     /// Turns, of which the last is not the assistant's.
-    Messages(Vec<Message>),
+    Messages(Conversation),
 }
 
 impl Prompt {
     /// Reads `prompt` (a text or messages) or, where there is none, any format of [`conversation`], whose answer is
     /// left out.
     pub fn read(record: &Record) -> Result<Prompt> {
-        let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
-        let mut messages = match record.fields.get("prompt").filter(|v| !v.is_null()) {
-            Some(Value::String(text)) => return Ok(Prompt::Text(text.clone())),
-            Some(Value::Array(_)) => messages(record, "prompt")?,
-            Some(_) => return record.text("prompt").map(|text| Prompt::Text(text.into())),
-            None => conversation(record)?,
+        Prompt::of(&Fields::new(record)?)
+    }
+
+    /// [`Prompt::read`] of a record whose keys are watched.
+    pub fn of(fields: &Fields) -> Result<Prompt> {
+        let listed = match fields.get("prompt") {
+            Some(Value::Array(_)) => Some(messages(fields, "prompt")?),
+            Some(_) => Some(vec![Message::new("user", fields.text("prompt")?)]),
+            None => None,
         };
-        if messages.last().is_some_and(|m| m.role == "assistant") {
-            messages.pop();
+        let text = fields.get("prompt").is_some_and(Value::is_string)
+            || ["instruction", "question"].into_iter().any(|key| fields.has(key));
+        let messages = match listed {
+            Some(messages) => messages,
+            None => {
+                let (mut messages, completion) = formats(fields)?;
+                messages.extend(completion);
+                messages
+            }
+        };
+        let mut asked = with_columns(fields, messages)?;
+        asked.pop_if(|m| m.role == "assistant");
+        match asked.messages.as_slice() {
+            [] => Err(fields.bad("there is nothing before the answer")),
+            [message] if text && message.role == "user" && asked.inputs.is_empty() => {
+                Ok(Prompt::Text(message.text().into_owned()))
+            }
+            _ => Ok(Prompt::Messages(asked)),
         }
-        if let [Message { content, .. }] = messages.as_slice()
-            && ["instruction", "question"].into_iter().any(has)
-        {
-            return Ok(Prompt::Text(content.clone()));
-        }
-        if messages.is_empty() {
-            return Err(Error::data(format!("{}: there is nothing before the answer", record.place)));
-        }
-        Ok(Prompt::Messages(messages))
     }
 
     /// [`Prompt::read`] of what a model is to go on with: a last turn of the assistant under `prompt`, `messages` or
     /// `conversations` stays, as the beginning of the answer.
     pub fn read_with_prefill(record: &Record) -> Result<Prompt> {
-        let list = |key: &&&str| record.fields.get(**key).is_some_and(Value::is_array);
+        let fields = Fields::new(record)?;
+        let listed = |key: &&'static str| record.fields.get(*key).is_some_and(Value::is_array);
         let text = record.fields.get("prompt").is_some_and(|v| !v.is_null() && !v.is_array());
-        match ["prompt", "messages", "conversations"].iter().find(list).filter(|_| !text) {
-            Some(key) => messages(record, key).map(Prompt::Messages),
-            None => Prompt::read(record),
+        match ["prompt", "messages", "conversations"].into_iter().find(listed).filter(|_| !text) {
+            Some(key) => with_columns(&fields, messages(&fields, key)?).map(Prompt::Messages),
+            None => Prompt::of(&fields),
         }
     }
 
     /// The turns; a text is one of the user's.
-    pub fn into_messages(self) -> Vec<Message> {
+    pub fn into_messages(self) -> Conversation {
         match self {
-            Prompt::Text(text) => vec![Message::new("user", text)],
-            Prompt::Messages(messages) => messages,
+            Prompt::Text(text) => vec![Message::new("user", text)].into(),
+            Prompt::Messages(conversation) => conversation,
         }
     }
 }
 
-/// A text as one turn of `role`, or a list of messages.
-fn turns(value: &Value, role: &str, record: &Record, key: &str) -> Result<Vec<Message>> {
+/// A text as one turn of `role` (a dialogue of HH as its turns), a message, or a list of messages.
+fn turns(value: &Value, role: &str, fields: &Fields, key: &str) -> Result<Vec<Message>> {
     match value {
+        Value::String(text) if text.starts_with(HUMAN) => hh_dialogue(text, fields.record),
         Value::String(text) => Ok(vec![Message::new(role, text)]),
-        Value::Array(list) => list.iter().map(|m| message(m, record, key)).collect(),
-        _ => Err(Error::data(format!("{}: `{key}` is neither a text nor a list of messages", record.place))),
+        Value::Array(list) => list.iter().map(|m| message(m, fields, key)).collect(),
+        Value::Object(_) => Ok(vec![message(value, fields, key)?]),
+        _ => Err(fields.bad(format!("`{key}` is neither a text nor a list of messages"))),
+    }
+}
+
+/// A whole dialogue under `key`: messages, or a text of Anthropic's HH.
+pub(super) fn dialogue(fields: &Fields, key: &'static str) -> Result<Vec<Message>> {
+    match fields.get(key) {
+        Some(Value::Array(_)) => messages(fields, key),
+        Some(Value::Object(_)) => {
+            Err(fields.bad(format!("`{key}` is one message: there is nothing before it")))
+        }
+        _ => hh_dialogue(fields.text(key)?, fields.record),
     }
 }
 
 /// The messages under `key`; at least one.
-pub(super) fn messages(record: &Record, key: &str) -> Result<Vec<Message>> {
-    let list = record.fields[key].as_array();
-    let list =
-        list.ok_or_else(|| Error::data(format!("{}: `{key}` is no list of messages", record.place)))?;
-    if list.is_empty() {
-        return Err(Error::data(format!("{}: `{key}` is empty", record.place)));
+fn messages(fields: &Fields, key: &'static str) -> Result<Vec<Message>> {
+    let list = fields.get(key).and_then(Value::as_array);
+    let list = list.ok_or_else(|| fields.bad(format!("`{key}` is no list of messages")))?;
+    match list.iter().all(is_empty) {
+        true => Err(fields.bad(format!("`{key}` is empty"))),
+        false => list.iter().map(|m| message(m, fields, key)).collect(),
     }
-    list.iter().map(|m| message(m, record, key)).collect()
 }
 
-/// `{role, content}`, or ShareGPT's `{from, value}` with its names of roles. A content may be a list of text parts.
-fn message(value: &Value, record: &Record, key: &str) -> Result<Message> {
-    let bad = |what: &str| Error::data(format!("{}: `{key}`: {what}", record.place));
-    let role = value.get("role").or(value.get("from")).and_then(Value::as_str);
-    let role = role.ok_or_else(|| bad("a message has no `role` (or `from`)"))?;
-    let role = match (value.get("role"), role) {
-        (None, "human") => "user",
-        (None, "gpt" | "bot" | "chatgpt") => "assistant",
-        _ => role,
-    };
-    let content = match value.get("content").or(value.get("value")) {
-        Some(Value::String(text)) => text.clone(),
-        Some(Value::Array(parts)) => {
-            let text = |part: &Value| match part.get("type").and_then(Value::as_str) {
-                Some("text") => part.get("text").and_then(Value::as_str).map(str::to_string),
-                _ => None,
-            };
-            let texts: Option<String> = parts.iter().map(text).collect();
-            texts.ok_or_else(|| bad("a message has a part that is no text: only texts can be trained on"))?
-        }
-        _ => return Err(bad("a message has no text `content` (or `value`)")),
-    };
-    Ok(Message::new(role, content))
+fn message(value: &Value, fields: &Fields, key: &str) -> Result<Message> {
+    Message::read(value).map_err(|what| fields.bad(format!("`{key}`: {what}")))
 }
+
+/// How a dialogue of HH begins.
+const HUMAN: &str = "\n\nHuman:";
 
 /// A dialogue of Anthropic's HH data: turns that begin with `\n\nHuman:` and `\n\nAssistant:`.
 pub fn hh_dialogue(text: &str, record: &Record) -> Result<Vec<Message>> {
@@ -260,7 +534,7 @@ mod tests {
     }
 
     fn read(line: &str) -> Result<Vec<Message>> {
-        conversation(&record(line))
+        conversation(&record(line)).map(|conversation| conversation.messages)
     }
 
     fn pair(prompt: &str, completion: &str) -> Vec<Message> {
@@ -280,11 +554,6 @@ mod tests {
                 &ab,
             ),
             (r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}"#, &ab),
-            (
-                r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]},
-                    {"role": "assistant", "content": "b"}]}"#,
-                &ab,
-            ),
             (r#"{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}"#, &ab),
             (
                 r#"{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}"#,
@@ -300,6 +569,12 @@ mod tests {
         for (line, wanted) in cases {
             assert_eq!(&read(&line.replace('\n', " ")).unwrap(), wanted, "{line}");
         }
+        let parts = r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": null},
+                        {"type": "text", "text": "b"}]}]}"#;
+        let parts = read(&parts.replace('\n', " ")).unwrap();
+        assert_eq!(parts[0].text(), "ab");
+        let content = serde_json::json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
+        assert_eq!(parts[0].content, Some(content));
     }
 
     #[test]
@@ -312,7 +587,7 @@ mod tests {
     #[test]
     fn a_prompt_is_a_record_without_its_answer() {
         let text = |t: &str| Prompt::Text(t.into());
-        let user = Prompt::Messages(chat(&[("user", "a")]));
+        let user = Prompt::Messages(chat(&[("user", "a")]).into());
         let cases = [
             (r#"{"prompt": "a", "completion": "b"}"#, text("a")),
             (r#"{"question": "a", "answer": "b"}"#, text("a")),

@@ -37,11 +37,13 @@ pub struct Example {
     pub sequences: Vec<Encoded>,
     /// Of each sequence: 0 is the best, equal ranks are equally good. A conversation alone has 0.
     pub ranks: Vec<u32>,
+    /// What is said of each key of the record that nothing reads; a cache keeps only how many records have it.
+    pub unused: Vec<String>,
 }
 
 impl From<Encoded> for Example {
     fn from(sequence: Encoded) -> Example {
-        Example { sequences: vec![sequence], ranks: vec![0] }
+        Example { sequences: vec![sequence], ranks: vec![0], unused: Vec::new() }
     }
 }
 

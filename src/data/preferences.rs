@@ -1,12 +1,15 @@
 //! Preferences: a prompt and completions of it, best first; in tokens, and as batches whose rows belong together.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use serde_json::Value;
 
 use super::chat::Chat;
-use super::conversation::{Message, hh_dialogue, messages, pair};
+use super::conversation::{
+    Conversation, Message, TemplateInputs, common, dialogue, prompt, split, with_columns,
+};
 use super::examples::{self, Counts, Encoded, Example, Options, Split, Tokenization};
+use super::fields::Fields;
 use super::loader::Order;
 use super::odd::{Odd, OrOdd, Reason};
 use super::readers::Record;
@@ -14,7 +17,7 @@ use super::rows::{self, RowLoader, Rows, Source};
 use crate::config::preferences::Data;
 use crate::config::sections;
 use crate::config::sft::TooLong;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// A prompt and its ranked completions, of which there are at least two.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,80 +26,84 @@ pub struct Preference {
     pub completions: Vec<Vec<Message>>,
     /// Of each completion: 0 is the best, equal ranks are equally good.
     pub ranks: Vec<u32>,
+    /// What the template is given besides.
+    pub inputs: Box<TemplateInputs>,
+    /// What is said of each key that was not read; see [`super::fields::Unused`].
+    pub unused: Vec<String>,
 }
 
 impl Preference {
-    /// Reads `prompt` and `completions` (best first; the first `num_correct` are equally good), or `chosen` and `rejected`
-    /// with `prompt`, or without it: as messages or dialogues of Anthropic's HH, whose common beginning is the prompt.
+    /// Completions of a prompt that are equally good.
+    pub fn new(prompt: Conversation, completions: Vec<Vec<Message>>) -> Preference {
+        let Conversation { messages: prompt, inputs, unused } = prompt;
+        let ranks = vec![0; completions.len()];
+        Preference { prompt, completions, ranks, inputs, unused }
+    }
+
+    /// Reads `completions` (best first; the first `num_correct` are equally good), or `chosen` and `rejected`, with a prompt
+    /// (`prompt`, messages that end before the answer, `instruction` or `question`). Completions may be whole dialogues,
+    /// which repeat the prompt; without a prompt, what they have in common is the prompt.
     ///
     /// # Errors
-    /// With the record's place: none of the formats, fewer than two completions, no prompt.
+    /// With the record's place: none of the formats, fewer than two completions, no prompt, prompts that differ.
     pub fn read(record: &Record) -> Result<Preference> {
-        let bad = |what: &str| Error::data(format!("{}: {what}", record.place));
-        let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
-        let split = |completion: &Value, key: &str| pair(record, "prompt", completion, key);
-        let (prompt, completions, ranks) = if has("prompt") && has("completions") {
-            let list = record.fields["completions"].as_array().filter(|list| list.len() > 1);
-            let list = list.ok_or_else(|| bad("`completions` is no list of at least two completions"))?;
-            let all = list.iter().map(|c| split(c, "completions")).collect::<Result<Vec<_>>>()?;
-            let prompt = all[0].0.clone();
-            let completions = all.into_iter().map(|(_, completion)| completion).collect();
-            let ties = match record.fields.get("num_correct").filter(|v| !v.is_null()) {
+        let fields = &Fields::new(record)?;
+        let (all, ranks) = if fields.has("prompt") && fields.has("completions") {
+            let list = fields.get("completions").and_then(Value::as_array).filter(|list| list.len() > 1);
+            let list =
+                list.ok_or_else(|| fields.bad("`completions` is no list of at least two completions"))?;
+            let ties = match fields.get("num_correct") {
                 None => 1,
                 Some(n) => n
                     .as_u64()
                     .filter(|n| *n <= list.len() as u64)
-                    .ok_or_else(|| bad("`num_correct` is no number of completions"))?,
+                    .ok_or_else(|| fields.bad("`num_correct` is no number of completions"))?,
             };
             let rank = |i: usize| (i as u32 + 1).saturating_sub(ties.max(1) as u32);
-            (prompt, completions, (0..list.len()).map(rank).collect())
-        } else if has("chosen") && has("rejected") {
-            if has("prompt") {
-                let (prompt, chosen) = split(&record.fields["chosen"], "chosen")?;
-                (prompt, vec![chosen, split(&record.fields["rejected"], "rejected")?.1], vec![0, 1])
-            } else {
-                let dialogue = |key: &str| match &record.fields[key] {
-                    Value::Array(_) => messages(record, key),
-                    _ => hh_dialogue(record.text(key)?, record),
-                };
-                let [mut chosen, mut rejected] = [dialogue("chosen")?, dialogue("rejected")?];
-                // The last message of each is its answer, also where the two are equal.
-                let most = chosen.len().min(rejected.len()) - 1;
-                let common = chosen.iter().zip(&rejected).take(most).take_while(|(a, b)| a == b).count();
-                let completions = vec![chosen.split_off(common), rejected.split_off(common)];
-                (chosen, completions, vec![0, 1])
-            }
+            (list.iter().map(|c| ("completions", c)).collect(), (0..list.len()).map(rank).collect())
+        } else if let (Some(chosen), Some(rejected)) = (fields.get("chosen"), fields.get("rejected")) {
+            (vec![("chosen", chosen), ("rejected", rejected)], vec![0, 1])
         } else {
             let keys: Vec<&str> = record.fields.keys().map(String::as_str).collect();
-            return Err(bad(&format!(
+            return Err(fields.bad(format!(
                 "no preference: known are `prompt` and `completions`, and `chosen` and `rejected` with or without \
                  `prompt`; keys here: {}",
                 if keys.is_empty() { "none".into() } else { keys.join(", ") }
             )));
         };
+        let (prompt, completions) = match prompt(fields)? {
+            Some(prompt) => split(fields, prompt, &all)?,
+            None => {
+                let dialogues = all.iter().map(|(key, _)| dialogue(fields, key)).collect::<Result<_>>()?;
+                common(fields, Vec::new(), dialogues)?
+            }
+        };
+        let prompt = with_columns(fields, prompt)?;
         if prompt.is_empty() {
-            return Err(bad("there is nothing before the answers"));
+            return Err(fields.bad("there is nothing before the answers"));
         }
         if !completions.iter().all(|c: &Vec<Message>| c.iter().any(|m| m.role == "assistant")) {
-            return Err(bad("an answer has no turn of the assistant"));
+            return Err(fields.bad("an answer has no turn of the assistant"));
         }
-        Ok(Preference { prompt, completions, ranks })
+        let preference = Preference::new(prompt, completions);
+        Ok(Preference { ranks, unused: fields.unused(), ..preference })
     }
 
     /// The prompt with each completion in tokens, as the chat template writes them; supervised are the completion's turns of
     /// the assistant, their ends included. The last one's end is the sequence's.
     pub fn encode(&self, chat: &Chat) -> Result<Example> {
         let before = self.prompt.iter().filter(|m| m.role == "assistant").count();
-        let encode = |completion: &Vec<Message>| {
-            let encoding = chat.encode(&[self.prompt.as_slice(), completion].concat(), false)?;
-            let mut supervised = vec![false; encoding.ids.len()];
-            for turn in encoding.turns.iter().skip(before) {
-                supervised[turn.clone()].fill(true);
-            }
+        let mut unused = BTreeSet::new();
+        let mut encode = |completion: &Vec<Message>| {
+            let messages = [self.prompt.as_slice(), completion].concat();
+            let whole = Conversation { messages, inputs: self.inputs.clone(), unused: self.unused.clone() };
+            let encoding = chat.encode(&whole, false)?;
+            unused.extend(chat.unused(&whole));
+            let supervised = encoding.mask_from(before);
             Ok(Encoded { ids: encoding.ids, supervised }.to_the_last_turns_end())
         };
-        let sequences = self.completions.iter().map(encode).collect::<Result<_>>()?;
-        Ok(Example { sequences, ranks: self.ranks.clone() })
+        let sequences = self.completions.iter().map(&mut encode).collect::<Result<_>>()?;
+        Ok(Example { sequences, ranks: self.ranks.clone(), unused: unused.into_iter().collect() })
     }
 }
 
@@ -145,7 +152,7 @@ pub fn fit(
         return None;
     }
     counts.truncated += u64::from(longest > most);
-    Some(Example { sequences, ranks })
+    Some(Example { sequences, ranks, unused: example.unused })
 }
 
 /// The preferences of `data.train`, shuffled by `seed`, and of `data.valid`, where there are any; rows are examples.
@@ -284,6 +291,8 @@ mod tests {
             prompt: turns(&[("user", "p")]),
             completions: vec![turns(&[("assistant", "a")]), turns(&[("assistant", "b")])],
             ranks: vec![0, 1],
+            inputs: Box::default(),
+            unused: Vec::new(),
         };
         let user = r#"{"role": "user", "content": "p"}"#;
         let says = |text: &str| format!(r#"{{"role": "assistant", "content": "{text}"}}"#);
@@ -353,6 +362,8 @@ mod tests {
             prompt: turns(&[("user", "p"), ("assistant", "x"), ("user", "q")]),
             completions: vec![turns(&[("assistant", "ab")]), turns(&[("assistant", "b")])],
             ranks: vec![0, 1],
+            inputs: Box::default(),
+            unused: Vec::new(),
         };
         let example = preference.encode(&chat).unwrap();
         let prompt = chat.prompt(&preference.prompt).unwrap();
@@ -375,7 +386,7 @@ mod tests {
 
     fn example(prompt: &[u32], completions: &[&[u32]], ranks: &[u32]) -> Example {
         let sequences = completions.iter().map(|c| sequence(prompt, c)).collect();
-        Example { sequences, ranks: ranks.to_vec() }
+        Example { sequences, ranks: ranks.to_vec(), unused: Vec::new() }
     }
 
     #[test]

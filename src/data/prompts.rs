@@ -4,11 +4,14 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
+use std::borrow::Cow;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::chat::Chat;
-use super::conversation::{self, Message, conversation};
+use super::conversation::{self, Conversation, Message, conversation};
 use super::examples::Split;
+use super::fields::{Fields, Unused};
 use super::odd::{Odd, OddRecords, OrOdd, Reason};
 use super::order::{self, Mixture};
 use super::readers::{self, Place, Record};
@@ -21,8 +24,8 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prompt {
     pub ids: Vec<i64>,
-    /// The conversation so far.
-    pub messages: Vec<Message>,
+    /// The conversation so far, and what the template is given besides.
+    pub messages: Conversation,
     /// The record's `answer`, or else the completion that it has.
     pub reference: Option<String>,
     pub record: Map<String, Value>,
@@ -30,23 +33,25 @@ pub struct Prompt {
 
 impl Prompt {
     fn read(record: Record, shots: &[Message], chat: &Chat) -> Result<Prompt, Odd> {
-        let asked = conversation::Prompt::read(&record).or_odd(Reason::Format)?.into_messages();
-        let messages = [shots, &asked].concat();
+        let fields = Fields::new(&record).or_odd(Reason::Format)?;
+        let mut messages = conversation::Prompt::of(&fields).or_odd(Reason::Format)?.into_messages();
+        messages.splice(0..0, shots.iter().cloned());
         let ids = chat.prompt(&messages).map_err(|e| e.context(&record.place)).or_odd(Reason::Template)?;
-        let reference = match record.fields.get("answer") {
+        let reference = match fields.get("answer") {
             Some(Value::String(text)) => Some(text.clone()),
             Some(Value::Number(number)) => Some(number.to_string()),
-            _ => conversation(&record)
-                .ok()
-                .and_then(|mut turns| turns.pop_if(|turn| turn.role == "assistant").map(|turn| turn.content)),
+            _ => conversation(&record).ok().and_then(|mut turns| {
+                turns.pop_if(|turn| turn.role == "assistant").map(|turn| turn.text().into_owned())
+            }),
         };
         let ids = ids.into_iter().map(i64::from).collect();
+        messages.unused = fields.unused();
         Ok(Prompt { ids, messages, reference, record: record.fields })
     }
 
     /// What was asked last.
-    pub fn question(&self) -> &str {
-        self.messages.last().map_or("", |m| &m.content)
+    pub fn question(&self) -> Cow<'_, str> {
+        self.messages.last().map_or("".into(), Message::text)
     }
 }
 
@@ -69,6 +74,8 @@ pub struct Prompts {
     pub dropped: u64,
     /// Records that cannot be used.
     pub odd: OddRecords,
+    /// Of each source, how many records have keys that nothing reads.
+    unused: Vec<(PathBuf, Unused)>,
     fingerprint: String,
 }
 
@@ -92,7 +99,7 @@ impl Prompts {
             let records = readers::records(&few.path, None, &Arc::default())?;
             let mut read = 0;
             for record in records.take(few.count as usize) {
-                shots.extend(conversation(&record?)?);
+                shots.extend(conversation(&record?)?.messages);
                 read += 1;
             }
             if read < few.count {
@@ -106,6 +113,7 @@ impl Prompts {
         let split = (seed.is_some() && !data.split.is_empty())
             .then(|| Split { parts: data.split.clone(), part: Data::PART });
         let (mut pools, mut dropped, mut odd) = (Vec::new(), 0, OddRecords::default());
+        let mut all_unused = Vec::new();
         let mut hash = Sha256::new();
         let texts = chat.tokenizer().text_fingerprint();
         hash.update(format!("{seed:?} {most} {split:?} {shots:?} {texts}"));
@@ -146,6 +154,9 @@ impl Prompts {
                     .map_or(String::new(), |line| format!("; {}, the first: {line}", here.reasons()));
                 return Err(Error::data(format!("{path}: no prompt is left: {all} were read{long}{odd}")));
             }
+            let mut unused = Unused::default();
+            prompts.iter().for_each(|p| unused.count(&chat.unused(&p.messages)));
+            all_unused.push((source.path.clone(), unused));
             dropped += too_long;
             odd.merge(&here);
             for prompt in &prompts {
@@ -163,7 +174,13 @@ impl Prompts {
             pools = vec![pools.into_iter().flatten().collect()];
         }
         let mixture = Mixture::new(if weights.is_empty() { &[1.0] } else { &weights });
-        Ok(Prompts { pools, mixture, seed, dropped, odd, fingerprint: hex(&hash.finalize()[..8]) })
+        let fingerprint = hex(&hash.finalize()[..8]);
+        Ok(Prompts { pools, mixture, seed, dropped, odd, unused: all_unused, fingerprint })
+    }
+
+    /// Warns of the keys of records that nothing reads; not for rewards that are given the records.
+    pub fn warn_unused(&self) {
+        self.unused.iter().for_each(|(path, unused)| unused.warn(path));
     }
 
     /// Prompts of one epoch over all sources.
@@ -247,9 +264,13 @@ mod tests {
 {"messages": [{"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]}
 "#;
         let prompts = open(&folder, lines, "", 100, None).unwrap();
-        let seen: Vec<(&str, Option<&str>)> =
+        let seen: Vec<(Cow<str>, Option<&str>)> =
             (0..4).map(|i| (prompts.get(i).question(), prompts.get(i).reference.as_deref())).collect();
-        assert_eq!(seen, [("a", Some("4")), ("b", Some("x\n#### 5")), ("c", None), ("d", Some("e"))]);
+        assert_eq!(
+            seen,
+            [("a", Some("4")), ("b", Some("x\n#### 5")), ("c", None), ("d", Some("e"))]
+                .map(|(question, reference)| (question.into(), reference))
+        );
         assert_eq!(prompts.get(1).record["level"], 2);
         assert_eq!(prompts.get(4), prompts.get(0));
         assert_eq!(prompts.len(), 4);
@@ -262,8 +283,8 @@ mod tests {
         let lines: String = (0..50).map(line).collect();
         let prompts = open(&folder, &lines, "", 100, Some(1)).unwrap();
         let epoch =
-            |e: u64| -> Vec<&str> { (e * 50..e * 50 + 50).map(|i| prompts.get(i).question()).collect() };
-        let sorted = |mut names: Vec<&str>| {
+            |e: u64| -> Vec<Cow<str>> { (e * 50..e * 50 + 50).map(|i| prompts.get(i).question()).collect() };
+        let sorted = |mut names: Vec<Cow<str>>| {
             names.sort();
             names.join(" ")
         };
@@ -295,7 +316,7 @@ mod tests {
         .unwrap();
         let few = format!(", few_shot: {{path: {}, count: 1}}", shots.display());
         let prompts = open(&folder, &lines, &few, 60, None).unwrap();
-        let turns: Vec<&str> = prompts.get(0).messages.iter().map(|m| m.content.as_str()).collect();
+        let turns: Vec<Cow<str>> = prompts.get(0).messages.iter().map(Message::text).collect();
         assert_eq!(turns, ["1+1", "2", "short"]);
         let few = format!(", few_shot: {{path: {}, count: 3}}", shots.display());
         let e = open(&folder, &lines, &few, 60, None).map(drop).unwrap_err();

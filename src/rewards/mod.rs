@@ -109,6 +109,11 @@ impl Judge {
         Ok(Judge { rules })
     }
 
+    /// Whether a command is given the records whole.
+    pub fn reads_records(&self) -> bool {
+        self.rules.iter().any(|(_, _, rule)| matches!(rule, Rule::Command(_)))
+    }
+
     /// # Errors
     /// A command that fails: what it did not say is never taken for a reward.
     pub fn judge(&mut self, answer: &Answer) -> Result<Judgement> {

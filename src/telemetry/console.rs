@@ -143,6 +143,11 @@ pub fn grouped(n: u64) -> String {
     text
 }
 
+/// Whether this process is rank 0, for warnings that all ranks would give alike.
+pub fn is_first_rank() -> bool {
+    console().settings.rank == 0
+}
+
 /// A line from rank 0.
 #[macro_export]
 macro_rules! info {

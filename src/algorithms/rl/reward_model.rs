@@ -113,6 +113,7 @@ mod tests {
     use super::*;
     use crate::config::sections;
     use crate::data::chat::configured;
+    use crate::data::conversation::Conversation;
     use crate::data::preferences::Preference;
     use crate::data::prompts::Prompt;
     use crate::data::tokenizer::tests::small;
@@ -130,12 +131,11 @@ mod tests {
                 ..Default::default()
             };
             let chat = Chat::new(&configured(Some(&section), Some(&folder.0)).unwrap()).unwrap();
-            let messages = vec![Message::new("user", "1 + 1?")];
+            let messages = Conversation::from(vec![Message::new("user", "1 + 1?")]);
             let ids: Vec<i64> = chat.prompt(&messages).unwrap().into_iter().map(i64::from).collect();
             let prompt = Prompt { ids, messages, reference: None, record: Default::default() };
             let answer = vec![Message::new("assistant", "two")];
-            let preference =
-                Preference { prompt: prompt.messages.clone(), completions: vec![answer], ranks: vec![0] };
+            let preference = Preference::new(prompt.messages.clone(), vec![answer]);
             let trained = preference.encode(&chat).unwrap().sequences.remove(0);
 
             let end = chat.end_of_turn().unwrap();

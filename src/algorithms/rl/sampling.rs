@@ -94,6 +94,9 @@ impl Sampler {
             )));
         }
         let prompts = Prompts::open(data, &data.train, &chat, all.saturating_sub(new), Some(seed))?;
+        if !judge.borrow().reads_records() {
+            prompts.warn_unused();
+        }
         let eos: Vec<i64> = chat.stop_ids().into_iter().map(i64::from).collect();
         if eos.is_empty() && generation.truncate_token.is_none() {
             warn!(
@@ -204,7 +207,7 @@ impl Sampler {
         let mut judgements = Vec::with_capacity(said.len());
         for (i, Said { prompt, ids, text, .. }) in said.iter().enumerate() {
             let answer = Answer {
-                prompt: prompt.question(),
+                prompt: &prompt.question(),
                 response: text,
                 reference: prompt.reference.as_deref(),
                 num_tokens: ids.len(),

@@ -159,7 +159,9 @@ fn asked(record: &Record) -> Result<(String, Prompt)> {
         Some(Value::String(text)) => text.clone(),
         Some(Value::Number(number)) => format!("#### {number}"),
         _ => match conversation(record)?.pop() {
-            Some(last) if last.role == "assistant" => return Ok((last.content, Prompt::read(record)?)),
+            Some(last) if last.role == "assistant" => {
+                return Ok((last.text().into_owned(), Prompt::read(record)?));
+            }
             _ => return Err(Error::data(format!("{}: no key `answer`", record.place))),
         },
     };

@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use chrono::NaiveTime;
+use serde_json::{Map, Value as Json};
 
 use crate::config::template_date::TemplateDate;
-use crate::data::conversation::Message;
 use crate::data::jinja::{CLOSE, Dict, Failure, OPEN, Template, Value};
 use crate::data::tokenizer::ChatTemplate;
 use crate::error::{Error, Result};
@@ -39,33 +39,38 @@ impl Jinja {
         Ok(Jinja { marks: read.marks, template: read, tokens, place, date })
     }
 
-    /// Renders messages; `add_generation_prompt`: with the beginning of the answer to them.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Rendered> {
-        if messages.iter().any(|m| m.content.contains('\u{fdd0}') && self.marks) {
+    /// Renders with the variables that a dialogue gives; `add_generation_prompt`: with the beginning of the answer to it.
+    pub fn render(&self, dialogue: Map<String, Json>, add_generation_prompt: bool) -> Result<Rendered> {
+        if self.marks && dialogue.values().any(has_mark) {
             return Err(Error::data("a message has the code point U+FDD0, which is no character"));
         }
         let mut variables = Dict::default();
         for (name, text) in &self.tokens {
             variables.set_name(name, text.as_str().into());
         }
-        let message = |m: &Message| {
-            let mut message = Dict::default();
-            message.set_name("role", m.role.as_str().into());
-            message.set_name("content", m.content.as_str().into());
-            Value::from(message)
-        };
-        variables.set_name("messages", Value::list(messages.iter().map(message).collect()));
         variables.set_name("add_generation_prompt", add_generation_prompt.into());
-        variables.set_name("tools", Value::None);
-        variables.set_name("documents", Value::None);
         let TemplateDate { date, given } = self.date;
         if given {
             // As Llama's templates write it.
             variables.set_name("date_string", date.format("%d %b %Y").to_string().into());
         }
+        // After the special tokens and the date, as what a record gives counts.
+        for (name, value) in &dialogue {
+            variables.set_name(name, Value::from(value));
+        }
         let rendered = self.template.render(variables, date.and_time(NaiveTime::MIN));
         let rendered = rendered.map_err(|e| error(&self.place, e))?;
         Ok(unmarked(&rendered))
+    }
+}
+
+/// Whether a text within the value has the first code point of the marks.
+fn has_mark(value: &Json) -> bool {
+    match value {
+        Json::String(text) => text.contains('\u{fdd0}'),
+        Json::Array(list) => list.iter().any(has_mark),
+        Json::Object(fields) => fields.iter().any(|(key, v)| key.contains('\u{fdd0}') || has_mark(v)),
+        _ => false,
     }
 }
 

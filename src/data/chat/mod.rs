@@ -2,6 +2,7 @@
 //!
 //! A prompt and its completion are a conversation of two messages, so that all go one way.
 
+mod dialogue;
 mod jinja;
 mod prefill;
 mod templates;
@@ -11,17 +12,20 @@ mod tests;
 use std::ops::Range;
 use std::path::Path;
 
-use super::conversation::Message;
+use super::conversation::{Conversation, Message};
 use super::tokenizer::{ChatTemplate, Tokenizer};
 use crate::config::sections;
 use crate::error::{Error, Result};
-use jinja::Jinja;
+pub use dialogue::Dialogue;
+use dialogue::Reads;
+use jinja::{Jinja, Rendered};
 pub use templates::names as built_in_names;
 
 /// A tokenizer and the chat template that goes with it.
 pub struct Chat {
     tokenizer: Tokenizer,
     template: Jinja,
+    reads: Reads,
     end_of_turn: Option<u32>,
 }
 
@@ -32,14 +36,37 @@ pub struct Encoding {
     pub ids: Vec<u32>,
     /// The places in `ids` of the assistant's turns, each with the token that ends it; empty where it says nothing.
     pub turns: Vec<Range<usize>>,
+    /// The numbers of the turns that the loss does not count; see [`Message::supervised`].
+    pub uncounted: Vec<usize>,
 }
 
 impl Encoding {
-    /// Whether each token belongs to a turn of the assistant.
+    /// Whether each token belongs to a turn of the assistant that the loss counts.
     pub fn mask(&self) -> Vec<bool> {
+        self.mask_from(0)
+    }
+
+    /// The same without the first `turns` turns.
+    pub fn mask_from(&self, turns: usize) -> Vec<bool> {
         let mut mask = vec![false; self.ids.len()];
-        for turn in &self.turns {
-            mask[turn.clone()].fill(true);
+        for (i, turn) in self.turns.iter().enumerate().skip(turns) {
+            mask[turn.clone()].fill(!self.uncounted.contains(&i));
+        }
+        mask
+    }
+
+    /// Without the first `n` turns.
+    fn after_turns(mut self, n: usize) -> Encoding {
+        self.turns.drain(..n.min(self.turns.len()));
+        self.uncounted = self.uncounted.iter().filter_map(|i| i.checked_sub(n)).collect();
+        self
+    }
+
+    /// Whether each token is counted where all are but for the turns that are not to be.
+    pub fn mask_of_all(&self) -> Vec<bool> {
+        let mut mask = vec![true; self.ids.len()];
+        for i in &self.uncounted {
+            mask[self.turns[*i].clone()].fill(false);
         }
         mask
     }
@@ -63,8 +90,10 @@ impl Chat {
     }
 
     fn with(tokenizer: &Tokenizer, template: &ChatTemplate) -> Result<Chat> {
+        let source = &template.source;
         let template = Jinja::new(template, tokenizer.special_tokens().to_vec(), tokenizer.template_date())?;
-        let mut chat = Chat { tokenizer: tokenizer.clone(), template, end_of_turn: None };
+        let reads = Reads::of(source, &template);
+        let mut chat = Chat { tokenizer: tokenizer.clone(), template, reads, end_of_turn: None };
         // What a template makes of these two tells how it ends a turn; not every one takes them.
         let probe = [Message::new("user", "a"), Message::new("assistant", "b")];
         if let Ok(encoded) = chat.encode(&probe, false) {
@@ -92,8 +121,26 @@ impl Chat {
 
     /// The text that the template makes of the messages. `add_generation_prompt`: with the beginning of the
     /// assistant's answer to them.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        Ok(self.template.render(messages, add_generation_prompt)?.text)
+    pub fn render<'a>(
+        &self,
+        dialogue: impl Into<Dialogue<'a>>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        Ok(self.rendered(dialogue.into(), add_generation_prompt)?.text)
+    }
+
+    fn rendered(&self, dialogue: Dialogue, add_generation_prompt: bool) -> Result<Rendered> {
+        self.template.render(dialogue.variables(&self.reads)?, add_generation_prompt)
+    }
+
+    /// What is said of each key that a record gives to the template and that leaves no trace in the text, and of each that
+    /// was not read before; see [`super::fields::Unused`].
+    pub fn unused(&self, conversation: &Conversation) -> Vec<String> {
+        let rendered = |dialogue: Dialogue| {
+            [false, true].map(|prompt| self.rendered(dialogue, prompt).ok().map(|rendered| rendered.text))
+        };
+        let unwritten = dialogue::unwritten(conversation, &self.reads, rendered);
+        conversation.unused.iter().cloned().chain(unwritten).collect()
     }
 
     /// The conversation in tokens, with the assistant's turns.
@@ -108,19 +155,42 @@ impl Chat {
     /// # Errors
     /// The template refuses the messages; what it writes for messages changes with those that follow, so that the
     /// turns cannot be told.
-    pub fn encode(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Encoding> {
-        let (text, turns) = self.render_turns(messages, add_generation_prompt)?;
-        self.encode_text(text, &turns)
+    pub fn encode<'a>(
+        &self,
+        dialogue: impl Into<Dialogue<'a>>,
+        add_generation_prompt: bool,
+    ) -> Result<Encoding> {
+        let dialogue = dialogue.into();
+        let (text, turns) = self.render_turns(dialogue, add_generation_prompt)?;
+        let uncounted = self.uncounted(dialogue, turns.len())?;
+        Ok(Encoding { uncounted, ..self.encode_text(text, &turns)? })
+    }
+
+    /// The numbers of the assistant's turns, of `turns` that were found, that the loss does not count.
+    fn uncounted(&self, dialogue: Dialogue, turns: usize) -> Result<Vec<usize>> {
+        let all: Vec<&Message> = dialogue.messages.iter().filter(|m| m.role == "assistant").collect();
+        let uncounted: Vec<usize> = (0..all.len()).filter(|i| !all[*i].supervised).collect();
+        if !uncounted.is_empty() && turns != all.len() {
+            return Err(Error::data(format!(
+                "{}: it marks {turns} turns of {} of the assistant, so that those with `weight` 0 or `train` false cannot be \
+                 told from the others",
+                self.template.place,
+                all.len()
+            )));
+        }
+        Ok(uncounted)
     }
 
     /// [`Chat::encode`] of a conversation whose last message is an answer that did not come to its end: without what the
     /// template writes after it. An answer that the template does not write as it is, or an empty one, is taken for whole.
-    pub fn encode_unfinished(&self, messages: &[Message]) -> Result<Encoding> {
-        let (mut text, mut turns) = self.render_turns(messages, false)?;
-        if let (Some(turn), Some(answer)) = (turns.last_mut(), messages.last()) {
+    pub fn encode_unfinished<'a>(&self, dialogue: impl Into<Dialogue<'a>>) -> Result<Encoding> {
+        let dialogue = dialogue.into();
+        let (mut text, mut turns) = self.render_turns(dialogue, false)?;
+        if let (Some(turn), Some(answer)) = (turns.last_mut(), dialogue.messages.last()) {
             // Many templates trim what is said.
             let written = |said: &str| text[turn.clone()].find(said).map(|at| turn.start + at + said.len());
-            let all = [answer.content.as_str(), answer.content.trim()];
+            let said = answer.text();
+            let all = [&*said, said.trim()];
             if let Some(end) = all.into_iter().filter(|said| !said.is_empty()).find_map(written) {
                 text.truncate(end);
                 turn.end = end;
@@ -131,24 +201,25 @@ impl Chat {
 
     fn render_turns(
         &self,
-        messages: &[Message],
+        dialogue: Dialogue,
         add_generation_prompt: bool,
     ) -> Result<(String, Vec<Range<usize>>)> {
-        let rendered = self.template.render(messages, add_generation_prompt)?;
+        let rendered = self.rendered(dialogue, add_generation_prompt)?;
         let turns = match self.template.marks {
             true => rendered.marked,
-            false => self.find_turns(messages, &rendered.text)?,
+            false => self.find_turns(dialogue, &rendered.text)?,
         };
         Ok((rendered.text, turns))
     }
 
     /// The ids of messages and of the beginning of the assistant's answer: what a model is given to answer. A template
     /// whose turns cannot be told, which cannot be trained with, is encoded as one text.
-    pub fn prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        let rendered = self.template.render(messages, true)?;
+    pub fn prompt<'a>(&self, dialogue: impl Into<Dialogue<'a>>) -> Result<Vec<u32>> {
+        let dialogue = dialogue.into();
+        let rendered = self.rendered(dialogue, true)?;
         let turns = match self.template.marks {
             true => rendered.marked,
-            false => self.find_turns(messages, &rendered.text).unwrap_or_default(),
+            false => self.find_turns(dialogue, &rendered.text).unwrap_or_default(),
         };
         Ok(self.encode_text(rendered.text, &turns)?.ids)
     }
@@ -176,13 +247,13 @@ impl Chat {
                 places.push(begin..ids.len());
             }
         }
-        Ok(Encoding { text, ids, turns: places })
+        Ok(Encoding { text, ids, turns: places, uncounted: Vec::new() })
     }
 
     /// Where the assistant's turns lie in `text`, which the template has made of the messages.
-    fn find_turns(&self, messages: &[Message], text: &str) -> Result<Vec<Range<usize>>> {
+    fn find_turns(&self, dialogue: Dialogue, text: &str) -> Result<Vec<Range<usize>>> {
         let mut turns = Vec::new();
-        for (i, _) in messages.iter().enumerate().filter(|(_, m)| m.role == "assistant") {
+        for (i, _) in dialogue.messages.iter().enumerate().filter(|(_, m)| m.role == "assistant") {
             let cannot = |why: &str| {
                 Error::data(format!(
                     "{}: which tokens are the assistant's in message {} cannot be told: {why}; mark them in the \
@@ -192,7 +263,7 @@ impl Chat {
                 ))
             };
             let rendered = |n: usize, prompt| {
-                let rendered = self.template.render(&messages[..n], prompt);
+                let rendered = self.rendered(dialogue.first(n), prompt);
                 rendered.map_err(|e| cannot(&format!("the messages before it alone give: {e}")))
             };
             let (before, with) = (rendered(i, true)?.text, rendered(i + 1, false)?.text);

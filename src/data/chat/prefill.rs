@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Chat, Encoding};
+use super::{Chat, Dialogue, Encoding};
 use crate::data::conversation::Message;
 use crate::error::{Error, Result};
 
@@ -14,11 +14,12 @@ impl Chat {
     ///
     /// # Errors
     /// As [`Chat::prompt`]; the template does not write the last turn as it is.
-    pub fn prompt_or_prefill(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        if messages.last().is_none_or(|m| m.role != "assistant") {
-            return self.prompt(messages);
+    pub fn prompt_or_prefill<'a>(&self, dialogue: impl Into<Dialogue<'a>>) -> Result<Vec<u32>> {
+        let dialogue = dialogue.into();
+        if dialogue.messages.last().is_none_or(|m| m.role != "assistant") {
+            return self.prompt(dialogue);
         }
-        let (text, turns) = self.render_prefill(messages)?;
+        let (text, turns) = self.render_prefill(dialogue)?;
         Ok(self.encode_text(text, &turns)?.ids)
     }
 
@@ -27,22 +28,25 @@ impl Chat {
     ///
     /// # Errors
     /// As [`Chat::encode`]; the template does not write the prompt's last turn as it is.
-    pub fn answer(&self, prompt: &[Message], completion: &[Message]) -> Result<Encoding> {
+    pub fn answer<'a>(&self, prompt: impl Into<Dialogue<'a>>, completion: &[Message]) -> Result<Encoding> {
+        let prompt = prompt.into();
         let is_assistant = |m: Option<&Message>| m.is_some_and(|m| m.role == "assistant");
-        let before = prompt.iter().filter(|m| m.role == "assistant").count();
-        let mut messages = prompt.to_vec();
-        if !(is_assistant(prompt.last()) && is_assistant(completion.first())) {
+        let before = prompt.messages.iter().filter(|m| m.role == "assistant").count();
+        let mut messages = prompt.messages.to_vec();
+        if !(is_assistant(prompt.messages.last()) && is_assistant(completion.first())) {
             messages.extend_from_slice(completion);
-            let mut encoding = self.encode(&messages, false)?;
-            encoding.turns.drain(..before.min(encoding.turns.len()));
-            return Ok(encoding);
+            let encoding = self.encode(Dialogue { messages: &messages, ..prompt }, false)?;
+            return Ok(encoding.after_turns(before));
         }
         let begin = self.render_prefill(prompt)?.0;
         if let (Some(last), Some(first)) = (messages.last_mut(), completion.first()) {
-            last.content.push_str(&first.content);
+            last.push_text(&first.text());
+            last.supervised = first.supervised;
         }
         messages.extend_from_slice(&completion[1..]);
-        let (text, mut turns) = self.render_turns(&messages, false)?;
+        let dialogue = Dialogue { messages: &messages, ..prompt };
+        let (text, mut turns) = self.render_turns(dialogue, false)?;
+        let uncounted = self.uncounted(dialogue, turns.len())?;
         let at = before - 1;
         let Some(turn) =
             turns.get(at).filter(|turn| text.starts_with(&begin) && turn.end >= begin.len()).cloned()
@@ -51,26 +55,29 @@ impl Chat {
         };
         let cut = begin.len().max(turn.start);
         turns.splice(at..=at, [turn.start..cut, cut..turn.end]);
-        let mut encoding = self.encode_text(text, &turns)?;
-        encoding.turns.drain(..=at);
-        Ok(encoding)
+        // The prompt's part of the turn is one turn more.
+        let uncounted = uncounted.into_iter().filter(|i| *i >= at).map(|i| i + 1).collect();
+        let encoding = Encoding { uncounted, ..self.encode_text(text, &turns)? };
+        Ok(encoding.after_turns(at + 1))
     }
 
     /// The text of messages up to where the last one ends, and the assistant's turns in it; of a template whose turns cannot be
     /// told, none.
-    fn render_prefill(&self, messages: &[Message]) -> Result<(String, Vec<Range<usize>>)> {
-        let mut marked = messages.to_vec();
+    fn render_prefill(&self, dialogue: Dialogue) -> Result<(String, Vec<Range<usize>>)> {
+        let mut marked = dialogue.messages.to_vec();
         let said = match marked.last_mut() {
             Some(last) => {
-                last.content.push_str(TAG);
-                last.content[..last.content.len() - TAG.len()].trim().to_string()
+                let said = last.text().trim().to_string();
+                last.push_text(TAG);
+                said
             }
             None => String::new(),
         };
-        let rendered = self.template.render(&marked, false)?;
+        let dialogue = Dialogue { messages: &marked, ..dialogue };
+        let rendered = self.rendered(dialogue, false)?;
         let mut turns = match self.template.marks {
             true => rendered.marked,
-            false => self.find_turns(&marked, &rendered.text).unwrap_or_default(),
+            false => self.find_turns(dialogue, &rendered.text).unwrap_or_default(),
         };
         let mut text = rendered.text;
         let Some(at) = text.rfind(TAG.trim_end()).filter(|_| text.contains(&said)) else {

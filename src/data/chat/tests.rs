@@ -1,7 +1,7 @@
 use super::*;
 use crate::data::tokenizer::tests::{load_fixture, small};
 use crate::files::TestFolder;
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 
 fn chat(turns: &[(&str, &str)]) -> Vec<Message> {
     turns.iter().map(|(role, text)| Message::new(*role, *text)).collect()
@@ -9,6 +9,19 @@ fn chat(turns: &[(&str, &str)]) -> Vec<Message> {
 
 fn template(source: &str) -> ChatTemplate {
     ChatTemplate { source: source.into(), place: "here".into() }
+}
+
+/// What a template is given: messages alone.
+fn given(messages: &Value) -> Map<String, Value> {
+    Map::from_iter([
+        ("messages".into(), messages.clone()),
+        ("tools".into(), Value::Null),
+        ("documents".into(), Value::Null),
+    ])
+}
+
+fn says(text: &str) -> Map<String, Value> {
+    given(&json!([{"role": "user", "content": text}]))
 }
 
 /// The small trained tokenizer with further special tokens and a template.
@@ -28,9 +41,9 @@ fn templates_are_rendered_as_by_transformers() {
     for case in cases {
         let index = |i: usize| case[i].as_u64().unwrap() as usize;
         let source = fixture["templates"][index(0)].as_str().unwrap();
-        let messages: Vec<Message> = serde_json::from_value(fixture["chats"][index(1)].clone()).unwrap();
+        let messages = &fixture["chats"][index(1)];
         let jinja = Jinja::new(&template(source), tokens(), Default::default()).unwrap();
-        let rendered = jinja.render(&messages, case[2].as_bool().unwrap());
+        let rendered = jinja.render(given(messages), case[2].as_bool().unwrap());
         match case[3].as_str() {
             None => assert!(rendered.is_err(), "{source}\n{messages:?}"),
             Some(text) => {
@@ -55,7 +68,7 @@ fn errors_of_templates_are_told_with_their_line() {
         let e = jinja(source).err().unwrap();
         assert!(e.message.starts_with("here, line 2: syntax error: ") && e.message.contains(part), "{e}");
     }
-    let fails = |source: &str| jinja(source).unwrap().render(&chat(&[("user", "x")]), true).err().unwrap();
+    let fails = |source: &str| jinja(source).unwrap().render(says("x"), true).err().unwrap();
     let e = fails("\n\n{{ raise_exception('never ' + messages[0].content) }}");
     assert_eq!((e.message.as_str(), e.exit_code()), ("here, line 3: never x", 3));
     for (source, part) in [
@@ -69,9 +82,12 @@ fn errors_of_templates_are_told_with_their_line() {
         let e = fails(source);
         assert!(e.message.contains(part), "{source}: {e}");
     }
-    assert_eq!(jinja("{{ strftime_now('%Y') }}").unwrap().render(&[], false).unwrap().text.len(), 4);
+    assert_eq!(
+        jinja("{{ strftime_now('%Y') }}").unwrap().render(given(&json!([])), false).unwrap().text.len(),
+        4
+    );
     let marked = jinja("{% generation %}{{ messages[0].content }}{% endgeneration %}").unwrap();
-    assert!(marked.render(&chat(&[("user", "\u{fdd0}")]), false).is_err());
+    assert!(marked.render(says("\u{fdd0}"), false).is_err());
 }
 
 #[test]

@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 
 use super::{Counts, Encoded, Example, Options};
 use crate::data::arrow;
+use crate::data::fields::Unused;
 use crate::data::odd::{Odd, OddRecords, OrOdd, Reason};
 use crate::data::readers::{self, Record};
 use crate::data::tokenizer::hex;
@@ -29,7 +30,7 @@ use crate::telemetry::progress::with_bytes_bar;
 
 const MAGIC: &[u8; 8] = b"CORRALEX";
 /// Of the file format and of what is done to examples: part of every cache's key.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 const SUPERVISED: u32 = 1 << 31;
 /// Records that are read before they are tokenized together.
 const CHUNK: usize = 4096;
@@ -44,6 +45,7 @@ struct Footer {
     lengths: Lengths,
     odd: OddRecords,
     left_out: LeftOut,
+    unused: Unused,
     crc32: u32,
 }
 
@@ -60,6 +62,7 @@ pub struct Examples {
     lengths: Lengths,
     odd: OddRecords,
     left_out: LeftOut,
+    unused: Unused,
     key: String,
 }
 
@@ -79,11 +82,18 @@ pub struct Tokenization<'a> {
 
 impl Tokenization<'_> {
     /// The examples of a file: from the cache, else tokenized into it. Processes that ask at the same time wait for the
-    /// first one. Records that cannot be used are left out; see [`Examples::odd`].
+    /// first one. Records that cannot be used are left out; see [`Examples::odd`]. Keys of the records that nothing reads are
+    /// told, wherever the examples come from.
     ///
     /// # Errors
     /// A file that cannot be read on; a cache that cannot be written.
     pub fn open(&self, path: &Path) -> Result<Examples> {
+        let examples = self.cached(path)?;
+        examples.unused.warn(path);
+        Ok(examples)
+    }
+
+    fn cached(&self, path: &Path) -> Result<Examples> {
         let key = self.cache_key(path)?;
         create_dir(&self.cache).context("data.cache")?;
         let cached = self.cache.join(format!("{key}.examples"));
@@ -124,6 +134,7 @@ impl Tokenization<'_> {
         let mut file = AtomicFile::create(cached)?;
         let (mut counts, mut crc) = (Counts::default(), crc32fast::Hasher::new());
         let (mut lengths, mut odd, mut left_out) = (Lengths::new(), OddRecords::default(), LeftOut::new());
+        let mut unused = Unused::default();
         let (mut ends, mut example_ends, mut ranks) = (Vec::new(), Vec::new(), Vec::new());
         let mut records = readers::records_or_errors(path, None, read)?;
         let mut index = 0;
@@ -154,6 +165,7 @@ impl Tokenization<'_> {
                     }
                 };
                 counts.add(&tokenized.counts);
+                unused.count(&tokenized.unused);
                 tokenized.lengths.into_iter().for_each(|n| *lengths.entry(n).or_default() += 1);
                 let Some(example) = tokenized.example else {
                     for (reason, _) in tokenized.counts.left_out() {
@@ -178,7 +190,8 @@ impl Tokenization<'_> {
         crc.update(&bytes);
         file.put(&bytes)?;
         let odd = odd.without_path(path);
-        let footer = Footer { key: key.to_string(), counts, lengths, odd, left_out, crc32: crc.finalize() };
+        let footer =
+            Footer { key: key.to_string(), counts, lengths, odd, left_out, unused, crc32: crc.finalize() };
         let footer = serde_json::to_vec(&footer).map_err(|e| Error::failed(e.to_string()))?;
         file.put(&footer)?;
         file.put(&(footer.len() as u64).to_le_bytes())?;
@@ -191,9 +204,10 @@ impl Tokenization<'_> {
         let mut counts = Counts::default();
         let example = (self.encode)(&record)?;
         let lengths = example.sequences.iter().map(|s| s.ids.len()).collect();
+        let unused = example.unused.clone();
         let example = (self.fit)(example, &mut counts);
         example.iter().for_each(|e| counts.keep(e, self.eos));
-        Ok(Tokenized { example, counts, lengths, place: record.place.in_file() })
+        Ok(Tokenized { example, counts, lengths, unused, place: record.place.in_file() })
     }
 }
 
@@ -205,6 +219,8 @@ struct Tokenized {
     counts: Counts,
     /// Of its sequences before any was cut.
     lengths: Vec<usize>,
+    /// What is said of each of its keys that nothing reads.
+    unused: Vec<String>,
     /// Its place, without the file's path.
     place: String,
 }
@@ -228,9 +244,9 @@ impl Examples {
         if footer.key != key || whole != Some(end as u64) || crc32fast::hash(&map[..end]) != footer.crc32 {
             return Ok(None);
         }
-        let Footer { key, counts, lengths, odd, left_out, .. } = footer;
+        let Footer { key, counts, lengths, odd, left_out, unused, .. } = footer;
         let odd = odd.with_path(path);
-        Ok(Some(Examples { map, path: path.to_path_buf(), counts, lengths, odd, left_out, key }))
+        Ok(Some(Examples { map, path: path.to_path_buf(), counts, lengths, odd, left_out, unused, key }))
     }
 
     /// The file of data.
@@ -323,7 +339,11 @@ impl Examples {
                 self.words(n..n + 1).map(|w| (w & !SUPERVISED, w & SUPERVISED != 0)).unzip();
             Encoded { ids, supervised }
         };
-        Example { ranks: sequences.clone().map(rank).collect(), sequences: sequences.map(sequence).collect() }
+        Example {
+            ranks: sequences.clone().map(rank).collect(),
+            sequences: sequences.map(sequence).collect(),
+            unused: Vec::new(),
+        }
     }
 
     /// Supervised tokens of example `i`, of all its sequences.

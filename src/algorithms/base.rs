@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use crate::checkpoint::Weights;
+use serde_json::json;
+
+use crate::checkpoint::{ModelRecord, TensorHash, Weights};
 use crate::config::pretrain::Model;
 use crate::config::sections::{self, Train};
 use crate::config::shape::{Head, Shape};
@@ -222,20 +224,39 @@ impl Base {
         Ok(trainable)
     }
 
-    /// Sets the parameters to what the run begins with. Collective.
-    pub fn fill(&self, params: &mut Sharded, seed: u64) -> Result<()> {
+    /// Sets the parameters to what the run begins with. Returns the hash of those that are not trained. Collective.
+    pub fn fill(&self, params: &mut Sharded, seed: u64) -> Result<TensorHash> {
         init::init_adapters(params, seed)?;
         if self.weights.is_none() {
             init::init(params, &self.shape, seed)?;
         }
         init::init_score(params, self.score_std, seed)?;
-        self.weights.as_ref().map_or(Ok(()), |weights| weights.fill(params))
+        self.weights.as_ref().map_or(Ok(TensorHash::default()), |weights| weights.fill(params))
+    }
+
+    /// What the model is, for checkpoints: `name` in the run, by the configuration's `key`; `hash` of what is not trained. None
+    /// for a new model.
+    pub fn record(&self, name: &str, key: &str, hash: Option<TensorHash>) -> Option<ModelRecord> {
+        let dir = self.weights.as_ref()?.dir();
+        let path = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf()).to_string_lossy().into_owned();
+        let details = json!({"shape": self.shape});
+        let hash = hash.map(|hash| hash.to_string());
+        Some(ModelRecord { name: name.into(), key: key.into(), path, hash, details })
+    }
+
+    /// [`Base::record`] of a model that is only asked, with adapters that it may have.
+    pub fn record_asked(&self, name: &str, key: &str, hash: TensorHash) -> Option<ModelRecord> {
+        let mut record = self.record(name, key, Some(hash))?;
+        if let Some(trainable) = self.weights.as_ref()?.lora() {
+            record.details["adapter"] = json!(trainable.lora);
+        }
+        Some(record)
     }
 
     /// Where the model lies, without an adapter that it may have; a hub id as it was given. For models that are not new.
     pub fn path(&self, model: &Model) -> Option<String> {
         let dir = match self.weights.as_ref()? {
-            Weights::Adapted(model) => model.base.dir(),
+            Weights::Adapted(model) if model.adapter.trainable().lora.is_some() => model.base.dir(),
             weights => match model {
                 Model::Path(path) if matches!(exists(path), Ok(false)) => path,
                 _ => weights.dir(),

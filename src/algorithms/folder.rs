@@ -13,7 +13,7 @@ use super::run::{Resume, Signals};
 use super::step::SkipGuard;
 use super::training::{Learner, Plan, Progress, Run, Window};
 use crate::checkpoint::sharded::{META, checkpoints_dir, list, step_name};
-use crate::checkpoint::{self, Checkpoint, RunInfo, Saver, agree};
+use crate::checkpoint::{self, Checkpoint, ModelRecord, RunInfo, Saver, agree};
 use crate::config::changes::{self, Change, Class};
 use crate::config::{Algorithm, Loaded};
 use crate::data::tokenizer::{Tokenizer, hex};
@@ -237,13 +237,32 @@ impl<'a> RunFolder<'a> {
         self.found.from.as_ref()
     }
 
+    /// Notes models for the run's checkpoints.
+    ///
+    /// # Errors
+    /// Of kind Data: the checkpoint to go on from was made with another. Nothing was changed then.
+    pub fn record(&mut self, models: impl IntoIterator<Item = ModelRecord>) -> Result<()> {
+        for model in models {
+            let earlier = self
+                .from()
+                .and_then(|from| Some((from.meta().models.iter().find(|m| m.name == model.name)?, from)));
+            agree(
+                &self.world.group,
+                earlier.map_or(Ok(()), |(earlier, from)| model.check(earlier, from.dir())),
+            )?;
+            self.saver.add_model(model);
+        }
+        Ok(())
+    }
+
     /// Sets a learner's parameters and moments, and the position, from the checkpoint, if there is one to go on from.
     /// Further models of the run are in [`RunFolder::from`]'s parts. Collective.
     pub fn restore<D: DeserializeOwned>(&self, learner: &mut Learner) -> Result<Option<Progress<D>>> {
         let Some(from) = &self.found.from else { return Ok(None) };
         let state = from.load(&mut learner.model.params, &mut learner.optimizer)?.state;
-        let progress: Progress<D> = serde_json::from_value(state)
+        let mut progress: Progress<D> = serde_json::from_value(state)
             .map_err(|e| Error::data(format!("{}: its state cannot be read: {e}", from.dir().display())))?;
+        progress.went_on(from, &self.dir);
         info!("resumed from {}", from.dir().display());
         Ok(Some(progress))
     }
@@ -309,6 +328,8 @@ impl<'a> RunFolder<'a> {
             elapsed_before,
             window: Window::begin(),
             signal: 0.0,
+            last_save: Ok(()),
+            took_best: false,
         })
     }
 }

@@ -55,10 +55,11 @@ pub fn grpo(loaded: &Loaded<Grpo>, inputs: Inputs, world: &World, start: &Start)
     let (c, Inputs(opened, samplers)) = (&loaded.config, inputs);
     let (common, sections) = (c.common(), c.sections_of_responses());
     let tokenizer = opened.tokenizer().clone();
-    let folder = RunFolder::open(loaded, start, &sections.paths(), &tokenizer, world)?;
+    let mut folder = RunFolder::open(loaded, start, &sections.paths(), &tokenizer, world)?;
     let Samplers { train: mut sampler, mut valid } = samplers;
     opened.announce(&sampler, valid.as_ref(), c.train.batch_size, world);
     let mut policy = Policy::load(&sections, &opened, world)?;
+    folder.record(std::mem::take(&mut policy.records))?;
     let progress = match folder.restore::<State>(&mut policy.actor)? {
         Some(progress) => {
             sampler.prompts.resume(&progress.data)?;
@@ -118,6 +119,7 @@ pub fn grpo(loaded: &Loaded<Grpo>, inputs: Inputs, world: &World, start: &Start)
         run.save(&[policy.actor.part("")], best)?;
     }
     policy.wake()?;
+    run.take_best(|best| best.load_values(&mut policy.actor.model.params))?;
     run.finish(|dir| policy.actor.export(dir, &tokenizer, world))
 }
 

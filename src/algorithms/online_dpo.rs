@@ -61,9 +61,10 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
     let (common, sections) = (c.common(), c.sections_of_responses());
     let Samplers { train: mut sampler, mut valid } = samplers;
     let tokenizer = opened.tokenizer().clone();
-    let folder = RunFolder::open(loaded, start, &sections.paths(), &tokenizer, world)?;
+    let mut folder = RunFolder::open(loaded, start, &sections.paths(), &tokenizer, world)?;
     opened.announce(&sampler, valid.as_ref(), c.train.batch_size, world);
     let mut policy = Policy::load(&sections, &opened, world)?;
+    folder.record(std::mem::take(&mut policy.records))?;
     let restored = folder.restore::<State>(&mut policy.actor)?;
     if restored.is_none() {
         policy.actor.begin(&opened.actor, c.seed)?;
@@ -81,7 +82,7 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
         Some(progress) => {
             sampler.prompts.resume(&progress.data)?;
             if let (Some(moving), Some(from)) = (&mut moving, folder.from()) {
-                from.part(REFERENCE)?.fill_weights(&mut moving.params)?;
+                from.part(REFERENCE)?.load_values(&mut moving.params)?;
             }
             progress
         }
@@ -144,6 +145,7 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
         run.save(&parts(&policy, moving.as_ref()), best)?;
     }
     policy.wake()?;
+    run.take_best(|best| best.load_values(&mut policy.actor.model.params))?;
     run.finish(|dir| policy.actor.export(dir, &tokenizer, world))
 }
 

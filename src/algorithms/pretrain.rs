@@ -4,6 +4,7 @@ use crate::algorithms::base::{self, Base};
 use crate::algorithms::folder::{RunFolder, Start};
 use crate::algorithms::step::{self, MicroBatch, Stop};
 use crate::algorithms::training::{Learner, Plan, Progress, Run, compute_kind};
+use crate::checkpoint::Metric;
 use crate::config::pretrain::Pretrain;
 use crate::config::sections::{self, Mode};
 use crate::config::{Algorithm, Loaded, common};
@@ -54,10 +55,11 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
     let common = c.common();
     let inputs_of = common::paths(&c.model, c.tokenizer.as_ref(), c.data.train.iter().chain(&c.data.valid));
     let tokenizer = &inputs.base.tokenizer;
-    let folder = RunFolder::open(loaded, start, &inputs_of, tokenizer, world)?;
+    let mut folder = RunFolder::open(loaded, start, &inputs_of, tokenizer, world)?;
 
     // The model on this rank, its optimizer, and where the run stands.
     let mut learner = Learner::new(&inputs.base, None, &Trainable::default(), &common, world)?;
+    folder.record(learner.record("model", &inputs.base))?;
     let progress = match folder.restore::<State>(&mut learner)? {
         Some(progress) => {
             inputs.train.resume(&progress.data)?;
@@ -107,6 +109,7 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
         let best = due && validation(c, &inputs, &mut learner.model, &mut run, world)?;
         run.save(&[learner.part("")], best)?;
     }
+    run.take_best(|best| best.load_values(&mut learner.model.params))?;
     run.finish(|dir| learner.export(dir, tokenizer, world))
 }
 
@@ -134,7 +137,7 @@ fn validation(
     let record = run.with_loss(Record::new("valid", run.progress.step), loss);
     run.log(&record.float("perplexity", loss.exp()));
     run.restart_window();
-    Ok(run.note_validation(loss, &c.valid))
+    Ok(run.note_validation(Metric::Loss, loss, &c.valid))
 }
 
 /// Mean loss over the first `valid.batches` batches of the validation data (or all of it), in nats a token; none where it was

@@ -13,7 +13,7 @@ use crate::algorithms::ranking::{Pairs, Terms, losses};
 use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Stop, Sums};
 use crate::algorithms::training::{Learner, Plan, Progress, Run};
 use crate::algorithms::{records, scorer};
-use crate::checkpoint::{Measured, Scoring};
+use crate::checkpoint::{Measured, Metric, Scoring};
 use crate::config::reward::{Reward, Score, Settings, Which};
 use crate::config::sections::OnError;
 use crate::config::{Algorithm, Loaded, common};
@@ -267,10 +267,11 @@ pub fn reward(loaded: &Loaded<Reward>, inputs: Inputs, world: &World, start: &St
         common::paths(&c.model, c.tokenizer.as_ref(), c.data.train.iter().chain(&c.data.valid));
     inputs_of.extend(c.reward.normalize.data.iter().map(|p| p.as_path()));
     let tokenizer = &inputs.base.tokenizer;
-    let folder = RunFolder::open(loaded, start, &inputs_of, tokenizer, world)?;
+    let mut folder = RunFolder::open(loaded, start, &inputs_of, tokenizer, world)?;
     let origin = inputs.base.path(&c.model);
     let mut learner = Learner::new(&inputs.base, origin, &inputs.trainable, &common, world)?;
     learner.scoring = Some(Scoring::raw(inputs.score));
+    folder.record(learner.record("model", &inputs.base))?;
     let progress = match folder.restore::<State>(&mut learner)? {
         Some(progress) => {
             inputs.train.resume(&progress.data)?;
@@ -325,6 +326,7 @@ pub fn reward(loaded: &Loaded<Reward>, inputs: Inputs, world: &World, start: &St
         let best = due && validation(c, &inputs, &mut learner.model, &mut run, world)?;
         run.save(&[learner.part("")], best)?;
     }
+    run.take_best(|best| best.load_values(&mut learner.model.params))?;
     learner.scoring = Some(normalized(&inputs, &mut learner.model, world)?);
     run.finish(|dir| learner.export(dir, tokenizer, world))
 }
@@ -380,7 +382,7 @@ fn validation(
             .float("reward_std", std),
     );
     run.restart_window();
-    Ok(run.note_validation(loss, &c.valid))
+    Ok(run.note_validation(Metric::Loss, loss, &c.valid))
 }
 
 /// How many prompts of the validation data were taken (at most `valid.batches` batches), and what was counted of them; none

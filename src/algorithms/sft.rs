@@ -5,6 +5,7 @@ use crate::algorithms::folder::{RunFolder, Start};
 use crate::algorithms::records;
 use crate::algorithms::step::{self, MicroBatch, Stop};
 use crate::algorithms::training::{Learner, Plan, Progress, Run};
+use crate::checkpoint::Metric;
 use crate::config::sft::Sft;
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded, common, sections};
@@ -123,9 +124,10 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
     let common = c.common();
     let inputs_of = common::paths(&c.model, c.tokenizer.as_ref(), c.data.train.iter().chain(&c.data.valid));
     let tokenizer = &inputs.base.tokenizer;
-    let folder = RunFolder::open(loaded, start, &inputs_of, tokenizer, world)?;
+    let mut folder = RunFolder::open(loaded, start, &inputs_of, tokenizer, world)?;
     let origin = inputs.base.path(&c.model);
     let mut learner = Learner::new(&inputs.base, origin, &inputs.trainable, &common, world)?;
+    folder.record(learner.record("model", &inputs.base))?;
     let progress = match folder.restore::<State>(&mut learner)? {
         Some(progress) => {
             inputs.train.resume(&progress.data)?;
@@ -164,6 +166,7 @@ pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -
         let best = validation(c, &inputs, &mut learner.model, &mut run, world)?;
         run.save(&[learner.part("")], best)?;
     }
+    run.take_best(|best| best.load_values(&mut learner.model.params))?;
     run.finish(|dir| learner.export(dir, tokenizer, world))
 }
 
@@ -184,7 +187,7 @@ fn validation(
         };
         let record = run.with_loss(Record::new("valid", run.progress.step), loss);
         run.log(&record.float("perplexity", loss.exp()));
-        best = run.note_validation(loss, &c.valid);
+        best = run.note_validation(Metric::Loss, loss, &c.valid);
         run.restart_window();
     }
     if c.samples.every > 0 && run.due(c.samples.every) {

@@ -3,6 +3,7 @@
 //! ```text
 //! let folder = RunFolder::open(...)             the run's folder, locked and checked; the checkpoint to go on from
 //! let mut learner = Learner::new(...)           a model on this rank, and its optimizer
+//! folder.record(...)                            the models, which must be those that the run began with
 //! let progress = folder.restore(...)            parameters, moments and position from there, or new
 //! let mut run = folder.start(progress, ...)     until the first save, what it replaces can be put back
 //! if run.owes_validation() { ... }              a signal ended the run before within a validation
@@ -13,6 +14,7 @@
 //!     ...                                       validation
 //!     run.save(&[learner.part("")], best)?;     where it is due; ends the run where a signal asked for it
 //! }
+//! run.take_best(...)                            where the best model is kept
 //! run.finish(|dir| learner.export(dir, ...))
 //! ```
 
@@ -28,7 +30,8 @@ use crate::algorithms::lock::RunLock;
 use crate::algorithms::run::Signals;
 use crate::algorithms::step::{SkipGuard, Update};
 use crate::checkpoint::{
-    AdapterExport, BaseMeta, Export, Part, Saver, Scoring, agree, export, export_adapter,
+    AdapterExport, BaseMeta, Best, Checkpoint, Export, Metric, ModelRecord, Part, Saver, Scoring, TensorHash,
+    agree, export, export_adapter, sharded,
 };
 use crate::config::changes::Change;
 use crate::config::common::Common;
@@ -37,10 +40,10 @@ use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
-use crate::info;
 use crate::model::{Llama, Trainable};
 use crate::optim::AdamW;
 use crate::telemetry::{Cut, Record, RunLog};
+use crate::{info, warn};
 
 /// What a checkpoint holds besides parameters and moments; `D` is the position in the data.
 #[derive(Debug, Serialize, Deserialize)]
@@ -95,7 +98,12 @@ impl<D> Progress<D> {
 
     /// The step of the best validation so far.
     pub(super) fn best_step(&self) -> Option<u64> {
-        self.best.best.map(|(step, _)| step)
+        self.best.step()
+    }
+
+    /// The run in the folder `run` goes on from this checkpoint, which may be another run's.
+    pub(super) fn went_on(&mut self, from: &Checkpoint, run: &Path) {
+        self.best.went_on(from.dir(), run);
     }
 
     /// What of the log a run that goes on at `step` cuts off.
@@ -128,28 +136,6 @@ impl<D> Progress<D> {
     }
 }
 
-/// The best validation so far.
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Best {
-    /// Its step and its loss.
-    best: Option<(u64, f64)>,
-    /// Validations since then.
-    worse: u64,
-}
-
-impl Best {
-    /// Notes the validation after a step; whether it is the best so far. What is no number (a diverged model, responses of
-    /// which none could be scored) is not.
-    fn note(&mut self, step: u64, loss: f64) -> bool {
-        let better = loss.is_finite() && self.best.is_none_or(|(_, lowest)| loss < lowest);
-        match better {
-            true => *self = Best { best: Some((step, loss)), worse: 0 },
-            false => self.worse += 1,
-        }
-        better
-    }
-}
-
 /// A model that is trained: its parameters on this rank, and their optimizer.
 pub struct Learner {
     pub model: Llama,
@@ -157,6 +143,8 @@ pub struct Learner {
     pub trainable: Trainable,
     /// Where what is not trained comes from, which is in no checkpoint; none where all is trained.
     frozen: Option<BaseMeta>,
+    /// The hash of what is not trained; none where all is trained.
+    hash: Option<TensorHash>,
     /// The model that this one began as, for adapters to name.
     origin: String,
     /// Of a reward model: goes into checkpoints, and with the exported model.
@@ -181,11 +169,16 @@ impl Learner {
         let origin = origin.unwrap_or_default();
         let frozen = model.params.frozen_bytes() > 0;
         let frozen = frozen.then(|| BaseMeta { path: origin.clone(), trainable: trainable.clone() });
-        if frozen.is_some() {
-            base.fill(&mut model.params, c.seed)?;
-        }
+        let hash = frozen.as_ref().map(|_| base.fill(&mut model.params, c.seed)).transpose()?;
         let optimizer = AdamW::configured(&model.params, c.optim)?;
-        Ok(Learner { model, optimizer, trainable: trainable.clone(), frozen, origin, scoring: None })
+        let trainable = trainable.clone();
+        Ok(Learner { model, optimizer, trainable, frozen, hash, origin, scoring: None })
+    }
+
+    /// What the model that `base` opened is, for [`RunFolder::record`]: `name` in the run, whose path is the configuration's
+    /// `NAME.path`.
+    pub fn record(&self, name: &str, base: &Base) -> Option<ModelRecord> {
+        base.record(name, &format!("{name}.path"), self.hash)
     }
 
     /// As a part of a checkpoint; the run's first has no name.
@@ -223,7 +216,7 @@ impl Learner {
     pub fn begin(&mut self, base: &Base, seed: u64) -> Result<()> {
         match self.frozen {
             Some(_) => Ok(()), // by `new`
-            None => base.fill(&mut self.model.params, seed),
+            None => base.fill(&mut self.model.params, seed).map(drop),
         }
     }
 }
@@ -268,6 +261,10 @@ pub struct Run<'a, D> {
     pub(super) window: Window,
     /// The signal that a rank has received, 0 if none.
     pub(super) signal: f64,
+    /// How the run's last save ended.
+    pub(super) last_save: Result<()>,
+    /// The models are those of the best validation.
+    pub(super) took_best: bool,
 }
 
 /// What happened since the last line of metrics.
@@ -299,7 +296,7 @@ impl Plan {
             steps,
             log_every: c.log.every,
             checkpoint_every: c.checkpoint.every,
-            keep_best: c.valid.keep_best,
+            keep_best: c.valid.keeps_best(),
             compute: c.precision.compute,
         }
     }
@@ -421,20 +418,21 @@ impl<D: Serialize> Run<'_, D> {
         self.window = Window::begin();
     }
 
-    /// Notes a validation, whose `loss` is better the lower it is. Returns whether its checkpoint is to be saved; ends the
-    /// run where too many in a row were not better.
-    pub fn note_validation(&mut self, loss: f64, valid: &Valid) -> bool {
+    /// Notes a validation. Returns whether its checkpoint is to be saved; ends the run where too many in a row were not
+    /// better.
+    pub fn note_validation(&mut self, metric: Metric, value: f64, valid: &Valid) -> bool {
         let (step, best) = (self.progress.step, &mut self.progress.best);
-        if best.note(step, loss) {
-            if valid.keep_best {
+        best.keep(valid.keeps_best());
+        if best.note(step, metric, value) {
+            if best.kept() {
                 self.saver.keep_best(step);
             }
-            return valid.keep_best;
+            return best.kept();
         }
-        if valid.patience > 0 && best.worse >= valid.patience {
-            let worse = best.worse;
-            match best.best {
-                Some((at, _)) => {
+        if valid.patience > 0 && best.worse() >= valid.patience {
+            let worse = best.worse();
+            match best.step() {
+                Some(at) => {
                     info!("the validation was best at step {at}, {worse} validations ago: the run ends here");
                 }
                 None => info!("none of {worse} validations gave a number: the run ends here"),
@@ -464,6 +462,31 @@ impl<D: Serialize> Run<'_, D> {
         Ok(())
     }
 
+    /// Where the run keeps its best checkpoint, and that is not of this step: sets the models by `load` to what they were then.
+    /// Waits for the last save. Collective.
+    pub fn take_best(&mut self, load: impl FnOnce(&Checkpoint) -> Result<()>) -> Result<()> {
+        self.last_save = self.saver.finish().map(drop);
+        let best = &self.progress.best;
+        let Some(step) = best.step().filter(|_| self.plan.keep_best) else { return Ok(()) };
+        if step == self.progress.step {
+            self.took_best = true;
+            return Ok(());
+        }
+        let own = sharded::checkpoints_dir(&self.dir).join(sharded::step_name(step));
+        let path = best.elsewhere().unwrap_or(&own).clone();
+        // Ranks decide together, whatever each sees of the file system.
+        let there = f64::from(u8::from(path.is_dir()));
+        if self.world.group.combine(&[there], ReduceOp::Min)?[0] < 1.0 {
+            if self.world.rank == 0 {
+                warn!("{}, the best checkpoint, is not there: the last model is exported", path.display());
+            }
+            return Ok(());
+        }
+        load(&agree(&self.world.group, Checkpoint::open(&path))?)?;
+        self.took_best = true;
+        Ok(())
+    }
+
     /// Waits for the last save, and writes the trained model by `export` to `RUN_DIR/model`: also where the last
     /// checkpoint could not be written, since it needs less room. Collective.
     pub fn finish(mut self, export: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
@@ -471,35 +494,16 @@ impl<D: Serialize> Run<'_, D> {
         let saved = self.saver.finish();
         let dir = self.dir.join("model");
         let exported = export(&dir);
-        saved?;
+        std::mem::replace(&mut self.last_save, Ok(())).and(saved)?;
         exported?;
         agree(&self.world.group, self.check_folder())?;
         self.saver.end(self.progress.step);
         drop(self.log);
         info!("the trained model is in {}", dir.display());
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Validations that are no numbers are never the best, and what was noted can be read again.
-    #[test]
-    fn only_numbers_are_the_best() {
-        let mut progress = Progress::new(7u64);
-        let notes = [f64::NAN, 2.0, f64::NAN, f64::NEG_INFINITY, 3.0, 1.0].map(|l| progress.best.note(1, l));
-        assert_eq!(notes, [false, true, false, false, false, true]);
-        for losses in [&[f64::NAN][..], &[1.0, -f64::NAN]] {
-            let mut progress = Progress::new(7u64);
-            losses.iter().for_each(|loss| {
-                progress.best.note(1, *loss);
-            });
-            assert_eq!(progress.best.worse, 1);
-            let text = serde_json::to_string(&progress).unwrap();
-            let again: Progress<u64> = serde_json::from_str(&text).unwrap();
-            assert_eq!(again.best.best, progress.best.best);
+        if let Some(best) = self.progress.best.text() {
+            let [of_best, of_last] = if self.took_best { [" (exported)", ""] } else { ["", " (exported)"] };
+            info!("best: {best}{of_best}; last: {}{of_last}", self.progress.best.last_text());
         }
+        Ok(())
     }
 }

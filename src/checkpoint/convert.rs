@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::hf::{self, Output, write_tokenizer};
 use super::hf_config::SpecialIds;
+use super::merge::{Merge, Merged};
 use super::meta::{self, Cut, PARAMS};
 use super::ours::Scoring;
 use super::safetensors::Entry;
@@ -55,14 +56,20 @@ pub struct Report {
     pub left_out: Vec<String>,
     /// `max_position_embeddings` as it is read back, where the format does not keep it.
     pub positions: Option<i64>,
+    /// Of a model with an adapter, which was merged.
+    pub merged: Option<Merged>,
 }
 
 /// A model that is to be written in another form.
 pub struct Conversion {
     shape: Shape,
     source: Rc<Source>,
+    /// Of a model with an adapter.
+    merge: Option<Merge>,
     /// The source's folder.
     dir: PathBuf,
+    /// Its special ids, where it has no tokenizer.
+    ids: SpecialIds,
     /// Goes along.
     tokenizer: Option<Tokenizer>,
     scoring: Option<Scoring>,
@@ -81,8 +88,17 @@ impl Conversion {
         }
         let scoring = weights.scoring()?;
         let tokenizer = weights.tokenizer_dir()?.map(Tokenizer::load).transpose()?;
-        let source = Rc::new(weights.into_source()?);
-        Ok(Conversion { shape, source, dir, tokenizer, scoring, target, dtype, device })
+        let ids = SpecialIds::of_folder(weights.dirs()[weights.dirs().len() - 1])?;
+        let (merge, source) = match weights {
+            Weights::Adapted(model) if model.adapter.trainable().lora.is_some() => {
+                let merge = Merge::new(model.base, model.adapter, None)?;
+                let source = merge.source()?;
+                (Some(merge), source)
+            }
+            weights => (None, weights.into_source()?),
+        };
+        let source = Rc::new(source);
+        Ok(Conversion { shape, source, merge, dir, ids, tokenizer, scoring, target, dtype, device })
     }
 
     /// Bytes of the tensors as they will be.
@@ -128,7 +144,7 @@ impl Conversion {
         let plan = hf::plan(entries.iter().cloned(), max_shard_size);
         let ids = match &self.tokenizer {
             Some(tokenizer) => SpecialIds::of(tokenizer),
-            None => SpecialIds::of_folder(&self.dir)?,
+            None => self.ids.clone(),
         };
         let (dtype, tokenizer) = (most_common(&entries), self.tokenizer.as_ref());
         let (folder, copied) =
@@ -265,9 +281,18 @@ impl Conversion {
         let positions = (read.max_position_embeddings != shape.max_position_embeddings)
             .then_some(read.max_position_embeddings);
         let num_tokens = ours.size()[0];
-        let left_out = source.left_out.clone();
-        let (num_files, copied) = (0, Vec::new());
-        Ok(Report { num_tensors, bytes, num_files, copied, num_tokens, rounding, left_out, positions })
+        let merged = self.merge.as_ref().map(|merge| merge.check(&back, device)).transpose()?;
+        Ok(Report {
+            num_tensors,
+            bytes,
+            num_files: 0,
+            copied: Vec::new(),
+            num_tokens,
+            rounding,
+            left_out: source.left_out.clone(),
+            positions,
+            merged,
+        })
     }
 }
 

@@ -18,11 +18,12 @@ pub(super) fn stored(spec: &Spec, rows: i64) -> Option<Spec> {
 }
 
 /// For [`crate::distributed::sharded::Sharded::fill`] with `read`, which reads tensors of a model with a vocabulary of
-/// `rows`: further rows of the embedding and of the LM head are the mean of the stored ones, each computed in float64.
+/// `rows` (`peek` does, too, for the means): further rows of the embedding and of the LM head are the mean of the stored ones, each computed in float64.
 /// (transformers' `mean_resizing` draws them from a normal distribution with that mean and a tiny variance.)
 pub(super) fn grown(
     rows: i64,
     mut read: impl FnMut(&Spec, i64, &Tensor) -> Result<()>,
+    mut peek: impl FnMut(&Spec, i64, &Tensor) -> Result<()>,
 ) -> impl FnMut(&Spec, i64, &Tensor) -> Result<()> {
     let mut means: HashMap<String, Tensor> = HashMap::new();
     move |spec, first, values| {
@@ -34,7 +35,7 @@ pub(super) fn grown(
         if end > known {
             let mean = match means.get(&spec.name) {
                 Some(mean) => mean.shallow_clone(),
-                None => mean_row(&stored, values, &mut read)?,
+                None => mean_row(&stored, values, &mut peek)?,
             };
             let begin = first.max(known);
             let columns =

@@ -2,21 +2,24 @@
 //! a time, and for the comparison of logits two groups of parameters.
 
 use std::collections::HashMap;
+use std::ops::Deref;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kernels::quant::Quantized;
 use tch::{Device, Kind, Tensor};
 
 use super::convert::logits;
+use super::grow::grown;
 use super::hf::{self, Output};
 use super::hf_config::SpecialIds;
-use super::ours::{Ours, Scoring};
+use super::ours::Scoring;
 use super::peft::PeftAdapter;
 use super::safetensors::Entry;
-use super::source::Source;
-use super::weights::Weights;
+use super::source::{Source, TensorFile, View, for_chunks};
+use super::weights::{Weights, not_adapted};
 use crate::config::shape::{Head, Shape};
 use crate::config::trainable::Base;
 use crate::data::tokenizer::Tokenizer;
@@ -31,7 +34,7 @@ pub struct Merge {
     shape: Shape,
     /// The model's tensors as they were in training, quantized ones among them.
     plans: Vec<Plan>,
-    tensors: Rc<Tensors>,
+    tensors: Arc<Tensors>,
     ids: SpecialIds,
     tokenizer: Option<Tokenizer>,
     scoring: Option<Scoring>,
@@ -42,6 +45,8 @@ pub struct Merge {
 /// Where tensors come from.
 struct Tensors {
     source: Source,
+    /// Rows of the source's embedding.
+    rows: i64,
     adapter: PeftAdapter,
 }
 
@@ -52,7 +57,10 @@ impl Tensors {
         if self.adapter.has(&spec.name) {
             return self.adapter.tensor(&spec.name);
         }
-        let t = self.source.tensor(&spec.name)?;
+        let flat = Tensor::f_empty([spec.numel()], (self.source.view(&spec.name)?.kind, Device::Cpu))?;
+        let read = |spec: &Spec, first, values: &Tensor| self.source.read(&spec.name, first, values);
+        grown(self.rows, read, read)(spec, 0, &flat)?;
+        let t = flat.f_view(spec.shape.as_slice())?;
         match role {
             Role::Frozen(Storage::Quantized(scheme)) => {
                 let q = Quantized::quantize(&t, scheme).with_context(|| format!("tensor `{}`", spec.name))?;
@@ -77,6 +85,17 @@ impl Tensors {
         }
     }
 
+    /// The dtype of a tensor of the merged model: the model's, unless all of it was trained as it is in a checkpoint.
+    fn kind(&self, name: &str) -> Result<Kind> {
+        let adapts = self.adapter.trainable().lora.is_some();
+        match self.adapter.kind(name) {
+            // A head that came with the adapter.
+            Some(_) if adapts && !self.source.views.contains_key(name) => Ok(Kind::Float),
+            Some(kind) if !adapts => Ok(kind),
+            _ => Ok(self.source.view(name)?.kind),
+        }
+    }
+
     /// Whether the adapter changes this tensor.
     fn changes(&self, spec: &Spec) -> bool {
         self.adapter.has(&adapter_names(&spec.name)[0]) || self.adapter.has(&spec.name)
@@ -91,6 +110,20 @@ pub struct Report {
     pub num_merged: usize,
     pub bytes: u64,
     pub num_files: usize,
+    merged: Merged,
+}
+
+impl Deref for Report {
+    type Target = Merged;
+
+    fn deref(&self) -> &Merged {
+        &self.merged
+    }
+}
+
+/// How far a merged model is from the model with its adapter.
+#[derive(Debug, Clone, Copy)]
+pub struct Merged {
     /// How the model's weights were kept in training.
     pub base: Base,
     /// Mean over tokens of KL(model with adapter || merged model), in nats; with a scalar head, of the absolute difference
@@ -103,6 +136,7 @@ pub struct Report {
 
 impl Merge {
     pub fn new(base: Weights, mut adapter: PeftAdapter, dtype: Option<Kind>) -> Result<Merge> {
+        not_adapted(&base, &adapter)?;
         let shape = adapter.shape(base.shape());
         adapter.check(&shape)?;
         let plans = adapter.trainable().plans(&shape)?;
@@ -112,8 +146,9 @@ impl Merge {
             Some(tokenizer) => SpecialIds::of(tokenizer),
             None => SpecialIds::of_folder(base.dir())?,
         };
-        let scoring = Ours::read(adapter.dir())?.reward.map_or_else(|| base.scoring(), |s| Ok(Some(s)))?;
-        let tensors = Rc::new(Tensors { source: base.into_source()?, adapter });
+        let scoring = adapter.scoring().map_or_else(|| base.scoring(), |s| Ok(Some(s.clone())))?;
+        let tensors =
+            Arc::new(Tensors { rows: base.shape().vocab_size, source: base.into_source()?, adapter });
         Ok(Merge { shape, plans, tensors, ids, tokenizer, scoring, dtype })
     }
 
@@ -122,13 +157,26 @@ impl Merge {
     }
 
     fn entry(&self, spec: &Spec) -> Result<Entry> {
-        let kind = match (self.dtype, &self.tensors.source) {
-            (Some(dtype), _) => dtype,
-            // A head that came with the adapter.
-            (None, source) if !source.views.contains_key(&spec.name) => Kind::Float,
-            (None, source) => source.view(&spec.name)?.kind,
-        };
+        let kind = self.dtype.map_or_else(|| self.tensors.kind(&spec.name), Ok)?;
         Ok(Entry { name: spec.name.clone(), kind, shape: spec.shape.clone() })
+    }
+
+    /// The merged model as tensors of a file, of which one is in memory at a time.
+    pub fn source(&self) -> Result<Source> {
+        let mut source = Source::default();
+        for (spec, _) in self.specs() {
+            let view = View::whole(0, &spec.name, spec.shape.clone(), self.entry(spec)?.kind);
+            source.views.insert(spec.name.clone(), view);
+        }
+        let entries = self
+            .specs()
+            .map(|(spec, role)| Ok((spec.name.clone(), (self.entry(spec)?, spec.clone(), *role))));
+        source.files = vec![Box::new(MergedFile {
+            tensors: self.tensors.clone(),
+            entries: entries.collect::<Result<_>>()?,
+            last: Mutex::default(),
+        })];
+        Ok(source)
     }
 
     /// Bytes of the tensors as they will be.
@@ -157,22 +205,19 @@ impl Merge {
         }
         drop(output);
         let written = Rc::new(Weights::open(folder.temporary())?.into_source()?);
-        let (distance, num_tokens) = self.divergence(&written, device)?;
+        let merged = self.check(&written, device)?;
         folder.commit()?;
         Ok(Report {
             num_tensors: entries.len(),
             num_merged,
             bytes: entries.iter().map(Entry::bytes).sum(),
             num_files: plan.len(),
-            base: self.tensors.adapter.trainable().lora.as_ref().map_or(Base::None, |l| l.base),
-            distance,
-            scored: self.shape.head == Head::Score,
-            num_tokens,
+            merged,
         })
     }
 
-    /// How far the written model is from the one with its adapter, and on how many tokens (see [`Report::distance`]).
-    fn divergence(&self, written: &Rc<Source>, device: Device) -> Result<(f64, i64)> {
+    /// Compares what was written with the model and its adapter, on the text of [`logits`].
+    pub(super) fn check(&self, written: &Rc<Source>, device: Device) -> Result<Merged> {
         let with_adapter: Vec<Plan> = self
             .plans
             .iter()
@@ -199,6 +244,63 @@ impl Merge {
         if !distance.is_finite() {
             return Err(Error::data("what the merged model gives is not finite"));
         }
-        Ok((distance.max(0.0), p.size()[0]))
+        let base = self.tensors.adapter.trainable().lora.as_ref().map_or(Base::None, |l| l.base);
+        let scored = self.shape.head == Head::Score;
+        Ok(Merged { base, distance: distance.max(0.0), scored, num_tokens: p.size()[0] })
+    }
+}
+
+/// A merged model as a file: a tensor is merged when something of it is read.
+struct MergedFile {
+    tensors: Arc<Tensors>,
+    entries: HashMap<String, (Entry, Spec, Role)>,
+    /// The tensor that was read last, since tensors are read in parts.
+    last: Mutex<Option<(String, Vec<u8>)>>,
+}
+
+impl MergedFile {
+    fn entry(&self, name: &str) -> Result<&(Entry, Spec, Role)> {
+        self.entries.get(name).ok_or_else(|| Error::data(format!("there is no tensor `{name}`")))
+    }
+
+    /// All bytes of a merged tensor.
+    fn merged(&self, name: &str) -> Result<Vec<u8>> {
+        let (entry, spec, role) = self.entry(name)?;
+        let merged = self.tensors.merged(spec, *role)?.f_to_kind(entry.kind)?;
+        if !bool::try_from(merged.f_isfinite()?.f_all()?)? {
+            return Err(Error::data(format!("`{name}` is not finite after merging")));
+        }
+        let mut bytes = Vec::with_capacity(entry.bytes() as usize);
+        for_chunks(&merged, entry.kind, |part| {
+            bytes.extend_from_slice(part);
+            Ok(())
+        })?;
+        Ok(bytes)
+    }
+}
+
+impl TensorFile for MergedFile {
+    fn path(&self) -> &Path {
+        self.tensors.adapter.dir()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.entries.keys().cloned().collect()
+    }
+
+    fn info(&self, name: &str) -> Result<(Vec<i64>, Kind)> {
+        let (entry, ..) = self.entry(name)?;
+        Ok((entry.shape.clone(), entry.kind))
+    }
+
+    fn read_bytes(&self, name: &str, first: i64, to: &mut [u8]) -> Result<()> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.as_ref().is_none_or(|(of, _)| of != name) {
+            *last = Some((name.to_string(), self.merged(name)?));
+        }
+        let start = first as usize * self.entry(name)?.0.kind.elt_size_in_bytes();
+        let bytes = last.as_ref().and_then(|(_, bytes)| bytes.get(start..start + to.len()));
+        to.copy_from_slice(bytes.ok_or_else(|| Error::failed(format!("`{name}` is shorter")))?);
+        Ok(())
     }
 }

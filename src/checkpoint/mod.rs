@@ -2,6 +2,7 @@
 //! format, sharded checkpoints.
 
 mod agree;
+mod best;
 pub mod convert;
 mod families;
 mod grow;
@@ -10,6 +11,8 @@ mod hf_config;
 mod keys;
 pub mod merge;
 mod meta;
+mod model_record;
+mod named;
 mod ours;
 pub mod peft;
 mod pickle;
@@ -18,6 +21,7 @@ pub mod safetensors;
 mod saver;
 pub mod sharded;
 pub mod source;
+mod tensor_hash;
 #[cfg(test)]
 mod tests;
 pub mod torch_file;
@@ -26,12 +30,15 @@ mod weights;
 
 pub use crate::files::free_bytes;
 pub use agree::{agree, agree_over};
+pub use best::{Best, Metric};
 pub use hf::{Export, HfModel, export};
 pub use hf_config::read_object;
 pub use meta::MetaModel;
+pub use model_record::ModelRecord;
 pub use ours::{Measured, Ours, Scoring};
 pub use peft::{AdapterExport, PeftAdapter, export_adapter};
 pub use saver::{Part, RunInfo, Saved, Saver};
 pub use sharded::{BaseMeta, Checkpoint, State, bytes_per_checkpoint, latest};
 pub use source::Source;
+pub use tensor_hash::TensorHash;
 pub use weights::{Adapted, Weights, in_hub_cache};

@@ -7,19 +7,23 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use tch::Kind;
 
-use super::agree::{agree, agree_over};
+use super::agree::agree;
 use super::hf::write_tokenizer;
 use super::hf_config::read_object;
+use super::named::{ModelFolder, tokenizer_of};
 use super::ours::{OURS, Ours, Scoring};
 use super::safetensors::{self, Entry, Writer};
+use super::sharded::Checkpoint;
 use super::source::Source;
+use super::tensor_hash::TensorHash;
 use super::torch_file;
 use super::unfit::{Unfit, common_prefix};
+use super::weights::Weights;
 use crate::config::shape::{Head, Shape};
 use crate::config::trainable::{Base, Freeze, Lora, Targets};
-use crate::data::tokenizer::{Tokenizer, folder_has_tokenizer, is_tokenizer_file};
-use crate::distributed::plan::{Role, adapter_names, is_adapter};
-use crate::distributed::sharded::Sharded;
+use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
+use crate::distributed::plan::{Role, adapter_names};
+use crate::distributed::sharded::{Sharded, Spec};
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFolder, exists, is_file, write_file};
 use crate::model::Trainable;
@@ -33,13 +37,19 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 const OLD_WEIGHTS: &str = "adapter_model.bin";
 const PREFIX: &str = "base_model.model.";
 
-/// An adapter on disk: its configuration, and the header of its tensors.
+/// An adapter on disk, in PEFT's format or in a checkpoint: its configuration, and the header of its tensors. A checkpoint
+/// of a run with `freeze` is one, too: of tensors that were trained as a whole.
 pub struct PeftAdapter {
     dir: PathBuf,
     trainable: Trainable,
     /// The model has a scalar head, whatever its base has.
     scored: bool,
+    /// Of a model with a scalar head.
+    scoring: Option<Scoring>,
     base: Option<String>,
+    /// Of the model with the adapter, where that may be another than its base's.
+    vocab_size: Option<i64>,
+    /// Its tensors, by the names in PEFT's files.
     source: Source,
 }
 
@@ -57,22 +67,54 @@ impl PeftAdapter {
             warn_once(&format!("{}: {unread}", path.display()));
         }
         let scored = config.get("task_type").is_some_and(|t| t == SEQ_CLS);
-        let source = open_weights(dir)?;
-        let mut adapter = PeftAdapter { dir: dir.to_path_buf(), trainable, scored, base, source };
-        if let (Some(lora), Some(base)) = (&mut adapter.trainable.lora, Ours::read(dir)?.base) {
+        let (source, ours) = (open_weights(dir)?, Ours::read(dir)?);
+        let vocab_size = source.view(&format!("{PREFIX}{EMBEDDING}")).ok().map(|v| v.shape[0]);
+        let (dir, scoring) = (dir.to_path_buf(), ours.reward);
+        let mut adapter = PeftAdapter { dir, trainable, scored, scoring, base, vocab_size, source };
+        if let (Some(lora), Some(base)) = (&mut adapter.trainable.lora, ours.base) {
             lora.base = base;
         }
         Ok(adapter)
     }
 
-    /// The adapter in a folder, or in the folder of the run that trained it; none where there is none.
-    pub fn find(path: &Path) -> Result<Option<PeftAdapter>> {
-        for dir in [path.to_path_buf(), path.join("model")] {
-            if is_file(&dir.join(CONFIG))? {
-                return PeftAdapter::open(&dir).map(Some);
+    /// What a checkpoint holds of a run that did not train all of its model; none where it did.
+    pub fn of_checkpoint(checkpoint: &Checkpoint) -> Result<Option<PeftAdapter>> {
+        let meta = checkpoint.meta();
+        let Some(base) = &meta.base else { return Ok(None) };
+        let mut source = checkpoint.source()?;
+        source.views = source.views.drain().map(|(name, view)| (format!("{PREFIX}{name}"), view)).collect();
+        Ok(Some(PeftAdapter {
+            dir: checkpoint.dir().to_path_buf(),
+            trainable: base.trainable.clone(),
+            scored: meta.shape.head == Head::Score,
+            scoring: meta.scoring.clone(),
+            base: Some(base.path.clone()),
+            vocab_size: Some(meta.shape.vocab_size),
+            source,
+        }))
+    }
+
+    /// The adapter that `path` names: in PEFT's format, in a checkpoint, or in the folder of the run that trained it (see
+    /// [`ModelFolder::find`]).
+    ///
+    /// # Errors
+    /// Of kind Data: there is none, or a whole model.
+    pub fn find(path: &Path) -> Result<PeftAdapter> {
+        let whole = |dir: &Path| {
+            Error::data(format!(
+                "{}: no adapter, but a whole model: use it as it is, or write it in another format with `corral convert \
+                 --from {}`",
+                dir.display(),
+                path.display()
+            ))
+        };
+        match ModelFolder::find(path)? {
+            ModelFolder::Adapter(dir) => PeftAdapter::open(&dir),
+            ModelFolder::Checkpoint(dir) => {
+                PeftAdapter::of_checkpoint(&Checkpoint::open(&dir)?)?.ok_or_else(|| whole(&dir))
             }
+            ModelFolder::Hf(dir) | ModelFolder::Meta(dir) => Err(whole(&dir)),
         }
-        Ok(None)
     }
 
     pub fn dir(&self) -> &Path {
@@ -82,10 +124,13 @@ impl PeftAdapter {
     /// The shape of a model of shape `base` with the adapter, which may have an embedding of more rows.
     pub fn shape(&self, base: &Shape) -> Shape {
         let mut shape = if self.scored { base.scored() } else { base.clone() };
-        let embedding = self.source.views.get(&format!("{PREFIX}{EMBEDDING}"));
-        let rows = embedding.and_then(|view| view.shape.first()).copied();
-        shape.vocab_size = shape.vocab_size.max(rows.unwrap_or(0));
+        shape.vocab_size = shape.vocab_size.max(self.vocab_size.unwrap_or(0));
         shape
+    }
+
+    /// How a scalar head's values become a reward; none where nothing is said.
+    pub fn scoring(&self) -> Option<&Scoring> {
+        self.scoring.as_ref()
     }
 
     /// What was trained, and how the base was kept.
@@ -103,6 +148,25 @@ impl PeftAdapter {
         })?;
         let beside = self.dir.join(base);
         Ok(if exists(&beside)? { beside } else { base.into() })
+    }
+
+    /// Opens the model that the adapter was trained for.
+    ///
+    /// # Errors
+    /// Of kind Data: it is not there, or unusable; how to name another place is told.
+    pub fn open_base(&self) -> Result<Weights> {
+        let (base, dir) = (self.base()?, self.dir.display());
+        let moved = |e: Error| match base.exists() {
+            true => e,
+            false => Error {
+                message: format!(
+                    "{}; if it lies elsewhere now, name it: `corral merge --adapter {dir} --model DIR --output DIR`",
+                    e.message
+                ),
+                ..e
+            },
+        };
+        Weights::open(&base).map_err(moved).with_context(|| format!("the base model of {dir}"))
     }
 
     /// The tensors that the adapter consists of for a model of this shape, under the model's names.
@@ -159,6 +223,11 @@ impl PeftAdapter {
         self.source.views.contains_key(&format!("{PREFIX}{name}"))
     }
 
+    /// The dtype of a tensor of the adapter, by the model's name; none where it has no such tensor.
+    pub fn kind(&self, name: &str) -> Option<Kind> {
+        self.source.views.get(&format!("{PREFIX}{name}")).map(|view| view.kind)
+    }
+
     /// Fills `values` with elements `first..` of a tensor, which goes by the model's name.
     pub fn read(&self, name: &str, first: i64, values: &tch::Tensor) -> Result<()> {
         self.source.read(&format!("{PREFIX}{name}"), first, values)
@@ -171,17 +240,24 @@ impl PeftAdapter {
 
     /// The folder with its tokenizer, if it has one.
     pub fn tokenizer_dir(&self) -> Result<Option<PathBuf>> {
-        Ok(folder_has_tokenizer(&self.dir)?.then(|| self.dir.clone()))
+        tokenizer_of(&self.dir)
     }
 
-    /// Fills the adapters, and what was trained as a whole. Collective over the ranks that hold the parameters.
-    pub fn fill(&self, params: &mut Sharded) -> Result<()> {
-        let mine = params.fill_where(
-            |spec| is_adapter(&spec.name) || self.has(&spec.name),
-            true,
-            &mut |spec, first, values| self.read(&spec.name, first, values),
-        );
-        agree_over(params, mine)
+    /// Fills the adapters, and what was trained as a whole, of which the vocabulary may be larger now (see [`super::grow`]).
+    /// Returns the hash of those of them that are not trained. Collective over the ranks that hold the parameters.
+    pub fn fill(&self, params: &mut Sharded) -> Result<TensorHash> {
+        let rows = self.vocab_size.unwrap_or(i64::MAX);
+        let wanted = |spec: &Spec| self.has(&spec.name);
+        self.source.fill_where(params, rows, wanted, |name| format!("{PREFIX}{name}"))
+    }
+
+    /// The hash of its tensors, as [`PeftAdapter::fill`] gives it where nothing is trained. The ranks of `group` read them
+    /// together. Collective.
+    pub fn hash(&self, group: &Group) -> Result<TensorHash> {
+        let mut names: Vec<&String> = self.source.names().collect();
+        names.sort();
+        let renamed = names.iter().map(|name| (name.as_str(), name.strip_prefix(PREFIX).unwrap_or(name)));
+        self.source.hash(renamed, group)
     }
 }
 
@@ -352,6 +428,68 @@ fn read_config(config: &Map<String, Value>) -> Result<(Trainable, Option<String>
     };
     let base = text("base_model_name_or_path").filter(|b| !b.is_empty()).map(str::to_string);
     Ok((Trainable { freeze: Freeze::default(), lora: Some(lora), layers }, base))
+}
+
+/// An adapter that was written.
+pub struct WrittenAdapter {
+    /// The model that it is for.
+    pub base: String,
+    pub num_tensors: usize,
+    /// Of the tensors.
+    pub bytes: u64,
+}
+
+impl PeftAdapter {
+    /// Writes the adapter for a model of this shape to the folder `to`, in PEFT's format: complete, read back and compared,
+    /// or not at all. `dtype`: of all tensors; none: each as it is.
+    ///
+    /// # Errors
+    /// Of kind Data: tensors that do not fit the model, or that are no adapter; of kind Config: `to` is the adapter's folder.
+    pub fn write(&mut self, to: &Path, shape: &Shape, dtype: Option<Kind>) -> Result<WrittenAdapter> {
+        let dir = self.dir.display().to_string();
+        if let (Ok(from), Ok(to)) = (self.dir.canonicalize(), to.canonicalize())
+            && from == to
+        {
+            return Err(Error::config(format!("{dir}: the adapter itself is there")));
+        }
+        if self.trainable.lora.is_none() {
+            return Err(Error::data(format!(
+                "{dir}: parts of the model were trained as a whole, without an adapter; write the model: --format hf"
+            )));
+        }
+        self.check(shape)?;
+        let base = match self.base()? {
+            base if base.exists() => base.canonicalize().unwrap_or(base),
+            base => base,
+        };
+        let base = base.to_string_lossy().into_owned();
+        let tokenizer = self.tokenizer_dir()?.map(|dir| Tokenizer::load(&dir)).transpose()?;
+        let (tokenizer, scoring) = (tokenizer.as_ref(), self.scoring.as_ref());
+        let how = AdapterExport { trainable: &self.trainable, shape, base: &base, tokenizer, scoring };
+        let folder = begin(to, &how)?;
+        let entry = |(name, shape): (String, Vec<i64>)| -> Result<Entry> {
+            let name = format!("{PREFIX}{name}");
+            Ok(Entry {
+                kind: dtype.map_or_else(|| Ok(self.source.view(&name)?.kind), Ok::<_, Error>)?,
+                name,
+                shape,
+            })
+        };
+        let entries = self.wanted(shape)?.into_iter().map(entry).collect::<Result<Vec<_>>>()?;
+        let mut writer = Writer::create(&folder.temporary().join(WEIGHTS), &entries)?;
+        entries.iter().try_for_each(|e| writer.write(&self.source.tensor(&e.name)?))?;
+        writer.finish()?;
+        let mut read = PeftAdapter::open(folder.temporary())?;
+        read.check(shape)?;
+        for e in &entries {
+            let right = self.source.tensor(&e.name)?.f_to_kind(e.kind)?;
+            if !read.source.tensor(&e.name)?.f_equal(&right)? {
+                return Err(Error::failed(format!("`{}` is another tensor when it is read back", e.name)));
+            }
+        }
+        folder.commit()?;
+        Ok(WrittenAdapter { base, num_tensors: entries.len(), bytes: entries.iter().map(Entry::bytes).sum() })
+    }
 }
 
 /// What an adapter's folder says besides its tensors.

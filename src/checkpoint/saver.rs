@@ -15,6 +15,7 @@ use tch::{Device, Tensor};
 
 use super::agree::agree;
 use super::hf::write_tokenizer;
+use super::model_record::ModelRecord;
 use super::ours::Scoring;
 use super::safetensors::{Entry, Writer};
 use super::sharded::{
@@ -74,8 +75,11 @@ pub struct Saver {
     keep: usize,
     world: Group,
     run: RunInfo,
+    models: Vec<ModelRecord>,
     pending: Option<Pending>,
     failed_saves: u64,
+    /// The best step, whose checkpoint stays once it is complete, and until then the one before, which is.
+    next_best: Option<u64>,
     best: Option<u64>,
     first: Option<FirstSave>,
     logs: Vec<File>,
@@ -157,8 +161,10 @@ impl Saver {
             keep: keep.max(1),
             world: world.clone(),
             run,
+            models: Vec::new(),
             pending: None,
             failed_saves: 0,
+            next_best: None,
             best: None,
             first: None,
             logs: Vec::new(),
@@ -169,6 +175,11 @@ impl Saver {
     /// `replaces` all others.
     pub fn once_saved(&mut self, replaces: bool, then: Box<dyn FnOnce() -> Result<()> + Send>) {
         self.first = Some(FirstSave { replaces, then });
+    }
+
+    /// Notes a model that the run began with, for all checkpoints.
+    pub fn add_model(&mut self, model: ModelRecord) {
+        self.models.push(model);
     }
 
     /// Saves that failed so far.
@@ -194,9 +205,9 @@ impl Saver {
         self.logs = logs;
     }
 
-    /// The checkpoint of `step` stays besides the newest, until another is the best.
+    /// The checkpoint of `step` stays besides the newest, until that of another best one is complete.
     pub fn keep_best(&mut self, step: u64) {
-        self.best = Some(step);
+        self.next_best = Some(step);
     }
 
     /// Copies the state to host memory and starts writing it. A save that is still under way is waited for first; if
@@ -224,6 +235,7 @@ impl Saver {
                 files: Vec::new(),
                 base: model.base.cloned(),
                 scoring: model.scoring.cloned(),
+                models: if i == 0 { self.models.clone() } else { Vec::new() },
                 parts: if i == 0 { names.clone() } else { Vec::new() },
                 template_date: self.run.template_date(),
                 state: if i == 0 { state.clone() } else { Value::Null },
@@ -382,7 +394,9 @@ impl Saver {
 
     /// Rank 0: leaves the newest and the best. What is newer than this step belongs to a history that was given up by resuming
     /// from an older checkpoint.
-    fn prune(&self, step: u64) -> Result<()> {
+    fn prune(&mut self, step: u64) -> Result<()> {
+        let complete = |step: &u64| self.dir.join(step_name(*step)).is_dir();
+        self.best = self.next_best.filter(complete).or(self.best);
         let mut kept = 0;
         for (s, path) in list(&self.dir)?.into_iter().rev() {
             if s <= step && kept < self.keep {

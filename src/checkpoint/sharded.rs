@@ -15,6 +15,7 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use kernels::moments::Moment;
 use kernels::quant::CODE_BLOCK;
@@ -23,16 +24,18 @@ use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use super::agree::agree_over;
-use super::grow::{grown, stored};
+use super::grow::stored;
+use super::model_record::ModelRecord;
 use super::ours::Scoring;
 use super::safetensors::Reader;
 use super::source::{Block, Order, Source, TensorFile, View};
-use super::weights::Weights;
+use super::tensor_hash::TensorHash;
 use crate::config::sections::MomentsIn;
 use crate::config::shape::Shape;
 use crate::config::template_date::TemplateDate;
+use crate::distributed::plan::is_adapter;
 use crate::distributed::sharded::{Layout, Sharded, Slice, Spec};
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::files::{crc32, is_dir, read_error};
 use crate::model::Trainable;
 use crate::model::layout::{LM_HEAD, SCORE};
@@ -76,6 +79,9 @@ pub struct Meta {
     /// Of a reward model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scoring: Option<Scoring>,
+    /// The models that the run began with.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub models: Vec<ModelRecord>,
     /// Further models of the run, each a checkpoint in a folder of this name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parts: Vec<String>,
@@ -310,27 +316,34 @@ impl Checkpoint {
     /// parameters call this, at any world size, and fail together. Each reads only the files that hold its slices,
     /// after checking their checksums.
     pub fn load(&self, params: &mut Sharded, optim: &mut AdamW) -> Result<State> {
-        let mine = self.read(params, Some(optim)).map_err(|e| with_advice(&self.dir, e));
+        let mine = self.read(params, optim).map_err(|e| with_advice(&self.dir, e));
         agree_over(params, mine)?;
         optim.step = self.meta.optimizer_step;
         Ok(State { step: self.meta.step, state: self.meta.state.clone() })
     }
 
     /// Sets the parameters only: to start another run, or to use the model. Their vocabulary may be larger than the
-    /// checkpoint's (see [`super::grow`]). What the run did not train comes from the model that it began with.
-    pub fn fill_weights(&self, params: &mut Sharded) -> Result<()> {
-        if let Some(base) = &self.meta.base {
-            let model = Weights::open(Path::new(&base.path))
-                .with_context(|| format!("the model that {} was trained from", self.dir.display()))?;
-            model.fill(params)?;
-        }
-        let mine = self.read(params, None).map_err(|e| with_advice(&self.dir, e));
-        agree_over(params, mine)
+    /// checkpoint's (see [`super::grow`]). Of a checkpoint that holds the whole model. Returns the hash of what is not trained.
+    pub fn fill_weights(&self, params: &mut Sharded) -> Result<TensorHash> {
+        let all = (0..params.len()).flat_map(|i| params.plan(i).tensors()).filter(|s| !is_adapter(&s.name));
+        let checked = self.check_tensors(all, self.meta.shape.vocab_size).and_then(|()| self.source());
+        agree_over(params, checked.map_err(|e| with_advice(&self.dir, e)))?.fill(params)
     }
 
-    /// The parameters (master values) as tensors of the model, after checking the contents of all files.
+    /// Sets what is trained, and nothing else: the values of another step of the run that these parameters are of.
+    pub fn load_values(&self, params: &mut Sharded) -> Result<()> {
+        let shards = Shards { checkpoint: self, open: RefCell::default() };
+        let trained = (0..params.len()).flat_map(|i| params.layout(i).specs.clone());
+        let mine = self.check_tensors(trained, i64::MAX).and_then(|()| {
+            params.fill_trained(|spec, first, values| shards.read(MASTER, spec, first, values))
+        });
+        agree_over(params, mine.map_err(|e| with_advice(&self.dir, e)))
+    }
+
+    /// The parameters (master values) as tensors of the model. The contents of a file are checked when something of it is
+    /// read first.
     pub fn source(&self) -> Result<Source> {
-        let shards = (0..self.meta.slices.len()).map(|rank| self.open_shard(rank));
+        let shards = (0..self.meta.slices.len()).map(|rank| CheckedShard::open(self, rank));
         let shards = shards.collect::<Result<Vec<_>>>().map_err(|e| with_advice(&self.dir, e))?;
         let mut source = Source::default();
         for (name, (group, offset, shape)) in &self.places {
@@ -353,20 +366,12 @@ impl Checkpoint {
         Ok(source)
     }
 
-    fn read(&self, params: &mut Sharded, optim: Option<&mut AdamW>) -> Result<()> {
+    fn read(&self, params: &mut Sharded, optim: &AdamW) -> Result<()> {
         let shards = Shards { checkpoint: self, open: RefCell::default() };
-        // A run that goes on must be as it was.
-        let rows = if optim.is_some() { i64::MAX } else { self.meta.shape.vocab_size };
-        let mut read =
-            grown(rows, |spec: &Spec, first, values: &Tensor| shards.read(MASTER, spec, first, values));
-        let Some(optim) = optim else {
-            let all = (0..params.len()).flat_map(|i| params.plan(i).tensors());
-            self.check_tensors(all, rows, self.meta.base.is_none())?;
-            return params.fill_where(|spec| self.places.contains_key(&spec.name), true, &mut read);
-        };
         let trained = (0..params.len()).flat_map(|i| params.layout(i).specs.clone());
-        self.check_tensors(trained, rows, true)?;
-        params.fill_trained(&mut read)?;
+        // A run that goes on must be as it was.
+        self.check_tensors(trained, i64::MAX)?;
+        params.fill_trained(|spec, first, values| shards.read(MASTER, spec, first, values))?;
         for i in 0..params.len() {
             let slice = params.slice(i);
             if let Moments::EightBit { .. } = &optim.moments[i] {
@@ -415,9 +420,8 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Refuses tensors that are others than the checkpoint's, but for rows beyond a vocabulary of `rows`. Unless they must be
-    /// `all` there, the checkpoint may lack some.
-    fn check_tensors(&self, specs: impl Iterator<Item = Spec>, rows: i64, all: bool) -> Result<()> {
+    /// Refuses tensors that are others than the checkpoint's, but for rows beyond a vocabulary of `rows`.
+    fn check_tensors(&self, specs: impl Iterator<Item = Spec>, rows: i64) -> Result<()> {
         let weights_only = rows != i64::MAX;
         let mut missing: BTreeSet<&String> = self.places.keys().collect();
         let mut wrong = Vec::new();
@@ -429,7 +433,7 @@ impl Checkpoint {
                 continue;
             }
             match self.places.get(&spec.name) {
-                None if all => wrong.push(format!("`{}` is not in the checkpoint", spec.name)),
+                None => wrong.push(format!("`{}` is not in the checkpoint", spec.name)),
                 Some((_, _, shape))
                     if *shape != stored(&spec, rows).unwrap_or_else(|| spec.clone()).shape =>
                 {
@@ -456,24 +460,70 @@ impl Checkpoint {
     }
 
     fn open_shard(&self, rank: usize) -> Result<Reader> {
+        let (path, crc32) = self.shard(rank)?;
+        check_contents(&path, crc32)?;
+        Reader::open(&path)
+    }
+
+    /// The path of a shard, and the checksum that it should have.
+    fn shard(&self, rank: usize) -> Result<(PathBuf, u32)> {
         let name = shard_name(rank, self.meta.slices.len());
         let path = self.dir.join(&name);
-        let Some(file) = self.meta.files.iter().find(|f| f.name == name) else {
-            return Err(Error::data(format!("{}: {META} does not know this file", path.display())));
-        };
-        let found = crc32(&path)?;
-        if found != file.crc32 {
-            return Err(Error::data(format!(
-                "{}: damaged: its checksum is {found:08x}, should be {:08x}",
-                path.display(),
-                file.crc32
-            )));
+        match self.meta.files.iter().find(|f| f.name == name) {
+            Some(file) => Ok((path, file.crc32)),
+            None => Err(Error::data(format!("{}: {META} does not know this file", path.display()))),
         }
-        Reader::open(&path)
     }
 
     fn slices(&self, group: usize) -> impl Iterator<Item = Slice> {
         self.meta.slices.iter().map(move |rank| Slice { start: rank[group].0, len: rank[group].1 })
+    }
+}
+
+fn check_contents(path: &Path, expected: u32) -> Result<()> {
+    match crc32(path)? {
+        found if found == expected => Ok(()),
+        found => Err(Error::data(format!(
+            "{}: damaged: its checksum is {found:08x}, should be {expected:08x}",
+            path.display()
+        ))),
+    }
+}
+
+/// A shard whose contents are checked when something of it is read first.
+struct CheckedShard {
+    reader: Reader,
+    /// Of the checkpoint.
+    dir: PathBuf,
+    crc32: u32,
+    checked: OnceLock<Result<()>>,
+}
+
+impl CheckedShard {
+    fn open(checkpoint: &Checkpoint, rank: usize) -> Result<CheckedShard> {
+        let (path, crc32) = checkpoint.shard(rank)?;
+        let (reader, dir) = (Reader::open(&path)?, checkpoint.dir.clone());
+        Ok(CheckedShard { reader, dir, crc32, checked: OnceLock::new() })
+    }
+}
+
+impl TensorFile for CheckedShard {
+    fn path(&self) -> &Path {
+        self.reader.path()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.reader.names()
+    }
+
+    fn info(&self, name: &str) -> Result<(Vec<i64>, Kind)> {
+        self.reader.info(name)
+    }
+
+    fn read_bytes(&self, name: &str, first: i64, to: &mut [u8]) -> Result<()> {
+        let check = || check_contents(self.path(), self.crc32).map_err(|e| with_advice(&self.dir, e));
+        self.checked.get_or_init(check).clone()?;
+        self.reader.read_bytes(name, first, to)
     }
 }
 

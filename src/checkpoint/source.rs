@@ -2,14 +2,17 @@
 //! every tensor of the model lies ([`Source`]). Whatever the format, a rank reads the elements of its slices and no
 //! others, a few megabytes at a time.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
+use kernels::c10d::Group;
 use tch::{Kind, Tensor};
 
-use super::agree::agree_over;
+use super::agree::{agree, agree_over};
 use super::grow::grown;
+use super::tensor_hash::TensorHash;
 use crate::distributed::plan::is_adapter;
 use crate::distributed::sharded::{Sharded, Spec};
 use crate::error::{Context, Error, Result};
@@ -247,6 +250,17 @@ impl Source {
 
     /// Fills `dst` (floating-point `[n]`, any device) with elements `first..first + n` of the flattened tensor.
     pub fn read(&self, name: &str, first: i64, dst: &Tensor) -> Result<()> {
+        self.read_and(name, first, dst, |_, _| {})
+    }
+
+    /// [`Source::read`], which also gives what was read to `see(first, bytes)`: bytes `first..` of the flattened tensor.
+    pub fn read_and(
+        &self,
+        name: &str,
+        first: i64,
+        dst: &Tensor,
+        mut see: impl FnMut(u64, &[u8]),
+    ) -> Result<()> {
         let view = self.view(name)?;
         let (len, numel) = (dst.numel() as i64, view.numel());
         if first < 0 || first + len > numel {
@@ -257,12 +271,50 @@ impl Source {
         }
         let element = view.kind.elt_size_in_bytes();
         fill_chunks(dst, view.kind, |at, bytes| {
-            view.runs(first + at, (bytes.len() / element) as i64, |block, from, to, n| {
-                let part = &mut bytes[to as usize * element..(to + n) as usize * element];
-                self.files[block.file].read_bytes(&block.tensor, from, part)
-            })
+            self.read_bytes(view, first + at, bytes)?;
+            see((first + at) as u64 * element as u64, bytes);
+            Ok(())
         })
         .with_context(|| format!("tensor `{name}`"))
+    }
+
+    /// Fills `bytes` with elements `first..` of a flattened tensor, in the files' dtype.
+    fn read_bytes(&self, view: &View, first: i64, bytes: &mut [u8]) -> Result<()> {
+        let element = view.kind.elt_size_in_bytes();
+        view.runs(first, (bytes.len() / element) as i64, |block, from, to, n| {
+            let part = &mut bytes[to as usize * element..(to + n) as usize * element];
+            self.files[block.file].read_bytes(&block.tensor, from, part)
+        })
+    }
+
+    /// The hash of tensors, by their names here and in the hash, as far as they are here. The ranks of `group` read them
+    /// together. Collective.
+    pub fn hash<'a>(
+        &self,
+        names: impl Iterator<Item = (&'a str, &'a str)>,
+        group: &Group,
+    ) -> Result<TensorHash> {
+        let mut buffer = vec![0; CHUNK];
+        let (mut hash, mut turn) = (TensorHash::default(), 0);
+        let read = || -> Result<()> {
+            for (name, view) in names.filter_map(|(here, name)| Some((name, self.views.get(here)?))) {
+                let element = view.kind.elt_size_in_bytes();
+                let step = (CHUNK / element) as i64;
+                for first in (0..view.numel()).step_by(step as usize) {
+                    turn += 1;
+                    if turn % group.size() != group.rank() {
+                        continue;
+                    }
+                    let bytes = &mut buffer[..step.min(view.numel() - first) as usize * element];
+                    self.read_bytes(view, first, bytes).with_context(|| format!("tensor `{name}`"))?;
+                    hash.add(name, first as u64 * element as u64, bytes);
+                }
+            }
+            Ok(())
+        };
+        let read = read();
+        agree(group, read)?;
+        hash.over(group)
     }
 
     /// A whole tensor, in the dtype that it has in the files.
@@ -307,13 +359,35 @@ impl Source {
 
     /// Fills the parameters, whose vocabulary may be larger than the model's (see [`super::grow`]); every rank reads its
     /// own slices only. A scalar head that is not there stays as it is. All ranks that hold them call this, and fail
-    /// together.
-    pub fn fill(&self, params: &mut Sharded) -> Result<()> {
-        let read = |spec: &Spec, first, values: &Tensor| self.read(&spec.name, first, values);
+    /// together. Returns the hash of what is not trained.
+    pub fn fill(&self, params: &mut Sharded) -> Result<TensorHash> {
         let wanted =
             |spec: &Spec| !is_adapter(&spec.name) && (spec.name != SCORE || self.views.contains_key(SCORE));
-        let mine =
-            self.view(EMBEDDING).and_then(|v| params.fill_where(wanted, true, &mut grown(v.shape[0], read)));
-        agree_over(params, mine)
+        let rows = agree_over(params, self.view(EMBEDDING).map(|view| view.shape[0]))?;
+        self.fill_where(params, rows, wanted, |name| name.to_string())
+    }
+
+    /// Fills the tensors that are `wanted`, each from the one that `named` gives; this is a model with a vocabulary of `rows`.
+    /// Returns the hash of those that are not trained. Collective over the ranks that hold the parameters.
+    pub fn fill_where(
+        &self,
+        params: &mut Sharded,
+        rows: i64,
+        wanted: impl Fn(&Spec) -> bool,
+        named: impl Fn(&str) -> String,
+    ) -> Result<TensorHash> {
+        let (counted, hash) = (params.counted(), RefCell::new(TensorHash::default()));
+        let read = |spec: &Spec, first, values: &Tensor| {
+            let counts = counted.contains(&spec.name);
+            self.read_and(&named(&spec.name), first, values, |at, bytes| {
+                if counts {
+                    hash.borrow_mut().add(&spec.name, at, bytes);
+                }
+            })
+        };
+        let peek = |spec: &Spec, first, values: &Tensor| self.read(&named(&spec.name), first, values);
+        let mine = params.fill_where(wanted, true, &mut grown(rows, read, peek));
+        agree_over(params, mine)?;
+        hash.into_inner().over(params.shard_group())
     }
 }

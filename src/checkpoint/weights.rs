@@ -2,22 +2,25 @@
 
 use std::path::{Path, PathBuf};
 
-use kernels::mmap::map_file;
-use sha2::{Digest, Sha256};
+use kernels::c10d::Group;
 
+use super::agree::agree;
 use super::hf::HfModel;
-use super::meta::{MetaModel, PARAMS};
+use super::merge::Merge;
+use super::meta::MetaModel;
+use super::named::{ModelFolder, tokenizer_of};
 use super::ours::{Ours, Scoring};
-use super::peft::{self, PeftAdapter};
-use super::sharded::{Checkpoint, META, checkpoints_dir, latest};
+use super::peft::PeftAdapter;
+use super::sharded::Checkpoint;
 use super::source::Source;
+use super::tensor_hash::TensorHash;
 use crate::config::reward::Score;
 use crate::config::shape::{Head, Shape};
-use crate::data::tokenizer::{folder_has_tokenizer, hex};
 use crate::distributed::sharded::Sharded;
-use crate::error::{Context, Error, Result};
-use crate::files::{exists, is_dir, is_file, read_error};
+use crate::error::{Error, Result};
+use crate::files::{exists, is_dir, read_error};
 use crate::model::Trainable;
+use crate::model::layout::layouts;
 
 /// A model on disk, found by its path.
 pub enum Weights {
@@ -27,7 +30,7 @@ pub enum Weights {
     Checkpoint(Box<Checkpoint>),
 }
 
-/// An adapter, and the model that it is for.
+/// An adapter, or what a run with `freeze` trained, and the model that it is for.
 pub struct Adapted {
     pub adapter: PeftAdapter,
     pub base: Weights,
@@ -36,54 +39,27 @@ pub struct Adapted {
 }
 
 impl Weights {
-    /// Opens a Hugging Face folder, a folder in Meta's format, a run's folder (its final model, else its newest
-    /// checkpoint), a checkpoint, or a hub id that the local hub cache holds.
-    /// Reads headers only.
+    /// Opens the model that `path` names (see [`ModelFolder::find`]). Reads headers only.
     pub fn open(path: &Path) -> Result<Weights> {
-        let found = match exists(path)? {
-            true => path.to_path_buf(),
-            false => in_hub_cache(path)?,
+        let adapter = match ModelFolder::find(path)? {
+            ModelFolder::Hf(dir) => return Ok(Weights::Hf(HfModel::load(&dir)?)),
+            ModelFolder::Meta(dir) => return Ok(Weights::Meta(MetaModel::load(&dir)?)),
+            ModelFolder::Adapter(dir) => PeftAdapter::open(&dir)?,
+            ModelFolder::Checkpoint(dir) => {
+                let checkpoint = Checkpoint::open(&dir)?;
+                match PeftAdapter::of_checkpoint(&checkpoint)? {
+                    Some(adapter) => adapter,
+                    None => return Ok(Weights::Checkpoint(Box::new(checkpoint))),
+                }
+            }
         };
-        let path = found.as_path();
-        if is_file(&path.join(META))? {
-            return Ok(Weights::Checkpoint(Box::new(Checkpoint::open(path)?)));
-        }
-        for dir in [path.to_path_buf(), path.join("model")] {
-            if is_file(&dir.join(peft::CONFIG))? {
-                let adapter = PeftAdapter::open(&dir)?;
-                let base = adapter.base()?;
-                let base = Weights::open(&base)
-                    .with_context(|| format!("the model of the adapter {}", dir.display()))?;
-                return Weights::adapted(base, adapter);
-            }
-            if is_file(&dir.join("config.json"))? {
-                return Ok(Weights::Hf(HfModel::load(&dir)?));
-            }
-        }
-        if is_dir(&checkpoints_dir(path))?
-            && let Some(checkpoint) = latest(path)?
-        {
-            return Ok(Weights::Checkpoint(Box::new(checkpoint)));
-        }
-        if is_file(&path.join(PARAMS))? {
-            return Ok(Weights::Meta(MetaModel::load(path)?));
-        }
-        Err(Error::data(format!(
-            "{}: no model: a Hugging Face folder has config.json, one in Meta's format {PARAMS}, a checkpoint {META}, and \
-             a run's folder model/ or checkpoints/ with a complete checkpoint",
-            path.display()
-        )))
+        let base = adapter.open_base()?;
+        Weights::adapted(base, adapter)
     }
 
     /// A model with an adapter, which must fit it.
     pub fn adapted(base: Weights, mut adapter: PeftAdapter) -> Result<Weights> {
-        if base.lora().is_some() {
-            return Err(Error::data(format!(
-                "{} is an adapter for {}, which is itself a model with an adapter; merge that first (corral merge)",
-                adapter.dir().display(),
-                base.dir().display()
-            )));
-        }
+        not_adapted(&base, &adapter)?;
         let shape = adapter.shape(base.shape());
         adapter.check(&shape)?;
         Ok(Weights::Adapted(Box::new(Adapted { adapter, base, shape })))
@@ -92,11 +68,8 @@ impl Weights {
     /// The adapters that the model has besides its own tensors, if any, and how its weights were kept in training.
     pub fn lora(&self) -> Option<&Trainable> {
         match self {
-            Weights::Hf(_) | Weights::Meta(_) => None,
-            Weights::Adapted(model) => Some(model.adapter.trainable()),
-            Weights::Checkpoint(checkpoint) => {
-                checkpoint.meta().base.as_ref().map(|b| &b.trainable).filter(|t| t.lora.is_some())
-            }
+            Weights::Adapted(model) => Some(model.adapter.trainable()).filter(|t| t.lora.is_some()),
+            Weights::Hf(_) | Weights::Meta(_) | Weights::Checkpoint(_) => None,
         }
     }
 
@@ -117,13 +90,21 @@ impl Weights {
         }
         let said = match self {
             Weights::Checkpoint(checkpoint) => checkpoint.meta().scoring.clone(),
-            Weights::Adapted(model) => match Ours::read(model.adapter.dir())?.reward {
-                Some(scoring) => Some(scoring),
+            Weights::Adapted(model) => match model.adapter.scoring() {
+                Some(scoring) => Some(scoring.clone()),
                 None => model.base.scoring()?,
             },
             Weights::Hf(_) | Weights::Meta(_) => Ours::read(self.dir())?.reward,
         };
         Ok(Some(said.unwrap_or(Scoring::raw(Score::Last))))
+    }
+
+    /// The folders that describe the model: its own, and of an adapter also its base's.
+    pub fn dirs(&self) -> Vec<&Path> {
+        match self {
+            Weights::Adapted(model) => [vec![self.dir()], model.base.dirs()].concat(),
+            _ => vec![self.dir()],
+        }
     }
 
     /// The folder that the weights come from.
@@ -136,85 +117,64 @@ impl Weights {
         }
     }
 
-    /// Tells models apart by the contents of all files of their folders, wherever these lie.
-    pub fn fingerprint(&self) -> Result<String> {
-        let mut hash = Sha256::new();
-        let read = |e: std::io::Error| read_error(self.dir(), &e);
-        let entries = std::fs::read_dir(self.dir()).map_err(read)?.collect::<std::io::Result<Vec<_>>>();
-        let mut paths: Vec<PathBuf> = entries.map_err(read)?.into_iter().map(|e| e.path()).collect();
-        paths.sort();
-        for path in paths {
-            if !is_file(&path)? {
-                continue;
-            }
-            let file = std::fs::File::open(&path).map_err(|e| read_error(&path, &e))?;
-            let bytes = map_file(&file).map_err(|e| read_error(&path, &e))?;
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            hash.update(format!("{name} {} ", bytes.len()));
-            hash.update(&bytes[..]);
-        }
-        match self {
-            Weights::Adapted(model) => hash.update(model.base.fingerprint()?),
-            Weights::Checkpoint(checkpoint) => {
-                if let Some(base) = &checkpoint.meta().base {
-                    hash.update(Weights::open(Path::new(&base.path))?.fingerprint()?);
-                }
-            }
-            Weights::Hf(_) | Weights::Meta(_) => {}
-        }
-        Ok(hex(&hash.finalize()[..16]))
-    }
-
     /// The folder with the model's tokenizer, if it has one.
     pub fn tokenizer_dir(&self) -> Result<Option<PathBuf>> {
-        let dir = self.dir();
-        match self {
-            _ if folder_has_tokenizer(dir)? => Ok(Some(dir.to_path_buf())),
-            Weights::Adapted(model) => model.base.tokenizer_dir(),
-            _ => Ok(None),
+        match (tokenizer_of(self.dir())?, self) {
+            (None, Weights::Adapted(model)) => model.base.tokenizer_dir(),
+            (own, _) => Ok(own),
         }
     }
 
     /// Fills the parameters, each rank its own slices; adapters, where the parameters have any, only from a model that has
-    /// them too, and a scalar head only from a model that has one. Collective over the ranks that hold them.
-    pub fn fill(&self, params: &mut Sharded) -> Result<()> {
+    /// them too, and a scalar head only from a model that has one. Returns the hash of what is not trained, whatever the
+    /// number of ranks. Collective over the ranks that hold them.
+    pub fn fill(&self, params: &mut Sharded) -> Result<TensorHash> {
         match self {
             Weights::Hf(model) => model.source().fill(params),
             Weights::Meta(model) => model.source().fill(params),
             Weights::Adapted(model) => {
-                model.base.fill(params)?;
-                model.adapter.fill(params)
+                let base = model.base.fill(params)?;
+                Ok(base.plus(model.adapter.fill(params)?))
             }
             Weights::Checkpoint(checkpoint) => checkpoint.fill_weights(params),
         }
     }
 
-    /// The tensors, wherever they lie. Of a checkpoint, its files' contents are checked first.
+    /// The hash that [`Weights::fill`] gives for a model of this shape where nothing is trained, by a pass over the tensors
+    /// that the ranks of `group` divide. Collective.
+    pub fn hash(&self, shape: &Shape, group: &Group) -> Result<TensorHash> {
+        let layouts = layouts(shape);
+        let names =
+            layouts.iter().flat_map(|l| &l.specs).map(|spec| (spec.name.as_str(), spec.name.as_str()));
+        match self {
+            Weights::Hf(model) => model.source().hash(names, group),
+            Weights::Meta(model) => model.source().hash(names, group),
+            Weights::Adapted(model) => Ok(model.base.hash(shape, group)?.plus(model.adapter.hash(group)?)),
+            Weights::Checkpoint(checkpoint) => agree(group, checkpoint.source())?.hash(names, group),
+        }
+    }
+
+    /// The tensors, wherever they lie; adapters are merged as they are read.
     pub fn into_source(self) -> Result<Source> {
         match self {
             Weights::Hf(model) => Ok(model.into_source()),
             Weights::Meta(model) => Ok(model.into_source()),
-            Weights::Adapted(model) => Err(with_adapter(model.adapter.dir(), model.base.dir())),
-            Weights::Checkpoint(checkpoint) => match &checkpoint.meta().base {
-                None => checkpoint.source(),
-                Some(base) if base.trainable.lora.is_some() => {
-                    Err(with_adapter(checkpoint.dir(), Path::new(&base.path)))
-                }
-                // What was not trained is the base's.
-                Some(base) => {
-                    Ok(Weights::open(Path::new(&base.path))?.into_source()?.overlaid(checkpoint.source()?))
-                }
-            },
+            Weights::Adapted(model) => Merge::new(model.base, model.adapter, None)?.source(),
+            Weights::Checkpoint(checkpoint) => checkpoint.source(),
         }
     }
 }
 
-fn with_adapter(adapter: &Path, base: &Path) -> Error {
-    Error::config(format!(
-        "{} is an adapter for {} and no model by itself: merge them first (corral merge)",
-        adapter.display(),
-        base.display()
-    ))
+/// Refuses a base that is itself a model with an adapter.
+pub(super) fn not_adapted(base: &Weights, adapter: &PeftAdapter) -> Result<()> {
+    match base.lora() {
+        None => Ok(()),
+        Some(_) => Err(Error::data(format!(
+            "{} is an adapter for {}, which is itself a model with an adapter; merge that first (corral merge)",
+            adapter.dir().display(),
+            base.dir().display()
+        ))),
+    }
 }
 
 /// The folder of a hub id (`owner/name`) in Hugging Face's local cache. Nothing is downloaded.

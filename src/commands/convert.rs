@@ -6,17 +6,18 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use tch::{Device, Kind};
 
-use crate::checkpoint::Weights;
 use crate::checkpoint::convert::{Conversion, Target};
+use crate::checkpoint::{PeftAdapter, Weights};
 use crate::commands::check::size;
+use crate::commands::merge;
 use crate::error::{Error, Result};
 use crate::telemetry::progress::with_bytes_bar;
 use crate::warn;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The model: a Hugging Face folder (safetensors or pytorch_model.bin), a folder in Meta's format, a run's folder, or
-    /// a checkpoint
+    /// The model: a Hugging Face folder (safetensors or pytorch_model.bin), a folder in Meta's format, a run's folder, a
+    /// checkpoint, or an adapter, which is merged
     #[arg(long, value_name = "DIR")]
     from: PathBuf,
     /// Folder for the result; a model of the same format in it is replaced
@@ -42,6 +43,8 @@ enum Format {
     Hf,
     /// Meta: params.json and consolidated.NN.pth
     Meta,
+    /// PEFT: adapter_config.json and adapter_model.safetensors, of an adapter alone
+    Peft,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -63,9 +66,9 @@ impl Dtype {
 
 pub fn run(args: Args, device: Device) -> Result<()> {
     let target = match (args.format, args.model_parallel, args.max_shard_size) {
-        (Format::Hf, Some(_), _) => {
+        (Format::Hf | Format::Peft, Some(_), _) => {
             return Err(Error::config(
-                "--model-parallel goes with --format meta: Hugging Face's format has no parts",
+                "--model-parallel goes with --format meta: other formats have no parts",
             ));
         }
         (Format::Meta, _, Some(_)) => {
@@ -73,11 +76,16 @@ pub fn run(args: Args, device: Device) -> Result<()> {
                 "--max-shard-size goes with --format hf; the files of Meta's format are its model-parallel parts",
             ));
         }
+        (Format::Peft, _, Some(_)) => {
+            return Err(Error::config("--max-shard-size goes with --format hf; an adapter is one file"));
+        }
+        (Format::Peft, None, None) => return adapter(&args),
         (Format::Hf, None, most) => Target::Hf { max_shard_size: most.unwrap_or(5_000_000_000) },
         (Format::Meta, parts, None) => Target::Meta { parts: parts.unwrap_or(1) },
     };
-    let conversion =
-        Conversion::new(Weights::open(&args.from)?, target, args.dtype.map(Dtype::kind), device)?;
+    let weights = Weights::open(&args.from)?;
+    let from = weights.dirs().last().map_or_else(|| args.from.clone(), |dir| dir.to_path_buf());
+    let conversion = Conversion::new(weights, target, args.dtype.map(Dtype::kind), device)?;
     let (total, done) = (2 * conversion.bytes()?, Arc::default());
     let report = with_bytes_bar("converting", total, &done, || conversion.write(&args.to, &done))?;
     println!(
@@ -109,12 +117,30 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     if let Some(difference) = report.rounding {
         println!("largest difference of a logit to the source as it is: {difference:.3e}");
     }
+    if let Some(merged) = &report.merged {
+        merge::tell(merged, &from);
+    }
     if let Some(positions) = report.positions {
         warn!("Meta's format does not say max_position_embeddings: where it is read, {positions} is assumed");
     }
     if args.format == Format::Meta && !report.copied.iter().any(|name| name == "tokenizer.model") {
         warn!("{} has no tokenizer.model, which Meta's own programs need", args.from.display());
     }
+    Ok(())
+}
+
+/// Writes the adapter of a checkpoint, a run or another folder in PEFT's format.
+fn adapter(args: &Args) -> Result<()> {
+    let mut adapter = PeftAdapter::find(&args.from)?;
+    let shape = adapter.shape(adapter.open_base()?.shape());
+    let written = adapter.write(&args.to, &shape, args.dtype.map(Dtype::kind))?;
+    println!(
+        "{}: an adapter for {}, {} tensors, {}; checked: every tensor equals the source's",
+        args.to.display(),
+        written.base,
+        written.num_tensors,
+        size(written.bytes)
+    );
     Ok(())
 }
 

@@ -26,7 +26,7 @@ const TIMEOUT: Duration = Duration::from_secs(1800);
 
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
-    /// The model: a Hugging Face folder, an adapter, a run's folder, or a checkpoint
+    /// The model: a Hugging Face folder, a folder in Meta's format, an adapter, a run's folder, or a checkpoint
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
     /// What to compute in [default: float32 on a CPU, bfloat16 on a GPU]
@@ -140,8 +140,10 @@ impl Opened {
     pub fn eos_ids(&self) -> Result<Vec<i64>> {
         let mut ids: Vec<i64> =
             self.tokenizer.iter().flat_map(|t| t.eos_ids()).map(|id| i64::from(*id)).collect();
-        for name in ["generation_config.json", "config.json"] {
-            ids.extend(eos_of(&self.dir().join(name))?);
+        for dir in self.weights.dirs() {
+            for name in ["generation_config.json", "config.json"] {
+                ids.extend(eos_of(&dir.join(name))?);
+            }
         }
         // Such as -1, which says that there is none.
         ids.retain(|id| (0..self.shape().vocab_size).contains(id));

@@ -1,11 +1,11 @@
 //! `corral merge`: an adapter into its model.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tch::Device;
 
-use crate::checkpoint::merge::Merge;
+use crate::checkpoint::merge::{Merge, Merged};
 use crate::checkpoint::{PeftAdapter, Weights};
 use crate::commands::check::size;
 use crate::commands::convert::{Dtype, parse_size};
@@ -20,7 +20,8 @@ pub struct Args {
     /// [default: the one that the adapter names]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// The adapter in PEFT's format, or the folder of the run that trained it
+    /// The adapter: in PEFT's format, a run that trained it (its model/, else its best or newest checkpoint), or a checkpoint
+    /// of one
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
     /// Folder for the merged model, in Hugging Face's format; a model in it is replaced
@@ -35,13 +36,8 @@ pub struct Args {
 }
 
 pub fn run(args: Args, device: Device) -> Result<()> {
-    let adapter = PeftAdapter::find(&args.adapter)?.ok_or_else(|| {
-        Error::data(format!(
-            "{}: there is no adapter_config.json, nor one in model/ as a run leaves it",
-            args.adapter.display()
-        ))
-    })?;
-    let base = Weights::open(&args.model.map_or_else(|| adapter.base(), Ok)?)?;
+    let adapter = PeftAdapter::find(&args.adapter)?;
+    let base = args.model.as_deref().map_or_else(|| adapter.open_base(), Weights::open)?;
     let from = base.dir().to_path_buf();
     for read in [&from, adapter.dir()] {
         if let (Ok(a), Ok(b)) = (read.canonicalize(), args.output.canonicalize())
@@ -63,16 +59,22 @@ pub fn run(args: Args, device: Device) -> Result<()> {
         size(report.bytes),
         report.num_files
     );
-    if report.base != Base::None {
+    tell(&report, &from);
+    Ok(())
+}
+
+/// Tells how far a merged model is from its adapter and the model in `from`.
+pub fn tell(merged: &Merged, from: &Path) {
+    if merged.base != Base::None {
         warn!(
             "the adapter was trained on weights in {}: what was merged are those weights as they come back from there, not \
              those of {}",
-            format!("{:?}", report.base).to_lowercase(),
+            format!("{:?}", merged.base).to_lowercase(),
             from.display()
         );
     }
-    let (tokens, distance) = (report.num_tokens, report.distance);
-    match report.scored {
+    let (tokens, distance) = (merged.num_tokens, merged.distance);
+    match merged.scored {
         false => println!(
             "checked on {tokens} tokens in float32: KL(with adapter || merged) = {distance:.3e} nats a token"
         ),
@@ -80,5 +82,4 @@ pub fn run(args: Args, device: Device) -> Result<()> {
             "checked on {tokens} tokens in float32: values differ by {distance:.3e} on average from those with the adapter"
         ),
     }
-    Ok(())
 }

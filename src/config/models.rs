@@ -11,7 +11,7 @@ use super::trainable::{Freeze, Lora};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Trained {
-    /// Hugging Face folder, run folder, checkpoint of a run, or Meta folder.
+    /// Hugging Face folder, run folder, checkpoint of a run, adapter, or Meta folder.
     pub path: PathBuf,
     /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: that of the command.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -69,7 +69,7 @@ impl Critic {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Frozen {
-    /// Hugging Face folder, run folder, checkpoint of a run, or Meta folder.
+    /// Hugging Face folder, run folder, checkpoint of a run, adapter, or Meta folder.
     pub path: PathBuf,
     /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: that of the command.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -399,9 +399,9 @@ pub struct Valid {
     /// Batches of `train.batch_size` sequences that a validation takes at most.
     #[serde(deserialize_with = "count")]
     pub batches: i64,
-    /// The checkpoint with the best validation stays besides the last `checkpoint.keep`.
+    /// The checkpoint with the best validation stays besides the last `checkpoint.keep`, and is what the run exports.
     pub keep_best: bool,
-    /// Validations in a row without a better one that end the run; 0: none do.
+    /// Validations in a row without a better one that end the run, which then keeps the best; 0: none do.
     pub patience: u64,
 }
 
@@ -412,6 +412,11 @@ impl Default for Valid {
 }
 
 impl Valid {
+    /// Whether the best checkpoint is kept and exported: a run that waits for a better one ends with a worse.
+    pub fn keeps_best(&self) -> bool {
+        self.keep_best || self.patience > 0
+    }
+
     /// What does not fit the validation data, and why.
     pub fn conflict(&self, data: &[Source]) -> Option<Conflict> {
         let asks = self.keep_best || self.patience > 0;

@@ -155,6 +155,14 @@ impl Frozen {
         })
     }
 
+    /// The tensors of which a hash of all ranks' reads in [`Frozen::fill`] is to count those of this rank: of a dense one every
+    /// rank reads its own part, a quantized one is read whole by each that has some of it.
+    pub fn counted(&self, rank: i64) -> impl Iterator<Item = &str> {
+        let slice = rank * self.shard_len..(rank + 1) * self.shard_len;
+        let counts = move |e: &&Entry| e.storage == Storage::Dense || slice.contains(&e.spec.offset);
+        self.entries.iter().filter(counts).map(|e| e.spec.name.as_str())
+    }
+
     /// Sets the values of the tensors that are `wanted`: `f(spec, first, values)` fills `values` (in any float dtype, `[n]`) with elements `first..first + n`
     /// of the flattened tensor `spec`. What is quantized is asked for by rows in float32, whole even where only a part of
     /// it lies in this rank's slice; of it some megabytes exist at a time.

@@ -14,6 +14,8 @@
 
 mod parking;
 
+use std::collections::HashSet;
+
 use kernels::c10d::{Group, ReduceOp, Work};
 use tch::{Device, Kind, Tensor};
 
@@ -339,6 +341,13 @@ impl Sharded {
         }
         self.refresh();
         Ok(())
+    }
+
+    /// The names of tensors that are not trained and whose reads by this rank count in a hash of all ranks' (see
+    /// [`Frozen::counted`]).
+    pub fn counted(&self) -> HashSet<String> {
+        let rank = self.shard.rank();
+        self.groups.iter().flat_map(|g| g.frozen.counted(rank)).map(str::to_string).collect()
     }
 
     /// Brings the compute copies up to the master values.

@@ -16,6 +16,7 @@ use crate::algorithms::folder::{RunFolder, Start};
 use crate::algorithms::records;
 use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Stop, Sums};
 use crate::algorithms::training::{Learner, Plan, Progress, Run, compute_kind};
+use crate::checkpoint::Metric;
 use crate::config::dpo::{Dpo, Pairs, Section};
 use crate::config::pretrain::Model;
 use crate::config::{Algorithm, Loaded, common};
@@ -30,7 +31,7 @@ use crate::info;
 use crate::model::{DropoutPlace, Input, Llama, LmHead, Trainable};
 use crate::optim::Schedule;
 use crate::telemetry::Record;
-use reference::{Of, Reference};
+use reference::{Of, Reference, ReferenceModel};
 
 /// What a run reads before any rank talks to another: files are checked and tokenized, and errors told, before a group
 /// could hang.
@@ -241,9 +242,12 @@ pub fn dpo(loaded: &Loaded<Dpo>, inputs: Inputs, world: &World, start: &Start) -
     let mut paths = common::paths(&c.model, c.tokenizer.as_ref(), sources);
     paths.extend(c.reference.as_ref().map(|r| r.path.as_path()));
     let tokenizer = &inputs.base.tokenizer;
-    let folder = RunFolder::open(loaded, start, &paths, tokenizer, world)?;
+    let mut folder = RunFolder::open(loaded, start, &paths, tokenizer, world)?;
     let origin = inputs.base.path(&c.model);
     let mut learner = Learner::new(&inputs.base, origin, &inputs.trainable, &common, world)?;
+    folder.record(learner.record("model", &inputs.base))?;
+    let mut reference = ReferenceModel::open(c, &inputs, world)?;
+    folder.record(reference.record.take())?;
     let restored = folder.restore::<State>(&mut learner)?;
     let fresh = restored.is_none();
     let progress = match restored {
@@ -258,7 +262,7 @@ pub fn dpo(loaded: &Loaded<Dpo>, inputs: Inputs, world: &World, start: &Start) -
     };
     announce(c, &inputs);
     records::announce(&inputs.train, inputs.valid.as_ref(), &inputs.chat, world);
-    let mut reference = Reference::new(c, &inputs, &mut learner, fresh, world)?;
+    let mut reference = reference.ready(c, &inputs, &mut learner, fresh, world)?;
     let schedule = Schedule::new(&common, inputs.steps);
     let mut run = folder.start(progress, Plan::new(&common, inputs.steps))?;
     let (counts, odd) = (inputs.train.counts(), inputs.train.odd());
@@ -305,6 +309,7 @@ pub fn dpo(loaded: &Loaded<Dpo>, inputs: Inputs, world: &World, start: &Start) -
         let best = due && validation(c, &inputs, &mut learner.model, &mut reference, &mut run, world)?;
         run.save(&[learner.part("")], best)?;
     }
+    run.take_best(|best| best.load_values(&mut learner.model.params))?;
     run.finish(|dir| learner.export(dir, tokenizer, world))
 }
 
@@ -353,7 +358,7 @@ fn validation(
     let record = tell(record, &stats, c).float("perplexity", (stats[6] / stats[7]).exp());
     run.log(&record.count("ties", ties(valid, 0, num_valid(c, valid))));
     run.restart_window();
-    Ok(run.note_validation(loss, &c.valid))
+    Ok(run.note_validation(Metric::Loss, loss, &c.valid))
 }
 
 /// The loss over the first `valid.batches` batches of the validation data, and what is told with it; none where it was

@@ -11,7 +11,7 @@ use super::{Inputs, Work};
 use crate::algorithms::rl::place::{Where, frozen};
 use crate::algorithms::step;
 use crate::algorithms::training::Learner;
-use crate::checkpoint::agree;
+use crate::checkpoint::{ModelRecord, TensorHash, agree};
 use crate::config::dpo::{Dpo, ReferenceFrom};
 use crate::config::{Algorithm, sections};
 use crate::data::examples::default_cache;
@@ -38,31 +38,63 @@ pub enum Of {
     Valid,
 }
 
-impl Reference {
-    /// `fresh`: the learner is as the run begins. Collective.
-    pub fn new(
+/// The reference as it was opened, before anything is asked of it.
+pub struct ReferenceModel {
+    /// What it is; none where it is the learner without its adapters, which has a record of its own.
+    pub record: Option<ModelRecord>,
+    state: Loaded,
+}
+
+enum Loaded {
+    AdaptersOff,
+    Copy(Box<Llama>),
+    /// The key of its cached log-probabilities.
+    Cached(String),
+}
+
+/// Whether the reference is the learner without its adapters. An adapter that the model came with belongs to the reference.
+fn adapters_off(c: &Dpo, inputs: &Inputs) -> bool {
+    c.reference.is_none()
+        && inputs.trainable.lora.is_some()
+        && inputs.base.weights.as_ref().is_some_and(|w| w.lora().is_none())
+}
+
+impl ReferenceModel {
+    /// Reads the reference, or, where its log-probabilities are cached, what it is. Collective.
+    pub fn open(c: &Dpo, inputs: &Inputs, world: &World) -> Result<ReferenceModel> {
+        let base = inputs.reference.as_ref().unwrap_or(&inputs.base);
+        let key = if inputs.reference.is_some() { "reference.path" } else { "model.path" };
+        let record = |hash| base.record_asked("reference", key, hash);
+        if c.dpo.reference == ReferenceFrom::Online {
+            if adapters_off(c, inputs) {
+                return Ok(ReferenceModel { record: None, state: Loaded::AdaptersOff });
+            }
+            let (model, hash) = frozen_copy(c, inputs, world)?;
+            return Ok(ReferenceModel { record: record(hash), state: Loaded::Copy(Box::new(model)) });
+        }
+        let weights = base.weights.as_ref().ok_or_else(|| Error::failed("a new model is no reference"))?;
+        let kept = inputs.trainable.lora.as_ref().filter(|_| inputs.reference.is_none()).map(|l| l.base);
+        let hash = weights.hash(&base.shape, &world.group)?;
+        let record = record(hash);
+        let details = record.as_ref().map(|record| record.details.to_string()).unwrap_or_default();
+        let key = format!("{hash} {details} {kept:?} {:?}", c.precision.compute);
+        Ok(ReferenceModel { record, state: Loaded::Cached(key) })
+    }
+
+    /// Computes log-probabilities that are not in the cache yet. `fresh`: the learner is as the run begins. Collective.
+    pub fn ready(
+        self,
         c: &Dpo,
         inputs: &Inputs,
         learner: &mut Learner,
         fresh: bool,
         world: &World,
     ) -> Result<Reference> {
-        // An adapter that the model came with belongs to the reference.
-        let adapters_off = c.reference.is_none()
-            && inputs.trainable.lora.is_some()
-            && inputs.base.weights.as_ref().is_some_and(|w| w.lora().is_none());
-        if c.dpo.reference == ReferenceFrom::Online {
-            return match adapters_off {
-                true => Ok(Reference::AdaptersOff),
-                false => Ok(Reference::Copy(Box::new(frozen_copy(c, inputs, world)?))),
-            };
-        }
-        let lora = inputs.trainable.lora.as_ref();
-        let base = inputs.reference.as_ref().unwrap_or(&inputs.base);
-        let weights = base.weights.as_ref().ok_or_else(|| Error::failed("a new model is no reference"))?;
-        let kept = lora.filter(|_| inputs.reference.is_none()).map(|l| l.base);
-        let model = format!("{} {kept:?}", weights.fingerprint()?);
-        let key = format!("{model} {:?}", c.precision.compute);
+        let key = match self.state {
+            Loaded::AdaptersOff => return Ok(Reference::AdaptersOff),
+            Loaded::Copy(model) => return Ok(Reference::Copy(model)),
+            Loaded::Cached(key) => key,
+        };
         let cache = c.data.cache.clone().map_or_else(default_cache, Ok)?;
         let mut train = Table::open(&inputs.train, &key, &cache, world)?;
         let wanted = inputs.steps * c.train.batch_size as u64;
@@ -85,7 +117,7 @@ impl Reference {
                     _ => Ok(()),
                 }
             };
-            if adapters_off {
+            if adapters_off(c, inputs) {
                 learner.model.adapters = false;
                 let filled = fill(&mut learner.model);
                 learner.model.adapters = true;
@@ -93,12 +125,14 @@ impl Reference {
             } else if fresh && c.reference.is_none() {
                 fill(&mut learner.model)?;
             } else {
-                fill(&mut frozen_copy(c, inputs, world)?)?;
+                fill(&mut frozen_copy(c, inputs, world)?.0)?;
             }
         }
         Ok(Reference::Cached(train, valid))
     }
+}
 
+impl Reference {
     /// The log-probabilities of a micro-batch's completions, `[S]`, in the dtype of its mask.
     pub fn sums(&mut self, model: &mut Llama, work: &Work, of: Of) -> Result<Tensor> {
         match self {
@@ -129,7 +163,7 @@ pub fn sums(model: &mut Llama, work: &Work) -> Result<Tensor> {
 }
 
 /// The reference as a model of its own. Collective.
-fn frozen_copy(c: &Dpo, inputs: &Inputs, world: &World) -> Result<Llama> {
+fn frozen_copy(c: &Dpo, inputs: &Inputs, world: &World) -> Result<(Llama, TensorHash)> {
     let base = inputs.reference.as_ref().unwrap_or(&inputs.base);
     frozen(base, &c.common(), None, &Where::Run(world))
 }

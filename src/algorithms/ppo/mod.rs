@@ -18,7 +18,7 @@ use crate::algorithms::rl::experience::gather_rows;
 use crate::algorithms::rl::place::{Average, Where, check_offload};
 use crate::algorithms::rl::policy::{Opened, Policy, Samplers, check_reads, share_of};
 use crate::algorithms::training::{Learner, Plan, Progress};
-use crate::checkpoint::Part;
+use crate::checkpoint::{Checkpoint, Part};
 use crate::config::common::Common;
 use crate::config::ppo::Ppo;
 use crate::config::pretrain::Model;
@@ -136,9 +136,11 @@ pub fn ppo(loaded: &Loaded<Ppo>, inputs: Inputs, world: &World, start: &Start) -
     let c = &loaded.config;
     let common = c.common();
     let tokenizer = inputs.opened.tokenizer().clone();
-    let folder = RunFolder::open(loaded, start, &c.paths(), &tokenizer, world)?;
+    let mut folder = RunFolder::open(loaded, start, &c.paths(), &tokenizer, world)?;
     let Samplers { train: mut sampler, mut valid } = samplers;
     let mut models = Models::load(c, inputs, world)?;
+    folder.record(std::mem::take(&mut models.policy.records))?;
+    folder.record(models.critic.record("critic", &inputs.critic.0))?;
     let progress = match folder.restore::<Position>(&mut models.policy.actor)? {
         Some(progress) => {
             sampler.prompts.resume(&progress.data.prompts)?;
@@ -149,7 +151,7 @@ pub fn ppo(loaded: &Loaded<Ppo>, inputs: Inputs, world: &World, start: &Start) -
                 let Learner { model, optimizer, .. } = &mut models.critic;
                 from.part("critic")?.load(&mut model.params, optimizer)?;
                 if let Some(ema) = &mut models.ema {
-                    from.part("ema")?.fill_weights(&mut ema.params)?;
+                    from.part("ema")?.load_values(&mut ema.params)?;
                 }
             }
             progress
@@ -224,6 +226,7 @@ pub fn ppo(loaded: &Loaded<Ppo>, inputs: Inputs, world: &World, start: &Start) -
     }
     models.policy.wake()?;
     models.critic.model.params.unpark()?;
+    run.take_best(|best| models.take(best))?;
     let Models { policy, critic, ema, .. } = &models;
     run.finish(|dir| {
         policy.actor.export(dir, &tokenizer, world)?;
@@ -264,6 +267,16 @@ impl<'a> Models<'a> {
         let ema = self.ema.as_ref();
         let ema = ema.map(|ema| Part { params: &ema.params, optim: None, ..self.policy.actor.part("ema") });
         [Some(actor), Some(self.critic.part("critic")), ema].into_iter().flatten().collect()
+    }
+
+    /// Sets the models that are trained to those of a checkpoint. Collective.
+    fn take(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        checkpoint.load_values(&mut self.policy.actor.model.params)?;
+        checkpoint.part("critic")?.load_values(&mut self.critic.model.params)?;
+        match &mut self.ema {
+            Some(ema) => checkpoint.part("ema")?.load_values(&mut ema.params),
+            None => Ok(()),
+        }
     }
 
     /// The actor's log-probabilities as it is now, of all responses.

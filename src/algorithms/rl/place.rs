@@ -7,6 +7,7 @@ use tch::Device;
 
 use crate::algorithms::base::Base;
 use crate::algorithms::training::compute_kind;
+use crate::checkpoint::TensorHash;
 use crate::config::common::Common;
 use crate::config::sections::Compute;
 use crate::distributed::sharded::{Sharded, shard_groups};
@@ -64,8 +65,8 @@ impl<'a> Where<'a> {
     }
 }
 
-/// A model that is only asked: what it may have learned as adapters acts. Collective.
-pub fn frozen(base: &Base, c: &Common, dtype: Option<Compute>, world: &Where) -> Result<Llama> {
+/// A model that is only asked: what it may have learned as adapters acts. With the hash of its tensors. Collective.
+pub fn frozen(base: &Base, c: &Common, dtype: Option<Compute>, world: &Where) -> Result<(Llama, TensorHash)> {
     let (shard, replica) = match world {
         Where::Run(world) => shard_groups(c.parallel.mode, world),
         Where::Own(_) => (Group::solo(), Group::solo()),
@@ -74,8 +75,8 @@ pub fn frozen(base: &Base, c: &Common, dtype: Option<Compute>, world: &Where) ->
     let plans = trainable.plans_for_inference(&base.shape)?;
     let compute = compute_kind(dtype.unwrap_or(c.precision.compute));
     let mut params = Sharded::new(plans, shard, replica, compute, world.device);
-    base.fill(&mut params, c.seed)?;
-    Ok(Llama::new(base.shape.clone(), params))
+    let hash = base.fill(&mut params, c.seed)?;
+    Ok((Llama::new(base.shape.clone(), params), hash))
 }
 
 /// Lets a model work: its values are on its device meanwhile, and with `offload` only then.

@@ -11,6 +11,7 @@ use crate::algorithms::rl::place::{Where, at_work, check_offload, frozen, where_
 use crate::algorithms::rl::reward_model::{self, RewardModel};
 use crate::algorithms::rl::sampling::{Batch, Said, Sampled, Sampler, Scorer};
 use crate::algorithms::training::{Learner, Run};
+use crate::checkpoint::{Metric, ModelRecord};
 use crate::config::common::Common;
 use crate::config::policy::OwnResponses;
 use crate::config::pretrain::Model;
@@ -138,6 +139,8 @@ pub struct Policy<'a> {
     pub begins_as_reference: bool,
     reward_model: Option<RewardModel<'a>>,
     equal_rewards: EqualRewards,
+    /// What the models are.
+    pub records: Vec<ModelRecord>,
 }
 
 /// A model that is only asked.
@@ -157,6 +160,7 @@ impl<'a> Policy<'a> {
         let own = Common { precision: &precision, optim, ..*c };
         let origin = opened.actor.path(&Model::Path(s.actor.path.clone()));
         let actor = Learner::new(&opened.actor, origin, &opened.trainable, &own, &actor_world)?;
+        let mut records: Vec<ModelRecord> = actor.record("actor", &opened.actor).into_iter().collect();
         let reference = match &opened.reference {
             None => None,
             Some(base) => {
@@ -165,11 +169,18 @@ impl<'a> Policy<'a> {
                 let dtype = s.reference.map_or(s.actor.dtype, |r| r.dtype);
                 let offload = s.reference.is_some_and(|r| r.offload);
                 check_offload("reference", offload, &place)?;
-                Some(Asked { model: frozen(base, c, dtype, &place)?, offload, _place: place })
+                let (model, hash) = frozen(base, c, dtype, &place)?;
+                let key = if s.reference.is_some() { "reference.path" } else { "actor.path" };
+                records.extend(base.record_asked("reference", key, hash));
+                Some(Asked { model, offload, _place: place })
             }
         };
         let reward_model = match (&opened.reward_model, s.reward_model) {
-            (Some(opened), Some(section)) => Some(opened.load(section, c, world)?),
+            (Some(opened), Some(section)) => {
+                let (model, record) = opened.load(section, c, world)?;
+                records.extend(record);
+                Some(model)
+            }
             _ => None,
         };
         let offload = s.actor.offload;
@@ -184,6 +195,7 @@ impl<'a> Policy<'a> {
             begins_as_reference,
             reward_model,
             equal_rewards,
+            records,
         })
     }
 
@@ -261,7 +273,7 @@ impl<'a> Policy<'a> {
         let reward = told.get("reward").unwrap_or(f64::NAN);
         run.log(&Record::new("valid", run.progress.step).with(told));
         run.restart_window();
-        Ok(run.note_validation(-reward, valid))
+        Ok(run.note_validation(Metric::Reward, reward, valid))
     }
 }
 

@@ -1,18 +1,20 @@
 //! A reward model that scores responses while another model is trained. It may be of another family: what was said is then
 //! tokenized again, by its own tokenizer and template.
 
+use serde_json::json;
+
 use crate::algorithms::base::Base;
 use crate::algorithms::rl::place::{Where, at_work, check_offload, frozen};
 use crate::algorithms::rl::sampling::Said;
 use crate::algorithms::scorer;
-use crate::checkpoint::{Scoring, agree};
+use crate::checkpoint::{ModelRecord, Scoring, agree};
 use crate::config::common::Common;
 use crate::config::models::Frozen;
 use crate::config::pretrain::Model;
 use crate::data::chat::Chat;
 use crate::data::conversation::Message;
 use crate::data::examples::Encoded;
-use crate::data::tokenizer::Tokenizer;
+use crate::data::tokenizer::{Tokenizer, hex};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::Llama;
@@ -50,12 +52,24 @@ impl Opened {
         Ok(Opened { base, scoring, chat })
     }
 
-    /// Loads it, each rank what it holds. Collective.
-    pub fn load<'a>(&'a self, section: &Frozen, c: &Common, world: &'a World) -> Result<RewardModel<'a>> {
+    /// Loads it, each rank what it holds, and tells what it is. Collective.
+    pub fn load<'a>(
+        &'a self,
+        section: &Frozen,
+        c: &Common,
+        world: &'a World,
+    ) -> Result<(RewardModel<'a>, Option<ModelRecord>)> {
         let place = Where::of(world, "reward_model", section.device.as_deref(), false)?;
         check_offload("reward_model", section.offload, &place)?;
-        let model = frozen(&self.base, c, section.dtype, &place)?;
-        Ok(RewardModel { opened: self, model, offload: section.offload, _place: place })
+        let (model, hash) = frozen(&self.base, c, section.dtype, &place)?;
+        let mut record = self.base.record_asked("reward_model", "reward_model.path", hash);
+        if let Some(record) = &mut record {
+            let tokenizer = &self.base.tokenizer;
+            record.details["scoring"] = json!(self.scoring);
+            record.details["tokenizer"] = json!(hex(&tokenizer.hash()));
+            record.details["chat_template"] = json!(tokenizer.chat_template().map(|t| &t.source));
+        }
+        Ok((RewardModel { opened: self, model, offload: section.offload, _place: place }, record))
     }
 }
 

@@ -86,7 +86,7 @@ fn one_a_family() -> Vec<Shape> {
 }
 
 /// Runs `f` on `n` ranks, threads of this process; returns what they return, by rank.
-fn on_ranks<T: Send>(n: i64, f: impl Fn(Group) -> T + Sync) -> Vec<T> {
+pub(super) fn on_ranks<T: Send>(n: i64, f: impl Fn(Group) -> T + Sync) -> Vec<T> {
     if n == 1 {
         return vec![f(Group::solo())];
     }

@@ -9,7 +9,7 @@ use super::tensors::{Described, describe, list, parameters};
 use super::{Depth, Report, data, is_there, names};
 use crate::checkpoint::safetensors::Reader;
 use crate::checkpoint::sharded::{self, META};
-use crate::checkpoint::{Checkpoint, Weights, in_hub_cache, read_object};
+use crate::checkpoint::{Checkpoint, ModelRecord, Weights, in_hub_cache, read_object};
 use crate::data::tokenizer::folder_has_tokenizer;
 use crate::error::{Context, Result};
 use crate::files::{crc32, exists, look};
@@ -126,6 +126,7 @@ pub fn checkpoint(dir: &Path, depth: Depth) -> Result<Report> {
             report.fact("template_date", json!(date));
         }
         report.fact("shape", json!(meta.shape));
+        report.fact("models", json!(meta.models.iter().map(model_line).collect::<Vec<_>>()));
         if let Some(base) = &meta.base {
             report.fact("base", json!(base));
             let path = Path::new(&base.path);
@@ -170,6 +171,11 @@ pub fn checkpoint(dir: &Path, depth: Depth) -> Result<Report> {
         list(&mut report, &tensors);
     }
     Ok(report)
+}
+
+/// A model that a run began with, without what its configuration says.
+fn model_line(model: &ModelRecord) -> Value {
+    json!({"name": model.name, "key": model.key, "path": model.path, "hash_of_frozen": model.hash})
 }
 
 /// An adapter in PEFT's format.

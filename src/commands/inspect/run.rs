@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use super::model::checkpoint;
 use super::{Depth, Report, inspect, is_there, names};
 use crate::algorithms::lock;
+use crate::checkpoint::Best;
 use crate::checkpoint::sharded::{checkpoints_dir, list};
 use crate::error::{Error, Result};
 use crate::files::read_error;
@@ -34,11 +35,19 @@ pub fn run(dir: &Path, depth: Depth) -> Result<Report> {
     report.fact("tensorboard", events);
 
     let checkpoints = checkpoints_dir(dir);
-    let mut lines = Vec::new();
+    let (mut lines, mut best) = (Vec::new(), None);
     for (step, path) in list(&checkpoints)? {
         let part = checkpoint(&path, depth)?;
         lines.push(json!({"step": step, "bytes": part.facts.get("bytes"), "complete": part.complete()}));
         report.problems.extend(part.problems().into_iter().map(str::to_string));
+        best = part.facts.get("state").and_then(Best::of_state);
+    }
+    if let Some(best) = best {
+        // As the newest checkpoint notes it.
+        for line in lines.iter_mut().filter(|line| line["step"].as_u64() == best.step()) {
+            line["best"] = json!(true);
+        }
+        report.fact("best", best.to_json());
     }
     report.fact("checkpoints", lines);
     if is_there(&checkpoints) {

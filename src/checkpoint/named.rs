@@ -1,0 +1,86 @@
+//! What a user names a model by, and the folder that it stands for.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use super::best::checkpoint_of_run;
+use super::meta::PARAMS;
+use super::peft;
+use super::sharded::{META, checkpoints_dir};
+use super::weights::in_hub_cache;
+use crate::data::tokenizer::folder_has_tokenizer;
+use crate::error::{Error, Result};
+use crate::files::{exists, is_dir, is_file, parent};
+use crate::info;
+
+/// A folder that holds a model, by its format.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ModelFolder {
+    Hf(PathBuf),
+    Meta(PathBuf),
+    /// In PEFT's format.
+    Adapter(PathBuf),
+    /// Of a run, or of one of its further models.
+    Checkpoint(PathBuf),
+}
+
+impl ModelFolder {
+    /// Finds the model that `path` names: a Hugging Face folder, an adapter in PEFT's format, a folder in Meta's format, a
+    /// checkpoint, a hub id that the local hub cache holds, or a run's folder: its `model/`, else its best checkpoint where
+    /// the run keeps that, else its newest, which is told in one line.
+    ///
+    /// # Errors
+    /// Of kind Data: there is no such folder, or no model in it; the newest checkpoint is damaged.
+    pub fn find(path: &Path) -> Result<ModelFolder> {
+        let found = match exists(path)? {
+            true => path.to_path_buf(),
+            false => in_hub_cache(path)?,
+        };
+        let path = found.as_path();
+        if is_file(&path.join(META))? {
+            return Ok(ModelFolder::Checkpoint(found));
+        }
+        for dir in [path.to_path_buf(), path.join("model")] {
+            if is_file(&dir.join(peft::CONFIG))? {
+                return Ok(ModelFolder::Adapter(dir));
+            }
+            if is_file(&dir.join("config.json"))? {
+                return Ok(ModelFolder::Hf(dir));
+            }
+        }
+        if is_dir(&checkpoints_dir(path))?
+            && let Some((checkpoint, what)) = checkpoint_of_run(path)?
+        {
+            tell_once(format!("{} has no model/ yet: taking its {what}", path.display()));
+            return Ok(ModelFolder::Checkpoint(checkpoint));
+        }
+        if is_file(&path.join(PARAMS))? {
+            return Ok(ModelFolder::Meta(found));
+        }
+        Err(Error::data(format!(
+            "{}: no model: a Hugging Face folder has config.json, an adapter {}, a folder in Meta's format {PARAMS}, a \
+             checkpoint {META}, and a run's folder model/ or checkpoints/ with a complete checkpoint",
+            path.display(),
+            peft::CONFIG
+        )))
+    }
+}
+
+/// The folder with the tokenizer of the model in `dir`, if it has one; a further model of a checkpoint has the checkpoint's.
+pub fn tokenizer_of(dir: &Path) -> Result<Option<PathBuf>> {
+    if folder_has_tokenizer(dir)? {
+        return Ok(Some(dir.to_path_buf()));
+    }
+    let above = parent(dir);
+    let part = is_file(&dir.join(META))? && is_file(&above.join(META))?;
+    Ok((part && folder_has_tokenizer(above)?).then(|| above.to_path_buf()))
+}
+
+/// Tells a line once, however often a model is opened.
+fn tell_once(line: String) {
+    static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    if TOLD.lock().unwrap_or_else(PoisonError::into_inner).insert(line.clone()) {
+        info!("{line}");
+    }
+}

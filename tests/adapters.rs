@@ -362,8 +362,47 @@ fn the_life_of_an_adapter() {
     let refused = "a model with an adapter";
     other.start(1, &[&path, "lora={rank: 2, alpha: 8}"]).wait().expect_error(2, &[refused, "corral merge"]);
     other.start(1, &[&path]).wait().expect_error(2, &[refused]);
-    let convert = ["convert", "--from", &adapter, "--to", &at("no"), "--format", "hf"];
-    Program::corral(&convert).run(dir, "convert").expect_error(2, &["corral merge"]);
+    let convert = ["convert", "--from", &adapter, "--to", &at("converted"), "--format", "hf"];
+    let converted = Program::corral(&convert).run(dir, "convert").expect_code(0);
+    assert!(converted.err.contains("trained on weights in nf4"), "{converted}");
+    assert!(converted.out.contains("KL(with adapter || merged)"), "{converted}");
+    let tensors = |name: &str| fs::read(dir.join(name).join("model.safetensors")).unwrap();
+    assert!(tensors("converted") == tensors("merged"), "convert merges as merge does");
+}
+
+/// A run that was stopped, and each of its checkpoints: merged, and written as an adapter in PEFT's format.
+#[test]
+fn a_stopped_run_becomes_a_model() {
+    let (run, words) = adapter_run("stopped", &["checkpoint.every=3", "train.steps=400"]);
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let mut running = run.start(1, &words);
+    running.wait_for("some steps", std::time::Duration::from_millis(1), || run.step() >= 7);
+    running.signal(nix::sys::signal::Signal::SIGTERM);
+    running.wait().expect_code(143);
+    let checkpoints = run.checkpoints();
+    let (last, newest) = checkpoints.last().unwrap();
+    let at = |name: &str| run.dir.join(name).to_string_lossy().into_owned();
+    let corral = |name: &str, words: &[&str]| Program::corral(words).run(&run.dir, name).expect_code(0);
+    let model = |name: &str| fs::read(run.dir.join(name).join("model.safetensors")).unwrap();
+    let output = run.output().to_string_lossy().into_owned();
+    let merged = corral("run", &["merge", "--adapter", &output, "--output", &at("of-run")]);
+    let told = format!("{output} has no model/ yet: taking its newest checkpoint, step {last}");
+    assert_eq!(merged.err.lines().filter(|line| *line == told).count(), 1, "{merged}");
+    assert!(merged.err.contains("trained on weights in nf4"), "{merged}");
+    let newest = newest.to_string_lossy().into_owned();
+    corral("newest", &["merge", "--adapter", &newest, "--output", &at("of-newest")]);
+    assert!(model("of-run") == model("of-newest"));
+    let first = checkpoints[0].1.to_string_lossy().into_owned();
+    corral("first", &["merge", "--adapter", &first, "--output", &at("of-first")]);
+    assert!(model("of-run") != model("of-first"));
+
+    corral("peft", &["convert", "--from", &first, "--to", &at("peft"), "--format", "peft"]);
+    assert!(fs::read_to_string(at("peft/corral.json")).unwrap().contains("nf4"));
+    corral("again", &["merge", "--adapter", &at("peft"), "--output", &at("of-peft")]);
+    assert!(model("of-peft") == model("of-first"));
+    let whole = Program::corral(&["convert", "--from", base_model(), "--to", &at("no"), "--format", "peft"]);
+    whole.run(&run.dir, "whole").expect_error(3, &["no adapter, but a whole model"]);
+    assert!(!run.dir.join("no").exists());
 }
 
 /// Checkpoints of a model of which a part is frozen, and the model that such a run exports.

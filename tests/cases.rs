@@ -45,4 +45,17 @@ macro_rules! files {
     };
 }
 
-files!(adapter, records, preferences, model, tokenizer, template, config, hub, messages, examples, runs);
+files!(
+    adapter,
+    records,
+    preferences,
+    model,
+    tokenizer,
+    template,
+    config,
+    hub,
+    messages,
+    examples,
+    runs,
+    adapters
+);

@@ -88,10 +88,60 @@ fn the_best_checkpoint_stays_and_patience_ends_the_run() {
     let kept: Vec<u64> = run.checkpoints().iter().map(|(step, _)| *step).collect();
     assert_eq!(kept, [best, run.step()]);
     assert!(ended.err.contains(&format!("best at step {best}")), "{ended}");
-    // The same command again finds it ended.
+    let (lowest, at_end) = (losses[best as usize / 2 - 1], losses[losses.len() - 1]);
+    let told = format!("best: step {best}, loss {lowest:.4} (exported); last: {at_end:.4}");
+    assert_eq!(ended.err.lines().last(), Some(told.as_str()), "{ended}");
+    // What is exported is the best checkpoint.
+    let out = run.dir.join("best").to_string_lossy().into_owned();
+    let kept = run.checkpoints()[0].1.to_string_lossy().into_owned();
+    let convert = ["convert", "--from", &kept, "--to", &out, "--format", "hf"];
+    Program::corral(&convert).run(&run.dir, "convert").expect_code(0);
+    let exported = run.model();
+    assert!(fs::read(run.dir.join("best/model.safetensors")).unwrap() == exported);
+    let inspected = Program::corral(&["inspect", "--json"]).arg(run.output()).run(&run.dir, "inspect");
+    let report: serde_json::Value = serde_json::from_str(&inspected.expect_code(0).out).unwrap();
+    assert_eq!(
+        (uint(&report["best"], "step"), &report["best"]["exported"]),
+        (best, &true.into()),
+        "{report}"
+    );
+    let marked: Vec<bool> =
+        report["checkpoints"].as_array().unwrap().iter().map(|line| line["best"] == true).collect();
+    assert_eq!(marked, [true, false], "{report}");
+
+    // The same command again finds it ended, and exports the same.
     let last = run.step();
-    run.train(1, &words);
+    fs::remove_dir_all(run.output().join("model")).unwrap();
+    let again = run.train(1, &words);
     assert_eq!(run.step(), last, "it went on after its end");
+    assert!(again.err.lines().last() == Some(told.as_str()) && run.model() == exported, "{again}");
+
+    // The history goes on in another folder: its best is the old run's, until there is a better one.
+    let next = Run::sft("best-next");
+    let from = run.checkpoints()[1].1.to_string_lossy().into_owned();
+    let further = [&words[..], &["--resume", &from]].concat();
+    let ended = next.train(1, &further);
+    assert!(ended.err.lines().last() == Some(told.as_str()) && next.model() == exported, "{ended}");
+    // Without the best checkpoint the last model is exported, with a warning.
+    fs::remove_dir_all(&kept).unwrap();
+    let ended = run.train(1, &words);
+    let told = format!("best: step {best}, loss {lowest:.4}; last: {at_end:.4} (exported)");
+    assert!(ended.err.contains("the best checkpoint, is not there: the last model is exported"), "{ended}");
+    assert!(ended.err.lines().last() == Some(told.as_str()) && run.model() != exported, "{ended}");
+}
+
+/// Without `keep_best` the last model is exported, and which was the best is told.
+#[test]
+fn the_last_model_is_exported_where_the_best_is_not_kept() {
+    let run = Run::sft("last");
+    let words =
+        ["optim.lr=3.0", "optim.clip=0", "schedule={kind: constant, warmup_steps: 4}", "train.steps=8"];
+    let ended = run.train(1, &[&words[..], &["valid={every: 2, batches: 2}"]].concat());
+    let losses = run.numbers("valid", "loss");
+    let best = losses.iter().enumerate().min_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i).unwrap();
+    let (at, lowest, last) = (2 * (best + 1), losses[best], losses[losses.len() - 1]);
+    let told = format!("best: step {at}, loss {lowest:.4}; last: {last:.4} (exported)");
+    assert_eq!(ended.err.lines().last(), Some(told.as_str()), "{ended}");
 }
 
 #[test]

@@ -142,6 +142,11 @@ fn find_checkpoint(dir: &Path, resume: &Resume) -> Result<Option<Checkpoint>> {
 
 /// Whether the run in this folder began from this checkpoint of another.
 fn begins_with(dir: &Path, named: &Checkpoint) -> Result<bool> {
+    // A checkpoint of this very run: the newest one may be damaged, which is why an older one is named.
+    let own = checkpoints_dir(dir).canonicalize();
+    if own.is_ok_and(|own| named.dir().canonicalize().is_ok_and(|named| named.starts_with(own))) {
+        return Ok(false);
+    }
     let Some(newest) = checkpoint::latest(dir)? else { return Ok(false) };
     let begun_from = newest.meta().state.get("begun_from").and_then(|path| path.as_str());
     Ok(begun_from.is_some_and(|path| named.dir().canonicalize().is_ok_and(|named| named == Path::new(path))))

@@ -2,7 +2,8 @@
 //! sets and the case to run in CORRAL_TEST_CASE.
 
 use corral::distributed::world::{BackendChoice, DeviceChoice, World};
-use kernels::c10d::{Group, ReduceOp};
+use kernels::c10d::{Backend, Group, ReduceOp, Store};
+use kernels::watch::Watch;
 use std::net::TcpListener;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -224,6 +225,15 @@ fn a_group_of_one_only_copies() {
     assert!(group.all_gather(&out.tr(), &out).err().unwrap().message.contains("not contiguous"));
 }
 
+/// libtorch's flight recorder crashed here (SIGSEGV) about every third time: see `kernels/cpp/c10d.cpp`.
+/// `TORCH_FR_BUFFER_SIZE=2000` switches it on again.
+#[test]
+fn groups_may_begin_on_several_threads_at_once() {
+    let mut ranks = Ranks(vec![spawn("begin", 0, 1, free_port())]);
+    let output = &ranks.outputs(&[0])[0];
+    assert!(output.contains("rank is fine"), "a crash, it seems: {output}");
+}
+
 #[test]
 fn devices_and_backends_that_cannot_be() {
     for bad in ["gpu", "cuda:", "cuda:x", ""] {
@@ -255,8 +265,10 @@ fn as_rank() {
 }
 
 fn run_case(case: &str) -> corral::Result<()> {
-    if case == "cuda" {
-        return cuda();
+    match case {
+        "cuda" => return cuda(),
+        "begin" => return begin(),
+        _ => {}
     }
     let timeout = match case {
         "hang" | "hang_scatter" | "stop_0" | "come" | "disagree" => 3,
@@ -454,6 +466,34 @@ fn sub_groups(world: &World) -> corral::Result<()> {
     world.group.all_reduce(&t, ReduceOp::Sum)?.wait()?;
     assert_eq!(t.int64_value(&[0]), 3);
     Ok(())
+}
+
+/// Ranks as threads: round after round, each makes a group, and all first collectives begin at one moment.
+fn begin() -> corral::Result<()> {
+    const THREADS: i64 = 4;
+    const ROUNDS: usize = 60;
+    let timeout = Duration::from_secs(30);
+    let server = Store::tcp("127.0.0.1", 0, true, timeout)?;
+    let start = std::sync::Barrier::new(THREADS as usize);
+    let rank = &|rank: i64| -> corral::Result<()> {
+        let watch = Watch::start(server.reconnect()?, rank, THREADS, rank == 0)?;
+        for round in 0..ROUNDS {
+            let groups = (0..8).map(|i| {
+                let name = format!("{rank}/{round}/{i}");
+                Group::new(&watch, Backend::Gloo, &name, &[rank], timeout, Device::Cpu)
+            });
+            let groups = groups.collect::<kernels::Result<Vec<_>>>()?;
+            start.wait();
+            for group in &groups {
+                group.combine(&[1.0], ReduceOp::Sum)?;
+            }
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS).map(|r| scope.spawn(move || rank(r))).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().expect("a thread that does not panic"))
+    })
 }
 
 /// Works with and without a GPU.

@@ -33,9 +33,23 @@ c10d::ReduceOp reduce_op(int op) {
   }
   TORCH_CHECK(false, "unknown reduction ", op);
 }
+
+// c10d's flight recorder (its log of collectives for debugging) writes a map before it takes its lock, in every group's
+// first collective (FlightRecorder::recordWithResetEnabled of libtorch 2.11): groups that begin on several threads at once
+// tear the map apart. With a buffer of size 0 it returns before. Its buffer's size comes from the environment, which no thread
+// reads yet here, before main. A size that the user has set stays.
+bool recorder_is_off = false;
+
+__attribute__((constructor)) void switch_recorder_off() {
+  if (std::getenv("TORCH_FR_BUFFER_SIZE") || std::getenv("TORCH_NCCL_TRACE_BUFFER_SIZE")) return;
+  recorder_is_off = setenv("TORCH_FR_BUFFER_SIZE", "0", 0) == 0;
+}
 } // namespace
 
 extern "C" {
+
+// Whether this library, and not the user, has set TORCH_FR_BUFFER_SIZE.
+int corral_recorder_is_off() { return recorder_is_off; }
 
 void corral_free(void* p) { std::free(p); }
 

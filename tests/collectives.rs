@@ -6,6 +6,7 @@ use kernels::c10d::{Backend, Group, ReduceOp, Store};
 use kernels::watch::Watch;
 use std::net::TcpListener;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 
@@ -225,7 +226,7 @@ fn a_group_of_one_only_copies() {
     assert!(group.all_gather(&out.tr(), &out).err().unwrap().message.contains("not contiguous"));
 }
 
-/// libtorch's flight recorder crashed here (SIGSEGV) about every third time: see `kernels/cpp/c10d.cpp`.
+/// libtorch's flight recorder crashed here now and then (SIGSEGV): see `kernels/cpp/c10d.cpp`.
 /// `TORCH_FR_BUFFER_SIZE=2000` switches it on again.
 #[test]
 fn groups_may_begin_on_several_threads_at_once() {
@@ -468,32 +469,45 @@ fn sub_groups(world: &World) -> corral::Result<()> {
     Ok(())
 }
 
-/// Ranks as threads: round after round, each makes a group, and all first collectives begin at one moment.
+/// Groups of one rank each, whose first collectives two threads begin at one moment.
 fn begin() -> corral::Result<()> {
-    const THREADS: i64 = 4;
-    const ROUNDS: usize = 60;
+    const RANKS: i64 = 24;
+    const GROUPS: usize = 8;
     let timeout = Duration::from_secs(30);
     let server = Store::tcp("127.0.0.1", 0, true, timeout)?;
-    let start = std::sync::Barrier::new(THREADS as usize);
-    let rank = &|rank: i64| -> corral::Result<()> {
-        let watch = Watch::start(server.reconnect()?, rank, THREADS, rank == 0)?;
-        for round in 0..ROUNDS {
-            let groups = (0..8).map(|i| {
-                let name = format!("{rank}/{round}/{i}");
-                Group::new(&watch, Backend::Gloo, &name, &[rank], timeout, Device::Cpu)
-            });
-            let groups = groups.collect::<kernels::Result<Vec<_>>>()?;
-            start.wait();
-            for group in &groups {
-                group.combine(&[1.0], ReduceOp::Sum)?;
-            }
+    // Ranks as threads, since a group takes its time.
+    let rank = &|rank: i64| -> corral::Result<_> {
+        let watch = Watch::start(server.reconnect()?, rank, RANKS, rank == 0)?;
+        let group =
+            |i| Group::new(&watch, Backend::Gloo, &format!("{rank}/{i}"), &[rank], timeout, Device::Cpu);
+        let groups = (0..GROUPS).map(group).collect::<kernels::Result<Vec<_>>>()?;
+        Ok((watch, groups))
+    };
+    let (watches, groups): (Vec<_>, Vec<_>) = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..RANKS).map(|r| scope.spawn(move || rank(r))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect::<corral::Result<Vec<_>>>()
+    })?
+    .into_iter()
+    .unzip();
+    let groups: Vec<Group> = groups.into_iter().flatten().collect();
+    let waiting = AtomicUsize::new(2);
+    let begin = |groups: &[Group]| -> kernels::Result<()> {
+        let one = Tensor::ones([1], (Kind::Float, Device::Cpu));
+        let tensors: Vec<Tensor> = groups.iter().map(|_| one.copy()).collect();
+        waiting.fetch_sub(1, Ordering::AcqRel);
+        while waiting.load(Ordering::Acquire) > 0 {
+            std::hint::spin_loop();
         }
-        Ok(())
+        let works = groups.iter().zip(&tensors).map(|(group, t)| group.all_reduce(t, ReduceOp::Sum));
+        works.collect::<kernels::Result<Vec<_>>>()?.into_iter().try_for_each(|work| work.wait())
     };
     std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..THREADS).map(|r| scope.spawn(move || rank(r))).collect();
-        threads.into_iter().try_for_each(|thread| thread.join().expect("a thread that does not panic"))
-    })
+        let (begin, halves) = (&begin, groups.chunks(groups.len() / 2));
+        let threads: Vec<_> = halves.map(|half| scope.spawn(move || begin(half))).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
+    })?;
+    drop(watches);
+    Ok(())
 }
 
 /// Works with and without a GPU.

@@ -1,16 +1,13 @@
 //! A program that judges: a line of JSON in, a line of JSON out, one process for the whole run.
 
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::Answer;
+use super::keeper::Kept;
 use crate::error::{Context, Error, Result};
 
 const DEFAULT_TIMEOUT_S: f64 = 60.0;
@@ -20,19 +17,19 @@ const DEFAULT_TIMEOUT_S: f64 = 60.0;
 pub struct Command {
     run: String,
     timeout: Duration,
-    child: Child,
-    /// Lines to its stdin: a thread writes them, so that a program that does not read runs into the time-out, too.
+    /// Lines to its stdin: a thread writes them, so that a program that does not read runs into the time-out, too. First of
+    /// the fields: the program's input ends, and it may end by itself, before it is ended.
     questions: Sender<String>,
     answers: Receiver<String>,
+    program: Kept,
 }
 
 impl Command {
-    /// Starts `sh -c run`, in a process group of its own: a Ctrl-C is not for it.
+    /// Starts `sh -c run`. It ends with this process, and so does what it starts.
     pub fn start(run: &str, timeout_s: Option<f64>) -> Result<Command> {
-        let mut command = std::process::Command::new("sh");
-        command.args(["-c", run]).stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
-        let mut child = command.spawn().context("cannot start sh for a reward of the kind command")?;
-        let (Some(mut stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+        let mut program = Kept::start(run).context("cannot start sh for a reward of the kind command")?;
+        let (Some(mut stdin), Some(stdout)) = (program.child.stdin.take(), program.child.stdout.take())
+        else {
             return Err(Error::failed("a reward's command has no pipes"));
         };
         let (questions, to_write) = channel::<String>();
@@ -55,7 +52,7 @@ impl Command {
         });
         let timeout = Duration::try_from_secs_f64(timeout_s.unwrap_or(DEFAULT_TIMEOUT_S));
         let timeout = timeout.map_err(|_| Error::config("rewards: timeout_s is too long"))?;
-        Ok(Command { run: run.to_string(), timeout, child, questions, answers })
+        Ok(Command { run: run.to_string(), timeout, questions, answers, program })
     }
 
     /// The program's number for an answer; none where it says null.
@@ -79,7 +76,7 @@ impl Command {
                 return Err(self.failed(&format!("gave no answer within {seconds} s (timeout_s)")));
             }
             Err(RecvTimeoutError::Disconnected) => {
-                let end = match self.child.wait() {
+                let end = match self.program.child.wait() {
                     Ok(status) => status.to_string(),
                     Err(e) => e.to_string(),
                 };
@@ -108,16 +105,4 @@ impl Command {
 fn shown(line: &str) -> String {
     let begin: String = line.chars().take(80).collect();
     format!("`{begin}`")
-}
-
-impl Drop for Command {
-    fn drop(&mut self) {
-        // It ends by itself where its input ends; one that does not is not waited for.
-        if matches!(self.answers.try_recv(), Err(TryRecvError::Disconnected)) {
-            let _ = self.child.wait();
-            return;
-        }
-        let _ = killpg(Pid::from_raw(self.child.id() as i32), Signal::SIGKILL);
-        let _ = self.child.wait();
-    }
 }

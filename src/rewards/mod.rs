@@ -2,6 +2,7 @@
 
 mod command;
 pub mod gsm8k;
+mod keeper;
 pub mod math;
 
 use std::collections::BTreeMap;
@@ -243,6 +244,51 @@ mod tests {
             judge.judge(&answer).unwrap().reward
         };
         assert_eq!([ask("a\nb"), ask("skip"), ask("c")], [Some(1.0), None, Some(3.0)]);
+    }
+
+    /// Whatever is blocked and ignored in the thread that starts it, which computes. (Above 31: those of the C library.)
+    #[test]
+    fn a_command_blocks_and_ignores_no_signal() {
+        use nix::sys::signal::SigSet;
+        let script = r#"read line; set -- $(grep -E "SigBlk|SigIgn" /proc/self/status); echo $(((0x$2 | 0x$4) & 0x7fffffff))"#;
+        let yaml = format!("[{{kind: command, run: '{script}'}}]");
+        let asked = std::thread::spawn(move || {
+            SigSet::all().thread_block().unwrap();
+            let record = Map::new();
+            let (prompt, response, reference) = ("", "", None);
+            let answer = Answer { prompt, response, reference, num_tokens: 1, record: &record, score: None };
+            Judge::new(&rewards(&yaml)).unwrap().judge(&answer).unwrap().reward
+        });
+        assert_eq!(asked.join().unwrap(), Some(0.0));
+    }
+
+    #[test]
+    fn what_a_command_has_started_ends_with_it() {
+        // One in its group, one that left it, one whose parent is gone; none holds the pipe that is read here.
+        let script = "sleep 301 >&2 & setsid sleep 301 >&2 & (sleep 301 >&2 &); read line; echo 1";
+        let yaml = format!("[{{kind: command, run: '{script}'}}]");
+        let before = sleepers();
+        let mut judge = Judge::new(&rewards(&yaml)).unwrap();
+        let record = Map::new();
+        let answer =
+            Answer { prompt: "", response: "", reference: None, num_tokens: 1, record: &record, score: None };
+        assert_eq!(judge.judge(&answer).unwrap().reward, Some(1.0));
+        let begun = std::time::Instant::now();
+        while sleepers() < before + 3 {
+            assert!(begun.elapsed().as_secs() < 20, "{} of 3 have begun", sleepers() - before);
+        }
+        drop(judge);
+        assert_eq!(sleepers(), before);
+    }
+
+    fn sleepers() -> usize {
+        let of_this = format!("CORRAL_STARTED_BY_{}_", std::process::id());
+        let environments = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+            let file = |name: &str| std::fs::read(entry.path().join(name)).unwrap_or_default();
+            let sleeps = file("cmdline").ends_with(b"\x00301\x00");
+            sleeps.then(|| String::from_utf8_lossy(&file("environ")).into_owned())
+        });
+        environments.filter(|e| e.contains(&of_this)).count()
     }
 
     #[test]

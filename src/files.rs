@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, BufWriter, Read, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::content::unusable;
@@ -370,12 +370,67 @@ pub fn remove_dir(path: &Path) -> Result<()> {
 /// The CRC-32 of a file.
 pub fn crc32(path: &Path) -> Result<u32> {
     let mut hasher = crc32fast::Hasher::new();
+    read_through(path, |bytes| hasher.update(bytes))?;
+    Ok(hasher.finalize())
+}
+
+/// Files up to this size go into an [`identity`] with all their bytes, larger ones by blocks.
+const IDENTITY_WHOLE: u64 = 64 << 20;
+const IDENTITY_BLOCKS: u64 = 1024;
+const IDENTITY_BLOCK: u64 = 4096;
+
+/// Tells what lies at a path apart from other things, wherever it lies: by the names (in a folder), sizes and contents of
+/// files; of a file above 64 MiB by 1,024 blocks of 4 KiB spread over it. Hidden files and texts for people do not count, nor
+/// what can be read only once, such as a pipe.
+pub fn identity(path: &Path) -> Result<String> {
+    let mut text = String::new();
+    let mut files = vec![path.to_path_buf()];
+    if path.is_dir() {
+        let entries = fs::read_dir(path).map_err(|e| read_error(path, &e))?.collect::<io::Result<Vec<_>>>();
+        files = entries.map_err(|e| read_error(path, &e))?.into_iter().map(|e| e.path()).collect();
+        files.sort();
+    }
+    for file in &files {
+        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let for_people = name.starts_with('.') || name.ends_with(".md") || name.starts_with("LICENSE");
+        if !file.is_file() || (path.is_dir() && for_people) {
+            continue;
+        }
+        let (bytes, crc) = blocks_crc(file).map_err(|e| read_error(file, &e))?;
+        let name = if path.is_dir() { name } else { String::new() };
+        text += &format!("{name}:{bytes}:{crc:08x} ");
+    }
+    Ok(format!("{:08x}", crc32fast::hash(text.as_bytes())))
+}
+
+/// The size of a file, and the CRC-32 of it or of its blocks.
+fn blocks_crc(path: &Path) -> io::Result<(u64, u32)> {
+    let file = File::open(path)?;
+    let size = file.metadata()?.len();
+    let mut hasher = crc32fast::Hasher::new();
+    let (count, length) = match size {
+        0..=IDENTITY_WHOLE => (size.div_ceil(CHUNK as u64), CHUNK as u64),
+        _ => (IDENTITY_BLOCKS, IDENTITY_BLOCK),
+    };
+    for i in 0..count {
+        let at = if length == CHUNK as u64 { i * length } else { i * (size - length) / (count - 1) };
+        let mut block = vec![0; length.min(size - at) as usize];
+        file.read_exact_at(&mut block, at)?;
+        hasher.update(&block);
+    }
+    Ok((size, hasher.finalize()))
+}
+
+/// Gives all of a file, piece by piece.
+pub fn read_through(path: &Path, mut take: impl FnMut(&[u8])) -> Result<()> {
     let mut buffer = vec![0; CHUNK];
     let mut file = File::open(path).map_err(|e| read_error(path, &e))?;
     loop {
-        match file.read(&mut buffer).map_err(|e| read_error(path, &e))? {
-            0 => return Ok(hasher.finalize()),
-            n => hasher.update(&buffer[..n]),
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(n) => take(&buffer[..n]),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(read_error(path, &e)),
         }
     }
 }
@@ -575,6 +630,27 @@ mod tests {
         first.commit().unwrap();
         assert_eq!(fs::read_to_string(dir.join("x")).unwrap(), "first");
         assert_eq!(names(&folder.0), ["dir", "file"]);
+    }
+
+    #[test]
+    fn an_identity_is_of_contents() {
+        let folder = TestFolder::new("identity");
+        let [a, b] = ["a", "b"].map(|name| {
+            fs::create_dir(folder.0.join(name)).unwrap();
+            fs::write(folder.0.join(name).join("config.json"), "{}").unwrap();
+            fs::write(folder.0.join(name).join("README.md"), name).unwrap();
+            folder.0.join(name)
+        });
+        let same = identity(&a).unwrap();
+        assert_eq!(same, identity(&b).unwrap());
+        fs::write(b.join("config.json"), "[]").unwrap();
+        assert_ne!(same, identity(&b).unwrap());
+        let large = folder.file("large", "");
+        let size = IDENTITY_WHOLE + 1;
+        File::options().write(true).open(&large).unwrap().set_len(size).unwrap();
+        let zeros = identity(&large).unwrap();
+        File::options().write(true).open(&large).unwrap().write_all_at(b"x", size - 1).unwrap();
+        assert_ne!(zeros, identity(&large).unwrap());
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::panic::PanicHookInfo;
 use std::process::exit;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use corral::algorithms::{dpo, grpo, online_dpo, ppo, pretrain, reward, run, sft};
 use corral::commands::{self, Global};
 use corral::distributed::environment::Place;
@@ -69,11 +69,17 @@ enum Command {
 
 fn main() {
     std::panic::set_hook(Box::new(tell_panic));
-    let cli = Cli::try_parse().unwrap_or_else(|e| {
+    let parsed = Cli::command().try_get_matches().and_then(|matches| {
+        let mut cli = Cli::from_arg_matches(&matches)?;
+        cli.global.note(&Cli::command(), &matches);
+        Ok(cli)
+    });
+    let cli = parsed.unwrap_or_else(|e| {
         let_rank_0_tell(true);
         e.exit()
     });
     telemetry::console::init(cli.global.console());
+    kernels::watch::tell_errors_by(|error| corral::error!("{error}"));
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| execute(cli)));
     // Exits at once: what threads are left need not be waited for.
     match result {
@@ -150,6 +156,10 @@ fn tell_panic(info: &PanicHookInfo) {
             "cannot start a thread: raise the limit of processes (ulimit -u, or pids.max of the container), or compute with \
              fewer --threads"
                 .to_string()
+        }
+        // What `println!` does where nobody reads any more.
+        None if text.starts_with("failed printing to stdout") => {
+            format!("cannot write to stdout: {}", text.rsplit(": ").next().unwrap_or(text))
         }
         None => {
             let place = info.location().map(|l| format!(" ({}:{})", l.file(), l.line())).unwrap_or_default();

@@ -57,5 +57,7 @@ files!(
     messages,
     examples,
     runs,
-    adapters
+    adapters,
+    ranks,
+    console
 );

@@ -31,6 +31,16 @@ pub fn tune_allocator(alone: bool) -> Result<()> {
     check(unsafe { corral_allocate_by_malloc() })
 }
 
+/// Columns of the terminal that stderr is, if it is one and says so.
+pub fn terminal_columns() -> Option<u16> {
+    // SAFETY: plain data, which the call fills where it succeeds.
+    let size = unsafe {
+        let mut size: libc::winsize = std::mem::zeroed();
+        (libc::ioctl(libc::STDERR_FILENO, libc::TIOCGWINSZ, &mut size) == 0).then_some(size)
+    };
+    size.map(|size| size.ws_col).filter(|columns| *columns > 0)
+}
+
 /// Which library multiplies float32 matrices on the CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Float32Products {

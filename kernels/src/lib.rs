@@ -13,6 +13,7 @@ pub mod mmap;
 pub mod moments;
 pub mod nvrtc;
 pub mod ops;
+pub mod process;
 pub mod quant;
 mod store;
 pub mod watch;

@@ -9,11 +9,18 @@ use crate::error::{Error, Result};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, Once};
+use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
 const BEAT: Duration = Duration::from_millis(500);
+
+static TELL: OnceLock<fn(&Error)> = OnceLock::new();
+
+/// How an error is told that ends the process from the watching thread; without this, as a line on stderr.
+pub fn tell_errors_by(tell: fn(&Error)) {
+    let _ = TELL.set(tell);
+}
 
 /// One collective of one group. `seq` counts the group's collectives from 1.
 #[derive(Debug, Clone)]
@@ -132,14 +139,55 @@ impl Watch {
         if lock(&self.shared.calls).insert(name.into(), (0, "set-up")).is_some() {
             return Err(Error::new(format!("the group `{name}` was made before in this run")));
         }
+        self.meet("join", name, ranks, timeout)
+    }
+
+    /// Gives all ranks' `mine` to `compare`, on rank 0, and returns on all ranks what it finds.
+    pub fn compare(
+        &self,
+        mine: Vec<u8>,
+        timeout: Duration,
+        compare: impl FnOnce(&[Vec<u8>]) -> Option<String> + Send + 'static,
+    ) -> Result<Option<String>> {
+        let ranks: Vec<i64> = (0..self.shared.world_size).collect();
+        let key = |rank: i64| format!("facts/{rank}");
+        let (shared, my_key) = (self.shared.clone(), key(self.shared.rank));
+        let limit = timeout.saturating_add(20 * BEAT);
+        bounded(limit, move || shared.store.reconnect()?.set(&my_key, &mine))?;
+        self.meet("meet", "world", &ranks, timeout)?;
+        let shared = self.shared.clone();
+        bounded(limit, move || {
+            let store = shared.store.reconnect()?;
+            if shared.rank != 0 {
+                let found = store.get_within("facts/found", timeout)?;
+                store.add("facts/read", 1)?;
+                return Ok(Some(String::from_utf8_lossy(&found).into_owned()).filter(|f| !f.is_empty()));
+            }
+            let all = ranks.iter().map(|rank| store.get_within(&key(*rank), timeout));
+            let found = compare(&all.collect::<Result<Vec<_>>>()?);
+            store.set("facts/found", found.as_deref().unwrap_or_default().as_bytes())?;
+            // Where all end now, the store, which this rank may keep, stays until all know why.
+            let deadline = Instant::now() + 8 * BEAT;
+            while found.is_some()
+                && store.add("facts/read", 0)? < shared.world_size - 1
+                && Instant::now() < deadline
+            {
+                thread::sleep(BEAT / 25);
+            }
+            Ok(found)
+        })
+    }
+
+    /// Waits until all `ranks` have called this; `name` is the group that is made, for messages.
+    fn meet(&self, what: &'static str, name: &str, ranks: &[i64], timeout: Duration) -> Result<()> {
         let (shared, name, ranks) = (self.shared.clone(), name.to_string(), ranks.to_vec());
         let limit = timeout.saturating_add(20 * BEAT);
         bounded(limit, move || {
             let store = shared.store.reconnect()?;
-            let (all, me) = (format!("join/{name}/all"), format!("join/{name}/{}", shared.rank));
+            let (all, me) = (format!("{what}/{name}/all"), format!("{what}/{name}/{}", shared.rank));
             let deadline = Instant::now() + timeout;
             store.set(&me, b"1")?;
-            if store.add(&format!("join/{name}/count"), 1)? == ranks.len() as i64 {
+            if store.add(&format!("{what}/{name}/count"), 1)? == ranks.len() as i64 {
                 store.set(&all, b"1")?;
             }
             while store.get_within(&all, Duration::from_secs(1).min(timeout)).is_err() {
@@ -147,7 +195,7 @@ impl Watch {
                 let mut missing = Vec::new();
                 let mut hopeless = store.check("failed")?;
                 for &r in &ranks {
-                    if !store.check(&format!("join/{name}/{r}"))? {
+                    if !store.check(&format!("{what}/{name}/{r}"))? {
                         missing.push(r);
                         hopeless |= store.check(&format!("left/{r}"))?;
                     }
@@ -317,7 +365,10 @@ impl Shared {
                 diagnosis.finish(&format!("timed out after {:.0} s", timeout.as_secs_f64()))
             }
         };
-        eprintln!("error: {error}");
+        match TELL.get() {
+            Some(tell) => tell(&error),
+            None => eprintln!("error: {error}"),
+        }
         crate::cuda::exit_now(1);
     }
 

@@ -11,13 +11,26 @@ use crate::config::shape::{Head, Shape};
 use crate::config::template_date::TemplateDate;
 use crate::config::trainable::{Freeze, Lora};
 use crate::data::chat;
-use crate::data::tokenizer::Tokenizer;
+use crate::data::tokenizer::{Tokenizer, hex};
+use crate::distributed::agreement::Facts;
 use crate::distributed::plan::{Plan, Role};
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
 use crate::files::exists;
 use crate::model::{Trainable, init};
 use crate::{detail, warn};
+
+/// What a training reads before any rank talks to another.
+pub trait Inputs {
+    /// Adds fingerprints of all that was opened: models, tokenizers, data.
+    fn add_facts(&self, facts: &mut Facts) -> Result<()>;
+}
+
+/// Adds the fingerprints of training and validation data.
+pub fn add_data(train: &str, valid: Option<&str>, facts: &mut Facts) {
+    facts.add_contents("data.train", train);
+    valid.iter().for_each(|valid| facts.add_contents("data.valid", valid));
+}
 
 /// A model that is to be trained: opened and checked, nothing of it read yet.
 pub struct Base {
@@ -251,6 +264,20 @@ impl Base {
             record.details["adapter"] = json!(trainable.lora);
         }
         Some(record)
+    }
+
+    /// What all ranks must have of it, under the name of its section.
+    pub fn add_facts(&self, section: &str, facts: &mut Facts) -> Result<()> {
+        if let Some(weights) = &self.weights {
+            facts.add_contents(&format!("{section}.path"), &weights.identity()?);
+        }
+        let template = self.tokenizer.chat_template().map_or("", |t| t.source.as_str());
+        let (hash, template) = (hex(&self.tokenizer.hash()[..8]), crc32fast::hash(template.as_bytes()));
+        facts.add_contents(
+            &format!("{section}'s tokenizer and chat template"),
+            &format!("{hash} {template:08x}"),
+        );
+        Ok(())
     }
 
     /// Where the model lies, without an adapter that it may have; a hub id as it was given. For models that are not new.

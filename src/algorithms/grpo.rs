@@ -23,6 +23,7 @@ use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
 use crate::data::prompts::State;
 use crate::data::rng::Permutation;
+use crate::distributed::agreement::Facts;
 use crate::distributed::world::World;
 use crate::error::Result;
 use crate::model::Trainable;
@@ -32,6 +33,13 @@ use crate::telemetry::Record;
 
 /// What a run reads before any rank talks to another.
 pub struct Inputs(Opened, Samplers);
+
+impl crate::algorithms::base::Inputs for Inputs {
+    fn add_facts(&self, facts: &mut Facts) -> Result<()> {
+        self.1.add_facts(facts);
+        self.0.add_facts(facts)
+    }
+}
 
 impl Inputs {
     pub fn open(c: &Grpo) -> Result<Inputs> {

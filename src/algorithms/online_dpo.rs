@@ -24,6 +24,7 @@ use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
 use crate::data::examples::{Encoded, Example};
 use crate::data::prompts::State;
+use crate::distributed::agreement::Facts;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::Result;
@@ -34,6 +35,13 @@ use crate::optim::Schedule;
 
 /// What a run reads before any rank talks to another.
 pub struct Inputs(Opened, Samplers);
+
+impl crate::algorithms::base::Inputs for Inputs {
+    fn add_facts(&self, facts: &mut Facts) -> Result<()> {
+        self.1.add_facts(facts);
+        self.0.add_facts(facts)
+    }
+}
 
 impl Inputs {
     pub fn open(c: &OnlineDpo) -> Result<Inputs> {

@@ -9,6 +9,7 @@ use crate::config::pretrain::Pretrain;
 use crate::config::sections::{self, Mode};
 use crate::config::{Algorithm, Loaded, common};
 use crate::data::loader::{Loader, Order, Source, State};
+use crate::distributed::agreement::Facts;
 use crate::distributed::world::World;
 use crate::error::Result;
 use crate::info;
@@ -22,6 +23,14 @@ pub struct Inputs {
     pub train: Loader,
     pub valid: Option<Loader>,
     pub steps: u64,
+}
+
+impl base::Inputs for Inputs {
+    fn add_facts(&self, facts: &mut Facts) -> Result<()> {
+        let valid = self.valid.as_ref().map(|valid| valid.fingerprint());
+        base::add_data(self.train.fingerprint(), valid, facts);
+        self.base.add_facts("model", facts)
+    }
 }
 
 impl Inputs {

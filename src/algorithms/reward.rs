@@ -25,6 +25,7 @@ use crate::data::preferences::{self, Batch};
 use crate::data::readers;
 use crate::data::rows::RowLoader;
 use crate::data::supervised;
+use crate::distributed::agreement::Facts;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::{DropoutPlace, Llama, ScoreHead, Trainable};
@@ -52,6 +53,14 @@ struct Reference {
     on: String,
     /// Records of `reward.normalize.data` that cannot be used.
     odd: OddRecords,
+}
+
+impl base::Inputs for Inputs {
+    fn add_facts(&self, facts: &mut Facts) -> Result<()> {
+        let valid = self.valid.as_ref().map(|valid| valid.fingerprint());
+        base::add_data(self.train.fingerprint(), valid, facts);
+        self.base.add_facts("model", facts)
+    }
 }
 
 impl Inputs {

@@ -16,6 +16,7 @@ use crate::data::loader::{Order, State};
 use crate::data::readers::{self, Record as DataRecord};
 use crate::data::rows::{self, RowLoader, Rows, Source};
 use crate::data::supervised;
+use crate::distributed::agreement::Facts;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::Result;
@@ -44,6 +45,14 @@ struct SamplePrompt {
     request: Request,
     /// The answer of the data.
     reference: String,
+}
+
+impl base::Inputs for Inputs {
+    fn add_facts(&self, facts: &mut Facts) -> Result<()> {
+        let valid = self.valid.as_ref().map(|valid| valid.fingerprint());
+        base::add_data(self.train.fingerprint(), valid, facts);
+        self.base.add_facts("model", facts)
+    }
 }
 
 impl Inputs {

@@ -117,6 +117,13 @@ impl Weights {
         }
     }
 
+    /// Tells models apart at little cost: see [`crate::files::identity`]; with the model that an adapter or a checkpoint is for.
+    pub fn identity(&self) -> Result<String> {
+        let own = crate::files::identity(self.dir())?;
+        let Weights::Adapted(model) = self else { return Ok(own) };
+        Ok(format!("{own} on {}", model.base.identity()?))
+    }
+
     /// The folder with the model's tokenizer, if it has one.
     pub fn tokenizer_dir(&self) -> Result<Option<PathBuf>> {
         match (tokenizer_of(self.dir())?, self) {

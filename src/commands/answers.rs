@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::telemetry::console;
 
 /// What is there already of an output: whole lines that answer the first lines of the input.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -83,7 +84,7 @@ impl Answers {
     /// To stdout.
     pub fn print() -> Answers {
         let (path, early) = Default::default();
-        Answers { out: Box::new(std::io::stdout()), file: None, path, next: 0, early }
+        Answers { out: Box::new(console::Out), file: None, path, next: 0, early }
     }
 
     /// To a file, behind what is kept of it.

@@ -112,7 +112,7 @@ pub struct CollectivesArgs {
 }
 
 pub fn run(command: Command, global: &Global) -> Result<()> {
-    let world = World::from_global(global.device.as_deref(), Duration::from_secs(600))?;
+    let world = World::from_global(global.device.as_deref(), Duration::from_secs(600), &global.facts())?;
     match command {
         Command::Train(args) => train(&args, &world),
         Command::Generate(args) => generate(&args, &world),

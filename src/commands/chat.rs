@@ -1,6 +1,6 @@
 //! `corral chat`: talks with a model. Answers go to stdout as they come, all else to stderr.
 
-use std::io::{BufRead, IsTerminal, Write};
+use std::io::{BufRead, IsTerminal};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,6 +18,7 @@ use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Context, Error, Result};
 use crate::generate::{self, Finish, Options, Request, Sampling, Session, TextStream};
 use crate::model::Llama;
+use crate::telemetry::console;
 use crate::{detail, info, warn};
 
 #[derive(Debug, clap::Args)]
@@ -218,8 +219,8 @@ impl Talk {
             // Some templates leave the space before an answer to the answer.
             let part = if begins { part.trim_start() } else { part };
             begins &= part.is_empty();
-            let (mut stdout, end) = (std::io::stdout(), if last { "\n" } else { "" });
-            write!(stdout, "{part}{end}").and_then(|()| stdout.flush()).context("cannot write to stdout")
+            let end = if last { "\n" } else { "" };
+            console::write_out(format!("{part}{end}").as_bytes()).context("cannot write to stdout")
         };
         self.interrupted.store(false, Ordering::Relaxed);
         let interrupted = self.interrupted.clone();

@@ -1,6 +1,6 @@
 //! `corral generate`: continues a prompt, or every prompt of a file.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -24,6 +24,8 @@ use crate::error::{Context, Error, Result};
 use crate::generate::{self, Completion, Engine, Options, Request, Sampling, Stop, TextStream};
 use crate::info;
 use crate::model::Llama;
+use crate::telemetry::console;
+use crate::telemetry::progress::Bar;
 
 /// A line of the input, as it came.
 type Line = Map<String, Value>;
@@ -122,7 +124,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
         Some(path) if !args.overwrite => answers::find(path, &lines, &ADDED, &settings)?,
         _ => Kept::default(),
     };
-    let world = inference::join(global)?;
+    let world = inference::join(global, &opened)?;
     intake.warn(&world);
     let known = if world.rank == 0 { kept.lines } else { 0 };
     let kept_lines = world.group.combine(&[known as f64], ReduceOp::Max)?[0] as usize;
@@ -208,8 +210,10 @@ impl Job<'_> {
         let prompt = mine.first().map_or(&[][..], |(_, request)| &request.prompt);
         let (mut stream, mut held) =
             (TextStream::new(self.tokenizer, prompt, &self.args.stop), String::new());
-        let bar = inference::bar(lines.len() as u64, "completions");
-        bar.set_position(first as u64);
+        // A single answer that is shown as it comes is its own progress.
+        let bar = (!self.args.streams())
+            .then(|| Bar::new(lines.len() as u64, "completions", self.args.output.is_none()));
+        bar.iter().for_each(|bar| bar.begin_at(first as u64));
         let (mut added, mut finished) = (0, 0);
         if let Some(answers) = &mut answers {
             for (i, request) in requests.iter().enumerate().skip(first) {
@@ -241,7 +245,7 @@ impl Job<'_> {
             }
             finished += done.len();
             let (done, left) = self.exchange(done, mine.len() - finished)?;
-            bar.inc(done.len() as u64);
+            bar.iter().for_each(|bar| bar.inc(done.len() as u64));
             if let Some(answers) = &mut answers {
                 done.into_iter().try_for_each(|(index, line)| answers.put(index, line))?;
             }
@@ -249,7 +253,7 @@ impl Job<'_> {
                 break;
             }
         }
-        bar.finish_and_clear();
+        drop(bar);
         agree(&self.world.group, answers.map_or(Ok(()), Answers::finish))
     }
 
@@ -354,13 +358,12 @@ fn show(stream: &mut TextStream, held: &mut String, completion: &Completion, end
     if let Some(id) = completion.ids.last() {
         *held += stream.push(*id, ended)?;
     }
-    let mut stdout = std::io::stdout();
     if ended {
         held.push('\n');
-    } else if !stdout.is_terminal() {
+    } else if !std::io::stdout().is_terminal() {
         return Ok(());
     }
-    stdout.write_all(held.as_bytes()).and_then(|()| stdout.flush()).context("cannot write to stdout")?;
+    console::write_out(held.as_bytes()).context("cannot write to stdout")?;
     held.clear();
     Ok(())
 }

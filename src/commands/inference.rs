@@ -14,12 +14,13 @@ use crate::config::shape::Shape;
 use crate::config::template_date::TemplateDate;
 use crate::data::chat::{self, Chat};
 use crate::data::tokenizer::Tokenizer;
+use crate::distributed::environment::Place;
 use crate::distributed::sharded::{Sharded, shard_groups};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
-use crate::files;
+use crate::files::{self, identity};
 use crate::model::{Llama, Trainable};
-use crate::{detail, telemetry, warn};
+use crate::{detail, warn};
 
 /// How long ranks wait for each other: longer than any of them reads weights, or computes between two exchanges.
 const TIMEOUT: Duration = Duration::from_secs(1800);
@@ -172,9 +173,16 @@ impl Opened {
     }
 }
 
-/// Meets the other ranks: what can be refused must have been refused before.
-pub fn join(global: &Global) -> Result<World> {
-    let world = World::from_global(global.device.as_deref(), TIMEOUT)?;
+/// Meets the other ranks, which must have the same model and inputs: what can be refused must have been refused before.
+pub fn join(global: &Global, opened: &Opened) -> Result<World> {
+    let mut facts = global.facts();
+    if Place::from_env()?.is_some_and(|place| place.world_size > 1) {
+        facts.add_contents("--model", &opened.weights.identity()?);
+        for path in global.inputs() {
+            facts.add_contents("--input", &identity(Path::new(path))?);
+        }
+    }
+    let world = World::from_global(global.device.as_deref(), TIMEOUT, &facts)?;
     detail!("{}", world.choice);
     Ok(world)
 }
@@ -201,16 +209,4 @@ fn eos_of(path: &Path) -> Result<Vec<i64>> {
 pub fn encode(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Result<Vec<i64>> {
     let ids = if add_special { tokenizer.encode_prompt(text) } else { tokenizer.encode(text, false) };
     Ok(ids?.into_iter().map(i64::from).collect())
-}
-
-/// A bar of `total` `unit`s on rank 0's stderr, if that is a terminal.
-pub fn bar(total: u64, unit: &str) -> indicatif::ProgressBar {
-    if telemetry::console::settings().rank != 0 {
-        return indicatif::ProgressBar::hidden();
-    }
-    let bar = indicatif::ProgressBar::new(total);
-    match indicatif::ProgressStyle::with_template(&format!("{{wide_bar}} {{pos}}/{{len}} {unit} {{eta}}")) {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
-    }
 }

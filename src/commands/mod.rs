@@ -1,9 +1,11 @@
 //! The subcommands: a file each, with its arguments.
 
-use clap::Args;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, Command};
 use tch::Device;
 
 use crate::algorithms::run;
+use crate::distributed::agreement::Facts;
 use crate::distributed::environment::Place;
 use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Error, Result};
@@ -46,9 +48,45 @@ pub struct Global {
     /// Also details
     #[arg(short, long, global = true)]
     pub verbose: bool,
+    /// What the command line gives, by name: see [`Global::note`].
+    #[arg(skip)]
+    given: Vec<(String, String)>,
 }
 
 impl Global {
+    /// Notes the subcommand and the flags that were given, which all ranks must have alike.
+    pub fn note(&mut self, command: &Command, matches: &ArgMatches) {
+        let (mut command, mut level) = (command, matches);
+        while let Some((name, below)) = level.subcommand() {
+            self.given.push(("subcommand".into(), name.into()));
+            let Some(known) = command.find_subcommand(name) else { return };
+            (command, level) = (known, below);
+            // Groups of flags have ids, too.
+            let is_flag = |id: &clap::Id| command.get_arguments().any(|a| a.get_id() == id);
+            for id in level
+                .ids()
+                .filter(|id| is_flag(id) && level.value_source(id.as_str()) == Some(ValueSource::CommandLine))
+            {
+                let values = level.try_get_raw(id.as_str()).ok().flatten().into_iter().flatten();
+                for value in values {
+                    self.given.push((id.as_str().replace('_', "-"), value.to_string_lossy().into_owned()));
+                }
+            }
+        }
+    }
+
+    /// What all ranks must have alike, whatever the command.
+    pub fn facts(&self) -> Facts {
+        let mut facts = Facts::new();
+        self.given.iter().for_each(|(name, values)| facts.add_flag(name, values));
+        facts
+    }
+
+    /// The paths of `--input`.
+    fn inputs(&self) -> impl Iterator<Item = &str> {
+        self.given.iter().filter(|(name, _)| name == "input").map(|(_, path)| path.as_str())
+    }
+
     /// How this process talks, before it knows more of its world than the environment tells.
     pub fn console(&self) -> console::Settings {
         let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse().ok());

@@ -6,6 +6,7 @@ use std::time::Duration;
 use chrono::{Datelike, NaiveDate};
 use kernels::c10d::ReduceOp;
 
+use crate::algorithms::base::Inputs;
 use crate::algorithms::folder::{Start, examine, is_begun};
 use crate::algorithms::lock::RunLock;
 use crate::algorithms::run::Resume;
@@ -51,7 +52,7 @@ impl ConfigArgs {
 }
 
 /// Loads and checks the configuration, opens what it names, joins the world, trains.
-pub fn run<C: Algorithm, I>(
+pub fn run<C: Algorithm, I: Inputs>(
     args: Args,
     global: &Global,
     open: impl Fn(&C) -> Result<I>,
@@ -75,7 +76,11 @@ pub fn run<C: Algorithm, I>(
     keep_date(&mut loaded.config, found.from.as_ref());
     let inputs = open(&loaded.config)?;
     let timeout = Duration::from_secs_f64(loaded.config.common().parallel.timeout_s);
-    let world = World::from_global(global.device.as_deref(), timeout)?;
+    let mut facts = global.facts();
+    let configuration = serde_json::to_value(&loaded.config).map_err(|e| Error::failed(e.to_string()))?;
+    facts.add_configuration(&configuration);
+    inputs.add_facts(&mut facts)?;
+    let world = World::from_global(global.device.as_deref(), timeout, &facts)?;
     info!("{}", world.choice);
     let inputs = with_first_ranks_date(&mut loaded.config, inputs, open, &world)?;
     train(&loaded, inputs, &world, &start)

@@ -14,7 +14,7 @@ pub const IGNORE: i64 = -100;
 
 pub use super::order::Source;
 
-/// Shards of at most this many bytes are read whole and checked when a loader is made.
+/// Shards of at most this many bytes are read whole and checked when a loader is made, larger ones while it works.
 const VERIFY_BYTES: usize = 256 << 20;
 
 /// The order of samples.
@@ -66,7 +66,7 @@ struct Pool {
 
 impl Loader {
     /// Opens the sources and checks them against the tokenizer (`Tokenizer::hash`) and the model's vocabulary.
-    /// Shards up to 256 MiB are read and checked in full.
+    /// Shards up to 256 MiB are read and checked in full; where a larger one is damaged, `sample` fails once that is found.
     pub fn new(
         sources: &[Source],
         tokenizer_hash: Option<[u8; 32]>,
@@ -89,7 +89,7 @@ impl Loader {
         for source in sources {
             let set = TokenSet::open(&source.path)?;
             set.check(tokenizer_hash, vocab_size)?;
-            set.verify_small(VERIFY_BYTES)?;
+            set.verify_by_size(VERIFY_BYTES)?;
             let needed = if order == Order::Sequential { 2 } else { length + 1 };
             if set.num_tokens() < needed {
                 return Err(Error::data(format!(

@@ -8,6 +8,7 @@ pub mod examples;
 pub mod fields;
 mod jinja;
 pub mod loader;
+mod mapped;
 pub mod message;
 pub mod odd;
 pub mod order;

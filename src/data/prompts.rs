@@ -213,6 +213,11 @@ impl Prompts {
         self.pools.iter().flatten().map(|p| p.ids.len()).max().unwrap_or(0)
     }
 
+    /// Tells data, order and options apart, wherever the files lie.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
     pub fn state(&self, next: u64) -> State {
         State { next, fingerprint: self.fingerprint.clone() }
     }

@@ -165,6 +165,11 @@ impl RowLoader {
         1.0 - self.counts().tokens as f64 / (self.num_rows() * self.sequence_length as u64) as f64
     }
 
+    /// Tells data, order and options apart, wherever the files lie.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
     pub fn state(&self, next: u64) -> State {
         State { next, fingerprint: self.fingerprint.clone() }
     }

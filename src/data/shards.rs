@@ -16,13 +16,14 @@
 //! | 80..84 | CRC-32 of the ids |
 //! | 84..88 | CRC-32 of bytes 0..84 |
 
+use super::mapped::{Mapped, Stamp};
 use super::tokenizer::hex;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::files::{exists, is_dir, read_error, write_error};
-use kernels::mmap::{Mmap, map_file};
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 const MAGIC: &[u8; 8] = b"CORRALTK";
 const VERSION: u32 = 1;
@@ -102,7 +103,9 @@ impl Header {
 struct Shard {
     path: PathBuf,
     header: Header,
-    map: Mmap,
+    map: Mapped,
+    /// The file as it was when it was opened, or when its contents were last checked.
+    known: Mutex<Stamp>,
 }
 
 fn unusable(path: &Path, what: impl std::fmt::Display) -> Error {
@@ -111,15 +114,27 @@ fn unusable(path: &Path, what: impl std::fmt::Display) -> Error {
 
 impl Shard {
     fn open(path: PathBuf) -> Result<Self> {
-        let cannot = |e: std::io::Error| read_error(&path, &e);
-        let map = map_file(&File::open(&path).map_err(cannot)?).map_err(cannot)?;
+        let map = Mapped::open(&path)?;
+        let known = map.stamp().map_err(|e| read_error(&path, &e))?;
         let header = Header::from_bytes(&map)
             .map_err(|what| crate::content::unusable(&path, unusable(&path, what)))?;
-        Ok(Shard { path, header, map })
+        Ok(Shard { path, header, map, known: Mutex::new(known) })
     }
 
-    /// Appends tokens `start..end` to `out`.
+    /// Appends tokens `start..end` to `out`; a file that was written to since it was checked is checked again first.
     fn read(&self, start: usize, end: usize, out: &mut Vec<i64>) -> Result<()> {
+        let now = self.map.stamp().map_err(|e| read_error(&self.path, &e))?;
+        if now != *self.known() {
+            self.verify().context("a token shard was written to while it was in use")?;
+        }
+        self.tokens(start, end, out)
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, Stamp> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tokens(&self, start: usize, end: usize, out: &mut Vec<i64>) -> Result<()> {
         let width = self.header.width();
         let bytes = &self.map[HEADER_BYTES + start * width..HEADER_BYTES + end * width];
         let first = out.len();
@@ -144,6 +159,12 @@ impl Shard {
     }
 
     fn verify(&self) -> Result<()> {
+        // What is written from here on is seen by the next one that reads.
+        let now = self.map.stamp().map_err(|e| read_error(&self.path, &e))?;
+        if now.bytes != self.map.len() as u64 {
+            let what = format!("corrupt: {} bytes, there were {}", now.bytes, self.map.len());
+            return Err(unusable(&self.path, what));
+        }
         let crc = crc32fast::hash(&self.map[HEADER_BYTES..]);
         if crc != self.header.crc {
             let what = format!(
@@ -155,8 +176,9 @@ impl Shard {
         let (mut tokens, n) = (Vec::new(), self.header.num_tokens as usize);
         for start in (0..n).step_by(1 << 16) {
             tokens.clear();
-            self.read(start, n.min(start + (1 << 16)), &mut tokens)?;
+            self.tokens(start, n.min(start + (1 << 16)), &mut tokens)?;
         }
+        *self.known() = now;
         Ok(())
     }
 }
@@ -164,7 +186,9 @@ impl Shard {
 /// A folder of shards (or a single one) as one stream of tokens.
 pub struct TokenSet {
     path: PathBuf,
-    shards: Vec<Shard>,
+    shards: Vec<Arc<Shard>>,
+    /// What the check of large shards has found while others are read.
+    damage: Arc<OnceLock<Error>>,
     /// Where each shard begins in the stream, and at the end the number of tokens.
     starts: Vec<u64>,
 }
@@ -180,7 +204,10 @@ impl TokenSet {
     /// every file's size, not the contents: see `verify`.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let shards = shard_files(path)?.into_iter().map(Shard::open).collect::<Result<Vec<_>>>()?;
+        let shards = shard_files(path)?
+            .into_iter()
+            .map(|path| Shard::open(path).map(Arc::new))
+            .collect::<Result<Vec<_>>>()?;
         let first = shards[0].header;
         for shard in &shards {
             if (shard.header.tokenizer, shard.header.vocab_size) != (first.tokenizer, first.vocab_size) {
@@ -194,7 +221,7 @@ impl TokenSet {
         for shard in &shards {
             starts.push(starts[starts.len() - 1] + shard.header.num_tokens);
         }
-        Ok(TokenSet { path: path.to_path_buf(), shards, starts })
+        Ok(TokenSet { path: path.to_path_buf(), shards, damage: Arc::default(), starts })
     }
 
     pub fn path(&self) -> &Path {
@@ -254,12 +281,25 @@ impl TokenSet {
 
     /// Reads everything: checksums, and every id against the vocabulary.
     pub fn verify(&self) -> Result<()> {
-        self.shards.iter().try_for_each(Shard::verify)
+        self.shards.iter().try_for_each(|shard| shard.verify())
     }
 
-    /// As `verify`, but passes over shards larger than `max_bytes`.
-    pub fn verify_small(&self, max_bytes: usize) -> Result<()> {
-        self.shards.iter().filter(|s| s.map.len() <= max_bytes).try_for_each(Shard::verify)
+    /// As `verify`; but shards larger than `max_bytes` are checked once by a thread while others are read, which then fails.
+    pub fn verify_by_size(&self, max_bytes: usize) -> Result<()> {
+        let (small, large): (Vec<_>, Vec<_>) =
+            self.shards.iter().cloned().partition(|shard| shard.map.len() <= max_bytes);
+        small.iter().try_for_each(|shard| shard.verify())?;
+        if large.is_empty() {
+            return Ok(());
+        }
+        let damage = self.damage.clone();
+        let check = move || {
+            // The first is enough.
+            let first = large.iter().find_map(|shard| shard.verify().err());
+            first.into_iter().for_each(|e| drop(damage.set(e)));
+        };
+        let thread = std::thread::Builder::new().name("checksums".into()).spawn(check);
+        thread.map(drop).context("cannot start the thread that checks token shards")
     }
 
     /// Appends tokens `start..end` of the stream to `out`. The error names a token beyond the vocabulary, or a
@@ -268,6 +308,9 @@ impl TokenSet {
         if end > self.num_tokens() {
             let what = format!("tokens {start}..{end} were asked for, there are {}", self.num_tokens());
             return Err(Error::failed(format!("{}: {what}", self.path.display())));
+        }
+        if let Some(damage) = self.damage.get() {
+            return Err(damage.clone());
         }
         let mut at = start;
         let mut i = self.starts.partition_point(|s| *s <= start).saturating_sub(1);
@@ -506,6 +549,49 @@ pub mod tests {
         assert!(e.message.contains("token 10 is 100, the vocabulary has 100"), "{e}");
         std::fs::write(&path, &whole).unwrap();
         TokenSet::open(&path).unwrap().verify().unwrap();
+    }
+
+    /// While it is open: overwritten with ids that are valid, shortened, written again as it was.
+    #[test]
+    fn a_shard_that_is_written_to_while_it_is_read_is_refused() {
+        let folder = TestFolder::new("shards-changed");
+        let path = folder.0.join("shard-00000.tokens");
+        write(&folder.0, &(0..100).collect::<Vec<_>>(), 10, 100, 1000);
+        let whole = std::fs::read(&path).unwrap();
+        let set = TokenSet::open(&folder.0).unwrap();
+        set.verify().unwrap();
+        let read = || set.read(50, 60, &mut Vec::new());
+        read().unwrap();
+        let mut other = whole.clone();
+        other[HEADER_BYTES + 2 * 50] = 7;
+        std::fs::write(&path, &other).unwrap();
+        let e = read().unwrap_err();
+        assert!(e.exit_code() == 3 && e.message.contains("shard-00000.tokens: corrupt: the checksum"), "{e}");
+        std::fs::write(&path, &whole).unwrap();
+        read().unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(200).unwrap();
+        let e = read().unwrap_err();
+        assert!(e.exit_code() == 3 && e.message.contains("200 bytes, there were 328"), "{e}");
+    }
+
+    #[test]
+    fn large_shards_are_checked_while_others_are_read() {
+        let folder = TestFolder::new("shards-large");
+        let path = folder.0.join("shard-00001.tokens");
+        write(&folder.0, &(0..100).collect::<Vec<_>>(), 10, 100, 50);
+        let mut other = std::fs::read(&path).unwrap();
+        other[HEADER_BYTES] = 7;
+        std::fs::write(&path, &other).unwrap();
+        let set = TokenSet::open(&folder.0).unwrap();
+        set.verify_by_size(100).unwrap();
+        let begun = std::time::Instant::now();
+        let e = loop {
+            match set.read(0, 10, &mut Vec::new()) {
+                Err(e) => break e,
+                Ok(()) => assert!(begun.elapsed().as_secs() < 20, "nothing was found"),
+            }
+        };
+        assert!(e.message.contains("shard-00001.tokens: corrupt: the checksum"), "{e}");
     }
 
     #[test]

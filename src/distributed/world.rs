@@ -1,5 +1,6 @@
 //! The world: all ranks of a run, this process's place among them, its device, and the group of all.
 
+use super::agreement::{Facts, agree_on};
 use super::environment::Place;
 use crate::{Context, Error, Result};
 use kernels::c10d::{Backend, Group, Store};
@@ -111,13 +112,13 @@ impl World {
     ///
     /// Errors: exit code 2 if the environment, the device or the backend cannot be; else which address or rank fails.
     pub fn from_env(backend: BackendChoice, device: DeviceChoice, timeout: Duration) -> Result<World> {
-        World::join(Place::from_env()?, backend, device, timeout)
+        World::join(Place::from_env()?, backend, device, timeout, &Facts::new())
     }
 
     /// [`World::from_env`] with the backend that the launcher asks for, and `--device`. Without `--device`: the GPU where
-    /// there is one, else the CPU.
-    pub fn from_global(device: Option<&str>, timeout: Duration) -> Result<World> {
-        World::from_env(BackendChoice::from_env()?, DeviceChoice::of(device)?, timeout)
+    /// there is one, else the CPU. All ranks must have the same `facts`.
+    pub fn from_global(device: Option<&str>, timeout: Duration, facts: &Facts) -> Result<World> {
+        World::join(Place::from_env()?, BackendChoice::from_env()?, DeviceChoice::of(device)?, timeout, facts)
     }
 
     /// Waits until this rank's device has done all that was asked of it.
@@ -146,7 +147,7 @@ impl World {
 
     /// A world of one rank, whatever the environment says; nothing communicates.
     pub fn solo(device: DeviceChoice) -> Result<World> {
-        World::join(None, BackendChoice::Auto, device, Duration::from_secs(1))
+        World::join(None, BackendChoice::Auto, device, Duration::from_secs(1), &Facts::new())
     }
 
     fn join(
@@ -154,6 +155,7 @@ impl World {
         backend: BackendChoice,
         device: DeviceChoice,
         timeout: Duration,
+        facts: &Facts,
     ) -> Result<World> {
         let world_size = place.as_ref().map_or(1, |p| p.world_size);
         let (rank, local_rank, local_world_size) =
@@ -188,6 +190,7 @@ impl World {
         let store = Store::tcp(&place.host, place.port, serves, timeout)?
             .prefix(&format!("corral/{}", place.attempt))?;
         let watch = Watch::start(store, rank, world_size, serves)?;
+        agree_on(&watch, facts, timeout)?;
         let (chosen, why) = choose_backend(&watch, backend, device, timeout)?;
         let ranks: Vec<i64> = (0..world_size).collect();
         world.group = Group::new(&watch, chosen, "world", &ranks, timeout, device)?;

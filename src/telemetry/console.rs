@@ -1,12 +1,14 @@
-//! What a person reads: lines on stderr, which go above the progress bar, or JSON objects with `--log-format json`.
+//! What a person reads: lines on stderr, or JSON objects with `--log-format json`, and answers on stdout. All of it, and the
+//! progress bar, goes through one [`Screen`].
 
 use std::collections::BTreeSet;
 use std::fmt::Arguments;
-use std::io::Write;
+use std::io::{self, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use indicatif::ProgressBar;
 use serde_json::json;
+
+use super::screen::{Screen, Stream};
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
@@ -40,14 +42,19 @@ const ALONE: Settings =
 
 struct Console {
     settings: Settings,
-    /// The bar on the terminal, if there is one: lines are printed above it.
-    bar: Option<ProgressBar>,
+    screen: Option<Screen>,
 }
 
-static CONSOLE: Mutex<Console> = Mutex::new(Console { settings: ALONE, bar: None });
+static CONSOLE: Mutex<Console> = Mutex::new(Console { settings: ALONE, screen: None });
 
 fn console() -> MutexGuard<'static, Console> {
     CONSOLE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Console {
+    fn screen(&mut self) -> &mut Screen {
+        self.screen.get_or_insert_with(Screen::of_process)
+    }
 }
 
 /// Sets how and what the process prints; before that it prints as a world of one rank.
@@ -59,18 +66,45 @@ pub fn settings() -> Settings {
     console().settings.clone()
 }
 
-pub(super) fn set_bar(bar: Option<ProgressBar>) {
-    console().bar = bar;
+/// Whether a progress bar can be drawn: stderr is a terminal that knows the codes for it. `answers`: the command writes to
+/// stdout while the bar is drawn; then not into a pipe, whose reader may write to the same terminal at any time.
+pub(super) fn has_room_for_bar(answers: bool) -> bool {
+    console().screen().has_room_for_bar(answers)
+}
+
+/// Columns of the terminal.
+pub(super) fn columns() -> usize {
+    console().screen().columns()
+}
+
+/// Draws the progress bar in the last line of the terminal, under all that is printed; an empty one takes it away.
+pub(super) fn draw_bar(bar: &str) {
+    console().screen().draw(bar);
 }
 
 /// Prints one message, as its level and the settings ask; `everywhere`: also on ranks other than 0. Never fails:
 /// where stderr is closed or full the message is lost.
 pub fn print(level: Level, everywhere: bool, message: Arguments) {
-    let console = console();
+    let mut console = console();
     let Some(line) = console.settings.render(level, everywhere, message) else { return };
-    match &console.bar {
-        Some(bar) => bar.suspend(|| write_stderr(&line, "\n")),
-        None => write_stderr(&line, "\n"),
+    write_line(&mut console, &line);
+}
+
+/// Writes an answer, or a part of one, to stdout.
+pub fn write_out(text: &[u8]) -> io::Result<()> {
+    console().screen().write(Stream::Out, text)
+}
+
+/// Stdout for those who take a writer: see [`write_out`].
+pub struct Out;
+
+impl Write for Out {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        write_out(bytes).map(|()| bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -83,10 +117,25 @@ pub fn warn_once(message: &str) {
     }
 }
 
-pub(super) fn write_stderr(text: &str, end: &str) {
-    let mut stderr = std::io::stderr().lock();
+/// The line that an error with this message is, for those who can only write bytes.
+pub fn error_line(message: &str) -> String {
+    let line = settings().render(Level::Error, true, format_args!("{message}"));
+    line.map_or(String::new(), |line| line + "\n")
+}
+
+/// A line of progress.
+pub(super) fn write_stderr(line: &str) {
+    write_line(&mut console(), line);
+}
+
+/// What `launch` draws as a bar: a line that ends in a carriage return.
+pub(super) fn write_return(line: &str) {
+    let _ = console().screen().write(Stream::Err, format!("{line}\r").as_bytes());
+}
+
+fn write_line(console: &mut Console, line: &str) {
     // One write, so that lines of ranks that share a terminal do not mix.
-    let _ = stderr.write_all(format!("{text}{end}").as_bytes()).and_then(|_| stderr.flush());
+    let _ = console.screen().write(Stream::Err, format!("{line}\n").as_bytes());
 }
 
 impl Settings {

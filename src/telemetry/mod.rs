@@ -4,6 +4,7 @@ mod append;
 pub mod console;
 pub mod metrics;
 pub mod progress;
+mod screen;
 pub mod tensorboard;
 
 use std::fs::File;

@@ -1,11 +1,10 @@
 //! How far a run is: a bar on a terminal, plain lines elsewhere.
 
-use std::io::IsTerminal;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::console::{self, Format, Settings};
@@ -29,7 +28,7 @@ pub struct Progress {
 #[derive(Debug)]
 enum Display {
     Nothing,
-    Bar(ProgressBar),
+    Bar,
     /// Under `launch`, which draws on the terminal what ends in a carriage return.
     Returns,
     Lines,
@@ -41,7 +40,7 @@ impl Display {
         match settings.format {
             _ if settings.quiet || settings.rank != 0 => Display::Nothing,
             Format::Json => Display::Json,
-            Format::Pretty if terminal => Display::Bar(ProgressBar::no_length()),
+            Format::Pretty if terminal => Display::Bar,
             Format::Pretty if launch_terminal => Display::Returns,
             Format::Pretty => Display::Lines,
         }
@@ -52,14 +51,16 @@ impl Progress {
     /// A run that has done `step` of `total` steps.
     pub fn start(step: u64, total: u64) -> Self {
         let launch_terminal = std::env::var_os("CORRAL_TTY").is_some_and(|v| v == "1");
-        let display = Display::choose(&console::settings(), std::io::stderr().is_terminal(), launch_terminal);
-        if let Display::Bar(bar) = &display {
-            if let Ok(style) = ProgressStyle::with_template("{wide_bar} {msg}") {
-                bar.set_style(style);
-            }
-            bar.set_length(total);
-            bar.set_position(step);
-            console::set_bar(Some(bar.clone()));
+        let terminal = console::has_room_for_bar(false);
+        let display = Display::choose(&console::settings(), terminal, launch_terminal);
+        if matches!(display, Display::Bar) {
+            console::draw_bar(&with_bar(
+                "",
+                step,
+                total,
+                &describe(step, total, None, None, None),
+                console::columns(),
+            ));
         }
         Progress { display, total, first: None, printed: None, pending: None }
     }
@@ -79,20 +80,22 @@ impl Progress {
             _ => describe(step, self.total, loss, tokens_per_s, left_s),
         };
         match &self.display {
-            Display::Bar(bar) => {
-                bar.set_position(step);
-                bar.set_message(text.clone());
+            Display::Bar => {
+                if self.is_due(DRAW_INTERVAL, step, now) {
+                    console::draw_bar(&with_bar("", step, self.total, &text, console::columns()));
+                    self.printed = Some(now);
+                }
                 self.pending = Some(text);
             }
             Display::Returns => {
                 if self.is_due(DRAW_INTERVAL, step, now) {
-                    console::write_stderr(&text, "\r");
+                    console::write_return(&text);
                     self.printed = Some(now);
                 }
                 self.pending = Some(text);
             }
             _ if self.is_due(LINE_INTERVAL, step, now) => {
-                console::write_stderr(&text, "\n");
+                console::write_stderr(&text);
                 self.printed = Some(now);
                 self.pending = None;
             }
@@ -115,12 +118,11 @@ impl Progress {
 /// The bar goes; the last state stays as a line.
 impl Drop for Progress {
     fn drop(&mut self) {
-        if let Display::Bar(bar) = &self.display {
-            console::set_bar(None);
-            bar.finish_and_clear();
+        if matches!(self.display, Display::Bar) {
+            console::draw_bar("");
         }
         if let Some(text) = self.pending.take() {
-            console::write_stderr(&text, "\n");
+            console::write_stderr(&text);
         }
     }
 }
@@ -154,25 +156,132 @@ fn duration(seconds: f64) -> String {
     }
 }
 
+/// A line of `columns` at most: what is done, a bar where there is room for it, and `text`, whose end is cut first.
+fn with_bar(what: &str, done: u64, total: u64, text: &str, columns: usize) -> String {
+    // The last column stays free: some terminals wrap after it.
+    let columns = columns.saturating_sub(1);
+    let taken: usize =
+        [what, text].iter().filter(|part| !part.is_empty()).map(|part| part.chars().count() + 1).sum();
+    let width = columns.saturating_sub(taken + 2);
+    let mut parts = vec![what.to_string()];
+    if width >= 5 {
+        let share = done.min(total) as f64 / total.max(1) as f64;
+        let full = (share * width as f64) as usize;
+        parts.push(format!("[{}{}]", "=".repeat(full), " ".repeat(width - full)));
+    }
+    parts.push(text.to_string());
+    parts.retain(|part| !part.is_empty());
+    parts.join(" ").chars().take(columns).collect()
+}
+
+/// A bar on rank 0's stderr, where that is a terminal, while a command counts what it has done. Taken away when it is dropped.
+#[derive(Debug)]
+pub struct Bar {
+    what: String,
+    unit: Unit,
+    total: u64,
+    shown: bool,
+    begun: Instant,
+    state: Mutex<BarState>,
+}
+
+#[derive(Debug, Default)]
+struct BarState {
+    done: u64,
+    /// Was done before the bar began: it tells nothing of the rate.
+    before: u64,
+    drawn: Option<Instant>,
+}
+
+#[derive(Debug, Clone)]
+enum Unit {
+    Bytes,
+    Of(String),
+}
+
+impl Bar {
+    /// Of `total` `unit`s. `answers`: the command writes to stdout meanwhile.
+    pub fn new(total: u64, unit: &str, answers: bool) -> Bar {
+        Bar::start("", total, Unit::Of(unit.into()), answers)
+    }
+
+    fn start(what: &str, total: u64, unit: Unit, answers: bool) -> Bar {
+        let Settings { format, quiet, rank, .. } = console::settings();
+        let wanted = format == Format::Pretty && !quiet && rank == 0;
+        let shown = wanted && console::has_room_for_bar(answers);
+        let bar =
+            Bar { what: what.into(), unit, total, shown, begun: Instant::now(), state: Mutex::default() };
+        bar.update(|_| ());
+        bar
+    }
+
+    /// `done` were done before.
+    pub fn begin_at(&self, done: u64) {
+        self.update(|state| (state.done, state.before) = (done, done));
+    }
+
+    pub fn inc(&self, done: u64) {
+        self.update(|state| state.done += done);
+    }
+
+    fn set(&self, done: u64) {
+        self.update(|state| state.done = done);
+    }
+
+    fn update(&self, change: impl FnOnce(&mut BarState)) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut state);
+        let now = Instant::now();
+        if !self.shown || state.drawn.is_some_and(|drawn| now - drawn < DRAW_INTERVAL) {
+            return;
+        }
+        state.drawn = Some(now);
+        let seconds = (now - self.begun).as_secs_f64();
+        let text = self.describe(state.done, state.done - state.before.min(state.done), seconds);
+        console::draw_bar(&with_bar(&self.what, state.done, self.total, &text, console::columns()));
+    }
+
+    /// `done` in all, of which `new` in these seconds.
+    fn describe(&self, done: u64, new: u64, seconds: f64) -> String {
+        let total = self.total;
+        let rate = if seconds > 0.0 { new as f64 / seconds } else { 0.0 };
+        let mut text = match &self.unit {
+            Unit::Of(unit) => format!("{done}/{total} {unit}"),
+            Unit::Bytes => {
+                let mb = |bytes: f64| bytes / 1e6;
+                format!("{:.1}/{:.1} MB  {:.1} MB/s", mb(done as f64), mb(total as f64), mb(rate))
+            }
+        };
+        if rate > 0.0 && done < total {
+            text += &format!("  {} left", duration((total - done) as f64 / rate));
+        }
+        text
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        if self.shown {
+            console::draw_bar("");
+        }
+    }
+}
+
 /// Shows a bar of `done` of `total` bytes while `work` runs, if stderr is a terminal.
 pub fn with_bytes_bar<T>(what: &str, total: u64, done: &Arc<AtomicU64>, work: impl FnOnce() -> T) -> T {
-    let bar = ProgressBar::new(total).with_message(what.to_string());
-    let template = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style);
-    }
-    let (ticking, done) = (bar.clone(), done.clone());
-    let ticker = std::thread::spawn(move || {
-        while !ticking.is_finished() {
-            ticking.set_position(done.load(Relaxed));
-            std::thread::sleep(DRAW_INTERVAL);
-        }
-    });
-    let result = work();
-    bar.finish_and_clear();
-    // A failure of the bar is no failure of the work.
-    let _ = ticker.join();
-    result
+    let bar = Bar::start(what, total, Unit::Bytes, false);
+    let (ended, end) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let bar = &bar;
+        scope.spawn(move || {
+            while end.recv_timeout(DRAW_INTERVAL).is_err_and(|e| e == RecvTimeoutError::Timeout) {
+                bar.set(done.load(Relaxed));
+            }
+        });
+        // Dropped before the scope waits for the thread, also where the work panics.
+        let _ended = ended;
+        work()
+    })
 }
 
 #[cfg(test)]
@@ -182,7 +291,7 @@ mod tests {
     fn name(display: Display) -> &'static str {
         match display {
             Display::Nothing => "nothing",
-            Display::Bar(_) => "bar",
+            Display::Bar => "bar",
             Display::Returns => "returns",
             Display::Lines => "lines",
             Display::Json => "json",
@@ -211,6 +320,39 @@ mod tests {
         assert_eq!(
             (duration(59.4), duration(59.6), duration(7322.0)),
             ("59 s".into(), "1 min 00 s".into(), "2 h 02 min".into())
+        );
+    }
+
+    #[test]
+    fn a_line_fits_the_terminal() {
+        let bar = |columns| with_bar("reading", 5, 10, "5/10 lines  9 s left", columns);
+        assert_eq!(bar(50), "reading [=========         ] 5/10 lines  9 s left");
+        assert_eq!(bar(30), "reading 5/10 lines  9 s left");
+        assert_eq!(bar(12), "reading 5/1");
+        assert_eq!(with_bar("", 10, 10, "x", 12), "[=======] x");
+        assert_eq!(bar(1), "");
+        for columns in 0..200 {
+            assert!(bar(columns).chars().count() < columns.max(1));
+        }
+    }
+
+    #[test]
+    fn a_bar_says_how_long_it_takes() {
+        let bar = |unit| Bar {
+            what: String::new(),
+            unit,
+            total: 40_000_000,
+            shown: false,
+            begun: Instant::now(),
+            state: Mutex::default(),
+        };
+        let lines = bar(Unit::Of("lines".into()));
+        assert_eq!(lines.describe(30_000_000, 10_000_000, 10.0), "30000000/40000000 lines  10 s left");
+        assert_eq!(lines.describe(40_000_000, 40_000_000, 10.0), "40000000/40000000 lines");
+        assert_eq!(lines.describe(0, 0, 0.0), "0/40000000 lines");
+        assert_eq!(
+            bar(Unit::Bytes).describe(20_000_000, 20_000_000, 2.0),
+            "20.0/40.0 MB  10.0 MB/s  2 s left"
         );
     }
 

@@ -155,6 +155,7 @@ def run(case, folder, args):
         json.dump(case["config"], open(f"{folder}/config.yaml", "w"), indent=1)
     corral, launch = f"{args.bin}/corral", f"{args.bin}/launch"
     env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", COLUMNS="200", CORRAL=corral, LAUNCH=launch)
+    env["CASES"] = os.path.dirname(os.path.abspath(__file__))
 
     def start(command):
         result = subprocess.run(

@@ -25,6 +25,7 @@ use crate::data::examples::Example;
 use crate::data::loader::State;
 use crate::data::preferences::{self, Batch};
 use crate::data::rows::RowLoader;
+use crate::distributed::agreement::Facts;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::info;
@@ -44,6 +45,15 @@ pub struct Inputs {
     /// Another reference than the model itself.
     reference: Option<Base>,
     pub steps: u64,
+}
+
+impl base::Inputs for Inputs {
+    fn add_facts(&self, facts: &mut Facts) -> Result<()> {
+        let valid = self.valid.as_ref().map(|valid| valid.fingerprint());
+        base::add_data(self.train.fingerprint(), valid, facts);
+        self.base.add_facts("model", facts)?;
+        self.reference.as_ref().map_or(Ok(()), |reference| reference.add_facts("reference", facts))
+    }
 }
 
 impl Inputs {

@@ -28,6 +28,7 @@ use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
 use crate::data::loader::{Loader, Order, Source, State as LoaderState};
 use crate::data::prompts::State;
+use crate::distributed::agreement::Facts;
 use crate::distributed::world::World;
 use crate::error::Result;
 use crate::generate::rollout::Sequences;
@@ -40,6 +41,15 @@ pub struct Inputs {
     samplers: Samplers,
     critic: (Base, Trainable),
     ptx: Option<Loader>,
+}
+
+impl crate::algorithms::base::Inputs for Inputs {
+    fn add_facts(&self, facts: &mut Facts) -> Result<()> {
+        self.samplers.add_facts(facts);
+        self.opened.add_facts(facts)?;
+        self.ptx.iter().for_each(|ptx| facts.add_contents("ppo.ptx.data", ptx.fingerprint()));
+        self.critic.0.add_facts("critic", facts)
+    }
 }
 
 impl Inputs {

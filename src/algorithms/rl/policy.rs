@@ -19,6 +19,7 @@ use crate::config::prompts::Data;
 use crate::config::sections::{Compute, Precision, Valid};
 use crate::data::chat::Chat;
 use crate::data::tokenizer::Tokenizer;
+use crate::distributed::agreement::Facts;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::generate::rollout::Sequences;
@@ -43,6 +44,14 @@ pub struct Opened {
 pub struct Samplers {
     pub train: Sampler,
     pub valid: Option<Sampler>,
+}
+
+impl Samplers {
+    /// What all ranks must have of the prompts.
+    pub fn add_facts(&self, facts: &mut Facts) {
+        let valid = self.valid.as_ref().map(|valid| valid.prompts.fingerprint());
+        base::add_data(self.train.prompts.fingerprint(), valid, facts);
+    }
 }
 
 impl Opened {
@@ -85,6 +94,13 @@ impl Opened {
         odd.check(s.data.on_error)?;
         let steps = base::steps(c.train, train.prompts.len() as u64, c.schedule.warmup_steps)?;
         Ok((Opened { actor, trainable, reference, reward_model, steps }, Samplers { train, valid }))
+    }
+
+    /// What all ranks must have of the models.
+    pub fn add_facts(&self, facts: &mut Facts) -> Result<()> {
+        self.actor.add_facts("actor", facts)?;
+        self.reference.as_ref().map_or(Ok(()), |reference| reference.add_facts("reference", facts))?;
+        self.reward_model.as_ref().map_or(Ok(()), |model| model.add_facts(facts))
     }
 
     /// Whether the reference is the model that the actor begins as, computed in the same way.

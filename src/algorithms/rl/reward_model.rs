@@ -15,6 +15,7 @@ use crate::data::chat::Chat;
 use crate::data::conversation::Message;
 use crate::data::examples::Encoded;
 use crate::data::tokenizer::{Tokenizer, hex};
+use crate::distributed::agreement::Facts;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::Llama;
@@ -28,6 +29,11 @@ pub struct Opened {
 }
 
 impl Opened {
+    /// What all ranks must have of it.
+    pub fn add_facts(&self, facts: &mut Facts) -> Result<()> {
+        self.base.add_facts("reward_model", facts)
+    }
+
     /// `actor`: the tokenizer of the responses.
     ///
     /// # Errors

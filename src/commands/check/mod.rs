@@ -166,15 +166,61 @@ impl Checked {
         open: impl FnOnce(&C) -> Result<I>,
         show: impl FnOnce(&Loaded<C>, &I) -> Result<()>,
     ) -> Result<()> {
+        check_loaded(&self.load::<C>()?, open, show)
+    }
+
+    /// The configuration, read once: it may come from a pipe.
+    fn load<C: Algorithm>(&self) -> Result<Loaded<C>> {
         if self.nproc < 1 {
             return Err(Error::config("--nproc must be at least 1"));
         }
         let loaded = self.config.load::<C>()?;
         loaded.validate(self.nproc)?;
-        let inputs = open(&loaded.config)?;
-        examine(&loaded, &Start { resume: Resume::Auto, overwrite: false }, &[])?;
-        show(&loaded, &inputs)
+        Ok(loaded)
     }
+
+    /// Of a training with several models: also tells their memory. Where the path of one is the name of a preset, which has
+    /// no weights, nothing is opened.
+    fn check_several<C: Algorithm, I>(
+        self,
+        there: impl FnOnce(&C) -> bool,
+        open: impl FnOnce(&C) -> Result<I>,
+        trained: impl for<'a> Fn(&'a I) -> Vec<(&'a str, &'a Shape, &'a Trainable)>,
+        shown: impl Fn(&I) -> Result<()>,
+        plan: impl FnOnce(&C, i64, &str, bool) -> Result<()>,
+        device: &str,
+    ) -> Result<()> {
+        let (nproc, loaded) = (self.nproc, self.load::<C>()?);
+        if there(&loaded.config) {
+            return check_loaded(&loaded, open, |loaded, inputs| {
+                conclude(loaded, &trained(inputs))?;
+                plan(&loaded.config, nproc, device, false)?;
+                shown(inputs)
+            });
+        }
+        check_loaded(
+            &loaded,
+            |_| Ok(()),
+            |loaded, ()| {
+                println!("{}\n", loaded.resolved_yaml()?.trim_end());
+                println!(
+                    "# a model's path is a preset, a shape without weights: neither models nor data were opened"
+                );
+                plan(&loaded.config, nproc, device, false)
+            },
+        )
+    }
+}
+
+/// Opens what a configuration names, refuses a folder that it must not write, and shows what came of it.
+fn check_loaded<C: Algorithm, I>(
+    loaded: &Loaded<C>,
+    open: impl FnOnce(&C) -> Result<I>,
+    show: impl FnOnce(&Loaded<C>, &I) -> Result<()>,
+) -> Result<()> {
+    let inputs = open(&loaded.config)?;
+    examine(loaded, &Start { resume: Resume::Auto, overwrite: false }, &[])?;
+    show(loaded, &inputs)
 }
 
 /// Warns of what a run would warn of.
@@ -192,34 +238,6 @@ fn prompts(samplers: &Samplers, number: usize) -> Result<()> {
             .for_each(|warning| warn!("{warning}"));
     }
     examples::prompt(&train.chat, &train.prompts, number)
-}
-
-impl Checked {
-    /// Of a training with several models: also tells their memory. Where the path of one is the name of a preset, which has
-    /// no weights, nothing is opened.
-    fn check_several<C: Algorithm, I>(
-        self,
-        there: impl FnOnce(&C) -> bool,
-        open: impl FnOnce(&C) -> Result<I>,
-        trained: impl for<'a> Fn(&'a I) -> Vec<(&'a str, &'a Shape, &'a Trainable)>,
-        shown: impl Fn(&I) -> Result<()>,
-        plan: impl FnOnce(&C, i64, &str, bool) -> Result<()>,
-        device: &str,
-    ) -> Result<()> {
-        let nproc = self.nproc;
-        if there(&self.config.load::<C>()?.config) {
-            return self.check(open, |loaded, inputs| {
-                conclude(loaded, &trained(inputs))?;
-                plan(&loaded.config, nproc, device, false)?;
-                shown(inputs)
-            });
-        }
-        self.check(|_| Ok(()), |loaded, ()| {
-            println!("{}\n", loaded.resolved_yaml()?.trim_end());
-            println!("# a model's path is a preset, a shape without weights: neither models nor data were opened");
-            plan(&loaded.config, nproc, device, false)
-        })
-    }
 }
 
 /// Tells of ranked completions.

@@ -22,6 +22,7 @@ use crate::files::AtomicFile;
 use crate::generate::engine::{Options, Request, generate};
 use crate::generate::{self as generation, Sampling};
 use crate::rewards::gsm8k::{self, Answer, Form, answer};
+use crate::telemetry::progress::Bar;
 
 /// A question and the number that answers it.
 struct Question {
@@ -62,7 +63,7 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
         .map(|(i, q)| Request::new(q.prompt.clone(), i as u64, args.max_new_tokens))
         .collect();
     requests.iter().try_for_each(|r| r.check(opened.shape()))?;
-    let world = inference::join(global)?;
+    let world = inference::join(global, &opened)?;
     intake.warn(&world);
     let mut model = opened.load(&world, args.ranks.mode)?;
     let mut eos = opened.eos_ids()?;
@@ -72,12 +73,12 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     let (rank, ranks) = (world.rank as usize, world.world_size as usize);
     let mine: Vec<usize> = (rank..requests.len()).step_by(ranks).collect();
     let my_requests: Vec<Request> = mine.iter().map(|i| requests[*i].clone()).collect();
-    let bar = inference::bar(mine.len() as u64, "answers");
+    let bar = Bar::new(mine.len() as u64, "answers", false);
     let completions = generate(&mut model, &my_requests, options, |_, ended| {
         bar.inc(u64::from(ended));
         Ok(())
     })?;
-    bar.finish_and_clear();
+    drop(bar);
     let texts = completions.iter().zip(&mine).map(|(completion, i)| {
         let text = generation::text(opened.tokenizer()?, &requests[*i].prompt, &completion.ids, &[])?;
         Ok((*i, (text, completion.ids.len(), json!(completion.finish))))

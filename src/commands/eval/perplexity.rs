@@ -21,6 +21,7 @@ use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::files::is_dir;
 use crate::model::Llama;
+use crate::telemetry::progress::Bar;
 
 /// Tokens that one forward reads, or one window if that is longer.
 const BATCH_TOKENS: usize = 8192;
@@ -64,7 +65,7 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     if num_tokens == 0 || num_bytes == 0 {
         return Err(Error::data("the input has no two tokens of text: there is nothing to measure"));
     }
-    let world = inference::join(global)?;
+    let world = inference::join(global, &opened)?;
     intake.warn(&world);
     let mut model = opened.load(&world, args.ranks.mode)?;
     let sum = measure(&mut model, &world, &streams, window)?;
@@ -233,7 +234,7 @@ fn batches(stream: &Stream, window: usize) -> Vec<Batch<'_>> {
 fn measure(model: &mut Llama, world: &World, streams: &[Stream], window: usize) -> Result<f64> {
     let batches: Vec<Batch> = streams.iter().flat_map(|stream| batches(stream, window)).collect();
     let mut losses = vec![0.0; batches.len()];
-    let bar = inference::bar(streams.iter().map(Stream::predictions).sum(), "tokens");
+    let bar = Bar::new(streams.iter().map(Stream::predictions).sum(), "tokens", false);
     let (rank, ranks) = (world.rank as usize, world.world_size as usize);
     for first in (0..batches.len()).step_by(ranks) {
         match batches.get(first + rank) {
@@ -244,6 +245,6 @@ fn measure(model: &mut Llama, world: &World, streams: &[Stream], window: usize) 
         let round = &batches[first..batches.len().min(first + ranks)];
         bar.inc(round.iter().map(|b| (b.count * b.time) as u64).sum());
     }
-    bar.finish_and_clear();
+    drop(bar);
     Ok(world.group.combine(&losses, ReduceOp::Sum)?.iter().sum())
 }

@@ -63,7 +63,7 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
             intake.why_nothing()
         )));
     }
-    let world = inference::join(global)?;
+    let world = inference::join(global, &opened)?;
     intake.warn(&world);
     let mut model = opened.load(&world, args.ranks.mode)?;
     let scores = scorer::scores_of_all(&mut model, &world, scoring.score, &sequences)?;

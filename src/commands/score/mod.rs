@@ -21,6 +21,7 @@ use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::files::AtomicFile;
 use crate::model::{Input, Llama, LmHead};
+use crate::telemetry::progress::Bar;
 use lines::Reader;
 pub use lines::Sequence;
 
@@ -60,7 +61,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
     }
     let reader = Reader::new(&args, &lines, &opened)?;
     let (lines, sequences, intake) = read(&args, lines, |line| reader.read(line))?;
-    let world = inference::join(global)?;
+    let world = inference::join(global, &opened)?;
     intake.warn(&world);
     let mut model = opened.load(&world, args.ranks.mode)?;
     let mut scored = score(&mut model, &world, &sequences)?.into_iter().zip(&sequences);
@@ -157,7 +158,7 @@ pub fn score(model: &mut Llama, world: &World, sequences: &[Sequence]) -> Result
         begins.push(begins[begins.len() - 1] + num_scored(sequence));
     }
     let mut scores = vec![0.0; begins[sequences.len()]];
-    let bar = inference::bar(sequences.len() as u64, "lines");
+    let bar = Bar::new(sequences.len() as u64, "lines", false);
     for round in batches.chunks(world.world_size as usize) {
         match round.get(world.rank as usize) {
             Some(batch) => {
@@ -170,7 +171,7 @@ pub fn score(model: &mut Llama, world: &World, sequences: &[Sequence]) -> Result
         }
         bar.inc(round.iter().map(|batch| batch.len() as u64).sum());
     }
-    bar.finish_and_clear();
+    drop(bar);
     let scores = world.group.combine(&scores, ReduceOp::Sum)?;
     Ok(begins.windows(2).map(|part| scores[part[0]..part[1]].to_vec()).collect())
 }

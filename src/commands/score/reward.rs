@@ -29,7 +29,7 @@ pub(super) fn run(
     let chat = templated.then(|| opened.chat(&args.template)).transpose()?;
     let sequence = |line: &Record| sequence(line, opened, chat.as_ref(), scoring.score);
     let (lines, sequences, intake) = read(args, lines, sequence)?;
-    let world = inference::join(global)?;
+    let world = inference::join(global, opened)?;
     intake.warn(&world);
     let mut model = opened.load(&world, args.ranks.mode)?;
     let scores = scorer::scores_of_all(&mut model, &world, scoring.score, &sequences)?;

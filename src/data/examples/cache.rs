@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use kernels::mmap::{Mmap, map_file};
 use nix::fcntl::{Flock, FlockArg};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -20,11 +19,12 @@ use sha2::{Digest, Sha256};
 use super::{Counts, Encoded, Example, Options};
 use crate::data::arrow;
 use crate::data::fields::Unused;
+use crate::data::mapped::Mapped;
 use crate::data::odd::{Odd, OddRecords, OrOdd, Reason};
 use crate::data::readers::{self, Record};
 use crate::data::tokenizer::hex;
 use crate::error::{Context, Error, Result};
-use crate::files::{self, AtomicFile, create_dir, read_error};
+use crate::files::{self, AtomicFile, create_dir, read_through};
 use crate::telemetry::console::grouped;
 use crate::telemetry::progress::with_bytes_bar;
 
@@ -55,7 +55,7 @@ type LeftOut = BTreeMap<String, String>;
 /// The examples of one file, memory-mapped from the cache.
 #[derive(Debug)]
 pub struct Examples {
-    map: Mmap,
+    map: Mapped,
     /// The file of data.
     path: PathBuf,
     counts: Counts,
@@ -121,8 +121,7 @@ impl Tokenization<'_> {
         let files = if files::is_dir(path)? { arrow::files(path)? } else { vec![path.to_path_buf()] };
         let mut hash = Sha256::new();
         for path in &files {
-            let file = File::open(path).map_err(|e| read_error(path, &e))?;
-            hash.update(&map_file(&file).map_err(|e| read_error(path, &e))?[..]);
+            read_through(path, |bytes| hash.update(bytes))?;
         }
         // The name decides the format.
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -234,8 +233,10 @@ fn words(sequence: &Encoded) -> impl Iterator<Item = u32> {
 impl Examples {
     /// None where there is no such file, or it is of another key or damaged: then it is made again.
     fn open(cached: &Path, key: &str, path: &Path) -> Result<Option<Examples>> {
-        let Some(file) = files::open(cached)? else { return Ok(None) };
-        let map = map_file(&file).map_err(|e| read_error(cached, &e))?;
+        if !files::exists(cached)? {
+            return Ok(None);
+        }
+        let map = Mapped::open(cached)?;
         let Some((footer, end)) = footer(&map) else { return Ok(None) };
         let c = &footer.counts;
         let whole = [(c.tokens, 4), (c.sequences, 12), (c.examples, 8)]

@@ -6,6 +6,7 @@ use crate::content::unusable;
 use crate::error::Result;
 use crate::files::{is_dir, is_file, read_error};
 use serde_json::{Map, Value, json};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 /// Names and contents of files.
@@ -77,8 +78,21 @@ pub(super) fn parse(bytes: &[u8], path: &Path) -> Result<Value> {
 }
 
 /// Names and contents of a tokenizer's files, with a `tokenizer.json` in any case; and the `config.json` beside them.
+///
+/// # Errors
+/// Of kind Data: also a file of a checkpoint of ours that is not as it was saved.
 pub(super) fn read(main: &Path) -> Result<(Contents, Value)> {
-    let read = |path: &Path| std::fs::read(path).map_err(|e| read_error(path, &e));
+    let sums = checksums(main);
+    let read = |path: &Path| {
+        let bytes = std::fs::read(path).map_err(|e| read_error(path, &e))?;
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        match sums.get(name) {
+            Some(sum) if *sum != crc32fast::hash(&bytes) => {
+                Err(invalid(path, "corrupt: its checksum is not the one that meta.json has"))
+            }
+            _ => Ok(bytes),
+        }
+    };
     let bytes = read(main)?;
     let mut files = Vec::new();
     for name in VOCABULARIES.iter().skip(1).chain(&COMPANIONS) {
@@ -141,6 +155,21 @@ pub(super) fn read(main: &Path) -> Result<(Contents, Value)> {
         files.push(("generation_config.json".into(), text(&generation)));
     }
     Ok((files, model))
+}
+
+/// The checksums that a checkpoint of ours keeps of the files beside `main`; none in other folders. (The checkpoint itself is
+/// read by those who load it, and refused there where its `meta.json` is damaged.)
+fn checksums(main: &Path) -> HashMap<String, u32> {
+    let text = std::fs::read(main.with_file_name("meta.json")).unwrap_or_default();
+    let meta: Value = serde_json::from_slice(&text).unwrap_or_default();
+    if meta["format"] != "corral checkpoint" {
+        return HashMap::new();
+    }
+    let sum = |file: &Value| {
+        let crc32 = u32::try_from(file["crc32"].as_u64()?).ok()?;
+        Some((file["name"].as_str()?.to_string(), crc32))
+    };
+    meta["checkpoint"]["files"].as_array().into_iter().flatten().filter_map(sum).collect()
 }
 
 fn object<'a>(value: &'a mut Value, path: &Path) -> Result<&'a mut Map<String, Value>> {

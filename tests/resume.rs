@@ -89,6 +89,18 @@ fn killed_within_a_save_it_resumes_bit_by_bit() {
     run.expect_equal(&reference);
 }
 
+/// A few kills of the script, which takes all algorithms and as many kills as it is given.
+#[test]
+fn the_script_of_kills_finds_no_difference() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut script = std::process::Command::new("python3");
+    script.arg(root.join("scripts/kills.py")).args(["--kills", "4", "--only", "lora,ppo", "--bin"]);
+    let output = script.arg(std::path::Path::new(common::run::CORRAL).parent().unwrap()).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success() && out.contains("\n4 kills, "), "{out}{err}");
+}
+
 #[test]
 fn a_killed_world_resumes_bit_by_bit() {
     let reference = Run::new("kill-2-reference");

@@ -42,7 +42,7 @@ pub(super) fn run(args: &Args, opened: &Opened, most: usize, global: &Global) ->
             intake.why_nothing()
         )));
     }
-    let world = inference::join(global)?;
+    let world = inference::join(global, opened)?;
     intake.warn(&world);
     let mut model = opened.load(&world, args.ranks.mode)?;
     let logprobs = score::score(&mut model, &world, &sequences)?.concat();

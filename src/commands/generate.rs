@@ -219,7 +219,7 @@ impl Job<'_> {
             for (i, request) in requests.iter().enumerate().skip(first) {
                 let Err(why) = request else { continue };
                 answers.put(i, skipped(&lines[i], why))?;
-                bar.inc(1);
+                bar.iter().for_each(|bar| bar.inc(1));
             }
         }
         loop {

@@ -292,7 +292,13 @@ impl<'a> RunFolder<'a> {
             _ => progress.go_on(&found.changes),
         }
         let best = progress.best_step().map(|step| checkpoints_dir(&dir).join(step_name(step)));
-        if plan.keep_best && best.is_some_and(|best| matches!(files::is_dir(&best), Ok(false))) {
+        if plan.keep_best && best.as_ref().is_some_and(|best| matches!(files::is_dir(best), Ok(false))) {
+            if let (0, Some(best)) = (world.rank, &best) {
+                let best = best.display();
+                crate::warn!(
+                    "the best validation so far has no checkpoint ({best}): what comes may be the best"
+                );
+            }
             progress.forget_best();
         }
         progress.start = rollback::name_of_start();

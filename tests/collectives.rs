@@ -337,6 +337,8 @@ fn run_case(case: &str) -> corral::Result<()> {
 fn kill(signal: i32) {
     let signal = nix::sys::signal::Signal::try_from(signal).unwrap();
     nix::sys::signal::kill(nix::unistd::getpid(), signal).unwrap();
+    // Another thread may take the signal, and this one run on until that has.
+    std::thread::sleep(Duration::from_secs(1));
 }
 
 /// Small integers: exact in every dtype.

@@ -1,8 +1,13 @@
 // What CUDA runs through libtorch's own operations and tch does not offer: flash attention with its statistics, and
 // products of bfloat16 with float32 results. They are reached through the dispatcher, so nothing of CUDA is linked here.
-#include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention_backward.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/mm.h>
 
 #include "guard.h"
 

@@ -1,8 +1,10 @@
 // The C ABI of the CPU operations: tensors in, threads split, row kernels called. Every function returns null, or a
 // message that the caller frees.
-#include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 
 #include "cpu_rows.h"
 #include "guard.h"

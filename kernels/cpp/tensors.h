@@ -1,6 +1,6 @@
 // What the CPU operations ask of tensors, and which instruction set they run with.
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "cpu_rows.h"
 

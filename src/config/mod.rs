@@ -170,7 +170,10 @@ impl<T: Algorithm> Loaded<T> {
 impl<T: Serialize> Loaded<T> {
     /// The whole configuration as YAML, defaults and overrides filled in; loads again to the same value.
     pub fn resolved_yaml(&self) -> Result<String> {
-        serde_saphyr::to_string(&self.config)
+        // By way of JSON, so that YAML's writer is compiled for one type.
+        serde_json::to_value(&self.config)
+            .map_err(|e| e.to_string())
+            .and_then(|config| serde_saphyr::to_string(&config).map_err(|e| e.to_string()))
             .map_err(|e| Error::failed(format!("cannot write the configuration as YAML: {e}")))
     }
 }

@@ -321,8 +321,10 @@ pub(super) fn check_ids(inner: &tokenizers::Tokenizer, definition: &Value, main:
 
 /// A `tokenizers` tokenizer of a definition.
 pub(super) fn load(bytes: &[u8], main: &Path) -> Result<tokenizers::Tokenizer> {
-    let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
-        .map_err(|e| invalid(main, format!("not a tokenizer: {e}")))?;
+    let bad = |e: tokenizers::Error| invalid(main, format!("not a tokenizer: {e}"));
+    // `parse` is compiled with `tokenizers`; `from_bytes` would be compiled here.
+    let text = std::str::from_utf8(bytes).map_err(|e| bad(e.into()))?;
+    let mut inner: tokenizers::Tokenizer = text.parse().map_err(bad)?;
     inner.with_truncation(None).map_err(|e| invalid(main, e))?;
     inner.with_padding(None);
     Ok(inner)

@@ -90,7 +90,7 @@ impl Tokenizer {
             without_prefix(&mut definition["normalizer"]) | without_prefix(&mut definition["pre_tokenizer"]);
         let made = match changed {
             true => {
-                let mut inner = tokenizers::Tokenizer::from_bytes(definition.to_string()).map_err(failed)?;
+                let mut inner: tokenizers::Tokenizer = definition.to_string().parse().map_err(failed)?;
                 inner.set_encode_special_tokens(self.inner.get_encode_special_tokens());
                 Some(Arc::new(inner))
             }

@@ -121,10 +121,13 @@ fn the_best_checkpoint_stays_and_patience_ends_the_run() {
     let from = run.checkpoints()[1].1.to_string_lossy().into_owned();
     let ended = next.train(1, &[&words[..], &["--resume", &from]].concat());
     assert!(next.step() > last && ended.err.lines().last() != Some(told.as_str()), "{ended}");
+    let forgotten =
+        format!("the best validation so far (step {best}, loss {lowest:.4}) does not count from here on");
+    assert!(ended.err.contains(&format!("{forgotten}: its checkpoint stays")), "{ended}");
     // Without the best checkpoint the last model is exported, with a warning.
     fs::remove_dir_all(&kept).unwrap();
     let ended = run.train(1, &words);
-    assert!(ended.err.contains("the best validation so far has no checkpoint"), "{ended}");
+    assert!(ended.err.contains(&forgotten) && ended.err.contains("is not there"), "{ended}");
     assert!(run.model() != exported, "{ended}");
 }
 

@@ -9,7 +9,7 @@ use sha2::Digest;
 
 use super::lock::RunLock;
 use super::rollback::{self, CONFIG, MODELS};
-use super::run::{Resume, Signals};
+use super::run::{Resume, Signals, Start};
 use super::step::SkipGuard;
 use super::training::{Learner, Plan, Progress, Run, Window};
 use crate::checkpoint::sharded::{META, checkpoints_dir, list, step_name};
@@ -21,14 +21,6 @@ use crate::distributed::world::World;
 use crate::error::{Context, Error, Result};
 use crate::telemetry::{RunLog, log_files};
 use crate::{files, info, warn};
-
-/// How a run is to begin, as the command line says.
-#[derive(Debug, Clone)]
-pub struct Start {
-    pub resume: Resume,
-    /// With [`Resume::Never`]: replace the run that the folder holds.
-    pub overwrite: bool,
-}
 
 /// What a run that is about to begin finds in its folder.
 pub struct Found {
@@ -232,7 +224,7 @@ impl<'a> RunFolder<'a> {
         let saver = Saver::new(dir, c.checkpoint.keep as usize, info, &world.group)?;
         let found = agree(&world.group, examine(loaded, start, inputs))?;
         let replaces = start.resume == Resume::Never && start.overwrite;
-        let signals = Signals::watch()?;
+        let signals = Signals::watch(start)?;
         let (dir, stage) = (dir.to_path_buf(), C::SUBCOMMAND);
         Ok(RunFolder { world, dir, stage, resolved, replaces, lock, saver, signals, found })
     }
@@ -265,9 +257,8 @@ impl<'a> RunFolder<'a> {
     pub fn restore<D: DeserializeOwned>(&self, learner: &mut Learner) -> Result<Option<Progress<D>>> {
         let Some(from) = &self.found.from else { return Ok(None) };
         let state = from.load(&mut learner.model.params, &mut learner.optimizer)?.state;
-        let mut progress: Progress<D> = serde_json::from_value(state)
+        let progress: Progress<D> = serde_json::from_value(state)
             .map_err(|e| Error::data(format!("{}: its state cannot be read: {e}", from.dir().display())))?;
-        progress.went_on(from, &self.dir);
         info!("resumed from {}", from.dir().display());
         Ok(Some(progress))
     }
@@ -292,14 +283,8 @@ impl<'a> RunFolder<'a> {
             _ => progress.go_on(&found.changes),
         }
         let best = progress.best_step().map(|step| checkpoints_dir(&dir).join(step_name(step)));
-        if plan.keep_best && best.as_ref().is_some_and(|best| matches!(files::is_dir(best), Ok(false))) {
-            if let (0, Some(best)) = (world.rank, &best) {
-                let best = best.display();
-                crate::warn!(
-                    "the best validation so far has no checkpoint ({best}): what comes may be the best"
-                );
-            }
-            progress.forget_best();
+        if let Some(best) = best.filter(|best| plan.keep_best && matches!(files::is_dir(best), Ok(false))) {
+            progress.forget_best(&format!("{} is not there", best.display()));
         }
         progress.start = rollback::name_of_start();
         let open = || -> Result<RunLog> {

@@ -7,7 +7,7 @@ use std::time::Instant;
 use kernels::c10d::ReduceOp;
 use tch::{Device, Kind, Tensor};
 
-use crate::algorithms::folder::{RunFolder, Start};
+use crate::algorithms::folder::RunFolder;
 use crate::algorithms::records;
 use crate::algorithms::rl::Counts;
 use crate::algorithms::rl::experience::{SamplerDistance, gather_rows};
@@ -16,6 +16,7 @@ use crate::algorithms::rl::grpo::{
 };
 use crate::algorithms::rl::policy::{Opened, Policy, Samplers, describe, logprobs, share_of};
 use crate::algorithms::rl::sampling::{Batch, Sampled, Sampler};
+use crate::algorithms::run::Start;
 use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Sums, Update};
 use crate::algorithms::training::{Learner, Plan, Progress};
 use crate::config::grpo::{Advantages, Grpo, Truncated};

@@ -8,11 +8,12 @@ use kernels::ops;
 
 use crate::algorithms::dpo::reference::sums;
 use crate::algorithms::dpo::{STATS, Work};
-use crate::algorithms::folder::{RunFolder, Start};
+use crate::algorithms::folder::RunFolder;
 use crate::algorithms::records;
 use crate::algorithms::rl::place::Average;
 use crate::algorithms::rl::policy::{Opened, Policy, Samplers, describe};
 use crate::algorithms::rl::sampling::{Batch, Sampled};
+use crate::algorithms::run::Start;
 use crate::algorithms::step::{self, Entry, Objective, Sums, Update};
 use crate::algorithms::training::{Learner, Plan, Progress};
 use crate::checkpoint::Part;
@@ -217,7 +218,7 @@ fn pairs(c: &OnlineDpo, batch: &Batch) -> (Vec<Example>, u64) {
         let sequences = vec![encode(best), encode(worst)];
         let differ = most > least && sequences[0].ids != sequences[1].ids;
         ties += u64::from(comparable && !differ);
-        differ.then(|| Example { sequences, ranks: vec![0, 1], unused: Vec::new() })
+        differ.then(|| Example { sequences, ranks: vec![0, 1], leftovers: Default::default() })
     };
     let pairs = batch.samples.chunks(size).enumerate().filter_map(pair).collect();
     (pairs, ties)

@@ -1,7 +1,8 @@
 //! Pretraining: next-token prediction on token shards, parameters sharded over the ranks.
 
 use crate::algorithms::base::{self, Base};
-use crate::algorithms::folder::{RunFolder, Start};
+use crate::algorithms::folder::RunFolder;
+use crate::algorithms::run::Start;
 use crate::algorithms::step::{self, MicroBatch, Stop};
 use crate::algorithms::training::{Learner, Plan, Progress, Run, compute_kind};
 use crate::checkpoint::Metric;

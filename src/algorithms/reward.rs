@@ -7,9 +7,10 @@ use kernels::c10d::ReduceOp;
 use tch::{Kind, Tensor};
 
 use crate::algorithms::base::{self, Base};
-use crate::algorithms::folder::{RunFolder, Start};
+use crate::algorithms::folder::RunFolder;
 use crate::algorithms::interval::wilson;
 use crate::algorithms::ranking::{Pairs, Terms, losses};
+use crate::algorithms::run::Start;
 use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Stop, Sums};
 use crate::algorithms::training::{Learner, Plan, Progress, Run};
 use crate::algorithms::{records, scorer};
@@ -163,12 +164,14 @@ fn reference_example(record: &readers::Record, chat: &Chat, longest: usize) -> R
         ["completions", "rejected"].iter().any(|key| record.fields.get(*key).is_some_and(|v| !v.is_null()));
     let example = match ranked {
         true => preferences::read_and_encode(record, chat)?,
-        false => Example::from(supervised::encode(record, chat)?.to_the_last_turns_end()),
+        false => Example::from(
+            supervised::example(record, chat, false)?.sequences.remove(0).to_the_last_turns_end(),
+        ),
     };
     let fits = |s: &Encoded| s.ids.len() <= longest && s.supervised.iter().skip(1).any(|s| *s);
     let (sequences, ranks) =
         example.sequences.into_iter().zip(example.ranks).filter(|(s, _)| fits(s)).unzip();
-    Ok(Example { sequences, ranks, unused: example.unused })
+    Ok(Example { sequences, ranks, leftovers: example.leftovers })
 }
 
 /// Some prompts with their completions, ready for the model.

@@ -21,6 +21,14 @@ pub enum Resume {
     Never,
 }
 
+/// How a run is to begin, as the command line says.
+#[derive(Debug, Clone)]
+pub struct Start {
+    pub resume: Resume,
+    /// With [`Resume::Never`]: replace the run that the folder holds.
+    pub overwrite: bool,
+}
+
 impl std::str::FromStr for Resume {
     type Err = std::convert::Infallible;
 
@@ -64,12 +72,14 @@ pub fn is_asked_to_end() -> bool {
 /// SIGINT and SIGTERM, asked for by the launcher, the site or the user: the step is finished and a checkpoint written.
 pub struct Signals {
     received: Arc<AtomicUsize>,
+    /// How a run that they stop goes on.
+    goes_on: &'static str,
 }
 
 impl Signals {
     /// A second SIGINT ends the process at once; a second SIGTERM does not, since sites send it to every process of a
     /// job besides the launcher's.
-    pub fn watch() -> Result<Signals> {
+    pub fn watch(start: &Start) -> Result<Signals> {
         let received = RECEIVED.get_or_init(Arc::default).clone();
         let again = Arc::new(AtomicBool::new(false));
         let register = || -> std::io::Result<()> {
@@ -81,7 +91,13 @@ impl Signals {
             Ok(())
         };
         register().context("cannot watch for signals")?;
-        Ok(Signals { received })
+        let goes_on = match (&start.resume, start.overwrite) {
+            (Resume::Auto, _) => "the same command goes on from its checkpoint",
+            (Resume::From(_), _) => "the same command without --resume goes on from its checkpoint",
+            (_, false) => "the same command without --resume never goes on from its checkpoint",
+            (_, true) => "the same command without --resume never --overwrite goes on from its checkpoint",
+        };
+        Ok(Signals { received, goes_on })
     }
 
     /// The signal that this process has received, 0 if none.
@@ -90,9 +106,9 @@ impl Signals {
     }
 
     /// The end of a run that a signal stopped after its checkpoint was written.
-    pub fn stopped(signal: f64, step: u64) -> Error {
+    pub fn stopped(&self, signal: f64, step: u64) -> Error {
         let name = if signal as i32 == SIGINT { "SIGINT" } else { "SIGTERM" };
-        info!("stopped by {name} after step {step}; the same command goes on from its checkpoint");
+        info!("stopped by {name} after step {step}; {}", self.goes_on);
         Error { kind: Kind::Stopped(signal as i32), message: format!("stopped by {name}") }
     }
 }

@@ -89,7 +89,8 @@ pub fn scores(model: &mut Llama, score: Score, sequences: &[Encoded]) -> Result<
             let _ = ScoreHead::values(model, &hidden)?;
             continue;
         };
-        let example = Example { sequences: batch.to_vec(), ranks: vec![0; batch.len()], unused: Vec::new() };
+        let example =
+            Example { sequences: batch.to_vec(), ranks: vec![0; batch.len()], leftovers: Default::default() };
         let batch = Batch::new(&[example], true);
         let hidden = model.hidden(&input(&batch))?;
         let values = ScoreHead::values(model, &hidden)?;

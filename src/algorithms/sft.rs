@@ -1,8 +1,9 @@
 //! Supervised fine-tuning: next-token prediction on the assistant's turns of conversations.
 
 use crate::algorithms::base::{self, Base};
-use crate::algorithms::folder::{RunFolder, Start};
+use crate::algorithms::folder::RunFolder;
 use crate::algorithms::records;
+use crate::algorithms::run::Start;
 use crate::algorithms::step::{self, MicroBatch, Stop};
 use crate::algorithms::training::{Learner, Plan, Progress, Run};
 use crate::checkpoint::Metric;

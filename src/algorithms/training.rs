@@ -101,11 +101,6 @@ impl<D> Progress<D> {
         self.best.step()
     }
 
-    /// The run in the folder `run` goes on from this checkpoint, which may be another run's.
-    pub(super) fn went_on(&mut self, from: &Checkpoint, run: &Path) {
-        self.best.went_on(from.dir(), run);
-    }
-
     /// What of the log a run that goes on at `step` cuts off.
     pub(super) fn cut(&self, step: u64) -> Cut {
         Cut { after: step, validation: self.owes_validation }
@@ -113,22 +108,23 @@ impl<D> Progress<D> {
 
     /// In the folder of another run it goes on without what belongs to the one that it came from.
     pub(super) fn move_to_another_folder(&mut self, from: &Path) {
-        self.best = Best::default();
+        self.forget_best("its checkpoint stays in the folder that the run came from");
         self.ended = false;
         self.begun_from = from.canonicalize().ok();
     }
 
-    /// The checkpoint of the best validation is not there: what comes may be the best.
-    pub(super) fn forget_best(&mut self) {
-        self.best = Best::default();
+    /// The best validation so far, if there is one, is no measure for this run any more: what comes may be the best.
+    pub(super) fn forget_best(&mut self, why: &str) {
+        if let Some(best) = std::mem::take(&mut self.best).text() {
+            warn!("the best validation so far ({best}) does not count from here on: {why}");
+        }
     }
 
     /// Takes the changes of the configuration since the start before into account.
     pub(super) fn go_on(&mut self, changes: &[Change]) {
         let changed = |keys: &[&str]| changes.iter().any(|c| keys.iter().any(|key| c.key.starts_with(key)));
         if changed(&["data.valid", "valid.batches"]) {
-            // Losses on other data are no measure for what comes.
-            self.best = Best::default();
+            self.forget_best("the validation data has changed");
         }
         if changed(&["data.valid", "valid.", "train.steps", "train.epochs"]) {
             self.ended = false;
@@ -457,7 +453,7 @@ impl<D: Serialize> Run<'_, D> {
         }
         if self.signal > 0.0 && (!self.done() || self.progress.owes_validation) {
             self.saver.finish()?;
-            return Err(Signals::stopped(self.signal, step));
+            return Err(self.signals.stopped(self.signal, step));
         }
         Ok(())
     }
@@ -466,14 +462,12 @@ impl<D: Serialize> Run<'_, D> {
     /// Waits for the last save. Collective.
     pub fn take_best(&mut self, load: impl FnOnce(&Checkpoint) -> Result<()>) -> Result<()> {
         self.last_save = self.saver.finish().map(drop);
-        let best = &self.progress.best;
-        let Some(step) = best.step().filter(|_| self.plan.keep_best) else { return Ok(()) };
+        let Some(step) = self.progress.best.step().filter(|_| self.plan.keep_best) else { return Ok(()) };
         if step == self.progress.step {
             self.took_best = true;
             return Ok(());
         }
-        let own = sharded::checkpoints_dir(&self.dir).join(sharded::step_name(step));
-        let path = best.elsewhere().unwrap_or(&own).clone();
+        let path = sharded::checkpoints_dir(&self.dir).join(sharded::step_name(step));
         // Ranks decide together, whatever each sees of the file system.
         let there = f64::from(u8::from(path.is_dir()));
         if self.world.group.combine(&[there], ReduceOp::Min)?[0] < 1.0 {

@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::sharded::{Checkpoint, checkpoints_dir, list, step_name};
+use super::sharded::{Checkpoint, checkpoints_dir, list};
 use crate::error::Result;
-use crate::files::parent;
 
 /// What a validation is compared by.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,9 +43,6 @@ pub struct Best {
     /// The run keeps the best checkpoint and exports it.
     #[serde(default)]
     kept: bool,
-    /// The best checkpoint, where it lies in another run's folder, from which this run went on.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    elsewhere: Option<PathBuf>,
 }
 
 impl Best {
@@ -72,7 +68,6 @@ impl Best {
             true => {
                 self.best = Some((step, value));
                 self.worse = 0;
-                self.elsewhere = None;
             }
             false => self.worse += 1,
         }
@@ -94,23 +89,6 @@ impl Best {
 
     pub fn worse(&self) -> u64 {
         self.worse
-    }
-
-    /// The run in the folder `run` goes on from the checkpoint in `from`, which may be another run's; then the best one is
-    /// that run's, too.
-    pub fn went_on(&mut self, from: &Path, run: &Path) {
-        let absolute = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
-        let (beside, own) = (absolute(parent(from)), absolute(&checkpoints_dir(run)));
-        if let Some(step) = self.step()
-            && beside != own
-        {
-            self.elsewhere.get_or_insert_with(|| beside.join(step_name(step)));
-        }
-    }
-
-    /// Where the best checkpoint lies, if that is another run's folder.
-    pub fn elsewhere(&self) -> Option<&PathBuf> {
-        self.elsewhere.as_ref()
     }
 
     /// `step 300, loss 0.1326`; none without a validation.

@@ -12,8 +12,9 @@ use kernels::ops;
 use tch::{Device, Kind, Tensor};
 
 use crate::algorithms::base::{self, Base};
-use crate::algorithms::folder::{RunFolder, Start};
+use crate::algorithms::folder::RunFolder;
 use crate::algorithms::records;
+use crate::algorithms::run::Start;
 use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Stop, Sums};
 use crate::algorithms::training::{Learner, Plan, Progress, Run, compute_kind};
 use crate::checkpoint::Metric;

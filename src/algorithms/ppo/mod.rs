@@ -10,13 +10,14 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::algorithms::base::Base;
-use crate::algorithms::folder::{RunFolder, Start};
+use crate::algorithms::folder::RunFolder;
 use crate::algorithms::records;
 use crate::algorithms::rl::KlController;
 use crate::algorithms::rl::checks::Stalled;
 use crate::algorithms::rl::experience::gather_rows;
 use crate::algorithms::rl::place::{Average, Where, check_offload};
 use crate::algorithms::rl::policy::{Opened, Policy, Samplers, check_reads, share_of};
+use crate::algorithms::run::Start;
 use crate::algorithms::training::{Learner, Plan, Progress};
 use crate::checkpoint::{Checkpoint, Part};
 use crate::config::common::Common;

@@ -94,9 +94,7 @@ impl Sampler {
             )));
         }
         let prompts = Prompts::open(data, &data.train, &chat, all.saturating_sub(new), Some(seed))?;
-        if !judge.borrow().reads_records() {
-            prompts.warn_unused();
-        }
+        prompts.warn_unused(judge.borrow().reads_records());
         let eos: Vec<i64> = chat.stop_ids().into_iter().map(i64::from).collect();
         if eos.is_empty() && generation.truncate_token.is_none() {
             warn!(

@@ -321,27 +321,38 @@ fn requests(
 ) -> Result<(Vec<Result<Request, String>>, Intake)> {
     let (tokenizer, shape) = (opened.tokenizer()?, opened.shape());
     let encode = |prompt: Prompt| match (prompt, chat) {
-        (Prompt::Text(text), None) => inference::encode(tokenizer, &text, true),
-        (Prompt::Text(text), Some(_)) if !args.chats() => inference::encode(tokenizer, &text, true),
-        (prompt, Some(chat)) => {
-            Ok(chat.prompt_or_prefill(&prompt.into_messages())?.into_iter().map(i64::from).collect())
+        (Prompt::Text(text), chat) if chat.is_none() || !args.chats() => {
+            Ok((inference::encode(tokenizer, &text, true)?, Vec::new()))
         }
-        (Prompt::Messages(_), None) => Err(Error::failed("messages need a chat template")),
+        (prompt, Some(chat)) => {
+            let messages = prompt.into_messages();
+            let ids = chat.prompt_or_prefill(&messages)?.into_iter().map(i64::from).collect();
+            Ok((ids, chat.unwritten(&messages)))
+        }
+        (_, None) => Err(Error::failed("messages need a chat template")),
     };
     let place = |i: usize, e: Error| match &args.input {
         Some(path) if e.exit_code() == 3 => e.context(format!("{}, line {}", path.display(), i + 1)),
         _ => e,
     };
     let request = |(i, prompt): (usize, Result<Prompt, Odd>)| {
-        let prompt = encode(prompt?).map_err(|e| place(i, e)).or_odd(Reason::Template)?;
+        let (prompt, unwritten) = encode(prompt?).map_err(|e| place(i, e)).or_odd(Reason::Template)?;
         let (min_new_tokens, max_new_tokens) = (args.min_new_tokens, args.max_new_tokens);
         let request = Request { prompt, samples: vec![i as u64], min_new_tokens, max_new_tokens };
         request.check(shape).map_err(|e| place(i, e)).or_odd(Reason::TooLong)?;
-        Ok(request)
+        Ok((request, unwritten))
     };
-    let read: Vec<Result<Request, Odd>> = prompts.into_par_iter().enumerate().map(request).collect();
+    let read: Vec<Result<(Request, Vec<String>), Odd>> =
+        prompts.into_par_iter().enumerate().map(request).collect();
     let mut intake = Intake::of_lines(args.on_error);
-    let requests = read.into_iter().map(|request| intake.read(request)).collect::<Result<Vec<_>>>()?;
+    let mut requests = Vec::new();
+    for request in read {
+        let request = intake.read(request)?.map(|(request, unwritten)| {
+            args.input.iter().for_each(|path| intake.note(path, &unwritten));
+            request
+        });
+        requests.push(request);
+    }
     match &args.input {
         Some(_) => intake.check()?,
         // The one prompt of the command line has no line that could be left out.

@@ -1,10 +1,13 @@
 //! What becomes of the records of an input that cannot be used, for commands without a configuration.
 
+use std::path::{Path, PathBuf};
+
 use crate::config::sections::OnError;
+use crate::data::fields::Unused;
 use crate::data::odd::{Odd, OddRecords, OrOdd, Reason};
 use crate::data::readers::Record;
 use crate::distributed::world::World;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::warn;
 
 #[derive(Debug, Clone, Copy, clap::Args)]
@@ -20,6 +23,8 @@ pub struct Intake {
     odd: OddRecords,
     /// Records that are too long, where they are left out in any case.
     too_long: Option<OddRecords>,
+    /// What records of each file have and nothing uses.
+    unused: Vec<(PathBuf, Unused)>,
 }
 
 impl Intake {
@@ -30,7 +35,7 @@ impl Intake {
 
     /// Of lines that are answered one by one: what is too long is refused or skipped as what else cannot be used.
     pub fn of_lines(args: OnErrorArgs) -> Intake {
-        Intake { on_error: args.on_error, odd: OddRecords::default(), too_long: None }
+        Intake { on_error: args.on_error, odd: OddRecords::default(), too_long: None, unused: Vec::new() }
     }
 
     /// What was made of a record, or why it cannot be used.
@@ -46,6 +51,18 @@ impl Intake {
             _ => self.odd.add(odd)?,
         }
         Ok(Err(why))
+    }
+
+    /// Notes what a record of a file has and nothing uses.
+    pub fn note<'a>(&mut self, path: &Path, unused: impl IntoIterator<Item = &'a String>) {
+        match self.unused.last_mut().filter(|(last, _)| last == path) {
+            Some((_, all)) => all.count(unused),
+            None => {
+                let mut all = Unused::default();
+                all.count(unused);
+                self.unused.push((path.to_path_buf(), all));
+            }
+        }
     }
 
     /// What `read` makes of a record, if it can be used.
@@ -69,12 +86,7 @@ impl Intake {
 
     /// Refuses the input where `--on-error` says so.
     pub fn check(&self) -> Result<()> {
-        match self.on_error {
-            OnError::Refuse if self.odd.total() > 0 => {
-                Err(Error::data(self.odd.message("give --on-error skip to leave out and count such records")))
-            }
-            _ => Ok(()),
-        }
+        self.odd.refuse(self.on_error, "give --on-error skip")
     }
 
     /// Why nothing is left of an input, for an error.
@@ -91,9 +103,10 @@ impl Intake {
         }
     }
 
-    /// Warns of what is left out, on rank 0.
+    /// Warns of what is left out, and of what is not used, on rank 0.
     pub fn warn(&self, world: &World) {
         if world.rank == 0 {
+            self.unused.iter().for_each(|(path, unused)| unused.warn(path));
             self.left_out().iter().for_each(|odd| warn!("{}", odd.skipped()));
         }
     }

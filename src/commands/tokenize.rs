@@ -1,5 +1,6 @@
 //! `corral tokenize`: text files into token shards.
 
+use crate::commands::intake::OnErrorArgs;
 use crate::data::readers;
 use crate::data::shards::Header;
 use crate::data::tokenize::{self, Options};
@@ -24,6 +25,8 @@ pub struct Args {
     /// Key or column of the text
     #[arg(long, default_value = "text", value_name = "KEY")]
     text_key: String,
+    #[command(flatten)]
+    on_error: OnErrorArgs,
     /// Share of the documents kept for validation (of a single document, the end of its text)
     #[arg(long, default_value_t = 0.01, value_name = "X")]
     valid_fraction: f64,
@@ -41,6 +44,7 @@ pub fn run(args: Args) -> Result<()> {
     let options = Options {
         inputs: args.input,
         text_key: args.text_key,
+        on_error: args.on_error.on_error,
         valid_fraction: args.valid_fraction,
         max_shard_tokens: args.max_shard_tokens,
     };
@@ -52,6 +56,9 @@ pub fn run(args: Args) -> Result<()> {
         if !headers.is_empty() {
             println!("{}: {}", args.output.join(name).display(), describe(headers));
         }
+    }
+    if summary.odd.total() > 0 {
+        warn!("{}", summary.odd.skipped());
     }
     if summary.num_empty > 0 {
         warn!("{} documents without text were left out", summary.num_empty);

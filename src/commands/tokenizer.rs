@@ -1,5 +1,7 @@
 //! `corral tokenizer`: train a tokenizer.
 
+use crate::commands::intake::OnErrorArgs;
+use crate::data::texts::Texts;
 use crate::data::{readers, tokenizer};
 use crate::error::{Error, Result};
 use crate::telemetry::progress::with_bytes_bar;
@@ -33,6 +35,8 @@ struct Train {
     /// Key or column of the text
     #[arg(long, default_value = "text", value_name = "KEY")]
     text_key: String,
+    #[command(flatten)]
+    on_error: OnErrorArgs,
     /// Whether every digit is a token of its own, which arithmetic is learned better with
     #[arg(long, default_value_t = true, default_missing_value = "true", num_args = 0..=1,
         action = clap::ArgAction::Set, value_name = "BOOL")]
@@ -54,10 +58,13 @@ pub fn run(args: Args) -> Result<()> {
     }
     let bytes = Arc::default();
     let total = readers::total_bytes(&args.input);
+    let mut texts = Texts::open(&args.input, &args.text_key, args.on_error.on_error, &bytes);
     let tokenizer = with_bytes_bar("reading", total, &bytes, || {
-        let texts = readers::texts(&args.input, &args.text_key, &bytes);
-        tokenizer::train(texts, args.vocab_size, args.split_digits)
+        tokenizer::train(texts.by_ref(), args.vocab_size, args.split_digits)
     })?;
+    if texts.odd().total() > 0 {
+        warn!("{}", texts.odd().skipped());
+    }
     tokenizer.save(&args.output)?;
     let size = tokenizer.vocab_size();
     if size < args.vocab_size {

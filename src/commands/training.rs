@@ -7,9 +7,9 @@ use chrono::{Datelike, NaiveDate};
 use kernels::c10d::ReduceOp;
 
 use crate::algorithms::base::Inputs;
-use crate::algorithms::folder::{Start, examine, is_begun};
+use crate::algorithms::folder::{examine, is_begun};
 use crate::algorithms::lock::RunLock;
-use crate::algorithms::run::Resume;
+use crate::algorithms::run::{Resume, Start};
 use crate::checkpoint::{Checkpoint, agree};
 use crate::commands::Global;
 use crate::config::{self, Algorithm, Loaded};

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::fields::Leftovers;
 use super::rng::Rng;
 use crate::config::sft::TooLong;
 use crate::error::{Error, Result};
@@ -37,13 +38,13 @@ pub struct Example {
     pub sequences: Vec<Encoded>,
     /// Of each sequence: 0 is the best, equal ranks are equally good. A conversation alone has 0.
     pub ranks: Vec<u32>,
-    /// What is said of each key of the record that nothing reads; a cache keeps only how many records have it.
-    pub unused: Vec<String>,
+    /// A cache keeps only how many records have each.
+    pub leftovers: Leftovers,
 }
 
 impl From<Encoded> for Example {
     fn from(sequence: Encoded) -> Example {
-        Example { sequences: vec![sequence], ranks: vec![0], unused: Vec::new() }
+        Example { sequences: vec![sequence], ranks: vec![0], leftovers: Leftovers::default() }
     }
 }
 

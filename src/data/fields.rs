@@ -37,15 +37,20 @@ impl<'a> Fields<'a> {
         self.record.fields.get(key).is_some_and(|v| !v.is_null())
     }
 
+    /// Counts a key as read.
+    pub fn mark(&self, key: &'static str) {
+        self.read.borrow_mut().insert(key);
+    }
+
     /// The value of a key, which is read with it.
     pub fn get(&self, key: &'static str) -> Option<&'a Value> {
-        self.read.borrow_mut().insert(key);
+        self.mark(key);
         self.record.fields.get(key).filter(|v| !v.is_null())
     }
 
     /// The text of a key, which is read with it.
     pub fn text(&self, key: &'static str) -> Result<&'a str> {
-        self.read.borrow_mut().insert(key);
+        self.mark(key);
         self.record.text(key)
     }
 
@@ -59,8 +64,22 @@ impl<'a> Fields<'a> {
         let read = self.read.borrow();
         let unread =
             self.record.fields.iter().filter(|(key, v)| !read.contains(key.as_str()) && !is_empty(v));
-        unread.map(|(key, _)| format!("the key '{key}', which is not used")).collect()
+        unread.map(|(key, _)| unused(key)).collect()
     }
+}
+
+/// What a record has and nothing uses, in words, as [`Unused`] counts it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Leftovers {
+    /// Keys that nothing reads.
+    pub unread: Vec<String>,
+    /// What the chat template is given, and what leaves no trace in its text.
+    pub unwritten: Vec<String>,
+}
+
+/// What is said of a record's key that nothing reads.
+pub fn unused(key: &str) -> String {
+    format!("the key '{key}', which is not used")
 }
 
 /// How many records have keys that nothing reads, by what is said of each: `the key 'source', which is not used`.
@@ -69,8 +88,8 @@ pub struct Unused(BTreeMap<String, u64>);
 
 impl Unused {
     /// Counts what is unused of a record.
-    pub fn count(&mut self, unused: &[String]) {
-        unused.iter().for_each(|what| *self.0.entry(what.clone()).or_default() += 1);
+    pub fn count<'a>(&mut self, unused: impl IntoIterator<Item = &'a String>) {
+        unused.into_iter().for_each(|what| *self.0.entry(what.clone()).or_default() += 1);
     }
 
     /// One line for each key, such as `12,000 records have the key 'source', which is not used`.

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 pub struct Message {
     /// One of [`ROLES`], or what else a chat template knows.
     pub role: String,
-    /// A text, a list of text parts, or null; none where the message has no content at all.
+    /// A text, or a list of text parts; none where the message has no content.
     pub content: Option<Value>,
     /// The other keys, in their order: `tool_calls`, `reasoning_content`, `name`, ...
     pub others: Map<String, Value>,
@@ -35,6 +35,10 @@ const ROLES: [(&str, &[&str]); 7] = [
 /// What takes the place of a role that a template does not name.
 const IN_PLACE: [(&str, &str); 3] = [("developer", "system"), ("ipython", "tool"), ("function", "tool")];
 
+/// The names that reasoning comes under. Templates read the first, and those of gpt-oss the second: a template is given both,
+/// as by transformers.
+const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
 /// Keys under which a turn without content says something all the same.
 const SAYING: [&str; 5] = ["tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"];
 
@@ -51,8 +55,8 @@ impl Message {
         Message { role: role.into(), content, others: Map::new(), supervised: true }
     }
 
-    /// Reads `{role, content}` or ShareGPT's `{from, value}`, or one of each. A null counts as absent, but for a content that
-    /// is null.
+    /// Reads `{role, content}` or ShareGPT's `{from, value}`, or one of each. A null counts as absent, as transformers'
+    /// `apply_chat_template` takes it.
     ///
     /// # Errors
     /// What is wrong, without its place.
@@ -85,9 +89,9 @@ impl Message {
             Some(other) => {
                 return Err(format!("the `content` of a message is {}, not a text", shown(other)));
             }
-            None => fields.contains_key("content").then_some(Value::Null),
+            None => None,
         };
-        if content.as_ref().is_none_or(Value::is_null) && !SAYING.iter().any(|key| get(key).is_some()) {
+        if content.is_none() && !SAYING.iter().any(|key| get(key).is_some()) {
             return Err("a message has no text `content` (or `value`)".into());
         }
         let consumed = |key: &str| {
@@ -110,6 +114,11 @@ impl Message {
             }
             _ => "".into(),
         }
+    }
+
+    /// The names under which a template may read a key of messages.
+    pub fn names_of(key: &str) -> &[&str] {
+        if REASONING.contains(&key) { &REASONING } else { &[] }
     }
 
     /// Adds to what the message says, which is then one text.
@@ -145,13 +154,21 @@ impl Message {
             }
             role = IN_PLACE.iter().find(|(own, _)| *own == role).map_or(role, |(_, place)| place);
         }
-        let mut message = Map::from_iter([("role".to_string(), role.into())]);
+        let mut message = Map::new();
+        let reasoning = REASONING.iter().find_map(|key| self.others.get(*key));
+        if let Some(reasoning) = reasoning {
+            message.insert("thinking".into(), reasoning.clone());
+        }
+        message.insert("role".into(), role.into());
         match &self.content {
             Some(Value::Array(_)) if !takes_parts => message.insert("content".into(), self.text().into()),
             Some(content) => message.insert("content".into(), content.clone()),
             None => None,
         };
         message.extend(self.others.clone());
+        if let Some(reasoning) = reasoning {
+            message.insert("reasoning_content".into(), reasoning.clone());
+        }
         Ok(Value::Object(message))
     }
 }

@@ -21,5 +21,6 @@ pub mod rows;
 pub mod shards;
 pub mod supervised;
 pub mod synth;
+pub mod texts;
 pub mod tokenize;
 pub mod tokenizer;

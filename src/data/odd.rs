@@ -176,11 +176,16 @@ impl OddRecords {
         }
     }
 
-    /// Refuses data with odd records, where `on_error` says so.
+    /// Refuses data with odd records, where `data.on_error` says so.
     pub fn check(&self, on_error: OnError) -> Result<()> {
+        self.refuse(on_error, "set data.on_error: skip")
+    }
+
+    /// Refuses odd records, where `on_error` says so; `skip`: what makes it skip.
+    pub fn refuse(&self, on_error: OnError, skip: &str) -> Result<()> {
         match on_error {
             OnError::Refuse if self.total() > 0 => {
-                Err(Error::data(self.message("set data.on_error: skip to leave out and count such records")))
+                Err(Error::data(self.message(&format!("{skip} to leave out and count such records"))))
             }
             _ => Ok(()),
         }

@@ -9,7 +9,7 @@ use super::conversation::{
     Conversation, Message, TemplateInputs, common, dialogue, prompt, split, with_columns,
 };
 use super::examples::{self, Counts, Encoded, Example, Options, Split, Tokenization};
-use super::fields::Fields;
+use super::fields::{Fields, Leftovers};
 use super::loader::Order;
 use super::odd::{Odd, OrOdd, Reason};
 use super::readers::Record;
@@ -93,17 +93,18 @@ impl Preference {
     /// the assistant, their ends included. The last one's end is the sequence's.
     pub fn encode(&self, chat: &Chat) -> Result<Example> {
         let before = self.prompt.iter().filter(|m| m.role == "assistant").count();
-        let mut unused = BTreeSet::new();
+        let mut unwritten = BTreeSet::new();
         let mut encode = |completion: &Vec<Message>| {
             let messages = [self.prompt.as_slice(), completion].concat();
-            let whole = Conversation { messages, inputs: self.inputs.clone(), unused: self.unused.clone() };
+            let whole = Conversation { messages, inputs: self.inputs.clone(), unused: Vec::new() };
             let encoding = chat.encode(&whole, false)?;
-            unused.extend(chat.unused(&whole));
+            unwritten.extend(chat.unwritten(&whole));
             let supervised = encoding.mask_from(before);
             Ok(Encoded { ids: encoding.ids, supervised }.to_the_last_turns_end())
         };
         let sequences = self.completions.iter().map(&mut encode).collect::<Result<_>>()?;
-        Ok(Example { sequences, ranks: self.ranks.clone(), unused: unused.into_iter().collect() })
+        let leftovers = Leftovers { unread: self.unused.clone(), unwritten: unwritten.into_iter().collect() };
+        Ok(Example { sequences, ranks: self.ranks.clone(), leftovers })
     }
 }
 
@@ -152,7 +153,7 @@ pub fn fit(
         return None;
     }
     counts.truncated += u64::from(longest > most);
-    Some(Example { sequences, ranks, unused: example.unused })
+    Some(Example { sequences, ranks, leftovers: example.leftovers })
 }
 
 /// The preferences of `data.train`, shuffled by `seed`, and of `data.valid`, where there are any; rows are examples.
@@ -386,7 +387,7 @@ mod tests {
 
     fn example(prompt: &[u32], completions: &[&[u32]], ranks: &[u32]) -> Example {
         let sequences = completions.iter().map(|c| sequence(prompt, c)).collect();
-        Example { sequences, ranks: ranks.to_vec(), unused: Vec::new() }
+        Example { sequences, ranks: ranks.to_vec(), leftovers: Default::default() }
     }
 
     #[test]

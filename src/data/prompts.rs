@@ -11,12 +11,12 @@ use std::sync::Arc;
 use super::chat::Chat;
 use super::conversation::{self, Conversation, Message, conversation};
 use super::examples::Split;
-use super::fields::{Fields, Unused};
+use super::fields::{self, Fields, Unused};
 use super::odd::{Odd, OddRecords, OrOdd, Reason};
 use super::order::{self, Mixture};
 use super::readers::{self, Place, Record};
 use super::tokenizer::hex;
-use crate::config::prompts::Data;
+use crate::config::prompts::{Data, FewShot};
 use crate::config::sections::Source;
 use crate::error::{Error, Result};
 
@@ -31,16 +31,21 @@ pub struct Prompt {
     pub record: Map<String, Value>,
 }
 
+/// Where an answer stands, besides `answer`.
+const ANSWERS: [&str; 4] = ["completion", "completions", "chosen", "output"];
+
 impl Prompt {
     fn read(record: Record, shots: &[Message], chat: &Chat) -> Result<Prompt, Odd> {
         let fields = Fields::new(&record).or_odd(Reason::Format)?;
-        let mut messages = conversation::Prompt::of(&fields).or_odd(Reason::Format)?.into_messages();
+        let mut messages = conversation::Prompt::of(&fields, false).or_odd(Reason::Format)?.into_messages();
+        messages.pop_if(|turn| turn.role == "assistant");
         messages.splice(0..0, shots.iter().cloned());
         let ids = chat.prompt(&messages).map_err(|e| e.context(&record.place)).or_odd(Reason::Template)?;
         let reference = match fields.get("answer") {
             Some(Value::String(text)) => Some(text.clone()),
             Some(Value::Number(number)) => Some(number.to_string()),
             _ => conversation(&record).ok().and_then(|mut turns| {
+                ANSWERS.iter().for_each(|key| fields.mark(key));
                 turns.pop_if(|turn| turn.role == "assistant").map(|turn| turn.text().into_owned())
             }),
         };
@@ -74,8 +79,10 @@ pub struct Prompts {
     pub dropped: u64,
     /// Records that cannot be used.
     pub odd: OddRecords,
-    /// Of each source, how many records have keys that nothing reads.
-    unused: Vec<(PathBuf, Unused)>,
+    /// Of each file, how many records give the template what it does not write.
+    unwritten: Vec<(PathBuf, Unused)>,
+    /// Of each file, how many records have keys that nothing reads, unless a reward is given the record.
+    unread: Vec<(PathBuf, Unused)>,
     fingerprint: String,
 }
 
@@ -94,26 +101,16 @@ impl Prompts {
         most: usize,
         seed: Option<u64>,
     ) -> Result<Prompts> {
+        let (mut unwritten, mut unread) = (Vec::new(), Vec::new());
         let mut shots = Vec::new();
         if let Some(few) = &data.few_shot {
-            let records = readers::records(&few.path, None, &Arc::default())?;
-            let mut read = 0;
-            for record in records.take(few.count as usize) {
-                shots.extend(conversation(&record?)?.messages);
-                read += 1;
-            }
-            if read < few.count {
-                return Err(Error::config(format!(
-                    "data.few_shot.count: {} are asked for, and {} has {read} records",
-                    few.count,
-                    few.path.display()
-                )));
-            }
+            let (turns, unused) = shots_of(few)?;
+            shots = turns;
+            unwritten.push((few.path.clone(), unused));
         }
         let split = (seed.is_some() && !data.split.is_empty())
             .then(|| Split { parts: data.split.clone(), part: Data::PART });
         let (mut pools, mut dropped, mut odd) = (Vec::new(), 0, OddRecords::default());
-        let mut all_unused = Vec::new();
         let mut hash = Sha256::new();
         let texts = chat.tokenizer().text_fingerprint();
         hash.update(format!("{seed:?} {most} {split:?} {shots:?} {texts}"));
@@ -154,9 +151,13 @@ impl Prompts {
                     .map_or(String::new(), |line| format!("; {}, the first: {line}", here.reasons()));
                 return Err(Error::data(format!("{path}: no prompt is left: {all} were read{long}{odd}")));
             }
-            let mut unused = Unused::default();
-            prompts.iter().for_each(|p| unused.count(&chat.unused(&p.messages)));
-            all_unused.push((source.path.clone(), unused));
+            let (mut not_written, mut not_read) = (Unused::default(), Unused::default());
+            for prompt in &prompts {
+                not_written.count(&chat.unwritten(&prompt.messages));
+                not_read.count(&prompt.messages.unused);
+            }
+            unwritten.push((source.path.clone(), not_written));
+            unread.push((source.path.clone(), not_read));
             dropped += too_long;
             odd.merge(&here);
             for prompt in &prompts {
@@ -175,12 +176,13 @@ impl Prompts {
         }
         let mixture = Mixture::new(if weights.is_empty() { &[1.0] } else { &weights });
         let fingerprint = hex(&hash.finalize()[..8]);
-        Ok(Prompts { pools, mixture, seed, dropped, odd, unused: all_unused, fingerprint })
+        Ok(Prompts { pools, mixture, seed, dropped, odd, unwritten, unread, fingerprint })
     }
 
-    /// Warns of the keys of records that nothing reads; not for rewards that are given the records.
-    pub fn warn_unused(&self) {
-        self.unused.iter().for_each(|(path, unused)| unused.warn(path));
+    /// Warns of what records give and nothing uses. `given`: a reward is given the records, with all their keys.
+    pub fn warn_unused(&self, given: bool) {
+        let unread = self.unread.iter().filter(|_| !given);
+        self.unwritten.iter().chain(unread).for_each(|(path, unused)| unused.warn(path));
     }
 
     /// Prompts of one epoch over all sources.
@@ -233,6 +235,26 @@ impl Prompts {
              the model",
             state.next, state.fingerprint, self.fingerprint
         )))
+    }
+}
+
+/// The turns of the examples that every prompt begins with, and what else their records have, which is not used.
+fn shots_of(few: &FewShot) -> Result<(Vec<Message>, Unused)> {
+    let (mut shots, mut unused, mut read) = (Vec::new(), Unused::default(), 0);
+    for record in readers::records(&few.path, None, &Arc::default())?.take(few.count as usize) {
+        let shot = conversation(&record?)?;
+        let inputs = shot.inputs.keys().map(|key| fields::unused(key));
+        unused.count(&shot.unused.iter().cloned().chain(inputs).collect::<Vec<_>>());
+        shots.extend(shot.messages);
+        read += 1;
+    }
+    match read < few.count {
+        true => Err(Error::config(format!(
+            "data.few_shot.count: {} are asked for, and {} has {read} records",
+            few.count,
+            few.path.display()
+        ))),
+        false => Ok((shots, unused)),
     }
 }
 

@@ -527,40 +527,9 @@ fn json_value(name: &str, field: Field) -> std::result::Result<Value, String> {
     })
 }
 
-/// The texts under `key` of all records of all files, in order. The first error ends them.
-pub fn texts(
-    paths: &[PathBuf],
-    key: &str,
-    bytes: &Arc<AtomicU64>,
-) -> impl Iterator<Item = Result<String>> + Send + use<> {
-    let (paths, key, bytes) = (paths.to_vec(), key.to_string(), bytes.clone());
-    let advise = |mut e: Error| {
-        if e.message.contains("no key `") {
-            e.message.push_str("; name the right one with --text-key");
-        }
-        e
-    };
-    let mut failed = false;
-    paths
-        .into_iter()
-        .flat_map(move |path| {
-            // A text file has no keys.
-            let key = if matches!(format_of(&path), Ok((Format::Text, _))) { "text" } else { key.as_str() };
-            let (records, error) = match records(&path, Some(&[key]), &bytes) {
-                Ok(records) => (Some(records), None),
-                Err(e) => (None, Some(Err(advise(e)))),
-            };
-            let key = key.to_string();
-            let texts = records.into_iter().flatten().map(move |record| {
-                let mut record = record?;
-                match record.fields.get_mut(&key) {
-                    Some(Value::String(text)) => Ok(std::mem::take(text)),
-                    _ => record.text(&key).map(str::to_string).map_err(advise),
-                }
-            });
-            error.into_iter().chain(texts)
-        })
-        .take_while(move |text| !std::mem::replace(&mut failed, text.is_err()))
+/// Whether a file is a text file, which has no keys.
+pub fn is_plain_text(path: &Path) -> bool {
+    matches!(format_of(path), Ok((Format::Text, _)))
 }
 
 /// Bytes on disk of all these files: the end of a progress bar.
@@ -575,6 +544,8 @@ pub fn total_bytes(paths: &[PathBuf]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::sections::OnError;
+    use crate::data::texts::Texts;
     use crate::files::TestFolder;
     use std::io::Write;
 
@@ -583,7 +554,7 @@ mod tests {
     }
 
     fn read_texts(paths: &[PathBuf], key: &str) -> Result<Vec<String>> {
-        texts(paths, key, &Arc::default()).collect()
+        Texts::open(paths, key, OnError::Refuse, &Arc::default()).collect()
     }
 
     fn error(path: &Path) -> String {
@@ -692,7 +663,7 @@ mod tests {
         let paths =
             [folder.file("a.jsonl", LINES), folder.file("b.jsonl.gz", gzip(LINES.as_bytes())), parquet];
         let bytes = Arc::default();
-        texts(&paths, "text", &bytes).for_each(|t| drop(t.unwrap()));
+        Texts::open(&paths, "text", OnError::Refuse, &bytes).for_each(|t| drop(t.unwrap()));
         assert_eq!(bytes.load(Relaxed), total_bytes(&paths));
     }
 
@@ -737,7 +708,9 @@ mod tests {
 
         let missing = |path: PathBuf| {
             let e = read_texts(std::slice::from_ref(&path), "text").expect_err("must be refused");
-            e.message.replace(&path.display().to_string(), "FILE")
+            let message = e.message.replace(&path.display().to_string(), "FILE");
+            // Of records; what is wrong with the whole file has no such end.
+            message.split(" (1 of").next().unwrap_or_default().to_string()
         };
         assert_eq!(
             missing(file("m.jsonl", b"{\"text\": \"a\"}\n{\"question\": \"\", \"answer\": \"\"}\n")),
@@ -784,7 +757,7 @@ mod tests {
         assert_eq!(bytes.load(Relaxed), total_bytes(std::slice::from_ref(&dir)));
         // The fourth text is null.
         let null = read_texts(std::slice::from_ref(&dir), "text").unwrap_err().message;
-        assert!(null.ends_with("arrow, row 4: `text` is null, not a text"), "{null}");
+        assert!(null.contains("arrow, row 4: `text` is null, not a text (1 of 5 records; "), "{null}");
         let missing = read_texts(&[dir], "body").unwrap_err().message;
         assert!(missing.contains("no key `body`; keys here: text, messages, score"), "{missing}");
     }

@@ -8,12 +8,7 @@ use super::odd::{Odd, OrOdd, Reason};
 use super::readers::Record;
 
 /// A record in tokens. Supervised are the assistant's turns, their ends included; of `prompt` and `completion` the completion's.
-pub fn encode(record: &Record, chat: &Chat) -> Result<Encoded, Odd> {
-    Ok(example(record, chat, false)?.sequences.remove(0))
-}
-
-/// The same with the keys that nothing reads. `train_on_prompt`: supervised is everything but the turns that the record
-/// leaves out.
+/// `train_on_prompt`: supervised is everything but the turns that the record leaves out.
 pub fn example(record: &Record, chat: &Chat, train_on_prompt: bool) -> Result<Example, Odd> {
     let (mut whole, completion) = prompt_and_completion(record).or_odd(Reason::Format)?;
     let has = |key: &str| record.fields.get(key).is_some_and(|v| !v.is_null());
@@ -29,5 +24,5 @@ pub fn example(record: &Record, chat: &Chat, train_on_prompt: bool) -> Result<Ex
     let encoding = encoding.map_err(|e| e.context(&record.place)).or_odd(Reason::Template)?;
     let supervised = if train_on_prompt { encoding.mask_of_all() } else { encoding.mask() };
     let example = Example::from(Encoded { ids: encoding.ids, supervised });
-    Ok(Example { unused: chat.unused(&whole), ..example })
+    Ok(Example { leftovers: chat.leftovers(&whole), ..example })
 }

@@ -1,9 +1,11 @@
 //! Text files into token shards, on all cores.
 
-use super::readers;
+use super::odd::OddRecords;
 use super::rng::mix;
 use super::shards::{Header, ShardWriter};
+use super::texts::Texts;
 use super::tokenizer::Tokenizer;
+use crate::config::sections::OnError;
 use crate::error::{Error, Result};
 use crate::files::AtomicFolder;
 use rayon::prelude::*;
@@ -17,6 +19,8 @@ pub struct Options {
     pub inputs: Vec<PathBuf>,
     /// The key of the text in JSON and Parquet.
     pub text_key: String,
+    /// What becomes of records without a text.
+    pub on_error: OnError,
     /// Share of the documents kept for validation; of a single document, the share of its characters at the end.
     pub valid_fraction: f64,
     pub max_shard_tokens: u64,
@@ -30,6 +34,8 @@ pub struct Summary {
     pub valid: Vec<Header>,
     /// Documents without text, left out.
     pub num_empty: u64,
+    /// Records that were skipped.
+    pub odd: OddRecords,
 }
 
 /// Text that is read before it is encoded and written, in bytes.
@@ -74,12 +80,13 @@ pub fn tokenize(
         fraction: options.valid_fraction,
         num_documents: 0,
     };
-    let num_empty = std::thread::scope(|scope| {
+    let (num_empty, odd) = std::thread::scope(|scope| {
         // Reading runs one or two batches ahead of encoding.
         let (sender, batches) = sync_channel::<Vec<String>>(1);
-        let reader = scope.spawn(move || -> Result<u64> {
+        let reader = scope.spawn(move || -> Result<(u64, OddRecords)> {
             let (mut batch, mut batch_bytes, mut num_empty) = (Vec::new(), 0, 0);
-            for text in readers::texts(&options.inputs, &options.text_key, bytes) {
+            let mut texts = Texts::open(&options.inputs, &options.text_key, options.on_error, bytes);
+            for text in texts.by_ref() {
                 let text = text?;
                 if text.is_empty() {
                     num_empty += 1;
@@ -90,12 +97,12 @@ pub fn tokenize(
                 if batch_bytes >= BATCH_BYTES {
                     batch_bytes = 0;
                     if sender.send(std::mem::take(&mut batch)).is_err() {
-                        return Ok(num_empty); // Writing failed; its error is the one to report.
+                        break; // Writing failed; its error is the one to report.
                     }
                 }
             }
             let _ = sender.send(batch);
-            Ok(num_empty)
+            Ok((num_empty, texts.odd().clone()))
         });
         // The last document is held back: what becomes of it depends on what the others were.
         let mut held = None;
@@ -108,18 +115,21 @@ pub fn tokenize(
                 break;
             }
         }
-        let num_empty = match reader.join() {
+        let left_out = match reader.join() {
             Ok(read) => read?,
             Err(_) => return Err(Error::failed("reading the input failed")),
         };
         written?;
+        if held.is_none() && left_out.1.total() > 0 {
+            return Err(Error::data(format!("no text is left: {}", left_out.1.skipped())));
+        }
         split.push_last(held)?;
-        Ok(num_empty)
+        Ok(left_out)
     })?;
     let train = split.train.finish()?;
     let valid = split.valid.map_or(Ok(Vec::new()), ShardWriter::finish)?;
     folder.commit()?;
-    Ok(Summary { train, valid, num_empty })
+    Ok(Summary { train, valid, num_empty, odd })
 }
 
 struct Encoder<'a> {
@@ -221,6 +231,7 @@ mod tests {
         let options = Options {
             inputs: inputs.to_vec(),
             text_key: "text".into(),
+            on_error: OnError::Refuse,
             valid_fraction: fraction,
             max_shard_tokens: 500,
         };
@@ -304,7 +315,7 @@ mod tests {
         let names = || std::fs::read_dir(&folder.0).unwrap().count();
         let before = names();
         let error = |input: &Path, fraction| run(&folder, &[input.to_path_buf()], fraction).err().unwrap();
-        assert!(error(&bad, 0.1).message.ends_with("a.jsonl:2: `text` is a number, not a text"));
+        assert!(error(&bad, 0.1).message.contains("a.jsonl:2: `text` is a number, not a text"));
         assert_eq!(error(&bad, 1.0).exit_code(), 2);
         assert_eq!(names(), before);
         let empty = folder.file("b.jsonl", "\n");

@@ -8,9 +8,10 @@ use std::time::Instant;
 use serde_json::json;
 
 use super::{Scratch, median};
+use crate::config::sections::OnError;
 use crate::data::loader::{Loader, Order, Source};
-use crate::data::readers;
 use crate::data::synth::{self, Level};
+use crate::data::texts::Texts;
 use crate::data::tokenize::{self, Options};
 use crate::data::tokenizer::{self, Tokenizer};
 use crate::distributed::world::World;
@@ -65,7 +66,7 @@ pub fn run(args: &Args, world: &World) -> Result<()> {
         args.input.clone()
     };
     let mut text_bytes = 0;
-    let texts = || readers::texts(&inputs, &args.text_key, &Arc::default());
+    let texts = || Texts::open(&inputs, &args.text_key, OnError::Refuse, &Arc::default());
     for text in texts() {
         text_bytes += text?.len();
     }
@@ -93,6 +94,7 @@ pub fn run(args: &Args, world: &World) -> Result<()> {
     let options = Options {
         inputs: inputs.clone(),
         text_key: args.text_key.clone(),
+        on_error: OnError::Refuse,
         valid_fraction: 0.0,
         max_shard_tokens: 1 << 28,
     };

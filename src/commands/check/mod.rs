@@ -6,9 +6,9 @@ use std::path::Path;
 
 use clap::Subcommand;
 
-use crate::algorithms::folder::{Start, examine};
+use crate::algorithms::folder::examine;
 use crate::algorithms::rl::policy::Samplers;
-use crate::algorithms::run::Resume;
+use crate::algorithms::run::{Resume, Start};
 use crate::algorithms::training::compute_kind;
 use crate::algorithms::{dpo, grpo, online_dpo, ppo, pretrain, records, reward, sft};
 use crate::checkpoint;

@@ -28,6 +28,8 @@ use crate::telemetry::progress::Bar;
 struct Question {
     line: Map<String, Value>,
     prompt: Vec<i64>,
+    /// What the template is given and does not write.
+    unwritten: Vec<String>,
     /// None: the reference has no number, so that nothing can be compared with it.
     gold: Option<Answer>,
 }
@@ -45,7 +47,9 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
             }
             let read =
                 |record: Record| question(record, &chat, opened.shape().max_position_embeddings as usize);
-            questions.extend(intake.take(record?, read)?);
+            let Some(question) = intake.take(record?, read)? else { continue };
+            intake.note(path, &question.unwritten);
+            questions.push(question);
         }
     }
     intake.check()?;
@@ -141,7 +145,8 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
 /// `answer`, the beginning of the model's.
 fn question(record: Record, chat: &Chat, positions: usize) -> Result<Question, Odd> {
     let (reference, prompt) = asked(&record).or_odd(Reason::Format)?;
-    let prompt = chat.prompt_or_prefill(&prompt.into_messages());
+    let messages = prompt.into_messages();
+    let prompt = chat.prompt_or_prefill(&messages);
     let prompt = prompt.map_err(|e| e.context(&record.place)).or_odd(Reason::Template)?;
     let n = prompt.len();
     if n >= positions {
@@ -152,7 +157,8 @@ fn question(record: Record, chat: &Chat, positions: usize) -> Result<Question, O
         .or_odd(Reason::TooLong);
     }
     let prompt = prompt.into_iter().map(i64::from).collect();
-    Ok(Question { line: record.fields, prompt, gold: gsm8k::reference(&reference) })
+    let unwritten = chat.unwritten(&messages);
+    Ok(Question { line: record.fields, prompt, unwritten, gold: gsm8k::reference(&reference) })
 }
 
 fn asked(record: &Record) -> Result<(String, Prompt)> {

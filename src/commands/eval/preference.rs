@@ -52,6 +52,7 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
                 break 'files;
             }
             let Some((example, line)) = intake.take(record?, read)? else { continue };
+            intake.note(path, &example.leftovers.unwritten);
             sequences.extend(example.sequences);
             ranked.push(Ranked { line, ranks: example.ranks });
         }

@@ -9,6 +9,7 @@ use crate::commands::Global;
 use crate::commands::inference::{self, Opened};
 use crate::commands::intake::Intake;
 use crate::commands::score::{self, Sequence};
+use crate::data::fields::Leftovers;
 use crate::data::odd::{Odd, OrOdd, Reason};
 use crate::data::readers::{self, Record};
 use crate::data::supervised;
@@ -17,21 +18,26 @@ use crate::error::{Error, Result};
 /// Measures the records of `args.input`, each as `corral sft` trains on it, in one piece of at most `most` tokens.
 pub(super) fn run(args: &Args, opened: &Opened, most: usize, global: &Global) -> Result<()> {
     let chat = opened.chat(&args.template)?;
-    let read = |record: Record| -> Result<Sequence, Odd> {
-        let encoded = supervised::encode(&record, &chat)?;
+    let read = |record: Record| -> Result<(Sequence, Leftovers), Odd> {
+        let mut example = supervised::example(&record, &chat, false)?;
+        let encoded = example.sequences.remove(0);
         let n = encoded.ids.len();
         if n > most {
             let why = format!("{}: {n} tokens are more than --sequence-length, {most}", record.place);
             return Err(Error::data(why)).or_odd(Reason::TooLong);
         }
-        Ok(Sequence::supervised(&encoded))
+        Ok((Sequence::supervised(&encoded), example.leftovers))
     };
     let (mut intake, mut sequences, mut unsupervised) = (Intake::new(args.on_error), Vec::new(), 0u64);
     for path in &args.input {
         for record in readers::records_or_errors(path, None, &Arc::default())? {
-            match intake.take(record?, read)? {
-                Some(sequence) if sequence.scored.is_empty() => unsupervised += 1,
-                sequence => sequences.extend(sequence),
+            let Some((sequence, Leftovers { unread, unwritten })) = intake.take(record?, read)? else {
+                continue;
+            };
+            intake.note(path, unread.iter().chain(&unwritten));
+            match sequence.scored.is_empty() {
+                true => unsupervised += 1,
+                false => sequences.push(sequence),
             }
         }
     }

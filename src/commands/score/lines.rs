@@ -67,17 +67,22 @@ impl<'a> Reader<'a> {
         Ok(Reader { opened, chats, chat })
     }
 
-    /// A line's tokens.
-    pub fn read(&self, line: &Record) -> Result<Sequence, Odd> {
+    /// A line's tokens, and what it gives to the template and the text lacks.
+    pub fn read(&self, line: &Record) -> Result<(Sequence, Vec<String>), Odd> {
+        let mut unwritten = Vec::new();
         let sequence = match (kind(line, self.chats), &self.chat) {
-            (Kind::Conversation, Some(chat)) => Sequence::supervised(&supervised::encode(line, chat)?),
+            (Kind::Conversation, Some(chat)) => {
+                let example = supervised::example(line, chat, false)?;
+                unwritten = example.leftovers.unwritten;
+                Sequence::supervised(&example.sequences[0])
+            }
             (Kind::Conversation, None) => {
                 return Err(Error::failed("a conversation needs a template")).or_odd(Reason::Format);
             }
             _ => self.plain(line).map_err(|e| placed(e, line)).or_odd(Reason::Format)?,
         };
         check(line, &sequence.ids, self.opened.shape())?;
-        Ok(sequence)
+        Ok((sequence, unwritten))
     }
 
     /// Token ids, or texts that are scored as they are.

@@ -91,11 +91,12 @@ struct Line {
     error: Option<String>,
 }
 
-/// The lines, what is scored of them, and what is not.
+/// The lines, what is scored of them, and what is not. `tokens` also tells what a line gives to the template
+/// and the text lacks.
 fn read<T: Send>(
     args: &Args,
     lines: Vec<Result<Record>>,
-    tokens: impl Fn(&Record) -> Result<T, Odd> + Sync,
+    tokens: impl Fn(&Record) -> Result<(T, Vec<String>), Odd> + Sync,
 ) -> Result<(Vec<Line>, Vec<T>, Intake)> {
     let tokens = |line: Result<Record>| {
         let fields = line.as_ref().map(|line| line.fields.clone()).unwrap_or_default();
@@ -106,7 +107,8 @@ fn read<T: Send>(
     let (mut intake, mut lines, mut all) = (Intake::of_lines(args.on_error), Vec::new(), Vec::new());
     for (fields, place, tokens) in tokens {
         let error = match intake.read(tokens)? {
-            Ok(tokens) => {
+            Ok((tokens, unwritten)) => {
+                intake.note(&args.input, &unwritten);
                 all.push(tokens);
                 None
             }

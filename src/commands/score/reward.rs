@@ -44,15 +44,20 @@ pub(super) fn run(
     agree(&world.group, if world.rank == 0 { write_lines(&args.output, lines, write) } else { Ok(()) })
 }
 
-/// A line's tokens; supervised are the completion's.
-fn sequence(line: &Record, opened: &Opened, chat: Option<&Chat>, score: Score) -> Result<Encoded, Odd> {
-    let encoded = match plain(line, opened, score).or_odd(Reason::Format)? {
-        Some(ids) => Encoded { supervised: vec![false; ids.len()], ids },
+/// A line's tokens, of which the completion's are supervised, and what it gives to the template and the text lacks.
+fn sequence(
+    line: &Record,
+    opened: &Opened,
+    chat: Option<&Chat>,
+    score: Score,
+) -> Result<(Encoded, Vec<String>), Odd> {
+    let (encoded, unwritten) = match plain(line, opened, score).or_odd(Reason::Format)? {
+        Some(ids) => (Encoded { supervised: vec![false; ids.len()], ids }, Vec::new()),
         None => conversation(line, chat)?,
     };
     let ids: Vec<i64> = encoded.ids.iter().map(|id| i64::from(*id)).collect();
     check(line, &ids, opened.shape())?;
-    Ok(encoded)
+    Ok((encoded, unwritten))
 }
 
 /// The ids of a line of tokens or of a plain text.
@@ -77,10 +82,12 @@ fn plain(line: &Record, opened: &Opened, score: Score) -> Result<Option<Vec<u32>
     ids.map(Some).ok_or_else(|| Error::data(format!("{}: input_ids has a negative token id", line.place)))
 }
 
-fn conversation(line: &Record, chat: Option<&Chat>) -> Result<Encoded, Odd> {
+fn conversation(line: &Record, chat: Option<&Chat>) -> Result<(Encoded, Vec<String>), Odd> {
     let chat = chat.ok_or_else(|| Error::failed("a conversation needs a template")).or_odd(Reason::Format)?;
-    let (prompt, completion) = answered(line).or_odd(Reason::Format)?;
+    let (mut prompt, completion) = answered(line).or_odd(Reason::Format)?;
     let encoding =
         chat.answer(&prompt, &completion).map_err(|e| e.context(&line.place)).or_odd(Reason::Template)?;
-    Ok(Encoded { supervised: encoding.mask(), ids: encoding.ids }.to_the_last_turns_end())
+    prompt.extend(completion);
+    let encoded = Encoded { supervised: encoding.mask(), ids: encoding.ids }.to_the_last_turns_end();
+    Ok((encoded, chat.unwritten(&prompt)))
 }

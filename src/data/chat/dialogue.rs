@@ -98,7 +98,9 @@ impl Reads {
 
     /// Whether it may read a key.
     fn names(&self, key: &str) -> bool {
-        self.all || self.source.contains(key)
+        self.all
+            || self.source.contains(key)
+            || Message::names_of(key).iter().any(|key| self.source.contains(key))
     }
 }
 

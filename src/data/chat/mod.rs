@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use super::conversation::{Conversation, Message};
+use super::fields::Leftovers;
 use super::tokenizer::{ChatTemplate, Tokenizer};
 use crate::config::sections;
 use crate::error::{Error, Result};
@@ -133,14 +134,16 @@ impl Chat {
         self.template.render(dialogue.variables(&self.reads)?, add_generation_prompt)
     }
 
-    /// What is said of each key that a record gives to the template and that leaves no trace in the text, and of each that
-    /// was not read before; see [`super::fields::Unused`].
-    pub fn unused(&self, conversation: &Conversation) -> Vec<String> {
-        let rendered = |dialogue: Dialogue| {
+    /// What the record of a conversation has and nothing uses.
+    pub fn leftovers(&self, conversation: &Conversation) -> Leftovers {
+        Leftovers { unread: conversation.unused.clone(), unwritten: self.unwritten(conversation) }
+    }
+
+    /// What is said of each key that is given to the template and that leaves no trace in the text.
+    pub fn unwritten(&self, conversation: &Conversation) -> Vec<String> {
+        dialogue::unwritten(conversation, &self.reads, |dialogue| {
             [false, true].map(|prompt| self.rendered(dialogue, prompt).ok().map(|rendered| rendered.text))
-        };
-        let unwritten = dialogue::unwritten(conversation, &self.reads, rendered);
-        conversation.unused.iter().cloned().chain(unwritten).collect()
+        })
     }
 
     /// The conversation in tokens, with the assistant's turns.

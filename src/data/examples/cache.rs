@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 
 use super::{Counts, Encoded, Example, Options};
 use crate::data::arrow;
-use crate::data::fields::Unused;
+use crate::data::fields::{Leftovers, Unused};
 use crate::data::mapped::Mapped;
 use crate::data::odd::{Odd, OddRecords, OrOdd, Reason};
 use crate::data::readers::{self, Record};
@@ -164,7 +164,8 @@ impl Tokenization<'_> {
                     }
                 };
                 counts.add(&tokenized.counts);
-                unused.count(&tokenized.unused);
+                let Leftovers { unread, unwritten } = &tokenized.leftovers;
+                unused.count(unread.iter().chain(unwritten));
                 tokenized.lengths.into_iter().for_each(|n| *lengths.entry(n).or_default() += 1);
                 let Some(example) = tokenized.example else {
                     for (reason, _) in tokenized.counts.left_out() {
@@ -203,10 +204,10 @@ impl Tokenization<'_> {
         let mut counts = Counts::default();
         let example = (self.encode)(&record)?;
         let lengths = example.sequences.iter().map(|s| s.ids.len()).collect();
-        let unused = example.unused.clone();
+        let leftovers = example.leftovers.clone();
         let example = (self.fit)(example, &mut counts);
         example.iter().for_each(|e| counts.keep(e, self.eos));
-        Ok(Tokenized { example, counts, lengths, unused, place: record.place.in_file() })
+        Ok(Tokenized { example, counts, lengths, leftovers, place: record.place.in_file() })
     }
 }
 
@@ -219,7 +220,7 @@ struct Tokenized {
     /// Of its sequences before any was cut.
     lengths: Vec<usize>,
     /// What is said of each of its keys that nothing reads.
-    unused: Vec<String>,
+    leftovers: Leftovers,
     /// Its place, without the file's path.
     place: String,
 }
@@ -343,7 +344,7 @@ impl Examples {
         Example {
             ranks: sequences.clone().map(rank).collect(),
             sequences: sequences.map(sequence).collect(),
-            unused: Vec::new(),
+            leftovers: Leftovers::default(),
         }
     }
 

@@ -1,0 +1,36 @@
+//! Dialogues of Anthropic's HH data: one text, whose turns begin with `\n\nHuman:` and `\n\nAssistant:`.
+
+use super::Message;
+
+/// How a dialogue begins.
+pub const HUMAN: &str = "\n\nHuman:";
+
+const TURNS: [(&str, &str); 2] = [(HUMAN, "user"), ("\n\nAssistant:", "assistant")];
+
+/// The turns of a dialogue; none where the text is no dialogue.
+pub fn dialogue(text: &str) -> Option<Vec<Message>> {
+    let next = |text: &str| TURNS.iter().filter_map(|turn| Some((text.find(turn.0)?, *turn))).min();
+    if !TURNS.iter().any(|(mark, _)| text.starts_with(mark)) {
+        return None;
+    }
+    let (mut messages, mut rest) = (Vec::new(), text);
+    while let Some((_, (mark, role))) = next(rest) {
+        let after = &rest[mark.len()..];
+        let end = next(after).map_or(after.len(), |(at, _)| at);
+        messages.push(Message::new(role, after[..end].trim()));
+        rest = &after[end..];
+    }
+    Some(messages)
+}
+
+/// What is asked by a text: a dialogue that begins with the user, whose end may be the beginning of the answer, or one turn of the
+/// user.
+pub fn asked(text: &str) -> Vec<Message> {
+    let mut turns = match text.starts_with(HUMAN) {
+        true => dialogue(text).unwrap_or_default(),
+        false => vec![Message::new("user", text)],
+    };
+    // The prompts of the data end with `\n\nAssistant:`.
+    turns.pop_if(|m| m.role == "assistant" && m.text().is_empty());
+    turns
+}

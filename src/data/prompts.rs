@@ -243,7 +243,7 @@ fn shots_of(few: &FewShot) -> Result<(Vec<Message>, Unused)> {
     let (mut shots, mut unused, mut read) = (Vec::new(), Unused::default(), 0);
     for record in readers::records(&few.path, None, &Arc::default())?.take(few.count as usize) {
         let shot = conversation(&record?)?;
-        let inputs = shot.inputs.keys().map(|key| fields::unused(key));
+        let inputs = shot.inputs.keys().map(fields::unused);
         unused.count(&shot.unused.iter().cloned().chain(inputs).collect::<Vec<_>>());
         shots.extend(shot.messages);
         read += 1;

@@ -25,8 +25,8 @@ pub struct Texts {
 impl Texts {
     /// `bytes` grows with what was read of the files on disk.
     pub fn open(paths: &[PathBuf], key: &str, on_error: OnError, bytes: &Arc<AtomicU64>) -> Texts {
-        let (key, bytes) = (key.to_string(), bytes.clone());
-        let read = paths.to_vec().into_iter().flat_map(move |path| of_file(&path, &key, &bytes));
+        let (paths, key, bytes) = (paths.to_vec(), key.to_string(), bytes.clone());
+        let read = paths.into_iter().flat_map(move |path| of_file(&path, &key, &bytes));
         Texts { read: Box::new(read), on_error, odd: OddRecords::default(), ended: false }
     }
 

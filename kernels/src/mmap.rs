@@ -10,7 +10,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use memmap2::Mmap;
 
-/// What a reader of lost bytes ends with: input data is unusable.
+/// Exit code of a process that reads a mapped file beyond its end, because the file was shortened: unusable input data.
 const EXIT_CODE: i32 = 3;
 
 /// The bytes of a file.

@@ -1,5 +1,5 @@
-//! What tch and torch-sys use of `zip` 0.6, by way of `zip` 9, which Corral has anyway. The old one would bring AES, bzip2 and
-//! all of zstd with its old formats, compiled twice, for archives of NumPy's that nothing here reads.
+//! The part of `zip` 0.6's interface that tch and torch-sys use, over `zip` 9, on which Corral depends as well. Release 0.6 itself
+//! depends on AES, bzip2 and zstd's old formats and is built twice; Corral does not read the NumPy archives that it is for.
 
 use std::io::{Read, Seek};
 use std::path::PathBuf;

@@ -79,7 +79,7 @@ fn main() {
         e.exit()
     });
     telemetry::console::init(cli.global.console());
-    kernels::watch::tell_errors_by(|error| corral::error!("{error}"));
+    kernels::watch::set_error_reporter(|error| corral::error!("{error}"));
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| execute(cli)));
     // Exits at once: what threads are left need not be waited for.
     match result {

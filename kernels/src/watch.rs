@@ -15,11 +15,11 @@ use std::time::{Duration, Instant};
 
 const BEAT: Duration = Duration::from_millis(500);
 
-static TELL: OnceLock<fn(&Error)> = OnceLock::new();
+static REPORTER: OnceLock<fn(&Error)> = OnceLock::new();
 
-/// How an error is told that ends the process from the watching thread; without this, as a line on stderr.
-pub fn tell_errors_by(tell: fn(&Error)) {
-    let _ = TELL.set(tell);
+/// Sets how an error is reported that ends the process from the watching thread; by default, as a line on stderr.
+pub fn set_error_reporter(report: fn(&Error)) {
+    let _ = REPORTER.set(report);
 }
 
 /// One collective of one group. `seq` counts the group's collectives from 1.
@@ -365,7 +365,7 @@ impl Shared {
                 diagnosis.finish(&format!("timed out after {:.0} s", timeout.as_secs_f64()))
             }
         };
-        match TELL.get() {
+        match REPORTER.get() {
             Some(tell) => tell(&error),
             None => eprintln!("error: {error}"),
         }

@@ -37,8 +37,7 @@ const ANSWERS: [&str; 4] = ["completion", "completions", "chosen", "output"];
 impl Prompt {
     fn read(record: Record, shots: &[Message], chat: &Chat) -> Result<Prompt, Odd> {
         let fields = Fields::new(&record).or_odd(Reason::Format)?;
-        let mut messages = conversation::Prompt::of(&fields, false).or_odd(Reason::Format)?.into_messages();
-        messages.pop_if(|turn| turn.role == "assistant");
+        let mut messages = conversation::Prompt::of(&fields, false).or_odd(Reason::Format)?.without_answer();
         messages.splice(0..0, shots.iter().cloned());
         let ids = chat.prompt(&messages).map_err(|e| e.context(&record.place)).or_odd(Reason::Template)?;
         let reference = match fields.get("answer") {

@@ -191,7 +191,7 @@ mod tests {
         c
     }
 
-    fn told(change: &str, value: Value) -> Option<String> {
+    fn difference(change: &str, value: Value) -> Option<String> {
         let same = || facts("one", configuration("/seed", json!(1)));
         compare(&[same(), same(), facts("two", configuration(change, value)), same()])
     }
@@ -210,7 +210,7 @@ mod tests {
                 "model.preset is llama-15m on rank 2 (host two), not given on",
             ),
         ] {
-            let found = told(change, value).unwrap_or_default();
+            let found = difference(change, value).unwrap_or_default();
             assert!(found.contains(words), "{change}: {found}");
         }
     }
@@ -225,7 +225,7 @@ mod tests {
             ("/data/train/0", json!("/b/x")),
             ("/data/train/1/path", json!("/b/y")),
         ] {
-            assert_eq!(told(change, value), None, "{change}");
+            assert_eq!(difference(change, value), None, "{change}");
         }
     }
 

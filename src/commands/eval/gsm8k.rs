@@ -144,7 +144,7 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
 /// A record's question in tokens, and its answer. A last turn of the assistant in `messages` or `prompt` is the answer, or, beside
 /// `answer`, the beginning of the model's.
 fn question(record: Record, chat: &Chat, positions: usize) -> Result<Question, Odd> {
-    let (reference, prompt) = asked(&record).or_odd(Reason::Format)?;
+    let (reference, prompt) = reference_and_prompt(&record).or_odd(Reason::Format)?;
     let messages = prompt.into_messages();
     let prompt = chat.prompt_or_prefill(&messages);
     let prompt = prompt.map_err(|e| e.context(&record.place)).or_odd(Reason::Template)?;
@@ -161,7 +161,7 @@ fn question(record: Record, chat: &Chat, positions: usize) -> Result<Question, O
     Ok(Question { line: record.fields, prompt, unwritten, gold: gsm8k::reference(&reference) })
 }
 
-fn asked(record: &Record) -> Result<(String, Prompt)> {
+fn reference_and_prompt(record: &Record) -> Result<(String, Prompt)> {
     let reference = match record.fields.get("answer") {
         Some(Value::String(text)) => text.clone(),
         Some(Value::Number(number)) => format!("#### {number}"),

@@ -23,9 +23,9 @@ pub fn dialogue(text: &str) -> Option<Vec<Message>> {
     Some(messages)
 }
 
-/// What is asked by a text: a dialogue that begins with the user, whose end may be the beginning of the answer, or one turn of the
-/// user.
-pub fn asked(text: &str) -> Vec<Message> {
+/// The turns of a prompt that is a text: those of a dialogue that begins with the user, which may end with the beginning of
+/// the answer, or else one turn of the user.
+pub fn prompt_turns(text: &str) -> Vec<Message> {
     let mut turns = match text.starts_with(HUMAN) {
         true => dialogue(text).unwrap_or_default(),
         false => vec![Message::new("user", text)],

@@ -35,7 +35,7 @@ impl Prompt {
                 Some(message @ Value::Object(_)) => (turns(message, "user", fields, "prompt")?, None),
                 _ => {
                     let text = fields.text("prompt")?;
-                    (hh::asked(text), Some(text.to_string()))
+                    (hh::prompt_turns(text), Some(text.to_string()))
                 }
             }
         } else if let Some(key) = listed() {
@@ -67,8 +67,16 @@ impl Prompt {
     /// The turns; a text is one of the user's, or a dialogue of HH's.
     pub fn into_messages(self) -> Conversation {
         match self {
-            Prompt::Text(text) => hh::asked(&text).into(),
+            Prompt::Text(text) => hh::prompt_turns(&text).into(),
             Prompt::Messages(conversation) => conversation,
         }
+    }
+
+    /// [`Prompt::into_messages`] without the answer that a dialogue of HH's may end with.
+    pub fn without_answer(self) -> Conversation {
+        let is_text = matches!(self, Prompt::Text(_));
+        let mut asked = self.into_messages();
+        asked.pop_if(|m| is_text && m.role == "assistant");
+        asked
     }
 }

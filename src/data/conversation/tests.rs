@@ -80,6 +80,21 @@ fn a_prompt_is_a_record_without_its_answer() {
     }
 }
 
+/// One answer at the end is left out, of a dialogue in a text, too; an earlier turn of the assistant stays.
+#[test]
+fn one_answer_is_left_out() {
+    let list = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                   {"role": "assistant", "content": "c"}]}"#;
+    let cases = [
+        (list.replace('\n', " "), chat(&[("user", "a"), ("assistant", "b")])),
+        (r#"{"prompt": "\n\nHuman: a\n\nAssistant: b"}"#.to_string(), chat(&[("user", "a")])),
+        (r#"{"prompt": "\n\nHuman: a\n\nAssistant:"}"#.to_string(), chat(&[("user", "a")])),
+    ];
+    for (line, wanted) in cases {
+        assert_eq!(Prompt::read(&record(&line)).unwrap().without_answer().messages, wanted, "{line}");
+    }
+}
+
 #[test]
 fn what_cannot_be_read_is_told_with_its_place() {
     let cases = [

@@ -16,6 +16,11 @@
 
 C10_DECLARE_int(caffe2_log_level);
 
+// Of FlightRecorder.hpp, which brings much with it.
+namespace c10d {
+TORCH_API std::string dump_fr_trace_json(bool includeCollectives, bool onlyActive);
+}
+
 using corral::guarded;
 using std::chrono::milliseconds;
 using StorePtr = c10::intrusive_ptr<c10d::Store>;
@@ -50,6 +55,11 @@ extern "C" {
 
 // Whether this library, and not the user, has set TORCH_FR_BUFFER_SIZE.
 int corral_recorder_is_off() { return recorder_is_off; }
+
+// What the flight recorder has recorded, JSON.
+char* corral_recorder_trace(char** out) {
+  return guarded([&] { *out = strdup(c10d::dump_fr_trace_json(true, false).c_str()); });
+}
 
 void corral_free(void* p) { std::free(p); }
 

@@ -3,7 +3,7 @@
 //! A [`Store`] is the key-value store that ranks meet in; a [`Group`] is a set of ranks that call the same collectives in
 //! the same order; a [`Work`] is a collective under way. Failures are told by rank: see [`crate::watch`].
 
-use crate::error::{Error, Result, c_string, check};
+use crate::error::{Error, Result, c_string, check, take_string};
 pub use crate::store::Store;
 use crate::store::{StorePtr, millis};
 use crate::watch::{Call, Poll, Watch};
@@ -69,6 +69,15 @@ unsafe extern "C" {
     fn corral_work_sync(w: *const WorkPtr) -> *mut c_char;
     fn corral_work_poll(w: *const WorkPtr, done: *mut c_int) -> *mut c_char;
     fn corral_work_free(w: *mut WorkPtr);
+    fn corral_recorder_trace(out: *mut *mut c_char) -> *mut c_char;
+}
+
+/// What libtorch's flight recorder has recorded (JSON): nothing, unless the user has switched it on.
+pub fn recorder_trace() -> Result<String> {
+    let mut trace = std::ptr::null_mut();
+    // SAFETY: the function fills `trace` or gives a message.
+    check(unsafe { corral_recorder_trace(&mut trace) })?;
+    Ok(take_string(trace))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

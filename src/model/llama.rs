@@ -186,8 +186,9 @@ impl Llama {
         if self.shape.tie_word_embeddings { 0 } else { self.num_blocks() + 1 }
     }
 
-    /// cos and sin for positions below `length`: A [length, D / 2]. Angles are taken in float64, as far from rounding
-    /// as can be had; the tables are rounded once.
+    /// cos and sin for positions below `length`: A [length, D / 2]. Angles are computed in float32, also where the model
+    /// computes in bfloat16, as transformers and Meta's programs do: at position 2,000 their rounding moves log-probabilities by
+    /// 2e-4, and models have learned with it. In float64 they are exact.
     pub(crate) fn rope_tables(&mut self, length: i64) -> (Tensor, Tensor) {
         if let Some((cos, sin)) = &self.rope
             && cos.size()[0] >= length
@@ -196,8 +197,11 @@ impl Llama {
         }
         let length = (length as u64).next_power_of_two() as i64;
         let (kind, device) = (ops::accumulator(self.params.compute()), self.params.device());
-        let inverse = Tensor::from_slice(&inverse_frequencies(&self.shape));
-        let angles = Tensor::arange(length, (Kind::Double, Device::Cpu)).outer(&inverse);
+        let inverse = match kind {
+            Kind::Double => Tensor::from_slice(&inverse_frequencies(&self.shape)),
+            _ => rounded_inverse_frequencies(&self.shape),
+        };
+        let angles = Tensor::arange(length, (inverse.kind(), Device::Cpu)).outer(&inverse);
         let table = |t: Tensor| t.to_kind(kind).to_device(device);
         let (cos, sin) = (table(angles.cos()), table(angles.sin()));
         self.rope = Some((cos.shallow_clone(), sin.shallow_clone()));
@@ -398,6 +402,23 @@ pub fn inverse_frequencies(s: &Shape) -> Vec<f64> {
             }
         })
         .collect()
+}
+
+/// [`inverse_frequencies`] computed in float32, step by step as transformers does, so that they are rounded alike.
+fn rounded_inverse_frequencies(s: &Shape) -> Tensor {
+    let exponents =
+        Tensor::arange_start_step(0, s.head_dim, 2, (Kind::Int64, Device::Cpu)).to_kind(Kind::Float);
+    let plain = Tensor::pow_scalar(s.rope_theta, &(exponents / s.head_dim as f64)).reciprocal();
+    let Some(r) = &s.rope_scaling else { return plain };
+    let original = r.original_max_position_embeddings as f64;
+    let wavelength = plain.reciprocal() * std::f64::consts::TAU;
+    let (longest, shortest) = (original / r.low_freq_factor, original / r.high_freq_factor);
+    let slow = (&plain / r.factor).where_self(&wavelength.gt(longest), &plain);
+    let smooth: Tensor =
+        (wavelength.reciprocal() * original - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor);
+    let between: Tensor = (1.0 - &smooth) * &slow / r.factor + &smooth * &slow;
+    let is_between = wavelength.ge(shortest).logical_and(&wavelength.le(longest));
+    between.where_self(&is_between, &slow)
 }
 
 /// Drops what is to be recomputed.

@@ -167,3 +167,21 @@ def test_old_torch_files_and_compressed_ones_are_refused(tmp_path):
     assert "`model` is a dictionary, not a tensor" in refused()
     torch.save({**original, "extra": torch.device("cpu")}, path)
     assert "it imports `torch.device`" in refused()
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_rotary_angles_are_rounded_as_in_transformers(tmp_path, name):
+    """Far into a text the rounding of an angle in float32 is what differs most; both sides must round alike."""
+    folder = tmp_path / name
+    shutil.copytree(GOLDEN / name, folder, ignore=shutil.ignore_patterns("golden*"))
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 8192
+    (folder / "config.json").write_text(json.dumps(config))
+    ids = [i * 7919 % 600 for i in range(6000)]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"input_ids": ids}) + "\n")
+    run("corral", "score", "--model", folder, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    ours = torch.tensor(read_jsonl(tmp_path / "out.jsonl")[0]["logprobs"], dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)[torch.arange(5999), torch.tensor(ids[1:])]
+    assert (ours - theirs).abs().max() <= 1e-4, (ours - theirs).abs().max()

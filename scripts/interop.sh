@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes the Python environment .interop/ (scripts/interop.txt) for `make interop` and `make bench`.
-# Milliseconds when it is there already.
+# Milliseconds when it is there already. INTEROP=full also builds llama.cpp (llama-cpp-python, some ten minutes on two cores).
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -12,7 +12,9 @@ suffix=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUF
 packages=$PWD/.libtorch
 [ -z "${LIBTORCH:-}" ] || packages=$(dirname "$LIBTORCH")
 [ -e "$packages/torch/_C$suffix" ] && [ -e "$packages/torch-2.11.0.dist-info" ] || packages=
-wanted="$(sha256sum scripts/interop.txt | cut -d' ' -f1) $suffix $packages"
+wanted="$(sha256sum scripts/interop.txt | cut -d' ' -f1) $suffix $packages ${INTEROP:-}"
+# An environment that has more than is asked for will do.
+[ "$(cat .interop/.requirements 2>/dev/null)" != "${wanted}full" ] || exit 0
 [ "$(cat .interop/.requirements 2>/dev/null)" != "$wanted" ] || exit 0
 
 scripts/doctor.sh venv
@@ -30,6 +32,11 @@ if [ -n "$packages" ]; then
     echo "$packages" >"$(.interop/bin/python -c 'import site; print(site.getsitepackages()[0])')/libtorch.pth"
 else
     .interop/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0
+fi
+if [ "${INTEROP:-}" = full ]; then
+    echo "building llama.cpp ..." >&2
+    CMAKE_ARGS="-DLLAVA_BUILD=OFF" .interop/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+        llama-cpp-python==0.3.36 diskcache==5.6.3
 fi
 .interop/bin/python -c 'import torch, transformers, tensorboard, sys; sys.exit(torch.__version__.split("+")[0] != "2.11.0")' || {
     echo "the environment in .interop/ does not work; the message is above" >&2

@@ -205,6 +205,12 @@ impl AtomicFile {
         self.out.write_all(bytes).map_err(|e| write_error(&self.path, &e))
     }
 
+    /// Where all that was added so far can be read, before the file has its name.
+    pub fn temporary(&mut self) -> Result<&Path> {
+        self.out.flush().map_err(|e| write_error(&self.path, &e))?;
+        Ok(&self.temp)
+    }
+
     /// Brings the file to the disk and gives it its name.
     pub fn commit(mut self) -> Result<()> {
         self.out

@@ -1,7 +1,7 @@
 //! Corral: a Llama trainer on libtorch.
 //!
 //! Dependencies point one way: [`commands`] -> [`algorithms`] -> [`generate`], [`checkpoint`] -> [`optim`], [`model`] ->
-//! [`distributed`], [`data`] -> `kernels`. [`config`] and [`telemetry`] know no algorithm; [`mod@error`], [`files`] and [`content`] are everywhere.
+//! [`distributed`], [`data`] -> `kernels`. [`config`] and [`telemetry`] know no algorithm; [`mod@error`], [`files`], [`content`] and [`gguf`] are everywhere.
 //! `docs/architecture.md` says how it fits together and why.
 
 pub mod algorithms;
@@ -14,6 +14,7 @@ pub mod distributed;
 pub mod error;
 pub mod files;
 pub mod generate;
+pub mod gguf;
 pub mod model;
 pub mod optim;
 pub mod rewards;

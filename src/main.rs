@@ -54,7 +54,9 @@ enum Command {
     Eval(commands::eval::Args),
     /// Say what a path holds (model, adapter, checkpoint, run, token shards, tokenizer) and whether it is complete
     Inspect(commands::inspect::Args),
-    /// Write a model in Hugging Face's or Meta's format, and check it
+    /// Fetch a small real model by its name
+    Get(commands::get::Args),
+    /// Write a model in another format, and check it
     Convert(commands::convert::Args),
     /// Merge an adapter into its model
     Merge(commands::merge::Args),
@@ -133,6 +135,7 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Score(args) => commands::score::run(args, global),
         Command::Eval(args) => commands::eval::run(args, global),
         Command::Convert(args) => commands::convert::run(args, global.single_device()?),
+        Command::Get(args) => commands::get::run(args, global.single_device()?),
         Command::Merge(args) => commands::merge::run(args, global.single_device()?),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Check(args) => commands::check::run(args, global),

@@ -17,6 +17,8 @@ use corral::Result;
 use corral::checkpoint::source::TensorFile;
 use corral::checkpoint::{Weights, safetensors, torch_file};
 use corral::data::shards::TokenSet;
+use corral::data::tokenizer::Tokenizer;
+use corral::gguf::Gguf;
 use kernels::counting;
 use tch::{Device, Kind, Tensor};
 use zip::CompressionMethod;
@@ -312,6 +314,33 @@ fn configurations_and_indices() {
         }
         let seeds = files.iter().map(|file| seed(dir.join(file), &from.join(file), whole)).collect();
         fuzz(name, seeds, |_| {}, |path| Weights::open(path.parent().unwrap()).map(drop));
+    }
+}
+
+/// Header and metadata, of which three of four files keep the magic and the counts before.
+#[test]
+fn gguf_files() {
+    let _alone = alone();
+    let dir = folder("gguf");
+    let fixture = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gguf").join(name);
+    for (name, header) in [("llama3.gguf", 24..24_000), ("qwen2.gguf", 24..24_000), ("quants.gguf", 0..700)] {
+        let whole = seed(dir.join(name), &fixture(name), |_| vec![header.clone()]);
+        let (magic, hot) = (whole.bytes[..24].to_vec(), header.start > 0);
+        let fix = move |bytes: &mut [u8]| {
+            if bytes.len() >= 24 && hot && !bytes[bytes.len() - 1].is_multiple_of(4) {
+                bytes[..24].copy_from_slice(&magic);
+            }
+        };
+        fuzz(name, vec![whole], fix, |path| match name {
+            "quants.gguf" => Gguf::open(path).map(drop),
+            _ => {
+                let source = Weights::open(path)?.into_source()?;
+                for tensor in source.views.keys().filter(|tensor| tensor.ends_with("norm.weight")) {
+                    source.read(tensor, 0, &Tensor::zeros([8], (Kind::Float, Device::Cpu)))?;
+                }
+                Tokenizer::load(path).map(drop)
+            }
+        });
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tch::{Device, Kind, Tensor};
 
+use super::gguf;
 use super::hf::{self, Output, write_tokenizer};
 use super::hf_config::SpecialIds;
 use super::merge::{Merge, Merged};
@@ -18,12 +19,14 @@ use super::safetensors::Entry;
 use super::source::{Order, Source};
 use super::torch_file;
 use super::weights::Weights;
-use crate::config::shape::Shape;
+use crate::config::shape::{Experts, Shape};
+use crate::data::tokenizer::gguf::{Loss, check_same};
 use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
 use crate::distributed::plan::Plan;
 use crate::distributed::sharded::{Layout, Sharded, Spec};
 use crate::error::{Context, Error, Result};
-use crate::files::{AtomicFolder, write_file};
+use crate::files::{AtomicFile, AtomicFolder, write_file};
+use crate::gguf::{Dtype, is_gguf};
 use crate::model::layout::{EMBEDDING, LM_HEAD, layouts};
 use crate::model::{Input, Llama};
 
@@ -37,6 +40,25 @@ pub enum Target {
     Hf { max_shard_size: u64 },
     /// Meta's format, in so many model-parallel parts.
     Meta { parts: i64 },
+    /// A GGUF file.
+    Gguf,
+}
+
+/// What tensors are stored as.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Stored {
+    Kind(Kind),
+    /// In a GGUF file: Q8_0, Q4_0 or Q4_1.
+    Blocks(Dtype),
+}
+
+impl Stored {
+    fn kind(self) -> Option<Kind> {
+        match self {
+            Stored::Kind(kind) => Some(kind),
+            Stored::Blocks(_) => None,
+        }
+    }
 }
 
 /// What was written, and what its check found.
@@ -48,6 +70,8 @@ pub struct Report {
     pub num_files: usize,
     /// The tokenizer's files that went along.
     pub copied: Vec<String>,
+    /// What the format cannot say of the tokenizer.
+    pub loss: Option<Loss>,
     /// Tokens that logits were compared on.
     pub num_tokens: i64,
     /// Largest difference of a logit to the source, where its tensors were rounded to another dtype; else they are equal.
@@ -75,14 +99,28 @@ pub struct Conversion {
     scoring: Option<Scoring>,
     target: Target,
     /// Of all tensors; none: each as it is.
-    dtype: Option<Kind>,
+    stored: Option<Stored>,
+    /// Of a GGUF file.
+    plan: Option<Rc<gguf::Plan>>,
     /// Where logits are computed.
     device: Device,
 }
 
 impl Conversion {
-    pub fn new(weights: Weights, target: Target, dtype: Option<Kind>, device: Device) -> Result<Conversion> {
+    /// # Errors
+    /// Of kind Config: blocks in another format than GGUF. Of kind Data: what the format cannot express.
+    pub fn new(
+        weights: Weights,
+        target: Target,
+        stored: Option<Stored>,
+        device: Device,
+    ) -> Result<Conversion> {
         let (shape, dir) = (weights.shape().clone(), weights.dir().to_path_buf());
+        if let (Some(Stored::Blocks(blocks)), Target::Hf { .. } | Target::Meta { .. }) = (stored, target) {
+            return Err(Error::config(format!(
+                "{blocks} goes with --format gguf; other formats have no such blocks"
+            )));
+        }
         if let Target::Meta { .. } = target {
             shape.predicts().map_err(|e| e.context("Meta's format has no place for a scalar head"))?;
         }
@@ -97,17 +135,24 @@ impl Conversion {
             }
             weights => (None, weights.into_source()?),
         };
+        let plan = match target {
+            Target::Gguf => Some(Rc::new(gguf::Plan::new(&shape, &source, stored)?)),
+            Target::Hf { .. } | Target::Meta { .. } => None,
+        };
         let source = Rc::new(source);
-        Ok(Conversion { shape, source, merge, dir, ids, tokenizer, scoring, target, dtype, device })
+        Ok(Conversion { shape, source, merge, dir, ids, tokenizer, scoring, target, stored, plan, device })
     }
 
     /// Bytes of the tensors as they will be.
     pub fn bytes(&self) -> Result<u64> {
+        if let Some(plan) = &self.plan {
+            return Ok(plan.bytes());
+        }
         self.specs().map(|s| Ok(self.entry(&s)?.bytes())).sum()
     }
 
-    /// Writes the model to the folder `to`: complete, checked against its source, or not at all; a model of the same
-    /// format that is there is replaced. `done` counts the bytes that were written, and those that were compared.
+    /// Writes the model to the folder, or the GGUF file, `to`: complete, checked against its source, or not at all; a model
+    /// of the same format that is there is replaced. `done` counts the bytes that were written, and those that were compared.
     ///
     /// # Errors
     /// What the format cannot express (kind Data), a number of parts that does not divide the model or the source's own
@@ -118,15 +163,38 @@ impl Conversion {
         {
             return Err(Error::config(format!("{}: the model itself is there", to.display())));
         }
-        let (folder, copied, num_files) = match self.target {
+        let mut begun = match self.target {
             Target::Hf { max_shard_size } => self.write_hf(to, max_shard_size, done)?,
             Target::Meta { parts } => self.write_meta(to, parts, done)?,
+            Target::Gguf => self.write_gguf(to, done)?,
         };
         let report = self
-            .verify(folder.temporary(), done)
+            .verify(&mut begun, done)
             .with_context(|| format!("{}: what was written is not left there", to.display()))?;
-        folder.commit()?;
-        Ok(Report { copied, num_files, ..report })
+        begun.unnamed.commit()?;
+        Ok(report)
+    }
+
+    fn write_gguf(&self, to: &Path, done: &AtomicU64) -> Result<Begun> {
+        if !is_gguf(to) {
+            return Err(Error::config(format!("{}: the name of a GGUF file ends in .gguf", to.display())));
+        }
+        let plan = self.plan.as_ref().expect("a GGUF file has a plan");
+        let name = |path: &Path| path.file_stem().map(|name| name.to_string_lossy().into_owned());
+        let name = self.dir.canonicalize().ok().as_deref().and_then(name).or(name(to)).unwrap_or_default();
+        let (file, loss) = plan.write(to, &self.source, self.tokenizer.as_ref(), &name, done)?;
+        let copied = self.tokenizer.as_ref().map(|_| vec!["tokenizer".to_string()]).unwrap_or_default();
+        Ok(Begun { unnamed: Unnamed::File(file), copied, num_files: 1, loss })
+    }
+
+    /// What makes of a tensor of the source the one that is read back.
+    fn rounding(&self) -> impl Fn(&str, &Tensor) -> Result<Tensor> + 'static {
+        let (plan, kind) = (self.plan.clone(), self.stored.and_then(Stored::kind));
+        move |name, t| match (&plan, kind) {
+            (Some(plan), _) => plan.rounded(name, t),
+            (None, Some(kind)) => Ok(t.f_to_kind(kind)?),
+            (None, None) => Ok(t.shallow_clone()),
+        }
     }
 
     fn specs(&self) -> impl Iterator<Item = Spec> {
@@ -135,7 +203,7 @@ impl Conversion {
 
     /// A tensor as it is to be written.
     fn entry(&self, spec: &Spec) -> Result<Entry> {
-        let kind = self.dtype.unwrap_or(self.source.view(&spec.name)?.kind);
+        let kind = self.stored.and_then(Stored::kind).unwrap_or(self.source.view(&spec.name)?.kind);
         Ok(Entry { name: spec.name.clone(), kind, shape: spec.shape.clone() })
     }
 
@@ -155,7 +223,7 @@ impl Conversion {
             done.fetch_add(entry.bytes(), Relaxed);
         }
         drop(output);
-        Ok((folder, copied, plan.len()))
+        Ok(Begun { unnamed: Unnamed::Folder(folder), copied, num_files: plan.len(), loss: None })
     }
 
     fn write_meta(&self, to: &Path, parts: i64, done: &AtomicU64) -> Result<Begun> {
@@ -189,7 +257,7 @@ impl Conversion {
                     Cut::Rows => shape[0] /= parts,
                     Cut::Copy | Cut::Embedding => {}
                 }
-                let kind = self.dtype.unwrap_or(source.view(&from)?.kind);
+                let kind = self.stored.and_then(Stored::kind).unwrap_or(source.view(&from)?.kind);
                 Ok((Entry { name: named.name, kind, shape }, from, cut, named.rotary))
             })
             .collect::<Result<Vec<_>>>()?;
@@ -216,12 +284,13 @@ impl Conversion {
             done.fetch_add(entry.bytes() * parts as u64, Relaxed);
         }
         files.into_iter().try_for_each(torch_file::Writer::finish)?;
-        Ok((folder, copied, parts as usize))
+        Ok(Begun { unnamed: Unnamed::Folder(folder), copied, num_files: parts as usize, loss: None })
     }
 
     /// Reads back what was written, and compares shape, every tensor and the logits.
-    fn verify(&self, written: &Path, done: &AtomicU64) -> Result<Report> {
-        let (shape, source, dtype, device) = (&self.shape, &self.source, self.dtype, self.device);
+    fn verify(&self, begun: &mut Begun, done: &AtomicU64) -> Result<Report> {
+        let written = begun.unnamed.temporary()?;
+        let (shape, source, device) = (&self.shape, &self.source, self.device);
         let weights = Weights::open(written)?;
         let read = weights.shape().clone();
         let expected = match self.target {
@@ -235,34 +304,43 @@ impl Conversion {
                 tie_word_embeddings: shape.tie_word_embeddings || read.tie_word_embeddings,
                 ..shape.clone()
             },
+            // A Mistral without a window is a Llama there, too; what only training asks for is not said.
+            Target::Gguf => Shape {
+                family: read.family,
+                initializer_range: read.initializer_range,
+                experts: shape.experts.as_ref().zip(read.experts.as_ref()).map(|(ours, read)| Experts {
+                    router_aux_loss_coef: read.router_aux_loss_coef,
+                    ..ours.clone()
+                }),
+                ..shape.clone()
+            },
         };
         if read != expected {
             return Err(Error::failed(format!("it is read as {read:?}, and the source is {shape:?}")));
         }
         let back = Rc::new(weights.into_source()?);
         let (mut num_tensors, mut bytes, mut narrowed) = (0, 0, false);
+        let rounding = self.rounding();
         for spec in self.specs() {
-            let kind = dtype.unwrap_or(source.view(&spec.name)?.kind);
             let (ours, theirs) = (back.tensor(&spec.name)?, source.tensor(&spec.name)?);
-            let rounded = theirs.f_to_kind(kind)?;
+            let rounded = rounding(&spec.name, &theirs)?;
             if !same_bytes(&ours, &rounded)? {
                 return Err(Error::failed(format!("`{}` is another tensor when it is read back", spec.name)));
             }
-            narrowed |= theirs.kind() != kind;
-            let size = theirs.numel() as u64 * kind.elt_size_in_bytes() as u64;
+            narrowed |= theirs.kind() != rounded.kind() || !rounded.f_equal(&theirs)?;
+            let size = self.entry(&spec)?.bytes();
             (num_tensors, bytes) = (num_tensors + 1, bytes + size);
             done.fetch_add(size, Relaxed);
         }
-        let of = |shape: &Shape, source: &Rc<Source>, dtype: Option<Kind>| {
+        type Rounding = Box<dyn Fn(&str, &Tensor) -> Result<Tensor>>;
+        let of = |shape: &Shape, source: &Rc<Source>, rounding: Rounding| {
             let source = source.clone();
-            let tensor = move |spec: &Spec| -> Result<Tensor> {
-                let t = source.tensor(&spec.name)?;
-                Ok(dtype.map_or(Ok(t.shallow_clone()), |kind| t.f_to_kind(kind))?)
-            };
+            let tensor = move |spec: &Spec| rounding(&spec.name, &source.tensor(&spec.name)?);
             logits(shape, layouts(shape), tensor, device)
         };
-        let ours = of(&read, &back, None)?;
-        let rounded = of(shape, source, dtype)?;
+        let as_it_is = || -> Rounding { Box::new(|_, t| Ok(t.shallow_clone())) };
+        let ours = of(&read, &back, as_it_is())?;
+        let rounded = of(shape, source, Box::new(rounding))?;
         let difference = largest_difference(&ours, &rounded)?;
         if !difference.is_finite() {
             return Err(Error::data(
@@ -275,18 +353,22 @@ impl Conversion {
             )));
         }
         let rounding = match narrowed {
-            true => Some(largest_difference(&ours, &of(shape, source, None)?)?),
+            true => Some(largest_difference(&ours, &of(shape, source, as_it_is())?)?),
             false => None,
         };
         let positions = (read.max_position_embeddings != shape.max_position_embeddings)
             .then_some(read.max_position_embeddings);
         let num_tokens = ours.size()[0];
+        if let (Target::Gguf, Some(tokenizer)) = (self.target, &self.tokenizer) {
+            check_same(tokenizer, &Tokenizer::load(written)?, begun.loss)?;
+        }
         let merged = self.merge.as_ref().map(|merge| merge.check(&back, device)).transpose()?;
         Ok(Report {
             num_tensors,
             bytes,
-            num_files: 0,
-            copied: Vec::new(),
+            num_files: begun.num_files,
+            copied: std::mem::take(&mut begun.copied),
+            loss: begun.loss,
             num_tokens,
             rounding,
             left_out: source.left_out.clone(),
@@ -296,8 +378,35 @@ impl Conversion {
     }
 }
 
-/// The temporary folder, the tokenizer's files in it, and the number of files with tensors.
-type Begun = (AtomicFolder, Vec<String>, usize);
+/// What was written, and what a [`Report`] tells of it.
+struct Begun {
+    unnamed: Unnamed,
+    copied: Vec<String>,
+    num_files: usize,
+    loss: Option<Loss>,
+}
+
+/// What has no name yet.
+enum Unnamed {
+    Folder(AtomicFolder),
+    File(AtomicFile),
+}
+
+impl Unnamed {
+    fn temporary(&mut self) -> Result<&Path> {
+        match self {
+            Unnamed::Folder(folder) => Ok(folder.temporary()),
+            Unnamed::File(file) => file.temporary(),
+        }
+    }
+
+    fn commit(self) -> Result<()> {
+        match self {
+            Unnamed::Folder(folder) => folder.commit(),
+            Unnamed::File(file) => file.commit(),
+        }
+    }
+}
 
 /// The dtype that most bytes have.
 pub(super) fn most_common(entries: &[Entry]) -> Kind {
@@ -307,7 +416,7 @@ pub(super) fn most_common(entries: &[Entry]) -> Kind {
 }
 
 /// The rows of whole heads [H D, C] in Meta's order.
-fn to_meta_order(t: &Tensor, head_dim: i64) -> Result<Tensor> {
+pub(super) fn to_meta_order(t: &Tensor, head_dim: i64) -> Result<Tensor> {
     let (order, rows) = (Order::MetaRotary { head_dim }, t.size()[0]);
     let mut from = vec![0; rows as usize];
     (0..rows).for_each(|row| from[order.row(row) as usize] = row);

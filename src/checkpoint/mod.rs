@@ -1,10 +1,12 @@
-//! Models and the state of a training run on disk: safetensors and torch files, folders of Hugging Face's and Meta's
+//! Models and the state of a training run on disk: safetensors, torch and GGUF files, folders of Hugging Face's and Meta's
 //! format, sharded checkpoints.
 
 mod agree;
 mod best;
 pub mod convert;
 mod families;
+pub mod fetched;
+mod gguf;
 mod grow;
 pub mod hf;
 mod hf_config;
@@ -31,6 +33,7 @@ mod weights;
 pub use crate::files::free_bytes;
 pub use agree::{agree, agree_over};
 pub use best::{Best, Metric};
+pub use gguf::GgufModel;
 pub use hf::{Export, HfModel, export};
 pub use hf_config::read_object;
 pub use meta::MetaModel;

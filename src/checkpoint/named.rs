@@ -5,20 +5,24 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use super::best::checkpoint_of_run;
+use super::fetched::fetched;
 use super::meta::PARAMS;
 use super::peft;
 use super::sharded::{META, checkpoints_dir};
 use super::weights::in_hub_cache;
-use crate::data::tokenizer::folder_has_tokenizer;
+use crate::data::tokenizer::{folder_has_tokenizer, gguf::has_tokenizer};
 use crate::error::{Error, Result};
 use crate::files::{exists, is_dir, is_file, parent};
+use crate::gguf::{Gguf, is_gguf, models_in};
 use crate::info;
 
-/// A folder that holds a model, by its format.
+/// A folder or file that holds a model, by its format.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ModelFolder {
     Hf(PathBuf),
     Meta(PathBuf),
+    /// A file.
+    Gguf(PathBuf),
     /// In PEFT's format.
     Adapter(PathBuf),
     /// Of a run, or of one of its further models.
@@ -26,18 +30,21 @@ pub enum ModelFolder {
 }
 
 impl ModelFolder {
-    /// Finds the model that `path` names: a Hugging Face folder, an adapter in PEFT's format, a folder in Meta's format, a
-    /// checkpoint, a hub id that the local hub cache holds, or a run's folder: its `model/`, else its best checkpoint where
+    /// Finds the model that `path` names: a Hugging Face folder, a GGUF file or a folder with one, an adapter in PEFT's format, a folder in Meta's format, a
+    /// checkpoint, a name that `corral get` fetched, a hub id that the local hub cache holds, or a run's folder: its `model/`, else its best checkpoint where
     /// the run keeps that, else its newest, which is told in one line.
     ///
     /// # Errors
-    /// Of kind Data: there is no such folder, or no model in it; the newest checkpoint is damaged.
+    /// Of kind Data: there is no such folder, or no model or several in it; the newest checkpoint is damaged.
     pub fn find(path: &Path) -> Result<ModelFolder> {
         let found = match exists(path)? {
             true => path.to_path_buf(),
-            false => in_hub_cache(path)?,
+            false => fetched(path)?.map_or_else(|| in_hub_cache(path), Ok)?,
         };
         let path = found.as_path();
+        if is_gguf(path) && is_file(path)? {
+            return Ok(ModelFolder::Gguf(found));
+        }
         if is_file(&path.join(META))? {
             return Ok(ModelFolder::Checkpoint(found));
         }
@@ -58,17 +65,34 @@ impl ModelFolder {
         if is_file(&path.join(PARAMS))? {
             return Ok(ModelFolder::Meta(found));
         }
+        let models = if is_dir(path)? { models_in(path)? } else { Vec::new() };
+        if let [only] = models.as_slice() {
+            return Ok(ModelFolder::Gguf(only.clone()));
+        }
+        if !models.is_empty() {
+            let names =
+                models.iter().filter_map(|m| Some(m.file_name()?.to_string_lossy())).collect::<Vec<_>>();
+            return Err(Error::data(format!(
+                "{}: several GGUF models ({}): name one",
+                path.display(),
+                names.join(", ")
+            )));
+        }
         Err(Error::data(format!(
-            "{}: no model: a Hugging Face folder has config.json, an adapter {}, a folder in Meta's format {PARAMS}, a \
-             checkpoint {META}, and a run's folder model/ or checkpoints/ with a complete checkpoint",
+            "{}: no model: a Hugging Face folder has config.json, an adapter {}, a folder in Meta's format {PARAMS}, a GGUF \
+             model is a file (.gguf), a checkpoint has {META}, and a run's folder model/ or checkpoints/ with a complete checkpoint",
             path.display(),
             peft::CONFIG
         )))
     }
 }
 
-/// The folder with the tokenizer of the model in `dir`, if it has one; a further model of a checkpoint has the checkpoint's.
+/// The folder with the tokenizer of the model in `dir`, if it has one; a further model of a checkpoint has the checkpoint's. A
+/// GGUF file holds its own.
 pub fn tokenizer_of(dir: &Path) -> Result<Option<PathBuf>> {
+    if is_gguf(dir) && is_file(dir)? {
+        return Ok(has_tokenizer(&Gguf::open(dir)?.metadata)?.then(|| dir.to_path_buf()));
+    }
     if folder_has_tokenizer(dir)? {
         return Ok(Some(dir.to_path_buf()));
     }

@@ -113,7 +113,7 @@ impl PeftAdapter {
             ModelFolder::Checkpoint(dir) => {
                 PeftAdapter::of_checkpoint(&Checkpoint::open(&dir)?)?.ok_or_else(|| whole(&dir))
             }
-            ModelFolder::Hf(dir) | ModelFolder::Meta(dir) => Err(whole(&dir)),
+            ModelFolder::Hf(dir) | ModelFolder::Meta(dir) | ModelFolder::Gguf(dir) => Err(whole(&dir)),
         }
     }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use kernels::c10d::Group;
 
 use super::agree::agree;
+use super::gguf::GgufModel;
 use super::hf::HfModel;
 use super::merge::Merge;
 use super::meta::MetaModel;
@@ -26,6 +27,7 @@ use crate::model::layout::layouts;
 pub enum Weights {
     Hf(HfModel),
     Meta(MetaModel),
+    Gguf(GgufModel),
     Adapted(Box<Adapted>),
     Checkpoint(Box<Checkpoint>),
 }
@@ -44,6 +46,7 @@ impl Weights {
         let adapter = match ModelFolder::find(path)? {
             ModelFolder::Hf(dir) => return Ok(Weights::Hf(HfModel::load(&dir)?)),
             ModelFolder::Meta(dir) => return Ok(Weights::Meta(MetaModel::load(&dir)?)),
+            ModelFolder::Gguf(file) => return Ok(Weights::Gguf(GgufModel::load(&file)?)),
             ModelFolder::Adapter(dir) => PeftAdapter::open(&dir)?,
             ModelFolder::Checkpoint(dir) => {
                 let checkpoint = Checkpoint::open(&dir)?;
@@ -69,7 +72,7 @@ impl Weights {
     pub fn lora(&self) -> Option<&Trainable> {
         match self {
             Weights::Adapted(model) => Some(model.adapter.trainable()).filter(|t| t.lora.is_some()),
-            Weights::Hf(_) | Weights::Meta(_) | Weights::Checkpoint(_) => None,
+            Weights::Hf(_) | Weights::Meta(_) | Weights::Gguf(_) | Weights::Checkpoint(_) => None,
         }
     }
 
@@ -77,6 +80,7 @@ impl Weights {
         match self {
             Weights::Hf(model) => model.shape(),
             Weights::Meta(model) => model.shape(),
+            Weights::Gguf(model) => model.shape(),
             Weights::Adapted(model) => &model.shape,
             Weights::Checkpoint(checkpoint) => &checkpoint.meta().shape,
         }
@@ -95,6 +99,7 @@ impl Weights {
                 None => model.base.scoring()?,
             },
             Weights::Hf(_) | Weights::Meta(_) => Ours::read(self.dir())?.reward,
+            Weights::Gguf(_) => None,
         };
         Ok(Some(said.unwrap_or(Scoring::raw(Score::Last))))
     }
@@ -107,11 +112,12 @@ impl Weights {
         }
     }
 
-    /// The folder that the weights come from.
+    /// The folder, or the GGUF file, that the weights come from.
     pub fn dir(&self) -> &Path {
         match self {
             Weights::Hf(model) => model.dir(),
             Weights::Meta(model) => model.dir(),
+            Weights::Gguf(model) => model.path(),
             Weights::Adapted(model) => model.adapter.dir(),
             Weights::Checkpoint(checkpoint) => checkpoint.dir(),
         }
@@ -139,6 +145,7 @@ impl Weights {
         match self {
             Weights::Hf(model) => model.source().fill(params),
             Weights::Meta(model) => model.source().fill(params),
+            Weights::Gguf(model) => model.source().fill(params),
             Weights::Adapted(model) => {
                 let base = model.base.fill(params)?;
                 Ok(base.plus(model.adapter.fill(params)?))
@@ -156,6 +163,7 @@ impl Weights {
         match self {
             Weights::Hf(model) => model.source().hash(names, group),
             Weights::Meta(model) => model.source().hash(names, group),
+            Weights::Gguf(model) => model.source().hash(names, group),
             Weights::Adapted(model) => Ok(model.base.hash(shape, group)?.plus(model.adapter.hash(group)?)),
             Weights::Checkpoint(checkpoint) => agree(group, checkpoint.source())?.hash(names, group),
         }
@@ -166,6 +174,7 @@ impl Weights {
         match self {
             Weights::Hf(model) => Ok(model.into_source()),
             Weights::Meta(model) => Ok(model.into_source()),
+            Weights::Gguf(model) => Ok(model.into_source()),
             Weights::Adapted(model) => Merge::new(model.base, model.adapter, None)?.source(),
             Weights::Checkpoint(checkpoint) => checkpoint.source(),
         }

@@ -6,21 +6,24 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use tch::{Device, Kind};
 
-use crate::checkpoint::convert::{Conversion, Target};
+use crate::checkpoint::convert::{Conversion, Stored, Target};
 use crate::checkpoint::{PeftAdapter, Weights};
 use crate::commands::check::size;
 use crate::commands::merge;
+use crate::data::tokenizer::gguf::Loss;
 use crate::error::{Error, Result};
+use crate::gguf;
 use crate::telemetry::progress::with_bytes_bar;
 use crate::warn;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The model: a Hugging Face folder (safetensors or pytorch_model.bin), a folder in Meta's format, a run's folder, a
-    /// checkpoint, or an adapter, which is merged
+    /// The model: a Hugging Face folder (safetensors or pytorch_model.bin), a GGUF file, a folder in Meta's format, a run's
+    /// folder, a checkpoint, or an adapter, which is merged
     #[arg(long, value_name = "DIR")]
     from: PathBuf,
-    /// Folder for the result; a model of the same format in it is replaced
+    /// Folder for the result, or with --format gguf the file (in a folder, model.gguf); a model of the same format there is
+    /// replaced
     #[arg(long, value_name = "DIR")]
     to: PathBuf,
     /// What to write
@@ -29,9 +32,10 @@ pub struct Args {
     /// Model-parallel parts, with --format meta [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..=100))]
     model_parallel: Option<i64>,
-    /// Dtype of the tensors [default: each as it is]
+    /// Dtype of the tensors; with the last three, of --format gguf alone, blocks of 32 numbers share a scale [default: each as
+    /// it is, and what is in blocks as float32]
     #[arg(long, value_enum)]
-    dtype: Option<Dtype>,
+    dtype: Option<As>,
     /// Most bytes of tensors in a file, such as 5GB or 500MiB, with --format hf [default: 5GB]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     max_shard_size: Option<u64>,
@@ -43,6 +47,8 @@ enum Format {
     Hf,
     /// Meta: params.json and consolidated.NN.pth
     Meta,
+    /// llama.cpp: one GGUF file
+    Gguf,
     /// PEFT: adapter_config.json and adapter_model.safetensors, of an adapter alone
     Peft,
 }
@@ -64,9 +70,40 @@ impl Dtype {
     }
 }
 
+/// What a conversion can write: a [`Dtype`], or blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum As {
+    Float32,
+    Bfloat16,
+    Float16,
+    #[value(name = "q8_0")]
+    Q8,
+    #[value(name = "q4_0")]
+    Q4,
+    #[value(name = "q4_1")]
+    Q4WithMinimum,
+}
+
+impl As {
+    fn stored(self) -> Stored {
+        match self {
+            As::Float32 => Stored::Kind(Kind::Float),
+            As::Bfloat16 => Stored::Kind(Kind::BFloat16),
+            As::Float16 => Stored::Kind(Kind::Half),
+            As::Q8 => Stored::Blocks(gguf::Dtype::Q8_0),
+            As::Q4 => Stored::Blocks(gguf::Dtype::Q4_0),
+            As::Q4WithMinimum => Stored::Blocks(gguf::Dtype::Q4_1),
+        }
+    }
+
+    fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string())
+    }
+}
+
 pub fn run(args: Args, device: Device) -> Result<()> {
     let target = match (args.format, args.model_parallel, args.max_shard_size) {
-        (Format::Hf | Format::Peft, Some(_), _) => {
+        (Format::Hf | Format::Peft | Format::Gguf, Some(_), _) => {
             return Err(Error::config(
                 "--model-parallel goes with --format meta: other formats have no parts",
             ));
@@ -79,25 +116,34 @@ pub fn run(args: Args, device: Device) -> Result<()> {
         (Format::Peft, _, Some(_)) => {
             return Err(Error::config("--max-shard-size goes with --format hf; an adapter is one file"));
         }
+        (Format::Gguf, _, Some(_)) => {
+            return Err(Error::config("--max-shard-size goes with --format hf; a GGUF model is one file"));
+        }
+        (Format::Gguf, None, None) => Target::Gguf,
         (Format::Peft, None, None) => return adapter(&args),
         (Format::Hf, None, most) => Target::Hf { max_shard_size: most.unwrap_or(5_000_000_000) },
         (Format::Meta, parts, None) => Target::Meta { parts: parts.unwrap_or(1) },
     };
     let weights = Weights::open(&args.from)?;
     let from = weights.dirs().last().map_or_else(|| args.from.clone(), |dir| dir.to_path_buf());
-    let conversion = Conversion::new(weights, target, args.dtype.map(Dtype::kind), device)?;
+    let window = weights.shape().sliding_window;
+    let conversion = Conversion::new(weights, target, args.dtype.map(As::stored), device)?;
     let (total, done) = (2 * conversion.bytes()?, Arc::default());
-    let report = with_bytes_bar("converting", total, &done, || conversion.write(&args.to, &done))?;
+    let to = match target {
+        Target::Gguf if !gguf::is_gguf(&args.to) => args.to.join("model.gguf"),
+        _ => args.to.clone(),
+    };
+    let report = with_bytes_bar("converting", total, &done, || conversion.write(&to, &done))?;
     println!(
         "{}: {} tensors, {} in {} file(s); copied: {}",
-        args.to.display(),
+        to.display(),
         report.num_tensors,
         size(report.bytes),
         report.num_files,
         if report.copied.is_empty() { "nothing".into() } else { report.copied.join(", ") },
     );
     let rounded = match args.dtype.filter(|_| report.rounding.is_some()) {
-        Some(dtype) => format!(", converted to {}", format!("{dtype:?}").to_lowercase()),
+        Some(dtype) => format!(", converted to {}", dtype.name()),
         None => String::new(),
     };
     let compared = match report.left_out.as_slice() {
@@ -120,6 +166,17 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     if let Some(merged) = &report.merged {
         merge::tell(merged, &from);
     }
+    if let (Target::Gguf, Some(window)) = (target, window) {
+        warn!(
+            "llama.cpp leaves a llama's sliding window out: beyond {window} tokens it computes something else than this model"
+        );
+    }
+    if report.loss == Some(Loss::SpaceBefore) {
+        warn!(
+            "GGUF cannot say that this tokenizer puts no space before a text that begins with one, or after a special token: \
+             llama.cpp reads such texts with one more"
+        );
+    }
     if let Some(positions) = report.positions {
         warn!("Meta's format does not say max_position_embeddings: where it is read, {positions} is assumed");
     }
@@ -133,7 +190,16 @@ pub fn run(args: Args, device: Device) -> Result<()> {
 fn adapter(args: &Args) -> Result<()> {
     let mut adapter = PeftAdapter::find(&args.from)?;
     let shape = adapter.shape(adapter.open_base()?.shape());
-    let written = adapter.write(&args.to, &shape, args.dtype.map(Dtype::kind))?;
+    let kind = match args.dtype.map(As::stored) {
+        Some(Stored::Blocks(blocks)) => {
+            return Err(Error::config(format!(
+                "{blocks} goes with --format gguf; an adapter has no such blocks"
+            )));
+        }
+        Some(Stored::Kind(kind)) => Some(kind),
+        None => None,
+    };
+    let written = adapter.write(&args.to, &shape, kind)?;
     println!(
         "{}: an adapter for {}, {} tensors, {}; checked: every tensor equals the source's",
         args.to.display(),

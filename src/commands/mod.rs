@@ -19,6 +19,7 @@ pub mod convert;
 pub mod data;
 pub mod eval;
 pub mod generate;
+pub mod get;
 mod inference;
 pub mod inspect;
 mod intake;

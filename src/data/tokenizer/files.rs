@@ -1,10 +1,11 @@
 //! Which file of a folder is the tokenizer, and what belongs to it.
 
 use super::convert::Added;
-use super::{invalid, sentencepiece, tiktoken};
+use super::{gguf, invalid, sentencepiece, tiktoken};
 use crate::content::unusable;
 use crate::error::Result;
 use crate::files::{is_dir, is_file, read_error};
+use crate::gguf::is_gguf;
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -82,6 +83,10 @@ pub(super) fn parse(bytes: &[u8], path: &Path) -> Result<Value> {
 /// # Errors
 /// Of kind Data: also a file of a checkpoint of ours that is not as it was saved.
 pub(super) fn read(main: &Path) -> Result<(Contents, Value)> {
+    if is_gguf(main) {
+        // What lies beside it belongs to other models.
+        return Ok((gguf::read(main)?, json!({})));
+    }
     let sums = checksums(main);
     let read = |path: &Path| {
         let bytes = std::fs::read(path).map_err(|e| read_error(path, &e))?;

@@ -1,9 +1,10 @@
-//! Tokenizers: Hugging Face's `tokenizer.json`, SentencePiece's and tiktoken's `tokenizer.model`, and byte-level BPE of
-//! our own. Whatever was read, what works is a `tokenizers` tokenizer, and what is written is a `tokenizer.json`.
+//! Tokenizers: Hugging Face's `tokenizer.json`, SentencePiece's and tiktoken's `tokenizer.model`, those of GGUF files, and
+//! byte-level BPE of our own. Whatever was read, what works is a `tokenizers` tokenizer, and what is written is a `tokenizer.json`.
 
 mod companions;
 mod convert;
 mod files;
+pub mod gguf;
 mod pieces;
 mod segments;
 mod sentencepiece;
@@ -64,7 +65,7 @@ fn invalid(path: &Path, what: impl std::fmt::Display) -> Error {
 impl Tokenizer {
     /// Loads the tokenizer of a folder, or the file that is named. Of a folder it is `tokenizer.json`, else
     /// `tokenizer.model` (SentencePiece BPE, or Llama 3's in tiktoken's format), else `qwen.tiktoken`; the last two are
-    /// converted. `bos_token`, `eos_token`, `pad_token` and `unk_token` come from `tokenizer_config.json`, else
+    /// converted, as is that of a GGUF file. `bos_token`, `eos_token`, `pad_token` and `unk_token` come from `tokenizer_config.json`, else
     /// `special_tokens_map.json`; further ends of a text, and ids not named there, from `generation_config.json`, else
     /// `config.json`. In a folder of Meta's, which has none of these, they are SentencePiece's own, or Llama 3's.
     ///

@@ -10,20 +10,21 @@ use serde_json::{Map, Value, json};
 use std::collections::{HashMap, HashSet};
 
 /// Types of a piece (`SentencePiece.Type` in sentencepiece_model.proto).
-const NORMAL: u64 = 1;
-const UNKNOWN: u64 = 2;
-const CONTROL: u64 = 3;
-const USER_DEFINED: u64 = 4;
-const UNUSED: u64 = 5;
+pub(super) const NORMAL: u64 = 1;
+pub(super) const UNKNOWN: u64 = 2;
+pub(super) const CONTROL: u64 = 3;
+pub(super) const USER_DEFINED: u64 = 4;
+pub(super) const UNUSED: u64 = 5;
+pub(super) const BYTE: u64 = 6;
 
-struct Piece<'a> {
-    text: &'a str,
-    score: f32,
-    kind: u64,
+pub(super) struct Piece<'a> {
+    pub text: &'a str,
+    pub score: f32,
+    pub kind: u64,
 }
 
 /// What of `ModelProto` decides the ids, with the defaults of sentencepiece_model.proto.
-struct Model<'a> {
+pub(super) struct Model<'a> {
     pieces: Vec<Piece<'a>>,
     model_type: u64,
     byte_fallback: bool,
@@ -48,8 +49,17 @@ pub(super) fn convert(
 ) -> Result<Converted, String> {
     let model = Model::parse(bytes)?;
     model.check()?;
+    define(&model, config, added)
+}
+
+/// [`convert`] of a model that is read. Unused pieces are left out.
+pub(super) fn define(
+    model: &Model,
+    config: &Map<String, Value>,
+    added: &[Added],
+) -> Result<Converted, String> {
     let mut vocab = Map::new();
-    for (id, piece) in model.pieces.iter().enumerate() {
+    for (id, piece) in model.pieces.iter().enumerate().filter(|(_, piece)| piece.kind != UNUSED) {
         if vocab.insert(piece.text.to_string(), json!(id)).is_some() {
             return Err(format!("the piece `{}` is there twice", piece.text));
         }
@@ -190,7 +200,7 @@ fn merges(pieces: &[Piece]) -> Vec<[String; 2]> {
     found.into_iter().map(|(_, _, left, right)| [left.to_string(), right.to_string()]).collect()
 }
 
-fn byte_piece(byte: u8) -> String {
+pub(super) fn byte_piece(byte: u8) -> String {
     format!("<0x{byte:02X}>")
 }
 
@@ -200,9 +210,9 @@ fn escape(text: &str) -> String {
     text.chars().flat_map(|c| special(c).then_some('\\').into_iter().chain([c])).collect()
 }
 
-impl<'a> Model<'a> {
-    fn parse(bytes: &'a [u8]) -> Result<Self, String> {
-        let mut model = Model {
+impl Default for Model<'_> {
+    fn default() -> Self {
+        Model {
             pieces: Vec::new(),
             model_type: 1,
             byte_fallback: false,
@@ -215,7 +225,19 @@ impl<'a> Model<'a> {
             add_dummy_prefix: true,
             remove_extra_whitespaces: true,
             escape_whitespaces: true,
-        };
+        }
+    }
+}
+
+impl<'a> Model<'a> {
+    /// A model that is not in SentencePiece's own format, with the names of BOS, EOS and PAD.
+    pub(super) fn of_pieces(pieces: Vec<Piece<'a>>, [bos_piece, eos_piece, pad_piece]: [&'a str; 3]) -> Self {
+        let byte_fallback = pieces.iter().any(|p| p.kind == BYTE);
+        Model { pieces, byte_fallback, bos_piece, eos_piece, pad_piece, ..Model::default() }
+    }
+
+    fn parse(bytes: &'a [u8]) -> Result<Self, String> {
+        let mut model = Model::default();
         for field in Message(bytes) {
             match field? {
                 (1, Field::Bytes(piece)) => {

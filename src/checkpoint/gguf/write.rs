@@ -1,0 +1,210 @@
+//! Writing of models as GGUF files, which llama.cpp and what is built on it load.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use tch::{Kind, Tensor};
+
+use super::names::{self, OUTPUT, ROPE_FREQS, TOKEN_EMBEDDING, architecture};
+use super::quants::{dequantize, quantize};
+use super::shape;
+use crate::checkpoint::convert::{Stored, to_meta_order};
+use crate::checkpoint::source::{Source, for_chunks};
+use crate::config::shape::{Family, Shape};
+use crate::data::tokenizer::{Tokenizer, gguf};
+use crate::error::{Error, Result};
+use crate::files::AtomicFile;
+use crate::gguf::{Dtype, Metadata, Value, Writer};
+use crate::model::layout::layouts;
+
+/// ggml's number for the way in which blocks are laid out.
+const QUANTIZATION_VERSION: i64 = 2;
+
+/// A tensor of the file.
+struct Planned {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<i64>,
+    /// The model's tensors that lie in it, one after the other.
+    from: Vec<String>,
+    rotary: bool,
+}
+
+/// What a file will hold.
+pub(in crate::checkpoint) struct Plan {
+    shape: Shape,
+    tensors: Vec<Planned>,
+    /// Where each tensor of the model lies in `tensors`.
+    places: HashMap<String, usize>,
+    file_type: i64,
+}
+
+impl Plan {
+    /// `stored`: of the matrices; none: each as it is in `source`. Vectors and a router are float32, as ggml wants them; with
+    /// 4 bits embedding and head have 8; rows that are no whole blocks are float16.
+    ///
+    /// # Errors
+    /// Of kind Data: what the format, or llama.cpp, cannot express.
+    pub fn new(shape: &Shape, source: &Source, stored: Option<Stored>) -> Result<Plan> {
+        shape.predicts().map_err(|e| e.context("GGUF has no place for a scalar head"))?;
+        let refused = |what: String| Err(Error::data(format!("GGUF cannot express this model: {what}")));
+        if let (Some(window), Family::Qwen2 | Family::Qwen3) = (shape.sliding_window, shape.family) {
+            return refused(format!("a sliding window (of {window} positions) in a {:?}", shape.family));
+        }
+        let (mut tensors, mut places): (Vec<Planned>, _) = (Vec::new(), HashMap::new());
+        for spec in layouts(shape).into_iter().flat_map(|l| l.specs) {
+            let Some(place) = names::place(&spec.name, shape, false) else {
+                return refused(format!("it has no place for `{}`", spec.name));
+            };
+            let at = match tensors.iter().position(|t| t.name == place.tensor) {
+                Some(at) => at,
+                None => {
+                    let kind = source.view(&spec.name)?.kind;
+                    tensors.push(Planned {
+                        dtype: dtype(&place.tensor, &spec.shape, stored.unwrap_or(Stored::Kind(kind))),
+                        name: place.tensor,
+                        shape: spec.shape.clone(),
+                        from: Vec::new(),
+                        rotary: place.rotary,
+                    });
+                    tensors.len() - 1
+                }
+            };
+            tensors[at].from.push(spec.name.clone());
+            places.insert(spec.name, at);
+            if place.expert.is_some() {
+                let n = tensors[at].from.len() as i64;
+                tensors[at].shape = [&[n], spec.shape.as_slice()].concat();
+            }
+        }
+        let most = tensors
+            .iter()
+            .max_by_key(|t| tensors.iter().filter(|u| u.dtype == t.dtype).map(Planned::numel).sum::<i64>());
+        let file_type = match most.map_or(Dtype::F32, |t| t.dtype) {
+            Dtype::F16 => 1,
+            Dtype::Q4_0 => 2,
+            Dtype::Q4_1 => 3,
+            Dtype::Q8_0 => 7,
+            Dtype::BF16 => 32,
+            _ => 0,
+        };
+        Ok(Plan { shape: shape.clone(), tensors, places, file_type })
+    }
+
+    /// Bytes of the tensors.
+    pub fn bytes(&self) -> u64 {
+        self.tensors.iter().map(|t| t.dtype.bytes(t.numel())).sum()
+    }
+
+    /// A tensor of the model as it is read back.
+    pub fn rounded(&self, name: &str, t: &Tensor) -> Result<Tensor> {
+        let dtype = self.tensors[self.places[name]].dtype;
+        if let Some(kind) = kind(dtype) {
+            return Ok(t.f_to_kind(kind)?);
+        }
+        let mut numbers = vec![0f32; t.numel()];
+        let mut at = 0;
+        blocks(t, dtype, |part| {
+            let n = part.len() / dtype.block_bytes() * dtype.block_len();
+            dequantize(dtype, part, &mut numbers[at..at + n]);
+            at += n;
+            Ok(())
+        })?;
+        Ok(Tensor::from_slice(&numbers).f_view(t.size().as_slice())?)
+    }
+
+    /// Writes the file, which has no name yet, and tells what gets lost of the tokenizer; `done` counts the bytes.
+    pub fn write(
+        &self,
+        to: &Path,
+        source: &Source,
+        tokenizer: Option<&Tokenizer>,
+        name: &str,
+        done: &AtomicU64,
+    ) -> Result<(AtomicFile, Option<gguf::Loss>)> {
+        let mut metadata = Metadata::default();
+        for (key, value) in [
+            ("general.architecture", Value::Text(architecture(self.shape.family).into())),
+            ("general.type", Value::Text("model".into())),
+            ("general.name", Value::Text(name.into())),
+            ("general.file_type", Value::Integer(self.file_type)),
+            ("general.quantization_version", Value::Integer(QUANTIZATION_VERSION)),
+        ] {
+            metadata.set(key, value);
+        }
+        shape::write(&self.shape, &mut metadata);
+        let loss = match tokenizer {
+            Some(tokenizer) => gguf::write(tokenizer, self.shape.vocab_size, &mut metadata)?,
+            None => {
+                metadata.set("tokenizer.ggml.model", Value::Text("none".into()));
+                None
+            }
+        };
+        let factors = shape::rope_factors(&self.shape).map(|factors| (vec![factors.len() as i64], factors));
+        let table = factors.iter().map(|(shape, _)| (ROPE_FREQS, Dtype::F32, shape.as_slice()));
+        let tensors = self.tensors.iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice()));
+        let mut writer = Writer::create(to, &metadata, table.chain(tensors))?;
+        if let Some((_, factors)) = &factors {
+            let bytes: Vec<u8> = factors.iter().flat_map(|x| x.to_le_bytes()).collect();
+            writer.tensor(|put| put(&bytes))?;
+        }
+        for planned in &self.tensors {
+            writer.tensor(|put| {
+                for name in &planned.from {
+                    let t = source.tensor(name)?;
+                    let t = if planned.rotary { to_meta_order(&t, self.shape.head_dim)? } else { t };
+                    match kind(planned.dtype) {
+                        Some(kind) => for_chunks(&t, kind, &mut *put)?,
+                        None => blocks(&t, planned.dtype, &mut *put)?,
+                    }
+                }
+                Ok(())
+            })?;
+            done.fetch_add(planned.dtype.bytes(planned.numel()), Relaxed);
+        }
+        Ok((writer.finish()?, loss))
+    }
+}
+
+impl Planned {
+    fn numel(&self) -> i64 {
+        self.shape.iter().product()
+    }
+}
+
+/// What a tensor of this name and shape is stored as.
+fn dtype(name: &str, shape: &[i64], stored: Stored) -> Dtype {
+    if shape.len() < 2 || name.ends_with(".ffn_gate_inp.weight") {
+        return Dtype::F32;
+    }
+    match stored {
+        Stored::Kind(Kind::Half) => Dtype::F16,
+        Stored::Kind(Kind::BFloat16) => Dtype::BF16,
+        Stored::Kind(_) => Dtype::F32,
+        Stored::Blocks(_) if shape[1] % Dtype::Q8_0.block_len() as i64 != 0 => Dtype::F16,
+        Stored::Blocks(_) if [OUTPUT, TOKEN_EMBEDDING].contains(&name) => Dtype::Q8_0,
+        Stored::Blocks(blocks) => blocks,
+    }
+}
+
+/// The dtype of libtorch's that is the same; none for blocks.
+fn kind(dtype: Dtype) -> Option<Kind> {
+    match dtype {
+        Dtype::F32 => Some(Kind::Float),
+        Dtype::F16 => Some(Kind::Half),
+        Dtype::BF16 => Some(Kind::BFloat16),
+        _ => None,
+    }
+}
+
+/// Gives a tensor as blocks, in the order of its elements, a few megabytes at a time.
+fn blocks(t: &Tensor, dtype: Dtype, mut put: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    let mut bytes = Vec::new();
+    for_chunks(t, Kind::Float, |part| {
+        let numbers: Vec<f32> = part.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x)).collect();
+        bytes.clear();
+        quantize(dtype, &numbers, &mut bytes);
+        put(&bytes)
+    })
+}

@@ -5,6 +5,7 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::AtomicU64;
 
 use common::run::folder;
@@ -245,4 +246,35 @@ fn a_model_scores_alike_from_both_formats() {
         model.next_token_logits(&hidden).unwrap()
     };
     assert_eq!(logits(&file), logits(&model("llama2")));
+}
+
+#[test]
+fn inspect_tells_what_a_file_holds() {
+    let inspect = |path: &Path| {
+        let output = Command::new(env!("CARGO_BIN_EXE_corral"))
+            .args(["inspect", "--json"])
+            .arg(path)
+            .output()
+            .unwrap();
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (report, output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (report, code, _) = inspect(&fixture("mixtral-00001-of-00002.gguf"));
+    assert_eq!(code, Some(0), "{report}");
+    assert_eq!(
+        (&report["format"], &report["architecture"], &report["complete"]),
+        (&"gguf".into(), &"llama".into(), &true.into())
+    );
+    assert_eq!(report["files"].as_array().unwrap().len(), 2);
+    let golden = Weights::open(&model("mixtral")).unwrap().into_source().unwrap();
+    let parameters: i64 = golden.views.values().map(|view| view.numel()).sum();
+    assert_eq!(report["parameters"]["total"], parameters);
+    assert_eq!(report["parts"][0]["vocab_size"], 600);
+    // Cut off within its last tensor.
+    let bytes = fs::read(fixture("qwen2.gguf")).unwrap();
+    let cut = folder("inspect").join("cut.gguf");
+    fs::write(&cut, &bytes[..bytes.len() - 64]).unwrap();
+    let (report, code, said) = inspect(&cut);
+    assert_eq!((code, &report["complete"]), (Some(3), &false.into()), "{report}");
+    assert!(said.contains("cut.gguf") && said.contains("the file is damaged"), "{said}");
 }

@@ -145,10 +145,14 @@ impl Conversion {
 
     /// Bytes of the tensors as they will be.
     pub fn bytes(&self) -> Result<u64> {
-        if let Some(plan) = &self.plan {
-            return Ok(plan.bytes());
+        self.specs().map(|s| self.bytes_of(&s)).sum()
+    }
+
+    fn bytes_of(&self, spec: &Spec) -> Result<u64> {
+        match &self.plan {
+            Some(plan) => Ok(plan.bytes_of(&spec.name, spec.numel())),
+            None => Ok(self.entry(spec)?.bytes()),
         }
-        self.specs().map(|s| Ok(self.entry(&s)?.bytes())).sum()
     }
 
     /// Writes the model to the folder, or the GGUF file, `to`: complete, checked against its source, or not at all; a model
@@ -328,7 +332,7 @@ impl Conversion {
                 return Err(Error::failed(format!("`{}` is another tensor when it is read back", spec.name)));
             }
             narrowed |= theirs.kind() != rounded.kind() || !rounded.f_equal(&theirs)?;
-            let size = self.entry(&spec)?.bytes();
+            let size = self.bytes_of(&spec)?;
             (num_tensors, bytes) = (num_tensors + 1, bytes + size);
             done.fetch_add(size, Relaxed);
         }

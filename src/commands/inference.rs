@@ -27,7 +27,8 @@ const TIMEOUT: Duration = Duration::from_secs(1800);
 
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
-    /// The model: a Hugging Face folder, a folder in Meta's format, an adapter, a run's folder, or a checkpoint
+    /// The model: a Hugging Face folder, a GGUF file, a folder in Meta's format, an adapter, a run's folder, a checkpoint, or a
+    /// name that `corral get` fetched
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
     /// What to compute in [default: float32 on a CPU, bfloat16 on a GPU]

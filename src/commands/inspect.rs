@@ -12,16 +12,18 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::check::size;
+use crate::checkpoint::fetched::fetched;
 use crate::checkpoint::{in_hub_cache, sharded};
 use crate::data::tokenizer::folder_has_tokenizer;
 use crate::error::{Error, Result};
 use crate::files::{exists, is_dir, read_error};
+use crate::gguf::{is_gguf, models_in};
 use crate::telemetry::console::grouped;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Folder of a model, adapter, checkpoint, run, tokenizer or of token shards; a file of tensors (.safetensors, .pth,
-    /// .bin) or tokens; a hub id that the local hub cache holds
+    /// Folder of a model, adapter, checkpoint, run, tokenizer or of token shards; a file of tensors (.safetensors, .gguf, .pth,
+    /// .bin) or tokens; a name that `corral get` fetched, or a hub id that the local hub cache holds
     path: PathBuf,
     /// Print one JSON object
     #[arg(long)]
@@ -44,7 +46,10 @@ struct Depth {
 /// Prints what is there. What is damaged or incomplete is printed too, and ends in an error of kind Data.
 pub fn run(args: Args) -> Result<()> {
     let depth = Depth { tensors: args.tensors, checksums: args.checksums };
-    let path = if exists(&args.path)? { args.path } else { in_hub_cache(&args.path)? };
+    let path = match exists(&args.path)? {
+        true => args.path,
+        false => fetched(&args.path)?.map_or_else(|| in_hub_cache(&args.path), Ok)?,
+    };
     let report = inspect(&path, depth)?;
     if args.json {
         println!("{}", report.to_json());
@@ -198,6 +203,7 @@ fn inspect(path: &Path, depth: Depth) -> Result<Report> {
         return match name.as_ref() {
             "tokenizer.json" | "tokenizer.model" | "qwen.tiktoken" => Ok(data::tokenizer(path)),
             name if name.ends_with(".safetensors") || tensors::is_torch_file(path) => Ok(tensors::file(path)),
+            _ if is_gguf(path) => model::gguf(path, depth),
             "trace.jsonl" => trace::trace(path),
             name if name.ends_with(".tokens") => Ok(data::tokens(path, depth)),
             _ => Err(unknown(path)),
@@ -219,6 +225,7 @@ fn inspect(path: &Path, depth: Depth) -> Result<Report> {
         () if any("shard-", ".tokens") => data::tokens(path, depth),
         () if has("train") || has("valid") => data::dataset(path, depth)?,
         () if folder_has_tokenizer(path)? => data::tokenizer(path),
+        () if let [only] = models_in(path)?.as_slice() => model::gguf(only, depth)?,
         () => return Err(unknown(path)),
     })
 }
@@ -227,7 +234,7 @@ fn unknown(path: &Path) -> Error {
     Error::data(format!(
         "{}: nothing that is known; a model has config.json or params.json, an adapter adapter_config.json, a checkpoint \
          {}, a run config.yaml, a tokenizer tokenizer.json, token shards shard-*.tokens, and single files end in \
-         .safetensors, .pth, .bin or .tokens, or are a trace.jsonl",
+         .safetensors, .gguf, .pth, .bin or .tokens, or are a trace.jsonl",
         path.display(),
         sharded::META
     ))

@@ -125,6 +125,22 @@ def their_greedy(llm, ids, n):
             return out
 
 
+@pytest.mark.parametrize("name", ["llama2", "llama3", "tied", "mistral", "qwen2", "mixtral"])
+def test_llama_cpp_computes_what_transformers_does(tmp_path, name):
+    """Logits of ours in llama.cpp; a Mistral's only within its window, which llama.cpp leaves out."""
+    llama = llama_cpp()
+    run("corral", "convert", "--from", GOLDEN / name, "--to", tmp_path / "model.gguf", "--format", "gguf")
+    llm = llama.Llama(str(tmp_path / "model.gguf"), n_ctx=256, logits_all=True, verbose=False, type_k=0, type_v=0)
+    ids = [3 + i * 7 % 500 for i in range(7 if name == "mistral" else 150)]
+    llm.eval(ids)
+    theirs = torch.tensor(np.array(llm.scores[: len(ids)]))
+    ours = logits(AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32).eval(), ids)
+    assert (ours - theirs).abs().max() <= 1e-4
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / name)
+    for text in TEXTS:
+        assert llm.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text)["input_ids"], text
+
+
 @needs_real
 @pytest.mark.parametrize("dtype", ["float32", "q8_0", "q4_1"])
 def test_llama_cpp_answers_as_we_do(tmp_path, made, dtype):

@@ -92,9 +92,9 @@ impl Plan {
         Ok(Plan { shape: shape.clone(), tensors, places, file_type })
     }
 
-    /// Bytes of the tensors.
-    pub fn bytes(&self) -> u64 {
-        self.tensors.iter().map(|t| t.dtype.bytes(t.numel())).sum()
+    /// Bytes of a tensor of the model.
+    pub fn bytes_of(&self, name: &str, numel: i64) -> u64 {
+        self.tensors[self.places[name]].dtype.bytes(numel)
     }
 
     /// A tensor of the model as it is read back.

@@ -10,9 +10,10 @@ use super::{Depth, Report, data, is_there, names};
 use crate::checkpoint::safetensors::Reader;
 use crate::checkpoint::sharded::{self, META};
 use crate::checkpoint::{Checkpoint, ModelRecord, Weights, in_hub_cache, read_object};
-use crate::data::tokenizer::folder_has_tokenizer;
+use crate::data::tokenizer::{folder_has_tokenizer, gguf::has_tokenizer};
 use crate::error::{Context, Result};
-use crate::files::{crc32, exists, look};
+use crate::files::{crc32, exists, look, parent};
+use crate::gguf::{Gguf, parts};
 use crate::model::layout::LM_HEAD;
 
 /// Where a folder's weights may be, in the order in which they are looked for: a file, or an index of files.
@@ -44,9 +45,19 @@ pub fn model(dir: &Path, depth: Depth) -> Result<Report> {
     // What the folder holds, whatever it should hold.
     let tensors = describe(&mut report, dir, &files);
     report.fact("parameters", parameters(tensors.iter().map(|t| (t.name.as_str(), t.numel()))));
+    shape_of(&mut report, dir);
+    tokenizer_beside(&mut report, dir);
+    if depth.tensors {
+        list(&mut report, &tensors);
+    }
+    Ok(report)
+}
+
+/// Notes the shape of a model, and its parameters by that.
+fn shape_of(report: &mut Report, path: &Path) {
     // What is missing, superfluous or of another shape; files that are damaged or missing are told already.
     if report.problems.is_empty()
-        && let Some(weights) = report.noted(Weights::open(dir))
+        && let Some(weights) = report.noted(Weights::open(path))
     {
         report.fact("shape", json!(weights.shape()));
         if let Some(Some(scoring)) = report.noted(weights.scoring()) {
@@ -61,9 +72,28 @@ pub fn model(dir: &Path, depth: Depth) -> Result<Report> {
             report.fact("parameters", parameters(names.into_iter().map(|name| (name, numel(name)))));
         }
     }
-    tokenizer_beside(&mut report, dir);
-    if depth.tensors {
-        list(&mut report, &tensors);
+}
+
+/// A GGUF file, or the first of its parts.
+pub fn gguf(path: &Path, depth: Depth) -> Result<Report> {
+    let mut report = Report::new("model", path);
+    report.fact("format", "gguf");
+    let files = report.noted(parts(path)).unwrap_or_else(|| vec![path.to_path_buf()]);
+    let first = report.noted(Gguf::open(path));
+    if let Some(file) = &first {
+        for (fact, key) in [("architecture", "general.architecture"), ("name", "general.name")] {
+            report.fact(fact, file.metadata.text(key).ok().flatten());
+        }
+        let names = files.iter().filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned()));
+        let tensors = describe(&mut report, parent(path), &names.collect::<Vec<_>>());
+        report.fact("parameters", parameters(tensors.iter().map(|t| (t.name.as_str(), t.numel()))));
+        shape_of(&mut report, path);
+        if report.noted(has_tokenizer(&file.metadata)) == Some(true) {
+            compare_tokenizer(&mut report, path);
+        }
+        if depth.tensors {
+            list(&mut report, &tensors);
+        }
     }
     Ok(report)
 }
@@ -94,10 +124,14 @@ fn hf_files(report: &mut Report, dir: &Path) -> Result<Vec<String>> {
 
 /// Adds the tokenizer that lies beside a model, and compares their vocabularies.
 fn tokenizer_beside(report: &mut Report, dir: &Path) {
-    if report.noted(folder_has_tokenizer(dir)) != Some(true) {
-        return;
+    if report.noted(folder_has_tokenizer(dir)) == Some(true) {
+        compare_tokenizer(report, dir);
     }
-    let tokenizer = data::tokenizer(dir);
+}
+
+/// Adds a model's tokenizer, and compares their vocabularies.
+fn compare_tokenizer(report: &mut Report, path: &Path) {
+    let tokenizer = data::tokenizer(path);
     let size = |value: Option<&Value>| value.and_then(Value::as_u64);
     let model = size(report.facts.get("shape").and_then(|s| s.get("vocab_size")));
     let (Some(ids), Some(rows)) = (size(tokenizer.facts.get("vocab_size")), model) else {

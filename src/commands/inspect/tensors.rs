@@ -10,6 +10,7 @@ use super::Report;
 use crate::checkpoint::safetensors::Reader;
 use crate::checkpoint::torch_file;
 use crate::error::Result;
+use crate::gguf::{self, Gguf, is_gguf};
 
 /// A tensor as a file describes it.
 pub struct Described {
@@ -25,8 +26,18 @@ impl Described {
     }
 }
 
-/// What a file of tensors describes: `torch.save`'s by its name, else safetensors.
+/// What a file of tensors describes: `torch.save`'s and GGUF by their names, else safetensors.
 fn open(path: &Path) -> Result<Vec<Described>> {
+    if is_gguf(path) {
+        let file = Gguf::open(path)?;
+        let describe = |info: &gguf::Info| Described {
+            name: info.name.clone(),
+            dtype: info.dtype.to_string(),
+            shape: info.shape.iter().map(|d| *d as usize).collect(),
+            bytes: info.dtype.bytes(info.numel()),
+        };
+        return Ok(file.tensors().iter().map(describe).collect());
+    }
     if is_torch_file(path) {
         let reader = torch_file::Reader::open(path)?;
         let describe = |(name, kind, shape): (&str, Kind, &[i64])| {
@@ -105,14 +116,14 @@ pub fn list(report: &mut Report, tensors: &[Described]) {
 pub fn group_of(name: &str) -> &'static str {
     let has = |parts: &[&str]| parts.iter().any(|part| name.contains(part));
     match () {
-        () if has(&["rotary_emb", "rope.freqs"]) => "other",
+        () if has(&["rotary_emb", "rope.freqs", "rope_freqs"]) => "other",
         () if has(&["norm", "ln_1", "ln_2", "ln_f"]) => "norms",
-        () if has(&["embed_tokens", "tok_embeddings", "wte"]) => "embedding",
+        () if has(&["embed_tokens", "tok_embeddings", "wte", "token_embd"]) => "embedding",
         () if has(&["lm_head", "score."]) || name.starts_with("output.") => "head",
-        () if has(&["block_sparse_moe.gate.", "mlp.gate."]) => "router",
-        () if has(&[".experts."]) => "experts",
+        () if has(&["block_sparse_moe.gate.", "mlp.gate.", "ffn_gate_inp."]) => "router",
+        () if has(&[".experts.", "_exps."]) => "experts",
         () if has(&["attn", "attention"]) => "attention",
-        () if has(&["mlp", "feed_forward"]) => "mlp",
+        () if has(&["mlp", "feed_forward", "ffn_"]) => "mlp",
         () => "other",
     }
 }
@@ -167,6 +178,14 @@ mod tests {
             ("layers.3.feed_forward.w1.weight", "mlp"),
             ("model.layers.0.block_sparse_moe.gate.weight", "router"),
             ("model.layers.0.block_sparse_moe.experts.7.w1.weight", "experts"),
+            ("token_embd.weight", "embedding"),
+            ("blk.0.attn_q.weight", "attention"),
+            ("blk.0.attn_norm.weight", "norms"),
+            ("blk.0.ffn_norm.weight", "norms"),
+            ("blk.0.ffn_down.weight", "mlp"),
+            ("blk.0.ffn_gate_inp.weight", "router"),
+            ("blk.0.ffn_down_exps.weight", "experts"),
+            ("rope_freqs.weight", "other"),
             ("model.norm.weight", "norms"),
             ("lm_head.weight", "head"),
             ("output.weight", "head"),

@@ -77,3 +77,5 @@ printf '\nThe models are in runs/demo*/model (Hugging Face format), their metric
 printf 'evaluations in runs/demo-*/*.answers.jsonl. TensorBoard: tensorboard --logdir runs\n\n'
 printf '  %-12s %-50s %8s %8s %8s\n%s' stage metric before after time "$table"
 printf '\nWall time:\n%s  %-12s %4d s, evaluations included\n' "$times" total $(($(date +%s) - total))
+printf '\nThis was a small model on data of its own. A real one, and how it learns from your chats: README.md, "A real model"; it begins with\n'
+printf '  %s get smollm2-135m-instruct\n' "$bin/corral"

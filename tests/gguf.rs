@@ -122,6 +122,18 @@ fn all_families_go_there_and_back() {
             assert_eq!(a.chat_template().map(|t| &t.source), b.chat_template().map(|t| &t.source), "{name}");
         }
     }
+    // A Qwen 3 whose window is off.
+    let off = dir.join("qwen3-off");
+    fs::create_dir_all(&off).unwrap();
+    for entry in fs::read_dir(model("qwen3")).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, off.join(path.file_name().unwrap())).unwrap();
+    }
+    let mut config: Value = serde_json::from_slice(&fs::read(off.join("config.json")).unwrap()).unwrap();
+    config["use_sliding_window"] = false.into();
+    config["layer_types"] = Value::Null;
+    fs::write(off.join("config.json"), config.to_string()).unwrap();
+    convert(&off, &dir.join("qwen3-off.gguf"), Target::Gguf, Some(Stored::Blocks(Dtype::Q8_0))).unwrap();
     // Its second block alone has a window.
     let e = convert(&model("qwen3"), &dir.join("qwen3.gguf"), Target::Gguf, None).unwrap_err();
     assert!(e.exit_code() == 3 && e.message.contains("cannot express this model: a sliding window"), "{e}");

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes the Python environment .interop/ (scripts/interop.txt) for `make interop` and `make bench`.
-# Milliseconds when it is there already. INTEROP=full also builds llama.cpp (llama-cpp-python, some ten minutes on two cores).
+# Milliseconds when it is there already. INTEROP=full also builds llama.cpp (llama-cpp-python, minutes).
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

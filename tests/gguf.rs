@@ -290,3 +290,52 @@ fn inspect_tells_what_a_file_holds() {
     assert_eq!((code, &report["complete"]), (Some(3), &false.into()), "{report}");
     assert!(said.contains("cut.gguf") && said.contains("the file is damaged"), "{said}");
 }
+
+/// A model that `corral get` fetched goes by its name, also where a run names it as what it was trained from.
+#[test]
+fn fetched_models_go_by_their_names() {
+    let dir = folder("fetched");
+    let name = "smollm2-135m-instruct";
+    let corral = |args: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_corral"))
+            .args(args)
+            .env("CORRAL_HOME", dir.join("home"))
+            .current_dir(&dir)
+            .output()
+            .unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout) + &text(output.stderr))
+    };
+    let (code, said) = corral(&["inspect", name]);
+    assert!(
+        code == Some(3) && said.contains("is not fetched: `corral get smollm2-135m-instruct` does it"),
+        "{said}"
+    );
+    // Another model in its place, which is small.
+    let store = dir.join("home/models").join(name);
+    fs::create_dir_all(&store).unwrap();
+    for entry in fs::read_dir(model("llama2")).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, store.join(path.file_name().unwrap())).unwrap();
+    }
+    let (code, said) = corral(&["get", name]);
+    assert!(code == Some(0) && said.contains("smollm2-135m-instruct is in "), "{said}");
+    fs::write(dir.join("chats.jsonl"), "{\"prompt\": \"Hello\", \"completion\": \" world\"}\n".repeat(4))
+        .unwrap();
+    fs::write(
+        dir.join("sft.yaml"),
+        "output_dir: run\nmodel: {path: smollm2-135m-instruct}\ntokenizer: {template: '{prompt}{completion}'}\n\
+         data: {train: [chats.jsonl], sequence_length: 32, cache: cache}\nlora: {rank: 2, alpha: 4}\n\
+         optim: {lr: 1.0e-3}\ntrain: {steps: 1, batch_size: 2}\n",
+    )
+    .unwrap();
+    let (code, said) = corral(&["sft", "--config", "sft.yaml", "--device", "cpu"]);
+    assert_eq!(code, Some(0), "{said}");
+    let checkpoint = fs::read_dir(dir.join("run/checkpoints")).unwrap().next().unwrap().unwrap().path();
+    let (code, said) = corral(&["inspect", checkpoint.to_str().unwrap()]);
+    assert!(code == Some(0) && said.contains("complete"), "{said}");
+    // What lies under that name in the folder comes first.
+    fs::create_dir(dir.join(name)).unwrap();
+    let (code, said) = corral(&["inspect", name]);
+    assert!(code == Some(3) && said.contains("nothing that is known"), "{said}");
+}

@@ -57,7 +57,7 @@ pub fn store() -> Result<PathBuf> {
 ///
 /// # Errors
 /// Of kind Data: there is such a model, and it was not fetched.
-pub fn fetched(path: &Path) -> Result<Option<PathBuf>> {
+pub(super) fn fetched(path: &Path) -> Result<Option<PathBuf>> {
     let Some(known) = path.to_str().and_then(known) else { return Ok(None) };
     let folder = store()?.join(known.name);
     match is_file(&folder.join("config.json"))? {

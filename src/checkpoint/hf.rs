@@ -13,7 +13,7 @@ use super::ours::{OURS, Ours, Scoring};
 use super::safetensors::{self, Entry, Writer};
 use super::source::{Source, TensorFile};
 use super::torch_file;
-use super::unfit::{Unfit, common_prefix};
+use super::unfit::Unfit;
 use crate::config::shape::Shape;
 use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
 use crate::distributed::sharded::{Sharded, Spec};
@@ -114,17 +114,7 @@ fn find_tensors(
         size[0] += spec.shape[0];
         places.push((spec, tensor, row));
     }
-    let mut unfit = Unfit::default();
-    for (name, shape) in &wanted {
-        if !found.contains(name) {
-            unfit.missing.push(format!("`{name}` {shape:?} is missing"));
-            continue;
-        }
-        let view = files.view(name)?;
-        if view.shape != *shape {
-            unfit.wrong.push(format!("`{name}` is {:?} and should be {shape:?}", view.shape));
-        }
-    }
+    let mut unfit = Unfit::of(&wanted, &files)?;
     let mut tables = Vec::new();
     for name in found.iter().filter(|name| !wanted.contains_key(*name)) {
         match name.ends_with(INV_FREQ) {
@@ -138,12 +128,6 @@ fn find_tensors(
             }
         }
     }
-    let names = |all: &mut dyn Iterator<Item = &'_ String>| all.cloned().collect::<Vec<_>>();
-    let (wanted, found) = (names(&mut wanted.keys()), names(&mut found.iter()));
-    unfit.hint = common_prefix(
-        &wanted.iter().map(String::as_str).collect(),
-        &found.iter().map(String::as_str).collect(),
-    );
     unfit.into_result("the tensors do not fit its config.json")?;
     warnings.extend(check_tables(&files, &tables, shape)?);
     files.left_out = tables;

@@ -37,10 +37,7 @@ impl ModelFolder {
     /// # Errors
     /// Of kind Data: there is no such folder, or no model or several in it; the newest checkpoint is damaged.
     pub fn find(path: &Path) -> Result<ModelFolder> {
-        let found = match exists(path)? {
-            true => path.to_path_buf(),
-            false => fetched(path)?.map_or_else(|| in_hub_cache(path), Ok)?,
-        };
+        let found = locate(path)?;
         let path = found.as_path();
         if is_gguf(path) && is_file(path)? {
             return Ok(ModelFolder::Gguf(found));
@@ -84,6 +81,18 @@ impl ModelFolder {
             path.display(),
             peft::CONFIG
         )))
+    }
+}
+
+/// The path itself where something is there, else the folder of the model that `corral get` fetched under this name, else
+/// that of a hub id in the local hub cache.
+///
+/// # Errors
+/// Of kind Data: there is none of these.
+pub fn locate(path: &Path) -> Result<PathBuf> {
+    match exists(path)? {
+        true => Ok(path.to_path_buf()),
+        false => fetched(path)?.map_or_else(|| in_hub_cache(path), Ok),
     }
 }
 

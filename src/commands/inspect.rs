@@ -12,11 +12,10 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::check::size;
-use crate::checkpoint::fetched::fetched;
-use crate::checkpoint::{in_hub_cache, sharded};
+use crate::checkpoint::{locate, sharded};
 use crate::data::tokenizer::folder_has_tokenizer;
 use crate::error::{Error, Result};
-use crate::files::{exists, is_dir, read_error};
+use crate::files::{is_dir, read_error};
 use crate::gguf::{is_gguf, models_in};
 use crate::telemetry::console::grouped;
 
@@ -46,10 +45,7 @@ struct Depth {
 /// Prints what is there. What is damaged or incomplete is printed too, and ends in an error of kind Data.
 pub fn run(args: Args) -> Result<()> {
     let depth = Depth { tensors: args.tensors, checksums: args.checksums };
-    let path = match exists(&args.path)? {
-        true => args.path,
-        false => fetched(&args.path)?.map_or_else(|| in_hub_cache(&args.path), Ok)?,
-    };
+    let path = locate(&args.path)?;
     let report = inspect(&path, depth)?;
     if args.json {
         println!("{}", report.to_json());

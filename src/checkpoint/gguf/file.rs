@@ -61,7 +61,8 @@ impl TensorFile for Reader {
         let (len, bytes) = (info.dtype.block_len(), info.dtype.block_bytes());
         // The first block may begin before what is wanted, and the last end after it.
         let (mut at, end) = (first as usize, first as usize + n);
-        let (mut blocks, mut numbers) = (vec![0; bytes * BLOCKS], vec![0f32; len * BLOCKS]);
+        let most = (end.div_ceil(len) - at / len).min(BLOCKS);
+        let (mut blocks, mut numbers) = (vec![0; bytes * most], vec![0f32; len * most]);
         let mut out = to.chunks_exact_mut(element);
         while at < end {
             let (from, skip) = (at / len, at % len);

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use self::file::Reader;
 use self::names::{Place, ROPE_FREQS};
 use super::source::{Block, Order, Source, TensorFile, View};
-use super::unfit::{Unfit, common_prefix};
+use super::unfit::Unfit;
 use crate::config::shape::Shape;
 use crate::error::{Context, Error, Result};
 use crate::gguf::{Gguf, parts};
@@ -119,26 +119,10 @@ fn find_tensors(files: Source, shape: &Shape) -> Result<Source> {
         wanted.insert(place.tensor.clone(), whole);
         places.push((spec, place));
     }
-    let mut unfit = Unfit::default();
-    for (name, shape) in &wanted {
-        if !found.contains(name) {
-            unfit.missing.push(format!("`{name}` {shape:?} is missing"));
-            continue;
-        }
-        let view = files.view(name)?;
-        if view.shape != *shape {
-            unfit.wrong.push(format!("`{name}` is {:?} and should be {shape:?}", view.shape));
-        }
-    }
+    let mut unfit = Unfit::of(&wanted, &files)?;
     let family = shape.family;
     let extra = found.iter().filter(|name| !wanted.contains_key(*name) && *name != ROPE_FREQS);
     unfit.extra.extend(extra.map(|name| format!("`{name}` belongs to no {family:?}")));
-    let names = |all: &mut dyn Iterator<Item = &'_ String>| all.cloned().collect::<Vec<_>>();
-    let (wanted, found) = (names(&mut wanted.keys()), names(&mut found.iter()));
-    unfit.hint = common_prefix(
-        &wanted.iter().map(String::as_str).collect(),
-        &found.iter().map(String::as_str).collect(),
-    );
     unfit.into_result("the tensors do not fit its metadata")?;
     let views = places
         .into_iter()

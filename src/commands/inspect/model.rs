@@ -9,10 +9,10 @@ use super::tensors::{Described, describe, list, parameters};
 use super::{Depth, Report, data, is_there, names};
 use crate::checkpoint::safetensors::Reader;
 use crate::checkpoint::sharded::{self, META};
-use crate::checkpoint::{Checkpoint, ModelRecord, Weights, in_hub_cache, read_object};
+use crate::checkpoint::{Checkpoint, ModelRecord, Weights, locate, read_object};
 use crate::data::tokenizer::{folder_has_tokenizer, gguf::has_tokenizer};
 use crate::error::{Context, Result};
-use crate::files::{crc32, exists, look, parent};
+use crate::files::{crc32, look, parent};
 use crate::gguf::{Gguf, parts};
 use crate::model::layout::LM_HEAD;
 
@@ -163,10 +163,7 @@ pub fn checkpoint(dir: &Path, depth: Depth) -> Result<Report> {
         report.fact("models", json!(meta.models.iter().map(model_line).collect::<Vec<_>>()));
         if let Some(base) = &meta.base {
             report.fact("base", json!(base));
-            let path = Path::new(&base.path);
-            if report.noted(exists(path)) == Some(false) {
-                report.noted(in_hub_cache(path).context("the model that it was trained from"));
-            }
+            report.noted(locate(Path::new(&base.path)).context("the model that it was trained from"));
         }
         let tensors = meta.groups.iter().flat_map(|g| &g.tensors);
         let numel = |shape: &[i64]| shape.iter().product::<i64>() as u64;

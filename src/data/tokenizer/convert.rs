@@ -1,4 +1,4 @@
-//! What both conversions to a `tokenizers` definition need.
+//! What the conversions to a `tokenizers` definition share.
 
 use super::invalid;
 use crate::error::Result;
@@ -109,4 +109,52 @@ pub(super) fn post_processor(begin: Option<(&str, u32)>, end: Option<(&str, u32)
         "pair": pair,
         "special_tokens": special,
     })
+}
+
+/// What byte-level BPEs differ in.
+pub(super) struct ByteLevel<'a> {
+    pub added: &'a [Added],
+    pub normalizer: Value,
+    pub pre_tokenizer: Value,
+    /// Put before and after every text.
+    pub begin: Option<(&'a str, u32)>,
+    pub end: Option<(&'a str, u32)>,
+    /// A word that is a token is taken as it is.
+    pub ignore_merges: bool,
+    pub vocab: Map<String, Value>,
+    pub merges: Vec<[String; 2]>,
+}
+
+impl ByteLevel<'_> {
+    /// The contents of a `tokenizer.json`.
+    pub fn definition(self) -> Value {
+        let byte_level =
+            json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true});
+        let post_processor = match post_processor(self.begin, self.end) {
+            Value::Null => byte_level,
+            template => json!({"type": "Sequence", "processors": [byte_level, template]}),
+        };
+        json!({
+            "version": "1.0",
+            "truncation": null,
+            "padding": null,
+            "added_tokens": self.added.iter().map(Added::definition).collect::<Vec<_>>(),
+            "normalizer": self.normalizer,
+            "pre_tokenizer": self.pre_tokenizer,
+            "post_processor": post_processor,
+            "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+            "model": {
+                "type": "BPE",
+                "dropout": null,
+                "unk_token": null,
+                "continuing_subword_prefix": null,
+                "end_of_word_suffix": null,
+                "fuse_unk": false,
+                "byte_fallback": false,
+                "ignore_merges": self.ignore_merges,
+                "vocab": self.vocab,
+                "merges": self.merges,
+            },
+        })
+    }
 }

@@ -4,7 +4,7 @@
 //! tiktoken joins the neighbours whose union has the lowest rank, the leftmost first, and looks a whole pre-token up
 //! before (`ignore_merges`).
 
-use super::convert::{Added, Converted, overlay, post_processor};
+use super::convert::{Added, ByteLevel, Converted, overlay};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value, json};
@@ -134,12 +134,6 @@ pub(super) fn convert(
     let flag = |name: &str, default| config.get(name).and_then(Value::as_bool).unwrap_or(default);
     let begin = token("bos_token").filter(|_| flag("add_bos_token", family == Family::Llama3));
     let end = token("eos_token").filter(|_| flag("add_eos_token", false));
-    let byte_level_post =
-        json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true});
-    let post_processor = match post_processor(begin, end) {
-        Value::Null => byte_level_post,
-        template => json!({"type": "Sequence", "processors": [byte_level_post, template]}),
-    };
     // Meta's models stop at the end of a text, of a message and of a turn.
     let ends: &[&str] = match family {
         Family::Llama3 => &["<|eom_id|>", "<|eot_id|>"],
@@ -151,31 +145,20 @@ pub(super) fn convert(
     let eos_ids = eos_ids.collect();
     let vocab: Map<String, Value> = ranks.iter().enumerate().map(|(i, t)| (name(t), json!(i))).collect();
     let normalizer = if family == Family::Qwen { json!({"type": "NFC"}) } else { Value::Null };
-    let definition = json!({
-        "version": "1.0",
-        "truncation": null,
-        "padding": null,
-        "added_tokens": added_tokens.iter().map(Added::definition).collect::<Vec<_>>(),
-        "normalizer": normalizer,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+    let definition = ByteLevel {
+        added: &added_tokens,
+        normalizer,
+        pre_tokenizer: json!({"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": family.pattern()}, "behavior": "Isolated", "invert": false},
             {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
-        ]},
-        "post_processor": post_processor,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
-        "model": {
-            "type": "BPE",
-            "dropout": null,
-            "unk_token": null,
-            "continuing_subword_prefix": null,
-            "end_of_word_suffix": null,
-            "fuse_unk": false,
-            "byte_fallback": false,
-            "ignore_merges": true,
-            "vocab": vocab,
-            "merges": merges,
-        },
-    });
+        ]}),
+        begin,
+        end,
+        ignore_merges: true,
+        vocab,
+        merges,
+    };
+    let definition = definition.definition();
     Ok(Converted { definition, special, eos_ids })
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::pre::{self, Pre};
-use crate::data::tokenizer::convert::{Added, Converted, overlay, post_processor};
+use crate::data::tokenizer::convert::{Added, ByteLevel, Converted, overlay};
 use crate::data::tokenizer::files::Contents;
 use crate::data::tokenizer::invalid;
 use crate::data::tokenizer::sentencepiece::{
@@ -223,7 +223,7 @@ impl<'a> Vocabulary<'a> {
                     return Err(format!("the merge `{merge}` needs the token `{token}`, which is not there"));
                 }
             }
-            merges.push(json!([left, right]));
+            merges.push([left.to_string(), right.to_string()]);
         }
         let added = self.added();
         let token = |name: &str| {
@@ -232,34 +232,17 @@ impl<'a> Vocabulary<'a> {
         };
         let [begin, end] =
             [("bos_token", add[0]), ("eos_token", add[1])].map(|(name, add)| token(name).filter(|_| add));
-        let byte_level =
-            json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true});
-        let post_processor = match post_processor(begin, end) {
-            Value::Null => byte_level.clone(),
-            template => json!({"type": "Sequence", "processors": [byte_level, template]}),
+        let definition = ByteLevel {
+            added: &added,
+            normalizer: if pre.nfc { json!({"type": "NFC"}) } else { Value::Null },
+            pre_tokenizer: pre.definition(),
+            begin,
+            end,
+            ignore_merges: pre.ignore_merges,
+            vocab,
+            merges,
         };
-        let definition = json!({
-            "version": "1.0",
-            "truncation": null,
-            "padding": null,
-            "added_tokens": added.iter().map(Added::definition).collect::<Vec<_>>(),
-            "normalizer": if pre.nfc { json!({"type": "NFC"}) } else { Value::Null },
-            "pre_tokenizer": pre.definition(),
-            "post_processor": post_processor,
-            "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
-            "model": {
-                "type": "BPE",
-                "dropout": null,
-                "unk_token": null,
-                "continuing_subword_prefix": null,
-                "end_of_word_suffix": null,
-                "fuse_unk": false,
-                "byte_fallback": false,
-                "ignore_merges": pre.ignore_merges,
-                "vocab": vocab,
-                "merges": merges,
-            },
-        });
+        let definition = definition.definition();
         Ok(Converted { definition, special: Map::new(), eos_ids: Vec::new() })
     }
 

@@ -1,6 +1,6 @@
 //! A tokenizer as the metadata of a GGUF file.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::Value;
 
@@ -174,9 +174,9 @@ impl Tokens {
 
     /// Gives the tokens that stand for single bytes their type.
     fn mark_bytes(&mut self) {
-        let bytes: HashMap<String, ()> = (0..=255).map(|b| (byte_piece(b), ())).collect();
+        let bytes: HashSet<String> = (0..=255).map(byte_piece).collect();
         for (text, kind) in self.texts.iter().zip(&mut self.types) {
-            if *kind == NORMAL && bytes.contains_key(text) {
+            if *kind == NORMAL && bytes.contains(text) {
                 *kind = BYTE;
             }
         }

@@ -24,7 +24,38 @@ fn main() {
     let torch = lib.parent().expect("libtorch's lib folder has a parent").to_path_buf();
     let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
 
-    // Kernels on plain pointers, once per instruction set; nothing of the standard library in them (see cpu_rows.h).
+    // No loops over numbers in it, only calls of the kernels above and of libtorch.
+    // -fopenmp for at::parallel_for, which is inline: it runs on libtorch's own thread pool, whose libgomp.so.1 is
+    // found first by the run path.
+    let mut build = cc::Build::new();
+    build
+        .cpp(true)
+        .pic(true)
+        .warnings(false)
+        .std("c++17")
+        .opt_level(1)
+        .flag("-fopenmp")
+        .include("cpp")
+        .include("cpp/gloo_fwd")
+        .include(torch.join("include"))
+        .include(torch.join("include/torch/csrc/api/include"));
+    // Beside each other: the shim takes as long as all else.
+    std::thread::scope(|scope| {
+        scope.spawn(|| cuda_shim(&build, &torch, &lib, &out));
+        rows_and_quant();
+        build.clone().file("cpp/all.cpp").compile("corral_kernels");
+    });
+
+    println!("cargo:rustc-link-search=native={}", lib.display());
+    println!("cargo:rustc-link-lib=torch_cpu");
+    println!("cargo:rustc-link-lib=c10");
+    println!("cargo:rustc-link-lib=gomp");
+    // For this package's own tests.
+    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
+}
+
+/// Kernels on plain pointers, once per instruction set; nothing of the standard library in them (see cpu_rows.h).
+fn rows_and_quant() {
     for (source, prefix, contract) in [("cpu_rows", "rows", "fast"), ("cpu_quant", "quant", "off")] {
         for level in ["v2", "v3", "v4"] {
             let isa = format!("{prefix}_{level}");
@@ -42,33 +73,6 @@ fn main() {
                 .compile(&isa);
         }
     }
-
-    // No loops over numbers in it, only calls of the kernels above and of libtorch.
-    // -fopenmp for at::parallel_for, which is inline: it runs on libtorch's own thread pool, whose libgomp.so.1 is
-    // found first by the run path.
-    let mut build = cc::Build::new();
-    build
-        .cpp(true)
-        .pic(true)
-        .warnings(false)
-        .std("c++17")
-        .opt_level(1)
-        .flag("-fopenmp")
-        .include("cpp")
-        .include("cpp/gloo_fwd")
-        .include(torch.join("include"))
-        .include(torch.join("include/torch/csrc/api/include"));
-    cuda_shim(&build, &torch, &lib, &out);
-    build
-        .files(["cpp/allocations.cpp", "cpp/ops.cpp", "cpp/quant_ops.cpp", "cpp/gpu_ops.cpp", "cpp/c10d.cpp"])
-        .compile("corral_kernels");
-
-    println!("cargo:rustc-link-search=native={}", lib.display());
-    println!("cargo:rustc-link-lib=torch_cpu");
-    println!("cargo:rustc-link-lib=c10");
-    println!("cargo:rustc-link-lib=gomp");
-    // For this package's own tests.
-    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
 }
 
 /// Builds `libcorral_cuda.so` and collects NVRTC's headers in `out`. Where this libtorch or this machine lacks what is

@@ -20,7 +20,7 @@ const QuantKernels& kernels() {
 int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
 // Rows per task, so that a task has some 64k values.
-int64_t grain(int64_t width) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, width)); }
+int64_t quant_grain(int64_t width) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, width)); }
 
 Panel panel_of(const at::Tensor& out, int64_t height, int64_t width, int64_t row, int64_t column) {
   need(out, "out");
@@ -33,7 +33,7 @@ Panel panel_of(const at::Tensor& out, int64_t height, int64_t width, int64_t row
 // f(panel, out) for the rows of every thread
 template <class F>
 void by_rows(const at::Tensor& out, Panel p, F f) {
-  at::parallel_for(0, p.rows, grain(p.columns), [&](int64_t a, int64_t b) {
+  at::parallel_for(0, p.rows, quant_grain(p.columns), [&](int64_t a, int64_t b) {
     f(Panel{p.width, p.row + a, b - a, p.column, p.columns}, at_row(out, a, p.columns));
   });
 }
@@ -92,7 +92,7 @@ char* corral_int8_quantize(at::Tensor* x, at::Tensor* q, at::Tensor* absmax) {
     int64_t rows = x->size(0), width = x->size(1);
     same(*x, at::kFloat, rows * width, "x"), same(*q, at::kChar, rows * width, "q");
     same(*absmax, at::kFloat, rows, "absmax");
-    at::parallel_for(0, rows, grain(width), [&](int64_t a, int64_t b) {
+    at::parallel_for(0, rows, quant_grain(width), [&](int64_t a, int64_t b) {
       kernels().int8(x->data_ptr<float>() + a * width, q->data_ptr<int8_t>() + a * width, absmax->data_ptr<float>() + a,
                      b - a, width);
     });

@@ -247,11 +247,53 @@ fn perplexity_counts_every_token_once() {
     let empty = folder.write("empty.jsonl", "");
     let none = ["--task", "perplexity", "--input", text(&empty)];
     fail(corral("eval", &dir, &none), 3, "nothing to measure");
-    fail(
-        corral("eval", &dir, &["--task", "preference", "--input", text(&input)]),
-        3,
-        "no reward model: it has an LM head",
-    );
+}
+
+/// Of any tokenizer: no special tokens.
+const TEMPLATE: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+
+/// A language model prefers the completion of higher log-probability, which is `score`'s; beside a reference, that whose
+/// log-probability has grown more.
+#[test]
+fn preferences_of_a_language_model() {
+    let folder = Folder::new("preferences");
+    let dir = model("llama3");
+    let turn = |role: &str, text: &str| json!([{"role": role, "content": text}]);
+    let pair = |prompt, chosen, rejected| {
+        let [chosen, rejected] = [chosen, rejected].map(|text| turn("assistant", text));
+        json!({"prompt": turn("user", prompt), "chosen": chosen, "rejected": rejected})
+    };
+    let pairs = [pair("One two", "three", "four five"), pair("The quick", "brown fox", "dog")];
+    let lines: Vec<Value> = pairs
+        .iter()
+        .flat_map(|p| {
+            ["chosen", "rejected"].map(|side| json!({"prompt": p["prompt"], "completion": p[side]}))
+        })
+        .collect();
+    let (input, output) = (folder.lines("completions.jsonl", &lines), folder.path("scores.jsonl"));
+    let common = ["--dtype", "float64", "--chat-template", TEMPLATE, "--input"];
+    let score = [&common[..], &[text(&input), "--output", text(&output)]].concat();
+    succeed(corral("score", &dir, &score));
+    let sums: Vec<f64> = read(&output).iter().map(|line| line["sum_logprob"].as_f64().unwrap()).collect();
+
+    let (input, answers) = (folder.lines("pairs.jsonl", &pairs), folder.path("answers.jsonl"));
+    let task = ["--task", "preference", "--answers", text(&answers)];
+    let eval = [&common[..], &[text(&input)], &task].concat();
+    let result: Value = serde_json::from_str(&succeed(corral("eval", &dir, &eval))).unwrap();
+    let rewards: Vec<f64> = read(&answers).iter().flat_map(|line| numbers(&line["rewards"])).collect();
+    assert!(rewards.iter().zip(&sums).all(|(a, b)| (a - b).abs() < 1e-9), "{rewards:?} and {sums:?}");
+    let right = sums.chunks(2).filter(|pair| pair[0] > pair[1]).count();
+    assert_eq!((&result["right"], &result["pairs"]), (&json!(right), &json!(2)), "{result}");
+    assert_eq!(result["compared"], "logprobs");
+
+    let beside =
+        |reference: &Path| corral("eval", &dir, &[&eval[..], &["--reference", text(reference)]].concat());
+    let result: Value = serde_json::from_str(&succeed(beside(&dir))).unwrap();
+    assert_eq!((&result["equal"], &result["right"]), (&json!(2), &json!(0)), "{result}");
+    assert_eq!(result["compared"], "logratios");
+    fail(beside(&model("llama2")), 3, "different tokenizers");
+    let perplexity = ["--task", "perplexity", "--input", text(&input), "--reference", text(&dir)];
+    fail(corral("eval", &dir, &perplexity), 2, "--reference is for --task preference");
 }
 
 /// Token shards and the text that they were made of measure the same.
@@ -337,6 +379,20 @@ fn ranks_score_and_measure_what_one_rank_does() {
     succeed(corral("eval", &llama, &[&words[3..], &["--output", text(&alone)]].concat()));
     let expected = std::fs::read_to_string(&alone).unwrap();
     on_ranks("ranks-eval", &words, |path| {
+        assert_eq!(std::fs::read_to_string(path).unwrap(), expected, "{}", path.display());
+    });
+
+    let pair =
+        |i: usize| json!({"prompt": "One two", "chosen": "three ".repeat(i), "rejected": "four".repeat(i)});
+    let input = data.lines("pairs.jsonl", &(1..6).map(pair).collect::<Vec<_>>());
+    let reference = model("llama2");
+    let words = ["eval", "--model", text(&llama), "--task", "preference", "--input", text(&input)];
+    let words = [&words[..], &["--chat-template", TEMPLATE, "--reference", text(&reference)]].concat();
+    let alone = data.path("preference.json");
+    succeed(corral("eval", &llama, &[&words[3..], &["--output", text(&alone)]].concat()));
+    let expected = std::fs::read_to_string(&alone).unwrap();
+    assert!(expected.contains("\"compared\": \"logratios\""), "{expected}");
+    on_ranks("ranks-preference", &words, |path| {
         assert_eq!(std::fs::read_to_string(path).unwrap(), expected, "{}", path.display());
     });
 }

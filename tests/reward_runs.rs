@@ -172,6 +172,8 @@ fn scores_are_normalised_wherever_they_are_read() {
         .run(&dir, "meta")
         .expect_error(3, &["no place for a scalar head"]);
 
+    eval(&model, "eval-reference", &["--reference", &at(&model)])
+        .expect_error(2, &["--reference is for language models"]);
     let out = eval(&model, "eval", &["--by", "kinds", "--limit", "10"]).expect_code(0).out;
     let result: Value = serde_json::from_str(out.trim()).unwrap();
     let rewards: Vec<f64> = of_run.iter().map(|l| l["reward"].as_f64().unwrap()).collect();
@@ -216,7 +218,8 @@ fn scores_are_normalised_wherever_they_are_read() {
     Program::corral(&["score", "--model", &from, "--input", &input, "--output", &output])
         .run(&dir, "score")
         .expect_error(3, &["in.jsonl:1", "give `prompt` and `completion`"]);
-    eval(&start(), "lm", &[]).expect_error(3, &["no reward model"]);
+    let of_lm = eval(&start(), "lm", &["--limit", "3"]).expect_code(0).out;
+    assert!(of_lm.contains("\"compared\":\"logprobs\""), "{of_lm}");
 }
 
 #[test]
@@ -291,7 +294,12 @@ fn what_cannot_be_trained_is_refused() {
     refused("dropout", &["lora={rank: 2, alpha: 4, dropout: 0.1}"], 2, &["data.packing"]);
     refused("normalize", &["reward.normalize.samples=1"], 2, &["no standard deviation"]);
     refused("loss", &["reward.loss=triples"], 2, &["reward.loss"]);
-    refused("pad", &["tokenizer.pad_token='</s>'"], 2, &["pad token of its own", "tokenizer.pad_token"]);
+    refused(
+        "pad",
+        &["tokenizer.pad_token='</s>'"],
+        2,
+        &["tokenizer.pad_token must not be `</s>`", "ends texts with it"],
+    );
 }
 
 /// A pad token that is new is one more row of the embedding, and stands in the files.

@@ -77,6 +77,11 @@ impl ModelArgs {
         Ok(opened)
     }
 
+    /// Another model with an LM head, computed with in the same dtype.
+    pub fn open_beside(&self, model: &Path) -> Result<Opened> {
+        ModelArgs { model: model.to_path_buf(), dtype: self.dtype }.open()
+    }
+
     /// A model with either head.
     pub fn open_any(&self) -> Result<Opened> {
         let weights = Weights::open(&self.model)?;
@@ -176,9 +181,16 @@ impl Opened {
 
 /// Meets the other ranks, which must have the same model and inputs: what can be refused must have been refused before.
 pub fn join(global: &Global, opened: &Opened) -> Result<World> {
+    join_with(global, &[("--model", opened)])
+}
+
+/// [`join`] with several models, each with the option that names it.
+pub fn join_with(global: &Global, models: &[(&str, &Opened)]) -> Result<World> {
     let mut facts = global.facts();
     if Place::from_env()?.is_some_and(|place| place.world_size > 1) {
-        facts.add_contents("--model", &opened.weights.identity()?);
+        for (option, opened) in models {
+            facts.add_contents(option, &opened.weights.identity()?);
+        }
         for path in global.inputs() {
             facts.add_contents("--input", &identity(Path::new(path))?);
         }

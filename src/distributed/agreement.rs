@@ -15,10 +15,11 @@ const MAY_DIFFER: [&str; 8] =
     ["device", "threads", "log", "log-format", "quiet", "verbose", "data.cache", "data.template_date"];
 
 /// Paths that are read: they may differ, since what lies there is compared.
-const READ: [&str; 13] = [
+const READ: [&str; 14] = [
     "config",
     "overrides",
     "model",
+    "reference",
     "input",
     "model.path",
     "actor.path",

@@ -15,7 +15,7 @@ use crate::commands::Global;
 use crate::commands::inference::{ModelArgs, RanksArgs, TemplateArgs};
 use crate::commands::intake::OnErrorArgs;
 use crate::distributed::world::World;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::files::write_file;
 
 #[derive(Debug, clap::Args)]
@@ -49,10 +49,13 @@ pub struct Args {
     /// gsm8k, preference: questions that are asked, or prompts, the first of the input [default: all]
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
-    /// gsm8k: where every answer goes, a line each; preference: every line with its completions' rewards [default: beside
-    /// --output]
+    /// gsm8k: where every answer goes, a line each; preference: every line with its completions' `rewards`, those of a
+    /// language model being what it compares [default: beside --output]
     #[arg(long, value_name = "FILE")]
     answers: Option<PathBuf>,
+    /// preference: a model with an LM head that --model's log-probabilities are compared with, as DPO does it
+    #[arg(long, value_name = "DIR")]
+    reference: Option<PathBuf>,
     /// gsm8k: tokens an answer may have
     #[arg(long, default_value_t = 256, value_name = "N")]
     max_new_tokens: usize,
@@ -75,13 +78,17 @@ pub struct Args {
 enum Task {
     /// Loss in nats a token, perplexity, and bits a byte of text; of conversations the loss of supervised tokens
     Perplexity,
-    /// Share of pairs of ranked completions of which a reward model prefers the better one
+    /// Share of pairs of ranked completions of which a model prefers the better one: by its reward; a language model by the
+    /// completion's log-probability, or, with --reference, by how much that has grown
     Preference,
     /// Share of questions whose answer has the right number after its last `####`
     Gsm8k,
 }
 
 pub fn run(args: Args, global: &Global) -> Result<()> {
+    if args.reference.is_some() && !matches!(args.task, Task::Preference) {
+        return Err(Error::config("--reference is for --task preference"));
+    }
     match args.task {
         Task::Perplexity => perplexity::run(args, global),
         Task::Preference => preference::run(args, global),

@@ -72,7 +72,7 @@ impl Inputs {
         let base = base.dated(c.data.template_date);
         let scoring = base.weights.as_ref().map_or(Ok(None), |w| w.scoring())?;
         let score = c.reward.score.or(scoring.map(|s| s.score)).unwrap_or_default();
-        check_pad_token(&base)?;
+        check_pad_token(&base, c.tokenizer.as_ref().and_then(|t| t.pad_token.as_deref()))?;
         let trainable = base.trainable(&c.freeze, c.lora.as_ref())?;
         let chat = Chat::new(&base.tokenizer)?;
         let (train, valid) = preferences::open(&c.data, &chat, c.seed)?;
@@ -82,19 +82,26 @@ impl Inputs {
     }
 }
 
-/// transformers' sequence classification finds a text's last token by what pads it.
-fn check_pad_token(base: &Base) -> Result<()> {
-    let why = match base.tokenizer.pad_id() {
-        None => "no pad token",
-        Some(pad) if base.tokenizer.eos_ids().contains(&pad) => "the token that ends texts as its pad token",
-        Some(_) => return Ok(()),
+/// transformers' sequence classification finds a text's last token by what pads it. `given`: the configuration's pad token.
+fn check_pad_token(base: &Base, given: Option<&str>) -> Result<()> {
+    let (tokenizer, place) = (&base.tokenizer, base.tokenizer.place());
+    let what = match (tokenizer.pad_id(), given) {
+        (None, _) => format!("tokenizer.pad_token is missing: the tokenizer {place} has no pad token."),
+        (Some(pad), _) if !tokenizer.eos_ids().contains(&pad) => return Ok(()),
+        (Some(_), None) => {
+            format!(
+                "tokenizer.pad_token is missing: the tokenizer {place} pads with a token that ends texts."
+            )
+        }
+        (Some(_), Some(token)) => {
+            format!("tokenizer.pad_token must not be `{token}`: the tokenizer {place} ends texts with it.")
+        }
     };
     Err(Error::config(format!(
-        "tokenizer.pad_token is missing: the tokenizer {} has {why}, and transformers finds the token that a reward model's \
-         score is read at by a pad token of its own. Set tokenizer.pad_token to a token that the tokenizer has and no text \
-         uses, such as \"<unk>\". Or set it to a new one, such as \"<pad>\" (one in brackets in quotes: '\"[PAD]\"'), for \
-         which the embedding gets a row. With lora a new one also needs lora.modules_to_save: [embed_tokens].",
-        base.tokenizer.place()
+        "{what} transformers finds the token that a reward model's score is read at by the padding after it. Set \
+         tokenizer.pad_token to a token that the tokenizer has and no text uses, such as \"<unk>\". Or set it to a new one, \
+         such as \"<pad>\" (one in brackets in quotes: '\"[PAD]\"'), for which the embedding gets a row. With lora a new one \
+         also needs lora.modules_to_save: [embed_tokens].",
     )))
 }
 

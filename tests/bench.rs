@@ -77,3 +77,19 @@ fn data_reading() {
     let launched = Program::new(LAUNCH).args(&["--nproc", "2", "bench", "--device", "cpu", "data"]);
     launched.run(&logs, "two").expect_code(2);
 }
+
+#[test]
+fn generation_by_a_model_and_by_a_preset() {
+    let logs = folder("generate");
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models/tied");
+    let small = ["--runs", "1", "--batch-size", "2", "--prompt-tokens", "4", "--new-tokens", "3"];
+    let bench = |of: [&str; 2]| Program::corral(&["bench", "generate"]).args(&of).args(&small);
+    let of_model = ["--model", model.to_str().unwrap()];
+    let found = measurements(&bench(of_model).run(&logs, "model").expect_code(0));
+    let [found] = found.as_slice() else { panic!("{found:?}") };
+    assert_eq!((&found["model"], &found["preset"]), (&json!(model.to_str().unwrap()), &Value::Null));
+    positive(found, &["new_tokens_per_s", "total_s"]);
+    let preset = measurements(&bench(["--preset", "llama-15m"]).run(&logs, "preset").expect_code(0));
+    assert_eq!((&preset[0]["preset"], &preset[0]["model"]), (&json!("llama-15m"), &Value::Null));
+    bench(of_model).args(&["--preset", "llama-15m"]).run(&logs, "both").expect_error(2, &["--preset"]);
+}

@@ -12,6 +12,7 @@ use tch::{Kind, Tensor};
 use crate::algorithms::step::{MicroBatch, accumulate_gradients, apply_gradients};
 use crate::algorithms::training::compute_kind;
 use crate::commands::Global;
+use crate::commands::inference::{ModelArgs, Spread};
 use crate::config::sections::{Compute, Mode, Recompute};
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
@@ -85,9 +86,12 @@ pub struct TrainArgs {
 
 #[derive(Debug, clap::Args)]
 pub struct GenerateArgs {
-    /// llama-15m, llama-42m, llama-110m or llama-1b
+    /// llama-15m, llama-42m, llama-110m or llama-1b, with random weights
     #[arg(long, default_value = "llama-15m")]
     pub preset: String,
+    /// A model in place of a preset
+    #[arg(long, value_name = "DIR", conflicts_with = "preset")]
+    pub model: Option<PathBuf>,
     #[arg(long, value_enum, default_value = "float32")]
     pub precision: Compute,
     /// Prompts at once
@@ -246,7 +250,9 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
 }
 
 fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
-    let shape = shape(&args.preset)?;
+    let model = args.model.clone().map(|model| ModelArgs { model, dtype: Some(args.precision) });
+    let opened = model.map(|model| model.open()).transpose()?;
+    let shape = opened.as_ref().map_or_else(|| shape(&args.preset), |opened| Ok(opened.shape().clone()))?;
     if world.world_size > 1 {
         return Err(Error::config("bench generate runs on one rank"));
     }
@@ -261,11 +267,15 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
             shape.max_position_embeddings
         )));
     }
-    let kind = compute_kind(args.precision);
-    let solo = Group::solo;
-    let mut params = Sharded::new(layout::layouts(&shape), solo(), solo(), kind, world.device);
-    init::init(&mut params, &shape, 0)?;
-    let mut model = Llama::new(shape.clone(), params);
+    let mut model = match &opened {
+        Some(opened) => opened.load(world, Spread::Replicate)?,
+        None => {
+            let (kind, solo) = (compute_kind(args.precision), Group::solo);
+            let mut params = Sharded::new(layout::layouts(&shape), solo(), solo(), kind, world.device);
+            init::init(&mut params, &shape, 0)?;
+            Llama::new(shape.clone(), params)
+        }
+    };
     tch::manual_seed(3);
     let prompts: Vec<Request> = (0..args.batch_size as u64)
         .map(|sample| {
@@ -293,7 +303,8 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
     println!(
         "{}",
         json!({
-            "bench": "generate", "preset": args.preset, "precision": args.precision,
+            "bench": "generate", "preset": args.model.is_none().then_some(&args.preset),
+            "model": args.model.as_ref().map(|model| model.display().to_string()), "precision": args.precision,
             "batch_size": args.batch_size, "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens,
             "runs": args.runs, "total_s": total_s, "new_tokens_per_s": tokens / total_s,
             "peak_bytes": world.peak_bytes()?, "threads": tch::get_num_threads(),

@@ -13,7 +13,7 @@ use corral::checkpoint::Weights;
 use corral::checkpoint::convert::{Conversion, Report, Stored, Target};
 use corral::data::tokenizer::Tokenizer;
 use corral::data::tokenizer::gguf::Loss;
-use corral::gguf::Dtype;
+use corral::gguf::{Dtype, Gguf, Writer};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
@@ -52,6 +52,43 @@ fn models_of_other_programs_are_the_golden_ones() {
             let vector = theirs.dim() == 1 || tensor.ends_with("block_sparse_moe.gate.weight");
             assert_eq!(ours.kind(), if vector { Kind::Float } else { Kind::Half }, "{name}: {tensor}");
         }
+    }
+}
+
+/// Old files hold each expert's matrices as tensors of their own, `blk.0.ffn_gate.3.weight`.
+#[test]
+fn experts_may_have_tensors_of_their_own() {
+    let dir = folder("old_experts");
+    let new = dir.join("new.gguf");
+    convert(&model("mixtral"), &new, Target::Gguf, None).unwrap();
+    let file = Gguf::open(&new).unwrap();
+    let mut parts: Vec<(String, Dtype, Vec<i64>, Vec<u8>)> = Vec::new();
+    for tensor in file.tensors() {
+        let mut bytes = vec![0; tensor.dtype.bytes(tensor.numel()) as usize];
+        file.read_blocks(tensor, 0, &mut bytes).unwrap();
+        match tensor.name.strip_suffix("_exps.weight") {
+            Some(name) => {
+                let of_one = bytes.len() / tensor.shape[0] as usize;
+                parts.extend(bytes.chunks(of_one).enumerate().map(|(expert, bytes)| {
+                    let name = format!("{name}.{expert}.weight");
+                    (name, tensor.dtype, tensor.shape[1..].to_vec(), bytes.to_vec())
+                }));
+            }
+            None => parts.push((tensor.name.clone(), tensor.dtype, tensor.shape.clone(), bytes)),
+        }
+    }
+    assert!(parts.len() > file.tensors().len());
+    let old = dir.join("old.gguf");
+    let tensors = parts.iter().map(|(name, dtype, shape, _)| (name.as_str(), *dtype, shape.as_slice()));
+    let mut writer = Writer::create(&old, &file.metadata, tensors).unwrap();
+    for (_, _, _, bytes) in &parts {
+        writer.tensor(|put| put(bytes)).unwrap();
+    }
+    writer.finish().unwrap().commit().unwrap();
+    let [a, b] = [&old, &new].map(|path| Weights::open(path).unwrap().into_source().unwrap());
+    assert_eq!(a.views.len(), b.views.len());
+    for tensor in a.views.keys() {
+        assert_eq!(a.tensor(tensor).unwrap(), b.tensor(tensor).unwrap(), "{tensor}");
     }
 }
 

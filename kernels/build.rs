@@ -24,7 +24,7 @@ fn main() {
     let torch = lib.parent().expect("libtorch's lib folder has a parent").to_path_buf();
     let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
 
-    // No loops over numbers in it, only calls of the kernels above and of libtorch.
+    // No loops over numbers in it, only calls of the kernels of `rows_and_quant` and of libtorch.
     // -fopenmp for at::parallel_for, which is inline: it runs on libtorch's own thread pool, whose libgomp.so.1 is
     // found first by the run path.
     let mut build = cc::Build::new();

@@ -371,6 +371,27 @@ fn fetched_models_go_by_their_names() {
     let checkpoint = fs::read_dir(dir.join("run/checkpoints")).unwrap().next().unwrap().unwrap().path();
     let (code, said) = corral(&["inspect", checkpoint.to_str().unwrap()]);
     assert!(code == Some(0) && said.contains("complete"), "{said}");
+    let tokenize = |tokenizer| {
+        [
+            "tokenize",
+            "--input",
+            "chats.jsonl",
+            "--text-key",
+            "prompt",
+            "--tokenizer",
+            tokenizer,
+            "--output",
+            "tokens",
+        ]
+    };
+    let (code, said) = corral(&tokenize(name));
+    assert_eq!(code, Some(0), "{said}");
+    let words =
+        ["tokenizer={path: smollm2-135m-instruct, template: '{prompt}{completion}'}", "output_dir=run2"];
+    let (code, said) = corral(&[&["sft", "--config", "sft.yaml", "--device", "cpu"], &words[..]].concat());
+    assert_eq!(code, Some(0), "{said}");
+    let (code, said) = corral(&tokenize("nowhere"));
+    assert!(code != Some(0) && said.contains("nowhere"), "{said}");
     // What lies under that name in the folder comes first.
     fs::create_dir(dir.join(name)).unwrap();
     let (code, said) = corral(&["inspect", name]);

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::checkpoint::{ModelRecord, TensorHash, Weights};
+use crate::checkpoint::{ModelRecord, TensorHash, Weights, locate_tokenizer};
 use crate::config::pretrain::Model;
 use crate::config::sections::{self, Train};
 use crate::config::shape::{Head, Shape};
@@ -99,7 +99,11 @@ impl Base {
             Model::Path(path) => Some(Weights::open(path)?),
             Model::Preset(_) | Model::Init(_) => None,
         };
-        let section = tokenizer;
+        let mut section = tokenizer.cloned();
+        if let Some(path) = section.as_mut().and_then(|s| s.path.as_mut()) {
+            *path = locate_tokenizer(path)?;
+        }
+        let section = section.as_ref();
         let beside = match &weights {
             Some(w) => Some(w.tokenizer_dir()?.unwrap_or_else(|| w.dir().to_path_buf())),
             None => None,

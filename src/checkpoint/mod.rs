@@ -38,7 +38,7 @@ pub use hf::{Export, HfModel, export};
 pub use hf_config::read_object;
 pub use meta::MetaModel;
 pub use model_record::ModelRecord;
-pub use named::locate;
+pub use named::{locate, locate_tokenizer};
 pub use ours::{Measured, Ours, Scoring};
 pub use peft::{AdapterExport, PeftAdapter, export_adapter};
 pub use saver::{Part, RunInfo, Saved, Saver};

@@ -96,6 +96,17 @@ pub fn locate(path: &Path) -> Result<PathBuf> {
     }
 }
 
+/// [`locate`] for a tokenizer, which the hub cache may lack: what is nowhere stays as it is, for its reader to tell.
+///
+/// # Errors
+/// Of kind Data: it is the name of a model that is not fetched.
+pub fn locate_tokenizer(path: &Path) -> Result<PathBuf> {
+    match exists(path)? {
+        true => Ok(path.to_path_buf()),
+        false => Ok(fetched(path)?.or_else(|| in_hub_cache(path).ok()).unwrap_or_else(|| path.to_path_buf())),
+    }
+}
+
 /// The folder with the tokenizer of the model in `dir`, if it has one; a further model of a checkpoint has the checkpoint's. A
 /// GGUF file holds its own.
 pub fn tokenizer_of(dir: &Path) -> Result<Option<PathBuf>> {

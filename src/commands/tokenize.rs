@@ -1,5 +1,6 @@
 //! `corral tokenize`: text files into token shards.
 
+use crate::checkpoint::locate_tokenizer;
 use crate::commands::intake::OnErrorArgs;
 use crate::data::readers;
 use crate::data::shards::Header;
@@ -16,7 +17,7 @@ pub struct Args {
     /// Text, JSON, JSON lines (each also .gz or .zst) or Parquet
     #[arg(long, num_args = 1.., required = true, value_name = "FILE")]
     input: Vec<PathBuf>,
-    /// Folder with a tokenizer: tokenizer.json, tokenizer.model or qwen.tiktoken
+    /// Folder with a tokenizer: tokenizer.json, tokenizer.model or qwen.tiktoken; a GGUF file; a name that `corral get` fetched
     #[arg(long, value_name = "DIR")]
     tokenizer: PathBuf,
     /// Folder for train/, valid/ and tokenizer/; an earlier result in it is replaced
@@ -39,7 +40,7 @@ pub fn run(args: Args) -> Result<()> {
     if args.max_shard_tokens == 0 {
         return Err(Error::config("--max-shard-tokens 0: a shard must hold at least one token"));
     }
-    let tokenizer = Tokenizer::load(&args.tokenizer)?;
+    let tokenizer = Tokenizer::load(locate_tokenizer(&args.tokenizer)?)?;
     let total = readers::total_bytes(&args.input);
     let options = Options {
         inputs: args.input,

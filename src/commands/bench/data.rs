@@ -8,6 +8,7 @@ use std::time::Instant;
 use serde_json::json;
 
 use super::{Scratch, median};
+use crate::checkpoint::locate_tokenizer;
 use crate::config::sections::OnError;
 use crate::data::loader::{Loader, Order, Source};
 use crate::data::synth::{self, Level};
@@ -74,7 +75,7 @@ pub fn run(args: &Args, world: &World) -> Result<()> {
     let threads = rayon::current_num_threads();
 
     let tokenizer = match &args.tokenizer {
-        Some(dir) => Tokenizer::load(dir)?,
+        Some(dir) => Tokenizer::load(locate_tokenizer(dir)?)?,
         None => {
             let (trained, train_s) =
                 measured(args.runs, || tokenizer::train(texts(), args.vocab_size, true))?;

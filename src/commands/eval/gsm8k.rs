@@ -1,14 +1,12 @@
 //! Questions with a number as their answer: the share that a model answers exactly.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use super::{Args, tell};
+use super::{Args, tell, write_answers};
 use crate::algorithms::interval::wilson;
-use crate::checkpoint::agree;
 use crate::commands::Global;
 use crate::commands::inference;
 use crate::commands::intake::Intake;
@@ -18,7 +16,6 @@ use crate::data::odd::{Odd, OrOdd, Reason};
 use crate::data::readers::{self, Record};
 use crate::distributed::exchange::gather_bytes;
 use crate::error::{Error, Result};
-use crate::files::AtomicFile;
 use crate::generate::engine::{Options, Request, generate};
 use crate::generate::{self as generation, Sampling};
 use crate::rewards::gsm8k::{self, Answer, Form, answer};
@@ -127,17 +124,7 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
             groups.into_iter().map(|(value, tally)| (value, Value::Object(tally.to_json()))).collect();
         result.insert(format!("by_{key}"), Value::Object(groups));
     }
-    let beside = || args.output.as_ref().map(|path| path.with_extension("answers.jsonl"));
-    let path: Option<PathBuf> = args.answers.clone().or_else(beside);
-    let write = || match &path {
-        Some(path) => {
-            let mut file = AtomicFile::create(path)?;
-            file.put(lines.as_bytes())?;
-            file.commit()
-        }
-        None => Ok(()),
-    };
-    agree(&world.group, if world.rank == 0 { write() } else { Ok(()) })?;
+    write_answers(&args, &world, &lines)?;
     tell(&args, &world, &Value::Object(result))
 }
 

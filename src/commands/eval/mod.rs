@@ -107,3 +107,13 @@ fn tell(args: &Args, world: &World, result: &Value) -> Result<()> {
     };
     agree(&world.group, if world.rank == 0 { tell() } else { Ok(()) })
 }
+
+/// Writes the lines to --answers, else beside --output; nowhere without both (rank 0). Collective.
+fn write_answers(args: &Args, world: &World, lines: &str) -> Result<()> {
+    let beside = || args.output.as_ref().map(|path| path.with_extension("answers.jsonl"));
+    let write = || match args.answers.clone().or_else(beside) {
+        Some(path) => write_file(&path, lines.as_bytes()),
+        None => Ok(()),
+    };
+    agree(&world.group, if world.rank == 0 { write() } else { Ok(()) })
+}

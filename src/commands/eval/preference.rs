@@ -1,15 +1,14 @@
 //! Ranked completions: the share of pairs that a model puts in their order.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use super::{Args, tell};
+use super::{Args, tell, write_answers};
 use crate::algorithms::interval::wilson;
 use crate::algorithms::scorer;
-use crate::checkpoint::agree;
 use crate::commands::Global;
 use crate::commands::inference::{self, Opened};
 use crate::commands::intake::Intake;
@@ -20,7 +19,6 @@ use crate::data::preferences;
 use crate::data::readers::{self, Record};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
-use crate::files::AtomicFile;
 
 /// A prompt's completions.
 struct Ranked {
@@ -65,17 +63,7 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     result.insert("compared".into(), json!(compared));
     result.insert("too_long".into(), json!(intake.too_long()));
     result.insert("skipped_records".into(), json!(intake.skipped()));
-    let beside = || args.output.as_ref().map(|path| path.with_extension("answers.jsonl"));
-    let path: Option<PathBuf> = args.answers.clone().or_else(beside);
-    let write = || match &path {
-        Some(path) => {
-            let mut file = AtomicFile::create(path)?;
-            file.put(lines.as_bytes())?;
-            file.commit()
-        }
-        None => Ok(()),
-    };
-    agree(&world.group, if world.rank == 0 { write() } else { Ok(()) })?;
+    write_answers(&args, &world, &lines)?;
     tell(&args, &world, &Value::Object(result))
 }
 

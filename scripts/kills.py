@@ -8,86 +8,20 @@ Kills are divided over the algorithms. Needs Python 3.9 and the binaries of `mak
 differs.
 """
 import argparse
-import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 
-STEPS = 10
-INIT = {"init": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}}
-# What no two runs share, besides seconds and rates (`elapsed_s`, `tokens_per_s`).
-OTHERS = {"peak_bytes", "failed_saves"}
+from tiny_runs import Corral, algorithms, differ
 
 
-def algorithms(data, start):
-    """Subcommand and configuration by name."""
-    base = {
-        "optim": {"lr": 1e-2},
-        "train": {"steps": STEPS, "batch_size": 4},
-        "checkpoint": {"every": 1},
-        "tokenizer": {"path": f"{data}/tokens/tokenizer", "template": "{prompt}\n{completion}"},
-    }
-    pairs = {"train": [f"{data}/rankings.train.jsonl"], "sequence_length": 128, "cache": f"{data}/cache"}
-    answers = {"train": [f"{data}/sft.train.jsonl"], "sequence_length": 128, "cache": f"{data}/cache"}
-    own = {
-        **base,
-        "actor": {"path": start},
-        "data": {"train": [f"{data}/prompts.train.jsonl"], "sequence_length": 128},
-        "rewards": [{"kind": "format", "pattern": "[02468]"}],
-        "generation": {"max_new_tokens": 8},
-    }
-    lora = {"rank": 4, "alpha": 8}
-    tokens = {"train": [f"{data}/tokens/train"], "valid": [f"{data}/tokens/valid"], "sequence_length": 32}
-    return {
-        "pretrain": ("pretrain", {**base, "model": INIT, "data": tokens, "valid": {"every": 3, "batches": 2}}),
-        "sft": ("sft", {**base, "model": INIT, "data": answers}),
-        "lora": ("sft", {**base, "model": {"path": start}, "data": answers, "lora": lora}),
-        "reward": ("reward", {**base, "model": {"path": start}, "data": pairs}),
-        "dpo": ("dpo", {**base, "model": {"path": start}, "data": pairs, "optim": {"lr": 1e-3}}),
-        "online-dpo": ("online-dpo", own),
-        "grpo": ("grpo", {**own, "grpo": {"group_size": 2}}),
-        "ppo": ("ppo", {**own, "ppo": {"minibatch_size": 4}}),
-    }
-
-
-class Kills:
+class Kills(Corral):
     def __init__(self, args, folder):
-        self.args, self.folder, self.random, self.total = args, folder, random.Random(args.seed), 0
-        self.corral = os.path.abspath(f"{args.bin}/corral")
-        self.env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-        for name in ("RANK", "WORLD_SIZE", "CORRAL_RESTART_COUNT"):
-            self.env.pop(name, None)
-
-    def start(self, words):
-        log = open(f"{self.folder}/log", "w")
-        return subprocess.Popen([self.corral, "--device", "cpu", "-q", *words], env=self.env, stdout=log, stderr=log)
-
-    def run(self, words):
-        code = self.start(words).wait()
-        if code != 0:
-            sys.exit(f"corral {' '.join(words)}: exit code {code}\n" + open(f"{self.folder}/log").read())
-
-    def prepare(self):
-        """Data, a tokenizer, and a model to begin with."""
-        data = f"{self.folder}/data"
-        text = f"{data}/pretrain.train.jsonl"
-        self.run(["data", "synth", "--count", "60", "--output", data])
-        self.run(["tokenizer", "train", "--input", text, "--vocab-size", "300", "--output", f"{data}/bpe"])
-        words = ["tokenize", "--input", text, "--tokenizer", f"{data}/bpe", "--output", f"{data}/tokens"]
-        self.run([*words, "--valid-fraction", "0.1"])
-        start = f"{self.folder}/start"
-        _, sft = algorithms(data, start)["sft"]
-        self.run(self.words("sft", {**sft, "checkpoint": {"every": 100}}, start))
-        return algorithms(data, f"{start}/model")
-
-    def words(self, subcommand, config, output):
-        path = f"{output}.json"
-        json.dump({**config, "output_dir": output}, open(path, "w"))
-        return [subcommand, "--config", path]
+        super().__init__(args.bin, folder)
+        self.random, self.total = random.Random(args.seed), 0
 
     def saving(self, output):
         """Whether a save is under way."""
@@ -136,35 +70,6 @@ class Kills:
         return kills, saves, differences
 
 
-def files(folder):
-    """Contents of the files of trained models, by path."""
-    found = {}
-    for part in ("model", "critic", "ema"):
-        for at, _, names in os.walk(f"{folder}/{part}"):
-            for name in names:
-                path = os.path.join(at, name)
-                found[os.path.relpath(path, folder)] = open(path, "rb").read()
-    return found
-
-
-def lines(path):
-    if not os.path.exists(path):
-        return []
-    return [{k: v for k, v in json.loads(line).items() if k not in OTHERS and not k.endswith("_s")} for line in open(path)]
-
-
-def differ(a, b):
-    """What differs between two runs, in words."""
-    (x, y), found = (files(a), files(b)), []
-    found += [f"{path}: other bytes" for path in sorted(set(x) | set(y)) if x.get(path) != y.get(path)]
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        x, y = lines(f"{a}/{name}"), lines(f"{b}/{name}")
-        if x != y:
-            at = next((i for i, (p, q) in enumerate(zip(x, y)) if p != q), min(len(x), len(y)))
-            found.append(f"{name}: {len(x)} and {len(y)} lines, the first other one is {at + 1}: {x[at:at + 1]} {y[at:at + 1]}")
-    return found
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=100)
@@ -176,7 +81,7 @@ def main():
     folder = os.path.abspath(args.keep) if args.keep else tempfile.mkdtemp()
     os.makedirs(folder, exist_ok=True)
     kills = Kills(args, folder)
-    chosen = kills.prepare()
+    chosen = algorithms(*kills.prepare())
     if args.only:
         names = args.only.split(",")
         unknown = [name for name in names if name not in chosen]

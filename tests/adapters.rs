@@ -12,6 +12,7 @@ use corral::checkpoint::Weights;
 use corral::config::shape::Shape;
 use corral::config::trainable::{Base, Freeze, Lora, Targets};
 use corral::distributed::frozen::Storage;
+use corral::distributed::mesh::Sharding;
 use corral::distributed::plan::{Role, is_adapter};
 use corral::distributed::sharded::{Sharded, Spec};
 use corral::model::trainable::module;
@@ -46,7 +47,7 @@ fn model(trainable: &Trainable, kind: Kind, shard: Group) -> Llama {
     let weights = Weights::open(&golden_model(FAMILY)).unwrap();
     let shape = weights.shape().clone();
     let plans = trainable.plans(&shape).unwrap();
-    let mut params = Sharded::new(plans, shard, Group::solo(), kind, Device::Cpu);
+    let mut params = Sharded::new(plans, Sharding::over(shard), kind, Device::Cpu);
     weights.fill(&mut params).unwrap();
     params.fill_adapters(adapter_values).unwrap();
     Llama::new(shape, params)
@@ -185,7 +186,7 @@ fn bytes_of_quantized_parameters() {
                 _ => dense += 2 * spec.numel(),
             }
         }
-        let params = Sharded::new(plans, Group::solo(), Group::solo(), Kind::BFloat16, Device::Cpu);
+        let params = Sharded::new(plans, Sharding::solo(), Kind::BFloat16, Device::Cpu);
         let each = (params.frozen_bytes() - dense) as f64 / quantized as f64;
         println!("{base:?}: {each:.4} bytes a quantized parameter");
         assert!(each < limit && each > 0.5, "{base:?}: {each}");
@@ -292,7 +293,7 @@ fn ranks_divide_the_training_of_adapters() {
     train(&one, 1, &words);
     let losses = one.numbers("train", "loss");
     assert!(losses[19] < losses[0], "{losses:?}");
-    for (mode, micro) in [("full", "2"), ("replicate", "1")] {
+    for (mode, micro) in [("full", "2"), ("replicate", "1"), ("grads", "2"), ("optimizer", "1")] {
         let divided = [format!("parallel.mode={mode}"), format!("train.micro_batch_size={micro}")];
         let (two, words) = adapter_run(&format!("ranks-2-{mode}"), &["precision.compute=float64"]);
         train(&two, 2, &[&words[..], &divided].concat());

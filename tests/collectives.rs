@@ -1,6 +1,7 @@
 //! Collectives between real processes: this test binary starts itself once per rank, with the environment that `launch`
 //! sets and the case to run in CORRAL_TEST_CASE.
 
+use corral::config::parallel::Parallel;
 use corral::distributed::world::{BackendChoice, DeviceChoice, World};
 use kernels::c10d::{Backend, Group, ReduceOp, Store};
 use kernels::watch::Watch;
@@ -271,11 +272,15 @@ fn run_case(case: &str) -> corral::Result<()> {
         "begin" => return begin(),
         _ => {}
     }
-    let timeout = match case {
-        "hang" | "hang_scatter" | "stop_0" | "come" | "disagree" => 3,
-        _ => 120,
+    let timeout_s = match case {
+        "hang" | "hang_scatter" | "stop_0" | "come" | "disagree" => 3.0,
+        _ => 120.0,
     };
-    let world = World::from_env(BackendChoice::Auto, DeviceChoice::Cpu, Duration::from_secs(timeout))?;
+    let world = World::from_env(
+        BackendChoice::Auto,
+        DeviceChoice::Cpu,
+        &Parallel { timeout_s, ..Parallel::default() },
+    )?;
     assert_eq!(world.choice, "communication: gloo (ranks on CPU)");
     let one = || Tensor::ones([4], (Kind::Float, Device::Cpu));
     match case {
@@ -537,9 +542,8 @@ fn cuda() -> corral::Result<()> {
         Ok(count) => assert_eq!(count as i64, tch::Cuda::device_count()),
         Err(_) => {
             assert!(!tch::Cuda::is_available());
-            let e = World::from_env(BackendChoice::Auto, DeviceChoice::Cuda, Duration::from_secs(3))
-                .err()
-                .unwrap();
+            let e =
+                World::from_env(BackendChoice::Auto, DeviceChoice::Cuda, &Parallel::default()).err().unwrap();
             assert_eq!(e.exit_code(), 2);
             assert!(e.message.starts_with("--device cuda: no usable GPU: "), "{e}");
             println!("{e}");

@@ -124,11 +124,13 @@ fn pairs_are_learnt_and_ranks_micro_batches_and_packing_change_nothing() {
     for key in KEYS {
         assert_eq!(whole.numbers("valid", key).len(), 2);
     }
-    let cases: [(&str, usize, &[&str]); 5] = [
+    let cases: [(&str, usize, &[&str]); 7] = [
         ("two", 2, &["data.packing=false"]),
         ("micro", 1, &["train.micro_batch_size=1", "data.packing=false"]),
         ("packed", 2, &["train.micro_batch_size=1"]),
         ("replicated", 2, &["parallel.mode=replicate"]),
+        ("grads", 2, &["parallel.mode=grads", "dpo.reference=online"]),
+        ("hybrid", 2, &["parallel={mode: hybrid, shard: 1}"]),
         ("online", 2, &["dpo.reference=online"]),
     ];
     for (name, ranks, more) in cases {

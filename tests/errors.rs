@@ -44,7 +44,7 @@ fn a_wrong_configuration_is_refused() {
         (&["optim.lrr=1"], &["optim.lrr", "'lr'"]),
         (&["train.steps=many"], &["train.steps", "many"]),
         (&["optim.betas=[0.9, 1.5]"], &["betas", "1.5"]),
-        (&["parallel.mode=hybrid"], &["'hybrid' is not built yet", "full or replicate"]),
+        (&["parallel.mode=hybrid", "parallel.shard=3"], &["parallel.shard", "3 must divide", "ranks, 1"]),
         (&["train.micro_batch_size=3"], &["train.batch_size", "8 is no multiple of", "6 or 9 would be"]),
         (&["data.sequence_length=64", "model.init.max_position_embeddings=48"], &["64", "48"]),
         (&["model.init.num_key_value_heads=3"], &["num_key_value_heads"]),

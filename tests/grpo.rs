@@ -70,10 +70,11 @@ fn ranks_and_micro_batches_change_nothing() {
     assert!(whole.numbers("train", "kl")[0].abs() < 1e-12, "the reference is the policy at the start");
     assert!(whole.numbers("train", "kl")[5].abs() > 1e-6, "the policy moves");
     assert_eq!(whole.numbers("valid", "reward").len(), 2);
-    let cases: [(&str, usize, &[&str]); 3] = [
+    let cases: [(&str, usize, &[&str]); 4] = [
         ("micro", 1, &["train.micro_batch_size=2"]),
         ("two", 2, &[]),
         ("replicated", 2, &["parallel.mode=replicate", "train.micro_batch_size=4"]),
+        ("optimizer", 2, &["parallel.mode=optimizer", "train.micro_batch_size=2"]),
     ];
     let same = |other: &Run, whole: &Run| {
         let (metrics, parameters) =

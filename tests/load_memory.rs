@@ -11,17 +11,18 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::AtomicU64;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use common::run::folder;
 use corral::checkpoint::convert::{Conversion, Target};
 use corral::checkpoint::safetensors::{self, Entry};
 use corral::checkpoint::{Weights, torch_file};
+use corral::config::parallel::Parallel;
 use corral::config::shape::Shape;
+use corral::distributed::mesh::Sharding;
 use corral::distributed::sharded::Sharded;
 use corral::distributed::world::{BackendChoice, DeviceChoice, World};
 use corral::model::layout::layouts;
-use kernels::c10d::Group;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
@@ -43,7 +44,7 @@ fn status(key: &str) -> u64 {
 fn as_rank() {
     let Ok(model) = std::env::var("CORRAL_TEST_MODEL") else { return };
     kernels::host::tune_allocator(false).unwrap();
-    let world = World::from_env(BackendChoice::Auto, DeviceChoice::Cpu, Duration::from_secs(60)).unwrap();
+    let world = World::from_env(BackendChoice::Auto, DeviceChoice::Cpu, &Parallel::default()).unwrap();
     let weights = Weights::open(Path::new(&model)).unwrap();
     let layouts = layouts(weights.shape());
     world.group.barrier().unwrap();
@@ -51,7 +52,7 @@ fn as_rank() {
     fs::write("/proc/self/clear_refs", "5").unwrap();
     let (anonymous, resident) = (status("RssAnon"), status("VmRSS"));
     let started = Instant::now();
-    let mut params = Sharded::new(layouts, world.group.clone(), Group::solo(), Kind::Float, Device::Cpu);
+    let mut params = Sharded::new(layouts, Sharding::over(world.group.clone()), Kind::Float, Device::Cpu);
     weights.fill(&mut params).unwrap();
     let seconds = started.elapsed().as_secs_f64();
     let slices: u64 = (0..params.len()).map(|i| params.slice(i).len as u64 * 4).sum();

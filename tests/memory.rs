@@ -7,10 +7,10 @@ use corral::algorithms::step::{MicroBatch, accumulate_gradients};
 use corral::config::sections::Recompute;
 use corral::config::shape::Shape;
 use corral::config::trainable::{Base, Freeze, Lora, Targets};
+use corral::distributed::mesh::{Sharding, ShardingPlan};
 use corral::distributed::sharded::{Sharded, Spec};
 use corral::model::memory::{Batch, Memory};
 use corral::model::{DropoutPlace, Input, Llama, Trainable};
-use kernels::c10d::Group;
 use kernels::counting;
 use tch::{Device, Kind, Tensor};
 
@@ -36,9 +36,9 @@ fn lora(base: Base, dropout: f64) -> Option<Lora> {
 /// The most bytes that the tensors of a step take besides the parameters, and what the plan says.
 fn step(shape: &Shape, trainable: &Trainable, compute: Kind, batch: Batch) -> (i64, i64) {
     let plans = trainable.plans(shape).unwrap();
-    let memory = Memory::new(shape, &plans, compute, 1, Device::Cpu).unwrap();
+    let memory = Memory::new(shape, &plans, compute, ShardingPlan::solo(), Device::Cpu).unwrap();
     let planned = memory.step(&batch).total() - memory.resident().total();
-    let mut params = Sharded::new(plans, Group::solo(), Group::solo(), compute, Device::Cpu);
+    let mut params = Sharded::new(plans, Sharding::solo(), compute, Device::Cpu);
     let uniform = |_: &Spec, _: i64, values: &Tensor| {
         let _ = values.shallow_clone().uniform_(-0.05, 0.05);
         Ok(())
@@ -123,11 +123,14 @@ fn native_bfloat16() -> bool {
 fn a_plan_is_what_a_run_measures() {
     let shape = "{hidden_size: 512, intermediate_size: 1408, num_hidden_layers: 4, num_attention_heads: 8}";
     let model = format!("model={{init: {shape}}}");
-    let cases: [(&str, usize, &[&str]); 4] = [
+    let cases: [(&str, usize, &[&str]); 7] = [
         ("one", 1, &["train.micro_batch_size=8"]),
         ("parts", 1, &["train.micro_batch_size=2", "train.recompute=full"]),
         ("bfloat16", 1, &["precision.compute=bfloat16", "optim.moments=8bit"]),
         ("ranks", 2, &["train.micro_batch_size=2"]),
+        ("grads", 2, &["train.micro_batch_size=2", "parallel.mode=grads"]),
+        ("optimizer", 2, &["train.micro_batch_size=2", "parallel.mode=optimizer"]),
+        ("hybrid", 4, &["train.micro_batch_size=2", "parallel.mode=hybrid", "parallel.shard=2"]),
     ];
     for (name, ranks, words) in cases {
         let run = Run::sft(&format!("plan-{name}"));

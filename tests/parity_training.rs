@@ -8,10 +8,10 @@ use std::collections::HashMap;
 use common::{device, golden, golden_model, gradients, json, largest, load, relative, shifted, tensors};
 use corral::checkpoint::merge::Merge;
 use corral::checkpoint::{PeftAdapter, Weights};
+use corral::distributed::mesh::Sharding;
 use corral::distributed::sharded::{Layout, Sharded};
 use corral::model::{Input, Llama, LmHead, Recompute};
 use corral::optim::{AdamW, Hyper, Schedule, ScheduleKind};
-use kernels::c10d::Group;
 use tch::{Device, Kind, Tensor};
 
 /// PyTorch's AdamW over ten steps, with and without clipping and a schedule. The matrices and the vector lie in one
@@ -29,7 +29,7 @@ fn adamw_trajectories() {
                 vec![("w".into(), vec![7, 5]), ("e".into(), vec![3, 4]), ("b".into(), vec![5])],
             );
             let specs = layout.specs.clone();
-            let mut params = Sharded::new(vec![layout], Group::solo(), Group::solo(), kind, device());
+            let mut params = Sharded::new(vec![layout], Sharding::solo(), kind, device());
             params
                 .fill(|spec, _, values| {
                     values.shallow_clone().copy_(&t[&format!("init.{}", spec.name)].view([-1]));
@@ -171,7 +171,7 @@ fn lora() {
     let trainable = weights.lora().unwrap();
     for kind in [Kind::Float, Kind::Double] {
         let plans = trainable.plans(&shape).unwrap();
-        let mut params = Sharded::new(plans, Group::solo(), Group::solo(), kind, device());
+        let mut params = Sharded::new(plans, Sharding::solo(), kind, device());
         weights.fill(&mut params).unwrap();
         assert_eq!(params.first_trained(), 1, "the embedding stays");
         let mut model = Llama::new(shape.clone(), params);
@@ -211,7 +211,7 @@ fn lora() {
 
         // The same where nothing is trained, and no masters are held.
         let plans = trainable.plans_for_inference(&shape).unwrap();
-        let mut params = Sharded::new(plans, Group::solo(), Group::solo(), kind, device());
+        let mut params = Sharded::new(plans, Sharding::solo(), kind, device());
         weights.fill(&mut params).unwrap();
         near("logits", &logits(&mut Llama::new(shape.clone(), params)), &g["logits"], kind, largest);
     }

@@ -135,6 +135,8 @@ fn ranks_and_micro_batches_change_nothing_in_float64() {
         (2, &["generation.gather=whole"]),
         (2, &["generation.gather=blocks", "train.micro_batch_size=2", "generation.batch_size=3"]),
         (2, &["parallel.mode=replicate"]),
+        (2, &["parallel.mode=grads", "train.micro_batch_size=2"]),
+        (4, &["parallel.mode=hybrid", "parallel.shard=2"]),
     ] {
         let run = ppo(&format!("division-{ranks}-{}", words.join("-")));
         run.train(ranks, &[&base[..], words].concat());

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use common::run::{Program, Run, folder, largest_relative, uint};
 use corral::telemetry::tensorboard;
 
-/// How a run is divided: ranks, `parallel.mode`, `train.micro_batch_size`, `train.recompute`.
+/// How a run is divided: ranks, `parallel.mode` (with `parallel.shard` after a colon), `train.micro_batch_size`,
+/// `train.recompute`.
 type Division<'a> = (usize, &'a str, usize, &'a str);
 
 /// The same 20 steps of 8 sequences, however divided, against those of one rank with one micro-batch. Prints the table.
@@ -27,9 +28,11 @@ fn same_losses(name: &str, words: &[&str], tolerance: f64, divisions: &[Division
     );
     for division in divisions {
         let (ranks, mode, micro, recompute) = division;
-        let run = Run::new(&format!("{name}-{ranks}-{mode}-{micro}-{recompute}"));
+        let run = Run::new(&format!("{name}-{ranks}-{mode}-{micro}-{recompute}").replace(':', "-"));
+        let (mode_name, shard) = mode.split_once(':').unwrap_or((mode, "auto"));
         let divided = [
-            format!("parallel.mode={mode}"),
+            format!("parallel.mode={mode_name}"),
+            format!("parallel.shard={shard}"),
             format!("train.micro_batch_size={micro}"),
             format!("train.recompute={recompute}"),
         ];
@@ -80,11 +83,37 @@ fn losses_are_the_same_with_tied_embeddings() {
     same_losses("tied", &["model.init.tie_word_embeddings=true"], 1e-5, &divisions);
 }
 
+/// ZeRO-1, ZeRO-2 and HSDP.
+#[test]
+fn losses_are_the_same_in_all_modes() {
+    let divisions = [
+        (1, "grads", 2, "none"),
+        (2, "grads", 2, "selective"),
+        (4, "grads", 1, "full"),
+        (1, "optimizer", 2, "none"),
+        (2, "optimizer", 1, "full"),
+        (4, "optimizer", 1, "none"),
+        (1, "hybrid", 8, "none"),
+        (2, "hybrid", 2, "none"),
+        (2, "hybrid:1", 2, "none"),
+        (4, "hybrid:2", 1, "selective"),
+    ];
+    same_losses("modes", &[], 1e-5, &divisions);
+}
+
 #[test]
 fn losses_in_float64_are_the_same_to_its_precision() {
-    let divisions = [(1, "full", 1, "selective"), (2, "full", 2, "none"), (4, "replicate", 1, "full")];
+    let divisions = [
+        (1, "full", 1, "selective"),
+        (2, "full", 2, "none"),
+        (4, "replicate", 1, "full"),
+        (2, "grads", 1, "none"),
+        (4, "optimizer", 1, "none"),
+        (2, "optimizer", 2, "full"),
+        (4, "hybrid:2", 1, "none"),
+    ];
     let words = ["precision.compute=float64", "model.init.tie_word_embeddings=true"];
-    same_losses("float64", &words, 1e-10, &divisions);
+    same_losses("float64", &words, 1e-12, &divisions);
 }
 
 /// In float64, so that no rounding chooses another expert. The load-balancing loss is one of micro-batches: it is the same

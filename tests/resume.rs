@@ -231,10 +231,19 @@ fn only_one_thread_takes_signals() {
 
 #[test]
 fn a_run_goes_on_with_other_ranks() {
-    for (mode, before, after) in [("full", 2, 1), ("full", 1, 2), ("replicate", 2, 1), ("replicate", 1, 2)] {
-        let mode_word = format!("parallel.mode={mode}");
+    let cases = [
+        ("full", 2, 1),
+        ("full", 1, 2),
+        ("replicate", 2, 1),
+        ("replicate", 1, 2),
+        ("grads", 2, 1),
+        ("optimizer", 1, 2),
+        ("hybrid, shard: 2", 4, 2),
+    ];
+    for (mode, before, after) in cases {
+        let mode_word = format!("parallel={{mode: {mode}}}");
         let words = ["train.steps=40", "checkpoint.every=1000", &mode_word];
-        let name = format!("resize-{mode}-{before}-{after}");
+        let name = format!("resize-{}-{before}-{after}", &mode[..4]);
         let (reference, run) = (Run::new(&format!("{name}-reference")), Run::new(&name));
         reference.train(before, &words);
         let stopped = stop(&run, before, &words, Signal::SIGTERM, 143);

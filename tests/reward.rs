@@ -7,9 +7,9 @@ use common::{device, golden, golden_model, json, largest, relative, tensors};
 use corral::algorithms::ranking::{Pairs, Terms, losses};
 use corral::checkpoint::Weights;
 use corral::config::reward::Loss;
+use corral::distributed::mesh::Sharding;
 use corral::distributed::sharded::Sharded;
 use corral::model::{Input, Llama, Recompute, ScoreHead, layout};
-use kernels::c10d::Group;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
@@ -131,7 +131,7 @@ fn losses_by_their_definitions() {
 fn scored(kind: Kind) -> Llama {
     let weights = Weights::open(&golden_model("llama2")).unwrap();
     let shape = weights.shape().scored();
-    let mut params = Sharded::new(layout::layouts(&shape), Group::solo(), Group::solo(), kind, device());
+    let mut params = Sharded::new(layout::layouts(&shape), Sharding::solo(), kind, device());
     weights.fill(&mut params).unwrap();
     let head = tensors(&golden().join("reward_model/golden.safetensors"))["score_weight"].view([-1]);
     let mut fill = |_: &_, first: i64, values: &Tensor| {

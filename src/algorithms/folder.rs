@@ -216,7 +216,7 @@ impl<'a> RunFolder<'a> {
             rollback::undo(dir)?;
             Ok(Some(lock))
         };
-        let lock = agree(&world.group, if world.rank == 0 { take() } else { Ok(None) })?;
+        let lock = agree(&world.group, if world.is_main() { take() } else { Ok(None) })?;
         let info = RunInfo {
             config_hash: hex(&sha2::Sha256::digest(resolved.as_bytes())),
             tokenizer: Some(tokenizer.clone()),
@@ -288,7 +288,7 @@ impl<'a> RunFolder<'a> {
         }
         progress.start = rollback::name_of_start();
         let open = || -> Result<RunLog> {
-            if world.rank == 0 {
+            if world.is_main() {
                 files::create_dir(&dir).context(format!("cannot make the folder {}", dir.display()))?;
                 if files::exists(&dir.join(CONFIG))? || !log_files(&dir)?.is_empty() || replaces {
                     rollback::keep(&dir, &progress.start, replaces)?;

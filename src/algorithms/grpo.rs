@@ -160,8 +160,7 @@ fn ask(c: &Grpo, policy: &mut Policy, sampler: &mut Sampler, first: u64, world: 
         if flat.is_empty() {
             break;
         }
-        let ranks = world.world_size as u64;
-        let more = (flat.len() as u64).div_ceil(ranks) * ranks;
+        let more = (flat.len() as u64).next_multiple_of(world.mesh.data.size as u64);
         let other = policy.ask(sampler, next, more, group, world)?;
         next += more;
         generated += tokens(&other);
@@ -232,7 +231,7 @@ fn update(
     let (grpo, sequences, samples) = (&c.grpo, &batch.sequences, &batch.samples);
     let n = sequences.len();
     let size = c.minibatch_size() as usize;
-    let micro = c.micro_batch_size(world.world_size) as usize;
+    let micro = c.micro_batch_size(world.mesh.data.size) as usize;
     let several = c.num_updates() > 1;
     let share = share_of(sequences, micro, world);
 
@@ -301,8 +300,7 @@ fn update(
             };
             let scored_here = minibatch.iter().filter(|i| scored[**i]).count();
             let counts = Counts { sequences: scored_here as f64, tokens };
-            let part = size / world.world_size as usize;
-            let mut mine = minibatch[part * world.rank as usize..][..part].to_vec();
+            let mut mine = minibatch[world.mesh.data.share(size)].to_vec();
             // Rows of like length together: less padding.
             mine.sort_by_key(|i| (sequences.width([*i]), *i));
             let rows: Vec<&[usize]> = mine.chunks(micro).collect();

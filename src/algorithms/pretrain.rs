@@ -6,8 +6,9 @@ use crate::algorithms::run::Start;
 use crate::algorithms::step::{self, MicroBatch, Stop};
 use crate::algorithms::training::{Learner, Plan, Progress, Run, compute_kind};
 use crate::checkpoint::Metric;
+use crate::config::parallel::Mode;
 use crate::config::pretrain::Pretrain;
-use crate::config::sections::{self, Mode};
+use crate::config::sections;
 use crate::config::{Algorithm, Loaded, common};
 use crate::data::loader::{Loader, Order, Source, State};
 use crate::distributed::agreement::Facts;
@@ -172,9 +173,17 @@ fn validate(
 
 fn announce(c: &Pretrain, inputs: &Inputs, model: &Llama, world: &World) {
     let mode = match c.parallel.mode {
-        _ if world.world_size == 1 => "one rank",
-        Mode::Full => "parameters, gradients and optimizer sharded over all ranks",
-        Mode::Replicate => "replicated on every rank",
+        _ if world.world_size == 1 => "one rank".to_string(),
+        Mode::Full => "parameters, gradients and optimizer sharded over all ranks".into(),
+        Mode::Grads => "gradients and optimizer sharded over all ranks".into(),
+        Mode::Optimizer => "optimizer sharded over all ranks".into(),
+        Mode::Hybrid => {
+            let (shard, replicate) = (world.mesh.shard.size, world.mesh.replicate.size);
+            format!(
+                "{replicate} copies of parameters, gradients and optimizer, each sharded over {shard} ranks"
+            )
+        }
+        Mode::Replicate => "replicated on every rank".into(),
     };
     info!(
         "model: {:.2}M parameters, {} blocks, {:?} compute; {} rank(s), {mode}",

@@ -10,14 +10,14 @@ use crate::warn;
 
 /// Warns of what a run on `train` and `valid` is to be told of before its first step, on rank 0.
 pub fn announce(train: &RowLoader, valid: Option<&RowLoader>, chat: &Chat, world: &World) {
-    if world.rank == 0 {
+    if world.is_main() {
         warnings(train, valid, chat).iter().for_each(|warning| warn!("{warning}"));
     }
 }
 
 /// Warns of `odd` records that are skipped, on rank 0.
 pub fn announce_skipped(key: &str, odd: &OddRecords, world: &World) {
-    if world.rank == 0
+    if world.is_main()
         && let Some(warning) = skipped(key, odd)
     {
         warn!("{warning}");

@@ -127,10 +127,9 @@ pub fn scores_of_all(
     score: Score,
     sequences: &[Encoded],
 ) -> Result<Vec<f64>> {
-    let share = sequences.len().div_ceil(world.world_size as usize);
-    let first = (world.rank as usize * share).min(sequences.len());
-    let mine = &sequences[first..sequences.len().min(first + share)];
+    let mine = world.mesh.data.share(sequences.len());
     let mut all = vec![0.0; sequences.len()];
-    all[first..first + mine.len()].copy_from_slice(&agree(&world.group, scores(model, score, mine))?);
+    let scored = agree(&world.group, scores(model, score, &sequences[mine.clone()]))?;
+    all[mine].copy_from_slice(&scored);
     Ok(world.group.combine(&all, ReduceOp::Sum)?)
 }

@@ -168,19 +168,20 @@ fn num_labels(batch: &MicroBatch) -> f64 {
 /// The micro-batches of this rank in a step of `train.batch_size` rows, which are divided among the ranks in order, then into
 /// micro-batches in order: each one's first row within the step, and its rows.
 pub fn division(train: &Train, world: &World) -> impl Iterator<Item = (u64, u64)> {
-    let (rows, micro) = (train.batch_size / world.world_size, train.micro_batch_size(world.world_size));
-    let first = world.rank * rows;
-    (0..rows / micro).map(move |i| ((first + i * micro) as u64, micro as u64))
+    let micro = train.micro_batch_size(world.mesh.data.size) as usize;
+    let mine = world.mesh.data.share(train.batch_size as usize);
+    mine.step_by(micro).map(move |first| (first as u64, micro as u64))
 }
 
 /// The micro-batches of this rank in a pass over `total` rows: each one's first row, and its rows. All ranks get equally many,
 /// since they gather weights together: beyond the end, of 0 rows.
 pub fn rounds(total: u64, train: &Train, world: &World) -> impl Iterator<Item = (u64, u64)> {
-    let micro = train.micro_batch_size(world.world_size) as u64;
-    let (ranks, rank) = (world.world_size as u64, world.rank as u64);
-    (0..total.div_ceil(micro * ranks)).map(move |round| {
-        let first = (round * ranks + rank) * micro;
-        (first, total.saturating_sub(first).min(micro))
+    let data = &world.mesh.data;
+    let round = (train.micro_batch_size(data.size) * data.size) as u64;
+    let mine = data.share(round as usize);
+    (0..total.div_ceil(round)).map(move |i| {
+        let first = i * round + mine.start as u64;
+        (first, total.saturating_sub(first).min(mine.len() as u64))
     })
 }
 

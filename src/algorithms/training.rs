@@ -37,7 +37,7 @@ use crate::config::changes::Change;
 use crate::config::common::Common;
 use crate::config::sections::{Compute, Valid};
 use crate::data::tokenizer::Tokenizer;
-use crate::distributed::sharded::{Sharded, shard_groups};
+use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::{Llama, Trainable};
@@ -157,10 +157,9 @@ impl Learner {
         c: &Common,
         world: &World,
     ) -> Result<Learner> {
-        let (shard, replica) = shard_groups(c.parallel.mode, world);
         let compute = compute_kind(c.precision.compute);
         let plans = trainable.plans(&base.shape)?;
-        let params = Sharded::new(plans, shard, replica, compute, world.device);
+        let params = Sharded::new(plans, world.sharding(), compute, world.device);
         let mut model = Llama::new(base.shape.clone(), params);
         let origin = origin.unwrap_or_default();
         let frozen = model.params.frozen_bytes() > 0;
@@ -471,7 +470,7 @@ impl<D: Serialize> Run<'_, D> {
         // Ranks decide together, whatever each sees of the file system.
         let there = f64::from(u8::from(path.is_dir()));
         if self.world.group.combine(&[there], ReduceOp::Min)?[0] < 1.0 {
-            if self.world.rank == 0 {
+            if self.world.is_main() {
                 warn!("{}, the best checkpoint, is not there: the last model is exported", path.display());
             }
             return Ok(());

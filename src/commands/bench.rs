@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::Subcommand;
-use kernels::c10d::{Group, ReduceOp};
+use kernels::c10d::ReduceOp;
 use serde_json::json;
 use tch::{Kind, Tensor};
 
@@ -13,10 +13,11 @@ use crate::algorithms::step::{MicroBatch, accumulate_gradients, apply_gradients}
 use crate::algorithms::training::compute_kind;
 use crate::commands::Global;
 use crate::commands::inference::{ModelArgs, Spread};
-use crate::config::sections::{Compute, Mode, Recompute};
+use crate::config::parallel::{Mode, Parallel};
+use crate::config::sections::{Compute, Recompute};
 use crate::config::shape::Shape;
+use crate::distributed::mesh::Sharding;
 use crate::distributed::sharded::Sharded;
-use crate::distributed::sharded::shard_groups;
 use crate::distributed::world::World;
 use crate::error::{Context, Error, Result};
 use crate::generate::engine::{self, Options, Request};
@@ -116,7 +117,13 @@ pub struct CollectivesArgs {
 }
 
 pub fn run(command: Command, global: &Global) -> Result<()> {
-    let world = World::from_global(global.device.as_deref(), Duration::from_secs(600), &global.facts())?;
+    let mode = match &command {
+        Command::Train(args) => args.workload.mode,
+        Command::Checkpoint(args) => args.workload.mode,
+        _ => Mode::Full,
+    };
+    let parallel = Parallel { mode, ..Parallel::default() };
+    let world = World::from_global(global.device.as_deref(), &parallel, &global.facts())?;
     match command {
         Command::Train(args) => train(&args, &world),
         Command::Generate(args) => generate(&args, &world),
@@ -155,7 +162,7 @@ impl Training {
         let shape = shape(&args.preset)?;
         let (batch, length) = default_batch(&args.preset);
         let (batch, length) = (args.batch_size.unwrap_or(batch), args.sequence_length.unwrap_or(length));
-        let rows = batch / world.world_size;
+        let rows = batch / world.mesh.data.size;
         let micro = args.micro_batch_size.unwrap_or(rows);
         if rows < 1 || batch % world.world_size != 0 || micro < 1 || rows % micro != 0 {
             return Err(Error::config(format!(
@@ -167,9 +174,8 @@ impl Training {
             let most = shape.max_position_embeddings;
             return Err(Error::config(format!("--sequence-length must be from 1 to {most}")));
         }
-        let (shard, replica) = shard_groups(args.mode, world);
         let kind = compute_kind(args.precision);
-        let mut params = Sharded::new(layout::layouts(&shape), shard, replica, kind, world.device);
+        let mut params = Sharded::new(layout::layouts(&shape), world.sharding(), kind, world.device);
         init::init(&mut params, &shape, 0)?;
         let model = Llama::new(shape.clone(), params);
         let hyper = Hyper { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 };
@@ -220,7 +226,7 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
         loss = step_loss;
     }
     let peak = world.group.combine(&[world.peak_bytes()? as f64], ReduceOp::Max)?[0];
-    if world.rank != 0 {
+    if !world.is_main() {
         return Ok(());
     }
     let Training { shape, rows, micro, length, count, .. } = training;
@@ -270,8 +276,8 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
     let mut model = match &opened {
         Some(opened) => opened.load(world, Spread::Replicate)?,
         None => {
-            let (kind, solo) = (compute_kind(args.precision), Group::solo);
-            let mut params = Sharded::new(layout::layouts(&shape), solo(), solo(), kind, world.device);
+            let kind = compute_kind(args.precision);
+            let mut params = Sharded::new(layout::layouts(&shape), Sharding::solo(), kind, world.device);
             init::init(&mut params, &shape, 0)?;
             Llama::new(shape.clone(), params)
         }
@@ -362,7 +368,7 @@ fn collectives(args: &CollectivesArgs, world: &World) -> Result<()> {
                 }
                 let median = median(&mut seconds[1..]);
                 let bytes = n as f64 * if kind == Kind::Float { 4.0 } else { 2.0 };
-                if world.rank == 0 {
+                if world.is_main() {
                     println!(
                         "{}",
                         json!({

@@ -126,7 +126,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
     };
     let world = inference::join(global, &opened)?;
     intake.warn(&world);
-    let known = if world.rank == 0 { kept.lines } else { 0 };
+    let known = if world.is_main() { kept.lines } else { 0 };
     let kept_lines = world.group.combine(&[known as f64], ReduceOp::Max)?[0] as usize;
     if kept_lines > 0 {
         let (all, path) = (lines.len(), args.output.as_deref().unwrap_or(Path::new("")).display());
@@ -134,7 +134,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
     }
     let model = if kept_lines < lines.len() { Some(opened.load(&world, args.ranks.mode)?) } else { None };
     let answers = match &args.output {
-        _ if world.rank != 0 => Ok(None),
+        _ if !world.is_main() => Ok(None),
         Some(path) => Answers::write(path, kept, &settings).map(Some),
         None => Ok((!args.streams()).then(Answers::print)),
     };
@@ -190,13 +190,13 @@ impl Job<'_> {
         first: usize,
         mut answers: Option<Answers>,
     ) -> Result<()> {
-        let (rank, ranks) = (self.world.rank as usize, self.world.world_size as usize);
-        let mine: Vec<(usize, &Request)> = requests
-            .iter()
-            .enumerate()
-            .skip(first)
-            .filter_map(|(i, request)| Some((i, request.as_ref().ok()?)))
-            .filter(|(i, _)| i % ranks == rank)
+        let mine: Vec<(usize, &Request)> = self
+            .world
+            .mesh
+            .data
+            .turns(requests.len())
+            .filter(|i| *i >= first)
+            .filter_map(|i| Some((i, requests[i].as_ref().ok()?)))
             .collect();
         let stop = (!self.args.stop.is_empty())
             .then_some(Stop { texts: &self.args.stop, tokenizer: self.tokenizer });
@@ -224,7 +224,7 @@ impl Job<'_> {
         }
         loop {
             let mut done = Vec::new();
-            for _ in 0..if ranks == 1 { 1 } else { EXCHANGE } {
+            for _ in 0..if self.world.world_size == 1 { 1 } else { EXCHANGE } {
                 if engine.num_waiting() == 0 && added < mine.len() {
                     let window = &mine[added..mine.len().min(added + WINDOW * self.args.batch_size)];
                     engine.add(model, window.iter().map(|(_, request)| (*request).clone()))?;

@@ -1,7 +1,6 @@
 //! What `generate`, `chat`, `score` and `eval` share: a model that is opened before the ranks meet, and loaded after.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use serde_json::Value;
 use tch::Device;
@@ -9,13 +8,15 @@ use tch::Device;
 use crate::algorithms::training::compute_kind;
 use crate::checkpoint::{Scoring, Weights};
 use crate::commands::Global;
-use crate::config::sections::{Compute, Mode};
+use crate::config::parallel::Parallel;
+use crate::config::sections::Compute;
 use crate::config::shape::Shape;
 use crate::config::template_date::TemplateDate;
 use crate::data::chat::{self, Chat};
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::environment::Place;
-use crate::distributed::sharded::{Sharded, shard_groups};
+use crate::distributed::mesh::Sharding;
+use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::files::{self, identity};
@@ -23,7 +24,7 @@ use crate::model::{Llama, Trainable};
 use crate::{detail, warn};
 
 /// How long ranks wait for each other: longer than any of them reads weights, or computes between two exchanges.
-const TIMEOUT: Duration = Duration::from_secs(1800);
+const TIMEOUT_S: f64 = 1800.0;
 
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
@@ -163,17 +164,16 @@ impl Opened {
     pub fn load(&self, world: &World, spread: Spread) -> Result<Llama> {
         let on_cpu = if world.device == Device::Cpu { Compute::Float32 } else { Compute::Bfloat16 };
         let compute = compute_kind(self.dtype.unwrap_or(on_cpu));
-        let mode = match spread {
-            Spread::Replicate => Mode::Replicate,
-            Spread::Full => Mode::Full,
+        let sharding = match spread {
+            Spread::Replicate => Sharding::replicated(world.group.clone()),
+            Spread::Full => Sharding::over(world.group.clone()),
         };
-        let (shard, replica) = shard_groups(mode, world);
         let shape = self.shape().clone();
         let plans = match self.weights.lora() {
             Some(trainable) => trainable.plans_for_inference(&shape)?,
             None => Trainable::default().plans_for_inference(&shape)?,
         };
-        let mut params = Sharded::new(plans, shard, replica, compute, world.device);
+        let mut params = Sharded::new(plans, sharding, compute, world.device);
         self.weights.fill(&mut params)?;
         Ok(Llama::new(shape, params))
     }
@@ -195,7 +195,8 @@ pub fn join_with(global: &Global, models: &[(&str, &Opened)]) -> Result<World> {
             facts.add_contents("--input", &identity(Path::new(path))?);
         }
     }
-    let world = World::from_global(global.device.as_deref(), TIMEOUT, &facts)?;
+    let parallel = Parallel { timeout_s: TIMEOUT_S, ..Parallel::default() };
+    let world = World::from_global(global.device.as_deref(), &parallel, &facts)?;
     detail!("{}", world.choice);
     Ok(world)
 }

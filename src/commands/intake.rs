@@ -105,7 +105,7 @@ impl Intake {
 
     /// Warns of what is left out, and of what is not used, on rank 0.
     pub fn warn(&self, world: &World) {
-        if world.rank == 0 {
+        if world.is_main() {
             self.unused.iter().for_each(|(path, unused)| unused.warn(path));
             self.left_out().iter().for_each(|odd| warn!("{}", odd.skipped()));
         }

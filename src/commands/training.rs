@@ -1,7 +1,6 @@
 //! What the subcommands that train share: arguments, and the way from them to a world of ranks.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use chrono::{Datelike, NaiveDate};
 use kernels::c10d::ReduceOp;
@@ -75,12 +74,11 @@ pub fn run<C: Algorithm, I: Inputs>(
     let found = examine(&loaded, &start, &[])?;
     keep_date(&mut loaded.config, found.from.as_ref());
     let inputs = open(&loaded.config)?;
-    let timeout = Duration::from_secs_f64(loaded.config.common().parallel.timeout_s);
     let mut facts = global.facts();
     let configuration = serde_json::to_value(&loaded.config).map_err(|e| Error::failed(e.to_string()))?;
     facts.add_configuration(&configuration);
     inputs.add_facts(&mut facts)?;
-    let world = World::from_global(global.device.as_deref(), timeout, &facts)?;
+    let world = World::from_global(global.device.as_deref(), loaded.config.common().parallel, &facts)?;
     info!("{}", world.choice);
     let inputs = with_first_ranks_date(&mut loaded.config, inputs, open, &world)?;
     train(&loaded, inputs, &world, &start)
@@ -103,7 +101,7 @@ fn with_first_ranks_date<C: Algorithm, I>(
 ) -> Result<I> {
     let Some(date) = config.template_date() else { return Ok(inputs) };
     let mine = f64::from(date.date.num_days_from_ce());
-    let told = if world.rank == 0 { mine } else { 0.0 };
+    let told = if world.is_main() { mine } else { 0.0 };
     let first = world.group.combine(&[told], ReduceOp::Sum)?[0];
     match NaiveDate::from_num_days_from_ce_opt(first as i32).filter(|_| first != mine) {
         None => agree(&world.group, Ok(inputs)),

@@ -99,7 +99,7 @@ const KEYS: &[Section] = &[
     ("data.train", &[("path", Path), ("weight", State)]),
     ("data.valid", &[("path", Output), ("weight", Output)]),
     ("data.few_shot", &[("path", Path), ("count", State)]),
-    ("parallel", &[("mode", Rounding), ("tensor", Rounding), ("timeout_s", Execution)]),
+    ("parallel", &[("mode", Rounding), ("shard", Rounding), ("tensor", Rounding), ("timeout_s", Execution)]),
     ("precision", &[("compute", Mathematics)]),
     (
         "optim",

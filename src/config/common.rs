@@ -3,10 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use super::Conflict;
+use super::parallel::Parallel;
 use super::pretrain::Model;
-use super::sections::{
-    Checkpoint, Log, Optim, Parallel, Precision, Schedule, Source, Tokenizer, Train, Valid,
-};
+use super::sections::{Checkpoint, Log, Optim, Precision, Schedule, Source, Tokenizer, Train, Valid};
 
 /// The keys that every configuration has.
 #[derive(Debug, Clone, Copy)]
@@ -29,7 +28,7 @@ impl Common<'_> {
         self.train
             .conflict(world_size)
             .or_else(|| self.schedule.conflict(self.train))
-            .or_else(|| self.parallel.conflict())
+            .or_else(|| self.parallel.conflict(world_size))
     }
 }
 
@@ -49,7 +48,7 @@ macro_rules! configuration {
             pub output_dir: std::path::PathBuf,
             $($(#[$about])* pub $key: $type,)*
             #[serde(default)]
-            pub parallel: crate::config::sections::Parallel,
+            pub parallel: crate::config::parallel::Parallel,
             #[serde(default)]
             pub precision: crate::config::sections::Precision,
             #[serde(default)]

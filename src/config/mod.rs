@@ -10,6 +10,7 @@ pub mod grpo;
 pub mod models;
 mod numbers;
 pub mod online_dpo;
+pub mod parallel;
 pub mod policy;
 pub mod ppo;
 pub mod preferences;

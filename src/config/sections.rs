@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::ValueEnum;
-use serde::de::{Deserializer, Error as _, MapAccess, Visitor, value::MapAccessDeserializer};
+use serde::de::{Deserializer, MapAccess, Visitor, value::MapAccessDeserializer};
 use serde::{Deserialize, Serialize};
 
 use super::Conflict;
@@ -103,67 +103,6 @@ impl Tokenizer {
             if token.is_empty() { "a token is empty".into() } else { format!("`{token}` is there twice") }
         };
         bad.map(|(_, token)| ("tokenizer.add_tokens", what(token)))
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Parallel {
-    pub mode: Mode,
-    /// Ranks that share every matrix (tensor parallelism). Only 1 is built.
-    #[serde(deserialize_with = "tensor")]
-    pub tensor: i64,
-    /// Seconds within which ranks must meet, and every collective must end.
-    #[serde(deserialize_with = "positive")]
-    pub timeout_s: f64,
-}
-
-impl Default for Parallel {
-    fn default() -> Self {
-        Parallel { mode: Mode::Full, tensor: 1, timeout_s: 600.0 }
-    }
-}
-
-impl Parallel {
-    /// What does not fit, and why.
-    pub fn conflict(&self) -> Option<Conflict> {
-        let long = self.timeout_s > 1e7;
-        long.then(|| ("parallel.timeout_s", "at most 10000000 seconds, which are 115 days".into()))
-    }
-}
-
-/// What is sharded over the ranks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "lowercase", try_from = "ModeName")]
-pub enum Mode {
-    /// Parameters, gradients and optimizer state (ZeRO-3).
-    Full,
-    /// Nothing: every rank holds all (DDP).
-    Replicate,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum ModeName {
-    Full,
-    Grads,
-    Optimizer,
-    Replicate,
-    Hybrid,
-}
-
-impl TryFrom<ModeName> for Mode {
-    type Error = String;
-
-    fn try_from(name: ModeName) -> Result<Self, String> {
-        let missing = |name| Err(format!("the mode '{name}' is not built yet; choose full or replicate"));
-        match name {
-            ModeName::Full => Ok(Mode::Full),
-            ModeName::Replicate => Ok(Mode::Replicate),
-            ModeName::Grads => missing("grads"),
-            ModeName::Optimizer => missing("optimizer"),
-            ModeName::Hybrid => missing("hybrid"),
-        }
     }
 }
 
@@ -427,11 +366,4 @@ impl Valid {
 
 fn batch_size() -> i64 {
     32
-}
-
-fn tensor<'de, D: Deserializer<'de>>(d: D) -> Result<i64, D::Error> {
-    match count(d)? {
-        1 => Ok(1),
-        n => Err(D::Error::custom(format!("tensor parallelism over {n} ranks is not built yet; only 1 is"))),
-    }
 }

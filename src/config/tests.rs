@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 
+use super::parallel::*;
 use super::pretrain::*;
 use super::sections::*;
 use super::shape::{Experts, Family, Shape};
@@ -44,7 +45,7 @@ fn reads_values_and_defaults() {
     assert_eq!(config.data.train, sources);
     assert_eq!(config.data.valid, []);
     assert_eq!(config.optim.betas, [0.9, 0.95]);
-    assert_eq!(config.parallel, Parallel { mode: Mode::Full, tensor: 1, timeout_s: 600.0 });
+    assert_eq!(config.parallel, Parallel::default());
     assert_eq!(config.train.recompute, Recompute::None);
     assert_eq!(config.train.micro_batch_size(2), 4);
     assert_eq!(config.conflict(2), None);
@@ -221,10 +222,6 @@ fn missing_keys_and_broken_yaml() {
 #[test]
 fn what_is_not_built_is_refused() {
     let at = |text: &str| error(SMALL, &[text]);
-    for mode in ["grads", "optimizer", "hybrid"] {
-        let message = at(&format!("parallel.mode={mode}"));
-        assert!(message.ends_with("is not built yet; choose full or replicate"), "{message}");
-    }
     assert!(at("parallel.tensor=2").ends_with("tensor parallelism over 2 ranks is not built yet; only 1 is"));
     assert!(at("precision.compute=float8").ends_with("float8 is not built yet; choose bfloat16 or float32"));
     assert!(at("precision.compute=fp32").contains("(known: float32, bfloat16, float64, float8)"));
@@ -273,6 +270,15 @@ fn combinations_are_refused_with_place() {
     assert!(refused(&["tokenizer.add_tokens=[a, b, a]"], 1).contains("`a` is there twice"));
     assert!(refused(&["tokenizer.add_tokens=['']"], 1).contains("a token is empty"));
     assert!(refused(&["data.train=[]"], 1).contains("there is no data to train on"));
+    let sharded = refused(&["parallel={mode: hybrid, shard: 3}"], 8);
+    assert!(sharded.contains("'parallel.shard': 3 must divide the number of ranks, 8"), "{sharded}");
+    let useless = refused(&["parallel.shard=2"], 4);
+    assert!(useless.contains("'parallel.shard': is a key of `mode: hybrid`"), "{useless}");
+    load_text(SMALL, &["parallel={mode: hybrid, shard: 2}"]).unwrap().validate(8).unwrap();
+    load_text(SMALL, &["parallel={mode: hybrid, shard: auto}"]).unwrap().validate(8).unwrap();
+    for wrong in ["0", "some", "1.5"] {
+        assert!(error(SMALL, &[&format!("parallel.shard={wrong}")]).contains("number of ranks"));
+    }
     load_text(SMALL, &["tokenizer=null", "model={path: m}"]).unwrap().validate(1).unwrap();
 }
 

@@ -4,6 +4,7 @@ pub mod agreement;
 pub mod environment;
 pub mod exchange;
 pub mod frozen;
+pub mod mesh;
 pub mod plan;
 pub mod sharded;
 pub mod world;

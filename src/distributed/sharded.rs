@@ -19,10 +19,9 @@ use std::collections::HashSet;
 use kernels::c10d::{Group, ReduceOp, Work};
 use tch::{Device, Kind, Tensor};
 
-use crate::config::sections::Mode;
 use crate::distributed::frozen::{Frozen, Value};
+use crate::distributed::mesh::Sharding;
 use crate::distributed::plan::{Home, Piece, Placed, Plan, is_adapter};
-use crate::distributed::world::World;
 use crate::error::{Error, Result};
 
 /// A tensor's place in its group's flat buffer.
@@ -122,22 +121,6 @@ struct Reduction {
     out: Option<Tensor>,
 }
 
-/// Over which ranks slices lie, and which hold equal ones.
-pub fn shard_groups(mode: Mode, world: &World) -> (Group, Group) {
-    match mode {
-        Mode::Full => (world.group.clone(), Group::solo()),
-        Mode::Replicate => (Group::solo(), world.group.clone()),
-    }
-}
-
-/// The ranks that slices lie over.
-pub fn shard_ranks(mode: Mode, world_size: i64) -> i64 {
-    match mode {
-        Mode::Full => world_size,
-        Mode::Replicate => 1,
-    }
-}
-
 /// Gives all values of a group, in any dtype: `[numel]`.
 type Load = Box<dyn Fn(&Layout) -> Result<Tensor>>;
 
@@ -147,8 +130,7 @@ pub struct Sharded {
     /// Where values come from that are not kept (see [`Sharded::on_demand`]).
     load: Option<Load>,
     reductions: Vec<Reduction>,
-    shard: Group,
-    replica: Group,
+    sharding: Sharding,
     compute: Kind,
     device: Device,
     /// Gathered values stay until [`Sharded::let_go`].
@@ -165,21 +147,19 @@ impl Sharded {
     /// trained as a whole.
     pub fn new(
         groups: impl IntoIterator<Item = impl Into<Plan>>,
-        shard: Group,
-        replica: Group,
+        sharding: Sharding,
         compute: Kind,
         device: Device,
     ) -> Sharded {
         let groups = groups
             .into_iter()
-            .map(|plan| FlatGroup::new(plan.into(), shard.size(), compute, device))
+            .map(|plan| FlatGroup::new(plan.into(), sharding.shard.size(), compute, device))
             .collect();
         Sharded {
             groups,
             load: None,
             reductions: Vec::new(),
-            shard,
-            replica,
+            sharding,
             compute,
             device,
             held: false,
@@ -197,13 +177,11 @@ impl Sharded {
     ) -> Sharded {
         let group = |plan: Plan| FlatGroup::empty(plan, 1, compute, device);
         let groups = groups.into_iter().map(|plan| group(plan.into())).collect();
-        let (shard, replica) = (Group::solo(), Group::solo());
         Sharded {
             groups,
             load: Some(Box::new(load)),
             reductions: Vec::new(),
-            shard,
-            replica,
+            sharding: Sharding::solo(),
             compute,
             device,
             held: false,
@@ -252,7 +230,7 @@ impl Sharded {
 
     /// Bytes of all values as forwards use them, on a rank that gathers them all.
     pub fn whole_bytes(&self) -> i64 {
-        let ranks = self.shard.size();
+        let ranks = self.sharding.shard.size();
         let of = |g: &FlatGroup| {
             ranks * (g.shard_len * self.compute.elt_size_in_bytes() as i64 + g.frozen.bytes())
         };
@@ -268,20 +246,25 @@ impl Sharded {
         self.device
     }
 
+    /// How the values lie over ranks.
+    pub fn sharding(&self) -> &Sharding {
+        &self.sharding
+    }
+
     /// The ranks that the slices lie on.
     pub fn shard_group(&self) -> &Group {
-        &self.shard
+        &self.sharding.shard
     }
 
     /// The ranks that hold equal slices.
     pub fn replica_group(&self) -> &Group {
-        &self.replica
+        &self.sharding.replicate
     }
 
     /// Which elements of group `i` this rank owns.
     pub fn slice(&self, i: usize) -> Slice {
         let g = &self.groups[i];
-        let start = (self.shard.rank() * g.shard_len).min(g.layout.numel);
+        let start = (self.sharding.shard.rank() * g.shard_len).min(g.layout.numel);
         Slice { start, len: g.shard_len.min(g.layout.numel - start) }
     }
 
@@ -336,7 +319,8 @@ impl Sharded {
                 }
             }
             if frozen {
-                group.frozen.fill(self.shard.rank(), &wanted, &mut *f)?;
+                group.frozen.release();
+                group.frozen.fill(self.sharding.shard.rank(), &wanted, &mut *f)?;
             }
         }
         self.refresh();
@@ -346,12 +330,13 @@ impl Sharded {
     /// The names of tensors that are not trained and whose reads by this rank count in a hash of all ranks' (see
     /// [`Frozen::counted`]).
     pub fn counted(&self) -> HashSet<String> {
-        let rank = self.shard.rank();
+        let rank = self.sharding.shard.rank();
         self.groups.iter().flat_map(|g| g.frozen.counted(rank)).map(str::to_string).collect()
     }
 
     /// Brings the compute copies up to the master values.
     pub fn refresh(&mut self) {
+        self.drop_gathered();
         for g in &mut self.groups {
             if g.local.kind() != g.master.kind() {
                 g.local.copy_(&g.master);
@@ -361,9 +346,9 @@ impl Sharded {
 
     /// Starts gathering group `i`, if it is not there.
     pub fn prefetch(&mut self, i: usize) -> Result<()> {
-        let size = self.shard.size();
+        let size = self.sharding.shard.size();
         let g = &mut self.groups[i];
-        g.frozen.prefetch(&self.shard)?;
+        g.frozen.prefetch(&self.sharding.shard)?;
         if g.full.is_some() || g.layout.numel == 0 {
             return Ok(());
         }
@@ -376,7 +361,7 @@ impl Sharded {
             return Ok(());
         }
         let full = Tensor::empty([g.shard_len * size], (self.compute, self.device));
-        g.gathering = Some(self.shard.all_gather(&full, &g.local)?);
+        g.gathering = Some(self.sharding.shard.all_gather(&full, &g.local)?);
         g.full = Some(full);
         Ok(())
     }
@@ -388,16 +373,27 @@ impl Sharded {
         if let Some(work) = g.gathering.take() {
             work.wait()?;
         }
-        Ok(Full { trained: g.full.as_ref().map(Tensor::shallow_clone), frozen: g.frozen.full(&self.shard)? })
+        Ok(Full {
+            trained: g.full.as_ref().map(Tensor::shallow_clone),
+            frozen: g.frozen.full(&self.sharding.shard)?,
+        })
     }
 
-    /// Drops the gathered values of group `i`, unless they are held.
+    /// Drops the gathered values of group `i`, unless they are held or kept.
     pub fn release(&mut self, i: usize) {
-        if !self.held {
+        if !self.held && !self.sharding.keep.values() {
             let g = &mut self.groups[i];
             g.gathering = None;
             g.full = None;
             g.frozen.release();
+        }
+    }
+
+    /// Says that values have changed: what was gathered of them is no longer theirs.
+    pub fn drop_gathered(&mut self) {
+        for g in &mut self.groups {
+            g.gathering = None;
+            g.full = None;
         }
     }
 
@@ -416,7 +412,7 @@ impl Sharded {
 
     /// Whether a forward is a collective call: values must be gathered from other ranks.
     pub fn gathers(&self) -> bool {
-        self.shard.size() > 1 && !self.held
+        self.sharding.shard.size() > 1 && !self.held
     }
 
     /// Tensors `first..end` of group `i`, which have equal rows, in as few pieces as they lie in.
@@ -484,7 +480,7 @@ impl Sharded {
     /// Where the backward of group `i` adds its gradient: A [numel + padding], and whether it is fresh: then its
     /// contents are undefined, and the first writer of every element must set instead of add.
     pub fn grad(&mut self, i: usize) -> (Tensor, bool) {
-        let size = self.shard.size();
+        let size = self.sharding.shard.size();
         let g = &mut self.groups[i];
         let target = if size == 1 { &mut g.grad } else { &mut g.full_grad };
         if let Some(t) = target {
@@ -500,23 +496,26 @@ impl Sharded {
     }
 
     /// Says that the gradient of group `i` is complete for this micro-batch. Slices are reduced at once, so that no
-    /// rank keeps a whole gradient; replicas wait for the `last` micro-batch of the step.
+    /// rank keeps a whole gradient, unless gradients are kept; those, and replicas, wait for the `last` micro-batch of the step.
     pub fn reduce(&mut self, i: usize, last: bool) -> Result<()> {
+        if self.sharding.keep.gradients() && !last {
+            return Ok(());
+        }
         while self.reductions.len() >= MAX_REDUCTIONS {
             self.finish_oldest_reduction()?;
         }
         let g = &mut self.groups[i];
         if let Some(full_grad) = g.full_grad.take() {
             let out = Tensor::empty([g.shard_len], (full_grad.kind(), self.device));
-            let work = self.shard.reduce_scatter(&out, &full_grad, ReduceOp::Sum)?;
+            let work = self.sharding.shard.reduce_scatter(&out, &full_grad, ReduceOp::Sum)?;
             self.reductions.push(Reduction { group: i, work, out: Some(out) });
         }
-        if last && self.replica.size() > 1 {
+        if last && self.sharding.replicate.size() > 1 {
             while self.reductions.iter().any(|r| r.group == i) {
                 self.finish_oldest_reduction()?;
             }
             if let Some(grad) = &self.groups[i].grad {
-                let work = self.replica.all_reduce(grad, ReduceOp::Sum)?;
+                let work = self.sharding.replicate.all_reduce(grad, ReduceOp::Sum)?;
                 self.reductions.push(Reduction { group: i, work, out: None });
             }
         }
@@ -557,12 +556,12 @@ impl Sharded {
     /// All master values of group `i`, unpadded: A `[numel]`, gathered over the shard group (a collective call).
     pub fn gather_master(&self, i: usize) -> Result<Tensor> {
         let g = &self.groups[i];
-        if self.shard.size() == 1 {
+        if self.sharding.shard.size() == 1 {
             return Ok(g.master.narrow(0, 0, g.layout.numel));
         }
-        let full = Tensor::empty([g.shard_len * self.shard.size()], (g.master.kind(), self.device));
+        let full = Tensor::empty([g.shard_len * self.sharding.shard.size()], (g.master.kind(), self.device));
         if g.layout.numel > 0 {
-            self.shard.all_gather(&full, &g.master)?.wait()?;
+            self.sharding.shard.all_gather(&full, &g.master)?.wait()?;
         }
         Ok(full.narrow(0, 0, g.layout.numel))
     }
@@ -570,7 +569,7 @@ impl Sharded {
     /// Gives the model's tensors of group `i` to `f`, in the plan's order: masters of what is trained, values in the compute
     /// dtype of what is not, quantized ones in float32. A collective call over the shard group.
     pub fn gather_tensors(&self, i: usize, mut f: impl FnMut(&Spec, Tensor) -> Result<()>) -> Result<()> {
-        let frozen = self.groups[i].frozen.gather(&self.shard)?;
+        let frozen = self.groups[i].frozen.gather(&self.sharding.shard)?;
         let full = Full { trained: Some(self.gather_master(i)?), frozen };
         for (k, spec) in self.groups[i].plan.layout.specs.iter().enumerate() {
             let value = match self.value(i, &full, &self.pieces(i, k..k + 1)[0])? {
@@ -587,7 +586,7 @@ impl Sharded {
 
     /// Sum of a function of the slices over all ranks that own different ones.
     pub fn sum_over_slices(&self, local: f64) -> Result<f64> {
-        Ok(self.shard.combine(&[local], ReduceOp::Sum)?[0])
+        Ok(self.sharding.shard.combine(&[local], ReduceOp::Sum)?[0])
     }
 }
 

@@ -2,6 +2,8 @@
 
 use super::agreement::{Facts, agree_on};
 use super::environment::Place;
+use super::mesh::{Axis, Keep, Mesh, Sharding};
+use crate::config::parallel::{Mode, Parallel, ShardSize};
 use crate::{Context, Error, Result};
 use kernels::c10d::{Backend, Group, Store};
 use kernels::cuda;
@@ -99,6 +101,9 @@ pub struct World {
     pub device: Device,
     /// All ranks.
     pub group: Group,
+    /// How they divide the work.
+    pub mesh: Mesh,
+    keep: Keep,
     /// Which backend was chosen, and why: one line to print.
     pub choice: String,
     backend: Backend,
@@ -108,17 +113,34 @@ pub struct World {
 
 impl World {
     /// Joins the world that the launcher's environment describes; without one, a world of one rank.
-    /// `timeout` limits the meeting of the ranks and every collective.
+    /// `parallel.timeout_s` limits the meeting of the ranks and every collective.
     ///
     /// Errors: exit code 2 if the environment, the device or the backend cannot be; else which address or rank fails.
-    pub fn from_env(backend: BackendChoice, device: DeviceChoice, timeout: Duration) -> Result<World> {
-        World::join(Place::from_env()?, backend, device, timeout, &Facts::new())
+    pub fn from_env(backend: BackendChoice, device: DeviceChoice, parallel: &Parallel) -> Result<World> {
+        World::join(Place::from_env()?, backend, device, parallel, &Facts::new())
     }
 
     /// [`World::from_env`] with the backend that the launcher asks for, and `--device`. Without `--device`: the GPU where
     /// there is one, else the CPU. All ranks must have the same `facts`.
-    pub fn from_global(device: Option<&str>, timeout: Duration, facts: &Facts) -> Result<World> {
-        World::join(Place::from_env()?, BackendChoice::from_env()?, DeviceChoice::of(device)?, timeout, facts)
+    pub fn from_global(device: Option<&str>, parallel: &Parallel, facts: &Facts) -> Result<World> {
+        World::join(
+            Place::from_env()?,
+            BackendChoice::from_env()?,
+            DeviceChoice::of(device)?,
+            parallel,
+            facts,
+        )
+    }
+
+    /// Whether this rank writes the files that a run has once, and prints.
+    pub fn is_main(&self) -> bool {
+        self.rank == 0
+    }
+
+    /// How the parameters of the models that are trained lie over the ranks.
+    pub fn sharding(&self) -> Sharding {
+        let group = |axis: &Axis| axis.group.clone();
+        Sharding { shard: group(&self.mesh.shard), replicate: group(&self.mesh.replicate), keep: self.keep }
     }
 
     /// Waits until this rank's device has done all that was asked of it.
@@ -147,16 +169,17 @@ impl World {
 
     /// A world of one rank, whatever the environment says; nothing communicates.
     pub fn solo(device: DeviceChoice) -> Result<World> {
-        World::join(None, BackendChoice::Auto, device, Duration::from_secs(1), &Facts::new())
+        World::join(None, BackendChoice::Auto, device, &Parallel::default(), &Facts::new())
     }
 
     fn join(
         place: Option<Place>,
         backend: BackendChoice,
         device: DeviceChoice,
-        timeout: Duration,
+        parallel: &Parallel,
         facts: &Facts,
     ) -> Result<World> {
+        let timeout = Duration::from_secs_f64(parallel.timeout_s);
         let world_size = place.as_ref().map_or(1, |p| p.world_size);
         let (rank, local_rank, local_world_size) =
             place.as_ref().map_or((0, 0, 1), |p| (p.rank, p.local_rank, p.local_world_size));
@@ -177,6 +200,8 @@ impl World {
             local_world_size,
             device,
             group: Group::solo(),
+            mesh: Mesh::solo(),
+            keep: Keep::of(parallel.mode),
             choice: "communication: none (one rank)".into(),
             backend: Backend::Gloo,
             timeout,
@@ -190,7 +215,14 @@ impl World {
         let store = Store::tcp(&place.host, place.port, serves, timeout)?
             .prefix(&format!("corral/{}", place.attempt))?;
         let watch = Watch::start(store, rank, world_size, serves)?;
-        agree_on(&watch, facts, timeout)?;
+        let mut facts = facts.clone();
+        if let (Mode::Hybrid, ShardSize::Auto) = (parallel.mode, parallel.shard) {
+            facts.add(
+                "ranks of a host, over which mode hybrid shards (else set parallel.shard)",
+                local_world_size.to_string(),
+            );
+        }
+        agree_on(&watch, &facts, timeout)?;
         let (chosen, why) = choose_backend(&watch, backend, device, timeout)?;
         let ranks: Vec<i64> = (0..world_size).collect();
         world.group = Group::new(&watch, chosen, "world", &ranks, timeout, device)?;
@@ -198,7 +230,32 @@ impl World {
         world.backend = chosen;
         world.choice = format!("communication: {} ({why})", chosen.name());
         world.watch = Some(watch);
+        world.mesh = world.divide(parallel)?;
         Ok(world)
+    }
+
+    /// The axes of this world. All ranks ask together.
+    fn divide(&self, parallel: &Parallel) -> Result<Mesh> {
+        let all = || Axis::of(self.group.clone());
+        let (shard, replicate) = match parallel.mode {
+            Mode::Full | Mode::Grads | Mode::Optimizer => (all(), Axis::solo()),
+            Mode::Replicate => (Axis::solo(), all()),
+            Mode::Hybrid => {
+                let size = match parallel.shard {
+                    ShardSize::Auto => self.local_world_size,
+                    ShardSize::Ranks(n) => n,
+                };
+                // Neighbours share a copy: they are on one host.
+                let first = self.rank - self.rank % size;
+                let shard: Vec<i64> = (first..first + size).collect();
+                let replicate: Vec<i64> =
+                    (0..self.world_size).filter(|r| r % size == self.rank % size).collect();
+                let shard = self.new_group(&format!("shard/{first}"), &shard)?;
+                let replicate = self.new_group(&format!("replicate/{}", self.rank % size), &replicate)?;
+                (Axis::of(shard), Axis::of(replicate))
+            }
+        };
+        Ok(Mesh { data: all(), shard, replicate, ..Mesh::solo() })
     }
 
     /// The group `name` (unique in the run) of these world ranks, which all of them and only they must ask for. A group of

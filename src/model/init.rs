@@ -139,13 +139,12 @@ mod tests {
     /// Slices of any place and length hold the same numbers as the whole.
     #[test]
     fn slices_agree() {
+        use crate::distributed::mesh::Sharding;
         use crate::distributed::sharded::Layout;
-        use kernels::c10d::Group;
         let shape = Shape::preset("llama-15m").unwrap();
         let fill = |layout: &Layout| {
             let layouts = vec![layout.clone()];
-            let mut params =
-                Sharded::new(layouts, Group::solo(), Group::solo(), Kind::Float, tch::Device::Cpu);
+            let mut params = Sharded::new(layouts, Sharding::solo(), Kind::Float, tch::Device::Cpu);
             init(&mut params, &shape, 3).unwrap();
             params.master(0)
         };

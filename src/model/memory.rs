@@ -4,6 +4,7 @@
 //! [`Memory`] knows shapes only from [`Plan`]s and [`Block`]s, which the model itself is made of; the walk stands for
 //! `llama.rs`, `mlp.rs`, `mixture.rs` and `head.rs`, and a test compares its peak with what libtorch's allocator gave to them.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
 use kernels::moments::Moment;
@@ -15,6 +16,7 @@ use tch::{Device, Kind, Tensor};
 use crate::config::sections::{MomentsIn, Recompute};
 use crate::config::shape::Shape;
 use crate::distributed::frozen::Storage;
+use crate::distributed::mesh::{Keep, ShardingPlan};
 use crate::distributed::plan::{GroupBytes, Plan, Role};
 use crate::error::Result;
 use crate::model::head;
@@ -87,6 +89,7 @@ impl Batch {
 /// A model on one rank.
 pub struct Memory {
     shape: Shape,
+    keep: Keep,
     groups: Vec<GroupBytes>,
     blocks: Vec<Block<Layer>>,
     /// Outputs of the head.
@@ -197,9 +200,15 @@ impl Layer {
 struct Walk {
     now: Parts,
     peak: Parts,
+    /// Groups whose gathered values stay.
+    kept: HashSet<usize>,
 }
 
 impl Walk {
+    fn from(now: Parts) -> Walk {
+        Walk { now, peak: now, kept: HashSet::new() }
+    }
+
     fn take(&mut self, part: impl Fn(&mut Parts) -> &mut i64, bytes: i64) {
         *part(&mut self.now) += bytes;
         if self.now.total() > self.peak.total() {
@@ -256,18 +265,25 @@ impl Rest {
 }
 
 impl Memory {
-    /// Of a model that is laid out in `plans`, with slices over `ranks`.
-    pub fn new(shape: &Shape, plans: &[Plan], compute: Kind, ranks: i64, device: Device) -> Result<Memory> {
+    /// Of a model that is laid out in `plans` and over ranks as `sharding` says.
+    pub fn new(
+        shape: &Shape,
+        plans: &[Plan],
+        compute: Kind,
+        sharding: ShardingPlan,
+        device: Device,
+    ) -> Result<Memory> {
         let layers = shape.num_hidden_layers as usize;
         let block = |plan: &Plan| {
             let linear = |weights, _| Ok(Layer::new(plan, weights));
             Block::of(shape, plan.layout.specs.len(), linear, |_| Ok(Tensor::new()))
         };
-        let groups: Vec<GroupBytes> = plans.iter().map(|p| p.bytes(compute, ranks)).collect();
+        let groups: Vec<GroupBytes> = plans.iter().map(|p| p.bytes(compute, sharding.ranks)).collect();
         let head = if shape.tie_word_embeddings { 0 } else { layers + 1 };
         Ok(Memory {
             shape: shape.clone(),
             lowest: groups.iter().position(|g| g.num_trained > 0).unwrap_or(groups.len()),
+            keep: sharding.keep,
             groups,
             blocks: plans[1..=layers].iter().map(block).collect::<Result<_>>()?,
             vocab_size: plans[head].layout.specs[0].shape[0],
@@ -301,7 +317,7 @@ impl Memory {
     /// What a forward over a batch takes at its peak, and the log-probabilities of its tokens; what stays included.
     pub fn forward(&self, batch: &Batch) -> Parts {
         let now = self.resident();
-        let mut walk = Walk { now, peak: now };
+        let mut walk = Walk::from(now);
         self.trunk(&mut walk, batch, None);
         self.head(&mut walk, batch.tokens(), None);
         walk.peak
@@ -310,7 +326,7 @@ impl Memory {
     /// What an update takes at its peak; what stays included, moments left out.
     pub fn step(&self, batch: &Batch) -> Parts {
         let now = self.resident();
-        let mut walk = Walk { now, peak: now };
+        let mut walk = Walk::from(now);
         // Ids and labels of all micro-batches, positions and first visible positions.
         let inputs = if batch.packed { 4 } else { 2 } * 8 * batch.tokens();
         walk.take(activations, batch.micro_batches * inputs);
@@ -320,8 +336,10 @@ impl Memory {
             (batch.length as u64).next_power_of_two() as i64 * self.shape.head_dim * self.a,
         );
         // From the second one on all are alike.
-        for k in 0..batch.micro_batches.min(2) {
-            let mut gradients = Gradients { fresh: k == 0, reducing: None, tied: false };
+        let distinct = batch.micro_batches.min(2);
+        for k in 0..distinct {
+            let (fresh, last) = (k == 0, k + 1 == distinct);
+            let mut gradients = Gradients { fresh, last, reducing: None, tied: false };
             let kept = self.trunk(&mut walk, batch, Some(batch.recompute));
             self.head(&mut walk, batch.tokens(), Some(&mut gradients));
             self.backward(&mut walk, batch, kept, &mut gradients);
@@ -334,11 +352,16 @@ impl Memory {
     }
 
     fn gather(&self, walk: &mut Walk, group: usize) {
+        if self.keep.values() && !walk.kept.insert(group) {
+            return;
+        }
         walk.take(|p| &mut p.gathered, self.groups[group].gathered);
     }
 
     fn release(&self, walk: &mut Walk, group: usize) {
-        walk.give(|p| &mut p.gathered, self.groups[group].gathered);
+        if !self.keep.values() {
+            walk.give(|p| &mut p.gathered, self.groups[group].gathered);
+        }
     }
 
     /// n rows of `width` values.
@@ -651,6 +674,9 @@ impl Memory {
     fn gradient(&self, walk: &mut Walk, group: usize, gradients: &Gradients) {
         let g = &self.groups[group];
         if g.whole_gradient > 0 {
+            if self.keep.gradients() && !gradients.fresh {
+                return;
+            }
             walk.take(|p| &mut p.whole_gradients, g.whole_gradient);
         } else if gradients.fresh {
             walk.take(|p| &mut p.gradients, g.gradient);
@@ -659,6 +685,9 @@ impl Memory {
 
     /// `Sharded::reduce`
     fn reduce(&self, walk: &mut Walk, group: usize, gradients: &mut Gradients) {
+        if self.keep.gradients() && !gradients.last {
+            return;
+        }
         self.finish_reduction(walk, gradients);
         if self.groups[group].whole_gradient > 0 {
             walk.take(|p| &mut p.gradients, self.groups[group].gradient);
@@ -669,7 +698,7 @@ impl Memory {
     fn finish_reduction(&self, walk: &mut Walk, gradients: &mut Gradients) {
         if let Some(group) = gradients.reducing.take() {
             walk.give(|p| &mut p.whole_gradients, self.groups[group].whole_gradient);
-            if !gradients.fresh {
+            if !gradients.fresh && !self.keep.gradients() {
                 // Added to the slice that was there.
                 walk.give(|p| &mut p.gradients, self.groups[group].gradient);
             }
@@ -687,6 +716,8 @@ struct Kept {
 struct Gradients {
     /// It is the first of its step: there are no slices yet.
     fresh: bool,
+    /// It is the last of its step.
+    last: bool,
     /// The group whose gradient is under reduction.
     reducing: Option<usize>,
     /// The head has begun the embedding's gradient.

@@ -202,6 +202,7 @@ impl AdamW {
             }
         }
         params.clear_gradients();
+        params.drop_gathered();
         Ok(())
     }
 }
@@ -244,9 +245,8 @@ fn update(values: &Values, moments: &Moments, decayed: i64, step: ops::AdamW) ->
 
 #[cfg(test)]
 mod tests {
-    use kernels::c10d::Group;
-
     use super::*;
+    use crate::distributed::mesh::Sharding;
     use crate::distributed::sharded::Layout;
 
     /// Three updates with moments that are brought in parts, against the same without, bit for bit: matrices, vectors, slices
@@ -268,8 +268,7 @@ mod tests {
                 };
                 let params = || {
                     let layouts = [Layout::new("a", tensors()), Layout::new("b", tensors())];
-                    let mut params =
-                        Sharded::new(layouts, Group::solo(), Group::solo(), compute, Device::Cpu);
+                    let mut params = Sharded::new(layouts, Sharding::solo(), compute, Device::Cpu);
                     model(&mut params);
                     params
                 };
@@ -303,7 +302,7 @@ mod tests {
     #[test]
     fn nothing_is_offloaded_from_a_cpu() {
         let layout = Layout::new("a", vec![("w".into(), vec![4, 4])]);
-        let params = Sharded::new([layout], Group::solo(), Group::solo(), Kind::Float, Device::Cpu);
+        let params = Sharded::new([layout], Sharding::solo(), Kind::Float, Device::Cpu);
         let refused = AdamW::configured(&params, &Optim { offload: true, ..Optim::default() });
         let e = refused.err().unwrap();
         assert!(e.exit_code() == 2 && e.message.contains("optim.offload"), "{e}");

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use corral::checkpoint::Weights;
+use corral::distributed::mesh::Sharding;
 use corral::distributed::sharded::Sharded;
 use corral::model::{Llama, layout};
 use kernels::c10d::{Backend, Group, Store};
@@ -70,7 +71,7 @@ pub fn load(dir: &Path, compute: Kind) -> Llama {
 pub fn load_sharded(dir: &Path, compute: Kind, shard: Group, device: Device) -> Llama {
     let weights = Weights::open(dir).unwrap();
     let shape = weights.shape().clone();
-    let mut params = Sharded::new(layout::layouts(&shape), shard, Group::solo(), compute, device);
+    let mut params = Sharded::new(layout::layouts(&shape), Sharding::over(shard), compute, device);
     weights.fill(&mut params).unwrap();
     Llama::new(shape, params)
 }

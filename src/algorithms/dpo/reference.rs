@@ -221,7 +221,7 @@ impl Table {
             return Ok(());
         }
         let train = sections::Train { batch_size: missing.len() as i64, ..c.train.clone() };
-        let micro = c.train.micro_batch_size(world.world_size);
+        let micro = c.train.micro_batch_size(world.mesh.data.size);
         let train = sections::Train { micro_batch_size: Some(micro), ..train };
         // One number a sequence of `missing`, in order.
         let mut offsets = vec![0];
@@ -250,7 +250,7 @@ impl Table {
             self.values[s][sequences].copy_from_slice(&values[*at..at + n]);
         }
         let write = || self.files.iter().zip(&self.values).try_for_each(|(file, values)| write(file, values));
-        agree(&world.group, if world.rank == 0 { write() } else { Ok(()) })
+        agree(&world.group, if world.is_main() { write() } else { Ok(()) })
     }
 }
 

@@ -26,7 +26,7 @@ pub fn experience(
     world: &World,
 ) -> Result<(Experience, Record)> {
     let (ppo, temperature) = (&c.ppo, c.generation.temperature);
-    let (sequences, micro) = (&batch.sequences, c.micro_batch_size(world.world_size));
+    let (sequences, micro) = (&batch.sequences, c.micro_batch_size(world.mesh.data.size));
     let share = share_of(sequences, micro as usize, world);
     models.policy.wake()?;
     let actor = &mut models.policy.actor.model;

@@ -292,7 +292,7 @@ impl<'a> Models<'a> {
 
     /// The actor's log-probabilities as it is now, of all responses.
     fn logprobs(&mut self, c: &Ppo, e: &Experience, world: &World) -> Result<Tensor> {
-        let share = share_of(&e.sequences, c.micro_batch_size(world.world_size) as usize, world);
+        let share = share_of(&e.sequences, c.micro_batch_size(world.mesh.data.size) as usize, world);
         self.policy.wake()?;
         let mine = share.logprobs(&mut self.policy.actor.model, c.generation.temperature)?;
         self.policy.rest()?;

@@ -86,18 +86,18 @@ fn minibatches<'a>(
     world: &World,
 ) -> impl Iterator<Item = Minibatch> + 'a {
     let n = e.sequences.len();
-    let micro = c.micro_batch_size(world.world_size) as usize;
+    let micro = c.micro_batch_size(world.mesh.data.size) as usize;
     let size = c.ppo.minibatch_size as usize;
-    let share = size / world.world_size as usize;
-    let first = share * world.rank as usize;
+    let mine = world.mesh.data.share(size);
     let number = |rows: &[usize]| Tensor::from_slice(&rows.iter().map(|i| *i as i64).collect::<Vec<_>>());
     (0..c.ppo.epochs as u64).flat_map(move |epoch| {
         let order = Permutation::new(n as u64, c.seed, "ppo.order", step << 16 | epoch);
         let order: Vec<usize> = (0..n as u64).map(|i| order.apply(i) as usize).collect();
+        let mine = mine.clone();
         let minibatch = move |i: usize| {
             let rows = &order[i * size..(i + 1) * size];
             let counts = Counts::of(&e.mask.index_select(0, &number(rows)));
-            let parts = rows[first..first + share].chunks(micro);
+            let parts = rows[mine.clone()].chunks(micro);
             let parts = parts.map(|rows| (number(rows), e.sequences.rows(rows).micro_batch())).collect();
             Minibatch { counts, parts }
         };
@@ -290,18 +290,18 @@ fn ptx_batches(
     run: &mut Run<Position>,
     world: &World,
 ) -> Result<Vec<(MicroBatch, f64)>> {
-    let micro = c.micro_batch_size(world.world_size) as usize;
+    let micro = c.micro_batch_size(world.mesh.data.size) as usize;
     let (Some(ptx), Some(data), Some(state)) = (&c.ppo.ptx, &inputs.ptx, &mut run.progress.data.ptx) else {
         return Ok(Vec::new());
     };
     let rows = ptx.batch_size.unwrap_or(c.ppo.minibatch_size);
     let weight = ptx.coef / (rows * ptx.sequence_length) as f64;
-    let mine = rows / world.world_size;
-    let first = state.next + (world.rank * mine) as u64;
+    let first = state.next;
     state.next += rows as u64;
-    (0..mine as usize / micro)
-        .map(|i| {
-            let batch = data.batch(first + (i * micro) as u64, micro)?;
+    let mine = world.mesh.data.share(rows as usize);
+    mine.step_by(micro)
+        .map(|row| {
+            let batch = data.batch(first + row as u64, micro)?;
             let batch = MicroBatch::from_rows(&batch.input_ids, &batch.labels, batch.columns as i64);
             Ok((batch, weight))
         })

@@ -30,12 +30,12 @@ pub fn share<T: serde::Serialize + serde::de::DeserializeOwned>(world: &World, m
 
 /// The rows of all ranks, each of which gives `[n, W]` on the CPU: `[ranks * n, W]`. A collective call.
 pub fn gather_rows(world: &World, mine: &Tensor) -> Result<Tensor> {
-    if world.world_size == 1 {
+    if world.mesh.data.size == 1 {
         return Ok(mine.shallow_clone());
     }
     let (rows, width) = (mine.size()[0], mine.size()[1]);
-    let all = Tensor::empty([world.world_size * rows * width], (mine.kind(), world.device));
-    world.group.all_gather(&all, &mine.contiguous().view([-1]).to_device(world.device))?.wait()?;
+    let all = Tensor::empty([world.mesh.data.size * rows * width], (mine.kind(), world.device));
+    world.mesh.data.group.all_gather(&all, &mine.contiguous().view([-1]).to_device(world.device))?.wait()?;
     Ok(all.to_device(Device::Cpu).view([-1, width]))
 }
 

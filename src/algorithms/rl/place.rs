@@ -2,7 +2,6 @@
 
 use std::ops::Deref;
 
-use kernels::c10d::Group;
 use tch::Device;
 
 use crate::algorithms::base::Base;
@@ -10,7 +9,8 @@ use crate::algorithms::training::compute_kind;
 use crate::checkpoint::TensorHash;
 use crate::config::common::Common;
 use crate::config::sections::Compute;
-use crate::distributed::sharded::{Sharded, shard_groups};
+use crate::distributed::mesh::Sharding;
+use crate::distributed::sharded::Sharded;
 use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Error, Result};
 use crate::model::{Llama, Trainable};
@@ -67,14 +67,14 @@ impl<'a> Where<'a> {
 
 /// A model that is only asked: what it may have learned as adapters acts. With the hash of its tensors. Collective.
 pub fn frozen(base: &Base, c: &Common, dtype: Option<Compute>, world: &Where) -> Result<(Llama, TensorHash)> {
-    let (shard, replica) = match world {
-        Where::Run(world) => shard_groups(c.parallel.mode, world),
-        Where::Own(_) => (Group::solo(), Group::solo()),
+    let sharding = match world {
+        Where::Run(world) => world.sharding(),
+        Where::Own(_) => Sharding::solo(),
     };
     let trainable = base.weights.as_ref().and_then(|w| w.lora().cloned()).unwrap_or_default();
     let plans = trainable.plans_for_inference(&base.shape)?;
     let compute = compute_kind(dtype.unwrap_or(c.precision.compute));
-    let mut params = Sharded::new(plans, shard, replica, compute, world.device);
+    let mut params = Sharded::new(plans, sharding, compute, world.device);
     let hash = base.fill(&mut params, c.seed)?;
     Ok((Llama::new(base.shape.clone(), params), hash))
 }
@@ -115,8 +115,7 @@ impl Average {
     /// That begins as the model is. Collective.
     pub fn new(base: &Base, trainable: &Trainable, of: &Sharded, decay: f64, seed: u64) -> Result<Average> {
         let plans = trainable.plans(&base.shape)?;
-        let (shard, replica) = (of.shard_group().clone(), of.replica_group().clone());
-        let mut params = Sharded::new(plans, shard, replica, of.compute(), of.device());
+        let mut params = Sharded::new(plans, of.sharding().clone(), of.compute(), of.device());
         base.fill(&mut params, seed)?;
         for i in 0..params.len() {
             params.master(i).copy_(&of.master(i));
@@ -144,7 +143,7 @@ mod tests {
     fn values_stay_where_they_were() {
         let shape = Shape::preset("llama-15m").unwrap();
         let plans = Trainable::default().plans(&shape).unwrap();
-        let params = Sharded::new(plans, Group::solo(), Group::solo(), Kind::Float, Device::Cpu);
+        let params = Sharded::new(plans, Sharding::solo(), Kind::Float, Device::Cpu);
         let mut model = Llama::new(shape, params);
         for away in [false, true] {
             if away {

@@ -274,7 +274,7 @@ impl<'a> Policy<'a> {
         world: &World,
     ) -> Result<bool> {
         let Some(sampler) = sampler.as_mut().filter(|_| run.due(valid.every)) else { return Ok(false) };
-        let ranks = world.world_size as u64;
+        let ranks = world.mesh.data.size as u64;
         let count = (sampler.prompts.len() as u64).min((valid.batches * batch_size) as u64);
         let mut samples = Vec::new();
         for first in (0..count).step_by(batch_size as usize) {
@@ -282,7 +282,7 @@ impl<'a> Policy<'a> {
                 return run.owe_validation();
             }
             // Equally many a rank; the first ones again, where there are too few.
-            let prompts = (count - first).min(batch_size as u64).div_ceil(ranks) * ranks;
+            let prompts = (count - first).min(batch_size as u64).next_multiple_of(ranks);
             samples.extend(self.ask(sampler, first, prompts, 1, world)?.samples);
         }
         let told = describe(&samples[..count as usize]);
@@ -320,11 +320,9 @@ pub fn describe(samples: &[Sampled]) -> Record {
 
 /// This rank's share of responses that all ranks know, for forwards.
 pub fn share_of<'a>(sequences: &'a Sequences, micro: usize, world: &World) -> Readout<'a> {
-    let mine = sequences.len() / world.world_size as usize;
-    let first = mine * world.rank as usize;
     Readout {
         sequences,
-        rows: first..first + mine,
+        rows: world.mesh.data.share(sequences.len()),
         micro_batch_size: micro,
         width: sequences.width(0..sequences.len()),
     }

@@ -143,8 +143,8 @@ impl Sampler {
         world: &World,
     ) -> Result<Batch> {
         let started = Instant::now();
-        let mine = count / world.world_size as u64;
-        let numbers: Vec<u64> = (0..mine).map(|i| first + world.rank as u64 * mine + i).collect();
+        let mine = world.mesh.data.share(count as usize);
+        let numbers: Vec<u64> = mine.map(|i| first + i as u64).collect();
         let g = &self.generation;
         let stop = (!g.stop.is_empty()).then(|| Stop { texts: &g.stop, tokenizer: self.chat.tokenizer() });
         let rollout = Rollout {

@@ -244,7 +244,7 @@ fn further_models_lie_in_folders_of_their_own() {
         let part = checkpoint.part(name).unwrap();
         let world = Group::solo();
         let (expected, of_expected) = trained(shape, &world, Mode::Full, Kind::Float);
-        let mut params = Sharded::new(layouts(shape), world.clone(), world, Kind::Float, Device::Cpu);
+        let mut params = Sharded::new(layouts(shape), Sharding::solo(), Kind::Float, Device::Cpu);
         let mut optim = AdamW::new(&params, of_expected.hyper);
         match moments {
             true => drop(part.load(&mut params, &mut optim).unwrap()),

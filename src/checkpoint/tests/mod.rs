@@ -18,6 +18,7 @@ use super::*;
 use crate::config::sections::{MomentsIn, Optim};
 use crate::config::shape::{Experts, Family, Shape};
 use crate::data::tokenizer::Tokenizer;
+use crate::distributed::mesh::Sharding;
 use crate::distributed::sharded::Sharded;
 use crate::error::Error;
 use crate::model::{init, layout::layouts};
@@ -119,11 +120,11 @@ enum Mode {
 }
 
 fn params(shape: &Shape, world: &Group, mode: Mode, compute: Kind) -> Sharded {
-    let (shard, replica) = match mode {
-        Mode::Full => (world.clone(), Group::solo()),
-        Mode::Replicate => (Group::solo(), world.clone()),
+    let sharding = match mode {
+        Mode::Full => Sharding::over(world.clone()),
+        Mode::Replicate => Sharding::replicated(world.clone()),
     };
-    Sharded::new(layouts(shape), shard, replica, compute, Device::Cpu)
+    Sharded::new(layouts(shape), sharding, compute, Device::Cpu)
 }
 
 /// Its moments are in 8 bits where the model computes in bfloat16.

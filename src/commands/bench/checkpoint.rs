@@ -34,11 +34,11 @@ pub fn run(args: &Args, world: &World) -> Result<()> {
         return Err(Error::config("--saves and --steps must be at least 1"));
     }
     // Rank 0 names the folder for all.
-    let id = if world.rank == 0 { f64::from(std::process::id()) } else { 0.0 };
+    let id = if world.is_main() { f64::from(std::process::id()) } else { 0.0 };
     let id = world.group.combine(&[id], ReduceOp::Max)?[0] as u32;
     let scratch = agree(
         &world.group,
-        if world.rank == 0 { Scratch::create(&args.dir, id).map(Some) } else { Ok(None) },
+        if world.is_main() { Scratch::create(&args.dir, id).map(Some) } else { Ok(None) },
     )?;
     let run_dir = args.dir.join(format!("bench-{id}"));
 
@@ -89,7 +89,7 @@ pub fn run(args: &Args, world: &World) -> Result<()> {
         world.group.barrier()?;
         times.load.push(begun.elapsed().as_secs_f64());
     }
-    if world.rank == 0 {
+    if world.is_main() {
         let files = latest(&run_dir)?.map_or(0, |c| c.meta().files.iter().map(|f| f.bytes).sum::<u64>());
         println!("{}", times.into_json(args, &training, world, files));
     }

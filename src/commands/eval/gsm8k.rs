@@ -71,8 +71,7 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     eos.extend(chat.stop_ids().into_iter().map(i64::from));
     let options = Options { sampling, batch_size: args.batch_size, eos: &eos, stop: None };
 
-    let (rank, ranks) = (world.rank as usize, world.world_size as usize);
-    let mine: Vec<usize> = (rank..requests.len()).step_by(ranks).collect();
+    let mine: Vec<usize> = world.mesh.data.turns(requests.len()).collect();
     let my_requests: Vec<Request> = mine.iter().map(|i| requests[*i].clone()).collect();
     let bar = Bar::new(mine.len() as u64, "answers", false);
     let completions = generate(&mut model, &my_requests, options, |_, ended| {

@@ -105,7 +105,7 @@ fn tell(args: &Args, world: &World, result: &Value) -> Result<()> {
         println!("{result}");
         Ok(())
     };
-    agree(&world.group, if world.rank == 0 { tell() } else { Ok(()) })
+    agree(&world.group, if world.is_main() { tell() } else { Ok(()) })
 }
 
 /// Writes the lines to --answers, else beside --output; nowhere without both (rank 0). Collective.
@@ -115,5 +115,5 @@ fn write_answers(args: &Args, world: &World, lines: &str) -> Result<()> {
         Some(path) => write_file(&path, lines.as_bytes()),
         None => Ok(()),
     };
-    agree(&world.group, if world.rank == 0 { write() } else { Ok(()) })
+    agree(&world.group, if world.is_main() { write() } else { Ok(()) })
 }

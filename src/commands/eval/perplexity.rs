@@ -235,7 +235,7 @@ fn measure(model: &mut Llama, world: &World, streams: &[Stream], window: usize) 
     let batches: Vec<Batch> = streams.iter().flat_map(|stream| batches(stream, window)).collect();
     let mut losses = vec![0.0; batches.len()];
     let bar = Bar::new(streams.iter().map(Stream::predictions).sum(), "tokens", false);
-    let (rank, ranks) = (world.rank as usize, world.world_size as usize);
+    let (rank, ranks) = (world.mesh.data.rank as usize, world.mesh.data.size as usize);
     for first in (0..batches.len()).step_by(ranks) {
         match batches.get(first + rank) {
             Some(batch) => losses[first + rank] = batch.loss(model)?,

@@ -3,7 +3,6 @@
 pub mod several;
 
 use clap::Subcommand;
-use kernels::c10d::Group;
 use kernels::ops::accumulator;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -28,8 +27,9 @@ use crate::config::sft::Sft;
 use crate::config::shape::{Head, Shape};
 use crate::config::trainable::Freeze;
 use crate::config::{Algorithm, Loaded};
+use crate::distributed::mesh::{Sharding, ShardingPlan};
 use crate::distributed::plan::Plan;
-use crate::distributed::sharded::{Sharded, shard_ranks};
+use crate::distributed::sharded::Sharded;
 use crate::distributed::world::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::model::memory::{Batch, Memory, Parts};
@@ -252,8 +252,8 @@ fn reference(c: &Dpo, model: &Origin, nproc: i64, device: Device) -> Result<Opti
         return Ok(None);
     }
     let compute = compute_kind(c.precision.compute);
-    let ranks = shard_ranks(c.parallel.mode, nproc);
-    let memory = Memory::new(&shape, &asked.plans_for_inference(&shape)?, compute, ranks, device)?;
+    let sharding = ShardingPlan::of(&c.parallel, nproc)?;
+    let memory = Memory::new(&shape, &asked.plans_for_inference(&shape)?, compute, sharding, device)?;
     Ok(Some(Reference { memory, online }))
 }
 
@@ -284,7 +284,7 @@ impl Training {
         device: Device,
     ) -> Result<Training> {
         let compute = compute_kind(c.precision.compute);
-        let memory = Memory::new(&shape, &plans, compute, shard_ranks(c.parallel.mode, ranks), device)?;
+        let memory = Memory::new(&shape, &plans, compute, ShardingPlan::of(c.parallel, ranks)?, device)?;
         let moments = memory.moments(c.optim.moments);
         let only_at_the_end = c.train.steps.is_some_and(|steps| steps <= c.checkpoint.every);
         Ok(Training {
@@ -496,10 +496,10 @@ fn process_bytes(compute: Kind) -> Result<i64> {
     };
     let plans: Vec<Plan> = layout::layouts(&shape).into_iter().map(Plan::from).collect();
     let batch = Batch { rows: 4, length: 256, micro_batches: 1, recompute: Recompute::None, packed: false };
-    let memory = Memory::new(&shape, &plans, compute, 1, Device::Cpu)?;
+    let memory = Memory::new(&shape, &plans, compute, ShardingPlan::solo(), Device::Cpu)?;
     let tensors = memory.step(&batch).total() + memory.moments(Default::default());
 
-    let mut params = Sharded::new(plans, Group::solo(), Group::solo(), compute, Device::Cpu);
+    let mut params = Sharded::new(plans, Sharding::solo(), compute, Device::Cpu);
     init::init(&mut params, &shape, 0)?;
     let mut model = Llama::new(shape, params);
     let mut optimizer = AdamW::configured(&model.params, &Default::default())?;

@@ -21,7 +21,7 @@ use crate::config::ppo::Ppo;
 use crate::config::pretrain::Model as Origin;
 use crate::config::rollout::Gather;
 use crate::config::shape::{Head, Shape};
-use crate::distributed::sharded::shard_ranks;
+use crate::distributed::mesh::ShardingPlan;
 use crate::error::{Error, Result};
 use crate::files::exists;
 use crate::generate::engine::PREFILL_TOKENS;
@@ -228,9 +228,9 @@ fn trained(name: &'static str, c: &OwnResponses, m: &Trained, work: Work, device
     let (shape, trainable) =
         shape_and_trainable(&origin(&m.path), head, c.tokenizer, length, &m.freeze, m.lora.as_ref())
             .map_err(context)?;
-    let ranks = shard_ranks(c.common.parallel.mode, work.ranks);
+    let sharding = ShardingPlan::of(c.common.parallel, work.ranks)?;
     let plans = trainable.plans(&shape).map_err(context)?;
-    let memory = Memory::new(&shape, &plans, compute, ranks, on_device(&device))?;
+    let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?;
     let optim = m.optim.as_ref().unwrap_or(c.common.optim);
     let moments = if name == "average" { 0 } else { memory.moments(optim.moments) };
     let (there, host) = if optim.offload { (0, moments) } else { (moments, 0) };
@@ -247,7 +247,7 @@ fn trained(name: &'static str, c: &OwnResponses, m: &Trained, work: Work, device
     let sampling = (name == "actor").then(|| {
         let prefill =
             memory.forward(&read_at_once(PREFILL_TOKENS, length)).total() - memory.resident().total();
-        resident + sampling(c, &shape, compute, ranks, work, prefill)
+        resident + sampling(c, &shape, compute, sharding.ranks, work, prefill)
     });
     let at_work = [sampling, Some(scoring), Some(learning)];
     let parameters = shape.num_parameters();
@@ -266,9 +266,10 @@ fn asked(name: &'static str, c: &OwnResponses, m: &Frozen, work: Work, device: &
     }
     let alone =
         m.device.is_some() && on_device(&device) != on_device(c.actor.device.as_deref().unwrap_or(&device));
-    let ranks = if alone { 1 } else { shard_ranks(c.common.parallel.mode, work.ranks) };
+    let sharding =
+        if alone { ShardingPlan::solo() } else { ShardingPlan::of(c.common.parallel, work.ranks)? };
     let plans = plans.plans_for_inference(&shape)?;
-    let memory = Memory::new(&shape, &plans, compute, ranks, on_device(&device))?;
+    let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?;
     let batch = match own_tokens {
         true => read_at_once(BATCH_TOKENS, c.data.sequence_length),
         false => Batch { rows: work.micro_batch, ..read_at_once(0, c.data.sequence_length) },

@@ -81,7 +81,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
         line.fields.insert("logprobs".into(), json!(logprobs));
         Ok(())
     };
-    agree(&world.group, if world.rank == 0 { write_lines(&args.output, lines, write) } else { Ok(()) })
+    agree(&world.group, if world.is_main() { write_lines(&args.output, lines, write) } else { Ok(()) })
 }
 
 /// A line of the input: its keys, and why it is not scored, if so.
@@ -161,8 +161,8 @@ pub fn score(model: &mut Llama, world: &World, sequences: &[Sequence]) -> Result
     }
     let mut scores = vec![0.0; begins[sequences.len()]];
     let bar = Bar::new(sequences.len() as u64, "lines", false);
-    for round in batches.chunks(world.world_size as usize) {
-        match round.get(world.rank as usize) {
+    for round in batches.chunks(world.mesh.data.size as usize) {
+        match round.get(world.mesh.data.rank as usize) {
             Some(batch) => {
                 for (i, logprobs) in batch.iter().zip(score_batch(model, sequences, batch)?) {
                     scores[begins[*i]..begins[i + 1]].copy_from_slice(&logprobs);

@@ -41,7 +41,7 @@ pub(super) fn run(
         line.fields.insert("reward".into(), json!(scoring.reward(score)));
         Ok(())
     };
-    agree(&world.group, if world.rank == 0 { write_lines(&args.output, lines, write) } else { Ok(()) })
+    agree(&world.group, if world.is_main() { write_lines(&args.output, lines, write) } else { Ok(()) })
 }
 
 /// A line's tokens, of which the completion's are supervised, and what it gives to the template and the text lacks.

@@ -85,11 +85,10 @@ fn in_host_memory(t: &Tensor, device: Device) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use kernels::c10d::Group;
-
     use super::*;
     use crate::distributed::frozen::Storage;
     use crate::distributed::frozen::Value;
+    use crate::distributed::mesh::Sharding;
     use crate::distributed::plan::Plan;
     use crate::distributed::plan::Role;
     use crate::distributed::sharded::Layout;
@@ -101,7 +100,7 @@ mod tests {
             let layout = Layout::new("block", vec![("a".into(), vec![4, 8]), ("b".into(), vec![3])]);
             let mut plan = Plan::from(layout);
             plan.roles[0] = Role::Frozen(Storage::Dense);
-            let mut params = Sharded::new([plan], Group::solo(), Group::solo(), compute, Device::Cpu);
+            let mut params = Sharded::new([plan], Sharding::solo(), compute, Device::Cpu);
             params
                 .fill(|spec, first, values| {
                     let numbers = Tensor::arange(values.numel() as i64, (Kind::Float, Device::Cpu)) + first;

@@ -29,7 +29,7 @@ def mix(x):
 
 
 def permutation(n, seed, purpose, index):
-    """src/data/rng.rs: where each of 0..n goes."""
+    """src/random.rs: where each of 0..n goes."""
     name = 0xCBF29CE484222325
     for byte in purpose.encode():
         name = (name ^ byte) * 0x100000001B3 & MASK

@@ -1,7 +1,8 @@
 //! Corral: a Llama trainer on libtorch.
 //!
 //! Dependencies point one way: [`commands`] -> [`algorithms`] -> [`generate`], [`checkpoint`] -> [`optim`], [`model`] ->
-//! [`distributed`], [`data`] -> `kernels`. [`config`] and [`telemetry`] know no algorithm; [`mod@error`], [`files`], [`content`] and [`gguf`] are everywhere.
+//! [`distributed`], [`data`] -> `kernels`. [`config`] and [`telemetry`] know no algorithm; [`mod@error`],
+//! [`files`], [`content`], [`gguf`], [`random`] and [`signals`] are everywhere.
 //! `docs/architecture.md` says how it fits together and why.
 
 pub mod algorithms;
@@ -17,7 +18,9 @@ pub mod generate;
 pub mod gguf;
 pub mod model;
 pub mod optim;
+pub mod random;
 pub mod rewards;
+pub mod signals;
 pub mod telemetry;
 
 pub use error::{Context, Error, Result};

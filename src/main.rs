@@ -5,12 +5,12 @@ use std::process::exit;
 use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use corral::algorithms::{dpo, grpo, online_dpo, ppo, pretrain, reward, run, sft};
+use corral::algorithms::{dpo, grpo, online_dpo, ppo, pretrain, reward, sft};
 use corral::commands::{self, Global};
 use corral::distributed::environment::Place;
 use corral::distributed::world;
 use corral::error::{Kind, first_line};
-use corral::{Result, telemetry};
+use corral::{Result, signals, telemetry};
 
 /// Trains Llama models: pretraining on sharded parameters and what belongs around it.
 #[derive(Parser)]
@@ -105,7 +105,7 @@ fn let_rank_0_tell(known_to_all: bool) {
     if place.rank > 0 && (known_to_all || !world::have_met()) {
         for _ in 0..20 + 2 * place.local_rank {
             std::thread::sleep(Duration::from_millis(100));
-            if run::is_asked_to_end() {
+            if signals::is_asked_to_end() {
                 exit(143)
             }
         }

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::checkpoint::{ModelRecord, TensorHash, Weights, locate_tokenizer};
-use crate::config::pretrain::Model;
+use crate::config::model::Model;
 use crate::config::sections::{self, Train};
 use crate::config::shape::{Head, Shape};
 use crate::config::template_date::TemplateDate;

@@ -9,16 +9,18 @@ use sha2::Digest;
 
 use super::lock::RunLock;
 use super::rollback::{self, CONFIG, MODELS};
-use super::run::{Resume, Signals, Start};
+use super::run::{Resume, Start};
 use super::step::SkipGuard;
 use super::training::{Learner, Plan, Progress, Run, Window};
 use crate::checkpoint::sharded::{META, checkpoints_dir, list, step_name};
-use crate::checkpoint::{self, Checkpoint, ModelRecord, RunInfo, Saver, agree};
+use crate::checkpoint::{self, Checkpoint, ModelRecord, RunInfo, Saver};
 use crate::config::changes::{self, Change, Class};
 use crate::config::{Algorithm, Loaded};
 use crate::data::tokenizer::{Tokenizer, hex};
+use crate::distributed::agree::agree;
 use crate::distributed::world::World;
 use crate::error::{Context, Error, Result};
+use crate::signals::Signals;
 use crate::telemetry::{RunLog, log_files};
 use crate::{files, info, warn};
 
@@ -224,7 +226,7 @@ impl<'a> RunFolder<'a> {
         let saver = Saver::new(dir, c.checkpoint.keep as usize, info, &world.group)?;
         let found = agree(&world.group, examine(loaded, start, inputs))?;
         let replaces = start.resume == Resume::Never && start.overwrite;
-        let signals = Signals::watch(start)?;
+        let signals = Signals::watch(start.goes_on())?;
         let (dir, stage) = (dir.to_path_buf(), C::SUBCOMMAND);
         Ok(RunFolder { world, dir, stage, resolved, replaces, lock, saver, signals, found })
     }

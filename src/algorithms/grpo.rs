@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 use crate::algorithms::folder::RunFolder;
 use crate::algorithms::records;
 use crate::algorithms::rl::Counts;
-use crate::algorithms::rl::experience::{SamplerDistance, gather_rows};
+use crate::algorithms::rl::experience::SamplerDistance;
 use crate::algorithms::rl::grpo::{
     GroupAdvantages, GrpoLoss, LossType, ScaleRewards, group_advantages, rloo, varies,
 };
@@ -23,13 +23,14 @@ use crate::config::grpo::{Advantages, Grpo, Truncated};
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
 use crate::data::prompts::State;
-use crate::data::rng::Permutation;
 use crate::distributed::agreement::Facts;
+use crate::distributed::exchange::gather_rows;
 use crate::distributed::world::World;
 use crate::error::Result;
 use crate::model::Trainable;
 use crate::model::head::LogProbs;
 use crate::optim::Schedule;
+use crate::random::Permutation;
 use crate::telemetry::Record;
 
 /// What a run reads before any rank talks to another.

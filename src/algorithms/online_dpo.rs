@@ -10,7 +10,7 @@ use crate::algorithms::dpo::reference::sums;
 use crate::algorithms::dpo::{STATS, Work};
 use crate::algorithms::folder::RunFolder;
 use crate::algorithms::records;
-use crate::algorithms::rl::place::Average;
+use crate::algorithms::rl::place::average;
 use crate::algorithms::rl::policy::{Opened, Policy, Samplers, describe};
 use crate::algorithms::rl::sampling::{Batch, Sampled};
 use crate::algorithms::run::Start;
@@ -26,13 +26,13 @@ use crate::config::{Algorithm, Loaded};
 use crate::data::examples::{Encoded, Example};
 use crate::data::prompts::State;
 use crate::distributed::agreement::Facts;
-use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::Result;
 use crate::model::Llama;
 use crate::model::Trainable;
 use crate::model::head::LogProbs;
 use crate::optim::Schedule;
+use crate::optim::average::approach;
 
 /// What a run reads before any rank talks to another.
 pub struct Inputs(Opened, Samplers);
@@ -83,7 +83,7 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
         None => None,
         Some(_) => {
             let params = &policy.actor.model.params;
-            let average = Average::new(&opened.actor, &opened.trainable, params, 0.0, c.seed)?;
+            let average = average(&opened.actor, &opened.trainable, params, 0.0, c.seed)?;
             Some(Llama::new(opened.actor.shape.clone(), average.params))
         }
     };
@@ -117,10 +117,10 @@ pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, sta
         let (pairs, ties) = pairs(c, &batch);
         policy.wake()?;
         let (update, stats) = update(c, &mut policy, moving.as_mut(), &pairs, lr, world)?;
-        if let (Some(how), Some(reference)) = (&c.dpo.moving_reference, &moving)
+        if let (Some(how), Some(reference)) = (&c.dpo.moving_reference, &mut moving)
             && (step + 1).is_multiple_of(how.every as u64)
         {
-            follow(&reference.params, &policy.actor.model.params, how.rate);
+            approach(&mut reference.params, &policy.actor.model.params, how.rate);
         }
         policy.rest()?;
         let update_s = updating.elapsed().as_secs_f64();
@@ -163,17 +163,6 @@ fn parts<'a>(policy: &'a Policy, moving: Option<&'a Llama>) -> Vec<Part<'a>> {
     let actor = policy.actor.part("");
     let moving = moving.map(|m| Part { params: &m.params, optim: None, ..policy.actor.part(REFERENCE) });
     [Some(actor), moving].into_iter().flatten().collect()
-}
-
-/// Moves a reference by `rate` of the way to the policy.
-fn follow(reference: &Sharded, policy: &Sharded, rate: f64) {
-    for i in 0..reference.len() {
-        let mut master = reference.master(i);
-        let _ = master.lerp_(&policy.master(i), rate);
-        if let Some(mut copy) = reference.copy(i) {
-            copy.copy_(&master);
-        }
-    }
 }
 
 /// The best and the worst response to each prompt; none of prompts whose responses are equally good, or the same, whose

@@ -1,14 +1,8 @@
-//! Where a run goes on from, as the command line says, and signals.
+//! Where a run goes on from, as the command line says.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
 
-use nix::sys::signal::{SigSet, Signal};
-use signal_hook::consts::{SIGINT, SIGTERM};
-
-use crate::error::{Context, Error, Kind, Result};
-use crate::info;
+use crate::error::Result;
 
 /// `--resume`: from where a run goes on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +23,18 @@ pub struct Start {
     pub overwrite: bool,
 }
 
+impl Start {
+    /// How a run that a signal stops goes on.
+    pub fn goes_on(&self) -> &'static str {
+        match (&self.resume, self.overwrite) {
+            (Resume::Auto, _) => "the same command goes on from its checkpoint",
+            (Resume::From(_), _) => "the same command without --resume goes on from its checkpoint",
+            (_, false) => "the same command without --resume never goes on from its checkpoint",
+            (_, true) => "the same command without --resume never --overwrite goes on from its checkpoint",
+        }
+    }
+}
+
 impl std::str::FromStr for Resume {
     type Err = std::convert::Infallible;
 
@@ -38,77 +44,5 @@ impl std::str::FromStr for Resume {
             "never" => Resume::Never,
             path => Resume::From(path.into()),
         })
-    }
-}
-
-/// Leaves SIGINT and SIGTERM to a thread of their own: the calling thread and all that it starts later do not get them.
-/// What a signal does stays as it is. Call this before anything computes.
-///
-/// The kernel puts a handler's frame on the stack of the thread that it interrupts, and while oneDNN's float32 products
-/// run (`avx512_common_gemm_f32`) that thread's stack pointer may point at a workspace in the heap: the frame would
-/// overwrite what lies before it.
-pub fn keep_signals_from_computing_threads() -> Result<()> {
-    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
-    signals.thread_block().map_err(std::io::Error::from).context("cannot block signals")?;
-    let wait = move || {
-        // Cannot fail for these signals; if it did, they would wait unseen.
-        let _ = signals.thread_unblock();
-        loop {
-            std::thread::park();
-        }
-    };
-    let thread = std::thread::Builder::new().name("signals".into()).spawn(wait);
-    thread.map(drop).context("cannot start the thread that takes signals")
-}
-
-/// The signals that this process's [`Signals`] have received.
-static RECEIVED: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
-
-/// Whether a run on this process was asked to end.
-pub fn is_asked_to_end() -> bool {
-    RECEIVED.get().is_some_and(|received| received.load(Ordering::Relaxed) > 0)
-}
-
-/// SIGINT and SIGTERM, asked for by the launcher, the site or the user: the step is finished and a checkpoint written.
-pub struct Signals {
-    received: Arc<AtomicUsize>,
-    /// How a run that they stop goes on.
-    goes_on: &'static str,
-}
-
-impl Signals {
-    /// A second SIGINT ends the process at once; a second SIGTERM does not, since sites send it to every process of a
-    /// job besides the launcher's.
-    pub fn watch(start: &Start) -> Result<Signals> {
-        let received = RECEIVED.get_or_init(Arc::default).clone();
-        let again = Arc::new(AtomicBool::new(false));
-        let register = || -> std::io::Result<()> {
-            signal_hook::flag::register_conditional_shutdown(SIGINT, 128 + SIGINT, again.clone())?;
-            signal_hook::flag::register(SIGINT, again.clone())?;
-            for signal in [SIGINT, SIGTERM] {
-                signal_hook::flag::register_usize(signal, received.clone(), signal as usize)?;
-            }
-            Ok(())
-        };
-        register().context("cannot watch for signals")?;
-        let goes_on = match (&start.resume, start.overwrite) {
-            (Resume::Auto, _) => "the same command goes on from its checkpoint",
-            (Resume::From(_), _) => "the same command without --resume goes on from its checkpoint",
-            (_, false) => "the same command without --resume never goes on from its checkpoint",
-            (_, true) => "the same command without --resume never --overwrite goes on from its checkpoint",
-        };
-        Ok(Signals { received, goes_on })
-    }
-
-    /// The signal that this process has received, 0 if none.
-    pub fn received(&self) -> f64 {
-        self.received.load(Ordering::Relaxed) as f64
-    }
-
-    /// The end of a run that a signal stopped after its checkpoint was written.
-    pub fn stopped(&self, signal: f64, step: u64) -> Error {
-        let name = if signal as i32 == SIGINT { "SIGINT" } else { "SIGTERM" };
-        info!("stopped by {name} after step {step}; {}", self.goes_on);
-        Error { kind: Kind::Stopped(signal as i32), message: format!("stopped by {name}") }
     }
 }

@@ -3,11 +3,12 @@
 use kernels::c10d::ReduceOp;
 use tch::{Device, Kind, Tensor};
 
-use crate::checkpoint::{Scoring, agree};
+use crate::checkpoint::Scoring;
 use crate::config::reward::Score;
 use crate::data::examples::{Encoded, Example};
 use crate::data::loader::IGNORE;
 use crate::data::preferences::Batch;
+use crate::distributed::agree::agree;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::{Input, Llama, ScoreHead};

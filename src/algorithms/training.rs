@@ -27,21 +27,22 @@ use tch::Kind;
 
 use crate::algorithms::base::Base;
 use crate::algorithms::lock::RunLock;
-use crate::algorithms::run::Signals;
 use crate::algorithms::step::{SkipGuard, Update};
 use crate::checkpoint::{
     AdapterExport, BaseMeta, Best, Checkpoint, Export, Metric, ModelRecord, Part, Saver, Scoring, TensorHash,
-    agree, export, export_adapter, sharded,
+    export, export_adapter, sharded,
 };
 use crate::config::changes::Change;
 use crate::config::common::Common;
 use crate::config::sections::{Compute, Valid};
 use crate::data::tokenizer::Tokenizer;
+use crate::distributed::agree::agree;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::{Llama, Trainable};
 use crate::optim::AdamW;
+use crate::signals::Signals;
 use crate::telemetry::{Cut, Record, RunLog};
 use crate::{info, warn};
 

@@ -6,7 +6,6 @@ use std::path::{Component, Path, PathBuf};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
-use super::agree::agree;
 use super::families::Description;
 use super::hf_config::{Described, SpecialIds, read_object, read_shape, write_shape};
 use super::ours::{OURS, Ours, Scoring};
@@ -16,6 +15,7 @@ use super::torch_file;
 use super::unfit::Unfit;
 use crate::config::shape::Shape;
 use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
+use crate::distributed::agree::agree;
 use crate::distributed::sharded::{Sharded, Spec};
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFolder, exists, is_file, write_file};

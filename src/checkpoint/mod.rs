@@ -1,7 +1,6 @@
 //! Models and the state of a training run on disk: safetensors, torch and GGUF files, folders of Hugging Face's and Meta's
 //! format, sharded checkpoints.
 
-mod agree;
 mod best;
 pub mod convert;
 mod families;
@@ -31,7 +30,6 @@ mod unfit;
 mod weights;
 
 pub use crate::files::free_bytes;
-pub use agree::{agree, agree_over};
 pub use best::{Best, Metric};
 pub use gguf::GgufModel;
 pub use hf::{Export, HfModel, export};

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use tch::Kind;
 
-use super::agree::agree;
 use super::hf::write_tokenizer;
 use super::hf_config::read_object;
 use super::named::{ModelFolder, tokenizer_of};
@@ -22,6 +21,7 @@ use super::weights::Weights;
 use crate::config::shape::{Head, Shape};
 use crate::config::trainable::{Base, Freeze, Lora, Targets};
 use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
+use crate::distributed::agree::agree;
 use crate::distributed::plan::{Role, adapter_names};
 use crate::distributed::sharded::{Sharded, Spec};
 use crate::error::{Context, Error, Result};

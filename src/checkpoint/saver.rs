@@ -13,7 +13,6 @@ use kernels::c10d::{Group, ReduceOp};
 use serde_json::Value;
 use tch::{Device, Tensor};
 
-use super::agree::agree;
 use super::hf::write_tokenizer;
 use super::model_record::ModelRecord;
 use super::ours::Scoring;
@@ -25,6 +24,7 @@ use super::sharded::{
 use crate::config::shape::Shape;
 use crate::config::template_date::TemplateDate;
 use crate::data::tokenizer::Tokenizer;
+use crate::distributed::agree::agree;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
 use crate::files::{self, beside, create_dir, write_file};

@@ -23,7 +23,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use super::agree::agree_over;
 use super::grow::stored;
 use super::model_record::ModelRecord;
 use super::ours::Scoring;
@@ -33,6 +32,7 @@ use super::tensor_hash::TensorHash;
 use crate::config::sections::MomentsIn;
 use crate::config::shape::Shape;
 use crate::config::template_date::TemplateDate;
+use crate::distributed::agree::agree_over;
 use crate::distributed::plan::is_adapter;
 use crate::distributed::sharded::{Layout, Sharded, Slice, Spec};
 use crate::error::{Error, Result};

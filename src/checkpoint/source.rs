@@ -10,9 +10,9 @@ use std::path::Path;
 use kernels::c10d::Group;
 use tch::{Kind, Tensor};
 
-use super::agree::{agree, agree_over};
 use super::grow::grown;
 use super::tensor_hash::TensorHash;
+use crate::distributed::agree::{agree, agree_over};
 use crate::distributed::plan::is_adapter;
 use crate::distributed::sharded::{Sharded, Spec};
 use crate::error::{Context, Error, Result};

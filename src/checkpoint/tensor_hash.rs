@@ -5,7 +5,7 @@ use std::fmt;
 use kernels::c10d::{Group, ReduceOp};
 
 use crate::error::Result;
-use crate::model::init::mix;
+use crate::random::hash;
 
 /// 2^61 - 1, a prime.
 const P: u64 = (1 << 61) - 1;
@@ -19,9 +19,9 @@ pub struct TensorHash(u64);
 impl TensorHash {
     /// Adds bytes `first..` of the flattened tensor `name`. Every byte of a tensor is to be added once, in any order.
     pub fn add(&mut self, name: &str, first: u64, bytes: &[u8]) {
-        let key = name.bytes().fold(mix(name.len() as u64), |key, byte| mix(key ^ u64::from(byte)));
+        let key = name.bytes().fold(hash(name.len() as u64), |key, byte| hash(key ^ u64::from(byte)));
         let mut term = |at: u64, word: u64| {
-            let product = u128::from(word) * u128::from(mix(key.wrapping_add(at)) & P);
+            let product = u128::from(word) * u128::from(hash(key.wrapping_add(at)) & P);
             let folded = (product as u64 & P) + ((product >> 61) as u64 & P) + (product >> 122) as u64;
             self.0 = reduced(self.0 + reduced(folded));
         };
@@ -82,10 +82,10 @@ mod tests {
     fn slow(tensors: &[(&str, &[u8])]) -> u64 {
         let mut sum = 0u128;
         for (name, bytes) in tensors {
-            let key = name.bytes().fold(mix(name.len() as u64), |key, byte| mix(key ^ u64::from(byte)));
+            let key = name.bytes().fold(hash(name.len() as u64), |key, byte| hash(key ^ u64::from(byte)));
             for (i, chunk) in bytes.chunks(8).enumerate() {
                 let word = chunk.iter().rev().fold(0u128, |w, b| (w << 8) | u128::from(*b));
-                sum += word * u128::from(mix(key.wrapping_add(i as u64)) & P) % u128::from(P);
+                sum += word * u128::from(hash(key.wrapping_add(i as u64)) & P) % u128::from(P);
             }
         }
         (sum % u128::from(P)) as u64
@@ -93,7 +93,7 @@ mod tests {
 
     #[test]
     fn the_hash_does_not_depend_on_how_tensors_are_cut() {
-        let bytes = |seed: u64, n: u64| -> Vec<u8> { (0..n).map(|i| mix(seed ^ mix(i)) as u8).collect() };
+        let bytes = |seed: u64, n: u64| -> Vec<u8> { (0..n).map(|i| hash(seed ^ hash(i)) as u8).collect() };
         let (a, b) = (bytes(1, 1003), [bytes(2, 64), vec![255; 40]].concat());
         let right = slow(&[("a", &a), ("b", &b)]);
         for cut in [1, 2, 3, 7, 8, 9, 64, 250, 2000] {
@@ -136,7 +136,7 @@ mod tests {
 
     #[test]
     fn ranks_add_up() {
-        let bytes: Vec<u8> = (0..1000).map(|i| mix(i) as u8).collect();
+        let bytes: Vec<u8> = (0..1000).map(|i| hash(i) as u8).collect();
         let mut whole = TensorHash::default();
         whole.add("w", 0, &bytes);
         for ranks in [2, 3] {

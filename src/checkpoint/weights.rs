@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use kernels::c10d::Group;
 
-use super::agree::agree;
 use super::gguf::GgufModel;
 use super::hf::HfModel;
 use super::merge::Merge;
@@ -17,6 +16,7 @@ use super::source::Source;
 use super::tensor_hash::TensorHash;
 use crate::config::reward::Score;
 use crate::config::shape::{Head, Shape};
+use crate::distributed::agree::agree;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
 use crate::files::{exists, is_dir, read_error};

@@ -8,7 +8,6 @@ use kernels::c10d::ReduceOp;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
-use crate::checkpoint::agree;
 use crate::commands::Global;
 use crate::commands::answers::{self, Answers, Kept};
 use crate::commands::inference::{self, ModelArgs, Opened, RanksArgs, TemplateArgs};
@@ -18,7 +17,8 @@ use crate::data::conversation::Prompt;
 use crate::data::odd::{Odd, OrOdd, Reason};
 use crate::data::readers;
 use crate::data::tokenizer::Tokenizer;
-use crate::distributed::exchange::gather_bytes;
+use crate::distributed::agree::agree;
+use crate::distributed::exchange::gather_objects;
 use crate::distributed::world::World;
 use crate::error::{Context, Error, Result};
 use crate::generate::{self, Completion, Engine, Options, Request, Sampling, Stop, TextStream};
@@ -275,15 +275,7 @@ impl Job<'_> {
             return Ok((done, left));
         }
         let left = self.world.group.combine(&[left as f64], ReduceOp::Sum)?[0] as usize;
-        let bytes =
-            serde_json::to_vec(&done).map_err(|e| Error::failed(format!("cannot tell results: {e}")))?;
-        let mut all = Vec::new();
-        for bytes in gather_bytes(self.world, &bytes)? {
-            let theirs: Vec<(usize, String)> = serde_json::from_slice(&bytes)
-                .map_err(|e| Error::failed(format!("another rank's results cannot be read: {e}")))?;
-            all.extend(theirs);
-        }
-        Ok((all, left))
+        Ok((gather_objects(self.world, &done)?, left))
     }
 }
 

@@ -4,11 +4,11 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Command};
 use tch::Device;
 
-use crate::algorithms::run;
 use crate::distributed::agreement::Facts;
 use crate::distributed::environment::Place;
 use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Error, Result};
+use crate::signals;
 use crate::telemetry::console;
 
 mod answers;
@@ -102,7 +102,7 @@ impl Global {
 
     /// Signals, threads, allocator and the library for float32 products.
     pub fn set_up(&self) -> Result<()> {
-        run::keep_signals_from_computing_threads()?;
+        signals::keep_signals_from_computing_threads()?;
         let from_environment = || std::env::var("OMP_NUM_THREADS").ok().and_then(|v| v.parse().ok());
         let threads = self
             .threads

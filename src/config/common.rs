@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::Conflict;
+use super::model::Model;
 use super::parallel::Parallel;
-use super::pretrain::Model;
 use super::sections::{Checkpoint, Log, Optim, Precision, Schedule, Source, Tokenizer, Train, Valid};
 
 /// The keys that every configuration has.

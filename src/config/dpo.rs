@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::common::{Common, configuration, conflict_of_inputs};
+use super::model::Model;
 use super::numbers::{not_negative, positive};
 use super::preferences::Data;
-use super::pretrain::Model;
 use super::sections::{Tokenizer, Valid};
 use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::common::{Common, configuration, conflict_of_inputs, sequence_length, yes};
+use super::model::Model;
 use super::numbers::{count, not_negative, positive};
 use super::preferences::split_conflict;
-use super::pretrain::Model;
 use super::sections::{OnError, Source, Tokenizer, Valid};
 use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};

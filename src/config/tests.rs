@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 
+use super::model::*;
 use super::parallel::*;
 use super::pretrain::*;
 use super::sections::*;

@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::fields::Leftovers;
-use super::rng::Rng;
 use crate::config::sft::TooLong;
 use crate::error::{Error, Result};
+use crate::random::Rng;
 
 pub use cache::{Examples, Lengths, Tokenization};
 

@@ -2,10 +2,10 @@
 //! alone: not on the world size, the micro-batch or where the run was stopped.
 
 use super::order::{self, Mixture, weights};
-use super::rng::Rng;
 use super::shards::TokenSet;
 use super::tokenizer::hex;
 use crate::error::{Error, Result};
+use crate::random::Rng;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 

@@ -16,7 +16,6 @@ pub mod packing;
 pub mod preferences;
 pub mod prompts;
 pub mod readers;
-pub mod rng;
 pub mod rows;
 pub mod shards;
 pub mod supervised;

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::rng::Permutation;
 use crate::error::{Error, Result};
+use crate::random::Permutation;
 
 /// A file or folder with data.
 #[derive(Debug, Clone, PartialEq)]

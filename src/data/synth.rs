@@ -8,9 +8,9 @@
 //! of them. The hash knows nothing of the seed, so that training data of one seed never meets validation data of
 //! another.
 
-use super::rng::{Rng, mix};
 use crate::error::Result;
 use crate::files::AtomicFile;
+use crate::random::{Rng, mix};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 use std::fmt::Write as _;

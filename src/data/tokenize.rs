@@ -1,13 +1,13 @@
 //! Text files into token shards, on all cores.
 
 use super::odd::OddRecords;
-use super::rng::mix;
 use super::shards::{Header, ShardWriter};
 use super::texts::Texts;
 use super::tokenizer::Tokenizer;
 use crate::config::sections::OnError;
 use crate::error::{Error, Result};
 use crate::files::AtomicFolder;
+use crate::random::mix;
 use rayon::prelude::*;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,10 +1,10 @@
-//! Bytes that ranks tell each other.
+//! What ranks tell each other: bytes, objects, rows.
 
 use kernels::c10d::ReduceOp;
 use tch::{Device, Kind, Tensor};
 
 use crate::distributed::world::World;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What every rank says, by rank. A collective call; meant for little, since all ranks get all of it.
 pub fn gather_bytes(world: &World, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
@@ -24,4 +24,30 @@ pub fn gather_bytes(world: &World, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
     world.group.all_gather(&all, &Tensor::from_slice(&padded).to_device(world.device))?.wait()?;
     let all = Vec::<u8>::try_from(all.to_device(Device::Cpu))?;
     Ok(all.chunks(longest).zip(sizes).map(|(bytes, size)| bytes[..size as usize].to_vec()).collect())
+}
+
+/// What every rank has, by rank, as JSON on the way. A collective call.
+pub fn gather_objects<T: serde::Serialize + serde::de::DeserializeOwned>(
+    world: &World,
+    mine: &[T],
+) -> Result<Vec<T>> {
+    let bytes = serde_json::to_vec(mine).map_err(|e| Error::failed(e.to_string()))?;
+    let mut all = Vec::new();
+    for bytes in gather_bytes(world, &bytes)? {
+        let theirs: Vec<T> = serde_json::from_slice(&bytes)
+            .map_err(|e| Error::failed(format!("what another rank tells cannot be read: {e}")))?;
+        all.extend(theirs);
+    }
+    Ok(all)
+}
+
+/// The rows of all ranks, each of which gives `[n, W]` on the CPU: `[ranks * n, W]`. A collective call.
+pub fn gather_rows(world: &World, mine: &Tensor) -> Result<Tensor> {
+    if world.mesh.data.size == 1 {
+        return Ok(mine.shallow_clone());
+    }
+    let (rows, width) = (mine.size()[0], mine.size()[1]);
+    let all = Tensor::empty([world.mesh.data.size * rows * width], (mine.kind(), world.device));
+    world.mesh.data.group.all_gather(&all, &mine.contiguous().view([-1]).to_device(world.device))?.wait()?;
+    Ok(all.to_device(Device::Cpu).view([-1, width]))
 }

@@ -1,5 +1,6 @@
 //! Ranks and what they share: the world, sharded parameters.
 
+pub mod agree;
 pub mod agreement;
 pub mod environment;
 pub mod exchange;

@@ -5,12 +5,12 @@ use std::ops::Range;
 use tch::{Kind, Tensor};
 
 use crate::config::rollout::{Gather, Length};
-use crate::data::rng::Rng;
 use crate::distributed::sharded::Sharded;
 use crate::error::Result;
 use crate::generate::engine::{Finish, Options, Request, generate};
 use crate::generate::{Sampling, Stop};
 use crate::model::Llama;
+use crate::random::Rng;
 use kernels::c10d::ReduceOp;
 
 /// A prompt that is to be answered.

@@ -5,8 +5,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::data::rng::{Rng, mix};
 use crate::error::{Error, Result};
+use crate::random::{Rng, mix};
 
 /// How tokens are chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]

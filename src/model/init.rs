@@ -11,6 +11,7 @@ use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::error::Result;
 use crate::model::layout::SCORE;
+use crate::random::hash;
 
 /// The standard deviation of a new scalar head in a reward model: 1 / sqrt(C + 1) (Ziegler et al. 2019).
 pub fn score_std(shape: &Shape) -> f64 {
@@ -68,7 +69,7 @@ pub fn init_adapters(params: &mut Sharded, seed: u64) -> Result<()> {
         }
         let key = key_of(seed, &spec.name);
         let bound = 1.0 / (spec.shape[1] as f64).sqrt();
-        let uniform = |i: u64| (mix(key ^ mix(i)) >> 11) as f64 / (1u64 << 53) as f64;
+        let uniform = |i: u64| (hash(key ^ hash(i)) >> 11) as f64 / (1u64 << 53) as f64;
         let places = first as u64..first as u64 + values.numel() as u64;
         let numbers: Vec<f64> = places.map(|i| (2.0 * uniform(i) - 1.0) * bound).collect();
         values.shallow_clone().copy_(&Tensor::from_slice(&numbers));
@@ -77,15 +78,7 @@ pub fn init_adapters(params: &mut Sharded, seed: u64) -> Result<()> {
 }
 
 fn key_of(seed: u64, name: &str) -> u64 {
-    name.bytes().fold(mix(seed), |k, b| mix(k ^ u64::from(b)))
-}
-
-/// SplitMix64's finalizer (Steele et al. 2014).
-pub(crate) fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
+    name.bytes().fold(hash(seed), |k, b| hash(k ^ u64::from(b)))
 }
 
 #[cfg(test)]
@@ -94,7 +87,7 @@ mod tests {
 
     /// Numbers 2 i and 2 i + 1 of a stream of standard normal numbers (Box and Muller 1958).
     fn normal_pair(key: u64, i: u64) -> [f64; 2] {
-        let bits = mix(key ^ mix(i));
+        let bits = hash(key ^ hash(i));
         let u = ((bits >> 32) as f64 + 0.5) / 4_294_967_296.0;
         let angle = std::f64::consts::TAU * ((bits & 0xffff_ffff) as f64 + 0.5) / 4_294_967_296.0;
         let radius = (-2.0 * u.ln()).sqrt();

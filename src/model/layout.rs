@@ -13,10 +13,10 @@ use crate::config::shape::{Head, Shape};
 use crate::distributed::plan::{Adapter, Piece, Plan};
 use crate::distributed::sharded::{Layout, Sharded};
 use crate::error::Result;
-use crate::model::init::mix;
 use crate::model::linear::{self, Dropout, Linear, LinearGrad};
 use crate::model::mixture::Mixture;
 use crate::model::mlp::{Dense, Mlp};
+use crate::random::hash;
 
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
 pub const FINAL_NORM: &str = "model.norm.weight";
@@ -132,7 +132,7 @@ impl Block<Linear> {
             let [a, b] = params.adapter_pieces(i, k);
             let dropout = draws.filter(|_| spec.dropout > 0.0).map(|d| Dropout {
                 p: spec.dropout,
-                key: mix(d.key ^ mix((i as u64) << 32 | k as u64)),
+                key: hash(d.key ^ hash((i as u64) << 32 | k as u64)),
                 rows: d.rows.shallow_clone(),
             });
             let (a, b) = (params.dense(i, &full, &a)?, params.dense(i, &full, &b)?);

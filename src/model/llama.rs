@@ -18,11 +18,11 @@ use crate::config::sections::Recompute;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
-use crate::model::init::mix;
 use crate::model::layout::{Block, Draws};
 use crate::model::linear::{Linear, LinearGrad};
 use crate::model::mixture::Balance;
 use crate::model::mlp;
+use crate::random::hash;
 
 /// Token ids and what positions mean.
 pub struct Input {
@@ -243,7 +243,7 @@ impl Llama {
                 // A row's number in the upper half, the position in the lower.
                 let row = Tensor::arange(batch, (Kind::Int64, device)) + place.first_row as i64;
                 let token = row.unsqueeze(1) * (1i64 << 32) + Tensor::arange(time, (Kind::Int64, device));
-                Draws { key: mix(place.seed ^ mix(place.step)), rows: token.view([-1]) }
+                Draws { key: hash(place.seed ^ hash(place.step)), rows: token.view([-1]) }
             }),
         })
     }

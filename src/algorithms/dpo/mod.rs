@@ -19,7 +19,7 @@ use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Stop, Sums};
 use crate::algorithms::training::{Learner, Plan, Progress, Run, compute_kind};
 use crate::checkpoint::Metric;
 use crate::config::dpo::{Dpo, Pairs, Section};
-use crate::config::pretrain::Model;
+use crate::config::model::Model;
 use crate::config::{Algorithm, Loaded, common};
 use crate::data::chat::Chat;
 use crate::data::examples::Example;

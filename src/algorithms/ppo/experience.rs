@@ -5,13 +5,14 @@ use tch::{Kind, Tensor};
 
 use super::{Experience, Models, Position};
 use crate::algorithms::rl::advantages::explained_variance;
-use crate::algorithms::rl::experience::{SamplerDistance, gather_rows};
+use crate::algorithms::rl::experience::SamplerDistance;
 use crate::algorithms::rl::place::at_work;
 use crate::algorithms::rl::policy::{describe, share_of};
 use crate::algorithms::rl::sampling::{Batch, Sampled, Sampler};
 use crate::algorithms::rl::{Moments, checks, gae, token_rewards, whiten};
 use crate::algorithms::training::Run;
 use crate::config::ppo::{Baseline, KlIn, MissingEos, Ppo};
+use crate::distributed::exchange::gather_rows;
 use crate::distributed::world::World;
 use crate::error::Result;
 use crate::telemetry::Record;

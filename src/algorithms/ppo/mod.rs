@@ -14,15 +14,14 @@ use crate::algorithms::folder::RunFolder;
 use crate::algorithms::records;
 use crate::algorithms::rl::KlController;
 use crate::algorithms::rl::checks::Stalled;
-use crate::algorithms::rl::experience::gather_rows;
-use crate::algorithms::rl::place::{Average, Where, check_offload};
+use crate::algorithms::rl::place::{Where, average, check_offload};
 use crate::algorithms::rl::policy::{Opened, Policy, Samplers, check_reads, share_of};
 use crate::algorithms::run::Start;
 use crate::algorithms::training::{Learner, Plan, Progress};
 use crate::checkpoint::{Checkpoint, Part};
 use crate::config::common::Common;
+use crate::config::model::Model;
 use crate::config::ppo::Ppo;
-use crate::config::pretrain::Model;
 use crate::config::reward::Score;
 use crate::config::sections::{self, Precision};
 use crate::config::shape::Shape;
@@ -30,11 +29,13 @@ use crate::config::{Algorithm, Loaded};
 use crate::data::loader::{Loader, Order, Source, State as LoaderState};
 use crate::data::prompts::State;
 use crate::distributed::agreement::Facts;
+use crate::distributed::exchange::gather_rows;
 use crate::distributed::world::World;
 use crate::error::Result;
 use crate::generate::rollout::Sequences;
 use crate::info;
 use crate::model::{Trainable, init};
+use crate::optim::Average;
 
 /// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
 pub struct Inputs {
@@ -265,7 +266,7 @@ impl<'a> Models<'a> {
         let ema = match c.ppo.ema {
             Some(decay) => {
                 let Opened { actor, trainable, .. } = &inputs.opened;
-                Some(Average::new(actor, trainable, &policy.actor.model.params, decay, c.seed)?)
+                Some(average(actor, trainable, &policy.actor.model.params, decay, c.seed)?)
             }
             None => None,
         };

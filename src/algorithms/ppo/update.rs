@@ -15,11 +15,11 @@ use crate::config::Algorithm;
 use crate::config::common::Common;
 use crate::config::ppo::{KlIn, Ppo};
 use crate::config::sections::Optim;
-use crate::data::rng::Permutation;
 use crate::distributed::world::World;
 use crate::error::Result;
 use crate::model::head::LogProbs;
 use crate::optim::Schedule;
+use crate::random::Permutation;
 use crate::telemetry::Record;
 
 /// What an iteration's updates did.

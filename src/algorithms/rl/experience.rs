@@ -8,36 +8,11 @@ use kernels::ops;
 use tch::{Device, Kind, Tensor};
 
 use crate::algorithms::step::MicroBatch;
-use crate::distributed::exchange::gather_bytes;
-use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::generate::rollout::{Response, Rows, Sequences};
 use crate::model::head::LogProbs;
 use crate::model::{Input, Llama, LmHead, ScoreHead};
 use crate::telemetry::Record;
-
-/// Tells every rank what each of them has, by rank. A collective call.
-pub fn share<T: serde::Serialize + serde::de::DeserializeOwned>(world: &World, mine: &[T]) -> Result<Vec<T>> {
-    let bytes = serde_json::to_vec(mine).map_err(|e| Error::failed(e.to_string()))?;
-    let mut all = Vec::new();
-    for bytes in gather_bytes(world, &bytes)? {
-        let theirs: Vec<T> = serde_json::from_slice(&bytes)
-            .map_err(|e| Error::failed(format!("what another rank tells cannot be read: {e}")))?;
-        all.extend(theirs);
-    }
-    Ok(all)
-}
-
-/// The rows of all ranks, each of which gives `[n, W]` on the CPU: `[ranks * n, W]`. A collective call.
-pub fn gather_rows(world: &World, mine: &Tensor) -> Result<Tensor> {
-    if world.mesh.data.size == 1 {
-        return Ok(mine.shallow_clone());
-    }
-    let (rows, width) = (mine.size()[0], mine.size()[1]);
-    let all = Tensor::empty([world.mesh.data.size * rows * width], (mine.kind(), world.device));
-    world.mesh.data.group.all_gather(&all, &mine.contiguous().view([-1]).to_device(world.device))?.wait()?;
-    Ok(all.to_device(Device::Cpu).view([-1, width]))
-}
 
 impl Rows {
     /// For a forward of the training.

@@ -14,6 +14,7 @@ use crate::distributed::sharded::Sharded;
 use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Error, Result};
 use crate::model::{Llama, Trainable};
+use crate::optim::Average;
 
 /// The world that a model computes in: the run's, or one of this rank alone on another device.
 pub enum Where<'a> {
@@ -105,30 +106,12 @@ pub fn check_offload(name: &str, offload: bool, world: &World) -> Result<()> {
     }
 }
 
-/// A moving average of a model's trained weights, on the same slices.
-pub struct Average {
-    pub params: Sharded,
-    decay: f64,
-}
-
-impl Average {
-    /// That begins as the model is. Collective.
-    pub fn new(base: &Base, trainable: &Trainable, of: &Sharded, decay: f64, seed: u64) -> Result<Average> {
-        let plans = trainable.plans(&base.shape)?;
-        let mut params = Sharded::new(plans, of.sharding().clone(), of.compute(), of.device());
-        base.fill(&mut params, seed)?;
-        for i in 0..params.len() {
-            params.master(i).copy_(&of.master(i));
-        }
-        Ok(Average { params, decay })
-    }
-
-    /// Moves by `1 - decay` of the way to the model.
-    pub fn follow(&mut self, of: &Sharded) {
-        for i in 0..self.params.len() {
-            let _ = self.params.master(i).lerp_(&of.master(i), 1.0 - self.decay);
-        }
-    }
+/// A moving average of a model that `base` opened; it begins as the model is. Collective.
+pub fn average(base: &Base, trainable: &Trainable, of: &Sharded, decay: f64, seed: u64) -> Result<Average> {
+    let plans = trainable.plans(&base.shape)?;
+    let mut params = Sharded::new(plans, of.sharding().clone(), of.compute(), of.device());
+    base.fill(&mut params, seed)?;
+    Ok(Average::new(params, of, decay))
 }
 
 #[cfg(test)]

@@ -6,13 +6,13 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use crate::algorithms::rl::experience::share;
-use crate::checkpoint::agree;
 use crate::config::prompts::Data;
 use crate::config::rollout::Generation;
 use crate::config::shape::Shape;
 use crate::data::chat::Chat;
 use crate::data::prompts::{Prompt, Prompts};
+use crate::distributed::agree::agree;
+use crate::distributed::exchange::gather_objects;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::generate::engine::Finish;
@@ -169,7 +169,7 @@ impl Sampler {
         let rollout_s = started.elapsed().as_secs_f64();
         let numbers: Vec<u64> = numbers.iter().flat_map(|n| std::iter::repeat_n(*n, samples)).collect();
         let judged = self.judge(&numbers, responses, score, world);
-        let samples = share(world, &agree(&world.group, judged)?)?;
+        let samples = gather_objects(world, &agree(&world.group, judged)?)?;
         let sequences = Sequences {
             prompts: samples.iter().map(|s| self.prompts.get(s.prompt).ids.clone()).collect(),
             responses: samples.iter().map(|s| s.response.ids.clone()).collect(),

@@ -7,7 +7,8 @@ use kernels::c10d::ReduceOp;
 use serde_json::{Value, json};
 
 use super::{Scratch, Training, Workload, median};
-use crate::checkpoint::{Part, RunInfo, Saver, agree, latest};
+use crate::checkpoint::{Part, RunInfo, Saver, latest};
+use crate::distributed::agree::agree;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 

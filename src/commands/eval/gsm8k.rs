@@ -14,7 +14,7 @@ use crate::data::chat::Chat;
 use crate::data::conversation::{Prompt, conversation};
 use crate::data::odd::{Odd, OrOdd, Reason};
 use crate::data::readers::{self, Record};
-use crate::distributed::exchange::gather_bytes;
+use crate::distributed::exchange::gather_objects;
 use crate::error::{Error, Result};
 use crate::generate::engine::{Options, Request, generate};
 use crate::generate::{self as generation, Sampling};
@@ -84,13 +84,7 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
         Ok((*i, (text, completion.ids.len(), json!(completion.finish))))
     });
     let texts: Vec<(usize, (String, usize, Value))> = texts.collect::<Result<_>>()?;
-    let bytes = serde_json::to_vec(&texts).map_err(|e| Error::failed(e.to_string()))?;
-    let mut all = BTreeMap::new();
-    for bytes in gather_bytes(&world, &bytes)? {
-        let theirs: Vec<(usize, (String, usize, Value))> = serde_json::from_slice(&bytes)
-            .map_err(|e| Error::failed(format!("another rank's answers cannot be read: {e}")))?;
-        all.extend(theirs);
-    }
+    let all: BTreeMap<usize, (String, usize, Value)> = gather_objects(&world, &texts)?.into_iter().collect();
 
     let (mut total, mut groups) = (Tally::default(), BTreeMap::<String, Tally>::new());
     let mut lines = String::new();

@@ -10,10 +10,10 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use serde_json::Value;
 
-use crate::checkpoint::agree;
 use crate::commands::Global;
 use crate::commands::inference::{ModelArgs, RanksArgs, TemplateArgs};
 use crate::commands::intake::OnErrorArgs;
+use crate::distributed::agree::agree;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::files::write_file;

@@ -11,12 +11,12 @@ use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 use tch::{Device, Tensor};
 
-use crate::checkpoint::agree;
 use crate::commands::Global;
 use crate::commands::inference::{self, ModelArgs, RanksArgs, TemplateArgs};
 use crate::commands::intake::{Intake, OnErrorArgs};
 use crate::data::odd::{Odd, OrOdd, Reason};
 use crate::data::readers::{self, Record};
+use crate::distributed::agree::agree;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::files::AtomicFile;

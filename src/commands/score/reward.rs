@@ -5,7 +5,7 @@ use serde_json::json;
 use super::lines::{check, input_ids};
 use super::{Args, Line, read, write_lines};
 use crate::algorithms::scorer;
-use crate::checkpoint::{Scoring, agree};
+use crate::checkpoint::Scoring;
 use crate::commands::Global;
 use crate::commands::inference::{self, Opened};
 use crate::config::reward::Score;
@@ -14,6 +14,7 @@ use crate::data::conversation::answered;
 use crate::data::examples::Encoded;
 use crate::data::odd::{Odd, OrOdd, Reason};
 use crate::data::readers::Record;
+use crate::distributed::agree::agree;
 use crate::error::{Error, Result};
 
 pub(super) fn run(

@@ -142,7 +142,7 @@ fn what_is_nested_in_earnest_runs() {
 #[test]
 fn damaged_templates_do_no_harm() {
     let fixture: Json = serde_json::from_str(include_str!("../../../tests/fixtures/jinja.json")).unwrap();
-    let mut rng = crate::data::rng::Rng::new(1, "jinja", 0);
+    let mut rng = crate::random::Rng::new(1, "jinja", 0);
     let cases = fixture["cases"].as_array().unwrap();
     let pieces = [
         "{%", "%}", "{{", "}}", "'", "(", ")", "[", "|", ".", " ", "-", "\n", "é", "0", "\\", ",", "if",

@@ -473,7 +473,7 @@ fn pieces_of_any_script_give_the_ids_of_the_whole() {
         "\n", "\n", "\n\n", "\r\n", "\r\n\r\n", "\n \n", " \n", "\n  ", "\r", "\u{2028}", "\u{85}", "\n\t",
         "\t\r\n",
     ];
-    let mut rng = crate::data::rng::Rng::new(7, "pieces", 0);
+    let mut rng = crate::random::Rng::new(7, "pieces", 0);
     let mut pick = |from: &[&'static str]| from[rng.below(from.len() as u64) as usize];
     let mut text = || {
         let mut text = String::new();
@@ -531,7 +531,7 @@ fn mutated_files_do_no_harm() {
 
 fn mutate(name: &str, source: &[u8], count: usize) {
     let folder = TestFolder::new(&format!("vocabulary-mutated-{name}-{}", source.len()));
-    let mut rng = crate::data::rng::Rng::new(1, name, source.len() as u64);
+    let mut rng = crate::random::Rng::new(1, name, source.len() as u64);
     if name == "tokenizer_config.json" {
         folder.file("tokenizer.model", std::fs::read(fixture("no_prefix.model")).unwrap());
     }

@@ -9,6 +9,11 @@ pub fn mix(mut x: u64) -> u64 {
 
 const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
 
+/// The first number of splitmix64 from the state `x`; unlike [`mix`] not 0 at 0.
+pub fn hash(x: u64) -> u64 {
+    mix(x.wrapping_add(GAMMA))
+}
+
 /// A stream of random numbers for (seed, purpose, index): splitmix64 (Steele, Lea, Flood 2014), whose n-th
 /// number is a function of the key and n alone.
 #[derive(Debug, Clone)]

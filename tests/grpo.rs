@@ -285,6 +285,13 @@ fn online_dpo_drops_ties_and_ranks_change_nothing() {
             (apart(&other, &whole, &keys), relative(&other.parameters(), &whole.parameters()));
         assert!(metrics < 1e-9 && parameters < 1e-9, "{name}: {metrics:e} {parameters:e}");
     }
+    // A reference that moves is the moved one also where ranks keep its values whole.
+    let moving = [words[0], EASY, "dpo={group_size: 3, moving_reference: {every: 1, rate: 0.5}}"];
+    let (one, two) = (run("online-dpo", "online-moving-1"), run("online-dpo", "online-moving-2"));
+    one.train(1, &moving);
+    two.train(2, &[&moving[..], &["parallel.mode=grads"]].concat());
+    let (metrics, parameters) = (apart(&two, &one, &keys), relative(&two.parameters(), &one.parameters()));
+    assert!(metrics < 1e-9 && parameters < 1e-9, "{metrics:e} {parameters:e}");
     // Responses without a reward are no ties.
     let unscored = run("online-dpo", "online-unscored");
     let prompts = unscored.dir.join("prompts.jsonl");

@@ -6,6 +6,7 @@
 //! pre-tokenizer cuts it, a space becomes `▁`, and `▁` is put before the text (`add_dummy_prefix`).
 
 use super::convert::{Added, Converted, post_processor};
+use prost::Message;
 use serde_json::{Map, Value, json};
 use std::collections::{HashMap, HashSet};
 
@@ -47,7 +48,9 @@ pub(super) fn convert(
     config: &Map<String, Value>,
     added: &[Added],
 ) -> Result<Converted, String> {
-    let model = Model::parse(bytes)?;
+    let proto = ModelProto::decode(bytes)
+        .map_err(|e| format!("not a SentencePiece model (no protobuf, or cut off): {e}"))?;
+    let model = Model::of(&proto)?;
     model.check()?;
     define(&model, config, added)
 }
@@ -236,46 +239,32 @@ impl<'a> Model<'a> {
         Model { pieces, byte_fallback, bos_piece, eos_piece, pad_piece, ..Model::default() }
     }
 
-    fn parse(bytes: &'a [u8]) -> Result<Self, String> {
-        let mut model = Model::default();
-        for field in Message(bytes) {
-            match field? {
-                (1, Field::Bytes(piece)) => {
-                    let piece = Piece::parse(piece)?;
-                    model.pieces.push(piece);
-                }
-                (2, Field::Bytes(trainer)) => {
-                    for field in Message(trainer) {
-                        match field? {
-                            (3, Field::Number(n)) => model.model_type = n,
-                            (24, Field::Number(n)) => model.whitespace_as_suffix = n != 0,
-                            (35, Field::Number(n)) => model.byte_fallback = n != 0,
-                            (46, Field::Bytes(b)) => model.bos_piece = utf8(b)?,
-                            (47, Field::Bytes(b)) => model.eos_piece = utf8(b)?,
-                            (48, Field::Bytes(b)) => model.pad_piece = utf8(b)?,
-                            _ => {}
-                        }
-                    }
-                }
-                (3, Field::Bytes(normalizer)) => {
-                    for field in Message(normalizer) {
-                        match field? {
-                            (1, Field::Bytes(b)) => model.normalizer = utf8(b)?,
-                            (2, Field::Bytes(b)) => model.has_character_map = !b.is_empty(),
-                            (3, Field::Number(n)) => model.add_dummy_prefix = n != 0,
-                            (4, Field::Number(n)) => model.remove_extra_whitespaces = n != 0,
-                            (5, Field::Number(n)) => model.escape_whitespaces = n != 0,
-                            _ => {}
-                        }
-                    }
-                }
-                _ => {}
-            }
-        }
-        if model.pieces.is_empty() {
+    fn of(proto: &'a ModelProto) -> Result<Self, String> {
+        let defaults = Model::default();
+        let trainer = proto.trainer_spec.as_ref();
+        let normalizer = proto.normalizer_spec.as_ref();
+        let text = |of: fn(&TrainerSpec) -> &Option<String>, default| {
+            trainer.and_then(|t| of(t).as_deref()).unwrap_or(default)
+        };
+        let rule = |of: fn(&NormalizerSpec) -> Option<bool>| normalizer.and_then(of).unwrap_or(true);
+        let pieces: Vec<Piece> = proto.pieces.iter().map(Piece::of).collect::<Result<_, _>>()?;
+        if pieces.is_empty() {
             return Err("there are no pieces in it".into());
         }
-        Ok(model)
+        Ok(Model {
+            pieces,
+            model_type: trainer.and_then(|t| t.model_type).map_or(defaults.model_type, number),
+            byte_fallback: trainer.is_some_and(|t| t.byte_fallback()),
+            whitespace_as_suffix: trainer.is_some_and(|t| t.treat_whitespace_as_suffix()),
+            bos_piece: text(|t| &t.bos_piece, defaults.bos_piece),
+            eos_piece: text(|t| &t.eos_piece, defaults.eos_piece),
+            pad_piece: text(|t| &t.pad_piece, defaults.pad_piece),
+            normalizer: normalizer.map_or("", |n| n.name()),
+            has_character_map: normalizer.is_some_and(|n| !n.precompiled_charsmap().is_empty()),
+            add_dummy_prefix: rule(|n| n.add_dummy_prefix),
+            remove_extra_whitespaces: rule(|n| n.remove_extra_whitespaces),
+            escape_whitespaces: rule(|n| n.escape_whitespaces),
+        })
     }
 
     /// Refuses what would give other ids than SentencePiece's.
@@ -312,16 +301,9 @@ impl<'a> Model<'a> {
 }
 
 impl<'a> Piece<'a> {
-    fn parse(bytes: &'a [u8]) -> Result<Self, String> {
-        let mut piece = Piece { text: "", score: 0.0, kind: NORMAL };
-        for field in Message(bytes) {
-            match field? {
-                (1, Field::Bytes(b)) => piece.text = utf8(b)?,
-                (2, Field::Number(n)) => piece.score = f32::from_bits(n as u32),
-                (3, Field::Number(n)) => piece.kind = n,
-                _ => {}
-            }
-        }
+    fn of(proto: &'a PieceProto) -> Result<Self, String> {
+        let piece =
+            Piece { text: proto.piece(), score: proto.score(), kind: proto.kind.map_or(NORMAL, number) };
         if piece.text.is_empty() {
             return Err("a piece is empty".into());
         }
@@ -332,66 +314,59 @@ impl<'a> Piece<'a> {
     }
 }
 
-fn utf8(bytes: &[u8]) -> Result<&str, String> {
-    std::str::from_utf8(bytes).map_err(|_| "a text in it is not UTF-8".into())
+/// The number of a kind; a negative one is none.
+fn number(n: i32) -> u64 {
+    u64::try_from(n).unwrap_or(0)
 }
 
-/// The fields of a protobuf message (https://protobuf.dev/programming-guides/encoding), one after the other.
-struct Message<'a>(&'a [u8]);
-
-enum Field<'a> {
-    /// A varint, or the bits of a number of 4 or 8 bytes.
-    Number(u64),
-    Bytes(&'a [u8]),
+/// The fields that decide the ids of sentencepiece_model.proto's `ModelProto`; others are skipped.
+#[derive(Clone, PartialEq, Message)]
+struct ModelProto {
+    #[prost(message, repeated, tag = "1")]
+    pieces: Vec<PieceProto>,
+    #[prost(message, optional, tag = "2")]
+    trainer_spec: Option<TrainerSpec>,
+    #[prost(message, optional, tag = "3")]
+    normalizer_spec: Option<NormalizerSpec>,
 }
 
-impl<'a> Message<'a> {
-    fn take(&mut self, n: u64) -> Option<&'a [u8]> {
-        let (taken, rest) = self.0.split_at_checked(usize::try_from(n).ok()?)?;
-        self.0 = rest;
-        Some(taken)
-    }
-
-    fn varint(&mut self) -> Option<u64> {
-        let mut value = 0;
-        for shift in (0..64).step_by(7) {
-            let byte = self.take(1)?[0];
-            value |= u64::from(byte & 0x7f) << shift;
-            if byte < 0x80 {
-                return Some(value);
-            }
-        }
-        None
-    }
-
-    fn field(&mut self) -> Option<(u64, Field<'a>)> {
-        let key = self.varint()?;
-        let little = |bytes: &[u8]| bytes.iter().rev().fold(0, |n, b| n << 8 | u64::from(*b));
-        let field = match key & 7 {
-            0 => Field::Number(self.varint()?),
-            1 => Field::Number(little(self.take(8)?)),
-            2 => {
-                let n = self.varint()?;
-                Field::Bytes(self.take(n)?)
-            }
-            5 => Field::Number(little(self.take(4)?)),
-            _ => return None,
-        };
-        Some((key >> 3, field))
-    }
+#[derive(Clone, PartialEq, Message)]
+struct PieceProto {
+    #[prost(string, optional, tag = "1")]
+    piece: Option<String>,
+    #[prost(float, optional, tag = "2")]
+    score: Option<f32>,
+    /// Its `type`.
+    #[prost(int32, optional, tag = "3")]
+    kind: Option<i32>,
 }
 
-impl<'a> Iterator for Message<'a> {
-    type Item = Result<(u64, Field<'a>), String>;
+#[derive(Clone, PartialEq, Message)]
+struct TrainerSpec {
+    #[prost(int32, optional, tag = "3")]
+    model_type: Option<i32>,
+    #[prost(bool, optional, tag = "24")]
+    treat_whitespace_as_suffix: Option<bool>,
+    #[prost(bool, optional, tag = "35")]
+    byte_fallback: Option<bool>,
+    #[prost(string, optional, tag = "46")]
+    bos_piece: Option<String>,
+    #[prost(string, optional, tag = "47")]
+    eos_piece: Option<String>,
+    #[prost(string, optional, tag = "48")]
+    pad_piece: Option<String>,
+}
 
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.0.is_empty() {
-            return None;
-        }
-        let field = self.field();
-        if field.is_none() {
-            self.0 = &[];
-        }
-        Some(field.ok_or_else(|| "not a SentencePiece model (no protobuf, or cut off)".into()))
-    }
+#[derive(Clone, PartialEq, Message)]
+struct NormalizerSpec {
+    #[prost(string, optional, tag = "1")]
+    name: Option<String>,
+    #[prost(bytes = "vec", optional, tag = "2")]
+    precompiled_charsmap: Option<Vec<u8>>,
+    #[prost(bool, optional, tag = "3")]
+    add_dummy_prefix: Option<bool>,
+    #[prost(bool, optional, tag = "4")]
+    remove_extra_whitespaces: Option<bool>,
+    #[prost(bool, optional, tag = "5")]
+    escape_whitespaces: Option<bool>,
 }

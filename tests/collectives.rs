@@ -1,7 +1,7 @@
 //! Collectives between real processes: this test binary starts itself once per rank, with the environment that `launch`
 //! sets and the case to run in CORRAL_TEST_CASE.
 
-use corral::config::parallel::Parallel;
+use corral::config::parallel::{Mode, Parallel};
 use corral::distributed::world::{BackendChoice, DeviceChoice, World};
 use kernels::c10d::{Backend, Group, ReduceOp, Store};
 use kernels::watch::Watch;
@@ -18,7 +18,12 @@ fn free_port() -> u16 {
 }
 
 fn spawn(case: &str, rank: i64, world_size: i64, port: u16) -> Child {
-    Command::new(std::env::current_exe().unwrap())
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    if case == "hosts" {
+        // As if ranks went round two hosts of two each.
+        command.env("LOCAL_RANK", (rank / 2).to_string()).env("LOCAL_WORLD_SIZE", "2");
+    }
+    command
         .args(["as_rank", "--exact", "--nocapture"])
         .env("CORRAL_TEST_CASE", case)
         .env("RANK", rank.to_string())
@@ -102,6 +107,15 @@ fn large_slices_travel_in_place_and_are_summed_in_the_order_of_ranks() {
 #[test]
 fn sub_groups_have_ranks_of_their_own() {
     all_fine("sub_groups", 3);
+}
+
+#[test]
+fn hybrid_by_hosts_wants_neighbours_on_one_host() {
+    let mut ranks = start("hosts", 4);
+    for output in ranks.outputs(&[0, 1, 2, 3]) {
+        let error = error_of(&output);
+        assert!(error.contains("ranks of a host") && error.contains("rank 1 is number 0"), "{output}");
+    }
 }
 
 #[test]
@@ -276,6 +290,10 @@ fn run_case(case: &str) -> corral::Result<()> {
         "hang" | "hang_scatter" | "stop_0" | "come" | "disagree" => 3.0,
         _ => 120.0,
     };
+    if case == "hosts" {
+        let parallel = Parallel { mode: Mode::Hybrid, ..Parallel::default() };
+        return World::from_env(BackendChoice::Auto, DeviceChoice::Cpu, &parallel).map(drop);
+    }
     let world = World::from_env(
         BackendChoice::Auto,
         DeviceChoice::Cpu,

@@ -486,6 +486,7 @@ fn rollouts_are_the_same_for_any_number_of_ranks() {
         stop: None,
         truncate: None,
         gather: Gather::Auto,
+        ranks_of_host: 1,
     };
     let mut model = load(&g.dir, Kind::Double);
     let all = rollout.run(&mut model, &ask(0..4)).unwrap();
@@ -539,6 +540,7 @@ fn rows_of_a_rollout_score_as_they_were_drawn() {
             stop: None,
             truncate: None,
             gather: Gather::Auto,
+            ranks_of_host: 1,
         };
         let responses = rollout.run(&mut model, &asked).unwrap();
         let sequences = Sequences { prompts, responses: responses.iter().map(|r| r.ids.clone()).collect() };

@@ -23,6 +23,7 @@ use corral::distributed::mesh::Sharding;
 use corral::distributed::sharded::Sharded;
 use corral::distributed::world::{BackendChoice, DeviceChoice, World};
 use corral::model::layout::layouts;
+use kernels::c10d::ReduceOp;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
@@ -58,7 +59,7 @@ fn as_rank() {
     let slices: u64 = (0..params.len()).map(|i| params.slice(i).len as u64 * 4).sum();
     let (grown, peak) = (status("RssAnon") - anonymous, status("VmHWM") - resident);
     let sum: f64 = (0..params.len()).map(|i| params.master(i).sum(Kind::Double).double_value(&[])).sum();
-    let sum = params.sum_over_slices(sum).unwrap();
+    let sum = params.shard_group().combine(&[sum], ReduceOp::Sum).unwrap()[0];
     println!(
         "RANK {}",
         json!({"slices": slices, "grown": grown, "peak": peak, "seconds": seconds, "sum": sum})

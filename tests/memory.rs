@@ -179,12 +179,18 @@ train: {{steps: 2, batch_size: 4}}
     let reference = format!("reference={{path: {}}}", model.display());
     // What normalisation takes is not in the metrics of steps: it comes after the last.
     const FEW: &str = "reward.normalize.samples=4";
-    let cases: [(&'static str, &str, usize, &[&str]); 6] = [
+    let cases: [(&'static str, &str, usize, &[&str]); 7] = [
         ("reward", "packed", 1, &[FEW]),
         ("reward", "padded", 1, &[FEW, "data.packing=false", "train.micro_batch_size=2"]),
         ("reward", "ranks", 2, &[FEW, "train.micro_batch_size=2", "precision.compute=bfloat16"]),
         ("dpo", "cached", 1, &["data.packing=false"]),
         ("dpo", "online", 1, &["dpo.reference=online", "train.micro_batch_size=2"]),
+        (
+            "dpo",
+            "online-grads",
+            2,
+            &["dpo.reference=online", "train.micro_batch_size=2", "parallel.mode=grads"],
+        ),
         ("dpo", "reference", 1, &[&reference, "train.micro_batch_size=1", "train.recompute=full"]),
     ];
     let mut plans = Vec::new();
@@ -223,7 +229,7 @@ train: {{steps: 1, batch_size: 4}}
     // A reference of its own is there in every step, or only before the first; else there is none.
     let bytes = |case: usize, key: &str| plans[case][key].as_i64().unwrap();
     assert!(bytes(4, "reference_bytes") > 4 * 12_000_000 && bytes(4, "asking_bytes") > 0);
-    assert!(bytes(5, "reference_bytes") == 0 && bytes(5, "asking_bytes") > bytes(5, "step_bytes") / 2);
+    assert!(bytes(6, "reference_bytes") == 0 && bytes(6, "asking_bytes") > bytes(6, "step_bytes") / 2);
     assert_eq!([bytes(3, "reference_bytes"), bytes(3, "asking_bytes")], [0, 0]);
     // Each has as many completions as are told, and a preset stands for a model.
     let run = Run::of("dpo", "plan-preset", &keys);
@@ -353,6 +359,9 @@ fn a_recipe_of_presets_is_checked_without_models() {
             assert!(told.contains(part), "{part} in {told}");
         }
         check(&["ppo.minibatch_size=7"]).expect_code(2);
+        // How many ranks a host has decides over memory, not over what can run.
+        let hybrid = check(&["parallel.mode=hybrid"]).expect_code(0).out;
+        assert_eq!(hybrid.contains("parallel.shard: auto"), ranks == "8", "{hybrid}");
         check(&["actor.path=there-is-none"]).expect_code(3);
         let all = ["actor", "critic", "reward_model", "reference"].map(|m| format!("{m}.path=there-is-none"));
         check(&all.each_ref().map(String::as_str)).expect_code(3);

@@ -210,19 +210,13 @@ pub fn apply_gradients(
     lr: f64,
     clip: f64,
 ) -> Result<Update> {
-    let squares = AdamW::sum_squares(&model.params)?;
-    let mut values = vec![sums.loss];
+    // Ranks that hold equal slices each count a part of theirs: one sum over all ranks, so that all have the same bits.
+    let squares = AdamW::sum_squares(&model.params)? / model.params.replica_group().size() as f64;
+    let mut values = vec![sums.loss, squares];
     values.extend(sums.aux_loss);
-    let squares = if model.params.shard_group().size() == world.world_size {
-        values.push(squares);
-        values = world.group.combine(&values, ReduceOp::Sum)?;
-        values[values.len() - 1]
-    } else {
-        values = world.group.combine(&values, ReduceOp::Sum)?;
-        model.params.sum_over_slices(squares)?
-    };
-    let (loss, grad_norm) = (values[0], squares.sqrt());
-    let aux_loss = sums.aux_loss.map(|_| values[1]);
+    let values = world.group.combine(&values, ReduceOp::Sum)?;
+    let (loss, grad_norm) = (values[0], values[1].sqrt());
+    let aux_loss = sums.aux_loss.map(|_| values[2]);
     // Equal on all ranks, since both are sums over all of them.
     let skipped = !(loss.is_finite() && grad_norm.is_finite());
     if skipped {

@@ -164,10 +164,10 @@ impl Training {
         let (batch, length) = (args.batch_size.unwrap_or(batch), args.sequence_length.unwrap_or(length));
         let rows = batch / world.mesh.data.size;
         let micro = args.micro_batch_size.unwrap_or(rows);
-        if rows < 1 || batch % world.world_size != 0 || micro < 1 || rows % micro != 0 {
+        if rows < 1 || batch % world.mesh.data.size != 0 || micro < 1 || rows % micro != 0 {
             return Err(Error::config(format!(
                 "--batch-size {batch} does not divide into {} ranks and micro-batches of {micro}",
-                world.world_size
+                world.mesh.data.size
             )));
         }
         if !(1..=shape.max_position_embeddings).contains(&length) {

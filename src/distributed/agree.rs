@@ -43,7 +43,13 @@ pub fn agree<T>(group: &Group, mine: Result<T>) -> Result<T> {
         _ => Kind::Failed,
     };
     let message = String::from_utf8_lossy(&bytes);
-    Err(Error { kind, message: format!("rank {}: {message}", group.ranks()[first as usize]) })
+    let named =
+        message.strip_prefix("rank ").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+    Err(match named {
+        // That of a third rank, passed on.
+        true => Error { kind, message: message.into() },
+        false => Error { kind, message: format!("rank {}: {message}", group.ranks()[first as usize]) },
+    })
 }
 
 /// [`agree`] among all ranks that hold these parameters.

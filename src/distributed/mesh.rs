@@ -118,15 +118,16 @@ impl ShardingPlan {
     /// Of a run on `ranks` ranks.
     ///
     /// # Errors
-    /// Of kind Config: `mode: hybrid` where the number of ranks of a host counts, which is not known.
+    /// Of kind Config, about `parallel.shard`: `mode: hybrid` where the number of ranks of a host counts, which is not known.
     pub fn of(parallel: &Parallel, ranks: i64) -> Result<ShardingPlan> {
         let ranks = match (parallel.mode, parallel.shard) {
             (Mode::Full | Mode::Grads | Mode::Optimizer, _) => ranks,
             (Mode::Replicate, _) => 1,
             (Mode::Hybrid, ShardSize::Ranks(n)) => n,
+            (Mode::Hybrid, ShardSize::Auto) if ranks == 1 => 1,
             (Mode::Hybrid, ShardSize::Auto) => {
                 return Err(Error::config(
-                    "parallel.shard: auto is the number of a host's ranks, which is not known here; give it, such as \
+                    "auto is the number of a host's ranks, which memory depends on and which is not known here; give it, such as \
                      parallel.shard=8",
                 ));
             }

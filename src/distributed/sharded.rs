@@ -3,14 +3,15 @@
 //! The parameters that are used together (a block, the embedding, the head) are a group: tensors one after the other
 //! in one flat buffer, padded so that it divides among the ranks of the shard group. A rank owns one slice of the
 //! master values (float32; float64 in float64 compute) and of their gradients. Before use the slices are gathered in
-//! the compute dtype, after use they are dropped; gradients are reduced and scattered back into slices.
+//! the compute dtype, after use they are dropped; gradients are reduced and scattered back into slices. A rank may also keep
+//! both whole for longer ([`Keep`](super::mesh::Keep)).
 //!
 //! What of a group is not trained lies in a flat buffer of its own ([`super::frozen`]), sliced and gathered alike. A
 //! group's adapters (LoRA) are tensors like others, besides those of the model.
 //!
-//! Two process groups say what is done: slices lie over `shard` (ZeRO-3: all ranks; DDP: a group of one), and the
-//! slices' gradients are summed over `replica` (ZeRO-3: a group of one; DDP: all ranks). A group of one sends
-//! nothing, so one rank alone runs the same code on its own buffers, without copies.
+//! Two process groups say what is done: slices lie over `shard` (ZeRO-3: all ranks; DDP: a group of one; HSDP: some), and the
+//! slices' gradients are summed over `replicate` (ZeRO-3: a group of one; DDP: all ranks; HSDP: the others). A group of one
+//! sends nothing, so one rank alone runs the same code on its own buffers, without copies.
 
 mod parking;
 
@@ -96,7 +97,7 @@ struct FlatGroup {
     frozen: Frozen,
     /// What is trained.
     layout: Layout,
-    /// Elements of every rank's slice, padding included; a multiple of 64.
+    /// Elements of every rank's slice, padding included; a multiple of 256.
     shard_len: i64,
     /// This rank's slice of the values.
     master: Tensor,
@@ -104,10 +105,10 @@ struct FlatGroup {
     local: Tensor,
     /// The sum of the gradients of the step so far, over the slice.
     grad: Option<Tensor>,
-    /// All values in the compute dtype, while they are in use.
+    /// All values in the compute dtype, while they are in use, held or kept.
     full: Option<Tensor>,
     gathering: Option<Work>,
-    /// The gradient of one micro-batch over all values, between backward and reduction.
+    /// The gradient over all values, between backward and reduction: of one micro-batch, or of all so far where gradients are kept.
     full_grad: Option<Tensor>,
     /// Host memory of what is parked, once it was: the values, and what is frozen.
     parked: Option<[Tensor; 2]>,
@@ -404,13 +405,13 @@ impl Sharded {
         (0..self.len()).try_for_each(|i| self.full(i).map(drop))
     }
 
-    /// Ends [`Sharded::hold`]; values that change later need this first.
+    /// Ends [`Sharded::hold`]; values that change later need this first. What is kept anyway stays until then.
     pub fn let_go(&mut self) {
         self.held = false;
         (0..self.len()).for_each(|i| self.release(i));
     }
 
-    /// Whether a forward is a collective call: values must be gathered from other ranks.
+    /// Whether a forward may be a collective call: values are gathered from other ranks where they are not there.
     pub fn gathers(&self) -> bool {
         self.sharding.shard.size() > 1 && !self.held
     }
@@ -582,11 +583,6 @@ impl Sharded {
             f(spec, value)?;
         }
         Ok(())
-    }
-
-    /// Sum of a function of the slices over all ranks that own different ones.
-    pub fn sum_over_slices(&self, local: f64) -> Result<f64> {
-        Ok(self.sharding.shard.combine(&[local], ReduceOp::Sum)?[0])
     }
 }
 

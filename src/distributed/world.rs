@@ -82,6 +82,9 @@ impl BackendChoice {
     }
 }
 
+/// What `mode: hybrid` with `shard: auto` goes by, which must be the same on all hosts.
+const HOST_RANKS: &str = "ranks of a host, numbered one after the other, for parallel.shard: auto";
+
 /// Set once this process is one of several ranks that have met.
 static MET: AtomicBool = AtomicBool::new(false);
 
@@ -217,10 +220,11 @@ impl World {
         let watch = Watch::start(store, rank, world_size, serves)?;
         let mut facts = facts.clone();
         if let (Mode::Hybrid, ShardSize::Auto) = (parallel.mode, parallel.shard) {
-            facts.add(
-                "ranks of a host, over which mode hybrid shards (else set parallel.shard)",
-                local_world_size.to_string(),
-            );
+            facts.add(HOST_RANKS, local_world_size.to_string());
+            // Such as after `srun --distribution=cyclic`: neighbours are then on different hosts.
+            if rank % local_world_size != local_rank {
+                facts.add(HOST_RANKS, format!("(rank {rank} is number {local_rank} of its host)"));
+            }
         }
         agree_on(&watch, &facts, timeout)?;
         let (chosen, why) = choose_backend(&watch, backend, device, timeout)?;

@@ -38,6 +38,8 @@ pub struct Rollout<'a> {
     /// Instead of these: the response is cut after the first such token with so many tokens before it.
     pub truncate: Option<(i64, usize)>,
     pub gather: Gather,
+    /// Ranks that share this host's memory.
+    pub ranks_of_host: i64,
 }
 
 /// What was sampled for a prompt.
@@ -95,10 +97,12 @@ impl Rollout<'_> {
     /// Whether all parameters are gathered for the rollout. A collective call.
     fn holds(&self, params: &Sharded) -> Result<bool> {
         Ok(match self.gather {
+            // The first forward would keep them anyway.
+            _ if params.sharding().keep.values() => true,
             Gather::Whole => true,
             Gather::Blocks => false,
             Gather::Auto => {
-                let room = free_bytes(params)? / params.whole_bytes() as f64;
+                let room = free_bytes(params, self.ranks_of_host)? / params.whole_bytes() as f64;
                 params.shard_group().combine(&[room], ReduceOp::Min)?[0] >= 2.0
             }
         })
@@ -106,13 +110,13 @@ impl Rollout<'_> {
 }
 
 /// Memory that this rank could have: on a CPU its share of what the machine has free.
-fn free_bytes(params: &Sharded) -> Result<f64> {
+fn free_bytes(params: &Sharded, ranks_of_host: i64) -> Result<f64> {
     Ok(match params.device() {
         tch::Device::Cuda(index) => {
             let cuda = kernels::cuda::load()?;
             (cuda.device_info(index)?.memory_bytes - cuda.memory(index)?.allocated) as f64
         }
-        _ => crate::telemetry::free_bytes() as f64 / params.shard_group().size() as f64,
+        _ => crate::telemetry::free_bytes() as f64 / ranks_of_host as f64,
     })
 }
 

@@ -300,6 +300,11 @@ impl Memory {
         Parts { weights: sum(|g| g.master + g.copy), frozen: sum(|g| g.frozen), ..Parts::default() }
     }
 
+    /// Gathered values that stay after their first use, until an update changes them.
+    pub fn kept(&self) -> i64 {
+        if self.keep.values() { self.groups.iter().map(|g| g.gathered).sum() } else { 0 }
+    }
+
     /// Slices of the master values, as a checkpoint holds them.
     pub fn masters(&self) -> i64 {
         self.groups.iter().map(|g| g.slice_len * self.a).sum()

@@ -162,6 +162,7 @@ impl Sampler {
             stop,
             truncate: self.truncate,
             gather: g.gather,
+            ranks_of_host: world.local_world_size,
         };
         let asked: Vec<Asked> =
             numbers.iter().map(|n| Asked { number: *n, ids: &self.prompts.get(*n).ids }).collect();

@@ -23,6 +23,7 @@ use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
 use crate::data::chat::Chat;
 use crate::data::rows::RowLoader;
+use crate::distributed::mesh::ShardingPlan;
 use crate::distributed::plan::{Plan, Role};
 use crate::error::{Context, Error, Result};
 use crate::model::Trainable;
@@ -191,10 +192,17 @@ impl Checked {
         device: &str,
     ) -> Result<()> {
         let (nproc, loaded) = (self.nproc, self.load::<C>()?);
+        let plan = |c: &C| match ShardingPlan::of(c.common().parallel, nproc) {
+            Err(e) => {
+                println!("# memory: parallel.shard: {}", e.message);
+                Ok(())
+            }
+            Ok(_) => plan(c, nproc, device, false),
+        };
         if there(&loaded.config) {
             return check_loaded(&loaded, open, |loaded, inputs| {
                 conclude(loaded, &trained(inputs))?;
-                plan(&loaded.config, nproc, device, false)?;
+                plan(&loaded.config)?;
                 shown(inputs)
             });
         }
@@ -206,7 +214,7 @@ impl Checked {
                 println!(
                     "# a model's path is a preset, a shape without weights: neither models nor data were opened"
                 );
-                plan(&loaded.config, nproc, device, false)
+                plan(&loaded.config)
             },
         )
     }

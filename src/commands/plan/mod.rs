@@ -268,9 +268,12 @@ fn load<C: Algorithm>(config: &ConfigArgs, nproc: i64) -> Result<Loaded<C>> {
         Some(("tokenizer", _)) => loaded.config.common().conflict(nproc),
         other => other,
     };
-    match conflict {
-        Some((key, why)) => Err(loaded.error(key, &why)),
-        None => Ok(loaded),
+    if let Some((key, why)) = conflict {
+        return Err(loaded.error(key, &why));
+    }
+    match ShardingPlan::of(loaded.config.common().parallel, nproc) {
+        Err(e) => Err(loaded.error("parallel.shard", &e.message)),
+        Ok(_) => Ok(loaded),
     }
 }
 
@@ -336,13 +339,16 @@ impl Training {
 
     /// What stays of a reference.
     fn stays(&self) -> i64 {
-        self.reference.as_ref().filter(|r| r.online).map_or(0, |r| r.memory.resident().total())
+        self.reference
+            .as_ref()
+            .filter(|r| r.online)
+            .map_or(0, |r| r.memory.resident().total() + r.memory.kept())
     }
 
     /// What the forwards besides the steps take, with all that is there then: a reference is asked, or scores are normalised.
     fn asking(&self, rows: i64) -> i64 {
         let reference = self.reference.as_ref().map(|r| {
-            let learner = self.memory.resident().total() + self.moments_there();
+            let learner = self.memory.resident().total() + self.memory.kept() + self.moments_there();
             learner + r.memory.forward(&self.batch(rows)).total()
         });
         let scores = (self.scored > 0).then(|| {

@@ -103,6 +103,8 @@ struct Model {
     offload: bool,
     /// What it has on its device where it is not offloaded, moments that are there included.
     resident: i64,
+    /// Gathered values that stay there after its first forward.
+    kept: i64,
     /// What it has there at most in each of [`PHASES`]; none where it does nothing.
     at_work: [Option<i64>; 3],
     /// Moments that are in host memory.
@@ -199,11 +201,11 @@ fn tell(
 
 /// What a device has at most in each phase: what stays on it, and what its models, one after the other, take besides.
 fn peaks(on: &[&Model]) -> [i64; 3] {
-    let stays = |m: &&Model| if m.offload { 0 } else { m.resident };
+    let stays = |m: &&Model| if m.offload { 0 } else { m.resident + m.kept };
     let all: i64 = on.iter().map(stays).sum();
     std::array::from_fn(|phase| {
         let besides = on.iter().filter_map(|m| Some(m.at_work[phase]? - stays(m))).max();
-        all + besides.unwrap_or(0)
+        all + besides.unwrap_or(0).max(0)
     })
 }
 
@@ -245,13 +247,19 @@ fn trained(name: &'static str, c: &OwnResponses, m: &Trained, work: Work, device
     let scoring = memory.forward(&batch).total() + there;
     let learning = memory.step(&batch).total() + there;
     let sampling = (name == "actor").then(|| {
-        let prefill =
-            memory.forward(&read_at_once(PREFILL_TOKENS, length)).total() - memory.resident().total();
-        resident + sampling(c, &shape, compute, sharding.ranks, work, prefill)
+        let forward = memory.forward(&read_at_once(PREFILL_TOKENS, length));
+        let prefill = forward.total() - memory.resident().total() - memory.kept();
+        let whole = match memory.kept() {
+            0 if sharding.ranks > 1 && c.generation.gather != Gather::Blocks => {
+                shape.num_parameters() * compute.elt_size_in_bytes() as i64
+            }
+            kept => kept,
+        };
+        resident + whole + sampling(c, &shape, compute, work, prefill)
     });
     let at_work = [sampling, Some(scoring), Some(learning)];
-    let parameters = shape.num_parameters();
-    Ok(Model { name, parameters, compute, device, offload: m.offload, resident, at_work, host })
+    let (parameters, kept) = (shape.num_parameters(), memory.kept());
+    Ok(Model { name, parameters, compute, device, offload: m.offload, resident, kept, at_work, host })
 }
 
 fn asked(name: &'static str, c: &OwnResponses, m: &Frozen, work: Work, device: &str) -> Result<Model> {
@@ -276,8 +284,8 @@ fn asked(name: &'static str, c: &OwnResponses, m: &Frozen, work: Work, device: &
     };
     let resident = memory.resident().total();
     let at_work = [None, Some(memory.forward(&batch).total()), None];
-    let parameters = shape.num_parameters();
-    Ok(Model { name, parameters, compute, device, offload: m.offload, resident, at_work, host: 0 })
+    let (parameters, kept) = (shape.num_parameters(), memory.kept());
+    Ok(Model { name, parameters, compute, device, offload: m.offload, resident, kept, at_work, host: 0 })
 }
 
 /// Sequences of `length` that are read at once where `tokens` bound them.
@@ -286,15 +294,13 @@ fn read_at_once(tokens: usize, length: i64) -> Batch {
     Batch { rows, length, micro_batches: 1, recompute: Default::default(), packed: false }
 }
 
-/// What sampling takes besides the actor's slices: the keys and values of all responses in work, all parameters where they
-/// are gathered for it, and the logits of a step or what the reading of prompts takes (`prefill`), if that is more.
-fn sampling(c: &OwnResponses, s: &Shape, compute: Kind, ranks: i64, work: Work, prefill: i64) -> i64 {
+/// What sampling takes besides the actor's values: the keys and values of all responses in work, and the logits of a step or what
+/// the reading of prompts takes (`prefill`), if that is more.
+fn sampling(c: &OwnResponses, s: &Shape, compute: Kind, work: Work, prefill: i64) -> i64 {
     let bytes = compute.elt_size_in_bytes() as i64;
     let slots = c.generation.batch_size.unwrap_or(work.responses).min(work.responses);
     let cache =
         2 * slots * c.data.sequence_length * s.num_hidden_layers * s.num_key_value_heads * s.head_dim * bytes;
-    let whole =
-        if ranks > 1 && c.generation.gather != Gather::Blocks { s.num_parameters() * bytes } else { 0 };
     let logits = slots * s.vocab_size * (bytes + accumulator(compute).elt_size_in_bytes() as i64);
-    cache + whole + logits.max(prefill)
+    cache + logits.max(prefill)
 }

@@ -312,12 +312,13 @@ fn online_dpo_drops_ties_and_ranks_change_nothing() {
 
 #[test]
 fn what_cannot_be_is_refused() {
-    let cases: [(&'static str, &[&str], &str); 16] = [
+    let cases: [(&'static str, &[&str], &str); 17] = [
         ("grpo", &["rewards=[]"], "nothing to learn from"),
         ("grpo", &["grpo.group_size=1"], "nothing to be compared with"),
         ("grpo", &["grpo.minibatch_size=5"], "no multiple of 5"),
         ("grpo", &["train.micro_batch_size=5"], "train.micro_batch_size"),
         ("grpo", &["grpo.loss=sapo", "grpo.delta=4"], "no delta"),
+        ("grpo", &["grpo.sapo_temperature_neg=2"], "a key of `loss: sapo`"),
         ("grpo", &["grpo.delta=1.1"], "above 1 + epsilon"),
         ("grpo", &["grpo.delta=1.25", "grpo.epsilon_high=0.28"], "above 1 + epsilon_high"),
         ("grpo", &["grpo.kl_estimator=k1", "grpo.beta=0.1"], "the gradient of k1 is 0"),

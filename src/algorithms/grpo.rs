@@ -277,14 +277,11 @@ fn update(
         loss: grpo.loss,
         level: grpo.level,
         epsilon_low: grpo.epsilon,
-        epsilon_high: match (grpo.loss, grpo.epsilon_high) {
-            (LossType::Cispo, None) => 5.0,
-            (_, high) => high.unwrap_or(grpo.epsilon),
-        },
+        epsilon_high: grpo.epsilon_high(),
         delta: grpo.delta,
         beta: if grpo.advantages == Advantages::Reinforce { 0.0 } else { grpo.beta },
         kl: c.kl_estimator(),
-        temperatures: [1.0, 1.05],
+        temperatures: grpo.sapo_temperatures(),
     };
     let longest = c.generation.max_new_tokens.high as i64;
     let (mut updates, mut told) = (Vec::new(), [0.0; 4]);

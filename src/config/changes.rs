@@ -210,6 +210,8 @@ const KEYS: &[Section] = &[
             ("level", Mathematics),
             ("epsilon", Mathematics),
             ("epsilon_high", Mathematics),
+            ("sapo_temperature_pos", Mathematics),
+            ("sapo_temperature_neg", Mathematics),
             ("delta", Mathematics),
             ("beta", Mathematics),
             ("kl_estimator", Mathematics),

@@ -40,6 +40,11 @@ pub struct Section {
     /// How far above, where that differs. `cispo`: the largest ratio itself; default 5.
     #[serde(deserialize_with = "some_positive", skip_serializing_if = "Option::is_none")]
     pub epsilon_high: Option<f64>,
+    /// Of `sapo`: steepness of its sigmoid for positive advantages, and for others (Gao et al. 2025).
+    #[serde(deserialize_with = "positive", skip_serializing_if = "is_default_pos")]
+    pub sapo_temperature_pos: f64,
+    #[serde(deserialize_with = "positive", skip_serializing_if = "is_default_neg")]
+    pub sapo_temperature_neg: f64,
     /// The largest ratio whatever the advantage's sign (two-sided clipping); above 1 + epsilon_high.
     #[serde(deserialize_with = "some_positive", skip_serializing_if = "Option::is_none")]
     pub delta: Option<f64>,
@@ -67,6 +72,29 @@ pub struct Section {
     pub resample: u64,
 }
 
+/// Defaults of `sapo_temperature_pos` and `_neg`.
+const SAPO_TEMPERATURES: [f64; 2] = [1.0, 1.05];
+
+fn is_default_pos(x: &f64) -> bool {
+    *x == SAPO_TEMPERATURES[0]
+}
+
+fn is_default_neg(x: &f64) -> bool {
+    *x == SAPO_TEMPERATURES[1]
+}
+
+impl Section {
+    /// How far a ratio may go above 1; of `cispo` the largest ratio.
+    pub fn epsilon_high(&self) -> f64 {
+        let default = if self.loss == LossType::Cispo { 5.0 } else { self.epsilon };
+        self.epsilon_high.unwrap_or(default)
+    }
+
+    pub fn sapo_temperatures(&self) -> [f64; 2] {
+        [self.sapo_temperature_pos, self.sapo_temperature_neg]
+    }
+}
+
 impl Default for Section {
     fn default() -> Self {
         Section {
@@ -77,6 +105,8 @@ impl Default for Section {
             level: Level::Token,
             epsilon: 0.2,
             epsilon_high: None,
+            sapo_temperature_pos: SAPO_TEMPERATURES[0],
+            sapo_temperature_neg: SAPO_TEMPERATURES[1],
             delta: None,
             beta: 0.0,
             kl_estimator: None,
@@ -221,6 +251,11 @@ impl Algorithm for Grpo {
         }
         if grpo.loss == LossType::Sapo && grpo.epsilon_high.is_some() {
             return Some(("grpo.epsilon_high", "sapo clips nothing; leave it out".into()));
+        }
+        if grpo.loss != LossType::Sapo && grpo.sapo_temperatures() != SAPO_TEMPERATURES {
+            let (pos, neg) = ("grpo.sapo_temperature_pos", "grpo.sapo_temperature_neg");
+            let key = if is_default_pos(&grpo.sapo_temperature_pos) { neg } else { pos };
+            return Some((key, "is a key of `loss: sapo`; leave it out, or set grpo.loss=sapo".into()));
         }
         if !grpo.measure_kl && grpo.beta == 0.0 && self.reference.is_some() {
             return Some(("reference", "nothing asks it: set grpo.beta, or leave it out".into()));

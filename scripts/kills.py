@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from tiny_runs import Corral, algorithms, differ
+from tiny_runs import Corral, algorithms, differ, only
 
 
 class Kills(Corral):
@@ -81,13 +81,7 @@ def main():
     folder = os.path.abspath(args.keep) if args.keep else tempfile.mkdtemp()
     os.makedirs(folder, exist_ok=True)
     kills = Kills(args, folder)
-    chosen = algorithms(*kills.prepare())
-    if args.only:
-        names = args.only.split(",")
-        unknown = [name for name in names if name not in chosen]
-        if unknown:
-            sys.exit(f"--only: no algorithm {unknown[0]}; there are {', '.join(chosen)}")
-        chosen = {name: chosen[name] for name in names}
+    chosen = only(algorithms(*kills.prepare()), args.only)
     all_kills = all_saves = bad = 0
     for i, (name, (subcommand, config)) in enumerate(chosen.items()):
         count = args.kills // len(chosen) + (i < args.kills % len(chosen))

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 
-from tiny_runs import SHAPE, Corral, algorithms, differ
+from tiny_runs import SHAPE, Corral, algorithms, differ, only
 
 
 def runs(data, start):
@@ -52,13 +52,7 @@ def main():
     folder = os.path.abspath(args.keep) if args.keep else tempfile.mkdtemp()
     os.makedirs(folder, exist_ok=True)
     old, new = (Corral(binaries, folder) for binaries in (args.old, args.new))
-    chosen = runs(*old.prepare())
-    if args.only:
-        names = args.only.split(",")
-        unknown = [name for name in names if name not in chosen]
-        if unknown:
-            sys.exit(f"--only: no run {unknown[0]}; there are {', '.join(chosen)}")
-        chosen = {name: chosen[name] for name in names}
+    chosen = only(runs(*old.prepare()), args.only)
     bad = 0
     for name, (subcommand, config, ranks) in chosen.items():
         outputs = []

@@ -66,8 +66,8 @@ def peer(args):
     if args.algorithm in first_steps.LR:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model_of(args))
-        rows = [columns for _, columns in given(args, tokenizer)]
+        pairs = given(args, AutoTokenizer.from_pretrained(model_of(args)))
+        rows = [pairs[i][1] for i in first_steps.permutation(len(pairs), 1, "loader.order", 0)]  # in Corral's order
         _, seconds = first_steps.trl(args, rows, model_of(args), args.work / f"{args.algorithm}-start" / "model")
     else:
         seconds = {"grpo": grpo, "ppo": ppo}[args.algorithm](args)
@@ -132,11 +132,11 @@ def ppo(args):
 
 
 def given(args, tokenizer):
-    """As many examples as a run takes, in Corral's order."""
+    """As many examples as a run takes, in the file's order."""
     pairs = [pair for pair, _ in zip(first_steps.examples(args.algorithm, tokenizer, args.data, args.longest), range(args.steps * args.batch))]
     if len(pairs) < args.steps * args.batch:
         sys.exit(f"{args.data}: {len(pairs)} examples of at most {args.longest} tokens; {args.steps * args.batch} are needed")
-    return [pairs[i] for i in first_steps.permutation(len(pairs), 1, "loader.order", 0)]
+    return pairs
 
 
 def prepare(args):
@@ -156,8 +156,7 @@ def prepare(args):
     if args.algorithm in first_steps.LR:
         from transformers import AutoTokenizer
 
-        pairs = [pair for pair, _ in zip(first_steps.examples(args.algorithm, AutoTokenizer.from_pretrained(model_of(args)), args.data, args.longest),
-                                         range(args.steps * args.batch))]
+        pairs = given(args, AutoTokenizer.from_pretrained(model_of(args)))
         (args.work / f"{args.algorithm}.jsonl").write_text("".join(json.dumps(record) + "\n" for record, _ in pairs))
         first_steps.corral(args, args.work / f"{args.algorithm}.jsonl", args.work / f"{args.algorithm}-start", 1, 1e-30)
 

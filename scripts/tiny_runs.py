@@ -41,6 +41,15 @@ def algorithms(data, start):
     }
 
 
+def only(runs, names):
+    """Those of the runs that --only names, all where it is empty."""
+    names = names.split(",") if names else list(runs)
+    unknown = [name for name in names if name not in runs]
+    if unknown:
+        sys.exit(f"--only: no run {unknown[0]}; there are {', '.join(runs)}")
+    return {name: runs[name] for name in names}
+
+
 class Corral:
     """Binaries, and a folder to work in. One thread a rank, no GPU, none of a launcher's variables."""
 

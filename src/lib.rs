@@ -18,6 +18,7 @@ pub mod generate;
 pub mod gguf;
 pub mod model;
 pub mod optim;
+pub mod plan;
 pub mod random;
 pub mod rewards;
 pub mod signals;

@@ -5,7 +5,7 @@ use std::process::exit;
 use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use corral::algorithms::{dpo, grpo, online_dpo, ppo, pretrain, reward, sft};
+use corral::commands::recipes::Named;
 use corral::commands::{self, Global};
 use corral::distributed::environment::Place;
 use corral::distributed::world;
@@ -30,20 +30,8 @@ enum Command {
     Tokenize(commands::tokenize::Args),
     /// Make the built-in data
     Data(commands::data::Args),
-    /// Train a model to predict the next token
-    Pretrain(commands::training::Args),
-    /// Train a model on the answers of conversations
-    Sft(commands::training::Args),
-    /// Train a model to prefer the better of completions
-    Dpo(commands::training::Args),
-    /// Train a model on its own answers by PPO
-    Ppo(commands::training::Args),
-    /// Train a reward model on ranked completions
-    Reward(commands::training::Args),
-    /// Train a model to prefer the better of its own answers
-    OnlineDpo(commands::training::Args),
-    /// Train a model on its own answers by GRPO
-    Grpo(commands::training::Args),
+    #[command(flatten)]
+    Train(Named<commands::training::Args>),
     /// Continue prompts
     Generate(commands::generate::Args),
     /// Talk with a model
@@ -119,17 +107,7 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Tokenizer(args) => commands::tokenizer::run(args),
         Command::Tokenize(args) => commands::tokenize::run(args),
         Command::Data(args) => commands::data::run(args),
-        Command::Pretrain(args) => {
-            commands::training::run(args, global, pretrain::Inputs::open, pretrain::pretrain)
-        }
-        Command::Ppo(args) => commands::training::run(args, global, ppo::Inputs::open, ppo::ppo),
-        Command::Sft(args) => commands::training::run(args, global, sft::Inputs::open, sft::sft),
-        Command::Grpo(args) => commands::training::run(args, global, grpo::Inputs::open, grpo::grpo),
-        Command::OnlineDpo(args) => {
-            commands::training::run(args, global, online_dpo::Inputs::open, online_dpo::online_dpo)
-        }
-        Command::Dpo(args) => commands::training::run(args, global, dpo::Inputs::open, dpo::dpo),
-        Command::Reward(args) => commands::training::run(args, global, reward::Inputs::open, reward::reward),
+        Command::Train(named) => named.recipe.train(named.args, global),
         Command::Generate(args) => commands::generate::run(args, global),
         Command::Chat(args) => commands::chat::run(args, global),
         Command::Score(args) => commands::score::run(args, global),

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use common::run::{Program, Run, data, largest_relative};
 use common::{device, golden, golden_model, load, relative, tensors};
-use corral::algorithms::dpo::losses::{Pairs, losses};
+use corral::algorithms::losses::preference::{PairLogRatios, losses};
 use corral::algorithms::step::{Entry, MicroBatch, Objective, accumulate};
 use corral::config::dpo::Section;
 use corral::model::{Input, Recompute};
@@ -34,7 +34,7 @@ fn gradients_through_a_model_are_trls() {
         let loss = |out: &corral::model::head::LogProbs| {
             let sums = out.logprobs.view([rows, columns]).sum_dim_intlist([1i64].as_slice(), false, kind);
             let (ratios, tokens) = ((sums - &reference).chunk(2, 0), tokens.chunk(2, 0));
-            let pairs = Pairs {
+            let pairs = PairLogRatios {
                 chosen: ratios[0].shallow_clone(),
                 rejected: ratios[1].shallow_clone(),
                 chosen_tokens: tokens[0].shallow_clone(),

@@ -9,8 +9,8 @@ use corral::config::shape::Shape;
 use corral::config::trainable::{Base, Freeze, Lora, Targets};
 use corral::distributed::mesh::{Sharding, ShardingPlan};
 use corral::distributed::sharded::{Sharded, Spec};
-use corral::model::memory::{Batch, Memory};
 use corral::model::{DropoutPlace, Input, Llama, Trainable};
+use corral::plan::memory::{Batch, Memory};
 use kernels::counting;
 use tch::{Device, Kind, Tensor};
 
@@ -266,10 +266,7 @@ fn the_largest_micro_batch_is_the_largest_that_fits() {
 /// Every recipe is read, and fits together on the ranks that it is for.
 #[test]
 fn recipes_are_valid() {
-    use corral::config::{Algorithm, dpo, grpo, load, online_dpo, ppo, pretrain, reward, sft};
-    fn check<C: Algorithm>(file: &std::path::Path, ranks: i64) {
-        load::<C>(Some(file), C::SUBCOMMAND, &[]).and_then(|c| c.validate(ranks)).unwrap();
-    }
+    use corral::commands::recipes::RECIPES;
     let mut count = 0;
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
     for folder in std::fs::read_dir(&root).unwrap() {
@@ -285,16 +282,11 @@ fn recipes_are_valid() {
                 rest.split_whitespace().next().unwrap().parse().expect("a number of ranks")
             });
             println!("{} on {ranks}", file.display());
-            match folder.file_name().unwrap().to_str().unwrap() {
-                "pretrain" => check::<pretrain::Pretrain>(&file, ranks),
-                "sft" => check::<sft::Sft>(&file, ranks),
-                "reward" => check::<reward::Reward>(&file, ranks),
-                "dpo" => check::<dpo::Dpo>(&file, ranks),
-                "online_dpo" => check::<online_dpo::OnlineDpo>(&file, ranks),
-                "grpo" => check::<grpo::Grpo>(&file, ranks),
-                "ppo" => check::<ppo::Ppo>(&file, ranks),
-                other => panic!("configs/{other}: recipes of no algorithm that is known here"),
-            }
+            let name = folder.file_name().unwrap().to_str().unwrap();
+            let recipe = RECIPES.iter().find(|r| r.name().replace('-', "_") == name);
+            let recipe =
+                recipe.unwrap_or_else(|| panic!("configs/{name}: recipes of no algorithm that is known"));
+            recipe.validate(&file, ranks).unwrap();
             count += 1;
         }
     }

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{device, golden, golden_model, json, largest, relative, tensors};
-use corral::algorithms::ranking::{Pairs, Terms, losses};
+use corral::algorithms::losses::ranking::{Pairs, Terms, losses};
 use corral::checkpoint::Weights;
 use corral::config::reward::Loss;
 use corral::distributed::mesh::Sharding;

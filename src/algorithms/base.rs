@@ -20,12 +20,6 @@ use crate::files::exists;
 use crate::model::{Trainable, init};
 use crate::{detail, warn};
 
-/// What a training reads before any rank talks to another.
-pub trait Inputs {
-    /// Adds fingerprints of all that was opened: models, tokenizers, data.
-    fn add_facts(&self, facts: &mut Facts) -> Result<()>;
-}
-
 /// Adds the fingerprints of training and validation data.
 pub fn add_data(train: &str, valid: Option<&str>, facts: &mut Facts) {
     facts.add_contents("data.train", train);
@@ -122,6 +116,22 @@ impl Base {
         check_length(sequence_length, &shape)?;
         let score_std = init::score_std(&shape);
         Ok(Base { tokenizer, shape, weights, score_std })
+    }
+}
+
+/// A path, or where there is nothing the shape of the preset of this name: for plans.
+pub fn path_or_preset(path: &Path) -> Model {
+    match path.to_str().filter(|name| matches!(exists(path), Ok(false)) && Shape::preset(name).is_some()) {
+        Some(name) => Model::Preset(name.to_string()),
+        None => Model::Path(path.to_path_buf()),
+    }
+}
+
+/// The model; where its path is the name of a preset and nothing else, the preset: for plans.
+pub fn model_or_preset(model: &Model) -> Model {
+    match model {
+        Model::Path(path) => path_or_preset(path),
+        other => other.clone(),
     }
 }
 

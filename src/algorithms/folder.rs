@@ -7,15 +7,17 @@ use std::time::Instant;
 use serde::{Serialize, de::DeserializeOwned};
 use sha2::Digest;
 
+use super::learner::Learners;
 use super::lock::RunLock;
 use super::rollback::{self, CONFIG, MODELS};
 use super::run::{Resume, Start};
 use super::step::SkipGuard;
-use super::training::{Learner, Plan, Progress, Run, Window};
+use super::training::{Cadence, Progress, Run, Window};
 use crate::checkpoint::sharded::{META, checkpoints_dir, list, step_name};
 use crate::checkpoint::{self, Checkpoint, ModelRecord, RunInfo, Saver};
 use crate::config::changes::{self, Change, Class};
 use crate::config::{Algorithm, Loaded};
+use crate::data::position::Positioned;
 use crate::data::tokenizer::{Tokenizer, hex};
 use crate::distributed::agree::agree;
 use crate::distributed::world::World;
@@ -155,13 +157,11 @@ fn changes<C: Algorithm>(loaded: &Loaded<C>, config: &Path) -> Result<Vec<Change
     let dir = loaded.config.common().output_dir.display();
     let text = std::fs::read_to_string(config).data_error(config.display())?;
     let source = config.display().to_string();
-    let other = |there| Error::config(format!("{dir} holds a run of `corral {there}`; {ADVICE}"));
     if let Some(there) = changes::noted_stage(&text).filter(|there| *there != C::SUBCOMMAND) {
-        return Err(other(there));
+        return Err(Error::config(format!("{dir} holds a run of `corral {there}`; {ADVICE}")));
     }
-    changes::between(&text, &source, &loaded.config).map_err(|e| match changes::stage_of(&text) {
-        Some(there) if there != C::SUBCOMMAND => other(there),
-        _ => Error::config(format!("{dir} holds a run whose configuration cannot be read: {e}; {ADVICE}")),
+    changes::between(&text, &source, &loaded.config).map_err(|e| {
+        Error::config(format!("{dir} holds a run whose configuration cannot be read: {e}; {ADVICE}"))
     })
 }
 
@@ -231,6 +231,10 @@ impl<'a> RunFolder<'a> {
         Ok(RunFolder { world, dir, stage, resolved, replaces, lock, saver, signals, found })
     }
 
+    pub fn world(&self) -> &'a World {
+        self.world
+    }
+
     /// The checkpoint that the run goes on from, if there is one.
     pub fn from(&self) -> Option<&Checkpoint> {
         self.found.from.as_ref()
@@ -254,38 +258,46 @@ impl<'a> RunFolder<'a> {
         Ok(())
     }
 
-    /// Sets a learner's parameters and moments, and the position, from the checkpoint, if there is one to go on from.
-    /// Further models of the run are in [`RunFolder::from`]'s parts. Collective.
-    pub fn restore<D: DeserializeOwned>(&self, learner: &mut Learner) -> Result<Option<Progress<D>>> {
-        let Some(from) = &self.found.from else { return Ok(None) };
-        let state = from.load(&mut learner.model.params, &mut learner.optimizer)?.state;
-        let progress: Progress<D> = serde_json::from_value(state)
+    /// Sets the models, and the position in `data`, to what the checkpoint holds; without one to go on from, to what a new run
+    /// begins with. Collective.
+    pub fn restore_or_begin<T: Positioned<Position: DeserializeOwned>>(
+        &self,
+        models: &mut impl Learners,
+        data: &T,
+    ) -> Result<Progress<T::Position>> {
+        let Some(from) = &self.found.from else {
+            models.begin()?;
+            return Ok(Progress::new(data.begin()));
+        };
+        let progress: Progress<T::Position> = serde_json::from_value(models.restore(from)?)
             .map_err(|e| Error::data(format!("{}: its state cannot be read: {e}", from.dir().display())))?;
         info!("resumed from {}", from.dir().display());
-        Ok(Some(progress))
+        data.check(&progress.data)?;
+        Ok(progress)
     }
 
-    /// Writes the configuration, opens the log and starts the clock of a run of `plan.steps`: from here on the folder holds
+    /// Writes the configuration, opens the log and starts the clock of a run of `cadence.steps`: from here on the folder holds
     /// this run. Collective.
-    pub fn start<D: Serialize>(self, mut progress: Progress<D>, plan: Plan) -> Result<Run<'a, D>> {
+    pub fn start<D: Serialize>(self, mut progress: Progress<D>, cadence: Cadence) -> Result<Run<'a, D>> {
         let RunFolder { world, dir, stage, resolved, replaces, lock, mut saver, signals, found } = self;
         let resumed_at = found.from.as_ref().map(|_| progress.step);
-        if progress.step > plan.steps {
-            let (step, steps) = (progress.step, plan.steps);
+        if progress.step > cadence.steps {
+            let (step, steps) = (progress.step, cadence.steps);
             return Err(Error::config(format!(
                 "the checkpoint stands at step {step}, beyond the {steps} of this configuration: raise train.steps or \
                  train.epochs, or go on from an older checkpoint with --resume"
             )));
         }
         let here = machine(world);
-        found.tell(&plan, progress.machine.as_ref().unwrap_or(&here), world);
+        found.tell(&cadence, progress.machine.as_ref().unwrap_or(&here), world);
         progress.machine = Some(here);
         match &found.from {
             Some(from) if !found.own => progress.move_to_another_folder(from.dir()),
             _ => progress.go_on(&found.changes),
         }
         let best = progress.best_step().map(|step| checkpoints_dir(&dir).join(step_name(step)));
-        if let Some(best) = best.filter(|best| plan.keep_best && matches!(files::is_dir(best), Ok(false))) {
+        if let Some(best) = best.filter(|best| cadence.keep_best && matches!(files::is_dir(best), Ok(false)))
+        {
             progress.forget_best(&format!("{} is not there", best.display()));
         }
         progress.start = rollback::name_of_start();
@@ -297,7 +309,7 @@ impl<'a> RunFolder<'a> {
                 }
                 files::write_file(&dir.join(CONFIG), changes::recorded(stage, &resolved).as_bytes())?;
             }
-            RunLog::create(&dir, world.rank, resumed_at.map(|step| progress.cut(step)), plan.steps)
+            RunLog::create(&dir, world.rank, resumed_at.map(|step| progress.cut(step)), cadence.steps)
         };
         let log = agree(&world.group, open())?;
         if let Some(last) = log.last_step().filter(|last| found.own && *last < progress.logged) {
@@ -306,7 +318,7 @@ impl<'a> RunFolder<'a> {
                 progress.step
             );
         }
-        if let Some(step) = progress.best_step().filter(|_| plan.keep_best) {
+        if let Some(step) = progress.best_step().filter(|_| cadence.keep_best) {
             saver.keep_best(step);
         }
         let folder = dir.clone();
@@ -316,7 +328,7 @@ impl<'a> RunFolder<'a> {
             progress,
             world,
             dir,
-            plan,
+            cadence,
             saver,
             log,
             signals,
@@ -342,7 +354,7 @@ fn machine(world: &World) -> (String, i32) {
 
 impl Found {
     /// Says what has changed since the run's last start.
-    fn tell(&self, plan: &Plan, before: &(String, i32), world: &World) {
+    fn tell(&self, cadence: &Cadence, before: &(String, i32), world: &World) {
         let of = |class: &[Class]| -> Vec<String> {
             self.changes.iter().filter(|c| class.contains(&c.class)).map(Change::before_and_now).collect()
         };
@@ -369,7 +381,7 @@ impl Found {
         }
         let length = of(&[Class::Length]);
         if !length.is_empty() {
-            info!("changed: {}: the schedule is now one over {} steps", length.join("; "), plan.steps);
+            info!("changed: {}: the schedule is now one over {} steps", length.join("; "), cadence.steps);
         }
     }
 }

@@ -1,22 +1,24 @@
 //! Online DPO: of several responses of the policy to a prompt the best and the worst are a pair (Guo et al. 2024).
 
 use std::cell::RefCell;
+use std::path::Path;
 use std::time::Instant;
 
-use kernels::c10d::ReduceOp;
 use kernels::ops;
 
-use crate::algorithms::dpo::reference::sums;
-use crate::algorithms::dpo::{STATS, Work};
+use crate::algorithms::dpo::batch::{PairSums, PreferenceBatch};
 use crate::algorithms::folder::RunFolder;
+use crate::algorithms::learner::Learners;
+use crate::algorithms::recipe::{Recipe, Shown};
 use crate::algorithms::records;
+use crate::algorithms::rl::memory::{self, Others, Work};
 use crate::algorithms::rl::place::average;
 use crate::algorithms::rl::policy::{Opened, Policy, Samplers, describe};
-use crate::algorithms::rl::sampling::{Batch, Sampled};
+use crate::algorithms::rl::sampling::{Batch, Sampled, Times};
 use crate::algorithms::run::Start;
-use crate::algorithms::step::{self, Entry, Objective, Sums, Update};
-use crate::algorithms::training::{Learner, Plan, Progress};
-use crate::checkpoint::Part;
+use crate::algorithms::session::Session;
+use crate::algorithms::step::{self, Entry, Update};
+use crate::checkpoint::{Checkpoint, Part};
 use crate::config::common::Common;
 use crate::config::dpo::Pairs;
 use crate::config::grpo::Truncated;
@@ -24,145 +26,204 @@ use crate::config::online_dpo::OnlineDpo;
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
 use crate::data::examples::{Encoded, Example};
-use crate::data::prompts::State;
+use crate::data::position::Indexed;
+use crate::data::tokenizer::Tokenizer;
 use crate::distributed::agreement::Facts;
 use crate::distributed::world::World;
 use crate::error::Result;
-use crate::model::Llama;
-use crate::model::Trainable;
-use crate::model::head::LogProbs;
+use crate::model::{Llama, Trainable};
 use crate::optim::Schedule;
 use crate::optim::average::approach;
+use crate::plan::{Plan, Target};
 
 /// What a run reads before any rank talks to another.
-pub struct Inputs(Opened, Samplers);
-
-impl crate::algorithms::base::Inputs for Inputs {
-    fn add_facts(&self, facts: &mut Facts) -> Result<()> {
-        self.1.add_facts(facts);
-        self.0.add_facts(facts)
-    }
-}
-
-impl Inputs {
-    pub fn open(c: &OnlineDpo) -> Result<Inputs> {
-        let frozen = c.dpo.moving_reference.is_none();
-        Opened::open(&c.sections_of_responses(), frozen).map(|(opened, samplers)| Inputs(opened, samplers))
-    }
-
-    /// The models that are trained: name, shape, and what of them.
-    pub fn trained(&self) -> [(&str, &Shape, &Trainable); 1] {
-        [("actor", &self.0.actor.shape, &self.0.trainable)]
-    }
-
-    /// Where prompts come from.
-    pub fn samplers(&self) -> &Samplers {
-        &self.1
-    }
+pub struct Inputs {
+    opened: Opened,
+    samplers: Samplers,
 }
 
 /// The name of a moving reference in checkpoints.
 const REFERENCE: &str = "reference";
 
-/// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
-pub fn online_dpo(loaded: &Loaded<OnlineDpo>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
-    let (c, Inputs(opened, samplers)) = (&loaded.config, inputs);
-    let (common, sections) = (c.common(), c.sections_of_responses());
-    let Samplers { train: mut sampler, mut valid } = samplers;
-    let tokenizer = opened.tokenizer().clone();
-    let mut folder = RunFolder::open(loaded, start, &sections.paths(), &tokenizer, world)?;
-    opened.announce(&sampler, valid.as_ref(), c.train.batch_size, world);
-    let mut policy = Policy::load(&sections, &opened, world)?;
-    folder.record(std::mem::take(&mut policy.records))?;
-    let restored = folder.restore::<State>(&mut policy.actor)?;
-    if restored.is_none() {
-        policy.actor.begin(&opened.actor, c.seed)?;
-    }
-    // It has the parameters of the actor, each at its place.
-    let mut moving = match &c.dpo.moving_reference {
-        None => None,
-        Some(_) => {
-            let params = &policy.actor.model.params;
-            let average = average(&opened.actor, &opened.trainable, params, 0.0, c.seed)?;
-            Some(Llama::new(opened.actor.shape.clone(), average.params))
-        }
-    };
-    let progress = match restored {
-        Some(progress) => {
-            sampler.prompts.resume(&progress.data)?;
-            if let (Some(moving), Some(from)) = (&mut moving, folder.from()) {
-                from.part(REFERENCE)?.load_values(&mut moving.params)?;
-            }
-            progress
-        }
-        None => Progress::new(sampler.prompts.state(0)),
-    };
-    let optim = c.actor.optim.as_ref().unwrap_or(&c.optim);
-    let schedule = Schedule::new(&Common { optim, ..common }, opened.steps);
-    let mut run = folder.start(progress, Plan::new(&common, opened.steps))?;
+impl Recipe for OnlineDpo {
+    const ABOUT: &'static str = "Train a model to prefer the better of its own answers";
+    const PLAN_FLAGS: &'static [&'static str] = &[];
+    type Inputs = Inputs;
 
-    if run.owes_validation() {
-        let best = policy.validation(&mut valid, &c.valid, c.train.batch_size, &mut run, world)?;
-        run.save(&parts(&policy, moving.as_ref()), best)?;
+    fn open(&self) -> Result<Inputs> {
+        let frozen = self.dpo.moving_reference.is_none();
+        let (opened, samplers) = Opened::open(&self.sections_of_responses(), frozen)?;
+        Ok(Inputs { opened, samplers })
     }
-    while !run.done() {
-        let (step, count) = (run.progress.step, c.train.batch_size as u64);
-        let asking = Instant::now();
-        let group = c.dpo.group_size as usize;
-        let batch = policy.ask(&mut sampler, run.progress.data.next, count, group, world)?;
-        policy.note_rewards(&batch.samples, step, world);
-        let asking_s = asking.elapsed().as_secs_f64();
-        let updating = Instant::now();
-        let lr = schedule.rate(step);
-        let (pairs, ties) = pairs(c, &batch);
-        policy.wake()?;
-        let (update, stats) = update(c, &mut policy, moving.as_mut(), &pairs, lr, world)?;
-        if let (Some(how), Some(reference)) = (&c.dpo.moving_reference, &mut moving)
-            && (step + 1).is_multiple_of(how.every as u64)
+
+    fn add_facts(inputs: &Inputs, facts: &mut Facts) -> Result<()> {
+        inputs.samplers.add_facts(facts);
+        inputs.opened.add_facts(facts)
+    }
+
+    fn trained(inputs: &Inputs) -> Vec<(&'static str, &Shape, &Trainable)> {
+        vec![("actor", &inputs.opened.actor.shape, &inputs.opened.trainable)]
+    }
+
+    fn data_line(&self, inputs: &Inputs) -> String {
+        inputs.opened.data_line(&inputs.samplers.train.prompts, self.train.batch_size)
+    }
+
+    fn shown<'a>(&self, inputs: &'a Inputs) -> Shown<'a> {
+        Shown::Prompts(&inputs.samplers)
+    }
+
+    fn names_preset(&self) -> bool {
+        memory::names_preset(&self.sections_of_responses(), None)
+    }
+
+    fn plan(&self, target: &Target) -> Result<Plan> {
+        let rows = 2 * self.train.batch_size / target.ranks;
+        let work = Work {
+            responses: self.train.batch_size * self.dpo.group_size / target.ranks,
+            micro_batch: self.train.micro_batch_size.map_or(rows, |prompts| 2 * prompts),
+            update: rows,
+        };
+        let others = Others { critic: None, reference: true, average: false };
+        memory::plan(Self::SUBCOMMAND, &self.sections_of_responses(), &others, work, target)
+    }
+
+    fn train(loaded: &Loaded<Self>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
+        online_dpo(loaded, &inputs.opened, inputs.samplers, world, start)
+    }
+}
+
+/// The policy, and the reference where it follows the policy.
+struct Models<'a> {
+    policy: Policy<'a>,
+    moving: Moving<'a>,
+}
+
+/// A reference that follows the policy: it has the parameters of the actor, each at its place.
+struct Moving<'a> {
+    c: &'a OnlineDpo,
+    opened: &'a Opened,
+    /// None where the reference does not move, and until the actor has its values.
+    model: Option<Llama>,
+}
+
+impl Moving<'_> {
+    /// Begins as the actor is. Collective.
+    fn begin(&mut self, policy: &Policy) -> Result<()> {
+        if self.c.dpo.moving_reference.is_some() {
+            let params = &policy.actor.model.params;
+            let Opened { actor, trainable, .. } = self.opened;
+            let average = average(actor, trainable, params, 0.0, self.c.seed)?;
+            self.model = Some(Llama::new(actor.shape.clone(), average.params));
+        }
+        Ok(())
+    }
+
+    /// Follows the actor after `steps` steps, where that is due.
+    fn follow(&mut self, policy: &Policy, steps: u64) {
+        if let (Some(how), Some(reference)) = (&self.c.dpo.moving_reference, &mut self.model)
+            && steps.is_multiple_of(how.every as u64)
         {
             approach(&mut reference.params, &policy.actor.model.params, how.rate);
         }
-        policy.rest()?;
-        let update_s = updating.elapsed().as_secs_f64();
-
-        run.progress.data = sampler.prompts.state(run.progress.data.next + count);
-        let generated: usize = batch.samples.iter().map(|s| s.response.ids.len()).sum();
-        let read: usize = batch.sequences.prompts.iter().map(Vec::len).sum();
-        if c.samples.every > 0 && step.is_multiple_of(c.samples.every as u64) {
-            for (i, sample) in batch.samples.iter().take(c.samples.count as usize).enumerate() {
-                let (record, text) = sampler.record(sample, step + 1)?;
-                run.log_sample(&record, &format!("samples/{i}"), &text);
-            }
-        }
-        if let Some(train) = run.stepped((generated + read) as u64, &update, lr)?.record {
-            let train = train.with(describe(&batch.samples));
-            let train = records::count(train, &sampler.prompts.odd, c.data.on_error);
-            let train = STATS.iter().zip(stats).take(6).fold(train, |r, (key, x)| r.float(key, x));
-            run.log(
-                &train
-                    .count("pairs", pairs.len() as u64)
-                    .count("ties", ties)
-                    .count("unpaired", count - ties - pairs.len() as u64)
-                    .count("dropped", sampler.prompts.dropped)
-                    .float("rollout_s", batch.rollout_s)
-                    .float("score_s", asking_s - batch.rollout_s)
-                    .float("update_s", update_s)
-                    .float("generated_tokens_per_s", generated as f64 / batch.rollout_s),
-            );
-        }
-        let best = policy.validation(&mut valid, &c.valid, c.train.batch_size, &mut run, world)?;
-        run.save(&parts(&policy, moving.as_ref()), best)?;
     }
-    policy.wake()?;
-    run.take_best(|best| best.load_values(&mut policy.actor.model.params))?;
-    run.finish(|dir| policy.actor.export(dir, &tokenizer, world))
 }
 
-/// The run's checkpoint.
-fn parts<'a>(policy: &'a Policy, moving: Option<&'a Llama>) -> Vec<Part<'a>> {
-    let actor = policy.actor.part("");
-    let moving = moving.map(|m| Part { params: &m.params, optim: None, ..policy.actor.part(REFERENCE) });
-    [Some(actor), moving].into_iter().flatten().collect()
+impl Learners for Models<'_> {
+    fn parts(&self) -> Vec<Part<'_>> {
+        let actor = self.policy.actor.part("");
+        let moving = self.moving.model.as_ref();
+        let moving =
+            moving.map(|m| Part { params: &m.params, optim: None, ..self.policy.actor.part(REFERENCE) });
+        [Some(actor), moving].into_iter().flatten().collect()
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        self.policy.begin()?;
+        self.moving.begin(&self.policy)
+    }
+
+    fn restore(&mut self, from: &Checkpoint) -> Result<serde_json::Value> {
+        let state = self.policy.restore(from)?;
+        self.moving.begin(&self.policy)?;
+        if let Some(moving) = &mut self.moving.model {
+            from.part(REFERENCE)?.load_values(&mut moving.params)?;
+        }
+        Ok(state)
+    }
+
+    fn onload(&mut self) -> Result<()> {
+        self.policy.onload()
+    }
+
+    fn take(&mut self, best: &Checkpoint) -> Result<()> {
+        self.policy.take(best)
+    }
+
+    fn export(&self, dir: &Path, tokenizer: &Tokenizer, world: &World) -> Result<()> {
+        self.policy.export(dir, tokenizer, world)
+    }
+}
+
+fn online_dpo(
+    loaded: &Loaded<OnlineDpo>,
+    opened: &Opened,
+    samplers: Samplers,
+    world: &World,
+    start: &Start,
+) -> Result<()> {
+    let c = &loaded.config;
+    let (common, sections) = (c.common(), c.sections_of_responses());
+    let Samplers { train: mut sampler, mut valid } = samplers;
+    let tokenizer = opened.tokenizer();
+    let mut folder = RunFolder::open(loaded, start, &sections.paths(), tokenizer, world)?;
+    opened.announce(&sampler, valid.as_ref(), c.train.batch_size, world);
+    let mut policy = Policy::load(&sections, opened, world)?;
+    folder.record(std::mem::take(&mut policy.records))?;
+    let mut models = Models { policy, moving: Moving { c, opened, model: None } };
+    let progress = folder.restore_or_begin(&mut models, &sampler.prompts)?;
+
+    let optim = c.actor.optim.as_ref().unwrap_or(&c.optim);
+    let schedule = Schedule::new(&Common { optim, ..common }, opened.steps);
+    let (count, group) = (c.train.batch_size as u64, c.dpo.group_size as usize);
+    let mut session = Session::start(folder, progress, models, &common, opened.steps)?;
+    let mut validation = |s: &mut Session<Models, _>| {
+        s.models.policy.validation(&mut valid, &c.valid, c.train.batch_size, &mut s.run, world)
+    };
+    session.catch_up(&mut validation)?;
+    while !session.run.done() {
+        let (step, first) = (session.run.progress.step, session.run.progress.data.next);
+        let (lr, asking) = (schedule.rate(step), Instant::now());
+        let policy = &mut session.models.policy;
+        let batch = policy.ask(&mut sampler, first, count, group, world)?;
+        policy.note_rewards(&batch.samples, step, world);
+        let (asking_s, updating) = (asking.elapsed().as_secs_f64(), Instant::now());
+        let (pairs, ties) = pairs(c, &batch);
+        let Models { policy, moving } = &mut session.models;
+        let (update, sums) = policy.on_device(|policy| {
+            let updated = update(c, policy, moving.model.as_mut(), &pairs, lr, world)?;
+            moving.follow(policy, step + 1);
+            Ok(updated)
+        })?;
+        let update_s = updating.elapsed().as_secs_f64();
+
+        session.run.progress.data = sampler.prompts.at(first + count);
+        sampler.log_samples(&batch, &c.samples, &mut session.run)?;
+        if let Some(record) = session.run.stepped(batch.tokens(), &update, lr)?.record {
+            let record = sums.describe(record.with(describe(&batch.samples)));
+            let record = records::count(record, &sampler.prompts.odd, c.data.on_error)
+                .count("pairs", pairs.len() as u64)
+                .count("ties", ties)
+                .count("unpaired", count - ties - pairs.len() as u64)
+                .count("dropped", sampler.prompts.dropped);
+            let (rollout_s, generated_tokens) = (batch.rollout_s, batch.generated_tokens());
+            let times = Times { asking_s, rollout_s, update_s, generated_tokens };
+            session.run.log(&times.describe(record));
+        }
+        session.end_step(&mut validation)?;
+    }
+    session.take_best()?;
+    session.finish(tokenizer)
 }
 
 /// The best and the worst response to each prompt; none of prompts whose responses are equally good, or the same, whose
@@ -213,7 +274,7 @@ fn pairs(c: &OnlineDpo, batch: &Batch) -> (Vec<Example>, u64) {
     (pairs, ties)
 }
 
-/// One update on the pairs, which all ranks know, and what is told of them. Without pairs there is none. Collective.
+/// One update on the pairs, which all ranks know, and what is counted of them. Without pairs there is none. Collective.
 fn update(
     c: &OnlineDpo,
     policy: &mut Policy,
@@ -221,40 +282,30 @@ fn update(
     pairs: &[Example],
     lr: f64,
     world: &World,
-) -> Result<(Update, Vec<f64>)> {
+) -> Result<(Update, PairSums)> {
     if pairs.is_empty() {
         let update = Update { loss: 0.0, aux_loss: None, grad_norm: 0.0, skipped: false };
-        return Ok((update, vec![0.0; STATS.len()]));
+        return Ok((update, PairSums::default()));
     }
     let (section, device) = (c.dpo.of_pairs(), policy.actor.model.params.device());
     let kind = ops::accumulator(policy.actor.model.params.compute());
-    let mut works = Vec::new();
+    let mut batches = Vec::new();
     for (first, count) in step::rounds(pairs.len() as u64, &c.train, world) {
         // Ranks without a pair go along with one that counts nothing.
         let (examples, share) = match count as usize {
             0 => (&pairs[..1], 0.0),
             n => (&pairs[first as usize..][..n], 1.0 / pairs.len() as f64),
         };
-        let mut work = Work::of(examples, true, Pairs::All, share, kind, device);
-        work.reference = match &mut moving {
-            Some(reference) => sums(reference, &work)?,
-            None => policy.with_reference(|reference| sums(reference, &work))?,
+        let mut batch = PreferenceBatch::of(examples, true, Pairs::All, share, kind, device);
+        batch.reference = match &mut moving {
+            Some(reference) => batch.completions.logps(reference)?,
+            None => policy.with_reference(|reference| batch.completions.logps(reference))?,
         };
-        works.push(work);
+        batches.push(batch);
     }
-    let stats = RefCell::new([0.0; 8]);
-    let entry = |work| {
-        let (work, section, stats): (&Work, _, _) = (work, &section, &stats);
-        let loss = move |out: &LogProbs| Ok(work.loss(&out.logprobs, section, 0.0, stats));
-        let objective = Objective::LogProbs { temperature: 1.0, entropies: false, loss: Box::new(loss) };
-        Entry { batch: &work.batch, objective, balance: None }
-    };
-    let mut entries: Vec<Entry> = works.iter().map(entry).collect();
-    let Learner { model, optimizer, .. } = &mut policy.actor;
-    let losses = step::accumulate(model, &mut entries, c.train.recompute)?.0;
+    let sums = RefCell::new(PairSums::default());
+    let mut entries: Vec<Entry> = batches.iter().map(|batch| batch.entry(&section, 0.0, &sums)).collect();
+    let update = policy.actor.update(&mut entries, lr, &policy.actor_world)?;
     drop(entries);
-    let loss = Sums { loss: losses.iter().sum(), aux_loss: None };
-    let clip = c.actor.optim.as_ref().unwrap_or(&c.optim).clip;
-    let update = step::apply_gradients(model, optimizer, &policy.actor_world, loss, lr, clip)?;
-    Ok((update, world.group.combine(&stats.into_inner(), ReduceOp::Sum)?))
+    Ok((update, sums.into_inner().over_ranks(&world.group)?))
 }

@@ -1,45 +1,49 @@
 //! Pretraining: next-token prediction on token shards, parameters sharded over the ranks.
 
-use crate::algorithms::base::{self, Base};
+use crate::algorithms::base::{self, Base, shape_and_trainable};
 use crate::algorithms::folder::RunFolder;
+use crate::algorithms::learner::Learner;
+use crate::algorithms::recipe::{Recipe, Shown};
 use crate::algorithms::run::Start;
+use crate::algorithms::session;
 use crate::algorithms::step::{self, MicroBatch, Stop};
-use crate::algorithms::training::{Learner, Plan, Progress, Run, compute_kind};
 use crate::checkpoint::Metric;
 use crate::config::parallel::Mode;
 use crate::config::pretrain::Pretrain;
 use crate::config::sections;
+use crate::config::shape::{Head, Shape};
+use crate::config::trainable::Freeze;
 use crate::config::{Algorithm, Loaded, common};
-use crate::data::loader::{Loader, Order, Source, State};
+use crate::data::loader::{Loader, Order, Source};
+use crate::data::position::{Indexed, Position};
 use crate::distributed::agreement::Facts;
 use crate::distributed::world::World;
 use crate::error::Result;
 use crate::info;
-use crate::model::{Llama, Trainable};
+use crate::model::{Llama, Trainable, compute_kind};
 use crate::optim::Schedule;
+use crate::plan::training::{Rows, Training};
+use crate::plan::{Plan, Target};
 use crate::telemetry::Record;
 
-/// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
+/// What a run reads before any rank talks to another.
 pub struct Inputs {
-    pub base: Base,
-    pub train: Loader,
-    pub valid: Option<Loader>,
-    pub steps: u64,
+    base: Base,
+    trainable: Trainable,
+    train: Loader,
+    valid: Option<Loader>,
+    steps: u64,
 }
 
-impl base::Inputs for Inputs {
-    fn add_facts(&self, facts: &mut Facts) -> Result<()> {
-        let valid = self.valid.as_ref().map(|valid| valid.fingerprint());
-        base::add_data(self.train.fingerprint(), valid, facts);
-        self.base.add_facts("model", facts)
-    }
-}
+type Session<'a> = session::Session<'a, Learner<'a>, Position>;
 
-impl Inputs {
-    /// Opens and checks all that the configuration names.
-    pub fn open(c: &Pretrain) -> Result<Inputs> {
-        let length = c.data.sequence_length;
-        let base = Base::open(&c.model, c.tokenizer.as_ref(), length)?;
+impl Recipe for Pretrain {
+    const ABOUT: &'static str = "Train a model to predict the next token";
+    type Inputs = Inputs;
+
+    fn open(&self) -> Result<Inputs> {
+        let length = self.data.sequence_length;
+        let base = Base::open(&self.model, self.tokenizer.as_ref(), length)?;
         let Base { tokenizer, shape, .. } = &base;
         let open = |sources: &[sections::Source], order| {
             let sources: Vec<Source> =
@@ -52,60 +56,83 @@ impl Inputs {
                 order,
             )
         };
-        let train = open(&c.data.train, Order::Shuffled { seed: c.seed })?;
-        let valid =
-            if c.data.valid.is_empty() { None } else { Some(open(&c.data.valid, Order::Sequential)?) };
-        let steps = base::steps(&c.train, train.num_windows(), c.schedule.warmup_steps)?;
-        Ok(Inputs { base, train, valid, steps })
+        let train = open(&self.data.train, Order::Shuffled { seed: self.seed })?;
+        let valid = match self.data.valid.is_empty() {
+            true => None,
+            false => Some(open(&self.data.valid, Order::Sequential)?),
+        };
+        let steps = base::steps(&self.train, train.num_windows(), self.schedule.warmup_steps)?;
+        Ok(Inputs { base, trainable: Trainable::default(), train, valid, steps })
+    }
+
+    fn add_facts(inputs: &Inputs, facts: &mut Facts) -> Result<()> {
+        let valid = inputs.valid.as_ref().map(|valid| valid.fingerprint());
+        base::add_data(inputs.train.fingerprint(), valid, facts);
+        inputs.base.add_facts("model", facts)
+    }
+
+    fn trained(inputs: &Inputs) -> Vec<(&'static str, &Shape, &Trainable)> {
+        vec![("model", &inputs.base.shape, &inputs.trainable)]
+    }
+
+    fn data_line(&self, inputs: &Inputs) -> String {
+        let windows = inputs.train.num_windows();
+        format!(
+            "{} tokens, {windows} samples of {} an epoch; {} steps of {} are {:.2} epochs",
+            inputs.train.num_tokens(),
+            self.data.sequence_length,
+            inputs.steps,
+            self.train.batch_size,
+            inputs.steps as f64 * self.train.batch_size as f64 / windows as f64,
+        )
+    }
+
+    fn shown<'a>(&self, inputs: &'a Inputs) -> Shown<'a> {
+        let (valid, tokenizer) = (inputs.valid.as_ref(), &inputs.base.tokenizer);
+        Shown::Windows { train: &inputs.train, valid, tokenizer }
+    }
+
+    fn plan(&self, target: &Target) -> Result<Plan> {
+        let (tokenizer, length) = (self.tokenizer.as_ref(), self.data.sequence_length);
+        let (shape, trainable) =
+            shape_and_trainable(&self.model, Head::Lm, tokenizer, length, &Freeze::default(), None)?;
+        let (plans, rows) = (trainable.plans(&shape)?, Rows::of(length, false));
+        Ok(Training::new(Self::SUBCOMMAND, &self.common(), shape, &plans, rows, target)?.into())
+    }
+
+    fn train(loaded: &Loaded<Self>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
+        pretrain(loaded, &inputs, world, start)
     }
 }
 
-/// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
-pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
+fn pretrain(loaded: &Loaded<Pretrain>, inputs: &Inputs, world: &World, start: &Start) -> Result<()> {
     let c = &loaded.config;
     let common = c.common();
-    let inputs_of = common::paths(&c.model, c.tokenizer.as_ref(), c.data.train.iter().chain(&c.data.valid));
+    let paths = common::paths(&c.model, c.tokenizer.as_ref(), c.data.train.iter().chain(&c.data.valid));
     let tokenizer = &inputs.base.tokenizer;
-    let mut folder = RunFolder::open(loaded, start, &inputs_of, tokenizer, world)?;
-
-    // The model on this rank, its optimizer, and where the run stands.
-    let mut learner = Learner::new(&inputs.base, None, &Trainable::default(), &common, world)?;
-    folder.record(learner.record("model", &inputs.base))?;
-    let progress = match folder.restore::<State>(&mut learner)? {
-        Some(progress) => {
-            inputs.train.resume(&progress.data)?;
-            progress
-        }
-        None => {
-            learner.begin(&inputs.base, c.seed)?;
-            Progress::new(inputs.train.state(0))
-        }
-    };
-    announce(c, &inputs, &learner.model, world);
+    let mut folder = RunFolder::open(loaded, start, &paths, tokenizer, world)?;
+    let mut learner = Learner::new(&inputs.base, None, &inputs.trainable, &common, world)?;
+    folder.record(learner.record("model"))?;
+    let progress = folder.restore_or_begin(&mut learner, &inputs.train)?;
+    announce(c, inputs, &learner.model, world);
 
     let schedule = Schedule::new(&common, inputs.steps);
-    let mut run = folder.start(progress, Plan::new(&common, inputs.steps))?;
-    let compute = compute_kind(c.precision.compute);
-    let peak_flops = world.peak_flops(compute)?;
+    let peak_flops = world.peak_flops(compute_kind(c.precision.compute))?;
+    let aux_coef = inputs.base.shape.experts.as_ref().map(|e| e.router_aux_loss_coef);
     // Windows of training data have a label at every position, so that no rank needs to ask the others.
     let count = c.train.batch_size * c.data.sequence_length;
-
-    let aux_coef = inputs.base.shape.experts.as_ref().map(|e| e.router_aux_loss_coef);
-
-    if run.owes_validation() {
-        let best = validation(c, &inputs, &mut learner.model, &mut run, world)?;
-        run.save(&[learner.part("")], best)?;
-    }
-    while !run.done() {
-        let micro_batches = this_ranks_batches(c, &inputs.train, run.progress.data.next, world)?;
-        let Learner { model, optimizer, .. } = &mut learner;
+    let mut session = Session::start(folder, progress, learner, &common, inputs.steps)?;
+    session.catch_up(|s| validation(c, inputs, s))?;
+    while !session.run.done() {
+        let lr = schedule.rate(session.run.progress.step);
+        let micro_batches = this_ranks_batches(c, &inputs.train, session.run.progress.data.next, world)?;
+        let model = &mut session.models.model;
         let sums =
             step::accumulate_balanced(model, &micro_batches, count as f64, c.train.recompute, aux_coef)?;
-        let (lr, clip) = (schedule.rate(run.progress.step), c.optim.clip);
-        let update = step::apply_gradients(model, optimizer, world, sums, lr, clip)?;
+        let update = session.models.apply(sums, lr, world)?;
 
-        run.progress.data.next += c.train.batch_size as u64;
-        let stepped = run.stepped(count as u64, &update, lr)?;
+        session.run.progress.data.next += c.train.batch_size as u64;
+        let stepped = session.run.stepped(count as u64, &update, lr)?;
         if let Some(mut record) = stepped.record {
             if let Some(aux_loss) = update.aux_loss {
                 record = record.float("aux_loss", aux_loss);
@@ -114,14 +141,12 @@ pub fn pretrain(loaded: &Loaded<Pretrain>, inputs: Inputs, world: &World, start:
                 let flops = inputs.base.shape.flops_per_token(c.data.sequence_length) * stepped.tokens_per_s;
                 record = record.float("mfu", flops / (peak * world.world_size as f64));
             }
-            run.log(&record);
+            session.run.log(&record);
         }
-        let due = run.due(c.valid.every);
-        let best = due && validation(c, &inputs, &mut learner.model, &mut run, world)?;
-        run.save(&[learner.part("")], best)?;
+        session.end_step(|s| validation(c, inputs, s))?;
     }
-    run.take_best(|best| best.load_values(&mut learner.model.params))?;
-    run.finish(|dir| learner.export(dir, tokenizer, world))
+    session.take_best()?;
+    session.finish(tokenizer)
 }
 
 /// This rank's part of the step that begins at global sample `first`.
@@ -133,16 +158,13 @@ fn this_ranks_batches(c: &Pretrain, data: &Loader, first: u64, world: &World) ->
     step::division(&c.train, world).map(micro_batch).collect()
 }
 
-/// Validates, where there is data to validate on; whether the checkpoint is the best so far, to be saved.
-fn validation(
-    c: &Pretrain,
-    inputs: &Inputs,
-    model: &mut Llama,
-    run: &mut Run<State>,
-    world: &World,
-) -> Result<bool> {
-    let Some(valid) = &inputs.valid else { return Ok(false) };
-    let Some(loss) = validate(c, model, valid, world, &mut || run.interrupted())? else {
+/// Validates, where that is due; whether the checkpoint is the best so far, to be saved.
+fn validation(c: &Pretrain, inputs: &Inputs, session: &mut Session) -> Result<bool> {
+    let Some(valid) = inputs.valid.as_ref().filter(|_| session.run.due(c.valid.every)) else {
+        return Ok(false);
+    };
+    let (run, model) = (&mut session.run, &mut session.models.model);
+    let Some(loss) = validate(c, model, valid, session.world, &mut || run.interrupted())? else {
         return run.owe_validation();
     };
     let record = run.with_loss(Record::new("valid", run.progress.step), loss);
@@ -192,12 +214,5 @@ fn announce(c: &Pretrain, inputs: &Inputs, model: &Llama, world: &World) {
         model.params.compute(),
         world.world_size,
     );
-    info!(
-        "data: {} tokens to train on, {} steps of {} x {} tokens, {:.2} epochs",
-        inputs.train.num_tokens(),
-        inputs.steps,
-        c.train.batch_size,
-        c.data.sequence_length,
-        inputs.steps as f64 * c.train.batch_size as f64 / inputs.train.num_windows() as f64,
-    );
+    info!("data: {}", c.data_line(inputs));
 }

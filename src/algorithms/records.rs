@@ -60,6 +60,29 @@ fn never_ends(train: &RowLoader, chat: &Chat) -> Option<String> {
     ))
 }
 
+/// What ranked completions are as training data, in a line.
+pub fn ranked_line(train: &RowLoader, batch_size: i64, steps: u64) -> String {
+    let counts = train.counts();
+    format!(
+        "{} prompts with {} completions, {} tokens; {} were truncated, {}; {} completions are another's copy; {steps} steps \
+         are {:.2} epochs",
+        counts.examples,
+        counts.sequences,
+        counts.tokens,
+        counts.truncated,
+        counts.dropped_and_why(),
+        counts.duplicates,
+        steps as f64 * batch_size as f64 / train.num_rows() as f64,
+    )
+}
+
+/// Adds the counters of what was cut, left out or skipped of training data.
+pub fn counted(record: Record, train: &RowLoader, on_error: OnError) -> Record {
+    let counts = train.counts();
+    let record = record.count("truncated", counts.truncated).count("dropped", counts.dropped());
+    count(record, &train.odd(), on_error)
+}
+
 /// Adds the counters of skipped records, where records may be skipped.
 pub fn count(record: Record, odd: &OddRecords, on_error: OnError) -> Record {
     match on_error {

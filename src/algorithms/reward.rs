@@ -6,22 +6,23 @@ use std::path::Path;
 use kernels::c10d::ReduceOp;
 use tch::{Kind, Tensor};
 
-use crate::algorithms::base::{self, Base};
+use crate::algorithms::base::{self, Base, model_or_preset, shape_and_trainable};
 use crate::algorithms::folder::RunFolder;
 use crate::algorithms::interval::wilson;
-use crate::algorithms::ranking::{Pairs, Terms, losses};
+use crate::algorithms::learner::Learner;
+use crate::algorithms::losses::ranking::{Pairs, Terms, losses};
+use crate::algorithms::recipe::{Recipe, Shown};
 use crate::algorithms::run::Start;
-use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Stop, Sums};
-use crate::algorithms::training::{Learner, Plan, Progress, Run};
-use crate::algorithms::{records, scorer};
+use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Stop};
+use crate::algorithms::{records, scorer, session};
 use crate::checkpoint::{Measured, Metric, Scoring};
 use crate::config::reward::{Reward, Score, Settings, Which};
-use crate::config::sections::OnError;
+use crate::config::shape::{Head, Shape};
 use crate::config::{Algorithm, Loaded, common};
 use crate::data::chat::Chat;
-use crate::data::examples::{Counts, Encoded, Example};
-use crate::data::loader::State;
+use crate::data::examples::{Encoded, Example};
 use crate::data::odd::{Odd, OddRecords, OrOdd, Reason};
+use crate::data::position::{Indexed, Position};
 use crate::data::preferences::{self, Batch};
 use crate::data::readers;
 use crate::data::rows::RowLoader;
@@ -31,22 +32,25 @@ use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::{DropoutPlace, Llama, ScoreHead, Trainable};
 use crate::optim::Schedule;
+use crate::plan::training::{Rows, Training};
+use crate::plan::{Plan, Target};
 use crate::telemetry::Record;
 use crate::{info, warn};
 
-/// What a run reads before any rank talks to another: files are checked and tokenized, and errors told, before a group
-/// could hang.
+/// What a run reads before any rank talks to another.
 pub struct Inputs {
-    pub base: Base,
-    pub trainable: Trainable,
-    pub chat: Chat,
-    pub score: Score,
-    pub train: RowLoader,
-    pub valid: Option<RowLoader>,
+    base: Base,
+    trainable: Trainable,
+    chat: Chat,
+    score: Score,
+    train: RowLoader,
+    valid: Option<RowLoader>,
     /// What the scores are normalised on.
     reference: Reference,
-    pub steps: u64,
+    steps: u64,
 }
+
+type Session<'a> = session::Session<'a, Learner<'a>, Position>;
 
 /// Completions, and what they are, in words.
 struct Reference {
@@ -56,29 +60,59 @@ struct Reference {
     odd: OddRecords,
 }
 
-impl base::Inputs for Inputs {
-    fn add_facts(&self, facts: &mut Facts) -> Result<()> {
-        let valid = self.valid.as_ref().map(|valid| valid.fingerprint());
-        base::add_data(self.train.fingerprint(), valid, facts);
-        self.base.add_facts("model", facts)
-    }
-}
+impl Recipe for Reward {
+    const ABOUT: &'static str = "Train a reward model on ranked completions";
+    const PLAN_FLAGS: &'static [&'static str] = &["device_memory", "completions"];
+    type Inputs = Inputs;
 
-impl Inputs {
-    /// Opens, checks and tokenizes all that the configuration names.
-    pub fn open(c: &Reward) -> Result<Inputs> {
-        let base =
-            Base::open_scored(&c.model, c.tokenizer.as_ref(), c.data.sequence_length, c.reward.init_std)?;
-        let base = base.dated(c.data.template_date);
+    fn open(&self) -> Result<Inputs> {
+        let (tokenizer, length) = (self.tokenizer.as_ref(), self.data.sequence_length);
+        let base = Base::open_scored(&self.model, tokenizer, length, self.reward.init_std)?;
+        let base = base.dated(self.data.template_date);
         let scoring = base.weights.as_ref().map_or(Ok(None), |w| w.scoring())?;
-        let score = c.reward.score.or(scoring.map(|s| s.score)).unwrap_or_default();
-        check_pad_token(&base, c.tokenizer.as_ref().and_then(|t| t.pad_token.as_deref()))?;
-        let trainable = base.trainable(&c.freeze, c.lora.as_ref())?;
+        let score = self.reward.score.or(scoring.map(|s| s.score)).unwrap_or_default();
+        check_pad_token(&base, tokenizer.and_then(|t| t.pad_token.as_deref()))?;
+        let trainable = base.trainable(&self.freeze, self.lora.as_ref())?;
         let chat = Chat::new(&base.tokenizer)?;
-        let (train, valid) = preferences::open(&c.data, &chat, c.seed)?;
-        let steps = base::steps(&c.train, train.num_rows(), c.schedule.warmup_steps)?;
-        let reference = Reference::open(c, &chat, valid.as_ref().unwrap_or(&train))?;
+        let (train, valid) = preferences::open(&self.data, &chat, self.seed)?;
+        let steps = base::steps(&self.train, train.num_rows(), self.schedule.warmup_steps)?;
+        let reference = Reference::open(self, &chat, valid.as_ref().unwrap_or(&train))?;
         Ok(Inputs { base, trainable, chat, score, train, valid, reference, steps })
+    }
+
+    fn add_facts(inputs: &Inputs, facts: &mut Facts) -> Result<()> {
+        let valid = inputs.valid.as_ref().map(|valid| valid.fingerprint());
+        base::add_data(inputs.train.fingerprint(), valid, facts);
+        inputs.base.add_facts("model", facts)
+    }
+
+    fn trained(inputs: &Inputs) -> Vec<(&'static str, &Shape, &Trainable)> {
+        vec![("model", &inputs.base.shape, &inputs.trainable)]
+    }
+
+    fn data_line(&self, inputs: &Inputs) -> String {
+        records::ranked_line(&inputs.train, self.train.batch_size, inputs.steps)
+    }
+
+    fn shown<'a>(&self, inputs: &'a Inputs) -> Shown<'a> {
+        let (train, valid, chat) = (&inputs.train, inputs.valid.as_ref(), &inputs.chat);
+        Shown::Examples { train, valid, chat, longest: self.data.sequence_length }
+    }
+
+    fn plan(&self, target: &Target) -> Result<Plan> {
+        let (model, tokenizer) = (model_or_preset(&self.model), self.tokenizer.as_ref());
+        let length = self.data.sequence_length;
+        let (shape, trainable) =
+            shape_and_trainable(&model, Head::Score, tokenizer, length, &self.freeze, self.lora.as_ref())?;
+        let rows = Rows::completions(target.completions, length, self.data.packing);
+        let plans = trainable.plans(&shape)?;
+        let training = Training::new(Self::SUBCOMMAND, &self.common(), shape, &plans, rows, target)?;
+        let tokens = self.reward.normalize.samples as i64 * length;
+        Ok(training.with_scores_of(tokens.min(scorer::BATCH_TOKENS as i64)).into())
+    }
+
+    fn train(loaded: &Loaded<Self>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
+        reward(loaded, &inputs, world, start)
     }
 }
 
@@ -215,6 +249,17 @@ impl Ranked {
         }
     }
 
+    /// As an entry of a step on `batch` prompts; what is counted of its scores is added to `tally`.
+    fn entry<'a>(&'a self, settings: &'a Settings, batch: u64, tally: &'a RefCell<Tally>) -> Entry<'a> {
+        let loss = move |values: &Tensor| {
+            let scores = self.scores(values);
+            tally.borrow_mut().add(&scores, self);
+            Ok(self.loss(&scores, settings) / batch as f64)
+        };
+        let objective = Objective::Values { loss: Box::new(loss) };
+        Entry { batch: &self.batch, objective, balance: None }
+    }
+
     /// Scores [P, K] of the tokens' values `[N]`.
     fn scores(&self, values: &Tensor) -> Tensor {
         self.pooling.mv(values).index_select(0, &self.places.view([-1])).view_as(&self.places)
@@ -278,76 +323,48 @@ impl Tally {
     }
 }
 
-/// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
-pub fn reward(loaded: &Loaded<Reward>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
+fn reward(loaded: &Loaded<Reward>, inputs: &Inputs, world: &World, start: &Start) -> Result<()> {
     let c = &loaded.config;
     let common = c.common();
-    let mut inputs_of =
-        common::paths(&c.model, c.tokenizer.as_ref(), c.data.train.iter().chain(&c.data.valid));
-    inputs_of.extend(c.reward.normalize.data.iter().map(|p| p.as_path()));
+    let mut paths = common::paths(&c.model, c.tokenizer.as_ref(), c.data.train.iter().chain(&c.data.valid));
+    paths.extend(c.reward.normalize.data.iter().map(|p| p.as_path()));
     let tokenizer = &inputs.base.tokenizer;
-    let mut folder = RunFolder::open(loaded, start, &inputs_of, tokenizer, world)?;
+    let mut folder = RunFolder::open(loaded, start, &paths, tokenizer, world)?;
     let origin = inputs.base.path(&c.model);
     let mut learner = Learner::new(&inputs.base, origin, &inputs.trainable, &common, world)?;
     learner.scoring = Some(Scoring::raw(inputs.score));
-    folder.record(learner.record("model", &inputs.base))?;
-    let progress = match folder.restore::<State>(&mut learner)? {
-        Some(progress) => {
-            inputs.train.resume(&progress.data)?;
-            progress
-        }
-        None => {
-            learner.begin(&inputs.base, c.seed)?;
-            Progress::new(inputs.train.state(0))
-        }
-    };
-    announce(c, &inputs, &learner.model);
+    folder.record(learner.record("model"))?;
+    let progress = folder.restore_or_begin(&mut learner, &inputs.train)?;
+    announce(c, inputs, &learner.model);
     records::announce(&inputs.train, inputs.valid.as_ref(), &inputs.chat, world);
     records::announce_skipped("reward.normalize.data", &inputs.reference.odd, world);
-    let schedule = Schedule::new(&common, inputs.steps);
-    let mut run = folder.start(progress, Plan::new(&common, inputs.steps))?;
-    let (counts, odd) = (inputs.train.counts(), inputs.train.odd());
 
-    if run.owes_validation() {
-        let best = validation(c, &inputs, &mut learner.model, &mut run, world)?;
-        run.save(&[learner.part("")], best)?;
-    }
-    while !run.done() {
-        let (next, batch) = (run.progress.data.next, c.train.batch_size as u64);
-        let tokens = inputs.train.count(next, batch).1;
-        let ranked = this_ranks_batches(c, &inputs, next, run.progress.step, &learner.model, world);
+    let (schedule, batch) = (Schedule::new(&common, inputs.steps), c.train.batch_size as u64);
+    let mut session = Session::start(folder, progress, learner, &common, inputs.steps)?;
+    session.catch_up(|s| validation(c, inputs, s))?;
+    while !session.run.done() {
+        let (next, step) = (session.run.progress.data.next, session.run.progress.step);
+        let lr = schedule.rate(step);
+        let ranked = this_ranks_batches(c, inputs, next, step, &session.models.model, world);
         let tally = RefCell::new(Tally::default());
-        let entry = |ranked| {
-            let loss = |values: &Tensor, ranked: &Ranked| {
-                let scores = ranked.scores(values);
-                tally.borrow_mut().add(&scores, ranked);
-                Ok(ranked.loss(&scores, &c.reward) / batch as f64)
-            };
-            let ranked: &Ranked = ranked;
-            let objective = Objective::Values { loss: Box::new(move |values| loss(values, ranked)) };
-            Entry { batch: &ranked.batch, objective, balance: None }
-        };
+        let entry = |ranked| Ranked::entry(ranked, &c.reward, batch, &tally);
         let mut entries: Vec<Entry> = ranked.iter().map(entry).collect();
-        let Learner { model, optimizer, .. } = &mut learner;
-        let (losses, _) = step::accumulate(model, &mut entries, c.train.recompute)?;
+        let update = session.models.update(&mut entries, lr, world)?;
         drop(entries);
-        let sums = Sums { loss: losses.iter().sum(), aux_loss: None };
-        let (lr, clip) = (schedule.rate(run.progress.step), c.optim.clip);
-        let update = step::apply_gradients(model, optimizer, world, sums, lr, clip)?;
-
-        run.progress.data.next += batch;
         let tally = tally.into_inner().over_ranks(world)?;
-        if let Some(record) = run.stepped(tokens, &update, lr)?.record {
+
+        session.run.progress.data.next += batch;
+        let tokens = inputs.train.count(next, batch).1;
+        if let Some(record) = session.run.stepped(tokens, &update, lr)?.record {
             let record = tally.tell(record).count("ties", tally.pairs.ties as u64);
-            run.log(&tell_counts(record, &counts, &odd, c.data.on_error));
+            let record = records::counted(record, &inputs.train, c.data.on_error);
+            session.run.log(&record.count("duplicates", inputs.train.counts().duplicates));
         }
-        let due = run.due(c.valid.every);
-        let best = due && validation(c, &inputs, &mut learner.model, &mut run, world)?;
-        run.save(&[learner.part("")], best)?;
+        session.end_step(|s| validation(c, inputs, s))?;
     }
-    run.take_best(|best| best.load_values(&mut learner.model.params))?;
-    learner.scoring = Some(normalized(&inputs, &mut learner.model, world)?);
-    run.finish(|dir| learner.export(dir, tokenizer, world))
+    session.take_best()?;
+    session.models.scoring = Some(normalized(inputs, &mut session.models.model, world)?);
+    session.finish(tokenizer)
 }
 
 /// This rank's part of the step that begins at prompt `first`.
@@ -378,16 +395,13 @@ fn ranked(c: &Reward, score: Score, data: &RowLoader, first: u64, count: u64, mo
     Ranked::new(&Batch::new(&examples, c.data.packing), score, model)
 }
 
-/// Validates, where there is data to validate on; whether the checkpoint is the best so far, to be saved.
-fn validation(
-    c: &Reward,
-    inputs: &Inputs,
-    model: &mut Llama,
-    run: &mut Run<State>,
-    world: &World,
-) -> Result<bool> {
-    let Some(valid) = &inputs.valid else { return Ok(false) };
-    let validated = validate(c, inputs.score, model, valid, world, &mut || run.interrupted())?;
+/// Validates, where that is due; whether the checkpoint is the best so far, to be saved.
+fn validation(c: &Reward, inputs: &Inputs, session: &mut Session) -> Result<bool> {
+    let Some(valid) = inputs.valid.as_ref().filter(|_| session.run.due(c.valid.every)) else {
+        return Ok(false);
+    };
+    let (run, model) = (&mut session.run, &mut session.models.model);
+    let validated = validate(c, inputs.score, model, valid, session.world, &mut || run.interrupted())?;
     let Some((prompts, tally)) = validated else { return run.owe_validation() };
     let loss = tally.loss / prompts;
     let record = tally.tell(run.with_loss(Record::new("valid", run.progress.step), loss));
@@ -463,15 +477,7 @@ fn normalized(inputs: &Inputs, model: &mut Llama, world: &World) -> Result<Scori
     Ok(scoring)
 }
 
-fn tell_counts(record: Record, counts: &Counts, odd: &OddRecords, on_error: OnError) -> Record {
-    records::count(record, odd, on_error)
-        .count("truncated", counts.truncated)
-        .count("dropped", counts.dropped())
-        .count("duplicates", counts.duplicates)
-}
-
 fn announce(c: &Reward, inputs: &Inputs, model: &Llama) {
-    let counts = inputs.train.counts();
     let params = &model.params;
     let trained: i64 = (0..params.len()).map(|i| params.layout(i).numel).sum();
     info!(
@@ -479,16 +485,5 @@ fn announce(c: &Reward, inputs: &Inputs, model: &Llama) {
         model.shape.num_parameters() as f64 / 1e6,
         trained as f64 / 1e6
     );
-    info!(
-        "data: {} prompts with {} completions, {} tokens; {} were truncated, {}; {} completions are another's copy; {} steps \
-         are {:.2} epochs",
-        counts.examples,
-        counts.sequences,
-        counts.tokens,
-        counts.truncated,
-        counts.dropped_and_why(),
-        counts.duplicates,
-        inputs.steps,
-        inputs.steps as f64 * c.train.batch_size as f64 / inputs.train.num_rows() as f64,
-    );
+    info!("data: {}", c.data_line(inputs));
 }

@@ -1,19 +1,23 @@
 //! Supervised fine-tuning: next-token prediction on the assistant's turns of conversations.
 
-use crate::algorithms::base::{self, Base};
+use crate::algorithms::base::{self, Base, shape_and_trainable};
 use crate::algorithms::folder::RunFolder;
+use crate::algorithms::learner::Learner;
+use crate::algorithms::recipe::{Recipe, Shown};
 use crate::algorithms::records;
 use crate::algorithms::run::Start;
+use crate::algorithms::session;
 use crate::algorithms::step::{self, MicroBatch, Stop};
-use crate::algorithms::training::{Learner, Plan, Progress, Run};
+use crate::algorithms::training::Run;
 use crate::checkpoint::Metric;
 use crate::config::sft::Sft;
-use crate::config::shape::Shape;
+use crate::config::shape::{Head, Shape};
 use crate::config::{Algorithm, Loaded, common, sections};
 use crate::data::chat::Chat;
 use crate::data::conversation::conversation;
 use crate::data::examples::{self, Counts, Split, Tokenization};
-use crate::data::loader::{Order, State};
+use crate::data::loader::Order;
+use crate::data::position::{Indexed, Position};
 use crate::data::readers::{self, Record as DataRecord};
 use crate::data::rows::{self, RowLoader, Rows, Source};
 use crate::data::supervised;
@@ -26,20 +30,23 @@ use crate::generate::{self as generation, Sampling};
 use crate::info;
 use crate::model::{DropoutPlace, Input, Llama, Trainable};
 use crate::optim::Schedule;
+use crate::plan::training::{Rows as PlannedRows, Training};
+use crate::plan::{Plan, Target};
 use crate::telemetry::Record;
 
-/// What a run reads before any rank talks to another: files are checked and tokenized, and errors told, before a group
-/// could hang.
+/// What a run reads before any rank talks to another.
 pub struct Inputs {
-    pub base: Base,
-    pub trainable: Trainable,
-    pub chat: Chat,
-    pub train: RowLoader,
-    pub valid: Option<RowLoader>,
+    base: Base,
+    trainable: Trainable,
+    chat: Chat,
+    train: RowLoader,
+    valid: Option<RowLoader>,
     /// What samples answer: the first prompts of the validation data.
     prompts: Vec<SamplePrompt>,
-    pub steps: u64,
+    steps: u64,
 }
+
+type Session<'a> = session::Session<'a, Learner<'a>, Position>;
 
 struct SamplePrompt {
     text: String,
@@ -48,32 +55,71 @@ struct SamplePrompt {
     reference: String,
 }
 
-impl base::Inputs for Inputs {
-    fn add_facts(&self, facts: &mut Facts) -> Result<()> {
-        let valid = self.valid.as_ref().map(|valid| valid.fingerprint());
-        base::add_data(self.train.fingerprint(), valid, facts);
-        self.base.add_facts("model", facts)
-    }
-}
+impl Recipe for Sft {
+    const ABOUT: &'static str = "Train a model on the answers of conversations";
+    type Inputs = Inputs;
 
-impl Inputs {
-    /// Opens, checks and tokenizes all that the configuration names.
-    pub fn open(c: &Sft) -> Result<Inputs> {
-        let base = Base::open(&c.model, c.tokenizer.as_ref(), c.data.sequence_length)?;
-        let base = base.dated(c.data.template_date);
-        let trainable = base.trainable(&c.freeze, c.lora.as_ref())?;
+    fn open(&self) -> Result<Inputs> {
+        let base = Base::open(&self.model, self.tokenizer.as_ref(), self.data.sequence_length)?;
+        let base = base.dated(self.data.template_date);
+        let trainable = base.trainable(&self.freeze, self.lora.as_ref())?;
         let chat = Chat::new(&base.tokenizer)?;
-        let train = sources(c, &chat, &c.data.train, true)?;
-        let valid = sources(c, &chat, &c.data.valid, false)?;
-        rows::check_records(c.data.on_error, train.iter().chain(&valid))?;
+        let train = sources(self, &chat, &self.data.train, true)?;
+        let valid = sources(self, &chat, &self.data.valid, false)?;
+        rows::check_records(self.data.on_error, train.iter().chain(&valid))?;
         let loader = |sources: Vec<Source>, order| {
-            RowLoader::new(sources, c.data.sequence_length as usize, c.data.packing, order)
+            RowLoader::new(sources, self.data.sequence_length as usize, self.data.packing, order)
         };
-        let train = loader(train, Order::Shuffled { seed: c.seed })?;
+        let train = loader(train, Order::Shuffled { seed: self.seed })?;
         let valid = (!valid.is_empty()).then(|| loader(valid, Order::Sequential)).transpose()?;
-        let steps = base::steps(&c.train, train.num_rows(), c.schedule.warmup_steps)?;
-        let prompts = if c.samples.every > 0 { sample_prompts(c, &chat, &base.shape)? } else { Vec::new() };
+        let steps = base::steps(&self.train, train.num_rows(), self.schedule.warmup_steps)?;
+        let prompts =
+            if self.samples.every > 0 { sample_prompts(self, &chat, &base.shape)? } else { Vec::new() };
         Ok(Inputs { base, trainable, chat, train, valid, prompts, steps })
+    }
+
+    fn add_facts(inputs: &Inputs, facts: &mut Facts) -> Result<()> {
+        let valid = inputs.valid.as_ref().map(|valid| valid.fingerprint());
+        base::add_data(inputs.train.fingerprint(), valid, facts);
+        inputs.base.add_facts("model", facts)
+    }
+
+    fn trained(inputs: &Inputs) -> Vec<(&'static str, &Shape, &Trainable)> {
+        vec![("model", &inputs.base.shape, &inputs.trainable)]
+    }
+
+    fn data_line(&self, inputs: &Inputs) -> String {
+        let (counts, rows) = (inputs.train.counts(), inputs.train.num_rows());
+        format!(
+            "{} examples, {} tokens, {} of them supervised; {} were truncated, {}; {rows} rows of {} tokens, {:.1} % padding; {} \
+             steps are {:.2} epochs",
+            counts.examples,
+            counts.tokens,
+            counts.supervised_tokens,
+            counts.truncated,
+            counts.dropped_and_why(),
+            self.data.sequence_length,
+            100.0 * inputs.train.padding(),
+            inputs.steps,
+            inputs.steps as f64 * self.train.batch_size as f64 / rows as f64,
+        )
+    }
+
+    fn shown<'a>(&self, inputs: &'a Inputs) -> Shown<'a> {
+        let (train, valid, chat) = (&inputs.train, inputs.valid.as_ref(), &inputs.chat);
+        Shown::Examples { train, valid, chat, longest: self.data.sequence_length }
+    }
+
+    fn plan(&self, target: &Target) -> Result<Plan> {
+        let (tokenizer, length) = (self.tokenizer.as_ref(), self.data.sequence_length);
+        let (shape, trainable) =
+            shape_and_trainable(&self.model, Head::Lm, tokenizer, length, &self.freeze, self.lora.as_ref())?;
+        let (plans, rows) = (trainable.plans(&shape)?, PlannedRows::of(length, self.data.packing));
+        Ok(Training::new(Self::SUBCOMMAND, &self.common(), shape, &plans, rows, target)?.into())
+    }
+
+    fn train(loaded: &Loaded<Self>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
+        sft(loaded, &inputs, world, start)
     }
 }
 
@@ -128,71 +174,50 @@ fn sample_prompts(c: &Sft, chat: &Chat, shape: &Shape) -> Result<Vec<SamplePromp
     Ok(prompts)
 }
 
-/// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
-pub fn sft(loaded: &Loaded<Sft>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
+fn sft(loaded: &Loaded<Sft>, inputs: &Inputs, world: &World, start: &Start) -> Result<()> {
     let c = &loaded.config;
     let common = c.common();
-    let inputs_of = common::paths(&c.model, c.tokenizer.as_ref(), c.data.train.iter().chain(&c.data.valid));
+    let paths = common::paths(&c.model, c.tokenizer.as_ref(), c.data.train.iter().chain(&c.data.valid));
     let tokenizer = &inputs.base.tokenizer;
-    let mut folder = RunFolder::open(loaded, start, &inputs_of, tokenizer, world)?;
+    let mut folder = RunFolder::open(loaded, start, &paths, tokenizer, world)?;
     let origin = inputs.base.path(&c.model);
     let mut learner = Learner::new(&inputs.base, origin, &inputs.trainable, &common, world)?;
-    folder.record(learner.record("model", &inputs.base))?;
-    let progress = match folder.restore::<State>(&mut learner)? {
-        Some(progress) => {
-            inputs.train.resume(&progress.data)?;
-            progress
-        }
-        None => {
-            learner.begin(&inputs.base, c.seed)?;
-            Progress::new(inputs.train.state(0))
-        }
-    };
-    announce(c, &inputs, &learner.model.params);
+    folder.record(learner.record("model"))?;
+    let progress = folder.restore_or_begin(&mut learner, &inputs.train)?;
+    announce(c, inputs, &learner.model.params);
     records::announce(&inputs.train, inputs.valid.as_ref(), &inputs.chat, world);
-    let schedule = Schedule::new(&common, inputs.steps);
-    let mut run = folder.start(progress, Plan::new(&common, inputs.steps))?;
-    let (counts, odd) = (inputs.train.counts(), inputs.train.odd());
 
-    if run.owes_validation() {
-        let best = validation(c, &inputs, &mut learner.model, &mut run, world)?;
-        run.save(&[learner.part("")], best)?;
-    }
-    while !run.done() {
-        let (next, batch) = (run.progress.data.next, c.train.batch_size as u64);
+    let (schedule, batch) = (Schedule::new(&common, inputs.steps), c.train.batch_size as u64);
+    let mut session = Session::start(folder, progress, learner, &common, inputs.steps)?;
+    session.catch_up(|s| validation(c, inputs, s))?;
+    while !session.run.done() {
+        let (next, step) = (session.run.progress.data.next, session.run.progress.step);
+        let lr = schedule.rate(step);
         // Every rank counts for all: rows are known everywhere.
         let (count, tokens) = inputs.train.count(next, batch);
-        let micro_batches = this_ranks_batches(c, &inputs.train, next, run.progress.step, world);
-        let Learner { model, optimizer, .. } = &mut learner;
+        let micro_batches = this_ranks_batches(c, &inputs.train, next, step, world);
+        let model = &mut session.models.model;
         let sums = step::accumulate_gradients(model, &micro_batches, count as f64, c.train.recompute)?;
-        let (lr, clip) = (schedule.rate(run.progress.step), c.optim.clip);
-        let update = step::apply_gradients(model, optimizer, world, sums, lr, clip)?;
+        let update = session.models.apply(sums, lr, world)?;
 
-        run.progress.data.next += batch;
-        if let Some(record) = run.stepped(tokens, &update, lr)?.record {
-            let record = record.count("truncated", counts.truncated).count("dropped", counts.dropped());
-            run.log(&records::count(record, &odd, c.data.on_error));
+        session.run.progress.data.next += batch;
+        if let Some(record) = session.run.stepped(tokens, &update, lr)?.record {
+            session.run.log(&records::counted(record, &inputs.train, c.data.on_error));
         }
-        let best = validation(c, &inputs, &mut learner.model, &mut run, world)?;
-        run.save(&[learner.part("")], best)?;
+        session.end_step(|s| validation(c, inputs, s))?;
     }
-    run.take_best(|best| best.load_values(&mut learner.model.params))?;
-    run.finish(|dir| learner.export(dir, tokenizer, world))
+    session.take_best()?;
+    session.finish(tokenizer)
 }
 
 /// Validates and samples, where each is due; whether the checkpoint is the best so far, to be saved.
-fn validation(
-    c: &Sft,
-    inputs: &Inputs,
-    model: &mut Llama,
-    run: &mut Run<State>,
-    world: &World,
-) -> Result<bool> {
+fn validation(c: &Sft, inputs: &Inputs, session: &mut Session) -> Result<bool> {
+    let (run, model) = (&mut session.run, &mut session.models.model);
     let mut best = false;
     if let Some(valid) = &inputs.valid
         && run.due(c.valid.every)
     {
-        let Some(loss) = validate(c, model, valid, world, &mut || run.interrupted())? else {
+        let Some(loss) = validate(c, model, valid, session.world, &mut || run.interrupted())? else {
             return run.owe_validation();
         };
         let record = run.with_loss(Record::new("valid", run.progress.step), loss);
@@ -208,7 +233,7 @@ fn validation(
 }
 
 /// Answers the sample prompts, into samples.jsonl and TensorBoard. All ranks generate the same.
-fn sample(c: &Sft, inputs: &Inputs, model: &mut Llama, run: &mut Run<State>) -> Result<()> {
+fn sample(c: &Sft, inputs: &Inputs, model: &mut Llama, run: &mut Run<Position>) -> Result<()> {
     let step = run.progress.step;
     let sampling = Sampling {
         temperature: c.generation.temperature,
@@ -273,7 +298,6 @@ fn validate(c: &Sft, model: &mut Llama, data: &RowLoader, world: &World, stop: S
 }
 
 fn announce(c: &Sft, inputs: &Inputs, params: &Sharded) {
-    let counts = inputs.train.counts();
     let total = inputs.base.shape.num_parameters();
     let trained: i64 = (0..params.len()).map(|i| params.layout(i).numel).sum();
     match params.frozen_bytes() {
@@ -286,18 +310,5 @@ fn announce(c: &Sft, inputs: &Inputs, params: &Sharded) {
             trained as f64 / 1e6
         ),
     }
-    info!(
-        "data: {} examples, {} tokens, {} of them supervised; {} were truncated, {}; {} rows of {} tokens, {:.1} % padding; {} \
-         steps are {:.2} epochs",
-        counts.examples,
-        counts.tokens,
-        counts.supervised_tokens,
-        counts.truncated,
-        counts.dropped_and_why(),
-        inputs.train.num_rows(),
-        c.data.sequence_length,
-        100.0 * inputs.train.padding(),
-        inputs.steps,
-        inputs.steps as f64 * c.train.batch_size as f64 / inputs.train.num_rows() as f64,
-    );
+    info!("data: {}", c.data_line(inputs));
 }

@@ -1,47 +1,20 @@
-//! What every training loop does besides its steps: resume, metrics, checkpoints, the end.
-//!
-//! ```text
-//! let folder = RunFolder::open(...)             the run's folder, locked and checked; the checkpoint to go on from
-//! let mut learner = Learner::new(...)           a model on this rank, and its optimizer
-//! folder.record(...)                            the models, which must be those that the run began with
-//! let progress = folder.restore(...)            parameters, moments and position from there, or new
-//! let mut run = folder.start(progress, ...)     until the first save, what it replaces can be put back
-//! if run.owes_validation() { ... }              a signal ended the run before within a validation
-//! while !run.done() {
-//!     ...                                       the algorithm's step
-//!     let stepped = run.stepped(tokens, &update)?;
-//!     if stepped.log { run.log(...) }
-//!     ...                                       validation
-//!     run.save(&[learner.part("")], best)?;     where it is due; ends the run where a signal asked for it
-//! }
-//! run.take_best(...)                            where the best model is kept
-//! run.finish(|dir| learner.export(dir, ...))
-//! ```
+//! A run on this rank: where it stands, its metrics, checkpoints and end.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use kernels::c10d::ReduceOp;
 use serde::{Deserialize, Serialize};
-use tch::Kind;
 
-use crate::algorithms::base::Base;
 use crate::algorithms::lock::RunLock;
 use crate::algorithms::step::{SkipGuard, Update};
-use crate::checkpoint::{
-    AdapterExport, BaseMeta, Best, Checkpoint, Export, Metric, ModelRecord, Part, Saver, Scoring, TensorHash,
-    export, export_adapter, sharded,
-};
+use crate::checkpoint::{Best, Checkpoint, Metric, Part, Saver, sharded};
 use crate::config::changes::Change;
 use crate::config::common::Common;
 use crate::config::sections::{Compute, Valid};
-use crate::data::tokenizer::Tokenizer;
 use crate::distributed::agree::agree;
-use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
-use crate::model::{Llama, Trainable};
-use crate::optim::AdamW;
 use crate::signals::Signals;
 use crate::telemetry::{Cut, Record, RunLog};
 use crate::{info, warn};
@@ -133,104 +106,9 @@ impl<D> Progress<D> {
     }
 }
 
-/// A model that is trained: its parameters on this rank, and their optimizer.
-pub struct Learner {
-    pub model: Llama,
-    pub optimizer: AdamW,
-    pub trainable: Trainable,
-    /// Where what is not trained comes from, which is in no checkpoint; none where all is trained.
-    frozen: Option<BaseMeta>,
-    /// The hash of what is not trained; none where all is trained.
-    hash: Option<TensorHash>,
-    /// The model that this one began as, for adapters to name.
-    origin: String,
-    /// Of a reward model: goes into checkpoints, and with the exported model.
-    pub scoring: Option<Scoring>,
-}
-
-impl Learner {
-    /// The model that `base` opened, at `origin` (empty for a new one), of which `trainable` says what is trained. Values
-    /// come with [`RunFolder::restore`]. Collective.
-    pub fn new(
-        base: &Base,
-        origin: Option<String>,
-        trainable: &Trainable,
-        c: &Common,
-        world: &World,
-    ) -> Result<Learner> {
-        let compute = compute_kind(c.precision.compute);
-        let plans = trainable.plans(&base.shape)?;
-        let params = Sharded::new(plans, world.sharding(), compute, world.device);
-        let mut model = Llama::new(base.shape.clone(), params);
-        let origin = origin.unwrap_or_default();
-        let frozen = model.params.frozen_bytes() > 0;
-        let frozen = frozen.then(|| BaseMeta { path: origin.clone(), trainable: trainable.clone() });
-        let hash = frozen.as_ref().map(|_| base.fill(&mut model.params, c.seed)).transpose()?;
-        let optimizer = AdamW::configured(&model.params, c.optim)?;
-        let trainable = trainable.clone();
-        Ok(Learner { model, optimizer, trainable, frozen, hash, origin, scoring: None })
-    }
-
-    /// What the model that `base` opened is, for [`RunFolder::record`]: `name` in the run, whose path is the configuration's
-    /// `NAME.path`.
-    pub fn record(&self, name: &str, base: &Base) -> Option<ModelRecord> {
-        base.record(name, &format!("{name}.path"), self.hash)
-    }
-
-    /// As a part of a checkpoint; the run's first has no name.
-    pub fn part<'a>(&'a self, name: &'a str) -> Part<'a> {
-        let (shape, params) = (&self.model.shape, &self.model.params);
-        let (base, scoring) = (self.frozen.as_ref(), self.scoring.as_ref());
-        Part { name, shape, base, scoring, params, optim: Some(&self.optimizer) }
-    }
-
-    /// Writes what was trained in Hugging Face's format, adapters in PEFT's. Collective.
-    pub fn export(&self, dir: &Path, tokenizer: &Tokenizer, world: &World) -> Result<()> {
-        self.export_as(&self.model.params, dir, tokenizer, world)
-    }
-
-    /// [`Learner::export`] of other values of the same parameters. Collective.
-    pub fn export_as(
-        &self,
-        params: &Sharded,
-        dir: &Path,
-        tokenizer: &Tokenizer,
-        world: &World,
-    ) -> Result<()> {
-        let (shape, tokenizer) = (&self.model.shape, Some(tokenizer));
-        let scoring = self.scoring.as_ref();
-        if self.trainable.lora.is_some() {
-            let how =
-                AdapterExport { trainable: &self.trainable, shape, base: &self.origin, tokenizer, scoring };
-            return export_adapter(dir, params, &how, &world.group);
-        }
-        let how = Export { dtype: params.compute(), max_shard_size: MAX_SHARD_SIZE, tokenizer, scoring };
-        export(dir, shape, params, &how, &world.group)
-    }
-
-    /// Sets the values that a new run begins with. Collective.
-    pub fn begin(&mut self, base: &Base, seed: u64) -> Result<()> {
-        match self.frozen {
-            Some(_) => Ok(()), // by `new`
-            None => base.fill(&mut self.model.params, seed).map(drop),
-        }
-    }
-}
-
-/// Bytes of tensors in one file of an exported model.
-pub const MAX_SHARD_SIZE: u64 = 5_000_000_000;
-
-pub fn compute_kind(c: Compute) -> Kind {
-    match c {
-        Compute::Float32 => Kind::Float,
-        Compute::Bfloat16 => Kind::BFloat16,
-        Compute::Float64 => Kind::Double,
-    }
-}
-
 /// How long a run is, and when it logs and saves.
 #[derive(Debug, Clone, Copy)]
-pub struct Plan {
+pub struct Cadence {
     pub steps: u64,
     pub log_every: i64,
     pub checkpoint_every: i64,
@@ -245,7 +123,7 @@ pub struct Run<'a, D> {
     pub progress: Progress<D>,
     pub(super) world: &'a World,
     pub(super) dir: PathBuf,
-    pub(super) plan: Plan,
+    pub(super) cadence: Cadence,
     pub(super) saver: Saver,
     pub(super) log: RunLog,
     pub(super) signals: Signals,
@@ -285,10 +163,10 @@ pub struct Stepped {
     pub tokens_per_s: f64,
 }
 
-impl Plan {
+impl Cadence {
     /// Of a run of `steps`.
-    pub fn new(c: &Common, steps: u64) -> Plan {
-        Plan {
+    pub fn new(c: &Common, steps: u64) -> Cadence {
+        Cadence {
             steps,
             log_every: c.log.every,
             checkpoint_every: c.checkpoint.every,
@@ -301,7 +179,7 @@ impl Plan {
 impl<D: Serialize> Run<'_, D> {
     /// All steps were done, or the run ended early.
     pub fn done(&self) -> bool {
-        self.progress.ended || self.progress.step >= self.plan.steps
+        self.progress.ended || self.progress.step >= self.cadence.steps
     }
 
     /// Whether something that is done every `every` steps, and after the last one, is due.
@@ -334,7 +212,7 @@ impl<D: Serialize> Run<'_, D> {
         }
         let seconds = self.window.started.elapsed().as_secs_f64();
         let tokens_per_s = self.window.tokens as f64 / seconds;
-        let due = self.due(self.plan.log_every) || update.skipped || fatal.is_err();
+        let due = self.due(self.cadence.log_every) || update.skipped || fatal.is_err();
         let record = due.then(|| {
             let record = self
                 .with_loss(Record::new("train", self.progress.step), update.loss)
@@ -388,7 +266,7 @@ impl<D: Serialize> Run<'_, D> {
 
     /// Adds a loss, in the precision that it was computed in.
     pub fn with_loss(&self, record: Record, loss: f64) -> Record {
-        match self.plan.compute {
+        match self.cadence.compute {
             Compute::Float64 => record.float("loss", loss),
             Compute::Float32 | Compute::Bfloat16 => record.float32("loss", loss as f32),
         }
@@ -446,7 +324,7 @@ impl<D: Serialize> Run<'_, D> {
     pub fn save(&mut self, models: &[Part], now: bool) -> Result<()> {
         self.saver.poll()?;
         let step = self.progress.step;
-        if now || self.due(self.plan.checkpoint_every) || self.signal > 0.0 {
+        if now || self.due(self.cadence.checkpoint_every) || self.signal > 0.0 {
             let state = serde_json::to_value(&self.progress).map_err(|e| Error::failed(e.to_string()))?;
             self.saver.sync_with_next(self.log.files());
             self.saver.begin(step, models, state)?;
@@ -462,7 +340,7 @@ impl<D: Serialize> Run<'_, D> {
     /// Waits for the last save. Collective.
     pub fn take_best(&mut self, load: impl FnOnce(&Checkpoint) -> Result<()>) -> Result<()> {
         self.last_save = self.saver.finish().map(drop);
-        let Some(step) = self.progress.best.step().filter(|_| self.plan.keep_best) else { return Ok(()) };
+        let Some(step) = self.progress.best.step().filter(|_| self.cadence.keep_best) else { return Ok(()) };
         if step == self.progress.step {
             self.took_best = true;
             return Ok(());

@@ -10,7 +10,6 @@ use serde_json::json;
 use tch::{Kind, Tensor};
 
 use crate::algorithms::step::{MicroBatch, accumulate_gradients, apply_gradients};
-use crate::algorithms::training::compute_kind;
 use crate::commands::Global;
 use crate::commands::inference::{ModelArgs, Spread};
 use crate::config::parallel::{Mode, Parallel};
@@ -22,6 +21,7 @@ use crate::distributed::world::World;
 use crate::error::{Context, Error, Result};
 use crate::generate::engine::{self, Options, Request};
 use crate::generate::sampler::Sampling;
+use crate::model::compute_kind;
 use crate::model::{Input, Llama, init, layout};
 use crate::optim::{AdamW, Hyper};
 use crate::{telemetry, warn};

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use tch::Device;
 
-use crate::algorithms::training::compute_kind;
 use crate::checkpoint::{Scoring, Weights};
 use crate::commands::Global;
 use crate::config::parallel::Parallel;
@@ -20,6 +19,7 @@ use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::files::{self, identity};
+use crate::model::compute_kind;
 use crate::model::{Llama, Trainable};
 use crate::{detail, warn};
 

@@ -26,6 +26,7 @@ mod intake;
 mod limits;
 pub mod merge;
 pub mod plan;
+pub mod recipes;
 pub mod score;
 pub mod tokenize;
 pub mod tokenizer;

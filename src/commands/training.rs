@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use chrono::{Datelike, NaiveDate};
 use kernels::c10d::ReduceOp;
 
-use crate::algorithms::base::Inputs;
 use crate::algorithms::folder::{examine, is_begun};
 use crate::algorithms::lock::RunLock;
+use crate::algorithms::recipe::Recipe;
 use crate::algorithms::run::{Resume, Start};
 use crate::checkpoint::Checkpoint;
 use crate::commands::Global;
+use crate::commands::recipes::RecipeArgs;
 use crate::config::{self, Algorithm, Loaded};
 use crate::distributed::agree::agree;
 use crate::distributed::environment::Place;
@@ -30,6 +31,8 @@ pub struct Args {
     pub overwrite: bool,
 }
 
+impl RecipeArgs for Args {}
+
 /// A configuration and what overrides it.
 #[derive(Debug, clap::Args)]
 pub struct ConfigArgs {
@@ -43,7 +46,7 @@ pub struct ConfigArgs {
 
 impl ConfigArgs {
     pub fn load<C: Algorithm>(&self) -> Result<Loaded<C>> {
-        let loaded = config::load::<C>(self.config.as_deref(), C::SUBCOMMAND, &self.overrides)?;
+        let loaded = config::load::<C>(self.config.as_deref(), &self.overrides)?;
         if loaded.compiled_in {
             info!("no --config given: taking the built-in recipe {}", loaded.source);
         }
@@ -52,16 +55,11 @@ impl ConfigArgs {
 }
 
 /// Loads and checks the configuration, opens what it names, joins the world, trains.
-pub fn run<C: Algorithm, I: Inputs>(
-    args: Args,
-    global: &Global,
-    open: impl Fn(&C) -> Result<I>,
-    train: impl FnOnce(&Loaded<C>, I, &World, &Start) -> Result<()>,
-) -> Result<()> {
+pub fn run<R: Recipe>(args: Args, global: &Global) -> Result<()> {
     if args.overwrite && args.resume != Resume::Never {
         return Err(Error::config("--overwrite goes with --resume never"));
     }
-    let mut loaded = args.config.load::<C>()?;
+    let mut loaded = args.config.load::<R>()?;
     let place = Place::from_env()?;
     loaded.validate(place.as_ref().map_or(1, |p| p.world_size))?;
     // A world that was started again goes on with the run that its first attempt began, whatever its command said at
@@ -74,15 +72,15 @@ pub fn run<C: Algorithm, I: Inputs>(
     RunLock::check_free(dir)?;
     let found = examine(&loaded, &start, &[])?;
     keep_date(&mut loaded.config, found.from.as_ref());
-    let inputs = open(&loaded.config)?;
+    let inputs = loaded.config.open()?;
     let mut facts = global.facts();
     let configuration = serde_json::to_value(&loaded.config).map_err(|e| Error::failed(e.to_string()))?;
     facts.add_configuration(&configuration);
-    inputs.add_facts(&mut facts)?;
+    R::add_facts(&inputs, &mut facts)?;
     let world = World::from_global(global.device.as_deref(), loaded.config.common().parallel, &facts)?;
     info!("{}", world.choice);
-    let inputs = with_first_ranks_date(&mut loaded.config, inputs, open, &world)?;
-    train(&loaded, inputs, &world, &start)
+    let inputs = with_first_ranks_date(&mut loaded.config, inputs, &world)?;
+    R::train(&loaded, inputs, &world, &start)
 }
 
 /// A resumed run's template goes on being told its date, unless the configuration gives one.
@@ -94,12 +92,7 @@ fn keep_date<C: Algorithm>(config: &mut C, from: Option<&Checkpoint>) {
 }
 
 /// Ranks that began on two sides of midnight: the date of rank 0 counts, and others read their data again. Collective.
-fn with_first_ranks_date<C: Algorithm, I>(
-    config: &mut C,
-    inputs: I,
-    open: impl Fn(&C) -> Result<I>,
-    world: &World,
-) -> Result<I> {
+fn with_first_ranks_date<R: Recipe>(config: &mut R, inputs: R::Inputs, world: &World) -> Result<R::Inputs> {
     let Some(date) = config.template_date() else { return Ok(inputs) };
     let mine = f64::from(date.date.num_days_from_ce());
     let told = if world.is_main() { mine } else { 0.0 };
@@ -108,7 +101,7 @@ fn with_first_ranks_date<C: Algorithm, I>(
         None => agree(&world.group, Ok(inputs)),
         Some(first) => {
             date.date = first;
-            agree(&world.group, open(config))
+            agree(&world.group, config.open())
         }
     }
 }

@@ -379,11 +379,6 @@ pub fn noted_stage(text: &str) -> Option<&str> {
     without_note(text).0.map(|(stage, _)| stage)
 }
 
-/// The subcommand whose configuration `text` is, as far as that can be told.
-pub fn stage_of(text: &str) -> Option<&str> {
-    noted_stage(text).or_else(|| super::subcommand_of(text))
-}
-
 /// What differs between the configuration `text` that a run's folder holds (as [`recorded`] writes it) and `here`.
 ///
 /// # Errors

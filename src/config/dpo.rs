@@ -11,7 +11,7 @@ use super::preferences::Data;
 use super::sections::{Tokenizer, Valid};
 use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};
-use super::{Algorithm, Conflict};
+use super::{Algorithm, BuiltIn, Conflict, built_in};
 
 configuration! {
     /// Direct preference optimization; `train.batch_size` counts prompts.
@@ -145,6 +145,7 @@ impl Section {
 
 impl Algorithm for Dpo {
     const SUBCOMMAND: &'static str = "dpo";
+    const DEFAULT: BuiltIn = built_in!("dpo");
 
     fn common(&self) -> Common<'_> {
         self.sections()

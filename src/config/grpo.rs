@@ -8,7 +8,7 @@ use super::policy::{KlEstimator, Level, LossType, policy_configuration};
 use super::rewards::{Reward, RewardKind};
 use super::sft::Samples;
 use super::template_date::TemplateDate;
-use super::{Algorithm, Conflict};
+use super::{Algorithm, BuiltIn, Conflict, built_in};
 
 policy_configuration! {
     /// Group-relative policy optimization; `train.batch_size` counts prompts an iteration, `train.steps` iterations.
@@ -193,6 +193,7 @@ impl Grpo {
 
 impl Algorithm for Grpo {
     const SUBCOMMAND: &'static str = "grpo";
+    const DEFAULT: BuiltIn = built_in!("grpo");
 
     fn common(&self) -> Common<'_> {
         self.sections()

@@ -46,6 +46,9 @@ pub trait Algorithm: Serialize + DeserializeOwned {
     /// The subcommand that runs it.
     const SUBCOMMAND: &'static str;
 
+    /// What is taken where no file is named.
+    const DEFAULT: BuiltIn;
+
     fn common(&self) -> Common<'_>;
 
     /// The first key that does not fit the others on `world_size` (at least 1) ranks, and why; touches no file and no
@@ -69,65 +72,45 @@ pub struct Loaded<T> {
     tree: Node,
 }
 
+/// A configuration that is compiled in.
+#[derive(Debug, Clone, Copy)]
+pub struct BuiltIn {
+    /// Its path in the source tree.
+    pub file: &'static str,
+    pub text: &'static str,
+}
+
+/// The [`BuiltIn`] of a folder of `configs/`: its `default.yaml`.
+macro_rules! built_in {
+    ($folder:literal) => {
+        $crate::config::BuiltIn {
+            file: concat!("configs/", $folder, "/default.yaml"),
+            text: include_str!(concat!("../../configs/", $folder, "/default.yaml")),
+        }
+    };
+}
+use built_in;
+
 /// A key that does not fit the others, and why.
 pub type Conflict = (&'static str, String);
 
-/// The recipe a subcommand takes when no file is named.
-fn default_recipe(subcommand: &str) -> Option<(&'static str, &'static str)> {
-    match subcommand {
-        "pretrain" => {
-            Some(("configs/pretrain/default.yaml", include_str!("../../configs/pretrain/default.yaml")))
-        }
-        "dpo" => Some(("configs/dpo/default.yaml", include_str!("../../configs/dpo/default.yaml"))),
-        "reward" => Some(("configs/reward/default.yaml", include_str!("../../configs/reward/default.yaml"))),
-        "online-dpo" => {
-            Some(("configs/online_dpo/default.yaml", include_str!("../../configs/online_dpo/default.yaml")))
-        }
-        "grpo" => Some(("configs/grpo/default.yaml", include_str!("../../configs/grpo/default.yaml"))),
-        "sft" => Some(("configs/sft/default.yaml", include_str!("../../configs/sft/default.yaml"))),
-        "ppo" => Some(("configs/ppo/default.yaml", include_str!("../../configs/ppo/default.yaml"))),
-        _ => None,
-    }
-}
-
-/// Reads `file` (or the recipe of `subcommand` that is compiled in), applies the overrides (`optim.lr=3e-4`, in
-/// order, values in YAML) and turns the result into `T`.
+/// Reads `file` (or the recipe that is compiled in), applies the overrides (`optim.lr=3e-4`, in order, values in YAML) and turns
+/// the result into `T`.
 ///
 /// # Errors
 /// All of kind `Config`: an unreadable file, broken YAML, a duplicate or unknown key, a wrong type, a value out of
 /// range, each with its place.
-pub fn load<T: DeserializeOwned>(
-    file: Option<&Path>,
-    subcommand: &str,
-    overrides: &[String],
-) -> Result<Loaded<T>> {
-    match (file, default_recipe(subcommand)) {
-        (Some(file), _) => {
-            let source = file.display().to_string();
-            let text = std::fs::read_to_string(file).map_err(|e| {
-                let why = broken_link(file).unwrap_or(format!("{e}; see --config"));
-                let e = format!("{source}: cannot read the configuration: {why}");
-                crate::content::unusable(file, Error::config(e))
-            })?;
-            parse(&text, source, false, overrides)
-        }
-        (None, Some((source, text))) => parse(text, source.to_string(), true, overrides),
-        (None, None) => Err(Error::config(format!("{subcommand} has no default recipe: give --config FILE"))),
-    }
-}
-
-/// The first subcommand whose configuration `text` is.
-fn subcommand_of(text: &str) -> Option<&'static str> {
-    fn is<T: Algorithm>(text: &str) -> Option<&'static str> {
-        parse::<T>(text, String::new(), false, &[]).is_ok().then_some(T::SUBCOMMAND)
-    }
-    is::<pretrain::Pretrain>(text)
-        .or_else(|| is::<sft::Sft>(text))
-        .or_else(|| is::<reward::Reward>(text))
-        .or_else(|| is::<dpo::Dpo>(text))
-        .or_else(|| is::<online_dpo::OnlineDpo>(text))
-        .or_else(|| is::<grpo::Grpo>(text))
-        .or_else(|| is::<ppo::Ppo>(text))
+pub fn load<T: Algorithm>(file: Option<&Path>, overrides: &[String]) -> Result<Loaded<T>> {
+    let Some(file) = file else {
+        return parse(T::DEFAULT.text, T::DEFAULT.file.to_string(), true, overrides);
+    };
+    let source = file.display().to_string();
+    let text = std::fs::read_to_string(file).map_err(|e| {
+        let why = broken_link(file).unwrap_or(format!("{e}; see --config"));
+        let e = format!("{source}: cannot read the configuration: {why}");
+        crate::content::unusable(file, Error::config(e))
+    })?;
+    parse(&text, source, false, overrides)
 }
 
 fn parse<T: DeserializeOwned>(

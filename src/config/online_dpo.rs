@@ -10,7 +10,7 @@ use super::policy::policy_configuration;
 use super::rewards::Reward;
 use super::sft::Samples;
 use super::template_date::TemplateDate;
-use super::{Algorithm, Conflict};
+use super::{Algorithm, BuiltIn, Conflict, built_in};
 
 policy_configuration! {
     /// DPO on the model's own responses; `train.batch_size` counts prompts an iteration, `train.steps` iterations.
@@ -95,6 +95,7 @@ impl OnlineDpo {
 
 impl Algorithm for OnlineDpo {
     const SUBCOMMAND: &'static str = "online-dpo";
+    const DEFAULT: BuiltIn = built_in!("online_dpo");
 
     fn common(&self) -> Common<'_> {
         self.sections()

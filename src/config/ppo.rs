@@ -12,7 +12,7 @@ use super::rewards::{Reward, RewardKind};
 use super::sections::Source;
 use super::template_date::TemplateDate;
 use super::trainable;
-use super::{Algorithm, Conflict};
+use super::{Algorithm, BuiltIn, Conflict, built_in};
 
 policy_configuration! {
     pub struct Ppo {
@@ -241,6 +241,7 @@ impl Ppo {
 
 impl Algorithm for Ppo {
     const SUBCOMMAND: &'static str = "ppo";
+    const DEFAULT: BuiltIn = built_in!("ppo");
 
     fn common(&self) -> Common<'_> {
         self.sections()

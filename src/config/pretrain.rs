@@ -7,7 +7,7 @@ use super::model::Model;
 use super::numbers::count;
 use super::sections::{Source, Tokenizer, Valid};
 use super::shape::Shape;
-use super::{Algorithm, Conflict};
+use super::{Algorithm, BuiltIn, Conflict, built_in};
 
 configuration! {
     pub struct Pretrain {
@@ -35,6 +35,7 @@ pub struct Data {
 
 impl Algorithm for Pretrain {
     const SUBCOMMAND: &'static str = "pretrain";
+    const DEFAULT: BuiltIn = built_in!("pretrain");
 
     fn common(&self) -> Common<'_> {
         self.sections()

@@ -11,7 +11,7 @@ use super::preferences::Data;
 use super::sections::{Tokenizer, Valid};
 use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};
-use super::{Algorithm, Conflict};
+use super::{Algorithm, BuiltIn, Conflict, built_in};
 
 configuration! {
     /// `train.batch_size` and `train.micro_batch_size` count prompts, each with all of its completions.
@@ -108,6 +108,7 @@ pub enum Which {
 
 impl Algorithm for Reward {
     const SUBCOMMAND: &'static str = "reward";
+    const DEFAULT: BuiltIn = built_in!("reward");
 
     fn common(&self) -> Common<'_> {
         self.sections()

@@ -11,7 +11,7 @@ use super::preferences::split_conflict;
 use super::sections::{OnError, Source, Tokenizer, Valid};
 use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};
-use super::{Algorithm, Conflict};
+use super::{Algorithm, BuiltIn, Conflict, built_in};
 
 configuration! {
     pub struct Sft {
@@ -129,6 +129,7 @@ impl Default for Generation {
 
 impl Algorithm for Sft {
     const SUBCOMMAND: &'static str = "sft";
+    const DEFAULT: BuiltIn = built_in!("sft");
 
     fn common(&self) -> Common<'_> {
         self.sections()

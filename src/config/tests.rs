@@ -213,11 +213,9 @@ fn missing_keys_and_broken_yaml() {
     let message = broken("{steps: 10, batch_size: 8}", "{steps: 10, batch_size: 8");
     assert!(message.starts_with("c.yaml:1"), "{message}");
     assert!(error("", &[]).starts_with("c.yaml:1:1: "));
-    let e = load::<Pretrain>(Some(Path::new("no/such.yaml")), "pretrain", &[]).unwrap_err();
+    let e = load::<Pretrain>(Some(Path::new("no/such.yaml")), &[]).unwrap_err();
     assert_eq!(e.exit_code(), 2);
     assert!(e.message.starts_with("no/such.yaml: cannot read the configuration: "), "{}", e.message);
-    let e = load::<Pretrain>(None, "dance", &[]).unwrap_err();
-    assert_eq!(e.message, "dance has no default recipe: give --config FILE");
 }
 
 #[test]
@@ -360,7 +358,7 @@ fn rope_scaling_is_checked() {
 
 #[test]
 fn default_recipe_loads() {
-    let loaded: Loaded<Pretrain> = load(None, "pretrain", &["optim.clip=0".into()]).unwrap();
+    let loaded: Loaded<Pretrain> = load(None, &["optim.clip=0".into()]).unwrap();
     assert!(loaded.compiled_in);
     assert_eq!(loaded.source, "configs/pretrain/default.yaml");
     for world_size in [1, 2, 4] {

@@ -2,11 +2,11 @@
 //! alone: not on the world size, the micro-batch or where the run was stopped.
 
 use super::order::{self, Mixture, weights};
+use super::position::Indexed;
 use super::shards::TokenSet;
 use super::tokenizer::hex;
 use crate::error::{Error, Result};
 use crate::random::Rng;
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 /// Labels that no loss is computed for.
@@ -37,15 +37,6 @@ pub struct Batch {
     pub columns: usize,
 }
 
-/// A position, to be saved with a checkpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct State {
-    /// The global index of the next sample.
-    pub next: u64,
-    /// Of the loader that it belongs to.
-    pub fingerprint: String,
-}
-
 /// Gives sample `i` of an endless sequence (of one pass, in `Order::Sequential`). A sample is a window of
 /// `sequence_length + 1` tokens; windows lie `sequence_length` apart, so that the last token of one is the first
 /// of the next and every token is predicted once. From the second epoch on, windows begin at another offset.
@@ -62,6 +53,15 @@ struct Pool {
     sets: Vec<TokenSet>,
     /// Where each set's windows begin, and at the end the number of windows.
     starts: Vec<u64>,
+}
+
+impl Indexed for Loader {
+    const ITEM: &'static str = "sample";
+    const DECIDES: &'static str = "the token shards, their weights, the sequence length or the seed";
+
+    fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
 }
 
 impl Loader {
@@ -125,27 +125,6 @@ impl Loader {
     /// The sources, in the order given.
     pub fn sets(&self) -> impl Iterator<Item = &TokenSet> {
         self.pools.iter().flat_map(|p| &p.sets)
-    }
-
-    /// Tells data, order and sequence length apart, wherever the files lie.
-    pub fn fingerprint(&self) -> &str {
-        &self.fingerprint
-    }
-
-    pub fn state(&self, next: u64) -> State {
-        State { next, fingerprint: self.fingerprint.clone() }
-    }
-
-    /// The next sample's index, where `state` was saved with the same data, seed, weights and sequence length.
-    pub fn resume(&self, state: &State) -> Result<u64> {
-        if state.fingerprint == self.fingerprint {
-            return Ok(state.next);
-        }
-        Err(Error::config(format!(
-            "the checkpoint stands at sample {} of other data ({}, here {}): the token shards, their weights, the \
-             sequence length or the seed have changed; set them as they were, or start a new run from the model",
-            state.next, state.fingerprint, self.fingerprint
-        )))
     }
 
     /// Sample `index`: `sequence_length + 1` token ids, `IGNORE` after a source's end (only sequentially). Fails
@@ -235,6 +214,7 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::position::{Position, Positioned};
     use crate::data::shards::tests::write;
     use crate::files::TestFolder;
     use std::collections::HashSet;
@@ -291,9 +271,10 @@ mod tests {
             while next < 48 {
                 // One micro-batch of every rank; in the middle, a restart from the saved position.
                 let loader = loader(&sources, 16, SHUFFLED);
-                let state: State =
-                    serde_json::from_str(&serde_json::to_string(&loader.state(next)).unwrap()).unwrap();
-                next = loader.resume(&state).unwrap();
+                let state: Position =
+                    serde_json::from_str(&serde_json::to_string(&loader.at(next)).unwrap()).unwrap();
+                loader.check(&state).unwrap();
+                next = state.next;
                 for rank in 0..ranks {
                     let batch = loader.batch(next + rank * micro, micro as usize).unwrap();
                     assert_eq!((batch.rows, batch.columns), (micro as usize, 16));
@@ -315,7 +296,7 @@ mod tests {
         let folder = TestFolder::new("loader-fingerprint");
         let plain = sources(&folder, &[500, 300], &[]);
         let weighted = sources(&folder, &[500, 300], &[2.0, 1.0]);
-        let state = loader(&plain, 16, SHUFFLED).state(7);
+        let state = loader(&plain, 16, SHUFFLED).at(7);
         let others = [
             loader(&plain, 17, SHUFFLED),
             loader(&plain, 16, Order::Shuffled { seed: 4 }),
@@ -323,13 +304,13 @@ mod tests {
             loader(&plain[..1], 16, SHUFFLED),
         ];
         for other in &others {
-            let e = other.resume(&state).err().unwrap();
+            let e = other.check(&state).err().unwrap();
             assert!(e.message.contains("stands at sample 7 of other data"), "{e}");
         }
         let moved = folder.0.join("moved");
         std::fs::rename(&plain[0].path, &moved).unwrap();
         let moved = [Source { path: moved, weight: None }, plain[1].clone()];
-        assert_eq!(loader(&moved, 16, SHUFFLED).resume(&state).unwrap(), 7);
+        assert!(loader(&moved, 16, SHUFFLED).check(&state).is_ok() && state.next == 7);
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! Prompts that a model is to answer while it is trained, with what the data says of the answer.
 
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
@@ -14,6 +13,7 @@ use super::examples::Split;
 use super::fields::{self, Fields, Unused};
 use super::odd::{Odd, OddRecords, OrOdd, Reason};
 use super::order::{self, Mixture};
+use super::position::Indexed;
 use super::readers::{self, Place, Record};
 use super::tokenizer::hex;
 use crate::config::prompts::{Data, FewShot};
@@ -59,15 +59,6 @@ impl Prompt {
     }
 }
 
-/// Where a run stands in its prompts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct State {
-    /// The number of the next prompt.
-    pub next: u64,
-    /// Tells data, weights, seed and tokenizer apart.
-    fingerprint: String,
-}
-
 /// Gives prompt `i` of an endless sequence, shuffled anew in every epoch (without a seed: in the data's order).
 pub struct Prompts {
     /// Without weights one pool of all sources, else one for each.
@@ -83,6 +74,16 @@ pub struct Prompts {
     /// Of each file, how many records have keys that nothing reads, unless a reward is given the record.
     unread: Vec<(PathBuf, Unused)>,
     fingerprint: String,
+}
+
+impl Indexed for Prompts {
+    const ITEM: &'static str = "prompt";
+    const DECIDES: &'static str =
+        "the files, their weights, the tokenizer, the template, the options of `data` or the seed";
+
+    fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
 }
 
 impl Prompts {
@@ -213,28 +214,6 @@ impl Prompts {
     pub fn longest(&self) -> usize {
         self.pools.iter().flatten().map(|p| p.ids.len()).max().unwrap_or(0)
     }
-
-    /// Tells data, order and options apart, wherever the files lie.
-    pub fn fingerprint(&self) -> &str {
-        &self.fingerprint
-    }
-
-    pub fn state(&self, next: u64) -> State {
-        State { next, fingerprint: self.fingerprint.clone() }
-    }
-
-    /// The next prompt's number, where `state` was saved with the same prompts in the same order.
-    pub fn resume(&self, state: &State) -> Result<u64> {
-        if state.fingerprint == self.fingerprint {
-            return Ok(state.next);
-        }
-        Err(Error::config(format!(
-            "the checkpoint stands at prompt {} of other prompts ({}, here {}): the files, their weights, the tokenizer, \
-             the template, the options of `data` or the seed have changed; set them as they were, or start a new run from \
-             the model",
-            state.next, state.fingerprint, self.fingerprint
-        )))
-    }
 }
 
 /// The turns of the examples that every prompt begins with, and what else their records have, which is not used.
@@ -260,6 +239,7 @@ fn shots_of(few: &FewShot) -> Result<(Vec<Message>, Unused)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::position::Positioned;
     use crate::data::tokenizer::tests::small;
     use crate::files::TestFolder;
 
@@ -316,11 +296,11 @@ mod tests {
         };
         assert_ne!(epoch(0), epoch(1));
         assert_eq!(sorted(epoch(0)), sorted(epoch(1)));
-        let state = prompts.state(7);
-        assert_eq!(prompts.resume(&state).unwrap(), 7);
+        let state = prompts.at(7);
+        assert!(prompts.check(&state).is_ok() && state.next == 7);
         for (data, seed) in [("", Some(2)), (", split: [1, 1, 2]", Some(1))] {
             let other = open(&folder, &lines, data, 100, seed).unwrap();
-            assert!(other.resume(&state).unwrap_err().message.contains("other prompts"));
+            assert!(other.check(&state).unwrap_err().message.contains("prompt 7 of other data"));
         }
         let part = open(&folder, &lines, ", split: [1, 1, 2]", 100, Some(1)).unwrap();
         assert!((15..35).contains(&part.len()), "{}", part.len());

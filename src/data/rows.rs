@@ -4,10 +4,11 @@
 use sha2::{Digest, Sha256};
 
 use super::examples::{Counts, Encoded, Example, Examples};
-use super::loader::{IGNORE, Order, State};
+use super::loader::{IGNORE, Order};
 use super::odd::OddRecords;
 use super::order::{self, Mixture};
 use super::packing::best_fit_decreasing;
+use super::position::Indexed;
 use super::tokenizer::hex;
 use crate::config::sections::OnError;
 use crate::error::{Error, Result};
@@ -92,6 +93,16 @@ pub struct RowLoader {
 /// The examples of a row: source and number.
 type Row = Vec<(u32, u32)>;
 
+impl Indexed for RowLoader {
+    const ITEM: &'static str = "row";
+    const DECIDES: &'static str =
+        "the files, their weights, the tokenizer, the template, the options of `data` or the seed";
+
+    fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+}
+
 impl RowLoader {
     /// # Errors
     /// A source without examples; weights on some sources only.
@@ -163,28 +174,6 @@ impl RowLoader {
     /// The share of an epoch's positions that is padding, where rows have `sequence_length` columns.
     pub fn padding(&self) -> f64 {
         1.0 - self.counts().tokens as f64 / (self.num_rows() * self.sequence_length as u64) as f64
-    }
-
-    /// Tells data, order and options apart, wherever the files lie.
-    pub fn fingerprint(&self) -> &str {
-        &self.fingerprint
-    }
-
-    pub fn state(&self, next: u64) -> State {
-        State { next, fingerprint: self.fingerprint.clone() }
-    }
-
-    /// The next row's index, where `state` was saved with the same data, seed, weights and options.
-    pub fn resume(&self, state: &State) -> Result<u64> {
-        if state.fingerprint == self.fingerprint {
-            return Ok(state.next);
-        }
-        Err(Error::config(format!(
-            "the checkpoint stands at row {} of other data ({}, here {}): the files, their weights, the tokenizer, the \
-             template, the options of `data` or the seed have changed; set them as they were, or start a new run from \
-             the model",
-            state.next, state.fingerprint, self.fingerprint
-        )))
     }
 
     fn row(&self, index: u64) -> &[(u32, u32)] {

@@ -13,7 +13,7 @@ const CHUNK_CPU: i64 = 4 << 20;
 const CHUNK_GPU: i64 = 64 << 20;
 
 /// Rows of a chunk of logits of a vocabulary, for `n` rows on a device.
-pub(super) fn chunk(device: Device, vocab_size: i64, n: i64) -> i64 {
+pub(crate) fn chunk(device: Device, vocab_size: i64, n: i64) -> i64 {
     let elements = if device == Device::Cpu { CHUNK_CPU } else { CHUNK_GPU };
     let most = (elements / vocab_size).max(512);
     let even = n / ((n + most - 1) / most).max(1);

@@ -195,7 +195,7 @@ impl Block<LinearGrad> {
 }
 
 /// The adapters on some tensors of a group, each with its first row among theirs.
-pub(super) fn adapters_of(plan: &Plan, tensors: &Range<usize>) -> Vec<(usize, i64)> {
+pub(crate) fn adapters_of(plan: &Plan, tensors: &Range<usize>) -> Vec<(usize, i64)> {
     let rows = |k: usize| plan.layout.specs[k].shape[0];
     let on = |(k, a): (usize, &Adapter)| {
         tensors.contains(&a.target).then(|| (k, (tensors.start..a.target).map(rows).sum()))
@@ -206,7 +206,7 @@ pub(super) fn adapters_of(plan: &Plan, tensors: &Range<usize>) -> Vec<(usize, i6
 impl<L> Block<L> {
     /// Takes the tensors in the order of `block`, of which there are `count`: layers of `linear(weights, biases)`, and
     /// vectors.
-    pub(super) fn of(
+    pub(crate) fn of(
         s: &Shape,
         count: usize,
         linear: impl Fn(Range<usize>, Option<Range<usize>>) -> Result<L>,

@@ -168,13 +168,21 @@ pub struct Llama {
     pub params: Sharded,
     /// Rotary tables A [P, D / 2], grown as positions need.
     rope: Option<(Tensor, Tensor)>,
-    /// Whether adapters act; without them the model is the one that they were added to.
-    pub adapters: bool,
+    /// Whether adapters act; see [`Llama::without_adapters`].
+    adapters: bool,
 }
 
 impl Llama {
     pub fn new(shape: Shape, params: Sharded) -> Llama {
         Llama { shape, params, rope: None, adapters: true }
+    }
+
+    /// Calls `f` with the model that the adapters were added to.
+    pub fn without_adapters<T>(&mut self, f: impl FnOnce(&mut Llama) -> Result<T>) -> Result<T> {
+        self.adapters = false;
+        let result = f(self);
+        self.adapters = true;
+        result
     }
 
     pub(super) fn num_blocks(&self) -> usize {

@@ -6,9 +6,8 @@ pub mod init;
 pub mod layout;
 pub mod linear;
 pub mod llama;
-pub mod memory;
 mod mixture;
-mod mlp;
+pub(crate) mod mlp;
 pub mod score;
 pub mod trainable;
 
@@ -16,8 +15,20 @@ pub use decode::KvCache;
 pub use head::LmHead;
 pub use linear::{Linear, LinearGrad};
 pub use llama::{DropoutPlace, Input, Llama, Tape};
-pub use memory::Memory;
 pub use score::ScoreHead;
 pub use trainable::Trainable;
 
 pub use crate::config::sections::Recompute;
+
+use tch::Kind;
+
+use crate::config::sections::Compute;
+
+/// libtorch's name of a dtype that the configuration names.
+pub fn compute_kind(c: Compute) -> Kind {
+    match c {
+        Compute::Float32 => Kind::Float,
+        Compute::Bfloat16 => Kind::BFloat16,
+        Compute::Float64 => Kind::Double,
+    }
+}

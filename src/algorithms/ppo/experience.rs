@@ -3,14 +3,14 @@
 use kernels::c10d::Group;
 use tch::{Kind, Tensor};
 
-use super::{Experience, Models, Position};
-use crate::algorithms::rl::advantages::explained_variance;
+use super::{Experience, Models, Session};
+use crate::algorithms::losses::advantages::explained_variance;
+use crate::algorithms::losses::{Moments, gae, token_rewards, whiten};
+use crate::algorithms::rl::checks;
 use crate::algorithms::rl::experience::SamplerDistance;
 use crate::algorithms::rl::place::at_work;
 use crate::algorithms::rl::policy::{describe, share_of};
 use crate::algorithms::rl::sampling::{Batch, Sampled, Sampler};
-use crate::algorithms::rl::{Moments, checks, gae, token_rewards, whiten};
-use crate::algorithms::training::Run;
 use crate::config::ppo::{Baseline, KlIn, MissingEos, Ppo};
 use crate::distributed::exchange::gather_rows;
 use crate::distributed::world::World;
@@ -29,10 +29,9 @@ pub fn experience(
     let (ppo, temperature) = (&c.ppo, c.generation.temperature);
     let (sequences, micro) = (&batch.sequences, c.micro_batch_size(world.mesh.data.size));
     let share = share_of(sequences, micro as usize, world);
-    models.policy.wake()?;
-    let actor = &mut models.policy.actor.model;
-    let [logprobs, entropies] = share.logprobs_and_entropies(actor, temperature)?;
-    models.policy.rest()?;
+    let [logprobs, entropies] = models
+        .policy
+        .on_device(|policy| share.logprobs_and_entropies(&mut policy.actor.model, temperature))?;
     let critic = &mut models.critic.model;
     let values = at_work(critic, c.critic().offload, |critic| share.values(critic))?;
     let reference = models.policy.with_reference(|reference| share.logprobs(reference, temperature))?;
@@ -106,19 +105,20 @@ fn scores(c: &Ppo, batch: &Batch) -> Vec<Option<f64>> {
     scores.into_iter().map(|s| s.map(|s| (s - baseline).clamp(-clip, clip))).collect()
 }
 
-pub fn samples_due(c: &Ppo, step: u64) -> bool {
-    c.samples.every > 0 && step.is_multiple_of(c.samples.every)
-}
-
-/// The first responses of an iteration into samples.jsonl and TensorBoard, their tokens into trace.jsonl.
-pub fn write_samples(
+/// The first responses of an iteration, where they are due, into samples.jsonl and TensorBoard, their tokens into trace.jsonl.
+/// Collective.
+pub fn log_samples(
     c: &Ppo,
     sampler: &Sampler,
     batch: &Batch,
     e: &Experience,
-    new: Option<Tensor>,
-    run: &mut Run<Position>,
+    session: &mut Session,
 ) -> Result<()> {
+    let (models, run) = (&mut session.models, &mut session.run);
+    if c.samples.every == 0 || !run.progress.step.is_multiple_of(c.samples.every) {
+        return Ok(());
+    }
+    let new = c.samples.trace.then(|| models.logprobs(c, e, session.world)).transpose()?;
     let step = run.progress.step + 1;
     let tokenizer = sampler.chat.tokenizer();
     for (i, sample) in batch.samples.iter().take(c.samples.count as usize).enumerate() {

@@ -4,6 +4,7 @@
 mod experience;
 mod update;
 
+use std::path::Path;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -11,13 +12,17 @@ use tch::Tensor;
 
 use crate::algorithms::base::Base;
 use crate::algorithms::folder::RunFolder;
+use crate::algorithms::learner::{Learner, Learners};
+use crate::algorithms::losses::KlController;
+use crate::algorithms::recipe::{Recipe, Shown};
 use crate::algorithms::records;
-use crate::algorithms::rl::KlController;
 use crate::algorithms::rl::checks::Stalled;
+use crate::algorithms::rl::memory::{self, Others, Work};
 use crate::algorithms::rl::place::{Where, average, check_offload};
 use crate::algorithms::rl::policy::{Opened, Policy, Samplers, check_reads, share_of};
+use crate::algorithms::rl::sampling::Times;
 use crate::algorithms::run::Start;
-use crate::algorithms::training::{Learner, Plan, Progress};
+use crate::algorithms::session;
 use crate::checkpoint::{Checkpoint, Part};
 use crate::config::common::Common;
 use crate::config::model::Model;
@@ -26,8 +31,10 @@ use crate::config::reward::Score;
 use crate::config::sections::{self, Precision};
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
-use crate::data::loader::{Loader, Order, Source, State as LoaderState};
-use crate::data::prompts::State;
+use crate::data::loader::{Loader, Order, Source};
+use crate::data::position::{Indexed, Position as At, Positioned};
+use crate::data::prompts::Prompts;
+use crate::data::tokenizer::Tokenizer;
 use crate::distributed::agreement::Facts;
 use crate::distributed::exchange::gather_rows;
 use crate::distributed::world::World;
@@ -36,8 +43,9 @@ use crate::generate::rollout::Sequences;
 use crate::info;
 use crate::model::{Trainable, init};
 use crate::optim::Average;
+use crate::plan::{Plan, Target};
 
-/// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
+/// What a run reads before any rank talks to another.
 pub struct Inputs {
     opened: Opened,
     samplers: Samplers,
@@ -45,35 +53,29 @@ pub struct Inputs {
     ptx: Option<Loader>,
 }
 
-impl crate::algorithms::base::Inputs for Inputs {
-    fn add_facts(&self, facts: &mut Facts) -> Result<()> {
-        self.samplers.add_facts(facts);
-        self.opened.add_facts(facts)?;
-        self.ptx.iter().for_each(|ptx| facts.add_contents("ppo.ptx.data", ptx.fingerprint()));
-        self.critic.0.add_facts("critic", facts)
-    }
-}
+impl Recipe for Ppo {
+    const ABOUT: &'static str = "Train a model on its own answers by PPO";
+    const PLAN_FLAGS: &'static [&'static str] = &[];
+    type Inputs = Inputs;
 
-impl Inputs {
-    /// Opens and checks all that the configuration names.
-    pub fn open(c: &Ppo) -> Result<Inputs> {
-        let (opened, samplers) = Opened::open(&c.sections_of_responses(), true)?;
+    fn open(&self) -> Result<Inputs> {
+        let (opened, samplers) = Opened::open(&self.sections_of_responses(), true)?;
         let actor = &opened.actor;
-        let section = c.critic();
+        let section = self.critic();
         let critic = || -> Result<(Base, Trainable)> {
-            let (model, length) = (Model::Path(section.path.clone()), c.data.sequence_length);
-            let base = Base::open_scored(&model, c.tokenizer.as_ref(), length, Some(0.0))?;
+            let (model, length) = (Model::Path(section.path.clone()), self.data.sequence_length);
+            let base = Base::open_scored(&model, self.tokenizer.as_ref(), length, Some(0.0))?;
             check_reads(&base, actor)?;
             let trainable = base.trainable(&section.freeze, section.lora.as_ref())?;
             Ok((base, trainable))
         };
         let critic = critic().map_err(|e| e.context("critic"))?;
-        let ptx = match &c.ppo.ptx {
+        let ptx = match &self.ppo.ptx {
             None => None,
             Some(ptx) => {
                 let source = |s: &sections::Source| Source { path: s.path.clone(), weight: s.weight };
                 let sources: Vec<Source> = ptx.data.iter().map(source).collect();
-                let order = Order::Shuffled { seed: c.seed };
+                let order = Order::Shuffled { seed: self.seed };
                 let (hash, rows) = (actor.tokenizer.base_hash(), actor.shape.vocab_size as usize);
                 Some(Loader::new(&sources, Some(hash), rows, ptx.sequence_length as usize, order)?)
             }
@@ -81,15 +83,44 @@ impl Inputs {
         Ok(Inputs { opened, samplers, critic, ptx })
     }
 
-    /// The models that are trained: name, shape, and what of them.
-    pub fn trained(&self) -> [(&str, &Shape, &Trainable); 2] {
-        let (opened, (critic, of_critic)) = (&self.opened, &self.critic);
-        [("actor", &opened.actor.shape, &opened.trainable), ("critic", &critic.shape, of_critic)]
+    fn add_facts(inputs: &Inputs, facts: &mut Facts) -> Result<()> {
+        inputs.samplers.add_facts(facts);
+        inputs.opened.add_facts(facts)?;
+        inputs.ptx.iter().for_each(|ptx| facts.add_contents("ppo.ptx.data", ptx.fingerprint()));
+        inputs.critic.0.add_facts("critic", facts)
     }
 
-    /// Where prompts come from.
-    pub fn samplers(&self) -> &Samplers {
-        &self.samplers
+    fn trained(inputs: &Inputs) -> Vec<(&'static str, &Shape, &Trainable)> {
+        let (opened, (critic, of_critic)) = (&inputs.opened, &inputs.critic);
+        vec![("actor", &opened.actor.shape, &opened.trainable), ("critic", &critic.shape, of_critic)]
+    }
+
+    fn data_line(&self, inputs: &Inputs) -> String {
+        inputs.opened.data_line(&inputs.samplers.train.prompts, self.train.batch_size)
+    }
+
+    fn shown<'a>(&self, inputs: &'a Inputs) -> Shown<'a> {
+        Shown::Prompts(&inputs.samplers)
+    }
+
+    fn names_preset(&self) -> bool {
+        memory::names_preset(&self.sections_of_responses(), Some(&self.critic().path))
+    }
+
+    fn plan(&self, target: &Target) -> Result<Plan> {
+        let work = Work {
+            responses: self.train.batch_size / target.ranks,
+            micro_batch: self.micro_batch_size(target.ranks),
+            update: self.ppo.minibatch_size / target.ranks,
+        };
+        let critic = self.critic();
+        let others = Others { critic: Some(&critic), reference: true, average: self.ppo.ema.is_some() };
+        memory::plan(Self::SUBCOMMAND, &self.sections_of_responses(), &others, work, target)
+    }
+
+    fn train(loaded: &Loaded<Self>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
+        let Inputs { opened, samplers, critic, ptx } = inputs;
+        ppo(loaded, &Ready { opened, critic, ptx }, samplers, world, start)
     }
 }
 
@@ -113,19 +144,51 @@ impl Ready {
 /// Where a run stands.
 #[derive(Debug, Serialize, Deserialize)]
 struct Position {
-    prompts: State,
+    prompts: At,
     kl: KlController,
-    ptx: Option<LoaderState>,
+    ptx: Option<At>,
+}
+
+/// What a run goes through: its prompts, and pretraining data.
+struct Data<'a> {
+    c: &'a Ppo,
+    prompts: &'a Prompts,
+    ptx: Option<&'a Loader>,
+}
+
+impl Positioned for Data<'_> {
+    type Position = Position;
+
+    fn begin(&self) -> Position {
+        let coef = self.c.ppo.kl_coef;
+        let kl = match self.c.ppo.kl_target {
+            Some(target) => KlController::Adaptive { coef, target, horizon: self.c.ppo.kl_horizon },
+            None => KlController::Fixed { coef },
+        };
+        Position { prompts: self.prompts.begin(), kl, ptx: self.ptx.map(Positioned::begin) }
+    }
+
+    fn check(&self, position: &Position) -> Result<()> {
+        self.prompts.check(&position.prompts)?;
+        match (self.ptx, &position.ptx) {
+            (Some(ptx), Some(position)) => ptx.check(position),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// The models of a run on this rank.
 struct Models<'a> {
     /// The actor, its reference, and the reward model.
     policy: Policy<'a>,
-    critic: Learner,
+    critic: Learner<'a>,
     critic_world: Where<'a>,
+    /// What the values of the critic's head are multiplied by at the start.
+    gain_of_values: Option<f64>,
     ema: Option<Average>,
 }
+
+type Session<'a> = session::Session<'a, Models<'a>, Position>;
 
 /// All responses of an iteration, the same on every rank: [n, W], in the actor's accumulator, 0 where there is no token of
 /// a response.
@@ -141,113 +204,58 @@ struct Experience {
     returns: Tensor,
 }
 
-/// Runs the training that `loaded` describes, in `world`, on inputs that were opened before the ranks met.
-pub fn ppo(loaded: &Loaded<Ppo>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
-    let Inputs { opened, samplers, critic, ptx } = inputs;
-    let (inputs, samplers) = (&Ready { opened, critic, ptx }, samplers);
+fn ppo(loaded: &Loaded<Ppo>, inputs: &Ready, samplers: Samplers, world: &World, start: &Start) -> Result<()> {
     let c = &loaded.config;
-    let common = c.common();
-    let tokenizer = inputs.opened.tokenizer().clone();
-    let mut folder = RunFolder::open(loaded, start, &c.paths(), &tokenizer, world)?;
+    let (common, tokenizer) = (c.common(), inputs.opened.tokenizer());
+    let mut folder = RunFolder::open(loaded, start, &c.paths(), tokenizer, world)?;
     let Samplers { train: mut sampler, mut valid } = samplers;
     let mut models = Models::load(c, inputs, world)?;
     folder.record(std::mem::take(&mut models.policy.records))?;
-    folder.record(models.critic.record("critic", &inputs.critic.0))?;
-    let progress = match folder.restore::<Position>(&mut models.policy.actor)? {
-        Some(progress) => {
-            sampler.prompts.resume(&progress.data.prompts)?;
-            if let (Some(ptx), Some(state)) = (&inputs.ptx, &progress.data.ptx) {
-                ptx.resume(state)?;
-            }
-            if let Some(from) = folder.from() {
-                let Learner { model, optimizer, .. } = &mut models.critic;
-                from.part("critic")?.load(&mut model.params, optimizer)?;
-                if let Some(ema) = &mut models.ema {
-                    from.part("ema")?.load_values(&mut ema.params)?;
-                }
-            }
-            progress
-        }
-        None => {
-            models.policy.actor.begin(&inputs.opened.actor, c.seed)?;
-            models.critic.begin(&inputs.critic.0, c.seed)?;
-            if let Some(gain) = inputs.gain_of_values()? {
-                init::scale_score(&mut models.critic.model.params, gain)?;
-            }
-            let coef = c.ppo.kl_coef;
-            let kl = match c.ppo.kl_target {
-                Some(target) => KlController::Adaptive { coef, target, horizon: c.ppo.kl_horizon },
-                None => KlController::Fixed { coef },
-            };
-            let ptx = inputs.ptx.as_ref().map(|p| p.state(0));
-            Progress::new(Position { prompts: sampler.prompts.state(0), kl, ptx })
-        }
-    };
+    folder.record(models.critic.record("critic"))?;
+    let data = Data { c, prompts: &sampler.prompts, ptx: inputs.ptx.as_ref() };
+    let progress = folder.restore_or_begin(&mut models, &data)?;
     inputs.opened.announce(&sampler, valid.as_ref(), c.train.batch_size, world);
     let size = models.critic.model.shape.num_parameters() as f64 / 1e6;
     info!("critic: {size:.2}M parameters on {:?}", models.critic_world.device);
-    let mut run = folder.start(progress, Plan::new(&common, inputs.opened.steps))?;
 
-    if run.owes_validation() {
-        let best = models.policy.validation(&mut valid, &c.valid, c.train.batch_size, &mut run, world)?;
-        run.save(&models.parts(), best)?;
-    }
-    let mut stalled = Stalled::default();
-    while !run.done() {
-        let (step, count) = (run.progress.step, c.train.batch_size as u64);
-        let first = run.progress.data.prompts.next;
-        let kl_coef = run.progress.data.kl.coef();
-        let asking = Instant::now();
+    let (mut stalled, count) = (Stalled::default(), c.train.batch_size as u64);
+    let mut session = Session::start(folder, progress, models, &common, inputs.opened.steps)?;
+    let mut validation = |s: &mut Session| {
+        s.models.policy.validation(&mut valid, &c.valid, c.train.batch_size, &mut s.run, world)
+    };
+    session.catch_up(&mut validation)?;
+    while !session.run.done() {
+        let (models, step) = (&mut session.models, session.run.progress.step);
+        let Position { prompts: At { next: first, .. }, kl, .. } = &session.run.progress.data;
+        let (first, kl_coef, asking) = (*first, kl.coef(), Instant::now());
         let batch = models.policy.ask(&mut sampler, first, count, 1, world)?;
         models.policy.note_rewards(&batch.samples, step, world);
-        let (experience, mut record) = experience::experience(c, &mut models, &batch, kl_coef, step, world)?;
-        let score_s = asking.elapsed().as_secs_f64() - batch.rollout_s;
-        let updating = Instant::now();
-        let updated = update::update(c, inputs, &mut models, &experience, &mut run, world)?;
+        let (experience, record) = experience::experience(c, models, &batch, kl_coef, step, world)?;
+        let (asking_s, updating) = (asking.elapsed().as_secs_f64(), Instant::now());
+        let updated = update::update(c, inputs, models, &experience, &mut session.run, world)?;
         let update_s = updating.elapsed().as_secs_f64();
         let explained = record.get("explained_variance").unwrap_or(f64::NAN);
         stalled.check(explained, updated.value_loss, updated.critic_grad_norm)?;
 
-        let generated: usize = batch.samples.iter().map(|s| s.response.ids.len()).sum();
-        let read: usize = batch.sequences.prompts.iter().map(Vec::len).sum();
-        let data = &mut run.progress.data;
-        data.prompts = sampler.prompts.state(first + count);
+        session.run.progress.data.prompts = sampler.prompts.at(first + count);
         // While only the critic is trained the KL says nothing about the weight.
         if step >= c.ppo.value_warmup {
-            data.kl.update(record.get("kl").unwrap_or(0.0), count as f64);
+            session.run.progress.data.kl.update(record.get("kl").unwrap_or(0.0), count as f64);
         }
-        if experience::samples_due(c, step) {
-            let trace = c.samples.trace.then(|| models.logprobs(c, &experience, world)).transpose()?;
-            experience::write_samples(c, &sampler, &batch, &experience, trace, &mut run)?;
+        experience::log_samples(c, &sampler, &batch, &experience, &mut session)?;
+        let stepped = session.run.stepped(batch.tokens(), &updated.update, updated.rate)?;
+        if let Some(train) = stepped.record {
+            let record = records::count(train.with(record), &sampler.prompts.odd, c.data.on_error);
+            let record = updated.describe(record).float("kl_coef", kl_coef);
+            let record = record.count("dropped", sampler.prompts.dropped);
+            let (rollout_s, generated_tokens) = (batch.rollout_s, batch.generated_tokens());
+            let times = Times { asking_s, rollout_s, update_s, generated_tokens };
+            session.run.log(&times.describe(record));
         }
-        if let Some(train) = run.stepped((generated + read) as u64, &updated.update, updated.rate)?.record {
-            record = updated.describe(train.with(record));
-            record = records::count(record, &sampler.prompts.odd, c.data.on_error);
-            run.log(
-                &record
-                    .float("kl_coef", kl_coef)
-                    .count("dropped", sampler.prompts.dropped)
-                    .float("rollout_s", batch.rollout_s)
-                    .float("score_s", score_s)
-                    .float("update_s", update_s)
-                    .float("generated_tokens_per_s", generated as f64 / batch.rollout_s),
-            );
-        }
-        let best = models.policy.validation(&mut valid, &c.valid, c.train.batch_size, &mut run, world)?;
-        run.save(&models.parts(), best)?;
+        session.end_step(&mut validation)?;
     }
-    models.policy.wake()?;
-    models.critic.model.params.unpark()?;
-    run.take_best(|best| models.take(best))?;
-    let Models { policy, critic, ema, .. } = &models;
-    run.finish(|dir| {
-        policy.actor.export(dir, &tokenizer, world)?;
-        critic.export(&dir.with_file_name("critic"), &tokenizer, world)?;
-        match ema {
-            Some(ema) => policy.actor.export_as(&ema.params, &dir.with_file_name("ema"), &tokenizer, world),
-            None => Ok(()),
-        }
-    })
+    session.take_best()?;
+    session.finish(tokenizer)
 }
 
 impl<'a> Models<'a> {
@@ -270,10 +278,20 @@ impl<'a> Models<'a> {
             }
             None => None,
         };
-        Ok(Models { policy, critic, critic_world, ema })
+        Ok(Models { policy, critic, critic_world, gain_of_values: inputs.gain_of_values()?, ema })
     }
 
-    /// The run's checkpoint.
+    /// The actor's log-probabilities as it is now, of all responses.
+    fn logprobs(&mut self, c: &Ppo, e: &Experience, world: &World) -> Result<Tensor> {
+        let share = share_of(&e.sequences, c.micro_batch_size(world.mesh.data.size) as usize, world);
+        let logprobs =
+            |policy: &mut Policy| share.logprobs(&mut policy.actor.model, c.generation.temperature);
+        let mine = self.policy.on_device(logprobs)?;
+        gather_rows(world, &mine)
+    }
+}
+
+impl Learners for Models<'_> {
     fn parts(&self) -> Vec<Part<'_>> {
         let actor = self.policy.actor.part("");
         let ema = self.ema.as_ref();
@@ -281,22 +299,47 @@ impl<'a> Models<'a> {
         [Some(actor), Some(self.critic.part("critic")), ema].into_iter().flatten().collect()
     }
 
-    /// Sets the models that are trained to those of a checkpoint. Collective.
-    fn take(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        checkpoint.load_values(&mut self.policy.actor.model.params)?;
-        checkpoint.part("critic")?.load_values(&mut self.critic.model.params)?;
-        match &mut self.ema {
-            Some(ema) => checkpoint.part("ema")?.load_values(&mut ema.params),
+    fn begin(&mut self) -> Result<()> {
+        self.policy.begin()?;
+        self.critic.begin()?;
+        match self.gain_of_values {
+            Some(gain) => init::scale_score(&mut self.critic.model.params, gain),
             None => Ok(()),
         }
     }
 
-    /// The actor's log-probabilities as it is now, of all responses.
-    fn logprobs(&mut self, c: &Ppo, e: &Experience, world: &World) -> Result<Tensor> {
-        let share = share_of(&e.sequences, c.micro_batch_size(world.mesh.data.size) as usize, world);
-        self.policy.wake()?;
-        let mine = share.logprobs(&mut self.policy.actor.model, c.generation.temperature)?;
-        self.policy.rest()?;
-        gather_rows(world, &mine)
+    fn restore(&mut self, from: &Checkpoint) -> Result<serde_json::Value> {
+        let state = self.policy.restore(from)?;
+        let Learner { model, optimizer, .. } = &mut self.critic;
+        from.part("critic")?.load(&mut model.params, optimizer)?;
+        if let Some(ema) = &mut self.ema {
+            from.part("ema")?.load_values(&mut ema.params)?;
+        }
+        Ok(state)
+    }
+
+    fn onload(&mut self) -> Result<()> {
+        self.policy.onload()?;
+        self.critic.model.params.unpark()
+    }
+
+    fn take(&mut self, best: &Checkpoint) -> Result<()> {
+        self.policy.take(best)?;
+        best.part("critic")?.load_values(&mut self.critic.model.params)?;
+        match &mut self.ema {
+            Some(ema) => best.part("ema")?.load_values(&mut ema.params),
+            None => Ok(()),
+        }
+    }
+
+    /// The critic and the moving average are written beside the actor.
+    fn export(&self, dir: &Path, tokenizer: &Tokenizer, world: &World) -> Result<()> {
+        let actor = &self.policy.actor;
+        actor.export(dir, tokenizer, world)?;
+        self.critic.export(&dir.with_file_name("critic"), tokenizer, world)?;
+        match &self.ema {
+            Some(ema) => actor.export_as(&ema.params, &dir.with_file_name("ema"), tokenizer, world),
+            None => Ok(()),
+        }
     }
 }

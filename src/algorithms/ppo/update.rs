@@ -6,11 +6,12 @@ use kernels::c10d::ReduceOp;
 use tch::Tensor;
 
 use super::{Experience, Models, Position, Ready};
-use crate::algorithms::rl::losses::{policy_loss, value_loss};
+use crate::algorithms::losses::policy::{policy_loss, value_loss};
+use crate::algorithms::losses::{Clip, Counts, PolicySums};
+use crate::algorithms::rl::checks;
 use crate::algorithms::rl::policy::Policy;
-use crate::algorithms::rl::{Clip, Counts, PolicySums, checks};
-use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Sums, Update};
-use crate::algorithms::training::{Learner, Run};
+use crate::algorithms::step::{Entry, MicroBatch, Objective, Sums, Update};
+use crate::algorithms::training::Run;
 use crate::config::Algorithm;
 use crate::config::common::Common;
 use crate::config::ppo::{KlIn, Ppo};
@@ -121,7 +122,7 @@ fn update_policy(
     models: &mut Models,
     e: &Experience,
     run: &mut Run<Position>,
-    (rate, grad_clip): (f64, f64),
+    rate: f64,
     world: &World,
 ) -> Result<PolicyUpdates> {
     let (ppo, step) = (&c.ppo, run.progress.step);
@@ -132,7 +133,7 @@ fn update_policy(
         KlIn::Loss => run.progress.data.kl.coef(),
     };
     let mut done = PolicyUpdates::default();
-    let Policy { actor: Learner { model, optimizer, .. }, actor_world, .. } = &mut models.policy;
+    let Policy { actor, actor_world, .. } = &mut models.policy;
     for Minibatch { counts, parts } in minibatches(c, e, step, world) {
         let sums = RefCell::new(PolicySums::default());
         let loss = |out: &LogProbs, rows: &Tensor, width: i64| {
@@ -165,16 +166,16 @@ fn update_policy(
             balance: None,
         });
         let mut entries: Vec<Entry> = ours.chain(theirs).collect();
-        let losses = step::accumulate(model, &mut entries, c.train.recompute)?.0;
+        let losses = actor.accumulate(&mut entries)?;
         drop(entries);
         let sums = sums.borrow().combine(&world.group)?;
         if step == ppo.value_warmup && done.updates.is_empty() && ppo.self_check {
             let distance = sums.ratio_distance / sums.tokens.max(1.0);
             let same_rows = parts.len() == 1 && ppo.minibatch_size == e.sequences.len() as i64;
-            checks::ratios_are_one(distance, model.params.compute(), same_rows)?;
+            checks::ratios_are_one(distance, actor.model.params.compute(), same_rows)?;
         }
         if ppo.stop_kl.is_some_and(|most| sums.approx_kl() > most) {
-            model.params.clear_gradients();
+            actor.model.params.clear_gradients();
             done.stopped_early = true;
             break;
         }
@@ -185,9 +186,9 @@ fn update_policy(
             done.ptx_losses.push(sum / ppo.ptx.as_ref().map_or(1.0, |p| p.coef));
         }
         let loss = Sums { loss: ours.iter().sum(), aux_loss: None };
-        let update = step::apply_gradients(model, optimizer, actor_world, loss, rate, grad_clip)?;
+        let update = actor.apply(loss, rate, actor_world)?;
         if let (Some(ema), false) = (&mut models.ema, update.skipped) {
-            ema.follow(&model.params);
+            ema.follow(&actor.model.params);
         }
         done.updates.push(update);
     }
@@ -200,11 +201,10 @@ fn update_values(
     models: &mut Models,
     e: &Experience,
     step: u64,
-    (rate, grad_clip): (f64, f64),
+    rate: f64,
     world: &World,
 ) -> Result<Vec<Update>> {
     let clip = (c.ppo.clip_value > 0.0).then_some(c.ppo.clip_value);
-    let Learner { model, optimizer, .. } = &mut models.critic;
     let mut updates = Vec::new();
     for Minibatch { counts, parts } in minibatches(c, e, step, world) {
         let loss = |values: &Tensor, rows: &Tensor, width: i64| {
@@ -219,9 +219,8 @@ fn update_values(
         };
         let entries =
             parts.iter().map(|part| Entry { batch: &part.1, objective: entry(part), balance: None });
-        let losses = step::accumulate(model, &mut entries.collect::<Vec<_>>(), c.train.recompute)?.0;
-        let loss = Sums { loss: losses.iter().sum(), aux_loss: None };
-        updates.push(step::apply_gradients(model, optimizer, &models.critic_world, loss, rate, grad_clip)?);
+        let mut entries: Vec<Entry> = entries.collect();
+        updates.push(models.critic.update(&mut entries, rate, &models.critic_world)?);
     }
     Ok(updates)
 }
@@ -236,24 +235,22 @@ pub fn update(
     world: &World,
 ) -> Result<Updated> {
     let (common, step) = (c.common(), run.progress.step);
-    let pace = |optim: &Optim| {
-        (Schedule::new(&Common { optim, ..common }, inputs.opened.steps).rate(step), optim.clip)
-    };
+    let rate = |optim: &Optim| Schedule::new(&Common { optim, ..common }, inputs.opened.steps).rate(step);
     let critic_section = c.critic();
-    let actor_pace = pace(c.actor.optim.as_ref().unwrap_or(&c.optim));
-    let critic_pace = pace(critic_section.optim.as_ref().unwrap_or(&c.optim));
+    let actor_rate = rate(c.actor.optim.as_ref().unwrap_or(&c.optim));
+    let critic_rate = rate(critic_section.optim.as_ref().unwrap_or(&c.optim));
     let warming_up = step < c.ppo.value_warmup;
     let policy = match warming_up {
         true => PolicyUpdates::default(),
         false => {
-            models.policy.wake()?;
-            let done = update_policy(c, inputs, models, e, run, actor_pace, world)?;
-            models.policy.rest()?;
+            models.policy.onload()?;
+            let done = update_policy(c, inputs, models, e, run, actor_rate, world)?;
+            models.policy.offload()?;
             done
         }
     };
     models.critic.model.params.unpark()?;
-    let values = update_values(c, models, e, step, critic_pace, world)?;
+    let values = update_values(c, models, e, step, critic_rate, world)?;
     if critic_section.offload {
         models.critic.model.params.park()?;
     }
@@ -271,13 +268,13 @@ pub fn update(
             grad_norm: mean(told, |u| u.grad_norm),
             skipped: policy.updates.iter().chain(&values).any(|u| u.skipped),
         },
-        rate: if warming_up { 0.0 } else { actor_pace.0 },
+        rate: if warming_up { 0.0 } else { actor_rate },
         policy: policy.sums,
         policy_loss,
         value_loss,
         ptx_loss: (!ptx.is_empty()).then(|| ptx.iter().sum::<f64>() / ptx.len() as f64),
         critic_grad_norm: mean(&values, |u| u.grad_norm),
-        critic_rate: critic_pace.0,
+        critic_rate,
         updates: values.len() as u64,
         stopped_early: policy.stopped_early,
     })

@@ -5,7 +5,6 @@ use std::ops::Deref;
 use tch::Device;
 
 use crate::algorithms::base::Base;
-use crate::algorithms::training::compute_kind;
 use crate::checkpoint::TensorHash;
 use crate::config::common::Common;
 use crate::config::sections::Compute;
@@ -13,6 +12,7 @@ use crate::distributed::mesh::Sharding;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Error, Result};
+use crate::model::compute_kind;
 use crate::model::{Llama, Trainable};
 use crate::optim::Average;
 

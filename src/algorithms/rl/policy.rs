@@ -1,23 +1,27 @@
 //! A policy that learns from its own responses without a critic, what it is compared with, and who judges it.
 
 use std::cell::RefCell;
+use std::path::Path;
 use std::rc::Rc;
 
 use crate::algorithms::base::{self, Base};
+use crate::algorithms::learner::{Learner, Learners};
 use crate::algorithms::records;
 use crate::algorithms::rl::checks::EqualRewards;
 use crate::algorithms::rl::experience::Readout;
 use crate::algorithms::rl::place::{Where, at_work, check_offload, frozen, where_it_was};
 use crate::algorithms::rl::reward_model::{self, RewardModel};
 use crate::algorithms::rl::sampling::{Batch, Said, Sampled, Sampler, Scorer};
-use crate::algorithms::training::{Learner, Run};
-use crate::checkpoint::{Metric, ModelRecord};
+use crate::algorithms::training::Run;
+use crate::checkpoint::{Checkpoint, Metric, ModelRecord, Part};
 use crate::config::common::Common;
 use crate::config::model::Model;
 use crate::config::policy::OwnResponses;
 use crate::config::prompts::Data;
 use crate::config::sections::{Compute, Precision, Valid};
 use crate::data::chat::Chat;
+use crate::data::position::Indexed;
+use crate::data::prompts::Prompts;
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::agreement::Facts;
 use crate::distributed::exchange::gather_rows;
@@ -60,7 +64,7 @@ impl Opened {
     pub fn open(s: &OwnResponses, reference: bool) -> Result<(Opened, Samplers)> {
         let c = &s.common;
         let length = s.data.sequence_length;
-        let open = |path: &std::path::Path| Base::open(&Model::Path(path.to_path_buf()), s.tokenizer, length);
+        let open = |path: &Path| Base::open(&Model::Path(path.to_path_buf()), s.tokenizer, length);
         let actor = open(&s.actor.path).map_err(|e| e.context("actor"))?.dated(s.data.template_date);
         let trainable = actor.trainable(&s.actor.freeze, s.actor.lora.as_ref());
         let trainable = trainable.map_err(|e| e.context("actor"))?;
@@ -127,17 +131,22 @@ impl Opened {
         &self.actor.tokenizer
     }
 
-    /// What a run begins with, told.
-    pub fn announce(&self, train: &Sampler, valid: Option<&Sampler>, batch_size: i64, world: &World) {
-        let prompts = &train.prompts;
-        info!("actor: {:.2}M parameters", self.actor.shape.num_parameters() as f64 / 1e6);
-        info!(
-            "data: {} prompts, {} dropped for their length; {} iterations are {:.2} epochs",
+    /// What the prompts are as training data, in a line.
+    pub fn data_line(&self, prompts: &Prompts, batch_size: i64) -> String {
+        format!(
+            "{} prompts, {} dropped for their length; {} iterations are {:.2} epochs",
             prompts.len(),
             prompts.dropped,
             self.steps,
             self.steps as f64 * batch_size as f64 / prompts.len() as f64
-        );
+        )
+    }
+
+    /// What a run begins with, told.
+    pub fn announce(&self, train: &Sampler, valid: Option<&Sampler>, batch_size: i64, world: &World) {
+        let prompts = &train.prompts;
+        info!("actor: {:.2}M parameters", self.actor.shape.num_parameters() as f64 / 1e6);
+        info!("data: {}", self.data_line(prompts, batch_size));
         records::announce_skipped("data.train", &prompts.odd, world);
         if let Some(valid) = valid {
             records::announce_skipped("data.valid", &valid.prompts.odd, world);
@@ -147,7 +156,7 @@ impl Opened {
 
 /// The models on this rank.
 pub struct Policy<'a> {
-    pub actor: Learner,
+    pub actor: Learner<'a>,
     pub actor_world: Where<'a>,
     /// The actor's values are in host memory except while it works.
     offload: bool,
@@ -168,7 +177,7 @@ struct Asked<'a> {
 }
 
 impl<'a> Policy<'a> {
-    /// Values of the actor come with the run's checkpoint, or from [`Learner::begin`]. Collective.
+    /// Values of the actor come with [`Learners::begin`] or [`Learners::restore`]. Collective.
     pub fn load(s: &OwnResponses, opened: &'a Opened, world: &'a World) -> Result<Policy<'a>> {
         let c = &s.common;
         let actor_world = Where::of(world, "actor", s.actor.device.as_deref(), true)?;
@@ -177,7 +186,7 @@ impl<'a> Policy<'a> {
         let own = Common { precision: &precision, optim, ..*c };
         let origin = opened.actor.path(&Model::Path(s.actor.path.clone()));
         let actor = Learner::new(&opened.actor, origin, &opened.trainable, &own, &actor_world)?;
-        let mut records: Vec<ModelRecord> = actor.record("actor", &opened.actor).into_iter().collect();
+        let mut records: Vec<ModelRecord> = actor.record("actor").into_iter().collect();
         let reference = match &opened.reference {
             None => None,
             Some(base) => {
@@ -240,13 +249,21 @@ impl<'a> Policy<'a> {
         self.equal_rewards.check(&rewards, step + 1, world.rank);
     }
 
-    /// Brings the actor's values to its device, where they are until [`Policy::rest`].
-    pub fn wake(&mut self) -> Result<()> {
+    /// Calls `f` with the actor's values on its device; with `offload` they are in host memory again afterwards.
+    pub fn on_device<T>(&mut self, f: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        self.onload()?;
+        let result = f(self);
+        self.offload()?;
+        result
+    }
+
+    /// Brings the actor's values to its device, where they are until [`Policy::offload`].
+    pub fn onload(&mut self) -> Result<()> {
         self.actor.model.params.unpark()
     }
 
-    /// Ends [`Policy::wake`]: with `offload` the values are in host memory again.
-    pub fn rest(&mut self) -> Result<()> {
+    /// Ends [`Policy::onload`]: with `offload` the values are in host memory again.
+    pub fn offload(&mut self) -> Result<()> {
         if self.offload { self.actor.model.params.park() } else { Ok(()) }
     }
 
@@ -255,12 +272,7 @@ impl<'a> Policy<'a> {
         match &mut self.reference {
             Some(reference) => at_work(&mut reference.model, reference.offload, f),
             // The actor may be awake, for its updates: then it stays so.
-            None => where_it_was(&mut self.actor.model, |actor| {
-                actor.adapters = false;
-                let result = f(actor);
-                actor.adapters = true;
-                result
-            }),
+            None => where_it_was(&mut self.actor.model, |actor| actor.without_adapters(f)),
         }
     }
 
@@ -291,6 +303,32 @@ impl<'a> Policy<'a> {
         run.log(&Record::new("valid", run.progress.step).with(told));
         run.restart_window();
         Ok(run.note_validation(Metric::Reward, reward, valid))
+    }
+}
+
+impl Learners for Policy<'_> {
+    fn parts(&self) -> Vec<Part<'_>> {
+        self.actor.parts()
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        self.actor.begin()
+    }
+
+    fn restore(&mut self, from: &Checkpoint) -> Result<serde_json::Value> {
+        self.actor.restore(from)
+    }
+
+    fn onload(&mut self) -> Result<()> {
+        Policy::onload(self)
+    }
+
+    fn take(&mut self, best: &Checkpoint) -> Result<()> {
+        self.actor.take(best)
+    }
+
+    fn export(&self, dir: &Path, tokenizer: &Tokenizer, world: &World) -> Result<()> {
+        self.actor.export(dir, tokenizer, world)
     }
 }
 

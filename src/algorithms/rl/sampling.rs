@@ -6,8 +6,10 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
+use crate::algorithms::training::Run;
 use crate::config::prompts::Data;
 use crate::config::rollout::Generation;
+use crate::config::sft::Samples;
 use crate::config::shape::Shape;
 use crate::data::chat::Chat;
 use crate::data::prompts::{Prompt, Prompts};
@@ -48,6 +50,37 @@ pub struct Batch {
     pub sequences: Sequences,
     /// Seconds that sampling took, without judging.
     pub rollout_s: f64,
+}
+
+impl Batch {
+    /// Tokens of all responses.
+    pub fn generated_tokens(&self) -> usize {
+        self.samples.iter().map(|s| s.response.ids.len()).sum()
+    }
+
+    /// Tokens of all prompts and responses.
+    pub fn tokens(&self) -> u64 {
+        (self.generated_tokens() + self.sequences.prompts.iter().map(Vec::len).sum::<usize>()) as u64
+    }
+}
+
+/// What an iteration took, in seconds.
+pub struct Times {
+    /// From the first prompt to the last score.
+    pub asking_s: f64,
+    pub rollout_s: f64,
+    pub update_s: f64,
+    pub generated_tokens: usize,
+}
+
+impl Times {
+    pub fn describe(&self, record: Record) -> Record {
+        record
+            .float("rollout_s", self.rollout_s)
+            .float("score_s", self.asking_s - self.rollout_s)
+            .float("update_s", self.update_s)
+            .float("generated_tokens_per_s", self.generated_tokens as f64 / self.rollout_s)
+    }
 }
 
 /// A response before it is judged.
@@ -223,6 +256,19 @@ impl Sampler {
             judgement,
         });
         Ok(sampled.collect())
+    }
+
+    /// The first responses of an iteration, where they are due, into samples.jsonl and TensorBoard.
+    pub fn log_samples<D: Serialize>(&self, batch: &Batch, c: &Samples, run: &mut Run<D>) -> Result<()> {
+        let step = run.progress.step;
+        if c.every == 0 || !step.is_multiple_of(c.every as u64) {
+            return Ok(());
+        }
+        for (i, sample) in batch.samples.iter().take(c.count as usize).enumerate() {
+            let (record, text) = self.record(sample, step + 1)?;
+            run.log_sample(&record, &format!("samples/{i}"), &text);
+        }
+        Ok(())
     }
 
     /// A line of samples.jsonl, and its text for TensorBoard.

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use crate::data::chat::Chat;
 use crate::data::examples::{Encoded, Example, Examples, Lengths};
+use crate::data::loader::Loader;
 use crate::data::prompts::Prompts;
 use crate::data::rows::RowLoader;
 use crate::data::tokenizer::Tokenizer;
@@ -92,6 +93,18 @@ pub fn prompt(chat: &Chat, prompts: &Prompts, number: usize) -> Result<()> {
         prompts.dropped,
         prompts.odd.total()
     );
+    Ok(())
+}
+
+/// Shows window `number` (from 1) of token shards, in their order.
+pub fn window(tokenizer: &Tokenizer, data: &Loader, number: usize) -> Result<()> {
+    let total = data.num_windows();
+    let Some(index) = (number as u64).checked_sub(1).filter(|i| *i < total) else {
+        return Err(Error::config(format!("--example {number}: there are {total} windows of training data")));
+    };
+    let ids: Vec<u32> = data.sample(index)?.into_iter().filter_map(|id| u32::try_from(id).ok()).collect();
+    println!("\n# window {number} of {total}, in the order of the run:");
+    whole_lines(&tokenizer.decode(&ids, false)?);
     Ok(())
 }
 

@@ -4,263 +4,104 @@ mod examples;
 
 use std::path::Path;
 
-use clap::Subcommand;
-
 use crate::algorithms::folder::examine;
+use crate::algorithms::recipe::{Recipe, Shown};
+use crate::algorithms::records;
 use crate::algorithms::rl::policy::Samplers;
 use crate::algorithms::run::{Resume, Start};
-use crate::algorithms::training::compute_kind;
-use crate::algorithms::{dpo, grpo, online_dpo, ppo, pretrain, records, reward, sft};
 use crate::checkpoint;
-use crate::commands::Global;
-use crate::commands::plan::several;
+use crate::commands::recipes::{Named, RecipeArgs};
 use crate::commands::training::ConfigArgs;
+use crate::commands::{Global, plan};
 use crate::config::common::Common;
-use crate::config::grpo::Grpo;
-use crate::config::online_dpo::OnlineDpo;
-use crate::config::ppo::Ppo;
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
-use crate::data::chat::Chat;
-use crate::data::rows::RowLoader;
 use crate::distributed::mesh::ShardingPlan;
 use crate::distributed::plan::{Plan, Role};
 use crate::error::{Context, Error, Result};
-use crate::model::Trainable;
+use crate::model::{Trainable, compute_kind};
+use crate::plan::Target;
 use crate::warn;
 
-#[derive(Debug, clap::Args)]
+#[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
-    what: What,
+    what: Named<OfRecipe>,
 }
 
-#[derive(Debug, Subcommand)]
-enum What {
-    /// Check a configuration of `corral pretrain`
-    Pretrain(Checked),
-    /// Check a configuration of `corral reward`; shows an example as the model will see it
-    Reward(WithExample),
-    /// Check a configuration of `corral dpo`; shows an example as the model will see it
-    Dpo(WithExample),
-    /// Check a configuration of `corral ppo`; shows a prompt as the model will get it
-    Ppo(WithExample),
-    /// Check a configuration of `corral grpo`; shows a prompt as the model will get it
-    Grpo(WithExample),
-    /// Check a configuration of `corral online-dpo`; shows a prompt as the model will get it
-    OnlineDpo(WithExample),
-    /// Check a configuration of `corral sft`; shows an example as the model will see it
-    Sft(WithExample),
-}
-
+/// Arguments for every recipe.
 #[derive(Debug, clap::Args)]
-struct WithExample {
-    #[command(flatten)]
-    checked: Checked,
-    /// The training example or prompt to show, from 1
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    example: usize,
-}
-
-#[derive(Debug, clap::Args)]
-struct Checked {
+pub struct OfRecipe {
     #[command(flatten)]
     config: ConfigArgs,
     /// Ranks that the run will have
     #[arg(long, value_name = "N", default_value_t = 1)]
     nproc: i64,
+    /// The training example, prompt or window of tokens to show, from 1
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    example: usize,
 }
+
+impl RecipeArgs for OfRecipe {}
 
 pub fn run(args: Args, global: &Global) -> Result<()> {
-    let device = global.device.as_deref().unwrap_or("cpu");
-    match args.what {
-        What::Pretrain(checked) => checked.check(pretrain::Inputs::open, |loaded, inputs| {
-            let c = &loaded.config;
-            for set in inputs.train.sets().chain(inputs.valid.iter().flat_map(|v| v.sets())) {
-                set.verify()?;
+    args.what.recipe.check(args.what.args, global)
+}
+
+/// Loads and checks a configuration, opens what it names, refuses a folder that a run must not write, and shows what came of
+/// it: the resolved configuration, what is trained, the disk, the memory of several models, the data, an example.
+pub fn check<R: Recipe>(args: OfRecipe, global: &Global) -> Result<()> {
+    if args.nproc < 1 {
+        return Err(Error::config("--nproc must be at least 1"));
+    }
+    let loaded = args.config.load::<R>()?;
+    loaded.validate(args.nproc)?;
+    let c = &loaded.config;
+    let target = plan::target(global, args.nproc)?;
+    let start = Start { resume: Resume::Auto, overwrite: false };
+    if c.names_preset() {
+        examine(&loaded, &start, &[])?;
+        println!("{}\n", loaded.resolved_yaml()?.trim_end());
+        println!(
+            "# a model's path is a preset, a shape without weights: neither models nor data were opened"
+        );
+        return memory(c, &target);
+    }
+    let inputs = c.open()?;
+    examine(&loaded, &start, &[])?;
+    if let Shown::Windows { train, valid, .. } = c.shown(&inputs) {
+        train.sets().chain(valid.iter().flat_map(|v| v.sets())).try_for_each(|set| set.verify())?;
+    }
+    conclude(&loaded, &R::trained(&inputs))?;
+    memory(c, &target)?;
+    println!("# data: {}", c.data_line(&inputs));
+    match c.shown(&inputs) {
+        Shown::Windows { train, tokenizer, .. } => examples::window(tokenizer, train, args.example),
+        Shown::Examples { train, valid, chat, longest } => {
+            records::warnings(train, valid, chat).iter().for_each(|warning| warn!("{warning}"));
+            examples::show(chat, train, args.example, longest)
+        }
+        Shown::Prompts(Samplers { train, valid }) => {
+            for (key, sampler) in [("data.train", Some(train)), ("data.valid", valid.as_ref())] {
+                let warning = sampler.and_then(|s| records::skipped(key, &s.prompts.odd));
+                warning.iter().for_each(|warning| warn!("{warning}"));
             }
-            conclude(loaded, &[("model", &inputs.base.shape, &Trainable::default())])?;
-            println!(
-                "# data: {} tokens, {} samples of {} an epoch; {} steps are {:.2} epochs",
-                inputs.train.num_tokens(),
-                inputs.train.num_windows(),
-                c.data.sequence_length,
-                inputs.steps,
-                inputs.steps as f64 * c.train.batch_size as f64 / inputs.train.num_windows() as f64
-            );
-            Ok(())
-        }),
-        What::Reward(WithExample { checked, example }) => {
-            checked.check(reward::Inputs::open, |loaded, inputs| {
-                let c = &loaded.config;
-                conclude(loaded, &[("model", &inputs.base.shape, &inputs.trainable)])?;
-                ranked(&c.common(), &inputs.train, inputs.steps);
-                warn_of(&inputs.train, inputs.valid.as_ref(), &inputs.chat);
-                examples::show(&inputs.chat, &inputs.train, example, c.data.sequence_length)
-            })
+            examples::prompt(&train.chat, &train.prompts, args.example)
         }
-        What::Dpo(WithExample { checked, example }) => checked.check(dpo::Inputs::open, |loaded, inputs| {
-            let c = &loaded.config;
-            conclude(loaded, &[("model", &inputs.base.shape, &inputs.trainable)])?;
-            ranked(&c.common(), &inputs.train, inputs.steps);
-            warn_of(&inputs.train, inputs.valid.as_ref(), &inputs.chat);
-            examples::show(&inputs.chat, &inputs.train, example, c.data.sequence_length)
-        }),
-        What::Ppo(WithExample { checked, example }) => {
-            let there =
-                |c: &Ppo| several::presets(&c.sections_of_responses(), Some(&c.critic().path)).is_empty();
-            let shown = |i: &ppo::Inputs| prompts(i.samplers(), example);
-            checked.check_several(
-                there,
-                ppo::Inputs::open,
-                |i| i.trained().to_vec(),
-                shown,
-                several::ppo,
-                device,
-            )
-        }
-        What::Grpo(WithExample { checked, example }) => {
-            let there = |c: &Grpo| several::presets(&c.sections_of_responses(), None).is_empty();
-            let shown = |i: &grpo::Inputs| prompts(i.samplers(), example);
-            checked.check_several(
-                there,
-                grpo::Inputs::open,
-                |i| i.trained().to_vec(),
-                shown,
-                several::grpo,
-                device,
-            )
-        }
-        What::OnlineDpo(WithExample { checked, example }) => {
-            let there = |c: &OnlineDpo| several::presets(&c.sections_of_responses(), None).is_empty();
-            let shown = |i: &online_dpo::Inputs| prompts(i.samplers(), example);
-            checked.check_several(
-                there,
-                online_dpo::Inputs::open,
-                |i| i.trained().to_vec(),
-                shown,
-                several::online_dpo,
-                device,
-            )
-        }
-        What::Sft(WithExample { checked, example }) => checked.check(sft::Inputs::open, |loaded, inputs| {
-            let c = &loaded.config;
-            conclude(loaded, &[("model", &inputs.base.shape, &inputs.trainable)])?;
-            let rows = inputs.train.num_rows();
-            println!(
-                "# rows: {rows} of {} tokens, {:.1} % padding; {} steps are {:.2} epochs",
-                c.data.sequence_length,
-                100.0 * inputs.train.padding(),
-                inputs.steps,
-                inputs.steps as f64 * c.train.batch_size as f64 / rows as f64
-            );
-            warn_of(&inputs.train, inputs.valid.as_ref(), &inputs.chat);
-            examples::show(&inputs.chat, &inputs.train, example, c.data.sequence_length)
-        }),
     }
 }
 
-impl Checked {
-    /// Loads and checks the configuration, and opens what it names.
-    fn check<C: Algorithm, I>(
-        self,
-        open: impl FnOnce(&C) -> Result<I>,
-        show: impl FnOnce(&Loaded<C>, &I) -> Result<()>,
-    ) -> Result<()> {
-        check_loaded(&self.load::<C>()?, open, show)
+/// Shows the memory of a run of several models.
+fn memory<R: Recipe>(c: &R, target: &Target) -> Result<()> {
+    if R::PLAN_FLAGS.contains(&"device_memory") {
+        // One model: `corral plan` has more to tell than fits here.
+        return Ok(());
     }
-
-    /// The configuration, read once: it may come from a pipe.
-    fn load<C: Algorithm>(&self) -> Result<Loaded<C>> {
-        if self.nproc < 1 {
-            return Err(Error::config("--nproc must be at least 1"));
-        }
-        let loaded = self.config.load::<C>()?;
-        loaded.validate(self.nproc)?;
-        Ok(loaded)
+    match ShardingPlan::of(c.common().parallel, target.ranks) {
+        Err(e) => println!("# memory: parallel.shard: {}", e.message),
+        Ok(_) => plan::show(&c.plan(target)?, None, false)?,
     }
-
-    /// Of a training with several models: also tells their memory. Where the path of one is the name of a preset, which has
-    /// no weights, nothing is opened.
-    fn check_several<C: Algorithm, I>(
-        self,
-        there: impl FnOnce(&C) -> bool,
-        open: impl FnOnce(&C) -> Result<I>,
-        trained: impl for<'a> Fn(&'a I) -> Vec<(&'a str, &'a Shape, &'a Trainable)>,
-        shown: impl Fn(&I) -> Result<()>,
-        plan: impl FnOnce(&C, i64, &str, bool) -> Result<()>,
-        device: &str,
-    ) -> Result<()> {
-        let (nproc, loaded) = (self.nproc, self.load::<C>()?);
-        let plan = |c: &C| match ShardingPlan::of(c.common().parallel, nproc) {
-            Err(e) => {
-                println!("# memory: parallel.shard: {}", e.message);
-                Ok(())
-            }
-            Ok(_) => plan(c, nproc, device, false),
-        };
-        if there(&loaded.config) {
-            return check_loaded(&loaded, open, |loaded, inputs| {
-                conclude(loaded, &trained(inputs))?;
-                plan(&loaded.config)?;
-                shown(inputs)
-            });
-        }
-        check_loaded(
-            &loaded,
-            |_| Ok(()),
-            |loaded, ()| {
-                println!("{}\n", loaded.resolved_yaml()?.trim_end());
-                println!(
-                    "# a model's path is a preset, a shape without weights: neither models nor data were opened"
-                );
-                plan(&loaded.config)
-            },
-        )
-    }
-}
-
-/// Opens what a configuration names, refuses a folder that it must not write, and shows what came of it.
-fn check_loaded<C: Algorithm, I>(
-    loaded: &Loaded<C>,
-    open: impl FnOnce(&C) -> Result<I>,
-    show: impl FnOnce(&Loaded<C>, &I) -> Result<()>,
-) -> Result<()> {
-    let inputs = open(&loaded.config)?;
-    examine(loaded, &Start { resume: Resume::Auto, overwrite: false }, &[])?;
-    show(loaded, &inputs)
-}
-
-/// Warns of what a run would warn of.
-fn warn_of(train: &RowLoader, valid: Option<&RowLoader>, chat: &Chat) {
-    records::warnings(train, valid, chat).iter().for_each(|warning| warn!("{warning}"));
-}
-
-/// Shows a prompt of a run's training data, and warns of records that are skipped.
-fn prompts(samplers: &Samplers, number: usize) -> Result<()> {
-    let Samplers { train, valid } = samplers;
-    for (key, sampler) in [("data.train", Some(train)), ("data.valid", valid.as_ref())] {
-        sampler
-            .and_then(|s| records::skipped(key, &s.prompts.odd))
-            .iter()
-            .for_each(|warning| warn!("{warning}"));
-    }
-    examples::prompt(&train.chat, &train.prompts, number)
-}
-
-/// Tells of ranked completions.
-fn ranked(c: &Common, data: &RowLoader, steps: u64) {
-    let counts = data.counts();
-    println!(
-        "# data: {} prompts with {} completions, {} tokens; {} were cut, {}; {} completions are another's copy; {steps} steps are {:.2} epochs",
-        counts.examples,
-        counts.sequences,
-        counts.tokens,
-        counts.truncated,
-        counts.dropped_and_why(),
-        counts.duplicates,
-        steps as f64 * c.train.batch_size as f64 / data.num_rows() as f64
-    );
+    Ok(())
 }
 
 /// Refuses a disk that is too small, and prints the resolved configuration and what of the models is trained.

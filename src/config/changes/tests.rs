@@ -73,7 +73,7 @@ fn changes(overrides: &[&str]) -> Vec<String> {
     let overrides: Vec<String> = overrides.iter().map(|s| s.to_string()).collect();
     let here = parse::<Pretrain>(TEXT, "c".into(), false, &overrides).unwrap().config;
     let there = recorded("pretrain", TEXT);
-    assert_eq!((resolved(&there), stage_of(&there)), (TEXT, Some("pretrain")));
+    assert_eq!((resolved(&there), noted_stage(&there)), (TEXT, Some("pretrain")));
     let changes = between(&there, "config.yaml", &here).unwrap();
     changes.iter().map(|c| format!("{:?} {c}", c.class)).collect()
 }

@@ -6,7 +6,7 @@ use crate::config::dpo::{Loss, Section};
 
 /// P pairs. Log-ratios are log-probabilities of whole completions under the policy minus those under the reference, in
 /// nats, `[P]`; numbers of tokens have their dtype.
-pub struct Pairs {
+pub struct PairLogRatios {
     pub chosen: Tensor,
     pub rejected: Tensor,
     pub chosen_tokens: Tensor,
@@ -15,7 +15,7 @@ pub struct Pairs {
 
 /// The loss of each pair, `[P]`. With `d` = chosen - rejected, the
 /// formulas are those of the papers at [`Loss`], as TRL has them.
-pub fn losses(s: &Section, p: &Pairs) -> Tensor {
+pub fn losses(s: &Section, p: &PairLogRatios) -> Tensor {
     let (beta, smoothing) = (s.beta, s.label_smoothing);
     let d = &p.chosen - &p.rejected;
     let per_token = || &p.chosen / &p.chosen_tokens - &p.rejected / &p.rejected_tokens;
@@ -113,7 +113,7 @@ mod tests {
                 let pairs = |policy: &Tensor| {
                     let sums = (policy * to(&mask)).sum_dim_intlist([1i64].as_slice(), false, kind);
                     let (ratios, tokens) = ((sums - to(&reference)).chunk(2, 0), to(&tokens).chunk(2, 0));
-                    Pairs {
+                    PairLogRatios {
                         chosen: ratios[0].shallow_clone(),
                         rejected: ratios[1].shallow_clone(),
                         chosen_tokens: tokens[0].shallow_clone(),
@@ -151,7 +151,7 @@ mod tests {
     #[test]
     fn ipo_of_sums_and_of_means() {
         let of = |x: &[f64]| Tensor::from_slice(x);
-        let pairs = |tokens: f64| Pairs {
+        let pairs = |tokens: f64| PairLogRatios {
             chosen: of(&[0.5, -1.0]),
             rejected: of(&[-0.25, 2.0]),
             chosen_tokens: of(&[tokens, tokens]),

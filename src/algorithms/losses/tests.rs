@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 use super::advantages::explained_variance;
 use super::grpo::{GrpoLoss, Level, LossType, ScaleRewards, group_advantages, rloo};
 use super::kl::{KlController, KlEstimator};
-use super::losses::{Aggregation, Clip, Counts, PolicySums, policy_loss, value_loss};
+use super::policy::{Aggregation, Clip, Counts, PolicySums, policy_loss, value_loss};
 use super::{Moments, gae, token_rewards};
 
 /// A golden value with the dtype under test.

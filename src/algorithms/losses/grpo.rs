@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use super::kl::KlEstimator;
-use super::losses::{Aggregation, Counts, lengths, log_ratio};
+use super::policy::{Aggregation, Counts, lengths, log_ratio};
 pub use crate::config::policy::{Level, LossType};
 
 /// What the distance of a reward from its group's mean is divided by.

@@ -1,0 +1,178 @@
+//! The models of a run on own responses, as a plan sees them.
+
+use std::path::Path;
+
+use kernels::ops::accumulator;
+use tch::{Device, Kind};
+
+use crate::algorithms::base::{path_or_preset, shape_and_trainable, shape_to_ask};
+use crate::algorithms::scorer::BATCH_TOKENS;
+use crate::config::model::Model as Origin;
+use crate::config::models::{Frozen, Trained};
+use crate::config::policy::OwnResponses;
+use crate::config::rollout::Gather;
+use crate::config::shape::{Head, Shape};
+use crate::distributed::mesh::ShardingPlan;
+use crate::error::{Error, Result};
+use crate::generate::engine::PREFILL_TOKENS;
+use crate::model::compute_kind;
+use crate::plan::memory::{Batch, Memory};
+use crate::plan::models::{Model, Models};
+use crate::plan::{Plan, Target};
+
+/// What is computed at once.
+#[derive(Debug, Clone, Copy)]
+pub struct Work {
+    /// Responses that a rank samples at once, where the configuration does not say.
+    pub responses: i64,
+    /// Sequences that a rank computes at once, and those of an update on it.
+    pub micro_batch: i64,
+    pub update: i64,
+}
+
+/// The models besides the actor that the sections which all share do not tell.
+#[derive(Debug)]
+pub struct Others<'a> {
+    pub critic: Option<&'a Trained>,
+    /// Whether there is a reference; where it is a model of its own that moves, it is a second actor.
+    pub reference: bool,
+    /// A moving average of the actor.
+    pub average: bool,
+}
+
+/// The plan of a run with these sections.
+///
+/// # Errors
+/// Of a model that cannot be opened.
+pub fn plan(
+    subcommand: &'static str,
+    c: &OwnResponses,
+    others: &Others,
+    work: Work,
+    target: &Target,
+) -> Result<Plan> {
+    let mut models = vec![trained("actor", c, c.actor, work, target)?];
+    if let Some(critic) = others.critic {
+        models.push(trained("critic", c, critic, work, target)?);
+    }
+    if let Some(model) = c.reward_model {
+        models.push(frozen("reward_model", c, model, work, target)?);
+    }
+    match c.reference {
+        Some(model) => models.push(frozen("reference", c, model, work, target)?),
+        // The actor without its adapters takes nothing more.
+        None if c.actor.lora.is_some() || !others.reference => {}
+        None => {
+            let like = Frozen {
+                path: c.actor.path.clone(),
+                device: c.actor.device.clone(),
+                dtype: c.actor.dtype,
+                offload: false,
+            };
+            models.push(frozen("reference", c, &like, work, target)?);
+        }
+    }
+    if others.average {
+        // Master values, which are never in a forward.
+        let mut average = trained("average", c, c.actor, work, target)?;
+        (average.at_work, average.offload, average.host) = ([None; 3], false, 0);
+        models.push(average);
+    }
+    Ok(Plan::Models(Models { subcommand, ranks: target.ranks, models }))
+}
+
+/// Whether one of the models, `critic` among them, is the name of a preset: it has a shape and no weights.
+pub fn names_preset(c: &OwnResponses, critic: Option<&Path>) -> bool {
+    let frozen = [c.reward_model, c.reference].into_iter().flatten().map(|m| m.path.as_path());
+    let mut all = std::iter::once(c.actor.path.as_path()).chain(critic).chain(frozen);
+    all.any(|path| matches!(path_or_preset(path), Origin::Preset(_)))
+}
+
+fn on_device(text: &str) -> Device {
+    if text == "cpu" { Device::Cpu } else { Device::Cuda(0) }
+}
+
+fn trained(name: &'static str, c: &OwnResponses, m: &Trained, work: Work, target: &Target) -> Result<Model> {
+    let device = m.device.clone().unwrap_or_else(|| target.device_name.clone());
+    let compute = compute_kind(m.dtype.unwrap_or(c.common.precision.compute));
+    let context = |e: Error| e.context(name);
+    let length = c.data.sequence_length;
+    let head = if name == "critic" { Head::Score } else { Head::Lm };
+    let (shape, trainable) =
+        shape_and_trainable(&path_or_preset(&m.path), head, c.tokenizer, length, &m.freeze, m.lora.as_ref())
+            .map_err(context)?;
+    let sharding = ShardingPlan::of(c.common.parallel, target.ranks)?;
+    let plans = trainable.plans(&shape).map_err(context)?;
+    let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?;
+    let optim = m.optim.as_ref().unwrap_or(c.common.optim);
+    let moments = if name == "average" { 0 } else { memory.moments(optim.moments) };
+    let (there, host) = if optim.offload { (0, moments) } else { (moments, 0) };
+    let batch = Batch {
+        rows: work.micro_batch,
+        length,
+        micro_batches: (work.update / work.micro_batch).max(1),
+        recompute: c.common.train.recompute,
+        packed: false,
+    };
+    let resident = memory.resident().total() + there;
+    let scoring = memory.forward(&batch).total() + there;
+    let learning = memory.step(&batch).total() + there;
+    let sampling = (name == "actor").then(|| {
+        let forward = memory.forward(&read_at_once(PREFILL_TOKENS, length));
+        let prefill = forward.total() - memory.resident().total() - memory.kept();
+        let whole = match memory.kept() {
+            0 if sharding.ranks > 1 && c.generation.gather != Gather::Blocks => {
+                shape.num_parameters() * compute.elt_size_in_bytes() as i64
+            }
+            kept => kept,
+        };
+        resident + whole + sampling(c, &shape, compute, work, prefill)
+    });
+    let at_work = [sampling, Some(scoring), Some(learning)];
+    let (parameters, kept) = (shape.num_parameters(), memory.kept());
+    Ok(Model { name, parameters, compute, device, offload: m.offload, resident, kept, at_work, host })
+}
+
+fn frozen(name: &'static str, c: &OwnResponses, m: &Frozen, work: Work, target: &Target) -> Result<Model> {
+    let device = m.device.clone().unwrap_or_else(|| target.device_name.clone());
+    let compute = compute_kind(m.dtype.unwrap_or(c.common.precision.compute));
+    // A reward model reads its own tokens.
+    let own_tokens = name == "reward_model";
+    let tokenizer = c.tokenizer.filter(|_| !own_tokens);
+    let (mut shape, plans) =
+        shape_to_ask(&path_or_preset(&m.path), tokenizer).map_err(|e| e.context(name))?;
+    if own_tokens {
+        shape = shape.scored();
+    }
+    let alone =
+        m.device.is_some() && on_device(&device) != on_device(c.actor.device.as_deref().unwrap_or(&device));
+    let sharding =
+        if alone { ShardingPlan::solo() } else { ShardingPlan::of(c.common.parallel, target.ranks)? };
+    let plans = plans.plans_for_inference(&shape)?;
+    let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?;
+    let batch = match own_tokens {
+        true => read_at_once(BATCH_TOKENS, c.data.sequence_length),
+        false => Batch { rows: work.micro_batch, ..read_at_once(0, c.data.sequence_length) },
+    };
+    let resident = memory.resident().total();
+    let at_work = [None, Some(memory.forward(&batch).total()), None];
+    let (parameters, kept) = (shape.num_parameters(), memory.kept());
+    Ok(Model { name, parameters, compute, device, offload: m.offload, resident, kept, at_work, host: 0 })
+}
+
+/// Sequences of `length` that are read at once where `tokens` bound them.
+fn read_at_once(tokens: usize, length: i64) -> Batch {
+    let rows = (tokens as i64 / length).max(1);
+    Batch { rows, length, micro_batches: 1, recompute: Default::default(), packed: false }
+}
+
+/// What sampling takes besides the actor's values: the keys and values of all responses in work, and the logits of a step or what
+/// the reading of prompts takes (`prefill`), if that is more.
+fn sampling(c: &OwnResponses, s: &Shape, compute: Kind, work: Work, prefill: i64) -> i64 {
+    let bytes = compute.elt_size_in_bytes() as i64;
+    let slots = c.generation.batch_size.unwrap_or(work.responses).min(work.responses);
+    let cache =
+        2 * slots * c.data.sequence_length * s.num_hidden_layers * s.num_key_value_heads * s.head_dim * bytes;
+    let logits = slots * s.vocab_size * (bytes + accumulator(compute).elt_size_in_bytes() as i64);
+    cache + logits.max(prefill)
+}

@@ -1,0 +1,314 @@
+//! `corral plan`: what memory a training takes on each rank, without a device.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use crate::algorithms::recipe::Recipe;
+use crate::algorithms::step::{MicroBatch, accumulate_gradients};
+use crate::commands::Global;
+use crate::commands::check::size;
+use crate::commands::convert::parse_size;
+use crate::commands::recipes::{Named, RecipeArgs};
+use crate::commands::training::ConfigArgs;
+use crate::config::sections::Recompute;
+use crate::config::shape::Shape;
+use crate::config::{Algorithm, Loaded};
+use crate::distributed::mesh::{Sharding, ShardingPlan};
+use crate::distributed::plan::Plan as GroupPlan;
+use crate::distributed::sharded::Sharded;
+use crate::distributed::world::DeviceChoice;
+use crate::error::{Error, Result};
+use crate::model::{Input, Llama, init, layout};
+use crate::optim::AdamW;
+use crate::plan::memory::{Batch, Memory};
+use crate::plan::models::{PHASES, peaks};
+use crate::plan::{Models, Plan, Target, Training};
+use crate::telemetry;
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: Named<OfRecipe>,
+}
+
+/// Arguments for every recipe. A model's path may be the name of a preset, whose shape is taken.
+#[derive(Debug, clap::Args)]
+pub struct OfRecipe {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Ranks that the run will have
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    nproc: i64,
+    /// Memory of the device of a rank, such as 24GiB: the largest micro-batch that fits is told
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    device_memory: Option<u64>,
+    /// Completions of a prompt in the data, which is not opened
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(i64).range(2..))]
+    completions: i64,
+    /// One JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+impl RecipeArgs for OfRecipe {
+    const OF_SOME: &'static [&'static str] = &["device_memory", "completions"];
+}
+
+pub fn run(args: Args, global: &Global) -> Result<()> {
+    args.what.recipe.plan(args.what.args, global)
+}
+
+/// Loads a configuration, and shows its plan.
+pub fn plan<R: Recipe>(args: OfRecipe, global: &Global) -> Result<()> {
+    let target = Target { completions: args.completions, ..target(global, args.nproc)? };
+    let loaded = load::<R>(&args.config, args.nproc)?;
+    show(&loaded.config.plan(&target)?, args.device_memory, args.json)
+}
+
+/// What a plan is made for: `ranks` on the device that the command line names.
+pub fn target(global: &Global, ranks: i64) -> Result<Target> {
+    let device = match DeviceChoice::of(global.device.as_deref())? {
+        DeviceChoice::Cpu => Device::Cpu,
+        DeviceChoice::Cuda => Device::Cuda(0),
+        DeviceChoice::CudaIndex(index) => Device::Cuda(index),
+    };
+    let device_name = match device {
+        Device::Cpu => "cpu".to_string(),
+        _ => global.device.clone().unwrap_or_else(|| "cuda".into()),
+    };
+    Ok(Target { ranks, device, device_name, completions: 2 })
+}
+
+/// Prints a plan, as a table or (`as_json`) as one JSON object.
+pub fn show(plan: &Plan, device_memory: Option<u64>, as_json: bool) -> Result<()> {
+    match plan {
+        Plan::Training(training) => {
+            let on_cpu = training.device == Device::Cpu;
+            let process = if on_cpu { process_bytes(training.compute)? } else { 0 };
+            let fit = device_memory.map(|bytes| Fit::new(training, bytes, process));
+            if as_json {
+                training_json(training, process, fit)
+            } else {
+                training_table(training, process, fit)
+            }
+        }
+        Plan::Models(models) if as_json => models_json(models),
+        Plan::Models(models) => models_table(models),
+    }
+    Ok(())
+}
+
+/// The configuration, of which all must fit but the tokenizer, which need not be there.
+fn load<C: Algorithm>(config: &ConfigArgs, nproc: i64) -> Result<Loaded<C>> {
+    if nproc < 1 {
+        return Err(Error::config("--nproc must be at least 1"));
+    }
+    let loaded = config.load::<C>()?;
+    let conflict = match loaded.config.conflict(nproc) {
+        Some(("tokenizer", _)) => loaded.config.common().conflict(nproc),
+        other => other,
+    };
+    if let Some((key, why)) = conflict {
+        return Err(loaded.error(key, &why));
+    }
+    match ShardingPlan::of(loaded.config.common().parallel, nproc) {
+        Err(e) => Err(loaded.error("parallel.shard", &e.message)),
+        Ok(_) => Ok(loaded),
+    }
+}
+
+/// The largest micro-batch that fits a device.
+#[derive(Clone, Copy)]
+struct Fit {
+    /// The device's memory.
+    bytes: u64,
+    /// The most rows that fit; 0: not even one.
+    largest: i64,
+    /// The most of those that divide the rows of a rank.
+    divides: Option<i64>,
+}
+
+impl Fit {
+    fn new(t: &Training, bytes: u64, process: i64) -> Fit {
+        let largest = t.largest(bytes as i64, process);
+        let divides = (1..=largest.min(t.rows)).rev().find(|n| t.rows % n == 0);
+        Fit { bytes, largest, divides }
+    }
+}
+
+fn kind_of_device(t: &Training) -> &'static str {
+    if t.device == Device::Cpu { "cpu" } else { "cuda" }
+}
+
+/// What a step takes at most, the reference and the process included.
+fn step_bytes(t: &Training, process: i64) -> i64 {
+    t.step(t.micro_batch).total() + t.stays() + process
+}
+
+fn training_json(t: &Training, process: i64, fit: Option<Fit>) {
+    let (stays, asking) = (t.stays(), t.asking(t.micro_batch));
+    let mut out = json!({
+        "subcommand": t.subcommand,
+        "parameters": t.shape.num_parameters(),
+        "device": kind_of_device(t),
+        "ranks": t.ranks,
+        "micro_batch_size": t.micro_batch,
+        "sequence_length": t.each.length,
+        "parts": t.step(t.micro_batch),
+        "process_bytes": process,
+        "step_bytes": step_bytes(t, process),
+        "checkpoint_bytes": t.checkpoint,
+        "peak_bytes": t.peak(t.micro_batch, process),
+    });
+    if t.each.sequences > 1 {
+        out["completions"] = json!(t.each.sequences);
+        out["reference_bytes"] = json!(stays);
+        out["asking_bytes"] = json!(if asking > 0 { asking + process } else { 0 });
+    }
+    if t.device != Device::Cpu {
+        out["host_bytes"] = json!(t.checkpoint + if t.offload { t.moments } else { 0 });
+    }
+    if let Some(Fit { bytes, largest, divides }) = fit {
+        out["device_memory"] = json!(bytes);
+        out["largest_micro_batch_size"] = json!(largest);
+        out["largest_of_batch"] = divides.map_or(Value::Null, Value::from);
+    }
+    println!("{out}");
+}
+
+fn training_table(t: &Training, process: i64, fit: Option<Fit>) {
+    let parts = t.step(t.micro_batch);
+    let (stays, asking) = (t.stays(), t.asking(t.micro_batch));
+    let completions = match t.each.sequences {
+        1 => String::new(),
+        n => format!(" prompts x {n} completions"),
+    };
+    println!(
+        "# {:.2}M parameters, {:?} compute, {}; {} rank(s); micro-batches of {}{completions} x {} tokens",
+        t.shape.num_parameters() as f64 / 1e6,
+        t.compute,
+        kind_of_device(t),
+        t.ranks,
+        t.micro_batch,
+        t.each.length,
+    );
+    let line = |what: &str, bytes: i64| println!("{what:<28} {:>12}", size(bytes.max(0) as u64));
+    let named = parts.named();
+    named.iter().filter(|(_, bytes)| *bytes > 0).for_each(|(what, bytes)| line(what, *bytes));
+    if process > 0 {
+        line("the process without a model", process);
+    }
+    if stays > 0 {
+        line("the reference", stays);
+    }
+    line("a step of a rank, at most", step_bytes(t, process));
+    if asking > 0 {
+        line("forwards besides the steps", asking + process);
+    }
+    match t.device {
+        Device::Cpu if t.checkpoint > 0 => {
+            line("a checkpoint being written", t.checkpoint);
+            line("together", t.peak(t.micro_batch, process));
+        }
+        Device::Cpu => {}
+        _ => {
+            println!("# besides: what CUDA and its libraries take, and what the allocator cannot use");
+            if t.offload {
+                line("moments in host memory", t.moments);
+            }
+            if t.checkpoint > 0 {
+                line("a checkpoint, host memory", t.checkpoint);
+            }
+        }
+    }
+    if let Some(Fit { bytes, largest, divides }) = fit {
+        let (of, rows) = (size(bytes), t.rows);
+        match divides {
+            None => println!(
+                "# {of}: not even a micro_batch_size of 1 fits, which takes {}",
+                size(t.peak(1, process) as u64)
+            ),
+            Some(n) if largest >= rows => {
+                println!("# {of}: a micro_batch_size of {largest} fits; the {rows} rows of a rank need {n}");
+            }
+            Some(n) => println!(
+                "# {of}: a micro_batch_size of {largest} fits; of those that divide the {rows} rows of a rank {n}"
+            ),
+        }
+    }
+}
+
+fn models_json(m: &Models) {
+    let models: Vec<Value> = m
+        .models
+        .iter()
+        .map(|m| {
+            json!({"name": m.name, "parameters": m.parameters, "device": m.device, "offload": m.offload,
+                   "resident_bytes": m.resident, "phase_bytes": m.at_work})
+        })
+        .collect();
+    let devices: BTreeMap<&str, [i64; 3]> = m.by_device().iter().map(|(d, on)| (*d, peaks(on))).collect();
+    println!(
+        "{}",
+        json!({"subcommand": m.subcommand, "ranks": m.ranks, "phases": PHASES, "models": models,
+               "device_bytes": devices, "host_bytes": m.host()})
+    );
+}
+
+fn models_table(m: &Models) {
+    println!("# {}: {} rank(s); of each, at most", m.subcommand, m.ranks);
+    println!(
+        "{:<14} {:>12} {:>9} {:>12} {:>12} {:>12} {:>12}",
+        "", "parameters", "dtype", "stays", PHASES[0], PHASES[1], PHASES[2]
+    );
+    let bytes = |b: i64| size(b.max(0) as u64);
+    for (device, on) in &m.by_device() {
+        println!("{device}");
+        for m in on {
+            let stays = if m.offload { "offloaded".into() } else { bytes(m.resident) };
+            let [sampling, scoring, learning] = m.at_work.map(|b| b.map_or("-".into(), bytes));
+            println!(
+                "  {:<12} {:>11.1}M {:>9} {stays:>12} {sampling:>12} {scoring:>12} {learning:>12}",
+                m.name,
+                m.parameters as f64 / 1e6,
+                format!("{:?}", m.compute).to_lowercase(),
+            );
+        }
+        let [a, b, c] = peaks(on).map(bytes);
+        println!("  {:<48} {a:>12} {b:>12} {c:>12}", "together");
+    }
+    if m.host() > 0 {
+        println!("host memory of what is offloaded: {}", bytes(m.host()));
+    }
+    println!("# besides: what the process and its libraries take, and what the allocator cannot use");
+}
+
+/// What a training process takes besides its tensors: measured here, in a step of a model of some 80 MB, tensors included,
+/// which brings in the libraries' code and what products take besides.
+fn process_bytes(compute: Kind) -> Result<i64> {
+    let shape = Shape {
+        hidden_size: 256,
+        intermediate_size: 768,
+        num_hidden_layers: 1,
+        num_attention_heads: 4,
+        num_key_value_heads: 4,
+        head_dim: 64,
+        ..Shape::preset("llama-15m").ok_or_else(|| Error::failed("a preset is missing"))?
+    };
+    let plans: Vec<GroupPlan> = layout::layouts(&shape).into_iter().map(GroupPlan::from).collect();
+    let batch = Batch { rows: 4, length: 256, micro_batches: 1, recompute: Recompute::None, packed: false };
+    let memory = Memory::new(&shape, &plans, compute, ShardingPlan::solo(), Device::Cpu)?;
+    let tensors = memory.step(&batch).total() + memory.moments(Default::default());
+
+    let mut params = Sharded::new(plans, Sharding::solo(), compute, Device::Cpu);
+    init::init(&mut params, &shape, 0)?;
+    let mut model = Llama::new(shape, params);
+    let mut optimizer = AdamW::configured(&model.params, &Default::default())?;
+    let ids = Tensor::arange(1024, (Kind::Int64, Device::Cpu)).view([batch.rows, batch.length]);
+    let micro_batch = MicroBatch { labels: ids.view([-1]), input: Input::new(ids) };
+    accumulate_gradients(&mut model, &[micro_batch], 1024.0, batch.recompute)?;
+    optimizer.update(&mut model.params, 1e-3, 1.0)?;
+    Ok(telemetry::peak_bytes() as i64 - tensors)
+}

@@ -1,0 +1,39 @@
+//! What a training takes of memory, before anything of it is there: [`Memory`] is one model on one rank, [`Training`] a run that
+//! trains one model, [`Models`] a run of several, each on its device.
+//!
+//! Which models a run has is said by its recipe (`Recipe::plan` in [`crate::algorithms::recipe`]).
+
+pub mod memory;
+pub mod models;
+pub mod training;
+
+use tch::Device;
+
+pub use memory::Memory;
+pub use models::Models;
+pub use training::Training;
+
+/// What a plan is made for.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// Ranks that the run will have, at least 1.
+    pub ranks: i64,
+    /// What models are on whose section names no device.
+    pub device: Device,
+    /// The same as a configuration names it.
+    pub device_name: String,
+    /// Completions of a prompt in the data, which a plan does not open.
+    pub completions: i64,
+}
+
+/// What a run has in memory.
+pub enum Plan {
+    Training(Box<Training>),
+    Models(Models),
+}
+
+impl From<Training> for Plan {
+    fn from(training: Training) -> Plan {
+        Plan::Training(Box::new(training))
+    }
+}

@@ -1,0 +1,63 @@
+//! A run of several models, each on its device, while responses are sampled, scored and learned from.
+
+use std::collections::BTreeMap;
+
+use tch::Kind;
+
+/// What such a run does one after the other in an iteration.
+pub const PHASES: [&str; 3] = ["sampling", "scoring", "learning"];
+
+/// A model on one rank. Bytes.
+pub struct Model {
+    /// Its name in the run, such as `actor`.
+    pub name: &'static str,
+    /// Values of the whole model.
+    pub parameters: i64,
+    pub compute: Kind,
+    /// As a configuration names it.
+    pub device: String,
+    /// Its values are on the device only while it works.
+    pub offload: bool,
+    /// What it has on its device where it is not offloaded, moments that are there included.
+    pub resident: i64,
+    /// Gathered values that stay there after its first forward.
+    pub kept: i64,
+    /// What it has there at most in each of [`PHASES`]; none where it does nothing.
+    pub at_work: [Option<i64>; 3],
+    /// Moments that are in host memory.
+    pub host: i64,
+}
+
+/// All models of a run.
+pub struct Models {
+    /// What runs them.
+    pub subcommand: &'static str,
+    pub ranks: i64,
+    pub models: Vec<Model>,
+}
+
+impl Models {
+    /// The models by their devices.
+    pub fn by_device(&self) -> BTreeMap<&str, Vec<&Model>> {
+        let mut devices: BTreeMap<&str, Vec<&Model>> = BTreeMap::new();
+        self.models.iter().for_each(|m| devices.entry(&m.device).or_default().push(m));
+        devices
+    }
+
+    /// Host memory of what is offloaded from other devices.
+    pub fn host(&self) -> i64 {
+        let of = |m: &Model| m.host + if m.offload { m.resident } else { 0 };
+        self.models.iter().filter(|m| m.device != "cpu").map(of).sum()
+    }
+}
+
+/// What a device with these models has at most in each of [`PHASES`]: what stays on it, and what its models, one after the
+/// other, take besides.
+pub fn peaks(on: &[&Model]) -> [i64; 3] {
+    let stays = |m: &&Model| if m.offload { 0 } else { m.resident + m.kept };
+    let all: i64 = on.iter().map(stays).sum();
+    std::array::from_fn(|phase| {
+        let besides = on.iter().filter_map(|m| Some(m.at_work[phase]? - stays(m))).max();
+        all + besides.unwrap_or(0).max(0)
+    })
+}

@@ -1,0 +1,191 @@
+//! A run that trains one model, with a reference that it may have.
+
+use kernels::ops::accumulator;
+use tch::{Device, Kind};
+
+use super::Target;
+use super::memory::{Batch, Memory, Parts};
+use crate::config::common::Common;
+use crate::config::sections::Recompute;
+use crate::config::shape::{Head, Shape};
+use crate::distributed::mesh::ShardingPlan;
+use crate::distributed::plan::Plan;
+use crate::error::Result;
+use crate::model::compute_kind;
+
+/// What the rows are that `train.batch_size` counts.
+#[derive(Debug, Clone, Copy)]
+pub struct Rows {
+    /// Sequences of a row: the completions of a prompt.
+    pub sequences: i64,
+    /// Tokens of a sequence.
+    pub length: i64,
+    /// Rows hold several documents.
+    packed: bool,
+    /// All sequences of a micro-batch are packed into one row.
+    joined: bool,
+}
+
+impl Rows {
+    /// Rows of `length` tokens, which hold several documents where they are `packed`.
+    pub fn of(length: i64, packed: bool) -> Rows {
+        Rows { sequences: 1, length, packed, joined: false }
+    }
+
+    /// Prompts with `completions` of at most `length` tokens each; where they are `packed`, those of a micro-batch are in one
+    /// row.
+    pub fn completions(completions: i64, length: i64, packed: bool) -> Rows {
+        Rows { sequences: completions, length, packed, joined: packed }
+    }
+}
+
+/// A frozen model beside the one that is trained.
+struct Reference {
+    memory: Memory,
+    /// It stays; else it goes before the first step.
+    online: bool,
+}
+
+/// What a run has in memory. Bytes are those of one rank.
+pub struct Training {
+    pub subcommand: &'static str,
+    pub shape: Shape,
+    memory: Memory,
+    pub moments: i64,
+    /// Moments are in host memory.
+    pub offload: bool,
+    /// Host memory of a checkpoint while it is written; 0 where the only one is written after the last step.
+    pub checkpoint: i64,
+    recompute: Recompute,
+    pub each: Rows,
+    /// Rows of a micro-batch, and of a step on one rank.
+    pub micro_batch: i64,
+    pub rows: i64,
+    reference: Option<Reference>,
+    /// Tokens of a forward that scores, by which a reward model is normalised at the end.
+    scored: i64,
+    pub ranks: i64,
+    pub compute: Kind,
+    pub device: Device,
+}
+
+impl Training {
+    /// Of a model of this shape, laid out in `plans`. `subcommand` is what runs it.
+    ///
+    /// # Errors
+    /// Of kind Config: ranks that `parallel` cannot divide.
+    pub fn new(
+        subcommand: &'static str,
+        c: &Common,
+        shape: Shape,
+        plans: &[Plan],
+        each: Rows,
+        target: &Target,
+    ) -> Result<Training> {
+        let (ranks, device) = (target.ranks, target.device);
+        let compute = compute_kind(c.precision.compute);
+        let memory = Memory::new(&shape, plans, compute, ShardingPlan::of(c.parallel, ranks)?, device)?;
+        let moments = memory.moments(c.optim.moments);
+        let only_at_the_end = c.train.steps.is_some_and(|steps| steps <= c.checkpoint.every);
+        Ok(Training {
+            subcommand,
+            moments,
+            offload: c.optim.offload,
+            checkpoint: if only_at_the_end { 0 } else { memory.masters() + moments },
+            recompute: c.train.recompute,
+            each,
+            micro_batch: c.train.micro_batch_size(ranks),
+            rows: c.train.batch_size / ranks,
+            reference: None,
+            scored: 0,
+            memory,
+            shape,
+            ranks,
+            compute,
+            device,
+        })
+    }
+
+    /// With a frozen reference, which stays (`online`), or goes before the first step.
+    pub fn with_reference(self, memory: Memory, online: bool) -> Training {
+        Training { reference: Some(Reference { memory, online }), ..self }
+    }
+
+    /// With scores of at most `tokens` tokens at once, by which a reward model is normalised at the end.
+    pub fn with_scores_of(self, tokens: i64) -> Training {
+        Training { scored: tokens, ..self }
+    }
+
+    /// Of a step with micro-batches of `rows`.
+    fn batch(&self, rows: i64) -> Batch {
+        let Rows { sequences, length, packed, joined } = self.each;
+        let all = rows * sequences;
+        let (count, length) = if joined { (1, all * length) } else { (all, length) };
+        let micro_batches = (self.rows + rows - 1) / rows;
+        Batch { rows: count, length, micro_batches, recompute: self.recompute, packed }
+    }
+
+    /// Moments that are on the device.
+    fn moments_there(&self) -> i64 {
+        if self.offload { 0 } else { self.moments }
+    }
+
+    /// The peak of a step with micro-batches of `rows`, by what it is for.
+    pub fn step(&self, rows: i64) -> Parts {
+        let batch = self.batch(rows);
+        let mut parts = self.memory.step(&batch);
+        parts.moments = self.moments_there();
+        if self.shape.head == Head::Score {
+            // Which of all values are a sequence's score, of every micro-batch.
+            let accumulator = accumulator(self.compute).elt_size_in_bytes() as i64;
+            let values = batch.rows * batch.length;
+            parts.head += batch.micro_batches * rows * self.each.sequences * values * accumulator;
+        }
+        parts
+    }
+
+    /// What stays of a reference.
+    pub fn stays(&self) -> i64 {
+        self.reference
+            .as_ref()
+            .filter(|r| r.online)
+            .map_or(0, |r| r.memory.resident().total() + r.memory.kept())
+    }
+
+    /// What the forwards besides the steps take, with all that is there then: a reference is asked, or scores are normalised.
+    pub fn asking(&self, rows: i64) -> i64 {
+        let reference = self.reference.as_ref().map(|r| {
+            let learner = self.memory.resident().total() + self.memory.kept() + self.moments_there();
+            learner + r.memory.forward(&self.batch(rows)).total()
+        });
+        let scores = (self.scored > 0).then(|| {
+            let batch = Batch { rows: 1, length: self.scored, packed: true, ..self.batch(rows) };
+            self.memory.forward(&batch).total() + self.moments_there()
+        });
+        reference.max(scores).unwrap_or(0)
+    }
+
+    /// What the device must have for micro-batches of `rows`; `process` is what the process takes without a model.
+    pub fn peak(&self, rows: i64, process: i64) -> i64 {
+        let on_host = if self.device == Device::Cpu { self.checkpoint } else { 0 };
+        (self.step(rows).total() + self.stays()).max(self.asking(rows)) + process + on_host
+    }
+
+    /// The most rows of a micro-batch whose peak is within `bytes`; 0: not even one.
+    pub fn largest(&self, bytes: i64, process: i64) -> i64 {
+        let fits = |rows: i64| self.peak(rows, process) <= bytes;
+        let (mut low, mut high) = (0, 1);
+        while high <= 1 << 20 && fits(high) {
+            (low, high) = (high, 2 * high);
+        }
+        while high - low > 1 {
+            let middle = (low + high) / 2;
+            if fits(middle) {
+                low = middle;
+            } else {
+                high = middle;
+            }
+        }
+        low
+    }
+}

@@ -6,6 +6,7 @@ pub mod dpo;
 pub mod folder;
 pub mod grpo;
 pub mod interval;
+pub mod kto;
 pub mod learner;
 pub mod lock;
 pub mod losses;

@@ -12,6 +12,7 @@ use crate::commands::{Global, check, plan, training};
 use crate::config;
 use crate::config::dpo::Dpo;
 use crate::config::grpo::Grpo;
+use crate::config::kto::Kto;
 use crate::config::online_dpo::OnlineDpo;
 use crate::config::ppo::Ppo;
 use crate::config::pretrain::Pretrain;
@@ -25,6 +26,7 @@ pub static RECIPES: &[&dyn AnyRecipe] = &[
     &Of::<Sft>::NEW,
     &Of::<Reward>::NEW,
     &Of::<Dpo>::NEW,
+    &Of::<Kto>::NEW,
     &Of::<OnlineDpo>::NEW,
     &Of::<Grpo>::NEW,
     &Of::<Ppo>::NEW,

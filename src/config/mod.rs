@@ -7,6 +7,7 @@ pub mod common;
 mod de;
 pub mod dpo;
 pub mod grpo;
+pub mod kto;
 pub mod model;
 pub mod models;
 mod numbers;

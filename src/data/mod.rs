@@ -5,6 +5,7 @@ pub mod arrow;
 pub mod chat;
 pub mod conversation;
 pub mod examples;
+pub mod feedback;
 pub mod fields;
 mod jinja;
 pub mod loader;

@@ -114,11 +114,13 @@ const LEAST_PROMPT: usize = 4;
 /// The example with sequences of at most `options.sequence_length` tokens, if it is to be kept. Of a prompt that is too
 /// long the beginning is cut off (after BOS), equally much before every completion, so that the prompt's end and the
 /// completions' stay; an example whose completions leave the prompt no quarter of the sequence is left out. Completions
-/// whose tokens are those of a better one are left out, and then examples without two of different rank.
+/// whose tokens are those of a better one are left out, and then examples without two of different rank;
+/// where they are not compared with each other (`ranked`), all stay.
 pub fn fit(
     mut example: Example,
     options: &Options,
     bos: Option<u32>,
+    ranked: bool,
     counts: &mut Counts,
 ) -> Option<Example> {
     let most = options.sequence_length;
@@ -143,6 +145,10 @@ pub fn fit(
         counts.unsupervised += 1;
         return None;
     }
+    if !ranked {
+        counts.truncated += u64::from(longest > most);
+        return Some(example);
+    }
     let all = example.sequences.len();
     let mut seen = HashSet::new();
     let (sequences, ranks): (Vec<Encoded>, Vec<u32>) =
@@ -158,8 +164,24 @@ pub fn fit(
 
 /// The preferences of `data.train`, shuffled by `seed`, and of `data.valid`, where there are any; rows are examples.
 pub fn open(data: &Data, chat: &Chat, seed: u64) -> Result<(RowLoader, Option<RowLoader>)> {
-    let train = sources(data, &data.train, chat, true)?;
-    let valid = sources(data, &data.valid, chat, false)?;
+    open_as(data, chat, seed, "preferences", &|record| read_and_encode(record, chat), true)
+}
+
+/// How a record becomes an example.
+type Encode<'a> = &'a (dyn Fn(&Record) -> Result<Example, Odd> + Sync);
+
+/// [`open`] of examples that `encode` makes, of which `name` tells caches apart. `ranked`: whether an example's completions
+/// are compared with each other.
+pub(super) fn open_as(
+    data: &Data,
+    chat: &Chat,
+    seed: u64,
+    name: &str,
+    encode: Encode,
+    ranked: bool,
+) -> Result<(RowLoader, Option<RowLoader>)> {
+    let open = |sources, training| open_sources(data, sources, chat, name, encode, ranked, training);
+    let (train, valid) = (open(&data.train, true)?, open(&data.valid, false)?);
     rows::check_records(data.on_error, train.iter().chain(&valid))?;
     let loader =
         |sources: Vec<Source>, order| RowLoader::new(sources, data.sequence_length as usize, false, order);
@@ -168,18 +190,25 @@ pub fn open(data: &Data, chat: &Chat, seed: u64) -> Result<(RowLoader, Option<Ro
     Ok((train, valid))
 }
 
-/// The preferences of `sources`, tokenized or from the cache.
-fn sources(data: &Data, sources: &[sections::Source], chat: &Chat, training: bool) -> Result<Vec<Source>> {
+/// The examples of `sources`, tokenized or from the cache.
+fn open_sources(
+    data: &Data,
+    sources: &[sections::Source],
+    chat: &Chat,
+    name: &str,
+    encode: Encode,
+    ranked: bool,
+    training: bool,
+) -> Result<Vec<Source>> {
     let part = Data::PART;
     let split = (training && !data.split.is_empty()).then(|| Split { parts: data.split.clone(), part });
     let options = Options { sequence_length: data.sequence_length as usize, too_long: data.too_long, split };
     let bos = chat.tokenizer().bos_id();
-    let encode = |record: &Record| read_and_encode(record, chat);
-    let fit = |example, counts: &mut Counts| fit(example, &options, bos, counts);
+    let fit = |example, counts: &mut Counts| fit(example, &options, bos, ranked, counts);
     let tokenization = Tokenization {
-        encode: &encode,
+        encode,
         fit: &fit,
-        key: format!("preferences {bos:?} {}", chat.tokenizer().text_fingerprint()),
+        key: format!("{name} {bos:?} {}", chat.tokenizer().text_fingerprint()),
         eos: &chat.stop_ids(),
         options: options.clone(),
         cache: data.cache.clone().map_or_else(examples::default_cache, Ok)?,
@@ -395,7 +424,7 @@ mod tests {
         let fit = |example: Example, length: usize, too_long: TooLong, bos: Option<u32>| {
             let mut counts = Counts::default();
             let options = Options { sequence_length: length, too_long, split: None };
-            (fit(example, &options, bos, &mut counts), counts)
+            (fit(example, &options, bos, true, &mut counts), counts)
         };
         let long = example(&[1, 2, 3, 4, 5, 6], &[&[7, 8, 9], &[8, 9]], &[0, 1]);
         let (kept, counts) = fit(long.clone(), 7, TooLong::Truncate, None);

@@ -11,6 +11,7 @@ pub mod kl;
 pub mod policy;
 pub mod preference;
 pub mod ranking;
+pub mod unpaired;
 
 #[cfg(test)]
 mod tests;

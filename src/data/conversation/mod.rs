@@ -70,9 +70,44 @@ pub fn conversation(record: &Record) -> Result<Conversation> {
 /// As [`conversation`].
 pub fn prompt_and_completion(record: &Record) -> Result<(Conversation, Vec<Message>)> {
     let fields = Fields::new(record)?;
+    if fields.has("completion") {
+        match record.fields.get("label") {
+            Some(Value::Bool(false)) => {
+                return Err(fields.bad(
+                    "`label` is false: the completion is marked as a bad one, and cannot be learned (corral kto can)",
+                ));
+            }
+            Some(Value::Bool(true)) => fields.mark("label"),
+            _ => {}
+        }
+    }
     let (messages, completion) = formats(&fields)?;
     let conversation = with_columns(&fields, messages)?;
     Ok((Conversation { unused: fields.unused(), ..conversation }, completion))
+}
+
+/// What a record asks, its completion, and whether that was found good (`label`). Of a conversation the assistant's last turn is
+/// the completion.
+///
+/// # Errors
+/// As [`conversation`]; no `label`, nothing before the completion.
+pub fn labelled(record: &Record) -> Result<(Conversation, Vec<Message>, bool)> {
+    let fields = Fields::new(record)?;
+    let good = match fields.get("label") {
+        Some(Value::Bool(good)) => *good,
+        Some(Value::Number(n)) if n.as_u64().is_some_and(|n| n < 2) => n.as_u64() == Some(1),
+        Some(other) => return Err(fields.bad(format!("`label` must be true or false, and is {other}"))),
+        None => return Err(fields.bad("`label` is missing: true for a good completion, false for a bad one")),
+    };
+    let (mut messages, mut completion) = formats(&fields)?;
+    if completion.is_empty() {
+        completion.extend(messages.pop_if(|m| m.role == "assistant"));
+    }
+    if messages.is_empty() || !completion.iter().any(|m| m.role == "assistant") {
+        return Err(fields.bad("there must be a prompt, and a completion of the assistant after it"));
+    }
+    let conversation = with_columns(&fields, messages)?;
+    Ok((Conversation { unused: fields.unused(), ..conversation }, completion, good))
 }
 
 fn formats(fields: &Fields) -> Result<(Vec<Message>, Vec<Message>)> {
@@ -117,14 +152,6 @@ fn formats(fields: &Fields) -> Result<(Vec<Message>, Vec<Message>)> {
 
 /// The prompt with the completion under `key`, of a list of them the first.
 fn paired(fields: &Fields, prompt: Vec<Message>, key: &'static str) -> Result<(Vec<Message>, Vec<Message>)> {
-    if key == "completion" && fields.record.fields.get("label") == Some(&Value::Bool(false)) {
-        return Err(
-            fields.bad("`label` is false: the completion is marked as a bad one, and cannot be learned")
-        );
-    }
-    if key == "completion" && matches!(fields.record.fields.get("label"), Some(Value::Bool(_))) {
-        fields.get("label");
-    }
     let value = fields.get(key).unwrap_or(&Value::Null);
     let best = match (key, value.as_array()) {
         ("completions", Some(list)) if !list.is_empty() => &list[0],

@@ -11,7 +11,6 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <ATen/cuda/CUDAEvent.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 
@@ -96,49 +95,8 @@ char* corral_cuda_memory(int device, int64_t* out) {
   });
 }
 
-char* corral_cuda_reset_peak(int device) {
-  return guarded([&] {
-    at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);
-    allocator::resetPeakStats(index(device));
-  });
-}
-
-char* corral_cuda_empty_cache() {
-  return guarded([&] {
-    at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);
-    allocator::emptyCache();
-  });
-}
-
-char* corral_cuda_stream_new(int device, int high_priority, Stream* out) {
-  return guarded([&] { *out = pack(c10::cuda::getStreamFromPool(high_priority != 0, index(device))); });
-}
-
 char* corral_cuda_stream_current(int device, Stream* out) {
   return guarded([&] { *out = pack(c10::cuda::getCurrentCUDAStream(index(device))); });
-}
-
-// Makes it the current stream of its device, for this thread; the current device stays.
-char* corral_cuda_stream_set_current(Stream stream) {
-  return guarded([&] { c10::cuda::setCurrentCUDAStream(unpack(stream)); });
-}
-
-char* corral_cuda_stream_synchronize(Stream stream) {
-  return guarded([&] { unpack(stream).synchronize(); });
-}
-
-// What is put on `later` from now on starts after all that is on `earlier` now.
-char* corral_cuda_stream_wait(Stream later, Stream earlier) {
-  return guarded([&] {
-    at::cuda::CUDAEvent event;
-    event.record(unpack(earlier));
-    event.block(unpack(later));
-  });
-}
-
-// The allocator will not hand out the tensor's memory again before the work now on `stream` is done.
-char* corral_cuda_record_stream(const at::Tensor* t, Stream stream) {
-  return guarded([&] { allocator::recordStream(t->storage().data_ptr(), unpack(stream)); });
 }
 
 // A cubin or PTX (NUL-terminated). Loaded for all devices, when first used.

@@ -15,7 +15,6 @@ use std::ptr::null_mut;
 use std::sync::OnceLock;
 use std::time::Duration;
 use tch::{Device, Kind, Tensor};
-use torch_sys::C_tensor;
 
 static SHIM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libcorral_cuda.so"));
 /// Why the shim is empty, if it is.
@@ -59,14 +58,7 @@ api! {
     fn corral_cuda_set_device(c_int);
     fn corral_cuda_synchronize(c_int);
     fn corral_cuda_memory(c_int, *mut i64);
-    fn corral_cuda_reset_peak(c_int);
-    fn corral_cuda_empty_cache();
-    fn corral_cuda_stream_new(c_int, c_int, *mut Stream);
     fn corral_cuda_stream_current(c_int, *mut Stream);
-    fn corral_cuda_stream_set_current(Stream);
-    fn corral_cuda_stream_synchronize(Stream);
-    fn corral_cuda_stream_wait(Stream, Stream);
-    fn corral_cuda_record_stream(*const C_tensor, Stream);
     fn corral_cuda_module_load(*const c_void, *mut *mut c_void);
     fn corral_cuda_module_unload(*mut c_void);
     fn corral_cuda_kernel(*mut c_void, *const c_char, *mut *mut c_void);
@@ -269,58 +261,11 @@ impl Cuda {
         Ok(Memory { allocated: m[0], peak_allocated: m[1], reserved: m[2], peak_reserved: m[3] })
     }
 
-    /// The peaks start again from what is allocated and reserved now.
-    pub fn reset_peak_memory(&self, device: usize) -> Result<()> {
-        check(unsafe { (self.api.corral_cuda_reset_peak)(device as c_int) })
-    }
-
-    /// Gives cached, unused memory back to the driver.
-    pub fn empty_cache(&self) -> Result<()> {
-        check(unsafe { (self.api.corral_cuda_empty_cache)() })
-    }
-
-    pub fn new_stream(&self, device: usize, high_priority: bool) -> Result<Stream> {
-        let mut s = Stream { id: 0, device: 0 };
-        check(unsafe { (self.api.corral_cuda_stream_new)(device as c_int, high_priority as c_int, &mut s) })?;
-        Ok(s)
-    }
-
     /// This thread's current stream of `device`.
     pub fn current_stream(&self, device: usize) -> Result<Stream> {
         let mut s = Stream { id: 0, device: 0 };
         check(unsafe { (self.api.corral_cuda_stream_current)(device as c_int, &mut s) })?;
         Ok(s)
-    }
-
-    /// Runs `body` with `stream` as its device's current stream, and restores the one before, also when `body` panics.
-    /// Nothing waits: see [`Cuda::stream_wait`].
-    pub fn with_stream<T>(&self, stream: Stream, body: impl FnOnce() -> T) -> Result<T> {
-        struct Restore<'a>(&'a Cuda, Stream);
-        impl Drop for Restore<'_> {
-            fn drop(&mut self) {
-                // Setting a stream that was current before cannot fail.
-                let _ = check(unsafe { (self.0.api.corral_cuda_stream_set_current)(self.1) });
-            }
-        }
-        let _restore = Restore(self, self.current_stream(stream.device as usize)?);
-        check(unsafe { (self.api.corral_cuda_stream_set_current)(stream) })?;
-        Ok(body())
-    }
-
-    pub fn stream_synchronize(&self, stream: Stream) -> Result<()> {
-        check(unsafe { (self.api.corral_cuda_stream_synchronize)(stream) })
-    }
-
-    /// What is put on `later` from now on starts after all that is on `earlier` now. The host does not wait.
-    pub fn stream_wait(&self, later: Stream, earlier: Stream) -> Result<()> {
-        check(unsafe { (self.api.corral_cuda_stream_wait)(later, earlier) })
-    }
-
-    /// The memory of `t` is not reused before the work that is now on `stream` is done: for tensors that are used on
-    /// another stream than the one they were made on.
-    pub fn record_stream(&self, t: &Tensor, stream: Stream) -> Result<()> {
-        on_cuda(t)?;
-        check(unsafe { (self.api.corral_cuda_record_stream)(t.as_ptr(), stream) })
     }
 
     /// Loads a cubin or PTX for all devices.

@@ -130,7 +130,7 @@ fn cuda_shim(build: &cc::Build, torch: &Path, lib: &Path, out: &Path) {
     // It takes half a minute and seldom changes: not again when only another C++ file did.
     let stamp = out.join("cuda_shim.stamp");
     let line = format!("{command:?}");
-    let sources = ["cpp/cuda_shim.cpp", "cpp/guard.h"].map(Path::new);
+    let sources = ["cpp/cuda_shim.cpp", "cpp/abi.h", "cpp/guard.h"].map(Path::new);
     if fs::read_to_string(&stamp).is_ok_and(|s| s == line) && sources.iter().all(|s| newer(&shim, s)) {
         return;
     }

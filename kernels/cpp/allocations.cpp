@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "abi.h"
 #include "guard.h"
 
 namespace {

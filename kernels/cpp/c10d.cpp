@@ -2,6 +2,7 @@
 // group is made by cuda_shim.cpp and is driven from here through the base class). Handles are heap-allocated intrusive
 // pointers. No function here outlives its arguments: c10d itself keeps the tensors of a running collective.
 #define USE_C10D_GLOO
+#include "abi.h"
 #include "gloo_in_place.h"
 #include "guard.h"
 
@@ -23,9 +24,6 @@ TORCH_API std::string dump_fr_trace_json(bool includeCollectives, bool onlyActiv
 
 using corral::guarded;
 using std::chrono::milliseconds;
-using StorePtr = c10::intrusive_ptr<c10d::Store>;
-using BackendPtr = c10::intrusive_ptr<c10d::Backend>;
-using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 using Tensors = std::vector<at::Tensor>;
 
 namespace {

@@ -2,6 +2,7 @@
 // when a CUDA device is first asked for, so that runs on CPU load none of CUDA's libraries. All device indices are those
 // that CUDA_VISIBLE_DEVICES leaves.
 #define USE_C10D_NCCL
+#include "abi.h"
 #include "guard.h"
 
 #include <ATen/Context.h>
@@ -16,16 +17,7 @@
 
 using corral::guarded;
 using std::chrono::milliseconds;
-using StorePtr = c10::intrusive_ptr<c10d::Store>;
-using BackendPtr = c10::intrusive_ptr<c10d::Backend>;
-using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 namespace allocator = c10::cuda::CUDACachingAllocator;
-
-// A c10 stream in plain numbers. Streams come from libtorch's pool and are never destroyed.
-struct Stream {
-  int64_t id;
-  int64_t device;
-};
 
 namespace {
 c10::cuda::CUDAStream unpack(const Stream& s) {

@@ -9,6 +9,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/mm.h>
 
+#include "abi.h"
 #include "guard.h"
 
 using corral::guarded;

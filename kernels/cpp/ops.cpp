@@ -6,6 +6,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
+#include "abi.h"
 #include "cpu_rows.h"
 #include "guard.h"
 #include "tensors.h"

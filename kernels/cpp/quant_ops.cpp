@@ -2,6 +2,7 @@
 // message that the caller frees.
 #include <ATen/Parallel.h>
 
+#include "abi.h"
 #include "cpu_quant.h"
 #include "guard.h"
 #include "tensors.h"

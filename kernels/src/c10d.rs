@@ -3,9 +3,10 @@
 //! A [`Store`] is the key-value store that ranks meet in; a [`Group`] is a set of ranks that call the same collectives in
 //! the same order; a [`Work`] is a collective under way. Failures are told by rank: see [`crate::watch`].
 
+use crate::abi::*;
 use crate::error::{Error, Result, c_string, check, take_string};
 pub use crate::store::Store;
-use crate::store::{StorePtr, millis};
+use crate::store::millis;
 use crate::watch::{Call, Poll, Watch};
 use std::ffi::{c_char, c_int};
 use std::fmt;
@@ -14,63 +15,6 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
-use torch_sys::C_tensor;
-
-/// Opaque C++ handles.
-#[repr(C)]
-pub(crate) struct BackendPtr([u8; 0]);
-#[repr(C)]
-struct WorkPtr([u8; 0]);
-
-unsafe extern "C" {
-    fn corral_gloo(
-        s: *const StorePtr,
-        rank: c_int,
-        size: c_int,
-        name: *const c_char,
-        timeout_ms: i64,
-        interface: *const c_char,
-        host: *const c_char,
-        out: *mut *mut BackendPtr,
-    ) -> *mut c_char;
-    fn corral_backend_free(b: *mut BackendPtr);
-    fn corral_all_reduce(
-        b: *const BackendPtr,
-        t: *const C_tensor,
-        op: c_int,
-        out: *mut *mut WorkPtr,
-    ) -> *mut c_char;
-    fn corral_all_gather(
-        b: *const BackendPtr,
-        output: *const C_tensor,
-        input: *const C_tensor,
-        out: *mut *mut WorkPtr,
-    ) -> *mut c_char;
-    fn corral_reduce_scatter(
-        b: *const BackendPtr,
-        output: *const C_tensor,
-        input: *const C_tensor,
-        op: c_int,
-        out: *mut *mut WorkPtr,
-    ) -> *mut c_char;
-    fn corral_broadcast(
-        b: *const BackendPtr,
-        t: *const C_tensor,
-        root: i64,
-        out: *mut *mut WorkPtr,
-    ) -> *mut c_char;
-    fn corral_all_to_all(
-        b: *const BackendPtr,
-        output: *const C_tensor,
-        input: *const C_tensor,
-        out: *mut *mut WorkPtr,
-    ) -> *mut c_char;
-    fn corral_work_wait(w: *const WorkPtr, timeout_ms: i64, done: *mut c_int) -> *mut c_char;
-    fn corral_work_sync(w: *const WorkPtr) -> *mut c_char;
-    fn corral_work_poll(w: *const WorkPtr, done: *mut c_int) -> *mut c_char;
-    fn corral_work_free(w: *mut WorkPtr);
-    fn corral_recorder_trace(out: *mut *mut c_char) -> *mut c_char;
-}
 
 /// What libtorch's flight recorder has recorded (JSON): nothing, unless the user has switched it on.
 pub fn recorder_trace() -> Result<String> {
@@ -392,7 +336,7 @@ impl Group {
             return Err(self.fail(link, &call_id, &cause.message));
         }
         if link.backend == Backend::Nccl {
-            let in_flight = InFlight(crate::cuda::nccl_work_clone(raw.cast())?.cast());
+            let in_flight = InFlight(crate::cuda::nccl_work_clone(raw)?);
             link.watch.add(call_id.clone(), self.0.timeout, Box::new(move || in_flight.poll()));
         }
         link.pending.fetch_add(1, Ordering::AcqRel);

@@ -6,15 +6,10 @@
 //! ```
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::ffi::c_char;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
+use crate::abi::{corral_allocations_begin, corral_allocations_end};
 use crate::error::{Result, check};
-
-unsafe extern "C" {
-    fn corral_allocations_begin() -> *mut c_char;
-    fn corral_allocations_end(peak: *mut i64, live: *mut i64) -> *mut c_char;
-}
 
 /// What tensors on the CPU took.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

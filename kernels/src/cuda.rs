@@ -2,9 +2,9 @@
 //!
 //! [`load`] must come before anything else that may ask libtorch about CUDA (a random seed does): libtorch looks once.
 
-use crate::c10d::BackendPtr;
+use crate::abi::*;
 use crate::error::{Error, Result, c_string, check, take_string};
-use crate::store::{Store, StorePtr, millis};
+use crate::store::{Store, millis};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY, RTLD_LOCAL, RTLD_NOW};
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fs::File;
@@ -20,58 +20,9 @@ static SHIM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libcorral_cuda.so
 /// Why the shim is empty, if it is.
 const NO_CUDA: &str = env!("CORRAL_NO_CUDA");
 
-unsafe extern "C" {
-    fn corral_libtorch_path(out: *mut *mut c_char) -> *mut c_char;
-    fn memfd_create(name: *const c_char, flags: u32) -> c_int;
-    fn _exit(code: c_int) -> !;
-}
-
-/// A CUDA stream of libtorch's pool; they live as long as the process.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stream {
-    id: i64,
-    device: i64,
-}
-
-macro_rules! api {
-    ($(fn $name:ident($($ty:ty),*);)*) => {
-        /// The functions of `cuda_shim.cpp`.
-        struct Api { $($name: unsafe extern "C" fn($($ty),*) -> *mut c_char,)* }
-
-        impl Api {
-            /// # Safety
-            /// `library` must be the shim, and stay loaded.
-            unsafe fn find(library: &Library) -> Result<Api> {
-                $(let $name = unsafe { library.get(concat!(stringify!($name), "\0").as_bytes()) }
-                    .map_err(|e| Error::new(format!("libcorral_cuda.so: {e}")))?;)*
-                Ok(Api { $($name: *$name,)* })
-            }
-        }
-    };
-}
-
-api! {
-    fn corral_cuda_hooks(*mut c_int);
-    fn corral_cuda_device_count(*mut c_int);
-    fn corral_cuda_device_info(c_int, *mut c_char, *mut u8, *mut c_int, *mut c_int, *mut c_int, *mut i64);
-    fn corral_cuda_set_device(c_int);
-    fn corral_cuda_synchronize(c_int);
-    fn corral_cuda_memory(c_int, *mut i64);
-    fn corral_cuda_stream_current(c_int, *mut Stream);
-    fn corral_cuda_module_load(*const c_void, *mut *mut c_void);
-    fn corral_cuda_module_unload(*mut c_void);
-    fn corral_cuda_kernel(*mut c_void, *const c_char, *mut *mut c_void);
-    fn corral_cuda_kernel_shared(*mut c_void, c_int, c_int);
-    fn corral_cuda_launch(*mut c_void, *const u32, *const u32, usize, Stream, *mut *mut c_void);
-    fn corral_nccl(*const StorePtr, c_int, c_int, *const c_char, i64, c_int, *mut *mut BackendPtr);
-    fn corral_nccl_work_clone(*const c_void, *mut *mut c_void);
-    fn corral_nccl_shutdown(*const BackendPtr);
-}
-
 /// CUDA, loaded.
 pub struct Cuda {
-    api: Api,
+    api: Shim,
 }
 
 /// Loads libtorch's CUDA part. It needs no GPU: see [`Cuda::device_count`]. Errors name what is missing.
@@ -106,9 +57,7 @@ fn open() -> Result<Cuda> {
 
     // dlopen wants a file; this one is in memory, and gone with the process.
     // SAFETY: a valid name; the descriptor is ours.
-    let fd = unsafe {
-        memfd_create(c"libcorral_cuda.so".as_ptr(), 1 /* MFD_CLOEXEC */)
-    };
+    let fd = unsafe { libc::memfd_create(c"libcorral_cuda.so".as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
         let e = std::io::Error::last_os_error();
         return Err(Error::new(format!("no memory file for libcorral_cuda.so: {e}")));
@@ -118,8 +67,8 @@ fn open() -> Result<Cuda> {
     file.write_all(SHIM).map_err(|e| Error::new(format!("libcorral_cuda.so: {e}")))?;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     let shim = dlopen(&path, RTLD_NOW | RTLD_LOCAL).map_err(no_cuda)?;
-    // SAFETY: it is the shim that was built with this file, and is never closed.
-    let api = unsafe { Api::find(&shim)? };
+    // SAFETY: it is the shim that was built with this package, and is never closed.
+    let api = unsafe { Shim::find(&shim) }.map_err(|e| Error::new(format!("libcorral_cuda.so: {e}")))?;
     std::mem::forget(shim);
     let mut known = 0;
     // SAFETY: `known` is written.
@@ -135,7 +84,7 @@ fn open() -> Result<Cuda> {
 /// Ends the process now, without destructors or exit handlers: those may wait for a GPU that never answers.
 pub(crate) fn exit_now(code: i32) -> ! {
     // SAFETY: does not return.
-    unsafe { _exit(code) }
+    unsafe { libc::_exit(code) }
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -289,7 +238,7 @@ fn on_cuda(t: &Tensor) -> Result<()> {
 /// Compiled kernels, loaded.
 pub struct Module {
     cuda: &'static Cuda,
-    raw: *mut c_void,
+    raw: *mut CUlib_st,
     /// The driver may read it again when the code is first used on another device.
     _image: Vec<u8>,
 }
@@ -319,7 +268,7 @@ impl Module {
 #[derive(Clone, Copy)]
 pub struct Kernel<'a> {
     module: &'a Module,
-    raw: *mut c_void,
+    raw: *mut CUkern_st,
 }
 
 // SAFETY: as for `Module`.
@@ -404,7 +353,7 @@ pub(crate) fn nccl(
     Ok(raw)
 }
 
-pub(crate) fn nccl_work_clone(work: *const c_void) -> Result<*mut c_void> {
+pub(crate) fn nccl_work_clone(work: *const WorkPtr) -> Result<*mut WorkPtr> {
     let mut raw = null_mut();
     check(unsafe { (load()?.api.corral_nccl_work_clone)(work, &mut raw) })?;
     Ok(raw)

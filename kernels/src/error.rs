@@ -1,7 +1,9 @@
 //! The error of this package: one line for the user.
 
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::{CStr, CString, c_char};
 use std::fmt;
+
+use crate::abi::corral_free;
 
 #[derive(Debug, Clone)]
 pub struct Error {
@@ -33,10 +35,6 @@ impl From<tch::TchError> for Error {
     fn from(e: tch::TchError) -> Self {
         Error::new(e.to_string().lines().next().unwrap_or("unknown libtorch error"))
     }
-}
-
-unsafe extern "C" {
-    pub(crate) fn corral_free(p: *mut c_void);
 }
 
 /// Turns what a function of the C ABI returned (a malloc'ed message, or null) into a result.

@@ -1,42 +1,17 @@
 //! The operations of [`crate::ops`] on CUDA: launches of the kernels in `cuda/`, in float32 and bfloat16. The kernels are
 //! compiled when first used, once for an architecture, and run on the current stream.
 
+use crate::abi::Stream;
+use crate::abi::{corral_flash_attention, corral_flash_attention_backward, corral_grad_weight};
 use crate::cuda::Arg::{self, F32, I32, I64, Tensor as T, U64};
-use crate::cuda::{self, Cuda, Kernel, Stream};
+use crate::cuda::{self, Cuda, Kernel};
 use crate::error::{Error, Result, check};
 use crate::nvrtc;
-use crate::ops::{AdamW, Heads, Raw, own, raw};
+use crate::ops::{AdamW, Heads, own, raw};
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::c_char;
 use std::ptr::null_mut;
 use std::sync::{Mutex, OnceLock};
 use tch::{Device, Kind, Tensor};
-
-unsafe extern "C" {
-    fn corral_flash_attention(
-        qkv: Raw,
-        batch: i64,
-        heads: i64,
-        kv_heads: i64,
-        head_dim: i64,
-        scale: f64,
-        out: *mut Raw,
-        lse: *mut Raw,
-    ) -> *mut c_char;
-    fn corral_flash_attention_backward(
-        dout: Raw,
-        qkv: Raw,
-        out: Raw,
-        lse: Raw,
-        batch: i64,
-        heads: i64,
-        kv_heads: i64,
-        head_dim: i64,
-        scale: f64,
-        dqkv: *mut Raw,
-    ) -> *mut c_char;
-    fn corral_grad_weight(dw: Raw, dy: Raw, x: Raw, add: bool) -> *mut c_char;
-}
 
 /// CUDA C++ that is compiled as one: its file, options, and kernels.
 pub struct Source {

@@ -1,15 +1,10 @@
 //! Settings of this process: threads, where float32 products go, the allocator.
 
-use std::ffi::c_char;
-
 use tch::{Kind, Tensor};
 
+use crate::abi::corral_allocate_by_malloc;
 use crate::error::{Result, check};
 use crate::ops;
-
-unsafe extern "C" {
-    fn corral_allocate_by_malloc() -> *mut c_char;
-}
 
 /// How glibc's allocator treats freed memory, and that tensors come from there such that a freed one makes room for the next
 /// of its size.

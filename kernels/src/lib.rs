@@ -1,5 +1,6 @@
 //! What Corral needs below `tch`, behind safe types. The one package with `unsafe`, C++ and CUDA.
 
+mod abi;
 pub mod c10d;
 pub mod composed;
 pub mod composed_quant;

@@ -5,40 +5,14 @@
 //! As bitsandbytes' kernels do it, but for what is rounded to 0: a second moment that is positive keeps the smallest
 //! positive code. With 0 the step of its parameter would be the first moment divided by eps.
 
-use std::ffi::c_char;
-
 use tch::{Device, Kind, Tensor};
 
+use crate::abi::corral_adamw8;
 use crate::composed_quant::{self as composed, Table, on};
 use crate::error::{Error, Result, check};
 use crate::gpu_quant as gpu;
-use crate::ops::{AdamW, Raw, raw, raw_opt};
+use crate::ops::{AdamW, raw, raw_opt};
 use crate::quant::{CODE_BLOCK, blocks};
-
-unsafe extern "C" {
-    fn corral_adamw8(
-        p: Raw,
-        g: Raw,
-        m_codes: Raw,
-        m_absmax: Raw,
-        m_map: Raw,
-        m_midpoints: Raw,
-        v_codes: Raw,
-        v_absmax: Raw,
-        v_map: Raw,
-        v_midpoints: Raw,
-        copy: Raw,
-        decayed: i64,
-        lr: f64,
-        beta1: f64,
-        beta2: f64,
-        eps: f64,
-        decay: f64,
-        correction1: f64,
-        correction2: f64,
-        grad_scale: f64,
-    ) -> *mut c_char;
-}
 
 /// A moment of n values.
 #[derive(Debug)]

@@ -7,15 +7,11 @@
 //! libtorch's operations ([`crate::composed`]), which are also the oracles in the tests. The same input gives the same
 //! bits.
 
-use std::ffi::{c_char, c_void};
-
 use tch::{Device, Kind, Tensor};
 
+use crate::abi::*;
 use crate::error::{Result, check};
 use crate::{composed, gpu};
-
-/// A tensor as the C++ side takes it (`at::Tensor*`).
-pub(crate) type Raw = *mut c_void;
 
 /// The C++ side may write to the data, not to the handle.
 pub(crate) fn raw(t: &Tensor) -> Raw {
@@ -29,90 +25,7 @@ pub(crate) fn raw_opt(t: Option<&Tensor>) -> Raw {
 /// Takes over a tensor that the C++ side made with `new at::Tensor`.
 pub(crate) fn own(t: Raw) -> Tensor {
     // SAFETY: `t` comes from `new at::Tensor` on the C++ side, which gives up its ownership.
-    unsafe { Tensor::from_ptr(t.cast()) }
-}
-
-unsafe extern "C" {
-    fn corral_set_float32_onednn(on: bool) -> *mut c_char;
-    fn corral_fill_normal(out: Raw, key: u64, first: u64, std: f64) -> *mut c_char;
-    fn corral_rms_norm(x: Raw, w: Raw, eps: f64, y: *mut Raw, rstd: *mut Raw) -> *mut c_char;
-    fn corral_rms_apply(x: Raw, w: Raw, rstd: Raw, y: *mut Raw) -> *mut c_char;
-    fn corral_rms_backward(
-        dy: Raw,
-        x: Raw,
-        w: Raw,
-        rstd: Raw,
-        residual: Raw,
-        dw: Raw,
-        dx: *mut Raw,
-    ) -> *mut c_char;
-    fn corral_rope(
-        x: Raw,
-        positions: Raw,
-        cos: Raw,
-        sin: Raw,
-        heads: i64,
-        d: i64,
-        inverse: bool,
-    ) -> *mut c_char;
-    fn corral_attention(
-        qkv: Raw,
-        start: Raw,
-        batch: i64,
-        heads: i64,
-        kv_heads: i64,
-        head_dim: i64,
-        scale: f64,
-        out: *mut Raw,
-        lse: *mut Raw,
-    ) -> *mut c_char;
-    fn corral_attention_backward(
-        dout: Raw,
-        qkv: Raw,
-        out: Raw,
-        lse: Raw,
-        start: Raw,
-        batch: i64,
-        heads: i64,
-        kv_heads: i64,
-        head_dim: i64,
-        scale: f64,
-        dqkv: *mut Raw,
-    ) -> *mut c_char;
-    fn corral_decode_attention(
-        qkv: Raw,
-        keys: Raw,
-        values: Raw,
-        slot: Raw,
-        position: Raw,
-        first: Raw,
-        heads: i64,
-        scale: f64,
-        out: *mut Raw,
-    ) -> *mut c_char;
-    fn corral_few_rows(x: Raw, w: Raw, add: Raw, y: *mut Raw) -> *mut c_char;
-    fn corral_swiglu(gu: Raw, a: *mut Raw) -> *mut c_char;
-    fn corral_swiglu_backward(gu: Raw, da: Raw) -> *mut c_char;
-    fn corral_log_softmax(logits: Raw, labels: Raw, coef: Raw, logp: Raw, entropy: Raw) -> *mut c_char;
-    fn corral_adamw(
-        p: Raw,
-        g: Raw,
-        m: Raw,
-        v: Raw,
-        copy: Raw,
-        lr: f64,
-        beta1: f64,
-        beta2: f64,
-        eps: f64,
-        decay: f64,
-        correction1: f64,
-        correction2: f64,
-        grad_scale: f64,
-    ) -> *mut c_char;
-    fn corral_sum_squares(x: Raw, out: *mut f64) -> *mut c_char;
-    fn corral_dropout(x: Raw, rows: Raw, key: u64, threshold: u32, scale: f64, y: *mut Raw) -> *mut c_char;
-    fn corral_accumulate(dst: Raw, src: Raw, add: bool) -> *mut c_char;
-    fn corral_embedding_backward(dx: Raw, ids: Raw, dw: Raw) -> *mut c_char;
+    unsafe { Tensor::from_ptr(t) }
 }
 
 /// The dtype of statistics, gradients of weights and log-probabilities for a compute dtype.

@@ -1,12 +1,9 @@
 //! Programs that this process starts.
 
-use std::ffi::c_int;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-unsafe extern "C" {
-    fn corral_recorder_is_off() -> c_int;
-}
+use crate::abi::corral_recorder_is_off;
 
 /// Lets `command` begin as a shell would start it, in a process group of its own: no signal is blocked or ignored, whatever
 /// is in this process and its threads; its environment is the user's.

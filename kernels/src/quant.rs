@@ -10,40 +10,14 @@
 //! On the CPU in C++ (`cpp/cpu_quant.cpp`), on CUDA as kernels compiled at run time ([`crate::gpu_quant`]), else as
 //! compositions of libtorch's operations ([`crate::composed_quant`]), the oracles in the tests.
 
-use std::ffi::c_char;
 use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::abi::*;
 use crate::error::{Error, Result, check};
-use crate::ops::{self, Raw, raw, raw_opt};
+use crate::ops::{self, raw, raw_opt};
 use crate::{composed_quant as composed, gpu_quant as gpu};
-
-unsafe extern "C" {
-    fn corral_nf4_quantize(x: Raw, packed: Raw, absmax: Raw) -> *mut c_char;
-    fn corral_nf4_dequantize(
-        packed: Raw,
-        absmax: Raw,
-        codes: Raw,
-        map: Raw,
-        offset: Raw,
-        height: i64,
-        width: i64,
-        row: i64,
-        column: i64,
-        out: Raw,
-    ) -> *mut c_char;
-    fn corral_int8_quantize(x: Raw, q: Raw, absmax: Raw) -> *mut c_char;
-    fn corral_int8_dequantize(
-        q: Raw,
-        absmax: Raw,
-        height: i64,
-        width: i64,
-        row: i64,
-        column: i64,
-        out: Raw,
-    ) -> *mut c_char;
-}
 
 /// NF4's values, in float32 as bitsandbytes has them.
 pub const NF4: [f32; 16] = [

@@ -1,39 +1,12 @@
 //! The key-value store that ranks meet in: libtorch's TCPStore.
 
-use crate::error::{Error, Result, c_string, check, corral_free};
-use std::ffi::{c_char, c_int};
+use crate::abi::*;
+use crate::error::{Error, Result, c_string, check};
+use std::ffi::c_char;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
 use std::os::fd::IntoRawFd;
 use std::ptr::null_mut;
 use std::time::{Duration, Instant};
-
-/// Opaque C++ handle.
-#[repr(C)]
-pub(crate) struct StorePtr([u8; 0]);
-
-unsafe extern "C" {
-    fn corral_store_tcp(
-        host: *const c_char,
-        port: u16,
-        listen_fd: c_int,
-        timeout_ms: i64,
-        out: *mut *mut StorePtr,
-    ) -> *mut c_char;
-    fn corral_store_prefix(s: *const StorePtr, prefix: *const c_char, out: *mut *mut StorePtr)
-    -> *mut c_char;
-    fn corral_store_reconnect(s: *const StorePtr, out: *mut *mut StorePtr) -> *mut c_char;
-    fn corral_store_free(s: *mut StorePtr);
-    fn corral_store_set(s: *const StorePtr, key: *const c_char, data: *const u8, size: usize) -> *mut c_char;
-    fn corral_store_get(
-        s: *const StorePtr,
-        key: *const c_char,
-        timeout_ms: i64,
-        out: *mut *mut u8,
-        size: *mut usize,
-    ) -> *mut c_char;
-    fn corral_store_add(s: *const StorePtr, key: *const c_char, value: i64, out: *mut i64) -> *mut c_char;
-    fn corral_store_check(s: *const StorePtr, key: *const c_char, out: *mut c_int) -> *mut c_char;
-}
 
 pub(crate) fn millis(d: Duration) -> i64 {
     d.as_millis().clamp(1, i64::MAX as u128 / 2) as i64

@@ -1,5 +1,5 @@
 //! Compiles the C++ side against the libtorch that torch-sys was built with: the part for all machines into this crate,
-//! the part that needs CUDA's symbols into a shared object that `cuda.rs` embeds and opens when a GPU is asked for.
+//! the part that needs CUDA's symbols into a shared object that `cuda/shim.rs` embeds and opens when a GPU is asked for.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs};
@@ -36,7 +36,7 @@ fn main() {
         .opt_level(1)
         .flag("-fopenmp")
         .include("cpp")
-        .include("cpp/gloo_fwd")
+        .include("cpp/comm/gloo_fwd")
         .include(torch.join("include"))
         .include(torch.join("include/torch/csrc/api/include"));
     // Beside each other: the shim takes as long as all else.
@@ -54,9 +54,10 @@ fn main() {
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
 }
 
-/// Kernels on plain pointers, once per instruction set; nothing of the standard library in them (see cpu_rows.h).
+/// Kernels on plain pointers, once per instruction set; nothing of the standard library in them (see cpp/ops/cpu_rows.h).
 fn rows_and_quant() {
-    for (source, prefix, contract) in [("cpu_rows", "rows", "fast"), ("cpu_quant", "quant", "off")] {
+    for (source, prefix, contract) in [("ops/cpu_rows", "rows", "fast"), ("quant/cpu_quant", "quant", "off")]
+    {
         for level in ["v2", "v3", "v4"] {
             let isa = format!("{prefix}_{level}");
             cc::Build::new()
@@ -68,6 +69,7 @@ fn rows_and_quant() {
                 .flag_if_supported("-mprefer-vector-width=512")
                 .flags(["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"])
                 .flag(format!("-ffp-contract={contract}"))
+                .include("cpp")
                 .define("CORRAL_ISA", isa.as_str())
                 .file(format!("cpp/{source}.cpp"))
                 .compile(&isa);
@@ -114,7 +116,7 @@ fn cuda_shim(build: &cc::Build, torch: &Path, lib: &Path, out: &Path) {
 
     let mut command = build.get_compiler().to_command();
     command
-        .args(["-shared", "-w", "cpp/cuda_shim.cpp", "-o"])
+        .args(["-shared", "-w", "cpp/cuda/cuda_shim.cpp", "-o"])
         .arg(&shim)
         .arg("-I")
         .arg(cuda.join("include"))
@@ -130,12 +132,12 @@ fn cuda_shim(build: &cc::Build, torch: &Path, lib: &Path, out: &Path) {
     // It takes half a minute and seldom changes: not again when only another C++ file did.
     let stamp = out.join("cuda_shim.stamp");
     let line = format!("{command:?}");
-    let sources = ["cpp/cuda_shim.cpp", "cpp/abi.h", "cpp/guard.h"].map(Path::new);
+    let sources = ["cpp/cuda/cuda_shim.cpp", "cpp/abi.h", "cpp/guard.h"].map(Path::new);
     if fs::read_to_string(&stamp).is_ok_and(|s| s == line) && sources.iter().all(|s| newer(&shim, s)) {
         return;
     }
     let status = command.status().expect("the C++ compiler starts");
-    assert!(status.success(), "cpp/cuda_shim.cpp does not compile: {line}");
+    assert!(status.success(), "cpp/cuda/cuda_shim.cpp does not compile: {line}");
     fs::write(stamp, line).expect("write into OUT_DIR");
 }
 
@@ -144,7 +146,7 @@ fn newer(file: &Path, than: &Path) -> bool {
     matches!((time(file), time(than)), (Ok(a), Ok(b)) if a > b)
 }
 
-/// Writes `nvrtc_headers.rs`: the list of (name, text) that `cuda.rs` hands to NVRTC.
+/// Writes `nvrtc_headers.rs`: the list of (name, text) that `cuda/nvrtc.rs` hands to NVRTC.
 fn embed_headers(include: Option<&Path>, out: &Path) {
     let mut list = String::from("&[\n");
     for name in NVRTC_HEADERS {

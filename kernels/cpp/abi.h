@@ -36,7 +36,7 @@ struct Stream {
 
 extern "C" {
 
-// Process: c10d.cpp, allocations.cpp, ops.cpp.
+// The process: comm/c10d.cpp, host/allocations.cpp, ops/ops.cpp.
 
 void corral_free(void* p);
 int corral_recorder_is_off();
@@ -47,7 +47,7 @@ char* corral_allocations_begin();
 char* corral_allocations_end(int64_t* peak, int64_t* live);
 char* corral_set_float32_onednn(bool on);
 
-// Row operations on the CPU: ops.cpp.
+// Row operations on the CPU: ops/ops.cpp.
 
 char* corral_fill_normal(at::Tensor* out, uint64_t key, uint64_t first, double std);
 char* corral_rms_norm(at::Tensor* x, at::Tensor* w, double eps, at::Tensor** y, at::Tensor** rstd);
@@ -76,7 +76,7 @@ char* corral_dropout(at::Tensor* x, at::Tensor* rows, uint64_t key, uint32_t thr
 char* corral_accumulate(at::Tensor* dst, at::Tensor* src, bool add);
 char* corral_embedding_backward(at::Tensor* dx, at::Tensor* ids, at::Tensor* dw);
 
-// libtorch's operations on CUDA: gpu_ops.cpp.
+// libtorch's operations on CUDA: ops/gpu_ops.cpp.
 
 char* corral_flash_attention(at::Tensor* qkv, int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
                              double scale, at::Tensor** out, at::Tensor** lse);
@@ -85,7 +85,7 @@ char* corral_flash_attention_backward(at::Tensor* dout, at::Tensor* qkv, at::Ten
                                       at::Tensor** dqkv);
 char* corral_grad_weight(at::Tensor* dw, at::Tensor* dy, at::Tensor* x, bool add);
 
-// Quantization on the CPU: quant_ops.cpp.
+// Quantization on the CPU: quant/quant_ops.cpp.
 
 char* corral_nf4_quantize(at::Tensor* x, at::Tensor* packed, at::Tensor* absmax);
 char* corral_nf4_dequantize(at::Tensor* packed, at::Tensor* absmax, at::Tensor* codes, at::Tensor* map,
@@ -99,7 +99,7 @@ char* corral_adamw8(at::Tensor* p, at::Tensor* g, at::Tensor* m_codes, at::Tenso
                     at::Tensor* v_midpoints, at::Tensor* copy, int64_t decayed, double lr, double beta1, double beta2,
                     double eps, double decay, double correction1, double correction2, double grad_scale);
 
-// Communication: c10d.cpp.
+// Communication: comm/c10d.cpp.
 
 char* corral_store_tcp(const char* host, uint16_t port, int listen_fd, int64_t timeout_ms, StorePtr** out);
 char* corral_store_prefix(const StorePtr* store, const char* prefix, StorePtr** out);
@@ -123,7 +123,7 @@ char* corral_work_sync(const WorkPtr* work);
 char* corral_work_poll(const WorkPtr* work, int* done);
 void corral_work_free(WorkPtr* work);
 
-// What needs CUDA's symbols, in a shared object of its own: cuda_shim.cpp.
+// What needs CUDA's symbols, in a shared object of its own: cuda/cuda_shim.cpp.
 
 char* corral_cuda_hooks(int* known);
 char* corral_cuda_device_count(int* count);

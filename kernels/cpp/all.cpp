@@ -1,6 +1,6 @@
 // One translation unit: most of the time of each is spent on reading libtorch's headers.
-#include "allocations.cpp"
-#include "c10d.cpp"
-#include "gpu_ops.cpp"
-#include "ops.cpp"
-#include "quant_ops.cpp"
+#include "comm/c10d.cpp"
+#include "host/allocations.cpp"
+#include "ops/gpu_ops.cpp"
+#include "ops/ops.cpp"
+#include "quant/quant_ops.cpp"

@@ -2,7 +2,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
-#include "cpu_rows.h"
+#include "cpu_types.h"
 
 namespace corral {
 

@@ -1,4 +1,4 @@
-// Weights in 4 and 8 bits, compiled for each dtype: DTYPE is float or bf16. They do what kernels/src/composed_quant.rs
+// Weights in 4 and 8 bits, compiled for each dtype: DTYPE is float or bf16. They do what kernels/src/quant/composed.rs
 // says, bit for bit: products and sums that are rounded one by one are written so.
 #include "common.cuh"
 

@@ -1,5 +1,5 @@
 // Kernels over rows of activations, compiled for each dtype: DTYPE is float or bf16. Statistics, weights' gradients and
-// log-probabilities are float. They do what kernels/src/composed.rs says, rounding to T once. One block works on one row,
+// log-probabilities are float. They do what kernels/src/ops/composed.rs says, rounding to T once. One block works on one row,
 // unless said otherwise; i64 rows, int columns.
 #include "common.cuh"
 

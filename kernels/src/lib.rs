@@ -1,22 +1,23 @@
 //! What Corral needs below `tch`, behind safe types. The one package with `unsafe`, C++ and CUDA.
+//!
+//! A module uses those above it in this list:
+//! - [`error`], `abi` (the C ABI of `cpp/`), `tensors`
+//! - [`cuda`]: devices, kernels compiled at run time
+//! - [`ops`]: operations of a Llama, on the CPU, on CUDA, and composed of libtorch's
+//! - [`quant`], [`moments`]: weights and AdamW's moments in 4 and 8 bits
+//! - [`host`], [`counting`], [`mmap`], [`process`]: settings of this process, memory, files, programs
+//! - [`c10d`], [`watch`]: communication between ranks, and who is missing
 
 mod abi;
-pub mod c10d;
-pub mod composed;
-pub mod composed_quant;
-pub mod counting;
+mod comm;
 pub mod cuda;
 pub mod error;
-pub mod gpu;
-pub mod gpu_quant;
 pub mod host;
-pub mod mmap;
-pub mod moments;
-pub mod nvrtc;
 pub mod ops;
-pub mod process;
 pub mod quant;
-mod store;
-pub mod watch;
+mod tensors;
 
+pub use comm::{c10d, watch};
 pub use error::{Error, Result};
+pub use host::{counting, mmap, process};
+pub use quant::moments;

@@ -1,10 +1,10 @@
 //! Every CUDA kernel compiles, on a machine with no GPU, for the architectures of A100, H100 and B200.
 
-use kernels::{gpu, nvrtc};
+use kernels::cuda::{nvrtc, sources};
 
 #[test]
 fn every_source_compiles() {
-    for source in &gpu::SOURCES {
+    for source in &sources::SOURCES {
         for arch in ["sm_80", "sm_90", "sm_100"] {
             let what = format!("{} {:?} for {arch}", source.name, source.options);
             let cubin = nvrtc::compile(source.name, source.text, arch, source.options).expect(&what);
@@ -19,7 +19,7 @@ fn every_source_compiles() {
 /// What is launched by name is in the list, and what is in the list is in the source.
 #[test]
 fn lists_of_kernels_are_complete() {
-    for source in &gpu::SOURCES {
+    for source in &sources::SOURCES {
         let defined: Vec<&str> = source
             .text
             .split("extern \"C\" __global__ void ")

@@ -1,7 +1,8 @@
 //! Every operation against its composition of libtorch's, taken on the CPU in float64, in float64, float32 and bfloat16; and
 //! the compositions' backwards against libtorch's autograd, in float64. On the CPU, or with CORRAL_TEST_DEVICE=cuda on a GPU.
 
-use kernels::{composed, cuda, ops};
+use kernels::cuda;
+use kernels::ops::{self, composed};
 use tch::{Device, Kind, Tensor};
 
 const KINDS: [Kind; 3] = [Kind::Double, Kind::Float, Kind::BFloat16];

@@ -2,8 +2,8 @@
 //! operations: bit for bit on the CPU. With CORRAL_TEST_DEVICE=cuda on a GPU.
 
 use kernels::moments::{self, Moment};
-use kernels::quant::{self, Quantized, Quantizer, Scales, Scheme};
-use kernels::{composed_quant as composed, cuda, ops};
+use kernels::quant::{self, Quantized, Quantizer, Scales, Scheme, composed};
+use kernels::{cuda, ops};
 use tch::{Device, Kind, Tensor};
 
 const SCHEMES: [Scheme; 3] = [Scheme::Nf4, Scheme::Nf4Double, Scheme::Int8];

@@ -1,16 +1,16 @@
-//! The operations of [`crate::quant`] and [`crate::moments`] on CUDA.
+//! Quantization on CUDA.
 
 use tch::{Device, Kind, Tensor};
 
-use crate::composed_quant::{Table, on};
-use crate::cuda::Arg::{F32, I32, I64, Null, Tensor as T};
+use super::dynamic::{CODE_BLOCK, Table, blocks, on};
+use super::types::{Moment, NF4_BLOCK, Quantized, Scales, Scheme};
+use crate::cuda::launch::{Launcher, matrix, need, opt, pack, threads, wide};
+use crate::cuda::modules::Arg::{I32, I64, Null, Tensor as T};
 use crate::error::{Error, Result};
-use crate::gpu::{Place, matrix, need, opt, pack, threads, wide};
-use crate::moments::Moment;
-use crate::ops::AdamW;
-use crate::quant::{CODE_BLOCK, NF4_BLOCK, Quantized, Scales, Scheme, blocks};
+use crate::ops::gpu::adamw_numbers;
+use crate::tensors::AdamW;
 
-// SAFETY (all launches): as in gpu.rs.
+// SAFETY (all launches): as in ops/gpu.rs.
 
 pub fn nf4_quantize(x: &Tensor, packed: &Tensor, absmax: &Tensor) -> Result<()> {
     let n = x.numel() as i64;
@@ -24,7 +24,7 @@ pub fn nf4_quantize(x: &Tensor, packed: &Tensor, absmax: &Tensor) -> Result<()> 
         ],
     )?;
     let args = [T(x), T(packed), T(absmax), I64(n)];
-    unsafe { Place::quant(x)?.launch("nf4_quantize", blocks(count, 8), [256, 1], 0, &args) }
+    unsafe { Launcher::quant(x)?.launch("nf4_quantize", blocks(count, 8), [256, 1], 0, &args) }
 }
 
 pub fn int8_quantize(x: &Tensor, q: &Tensor, absmax: &Tensor) -> Result<()> {
@@ -38,7 +38,7 @@ pub fn int8_quantize(x: &Tensor, q: &Tensor, absmax: &Tensor) -> Result<()> {
         ],
     )?;
     let args = [T(x), T(q), T(absmax), I32(c as i32)];
-    unsafe { Place::quant(x)?.launch("int8_quantize", rows, [256, 1], 0, &args) }
+    unsafe { Launcher::quant(x)?.launch("int8_quantize", rows, [256, 1], 0, &args) }
 }
 
 pub fn dequantize(w: &Quantized, out: &Tensor, row: i64, column: i64) -> Result<()> {
@@ -53,7 +53,7 @@ pub fn dequantize(w: &Quantized, out: &Tensor, row: i64, column: i64) -> Result<
     tensors.extend(w.buffers().into_iter().zip(wanted).map(|(t, (kind, n))| ("weight", t, kind, n)));
     need(op, &tensors)?;
     let pack = pack(out);
-    let place = Place::quant(out)?;
+    let kernels = Launcher::quant(out)?;
     let block = threads(columns, pack);
     let (codes, absmax, offset) = match w.scales() {
         Scales::Absmax(absmax) => (None, absmax, None),
@@ -63,7 +63,7 @@ pub fn dequantize(w: &Quantized, out: &Tensor, row: i64, column: i64) -> Result<
         let wide = wide(columns, pack, &[out]);
         let args =
             [T(w.data()), T(absmax), I64(width), I64(row), I64(column), T(out), I32(columns as i32), wide];
-        return unsafe { place.launch("int8_dequantize", rows, block, 0, &args) };
+        return unsafe { kernels.launch("int8_dequantize", rows, block, 0, &args) };
     }
     let map = on(out.device(), Table::Signed);
     // Packs of the weight must not cross bytes or blocks: rows and the first column must be whole packs too.
@@ -81,7 +81,7 @@ pub fn dequantize(w: &Quantized, out: &Tensor, row: i64, column: i64) -> Result<
         I32(columns as i32),
         wide(together, pack, &[out]),
     ];
-    unsafe { place.launch("nf4_dequantize", rows, block, 0, &args) }
+    unsafe { kernels.launch("nf4_dequantize", rows, block, 0, &args) }
 }
 
 pub fn adamw8(
@@ -106,7 +106,7 @@ pub fn adamw8(
     let [m_map, m_midpoints, v_map, v_midpoints] =
         [Table::Signed, Table::SignedMidpoints, Table::Unsigned, Table::UnsignedMidpoints]
             .map(|t| on(device, t));
-    let correction = |beta: f64| 1.0 - beta.powi(o.step as i32);
+    let [decay, beta1, rest1, beta2, rest2, eps, rate, root2, scale] = adamw_numbers(o);
     let args = [
         T(p),
         T(g),
@@ -121,15 +121,15 @@ pub fn adamw8(
         opt(copy),
         I64(n),
         I64(decayed),
-        F32((1.0 - o.lr * o.weight_decay) as f32),
-        F32(o.beta1 as f32),
-        F32((1.0 - o.beta1) as f32),
-        F32(o.beta2 as f32),
-        F32((1.0 - o.beta2) as f32),
-        F32(o.eps as f32),
-        F32((o.lr / correction(o.beta1)) as f32),
-        F32(correction(o.beta2).sqrt() as f32),
-        F32(o.grad_scale as f32),
+        decay,
+        beta1,
+        rest1,
+        beta2,
+        rest2,
+        eps,
+        rate,
+        root2,
+        scale,
     ];
-    unsafe { Place::optim(p)?.launch("adamw8", count, [256, 1], 0, &args) }
+    unsafe { Launcher::optim(p)?.launch("adamw8", count, [256, 1], 0, &args) }
 }

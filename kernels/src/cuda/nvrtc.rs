@@ -1,7 +1,7 @@
 //! NVRTC: CUDA C++ to machine code at run time. Needs no GPU and no CUDA toolkit: the library comes with libtorch, and the
 //! headers for bf16, fp16 and fp8 are embedded.
 
-use crate::cuda::{dlopen, libtorch_dir};
+use super::library::{dlopen, libtorch_dir};
 use crate::error::{Error, Result, c_string};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -10,7 +10,7 @@ use std::ptr::null_mut;
 use std::sync::OnceLock;
 
 /// (name, text) of what our kernels share.
-const COMMON: (&str, &str) = ("common.cuh", include_str!("../cuda/common.cuh"));
+const COMMON: (&str, &str) = ("common.cuh", include_str!("../../cuda/common.cuh"));
 
 /// (name, text) of what a kernel may include: `cuda_bf16.h`, `cuda_fp16.h`, `cuda_fp8.h` and what those need.
 const HEADERS: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/nvrtc_headers.rs"));

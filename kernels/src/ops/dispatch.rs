@@ -1,37 +1,13 @@
-//! The operations of a Llama's forward and backward that libtorch has no fused form for.
-//!
-//! Shapes: N rows (tokens), C channels, F = intermediate size, V vocabulary, D head dimension. Activations and
-//! weights are float32, bfloat16 or float64 (T); statistics, gradients of weights and log-probabilities are in the
-//! accumulator type A: float64 for float64, else float32. On the CPU they run as one pass over memory
-//! (`cpp/cpu_rows.cpp`), on CUDA as kernels compiled at run time ([`crate::gpu`]), in float64 on CUDA as compositions of
-//! libtorch's operations ([`crate::composed`]), which are also the oracles in the tests. The same input gives the same
-//! bits.
+//! Row operations, each on what its tensors lie on.
+
+use std::ptr::null_mut;
 
 use tch::{Device, Kind, Tensor};
 
+use super::{composed, flash, gpu};
 use crate::abi::*;
 use crate::error::{Result, check};
-use crate::{composed, gpu};
-
-/// The C++ side may write to the data, not to the handle.
-pub(crate) fn raw(t: &Tensor) -> Raw {
-    t.as_ptr() as Raw
-}
-
-pub(crate) fn raw_opt(t: Option<&Tensor>) -> Raw {
-    t.map_or(std::ptr::null_mut(), raw)
-}
-
-/// Takes over a tensor that the C++ side made with `new at::Tensor`.
-pub(crate) fn own(t: Raw) -> Tensor {
-    // SAFETY: `t` comes from `new at::Tensor` on the C++ side, which gives up its ownership.
-    unsafe { Tensor::from_ptr(t) }
-}
-
-/// The dtype of statistics, gradients of weights and log-probabilities for a compute dtype.
-pub fn accumulator(kind: Kind) -> Kind {
-    if kind == Kind::Double { Kind::Double } else { Kind::Float }
-}
+use crate::tensors::{AdamW, Heads, own, raw, raw_opt};
 
 /// What computes an operation.
 enum Engine {
@@ -46,12 +22,6 @@ fn engine(x: &Tensor) -> Engine {
         (Device::Cuda(_), Kind::Float | Kind::BFloat16) => Engine::Gpu,
         _ => Engine::Composed,
     }
-}
-
-/// Sends float32 matrix products on the CPU to oneDNN (true) or MKL (false, libtorch's default).
-pub fn set_float32_onednn(on: bool) -> Result<()> {
-    // SAFETY: sets a flag of libtorch's global context.
-    check(unsafe { corral_set_float32_onednn(on) })
 }
 
 /// Fills `out` (float32 `[n]`, CPU) with numbers `first..first + n` of the key's endless stream of normal numbers of mean
@@ -69,7 +39,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
         Engine::Gpu => return gpu::rms_norm(x, w, eps),
         Engine::Composed => return Ok(composed::rms_norm(x, w, eps)),
     }
-    let (mut y, mut rstd) = (std::ptr::null_mut(), std::ptr::null_mut());
+    let (mut y, mut rstd) = (null_mut(), null_mut());
     // SAFETY: the C++ side checks device, contiguity, dtype and size of every tensor; outputs are new tensors.
     check(unsafe { corral_rms_norm(raw(x), raw(w), eps, &mut y, &mut rstd) })?;
     Ok((own(y), own(rstd)))
@@ -82,7 +52,7 @@ pub fn rms_apply(x: &Tensor, w: &Tensor, rstd: &Tensor) -> Result<Tensor> {
         Engine::Gpu => return gpu::rms_apply(x, w, rstd),
         Engine::Composed => return Ok(composed::rms_apply(x, w, rstd)),
     }
-    let mut y = std::ptr::null_mut();
+    let mut y = null_mut();
     // SAFETY: as in rms_norm.
     check(unsafe { corral_rms_apply(raw(x), raw(w), raw(rstd), &mut y) })?;
     Ok(own(y))
@@ -104,7 +74,7 @@ pub fn rms_backward(
         }
         _ => return Ok(composed::rms_backward(dy, x, w, rstd, residual, dw)),
     }
-    let mut dx = std::ptr::null_mut();
+    let mut dx = null_mut();
     // SAFETY: as in rms_norm; dw is written in place.
     check(unsafe {
         corral_rms_backward(raw(dy), raw(x), raw(w), raw(rstd), raw_opt(residual), raw(dw), &mut dx)
@@ -136,22 +106,6 @@ pub fn rope(
     check(unsafe { corral_rope(raw(x), raw(positions), raw(cos), raw(sin), heads, head_dim, inverse) })
 }
 
-/// What an attention works on: B rows, H query heads, K key-value heads, D numbers a head.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Heads {
-    pub batch: i64,
-    pub heads: i64,
-    pub kv_heads: i64,
-    pub head_dim: i64,
-}
-
-impl Heads {
-    /// The softmax's scale, 1 / sqrt(D).
-    pub fn scale(&self) -> f64 {
-        1.0 / (self.head_dim as f64).sqrt()
-    }
-}
-
 /// Causal attention with grouped queries, exact. `qkv`: T [B * T, (H + 2K) * D], query heads first, then key heads,
 /// then value heads. Position i of a row sees the positions `start[i]` to i of that row (`start`: int64 [B * T]; none:
 /// 0 to i), which says padding on the left, packed documents and sliding windows. Returns out: T [B * T, H * D] and
@@ -162,10 +116,10 @@ impl Heads {
 pub fn attention(qkv: &Tensor, start: Option<&Tensor>, h: Heads) -> Result<(Tensor, Tensor)> {
     match engine(qkv) {
         Engine::Cpu => {}
-        _ if gpu::flash_fits(qkv, start, h)? => return gpu::flash_attention(qkv, h),
+        _ if flash::fits(qkv, start, h)? => return flash::forward(qkv, h),
         _ => return Ok(composed::attention(qkv, start, h)),
     }
-    let (mut out, mut lse) = (std::ptr::null_mut(), std::ptr::null_mut());
+    let (mut out, mut lse) = (null_mut(), null_mut());
     // SAFETY: as in rms_norm; the kernel clamps `start` to the row.
     check(unsafe {
         corral_attention(
@@ -194,10 +148,10 @@ pub fn attention_backward(
 ) -> Result<Tensor> {
     match engine(qkv) {
         Engine::Cpu => {}
-        _ if gpu::flash_fits(qkv, start, h)? => return gpu::flash_attention_backward(dout, qkv, out, lse, h),
+        _ if flash::fits(qkv, start, h)? => return flash::backward(dout, qkv, out, lse, h),
         _ => return Ok(composed::attention_backward(dout, qkv, out, lse, start, h)),
     }
-    let mut dqkv = std::ptr::null_mut();
+    let mut dqkv = null_mut();
     // SAFETY: as in attention.
     check(unsafe {
         corral_attention_backward(
@@ -233,7 +187,7 @@ pub fn decode_attention(
     if qkv.device() != Device::Cpu {
         return Ok(composed::decode_attention(qkv, keys, values, slot, position, first, h));
     }
-    let mut out = std::ptr::null_mut();
+    let mut out = null_mut();
     // SAFETY: as in rms_norm, and slots and positions are checked against the caches, which are written in place, each
     // slot by one row.
     check(unsafe {
@@ -252,30 +206,6 @@ pub fn decode_attention(
     Ok(own(out))
 }
 
-/// Rows up to which [`linear`] has a product of its own on a CPU: where it was no slower than the library's with weights
-/// of tens of megabytes, which do not stay in a cache. (Of bfloat16 processors multiply pairs, which ours does not use.)
-pub fn few_rows(kind: Kind) -> i64 {
-    if kind == Kind::BFloat16 { 8 } else { 16 }
-}
-
-/// x w^T, plus `add` where there is one. x: T [N, I]; w: T [O, I]; `add`: T [N, O] or [O]. Returns T [N, O].
-///
-/// On a CPU a product of at most [`few_rows`] rows, as in a step of generation, reads the weight once and adds up every
-/// element in an order that does not depend on the other rows.
-pub fn linear(x: &Tensor, w: &Tensor, add: Option<&Tensor>) -> Result<Tensor> {
-    if x.device() != Device::Cpu || x.size()[0] > few_rows(x.kind()) {
-        return Ok(match add {
-            None => x.f_mm(&w.tr())?,
-            Some(add) => add.f_addmm(x, &w.tr())?,
-        });
-    }
-    let (x, w) = (x.contiguous(), w.contiguous());
-    let mut y = std::ptr::null_mut();
-    // SAFETY: as in rms_norm.
-    check(unsafe { corral_few_rows(raw(&x), raw(&w), raw_opt(add), &mut y) })?;
-    Ok(own(y))
-}
-
 /// silu(g) * u (Shazeer 2020) for gu: T [N, 2F] = (g | u). Returns T [N, F].
 pub fn swiglu(gu: &Tensor) -> Result<Tensor> {
     match engine(gu) {
@@ -283,7 +213,7 @@ pub fn swiglu(gu: &Tensor) -> Result<Tensor> {
         Engine::Gpu => return gpu::swiglu(gu),
         Engine::Composed => return Ok(composed::swiglu(gu)),
     }
-    let mut a = std::ptr::null_mut();
+    let mut a = null_mut();
     // SAFETY: as in rms_norm.
     check(unsafe { corral_swiglu(raw(gu), &mut a) })?;
     Ok(own(a))
@@ -328,20 +258,6 @@ pub fn log_softmax(
     check(unsafe { corral_log_softmax(raw(logits), raw(labels), raw_opt(coef), raw(logp), raw_opt(entropy)) })
 }
 
-/// One AdamW step (Loshchilov and Hutter 2019, algorithm 2; PyTorch's order of operations).
-#[derive(Debug, Clone, Copy)]
-pub struct AdamW {
-    pub lr: f64,
-    pub beta1: f64,
-    pub beta2: f64,
-    pub eps: f64,
-    pub weight_decay: f64,
-    /// Number of this update, from 1: for the bias corrections.
-    pub step: i64,
-    /// The gradient is multiplied by this first (clipping).
-    pub grad_scale: f64,
-}
-
 /// Updates p, m, v (A [n], in place) with the gradient g (A [n]); `copy` (bfloat16 [n]) receives the new values.
 pub fn adamw(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, copy: Option<&Tensor>, o: AdamW) -> Result<()> {
     match engine(p) {
@@ -352,7 +268,7 @@ pub fn adamw(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, copy: Option<&Tenso
             return Ok(());
         }
     }
-    let correction = |beta: f64| 1.0 - beta.powi(o.step as i32);
+    let [correction1, correction2] = o.corrections();
     // SAFETY: as in rms_norm; p, m, v and copy are written in place.
     check(unsafe {
         corral_adamw(
@@ -366,8 +282,8 @@ pub fn adamw(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, copy: Option<&Tenso
             o.beta2,
             o.eps,
             o.weight_decay,
-            correction(o.beta1),
-            correction(o.beta2),
+            correction1,
+            correction2,
             o.grad_scale,
         )
     })
@@ -394,26 +310,6 @@ pub fn sum_squares_of_all(tensors: &[Tensor]) -> Result<f64> {
     }
 }
 
-/// The gradient of a linear layer's weight: dw (A [O, I]) = dy^T x where `fresh`, else += it, for dy: T [N, O], x: T [N, I].
-/// Where T is A the product goes straight into dw. So it does on CUDA in bfloat16, summed in float32; on the CPU bfloat16
-/// products are rounded before they are added, as under PyTorch's autocast. N may be 0.
-pub fn grad_weight(dw: &Tensor, dy: &Tensor, x: &Tensor, fresh: bool) -> Result<()> {
-    let mut target = dw.shallow_clone();
-    if x.size()[0] == 0 {
-        if fresh {
-            let _ = target.f_zero_()?;
-        }
-        return Ok(());
-    }
-    match (x.device(), dw.kind() == x.kind()) {
-        (_, true) if fresh => drop(dy.tr().f_mm_out(&target, x)?),
-        (_, true) => drop(target.f_addmm_(&dy.tr(), x)?),
-        (Device::Cuda(_), false) => gpu::grad_weight(dw, dy, x, !fresh)?,
-        _ => accumulate(dw, &dy.tr().f_mm(x)?, !fresh)?,
-    }
-    Ok(())
-}
-
 /// Dropout (Srivastava et al. 2014) whose mask is a function of what it is for: element i of row n is 0 with probability
 /// `p`, else x / (1 - p), decided by a hash of (`key`, `rows[n]`, i). x: T [N, C], `rows`: int64 `[N]`, p in [0, 1). Of the
 /// output's gradient it gives the input's.
@@ -424,7 +320,7 @@ pub fn dropout(x: &Tensor, rows: &Tensor, key: u64, p: f64) -> Result<Tensor> {
         Engine::Gpu => return gpu::dropout(x, rows, key, threshold, scale),
         Engine::Composed => return Ok(composed::dropout(x, rows, key, threshold, scale)),
     }
-    let mut y = std::ptr::null_mut();
+    let mut y = null_mut();
     // SAFETY: as in rms_norm.
     check(unsafe { corral_dropout(raw(x), raw(rows), key, threshold, scale, &mut y) })?;
     Ok(own(y))

@@ -2,12 +2,9 @@
 // Plain pointers and no library headers: code shared between differently compiled copies would be linked once,
 // with the widest instructions, and crash on an older processor.
 #pragma once
-#include <cstdint>
+#include "cpu_types.h"
 
 namespace corral {
-
-// Element types of activations and weights. Sums and statistics are kept in float (double for Double).
-enum class Type : int { Float = 0, Double = 1, BFloat16 = 2 };
 
 // Causal attention over B rows of T positions. q, k, v lie in one buffer qkv [B * T, stride]: H query heads, then K
 // key heads, then K value heads, of D numbers each. Position i of a row sees positions start[i] .. i of that row
@@ -74,7 +71,7 @@ struct RowKernels {
   void (*adamw)(Type, void* p, const void* g, void* m, void* v, void* copy, int64_t n, double lr, double beta1,
                 double beta2, double eps, double decay, double correction1, double correction2, double grad_scale);
   double (*sum_squares)(Type, const void* x, int64_t n);
-  // y = x / (1 - p) where the element's random bits are at least threshold = p 2^32, else 0; see kernels/src/ops.rs
+  // y = x / (1 - p) where the element's random bits are at least threshold = p 2^32, else 0; see kernels/src/ops
   void (*dropout)(Type, const void* x, void* y, const int64_t* row, uint64_t key, uint32_t threshold, double scale,
                   int64_t rows, int64_t c);
   // dst[i] (accumulator type) += src[i] (Type), or = if not accumulate

@@ -130,7 +130,7 @@ char* corral_cuda_launch(cudaKernel_t kernel, const uint32_t* grid, const uint32
 char* corral_nccl(const StorePtr* store, int rank, int size, const char* name, int64_t timeout_ms, int device,
                   BackendPtr** out) {
   return guarded([&] {
-    // c10d would end the process on an error, before ours can tell which rank is missing (kernels/src/watch.rs).
+    // c10d would end the process on an error, before ours can tell which rank is missing (kernels/src/comm/watch.rs).
     setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0", /*overwrite=*/0);
     c10::cuda::CUDAGuard guard(index(device));
     auto options = c10d::ProcessGroupNCCL::Options::create();

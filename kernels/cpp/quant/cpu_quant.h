@@ -1,7 +1,7 @@
-// The quantization kernels of the CPU, one table of functions per instruction set, as in cpu_rows.h; compiled without
-// contraction of products and sums, so that all sets give the same bits. Formulas: kernels/src/quant.rs, moments.rs.
+// The quantization kernels of the CPU, one table of functions per instruction set, as in ops/cpu_rows.h; compiled without
+// contraction of products and sums, so that all sets give the same bits. Formulas: kernels/src/quant.
 #pragma once
-#include "cpu_rows.h"
+#include "cpu_types.h"
 
 namespace corral {
 

@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::ops::{AdamW, Heads, accumulator};
+use crate::tensors::{AdamW, Heads, accumulator};
 
 pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> (Tensor, Tensor) {
     let xa = x.to_kind(accumulator(x.kind()));
@@ -202,9 +202,9 @@ pub fn adamw(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, copy: Option<&Tenso
     let _ = p.g_mul_scalar_(1.0 - o.lr * o.weight_decay);
     let _ = m.g_mul_scalar_(o.beta1).g_add_(&(&g * (1.0 - o.beta1)));
     let _ = v.g_mul_scalar_(o.beta2).g_add_(&(g.square() * (1.0 - o.beta2)));
-    let correction = |beta: f64| 1.0 - beta.powi(o.step as i32);
-    let denominator = v.sqrt() / correction(o.beta2).sqrt() + o.eps;
-    let _ = p.g_sub_(&(&m / denominator * (o.lr / correction(o.beta1))));
+    let [correction1, correction2] = o.corrections();
+    let denominator = v.sqrt() / correction2.sqrt() + o.eps;
+    let _ = p.g_sub_(&(&m / denominator * (o.lr / correction1)));
     if let Some(c) = copy {
         c.shallow_clone().copy_(&p);
     }

@@ -1,5 +1,9 @@
 //! Settings of this process: threads, where float32 products go, the allocator.
 
+pub mod counting;
+pub mod mmap;
+pub mod process;
+
 use tch::{Kind, Tensor};
 
 use crate::abi::corral_allocate_by_malloc;

@@ -1,0 +1,47 @@
+//! NCCL's part of a group, which lies behind CUDA's symbols.
+
+use std::ffi::c_int;
+use std::ptr::null_mut;
+use std::time::Duration;
+
+use super::store::{Store, millis};
+use crate::abi::{BackendPtr, WorkPtr};
+use crate::cuda::load;
+use crate::error::{Result, c_string, check};
+
+/// An NCCL process group on `device`, connected.
+pub(crate) fn connect(
+    store: &Store,
+    rank: usize,
+    size: usize,
+    name: &str,
+    timeout: Duration,
+    device: usize,
+) -> Result<*mut BackendPtr> {
+    let cuda = load()?;
+    let c_name = c_string(name)?;
+    let mut raw = null_mut();
+    check(unsafe {
+        (cuda.api.corral_nccl)(
+            store.raw(),
+            rank as c_int,
+            size as c_int,
+            c_name.as_ptr(),
+            millis(timeout),
+            device as c_int,
+            &mut raw,
+        )
+    })
+    .map_err(|e| e.context(format!("NCCL group {name:?} on cuda:{device}")))?;
+    Ok(raw)
+}
+
+pub(crate) fn work_clone(work: *const WorkPtr) -> Result<*mut WorkPtr> {
+    let mut raw = null_mut();
+    check(unsafe { (load()?.api.corral_nccl_work_clone)(work, &mut raw) })?;
+    Ok(raw)
+}
+
+pub(crate) fn shutdown(backend: *const BackendPtr) -> Result<()> {
+    check(unsafe { (load()?.api.corral_nccl_shutdown)(backend) })
+}

@@ -1,0 +1,169 @@
+//! Launches of the kernels in `cuda/`. A source is compiled when first used, once for an architecture; kernels run on the
+//! current stream of their tensors' device.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Mutex, OnceLock};
+
+use tch::{Device, Kind, Tensor};
+
+use super::modules::{Arg, Kernel, Module};
+use super::nvrtc;
+use super::shim::{Cuda, load};
+use super::sources::{OPTIM, QUANT_BF16, QUANT_FLOAT, ROWS_BF16, ROWS_FLOAT, SOURCES};
+use crate::abi::Stream;
+use crate::error::{Error, Result};
+
+type Kernels = HashMap<&'static str, Kernel<'static>>;
+
+fn index(x: &Tensor) -> Result<usize> {
+    match x.device() {
+        Device::Cuda(index) => Ok(index),
+        other => Err(Error::new(format!("a tensor on {other:?} where CUDA is needed"))),
+    }
+}
+
+/// The compute capability of the tensor's device; asked for once.
+pub(crate) fn capability(x: &Tensor) -> Result<(i32, i32)> {
+    const MOST: usize = 64;
+    static KNOWN: [OnceLock<(i32, i32)>; MOST] = [const { OnceLock::new() }; MOST];
+    let device = index(x)?;
+    let cell = KNOWN.get(device).ok_or_else(|| Error::new(format!("cuda:{device}: too many devices")))?;
+    if let Some(known) = cell.get() {
+        return Ok(*known);
+    }
+    let found = load()?.device_info(device)?.capability;
+    Ok(*cell.get_or_init(|| found))
+}
+
+/// Kernels of a source for one architecture (compute capability); they live as long as the process.
+fn compiled(cuda: &'static Cuda, source: usize, capability: (i32, i32)) -> Result<&'static Kernels> {
+    type Cache = BTreeMap<(usize, (i32, i32)), &'static Kernels>;
+    static CACHE: Mutex<Cache> = Mutex::new(BTreeMap::new());
+    let mut cache = CACHE.lock().unwrap_or_else(|e| e.into_inner());
+    if let Some(kernels) = cache.get(&(source, capability)) {
+        return Ok(kernels);
+    }
+    let s = &SOURCES[source];
+    let arch = format!("sm_{}{}", capability.0, capability.1);
+    let module = Box::leak(Box::new(Module::load(cuda, &nvrtc::compile(s.name, s.text, &arch, s.options)?)?));
+    let kernels: Result<Kernels> = s.kernels.iter().map(|name| Ok((*name, module.kernel(name)?))).collect();
+    let kernels: &'static Kernels = Box::leak(Box::new(kernels?));
+    cache.insert((source, capability), kernels);
+    Ok(kernels)
+}
+
+fn by_kind(x: &Tensor, float: usize, bf16: usize) -> Result<usize> {
+    match x.kind() {
+        Kind::Float => Ok(float),
+        Kind::BFloat16 => Ok(bf16),
+        other => Err(Error::new(format!("no CUDA kernel for dtype {other:?}"))),
+    }
+}
+
+/// What launches kernels: the current stream of a device, and the kernels of one source for it.
+pub(crate) struct Launcher {
+    stream: Stream,
+    device: usize,
+    kernels: &'static Kernels,
+}
+
+impl Launcher {
+    /// The row kernels for tensors of this dtype and device.
+    pub(crate) fn rows(x: &Tensor) -> Result<Launcher> {
+        Launcher::new(x, by_kind(x, ROWS_FLOAT, ROWS_BF16)?)
+    }
+
+    pub(crate) fn quant(x: &Tensor) -> Result<Launcher> {
+        Launcher::new(x, by_kind(x, QUANT_FLOAT, QUANT_BF16)?)
+    }
+
+    pub(crate) fn optim(x: &Tensor) -> Result<Launcher> {
+        Launcher::new(x, OPTIM)
+    }
+
+    fn new(x: &Tensor, source: usize) -> Result<Launcher> {
+        let (cuda, device) = (load()?, index(x)?);
+        let capability = capability(x)?;
+        Ok(Launcher {
+            stream: cuda.current_stream(device)?,
+            device,
+            kernels: compiled(cuda, source, capability)?,
+        })
+    }
+
+    /// # Safety
+    /// As [`Kernel::launch`].
+    pub(crate) unsafe fn launch(
+        &self,
+        name: &str,
+        grid: i64,
+        block: [u32; 2],
+        shared_bytes: usize,
+        args: &[Arg],
+    ) -> Result<()> {
+        if grid == 0 {
+            return Ok(());
+        }
+        let grid = i32::try_from(grid).map_err(|_| Error::new(format!("{name}: too many rows: {grid}")))?;
+        let kernel =
+            self.kernels.get(name).ok_or_else(|| Error::new(format!("there is no CUDA kernel {name}")))?;
+        if shared_bytes > 48 << 10 {
+            kernel.allow_shared(self.device, shared_bytes)?;
+        }
+        // SAFETY: the caller's.
+        unsafe {
+            kernel.launch([grid as u32, 1, 1], [block[0], block[1], 1], shared_bytes, self.stream, args)
+        }
+        .map_err(|e| e.context(format!("CUDA kernel {name}")))
+    }
+}
+
+/// Elements of a pack of the row kernels: 16 bytes.
+pub(crate) fn pack(x: &Tensor) -> i64 {
+    if x.kind() == Kind::BFloat16 { 8 } else { 4 }
+}
+
+/// Threads of a block that takes `columns` elements in packs: whole warps, at most 512.
+pub(crate) fn threads(columns: i64, pack: i64) -> [u32; 2] {
+    let packs = (columns + pack - 1) / pack;
+    [((packs + 31) / 32 * 32).clamp(32, 512) as u32, 1]
+}
+
+/// Whether packs can be loaded at once: rows of `columns` elements, and tensors that begin at 16 bytes.
+pub(crate) fn wide(columns: i64, pack: i64, tensors: &[&Tensor]) -> Arg<'static> {
+    let aligned = tensors.iter().all(|t| (t.data_ptr() as usize).is_multiple_of(16));
+    Arg::I32((aligned && columns % pack == 0) as i32)
+}
+
+/// Blocks of 256 threads for packs of a flat tensor.
+pub(crate) fn blocks(n: i64, pack: i64) -> i64 {
+    (n + 256 * pack - 1) / (256 * pack)
+}
+
+/// Tensors must lie on the device of the first, contiguous, with this dtype and as many elements as said.
+pub(crate) fn need(op: &str, tensors: &[(&str, &Tensor, Kind, i64)]) -> Result<()> {
+    let device = tensors.first().map(|t| t.1.device());
+    for (name, t, kind, numel) in tensors {
+        if t.kind() != *kind || t.numel() as i64 != *numel || Some(t.device()) != device || !t.is_contiguous()
+        {
+            return Err(Error::new(format!(
+                "{op}: {name} must be {kind:?}, contiguous, of {numel} elements on {device:?}; it is {:?} {:?} on {:?}",
+                t.kind(),
+                t.size(),
+                t.device()
+            )));
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn matrix(op: &str, x: &Tensor) -> Result<(i64, i64)> {
+    match x.size()[..] {
+        [rows, columns] if columns <= i32::MAX as i64 => Ok((rows, columns)),
+        _ => Err(Error::new(format!("{op}: {:?} is not a matrix", x.size()))),
+    }
+}
+
+pub(crate) fn opt(t: Option<&Tensor>) -> Arg<'_> {
+    t.map_or(Arg::Null, Arg::Tensor)
+}

@@ -1,0 +1,48 @@
+//! The CUDA C++ of this package, which [`super::nvrtc`] compiles at run time.
+
+/// CUDA C++ that is compiled as one: its file, options, and kernels.
+pub struct Source {
+    pub name: &'static str,
+    pub text: &'static str,
+    pub options: &'static [&'static str],
+    pub kernels: &'static [&'static str],
+}
+
+const ROWS: &str = include_str!("../../cuda/rows.cu");
+const ROW_KERNELS: &[&str] = &[
+    "rms_norm",
+    "rms_apply",
+    "rms_backward",
+    "add_columns",
+    "rope",
+    "swiglu",
+    "swiglu_backward",
+    "log_softmax",
+    "dropout",
+    "accumulate",
+    "embedding_backward",
+];
+
+const QUANT: &str = include_str!("../../cuda/quant.cu");
+const QUANT_KERNELS: &[&str] = &["nf4_quantize", "nf4_dequantize", "int8_quantize", "int8_dequantize"];
+
+/// All there is to compile.
+pub const SOURCES: [Source; 5] = [
+    Source { name: "rows.cu", text: ROWS, options: &["-DDTYPE=float"], kernels: ROW_KERNELS },
+    Source { name: "rows.cu", text: ROWS, options: &["-DDTYPE=bf16"], kernels: ROW_KERNELS },
+    Source {
+        name: "optim.cu",
+        text: include_str!("../../cuda/optim.cu"),
+        options: &[],
+        kernels: &["adamw", "adamw8", "sum_squares", "add_doubles"],
+    },
+    Source { name: "quant.cu", text: QUANT, options: &["-DDTYPE=float"], kernels: QUANT_KERNELS },
+    Source { name: "quant.cu", text: QUANT, options: &["-DDTYPE=bf16"], kernels: QUANT_KERNELS },
+];
+
+// Positions in SOURCES.
+pub(crate) const ROWS_FLOAT: usize = 0;
+pub(crate) const ROWS_BF16: usize = 1;
+pub(crate) const OPTIM: usize = 2;
+pub(crate) const QUANT_FLOAT: usize = 3;
+pub(crate) const QUANT_BF16: usize = 4;

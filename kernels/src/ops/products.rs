@@ -1,0 +1,61 @@
+//! Products with a weight: the library's, ours for a few rows on a CPU, and the gradient of the weight.
+
+use std::ptr::null_mut;
+
+use tch::{Device, Kind, Tensor};
+
+use super::dispatch::accumulate;
+use super::flash;
+use crate::abi::{corral_few_rows, corral_set_float32_onednn};
+use crate::error::{Result, check};
+use crate::tensors::{own, raw, raw_opt};
+
+/// Sends float32 matrix products on the CPU to oneDNN (true) or MKL (false, libtorch's default).
+pub fn set_float32_onednn(on: bool) -> Result<()> {
+    // SAFETY: sets a flag of libtorch's global context.
+    check(unsafe { corral_set_float32_onednn(on) })
+}
+
+/// Rows up to which [`linear`] has a product of its own on a CPU: where it was no slower than the library's with weights
+/// of tens of megabytes, which do not stay in a cache. (Of bfloat16 processors multiply pairs, which ours does not use.)
+pub fn few_rows(kind: Kind) -> i64 {
+    if kind == Kind::BFloat16 { 8 } else { 16 }
+}
+
+/// x w^T, plus `add` where there is one. x: T [N, I]; w: T [O, I]; `add`: T [N, O] or [O]. Returns T [N, O].
+///
+/// On a CPU a product of at most [`few_rows`] rows, as in a step of generation, reads the weight once and adds up every
+/// element in an order that does not depend on the other rows.
+pub fn linear(x: &Tensor, w: &Tensor, add: Option<&Tensor>) -> Result<Tensor> {
+    if x.device() != Device::Cpu || x.size()[0] > few_rows(x.kind()) {
+        return Ok(match add {
+            None => x.f_mm(&w.tr())?,
+            Some(add) => add.f_addmm(x, &w.tr())?,
+        });
+    }
+    let (x, w) = (x.contiguous(), w.contiguous());
+    let mut y = null_mut();
+    // SAFETY: as in rms_norm.
+    check(unsafe { corral_few_rows(raw(&x), raw(&w), raw_opt(add), &mut y) })?;
+    Ok(own(y))
+}
+
+/// The gradient of a linear layer's weight: dw (A [O, I]) = dy^T x where `fresh`, else += it, for dy: T [N, O], x: T [N, I].
+/// Where T is A the product goes straight into dw. So it does on CUDA in bfloat16, summed in float32; on the CPU bfloat16
+/// products are rounded before they are added, as under PyTorch's autocast. N may be 0.
+pub fn grad_weight(dw: &Tensor, dy: &Tensor, x: &Tensor, fresh: bool) -> Result<()> {
+    let mut target = dw.shallow_clone();
+    if x.size()[0] == 0 {
+        if fresh {
+            let _ = target.f_zero_()?;
+        }
+        return Ok(());
+    }
+    match (x.device(), dw.kind() == x.kind()) {
+        (_, true) if fresh => drop(dy.tr().f_mm_out(&target, x)?),
+        (_, true) => drop(target.f_addmm_(&dy.tr(), x)?),
+        (Device::Cuda(_), false) => flash::grad_weight(dw, dy, x, !fresh)?,
+        _ => accumulate(dw, &dy.tr().f_mm(x)?, !fresh)?,
+    }
+    Ok(())
+}

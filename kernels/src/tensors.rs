@@ -1,0 +1,62 @@
+//! Tensors at the border to C++, and what operations and quantization both take.
+
+use tch::{Kind, Tensor};
+
+use crate::abi::Raw;
+
+/// The C++ side may write to the data, not to the handle.
+pub(crate) fn raw(t: &Tensor) -> Raw {
+    t.as_ptr() as Raw
+}
+
+pub(crate) fn raw_opt(t: Option<&Tensor>) -> Raw {
+    t.map_or(std::ptr::null_mut(), raw)
+}
+
+/// Takes over a tensor that the C++ side made with `new at::Tensor`.
+pub(crate) fn own(t: Raw) -> Tensor {
+    // SAFETY: `t` comes from `new at::Tensor` on the C++ side, which gives up its ownership.
+    unsafe { Tensor::from_ptr(t) }
+}
+
+/// The dtype of statistics, gradients of weights and log-probabilities for a compute dtype.
+pub fn accumulator(kind: Kind) -> Kind {
+    if kind == Kind::Double { Kind::Double } else { Kind::Float }
+}
+
+/// What an attention works on: B rows, H query heads, K key-value heads, D numbers a head.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Heads {
+    pub batch: i64,
+    pub heads: i64,
+    pub kv_heads: i64,
+    pub head_dim: i64,
+}
+
+impl Heads {
+    /// The softmax's scale, 1 / sqrt(D).
+    pub fn scale(&self) -> f64 {
+        1.0 / (self.head_dim as f64).sqrt()
+    }
+}
+
+/// One AdamW step (Loshchilov and Hutter 2019, algorithm 2; PyTorch's order of operations).
+#[derive(Debug, Clone, Copy)]
+pub struct AdamW {
+    pub lr: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    pub weight_decay: f64,
+    /// Number of this update, from 1: for the bias corrections.
+    pub step: i64,
+    /// The gradient is multiplied by this first (clipping).
+    pub grad_scale: f64,
+}
+
+impl AdamW {
+    /// 1 - beta^step: what the first and the second moment are divided by, which begin at zero.
+    pub(crate) fn corrections(&self) -> [f64; 2] {
+        [self.beta1, self.beta2].map(|beta| 1.0 - beta.powi(self.step as i32))
+    }
+}

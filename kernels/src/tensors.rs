@@ -40,6 +40,38 @@ impl Heads {
     }
 }
 
+/// How far and where heads are rotated.
+#[derive(Debug, Clone, Copy)]
+pub struct Rotation<'a> {
+    /// int64 `[N]`: the row of the tables for each row.
+    pub positions: &'a Tensor,
+    /// A `[P, D/2]`
+    pub cos: &'a Tensor,
+    /// A `[P, D/2]`
+    pub sin: &'a Tensor,
+    /// How many heads, from the first column on.
+    pub heads: i64,
+    /// D
+    pub head_dim: i64,
+    /// Backwards, which is also the gradient.
+    pub inverse: bool,
+}
+
+/// Keys and values of earlier tokens, and what each of B rows sees of them.
+#[derive(Debug, Clone, Copy)]
+pub struct KeysValues<'a> {
+    /// T `[slots, K, capacity, D]`
+    pub keys: &'a Tensor,
+    /// T `[slots, K, capacity, D]`
+    pub values: &'a Tensor,
+    /// int64 `[B]`: each row's slot.
+    pub slot: &'a Tensor,
+    /// int64 `[B]`: where in the slot the row's new token stands, the last that it sees.
+    pub position: &'a Tensor,
+    /// int64 `[B]`: the first position that the row sees; none: 0.
+    pub first: Option<&'a Tensor>,
+}
+
 /// One AdamW step (Loshchilov and Hutter 2019, algorithm 2; PyTorch's order of operations).
 #[derive(Debug, Clone, Copy)]
 pub struct AdamW {

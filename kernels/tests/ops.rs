@@ -2,7 +2,7 @@
 //! the compositions' backwards against libtorch's autograd, in float64. On the CPU, or with CORRAL_TEST_DEVICE=cuda on a GPU.
 
 use kernels::cuda;
-use kernels::ops::{self, composed};
+use kernels::ops::{self, Composed, KeysValues, Rotation, RowOps};
 use tch::{Device, Kind, Tensor};
 
 const KINDS: [Kind; 3] = [Kind::Double, Kind::Float, Kind::BFloat16];
@@ -78,7 +78,7 @@ fn rms_norm() {
             let (x, w) = (randn(&[n, c], kind), randn(&[c], kind));
             let (dx, dw) = (put(&x), put(&w));
             let (y, rstd) = ops::rms_norm(&dx, &dw, 1e-5).unwrap();
-            let (y2, rstd2) = composed::rms_norm(&exact(&x), &exact(&w), 1e-5);
+            let (y2, rstd2) = Composed.rms_norm(&exact(&x), &exact(&w), 1e-5).unwrap();
             same("y", &y, &y2, kind);
             same("rstd", &rstd, &rstd2, statistics(kind));
             assert!(ops::rms_apply(&dx, &dw, &rstd).unwrap().equal(&y), "recomputing changes no bit");
@@ -91,14 +91,9 @@ fn rms_norm() {
                 let out = ops::rms_backward(&put(&dy), &dx, &dw, &rstd, on_device.as_ref(), &grad).unwrap();
                 let grad2 = exact(&start);
                 let residual = residual.map(exact);
-                let out2 = composed::rms_backward(
-                    &exact(&dy),
-                    &exact(&x),
-                    &exact(&w),
-                    &rstd2,
-                    residual.as_ref(),
-                    &grad2,
-                );
+                let out2 = Composed
+                    .rms_backward(&exact(&dy), &exact(&x), &exact(&w), &rstd2, residual.as_ref(), &grad2)
+                    .unwrap();
                 let terms = (exact(&dy) * exact(&w) * rstd2.unsqueeze(-1)).abs().max().double_value(&[]);
                 same_at("dx", &out, &out2, kind, terms);
                 same("dw", &grad, &grad2, statistics(kind));
@@ -121,7 +116,9 @@ fn rope() {
             for inverse in [false, true] {
                 let (y, y2) = (put(&x), exact(&x));
                 ops::rope(&y, &put(&positions), &put(&cos), &put(&sin), heads, d, inverse).unwrap();
-                composed::rope(&y2, &positions, &exact(&cos), &exact(&sin), heads, d, inverse);
+                let (cos, sin) = (&exact(&cos), &exact(&sin));
+                let rotation = Rotation { positions: &positions, cos, sin, heads, head_dim: d, inverse };
+                Composed.rope(&y2, rotation).unwrap();
                 same("rope", &y, &y2, kind);
                 let rest = |t: &Tensor| exact(&t.narrow(1, heads * d, d));
                 assert!(rest(&y).equal(&rest(&x)), "other heads stay");
@@ -136,11 +133,11 @@ fn swiglu() {
         for (n, f) in [(1, 3), (33, 100), (7, 1376)] {
             let gu = randn(&[n, 2 * f], kind) * 4.0;
             let on_device = put(&gu);
-            same("a", &ops::swiglu(&on_device).unwrap(), &composed::swiglu(&exact(&gu)), kind);
+            same("a", &ops::swiglu(&on_device).unwrap(), &Composed.swiglu(&exact(&gu)).unwrap(), kind);
             let da = randn(&[n, f], kind);
             let (d, a, d2, a2) = (on_device, put(&da), exact(&gu), exact(&da));
             ops::swiglu_backward(&d, &a).unwrap();
-            composed::swiglu_backward(&d2, &a2);
+            Composed.swiglu_backward(&d2, &a2).unwrap();
             same("dgu", &d, &d2, kind);
             same("a again", &a, &a2, kind);
         }
@@ -160,7 +157,7 @@ fn log_softmax() {
             let ((p, e), (p2, e2)) = (new(a, device()), new(Kind::Double, Device::Cpu));
             let (l, l2) = (put(&logits), exact(&logits));
             ops::log_softmax(&l, &put(&labels), Some(&put(&coef)), &p, Some(&e)).unwrap();
-            composed::log_softmax(&l2, &labels, Some(&exact(&coef)), &p2, Some(&e2));
+            Composed.log_softmax(&l2, &labels, Some(&exact(&coef)), &p2, Some(&e2)).unwrap();
             same("logp", &p, &p2, statistics(kind));
             same("entropy", &e, &e2, statistics(kind));
             same("dlogits", &l, &l2, kind);
@@ -294,15 +291,16 @@ fn attention() {
             for start in [None, Some(&window), Some(&padded)] {
                 let (on_device, first) = (put(&qkv), start.map(put));
                 let (o, lse) = ops::attention(&on_device, first.as_ref(), h).unwrap();
-                let (o2, lse2) = composed::attention(&exact(&qkv), start, h);
+                let (o2, lse2) = Composed.attention(&exact(&qkv), start, h).unwrap();
                 same("out", &o, &o2, kind);
                 same("lse", &lse, &lse2, statistics(kind));
                 let dout = randn(&[batch * time, heads * head_dim], kind);
                 let backward =
                     || ops::attention_backward(&put(&dout), &on_device, &o, &lse, first.as_ref(), h).unwrap();
                 let d = backward();
-                let d2 =
-                    composed::attention_backward(&exact(&dout), &exact(&qkv), &exact(&o), &lse2, start, h);
+                let d2 = Composed
+                    .attention_backward(&exact(&dout), &exact(&qkv), &exact(&o), &lse2, start, h)
+                    .unwrap();
                 // Flash attention also rounds the probabilities and their gradients to bfloat16.
                 let slack = if device() == Device::Cpu || kind != Kind::BFloat16 { 1.0 } else { 2.5 };
                 let distance = distance(&d, &d2);
@@ -330,7 +328,8 @@ fn decode_attention() {
             let position = Tensor::from_slice(&[0i64, 40, 22, 7]);
             let out =
                 ops::decode_attention(&put(&qkv), &k, &v, &put(&slot), &put(&position), None, h).unwrap();
-            let out2 = composed::decode_attention(&exact(&qkv), &k2, &v2, &slot, &position, None, h);
+            let cache = KeysValues { keys: &k2, values: &v2, slot: &slot, position: &position, first: None };
+            let out2 = Composed.decode_attention(&exact(&qkv), cache, h).unwrap();
             same("out", &out, &out2, kind);
             assert!(
                 exact(&k).equal(&k2) && exact(&v).equal(&v2),
@@ -357,9 +356,11 @@ fn decode_attention() {
                 let first = start.map(|s| put(&s.narrow(0, time - 1, 1)));
                 let (q, s, p) = (put(&last), put(&slot), put(&position));
                 let out = ops::decode_attention(&q, &k, &v, &s, &p, first.as_ref(), one).unwrap();
-                let all = composed::attention(&exact(&row), start, one).0;
+                let all = Composed.attention(&exact(&row), start, one).unwrap().0;
                 same("last position", &out, &all.narrow(0, time - 1, 1), kind);
-                let out = composed::decode_attention(&q, &k, &v, &s, &p, first.as_ref(), one);
+                let (keys, values, first) = (&k, &v, first.as_ref());
+                let cache = KeysValues { keys, values, slot: &s, position: &p, first };
+                let out = Composed.decode_attention(&q, cache, one).unwrap();
                 same("last position, composed", &out, &all.narrow(0, time - 1, 1), kind);
             }
         }
@@ -393,12 +394,12 @@ fn adamw_and_sums() {
                 grad_scale: 0.7,
             };
             ops::adamw(&p1, &g1, &m1, &v1, Some(&copy), o).unwrap();
-            composed::adamw(&p2, &g2, &m2, &v2, None, o);
+            Composed.adamw(&p2, &g2, &m2, &v2, None, o).unwrap();
             same("p", &p1, &p2, kind);
             same("m", &m1, &m2, kind);
             same("v", &v1, &v2, kind);
             assert!(copy.equal(&p1.to_kind(Kind::BFloat16)), "the bfloat16 copy is the rounded value");
-            let (s, s2) = (ops::sum_squares(&g1).unwrap(), composed::sum_squares(&g2));
+            let (s, s2) = (ops::sum_squares(&g1).unwrap(), Composed.sum_squares(&[&g2]).unwrap());
             assert!((s / s2 - 1.0).abs() < 1e-6, "{s} {s2}");
             let (all, apart) =
                 (ops::sum_squares_of_all(&[g1, p1.copy()]).unwrap(), s + ops::sum_squares(&p1).unwrap());
@@ -416,13 +417,13 @@ fn embedding_and_accumulate() {
             let start = randn(&[v, c], ops::accumulator(kind));
             let (dw, dw2) = (put(&start), exact(&start));
             ops::embedding_backward(&put(&dx), &put(&ids), &dw).unwrap();
-            composed::embedding_backward(&exact(&dx), &ids, &dw2);
+            Composed.embedding_backward(&exact(&dx), &ids, &dw2).unwrap();
             same("dw", &dw, &dw2, statistics(kind));
             for add in [true, false] {
                 let a = randn(&[n, c], ops::accumulator(kind));
                 let (a1, a2) = (put(&a), exact(&a));
                 ops::accumulate(&a1, &put(&dx), add).unwrap();
-                composed::accumulate(&a2, &exact(&dx), add);
+                Composed.accumulate(&a2, &exact(&dx), add).unwrap();
                 same("accumulate", &a1, &a2, statistics(kind));
             }
         }
@@ -438,7 +439,7 @@ fn dropout() {
             for p in [0.0, 0.1, 0.75] {
                 let y = ops::dropout(&put(&x), &put(&rows), 0xfeed_0000_0001_beef, p).unwrap();
                 let (threshold, scale) = ((p * 2f64.powi(32)) as u32, 1.0 / (1.0 - p));
-                let twin = composed::dropout(&x, &rows, 0xfeed_0000_0001_beef, threshold, scale);
+                let twin = Composed.dropout(&x, &rows, 0xfeed_0000_0001_beef, threshold, scale).unwrap();
                 same("y", &y, &twin, kind);
                 let zero = |t: &Tensor| t.to_device(Device::Cpu).eq(0.0);
                 assert!(zero(&y).equal(&zero(&twin)), "the same elements are left out");
@@ -494,25 +495,27 @@ fn compositions_against_autograd() {
     };
 
     let (x, w, dy) = (leaf(&[9, 12]), leaf(&[12]), randn(&[9, 12], kind));
-    let (y, rstd) = composed::rms_norm(&x, &w, 1e-5);
+    let (y, rstd) = Composed.rms_norm(&x, &w, 1e-5).unwrap();
     (y * &dy).sum(kind).backward();
     let dw = Tensor::zeros([12], (kind, Device::Cpu));
     let (xd, wd) = (x.detach(), w.detach());
-    check("rms dx", &composed::rms_backward(&dy, &xd, &wd, &rstd.detach(), None, &dw), &x.grad());
+    check("rms dx", &Composed.rms_backward(&dy, &xd, &wd, &rstd.detach(), None, &dw).unwrap(), &x.grad());
     check("rms dw", &dw, &w.grad());
 
     let (gu, da) = (leaf(&[5, 14]), randn(&[5, 7], kind));
-    (composed::swiglu(&gu) * &da).sum(kind).backward();
+    (Composed.swiglu(&gu).unwrap() * &da).sum(kind).backward();
     let d = gu.detach().copy();
-    composed::swiglu_backward(&d, &da.copy());
+    Composed.swiglu_backward(&d, &da.copy()).unwrap();
     check("swiglu", &d, &gu.grad());
 
     let h = ops::Heads { batch: 2, heads: 4, kv_heads: 2, head_dim: 6 };
     let (qkv, dout) = (leaf(&[2 * 11, 8 * 6]), randn(&[2 * 11, 24], kind));
     let start = Tensor::from_slice(&[0i64, 0, 0, 0, 4, 4, 4, 4, 4, 9, 9]).repeat([2]);
-    let (o, lse) = composed::attention(&qkv, Some(&start), h);
+    let (o, lse) = Composed.attention(&qkv, Some(&start), h).unwrap();
     (&o * &dout).sum(kind).backward();
-    let d = composed::attention_backward(&dout, &qkv.detach(), &o.detach(), &lse.detach(), Some(&start), h);
+    let d = Composed
+        .attention_backward(&dout, &qkv.detach(), &o.detach(), &lse.detach(), Some(&start), h)
+        .unwrap();
     check("attention", &d, &qkv.grad());
 
     let (logits, coef) = (leaf(&[6, 10]), randn(&[6], kind));
@@ -522,7 +525,7 @@ fn compositions_against_autograd() {
         logits.log_softmax(-1, kind).gather(-1, &labels.clamp_min(0).unsqueeze(-1), false).squeeze_dim(-1);
     (lp * valid * &coef).sum(kind).backward();
     let (l, p) = (logits.detach().copy(), Tensor::zeros([6], (kind, Device::Cpu)));
-    composed::log_softmax(&l, &labels, Some(&coef), &p, None);
+    Composed.log_softmax(&l, &labels, Some(&coef), &p, None).unwrap();
     check("log_softmax", &l, &logits.grad());
 }
 

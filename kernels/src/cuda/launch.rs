@@ -12,6 +12,7 @@ use super::shim::{Cuda, load};
 use super::sources::{OPTIM, QUANT_BF16, QUANT_FLOAT, ROWS_BF16, ROWS_FLOAT, SOURCES};
 use crate::abi::Stream;
 use crate::error::{Error, Result};
+use crate::tensors::AdamW;
 
 type Kernels = HashMap<&'static str, Kernel<'static>>;
 
@@ -166,4 +167,21 @@ pub(crate) fn matrix(op: &str, x: &Tensor) -> Result<(i64, i64)> {
 
 pub(crate) fn opt(t: Option<&Tensor>) -> Arg<'_> {
     t.map_or(Arg::Null, Arg::Tensor)
+}
+
+/// The numbers of a step as both kernels of AdamW take them, rounded once.
+pub(crate) fn adamw_numbers(o: AdamW) -> [Arg<'static>; 9] {
+    let [correction1, correction2] = o.corrections();
+    [
+        1.0 - o.lr * o.weight_decay,
+        o.beta1,
+        1.0 - o.beta1,
+        o.beta2,
+        1.0 - o.beta2,
+        o.eps,
+        o.lr / correction1,
+        correction2.sqrt(),
+        o.grad_scale,
+    ]
+    .map(|number| Arg::F32(number as f32))
 }

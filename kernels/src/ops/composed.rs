@@ -1,63 +1,225 @@
-//! The operations of [`crate::ops`] as compositions of libtorch's: used where no fused kernel is, and as oracles.
+//! Row operations as compositions of libtorch's: what the kernels must compute, and their oracle in the tests.
 
 use tch::{Kind, Tensor};
 
-use crate::tensors::{AdamW, Heads, accumulator};
+use super::rows::RowOps;
+use crate::error::Result;
+use crate::tensors::{AdamW, Heads, KeysValues, Rotation, accumulator};
 
-pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> (Tensor, Tensor) {
-    let xa = x.to_kind(accumulator(x.kind()));
-    let rstd = (xa.square().mean_dim([-1i64].as_slice(), false, None) + eps).rsqrt();
-    (rms_apply(x, w, &rstd), rstd)
-}
+/// libtorch's operations one after the other, on any device and in any dtype. They check little: shapes that do not fit end
+/// in a panic with libtorch's message.
+#[derive(Debug, Clone, Copy)]
+pub struct Composed;
 
-pub fn rms_apply(x: &Tensor, w: &Tensor, rstd: &Tensor) -> Tensor {
-    let a = accumulator(x.kind());
-    (x.to_kind(a) * rstd.unsqueeze(-1) * w.to_kind(a)).to_kind(x.kind())
-}
-
-pub fn rms_backward(
-    dy: &Tensor,
-    x: &Tensor,
-    w: &Tensor,
-    rstd: &Tensor,
-    residual: Option<&Tensor>,
-    dw: &Tensor,
-) -> Tensor {
-    let a = accumulator(x.kind());
-    let (g, xa, k) = (dy.to_kind(a), x.to_kind(a), rstd.unsqueeze(-1));
-    let normed = &xa * &k;
-    let mut dw = dw.shallow_clone();
-    let _ = dw.g_add_(&(&g * &normed).sum_dim_intlist([0i64].as_slice(), false, None));
-    let gw = g * w.to_kind(a);
-    let mean = (&gw * &normed).mean_dim([-1i64].as_slice(), true, None);
-    let mut dx = (gw - normed * mean) * k;
-    if let Some(r) = residual {
-        dx += r.to_kind(a);
+impl RowOps for Composed {
+    fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+        let xa = x.to_kind(accumulator(x.kind()));
+        let rstd = (xa.square().mean_dim([-1i64].as_slice(), false, None) + eps).rsqrt();
+        Ok((self.rms_apply(x, w, &rstd)?, rstd))
     }
-    dx.to_kind(x.kind())
-}
 
-pub fn rope(
-    x: &Tensor,
-    positions: &Tensor,
-    cos: &Tensor,
-    sin: &Tensor,
-    heads: i64,
-    head_dim: i64,
-    inverse: bool,
-) {
-    let a = accumulator(x.kind());
-    let rows = x.size()[0];
-    let view = x.narrow(1, 0, heads * head_dim).view([rows, heads, 2, head_dim / 2]);
-    let (mut first, mut second) = (view.select(2, 0), view.select(2, 1));
-    let (p, q) = (first.to_kind(a).copy(), second.to_kind(a).copy());
-    let co = cos.index_select(0, positions).unsqueeze(1);
-    let mut si = sin.index_select(0, positions).unsqueeze(1);
-    if inverse {
-        si = si.neg();
+    fn rms_apply(&self, x: &Tensor, w: &Tensor, rstd: &Tensor) -> Result<Tensor> {
+        let a = accumulator(x.kind());
+        Ok((x.to_kind(a) * rstd.unsqueeze(-1) * w.to_kind(a)).to_kind(x.kind()))
     }
-    first.copy_(&(&p * &co - &q * &si));
-    second.copy_(&(q * co + p * si));
+
+    fn rms_backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        w: &Tensor,
+        rstd: &Tensor,
+        residual: Option<&Tensor>,
+        dw: &Tensor,
+    ) -> Result<Tensor> {
+        let a = accumulator(x.kind());
+        let (g, xa, k) = (dy.to_kind(a), x.to_kind(a), rstd.unsqueeze(-1));
+        let normed = &xa * &k;
+        let mut dw = dw.shallow_clone();
+        let _ = dw.g_add_(&(&g * &normed).sum_dim_intlist([0i64].as_slice(), false, None));
+        let gw = g * w.to_kind(a);
+        let mean = (&gw * &normed).mean_dim([-1i64].as_slice(), true, None);
+        let mut dx = (gw - normed * mean) * k;
+        if let Some(r) = residual {
+            dx += r.to_kind(a);
+        }
+        Ok(dx.to_kind(x.kind()))
+    }
+
+    fn rope(&self, x: &Tensor, r: Rotation) -> Result<()> {
+        let Rotation { positions, cos, sin, heads, head_dim, inverse } = r;
+        let a = accumulator(x.kind());
+        let rows = x.size()[0];
+        let view = x.narrow(1, 0, heads * head_dim).view([rows, heads, 2, head_dim / 2]);
+        let (mut first, mut second) = (view.select(2, 0), view.select(2, 1));
+        let (p, q) = (first.to_kind(a).copy(), second.to_kind(a).copy());
+        let co = cos.index_select(0, positions).unsqueeze(1);
+        let mut si = sin.index_select(0, positions).unsqueeze(1);
+        if inverse {
+            si = si.neg();
+        }
+        first.copy_(&(&p * &co - &q * &si));
+        second.copy_(&(q * co + p * si));
+        Ok(())
+    }
+
+    fn attention(&self, qkv: &Tensor, start: Option<&Tensor>, h: Heads) -> Result<(Tensor, Tensor)> {
+        let (q, k, v) = split_heads(qkv, h);
+        let s = scores(&q, &k, start, h);
+        let lse = s.logsumexp([-1i64].as_slice(), false);
+        let p = (s - lse.unsqueeze(-1)).exp();
+        Ok((merge_heads(&p.matmul(&v), qkv.kind()), lse))
+    }
+
+    fn attention_backward(
+        &self,
+        dout: &Tensor,
+        qkv: &Tensor,
+        out: &Tensor,
+        lse: &Tensor,
+        start: Option<&Tensor>,
+        h: Heads,
+    ) -> Result<Tensor> {
+        let (q, k, v) = split_heads(qkv, h);
+        let time = q.size()[2];
+        let rows =
+            |t: &Tensor| t.to_kind(q.kind()).view([h.batch, time, h.heads, h.head_dim]).transpose(1, 2);
+        let (g, o) = (rows(dout), rows(out));
+        let p = (scores(&q, &k, start, h) - lse.unsqueeze(-1)).exp();
+        let delta = (&g * o).sum_dim_intlist([-1i64].as_slice(), true, None);
+        let ds = &p * (g.matmul(&v.transpose(-2, -1)) - delta) * h.scale();
+        let group = |t: Tensor| {
+            let size = [h.batch, h.kv_heads, h.heads / h.kv_heads, time, h.head_dim];
+            t.view(size).sum_dim_intlist([2i64].as_slice(), false, None)
+        };
+        let dv = group(p.transpose(-2, -1).matmul(&g));
+        let dk = group(ds.transpose(-2, -1).matmul(&q));
+        let kind = qkv.kind();
+        Ok(Tensor::cat(
+            &[merge_heads(&ds.matmul(&k), kind), merge_heads(&dk, kind), merge_heads(&dv, kind)],
+            1,
+        ))
+    }
+
+    fn decode_attention(&self, qkv: &Tensor, cache: KeysValues, h: Heads) -> Result<Tensor> {
+        let KeysValues { keys, values, slot, position, first } = cache;
+        let (a, d, group) = (accumulator(qkv.kind()), h.head_dim, h.heads / h.kv_heads);
+        let all = qkv.view([h.batch, h.heads + 2 * h.kv_heads, d]);
+        for (cache, first) in [(keys, h.heads), (values, h.heads + h.kv_heads)] {
+            let rows = all.narrow(1, first, h.kv_heads);
+            let _ = cache.shallow_clone().index_put_(&[Some(slot), None, Some(position)], &rows, false);
+        }
+        let read = |cache: &Tensor| cache.index_select(0, slot).to_kind(a);
+        let q = all.narrow(1, 0, h.heads).reshape([h.batch, h.kv_heads, group, d]).to_kind(a);
+        let at = Tensor::arange(keys.size()[2], (Kind::Int64, qkv.device())).unsqueeze(0);
+        let mut unseen = at.gt_tensor(&position.unsqueeze(1));
+        if let Some(first) = first {
+            unseen = unseen.logical_or(&at.lt_tensor(&first.unsqueeze(1)));
+        }
+        let unseen = unseen.view([h.batch, 1, 1, -1]);
+        let scores =
+            (q.matmul(&read(keys).transpose(-2, -1)) * h.scale()).masked_fill(&unseen, f64::NEG_INFINITY);
+        // What lies beyond a row's position was never written, and 0 * NaN is NaN.
+        let seen = read(values).masked_fill(&unseen.transpose(-2, -1), 0.0);
+        Ok(scores.softmax(-1, a).matmul(&seen).view([h.batch, h.heads * d]).to_kind(qkv.kind()))
+    }
+
+    fn swiglu(&self, gu: &Tensor) -> Result<Tensor> {
+        let a = accumulator(gu.kind());
+        let parts = gu.to_kind(a).chunk(2, 1);
+        Ok((parts[0].silu() * &parts[1]).to_kind(gu.kind()))
+    }
+
+    fn swiglu_backward(&self, gu: &Tensor, da: &Tensor) -> Result<()> {
+        let a = accumulator(gu.kind());
+        let f = gu.size()[1] / 2;
+        let (g, u, d) = (gu.narrow(1, 0, f).to_kind(a), gu.narrow(1, f, f).to_kind(a), da.to_kind(a));
+        let s = g.sigmoid();
+        let silu = &g * &s;
+        let dg = &d * &u * (&s + &silu * (1.0 - &s));
+        let du = d * &silu;
+        da.shallow_clone().copy_(&(silu * u)); // from here on d, g and u may be overwritten: in float64 they are views
+        gu.narrow(1, 0, f).copy_(&dg);
+        gu.narrow(1, f, f).copy_(&du);
+        Ok(())
+    }
+
+    fn log_softmax(
+        &self,
+        logits: &Tensor,
+        labels: &Tensor,
+        coef: Option<&Tensor>,
+        logp: &Tensor,
+        entropy: Option<&Tensor>,
+    ) -> Result<()> {
+        let all = logits.log_softmax(-1, accumulator(logits.kind()));
+        let valid = labels.ge(0);
+        let index = labels.clamp_min(0).unsqueeze(-1);
+        logp.shallow_clone().copy_(&(all.gather(-1, &index, false).squeeze_dim(-1) * &valid));
+        if let Some(e) = entropy {
+            e.shallow_clone().copy_(&-(all.exp() * &all).sum_dim_intlist([-1i64].as_slice(), false, None));
+        }
+        if let Some(c) = coef {
+            let c = (c * valid).unsqueeze(-1);
+            let mut d = all.exp() * -&c;
+            let _ = d.scatter_add_(-1, &index, &c);
+            logits.shallow_clone().copy_(&d);
+        }
+        Ok(())
+    }
+
+    fn adamw(
+        &self,
+        p: &Tensor,
+        g: &Tensor,
+        m: &Tensor,
+        v: &Tensor,
+        copy: Option<&Tensor>,
+        o: AdamW,
+    ) -> Result<()> {
+        let (mut p, mut m, mut v) = (p.shallow_clone(), m.shallow_clone(), v.shallow_clone());
+        let g = g * o.grad_scale;
+        let _ = p.g_mul_scalar_(1.0 - o.lr * o.weight_decay);
+        let _ = m.g_mul_scalar_(o.beta1).g_add_(&(&g * (1.0 - o.beta1)));
+        let _ = v.g_mul_scalar_(o.beta2).g_add_(&(g.square() * (1.0 - o.beta2)));
+        let [correction1, correction2] = o.corrections();
+        let denominator = v.sqrt() / correction2.sqrt() + o.eps;
+        let _ = p.g_sub_(&(&m / denominator * (o.lr / correction1)));
+        if let Some(c) = copy {
+            c.shallow_clone().copy_(&p);
+        }
+        Ok(())
+    }
+
+    fn sum_squares(&self, tensors: &[&Tensor]) -> Result<f64> {
+        let one = |x: &&Tensor| x.to_kind(Kind::Double).square().sum(Kind::Double).double_value(&[]);
+        Ok(tensors.iter().map(one).sum())
+    }
+
+    fn dropout(&self, x: &Tensor, rows: &Tensor, key: u64, threshold: u32, scale: f64) -> Result<Tensor> {
+        let h = mix64(&mix64(rows).bitwise_xor(key as i64)).unsqueeze(-1);
+        let (low, high) = (h.bitwise_and(0xffff_ffff), shifted(&h, 32));
+        let columns = Tensor::arange(x.size()[1], (Kind::Int64, x.device()));
+        let bits = mix32(&(mix32(&low.bitwise_xor_tensor(&columns)) + high).bitwise_and(0xffff_ffff));
+        let a = accumulator(x.kind());
+        Ok((x.to_kind(a) * scale * bits.ge(i64::from(threshold))).to_kind(x.kind()))
+    }
+
+    fn accumulate(&self, dst: &Tensor, src: &Tensor, add: bool) -> Result<()> {
+        let mut dst = dst.shallow_clone();
+        let src = src.view(dst.size().as_slice());
+        if add {
+            let _ = dst.g_add_(&src.to_kind(dst.kind()));
+        } else {
+            dst.copy_(&src);
+        }
+        Ok(())
+    }
+
+    fn embedding_backward(&self, dx: &Tensor, ids: &Tensor, dw: &Tensor) -> Result<()> {
+        let _ = dw.shallow_clone().index_add_(0, &ids.view([-1]), &dx.to_kind(dw.kind()));
+        Ok(())
+    }
 }
 
 /// Queries, keys, values as A [B, heads, T, D], keys and values repeated for their groups.
@@ -92,128 +254,6 @@ fn merge_heads(x: &Tensor, kind: Kind) -> Tensor {
     x.transpose(1, 2).reshape([size[0] * size[2], size[1] * size[3]]).to_kind(kind)
 }
 
-pub fn attention(qkv: &Tensor, start: Option<&Tensor>, h: Heads) -> (Tensor, Tensor) {
-    let (q, k, v) = split_heads(qkv, h);
-    let s = scores(&q, &k, start, h);
-    let lse = s.logsumexp([-1i64].as_slice(), false);
-    let p = (s - lse.unsqueeze(-1)).exp();
-    (merge_heads(&p.matmul(&v), qkv.kind()), lse)
-}
-
-pub fn attention_backward(
-    dout: &Tensor,
-    qkv: &Tensor,
-    out: &Tensor,
-    lse: &Tensor,
-    start: Option<&Tensor>,
-    h: Heads,
-) -> Tensor {
-    let (q, k, v) = split_heads(qkv, h);
-    let time = q.size()[2];
-    let rows = |t: &Tensor| t.to_kind(q.kind()).view([h.batch, time, h.heads, h.head_dim]).transpose(1, 2);
-    let (g, o) = (rows(dout), rows(out));
-    let p = (scores(&q, &k, start, h) - lse.unsqueeze(-1)).exp();
-    let delta = (&g * o).sum_dim_intlist([-1i64].as_slice(), true, None);
-    let ds = &p * (g.matmul(&v.transpose(-2, -1)) - delta) * h.scale();
-    let group = |t: Tensor| {
-        let size = [h.batch, h.kv_heads, h.heads / h.kv_heads, time, h.head_dim];
-        t.view(size).sum_dim_intlist([2i64].as_slice(), false, None)
-    };
-    let dv = group(p.transpose(-2, -1).matmul(&g));
-    let dk = group(ds.transpose(-2, -1).matmul(&q));
-    let kind = qkv.kind();
-    Tensor::cat(&[merge_heads(&ds.matmul(&k), kind), merge_heads(&dk, kind), merge_heads(&dv, kind)], 1)
-}
-
-pub fn decode_attention(
-    qkv: &Tensor,
-    keys: &Tensor,
-    values: &Tensor,
-    slot: &Tensor,
-    position: &Tensor,
-    first: Option<&Tensor>,
-    h: Heads,
-) -> Tensor {
-    let (a, d, group) = (accumulator(qkv.kind()), h.head_dim, h.heads / h.kv_heads);
-    let all = qkv.view([h.batch, h.heads + 2 * h.kv_heads, d]);
-    for (cache, first) in [(keys, h.heads), (values, h.heads + h.kv_heads)] {
-        let rows = all.narrow(1, first, h.kv_heads);
-        let _ = cache.shallow_clone().index_put_(&[Some(slot), None, Some(position)], &rows, false);
-    }
-    let read = |cache: &Tensor| cache.index_select(0, slot).to_kind(a);
-    let q = all.narrow(1, 0, h.heads).reshape([h.batch, h.kv_heads, group, d]).to_kind(a);
-    let at = Tensor::arange(keys.size()[2], (Kind::Int64, qkv.device())).unsqueeze(0);
-    let mut unseen = at.gt_tensor(&position.unsqueeze(1));
-    if let Some(first) = first {
-        unseen = unseen.logical_or(&at.lt_tensor(&first.unsqueeze(1)));
-    }
-    let unseen = unseen.view([h.batch, 1, 1, -1]);
-    let scores =
-        (q.matmul(&read(keys).transpose(-2, -1)) * h.scale()).masked_fill(&unseen, f64::NEG_INFINITY);
-    // What lies beyond a row's position was never written, and 0 * NaN is NaN.
-    let seen = read(values).masked_fill(&unseen.transpose(-2, -1), 0.0);
-    scores.softmax(-1, a).matmul(&seen).view([h.batch, h.heads * d]).to_kind(qkv.kind())
-}
-
-pub fn swiglu(gu: &Tensor) -> Tensor {
-    let a = accumulator(gu.kind());
-    let parts = gu.to_kind(a).chunk(2, 1);
-    (parts[0].silu() * &parts[1]).to_kind(gu.kind())
-}
-
-pub fn swiglu_backward(gu: &Tensor, da: &Tensor) {
-    let a = accumulator(gu.kind());
-    let f = gu.size()[1] / 2;
-    let (g, u, d) = (gu.narrow(1, 0, f).to_kind(a), gu.narrow(1, f, f).to_kind(a), da.to_kind(a));
-    let s = g.sigmoid();
-    let silu = &g * &s;
-    let dg = &d * &u * (&s + &silu * (1.0 - &s));
-    let du = d * &silu;
-    da.shallow_clone().copy_(&(silu * u)); // from here on d, g and u may be overwritten: in float64 they are views
-    gu.narrow(1, 0, f).copy_(&dg);
-    gu.narrow(1, f, f).copy_(&du);
-}
-
-pub fn log_softmax(
-    logits: &Tensor,
-    labels: &Tensor,
-    coef: Option<&Tensor>,
-    logp: &Tensor,
-    entropy: Option<&Tensor>,
-) {
-    let all = logits.log_softmax(-1, accumulator(logits.kind()));
-    let valid = labels.ge(0);
-    let index = labels.clamp_min(0).unsqueeze(-1);
-    logp.shallow_clone().copy_(&(all.gather(-1, &index, false).squeeze_dim(-1) * &valid));
-    if let Some(e) = entropy {
-        e.shallow_clone().copy_(&-(all.exp() * &all).sum_dim_intlist([-1i64].as_slice(), false, None));
-    }
-    if let Some(c) = coef {
-        let c = (c * valid).unsqueeze(-1);
-        let mut d = all.exp() * -&c;
-        let _ = d.scatter_add_(-1, &index, &c);
-        logits.shallow_clone().copy_(&d);
-    }
-}
-
-pub fn adamw(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, copy: Option<&Tensor>, o: AdamW) {
-    let (mut p, mut m, mut v) = (p.shallow_clone(), m.shallow_clone(), v.shallow_clone());
-    let g = g * o.grad_scale;
-    let _ = p.g_mul_scalar_(1.0 - o.lr * o.weight_decay);
-    let _ = m.g_mul_scalar_(o.beta1).g_add_(&(&g * (1.0 - o.beta1)));
-    let _ = v.g_mul_scalar_(o.beta2).g_add_(&(g.square() * (1.0 - o.beta2)));
-    let [correction1, correction2] = o.corrections();
-    let denominator = v.sqrt() / correction2.sqrt() + o.eps;
-    let _ = p.g_sub_(&(&m / denominator * (o.lr / correction1)));
-    if let Some(c) = copy {
-        c.shallow_clone().copy_(&p);
-    }
-}
-
-pub fn sum_squares(x: &Tensor) -> f64 {
-    x.to_kind(Kind::Double).square().sum(Kind::Double).double_value(&[])
-}
-
 /// Bits of an integer moved to the right, zeros filled in.
 fn shifted(x: &Tensor, by: i64) -> Tensor {
     x.bitwise_right_shift_tensor_scalar(by).bitwise_and((1i64 << (64 - by)) - 1)
@@ -233,27 +273,4 @@ fn mix32(x: &Tensor) -> Tensor {
     let x = low(x.bitwise_xor_tensor(&shifted(x, 16)) * 0x7feb_352d);
     let x = low(x.bitwise_xor_tensor(&shifted(&x, 15)) * 0x846c_a68bi64);
     x.bitwise_xor_tensor(&shifted(&x, 16))
-}
-
-pub fn dropout(x: &Tensor, rows: &Tensor, key: u64, threshold: u32, scale: f64) -> Tensor {
-    let h = mix64(&mix64(rows).bitwise_xor(key as i64)).unsqueeze(-1);
-    let (low, high) = (h.bitwise_and(0xffff_ffff), shifted(&h, 32));
-    let columns = Tensor::arange(x.size()[1], (Kind::Int64, x.device()));
-    let bits = mix32(&(mix32(&low.bitwise_xor_tensor(&columns)) + high).bitwise_and(0xffff_ffff));
-    let a = accumulator(x.kind());
-    (x.to_kind(a) * scale * bits.ge(i64::from(threshold))).to_kind(x.kind())
-}
-
-pub fn accumulate(dst: &Tensor, src: &Tensor, add: bool) {
-    let mut dst = dst.shallow_clone();
-    let src = src.view(dst.size().as_slice());
-    if add {
-        let _ = dst.g_add_(&src.to_kind(dst.kind()));
-    } else {
-        dst.copy_(&src);
-    }
-}
-
-pub fn embedding_backward(dx: &Tensor, ids: &Tensor, dw: &Tensor) {
-    let _ = dw.shallow_clone().index_add_(0, &ids.view([-1]), &dx.to_kind(dw.kind()));
 }

@@ -2,271 +2,307 @@
 
 use tch::{Kind, Tensor};
 
-use crate::cuda::launch::{Launcher, blocks, matrix, need, opt, pack, threads, wide};
-use crate::cuda::modules::Arg::{self, F32, I32, I64, Tensor as T, U64};
+use super::composed::Composed;
+use super::flash;
+use super::rows::RowOps;
+use crate::cuda::launch::{Launcher, adamw_numbers, blocks, matrix, need, opt, pack, threads, wide};
+use crate::cuda::modules::Arg::{F32, I32, I64, Tensor as T, U64};
 use crate::error::{Error, Result};
-use crate::tensors::AdamW;
+use crate::tensors::{AdamW, Heads, KeysValues, Rotation};
 
 // SAFETY (all launches): arguments are in the order and of the types of the kernel's parameters; dtypes, devices, sizes and
 // contiguity were checked; the kernels stay within rows and columns; tensors that are written are the caller's to give.
 
-pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
-    let (rows, c) = matrix("rms_norm", x)?;
-    need("rms_norm", &[("x", x, x.kind(), rows * c), ("w", w, x.kind(), c)])?;
-    let (y, rstd) = (x.empty_like(), Tensor::empty([rows], (Kind::Float, x.device())));
-    let args = [T(x), T(w), F32(eps as f32), T(&y), T(&rstd), I32(c as i32), wide(c, pack(x), &[x, w, &y])];
-    unsafe { Launcher::rows(x)?.launch("rms_norm", rows, threads(c, pack(x)), 0, &args) }?;
-    Ok((y, rstd))
-}
+/// Columns beyond which rms_backward's shared memory, 4 bytes a column, might not fit.
+const RMS_BACKWARD_COLUMNS: i64 = 24 << 10;
 
-pub fn rms_apply(x: &Tensor, w: &Tensor, rstd: &Tensor) -> Result<Tensor> {
-    let (rows, c) = matrix("rms_apply", x)?;
-    need(
-        "rms_apply",
-        &[("x", x, x.kind(), rows * c), ("w", w, x.kind(), c), ("rstd", rstd, Kind::Float, rows)],
-    )?;
-    let y = x.empty_like();
-    let args = [T(x), T(w), T(rstd), T(&y), I32(c as i32), wide(c, pack(x), &[x, w, &y])];
-    unsafe { Launcher::rows(x)?.launch("rms_apply", rows, threads(c, pack(x)), 0, &args) }?;
-    Ok(y)
-}
+/// CUDA's kernels, in float32 and bfloat16, and libtorch's flash attention. What has no kernel is composed.
+#[derive(Debug, Clone, Copy)]
+pub struct Gpu;
 
-/// Columns beyond which [`rms_backward`]'s shared memory, 4 bytes a column, might not fit.
-pub const RMS_BACKWARD_COLUMNS: i64 = 24 << 10;
-
-pub fn rms_backward(
-    dy: &Tensor,
-    x: &Tensor,
-    w: &Tensor,
-    rstd: &Tensor,
-    residual: Option<&Tensor>,
-    dw: &Tensor,
-) -> Result<Tensor> {
-    let (rows, c) = matrix("rms_backward", x)?;
-    let kind = x.kind();
-    let residual_or_x = residual.unwrap_or(x);
-    need(
-        "rms_backward",
-        &[
-            ("x", x, kind, rows * c),
-            ("dy", dy, kind, rows * c),
-            ("w", w, kind, c),
-            ("rstd", rstd, Kind::Float, rows),
-            ("residual", residual_or_x, kind, rows * c),
-            ("dw", dw, Kind::Float, c),
-        ],
-    )?;
-    // The sum over rows has the same parts on every device, and so the same bits.
-    let parts = rows.min(512);
-    let dx = x.empty_like();
-    let partial = Tensor::empty([parts, c], (Kind::Float, x.device()));
-    let args = [
-        T(dy),
-        T(x),
-        T(w),
-        T(rstd),
-        opt(residual),
-        T(&dx),
-        T(&partial),
-        I64(rows),
-        I32(c as i32),
-        wide(c, pack(x), &[dy, x, w, residual_or_x, &dx]),
-    ];
-    let kernels = Launcher::rows(x)?;
-    unsafe { kernels.launch("rms_backward", parts, threads(c, pack(x)), 4 * c as usize, &args) }?;
-    let args = [T(&partial), T(dw), I32(parts as i32), I32(c as i32)];
-    unsafe { kernels.launch("add_columns", (c + 31) / 32, [32, 8], 0, &args) }?;
-    Ok(dx)
-}
-
-pub fn rope(
-    x: &Tensor,
-    positions: &Tensor,
-    cos: &Tensor,
-    sin: &Tensor,
-    heads: i64,
-    head_dim: i64,
-    inverse: bool,
-) -> Result<()> {
-    let (rows, width) = matrix("rope", x)?;
-    let half = head_dim / 2;
-    let table = cos.numel() as i64;
-    need(
-        "rope",
-        &[
-            ("x", x, x.kind(), rows * width),
-            ("positions", positions, Kind::Int64, rows),
-            ("cos", cos, Kind::Float, table),
-            ("sin", sin, Kind::Float, table),
-        ],
-    )?;
-    if heads * head_dim > width || head_dim % 2 != 0 || table % half.max(1) != 0 {
-        return Err(Error::new(format!("rope: {heads} heads of {head_dim} do not fit {:?}", x.size())));
+impl RowOps for Gpu {
+    fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+        let (rows, c) = matrix("rms_norm", x)?;
+        need("rms_norm", &[("x", x, x.kind(), rows * c), ("w", w, x.kind(), c)])?;
+        let (y, rstd) = (x.empty_like(), Tensor::empty([rows], (Kind::Float, x.device())));
+        let args =
+            [T(x), T(w), F32(eps as f32), T(&y), T(&rstd), I32(c as i32), wide(c, pack(x), &[x, w, &y])];
+        unsafe { Launcher::rows(x)?.launch("rms_norm", rows, threads(c, pack(x)), 0, &args) }?;
+        Ok((y, rstd))
     }
-    let pack = pack(x);
-    let together = if width % pack == 0 { half } else { width }; // rows and halves must both be whole packs
-    let args = [
-        T(x),
-        T(positions),
-        T(cos),
-        T(sin),
-        I32(width as i32),
-        I32(heads as i32),
-        I32(half as i32),
-        F32(if inverse { -1.0 } else { 1.0 }),
-        wide(together, pack, &[x, cos, sin]),
-    ];
-    let block = threads(heads * ((half + pack - 1) / pack) * pack, pack);
-    unsafe { Launcher::rows(x)?.launch("rope", rows, block, 0, &args) }
-}
 
-pub fn swiglu(gu: &Tensor) -> Result<Tensor> {
-    let (rows, f) = matrix("swiglu", gu).map(|(rows, c)| (rows, c / 2))?;
-    need("swiglu", &[("gu", gu, gu.kind(), rows * 2 * f)])?;
-    let a = Tensor::empty([rows, f], (gu.kind(), gu.device()));
-    let args = [T(gu), T(&a), I32(f as i32), wide(f, pack(gu), &[gu, &a])];
-    unsafe { Launcher::rows(gu)?.launch("swiglu", rows, threads(f, pack(gu)), 0, &args) }?;
-    Ok(a)
-}
-
-pub fn swiglu_backward(gu: &Tensor, da: &Tensor) -> Result<()> {
-    let (rows, f) = matrix("swiglu_backward", gu).map(|(rows, c)| (rows, c / 2))?;
-    need("swiglu_backward", &[("gu", gu, gu.kind(), rows * 2 * f), ("da", da, gu.kind(), rows * f)])?;
-    let args = [T(gu), T(da), I32(f as i32), wide(f, pack(gu), &[gu, da])];
-    unsafe { Launcher::rows(gu)?.launch("swiglu_backward", rows, threads(f, pack(gu)), 0, &args) }
-}
-
-pub fn log_softmax(
-    logits: &Tensor,
-    labels: &Tensor,
-    coef: Option<&Tensor>,
-    logp: &Tensor,
-    entropy: Option<&Tensor>,
-) -> Result<()> {
-    let (rows, v) = matrix("log_softmax", logits)?;
-    need(
-        "log_softmax",
-        &[
-            ("logits", logits, logits.kind(), rows * v),
-            ("labels", labels, Kind::Int64, rows),
-            ("logp", logp, Kind::Float, rows),
-            ("coef", coef.unwrap_or(logp), Kind::Float, rows),
-            ("entropy", entropy.unwrap_or(logp), Kind::Float, rows),
-        ],
-    )?;
-    let args = [
-        T(logits),
-        T(labels),
-        opt(coef),
-        T(logp),
-        opt(entropy),
-        I32(v as i32),
-        wide(v, pack(logits), &[logits]),
-    ];
-    unsafe { Launcher::rows(logits)?.launch("log_softmax", rows, [1024, 1], 0, &args) }
-}
-
-/// The numbers of a step as both kernels of AdamW take them, rounded once.
-pub(crate) fn adamw_numbers(o: AdamW) -> [Arg<'static>; 9] {
-    let [correction1, correction2] = o.corrections();
-    [
-        1.0 - o.lr * o.weight_decay,
-        o.beta1,
-        1.0 - o.beta1,
-        o.beta2,
-        1.0 - o.beta2,
-        o.eps,
-        o.lr / correction1,
-        correction2.sqrt(),
-        o.grad_scale,
-    ]
-    .map(|number| F32(number as f32))
-}
-
-pub fn adamw(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, copy: Option<&Tensor>, o: AdamW) -> Result<()> {
-    let n = p.numel() as i64;
-    let float = |name, t| (name, t, Kind::Float, n);
-    need("adamw", &[float("p", p), float("g", g), float("m", m), float("v", v)])?;
-    if let Some(c) = copy {
-        need("adamw", &[float("p", p), ("copy", c, Kind::BFloat16, n)])?;
+    fn rms_apply(&self, x: &Tensor, w: &Tensor, rstd: &Tensor) -> Result<Tensor> {
+        let (rows, c) = matrix("rms_apply", x)?;
+        need(
+            "rms_apply",
+            &[("x", x, x.kind(), rows * c), ("w", w, x.kind(), c), ("rstd", rstd, Kind::Float, rows)],
+        )?;
+        let y = x.empty_like();
+        let args = [T(x), T(w), T(rstd), T(&y), I32(c as i32), wide(c, pack(x), &[x, w, &y])];
+        unsafe { Launcher::rows(x)?.launch("rms_apply", rows, threads(c, pack(x)), 0, &args) }?;
+        Ok(y)
     }
-    let [decay, beta1, rest1, beta2, rest2, eps, rate, root2, scale] = adamw_numbers(o);
-    let args = [
-        T(p),
-        T(g),
-        T(m),
-        T(v),
-        opt(copy),
-        I64(n),
-        decay,
-        beta1,
-        rest1,
-        beta2,
-        rest2,
-        eps,
-        rate,
-        root2,
-        scale,
-        wide(0, 4, &[p, g, m, v, copy.unwrap_or(p)]),
-    ];
-    unsafe { Launcher::optim(p)?.launch("adamw", blocks(n, 4), [256, 1], 0, &args) }
-}
 
-/// The sum over all tensors; the host waits once.
-pub fn sum_squares(tensors: &[&Tensor]) -> Result<f64> {
-    let Some(first) = tensors.first() else { return Ok(0.0) };
-    // As many parts on every device, so that the sum has the same bits.
-    let parts = |t: &Tensor| blocks(t.numel() as i64, 4).min(1024);
-    let total: i64 = tensors.iter().map(|t| parts(t)).sum();
-    let double = (Kind::Double, first.device());
-    let (partial, out) = (Tensor::zeros([total], double), Tensor::zeros([1], double));
-    let kernels = Launcher::optim(first)?;
-    let mut slot = 0;
-    for t in tensors {
-        let n = t.numel() as i64;
-        need("sum_squares", &[("x", first, Kind::Float, first.numel() as i64), ("x", t, Kind::Float, n)])?;
-        let args = [T(t), T(&partial.narrow(0, slot, parts(t))), I64(n), wide(0, 4, &[t])];
-        unsafe { kernels.launch("sum_squares", parts(t), [256, 1], 0, &args) }?;
-        slot += parts(t);
+    fn rms_backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        w: &Tensor,
+        rstd: &Tensor,
+        residual: Option<&Tensor>,
+        dw: &Tensor,
+    ) -> Result<Tensor> {
+        if w.numel() as i64 > RMS_BACKWARD_COLUMNS {
+            return Composed.rms_backward(dy, x, w, rstd, residual, dw);
+        }
+        let (rows, c) = matrix("rms_backward", x)?;
+        let kind = x.kind();
+        let residual_or_x = residual.unwrap_or(x);
+        need(
+            "rms_backward",
+            &[
+                ("x", x, kind, rows * c),
+                ("dy", dy, kind, rows * c),
+                ("w", w, kind, c),
+                ("rstd", rstd, Kind::Float, rows),
+                ("residual", residual_or_x, kind, rows * c),
+                ("dw", dw, Kind::Float, c),
+            ],
+        )?;
+        // The sum over rows has the same parts on every device, and so the same bits.
+        let parts = rows.min(512);
+        let dx = x.empty_like();
+        let partial = Tensor::empty([parts, c], (Kind::Float, x.device()));
+        let args = [
+            T(dy),
+            T(x),
+            T(w),
+            T(rstd),
+            opt(residual),
+            T(&dx),
+            T(&partial),
+            I64(rows),
+            I32(c as i32),
+            wide(c, pack(x), &[dy, x, w, residual_or_x, &dx]),
+        ];
+        let kernels = Launcher::rows(x)?;
+        unsafe { kernels.launch("rms_backward", parts, threads(c, pack(x)), 4 * c as usize, &args) }?;
+        let args = [T(&partial), T(dw), I32(parts as i32), I32(c as i32)];
+        unsafe { kernels.launch("add_columns", (c + 31) / 32, [32, 8], 0, &args) }?;
+        Ok(dx)
     }
-    unsafe { kernels.launch("add_doubles", 1, [256, 1], 0, &[T(&partial), T(&out), I32(total as i32)]) }?;
-    Ok(out.f_double_value(&[0])?)
-}
 
-pub fn dropout(x: &Tensor, rows: &Tensor, key: u64, threshold: u32, scale: f64) -> Result<Tensor> {
-    let (n, c) = matrix("dropout", x)?;
-    need("dropout", &[("x", x, x.kind(), n * c), ("rows", rows, Kind::Int64, n)])?;
-    let y = x.empty_like();
-    let args = [
-        T(x),
-        T(rows),
-        T(&y),
-        U64(key),
-        I32(threshold as i32),
-        F32(scale as f32),
-        I32(c as i32),
-        wide(c, pack(x), &[x, &y]),
-    ];
-    unsafe { Launcher::rows(x)?.launch("dropout", n, threads(c, pack(x)), 0, &args) }?;
-    Ok(y)
-}
+    fn rope(&self, x: &Tensor, r: Rotation) -> Result<()> {
+        let Rotation { positions, cos, sin, heads, head_dim, inverse } = r;
+        let (rows, width) = matrix("rope", x)?;
+        let half = head_dim / 2;
+        let table = cos.numel() as i64;
+        need(
+            "rope",
+            &[
+                ("x", x, x.kind(), rows * width),
+                ("positions", positions, Kind::Int64, rows),
+                ("cos", cos, Kind::Float, table),
+                ("sin", sin, Kind::Float, table),
+            ],
+        )?;
+        if heads * head_dim > width || head_dim % 2 != 0 || table % half.max(1) != 0 {
+            return Err(Error::new(format!("rope: {heads} heads of {head_dim} do not fit {:?}", x.size())));
+        }
+        let pack = pack(x);
+        let together = if width % pack == 0 { half } else { width }; // rows and halves must both be whole packs
+        let args = [
+            T(x),
+            T(positions),
+            T(cos),
+            T(sin),
+            I32(width as i32),
+            I32(heads as i32),
+            I32(half as i32),
+            F32(if inverse { -1.0 } else { 1.0 }),
+            wide(together, pack, &[x, cos, sin]),
+        ];
+        let block = threads(heads * ((half + pack - 1) / pack) * pack, pack);
+        unsafe { Launcher::rows(x)?.launch("rope", rows, block, 0, &args) }
+    }
 
-pub fn accumulate(dst: &Tensor, src: &Tensor, add: bool) -> Result<()> {
-    let n = src.numel() as i64;
-    need("accumulate", &[("src", src, src.kind(), n), ("dst", dst, Kind::Float, n)])?;
-    let args = [T(dst), T(src), I64(n), I32(add as i32), wide(0, pack(src), &[dst, src])];
-    unsafe { Launcher::rows(src)?.launch("accumulate", blocks(n, pack(src)), [256, 1], 0, &args) }
-}
+    fn attention(&self, qkv: &Tensor, start: Option<&Tensor>, h: Heads) -> Result<(Tensor, Tensor)> {
+        match flash::fits(qkv, start, h)? {
+            true => flash::forward(qkv, h),
+            false => Composed.attention(qkv, start, h),
+        }
+    }
 
-pub fn embedding_backward(dx: &Tensor, ids: &Tensor, dw: &Tensor) -> Result<()> {
-    let (v, c) = matrix("embedding_backward", dw)?;
-    let n = ids.numel() as i64;
-    need(
-        "embedding_backward",
-        &[("dx", dx, dx.kind(), n * c), ("ids", ids, Kind::Int64, n), ("dw", dw, Kind::Float, v * c)],
-    )?;
-    let (sorted, order) = ids.view([-1]).f_sort_stable(true, 0, false)?;
-    let args =
-        [T(dx), T(&sorted), T(&order), T(dw), I64(n), I64(v), I32(c as i32), wide(c, pack(dx), &[dx, dw])];
-    unsafe { Launcher::rows(dx)?.launch("embedding_backward", n, threads(c, pack(dx)), 0, &args) }
+    fn attention_backward(
+        &self,
+        dout: &Tensor,
+        qkv: &Tensor,
+        out: &Tensor,
+        lse: &Tensor,
+        start: Option<&Tensor>,
+        h: Heads,
+    ) -> Result<Tensor> {
+        match flash::fits(qkv, start, h)? {
+            true => flash::backward(dout, qkv, out, lse, h),
+            false => Composed.attention_backward(dout, qkv, out, lse, start, h),
+        }
+    }
+
+    fn decode_attention(&self, qkv: &Tensor, cache: KeysValues, h: Heads) -> Result<Tensor> {
+        Composed.decode_attention(qkv, cache, h)
+    }
+
+    fn swiglu(&self, gu: &Tensor) -> Result<Tensor> {
+        let (rows, f) = matrix("swiglu", gu).map(|(rows, c)| (rows, c / 2))?;
+        need("swiglu", &[("gu", gu, gu.kind(), rows * 2 * f)])?;
+        let a = Tensor::empty([rows, f], (gu.kind(), gu.device()));
+        let args = [T(gu), T(&a), I32(f as i32), wide(f, pack(gu), &[gu, &a])];
+        unsafe { Launcher::rows(gu)?.launch("swiglu", rows, threads(f, pack(gu)), 0, &args) }?;
+        Ok(a)
+    }
+
+    fn swiglu_backward(&self, gu: &Tensor, da: &Tensor) -> Result<()> {
+        let (rows, f) = matrix("swiglu_backward", gu).map(|(rows, c)| (rows, c / 2))?;
+        need("swiglu_backward", &[("gu", gu, gu.kind(), rows * 2 * f), ("da", da, gu.kind(), rows * f)])?;
+        let args = [T(gu), T(da), I32(f as i32), wide(f, pack(gu), &[gu, da])];
+        unsafe { Launcher::rows(gu)?.launch("swiglu_backward", rows, threads(f, pack(gu)), 0, &args) }
+    }
+
+    fn log_softmax(
+        &self,
+        logits: &Tensor,
+        labels: &Tensor,
+        coef: Option<&Tensor>,
+        logp: &Tensor,
+        entropy: Option<&Tensor>,
+    ) -> Result<()> {
+        let (rows, v) = matrix("log_softmax", logits)?;
+        need(
+            "log_softmax",
+            &[
+                ("logits", logits, logits.kind(), rows * v),
+                ("labels", labels, Kind::Int64, rows),
+                ("logp", logp, Kind::Float, rows),
+                ("coef", coef.unwrap_or(logp), Kind::Float, rows),
+                ("entropy", entropy.unwrap_or(logp), Kind::Float, rows),
+            ],
+        )?;
+        let args = [
+            T(logits),
+            T(labels),
+            opt(coef),
+            T(logp),
+            opt(entropy),
+            I32(v as i32),
+            wide(v, pack(logits), &[logits]),
+        ];
+        unsafe { Launcher::rows(logits)?.launch("log_softmax", rows, [1024, 1], 0, &args) }
+    }
+
+    fn adamw(
+        &self,
+        p: &Tensor,
+        g: &Tensor,
+        m: &Tensor,
+        v: &Tensor,
+        copy: Option<&Tensor>,
+        o: AdamW,
+    ) -> Result<()> {
+        let n = p.numel() as i64;
+        let float = |name, t| (name, t, Kind::Float, n);
+        need("adamw", &[float("p", p), float("g", g), float("m", m), float("v", v)])?;
+        if let Some(c) = copy {
+            need("adamw", &[float("p", p), ("copy", c, Kind::BFloat16, n)])?;
+        }
+        let [decay, beta1, rest1, beta2, rest2, eps, rate, root2, scale] = adamw_numbers(o);
+        let args = [
+            T(p),
+            T(g),
+            T(m),
+            T(v),
+            opt(copy),
+            I64(n),
+            decay,
+            beta1,
+            rest1,
+            beta2,
+            rest2,
+            eps,
+            rate,
+            root2,
+            scale,
+            wide(0, 4, &[p, g, m, v, copy.unwrap_or(p)]),
+        ];
+        unsafe { Launcher::optim(p)?.launch("adamw", blocks(n, 4), [256, 1], 0, &args) }
+    }
+
+    /// The sum over all tensors; the host waits once.
+    fn sum_squares(&self, tensors: &[&Tensor]) -> Result<f64> {
+        let Some(first) = tensors.first() else { return Ok(0.0) };
+        // As many parts on every device, so that the sum has the same bits.
+        let parts = |t: &Tensor| blocks(t.numel() as i64, 4).min(1024);
+        let total: i64 = tensors.iter().map(|t| parts(t)).sum();
+        let double = (Kind::Double, first.device());
+        let (partial, out) = (Tensor::zeros([total], double), Tensor::zeros([1], double));
+        let kernels = Launcher::optim(first)?;
+        let mut slot = 0;
+        for t in tensors {
+            let n = t.numel() as i64;
+            need(
+                "sum_squares",
+                &[("x", first, Kind::Float, first.numel() as i64), ("x", t, Kind::Float, n)],
+            )?;
+            let args = [T(t), T(&partial.narrow(0, slot, parts(t))), I64(n), wide(0, 4, &[t])];
+            unsafe { kernels.launch("sum_squares", parts(t), [256, 1], 0, &args) }?;
+            slot += parts(t);
+        }
+        unsafe { kernels.launch("add_doubles", 1, [256, 1], 0, &[T(&partial), T(&out), I32(total as i32)]) }?;
+        Ok(out.f_double_value(&[0])?)
+    }
+
+    fn dropout(&self, x: &Tensor, rows: &Tensor, key: u64, threshold: u32, scale: f64) -> Result<Tensor> {
+        let (n, c) = matrix("dropout", x)?;
+        need("dropout", &[("x", x, x.kind(), n * c), ("rows", rows, Kind::Int64, n)])?;
+        let y = x.empty_like();
+        let args = [
+            T(x),
+            T(rows),
+            T(&y),
+            U64(key),
+            I32(threshold as i32),
+            F32(scale as f32),
+            I32(c as i32),
+            wide(c, pack(x), &[x, &y]),
+        ];
+        unsafe { Launcher::rows(x)?.launch("dropout", n, threads(c, pack(x)), 0, &args) }?;
+        Ok(y)
+    }
+
+    fn accumulate(&self, dst: &Tensor, src: &Tensor, add: bool) -> Result<()> {
+        let n = src.numel() as i64;
+        need("accumulate", &[("src", src, src.kind(), n), ("dst", dst, Kind::Float, n)])?;
+        let args = [T(dst), T(src), I64(n), I32(add as i32), wide(0, pack(src), &[dst, src])];
+        unsafe { Launcher::rows(src)?.launch("accumulate", blocks(n, pack(src)), [256, 1], 0, &args) }
+    }
+
+    fn embedding_backward(&self, dx: &Tensor, ids: &Tensor, dw: &Tensor) -> Result<()> {
+        let (v, c) = matrix("embedding_backward", dw)?;
+        let n = ids.numel() as i64;
+        need(
+            "embedding_backward",
+            &[("dx", dx, dx.kind(), n * c), ("ids", ids, Kind::Int64, n), ("dw", dw, Kind::Float, v * c)],
+        )?;
+        let (sorted, order) = ids.view([-1]).f_sort_stable(true, 0, false)?;
+        let args = [
+            T(dx),
+            T(&sorted),
+            T(&order),
+            T(dw),
+            I64(n),
+            I64(v),
+            I32(c as i32),
+            wide(c, pack(dx), &[dx, dw]),
+        ];
+        unsafe { Launcher::rows(dx)?.launch("embedding_backward", n, threads(c, pack(dx)), 0, &args) }
+    }
 }

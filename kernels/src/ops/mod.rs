@@ -2,17 +2,24 @@
 //!
 //! Shapes: N rows (tokens), C channels, F = intermediate size, V vocabulary, D head dimension. Activations and
 //! weights are float32, bfloat16 or float64 (T); statistics, gradients of weights and log-probabilities are in the
-//! accumulator type A: float64 for float64, else float32. On the CPU they run as one pass over memory
-//! (`cpp/ops/cpu_rows.cpp`), on CUDA as kernels compiled at run time ([`gpu`]), in float64 on CUDA as compositions of
-//! libtorch's operations ([`composed`]), which are also the oracles in the tests. The same input gives the same
-//! bits.
+//! accumulator type A: float64 for float64, else float32. The same input gives the same bits.
+//!
+//! Row operations are the trait [`RowOps`], of which a function here takes the implementation for its tensors: on the CPU
+//! [`Cpu`], one pass over memory in C++ (`cpp/ops`); on CUDA [`Gpu`], kernels compiled at run time; in float64 on CUDA
+//! [`Composed`], libtorch's operations, which are also the oracle in the tests.
 
-pub mod composed;
+mod composed;
+mod cpu;
 mod dispatch;
-pub(crate) mod flash;
-pub mod gpu;
+mod flash;
+mod gpu;
 mod products;
+mod rows;
 
-pub use crate::tensors::{AdamW, Heads, accumulator};
+pub use crate::tensors::{AdamW, Heads, KeysValues, Rotation, accumulator};
+pub use composed::Composed;
+pub use cpu::Cpu;
 pub use dispatch::*;
+pub use gpu::Gpu;
 pub use products::*;
+pub use rows::RowOps;

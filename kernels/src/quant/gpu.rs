@@ -4,10 +4,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::dynamic::{CODE_BLOCK, Table, blocks, on};
 use super::types::{Moment, NF4_BLOCK, Quantized, Scales, Scheme};
-use crate::cuda::launch::{Launcher, matrix, need, opt, pack, threads, wide};
+use crate::cuda::launch::{Launcher, adamw_numbers, matrix, need, opt, pack, threads, wide};
 use crate::cuda::modules::Arg::{I32, I64, Null, Tensor as T};
 use crate::error::{Error, Result};
-use crate::ops::gpu::adamw_numbers;
 use crate::tensors::AdamW;
 
 // SAFETY (all launches): as in ops/gpu.rs.

@@ -1,9 +1,10 @@
 //! Quantized weights, products with them, and AdamW with moments in 8 bits, against the compositions of libtorch's
 //! operations: bit for bit on the CPU. With CORRAL_TEST_DEVICE=cuda on a GPU.
 
+use kernels::cuda;
 use kernels::moments::{self, Moment};
-use kernels::quant::{self, Quantized, Quantizer, Scales, Scheme, composed};
-use kernels::{cuda, ops};
+use kernels::ops::{self, Composed};
+use kernels::quant::{self, QuantOps, Quantized, Quantizer, Scales, Scheme};
 use tch::{Device, Kind, Tensor};
 
 const SCHEMES: [Scheme; 3] = [Scheme::Nf4, Scheme::Nf4Double, Scheme::Int8];
@@ -56,10 +57,10 @@ fn codes_and_scales_are_the_compositions() {
             let (data, absmax);
             if scheme == Scheme::Int8 {
                 (data, absmax) = (bytes(n, Kind::Int8), bytes(rows, Kind::Float));
-                composed::int8_quantize(&w, &data, &absmax).unwrap();
+                Composed.int8_quantize(&w, &data, &absmax).unwrap();
             } else {
                 (data, absmax) = (bytes((n + 1) / 2, Kind::Uint8), bytes((n + 63) / 64, Kind::Float));
-                composed::nf4_quantize(&w, &data, &absmax).unwrap();
+                Composed.nf4_quantize(&w, &data, &absmax).unwrap();
             }
             let what = format!("{scheme:?} of [{rows}, {columns}]");
             assert!(equal(q.data(), &data), "{what}: codes");
@@ -92,7 +93,7 @@ fn any_rows_and_columns_are_the_compositions() {
                     let size = [(rows - r + 1) / 2, (columns - c + 2) / 3];
                     let part = q.dequantize(r..r + size[0], c..c + size[1], kind).unwrap();
                     let twin = Tensor::empty(size, (kind, device()));
-                    composed::dequantize_into(&q, &twin, r, c).unwrap();
+                    Composed.dequantize(&q, &twin, r, c).unwrap();
                     let what = format!("{scheme:?} [{rows}, {columns}] from {r}, {c} in {kind:?}");
                     assert!(part.equal(&twin), "{what}");
                     assert!(part.equal(&whole.narrow(0, r, size[0]).narrow(1, c, size[1])), "{what}");
@@ -223,7 +224,7 @@ fn adamw8_is_its_composition() {
                 let g = randn(&[n]) * (randn(&[n]) * 3.0).exp() * randn(&[n]).gt(-1.5);
                 let g = put(&g.to_kind(kind));
                 moments::adamw8(&p1, &g, &m1, &v1, Some(&copy), decayed, step(number)).unwrap();
-                composed::adamw8(&p2, &g, &m2, &v2, None, decayed, step(number)).unwrap();
+                Composed.adamw8(&p2, &g, [&m2, &v2], None, decayed, step(number)).unwrap();
                 assert!(copy.equal(&p1.to_kind(Kind::BFloat16)), "the bfloat16 copy is the rounded value");
                 let apart = (&p1 - &p2).abs().max().double_value(&[]);
                 if device() == Device::Cpu {

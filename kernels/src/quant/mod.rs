@@ -10,15 +10,18 @@
 //! On the CPU in C++ (`cpp/quant/cpu_quant.cpp`), on CUDA as kernels compiled at run time ([`gpu`]), else as
 //! compositions of libtorch's operations ([`composed`]), the oracles in the tests.
 
-pub mod composed;
+mod coding;
+mod composed;
+mod cpu;
 mod dispatch;
 mod dynamic;
-pub(crate) mod gpu;
+mod gpu;
 pub mod moments;
 mod products;
 mod quantizer;
 mod types;
 
+pub use coding::QuantOps;
 pub use dynamic::{CODE_BLOCK, dequantize_dynamic, dynamic_map, quantize_dynamic};
 pub use products::{backward_panel, forward_panel, linear, linear_backward};
 pub use quantizer::Quantizer;

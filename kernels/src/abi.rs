@@ -37,7 +37,7 @@ pub(crate) struct CUkern_st([u8; 0]);
 /// A CUDA stream of libtorch's pool; they live as long as the process.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stream {
+pub(crate) struct Stream {
     pub(crate) id: i64,
     pub(crate) device: i64,
 }

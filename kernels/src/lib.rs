@@ -8,6 +8,8 @@
 //! - [`host`], [`counting`], [`mmap`], [`process`]: settings of this process, memory, files, programs
 //! - [`c10d`], [`watch`]: communication between ranks, and who is missing
 
+#![warn(clippy::undocumented_unsafe_blocks)]
+
 mod abi;
 mod comm;
 pub mod cuda;

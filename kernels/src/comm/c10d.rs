@@ -133,8 +133,7 @@ impl Group {
         let Some(link) = &self.0.link else { return Ok(Work::done()) };
         let staged = Staged::new(link.backend, t, Some(t))?;
         let raw_op = link.reduce_op(op);
-        // SAFETY (here and in the other collectives): tensors are alive during the call; c10d keeps its own references
-        // while the collective runs.
+        // SAFETY: `staged.out` lives during the call, and c10d keeps references of its own while the collective runs.
         self.issue(link, "all-reduce", &[&staged.out], |b, w| unsafe {
             corral_all_reduce(b, staged.out.as_ptr(), raw_op, w)
         })
@@ -146,6 +145,7 @@ impl Group {
         self.split("all-gather", out, input, out.numel(), input.numel())?;
         let Some(link) = &self.0.link else { return copied(out, input) };
         let (staged, input) = Staged::flat(link.backend, out, input)?;
+        // SAFETY: both tensors live during the call, and c10d keeps references of its own while the collective runs.
         self.issue(link, "all-gather", &[&staged.out, &input], |b, w| unsafe {
             corral_all_gather(b, staged.out.as_ptr(), input.as_ptr(), w)
         })
@@ -160,6 +160,7 @@ impl Group {
         let Some(link) = &self.0.link else { return copied(out, input) };
         let (staged, input) = Staged::flat(link.backend, out, input)?;
         let raw_op = link.reduce_op(op);
+        // SAFETY: both tensors live during the call, and c10d keeps references of its own while the collective runs.
         self.issue(link, "reduce-scatter", &[&staged.out, &input], |b, w| unsafe {
             corral_reduce_scatter(b, staged.out.as_ptr(), input.as_ptr(), raw_op, w)
         })
@@ -178,6 +179,7 @@ impl Group {
         }
         let Some(link) = &self.0.link else { return Ok(Work::done()) };
         let staged = Staged::new(link.backend, t, Some(t))?;
+        // SAFETY: `staged.out` lives during the call, and c10d keeps references of its own while the collective runs.
         self.issue(link, "broadcast", &[&staged.out], |b, w| unsafe {
             corral_broadcast(b, staged.out.as_ptr(), root, w)
         })
@@ -201,6 +203,7 @@ impl Group {
         let Some(link) = &self.0.link else { return copied(out, input) };
         let staged = Staged::new(link.backend, out, None)?;
         let input = staged.input(input);
+        // SAFETY: both tensors live during the call, and c10d keeps references of its own while the collective runs.
         self.issue(link, "all-to-all", &[&staged.out, &input], |b, w| unsafe {
             corral_all_to_all(b, staged.out.as_ptr(), input.as_ptr(), w)
         })
@@ -212,6 +215,7 @@ impl Group {
         let Some(link) = &self.0.link else { return Ok(()) };
         let device = if link.backend == Backend::Nccl { self.0.device } else { Device::Cpu };
         let one = Tensor::ones([1], (Kind::Float, device));
+        // SAFETY: `one` lives during the call, and c10d keeps a reference of its own while the collective runs.
         self.issue(link, "barrier", &[&one], |b, w| unsafe { corral_all_reduce(b, one.as_ptr(), 0, w) })?
             .wait()?;
         // Reading the value makes the host wait for the GPU.
@@ -235,6 +239,7 @@ impl Group {
         Ok(Vec::<f64>::try_from(&t.f_to_device(Device::Cpu)?)?)
     }
 
+    /// Numbers the collective `op` and hands it to the backend; `tensors` are kept until it has been waited for.
     fn issue(
         &self,
         link: &Arc<Link>,

@@ -57,6 +57,7 @@ pub(crate) struct Link {
 
 // SAFETY: c10d's process groups may be called from any thread; calls that issue work are serialised by `issued`.
 unsafe impl Send for Link {}
+// SAFETY: as for Send.
 unsafe impl Sync for Link {}
 
 impl Drop for Link {
@@ -68,7 +69,8 @@ impl Drop for Link {
         }
         if self.backend == Backend::Nccl {
             // Nothing to do about an error here: the group is gone either way.
-            let _ = nccl::shutdown(self.raw);
+            // SAFETY: `raw` is freed below.
+            let _ = unsafe { nccl::shutdown(self.raw) };
         }
         // SAFETY: `raw` came from the C ABI and is freed once; works hold no reference to it that is used afterwards.
         unsafe { corral_backend_free(self.raw) }

@@ -21,6 +21,7 @@ pub(crate) fn connect(
     let cuda = load()?;
     let c_name = c_string(name)?;
     let mut raw = null_mut();
+    // SAFETY: store and name outlive the call; `raw` is written where there is no error.
     check(unsafe {
         (cuda.api.corral_nccl)(
             store.raw(),
@@ -36,12 +37,22 @@ pub(crate) fn connect(
     Ok(raw)
 }
 
-pub(crate) fn work_clone(work: *const WorkPtr) -> Result<*mut WorkPtr> {
+/// A second reference to a collective under way, for watching.
+///
+/// # Safety
+/// `work` must be alive.
+pub(crate) unsafe fn work_clone(work: *const WorkPtr) -> Result<*mut WorkPtr> {
     let mut raw = null_mut();
+    // SAFETY: the caller's work is alive, and its class is checked; `raw` is written where there is no error.
     check(unsafe { (load()?.api.corral_nccl_work_clone)(work, &mut raw) })?;
     Ok(raw)
 }
 
-pub(crate) fn shutdown(backend: *const BackendPtr) -> Result<()> {
+/// Closes the communicators of `backend`: needed before its last reference goes.
+///
+/// # Safety
+/// `backend` must be alive.
+pub(crate) unsafe fn shutdown(backend: *const BackendPtr) -> Result<()> {
+    // SAFETY: the caller's process group is alive.
     check(unsafe { (load()?.api.corral_nccl_shutdown)(backend) })
 }

@@ -22,6 +22,7 @@ pub struct Store {
 
 // SAFETY: c10d's TCPStore locks every operation; the handle itself is never changed.
 unsafe impl Send for Store {}
+// SAFETY: as for Send.
 unsafe impl Sync for Store {}
 
 impl Drop for Store {

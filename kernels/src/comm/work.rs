@@ -77,7 +77,8 @@ impl Work {
             return Err(link.fail(&call, &cause.message));
         }
         if link.backend == Backend::Nccl {
-            let in_flight = InFlight(nccl::work_clone(raw)?);
+            // SAFETY: `raw` was made above.
+            let in_flight = InFlight(unsafe { nccl::work_clone(raw) }?);
             link.watch.add(call.clone(), link.timeout, Box::new(move || in_flight.poll()));
         }
         link.pending.fetch_add(1, Ordering::AcqRel);

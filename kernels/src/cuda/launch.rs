@@ -111,7 +111,7 @@ impl Launcher {
         if shared_bytes > 48 << 10 {
             kernel.allow_shared(self.device, shared_bytes)?;
         }
-        // SAFETY: the caller's.
+        // SAFETY: the caller's promise.
         unsafe {
             kernel.launch([grid as u32, 1, 1], [block[0], block[1], 1], shared_bytes, self.stream, args)
         }

@@ -81,6 +81,7 @@ fn open() -> Result<Nvrtc> {
 /// # Safety
 /// `T` must be the function's type.
 unsafe fn symbol<T: Copy>(library: &Library, name: &str) -> Result<T> {
+    // SAFETY: the caller's promise.
     let found =
         unsafe { library.get::<T>(name.as_bytes()) }.map_err(|e| Error::new(format!("NVRTC: {e}")))?;
     Ok(*found)

@@ -63,12 +63,13 @@ fn open() -> Result<Cuda> {
     Ok(Cuda { api })
 }
 
-// SAFETY (all calls of the shim below): it is loaded for the life of the process, checks device indices, catches C++
-// exceptions, and writes to its out-parameters, which are valid, before it returns without error.
+// The shim is loaded for the life of the process, checks device indices, turns C++ exceptions into messages, and writes to its
+// out-parameters before it returns without error.
 impl Cuda {
     /// How many devices can be used; an error with the driver's reason if none.
     pub fn device_count(&self) -> Result<usize> {
         let mut count = 0;
+        // SAFETY: `count` is valid.
         check(unsafe { (self.api.corral_cuda_device_count)(&mut count) })?;
         Ok(count as usize)
     }
@@ -76,6 +77,7 @@ impl Cuda {
     pub fn device_info(&self, device: usize) -> Result<DeviceInfo> {
         let (mut name, mut uuid) = ([0 as c_char; 256], [0u8; 16]);
         let (mut major, mut minor, mut num_processors, mut memory_bytes) = (0, 0, 0, 0);
+        // SAFETY: the arrays have the 256 and 16 bytes that the shim may write, and the numbers are valid.
         check(unsafe {
             (self.api.corral_cuda_device_info)(
                 device as c_int,
@@ -94,23 +96,27 @@ impl Cuda {
 
     /// The device that new work of this thread goes to.
     pub fn set_device(&self, device: usize) -> Result<()> {
+        // SAFETY: the shim checks the index.
         check(unsafe { (self.api.corral_cuda_set_device)(device as c_int) })
     }
 
     /// Waits until all work of the device is done.
     pub fn synchronize(&self, device: usize) -> Result<()> {
+        // SAFETY: the shim checks the index.
         check(unsafe { (self.api.corral_cuda_synchronize)(device as c_int) })
     }
 
     pub fn memory(&self, device: usize) -> Result<Memory> {
         let mut m = [0i64; 4];
+        // SAFETY: the shim writes four numbers.
         check(unsafe { (self.api.corral_cuda_memory)(device as c_int, m.as_mut_ptr()) })?;
         Ok(Memory { allocated: m[0], peak_allocated: m[1], reserved: m[2], peak_reserved: m[3] })
     }
 
     /// This thread's current stream of `device`.
-    pub fn current_stream(&self, device: usize) -> Result<Stream> {
+    pub(crate) fn current_stream(&self, device: usize) -> Result<Stream> {
         let mut s = Stream { id: 0, device: 0 };
+        // SAFETY: `s` is valid.
         check(unsafe { (self.api.corral_cuda_stream_current)(device as c_int, &mut s) })?;
         Ok(s)
     }

@@ -57,6 +57,9 @@ pub fn rms_backward(
 /// Rotary positions (Su et al. 2021) in Hugging Face's order of halves, in place, on the first `heads` heads of each
 /// row of x: T [N, W], W >= heads * D. `positions`: int64 [N]; `cos`, `sin`: A [P, D/2]. `inverse` rotates back,
 /// which is also the gradient.
+///
+/// A position beyond the tables is an error on the CPU; on CUDA, which is not waited for, nothing checks it, and the kernel
+/// reads outside them: the caller must.
 pub fn rope(
     x: &Tensor,
     positions: &Tensor,

@@ -10,9 +10,6 @@ use crate::cuda::modules::Arg::{F32, I32, I64, Tensor as T, U64};
 use crate::error::{Error, Result};
 use crate::tensors::{AdamW, Heads, KeysValues, Rotation};
 
-// SAFETY (all launches): arguments are in the order and of the types of the kernel's parameters; dtypes, devices, sizes and
-// contiguity were checked; the kernels stay within rows and columns; tensors that are written are the caller's to give.
-
 /// Columns beyond which rms_backward's shared memory, 4 bytes a column, might not fit.
 const RMS_BACKWARD_COLUMNS: i64 = 24 << 10;
 
@@ -27,6 +24,8 @@ impl RowOps for Gpu {
         let (y, rstd) = (x.empty_like(), Tensor::empty([rows], (Kind::Float, x.device())));
         let args =
             [T(x), T(w), F32(eps as f32), T(&y), T(&rstd), I32(c as i32), wide(c, pack(x), &[x, w, &y])];
+        // SAFETY: block r reads row r of x and all of w, and writes row r of y and rstd[r]: checked above, or made
+        // here.
         unsafe { Launcher::rows(x)?.launch("rms_norm", rows, threads(c, pack(x)), 0, &args) }?;
         Ok((y, rstd))
     }
@@ -39,6 +38,7 @@ impl RowOps for Gpu {
         )?;
         let y = x.empty_like();
         let args = [T(x), T(w), T(rstd), T(&y), I32(c as i32), wide(c, pack(x), &[x, w, &y])];
+        // SAFETY: block r reads row r of x, rstd[r] and all of w, and writes row r of y: checked above, or made here.
         unsafe { Launcher::rows(x)?.launch("rms_apply", rows, threads(c, pack(x)), 0, &args) }?;
         Ok(y)
     }
@@ -86,8 +86,11 @@ impl RowOps for Gpu {
             wide(c, pack(x), &[dy, x, w, residual_or_x, &dx]),
         ];
         let kernels = Launcher::rows(x)?;
+        // SAFETY: dy, x, residual and dx are [rows, c], rstd is [rows], partial [parts, c] with a row a block, and each
+        // block has c floats of shared memory.
         unsafe { kernels.launch("rms_backward", parts, threads(c, pack(x)), 4 * c as usize, &args) }?;
         let args = [T(&partial), T(dw), I32(parts as i32), I32(c as i32)];
+        // SAFETY: it reads partial [parts, c] and adds to dw [c]; threads beyond column c write nothing.
         unsafe { kernels.launch("add_columns", (c + 31) / 32, [32, 8], 0, &args) }?;
         Ok(dx)
     }
@@ -123,6 +126,8 @@ impl RowOps for Gpu {
             wide(together, pack, &[x, cos, sin]),
         ];
         let block = threads(heads * ((half + pack - 1) / pack) * pack, pack);
+        // SAFETY: block r rotates the first heads * head_dim columns of row r, which are not more than its width.
+        // Positions are the caller's promise: comparing them with the tables' length would wait for the GPU.
         unsafe { Launcher::rows(x)?.launch("rope", rows, block, 0, &args) }
     }
 
@@ -157,6 +162,7 @@ impl RowOps for Gpu {
         need("swiglu", &[("gu", gu, gu.kind(), rows * 2 * f)])?;
         let a = Tensor::empty([rows, f], (gu.kind(), gu.device()));
         let args = [T(gu), T(&a), I32(f as i32), wide(f, pack(gu), &[gu, &a])];
+        // SAFETY: block r reads row r of gu [rows, 2f] and writes row r of a [rows, f]: checked above, or made here.
         unsafe { Launcher::rows(gu)?.launch("swiglu", rows, threads(f, pack(gu)), 0, &args) }?;
         Ok(a)
     }
@@ -165,6 +171,7 @@ impl RowOps for Gpu {
         let (rows, f) = matrix("swiglu_backward", gu).map(|(rows, c)| (rows, c / 2))?;
         need("swiglu_backward", &[("gu", gu, gu.kind(), rows * 2 * f), ("da", da, gu.kind(), rows * f)])?;
         let args = [T(gu), T(da), I32(f as i32), wide(f, pack(gu), &[gu, da])];
+        // SAFETY: block r reads and writes row r of gu [rows, 2f] and of da [rows, f].
         unsafe { Launcher::rows(gu)?.launch("swiglu_backward", rows, threads(f, pack(gu)), 0, &args) }
     }
 
@@ -196,6 +203,7 @@ impl RowOps for Gpu {
             I32(v as i32),
             wide(v, pack(logits), &[logits]),
         ];
+        // SAFETY: block r reads and writes row r of logits and element r of the others; it compares the label with v.
         unsafe { Launcher::rows(logits)?.launch("log_softmax", rows, [1024, 1], 0, &args) }
     }
 
@@ -233,6 +241,7 @@ impl RowOps for Gpu {
             scale,
             wide(0, 4, &[p, g, m, v, copy.unwrap_or(p)]),
         ];
+        // SAFETY: all tensors have n elements, and threads beyond them return.
         unsafe { Launcher::optim(p)?.launch("adamw", blocks(n, 4), [256, 1], 0, &args) }
     }
 
@@ -253,9 +262,11 @@ impl RowOps for Gpu {
                 &[("x", first, Kind::Float, first.numel() as i64), ("x", t, Kind::Float, n)],
             )?;
             let args = [T(t), T(&partial.narrow(0, slot, parts(t))), I64(n), wide(0, 4, &[t])];
+            // SAFETY: it reads n elements of t; block b writes element b of its part of partial.
             unsafe { kernels.launch("sum_squares", parts(t), [256, 1], 0, &args) }?;
             slot += parts(t);
         }
+        // SAFETY: it reads all of partial and writes the one element of out.
         unsafe { kernels.launch("add_doubles", 1, [256, 1], 0, &[T(&partial), T(&out), I32(total as i32)]) }?;
         Ok(out.f_double_value(&[0])?)
     }
@@ -274,6 +285,7 @@ impl RowOps for Gpu {
             I32(c as i32),
             wide(c, pack(x), &[x, &y]),
         ];
+        // SAFETY: block r reads row r of x and rows[r], and writes row r of y: checked above, or made here.
         unsafe { Launcher::rows(x)?.launch("dropout", n, threads(c, pack(x)), 0, &args) }?;
         Ok(y)
     }
@@ -282,6 +294,7 @@ impl RowOps for Gpu {
         let n = src.numel() as i64;
         need("accumulate", &[("src", src, src.kind(), n), ("dst", dst, Kind::Float, n)])?;
         let args = [T(dst), T(src), I64(n), I32(add as i32), wide(0, pack(src), &[dst, src])];
+        // SAFETY: both tensors have n elements, and threads beyond them return.
         unsafe { Launcher::rows(src)?.launch("accumulate", blocks(n, pack(src)), [256, 1], 0, &args) }
     }
 
@@ -303,6 +316,8 @@ impl RowOps for Gpu {
             I32(c as i32),
             wide(c, pack(dx), &[dx, dw]),
         ];
+        // SAFETY: sorted and order, which is a permutation of 0..n, have n elements, dx is [n, c]; ids are compared
+        // with the v rows of dw, and each row of dw is written by one block.
         unsafe { Launcher::rows(dx)?.launch("embedding_backward", n, threads(c, pack(dx)), 0, &args) }
     }
 }

@@ -24,6 +24,7 @@ impl QuantOps for Gpu {
             ],
         )?;
         let args = [T(x), T(packed), T(absmax), I64(n)];
+        // SAFETY: a warp takes a block of 64 values; it writes one of absmax and the bytes of values below n.
         unsafe { Launcher::quant(x)?.launch("nf4_quantize", blocks(count, 8), [256, 1], 0, &args) }
     }
 
@@ -38,6 +39,7 @@ impl QuantOps for Gpu {
             ],
         )?;
         let args = [T(x), T(q), T(absmax), I32(c as i32)];
+        // SAFETY: block r reads row r of x, and writes row r of q and absmax[r].
         unsafe { Launcher::quant(x)?.launch("int8_quantize", rows, [256, 1], 0, &args) }
     }
 
@@ -71,6 +73,7 @@ impl QuantOps for Gpu {
                 I32(columns as i32),
                 wide,
             ];
+            // SAFETY: rows and columns lie in the weight, which has the buffers of its scheme: both checked above.
             return unsafe { kernels.launch("int8_dequantize", rows, block, 0, &args) };
         }
         let map = on(out.device(), Table::Signed);
@@ -89,6 +92,8 @@ impl QuantOps for Gpu {
             I32(columns as i32),
             wide(together, pack, &[out]),
         ];
+        // SAFETY: rows and columns lie in the weight, which has the buffers of its scheme: both checked above; the map
+        // has a value for each byte.
         unsafe { kernels.launch("nf4_dequantize", rows, block, 0, &args) }
     }
 
@@ -139,6 +144,8 @@ impl QuantOps for Gpu {
             root2,
             scale,
         ];
+        // SAFETY: p, g, codes and copy have n elements, absmax one a block of 256; the tables have 256 and 255 values;
+        // threads beyond n write nothing.
         unsafe { Launcher::optim(p)?.launch("adamw8", count, [256, 1], 0, &args) }
     }
 }

@@ -5,14 +5,18 @@ use std::fmt;
 
 use crate::abi::corral_free;
 
+/// What went wrong, in one line.
 #[derive(Debug, Clone)]
 pub struct Error {
+    /// The line: what is wrong, and with which value.
     pub message: String,
 }
 
+/// A result with this package's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    /// An error with this message.
     pub fn new(message: impl Into<String>) -> Self {
         Error { message: message.into() }
     }

@@ -27,9 +27,13 @@ pub fn accumulator(kind: Kind) -> Kind {
 /// What an attention works on: B rows, H query heads, K key-value heads, D numbers a head.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Heads {
+    /// B
     pub batch: i64,
+    /// H, a multiple of K.
     pub heads: i64,
+    /// K
     pub kv_heads: i64,
+    /// D
     pub head_dim: i64,
 }
 
@@ -75,10 +79,15 @@ pub struct KeysValues<'a> {
 /// One AdamW step (Loshchilov and Hutter 2019, algorithm 2; PyTorch's order of operations).
 #[derive(Debug, Clone, Copy)]
 pub struct AdamW {
+    /// Learning rate of this step.
     pub lr: f64,
+    /// Decay of the first moment, the mean of gradients.
     pub beta1: f64,
+    /// Decay of the second moment, the mean of their squares.
     pub beta2: f64,
+    /// Added to the root of the second moment.
     pub eps: f64,
+    /// Values are multiplied by 1 - lr * weight_decay first.
     pub weight_decay: f64,
     /// Number of this update, from 1: for the bias corrections.
     pub step: i64,

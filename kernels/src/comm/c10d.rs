@@ -108,10 +108,12 @@ impl Group {
         self.0.rank as i64
     }
 
+    /// How many ranks the group has.
     pub fn size(&self) -> i64 {
         self.0.ranks.len() as i64
     }
 
+    /// The name that it was made with, unique in the run.
     pub fn name(&self) -> &str {
         &self.0.name
     }

@@ -15,13 +15,17 @@ use super::watch::Watch;
 use crate::abi::{BackendPtr, corral_backend_free, corral_gloo};
 use crate::error::{Error, Result, c_string, check};
 
+/// What carries a group's collectives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
+    /// libtorch's Gloo, over TCP: tensors in host memory.
     Gloo,
+    /// NCCL: tensors on GPUs.
     Nccl,
 }
 
 impl Backend {
+    /// `gloo` or `nccl`.
     pub fn name(self) -> &'static str {
         match self {
             Backend::Gloo => "gloo",
@@ -34,9 +38,13 @@ impl Backend {
 /// and then divides (in bf16 the sum is rounded to bf16 before).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReduceOp {
+    /// The sum over ranks.
     Sum,
+    /// The largest value.
     Max,
+    /// The smallest value.
     Min,
+    /// The mean over ranks.
     Avg,
 }
 

@@ -12,7 +12,8 @@ pub(crate) fn millis(d: Duration) -> i64 {
     d.as_millis().clamp(1, i64::MAX as u128 / 2) as i64
 }
 
-/// Bytes under string keys, shared by all ranks: served by one process over TCP, reached by all.
+/// Bytes under string keys, shared by all ranks: served by one process over TCP, reached by all. Every call is an error once
+/// that process is gone.
 pub struct Store {
     raw: *mut StorePtr,
     host: String,
@@ -86,6 +87,7 @@ impl Store {
         Ok(Store { raw, host: self.host.clone(), port: self.port, timeout: self.timeout })
     }
 
+    /// Sets the value of `key`, which others may wait for.
     pub fn set(&self, key: &str, value: &[u8]) -> Result<()> {
         let key = c_string(key)?;
         // SAFETY: pointers and length describe `value`, which outlives the call.

@@ -83,14 +83,17 @@ impl Watch {
         Ok(Arc::new(Watch { shared, stop, stopped: Mutex::new(stopped), poller: Once::new() }))
     }
 
+    /// This process's rank in the world.
     pub fn rank(&self) -> i64 {
         self.shared.member.rank
     }
 
+    /// How many ranks the world has.
     pub fn world_size(&self) -> i64 {
         self.shared.world_size
     }
 
+    /// The connection to the store.
     pub fn store(&self) -> &Store {
         &self.shared.member.store
     }

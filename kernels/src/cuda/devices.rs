@@ -2,13 +2,18 @@
 
 use tch::Kind;
 
+/// Properties of a GPU.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DeviceInfo {
+    /// As the driver names it: `NVIDIA H200`.
     pub name: String,
+    /// The same on all hosts for one GPU, and different for two.
     pub uuid: [u8; 16],
     /// Compute capability: (9, 0) is sm_90.
     pub capability: (i32, i32),
+    /// Streaming multiprocessors.
     pub num_processors: i32,
+    /// All of its memory.
     pub memory_bytes: i64,
 }
 
@@ -62,9 +67,13 @@ pub fn peak_flops(device_name: &str, kind: Kind) -> Option<f64> {
 /// Of libtorch's caching allocator on one device, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Memory {
+    /// In tensors now.
     pub allocated: i64,
+    /// The most that tensors took.
     pub peak_allocated: i64,
+    /// Taken from the driver now.
     pub reserved: i64,
+    /// The most that was taken from the driver.
     pub peak_reserved: i64,
 }
 

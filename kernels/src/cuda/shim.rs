@@ -74,6 +74,7 @@ impl Cuda {
         Ok(count as usize)
     }
 
+    /// Properties of `device`, an index among those that CUDA_VISIBLE_DEVICES leaves.
     pub fn device_info(&self, device: usize) -> Result<DeviceInfo> {
         let (mut name, mut uuid) = ([0 as c_char; 256], [0u8; 16]);
         let (mut major, mut minor, mut num_processors, mut memory_bytes) = (0, 0, 0, 0);
@@ -106,6 +107,7 @@ impl Cuda {
         check(unsafe { (self.api.corral_cuda_synchronize)(device as c_int) })
     }
 
+    /// What libtorch's caching allocator holds on `device`, in bytes.
     pub fn memory(&self, device: usize) -> Result<Memory> {
         let mut m = [0i64; 4];
         // SAFETY: the shim writes four numbers.

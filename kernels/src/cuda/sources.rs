@@ -2,9 +2,13 @@
 
 /// CUDA C++ that is compiled as one: its file, options, and kernels.
 pub struct Source {
+    /// The file in `cuda/`, for messages.
     pub name: &'static str,
+    /// What the file holds.
     pub text: &'static str,
+    /// As nvcc's: `-DNAME=VALUE`.
     pub options: &'static [&'static str],
+    /// The names of its kernels (`extern "C"`), in the order of the file.
     pub kernels: &'static [&'static str],
 }
 

@@ -47,6 +47,7 @@ pub fn peak() -> usize {
     PEAK.load(Relaxed)
 }
 
+/// [`peak`] begins again, from what is allocated now.
 pub fn reset_peak() {
     PEAK.store(live(), Relaxed);
 }

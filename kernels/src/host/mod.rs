@@ -43,7 +43,9 @@ pub fn terminal_columns() -> Option<u16> {
 /// Which library multiplies float32 matrices on the CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Float32Products {
+    /// oneDNN.
     OneDnn,
+    /// MKL, libtorch's default.
     Mkl,
 }
 

@@ -222,7 +222,7 @@ impl RowOps for Composed {
     }
 }
 
-/// Queries, keys, values as A [B, heads, T, D], keys and values repeated for their groups.
+/// Queries, keys, values as A `[B, heads, T, D]`, keys and values repeated for their groups.
 fn split_heads(qkv: &Tensor, h: Heads) -> (Tensor, Tensor, Tensor) {
     let time = qkv.size()[0] / h.batch;
     let x = qkv
@@ -237,7 +237,7 @@ fn split_heads(qkv: &Tensor, h: Heads) -> (Tensor, Tensor, Tensor) {
     )
 }
 
-/// Scores [B, H, T, T], minus infinity where a position does not see another.
+/// Scores `[B, H, T, T]`, minus infinity where a position does not see another.
 fn scores(q: &Tensor, k: &Tensor, start: Option<&Tensor>, h: Heads) -> Tensor {
     let time = q.size()[2];
     let at = Tensor::arange(time, (Kind::Int64, q.device()));

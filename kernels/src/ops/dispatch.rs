@@ -32,7 +32,7 @@ pub fn fill_normal(out: &Tensor, key: u64, first: u64, std: f64) -> Result<()> {
 }
 
 /// y = x * rstd * w with rstd = 1 / sqrt(mean(x^2) + eps) per row (Zhang and Sennrich 2019, eq. 4), computed in A and
-/// rounded once. x: T [N, C], w: T [C]. Returns y: T [N, C] and rstd: A [N].
+/// rounded once. x: T `[N, C]`, w: T `[C]`. Returns y: T `[N, C]` and rstd: A `[N]`.
 pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
     row_ops(x).rms_norm(x, w, eps)
 }
@@ -42,7 +42,7 @@ pub fn rms_apply(x: &Tensor, w: &Tensor, rstd: &Tensor) -> Result<Tensor> {
     row_ops(x).rms_apply(x, w, rstd)
 }
 
-/// Gradient of [`rms_norm`]: returns dx + residual, adds to `dw` (A [C]).
+/// Gradient of [`rms_norm`]: returns dx + residual, adds to `dw` (A `[C]`).
 pub fn rms_backward(
     dy: &Tensor,
     x: &Tensor,
@@ -55,7 +55,7 @@ pub fn rms_backward(
 }
 
 /// Rotary positions (Su et al. 2021) in Hugging Face's order of halves, in place, on the first `heads` heads of each
-/// row of x: T [N, W], W >= heads * D. `positions`: int64 [N]; `cos`, `sin`: A [P, D/2]. `inverse` rotates back,
+/// row of x: T `[N, W]`, W >= heads * D. `positions`: int64 `[N]`; `cos`, `sin`: A `[P, D/2]`. `inverse` rotates back,
 /// which is also the gradient.
 ///
 /// A position beyond the tables is an error on the CPU; on CUDA, which is not waited for, nothing checks it, and the kernel
@@ -72,13 +72,13 @@ pub fn rope(
     row_ops(x).rope(x, Rotation { positions, cos, sin, heads, head_dim, inverse })
 }
 
-/// Causal attention with grouped queries, exact. `qkv`: T [B * T, (H + 2K) * D], query heads first, then key heads,
-/// then value heads. Position i of a row sees the positions `start[i]` to i of that row (`start`: int64 [B * T]; none:
-/// 0 to i), which says padding on the left, packed documents and sliding windows. Returns out: T [B * T, H * D] and
-/// the logarithm of the softmax's denominators: A [B, H, T].
+/// Causal attention with grouped queries, exact. `qkv`: T `[B * T, (H + 2K) * D]`, query heads first, then key heads,
+/// then value heads. Position i of a row sees the positions `start[i]` to i of that row (`start`: int64 `[B * T]`; none:
+/// 0 to i), which says padding on the left, packed documents and sliding windows. Returns out: T `[B * T, H * D]` and
+/// the logarithm of the softmax's denominators: A `[B, H, T]`.
 ///
 /// On CUDA, flash attention takes what it can: bfloat16 or float16 without `start`, D a multiple of 8 and at most 256. The
-/// rest is composed, with the [B, H, T, T] scores in memory.
+/// rest is composed, with the `[B, H, T, T]` scores in memory.
 pub fn attention(qkv: &Tensor, start: Option<&Tensor>, h: Heads) -> Result<(Tensor, Tensor)> {
     attention_ops(qkv).attention(qkv, start, h)
 }
@@ -95,10 +95,10 @@ pub fn attention_backward(
     attention_ops(qkv).attention_backward(dout, qkv, out, lse, start, h)
 }
 
-/// Attention of one more token a row over cached keys and values. `qkv`: T [B, (H + 2K) * D], rotated, in the order of
-/// [`attention`]; `keys`, `values`: T [slots, K, capacity, D]; `slot`, `position`: int64 [B], no slot twice. The row's
-/// own key and value are written to its slot at its position; then its queries see positions `first` (int64 [B]; none: 0)
-/// to `position`. Returns T [B, H * D].
+/// Attention of one more token a row over cached keys and values. `qkv`: T `[B, (H + 2K) * D]`, rotated, in the order of
+/// [`attention`]; `keys`, `values`: T [slots, K, capacity, D]; `slot`, `position`: int64 `[B]`, no slot twice. The row's
+/// own key and value are written to its slot at its position; then its queries see positions `first` (int64 `[B]`; none: 0)
+/// to `position`. Returns T `[B, H * D]`.
 pub fn decode_attention(
     qkv: &Tensor,
     keys: &Tensor,
@@ -111,7 +111,7 @@ pub fn decode_attention(
     row_ops(qkv).decode_attention(qkv, KeysValues { keys, values, slot, position, first }, h)
 }
 
-/// silu(g) * u (Shazeer 2020) for gu: T [N, 2F] = (g | u). Returns T [N, F].
+/// silu(g) * u (Shazeer 2020) for gu: T `[N, 2F]` = (g | u). Returns T `[N, F]`.
 pub fn swiglu(gu: &Tensor) -> Result<Tensor> {
     row_ops(gu).swiglu(gu)
 }
@@ -122,8 +122,8 @@ pub fn swiglu_backward(gu: &Tensor, da: &Tensor) -> Result<()> {
     row_ops(gu).swiglu_backward(gu, da)
 }
 
-/// Log-probabilities of labels. `logits`: T [N, V]; `labels`: int64 [N], negative = left out (log-probability 0).
-/// Writes `logp`: A [N] and, where given, `entropy`: A [N] in nats. With `coef`: A [N], `logits` becomes
+/// Log-probabilities of labels. `logits`: T `[N, V]`; `labels`: int64 `[N]`, negative = left out (log-probability 0).
+/// Writes `logp`: A `[N]` and, where given, `entropy`: A `[N]` in nats. With `coef`: A `[N]`, `logits` becomes
 /// coef * (onehot - softmax), the gradient of sum(coef * logp).
 ///
 /// A label that is not in the vocabulary is an error on the CPU; on CUDA, which is not waited for, its log-probability is NaN.
@@ -137,7 +137,7 @@ pub fn log_softmax(
     row_ops(logits).log_softmax(logits, labels, coef, logp, entropy)
 }
 
-/// Updates p, m, v (A [n], in place) with the gradient g (A [n]); `copy` (bfloat16 [n]) receives the new values.
+/// Updates p, m, v (A `[n]`, in place) with the gradient g (A `[n]`); `copy` (bfloat16 `[n]`) receives the new values.
 pub fn adamw(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, copy: Option<&Tensor>, o: AdamW) -> Result<()> {
     row_ops(p).adamw(p, g, m, v, copy, o)
 }
@@ -154,7 +154,7 @@ pub fn sum_squares_of_all(tensors: &[Tensor]) -> Result<f64> {
 }
 
 /// Dropout (Srivastava et al. 2014) whose mask is a function of what it is for: element i of row n is 0 with probability
-/// `p`, else x / (1 - p), decided by a hash of (`key`, `rows[n]`, i). x: T [N, C], `rows`: int64 `[N]`, p in [0, 1). Of the
+/// `p`, else x / (1 - p), decided by a hash of (`key`, `rows[n]`, i). x: T `[N, C]`, `rows`: int64 `[N]`, p in [0, 1). Of the
 /// output's gradient it gives the input's.
 pub fn dropout(x: &Tensor, rows: &Tensor, key: u64, p: f64) -> Result<Tensor> {
     let (threshold, scale) = ((p * 2f64.powi(32)) as u32, 1.0 / (1.0 - p));
@@ -166,7 +166,7 @@ pub fn accumulate(dst: &Tensor, src: &Tensor, add: bool) -> Result<()> {
     row_ops(src).accumulate(dst, src, add)
 }
 
-/// Gradient of an embedding: dw[ids[n], :] += dx[n, :]. `dx`: T [N, C], `ids`: int64 [N], `dw`: A [V, C].
+/// Gradient of an embedding: `dw[ids[n], :] += dx[n, :]`. `dx`: T `[N, C]`, `ids`: int64 `[N]`, `dw`: A `[V, C]`.
 ///
 /// Ids that are not in the vocabulary are an error on the CPU; CUDA kernels leave them out (the forward has failed before).
 pub fn embedding_backward(dx: &Tensor, ids: &Tensor, dw: &Tensor) -> Result<()> {

@@ -59,7 +59,7 @@ pub fn backward(dout: &Tensor, qkv: &Tensor, out: &Tensor, lse: &Tensor, h: Head
     Ok(own(dqkv))
 }
 
-/// dw (float32 [O, I]) = or += dy^T x, for dy [N, O], x [N, I] in bfloat16 or float16.
+/// dw (float32 `[O, I]`) = or += dy^T x, for dy `[N, O]`, x `[N, I]` in bfloat16 or float16.
 pub fn grad_weight(dw: &Tensor, dy: &Tensor, x: &Tensor, add: bool) -> Result<()> {
     // SAFETY: libtorch checks shapes and dtypes; dw is the caller's to write.
     check(unsafe { corral_grad_weight(raw(dw), raw(dy), raw(x), add) })

@@ -7,6 +7,9 @@
 //! Row operations are the trait [`RowOps`], of which a function here takes the implementation for its tensors: on the CPU
 //! [`Cpu`], one pass over memory in C++ (`cpp/ops`); on CUDA [`Gpu`], kernels compiled at run time; in float64 on CUDA
 //! [`Composed`], libtorch's operations, which are also the oracle in the tests.
+//!
+//! Errors: on the CPU and in CUDA's kernels a tensor of another device, dtype, size or layout than described is refused, with
+//! what was expected and what was found.
 
 mod composed;
 mod cpu;

@@ -22,7 +22,7 @@ pub fn few_rows(kind: Kind) -> i64 {
     if kind == Kind::BFloat16 { 8 } else { 16 }
 }
 
-/// x w^T, plus `add` where there is one. x: T [N, I]; w: T [O, I]; `add`: T [N, O] or [O]. Returns T [N, O].
+/// x w^T, plus `add` where there is one. x: T `[N, I]`; w: T `[O, I]`; `add`: T `[N, O]` or `[O]`. Returns T `[N, O]`.
 ///
 /// On a CPU a product of at most [`few_rows`] rows, as in a step of generation, reads the weight once and adds up every
 /// element in an order that does not depend on the other rows.
@@ -40,7 +40,8 @@ pub fn linear(x: &Tensor, w: &Tensor, add: Option<&Tensor>) -> Result<Tensor> {
     Ok(own(y))
 }
 
-/// The gradient of a linear layer's weight: dw (A [O, I]) = dy^T x where `fresh`, else += it, for dy: T [N, O], x: T [N, I].
+/// The gradient of a linear layer's weight: dw (A `[O, I]`) = dy^T x where `fresh`, else += it, for dy: T `[N, O]`, x: T
+/// `[N, I]`.
 /// Where T is A the product goes straight into dw. So it does on CUDA in bfloat16, summed in float32; on the CPU bfloat16
 /// products are rounded before they are added, as under PyTorch's autocast. N may be 0.
 pub fn grad_weight(dw: &Tensor, dy: &Tensor, x: &Tensor, fresh: bool) -> Result<()> {

@@ -11,7 +11,8 @@ use crate::ops::{Composed, Cpu, Gpu};
 use crate::tensors::AdamW;
 
 impl Quantized {
-    /// Some rows and columns of the weight in float32, bfloat16 or float64: T `[rows, columns]`.
+    /// Some rows and columns of the weight in float32, bfloat16 or float64: T `[rows, columns]`. An error where they do
+    /// not lie in the weight.
     pub fn dequantize(&self, rows: Range<i64>, columns: Range<i64>, kind: Kind) -> Result<Tensor> {
         let size = [(rows.end - rows.start).max(0), (columns.end - columns.start).max(0)];
         let out = Tensor::empty(size, (kind, self.device()));
@@ -19,7 +20,7 @@ impl Quantized {
         Ok(out)
     }
 
-    /// Writes the weight's values from `row` and `column` on to `out`: T `[rows, columns]`.
+    /// Writes the weight's values from `row` and `column` on to `out`: T `[rows, columns]`, which must lie in the weight.
     pub fn dequantize_into(&self, out: &Tensor, row: i64, column: i64) -> Result<()> {
         quant_ops(out.device(), matches!(out.kind(), Kind::Float | Kind::BFloat16))
             .dequantize(self, out, row, column)
@@ -46,7 +47,8 @@ pub(crate) fn int8_quantize(x: &Tensor, q: &Tensor, absmax: &Tensor) -> Result<(
 }
 
 /// Updates p (A `[n]`), m and v in place with the gradient g (A `[n]`); `copy` (bfloat16 `[n]`) receives the new values.
-/// Weight decay works on the first `decayed` values.
+/// Weight decay works on the first `decayed` values. A tensor that does not fit is an error, and so are more decayed values
+/// than there are.
 pub fn adamw8(
     p: &Tensor,
     g: &Tensor,

@@ -7,8 +7,9 @@
 //! - `Int8`: q = round_half_even(w / (absmax / 127)) by row. 1 byte a value and 4 a row.
 //!
 //! All bits are those of bitsandbytes 0.50.2 on the CPU. Values are computed in float32 and rounded to the dtype asked for.
-//! On the CPU in C++ (`cpp/quant/cpu_quant.cpp`), on CUDA as kernels compiled at run time ([`gpu`]), else as
-//! compositions of libtorch's operations ([`composed`]), the oracles in the tests.
+//! What codes and decodes is the trait [`QuantOps`], implemented by [`Cpu`](crate::ops::Cpu) in C++ (`cpp/quant`), by
+//! [`Gpu`](crate::ops::Gpu) in kernels compiled at run time, and else by [`Composed`](crate::ops::Composed) in libtorch's
+//! operations, the oracle in the tests.
 
 mod coding;
 mod composed;

@@ -19,6 +19,7 @@ pub struct Quantizer {
 }
 
 impl Quantizer {
+    /// For a weight of this shape `[O, I]`, with no rows yet.
     pub fn new(scheme: Scheme, shape: [i64; 2], device: Device) -> Quantizer {
         let (kind, bytes) = scheme.buffers(shape)[0];
         let scales = match scheme {

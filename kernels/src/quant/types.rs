@@ -31,8 +31,11 @@ pub const NF4_BLOCK: i64 = 64;
 /// How a weight is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scheme {
+    /// 4 bits a value, a float32 for each block of 64.
     Nf4,
+    /// The same with the blocks' scales in 8 bits.
     Nf4Double,
+    /// 8 bits a value, a float32 for each row.
     Int8,
 }
 
@@ -59,9 +62,15 @@ impl Scheme {
 pub enum Scales {
     /// float32, one for each block (nf4) or row (int8): the largest absolute value.
     Absmax(Tensor),
-    /// Scale b is `map[codes[b]] * absmax[b / 256] + offset`, with the signed [`dynamic_map`](super::dynamic_map). `codes`: uint8 `[blocks]`,
-    /// `absmax`: float32 `[blocks / 256]`, rounded up, `offset`: float32 `[1]`.
-    Double { codes: Tensor, absmax: Tensor, offset: Tensor },
+    /// Scale b is `map[codes[b]] * absmax[b / 256] + offset`, with the signed [`dynamic_map`](super::dynamic_map).
+    Double {
+        /// uint8 `[blocks]`: codes of the scales.
+        codes: Tensor,
+        /// float32 `[blocks / 256]`, rounded up: scales of the codes.
+        absmax: Tensor,
+        /// float32 `[1]`: the mean of the scales, which was taken off.
+        offset: Tensor,
+    },
 }
 
 /// A weight `[O, I]`, quantized.
@@ -75,6 +84,7 @@ pub struct Quantized {
 }
 
 impl Quantized {
+    /// How it is stored.
     pub fn scheme(&self) -> Scheme {
         self.scheme
     }
@@ -84,6 +94,7 @@ impl Quantized {
         self.shape
     }
 
+    /// Where its tensors lie.
     pub fn device(&self) -> Device {
         self.data.device()
     }
@@ -93,6 +104,7 @@ impl Quantized {
         &self.data
     }
 
+    /// Its scales.
     pub fn scales(&self) -> &Scales {
         &self.scales
     }
@@ -110,7 +122,8 @@ impl Quantized {
         }
     }
 
-    /// From tensors as [`Quantized::buffers`] gives them; they may be views of larger ones.
+    /// From tensors as [`Quantized::buffers`] gives them; they may be views of larger ones. An error where number, dtypes or
+    /// sizes are not those of [`Scheme::buffers`].
     pub fn from_buffers(scheme: Scheme, shape: [i64; 2], buffers: Vec<Tensor>) -> Result<Quantized> {
         let wanted = scheme.buffers(shape);
         let fits = buffers.len() == wanted.len()
@@ -146,6 +159,7 @@ impl Moment {
         n + 4 * blocks(n, CODE_BLOCK)
     }
 
+    /// A moment of n zeros.
     pub fn zeros(n: i64, device: Device) -> Moment {
         Moment {
             codes: Tensor::zeros([n], (Kind::Uint8, device)),

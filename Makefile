@@ -20,7 +20,7 @@ test: setup ## all tests
 
 parity: setup ## only the tests against golden data (CORRAL_GOLDEN=DIR: another set of it)
 	cargo test --release --test parity --test parity_training --test tokenizer
-	cargo test --release --test dpo trls
+	cargo test --release --test dpo --test kto trls
 	cargo test --release --lib algorithms::
 
 interop: build ## the files we write, read by transformers, safetensors and TensorBoard

@@ -35,6 +35,7 @@ def runs(data, start):
         "nf4-1": run("lora", 1, **over_nf4),
         "reward-2": run("reward", 2),
         "dpo-1": run("dpo", 1),
+        "kto-2": run("kto", 2),
         "online-dpo-1": run("online-dpo", 1),
         "grpo-2": run("grpo", 2),
         "ppo-1": run("ppo", 1, **low),
@@ -55,6 +56,9 @@ def main():
     chosen = only(runs(*old.prepare()), args.only)
     bad = 0
     for name, (subcommand, config, ranks) in chosen.items():
+        if not old.knows(subcommand):
+            print(f"{name}: OLD has no {subcommand}", flush=True)
+            continue
         outputs = []
         for build, corral in (("old", old), ("new", new)):
             outputs.append(f"{folder}/{name}-{build}")

@@ -35,6 +35,7 @@ def algorithms(data, start):
         "lora": ("sft", {**base, "model": {"path": start}, "data": answers, "lora": lora}),
         "reward": ("reward", {**base, "model": {"path": start}, "data": pairs}),
         "dpo": ("dpo", {**base, "model": {"path": start}, "data": pairs, "optim": {"lr": 1e-3}}),
+        "kto": ("kto", {**base, "model": {"path": start}, "data": pairs, "optim": {"lr": 1e-3}}),
         "online-dpo": ("online-dpo", own),
         "grpo": ("grpo", {**own, "grpo": {"group_size": 2}}),
         "ppo": ("ppo", {**own, "ppo": {"minibatch_size": 4}}),
@@ -70,6 +71,9 @@ class Corral:
         code = self.start(words, ranks).wait()
         if code != 0:
             sys.exit(f"corral {' '.join(words)}: exit code {code}\n" + open(f"{self.folder}/log").read())
+
+    def knows(self, subcommand):
+        return subprocess.run([self.corral, subcommand, "--help"], env=self.env, capture_output=True).returncode == 0
 
     def words(self, subcommand, config, output):
         """Writes the configuration of a run into the folder `output`."""

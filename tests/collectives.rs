@@ -241,7 +241,7 @@ fn a_group_of_one_only_copies() {
     assert!(group.all_gather(&out.tr(), &out).err().unwrap().message.contains("not contiguous"));
 }
 
-/// libtorch's flight recorder crashed here now and then (SIGSEGV): see `kernels/cpp/c10d.cpp`.
+/// libtorch's flight recorder crashed here now and then (SIGSEGV): see `kernels/cpp/comm/c10d.cpp`.
 /// `TORCH_FR_BUFFER_SIZE=2000` switches it on again.
 #[test]
 fn groups_may_begin_on_several_threads_at_once() {

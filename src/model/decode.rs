@@ -15,7 +15,7 @@ use tch::{Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::model::layout::Block;
 use crate::model::linear::Linear;
-use crate::model::llama::{Context, Input, Llama, block_forward, norm_heads, rotate};
+use crate::model::llama::{Context, Input, Llama};
 
 /// Elements of the scores that [`Llama::extend`] has in memory at once.
 const SCORES: i64 = 16 << 20;
@@ -113,8 +113,8 @@ impl Llama {
         let ends = lengths.iter().enumerate().map(|(r, n)| r as i64 * time + n - 1);
         let ends = integers(ends).to_device(device);
         let last = self.through_blocks(&ids, |i, w, x| {
-            let (x, rest) = block_forward(w, x, &context, i - 1)?;
-            let qkv = rest.qkv.view([rows, time, heads + 2 * kv_heads, head_dim]);
+            let (x, rest) = w.forward(x, &context, i - 1)?;
+            let qkv = rest.attention.qkv.view([rows, time, heads + 2 * kv_heads, head_dim]);
             let (keys, values) = &cache.blocks[i - 1];
             for (cached, first) in [(keys, heads), (values, heads + kv_heads)] {
                 let new = qkv.narrow(2, first, kv_heads).transpose(1, 2);
@@ -204,12 +204,7 @@ impl Llama {
         mut attend: impl FnMut(usize, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         self.through_blocks(ids, |i, w, x| {
-            let qkv = w.qkv.forward(&ops::rms_norm(x, &w.norm1, context.eps)?.0)?;
-            norm_heads(w, &qkv, context)?;
-            rotate(&qkv, context, false)?;
-            let x2 = w.o.forward_add(&attend(i, &qkv)?, x)?;
-            let h2 = ops::rms_norm(&x2, &w.norm2, context.eps)?.0;
-            let x = w.mlp.finish(&w.mlp.begin(&h2, None)?, &x2)?;
+            let x = w.cached(x, context, |qkv| attend(i, qkv))?;
             match &w.final_norm {
                 Some(norm) => Ok(ops::rms_norm(&x, norm, context.eps)?.0),
                 None => Ok(x),

@@ -13,6 +13,7 @@ use crate::config::shape::{Head, Shape};
 use crate::distributed::plan::{Adapter, Piece, Plan};
 use crate::distributed::sharded::{Layout, Sharded};
 use crate::error::Result;
+use crate::model::attention::Attention;
 use crate::model::linear::{self, Dropout, Linear, LinearGrad};
 use crate::model::mixture::Mixture;
 use crate::model::mlp::{Dense, Mlp};
@@ -87,13 +88,8 @@ fn block(s: &Shape, i: i64) -> Layout {
 
 /// A block's parts as views of its group's buffers: of its weights ([`Linear`]s) or of their gradients ([`LinearGrad`]s).
 pub struct Block<L> {
-    /// [(H + 2K) * D, C]
-    pub qkv: L,
-    /// [C, H * D]
-    pub o: L,
+    pub attention: Attention<L>,
     pub mlp: Mlp<L>,
-    /// Of each head's query and key, `[D]`.
-    pub qk_norm: Option<[Tensor; 2]>,
     /// `[C]`
     pub norm1: Tensor,
     /// `[C]`
@@ -231,14 +227,17 @@ impl<L> Block<L> {
             }
         };
         let bias = s.qkv_bias().then(|| take(3));
-        Ok(Block {
+        let attention = Attention {
             qkv: linear(qkv, bias)?,
             o: linear(o, None)?,
-            mlp,
             qk_norm: match s.qk_norm() {
                 true => Some([vector(take(1))?, vector(take(1))?]),
                 false => None,
             },
+        };
+        Ok(Block {
+            attention,
+            mlp,
             norm1: vector(take(1))?,
             norm2: vector(take(1))?,
             final_norm: if take(0).start < count { Some(vector(take(1))?) } else { None },

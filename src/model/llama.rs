@@ -3,12 +3,7 @@
 //! Shapes: B rows, T positions, N = B * T tokens, C = hidden size, H query heads, K key-value heads, D head dimension,
 //! F = intermediate size, L blocks. Activations are 2-D, `[N, C]`, in the compute dtype.
 //!
-//! A block (Touvron et al. 2023):
-//! ```text
-//! x2 = x  + attention(rope(qkv(norm1(x)))) o
-//! y  = x2 + swiglu(gate_up(norm2(x2))) down
-//! ```
-//! What other families do differently is asked of the [`Shape`]: a bias of q, k and v, a norm of each head's query and
+//! A block is in [`super::block`]: norm, attention, norm, MLP. What other families do differently is asked of the [`Shape`]: a bias of q, k and v, a norm of each head's query and
 //! key before their rotation, a sliding window, a mixture of experts in the place of the last line.
 
 use kernels::ops::{self, Heads};
@@ -18,10 +13,10 @@ use crate::config::sections::Recompute;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
+use crate::model::block::Saved;
 use crate::model::layout::{Block, Draws};
-use crate::model::linear::{Linear, LinearGrad};
+use crate::model::linear::Linear;
 use crate::model::mixture::Balance;
-use crate::model::mlp;
 use crate::random::hash;
 
 /// Token ids and what positions mean.
@@ -67,30 +62,6 @@ impl Input {
     }
 }
 
-/// What a block's forward keeps for its backward; the parts that are recomputed are none.
-struct Saved {
-    /// The block's input [N, C]
-    x: Tensor,
-    rest: Option<Rest>,
-    /// The experts that the tokens went to, int64 [N, k]: kept under recomputation, too.
-    experts: Option<Tensor>,
-}
-
-pub(super) struct Rest {
-    rstd1: Tensor,
-    /// Queries and keys before their norm, with its statistics: [N H, D] and [N K, D]
-    qk: Option<[(Tensor, Tensor); 2]>,
-    /// After rotation [N, (H + 2K) D]
-    pub(super) qkv: Tensor,
-    /// The attention's output [N, H D] and its log-sum-exp [B, H, T]
-    o: Tensor,
-    lse: Tensor,
-    /// After the attention's residual [N, C]
-    x2: Tensor,
-    rstd2: Tensor,
-    mlp: mlp::Saved,
-}
-
 /// What a forward of the trunk keeps for the backward.
 pub struct Tape {
     context: Context,
@@ -130,8 +101,8 @@ pub(super) struct Context {
     window_start: Option<Tensor>,
     /// Blocks before this one have no window.
     first_window: usize,
-    cos: Tensor,
-    sin: Tensor,
+    pub(super) cos: Tensor,
+    pub(super) sin: Tensor,
     draws: Option<Draws>,
 }
 
@@ -311,15 +282,13 @@ impl Llama {
             } else {
                 self.params.prefetch(self.head_group())?;
             }
-            let (y, rest) = block_forward(&w, &x, &context, i - 1)?;
+            let (y, rest) = w.forward(&x, &context, i - 1)?;
             if let Some(r) = recompute {
-                let routed = rest.mlp.routed();
-                if let (Some(balance), Some(routed)) = (&mut balance, routed) {
+                if let (Some(balance), Some(routed)) = (&mut balance, rest.mlp.routed()) {
                     balance.add(routed);
                 }
                 if i >= lowest {
-                    let experts = routed.map(|r| r.experts.shallow_clone());
-                    blocks.push(Saved { x: x.shallow_clone(), rest: keep(rest, r), experts });
+                    blocks.push(Saved::new(&x, rest, r));
                 }
             }
             x = y;
@@ -368,12 +337,15 @@ impl Llama {
             let balance = tape.balance.as_ref().and_then(Balance::gradient);
             // The first norm's gradient is a by-product of the input's.
             let wanted = i > lowest || self.params.plan(i).trains("input_layernorm.weight");
-            dx = block_backward(&w, &g, fresh, dx, saved, &tape.context, i - 1, balance.as_ref(), wanted)?;
+            let d = w.backward(&g, fresh, dx, saved, &tape.context, i - 1, balance.as_ref(), wanted)?;
             drop(w);
             self.params.release(i);
             if trains {
                 self.params.reduce(i, last)?;
             }
+            // Below the lowest block that is trained nobody asks for it.
+            let Some(d) = d else { return Ok(()) };
+            dx = d;
         }
         if lowest > 0 {
             return Ok(());
@@ -427,123 +399,4 @@ fn rounded_inverse_frequencies(s: &Shape) -> Tensor {
     let between: Tensor = (1.0 - &smooth) * &slow / r.factor + &smooth * &slow;
     let is_between = wavelength.ge(shortest).logical_and(&wavelength.le(longest));
     between.where_self(&is_between, &slow)
-}
-
-/// Drops what is to be recomputed.
-fn keep(mut rest: Rest, recompute: Recompute) -> Option<Rest> {
-    match recompute {
-        Recompute::None => Some(rest),
-        Recompute::Selective => {
-            rest.mlp.drop_gate_up();
-            Some(rest)
-        }
-        Recompute::Full => None,
-    }
-}
-
-/// Block `i`'s forward up to what its backward needs. `experts`: where the tokens went in an earlier forward of it.
-fn block_rest(w: &Block<Linear>, x: &Tensor, c: &Context, i: usize, experts: Option<Tensor>) -> Result<Rest> {
-    let (h1, rstd1) = ops::rms_norm(x, &w.norm1, c.eps)?;
-    let qkv = w.qkv.forward(&h1)?;
-    drop(h1);
-    let qk = norm_heads(w, &qkv, c)?;
-    rotate(&qkv, c, false)?;
-    let (o, lse) = ops::attention(&qkv, c.start(i), c.heads)?;
-    let x2 = w.o.forward_add(&o, x)?;
-    let (h2, rstd2) = ops::rms_norm(&x2, &w.norm2, c.eps)?;
-    let mlp = w.mlp.begin(&h2, experts)?;
-    Ok(Rest { rstd1, qk, qkv, o, lse, x2, rstd2, mlp })
-}
-
-/// Block `i`'s output [N, C], and what its backward needs.
-pub(super) fn block_forward(w: &Block<Linear>, x: &Tensor, c: &Context, i: usize) -> Result<(Tensor, Rest)> {
-    let rest = block_rest(w, x, c, i, None)?;
-    let y = w.mlp.finish(&rest.mlp, &rest.x2)?;
-    Ok((y, rest))
-}
-
-pub(super) fn rotate(qkv: &Tensor, c: &Context, inverse: bool) -> Result<()> {
-    let heads = c.heads.heads + c.heads.kv_heads;
-    Ok(ops::rope(qkv, &c.positions, &c.cos, &c.sin, heads, c.heads.head_dim, inverse)?)
-}
-
-/// The columns of qkv (T [N, (H + 2K) D]) that hold the queries, and those that hold the keys.
-fn queries_and_keys(qkv: &Tensor, h: Heads) -> [Tensor; 2] {
-    let (q, k) = (h.heads * h.head_dim, h.kv_heads * h.head_dim);
-    [qkv.narrow(1, 0, q), qkv.narrow(1, q, k)]
-}
-
-/// Normalises each head's query and key in place, where the family does. Returns what they were, and the statistics.
-pub(super) fn norm_heads(
-    w: &Block<Linear>,
-    qkv: &Tensor,
-    c: &Context,
-) -> Result<Option<[(Tensor, Tensor); 2]>> {
-    let Some(norms) = &w.qk_norm else { return Ok(None) };
-    let [q, k] = queries_and_keys(qkv, c.heads);
-    let apply = |mut x: Tensor, norm: &Tensor| -> Result<(Tensor, Tensor)> {
-        let before = x.reshape([-1, c.heads.head_dim]).contiguous();
-        let (y, rstd) = ops::rms_norm(&before, norm, c.eps)?;
-        x.copy_(&y.view_as(&x));
-        Ok((before, rstd))
-    };
-    Ok(Some([apply(q, &norms[0])?, apply(k, &norms[1])?]))
-}
-
-/// The backward of [`norm_heads`], in place.
-fn norm_heads_backward(
-    w: &Block<Linear>,
-    g: &Block<LinearGrad>,
-    dqkv: &Tensor,
-    saved: Option<[(Tensor, Tensor); 2]>,
-    h: Heads,
-) -> Result<()> {
-    let (Some(norms), Some(dnorms), Some(saved)) = (&w.qk_norm, &g.qk_norm, saved) else { return Ok(()) };
-    for (i, mut dx) in queries_and_keys(dqkv, h).into_iter().enumerate() {
-        let (before, rstd) = &saved[i];
-        let dy = dx.reshape([-1, h.head_dim]).contiguous();
-        let d = ops::rms_backward(&dy, before, &norms[i], rstd, None, &dnorms[i])?;
-        dx.copy_(&d.view_as(&dx));
-    }
-    Ok(())
-}
-
-/// Returns the gradient of block `i`'s input, if it is `wanted` (else something without meaning); adds to `g` (or sets its
-/// matrices, where `fresh`). `balance`: the gradient of its router's probabilities, A [N, E], that does not come from `dy`.
-#[allow(clippy::too_many_arguments)]
-fn block_backward(
-    w: &Block<Linear>,
-    g: &Block<LinearGrad>,
-    fresh: bool,
-    dy: Tensor,
-    saved: Saved,
-    c: &Context,
-    i: usize,
-    balance: Option<&Tensor>,
-    wanted: bool,
-) -> Result<Tensor> {
-    let x = saved.x;
-    let rest = match saved.rest {
-        Some(rest) => rest,
-        None => block_rest(w, &x, c, i, saved.experts)?,
-    };
-    // The norms' outputs are made again from their statistics rather than kept.
-    let h2 = ops::rms_apply(&rest.x2, &w.norm2, &rest.rstd2)?;
-    let dh2 = w.mlp.backward(&dy, h2, rest.mlp, &g.mlp, fresh, balance)?;
-    let dx2 = ops::rms_backward(&dh2, &rest.x2, &w.norm2, &rest.rstd2, Some(&dy), &g.norm2)?;
-    drop((dh2, dy));
-
-    let dout = w.o.backward(&dx2, &rest.o, &g.o, fresh)?;
-    let dqkv = ops::attention_backward(&dout, &rest.qkv, &rest.o, &rest.lse, c.start(i), c.heads)?;
-    drop(dout);
-    rotate(&dqkv, c, true)?;
-    norm_heads_backward(w, g, &dqkv, rest.qk, c.heads)?;
-    let h1 = ops::rms_apply(&x, &w.norm1, &rest.rstd1)?;
-    w.qkv.backward_weight(&dqkv, &h1, &g.qkv, fresh)?;
-    drop(h1);
-    if !wanted {
-        return Ok(dx2);
-    }
-    let dh1 = w.qkv.backward_input(&dqkv)?;
-    Ok(ops::rms_backward(&dh1, &x, &w.norm1, &rest.rstd1, Some(&dx2), &g.norm1)?)
 }

@@ -1,5 +1,7 @@
 //! The Llama family: layout of the parameters, forward and backward, the LM head, token by token over a KV cache.
 
+pub(crate) mod attention;
+mod block;
 pub mod decode;
 pub mod head;
 pub mod init;

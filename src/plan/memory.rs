@@ -451,8 +451,8 @@ impl Memory {
         };
         keep(walk, n * self.a);
         walk.take(work, stream); // h1
-        keep(walk, self.values(n, block.qkv.outputs));
-        walk.pass(work, block.qkv.forward(self, n));
+        keep(walk, self.values(n, block.attention.qkv.outputs));
+        walk.pass(work, block.attention.qkv.forward(self, n));
         walk.give(work, stream);
         if s.qk_norm() {
             for width in [q, k] {
@@ -463,7 +463,7 @@ impl Memory {
         keep(walk, self.values(n, q) + n * s.num_attention_heads * self.a);
         walk.pass(work, self.scores(batch));
         keep(walk, stream); // x2
-        walk.pass(work, block.o.forward(self, n));
+        walk.pass(work, block.attention.o.forward(self, n));
         keep(walk, n * self.a);
         walk.take(work, stream); // h2
         let (routing, gate_up) = self.begin(walk, n, i);
@@ -654,21 +654,21 @@ impl Memory {
         walk.take(work, stream); // dx2
         walk.give(work, stream); // dh2
         walk.give(activations, stream); // dy
-        let dout = self.values(n, block.o.inputs);
-        walk.pass(work, block.o.backward_weight(self, n));
+        let dout = self.values(n, block.attention.o.inputs);
+        walk.pass(work, block.attention.o.backward_weight(self, n));
         walk.take(work, dout);
-        walk.pass(work, block.o.backward_input(self, n));
-        walk.take(work, self.values(n, block.qkv.outputs));
+        walk.pass(work, block.attention.o.backward_input(self, n));
+        walk.take(work, self.values(n, block.attention.qkv.outputs));
         walk.pass(work, self.scores(batch));
         walk.give(work, dout);
         if s.qk_norm() {
-            walk.pass(work, 2 * self.values(n, block.o.inputs));
+            walk.pass(work, 2 * self.values(n, block.attention.o.inputs));
         }
         walk.take(work, stream); // h1
-        walk.pass(work, block.qkv.backward_weight(self, n));
+        walk.pass(work, block.attention.qkv.backward_weight(self, n));
         walk.give(work, stream);
         walk.take(work, stream); // dh1
-        walk.pass(work, block.qkv.backward_input(self, n));
+        walk.pass(work, block.attention.qkv.backward_input(self, n));
         walk.take(work, stream); // dx
         walk.now.work = 0;
         walk.give(activations, stream); // x

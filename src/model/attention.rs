@@ -1,0 +1,138 @@
+//! The first half of a block: causal attention with grouped queries and rotary positions. Every backward stands beside its
+//! forward.
+//!
+//! Shapes: B rows, T positions, N = B * T tokens, C = hidden size, H query heads, K key-value heads, D head dimension.
+
+use kernels::ops::{self, Heads};
+use tch::Tensor;
+
+use crate::error::Result;
+use crate::model::linear::{Linear, LinearGrad};
+use crate::model::llama::Context;
+
+/// o(attention(rope(qk_norm(qkv(x)))))
+pub struct Attention<L> {
+    /// [(H + 2K) * D, C]
+    pub qkv: L,
+    /// [C, H * D]
+    pub o: L,
+    /// Of each head's query and key, `[D]`.
+    pub qk_norm: Option<[Tensor; 2]>,
+}
+
+/// What a forward keeps for its backward.
+pub(super) struct Saved {
+    /// Queries and keys before their norm, with its statistics: [N H, D] and [N K, D]
+    qk: Option<[(Tensor, Tensor); 2]>,
+    /// After rotation [N, (H + 2K) D]
+    pub(super) qkv: Tensor,
+    /// Before the output projection [N, H D], and the softmax's log-sum-exp [B, H, T]
+    out: Tensor,
+    lse: Tensor,
+}
+
+impl Attention<Linear> {
+    /// Queries, keys and values of x (T [N, C]), normalised and rotated: T [N, (H + 2K) D]; and what the norm's backward needs.
+    fn project(&self, x: &Tensor, c: &Context) -> Result<(Tensor, Option<[(Tensor, Tensor); 2]>)> {
+        let qkv = self.qkv.forward(x)?; // [N, (H + 2K) D]
+        let qk = self.norm_heads(&qkv, c)?;
+        rotate(&qkv, c, false)?;
+        Ok((qkv, qk))
+    }
+
+    /// The forward of block `i` up to what its backward needs, for x: T [N, C].
+    pub(super) fn begin(&self, x: &Tensor, c: &Context, i: usize) -> Result<Saved> {
+        let (qkv, qk) = self.project(x, c)?;
+        let (out, lse) = ops::attention(&qkv, c.start(i), c.heads)?; // [N, H D], [B, H, T]
+        Ok(Saved { qk, qkv, out, lse })
+    }
+
+    /// The rest of the forward: residual (T [N, C]) + the output.
+    pub(super) fn finish(&self, saved: &Saved, residual: &Tensor) -> Result<Tensor> {
+        self.o.forward_add(&saved.out, residual)
+    }
+
+    /// The forward for tokens whose rows have read others before, for x: T [N, C]. `attend` takes the rotated queries, keys and
+    /// values, T [N, (H + 2K) D], and returns what they see, T [N, H D]. Returns residual (T [N, C]) + the output.
+    pub(super) fn cached(
+        &self,
+        x: &Tensor,
+        c: &Context,
+        residual: &Tensor,
+        attend: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let qkv = self.project(x, c)?.0;
+        self.o.forward_add(&attend(&qkv)?, residual)
+    }
+
+    /// Given the output's gradient dy (T [N, C]), adds to the gradients (or sets matrices, where `fresh`). Returns the input's
+    /// gradient, T [N, C]; none where it is not `wanted`. `x` makes the input again.
+    #[allow(clippy::too_many_arguments)] // Of a block: its weights, gradients, what was saved, and where it stands.
+    pub(super) fn backward(
+        &self,
+        dy: &Tensor,
+        x: impl FnOnce() -> Result<Tensor>,
+        saved: Saved,
+        grad: &Attention<LinearGrad>,
+        fresh: bool,
+        c: &Context,
+        i: usize,
+        wanted: bool,
+    ) -> Result<Option<Tensor>> {
+        let dout = self.o.backward(dy, &saved.out, &grad.o, fresh)?; // [N, H D]
+        let Saved { qk, qkv, out, lse } = saved;
+        let dqkv = ops::attention_backward(&dout, &qkv, &out, &lse, c.start(i), c.heads)?; // [N, (H + 2K) D]
+        drop(dout);
+        // A rotation's gradient is the rotation back.
+        rotate(&dqkv, c, true)?;
+        self.norm_heads_backward(grad, &dqkv, qk, c.heads)?;
+        let x = x()?; // [N, C]
+        self.qkv.backward_weight(&dqkv, &x, &grad.qkv, fresh)?;
+        drop(x);
+        if wanted { self.qkv.backward_input(&dqkv).map(Some) } else { Ok(None) }
+    }
+
+    /// Normalises each head's query and key in place, where the model does. Returns what they were, and the statistics.
+    fn norm_heads(&self, qkv: &Tensor, c: &Context) -> Result<Option<[(Tensor, Tensor); 2]>> {
+        let Some(norms) = &self.qk_norm else { return Ok(None) };
+        let [q, k] = queries_and_keys(qkv, c.heads);
+        let apply = |mut x: Tensor, norm: &Tensor| -> Result<(Tensor, Tensor)> {
+            let before = x.reshape([-1, c.heads.head_dim]).contiguous();
+            let (y, rstd) = ops::rms_norm(&before, norm, c.eps)?;
+            x.copy_(&y.view_as(&x));
+            Ok((before, rstd))
+        };
+        Ok(Some([apply(q, &norms[0])?, apply(k, &norms[1])?]))
+    }
+
+    /// The backward of `norm_heads`, in place.
+    fn norm_heads_backward(
+        &self,
+        grad: &Attention<LinearGrad>,
+        dqkv: &Tensor,
+        saved: Option<[(Tensor, Tensor); 2]>,
+        h: Heads,
+    ) -> Result<()> {
+        let (Some(norms), Some(dnorms), Some(saved)) = (&self.qk_norm, &grad.qk_norm, saved) else {
+            return Ok(());
+        };
+        for (i, mut dx) in queries_and_keys(dqkv, h).into_iter().enumerate() {
+            let (before, rstd) = &saved[i];
+            let dy = dx.reshape([-1, h.head_dim]).contiguous();
+            let d = ops::rms_backward(&dy, before, &norms[i], rstd, None, &dnorms[i])?;
+            dx.copy_(&d.view_as(&dx));
+        }
+        Ok(())
+    }
+}
+
+fn rotate(qkv: &Tensor, c: &Context, inverse: bool) -> Result<()> {
+    let heads = c.heads.heads + c.heads.kv_heads;
+    Ok(ops::rope(qkv, &c.positions, &c.cos, &c.sin, heads, c.heads.head_dim, inverse)?)
+}
+
+/// The columns of qkv (T [N, (H + 2K) D]) that hold the queries, and those that hold the keys.
+fn queries_and_keys(qkv: &Tensor, h: Heads) -> [Tensor; 2] {
+    let (q, k) = (h.heads * h.head_dim, h.kv_heads * h.head_dim);
+    [qkv.narrow(1, 0, q), qkv.narrow(1, q, k)]
+}

@@ -102,7 +102,7 @@ fn there_and_back_is_byte_equal() {
 #[test]
 fn every_family_goes_out_in_hugging_faces_format() {
     let dir = folder("families");
-    for name in ["mistral", "mixtral", "qwen2", "qwen3"] {
+    for name in ["mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_new", "olmo2", "phi3"] {
         let (model, out) = (golden().join("models").join(name), dir.join(name));
         let ended = convert(&model, &out, &["--format", "hf", "--max-shard-size", "50kB"]).expect_code(0);
         assert!(ended.out.contains("largest difference: 0\n"), "{ended}");

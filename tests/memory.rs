@@ -5,7 +5,7 @@ mod common;
 use common::run::{Program, Run, data, folder};
 use corral::algorithms::step::{MicroBatch, accumulate_gradients};
 use corral::config::sections::Recompute;
-use corral::config::shape::Shape;
+use corral::config::shape::{Activation, Features, Norms, QkNorm, Shape};
 use corral::config::trainable::{Base, Freeze, Lora, Targets};
 use corral::distributed::mesh::{Sharding, ShardingPlan};
 use corral::distributed::sharded::{Sharded, Spec};
@@ -76,6 +76,16 @@ fn the_walk_takes_what_a_step_takes() {
     let upper = Trainable::new(&Freeze { blocks: 1, embeddings: true, train_only: Vec::new() }, None);
     let llama = shape("llama-15m");
     let tied = Shape { tie_word_embeddings: true, ..llama.clone() };
+    let gemma = Features {
+        activation: Activation::GeluTanh,
+        norms: Norms::Both,
+        norm_offset: true,
+        scale_embeddings: true,
+        attention_softcap: Some(50.0),
+        logit_softcap: Some(30.0),
+        ..Features::default()
+    };
+    let olmo = Features { norms: Norms::After, qk_norm: QkNorm::Projection, ..Features::default() };
     let cases = [
         ("llama", &llama, all()),
         ("tied", &tied, all()),
@@ -84,8 +94,14 @@ fn the_walk_takes_what_a_step_takes() {
         ("lora dropout", &llama, adapters(Base::None, 0.1)),
         ("int8", &llama, adapters(Base::Int8, 0.0)),
         ("nf4", &llama, adapters(Base::Nf4, 0.0)),
-        ("qwen3", &Shape { family: corral::config::shape::Family::Qwen3, ..llama.clone() }, all()),
+        (
+            "qwen3",
+            &Shape { features: corral::config::shape::Family::Qwen3.features(), ..llama.clone() },
+            all(),
+        ),
         ("mixtral", &shape("mixtral-8x7b"), all()),
+        ("gemma", &Shape { features: gemma, tie_word_embeddings: true, ..llama.clone() }, all()),
+        ("olmo", &Shape { features: olmo, ..llama.clone() }, all()),
     ];
     for (name, shape, trainable) in &cases {
         for (compute, recompute) in [

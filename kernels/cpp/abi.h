@@ -50,10 +50,10 @@ char* corral_set_float32_onednn(bool on);
 // Row operations on the CPU: ops/ops.cpp.
 
 char* corral_fill_normal(at::Tensor* out, uint64_t key, uint64_t first, double std);
-char* corral_rms_norm(at::Tensor* x, at::Tensor* w, double eps, at::Tensor** y, at::Tensor** rstd);
-char* corral_rms_apply(at::Tensor* x, at::Tensor* w, at::Tensor* rstd, at::Tensor** y);
-char* corral_rms_backward(at::Tensor* dy, at::Tensor* x, at::Tensor* w, at::Tensor* rstd, at::Tensor* residual,
-                          at::Tensor* dw, at::Tensor** dx);
+char* corral_rms_norm(at::Tensor* x, at::Tensor* w, double offset, double eps, at::Tensor** y, at::Tensor** rstd);
+char* corral_rms_apply(at::Tensor* x, at::Tensor* w, double offset, at::Tensor* rstd, at::Tensor** y);
+char* corral_rms_backward(at::Tensor* dy, at::Tensor* x, at::Tensor* w, double offset, at::Tensor* rstd,
+                          at::Tensor* residual, at::Tensor* dw, at::Tensor** dx);
 char* corral_rope(at::Tensor* x, at::Tensor* positions, at::Tensor* cos, at::Tensor* sin, int64_t heads, int64_t d,
                   bool inverse);
 char* corral_attention(at::Tensor* qkv, at::Tensor* start, int64_t batch, int64_t heads, int64_t kv_heads,

@@ -7,7 +7,8 @@ typedef DTYPE T;
 
 constexpr int W = 16 / sizeof(T);  // elements of a pack
 
-extern "C" __global__ void rms_norm(const T* x, const T* w, float eps, T* y, float* rstd, int c, bool wide) {
+extern "C" __global__ void rms_norm(const T* x, const T* w, float offset, float eps, T* y, float* rstd, int c,
+                                    bool wide) {
   const i64 at = blockIdx.x * i64(c);
   float sum = 0, a[W], b[W];
   for (int i = threadIdx.x * W; i < c; i += blockDim.x * W) {
@@ -21,12 +22,12 @@ extern "C" __global__ void rms_norm(const T* x, const T* w, float eps, T* y, flo
     load(x + at, i, c, wide, a);
     load(w, i, c, wide, b);
 #pragma unroll
-    for (int j = 0; j < W; j++) a[j] = a[j] * r * b[j];
+    for (int j = 0; j < W; j++) a[j] = a[j] * r * (b[j] + offset);
     store(y + at, i, c, wide, a);
   }
 }
 
-extern "C" __global__ void rms_apply(const T* x, const T* w, const float* rstd, T* y, int c, bool wide) {
+extern "C" __global__ void rms_apply(const T* x, const T* w, float offset, const float* rstd, T* y, int c, bool wide) {
   const i64 at = blockIdx.x * i64(c);
   const float r = rstd[blockIdx.x];
   float a[W], b[W];
@@ -34,15 +35,15 @@ extern "C" __global__ void rms_apply(const T* x, const T* w, const float* rstd, 
     load(x + at, i, c, wide, a);
     load(w, i, c, wide, b);
 #pragma unroll
-    for (int j = 0; j < W; j++) a[j] = a[j] * r * b[j];  // in rms_norm's order: the same bits
+    for (int j = 0; j < W; j++) a[j] = a[j] * r * (b[j] + offset);  // in rms_norm's order: the same bits
     store(y + at, i, c, wide, a);
   }
 }
 
 // Block p of P takes the rows p, p + P, ...; partial[p, :] is its part of dw, kept in shared memory (c floats), where a
 // thread only ever touches its own columns. `residual` may be null.
-extern "C" __global__ void rms_backward(const T* dy, const T* x, const T* w, const float* rstd, const T* residual, T* dx,
-                                        float* partial, i64 rows, int c, bool wide) {
+extern "C" __global__ void rms_backward(const T* dy, const T* x, const T* w, float offset, const float* rstd,
+                                        const T* residual, T* dx, float* partial, i64 rows, int c, bool wide) {
   extern __shared__ __align__(16) float dw[];
   float g[W], a[W], b[W];
   for (int i = threadIdx.x * W; i < c; i += blockDim.x * W)
@@ -60,7 +61,7 @@ extern "C" __global__ void rms_backward(const T* dy, const T* x, const T* w, con
 #pragma unroll
       for (int j = 0; j < W; j++) {
         const float normed = a[j] * r;
-        sum += g[j] * b[j] * normed;
+        sum += g[j] * (b[j] + offset) * normed;
         if (i + j < c) dw[i + j] += g[j] * normed;
       }
     }
@@ -70,7 +71,7 @@ extern "C" __global__ void rms_backward(const T* dy, const T* x, const T* w, con
       load(x + at, i, c, wide, a);
       load(w, i, c, wide, b);
 #pragma unroll
-      for (int j = 0; j < W; j++) a[j] = (g[j] * b[j] - a[j] * r * mean) * r;
+      for (int j = 0; j < W; j++) a[j] = (g[j] * (b[j] + offset) - a[j] * r * mean) * r;
       if (residual) {
         load(residual + at, i, c, wide, g);
 #pragma unroll

@@ -57,12 +57,20 @@ unsafe extern "C" {
 // Row operations on the CPU.
 unsafe extern "C" {
     pub(crate) fn corral_fill_normal(out: Raw, key: u64, first: u64, std: f64) -> *mut c_char;
-    pub(crate) fn corral_rms_norm(x: Raw, w: Raw, eps: f64, y: *mut Raw, rstd: *mut Raw) -> *mut c_char;
-    pub(crate) fn corral_rms_apply(x: Raw, w: Raw, rstd: Raw, y: *mut Raw) -> *mut c_char;
+    pub(crate) fn corral_rms_norm(
+        x: Raw,
+        w: Raw,
+        offset: f64,
+        eps: f64,
+        y: *mut Raw,
+        rstd: *mut Raw,
+    ) -> *mut c_char;
+    pub(crate) fn corral_rms_apply(x: Raw, w: Raw, offset: f64, rstd: Raw, y: *mut Raw) -> *mut c_char;
     pub(crate) fn corral_rms_backward(
         dy: Raw,
         x: Raw,
         w: Raw,
+        offset: f64,
         rstd: Raw,
         residual: Raw,
         dw: Raw,

@@ -24,6 +24,15 @@ pub fn accumulator(kind: Kind) -> Kind {
     if kind == Kind::Double { Kind::Double } else { Kind::Float }
 }
 
+/// What a norm multiplies by: a weight, T `[C]`, plus a number. Gemma's weights are stored less 1: their offset is 1, others' 0.
+#[derive(Debug, Clone, Copy)]
+pub struct Gain<'a> {
+    /// T `[C]`
+    pub weight: &'a Tensor,
+    /// Added to it.
+    pub offset: f64,
+}
+
 /// What an attention works on: B rows, H query heads, K key-value heads, D numbers a head.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Heads {
@@ -35,12 +44,24 @@ pub struct Heads {
     pub kv_heads: i64,
     /// D
     pub head_dim: i64,
+    /// What scores are multiplied by.
+    pub scale: f64,
+    /// c: scores s become c tanh(s / c) before the softmax (Gemma 2); composed on every device.
+    pub softcap: Option<f64>,
 }
 
 impl Heads {
-    /// The softmax's scale, 1 / sqrt(D).
-    pub fn scale(&self) -> f64 {
-        1.0 / (self.head_dim as f64).sqrt()
+    /// With the usual scale, 1 / sqrt(D), and no cap.
+    pub fn new(batch: i64, heads: i64, kv_heads: i64, head_dim: i64) -> Heads {
+        Heads { batch, heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f64).sqrt(), softcap: None }
+    }
+
+    /// Scores with their cap, from scaled ones.
+    pub fn cap(&self, scores: Tensor) -> Tensor {
+        match self.softcap {
+            Some(c) => (scores / c).tanh() * c,
+            None => scores,
+        }
     }
 }
 

@@ -71,33 +71,53 @@ fn same(what: &str, a: &Tensor, b: &Tensor, kind: Kind) {
     same_at(what, a, b, kind, 0.1);
 }
 
+fn gain(weight: &Tensor, offset: f64) -> ops::Gain<'_> {
+    ops::Gain { weight, offset }
+}
+
 #[test]
 fn rms_norm() {
     for kind in KINDS {
-        for (n, c) in [(1, 1), (37, 48), (65, 288), (3, 1023), (700, 64), (5, 4096)] {
+        let sizes = [(1, 1), (37, 48), (65, 288), (3, 1023), (700, 64), (5, 4096)];
+        for (n, c, offset) in sizes.into_iter().flat_map(|(n, c)| [(n, c, 0.0), (n, c, 1.0)]) {
             let (x, w) = (randn(&[n, c], kind), randn(&[c], kind));
             let (dx, dw) = (put(&x), put(&w));
-            let (y, rstd) = ops::rms_norm(&dx, &dw, 1e-5).unwrap();
-            let (y2, rstd2) = Composed.rms_norm(&exact(&x), &exact(&w), 1e-5).unwrap();
+            let (y, rstd) = ops::rms_norm(&dx, gain(&dw, offset), 1e-5).unwrap();
+            let (y2, rstd2) = Composed.rms_norm(&exact(&x), gain(&exact(&w), offset), 1e-5).unwrap();
             same("y", &y, &y2, kind);
             same("rstd", &rstd, &rstd2, statistics(kind));
-            assert!(ops::rms_apply(&dx, &dw, &rstd).unwrap().equal(&y), "recomputing changes no bit");
+            assert!(
+                ops::rms_apply(&dx, gain(&dw, offset), &rstd).unwrap().equal(&y),
+                "recomputing changes no bit"
+            );
             let (dy, residual) = (randn(&[n, c], kind), randn(&[n, c], kind));
             for residual in [None, Some(&residual)] {
                 let start = randn(&[c], ops::accumulator(kind));
                 let grad = put(&start);
                 let on_device = residual.map(put);
                 let again = put(&start);
-                let out = ops::rms_backward(&put(&dy), &dx, &dw, &rstd, on_device.as_ref(), &grad).unwrap();
+                let out =
+                    ops::rms_backward(&put(&dy), &dx, gain(&dw, offset), &rstd, on_device.as_ref(), &grad)
+                        .unwrap();
                 let grad2 = exact(&start);
                 let residual = residual.map(exact);
                 let out2 = Composed
-                    .rms_backward(&exact(&dy), &exact(&x), &exact(&w), &rstd2, residual.as_ref(), &grad2)
+                    .rms_backward(
+                        &exact(&dy),
+                        &exact(&x),
+                        gain(&exact(&w), offset),
+                        &rstd2,
+                        residual.as_ref(),
+                        &grad2,
+                    )
                     .unwrap();
-                let terms = (exact(&dy) * exact(&w) * rstd2.unsqueeze(-1)).abs().max().double_value(&[]);
+                let terms =
+                    (exact(&dy) * (exact(&w) + offset) * rstd2.unsqueeze(-1)).abs().max().double_value(&[]);
                 same_at("dx", &out, &out2, kind, terms);
                 same("dw", &grad, &grad2, statistics(kind));
-                let _ = ops::rms_backward(&put(&dy), &dx, &dw, &rstd, on_device.as_ref(), &again).unwrap();
+                let _ =
+                    ops::rms_backward(&put(&dy), &dx, gain(&dw, offset), &rstd, on_device.as_ref(), &again)
+                        .unwrap();
                 assert!(again.equal(&grad), "the same input gives the same bits");
             }
         }
@@ -193,13 +213,16 @@ fn what_does_not_fit_is_refused() {
     let ints = Tensor::from_slice::<i64>;
     let (x, w, rstd) = (float(&[3, 4]), float(&[4]), float(&[3]));
 
-    refused(ops::rms_norm(&x, &double(&[4]), 1e-5), "w must have 4 elements of Float, not 4 of Double");
-    refused(ops::rms_norm(&x, &float(&[5]), 1e-5), "no rows of 5");
-    refused(ops::rms_norm(&x, &float(&[0]), 1e-5), "no rows of 0");
-    refused(ops::rms_norm(&float(&[4, 3]).tr(), &w, 1e-5), "x must be a contiguous CPU tensor");
-    refused(ops::rms_apply(&x, &w, &float(&[2])), "rstd must have 3 elements");
+    refused(
+        ops::rms_norm(&x, gain(&double(&[4]), 0.0), 1e-5),
+        "w must have 4 elements of Float, not 4 of Double",
+    );
+    refused(ops::rms_norm(&x, gain(&float(&[5]), 0.0), 1e-5), "no rows of 5");
+    refused(ops::rms_norm(&x, gain(&float(&[0]), 0.0), 1e-5), "no rows of 0");
+    refused(ops::rms_norm(&float(&[4, 3]).tr(), gain(&w, 0.0), 1e-5), "x must be a contiguous CPU tensor");
+    refused(ops::rms_apply(&x, gain(&w, 0.0), &float(&[2])), "rstd must have 3 elements");
     let backward = |dy: &Tensor, rstd: &Tensor, residual: Option<&Tensor>, dw: &Tensor| {
-        ops::rms_backward(dy, &x, &w, rstd, residual, dw)
+        ops::rms_backward(dy, &x, gain(&w, 0.0), rstd, residual, dw)
     };
     refused(backward(&float(&[2, 4]), &rstd, None, &w), "dy must have 12 elements");
     refused(backward(&x, &double(&[3]), None, &w), "rstd must have 3 elements of Float");
@@ -248,7 +271,7 @@ fn what_does_not_fit_is_refused() {
     refused(ops::embedding_backward(&x, &zeros, &double(&[7, 4])), "dw must have 28 elements of Float");
     refused(ops::accumulate(&float(&[11]), &x, true), "dst must have 12 elements");
 
-    let h = ops::Heads { batch: 1, heads: 2, kv_heads: 1, head_dim: 2 };
+    let h = ops::Heads::new(1, 2, 1, 2);
     let (qkv, out, lse) = (float(&[3, 8]), float(&[3, 4]), float(&[1, 2, 3]));
     for wrong in [ops::Heads { kv_heads: 0, heads: 4, ..h }, ops::Heads { batch: 0, ..h }] {
         refused(ops::attention(&qkv, None, wrong), "shapes do not fit");
@@ -283,7 +306,7 @@ fn attention() {
             (1, 129, 2, 2, 10),
             (2, 200, 8, 2, 128),
         ] {
-            let h = ops::Heads { batch, heads, kv_heads, head_dim };
+            let h = ops::Heads::new(batch, heads, kv_heads, head_dim);
             let qkv = randn(&[batch * time, (heads + 2 * kv_heads) * head_dim], kind);
             let at = Tensor::arange(time, (Kind::Int64, Device::Cpu)).repeat([batch]);
             let window = (&at - 7i64).clamp_min(0);
@@ -316,7 +339,7 @@ fn decode_attention() {
     for kind in KINDS {
         for (heads, kv_heads, head_dim) in [(1, 1, 4), (4, 2, 16), (3, 3, 48), (8, 2, 64), (2, 1, 10)] {
             let (slots, capacity, batch) = (5, 41, 4);
-            let h = ops::Heads { batch, heads, kv_heads, head_dim };
+            let h = ops::Heads::new(batch, heads, kv_heads, head_dim);
             let (k, v) = (
                 randn(&[slots, kv_heads, capacity, head_dim], kind),
                 randn(&[slots, kv_heads, capacity, head_dim], kind),
@@ -366,7 +389,7 @@ fn decode_attention() {
         }
     }
     let cache = randn(&[2, 1, 3, 4], Kind::Float);
-    let h = ops::Heads { batch: 1, heads: 1, kv_heads: 1, head_dim: 4 };
+    let h = ops::Heads::new(1, 1, 1, 4);
     let (qkv, zero) = (randn(&[1, 12], Kind::Float), Tensor::from_slice(&[0i64]));
     let one = Tensor::from_slice(&[1i64]);
     let e = ops::decode_attention(&qkv, &cache, &cache, &zero, &(&one * 3), None, h).unwrap_err();
@@ -494,29 +517,40 @@ fn compositions_against_autograd() {
         assert!(d < 1e-12, "{what}: {d:e}");
     };
 
-    let (x, w, dy) = (leaf(&[9, 12]), leaf(&[12]), randn(&[9, 12], kind));
-    let (y, rstd) = Composed.rms_norm(&x, &w, 1e-5).unwrap();
-    (y * &dy).sum(kind).backward();
-    let dw = Tensor::zeros([12], (kind, Device::Cpu));
-    let (xd, wd) = (x.detach(), w.detach());
-    check("rms dx", &Composed.rms_backward(&dy, &xd, &wd, &rstd.detach(), None, &dw).unwrap(), &x.grad());
-    check("rms dw", &dw, &w.grad());
+    for offset in [0.0, 1.0] {
+        let (x, w, dy) = (leaf(&[9, 12]), leaf(&[12]), randn(&[9, 12], kind));
+        let (y, rstd) = Composed.rms_norm(&x, gain(&w, offset), 1e-5).unwrap();
+        (y * &dy).sum(kind).backward();
+        let dw = Tensor::zeros([12], (kind, Device::Cpu));
+        let (xd, wd, rstd) = (x.detach(), w.detach(), rstd.detach());
+        let dx = Composed.rms_backward(&dy, &xd, gain(&wd, offset), &rstd, None, &dw).unwrap();
+        check("rms dx", &dx, &x.grad());
+        check("rms dw", &dw, &w.grad());
+    }
 
     let (gu, da) = (leaf(&[5, 14]), randn(&[5, 7], kind));
     (Composed.swiglu(&gu).unwrap() * &da).sum(kind).backward();
     let d = gu.detach().copy();
     Composed.swiglu_backward(&d, &da.copy()).unwrap();
     check("swiglu", &d, &gu.grad());
+    let gu = leaf(&[5, 14]);
+    (ops::geglu(&gu).unwrap() * &da).sum(kind).backward();
+    let (d, a) = (gu.detach().copy(), da.copy());
+    ops::geglu_backward(&d, &a).unwrap();
+    check("geglu", &d, &gu.grad());
+    check("geglu's output", &a, &ops::geglu(&gu.detach()).unwrap());
 
-    let h = ops::Heads { batch: 2, heads: 4, kv_heads: 2, head_dim: 6 };
-    let (qkv, dout) = (leaf(&[2 * 11, 8 * 6]), randn(&[2 * 11, 24], kind));
-    let start = Tensor::from_slice(&[0i64, 0, 0, 0, 4, 4, 4, 4, 4, 9, 9]).repeat([2]);
-    let (o, lse) = Composed.attention(&qkv, Some(&start), h).unwrap();
-    (&o * &dout).sum(kind).backward();
-    let d = Composed
-        .attention_backward(&dout, &qkv.detach(), &o.detach(), &lse.detach(), Some(&start), h)
-        .unwrap();
-    check("attention", &d, &qkv.grad());
+    for softcap in [None, Some(1.5)] {
+        let h = ops::Heads { scale: 0.7, softcap, ..ops::Heads::new(2, 4, 2, 6) };
+        let (qkv, dout) = (leaf(&[2 * 11, 8 * 6]), randn(&[2 * 11, 24], kind));
+        let start = Tensor::from_slice(&[0i64, 0, 0, 0, 4, 4, 4, 4, 4, 9, 9]).repeat([2]);
+        let (o, lse) = Composed.attention(&qkv, Some(&start), h).unwrap();
+        (&o * &dout).sum(kind).backward();
+        let d = Composed
+            .attention_backward(&dout, &qkv.detach(), &o.detach(), &lse.detach(), Some(&start), h)
+            .unwrap();
+        check("attention", &d, &qkv.grad());
+    }
 
     let (logits, coef) = (leaf(&[6, 10]), randn(&[6], kind));
     let labels = Tensor::from_slice(&[0i64, 9, -100, 3, 3, 1]);

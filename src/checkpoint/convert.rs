@@ -213,7 +213,7 @@ impl Conversion {
 
     fn write_hf(&self, to: &Path, max_shard_size: u64, done: &AtomicU64) -> Result<Begun> {
         let entries = self.specs().map(|s| self.entry(&s)).collect::<Result<Vec<_>>>()?;
-        let plan = hf::plan(entries.iter().cloned(), max_shard_size);
+        let plan = hf::plan(hf::as_stored(&self.shape, entries.iter().cloned()), max_shard_size);
         let ids = match &self.tokenizer {
             Some(tokenizer) => SpecialIds::of(tokenizer),
             None => self.ids.clone(),

@@ -6,6 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
+use super::families;
 use super::families::Description;
 use super::hf_config::{Described, SpecialIds, read_object, read_shape, write_shape};
 use super::ours::{OURS, Ours, Scoring};
@@ -259,7 +260,7 @@ pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: 
     let writes = world.rank() == 0;
     let specs = (0..params.len()).flat_map(|i| &params.plan(i).layout.specs);
     let entry = |s: &Spec| Entry { name: s.name.clone(), kind: how.dtype, shape: s.shape.clone() };
-    let plan = plan(specs.map(entry), how.max_shard_size);
+    let plan = plan(as_stored(shape, specs.map(entry)), how.max_shard_size);
     let started = match writes {
         true => (|| {
             let ids = how.tokenizer.map_or_else(SpecialIds::default, SpecialIds::of);
@@ -292,6 +293,20 @@ pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: 
 
 /// The files of an export with their tensors, in the order of the groups.
 pub(super) type Plan = Vec<(String, Vec<Entry>)>;
+
+/// The tensors as the family's files have them: some hold several of the model's, one after the other.
+pub(super) fn as_stored(shape: &Shape, entries: impl Iterator<Item = Entry>) -> impl Iterator<Item = Entry> {
+    let family = families::of(shape.family);
+    let mut stored: Vec<Entry> = Vec::new();
+    for entry in entries {
+        let (name, _) = (family.place)(&entry.name, shape);
+        match stored.last_mut().filter(|last| last.name == name) {
+            Some(last) => last.shape[0] += entry.shape[0],
+            None => stored.push(Entry { name, ..entry }),
+        }
+    }
+    stored.into_iter()
+}
 
 /// Divides tensors among files of at most `max_shard_size` bytes.
 pub(super) fn plan(entries: impl Iterator<Item = Entry>, max_shard_size: u64) -> Plan {
@@ -358,21 +373,38 @@ pub(super) struct Output<'a> {
     file: usize,
     /// Tensors written to the current file.
     tensor: usize,
+    /// The parts of the next one that are there.
+    parts: Vec<tch::Tensor>,
     writer: Option<Writer>,
 }
 
 impl<'a> Output<'a> {
     pub(super) fn new(dir: &'a Path, plan: &'a Plan) -> Self {
-        Output { dir, plan, file: 0, tensor: 0, writer: None }
+        Output { dir, plan, file: 0, tensor: 0, parts: Vec::new(), writer: None }
     }
 
+    /// Writes the next tensor of the model, or keeps it until all are there that lie in one tensor with it.
     pub(super) fn write(&mut self, t: &tch::Tensor) -> Result<()> {
         let (name, entries) = &self.plan[self.file];
+        let entry = &entries[self.tensor];
+        let numel: i64 = entry.shape.iter().product();
+        let joined = match self.parts.is_empty() && t.numel() as i64 == numel {
+            true => t.shallow_clone(),
+            false => {
+                // Exporting gathers one tensor after the other into the same memory.
+                self.parts.push(t.f_reshape([-1])?.copy());
+                let there: usize = self.parts.iter().map(tch::Tensor::numel).sum();
+                if (there as i64) < numel {
+                    return Ok(());
+                }
+                tch::Tensor::f_cat(&std::mem::take(&mut self.parts), 0)?
+            }
+        };
         let mut writer = match self.writer.take() {
             Some(writer) => writer,
             None => Writer::create(&self.dir.join(name), entries)?,
         };
-        writer.write(t)?;
+        writer.write(&joined)?;
         self.tensor += 1;
         if self.tensor < entries.len() {
             self.writer = Some(writer);

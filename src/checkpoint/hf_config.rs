@@ -9,7 +9,7 @@ use tch::Kind;
 use super::families::{self, Config, Description, refused};
 use super::keys::{harmless, neutral, unread};
 use super::rope;
-use crate::config::shape::{Family, Head, Shape};
+use crate::config::shape::{Activation, Family, Features, Head, Shape};
 use crate::content::unusable;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Context, Error, Result};
@@ -85,7 +85,12 @@ fn shape_of(config: &Map<String, Value>) -> Result<Described> {
     check_layer_types(config, &shape)?;
     warnings.extend(unread(config, family, unknown)?);
     if family.keys.iter().any(|keys| keys.contains(&"rope_parameters")) {
-        warnings.extend(rope::read(config, shape.rope_theta)?.warnings);
+        let rope = rope::read(config, shape.rope_theta)?;
+        if rope.by_type && shape.features.rope_local_theta.is_none() {
+            let parameters = config.get("rope_parameters").unwrap_or(&Value::Null);
+            return Err(refused("rope_parameters", parameters, "one set for all blocks"));
+        }
+        warnings.extend(rope.warnings);
     }
     Ok(Described { family, shape, warnings })
 }
@@ -147,7 +152,7 @@ pub(super) struct Defaults {
 /// The part of the shape that is in the same keys in nearly all families.
 pub(super) fn common(config: &Config, d: Defaults) -> Result<Shape> {
     // Two names of one function.
-    if let Some(act) = config.get("hidden_act")
+    if let Some(act) = config.get("hidden_act").filter(|_| config.get("hidden_activation").is_none())
         && act != "silu"
         && act != "swish"
     {
@@ -188,6 +193,7 @@ pub(super) fn common(config: &Config, d: Defaults) -> Result<Shape> {
         sliding_window: None,
         max_window_layers: 0,
         experts: None,
+        features: Features { rope_linear_factor: rope.linear, ..d.family.features() },
     })
 }
 
@@ -202,6 +208,11 @@ pub fn write_shape(s: &Shape, dtype: Kind, ids: &SpecialIds) -> Value {
             "rope_type": "llama3",
         })
     });
+    let linear = s.features.rope_linear_factor.map(|factor| json!({"factor": factor, "rope_type": "linear"}));
+    let act = match s.features.activation {
+        Activation::Silu => "silu",
+        Activation::GeluTanh => "gelu_pytorch_tanh",
+    };
     let family = families::of(s.family);
     let Value::Object(mut config) = json!({
         "architectures": [family.architecture(s.head)],
@@ -209,7 +220,7 @@ pub fn write_shape(s: &Shape, dtype: Kind, ids: &SpecialIds) -> Value {
         "bos_token_id": ids.bos,
         "eos_token_id": ids.eos,
         "head_dim": s.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": act,
         "hidden_size": s.hidden_size,
         "initializer_range": s.initializer_range,
         "intermediate_size": s.intermediate_size,
@@ -220,7 +231,7 @@ pub fn write_shape(s: &Shape, dtype: Kind, ids: &SpecialIds) -> Value {
         "num_key_value_heads": s.num_key_value_heads,
         "pad_token_id": ids.pad,
         "rms_norm_eps": s.rms_norm_eps,
-        "rope_scaling": rope_scaling,
+        "rope_scaling": rope_scaling.or(linear),
         "rope_theta": s.rope_theta,
         "tie_word_embeddings": s.tie_word_embeddings,
         "torch_dtype": dtype_name(dtype),
@@ -327,7 +338,7 @@ mod tests {
             ("attention_dropout", json!(0.1), "attention_dropout"),
             ("sliding_window", json!(4096), "sliding_window"),
             ("quantization_config", json!({"bits": 4}), "quantization_config"),
-            ("rope_scaling", json!({"type": "linear", "factor": 2.0}), "linear"),
+            ("rope_scaling", json!({"type": "dynamic", "factor": 2.0}), "dynamic"),
             (
                 "rope_scaling",
                 json!({"rope_type": "llama3", "factor": 2.0}),

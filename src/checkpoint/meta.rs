@@ -260,6 +260,7 @@ fn shape_of(params: &Map<String, Value>, output_rows: i64, ffn_rows: i64) -> Res
         sliding_window: None,
         max_window_layers: 0,
         experts: None,
+        features: Default::default(),
     };
     shape.check().map_err(|e| Error::data(e.message))?;
     Ok(shape)
@@ -418,6 +419,9 @@ pub(super) fn write_params(s: &Shape) -> Result<Value> {
             "heads of {} channels; there they have hidden_size / num_attention_heads ({} / {})",
             s.head_dim, s.hidden_size, s.num_attention_heads
         ));
+    }
+    if s.features.rope_linear_factor.is_some() {
+        return refused("rope_scaling of type linear".into());
     }
     let fixed = rope_scaling(s.hidden_size);
     if let Some(scaling) = s.rope_scaling.as_ref().filter(|scaling| **scaling != fixed) {

@@ -12,6 +12,10 @@ use crate::error::{Error, Result};
 pub(super) struct Rope {
     pub theta: f64,
     pub scaling: Option<Llama3RopeScaling>,
+    /// What positions are divided by, of type `linear`.
+    pub linear: Option<f64>,
+    /// They are those of blocks without a window: those with one have others.
+    pub by_type: bool,
     pub warnings: Vec<String>,
 }
 
@@ -21,7 +25,8 @@ pub(super) fn read(config: &Map<String, Value>, default: f64) -> Result<Rope> {
     let beside = number(config, "rope_theta", "")?;
     let mut warnings = Vec::new();
     let Some((key, counts)) = scaling.or(parameters) else {
-        return Ok(Rope { theta: beside.unwrap_or(default), scaling: None, warnings });
+        let theta = beside.unwrap_or(default);
+        return Ok(Rope { theta, scaling: None, linear: None, by_type: false, warnings });
     };
     let own = number(counts, "rope_theta", key)?;
     let theta = own.or(beside).unwrap_or(default);
@@ -43,7 +48,9 @@ pub(super) fn read(config: &Map<String, Value>, default: f64) -> Result<Rope> {
             "rope_scaling and rope_parameters are both there and differ: rope_scaling counts, as in transformers{lost}"
         ));
     }
-    Ok(Rope { theta, scaling: scaling_of(key, counts)?, warnings })
+    let (scaling, linear) = scaling_of(key, counts)?;
+    let by_type = is_by_type(config.get(key));
+    Ok(Rope { theta, scaling, linear, by_type, warnings })
 }
 
 /// A key that holds an object, with its name; none where it is missing, null or empty.
@@ -53,9 +60,18 @@ fn section<'a>(
 ) -> Result<Option<(&'static str, &'a Map<String, Value>)>> {
     match config.get(key) {
         None | Some(Value::Null) => Ok(None),
-        Some(Value::Object(object)) => Ok(Some((key, object)).filter(|(_, o)| !o.is_empty())),
+        // Of Gemma 3 by type of block: those with a window have another base, and no scaling.
+        Some(Value::Object(object)) => Ok(match object.get("full_attention") {
+            Some(Value::Object(full)) if is_by_type(config.get(key)) => Some((key, full)),
+            _ => Some((key, object)).filter(|(_, o)| !o.is_empty()),
+        }),
         Some(other) => Err(Error::data(format!("{key} is {other}; it must be an object"))),
     }
+}
+
+fn is_by_type(parameters: Option<&Value>) -> bool {
+    let has = |name| parameters.and_then(|p| p.get(name)).is_some_and(Value::is_object);
+    has("full_attention") && has("sliding_attention")
 }
 
 /// A number in the object under the key `within` (none: at the top).
@@ -70,8 +86,11 @@ fn number(from: &Map<String, Value>, key: &str, within: &str) -> Result<Option<f
     }
 }
 
-/// The scaling that the object under `key` describes; none of type `default`.
-fn scaling_of(key: &str, parameters: &Map<String, Value>) -> Result<Option<Llama3RopeScaling>> {
+/// The scaling that the object under `key` describes, or the factor of type `linear`; none of type `default`.
+fn scaling_of(
+    key: &str,
+    parameters: &Map<String, Value>,
+) -> Result<(Option<Llama3RopeScaling>, Option<f64>)> {
     // Before transformers 4.43 the type was called `type`.
     let types = ["rope_type", "type"].map(|name| parameters.get(name).filter(|v| !v.is_null()));
     if let [Some(a), Some(b)] = types
@@ -84,12 +103,13 @@ fn scaling_of(key: &str, parameters: &Map<String, Value>) -> Result<Option<Llama
     let kind = types.into_iter().flatten().next();
     let known: &[&str] = match kind.map(|k| k.as_str()) {
         None | Some(Some("default")) => &[],
+        Some(Some("linear")) => &["factor"],
         Some(Some("llama3")) => {
             &["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
         }
         Some(_) => {
             let kind = kind.unwrap_or(&Value::Null);
-            return Err(refused(&format!("{key}.rope_type"), kind, "\"default\" and \"llama3\""));
+            return Err(refused(&format!("{key}.rope_type"), kind, "\"default\", \"linear\" and \"llama3\""));
         }
     };
     for (name, value) in parameters {
@@ -103,23 +123,31 @@ fn scaling_of(key: &str, parameters: &Map<String, Value>) -> Result<Option<Llama
         }
     }
     if known.is_empty() {
-        return Ok(None);
+        return Ok((None, None));
     }
     let required = |name: &str| {
         number(parameters, name, key)?.ok_or_else(|| Error::data(format!("{key}.{name} is missing")))
     };
+    if known.len() == 1 {
+        let factor = required("factor")?;
+        return match factor >= 1.0 {
+            true => Ok((None, Some(factor))),
+            false => Err(Error::data(format!("{key}.factor is {factor}; it must be at least 1"))),
+        };
+    }
     let original = required("original_max_position_embeddings")?;
     if original.fract() != 0.0 || original < 1.0 {
         return Err(Error::data(format!(
             "{key}.original_max_position_embeddings is {original}; it must be a positive integer"
         )));
     }
-    Ok(Some(Llama3RopeScaling {
+    let scaling = Llama3RopeScaling {
         factor: required("factor")?,
         low_freq_factor: required("low_freq_factor")?,
         high_freq_factor: required("high_freq_factor")?,
         original_max_position_embeddings: original as i64,
-    }))
+    };
+    Ok((Some(scaling), None))
 }
 
 #[cfg(test)]

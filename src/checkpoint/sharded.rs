@@ -165,7 +165,8 @@ impl Meta {
         if crc32fast::hash(envelope.checkpoint.to_string().as_bytes()) != envelope.crc32 {
             return Err("its contents do not match its checksum".into());
         }
-        let meta: Meta = serde_json::from_value(envelope.checkpoint).map_err(|e| e.to_string())?;
+        let mut meta: Meta = serde_json::from_value(envelope.checkpoint).map_err(|e| e.to_string())?;
+        meta.shape.complete();
         for rank in &meta.slices {
             if rank.len() != meta.groups.len() {
                 return Err("slices and groups do not match".into());

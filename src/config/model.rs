@@ -202,6 +202,7 @@ impl Init {
             sliding_window: self.sliding_window,
             max_window_layers: 0,
             experts: self.experts.clone(),
+            features: self.model_type.features(),
         }
     }
 }

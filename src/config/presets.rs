@@ -1,6 +1,6 @@
 //! Shapes by name: those of the benchmark table, and of published models as their `config.json` has them.
 
-use super::shape::{Experts, Family, Head, Llama3RopeScaling, Shape};
+use super::shape::{Experts, Family, Features, Head, Llama3RopeScaling, Shape};
 
 impl Shape {
     /// The names of the presets. `llama-15m`, `llama-42m` and `llama-110m` are those of the benchmark table; `llama-350m` is of
@@ -89,6 +89,7 @@ fn plain(hidden_size: i64, intermediate_size: i64, layers: i64, heads: i64) -> S
         sliding_window: None,
         max_window_layers: 0,
         experts: None,
+        features: Features::default(),
     }
 }
 
@@ -119,6 +120,7 @@ fn mistral() -> Shape {
 fn qwen(vocab_size: i64, positions: i64, rope_theta: f64, plain: Shape) -> Shape {
     Shape {
         family: Family::Qwen2,
+        features: Family::Qwen2.features(),
         vocab_size,
         max_position_embeddings: positions,
         rms_norm_eps: 1e-6,

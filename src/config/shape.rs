@@ -20,6 +20,106 @@ pub enum Family {
     Qwen2,
     /// RMS norm of each head's query and key before their rotation.
     Qwen3,
+    /// Norms before and after attention and MLP, softcaps, windows in every other block.
+    Gemma2,
+    /// Text: windows in most blocks, with a rotary base of their own.
+    Gemma3,
+    /// Norms after attention and MLP alone; norms of whole queries and keys.
+    Olmo2,
+    /// A Llama with joined tensors.
+    Phi3,
+}
+
+/// Which of a query and key are normalised together, before their rotation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum QkNorm {
+    #[default]
+    None,
+    /// The D numbers of each head, with one weight for all heads.
+    Head,
+    /// All numbers of the projection.
+    Projection,
+}
+
+/// What the gate of an MLP goes through.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    #[default]
+    Silu,
+    /// The tanh form of GELU.
+    GeluTanh,
+}
+
+/// Where the norms of a block are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Norms {
+    /// Before attention and MLP.
+    #[default]
+    Before,
+    /// On what attention and MLP give, before it is added to the stream.
+    After,
+    Both,
+}
+
+/// What a block of a model sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LayerType {
+    SlidingAttention,
+    FullAttention,
+}
+
+/// What a model computes differently from a Llama; the default is a Llama's.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Features {
+    /// q, k and v have a bias.
+    pub attention_bias: bool,
+    pub qk_norm: QkNorm,
+    pub activation: Activation,
+    pub norms: Norms,
+    /// Norms multiply by 1 + weight.
+    pub norm_offset: bool,
+    /// Embeddings are multiplied by sqrt(C), rounded to their dtype.
+    pub scale_embeddings: bool,
+    /// c: scores s become c tanh(s / c).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attention_softcap: Option<f64>,
+    /// The same of logits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logit_softcap: Option<f64>,
+    /// x: scores are multiplied by 1 / sqrt(x); none: D.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub query_pre_attn_scalar: Option<i64>,
+    /// What each block sees, where that is not said by `sliding_window` and `max_window_layers`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layer_types: Option<Vec<LayerType>>,
+    /// The rotary base of blocks with a window, without scaling; none: that of all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rope_local_theta: Option<f64>,
+    /// f: rotary positions are divided by f (`rope_scaling` of type `linear`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rope_linear_factor: Option<f64>,
+}
+
+impl Features {
+    fn is_llamas(&self) -> bool {
+        *self == Features::default()
+    }
+}
+
+impl Family {
+    /// What all models of the family have, beyond what their configurations say.
+    pub fn features(self) -> Features {
+        match self {
+            Family::Qwen2 => Features { attention_bias: true, ..Features::default() },
+            Family::Qwen3 => Features { qk_norm: QkNorm::Head, ..Features::default() },
+            _ => Features::default(),
+        }
+    }
 }
 
 /// What is made of the hidden states.
@@ -63,7 +163,7 @@ pub struct Experts {
 /// Shape and constants of a model, under Hugging Face's names. C = `hidden_size`, H = `num_attention_heads`,
 /// K = `num_key_value_heads`, D = `head_dim`, V = `vocab_size`, F = `intermediate_size` (of one expert, where there are
 /// several).
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Shape {
     #[serde(default)]
@@ -92,17 +192,43 @@ pub struct Shape {
     pub max_window_layers: i64,
     #[serde(default)]
     pub experts: Option<Experts>,
+    #[serde(default, skip_serializing_if = "Features::is_llamas")]
+    pub features: Features,
 }
 
 impl Shape {
-    /// q, k and v have a bias.
-    pub fn qkv_bias(&self) -> bool {
-        self.family == Family::Qwen2
+    /// Of a checkpoint from before features were written: those of its family.
+    pub fn complete(&mut self) {
+        if self.features.is_llamas() {
+            self.features = self.family.features();
+        }
     }
 
-    /// Each head's query and key are normalised.
-    pub fn qk_norm(&self) -> bool {
-        self.family == Family::Qwen3
+    /// The offset of norms' weights.
+    pub fn norm_offset(&self) -> f64 {
+        if self.features.norm_offset { 1.0 } else { 0.0 }
+    }
+
+    /// What scores of attention are multiplied by.
+    pub fn attention_scale(&self) -> f64 {
+        1.0 / (self.features.query_pre_attn_scalar.unwrap_or(self.head_dim) as f64).sqrt()
+    }
+
+    /// The same shape with the rotary positions of blocks with a window, where those have their own.
+    pub fn of_windows(&self) -> Option<Shape> {
+        let rope_theta = self.features.rope_local_theta?;
+        let features = Features { rope_local_theta: None, rope_linear_factor: None, ..self.features.clone() };
+        Some(Shape { rope_theta, rope_scaling: None, features, ..self.clone() })
+    }
+
+    /// Numbers of the weights that normalise queries and keys; none where nothing does.
+    pub fn qk_norm_sizes(&self) -> Option<[i64; 2]> {
+        let d = self.head_dim;
+        match self.features.qk_norm {
+            QkNorm::None => None,
+            QkNorm::Head => Some([d, d]),
+            QkNorm::Projection => Some([self.num_attention_heads * d, self.num_key_value_heads * d]),
+        }
     }
 
     /// The same trunk with a scalar head, which is tied to nothing.
@@ -126,7 +252,10 @@ impl Shape {
 
     /// The sliding window of block `layer`, if it has one.
     pub fn window(&self, layer: i64) -> Option<i64> {
-        self.sliding_window.filter(|_| layer >= self.max_window_layers)
+        self.sliding_window.filter(|_| match &self.features.layer_types {
+            Some(types) => types.get(layer as usize) == Some(&LayerType::SlidingAttention),
+            None => layer >= self.max_window_layers,
+        })
     }
 
     /// Refuses shapes that no model of these families can have.
@@ -142,6 +271,7 @@ impl Shape {
             ("max_position_embeddings", self.max_position_embeddings),
         ];
         positive.extend(self.sliding_window.map(|w| ("sliding_window", w)));
+        positive.extend(self.features.query_pre_attn_scalar.map(|x| ("query_pre_attn_scalar", x)));
         if let Some(e) = &self.experts {
             positive.push(("num_local_experts", e.num_local_experts));
             positive.push(("num_experts_per_tok", e.num_experts_per_tok));
@@ -174,6 +304,15 @@ impl Shape {
             return refuse(format!(
                 "max_window_layers is {}, of {} layers",
                 self.max_window_layers, self.num_hidden_layers
+            ));
+        }
+        if let Some(types) =
+            self.features.layer_types.as_ref().filter(|t| t.len() as i64 != self.num_hidden_layers)
+        {
+            return refuse(format!(
+                "layer_types has {} entries, of {} layers",
+                types.len(),
+                self.num_hidden_layers
             ));
         }
         match &self.experts {
@@ -210,13 +349,11 @@ impl Shape {
     pub fn num_parameters(&self) -> i64 {
         let (c, d) = (self.hidden_size, self.head_dim);
         let (attention, mlp) = self.matrices(self.experts.as_ref().map_or(1, |e| e.num_local_experts));
-        let mut vectors = 2 * c;
-        if self.qkv_bias() {
+        let mut vectors = if self.features.norms == Norms::Both { 4 * c } else { 2 * c };
+        if self.features.attention_bias {
             vectors += (self.num_attention_heads + 2 * self.num_key_value_heads) * d;
         }
-        if self.qk_norm() {
-            vectors += 2 * d;
-        }
+        vectors += self.qk_norm_sizes().map_or(0, |sizes| sizes.iter().sum());
         let head = if self.tie_word_embeddings { 0 } else { self.head_rows() * c };
         self.vocab_size * c + head + self.num_hidden_layers * (attention + mlp + vectors) + c
     }

@@ -323,7 +323,7 @@ fn init_has_the_keys_of_every_family() {
     assert_eq!((mixtral.family, mixtral.sliding_window), (Family::Mixtral, Some(9)));
     let experts = Experts { num_local_experts: 4, num_experts_per_tok: 2, router_aux_loss_coef: 0.02 };
     assert_eq!(mixtral.experts, Some(experts));
-    assert!(shape("model_type: qwen2").qkv_bias() && shape("model_type: qwen3").qk_norm());
+    assert!(shape("model_type: qwen2").features.attention_bias);
     assert_eq!(shape("model_type: mistral").sliding_window, None);
     for (keys, part) in [
         ("num_local_experts: 4", "keys of model_type: mixtral"),

@@ -16,14 +16,16 @@ pub struct Attention<L> {
     pub qkv: L,
     /// [C, H * D]
     pub o: L,
-    /// Of each head's query and key, `[D]`.
+    /// Of each head's query and key, `[D]`; or of all of them, `[H D]` and `[K D]`.
     pub qk_norm: Option<[Tensor; 2]>,
 }
 
+/// Queries and keys before their norm, with its statistics: [N H, D] and [N K, D], or [N, H D] and [N, K D].
+type QkNormSaved = [(Tensor, Tensor); 2];
+
 /// What a forward keeps for its backward.
 pub(super) struct Saved {
-    /// Queries and keys before their norm, with its statistics: [N H, D] and [N K, D]
-    qk: Option<[(Tensor, Tensor); 2]>,
+    qk: Option<QkNormSaved>,
     /// After rotation [N, (H + 2K) D]
     pub(super) qkv: Tensor,
     /// Before the output projection [N, H D], and the softmax's log-sum-exp [B, H, T]
@@ -33,36 +35,37 @@ pub(super) struct Saved {
 
 impl Attention<Linear> {
     /// Queries, keys and values of x (T [N, C]), normalised and rotated: T [N, (H + 2K) D]; and what the norm's backward needs.
-    fn project(&self, x: &Tensor, c: &Context) -> Result<(Tensor, Option<[(Tensor, Tensor); 2]>)> {
+    fn project(&self, x: &Tensor, c: &Context, i: usize) -> Result<(Tensor, Option<QkNormSaved>)> {
         let qkv = self.qkv.forward(x)?; // [N, (H + 2K) D]
         let qk = self.norm_heads(&qkv, c)?;
-        rotate(&qkv, c, false)?;
+        rotate(&qkv, c, i, false)?;
         Ok((qkv, qk))
     }
 
     /// The forward of block `i` up to what its backward needs, for x: T [N, C].
     pub(super) fn begin(&self, x: &Tensor, c: &Context, i: usize) -> Result<Saved> {
-        let (qkv, qk) = self.project(x, c)?;
+        let (qkv, qk) = self.project(x, c, i)?;
         let (out, lse) = ops::attention(&qkv, c.start(i), c.heads)?; // [N, H D], [B, H, T]
         Ok(Saved { qk, qkv, out, lse })
     }
 
-    /// The rest of the forward: residual (T [N, C]) + the output.
-    pub(super) fn finish(&self, saved: &Saved, residual: &Tensor) -> Result<Tensor> {
-        self.o.forward_add(&saved.out, residual)
+    /// The rest of the forward: the output, T [N, C], plus a residual.
+    pub(super) fn finish(&self, saved: &Saved, residual: Option<&Tensor>) -> Result<Tensor> {
+        self.o.forward_onto(&saved.out, residual)
     }
 
     /// The forward for tokens whose rows have read others before, for x: T [N, C]. `attend` takes the rotated queries, keys and
-    /// values, T [N, (H + 2K) D], and returns what they see, T [N, H D]. Returns residual (T [N, C]) + the output.
+    /// values, T [N, (H + 2K) D], and returns what they see, T [N, H D]. Returns the output, T [N, C], plus a residual.
     pub(super) fn cached(
         &self,
         x: &Tensor,
         c: &Context,
-        residual: &Tensor,
+        i: usize,
+        residual: Option<&Tensor>,
         attend: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let qkv = self.project(x, c)?.0;
-        self.o.forward_add(&attend(&qkv)?, residual)
+        let qkv = self.project(x, c, i)?.0;
+        self.o.forward_onto(&attend(&qkv)?, residual)
     }
 
     /// Given the output's gradient dy (T [N, C]), adds to the gradients (or sets matrices, where `fresh`). Returns the input's
@@ -84,21 +87,21 @@ impl Attention<Linear> {
         let dqkv = ops::attention_backward(&dout, &qkv, &out, &lse, c.start(i), c.heads)?; // [N, (H + 2K) D]
         drop(dout);
         // A rotation's gradient is the rotation back.
-        rotate(&dqkv, c, true)?;
-        self.norm_heads_backward(grad, &dqkv, qk, c.heads)?;
+        rotate(&dqkv, c, i, true)?;
+        self.norm_heads_backward(grad, &dqkv, qk, c)?;
         let x = x()?; // [N, C]
         self.qkv.backward_weight(&dqkv, &x, &grad.qkv, fresh)?;
         drop(x);
         if wanted { self.qkv.backward_input(&dqkv).map(Some) } else { Ok(None) }
     }
 
-    /// Normalises each head's query and key in place, where the model does. Returns what they were, and the statistics.
-    fn norm_heads(&self, qkv: &Tensor, c: &Context) -> Result<Option<[(Tensor, Tensor); 2]>> {
+    /// Normalises queries and keys in place, where the model does, in pieces of their weights' sizes. Returns what they were, and the statistics.
+    fn norm_heads(&self, qkv: &Tensor, c: &Context) -> Result<Option<QkNormSaved>> {
         let Some(norms) = &self.qk_norm else { return Ok(None) };
         let [q, k] = queries_and_keys(qkv, c.heads);
         let apply = |mut x: Tensor, norm: &Tensor| -> Result<(Tensor, Tensor)> {
-            let before = x.reshape([-1, c.heads.head_dim]).contiguous();
-            let (y, rstd) = ops::rms_norm(&before, norm, c.eps)?;
+            let before = x.reshape([-1, norm.numel() as i64]).contiguous();
+            let (y, rstd) = c.norm.forward(&before, norm)?;
             x.copy_(&y.view_as(&x));
             Ok((before, rstd))
         };
@@ -110,25 +113,27 @@ impl Attention<Linear> {
         &self,
         grad: &Attention<LinearGrad>,
         dqkv: &Tensor,
-        saved: Option<[(Tensor, Tensor); 2]>,
-        h: Heads,
+        saved: Option<QkNormSaved>,
+        c: &Context,
     ) -> Result<()> {
         let (Some(norms), Some(dnorms), Some(saved)) = (&self.qk_norm, &grad.qk_norm, saved) else {
             return Ok(());
         };
-        for (i, mut dx) in queries_and_keys(dqkv, h).into_iter().enumerate() {
+        for (i, mut dx) in queries_and_keys(dqkv, c.heads).into_iter().enumerate() {
             let (before, rstd) = &saved[i];
-            let dy = dx.reshape([-1, h.head_dim]).contiguous();
-            let d = ops::rms_backward(&dy, before, &norms[i], rstd, None, &dnorms[i])?;
+            let dy = dx.reshape(before.size()).contiguous();
+            let d = c.norm.backward(&dy, before, &norms[i], rstd, None, &dnorms[i])?;
             dx.copy_(&d.view_as(&dx));
         }
         Ok(())
     }
 }
 
-fn rotate(qkv: &Tensor, c: &Context, inverse: bool) -> Result<()> {
+/// Rotates queries and keys of block `i` in place.
+fn rotate(qkv: &Tensor, c: &Context, i: usize, inverse: bool) -> Result<()> {
     let heads = c.heads.heads + c.heads.kv_heads;
-    Ok(ops::rope(qkv, &c.positions, &c.cos, &c.sin, heads, c.heads.head_dim, inverse)?)
+    let (cos, sin) = c.rope(i);
+    Ok(ops::rope(qkv, &c.positions, cos, sin, heads, c.heads.head_dim, inverse)?)
 }
 
 /// The columns of qkv (T [N, (H + 2K) D]) that hold the queries, and those that hold the keys.

@@ -1,12 +1,11 @@
-//! A block: norm, attention, norm, MLP, each pair added to the stream (Touvron et al. 2023). The backward stands beside the
-//! forward.
+//! A block: attention and MLP, each added to the stream, with norms before them (Touvron et al. 2023), on what they give, or
+//! both. The backward stands beside the forward.
 //!
 //! ```text
-//! x2 = x  + attention(norm1(x))
-//! y  = x2 + mlp(norm2(x2))
+//! x2 = x  + after1(attention(before1(x)))
+//! y  = x2 + after2(mlp(before2(x2)))
 //! ```
 
-use kernels::ops;
 use tch::Tensor;
 
 use crate::config::sections::Recompute;
@@ -14,17 +13,22 @@ use crate::error::Result;
 use crate::model::layout::Block;
 use crate::model::linear::{Linear, LinearGrad};
 use crate::model::llama::Context;
+use crate::model::norm::RmsNorm;
 use crate::model::{attention, mlp};
+
+/// What a norm on an output keeps: its input T [N, C], and the statistics A `[N]`.
+type After = (Tensor, Tensor);
 
 /// What a block's forward makes for its backward.
 pub(super) struct Rest {
-    /// The first norm's statistics, A `[N]`
-    rstd1: Tensor,
+    /// Statistics of the norms before attention and MLP, A `[N]`
+    before: [Option<Tensor>; 2],
     pub(super) attention: attention::Saved,
     /// After the attention's residual [N, C]
     x2: Tensor,
-    rstd2: Tensor,
     pub(super) mlp: mlp::Saved,
+    /// Of the norms after attention and MLP; the second is there when the forward is done.
+    after: [Option<After>; 2],
 }
 
 /// What a block's forward keeps for its backward; what is computed again is none.
@@ -52,37 +56,72 @@ impl Saved {
     }
 }
 
+/// x normalised by a weight (x itself without one), and the statistics.
+fn before(norm: RmsNorm, x: &Tensor, w: Option<&Tensor>) -> Result<(Tensor, Option<Tensor>)> {
+    match w {
+        None => Ok((x.shallow_clone(), None)),
+        Some(w) => norm.forward(x, w).map(|(y, rstd)| (y, Some(rstd))),
+    }
+}
+
+/// residual + the output, normalised where there is a weight. `output(residual)` gives the output, plus the residual if there is
+/// one: without a norm both are one product.
+fn after(
+    norm: RmsNorm,
+    residual: &Tensor,
+    w: Option<&Tensor>,
+    output: impl FnOnce(Option<&Tensor>) -> Result<Tensor>,
+) -> Result<(Tensor, Option<After>)> {
+    let Some(w) = w else { return Ok((output(Some(residual))?, None)) };
+    let out = output(None)?; // [N, C]
+    let (y, rstd) = norm.forward(&out, w)?; // [N, C], [N]
+    Ok((residual + y, Some((out, rstd))))
+}
+
 impl Block<Linear> {
     /// Block `i`'s forward up to what its backward needs, for x: T [N, C]. `experts`: where the tokens went in an earlier
     /// forward of it.
     fn begin(&self, x: &Tensor, c: &Context, i: usize, experts: Option<Tensor>) -> Result<Rest> {
-        let (h1, rstd1) = ops::rms_norm(x, &self.norm1, c.eps)?; // [N, C], [N]
+        let (h1, rstd1) = before(c.norm, x, self.before(0))?; // [N, C], [N]
         let attention = self.attention.begin(&h1, c, i)?;
         drop(h1);
-        let x2 = self.attention.finish(&attention, x)?; // [N, C]
-        let (h2, rstd2) = ops::rms_norm(&x2, &self.norm2, c.eps)?; // [N, C], [N]
+        let output = |residual: Option<&Tensor>| self.attention.finish(&attention, residual);
+        let (x2, after1) = after(c.norm, x, self.after(0), output)?; // [N, C]
+        let (h2, rstd2) = before(c.norm, &x2, self.before(1))?; // [N, C], [N]
         let mlp = self.mlp.begin(&h2, experts)?;
-        Ok(Rest { rstd1, attention, x2, rstd2, mlp })
+        Ok(Rest { before: [rstd1, rstd2], attention, x2, mlp, after: [after1, None] })
+    }
+
+    /// The rest of the forward: the block's output, T [N, C].
+    fn finish(&self, rest: &mut Rest, c: &Context) -> Result<Tensor> {
+        let output = |residual: Option<&Tensor>| self.mlp.finish(&rest.mlp, residual);
+        let (y, after2) = after(c.norm, &rest.x2, self.after(1), output)?;
+        rest.after[1] = after2;
+        Ok(y)
     }
 
     /// Block `i`'s output [N, C], and what its backward needs.
     pub(super) fn forward(&self, x: &Tensor, c: &Context, i: usize) -> Result<(Tensor, Rest)> {
-        let rest = self.begin(x, c, i, None)?;
-        let y = self.mlp.finish(&rest.mlp, &rest.x2)?;
+        let mut rest = self.begin(x, c, i, None)?;
+        let y = self.finish(&mut rest, c)?;
         Ok((y, rest))
     }
 
-    /// The output [N, C] for tokens whose rows have read others before; `attend`: see [`attention::Attention::cached`].
+    /// Block `i`'s output [N, C] for tokens whose rows have read others before; `attend`: see
+    /// [`attention::Attention::cached`].
     pub(super) fn cached(
         &self,
         x: &Tensor,
         c: &Context,
+        i: usize,
         attend: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let h1 = ops::rms_norm(x, &self.norm1, c.eps)?.0;
-        let x2 = self.attention.cached(&h1, c, x, attend)?;
-        let h2 = ops::rms_norm(&x2, &self.norm2, c.eps)?.0;
-        self.mlp.finish(&self.mlp.begin(&h2, None)?, &x2)
+        let h1 = before(c.norm, x, self.before(0))?.0;
+        let output = |residual: Option<&Tensor>| self.attention.cached(&h1, c, i, residual, attend);
+        let x2 = after(c.norm, x, self.after(0), output)?.0;
+        let h2 = before(c.norm, &x2, self.before(1))?.0;
+        let mlp = self.mlp.begin(&h2, None)?;
+        Ok(after(c.norm, &x2, self.after(1), |residual| self.mlp.finish(&mlp, residual))?.0)
     }
 
     /// Given the output's gradient dy (T [N, C]), returns the gradient of block `i`'s input, none where it is not `wanted`; adds
@@ -101,18 +140,47 @@ impl Block<Linear> {
         wanted: bool,
     ) -> Result<Option<Tensor>> {
         let x = saved.x;
-        let Rest { rstd1, attention, x2, rstd2, mlp } = match saved.rest {
+        let rest = match saved.rest {
             Some(rest) => rest,
-            None => self.begin(&x, c, i, saved.experts)?,
+            None => {
+                let mut rest = self.begin(&x, c, i, saved.experts)?;
+                if self.after(1).is_some() {
+                    let _ = self.finish(&mut rest, c)?;
+                }
+                rest
+            }
         };
-        // The norms' outputs are made again from their statistics rather than kept.
-        let h2 = ops::rms_apply(&x2, &self.norm2, &rstd2)?; // [N, C]
-        let dh2 = self.mlp.backward(&dy, h2, mlp, &grad.mlp, fresh, balance)?; // [N, C]
-        let dx2 = ops::rms_backward(&dh2, &x2, &self.norm2, &rstd2, Some(&dy), &grad.norm2)?; // [N, C]
+        let Rest { before: [rstd1, rstd2], attention, x2, mlp, after: [after1, after2] } = rest;
+        // The gradient of what goes into a norm on an output: of what attention and MLP gave.
+        let of_output =
+            |k: usize, d: &Tensor, after: Option<After>| match (self.after(k), after, grad.after(k)) {
+                (Some(w), Some((out, rstd)), Some(dw)) => c.norm.backward(d, &out, w, &rstd, None, dw),
+                _ => Ok(d.shallow_clone()),
+            };
+        // The input of attention and MLP is made again from the statistics rather than kept.
+        let input = |k: usize, x: &Tensor, rstd: &Option<Tensor>| match (self.before(k), rstd) {
+            (Some(w), Some(rstd)) => c.norm.again(x, w, rstd),
+            _ => Ok(x.shallow_clone()),
+        };
+        // The gradient of the stream: `d`, and what comes through attention or MLP (`dh`, of their input).
+        let of_stream = |k: usize, d: &Tensor, dh: &Tensor, x: &Tensor, rstd: &Option<Tensor>| match (
+            self.before(k),
+            rstd,
+            grad.before(k),
+        ) {
+            (Some(w), Some(rstd), Some(dw)) => c.norm.backward(dh, x, w, rstd, Some(d), dw),
+            _ => Ok(d + dh),
+        };
+        let dm = of_output(1, &dy, after2)?; // [N, C]
+        let dh2 = self.mlp.backward(&dm, input(1, &x2, &rstd2)?, mlp, &grad.mlp, fresh, balance)?; // [N, C]
+        drop(dm);
+        let dx2 = of_stream(1, &dy, &dh2, &x2, &rstd2)?; // [N, C]
         drop((dh2, dy, x2));
-        let h1 = || Ok(ops::rms_apply(&x, &self.norm1, &rstd1)?);
-        let dh1 = self.attention.backward(&dx2, h1, attention, &grad.attention, fresh, c, i, wanted)?;
+        let da = of_output(0, &dx2, after1)?; // [N, C]
+        let h1 = || input(0, &x, &rstd1);
+        let dh1 = self.attention.backward(&da, h1, attention, &grad.attention, fresh, c, i, wanted)?;
+        drop(da);
         let Some(dh1) = dh1 else { return Ok(None) };
-        Ok(Some(ops::rms_backward(&dh1, &x, &self.norm1, &rstd1, Some(&dx2), &grad.norm1)?))
+        of_stream(0, &dx2, &dh1, &x, &rstd1).map(Some)
     }
 }

@@ -13,6 +13,7 @@ use kernels::ops::{self, Heads};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::model::head::capped;
 use crate::model::layout::Block;
 use crate::model::linear::Linear;
 use crate::model::llama::{Context, Input, Llama};
@@ -109,7 +110,6 @@ impl Llama {
         let Heads { heads, kv_heads, head_dim, .. } = context.heads;
         let index = integers(slots.iter().map(|s| *s as i64)).to_device(device);
         cache.reserve(time);
-        let eps = self.shape.rms_norm_eps;
         let ends = lengths.iter().enumerate().map(|(r, n)| r as i64 * time + n - 1);
         let ends = integers(ends).to_device(device);
         let last = self.through_blocks(&ids, |i, w, x| {
@@ -121,7 +121,7 @@ impl Llama {
                 let _ = cached.narrow(2, 0, time).index_copy_(0, &index, &new);
             }
             match &w.final_norm {
-                Some(norm) => Ok(ops::rms_norm(&x.index_select(0, &ends), norm, eps)?.0),
+                Some(norm) => Ok(context.norm.forward(&x.index_select(0, &ends), norm)?.0),
                 None => Ok(x),
             }
         })?;
@@ -183,7 +183,7 @@ impl Llama {
         let group = self.head_group();
         let logits = ops::linear(hidden, &self.params.single(group)?, None)?;
         self.params.release(group);
-        Ok(logits)
+        Ok(capped(logits, self.shape.features.logit_softcap))
     }
 
     /// For a token each at `position` (int64 `[N]`, all below `length`) of rows that begin at position 0, so that a sliding
@@ -204,9 +204,9 @@ impl Llama {
         mut attend: impl FnMut(usize, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         self.through_blocks(ids, |i, w, x| {
-            let x = w.cached(x, context, |qkv| attend(i, qkv))?;
+            let x = w.cached(x, context, i - 1, |qkv| attend(i, qkv))?;
             match &w.final_norm {
-                Some(norm) => Ok(ops::rms_norm(&x, norm, context.eps)?.0),
+                Some(norm) => Ok(context.norm.forward(&x, norm)?.0),
                 None => Ok(x),
             }
         })
@@ -265,7 +265,7 @@ fn extend_attention(
     }
     let (keys, values) = (keys.to_kind(kind), values.to_kind(kind));
     // [K, group, N, D]
-    let queries = all.narrow(1, 0, h.heads).to_kind(kind) * h.scale();
+    let queries = all.narrow(1, 0, h.heads).to_kind(kind) * h.scale;
     let queries = queries.view([new, h.kv_heads, group, h.head_dim]).permute([1, 2, 0, 3]);
     let seen = Tensor::arange(past + new, (Kind::Int64, device)).unsqueeze(0);
     let chunk = (SCORES / (h.heads * (past + new))).clamp(1, new);
@@ -278,7 +278,7 @@ fn extend_attention(
             unseen = unseen.logical_or(&seen.lt_tensor(&first.narrow(0, begin, count).unsqueeze(1)));
         }
         let q = queries.narrow(2, begin, count).reshape([h.kv_heads, group * count, h.head_dim]);
-        let mut scores = q.f_bmm(&keys.transpose(1, 2))?;
+        let mut scores = h.cap(q.f_bmm(&keys.transpose(1, 2))?);
         let scores = scores.f_masked_fill_(&unseen.repeat([group, 1]), f64::NEG_INFINITY)?;
         let out = scores.f_softmax(-1, kind)?.f_bmm(&values)?;
         let out = out.view([h.kv_heads, group, count, h.head_dim]).permute([2, 0, 1, 3]);

@@ -51,14 +51,14 @@ impl LmHead {
         temperature: f64,
         entropies: bool,
     ) -> Result<LogProbs> {
-        let weight = Self::weight(model)?;
+        let (weight, softcap) = (Self::weight(model)?, model.shape.features.logit_softcap);
         let n = hidden.size()[0];
         let chunk = Self::chunk(model, n);
         let new = || Tensor::zeros([n], (ops::accumulator(hidden.kind()), hidden.device()));
         let out = LogProbs { logprobs: new(), entropies: entropies.then(new) };
         for first in (0..n).step_by(chunk as usize) {
             let part = |t: &Tensor| t.narrow(0, first, chunk.min(n - first));
-            let logits = logits(&part(hidden), &weight, temperature);
+            let logits = logits(&part(hidden), &weight, softcap, temperature);
             let entropy = out.entropies.as_ref().map(part);
             ops::log_softmax(&logits, &part(labels), None, &part(&out.logprobs), entropy.as_ref())?;
         }
@@ -109,7 +109,7 @@ impl LmHead {
         last: bool,
     ) -> Result<(Tensor, Tensor)> {
         let group = model.head_group();
-        let weight = Self::weight(model)?;
+        let (weight, softcap) = (Self::weight(model)?, model.shape.features.logit_softcap);
         let trains = model.params.trains(group);
         let (dweight, mut fresh) = match trains.then(|| model.params.grad(group)) {
             Some((flat, fresh)) => (Some(model.params.layout(group).specs[0].view(&flat)), fresh),
@@ -122,13 +122,18 @@ impl LmHead {
         for first in (0..n).step_by(chunk as usize) {
             let part = |t: &Tensor| t.narrow(0, first, chunk.min(n - first));
             let h = part(hidden);
-            let mut logits = logits(&h, &weight, temperature);
+            let mut logits = logits(&h, &weight, softcap, temperature);
+            // d c tanh(x / c) / dx = 1 - tanh^2, of logits that the loss's gradient overwrites.
+            let slope = softcap.map(|c| 1.0 - (&logits * (temperature / c)).square());
             let of_entropy = entropies.map(|g| entropy_backward(&logits, &part(g)));
             ops::log_softmax(&logits, &part(labels), Some(&part(coef)), &part(&logprobs), None)?;
             if let Some(d) = of_entropy {
                 logits += d;
             }
-            let dlogits = logits;
+            let dlogits = match slope {
+                Some(slope) => logits * slope,
+                None => logits,
+            };
             let _ = dlogits.f_mm_out(&part(&dhidden), &weight)?;
             if let Some(dweight) = &dweight {
                 ops::grad_weight(dweight, &dlogits, &h, fresh)?;
@@ -150,9 +155,17 @@ impl LmHead {
     }
 }
 
-/// T [n, V], divided by the temperature.
-fn logits(hidden: &Tensor, weight: &Tensor, temperature: f64) -> Tensor {
-    let mut logits = hidden.mm(&weight.tr());
+/// c tanh(logits / c), where there is a cap (Gemma 2).
+pub(super) fn capped(logits: Tensor, softcap: Option<f64>) -> Tensor {
+    match softcap {
+        Some(c) => (logits / c).tanh() * c,
+        None => logits,
+    }
+}
+
+/// T [n, V], with their cap, divided by the temperature.
+fn logits(hidden: &Tensor, weight: &Tensor, softcap: Option<f64>, temperature: f64) -> Tensor {
+    let mut logits = capped(hidden.mm(&weight.tr()), softcap);
     if temperature != 1.0 {
         let _ = logits.g_mul_scalar_(1.0 / temperature);
     }

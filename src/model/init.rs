@@ -1,4 +1,4 @@
-//! Initial weights: normal with the shape's `initializer_range`, norms 1, biases 0, as transformers does; scalar heads are
+//! Initial weights: normal with the shape's `initializer_range`, norms such that they multiply by 1, biases 0, as transformers does; scalar heads are
 //! set apart.
 //!
 //! Every number depends only on the seed, the tensor's name and its place in the tensor, so that any slice can be made
@@ -52,7 +52,8 @@ fn fill_normal(values: &Tensor, key: u64, first: i64, std: f64) -> Result<()> {
 pub fn init(params: &mut Sharded, shape: &Shape, seed: u64) -> Result<()> {
     params.fill(|spec, first, values| {
         if spec.shape.len() == 1 {
-            let _ = values.shallow_clone().fill_(if spec.name.ends_with(".bias") { 0.0 } else { 1.0 });
+            let one = 1.0 - shape.norm_offset();
+            let _ = values.shallow_clone().fill_(if spec.name.ends_with(".bias") { 0.0 } else { one });
             return Ok(());
         }
         fill_normal(values, key_of(seed, &spec.name), first, shape.initializer_range)

@@ -9,10 +9,10 @@ use std::ops::Range;
 use kernels::ops;
 use tch::Tensor;
 
-use crate::config::shape::{Head, Shape};
+use crate::config::shape::{Head, Norms, Shape};
 use crate::distributed::plan::{Adapter, Piece, Plan};
 use crate::distributed::sharded::{Layout, Sharded};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::attention::Attention;
 use crate::model::linear::{self, Dropout, Linear, LinearGrad};
 use crate::model::mixture::Mixture;
@@ -67,33 +67,47 @@ fn block(s: &Shape, i: i64) -> Layout {
             }
         }
     }
-    if s.qkv_bias() {
+    if s.features.attention_bias {
         tensors.extend([
             (name("self_attn.q_proj.bias"), vec![q]),
             (name("self_attn.k_proj.bias"), vec![kv]),
             (name("self_attn.v_proj.bias"), vec![kv]),
         ]);
     }
-    if s.qk_norm() {
-        tensors.push((name("self_attn.q_norm.weight"), vec![d]));
-        tensors.push((name("self_attn.k_norm.weight"), vec![d]));
+    if let Some([q, k]) = s.qk_norm_sizes() {
+        tensors.push((name("self_attn.q_norm.weight"), vec![q]));
+        tensors.push((name("self_attn.k_norm.weight"), vec![k]));
     }
-    tensors.push((name("input_layernorm.weight"), vec![c]));
-    tensors.push((name("post_attention_layernorm.weight"), vec![c]));
+    tensors.extend(norms(s.features.norms).iter().map(|norm| (name(&format!("{norm}.weight")), vec![c])));
     if i + 1 == s.num_hidden_layers {
         tensors.push((FINAL_NORM.into(), vec![c]));
     }
     Layout::new(format!("block {i}"), tensors)
 }
 
+/// Hugging Face's names of a block's norms: those before attention and MLP, then those after them. What Llama calls the norm
+/// after the attention is the one before the MLP.
+fn norms(norms: Norms) -> &'static [&'static str] {
+    match norms {
+        Norms::Before => &["input_layernorm", "post_attention_layernorm"],
+        Norms::After => &["post_attention_layernorm", "post_feedforward_layernorm"],
+        Norms::Both => &[
+            "input_layernorm",
+            "pre_feedforward_layernorm",
+            "post_attention_layernorm",
+            "post_feedforward_layernorm",
+        ],
+    }
+}
+
 /// A block's parts as views of its group's buffers: of its weights ([`Linear`]s) or of their gradients ([`LinearGrad`]s).
 pub struct Block<L> {
     pub attention: Attention<L>,
     pub mlp: Mlp<L>,
-    /// `[C]`
-    pub norm1: Tensor,
-    /// `[C]`
-    pub norm2: Tensor,
+    /// Of the norms before attention and MLP, `[C]`.
+    norms_before: Option<[Tensor; 2]>,
+    /// Of the norms after them, `[C]`.
+    norms_after: Option<[Tensor; 2]>,
     /// `[C]`, in the last block
     pub final_norm: Option<Tensor>,
 }
@@ -200,6 +214,16 @@ pub(crate) fn adapters_of(plan: &Plan, tensors: &Range<usize>) -> Vec<(usize, i6
 }
 
 impl<L> Block<L> {
+    /// The weight of the norm before the attention (`k` = 0) or the MLP (1), `[C]`, where there is one.
+    pub(super) fn before(&self, k: usize) -> Option<&Tensor> {
+        self.norms_before.as_ref().map(|norms| &norms[k])
+    }
+
+    /// The weight of the norm on what the attention (`k` = 0) or the MLP (1) gives, `[C]`, where there is one.
+    pub(super) fn after(&self, k: usize) -> Option<&Tensor> {
+        self.norms_after.as_ref().map(|norms| &norms[k])
+    }
+
     /// Takes the tensors in the order of `block`, of which there are `count`: layers of `linear(weights, biases)`, and
     /// vectors.
     pub(crate) fn of(
@@ -215,7 +239,11 @@ impl<L> Block<L> {
         };
         let (qkv, o) = (take(3), take(1));
         let dense = |gate_up: Range<usize>, down: Range<usize>| -> Result<Dense<L>> {
-            Ok(Dense { gate_up: linear(gate_up, None)?, down: linear(down, None)? })
+            Ok(Dense {
+                gate_up: linear(gate_up, None)?,
+                down: linear(down, None)?,
+                activation: s.features.activation,
+            })
         };
         let mlp = match &s.experts {
             None => Mlp::Dense(dense(take(2), take(1))?),
@@ -226,20 +254,25 @@ impl<L> Block<L> {
                 Mlp::Mixture(Mixture { router, experts, per_token: e.num_experts_per_tok })
             }
         };
-        let bias = s.qkv_bias().then(|| take(3));
+        let bias = s.features.attention_bias.then(|| take(3));
         let attention = Attention {
             qkv: linear(qkv, bias)?,
             o: linear(o, None)?,
-            qk_norm: match s.qk_norm() {
-                true => Some([vector(take(1))?, vector(take(1))?]),
-                false => None,
+            qk_norm: match s.qk_norm_sizes() {
+                Some(_) => Some([vector(take(1))?, vector(take(1))?]),
+                None => None,
             },
+        };
+        let norms = s.features.norms;
+        let mut pair = |there: bool| match there {
+            true => Ok::<_, Error>(Some([vector(take(1))?, vector(take(1))?])),
+            false => Ok(None),
         };
         Ok(Block {
             attention,
             mlp,
-            norm1: vector(take(1))?,
-            norm2: vector(take(1))?,
+            norms_before: pair(norms != Norms::After)?,
+            norms_after: pair(norms != Norms::Before)?,
             final_norm: if take(0).start < count { Some(vector(take(1))?) } else { None },
         })
     }

@@ -128,6 +128,14 @@ impl Linear {
         Ok(y)
     }
 
+    /// [`Linear::forward_add`] where there is a residual, else [`Linear::forward`].
+    pub fn forward_onto(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+        match residual {
+            Some(residual) => self.forward_add(x, residual),
+            None => self.forward(x),
+        }
+    }
+
     /// x W^T
     fn product(&self, x: &Tensor) -> Result<Tensor> {
         let runs = self.runs();

@@ -17,6 +17,7 @@ use crate::model::block::Saved;
 use crate::model::layout::{Block, Draws};
 use crate::model::linear::Linear;
 use crate::model::mixture::Balance;
+use crate::model::norm::RmsNorm;
 use crate::random::hash;
 
 /// Token ids and what positions mean.
@@ -94,15 +95,15 @@ impl Tape {
 /// What all blocks of a forward share.
 pub(super) struct Context {
     pub(super) heads: Heads,
-    pub(super) eps: f64,
+    pub(super) norm: RmsNorm,
     pub(super) positions: Tensor,
     /// The first visible position of each position, without and with the sliding window.
     start: Option<Tensor>,
     window_start: Option<Tensor>,
-    /// Blocks before this one have no window.
-    first_window: usize,
-    pub(super) cos: Tensor,
-    pub(super) sin: Tensor,
+    /// Of each block whether it has a window.
+    windowed: Vec<bool>,
+    /// Rotary tables of blocks without and with a window.
+    rope: [RopeTables; 2],
     draws: Option<Draws>,
 }
 
@@ -113,32 +114,39 @@ impl Context {
         batch: i64,
         positions: Tensor,
         first: Option<Tensor>,
-        (cos, sin): (Tensor, Tensor),
+        rope: [RopeTables; 2],
     ) -> Context {
         Context {
             heads: model.heads(batch),
-            eps: model.shape.rms_norm_eps,
+            norm: RmsNorm::of(&model.shape),
             positions,
             start: None,
             window_start: first,
-            first_window: model.shape.max_window_layers as usize,
-            cos,
-            sin,
+            windowed: model.windowed(),
+            rope,
             draws: None,
         }
     }
 
     /// What the positions of block `i` see first.
     pub(super) fn start(&self, i: usize) -> Option<&Tensor> {
-        if i < self.first_window { self.start.as_ref() } else { self.window_start.as_ref() }
+        if self.windowed[i] { self.window_start.as_ref() } else { self.start.as_ref() }
+    }
+
+    /// cos and sin of block `i`.
+    pub(super) fn rope(&self, i: usize) -> &RopeTables {
+        &self.rope[usize::from(self.windowed[i])]
     }
 }
+
+/// cos and sin of rotary positions: A [P, D / 2] each.
+pub(super) type RopeTables = (Tensor, Tensor);
 
 pub struct Llama {
     pub shape: Shape,
     pub params: Sharded,
-    /// Rotary tables A [P, D / 2], grown as positions need.
-    rope: Option<(Tensor, Tensor)>,
+    /// Rotary tables of blocks without and with a window, grown as positions need.
+    rope: Option<[RopeTables; 2]>,
     /// Whether adapters act; see [`Llama::without_adapters`].
     adapters: bool,
 }
@@ -165,26 +173,34 @@ impl Llama {
         if self.shape.tie_word_embeddings { 0 } else { self.num_blocks() + 1 }
     }
 
-    /// cos and sin for positions below `length`: A [length, D / 2]. Angles are computed in float32, also where the model
-    /// computes in bfloat16, as transformers and Meta's programs do: at position 2,000 their rounding moves log-probabilities by
-    /// 2e-4, and models have learned with it. In float64 they are exact.
-    pub(crate) fn rope_tables(&mut self, length: i64) -> (Tensor, Tensor) {
-        if let Some((cos, sin)) = &self.rope
-            && cos.size()[0] >= length
-        {
-            return (cos.shallow_clone(), sin.shallow_clone());
+    /// Rotary tables for positions below `length`, of blocks without and with a window. Angles are computed in float32, also where
+    /// the model computes in bfloat16, as transformers and Meta's programs do: at position 2,000 their rounding moves
+    /// log-probabilities by 2e-4, and models have learned with it. In float64 they are exact.
+    pub(crate) fn rope_tables(&mut self, length: i64) -> [RopeTables; 2] {
+        let copies = |tables: &[RopeTables; 2]| {
+            tables.each_ref().map(|(cos, sin)| (cos.shallow_clone(), sin.shallow_clone()))
+        };
+        if let Some(tables) = self.rope.as_ref().filter(|tables| tables[0].0.size()[0] >= length) {
+            return copies(tables);
         }
         let length = (length as u64).next_power_of_two() as i64;
+        let all = self.tables_of(&self.shape, length);
+        let of_windows = match self.shape.of_windows() {
+            Some(shape) => self.tables_of(&shape, length),
+            None => (all.0.shallow_clone(), all.1.shallow_clone()),
+        };
+        copies(self.rope.insert([all, of_windows]))
+    }
+
+    fn tables_of(&self, shape: &Shape, length: i64) -> RopeTables {
         let (kind, device) = (ops::accumulator(self.params.compute()), self.params.device());
         let inverse = match kind {
-            Kind::Double => Tensor::from_slice(&inverse_frequencies(&self.shape)),
-            _ => rounded_inverse_frequencies(&self.shape),
+            Kind::Double => Tensor::from_slice(&inverse_frequencies(shape)),
+            _ => rounded_inverse_frequencies(shape),
         };
         let angles = Tensor::arange(length, (inverse.kind(), Device::Cpu)).outer(&inverse);
         let table = |t: Tensor| t.to_kind(kind).to_device(device);
-        let (cos, sin) = (table(angles.cos()), table(angles.sin()));
-        self.rope = Some((cos.shallow_clone(), sin.shallow_clone()));
-        (cos, sin)
+        (table(angles.cos()), table(angles.sin()))
     }
 
     pub(super) fn context(&mut self, input: &Input) -> Result<Context> {
@@ -194,7 +210,7 @@ impl Llama {
             Some(p) => p.max().int64_value(&[]) + 1,
             None => time,
         };
-        let (cos, sin) = self.rope_tables(length);
+        let rope = self.rope_tables(length);
         let positions = match &input.positions {
             Some(p) => p.to_device(device),
             None => Tensor::arange(time, (Kind::Int64, device)).repeat([batch]),
@@ -211,13 +227,12 @@ impl Llama {
         };
         Ok(Context {
             heads: self.heads(batch),
-            eps: self.shape.rms_norm_eps,
+            norm: RmsNorm::of(&self.shape),
             positions,
             start,
             window_start,
-            first_window: self.shape.max_window_layers as usize,
-            cos,
-            sin,
+            windowed: self.windowed(),
+            rope,
             draws: input.dropout.map(|place| {
                 // A row's number in the upper half, the position in the lower.
                 let row = Tensor::arange(batch, (Kind::Int64, device)) + place.first_row as i64;
@@ -229,7 +244,21 @@ impl Llama {
 
     fn heads(&self, batch: i64) -> Heads {
         let s = &self.shape;
-        Heads { batch, heads: s.num_attention_heads, kv_heads: s.num_key_value_heads, head_dim: s.head_dim }
+        Heads {
+            scale: s.attention_scale(),
+            softcap: s.features.attention_softcap,
+            ..Heads::new(batch, s.num_attention_heads, s.num_key_value_heads, s.head_dim)
+        }
+    }
+
+    fn windowed(&self) -> Vec<bool> {
+        (0..self.shape.num_hidden_layers).map(|i| self.shape.window(i).is_some()).collect()
+    }
+
+    /// What embeddings are multiplied by, rounded to their dtype; none: nothing.
+    fn embedding_scale(&self) -> Option<f64> {
+        let scale = Tensor::from((self.shape.hidden_size as f64).sqrt()).to_kind(self.params.compute());
+        self.shape.features.scale_embeddings.then(|| scale.double_value(&[]))
     }
 
     /// The weights of block group `group` (blocks are groups 1 to L), as views of its gathered buffers.
@@ -239,7 +268,11 @@ impl Llama {
 
     /// The embedding's rows for ids (int64, any shape): T [numel, C].
     pub(crate) fn embed(&mut self, ids: &Tensor) -> Result<Tensor> {
-        Ok(self.params.single(0)?.index_select(0, &ids.view([-1])))
+        let rows = self.params.single(0)?.index_select(0, &ids.view([-1]));
+        Ok(match self.embedding_scale() {
+            Some(scale) => rows * scale,
+            None => rows,
+        })
     }
 
     /// The trunk without a backward: hidden states after the final norm, T [N, C].
@@ -293,7 +326,7 @@ impl Llama {
             }
             x = y;
             if let Some(norm) = &w.final_norm {
-                let (h, rstd) = ops::rms_norm(&x, norm, self.shape.rms_norm_eps)?;
+                let (h, rstd) = context.norm.forward(&x, norm)?;
                 hidden = Some(h);
                 last = Some((x.shallow_clone(), rstd));
             }
@@ -331,7 +364,7 @@ impl Llama {
             let g = Block::gradients(&self.params, i, flat.as_ref(), &self.shape)?;
             if let (Some(norm), Some(dnorm)) = (&w.final_norm, &g.final_norm) {
                 let (x, rstd) = tape.last.take().ok_or_else(|| Error::failed("a tape is used once"))?;
-                dx = ops::rms_backward(&dx, &x, norm, &rstd, None, dnorm)?;
+                dx = tape.context.norm.backward(&dx, &x, norm, &rstd, None, dnorm)?;
             }
             let saved = tape.blocks.pop().ok_or_else(|| Error::failed("a tape is used once"))?;
             let balance = tape.balance.as_ref().and_then(Balance::gradient);
@@ -354,6 +387,9 @@ impl Llama {
         if fresh {
             let _ = flat.shallow_clone().zero_();
         }
+        if let Some(scale) = self.embedding_scale() {
+            dx *= scale;
+        }
         ops::embedding_backward(&dx, &tape.ids, &self.params.layout(0).specs[0].view(&flat))?;
         self.params.reduce(0, last)
     }
@@ -364,6 +400,8 @@ impl Llama {
 pub fn inverse_frequencies(s: &Shape) -> Vec<f64> {
     let d = s.head_dim as f64;
     let plain = (0..s.head_dim / 2).map(|i| s.rope_theta.powf(-2.0 * i as f64 / d));
+    let linear = s.features.rope_linear_factor.unwrap_or(1.0);
+    let plain = plain.map(|f| f / linear);
     let Some(r) = &s.rope_scaling else {
         return plain.collect();
     };
@@ -389,6 +427,10 @@ fn rounded_inverse_frequencies(s: &Shape) -> Tensor {
     let exponents =
         Tensor::arange_start_step(0, s.head_dim, 2, (Kind::Int64, Device::Cpu)).to_kind(Kind::Float);
     let plain = Tensor::pow_scalar(s.rope_theta, &(exponents / s.head_dim as f64)).reciprocal();
+    let plain = match s.features.rope_linear_factor {
+        Some(factor) => plain / factor,
+        None => plain,
+    };
     let Some(r) = &s.rope_scaling else { return plain };
     let original = r.original_max_position_embeddings as f64;
     let wavelength = plain.reciprocal() * std::f64::consts::TAU;

@@ -14,7 +14,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::Result;
 use crate::model::linear::{Linear, LinearGrad};
-use crate::model::mlp::Dense;
+use crate::model::mlp::{Dense, gated, gated_backward};
 
 pub struct Mixture<L> {
     /// [E, C]
@@ -105,17 +105,17 @@ impl Mixture<Linear> {
         routed.pieces().map(product).collect()
     }
 
-    /// residual (T [N, C]) + the output.
-    pub(super) fn finish(&self, routed: &Routed, residual: &Tensor) -> Result<Tensor> {
+    /// The output, T [N, C], plus a residual.
+    pub(super) fn finish(&self, routed: &Routed, residual: Option<&Tensor>) -> Result<Tensor> {
         let gate_up = routed.gate_up.as_ref().expect("begin() made it");
         let mut outputs = Vec::with_capacity(gate_up.len());
         for (expert, gate_up) in self.experts.iter().zip(gate_up) {
             if gate_up.size()[0] > 0 {
-                outputs.push(expert.down.forward(&ops::swiglu(gate_up)?)?);
+                outputs.push(expert.down.forward(&gated(gate_up, expert.activation)?)?);
             }
         }
         let (weights, _) = routed.weights(&routed.probabilities());
-        Ok(routed.add_pairs(&Tensor::cat(&outputs, 0), Some(&weights), Some(residual)))
+        Ok(routed.add_pairs(&Tensor::cat(&outputs, 0), Some(&weights), residual))
     }
 
     /// See [`crate::model::mlp::Mlp::backward`].
@@ -154,10 +154,10 @@ impl Mixture<Linear> {
                 continue;
             }
             let da = expert.down.backward_input(&dy)?;
-            let product = da.to_kind(a) * ops::swiglu(&gate_up)?;
+            let product = da.to_kind(a) * gated(&gate_up, expert.activation)?;
             dweights.push(product.sum_dim_intlist([1i64].as_slice(), false, None));
             let da = (da * w).to_kind(kind);
-            ops::swiglu_backward(&gate_up, &da)?;
+            gated_backward(&gate_up, &da, expert.activation)?;
             let (dgate_up, a) = (gate_up, da);
             expert.down.backward_weight(&weighted, &a, &grad.down, fresh)?;
             dx_pairs.push(expert.gate_up.backward(&dgate_up, &x, &grad.gate_up, fresh)?);

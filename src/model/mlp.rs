@@ -1,8 +1,9 @@
-//! The second half of a block: a SwiGLU network (Shazeer 2020), or a mixture of them.
+//! The second half of a block: a gated network (SwiGLU or GeGLU, Shazeer 2020), or a mixture of them.
 
 use kernels::ops;
 use tch::Tensor;
 
+use crate::config::shape::Activation;
 use crate::error::Result;
 use crate::model::linear::{Linear, LinearGrad};
 use crate::model::mixture::{Mixture, Routed};
@@ -12,12 +13,30 @@ pub enum Mlp<L> {
     Mixture(Mixture<L>),
 }
 
-/// down(swiglu(gate_up(x)))
+/// down(activation(gate(x)) * up(x))
 pub struct Dense<L> {
     /// [2F, C]
     pub gate_up: L,
     /// [C, F]
     pub down: L,
+    pub activation: Activation,
+}
+
+/// activation(gate) * up, T [N, F], of the product of gate and up, T [N, 2F].
+pub(super) fn gated(gate_up: &Tensor, activation: Activation) -> Result<Tensor> {
+    Ok(match activation {
+        Activation::Silu => ops::swiglu(gate_up)?,
+        Activation::GeluTanh => ops::geglu(gate_up)?,
+    })
+}
+
+/// The gradient of [`gated`], in place: `gate_up` becomes its gradient, `da`, the output's, becomes the output.
+pub(super) fn gated_backward(gate_up: &Tensor, da: &Tensor, activation: Activation) -> Result<()> {
+    match activation {
+        Activation::Silu => ops::swiglu_backward(gate_up, da)?,
+        Activation::GeluTanh => ops::geglu_backward(gate_up, da)?,
+    }
+    Ok(())
 }
 
 /// What a forward keeps for its backward.
@@ -54,11 +73,11 @@ impl Mlp<Linear> {
         })
     }
 
-    /// The rest of the forward: residual (T [N, C]) + the output.
-    pub(super) fn finish(&self, saved: &Saved, residual: &Tensor) -> Result<Tensor> {
+    /// The rest of the forward: the output, T [N, C], plus a residual.
+    pub(super) fn finish(&self, saved: &Saved, residual: Option<&Tensor>) -> Result<Tensor> {
         match (self, saved) {
             (Mlp::Dense(net), Saved::Dense(Some(gate_up))) => {
-                net.down.forward_add(&ops::swiglu(gate_up)?, residual)
+                net.down.forward_onto(&gated(gate_up, net.activation)?, residual)
             }
             (Mlp::Mixture(mixture), Saved::Mixture(routed)) => mixture.finish(routed, residual),
             _ => unreachable!("what begin() gave"),
@@ -84,7 +103,7 @@ impl Mlp<Linear> {
                     None => net.gate_up.forward(&x)?,
                 };
                 let da = net.down.backward_input(dy)?;
-                ops::swiglu_backward(&gate_up, &da)?;
+                gated_backward(&gate_up, &da, net.activation)?;
                 let (dgate_up, a) = (gate_up, da);
                 net.down.backward_weight(dy, &a, &grad.down, fresh)?;
                 drop(a);

@@ -10,6 +10,7 @@ pub mod linear;
 pub mod llama;
 mod mixture;
 pub(crate) mod mlp;
+mod norm;
 pub mod score;
 pub mod trainable;
 

@@ -14,7 +14,7 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::config::sections::{MomentsIn, Recompute};
-use crate::config::shape::Shape;
+use crate::config::shape::{Activation, Norms, Shape};
 use crate::distributed::frozen::Storage;
 use crate::distributed::mesh::{Keep, ShardingPlan};
 use crate::distributed::plan::{GroupBytes, Plan, Role};
@@ -227,6 +227,10 @@ impl Walk {
     }
 }
 
+/// Matrices of scores that the composed attention has at once.
+const SCORES_FORWARD: i64 = 4;
+const SCORES_BACKWARD: i64 = 5;
+
 fn work(p: &mut Parts) -> &mut i64 {
     &mut p.work
 }
@@ -386,12 +390,18 @@ impl Memory {
         8 * batch.tokens() * (i64::from(!batch.packed) + i64::from(windowed))
     }
 
-    /// Scores, where the attention has no fused form: on CUDA, unless it is flash attention.
-    fn scores(&self, batch: &Batch) -> i64 {
+    /// Scores, where the attention has no fused form: on CUDA, unless it is flash attention; everywhere with a softcap.
+    fn scores(&self, batch: &Batch, backward: bool) -> i64 {
+        let scores = batch.rows * self.shape.num_attention_heads * batch.length * batch.length;
+        if self.shape.features.attention_softcap.is_some() {
+            // Queries, and keys and values for each of them, in A; scores, their cap's and mask's copies, probabilities.
+            let heads = 3 * self.shape.num_attention_heads * self.shape.head_dim * batch.tokens();
+            let besides = if backward { 2 * heads } else { heads };
+            return self.a * ((if backward { SCORES_BACKWARD } else { SCORES_FORWARD }) * scores + besides);
+        }
         let windowed = self.shape.sliding_window.is_some_and(|w| w < batch.length);
         let fused = self.device == Device::Cpu
             || (self.compute == Kind::BFloat16 && !batch.packed && !windowed && self.shape.head_dim % 8 == 0);
-        let scores = batch.rows * self.shape.num_attention_heads * batch.length * batch.length;
         if fused { 0 } else { 2 * scores * self.a }
     }
 
@@ -414,8 +424,9 @@ impl Memory {
                 false if keep_embedding => {}
                 false => self.gather(walk, self.head_group()),
             }
-            let rest = self.block_rest(walk, batch, i);
+            let mut rest = self.block_rest(walk, batch, i);
             self.finish(walk, n, i);
+            rest.attention += self.normed_output(walk, n);
             walk.give(work, rest.total() + stream);
             walk.take(activations, stream);
             match recompute.filter(|_| i >= self.lowest) {
@@ -449,25 +460,29 @@ impl Memory {
             walk.take(work, bytes);
             attention += bytes;
         };
-        keep(walk, n * self.a);
-        walk.take(work, stream); // h1
+        // A norm's statistics, and what it gives: only where there is one before.
+        let (rstd, h) = if s.features.norms == Norms::After { (0, 0) } else { (n * self.a, stream) };
+        keep(walk, rstd);
+        walk.take(work, h); // h1
         keep(walk, self.values(n, block.attention.qkv.outputs));
         walk.pass(work, block.attention.qkv.forward(self, n));
-        walk.give(work, stream);
-        if s.qk_norm() {
-            for width in [q, k] {
-                keep(walk, self.values(n, width) + n * width / s.head_dim * self.a);
-                walk.pass(work, self.values(n, width));
-            }
+        walk.give(work, h);
+        for (width, size) in [q, k].into_iter().zip(s.qk_norm_sizes().into_iter().flatten()) {
+            keep(walk, self.values(n, width) + n * width / size * self.a);
+            walk.pass(work, self.values(n, width));
         }
         keep(walk, self.values(n, q) + n * s.num_attention_heads * self.a);
-        walk.pass(work, self.scores(batch));
+        walk.pass(work, self.scores(batch, false));
         keep(walk, stream); // x2
         walk.pass(work, block.attention.o.forward(self, n));
-        keep(walk, n * self.a);
-        walk.take(work, stream); // h2
+        if s.features.norms != Norms::Before {
+            keep(walk, stream + n * self.a); // the attention's output
+            walk.pass(work, stream);
+        }
+        keep(walk, rstd);
+        walk.take(work, h); // h2
         let (routing, gate_up) = self.begin(walk, n, i);
-        walk.give(work, stream);
+        walk.give(work, h);
         Rest { attention, routing, gate_up }
     }
 
@@ -499,7 +514,9 @@ impl Memory {
         let (c, f) = (self.shape.hidden_size, self.shape.intermediate_size);
         match &self.blocks[i - 1].mlp {
             Mlp::Dense(net) => {
-                walk.take(work, self.values(n, f) + self.values(n, c));
+                walk.take(work, self.values(n, f));
+                walk.pass(work, self.composed_gate(n, false));
+                walk.take(work, self.values(n, c));
                 walk.pass(work, net.down.forward(self, n));
                 walk.give(work, self.values(n, f));
             }
@@ -514,6 +531,31 @@ impl Memory {
                 walk.give(work, 2 * outputs);
             }
         }
+    }
+
+    /// What a gate that is composed takes besides input and output: all of it in A.
+    fn composed_gate(&self, n: i64, backward: bool) -> i64 {
+        if self.shape.features.activation == Activation::Silu {
+            return 0;
+        }
+        let copies = match (self.a == self.t, backward) {
+            (true, false) => 1,
+            (true, true) => 4,
+            (false, false) => 4,
+            (false, true) => 6,
+        };
+        copies * n * self.shape.intermediate_size * self.a
+    }
+
+    /// What stays of an MLP's output where a norm comes after it, as work.
+    fn normed_output(&self, walk: &mut Walk, n: i64) -> i64 {
+        if self.shape.features.norms == Norms::Before {
+            return 0;
+        }
+        let stream = self.values(n, self.shape.hidden_size);
+        walk.take(work, stream + n * self.a);
+        walk.pass(work, stream);
+        stream + n * self.a
     }
 
     /// `Routed::add_pairs`, up to the sum: rows in the tokens' order, in A, and with weights.
@@ -535,7 +577,9 @@ impl Memory {
         let group = self.head_group();
         let hidden = self.values(n, self.shape.hidden_size);
         let chunk = head::chunk(self.device, self.vocab_size, n).min(n);
-        let chunk_bytes = self.values(chunk, self.vocab_size);
+        // With a cap its slope beside the logits, and what both are made of.
+        let copies = if self.shape.features.logit_softcap.is_some() { 5 } else { 1 };
+        let chunk_bytes = copies * self.values(chunk, self.vocab_size);
         let Some(gradients) = gradients else {
             walk.take(logits, n * self.a);
             walk.pass(logits, chunk_bytes);
@@ -609,9 +653,20 @@ impl Memory {
         match batch.recompute {
             Recompute::None => walk.take(work, kept.rest.total()),
             Recompute::Selective => walk.take(work, kept.rest.attention + kept.rest.routing),
-            Recompute::Full => drop(self.block_rest(walk, batch, i)),
+            Recompute::Full => {
+                let _ = self.block_rest(walk, batch, i);
+                if s.features.norms != Norms::Before {
+                    self.finish(walk, n, i);
+                    walk.give(work, stream);
+                    self.normed_output(walk, n);
+                }
+            }
         }
-        walk.take(work, stream); // h2
+        if s.features.norms != Norms::Before {
+            walk.pass(work, stream); // the gradient of the MLP's output, in the place of that
+        }
+        let h = if s.features.norms == Norms::After { 0 } else { stream };
+        walk.take(work, h); // h2
         match &block.mlp {
             Mlp::Dense(net) => {
                 if batch.recompute == Recompute::Selective {
@@ -621,10 +676,11 @@ impl Memory {
                 let a = self.values(n, s.intermediate_size);
                 walk.take(work, a);
                 walk.pass(work, net.down.backward_input(self, n));
+                walk.pass(work, self.composed_gate(n, true));
                 walk.pass(work, net.down.backward_weight(self, n));
                 walk.give(work, a);
                 walk.pass(work, net.gate_up.backward_weight(self, n));
-                walk.give(work, stream); // h2
+                walk.give(work, h); // h2
                 walk.take(work, stream); // its gradient
                 walk.pass(work, net.gate_up.backward_input(self, n));
                 walk.give(work, kept.rest.gate_up);
@@ -659,14 +715,14 @@ impl Memory {
         walk.take(work, dout);
         walk.pass(work, block.attention.o.backward_input(self, n));
         walk.take(work, self.values(n, block.attention.qkv.outputs));
-        walk.pass(work, self.scores(batch));
+        walk.pass(work, self.scores(batch, true));
         walk.give(work, dout);
-        if s.qk_norm() {
+        if s.qk_norm_sizes().is_some() {
             walk.pass(work, 2 * self.values(n, block.attention.o.inputs));
         }
-        walk.take(work, stream); // h1
+        walk.take(work, h); // h1
         walk.pass(work, block.attention.qkv.backward_weight(self, n));
-        walk.give(work, stream);
+        walk.give(work, h);
         walk.take(work, stream); // dh1
         walk.pass(work, block.attention.qkv.backward_input(self, n));
         walk.take(work, stream); // dx

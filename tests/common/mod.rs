@@ -25,13 +25,26 @@ pub fn golden() -> PathBuf {
 }
 
 /// The models among the golden data, one a family or a variant of it.
-pub const FAMILIES: [&str; 7] = ["llama2", "llama3", "tied", "mistral", "qwen2", "qwen3", "mixtral"];
+pub const FAMILIES: [&str; 12] = [
+    "llama2",
+    "llama3",
+    "tied",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "mixtral",
+    "gemma2",
+    "gemma3",
+    "gemma3_new",
+    "olmo2",
+    "phi3",
+];
 
-/// The folder of a golden model. `make_golden.py` knows no qwen3: where a root has none, the one beside the tests serves.
+/// The folder of a golden model. `make_golden.py` knows not all: where a root has none, the one beside the tests serves.
 pub fn golden_model(family: &str) -> PathBuf {
     let dir = golden().join("models").join(family);
     match family {
-        "qwen3" if !dir.exists() => {
+        "qwen3" | "gemma2" | "gemma3" | "gemma3_new" | "olmo2" | "phi3" if !dir.exists() => {
             Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models").join(family)
         }
         _ => dir,

@@ -36,7 +36,8 @@ inline A sigmoid(A x) {
 }
 
 template <class T>
-void rms_norm_t(const T* x, const T* w, T* y, typename acc<T>::type* rstd, int64_t rows, int64_t c, double eps) {
+void rms_norm_t(const T* x, const T* w, double offset, T* y, typename acc<T>::type* rstd, int64_t rows, int64_t c,
+                double eps) {
   using A = typename acc<T>::type;
   for (int64_t r = 0; r < rows; r++) {
     const T* xr = x + r * c;
@@ -47,25 +48,26 @@ void rms_norm_t(const T* x, const T* w, T* y, typename acc<T>::type* rstd, int64
     rstd[r] = k;
     T* yr = y + r * c;
 #pragma omp simd
-    for (int64_t i = 0; i < c; i++) store(yr + i, load(xr[i]) * k * load(w[i]));
+    for (int64_t i = 0; i < c; i++) store(yr + i, load(xr[i]) * k * (load(w[i]) + A(offset)));
   }
 }
 
 template <class T>
-void rms_apply_t(const T* x, const T* w, const typename acc<T>::type* rstd, T* y, int64_t rows, int64_t c) {
+void rms_apply_t(const T* x, const T* w, double offset, const typename acc<T>::type* rstd, T* y, int64_t rows,
+                 int64_t c) {
   using A = typename acc<T>::type;
   for (int64_t r = 0; r < rows; r++) {
     const T* xr = x + r * c;
     T* yr = y + r * c;
     A k = rstd[r];
 #pragma omp simd
-    for (int64_t i = 0; i < c; i++) store(yr + i, load(xr[i]) * k * load(w[i]));
+    for (int64_t i = 0; i < c; i++) store(yr + i, load(xr[i]) * k * (load(w[i]) + A(offset)));
   }
 }
 
 template <class T>
-void rms_backward_t(const T* dy, const T* x, const T* w, const typename acc<T>::type* rstd, const T* residual, T* dx,
-                    typename acc<T>::type* dw, int64_t rows, int64_t c) {
+void rms_backward_t(const T* dy, const T* x, const T* w, double offset, const typename acc<T>::type* rstd,
+                    const T* residual, T* dx, typename acc<T>::type* dw, int64_t rows, int64_t c) {
   using A = typename acc<T>::type;
   for (int64_t r = 0; r < rows; r++) {
     const T *g = dy + r * c, *xr = x + r * c;
@@ -73,7 +75,7 @@ void rms_backward_t(const T* dy, const T* x, const T* w, const typename acc<T>::
 #pragma omp simd reduction(+ : s)
     for (int64_t i = 0; i < c; i++) {
       A gx = load(g[i]) * load(xr[i]);
-      s += gx * load(w[i]);
+      s += gx * (load(w[i]) + A(offset));
       dw[i] += gx * k;
     }
     A q = s * k * k * k / A(c);
@@ -81,10 +83,10 @@ void rms_backward_t(const T* dy, const T* x, const T* w, const typename acc<T>::
     if (residual) {
       const T* res = residual + r * c;
 #pragma omp simd
-      for (int64_t i = 0; i < c; i++) store(d + i, load(res[i]) + k * load(w[i]) * load(g[i]) - q * load(xr[i]));
+      for (int64_t i = 0; i < c; i++) store(d + i, load(res[i]) + k * (load(w[i]) + A(offset)) * load(g[i]) - q * load(xr[i]));
     } else {
 #pragma omp simd
-      for (int64_t i = 0; i < c; i++) store(d + i, k * load(w[i]) * load(g[i]) - q * load(xr[i]));
+      for (int64_t i = 0; i < c; i++) store(d + i, k * (load(w[i]) + A(offset)) * load(g[i]) - q * load(xr[i]));
     }
   }
 }
@@ -290,16 +292,17 @@ void decode_attention(Type t, const Decode& a, int64_t b, int64_t kv_head, void*
 void few_rows(Type t, const FewRows& a, int64_t first, int64_t last) {
   BY_TYPE(t, (void)sizeof(A); few_rows_t<T>(a, first, last))
 }
-void rms_norm(Type t, const void* x, const void* w, void* y, void* rstd, int64_t rows, int64_t c, double eps) {
-  BY_TYPE(t, rms_norm_t<T>((const T*)x, (const T*)w, (T*)y, (A*)rstd, rows, c, eps))
+void rms_norm(Type t, const void* x, const void* w, double offset, void* y, void* rstd, int64_t rows, int64_t c,
+              double eps) {
+  BY_TYPE(t, rms_norm_t<T>((const T*)x, (const T*)w, offset, (T*)y, (A*)rstd, rows, c, eps))
 }
-void rms_apply(Type t, const void* x, const void* w, const void* rstd, void* y, int64_t rows, int64_t c) {
-  BY_TYPE(t, rms_apply_t<T>((const T*)x, (const T*)w, (const A*)rstd, (T*)y, rows, c))
+void rms_apply(Type t, const void* x, const void* w, double offset, const void* rstd, void* y, int64_t rows, int64_t c) {
+  BY_TYPE(t, rms_apply_t<T>((const T*)x, (const T*)w, offset, (const A*)rstd, (T*)y, rows, c))
 }
-void rms_backward(Type t, const void* dy, const void* x, const void* w, const void* rstd, const void* residual,
-                  void* dx, void* dw, int64_t rows, int64_t c) {
-  BY_TYPE(t, rms_backward_t<T>((const T*)dy, (const T*)x, (const T*)w, (const A*)rstd, (const T*)residual, (T*)dx,
-                               (A*)dw, rows, c))
+void rms_backward(Type t, const void* dy, const void* x, const void* w, double offset, const void* rstd,
+                  const void* residual, void* dx, void* dw, int64_t rows, int64_t c) {
+  BY_TYPE(t, rms_backward_t<T>((const T*)dy, (const T*)x, (const T*)w, offset, (const A*)rstd, (const T*)residual,
+                               (T*)dx, (A*)dw, rows, c))
 }
 void rope(Type t, void* x, const int64_t* position, const void* cos, const void* sin, int64_t rows, int64_t stride,
           int64_t heads, int64_t d, bool inverse) {

@@ -49,13 +49,14 @@ struct RowKernels {
   void (*decode_attention)(Type, const Decode&, int64_t b, int64_t kv_head, void* scratch);
   // One task is the outputs first .. last.
   void (*few_rows)(Type, const FewRows&, int64_t first, int64_t last);
-  // y[r,:] = x[r,:] * rstd[r] * w, rstd[r] = 1 / sqrt(mean(x[r,:]^2) + eps)
-  void (*rms_norm)(Type, const void* x, const void* w, void* y, void* rstd, int64_t rows, int64_t c, double eps);
-  // y = x * rstd * w with a saved rstd
-  void (*rms_apply)(Type, const void* x, const void* w, const void* rstd, void* y, int64_t rows, int64_t c);
+  // y[r,:] = x[r,:] * rstd[r] * (w + offset), rstd[r] = 1 / sqrt(mean(x[r,:]^2) + eps)
+  void (*rms_norm)(Type, const void* x, const void* w, double offset, void* y, void* rstd, int64_t rows, int64_t c,
+                   double eps);
+  // y = x * rstd * (w + offset) with a saved rstd
+  void (*rms_apply)(Type, const void* x, const void* w, double offset, const void* rstd, void* y, int64_t rows, int64_t c);
   // dx = residual + d rms_norm; dw_partial[c] += sum over rows (accumulator type)
-  void (*rms_backward)(Type, const void* dy, const void* x, const void* w, const void* rstd, const void* residual,
-                       void* dx, void* dw_partial, int64_t rows, int64_t c);
+  void (*rms_backward)(Type, const void* dy, const void* x, const void* w, double offset, const void* rstd,
+                       const void* residual, void* dx, void* dw_partial, int64_t rows, int64_t c);
   // rotates the first `heads` heads of each row of x [rows, stride] in place; tables [positions, d/2]
   void (*rope)(Type, void* x, const int64_t* position, const void* cos, const void* sin, int64_t rows, int64_t stride,
                int64_t heads, int64_t d, bool inverse);

@@ -49,27 +49,29 @@ char* corral_set_float32_onednn(bool on) {
   });
 }
 
-char* corral_rms_norm(at::Tensor* x, at::Tensor* w, double eps, at::Tensor** y, at::Tensor** rstd) {
+char* corral_rms_norm(at::Tensor* x, at::Tensor* w, double offset, double eps, at::Tensor** y, at::Tensor** rstd) {
   return guarded([&] {
     int64_t c = w->numel(), rows = rows_of(*x, *w);
     auto out = at::empty_like(*x);
     auto k = at::empty({rows}, x->options().dtype(acc_of(*x)));
     Type t = type_of(*x);
     at::parallel_for(0, rows, grain(c), [&](int64_t a, int64_t b) {
-      row_kernels().rms_norm(t, at_row(*x, a, c), w->data_ptr(), at_row(out, a, c), at_row(k, a, 1), b - a, c, eps);
+      row_kernels().rms_norm(t, at_row(*x, a, c), w->data_ptr(), offset, at_row(out, a, c), at_row(k, a, 1), b - a, c,
+                             eps);
     });
     *y = new at::Tensor(out), *rstd = new at::Tensor(k);
   });
 }
 
-char* corral_rms_apply(at::Tensor* x, at::Tensor* w, at::Tensor* rstd, at::Tensor** y) {
+char* corral_rms_apply(at::Tensor* x, at::Tensor* w, double offset, at::Tensor* rstd, at::Tensor** y) {
   return guarded([&] {
     int64_t c = w->numel(), rows = rows_of(*x, *w);
     same(*rstd, acc_of(*x), rows, "rstd");
     auto out = at::empty_like(*x);
     Type t = type_of(*x);
     at::parallel_for(0, rows, grain(c), [&](int64_t a, int64_t b) {
-      row_kernels().rms_apply(t, at_row(*x, a, c), w->data_ptr(), at_row(*rstd, a, 1), at_row(out, a, c), b - a, c);
+      row_kernels().rms_apply(t, at_row(*x, a, c), w->data_ptr(), offset, at_row(*rstd, a, 1), at_row(out, a, c), b - a,
+                              c);
     });
     *y = new at::Tensor(out);
   });
@@ -77,8 +79,8 @@ char* corral_rms_apply(at::Tensor* x, at::Tensor* w, at::Tensor* rstd, at::Tenso
 
 // dw is added to. The rows are cut into as many parts as there are threads, summed in order: the result depends on
 // the number of threads, not on their timing.
-char* corral_rms_backward(at::Tensor* dy, at::Tensor* x, at::Tensor* w, at::Tensor* rstd, at::Tensor* residual,
-                          at::Tensor* dw, at::Tensor** dx) {
+char* corral_rms_backward(at::Tensor* dy, at::Tensor* x, at::Tensor* w, double offset, at::Tensor* rstd,
+                          at::Tensor* residual, at::Tensor* dw, at::Tensor** dx) {
   return guarded([&] {
     int64_t c = w->numel(), rows = rows_of(*x, *w);
     same(*dy, x->scalar_type(), rows * c, "dy"), same(*rstd, acc_of(*x), rows, "rstd");
@@ -93,7 +95,7 @@ char* corral_rms_backward(at::Tensor* dy, at::Tensor* x, at::Tensor* w, at::Tens
       for (int64_t p = p0; p < p1; p++) {
         int64_t a = p * per, b = std::min(rows, a + per);
         if (a >= b) continue;
-        row_kernels().rms_backward(t, at_row(*dy, a, c), at_row(*x, a, c), w->data_ptr(), at_row(*rstd, a, 1),
+        row_kernels().rms_backward(t, at_row(*dy, a, c), at_row(*x, a, c), w->data_ptr(), offset, at_row(*rstd, a, 1),
                                    residual ? at_row(*residual, a, c) : nullptr, at_row(out, a, c),
                                    at_row(partial, p, c), b - a, c);
       }

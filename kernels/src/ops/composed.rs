@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::rows::RowOps;
 use crate::error::Result;
-use crate::tensors::{AdamW, Heads, KeysValues, Rotation, accumulator};
+use crate::tensors::{AdamW, Gain, Heads, KeysValues, Rotation, accumulator};
 
 /// libtorch's operations one after the other, on any device and in any dtype. They check little: shapes that do not fit end
 /// in a panic with libtorch's message.
@@ -12,22 +12,22 @@ use crate::tensors::{AdamW, Heads, KeysValues, Rotation, accumulator};
 pub struct Composed;
 
 impl RowOps for Composed {
-    fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    fn rms_norm(&self, x: &Tensor, w: Gain, eps: f64) -> Result<(Tensor, Tensor)> {
         let xa = x.to_kind(accumulator(x.kind()));
         let rstd = (xa.square().mean_dim([-1i64].as_slice(), false, None) + eps).rsqrt();
         Ok((self.rms_apply(x, w, &rstd)?, rstd))
     }
 
-    fn rms_apply(&self, x: &Tensor, w: &Tensor, rstd: &Tensor) -> Result<Tensor> {
+    fn rms_apply(&self, x: &Tensor, w: Gain, rstd: &Tensor) -> Result<Tensor> {
         let a = accumulator(x.kind());
-        Ok((x.to_kind(a) * rstd.unsqueeze(-1) * w.to_kind(a)).to_kind(x.kind()))
+        Ok((x.to_kind(a) * rstd.unsqueeze(-1) * (w.weight.to_kind(a) + w.offset)).to_kind(x.kind()))
     }
 
     fn rms_backward(
         &self,
         dy: &Tensor,
         x: &Tensor,
-        w: &Tensor,
+        w: Gain,
         rstd: &Tensor,
         residual: Option<&Tensor>,
         dw: &Tensor,
@@ -37,7 +37,7 @@ impl RowOps for Composed {
         let normed = &xa * &k;
         let mut dw = dw.shallow_clone();
         let _ = dw.g_add_(&(&g * &normed).sum_dim_intlist([0i64].as_slice(), false, None));
-        let gw = g * w.to_kind(a);
+        let gw = g * (w.weight.to_kind(a) + w.offset);
         let mean = (&gw * &normed).mean_dim([-1i64].as_slice(), true, None);
         let mut dx = (gw - normed * mean) * k;
         if let Some(r) = residual {
@@ -85,9 +85,14 @@ impl RowOps for Composed {
         let rows =
             |t: &Tensor| t.to_kind(q.kind()).view([h.batch, time, h.heads, h.head_dim]).transpose(1, 2);
         let (g, o) = (rows(dout), rows(out));
-        let p = (scores(&q, &k, start, h) - lse.unsqueeze(-1)).exp();
+        let s = scores(&q, &k, start, h);
+        let p = (&s - lse.unsqueeze(-1)).exp();
         let delta = (&g * o).sum_dim_intlist([-1i64].as_slice(), true, None);
-        let ds = &p * (g.matmul(&v.transpose(-2, -1)) - delta) * h.scale();
+        let mut ds = &p * (g.matmul(&v.transpose(-2, -1)) - delta) * h.scale;
+        if let Some(c) = h.softcap {
+            // d c tanh(x / c) / dx = 1 - (capped / c)^2; where nothing is seen the capped score is minus infinity, and p is 0.
+            ds *= 1.0 - (s.clamp(-c, c) / c).square();
+        }
         let group = |t: Tensor| {
             let size = [h.batch, h.kv_heads, h.heads / h.kv_heads, time, h.head_dim];
             t.view(size).sum_dim_intlist([2i64].as_slice(), false, None)
@@ -117,8 +122,8 @@ impl RowOps for Composed {
             unseen = unseen.logical_or(&at.lt_tensor(&first.unsqueeze(1)));
         }
         let unseen = unseen.view([h.batch, 1, 1, -1]);
-        let scores =
-            (q.matmul(&read(keys).transpose(-2, -1)) * h.scale()).masked_fill(&unseen, f64::NEG_INFINITY);
+        let scores = h.cap(q.matmul(&read(keys).transpose(-2, -1)) * h.scale);
+        let scores = scores.masked_fill(&unseen, f64::NEG_INFINITY);
         // What lies beyond a row's position was never written, and 0 * NaN is NaN.
         let seen = read(values).masked_fill(&unseen.transpose(-2, -1), 0.0);
         Ok(scores.softmax(-1, a).matmul(&seen).view([h.batch, h.heads * d]).to_kind(qkv.kind()))
@@ -222,6 +227,27 @@ impl RowOps for Composed {
     }
 }
 
+/// gelu(g) * u with gelu's tanh form (Hendrycks and Gimpel 2016) for gu: T `[N, 2F]` = (g | u), computed in A and rounded once.
+/// Returns T `[N, F]`.
+pub fn geglu(gu: &Tensor) -> Result<Tensor> {
+    let parts = gu.to_kind(accumulator(gu.kind())).chunk(2, 1);
+    Ok((parts[0].f_gelu("tanh")? * &parts[1]).to_kind(gu.kind()))
+}
+
+/// Gradient of [`geglu`], in place: `gu` becomes d gu, `da` becomes gelu(g) * u.
+pub fn geglu_backward(gu: &Tensor, da: &Tensor) -> Result<()> {
+    let a = accumulator(gu.kind());
+    let f = gu.size()[1] / 2;
+    let (g, u, d) = (gu.narrow(1, 0, f).to_kind(a), gu.narrow(1, f, f).to_kind(a), da.to_kind(a));
+    let gelu = g.f_gelu("tanh")?;
+    let dg = g.f_gelu_backward(&(&d * &u), "tanh")?;
+    let du = d * &gelu;
+    da.shallow_clone().copy_(&(gelu * u)); // from here on d, g and u may be overwritten: they may be views
+    gu.narrow(1, 0, f).copy_(&dg);
+    gu.narrow(1, f, f).copy_(&du);
+    Ok(())
+}
+
 /// Queries, keys, values as A `[B, heads, T, D]`, keys and values repeated for their groups.
 fn split_heads(qkv: &Tensor, h: Heads) -> (Tensor, Tensor, Tensor) {
     let time = qkv.size()[0] / h.batch;
@@ -246,7 +272,7 @@ fn scores(q: &Tensor, k: &Tensor, start: Option<&Tensor>, h: Heads) -> Tensor {
         let first = start.view([h.batch, 1, time, 1]).clamp_min(0).minimum(&at.view([1, 1, time, 1]));
         unseen = unseen.logical_or(&at.view([1, 1, 1, time]).lt_tensor(&first));
     }
-    (q.matmul(&k.transpose(-2, -1)) * h.scale()).masked_fill(&unseen, f64::NEG_INFINITY)
+    h.cap(q.matmul(&k.transpose(-2, -1)) * h.scale).masked_fill(&unseen, f64::NEG_INFINITY)
 }
 
 fn merge_heads(x: &Tensor, kind: Kind) -> Tensor {

@@ -7,24 +7,24 @@ use tch::Tensor;
 use super::rows::RowOps;
 use crate::abi::*;
 use crate::error::{Result, check};
-use crate::tensors::{AdamW, Heads, KeysValues, Rotation, own, raw, raw_opt};
+use crate::tensors::{AdamW, Gain, Heads, KeysValues, Rotation, own, raw, raw_opt};
 
 /// The kernels of the CPU, in float32, bfloat16 and float64. Every tensor's device, dtype, size and contiguity is checked.
 #[derive(Debug, Clone, Copy)]
 pub struct Cpu;
 
 impl RowOps for Cpu {
-    fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    fn rms_norm(&self, x: &Tensor, w: Gain, eps: f64) -> Result<(Tensor, Tensor)> {
         let (mut y, mut rstd) = (null_mut(), null_mut());
         // SAFETY: the C++ side checks device, contiguity, dtype and size of every tensor; outputs are new tensors.
-        check(unsafe { corral_rms_norm(raw(x), raw(w), eps, &mut y, &mut rstd) })?;
+        check(unsafe { corral_rms_norm(raw(x), raw(w.weight), w.offset, eps, &mut y, &mut rstd) })?;
         Ok((own(y), own(rstd)))
     }
 
-    fn rms_apply(&self, x: &Tensor, w: &Tensor, rstd: &Tensor) -> Result<Tensor> {
+    fn rms_apply(&self, x: &Tensor, w: Gain, rstd: &Tensor) -> Result<Tensor> {
         let mut y = null_mut();
         // SAFETY: as in rms_norm.
-        check(unsafe { corral_rms_apply(raw(x), raw(w), raw(rstd), &mut y) })?;
+        check(unsafe { corral_rms_apply(raw(x), raw(w.weight), w.offset, raw(rstd), &mut y) })?;
         Ok(own(y))
     }
 
@@ -32,7 +32,7 @@ impl RowOps for Cpu {
         &self,
         dy: &Tensor,
         x: &Tensor,
-        w: &Tensor,
+        w: Gain,
         rstd: &Tensor,
         residual: Option<&Tensor>,
         dw: &Tensor,
@@ -40,7 +40,16 @@ impl RowOps for Cpu {
         let mut dx = null_mut();
         // SAFETY: as in rms_norm; dw is written in place.
         check(unsafe {
-            corral_rms_backward(raw(dy), raw(x), raw(w), raw(rstd), raw_opt(residual), raw(dw), &mut dx)
+            corral_rms_backward(
+                raw(dy),
+                raw(x),
+                raw(w.weight),
+                w.offset,
+                raw(rstd),
+                raw_opt(residual),
+                raw(dw),
+                &mut dx,
+            )
         })?;
         Ok(own(dx))
     }
@@ -62,7 +71,7 @@ impl RowOps for Cpu {
                 h.heads,
                 h.kv_heads,
                 h.head_dim,
-                h.scale(),
+                h.scale,
                 &mut out,
                 &mut lse,
             )
@@ -92,7 +101,7 @@ impl RowOps for Cpu {
                 h.heads,
                 h.kv_heads,
                 h.head_dim,
-                h.scale(),
+                h.scale,
                 &mut dqkv,
             )
         })?;
@@ -113,7 +122,7 @@ impl RowOps for Cpu {
                 raw(position),
                 raw_opt(first),
                 h.heads,
-                h.scale(),
+                h.scale,
                 &mut out,
             )
         })?;

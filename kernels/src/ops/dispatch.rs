@@ -8,7 +8,7 @@ use super::gpu::Gpu;
 use super::rows::RowOps;
 use crate::abi::corral_fill_normal;
 use crate::error::{Result, check};
-use crate::tensors::{AdamW, Heads, KeysValues, Rotation, raw};
+use crate::tensors::{AdamW, Gain, Heads, KeysValues, Rotation, raw};
 
 /// The implementation for a tensor's device and dtype.
 fn row_ops(x: &Tensor) -> &'static dyn RowOps {
@@ -20,8 +20,12 @@ fn row_ops(x: &Tensor) -> &'static dyn RowOps {
 }
 
 /// The same for attention: flash attention takes float16 as well, and looks at the dtype itself.
-fn attention_ops(qkv: &Tensor) -> &'static dyn RowOps {
-    if matches!(qkv.device(), Device::Cuda(_)) { &Gpu } else { row_ops(qkv) }
+fn attention_ops(qkv: &Tensor, h: Heads) -> &'static dyn RowOps {
+    match qkv.device() {
+        Device::Cuda(_) => &Gpu,
+        _ if h.softcap.is_some() => &Composed,
+        _ => row_ops(qkv),
+    }
 }
 
 /// Fills `out` (float32 `[n]`, CPU) with numbers `first..first + n` of the key's endless stream of normal numbers of mean
@@ -31,14 +35,14 @@ pub fn fill_normal(out: &Tensor, key: u64, first: u64, std: f64) -> Result<()> {
     check(unsafe { corral_fill_normal(raw(out), key, first, std) })
 }
 
-/// y = x * rstd * w with rstd = 1 / sqrt(mean(x^2) + eps) per row (Zhang and Sennrich 2019, eq. 4), computed in A and
-/// rounded once. x: T `[N, C]`, w: T `[C]`. Returns y: T `[N, C]` and rstd: A `[N]`.
-pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+/// y = x * rstd * (w + offset) with rstd = 1 / sqrt(mean(x^2) + eps) per row (Zhang and Sennrich 2019, eq. 4), computed in A
+/// and rounded once. x: T `[N, C]`, w: T `[C]`. Returns y: T `[N, C]` and rstd: A `[N]`.
+pub fn rms_norm(x: &Tensor, w: Gain, eps: f64) -> Result<(Tensor, Tensor)> {
     row_ops(x).rms_norm(x, w, eps)
 }
 
 /// [`rms_norm`] again with its saved `rstd`: what the backward needs of y, without keeping it.
-pub fn rms_apply(x: &Tensor, w: &Tensor, rstd: &Tensor) -> Result<Tensor> {
+pub fn rms_apply(x: &Tensor, w: Gain, rstd: &Tensor) -> Result<Tensor> {
     row_ops(x).rms_apply(x, w, rstd)
 }
 
@@ -46,7 +50,7 @@ pub fn rms_apply(x: &Tensor, w: &Tensor, rstd: &Tensor) -> Result<Tensor> {
 pub fn rms_backward(
     dy: &Tensor,
     x: &Tensor,
-    w: &Tensor,
+    w: Gain,
     rstd: &Tensor,
     residual: Option<&Tensor>,
     dw: &Tensor,
@@ -78,9 +82,9 @@ pub fn rope(
 /// the logarithm of the softmax's denominators: A `[B, H, T]`.
 ///
 /// On CUDA, flash attention takes what it can: bfloat16 or float16 without `start`, D a multiple of 8 and at most 256. The
-/// rest is composed, with the `[B, H, T, T]` scores in memory.
+/// rest is composed, with the `[B, H, T, T]` scores in memory; so is, on every device, attention with a `softcap`.
 pub fn attention(qkv: &Tensor, start: Option<&Tensor>, h: Heads) -> Result<(Tensor, Tensor)> {
-    attention_ops(qkv).attention(qkv, start, h)
+    attention_ops(qkv, h).attention(qkv, start, h)
 }
 
 /// Gradient of [`attention`] with respect to `qkv`.
@@ -92,7 +96,7 @@ pub fn attention_backward(
     start: Option<&Tensor>,
     h: Heads,
 ) -> Result<Tensor> {
-    attention_ops(qkv).attention_backward(dout, qkv, out, lse, start, h)
+    attention_ops(qkv, h).attention_backward(dout, qkv, out, lse, start, h)
 }
 
 /// Attention of one more token a row over cached keys and values. `qkv`: T `[B, (H + 2K) * D]`, rotated, in the order of
@@ -108,7 +112,7 @@ pub fn decode_attention(
     first: Option<&Tensor>,
     h: Heads,
 ) -> Result<Tensor> {
-    row_ops(qkv).decode_attention(qkv, KeysValues { keys, values, slot, position, first }, h)
+    attention_ops(qkv, h).decode_attention(qkv, KeysValues { keys, values, slot, position, first }, h)
 }
 
 /// silu(g) * u (Shazeer 2020) for gu: T `[N, 2F]` = (g | u). Returns T `[N, F]`.

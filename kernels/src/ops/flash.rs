@@ -15,6 +15,7 @@ pub fn fits(qkv: &Tensor, start: Option<&Tensor>, h: Heads) -> Result<bool> {
     Ok(matches!(qkv.device(), Device::Cuda(_))
         && matches!(qkv.kind(), Kind::BFloat16 | Kind::Half)
         && start.is_none()
+        && h.softcap.is_none()
         && h.head_dim % 8 == 0
         && h.head_dim <= 256
         && (qkv.data_ptr() as usize).is_multiple_of(16)
@@ -31,7 +32,7 @@ pub fn forward(qkv: &Tensor, h: Heads) -> Result<(Tensor, Tensor)> {
             h.heads,
             h.kv_heads,
             h.head_dim,
-            h.scale(),
+            h.scale,
             &mut out,
             &mut lse,
         )
@@ -52,7 +53,7 @@ pub fn backward(dout: &Tensor, qkv: &Tensor, out: &Tensor, lse: &Tensor, h: Head
             h.heads,
             h.kv_heads,
             h.head_dim,
-            h.scale(),
+            h.scale,
             &mut dqkv,
         )
     })?;

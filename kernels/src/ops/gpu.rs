@@ -8,7 +8,7 @@ use super::rows::RowOps;
 use crate::cuda::launch::{Launcher, adamw_numbers, blocks, matrix, need, opt, pack, threads, wide};
 use crate::cuda::modules::Arg::{F32, I32, I64, Tensor as T, U64};
 use crate::error::{Error, Result};
-use crate::tensors::{AdamW, Heads, KeysValues, Rotation};
+use crate::tensors::{AdamW, Gain, Heads, KeysValues, Rotation};
 
 /// Columns beyond which rms_backward's shared memory, 4 bytes a column, might not fit.
 const RMS_BACKWARD_COLUMNS: i64 = 24 << 10;
@@ -18,26 +18,37 @@ const RMS_BACKWARD_COLUMNS: i64 = 24 << 10;
 pub struct Gpu;
 
 impl RowOps for Gpu {
-    fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    fn rms_norm(&self, x: &Tensor, gain: Gain, eps: f64) -> Result<(Tensor, Tensor)> {
+        let Gain { weight: w, offset } = gain;
         let (rows, c) = matrix("rms_norm", x)?;
         need("rms_norm", &[("x", x, x.kind(), rows * c), ("w", w, x.kind(), c)])?;
         let (y, rstd) = (x.empty_like(), Tensor::empty([rows], (Kind::Float, x.device())));
-        let args =
-            [T(x), T(w), F32(eps as f32), T(&y), T(&rstd), I32(c as i32), wide(c, pack(x), &[x, w, &y])];
+        let args = [
+            T(x),
+            T(w),
+            F32(offset as f32),
+            F32(eps as f32),
+            T(&y),
+            T(&rstd),
+            I32(c as i32),
+            wide(c, pack(x), &[x, w, &y]),
+        ];
         // SAFETY: block r reads row r of x and all of w, and writes row r of y and rstd[r]: checked above, or made
         // here.
         unsafe { Launcher::rows(x)?.launch("rms_norm", rows, threads(c, pack(x)), 0, &args) }?;
         Ok((y, rstd))
     }
 
-    fn rms_apply(&self, x: &Tensor, w: &Tensor, rstd: &Tensor) -> Result<Tensor> {
+    fn rms_apply(&self, x: &Tensor, gain: Gain, rstd: &Tensor) -> Result<Tensor> {
+        let Gain { weight: w, offset } = gain;
         let (rows, c) = matrix("rms_apply", x)?;
         need(
             "rms_apply",
             &[("x", x, x.kind(), rows * c), ("w", w, x.kind(), c), ("rstd", rstd, Kind::Float, rows)],
         )?;
         let y = x.empty_like();
-        let args = [T(x), T(w), T(rstd), T(&y), I32(c as i32), wide(c, pack(x), &[x, w, &y])];
+        let args =
+            [T(x), T(w), F32(offset as f32), T(rstd), T(&y), I32(c as i32), wide(c, pack(x), &[x, w, &y])];
         // SAFETY: block r reads row r of x, rstd[r] and all of w, and writes row r of y: checked above, or made here.
         unsafe { Launcher::rows(x)?.launch("rms_apply", rows, threads(c, pack(x)), 0, &args) }?;
         Ok(y)
@@ -47,13 +58,14 @@ impl RowOps for Gpu {
         &self,
         dy: &Tensor,
         x: &Tensor,
-        w: &Tensor,
+        gain: Gain,
         rstd: &Tensor,
         residual: Option<&Tensor>,
         dw: &Tensor,
     ) -> Result<Tensor> {
+        let Gain { weight: w, offset } = gain;
         if w.numel() as i64 > RMS_BACKWARD_COLUMNS {
-            return Composed.rms_backward(dy, x, w, rstd, residual, dw);
+            return Composed.rms_backward(dy, x, gain, rstd, residual, dw);
         }
         let (rows, c) = matrix("rms_backward", x)?;
         let kind = x.kind();
@@ -77,6 +89,7 @@ impl RowOps for Gpu {
             T(dy),
             T(x),
             T(w),
+            F32(offset as f32),
             T(rstd),
             opt(residual),
             T(&dx),

@@ -19,8 +19,8 @@ mod gpu;
 mod products;
 mod rows;
 
-pub use crate::tensors::{AdamW, Heads, KeysValues, Rotation, accumulator};
-pub use composed::Composed;
+pub use crate::tensors::{AdamW, Gain, Heads, KeysValues, Rotation, accumulator};
+pub use composed::{Composed, geglu, geglu_backward};
 pub use cpu::Cpu;
 pub use dispatch::*;
 pub use gpu::Gpu;

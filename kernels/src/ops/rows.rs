@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use crate::error::Result;
-use crate::tensors::{AdamW, Heads, KeysValues, Rotation};
+use crate::tensors::{AdamW, Gain, Heads, KeysValues, Rotation};
 
 /// Operations on rows. Shapes, dtypes and formulas are those of the functions of the same names in [`crate::ops`], which
 /// choose the implementation by device and dtype. All tensors lie on one device; one that "is added to" or "becomes" is
@@ -12,17 +12,17 @@ use crate::tensors::{AdamW, Heads, KeysValues, Rotation};
 /// Errors: an implementation may refuse what it has no kernel for, and what does not fit.
 pub trait RowOps {
     /// [`rms_norm`](crate::ops::rms_norm): y and rstd.
-    fn rms_norm(&self, x: &Tensor, w: &Tensor, eps: f64) -> Result<(Tensor, Tensor)>;
+    fn rms_norm(&self, x: &Tensor, w: Gain, eps: f64) -> Result<(Tensor, Tensor)>;
 
     /// [`rms_apply`](crate::ops::rms_apply): y.
-    fn rms_apply(&self, x: &Tensor, w: &Tensor, rstd: &Tensor) -> Result<Tensor>;
+    fn rms_apply(&self, x: &Tensor, w: Gain, rstd: &Tensor) -> Result<Tensor>;
 
     /// [`rms_backward`](crate::ops::rms_backward): dx + residual; `dw` is added to.
     fn rms_backward(
         &self,
         dy: &Tensor,
         x: &Tensor,
-        w: &Tensor,
+        w: Gain,
         rstd: &Tensor,
         residual: Option<&Tensor>,
         dw: &Tensor,

@@ -1,9 +1,13 @@
 //! The families by `config.json`: each has a file here, which says what its configuration and its tensors' names have
 //! of their own. What they have in common is in [`super::hf_config`].
 
+mod gemma2;
+mod gemma3;
 mod llama;
 mod mistral;
 mod mixtral;
+mod olmo2;
+mod phi3;
 mod qwen;
 mod qwen2;
 mod qwen3;
@@ -85,8 +89,18 @@ impl std::fmt::Display for Only {
 }
 
 /// All that can be read.
-pub static FAMILIES: [&Description; 6] =
-    [&llama::LLAMA, &mistral::MISTRAL, &mixtral::MIXTRAL, &qwen::QWEN, &qwen2::QWEN2, &qwen3::QWEN3];
+pub static FAMILIES: [&Description; 10] = [
+    &llama::LLAMA,
+    &mistral::MISTRAL,
+    &mixtral::MIXTRAL,
+    &qwen::QWEN,
+    &qwen2::QWEN2,
+    &qwen3::QWEN3,
+    &gemma2::GEMMA2,
+    &gemma3::GEMMA3,
+    &olmo2::OLMO2,
+    &phi3::PHI3,
+];
 
 /// The family of a model, as which it is written.
 pub fn of(family: Family) -> &'static Description {
@@ -96,6 +110,10 @@ pub fn of(family: Family) -> &'static Description {
         Family::Mixtral => &mixtral::MIXTRAL,
         Family::Qwen2 => &qwen2::QWEN2,
         Family::Qwen3 => &qwen3::QWEN3,
+        Family::Gemma2 => &gemma2::GEMMA2,
+        Family::Gemma3 => &gemma3::GEMMA3,
+        Family::Olmo2 => &olmo2::OLMO2,
+        Family::Phi3 => &phi3::PHI3,
     }
 }
 

@@ -91,6 +91,7 @@ fn read(config: &Config) -> Result<Shape> {
         sliding_window: None,
         max_window_layers: 0,
         experts: None,
+        features: Family::Qwen2.features(),
     })
 }
 

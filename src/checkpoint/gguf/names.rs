@@ -24,6 +24,10 @@ pub(super) fn architecture(family: Family) -> &'static str {
         Family::Llama | Family::Mistral | Family::Mixtral => "llama",
         Family::Qwen2 => "qwen2",
         Family::Qwen3 => "qwen3",
+        Family::Gemma2 => "gemma2",
+        Family::Gemma3 => "gemma3",
+        Family::Olmo2 => "olmo2",
+        Family::Phi3 => "phi3",
     }
 }
 

@@ -208,6 +208,7 @@ pub(super) fn read(metadata: &Metadata, files: &Source) -> Result<Read> {
         sliding_window: window,
         max_window_layers: 0,
         experts,
+        features: family.features(),
     };
     shape.check().map_err(|e| Error::data(e.message))?;
     if files.views.contains_key(ROPE_FREQS) {

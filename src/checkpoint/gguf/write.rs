@@ -53,6 +53,12 @@ impl Plan {
             return refused(format!("a sliding window (of {window} positions) in a {:?}", shape.family));
         }
         let (mut tensors, mut places): (Vec<Planned>, _) = (Vec::new(), HashMap::new());
+        if let Family::Gemma2 | Family::Gemma3 | Family::Olmo2 | Family::Phi3 = shape.family {
+            return refused(format!("a {:?} is not built yet in this format", shape.family));
+        }
+        if shape.features.rope_linear_factor.is_some() {
+            return refused("rope_scaling of type linear is not built yet in this format".into());
+        }
         for spec in layouts(shape).into_iter().flat_map(|l| l.specs) {
             let Some(place) = names::place(&spec.name, shape, false) else {
                 return refused(format!("it has no place for `{}`", spec.name));

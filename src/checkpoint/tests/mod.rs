@@ -66,8 +66,9 @@ fn tiny(tied: bool) -> Shape {
 /// One small shape a family, with all that it may have.
 fn one_a_family() -> Vec<Shape> {
     let tiny = tiny(false);
-    let window = |family, sliding_window, max_window_layers| Shape {
+    let window = |family: Family, sliding_window, max_window_layers| Shape {
         family,
+        features: family.features(),
         sliding_window,
         max_window_layers,
         head_dim: 8,

@@ -1,0 +1,37 @@
+//! OLMo 2: norms on what attention and MLP give instead of before them, and norms of all queries and keys of a token together.
+
+use serde_json::json;
+
+use super::{Config, Description, Only, same_place};
+use crate::checkpoint::hf_config::{COMMON, Defaults, common};
+use crate::config::shape::{Family, Features, Norms, QkNorm, Shape};
+use crate::error::Result;
+
+pub static OLMO2: Description = Description {
+    architecture: "Olmo2ForCausalLM",
+    model_type: "olmo2",
+    keys: &[&COMMON],
+    only: &[("attention_bias", Only::Bool(false))],
+    harmless: &[],
+    read,
+    write: |_, config| {
+        config.insert("attention_bias".into(), json!(false));
+    },
+    place: same_place,
+};
+
+fn read(config: &Config) -> Result<Shape> {
+    let shape = common(
+        config,
+        Defaults {
+            family: Family::Olmo2,
+            num_key_value_heads: None,
+            head_dim: None,
+            max_position_embeddings: 2048,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10000.0,
+        },
+    )?;
+    let features = Features { norms: Norms::After, qk_norm: QkNorm::Projection, ..shape.features };
+    Ok(Shape { features, ..shape })
+}

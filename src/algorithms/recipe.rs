@@ -1,6 +1,6 @@
 //! What an algorithm tells the commands: [`Recipe`] is all that one must be for `corral NAME`, `corral check NAME` and
 //! `corral plan NAME` to know it. It is written for the algorithm's configuration; the list of all is
-//! [`crate::commands::recipes::RECIPES`].
+//! `commands/recipes.rs`.
 
 use crate::algorithms::rl::policy::Samplers;
 use crate::algorithms::run::Start;

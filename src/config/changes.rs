@@ -8,7 +8,7 @@ use std::path::{self, Component, PathBuf};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::{Algorithm, parse};
+use super::algorithm::{Algorithm, parse};
 use crate::error::{Error, Result};
 
 /// What a change of a key does to a run that goes on.

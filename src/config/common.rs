@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::Conflict;
+use super::conflict::Conflict;
 use super::model::Model;
 use super::parallel::Parallel;
 use super::sections::{Checkpoint, Log, Optim, Precision, Schedule, Source, Tokenizer, Train, Valid};

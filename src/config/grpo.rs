@@ -2,13 +2,14 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::algorithm::{Algorithm, BuiltIn, built_in};
 use super::common::Common;
+use super::conflict::Conflict;
 use super::numbers::{count, not_negative, positive, some_count, some_positive};
 use super::policy::{KlEstimator, Level, LossType, policy_configuration};
 use super::rewards::{Reward, RewardKind};
 use super::sft::Samples;
 use super::template_date::TemplateDate;
-use super::{Algorithm, BuiltIn, Conflict, built_in};
 
 policy_configuration! {
     /// Group-relative policy optimization; `train.batch_size` counts prompts an iteration, `train.steps` iterations.

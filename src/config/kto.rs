@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::algorithm::{Algorithm, BuiltIn, built_in};
 use super::common::{Common, configuration, conflict_of_inputs};
+use super::conflict::Conflict;
 use super::dpo::Reference;
 use super::model::Model;
 use super::numbers::{not_negative, positive};
@@ -10,7 +12,6 @@ use super::preferences::Data;
 use super::sections::{Tokenizer, Valid};
 use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};
-use super::{Algorithm, BuiltIn, Conflict, built_in};
 
 configuration! {
     /// Kahneman-Tversky optimization; `train.batch_size` counts records.

@@ -143,6 +143,11 @@ impl TryFrom<InitKeys> for Init {
                     .into());
             }
         }
+        if let Family::Gemma2 | Family::Gemma3 = keys.model_type {
+            return Err(
+                "model_type: a new Gemma is not built; one that is there can be trained (model.path)".into(),
+            );
+        }
         let experts = (keys.num_local_experts, keys.num_experts_per_tok, keys.router_aux_loss_coef);
         let experts = match (keys.model_type, experts) {
             (Family::Mixtral, (number, per_token, coef)) => Some(Experts {

@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::algorithm::{Algorithm, BuiltIn, built_in};
 use super::common::Common;
+use super::conflict::Conflict;
 use super::dpo::{self, Loss, Pairs, ReferenceFrom};
 use super::grpo::{Truncated, samples};
 use super::numbers::{count, not_negative, positive, ratio};
@@ -10,7 +12,6 @@ use super::policy::policy_configuration;
 use super::rewards::Reward;
 use super::sft::Samples;
 use super::template_date::TemplateDate;
-use super::{Algorithm, BuiltIn, Conflict, built_in};
 
 policy_configuration! {
     /// DPO on the model's own responses; `train.batch_size` counts prompts an iteration, `train.steps` iterations.

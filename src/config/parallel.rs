@@ -4,7 +4,7 @@ use clap::ValueEnum;
 use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::Conflict;
+use super::conflict::Conflict;
 use super::numbers::{count, positive};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::common::Common;
+use super::conflict::Conflict;
 use super::models::{Frozen, Trained};
 use super::prompts::Data;
 use super::rewards::{Reward, RewardKind};
 use super::rollout::Generation;
 use super::sections::{Tokenizer, Train};
-use super::{Conflict, trainable};
+use super::trainable;
 
 /// How the losses of tokens become one number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]

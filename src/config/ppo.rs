@@ -4,7 +4,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::algorithm::{Algorithm, BuiltIn, built_in};
 use super::common::Common;
+use super::conflict::Conflict;
 use super::models::{Critic, Trained};
 use super::numbers::{count, not_negative, positive, ratio, some_count, some_positive, some_ratio};
 use super::policy::{Aggregation, KlEstimator, policy_configuration};
@@ -12,7 +14,6 @@ use super::rewards::{Reward, RewardKind};
 use super::sections::Source;
 use super::template_date::TemplateDate;
 use super::trainable;
-use super::{Algorithm, BuiltIn, Conflict, built_in};
 
 policy_configuration! {
     pub struct Ppo {

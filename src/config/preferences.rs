@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::Conflict;
 use super::common::{sequence_length, yes};
+use super::conflict::Conflict;
 use super::numbers::count;
+use super::sections::TooLong;
 use super::sections::{OnError, Source};
-use super::sft::TooLong;
 use super::template_date::TemplateDate;
 
 /// Prompts with ranked completions: see the formats in docs/formats.md.

@@ -2,12 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::algorithm::{Algorithm, BuiltIn, built_in};
 use super::common::{Common, configuration, conflict_of_inputs, sequence_length};
+use super::conflict::Conflict;
 use super::model::Model;
 use super::numbers::count;
 use super::sections::{Source, Tokenizer, Valid};
 use super::shape::Shape;
-use super::{Algorithm, BuiltIn, Conflict, built_in};
 
 configuration! {
     pub struct Pretrain {

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::Conflict;
 use super::common::sequence_length;
+use super::conflict::Conflict;
 use super::numbers::count;
 use super::rollout::Generation;
 use super::sections::{OnError, Source};

@@ -4,14 +4,15 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::algorithm::{Algorithm, BuiltIn, built_in};
 use super::common::{Common, configuration, conflict_of_inputs};
+use super::conflict::Conflict;
 use super::model::Model;
 use super::numbers::{not_negative, some_not_negative};
 use super::preferences::Data;
 use super::sections::{Tokenizer, Valid};
 use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};
-use super::{Algorithm, BuiltIn, Conflict, built_in};
 
 configuration! {
     /// `train.batch_size` and `train.micro_batch_size` count prompts, each with all of its completions.

@@ -3,7 +3,7 @@
 use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::Conflict;
+use super::conflict::Conflict;
 use super::numbers::{positive, some_count};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use serde::de::{Deserializer, MapAccess, Visitor, value::MapAccessDeserializer};
 use serde::{Deserialize, Serialize};
 
-use super::Conflict;
+use super::conflict::Conflict;
 use super::numbers::{betas, count, not_negative, positive, ratio, some_count, some_positive};
 
 /// What to do with records that cannot be used: unreadable lines, no known format, messages that the chat template refuses.
@@ -366,4 +366,15 @@ impl Valid {
 
 fn batch_size() -> i64 {
     32
+}
+
+/// What to do with an example of more tokens than a row holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum TooLong {
+    /// Cut its end off, and count it.
+    #[default]
+    Truncate,
+    /// Leave it out, and count it.
+    Drop,
 }

@@ -4,14 +4,15 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::algorithm::{Algorithm, BuiltIn, built_in};
 use super::common::{Common, configuration, conflict_of_inputs, sequence_length, yes};
+use super::conflict::Conflict;
 use super::model::Model;
 use super::numbers::{count, not_negative, positive};
 use super::preferences::split_conflict;
-use super::sections::{OnError, Source, Tokenizer, Valid};
+use super::sections::{OnError, Source, Tokenizer, TooLong, Valid};
 use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};
-use super::{Algorithm, BuiltIn, Conflict, built_in};
 
 configuration! {
     pub struct Sft {
@@ -67,17 +68,6 @@ pub struct Data {
     /// Where tokenized data is kept. Default: `corral` in the user's cache folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
-}
-
-/// What to do with an example of more tokens than a row holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
-#[serde(rename_all = "lowercase")]
-pub enum TooLong {
-    /// Cut its end off, and count it.
-    #[default]
-    Truncate,
-    /// Leave it out, and count it.
-    Drop,
 }
 
 /// Answers to the first prompts of the validation data, into samples.jsonl and TensorBoard.

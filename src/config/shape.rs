@@ -117,6 +117,9 @@ impl Family {
         match self {
             Family::Qwen2 => Features { attention_bias: true, ..Features::default() },
             Family::Qwen3 => Features { qk_norm: QkNorm::Head, ..Features::default() },
+            Family::Olmo2 => {
+                Features { norms: Norms::After, qk_norm: QkNorm::Projection, ..Features::default() }
+            }
             _ => Features::default(),
         }
     }

@@ -1,11 +1,13 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use super::algorithm::parse;
 use super::model::*;
 use super::parallel::*;
 use super::pretrain::*;
 use super::sections::*;
 use super::shape::{Experts, Family, Shape};
 use super::*;
+use crate::error::Result;
 
 const SMALL: &str = "\
 seed: 7

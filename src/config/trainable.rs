@@ -3,7 +3,7 @@
 use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
-use super::Conflict;
+use super::conflict::Conflict;
 use super::numbers::{count, positive};
 
 /// What is not trained: no gradients, no moments, and no backward below the lowest block that is trained.

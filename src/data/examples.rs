@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::fields::Leftovers;
-use crate::config::sft::TooLong;
+use crate::config::sections::TooLong;
 use crate::error::{Error, Result};
 use crate::random::Rng;
 

@@ -16,7 +16,7 @@ use super::readers::Record;
 use super::rows::{self, RowLoader, Rows, Source};
 use crate::config::preferences::Data;
 use crate::config::sections;
-use crate::config::sft::TooLong;
+use crate::config::sections::TooLong;
 use crate::error::Result;
 
 /// A prompt and its ranked completions, of which there are at least two.

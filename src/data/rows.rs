@@ -227,7 +227,7 @@ impl RowLoader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::sft::TooLong;
+    use crate::config::sections::TooLong;
     use crate::data::examples::{Options, Split, Tokenization, fit};
     use crate::data::odd::{OrOdd, Reason};
     use crate::data::readers::Record;

@@ -5,7 +5,7 @@ use kernels::c10d::{Group, Work};
 use kernels::quant::{Quantized, Quantizer, Scheme};
 use tch::{Device, Kind, Tensor};
 
-use crate::distributed::sharded::{Spec, padded_slice};
+use crate::distributed::layout::{Spec, padded_slice};
 use crate::error::Result;
 
 /// How a tensor that is not trained is kept.

@@ -5,6 +5,7 @@ pub mod agreement;
 pub mod environment;
 pub mod exchange;
 pub mod frozen;
+pub mod layout;
 pub mod mesh;
 pub mod plan;
 pub mod sharded;

@@ -6,7 +6,7 @@ use kernels::ops::accumulator;
 use tch::{Kind, Tensor};
 
 use crate::distributed::frozen::{self, Storage};
-use crate::distributed::sharded::{Layout, Spec, padded_slice};
+use crate::distributed::layout::{Layout, Spec, padded_slice};
 
 /// What becomes of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

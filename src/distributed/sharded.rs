@@ -21,59 +21,11 @@ use kernels::c10d::{Group, ReduceOp, Work};
 use tch::{Device, Kind, Tensor};
 
 use crate::distributed::frozen::{Frozen, Value};
+use crate::distributed::layout::padded_slice;
+pub use crate::distributed::layout::{Layout, Spec};
 use crate::distributed::mesh::Sharding;
 use crate::distributed::plan::{Home, Piece, Placed, Plan, is_adapter};
 use crate::error::{Error, Result};
-
-/// A tensor's place in its group's flat buffer.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Spec {
-    /// The name in Hugging Face checkpoints.
-    pub name: String,
-    pub shape: Vec<i64>,
-    /// First element in the flat buffer.
-    pub offset: i64,
-}
-
-impl Spec {
-    pub fn numel(&self) -> i64 {
-        self.shape.iter().product()
-    }
-
-    /// This tensor as a view of the flat buffer.
-    pub fn view(&self, flat: &Tensor) -> Tensor {
-        flat.narrow(0, self.offset, self.numel()).view(self.shape.as_slice())
-    }
-}
-
-/// What lies where in a group's flat buffer: matrices first, then vectors.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Layout {
-    pub name: String,
-    pub specs: Vec<Spec>,
-    /// Elements without the padding.
-    pub numel: i64,
-    /// Elements of the matrices: the prefix that weight decay works on.
-    pub num_decayed: i64,
-}
-
-impl Layout {
-    /// Lays the tensors one after the other; matrices must come before vectors.
-    pub fn new(name: impl Into<String>, tensors: Vec<(String, Vec<i64>)>) -> Layout {
-        let (mut offset, mut num_decayed) = (0, 0);
-        let mut specs = Vec::with_capacity(tensors.len());
-        for (name, shape) in tensors {
-            let spec = Spec { name, shape, offset };
-            if spec.shape.len() > 1 {
-                assert_eq!(num_decayed, offset, "matrices come first in a group");
-                num_decayed += spec.numel();
-            }
-            offset += spec.numel();
-            specs.push(spec);
-        }
-        Layout { name: name.into(), specs, numel: offset, num_decayed }
-    }
-}
 
 /// All values of a group in the compute dtype: of what is trained, T `[numel + padding]`, and of what is frozen, in
 /// bytes; none where there is nothing of it.
@@ -619,10 +571,4 @@ impl FlatGroup {
             parked: None,
         }
     }
-}
-
-/// Elements (or bytes) of one rank's slice: the group divided by the ranks, rounded up to a multiple of 256, so that blocks
-/// of moments in 8 bits lie in one slice.
-pub(super) fn padded_slice(numel: i64, ranks: i64) -> i64 {
-    ((numel + ranks - 1) / ranks + 255) & !255
 }

@@ -1,11 +1,15 @@
 //! What a training takes of memory, before anything of it is there: [`Memory`] is one model on one rank, [`Training`] a run that
 //! trains one model, [`Models`] a run of several, each on its device.
 //!
-//! Which models a run has is said by its recipe (`Recipe::plan` in [`crate::algorithms::recipe`]).
+//! Which models a run has is said by its recipe (`Recipe::plan`).
 
+mod block;
+mod layer;
 pub mod memory;
 pub mod models;
+mod parts;
 pub mod training;
+mod walk;
 
 use tch::Device;
 

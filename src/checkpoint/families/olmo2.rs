@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::{Config, Description, Only, same_place};
 use crate::checkpoint::hf_config::{COMMON, Defaults, common};
-use crate::config::shape::{Family, Features, Norms, QkNorm, Shape};
+use crate::config::shape::{Family, Shape};
 use crate::error::Result;
 
 pub static OLMO2: Description = Description {
@@ -21,7 +21,7 @@ pub static OLMO2: Description = Description {
 };
 
 fn read(config: &Config) -> Result<Shape> {
-    let shape = common(
+    common(
         config,
         Defaults {
             family: Family::Olmo2,
@@ -31,7 +31,5 @@ fn read(config: &Config) -> Result<Shape> {
             rms_norm_eps: 1e-5,
             rope_theta: 10000.0,
         },
-    )?;
-    let features = Features { norms: Norms::After, qk_norm: QkNorm::Projection, ..shape.features };
-    Ok(Shape { features, ..shape })
+    )
 }

@@ -1,0 +1,282 @@
+//! What a block's forward and backward take, in their order: stands for `model/block.rs` and its parts.
+
+use tch::{Device, Kind};
+
+use super::layer::Layer;
+use super::memory::Memory;
+use super::parts::Batch;
+use super::walk::{Walk, activations, work};
+use crate::config::sections::Recompute;
+use crate::config::shape::{Activation, Norms};
+use crate::model::mlp::{Dense, Mlp};
+
+/// Matrices of scores that the composed attention has at once.
+const SCORES_FORWARD: i64 = 4;
+const SCORES_BACKWARD: i64 = 5;
+
+/// Bytes of what a block's forward makes for its backward (`Rest` there).
+#[derive(Clone, Copy)]
+pub(super) struct Rest {
+    /// Statistics of the norms and the attention, queries and keys before their norm, qkv, the attention's output, x2.
+    pub attention: i64,
+    /// What a mixture keeps besides: where tokens went.
+    routing: i64,
+    gate_up: i64,
+}
+
+impl Rest {
+    pub fn total(&self) -> i64 {
+        self.attention + self.routing + self.gate_up
+    }
+
+    /// What stays until the backward.
+    pub fn kept(&self, recompute: Recompute, experts: i64) -> i64 {
+        match recompute {
+            Recompute::None => self.total(),
+            Recompute::Selective => self.attention + self.routing,
+            Recompute::Full => experts,
+        }
+    }
+}
+
+/// Of one block.
+pub(super) struct Kept {
+    pub bytes: i64,
+    pub rest: Rest,
+}
+
+impl Memory {
+    /// Scores, where the attention has no fused form: on CUDA, unless it is flash attention; everywhere with a softcap.
+    pub(super) fn scores(&self, batch: &Batch, backward: bool) -> i64 {
+        let scores = batch.rows * self.shape.num_attention_heads * batch.length * batch.length;
+        if self.shape.features.attention_softcap.is_some() {
+            // Queries, and keys and values for each of them, in A; scores, their cap's and mask's copies, probabilities.
+            let heads = 3 * self.shape.num_attention_heads * self.shape.head_dim * batch.tokens();
+            let besides = if backward { 2 * heads } else { heads };
+            return self.sizes.a
+                * ((if backward { SCORES_BACKWARD } else { SCORES_FORWARD }) * scores + besides);
+        }
+        let windowed = self.shape.sliding_window.is_some_and(|w| w < batch.length);
+        let fused = self.sizes.device == Device::Cpu
+            || (self.sizes.compute == Kind::BFloat16
+                && !batch.packed
+                && !windowed
+                && self.shape.head_dim % 8 == 0);
+        if fused { 0 } else { 2 * scores * self.sizes.a }
+    }
+
+    /// `block_rest`: leaves what it made as work.
+    pub(super) fn block_rest(&self, walk: &mut Walk, batch: &Batch, i: usize) -> Rest {
+        let (s, n, block) = (&self.shape, batch.tokens(), &self.blocks[i - 1]);
+        let stream = self.sizes.values(n, s.hidden_size);
+        let (q, k) = (s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim);
+        let mut attention = 0;
+        let mut keep = |walk: &mut Walk, bytes: i64| {
+            walk.take(work, bytes);
+            attention += bytes;
+        };
+        // A norm's statistics, and what it gives: only where there is one before.
+        let (rstd, h) = if s.features.norms == Norms::After { (0, 0) } else { (n * self.sizes.a, stream) };
+        keep(walk, rstd);
+        walk.take(work, h); // h1
+        keep(walk, self.sizes.values(n, block.attention.qkv.outputs));
+        walk.pass(work, block.attention.qkv.forward(&self.sizes, n));
+        walk.give(work, h);
+        for (width, size) in [q, k].into_iter().zip(s.qk_norm_sizes().into_iter().flatten()) {
+            keep(walk, self.sizes.values(n, width) + n * width / size * self.sizes.a);
+            walk.pass(work, self.sizes.values(n, width));
+        }
+        keep(walk, self.sizes.values(n, q) + n * s.num_attention_heads * self.sizes.a);
+        walk.pass(work, self.scores(batch, false));
+        keep(walk, stream); // x2
+        walk.pass(work, block.attention.o.forward(&self.sizes, n));
+        if s.features.norms != Norms::Before {
+            keep(walk, stream + n * self.sizes.a); // the attention's output
+            walk.pass(work, stream);
+        }
+        keep(walk, rstd);
+        walk.take(work, h); // h2
+        let (routing, gate_up) = self.begin(walk, n, i);
+        walk.give(work, h);
+        Rest { attention, routing, gate_up }
+    }
+
+    /// `Mlp::begin`: routing and products of gate and up, which stay as work.
+    pub(super) fn begin(&self, walk: &mut Walk, n: i64, i: usize) -> (i64, i64) {
+        let f = self.shape.intermediate_size;
+        match &self.blocks[i - 1].mlp {
+            Mlp::Dense(net) => {
+                let gate_up = self.sizes.values(n, 2 * f);
+                walk.take(work, gate_up);
+                walk.pass(work, net.gate_up.forward(&self.sizes, n));
+                (0, gate_up)
+            }
+            Mlp::Mixture(mixture) => {
+                let pairs = n * mixture.per_token;
+                let routing = self.sizes.values(n, mixture.experts.len() as i64) + 3 * 8 * pairs;
+                let gate_up = self.sizes.values(pairs, 2 * f);
+                walk.take(work, routing + self.sizes.values(pairs, self.shape.hidden_size));
+                walk.take(work, gate_up);
+                walk.pass(work, largest(&mixture.experts, |e| e.gate_up.forward(&self.sizes, pairs)));
+                walk.give(work, self.sizes.values(pairs, self.shape.hidden_size));
+                (routing, gate_up)
+            }
+        }
+    }
+
+    /// `Mlp::finish`: the block's output stays as work.
+    pub(super) fn finish(&self, walk: &mut Walk, n: i64, i: usize) {
+        let (c, f) = (self.shape.hidden_size, self.shape.intermediate_size);
+        match &self.blocks[i - 1].mlp {
+            Mlp::Dense(net) => {
+                walk.take(work, self.sizes.values(n, f));
+                walk.pass(work, self.composed_gate(n, false));
+                walk.take(work, self.sizes.values(n, c));
+                walk.pass(work, net.down.forward(&self.sizes, n));
+                walk.give(work, self.sizes.values(n, f));
+            }
+            Mlp::Mixture(mixture) => {
+                // One expert after the other, of which the outputs stay; then those together, and in the tokens' order.
+                let pairs = n * mixture.per_token;
+                let outputs = self.sizes.values(pairs, c);
+                walk.pass(work, outputs + self.sizes.values(pairs, f));
+                walk.take(work, 2 * outputs);
+                self.add_pairs(walk, pairs, true);
+                walk.take(work, self.sizes.values(n, c));
+                walk.give(work, 2 * outputs);
+            }
+        }
+    }
+
+    /// What a gate that is composed takes besides input and output: all of it in A.
+    pub(super) fn composed_gate(&self, n: i64, backward: bool) -> i64 {
+        if self.shape.features.activation == Activation::Silu {
+            return 0;
+        }
+        let copies = match (self.sizes.a == self.sizes.t, backward) {
+            (true, false) => 1,
+            (true, true) => 4,
+            (false, false) => 4,
+            (false, true) => 6,
+        };
+        copies * n * self.shape.intermediate_size * self.sizes.a
+    }
+
+    /// What stays of an MLP's output where a norm comes after it, as work.
+    pub(super) fn normed_output(&self, walk: &mut Walk, n: i64) -> i64 {
+        if self.shape.features.norms == Norms::Before {
+            return 0;
+        }
+        let stream = self.sizes.values(n, self.shape.hidden_size);
+        walk.take(work, stream + n * self.sizes.a);
+        walk.pass(work, stream);
+        stream + n * self.sizes.a
+    }
+
+    /// `Routed::add_pairs`, up to the sum: rows in the tokens' order, in A, and with weights.
+    pub(super) fn add_pairs(&self, walk: &mut Walk, pairs: i64, weighted: bool) {
+        let c = self.shape.hidden_size;
+        let wide = pairs * c * self.sizes.a;
+        let sorted = self.sizes.values(pairs, c);
+        match (self.sizes.a == self.sizes.t, weighted) {
+            (true, false) => walk.pass(work, sorted),
+            (true, true) => walk.pass(work, sorted + wide),
+            (false, false) => walk.pass(work, sorted + wide),
+            (false, true) => walk.pass(work, 2 * wide),
+        }
+    }
+
+    /// `block_backward`: the output's gradient is there before it, the input's after it. What the forward kept goes.
+    pub(super) fn block_backward(&self, walk: &mut Walk, batch: &Batch, i: usize, kept: Kept) {
+        let (s, n, block) = (&self.shape, batch.tokens(), &self.blocks[i - 1]);
+        let stream = self.sizes.values(n, s.hidden_size);
+        // From here on all of it is work.
+        walk.give(activations, kept.bytes);
+        match batch.recompute {
+            Recompute::None => walk.take(work, kept.rest.total()),
+            Recompute::Selective => walk.take(work, kept.rest.attention + kept.rest.routing),
+            Recompute::Full => {
+                let _ = self.block_rest(walk, batch, i);
+                if s.features.norms != Norms::Before {
+                    self.finish(walk, n, i);
+                    walk.give(work, stream);
+                    self.normed_output(walk, n);
+                }
+            }
+        }
+        if s.features.norms != Norms::Before {
+            walk.pass(work, stream); // the gradient of the MLP's output, in the place of that
+        }
+        let h = if s.features.norms == Norms::After { 0 } else { stream };
+        walk.take(work, h); // h2
+        match &block.mlp {
+            Mlp::Dense(net) => {
+                if batch.recompute == Recompute::Selective {
+                    walk.take(work, kept.rest.gate_up);
+                    walk.pass(work, net.gate_up.forward(&self.sizes, n));
+                }
+                let a = self.sizes.values(n, s.intermediate_size);
+                walk.take(work, a);
+                walk.pass(work, net.down.backward_input(&self.sizes, n));
+                walk.pass(work, self.composed_gate(n, true));
+                walk.pass(work, net.down.backward_weight(&self.sizes, n));
+                walk.give(work, a);
+                walk.pass(work, net.gate_up.backward_weight(&self.sizes, n));
+                walk.give(work, h); // h2
+                walk.take(work, stream); // its gradient
+                walk.pass(work, net.gate_up.backward_input(&self.sizes, n));
+                walk.give(work, kept.rest.gate_up);
+            }
+            Mlp::Mixture(mixture) => {
+                let pairs = n * mixture.per_token;
+                let (f, pair_rows) = (s.intermediate_size, self.sizes.values(pairs, s.hidden_size));
+                let selective = batch.recompute == Recompute::Selective;
+                // Inputs and output gradients of the pairs; the inputs' gradients, which come together at the end. The
+                // products of gate and up go expert by expert.
+                walk.take(work, 2 * pair_rows + if selective { kept.rest.gate_up } else { 0 });
+                let expert = |e: &Dense<Layer>| {
+                    let of = pairs / mixture.experts.len().max(1) as i64;
+                    let inside =
+                        of * f * (2 * self.sizes.a + 2 * self.sizes.t) + self.sizes.values(of, s.hidden_size);
+                    inside
+                        .max(e.gate_up.backward_weight(&self.sizes, of))
+                        .max(e.down.backward_weight(&self.sizes, of))
+                };
+                walk.pass(work, largest(&mixture.experts, expert));
+                walk.give(work, kept.rest.gate_up);
+                walk.take(work, 2 * pair_rows);
+                self.add_pairs(walk, pairs, false);
+                walk.give(work, 4 * pair_rows);
+                walk.take(work, stream);
+                walk.pass(work, stream);
+                walk.give(work, kept.rest.routing + stream);
+            }
+        }
+        walk.take(work, stream); // dx2
+        walk.give(work, stream); // dh2
+        walk.give(activations, stream); // dy
+        let dout = self.sizes.values(n, block.attention.o.inputs);
+        walk.pass(work, block.attention.o.backward_weight(&self.sizes, n));
+        walk.take(work, dout);
+        walk.pass(work, block.attention.o.backward_input(&self.sizes, n));
+        walk.take(work, self.sizes.values(n, block.attention.qkv.outputs));
+        walk.pass(work, self.scores(batch, true));
+        walk.give(work, dout);
+        if s.qk_norm_sizes().is_some() {
+            walk.pass(work, 2 * self.sizes.values(n, block.attention.o.inputs));
+        }
+        walk.take(work, h); // h1
+        walk.pass(work, block.attention.qkv.backward_weight(&self.sizes, n));
+        walk.give(work, h);
+        walk.take(work, stream); // dh1
+        walk.pass(work, block.attention.qkv.backward_input(&self.sizes, n));
+        walk.take(work, stream); // dx
+        walk.now.work = 0;
+        walk.give(activations, stream); // x
+        walk.take(activations, stream); // dx
+    }
+}
+
+fn largest(experts: &[Dense<Layer>], f: impl Fn(&Dense<Layer>) -> i64) -> i64 {
+    experts.iter().map(f).max().unwrap_or(0)
+}

@@ -1,0 +1,125 @@
+//! What a linear layer takes besides its input and output.
+
+use std::ops::Range;
+
+use kernels::quant;
+use tch::{Device, Kind};
+
+use crate::distributed::frozen::Storage;
+use crate::distributed::plan::{Plan, Role};
+use crate::model::layout::adapters_of;
+
+/// Where a model computes, and the bytes of its numbers.
+pub(super) struct Sizes {
+    pub device: Device,
+    pub compute: Kind,
+    /// Bytes of a value in the compute dtype, and of statistics and gradients.
+    pub t: i64,
+    pub a: i64,
+}
+
+impl Sizes {
+    /// n rows of `width` values.
+    pub fn values(&self, n: i64, width: i64) -> i64 {
+        n * width * self.t
+    }
+
+    /// bfloat16 products on the CPU are rounded before they are added to a gradient.
+    pub fn rounded_product(&self, rows: i64, columns: i64) -> i64 {
+        let rounded = self.device == Device::Cpu && self.compute == Kind::BFloat16;
+        if rounded { rows * columns * self.t } else { 0 }
+    }
+}
+
+/// A linear layer's sizes.
+pub(super) struct Layer {
+    pub inputs: i64,
+    pub outputs: i64,
+    /// Products that it takes: dense tensors that lie together are one, and quantized ones.
+    runs: Vec<Run>,
+    /// Rows of the largest weight that has a gradient; 0: none has.
+    trained_rows: i64,
+    adapters: Vec<Adapter>,
+}
+
+struct Run {
+    quantized: bool,
+    /// Of all its tensors, and of the largest.
+    rows: i64,
+    most_rows: i64,
+}
+
+struct Adapter {
+    rank: i64,
+    dropout: bool,
+    trained: bool,
+}
+
+impl Layer {
+    pub fn new(plan: &Plan, tensors: Range<usize>) -> Layer {
+        let specs = &plan.layout.specs[tensors.clone()];
+        let mut runs: Vec<Run> = Vec::new();
+        let mut trained_rows = 0;
+        let mut before = None;
+        for (spec, role) in specs.iter().zip(&plan.roles[tensors.clone()]) {
+            let rows = spec.shape[0];
+            match runs.last_mut() {
+                Some(run) if before == Some(role) => {
+                    (run.rows, run.most_rows) = (run.rows + rows, run.most_rows.max(rows));
+                }
+                _ => {
+                    let quantized = matches!(role, Role::Frozen(Storage::Quantized(_)));
+                    runs.push(Run { quantized, rows, most_rows: rows });
+                }
+            }
+            before = Some(role);
+            if *role == Role::Trained {
+                trained_rows = runs.last().map_or(0, |run| run.rows).max(trained_rows);
+            }
+        }
+        let adapter = |k: usize| {
+            let a = &plan.adapters[k];
+            Adapter { rank: a.rank, dropout: a.dropout > 0.0, trained: a.role == Role::Trained }
+        };
+        Layer {
+            inputs: specs[0].shape[1],
+            outputs: specs.iter().map(|s| s.shape[0]).sum(),
+            runs,
+            trained_rows,
+            adapters: adapters_of(plan, &tensors).into_iter().map(|(k, _)| adapter(k)).collect(),
+        }
+    }
+
+    /// What a forward over `n` rows takes besides input and output.
+    pub fn forward(&self, m: &Sizes, n: i64) -> i64 {
+        let panel = |r: &Run| m.t * quant::forward_panel(m.device, r.most_rows, self.inputs);
+        let scratch = self.runs.iter().filter(|r| r.quantized).map(panel).max().unwrap_or(0);
+        let joined = if self.runs.len() > 1 { n * self.outputs * m.t } else { 0 };
+        let adapter = |a: &Adapter| m.t * n * (2 * a.rank + if a.dropout { self.inputs } else { 0 });
+        joined.max(scratch).max(self.adapters.iter().map(adapter).max().unwrap_or(0))
+    }
+
+    /// What the input's gradient takes besides itself and the output's.
+    pub fn backward_input(&self, m: &Sizes, n: i64) -> i64 {
+        let run = |(i, r): (usize, &Run)| match (r.quantized, i) {
+            (false, _) => 0,
+            (true, i) => {
+                m.t * (quant::backward_panel(m.device, r.rows, self.inputs)
+                    + i.min(1) as i64 * n * self.inputs)
+            }
+        };
+        let adapter = |a: &Adapter| m.t * n * (2 * a.rank + if a.dropout { 2 * self.inputs } else { 0 });
+        let adapters = self.adapters.iter().map(adapter);
+        self.runs.iter().enumerate().map(run).chain(adapters).max().unwrap_or(0)
+    }
+
+    /// What the weights' gradients take besides themselves.
+    pub fn backward_weight(&self, m: &Sizes, n: i64) -> i64 {
+        let adapter = |a: &Adapter| match a.trained {
+            true => m.t * n * (2 * a.rank + if a.dropout { self.inputs } else { 0 }),
+            false => 0,
+        };
+        let weight = m.rounded_product(self.trained_rows, self.inputs);
+        weight.max(self.adapters.iter().map(adapter).max().unwrap_or(0))
+    }
+}

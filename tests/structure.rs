@@ -1,0 +1,292 @@
+//! What the architecture promises: folders import only those below them, some folders have no circles between files, functions and
+//! files stay small. A limit that is passed for a reason has it here.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The folders of `src`, lowest first: each imports only those before it.
+const LAYERS: [&str; 18] = [
+    "error",
+    "content",
+    "random",
+    "signals",
+    "files",
+    "gguf",
+    "telemetry",
+    "config",
+    "rewards",
+    "distributed",
+    "data",
+    "model",
+    "optim",
+    "plan",
+    "checkpoint",
+    "generate",
+    "algorithms",
+    "commands",
+];
+
+/// Folders whose files import each other in one direction.
+const WITHOUT_CIRCLES: [&str; 4] =
+    ["kernels/src", "src/config", "src/distributed", "src/checkpoint/families"];
+
+const LINES_OF_A_FUNCTION: usize = 80;
+const LINES_OF_A_FILE: usize = 500;
+
+/// Longer functions, by file and name, and why they stay so: one table or one order of steps that a cut would hide.
+const LONG_FUNCTIONS: [(&str, &str, usize, &str); 14] = [
+    ("src/checkpoint/pickle.rs", "step", 153, "an arm for each opcode"),
+    ("src/data/jinja/lists.rs", "apply", 126, "an arm for each filter"),
+    ("src/data/tokenizer/sentencepiece.rs", "define", 125, "a tokenizer.json, written down"),
+    ("src/data/jinja/methods.rs", "of_text", 104, "an arm for each method"),
+    ("src/data/jinja/filters.rs", "single", 101, "an arm for each filter"),
+    ("src/checkpoint/gguf/shape.rs", "read", 90, "a key of the metadata after the other"),
+    ("src/commands/eval/gsm8k.rs", "run", 89, "the steps of a measurement"),
+    ("src/checkpoint/convert.rs", "verify", 88, "a check after the other, each on what the one before read"),
+    ("src/plan/block.rs", "block_backward", 88, "the order in which memory is taken and given back"),
+    ("src/data/tokenize.rs", "tokenize", 84, "the steps of a command"),
+    ("src/data/prompts.rs", "open", 84, "the steps from files to prompts"),
+    ("src/commands/convert.rs", "run", 84, "the steps of a command"),
+    ("src/commands/bench/data.rs", "run", 84, "the steps of a measurement"),
+    ("src/checkpoint/meta.rs", "shape_of", 82, "a key of params.json after the other"),
+];
+
+/// Longer files, tests left out, and why they stay so.
+const LONG_FILES: [(&str, usize, &str); 7] = [
+    ("src/distributed/sharded.rs", 580, "one type: parameters and the state of their groups"),
+    ("src/checkpoint/sharded.rs", 626, "one format: its description, reading and checks"),
+    ("src/checkpoint/peft.rs", 592, "one format: reading and writing"),
+    ("src/checkpoint/pickle.rs", 569, "one machine: its opcodes and values"),
+    ("src/data/readers.rs", 543, "to be cut by format"),
+    ("src/data/arrow/ipc.rs", 534, "one format"),
+    ("src/checkpoint/meta.rs", 501, "one format: reading and writing"),
+];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn sources(folder: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![root().join(folder)];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => folders.push(path),
+                false if path.extension().is_some_and(|e| e == "rs") => found.push(path),
+                false => {}
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn name(path: &Path) -> String {
+    path.strip_prefix(root()).unwrap().to_string_lossy().into_owned()
+}
+
+fn is_test(path: &str) -> bool {
+    path.ends_with("tests.rs") || path.contains("/tests/")
+}
+
+/// The code of a file without the tests at its end.
+fn code(path: &Path) -> Vec<String> {
+    let text = fs::read_to_string(path).unwrap();
+    text.lines().take_while(|line| *line != "#[cfg(test)]").map(str::to_string).collect()
+}
+
+/// The paths that a file names, `crate::a::b` and `super::a`, comments and texts left out.
+fn paths(path: &Path) -> Vec<String> {
+    let lines = code(path);
+    let text: String = lines
+        .iter()
+        .map(|line| line.split("//").next().unwrap_or(""))
+        .map(|line| line.split('"').step_by(2).collect::<Vec<_>>().join("\"\"") + "\n")
+        .collect();
+    let begins = ["crate::", "super::"];
+    let mut found = Vec::new();
+    for (at, _) in text.match_indices("::") {
+        let begin = text[..at].rfind(|c: char| !(c.is_alphanumeric() || c == '_')).map_or(0, |i| i + 1);
+        if !begins.contains(&&text[begin..at + 2]) || text[..begin].ends_with("::") {
+            continue;
+        }
+        found.extend(expand(&text[begin..]));
+    }
+    found
+}
+
+/// `a::{b, c::d}` as `a::b` and `a::c::d`, up to where the path ends.
+fn expand(text: &str) -> Vec<String> {
+    let end = text.find(|c: char| !(c.is_alphanumeric() || c == '_' || c == ':')).unwrap_or(text.len());
+    let (head, rest) = text.split_at(end);
+    if !(head.ends_with("::") && rest.starts_with('{')) {
+        return vec![head.trim_end_matches(':').to_string()];
+    }
+    let (mut depth, mut begin, mut parts) = (0, 1, Vec::new());
+    for (i, c) in rest.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            _ => {}
+        }
+        if (c == ',' && depth == 1) || depth == 0 {
+            parts.push(rest[begin..i].trim());
+            begin = i + 1;
+        }
+        if depth == 0 {
+            break;
+        }
+    }
+    let parts = parts.into_iter().filter(|part| !part.is_empty());
+    parts.flat_map(expand).map(|part| format!("{head}{part}")).collect()
+}
+
+#[test]
+fn folders_import_only_what_is_below_them() {
+    let height = |name: &str| LAYERS.iter().position(|layer| *layer == name);
+    for path in sources("src") {
+        let file = name(&path);
+        let of = file.trim_start_matches("src/").split(['/', '.']).next().unwrap().to_string();
+        if of == "lib" || of == "main" || is_test(&file) {
+            continue;
+        }
+        let own = height(&of).unwrap_or_else(|| panic!("{file}: LAYERS has no {of}"));
+        for used in paths(&path).iter().filter_map(|p| p.strip_prefix("crate::")) {
+            let used = used.split("::").next().unwrap();
+            // Macros and names of the root.
+            let Some(other) = height(used) else { continue };
+            assert!(other <= own, "{file} imports {used}, which is above {of}");
+        }
+    }
+}
+
+/// Files by their module paths, such as `comm::store`; that of `mod.rs` is its folder's.
+fn modules(folder: &str) -> BTreeMap<Vec<String>, PathBuf> {
+    let base = root().join(folder);
+    let module = |path: &PathBuf| {
+        let relative = path.strip_prefix(&base).unwrap().with_extension("");
+        let mut parts: Vec<String> = relative.iter().map(|p| p.to_string_lossy().into_owned()).collect();
+        if parts.last().is_some_and(|last| last == "mod" || last == "lib") {
+            parts.pop();
+        }
+        parts
+    };
+    sources(folder).into_iter().filter(|p| !is_test(&name(p))).map(|p| (module(&p), p)).collect()
+}
+
+#[test]
+fn files_import_each_other_in_one_direction() {
+    for folder in WITHOUT_CIRCLES {
+        let modules = modules(folder);
+        // The folder's own path below the root of its package.
+        let below: Vec<&str> = folder.split('/').skip_while(|part| *part != "src").skip(1).collect();
+        let resolve = |from: &[String], path: &str| -> Option<Vec<String>> {
+            let mut parts: Vec<&str> = path.split("::").collect();
+            let mut at: Vec<String> = match parts.remove(0) {
+                "crate" => {
+                    let rest = parts.strip_prefix(below.as_slice())?;
+                    rest.iter().map(|p| p.to_string()).collect()
+                }
+                _ => {
+                    let mut at = from[..from.len().checked_sub(1)?].to_vec();
+                    while parts.first() == Some(&"super") {
+                        parts.remove(0);
+                        at.pop()?;
+                    }
+                    at.into_iter().chain(parts.iter().map(|p| p.to_string())).collect()
+                }
+            };
+            while !modules.contains_key(&at) {
+                at.pop()?;
+            }
+            Some(at)
+        };
+        let arrows: BTreeMap<&Vec<String>, BTreeSet<Vec<String>>> = modules
+            .iter()
+            .map(|(module, path)| {
+                let used = paths(path).iter().filter_map(|p| resolve(module, p)).collect::<BTreeSet<_>>();
+                (module, used.into_iter().filter(|used| used != module && !used.is_empty()).collect())
+            })
+            .collect();
+        for start in modules.keys() {
+            let (mut seen, mut next) = (BTreeSet::new(), vec![start.clone()]);
+            while let Some(at) = next.pop() {
+                for used in &arrows[&at] {
+                    assert!(
+                        used != start,
+                        "{folder}: {} reaches itself, by {}",
+                        start.join("::"),
+                        at.join("::")
+                    );
+                    if seen.insert(used.clone()) {
+                        next.push(used.clone());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Functions of a file: name and lines.
+fn functions(lines: &[String]) -> Vec<(String, usize)> {
+    let mut found = Vec::new();
+    for (i, line) in lines.iter().enumerate() {
+        let code = line.trim_start();
+        let indent = line.len() - code.len();
+        let Some((before, after)) = code.split_once("fn ") else { continue };
+        let words = ["pub", "const", "unsafe", "async", "extern", "\"C\""];
+        let modifier = |w: &str| words.contains(&w) || w.starts_with("pub(") || w.ends_with(')');
+        if !before.split_whitespace().all(modifier) {
+            continue;
+        }
+        let name = after.split(|c: char| !(c.is_alphanumeric() || c == '_')).next().unwrap().to_string();
+        let close = format!("{}}}", " ".repeat(indent));
+        if let Some(end) = lines[i..].iter().position(|l| *l == close) {
+            found.push((name, end + 1));
+        }
+    }
+    found
+}
+
+#[test]
+fn functions_and_files_stay_small() {
+    let mut used = BTreeSet::new();
+    for path in ["src", "kernels/src", "launch"].into_iter().flat_map(sources) {
+        let (file, lines) = (name(&path), code(&path));
+        if is_test(&file) {
+            continue;
+        }
+        let allowed = LONG_FILES.iter().find(|(name, ..)| *name == file);
+        let most = allowed.map_or(LINES_OF_A_FILE, |(_, lines, _)| *lines);
+        assert!(lines.len() <= most, "{file} has {} lines; at most {most}", lines.len());
+        if lines.len() > LINES_OF_A_FILE {
+            used.insert(file.clone());
+        }
+        for (function, length) in functions(&lines) {
+            let allowed = LONG_FUNCTIONS.iter().find(|(of, name, ..)| *of == file && *name == function);
+            let most = allowed.map_or(LINES_OF_A_FUNCTION, |(_, _, lines, _)| *lines);
+            assert!(length <= most, "{file}: {function} has {length} lines; at most {most}");
+            if length > LINES_OF_A_FUNCTION {
+                used.insert(format!("{file} {function}"));
+            }
+        }
+    }
+    for (file, ..) in LONG_FILES {
+        assert!(used.contains(file), "{file} is no longer long: take it out of LONG_FILES");
+    }
+    for (file, function, ..) in LONG_FUNCTIONS {
+        assert!(used.contains(&format!("{file} {function}")), "{function} of {file} is no longer long");
+    }
+}
+
+#[test]
+fn paths_are_expanded() {
+    let found = expand("crate::a::{b, c::{d, e}, self as f};");
+    assert_eq!(found, ["crate::a::b", "crate::a::c::d", "crate::a::c::e", "crate::a::self"]);
+    let lines: Vec<String> =
+        "impl A {\n    pub fn b() {\n        1\n    }\n}".lines().map(String::from).collect();
+    assert_eq!(functions(&lines), [("b".to_string(), 3)]);
+}

@@ -11,7 +11,7 @@ WORKDIR /src
 COPY scripts/doctor.sh scripts/setup.sh scripts/libtorch.txt scripts/
 RUN scripts/setup.sh
 COPY . .
-RUN cargo build --release --locked && scripts/package.sh /opt/corral
+RUN cargo build --profile dist --locked && scripts/package.sh /opt/corral
 
 FROM debian:bookworm-slim
 # cuDNN needs zlib; NCCL opens the InfiniBand and RoCE libraries at run time, where the host has such devices.

@@ -1,6 +1,6 @@
 # Thin: what each target does is in scripts/. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test parity interop bench bench-trl lint check gpu-check package clean
+.PHONY: help setup build demo test parity interop bench bench-trl lint doc check gpu-check package clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -34,17 +34,21 @@ bench: build ## training speed and memory against PyTorch (ARGS="--presets llama
 bench-trl: build ## seconds a step of DPO, GRPO and PPO against TRL (PYTHON=one with TRL, ARGS="--ppo FOLDER": docs/benchmarks.md)
 	$(or $(PYTHON),python3) scripts/bench_trl.py $(ARGS)
 
-lint: setup
+lint: setup ## format, dependencies, spelling (scripts/lint.sh), clippy
 	@scripts/doctor.sh lint
-	cargo fmt --all --check
+	@scripts/lint.sh
 	cargo clippy --release --workspace --all-targets --locked -- -D warnings
 
-check: lint test interop ## all that CI checks
+doc: setup ## the API's documentation, target/doc/
+	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps --locked
+
+check: lint doc test interop ## all that CI checks
 
 gpu-check: ## what needs a GPU: parity, NCCL, a short pretraining, benchmarks
 	@scripts/gpu_check.sh
 
-package: build ## binaries, libtorch and configs in one folder that can be moved (DIR=..., default dist/corral)
+package: setup ## binaries, libtorch and configs in one folder that can be moved (DIR=..., default dist/corral)
+	cargo build --profile dist --workspace --locked
 	scripts/package.sh $(or $(DIR),dist/corral)
 
 clean: ## the build (libtorch stays: `rm -rf .libtorch` removes it)

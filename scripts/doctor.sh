@@ -1,6 +1,6 @@
 #!/bin/sh
 # Names every missing prerequisite in one line, with the package that brings it (Debian and Ubuntu).
-# doctor.sh [libtorch] [cargo] [lint] [venv] [disk]: checks these parts; without arguments: libtorch cargo disk.
+# doctor.sh [libtorch] [cargo] [lint] [pip] [venv] [disk]: checks these parts; without arguments: libtorch cargo disk.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
@@ -34,7 +34,7 @@ check_libtorch() {
     glibc=$(getconf GNU_LIBC_VERSION 2>/dev/null | cut -d' ' -f2)
     at_least "${glibc:-0}" 2.28 || need "glibc 2.28 or newer (found ${glibc:-none})" \
         "Debian 10, Ubuntu 20.04 or newer"
-    python_and pip python3-pip
+    check_pip
     has flock || need flock "sudo apt install util-linux"
 }
 
@@ -57,6 +57,8 @@ check_lint() {
     cargo clippy --version >/dev/null 2>&1 || need clippy "rustup component add clippy"
 }
 
+check_pip() { python_and pip python3-pip; }
+
 # The virtual environment of `make interop` needs ensurepip, which Debian leaves out of python3.
 check_venv() { python_and ensurepip python3-venv; }
 
@@ -71,8 +73,8 @@ check_disk() {
 
 for part in "$@"; do
     case $part in
-        libtorch | cargo | lint | venv | disk) "check_$part" ;;
-        *) echo "doctor.sh: unknown part '$part': libtorch, cargo, lint, venv or disk" >&2; exit 2 ;;
+        libtorch | cargo | lint | pip | venv | disk) "check_$part" ;;
+        *) echo "doctor.sh: unknown part '$part': libtorch, cargo, lint, pip, venv or disk" >&2; exit 2 ;;
     esac
 done
 exit $missing

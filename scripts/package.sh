@@ -1,12 +1,13 @@
 #!/bin/sh
 # package.sh DIR: gathers what a machine needs to run Corral into DIR, which can then be moved: bin/ (corral, launch),
-# lib/ (libtorch with its CUDA parts, found by the binaries through their run path), configs/. Needs `make build` first.
+# lib/ (libtorch with its CUDA parts, found by the binaries through their run path), configs/. `make package` builds them first
+# (profile dist).
 set -eu
 dest=${1:?usage: package.sh DIR}
 cd "$(dirname "$0")/.."
-bin=${CARGO_TARGET_DIR:-target}/release
+bin=${CARGO_TARGET_DIR:-target}/dist
 for b in corral launch; do
-    [ -x "$bin/$b" ] || { echo "$bin/$b is not there: run 'make build' first" >&2; exit 1; }
+    [ -x "$bin/$b" ] || { echo "$bin/$b is not there: run 'make package'" >&2; exit 1; }
 done
 torch=${LIBTORCH:-.libtorch/torch}
 [ -e "$torch/lib/libtorch_cuda.so" ] && [ -d "$torch/../nvidia" ] || {
@@ -20,7 +21,6 @@ rm -rf "$partial"
 trap 'rm -rf "$partial"' EXIT
 mkdir -p "$partial/bin" "$partial/lib/torch/lib" "$partial/lib/nvidia/cu13"
 cp "$bin/corral" "$bin/launch" "$partial/bin/"
-strip "$partial/bin/corral" "$partial/bin/launch"
 cp -r configs LICENSE LICENSE-MIT LICENSE-APACHE "$partial/"
 # libtorch's libraries look for CUDA's in ../../nvidia/*/lib. Python's binding and static libraries stay behind.
 cp "$torch"/lib/*.so* "$partial/lib/torch/lib/"

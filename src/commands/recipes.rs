@@ -134,7 +134,8 @@ impl<A: RecipeArgs> FromArgMatches for Named<A> {
 impl<A: RecipeArgs> Subcommand for Named<A> {
     fn augment_subcommands(command: Command) -> Command {
         let subcommand = |recipe: &&dyn AnyRecipe| {
-            let command = A::augment_args(Command::new(recipe.name()).about(recipe.about()));
+            // Last: arguments come with a description of their own.
+            let command = A::augment_args(Command::new(recipe.name())).about(recipe.about());
             let hidden = A::OF_SOME.iter().filter(|id| !recipe.plan_flags().contains(id));
             hidden.fold(command, |command, id| command.mut_arg(id, |a| a.hide(true)))
         };

@@ -21,6 +21,7 @@ rm -rf "$partial"
 trap 'rm -rf "$partial"' EXIT
 mkdir -p "$partial/bin" "$partial/lib/torch/lib" "$partial/lib/nvidia/cu13"
 cp "$bin/corral" "$bin/launch" "$partial/bin/"
+strip "$partial/bin/corral" "$partial/bin/launch"
 cp -r configs LICENSE LICENSE-MIT LICENSE-APACHE "$partial/"
 # libtorch's libraries look for CUDA's in ../../nvidia/*/lib. Python's binding and static libraries stay behind.
 cp "$torch"/lib/*.so* "$partial/lib/torch/lib/"

@@ -39,8 +39,8 @@ lint: setup ## format, dependencies, spelling (scripts/lint.sh), clippy
 	@scripts/lint.sh
 	cargo clippy --release --workspace --all-targets --locked -- -D warnings
 
-doc: setup ## the API's documentation, target/doc/
-	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps --locked
+doc: setup ## the code's documentation, private items too, target/doc/
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --release --workspace --no-deps --document-private-items --locked
 
 check: lint doc test interop ## all that CI checks
 

@@ -97,7 +97,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// What to do with the output of one rank.
 pub struct Route {
     pub shown: bool,
-    /// "[3] ", or nothing in a world of one.
+    /// `[3] `, or nothing in a world of one.
     pub prefix: String,
     /// May the rank draw a progress bar?
     pub bar: bool,

@@ -26,7 +26,7 @@ struct Train {
     /// Text, JSON, JSON lines (each also .gz or .zst) or Parquet
     #[arg(long, num_args = 1.., required = true, value_name = "FILE")]
     input: Vec<PathBuf>,
-    /// Tokens, with the 256 bytes and the special tokens <s>, </s> and <pad>
+    /// Tokens, with the 256 bytes and the special tokens `<s>`, `</s>` and `<pad>`
     #[arg(long, value_name = "N")]
     vocab_size: usize,
     /// Folder for tokenizer.json and tokenizer_config.json

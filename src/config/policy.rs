@@ -86,7 +86,7 @@ pub(super) const NO_DROPOUT: &str = "0 is all that there is: log-probabilities o
                                      model that wrote them, and dropout would change them";
 
 /// Defines the configuration of an algorithm that learns from its own responses: a struct with the given keys, those that all
-/// such algorithms have and those of [`configuration!`], and `fn sections_of_responses(&self)`, which takes the rewards of a
+/// such algorithms have and those of `configuration!`, and `fn sections_of_responses(&self)`, which takes the rewards of a
 /// method `rewards`.
 macro_rules! policy_configuration {
     ($(#[$doc:meta])* pub struct $name:ident {

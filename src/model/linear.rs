@@ -8,7 +8,7 @@ use tch::Tensor;
 use crate::distributed::frozen::Value;
 use crate::error::Result;
 
-/// y = x W^T + b, and for every adapter y[rows] += scale * B A dropout(x) (Hu et al. 2021). Layers that read the same
+/// y = x W^T + b, and for every adapter `y[rows]` += scale * B A dropout(x) (Hu et al. 2021). Layers that read the same
 /// input lie in one another's rows (q, k, v; gate, up), so that they are one product, where all of them are dense, or
 /// quantized.
 pub struct Linear {

@@ -3,8 +3,8 @@
 //! Shapes: B rows, T positions, N = B * T tokens, C = hidden size, H query heads, K key-value heads, D head dimension,
 //! F = intermediate size, L blocks. Activations are 2-D, `[N, C]`, in the compute dtype.
 //!
-//! A block is in [`super::block`]: norm, attention, norm, MLP. What other families do differently is asked of the [`Shape`]: a bias of q, k and v, a norm of each head's query and
-//! key before their rotation, a sliding window, a mixture of experts in the place of the last line.
+//! A block is in [`super::block`]: norm, attention, norm, MLP. What other families do differently is asked of the [`Shape`]'s
+//! features.
 
 use kernels::ops::{self, Heads};
 use tch::{Device, Kind, Tensor};
@@ -108,7 +108,7 @@ pub(super) struct Context {
 }
 
 impl Context {
-    /// For one more token of `batch` rows at `positions` (int64 [B]), which sees from `first` on through a window.
+    /// For one more token of `batch` rows at `positions` (int64 `[B]`), which sees from `first` on through a window.
     pub(super) fn decoding(
         model: &Llama,
         batch: i64,

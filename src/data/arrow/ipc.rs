@@ -1,4 +1,4 @@
-//! Arrow's IPC stream (https://arrow.apache.org/docs/format/Columnar.html, "Serialization and Interprocess Communication"), read
+//! Arrow's IPC stream (<https://arrow.apache.org/docs/format/Columnar.html>, "Serialization and Interprocess Communication"), read
 //! row by row as JSON values. Metadata is decoded by the crate `polars-arrow-format`; the columns are a few buffers each.
 
 use std::collections::HashMap;

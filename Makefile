@@ -1,6 +1,6 @@
 # Thin: what each target does is in scripts/. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test parity interop bench bench-trl lint doc check gpu-check package clean
+.PHONY: help setup build demo test parity interop bench bench-trl lint doc keys check gpu-check package clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -43,6 +43,10 @@ doc: setup ## the code's documentation, private items too, target/doc/
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --release --workspace --no-deps --document-private-items --locked
 
 check: lint doc test interop ## all that CI checks
+
+keys: build ## docs/config.md and docs/corral.schema.json, made of the keys that the program knows
+	target/release/corral help --markdown >docs/config.md
+	target/release/corral help --schema >docs/corral.schema.json
 
 gpu-check: ## what needs a GPU: parity, NCCL, a short pretraining, benchmarks
 	@scripts/gpu_check.sh

@@ -20,21 +20,28 @@ pub enum Kind {
 pub struct Error {
     pub kind: Kind,
     pub message: String,
+    /// The dotted key of the configuration that it is about, until its place is told.
+    pub key: Option<String>,
 }
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
     pub fn failed(message: impl Into<String>) -> Self {
-        Error { kind: Kind::Failed, message: message.into() }
+        Error { kind: Kind::Failed, message: message.into(), key: None }
     }
 
     pub fn config(message: impl Into<String>) -> Self {
-        Error { kind: Kind::Config, message: message.into() }
+        Error { kind: Kind::Config, message: message.into(), key: None }
+    }
+
+    /// About the value of a dotted key; whoever has the file adds its place (`Loaded::locate`).
+    pub fn key(key: &str, why: impl Into<String>) -> Self {
+        Error { key: Some(key.into()), ..Error::config(why) }
     }
 
     pub fn data(message: impl Into<String>) -> Self {
-        Error { kind: Kind::Data, message: message.into() }
+        Error { kind: Kind::Data, message: message.into(), key: None }
     }
 
     pub fn exit_code(&self) -> i32 {
@@ -48,14 +55,18 @@ impl Error {
 
     /// Says before the message where it happened: `context: message`.
     pub fn context(mut self, context: impl fmt::Display) -> Self {
-        self.message = format!("{context}: {}", self.message);
+        self.message = format!("{context}: {self}");
+        self.key = None;
         self
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
+        match &self.key {
+            Some(key) => write!(f, "'{key}': {}", self.message),
+            None => f.write_str(&self.message),
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use corral::{Result, signals, telemetry};
 
 /// Trains Llama models: pretraining on sharded parameters and what belongs around it.
 #[derive(Parser)]
-#[command(name = "corral", version, max_term_width = 100)]
+#[command(name = "corral", version, max_term_width = 100, disable_help_subcommand = true)]
 struct Cli {
     #[command(flatten)]
     global: Global,
@@ -52,6 +52,8 @@ enum Command {
     Check(commands::check::Args),
     /// Say what memory a training takes, without a device
     Plan(commands::plan::Args),
+    /// Tell of a subcommand, or of a key of configurations
+    Help(commands::help::Args),
     /// Measure speed; one JSON object a measurement
     #[command(subcommand)]
     Bench(commands::bench::Command),
@@ -118,6 +120,7 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Check(args) => commands::check::run(args, global),
         Command::Plan(args) => commands::plan::run(args, global),
+        Command::Help(args) => commands::help::run(&args, Cli::command()),
         Command::Bench(command) => commands::bench::run(command, global),
     }
 }

@@ -71,6 +71,6 @@ impl Signals {
     pub fn stopped(&self, signal: f64, step: u64) -> Error {
         let name = if signal as i32 == SIGINT { "SIGINT" } else { "SIGTERM" };
         info!("stopped by {name} after step {step}; {}", self.goes_on);
-        Error { kind: Kind::Stopped(signal as i32), message: format!("stopped by {name}") }
+        Error { kind: Kind::Stopped(signal as i32), message: format!("stopped by {name}"), key: None }
     }
 }

@@ -203,6 +203,42 @@ fn subcommands_are_described() {
     assert_eq!(different.len(), known.len(), "subcommands share a description: {known:#?}");
 }
 
+/// docs/config.md and docs/corral.schema.json are what the program makes of its keys.
+#[test]
+fn keys_are_those_of_the_program() {
+    for (flag, file) in [("--markdown", "docs/config.md"), ("--schema", "docs/corral.schema.json")] {
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_corral")).args(["help", flag]).output().expect("corral help");
+        assert!(output.status.success(), "corral help {flag}: {}", String::from_utf8_lossy(&output.stderr));
+        let there = fs::read_to_string(root().join(file)).expect(file);
+        assert!(there == String::from_utf8_lossy(&output.stdout), "{file} is old: make keys writes it anew");
+    }
+}
+
+/// Every recipe names its own part of the schema, for editors.
+#[test]
+fn recipes_name_their_schema() {
+    let schema = fs::read_to_string(root().join("docs/corral.schema.json")).expect("docs/corral.schema.json");
+    let schema: serde_json::Value = serde_json::from_str(&schema).expect("JSON");
+    let mut count = 0;
+    for recipe in fs::read_dir(root().join("configs"))
+        .expect("configs/")
+        .flat_map(|f| fs::read_dir(f.unwrap().path()).unwrap())
+    {
+        let path = recipe.unwrap().path();
+        if path.extension().is_none_or(|e| e != "yaml") {
+            continue;
+        }
+        let folder = path.parent().and_then(Path::file_name).unwrap().to_string_lossy().replace('_', "-");
+        let line = format!("# yaml-language-server: $schema=../../docs/corral.schema.json#/$defs/{folder}");
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.lines().any(|l| l == line), "{}: the line `{line}` is missing", path.display());
+        assert!(schema["$defs"][&folder].is_object(), "the schema has no {folder}");
+        count += 1;
+    }
+    assert!(count > 20, "{count} recipes");
+}
+
 #[test]
 fn what_is_checked() {
     for path in [

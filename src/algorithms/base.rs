@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::checkpoint::{ModelRecord, TensorHash, Weights, locate_tokenizer};
+use crate::config::Setting;
 use crate::config::model::Model;
 use crate::config::sections::{self, Train};
 use crate::config::shape::{Head, Shape};
@@ -184,17 +185,20 @@ pub fn shape_to_ask(model: &Model, tokenizer: Option<&sections::Tokenizer>) -> R
 }
 
 fn preset(name: &str) -> Result<Shape> {
-    Shape::preset(name).ok_or_else(|| Error::config(format!("model.preset: '{name}' is not known")))
+    Shape::preset(name).ok_or_else(|| Error::key("model.preset", format!("'{name}' is not known")))
 }
 
 fn check_length(sequence_length: i64, shape: &Shape) -> Result<()> {
     if sequence_length <= shape.max_position_embeddings {
         return Ok(());
     }
-    Err(Error::config(format!(
-        "data.sequence_length: {sequence_length} is more than the model's max_position_embeddings, {}",
-        shape.max_position_embeddings
-    )))
+    Err(Error::key(
+        "data.sequence_length",
+        format!(
+            "{sequence_length} is more than the model's max_position_embeddings, {}",
+            shape.max_position_embeddings
+        ),
+    ))
 }
 
 impl Base {
@@ -209,7 +213,9 @@ impl Base {
         let partial = lora.is_some() || *freeze != Freeze::default();
         let Some(weights) = &self.weights else {
             return match partial {
-                true => Err(Error::config("freeze and lora are for a model that is there: give model.path")),
+                true => {
+                    Err(Error::key("model", "freeze and lora are for a model that is there: give model.path"))
+                }
                 false => Ok(trainable),
             };
         };
@@ -218,12 +224,15 @@ impl Base {
             let saves = |name: &str| lora.modules_to_save.iter().any(|m| m == name);
             let head = self.shape.head == Head::Score || self.shape.tie_word_embeddings;
             if !saves("embed_tokens") || !head && !saves("lm_head") {
-                return Err(Error::config(format!(
-                    "lora.modules_to_save: the tokenizer has {new} tokens that the model has no rows for, and an adapter \
+                return Err(Error::key(
+                    "lora.modules_to_save",
+                    format!(
+                        "the tokenizer has {new} tokens that the model has no rows for, and an adapter \
                      holds whole rows only of modules that it saves. Set lora.modules_to_save to [{}] to train and save them. \
                      Or name tokens that the tokenizer has: tokenizer.pad_token takes one that no text uses.",
-                    if head { "embed_tokens" } else { "embed_tokens, lm_head" },
-                )));
+                        if head { "embed_tokens" } else { "embed_tokens, lm_head" },
+                    ),
+                ));
             }
         }
         if let Some(there) = weights.lora() {
@@ -240,7 +249,7 @@ impl Base {
             };
             let theirs = there.plans(&self.shape)?;
             if lora.is_none() || !plans.iter().map(trained).eq(theirs.iter().map(trained)) {
-                let theirs = serde_json::to_string(&there.lora).unwrap_or_default();
+                let theirs = there.lora.write();
                 return Err(Error::config(format!(
                     "model.path is a model with an adapter, {theirs}: to train that further, lora must say the same; to \
                      train something else, merge it first (corral merge)"
@@ -275,7 +284,7 @@ impl Base {
     pub fn record_asked(&self, name: &str, key: &str, hash: TensorHash) -> Option<ModelRecord> {
         let mut record = self.record(name, key, Some(hash))?;
         if let Some(trainable) = self.weights.as_ref()?.lora() {
-            record.details["adapter"] = json!(trainable.lora);
+            record.details["adapter"] = trainable.lora.write();
         }
         Some(record)
     }
@@ -316,19 +325,23 @@ pub fn steps(train: &Train, samples: u64, warmup_steps: u64) -> Result<u64> {
             let samples = samples * epochs.unwrap_or(1) as u64;
             match samples / train.batch_size as u64 {
                 0 => {
-                    return Err(Error::config(format!(
-                        "'train.epochs': the data gives {samples} samples, fewer than the {} of train.batch_size",
-                        train.batch_size
-                    )));
+                    return Err(Error::key(
+                        "train.epochs",
+                        format!(
+                            "the data gives {samples} samples, fewer than the {} of train.batch_size",
+                            train.batch_size
+                        ),
+                    ));
                 }
                 steps => steps,
             }
         }
     };
     if warmup_steps > steps {
-        return Err(Error::config(format!(
-            "'schedule.warmup_steps': {warmup_steps} steps of warm-up are more than the {steps} steps of the run"
-        )));
+        return Err(Error::key(
+            "schedule.warmup_steps",
+            format!("{warmup_steps} steps of warm-up are more than the {steps} steps of the run"),
+        ));
     }
     Ok(steps)
 }

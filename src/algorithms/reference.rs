@@ -7,6 +7,7 @@ use crate::algorithms::rl::place::{Where, frozen};
 use crate::checkpoint::ModelRecord;
 use crate::config::common::Common;
 use crate::config::model::Model;
+use crate::config::models::of_model;
 use crate::config::sections::Tokenizer;
 use crate::config::trainable::Lora;
 use crate::distributed::mesh::ShardingPlan;
@@ -66,7 +67,7 @@ impl Reference {
         base: &Base,
     ) -> Result<Base> {
         let opened = Base::open(&Model::Path(path.to_path_buf()), tokenizer, sequence_length);
-        let opened = opened.map_err(|e| e.context("reference"))?;
+        let opened = opened.map_err(|e| of_model("reference", e))?;
         match opened.tokenizer.base_hash() == base.tokenizer.base_hash() {
             true => Ok(opened),
             false => Err(Error::config(

@@ -20,6 +20,7 @@ pub mod data;
 pub mod eval;
 pub mod generate;
 pub mod get;
+pub mod help;
 mod inference;
 pub mod inspect;
 mod intake;

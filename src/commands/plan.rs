@@ -12,6 +12,7 @@ use crate::commands::check::size;
 use crate::commands::convert::parse_size;
 use crate::commands::recipes::{Named, RecipeArgs};
 use crate::commands::training::ConfigArgs;
+use crate::config::Conflicts;
 use crate::config::sections::Recompute;
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
@@ -106,15 +107,12 @@ fn load<C: Algorithm>(config: &ConfigArgs, nproc: i64) -> Result<Loaded<C>> {
         return Err(Error::config("--nproc must be at least 1"));
     }
     let loaded = config.load::<C>()?;
-    let conflict = match loaded.config.conflict(nproc) {
-        Some(("tokenizer", _)) => loaded.config.common().conflict(nproc),
-        other => other,
-    };
-    if let Some((key, why)) = conflict {
-        return Err(loaded.error(key, &why));
-    }
+    let mut found = Conflicts::default();
+    loaded.config.conflicts(nproc, &mut found);
+    found.forget("tokenizer");
+    loaded.refuse(&found)?;
     match ShardingPlan::of(loaded.config.common().parallel, nproc) {
-        Err(e) => Err(loaded.error("parallel.shard", &e.message)),
+        Err(e) => Err(loaded.locate(e)),
         Ok(_) => Ok(loaded),
     }
 }

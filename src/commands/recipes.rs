@@ -12,6 +12,7 @@ use crate::commands::{Global, check, plan, training};
 use crate::config;
 use crate::config::dpo::Dpo;
 use crate::config::grpo::Grpo;
+use crate::config::keys::Section;
 use crate::config::kto::Kto;
 use crate::config::online_dpo::OnlineDpo;
 use crate::config::ppo::Ppo;
@@ -45,6 +46,9 @@ pub trait AnyRecipe: Sync {
 
     /// The file in the source tree of the configuration that is compiled in.
     fn default_file(&self) -> &'static str;
+
+    /// The keys of its configuration.
+    fn keys(&self) -> Section;
 
     /// Loads a configuration, and refuses one that cannot run on `ranks`.
     fn validate(&self, file: &Path, ranks: i64) -> Result<()>;
@@ -80,6 +84,10 @@ impl<R: Recipe> AnyRecipe for Of<R> {
 
     fn default_file(&self) -> &'static str {
         R::DEFAULT.file
+    }
+
+    fn keys(&self) -> Section {
+        R::keys()
     }
 
     fn validate(&self, file: &Path, ranks: i64) -> Result<()> {

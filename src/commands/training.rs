@@ -72,15 +72,14 @@ pub fn run<R: Recipe>(args: Args, global: &Global) -> Result<()> {
     RunLock::check_free(dir)?;
     let found = examine(&loaded, &start, &[])?;
     keep_date(&mut loaded.config, found.from.as_ref());
-    let inputs = loaded.config.open()?;
+    let inputs = loaded.config.open().map_err(|e| loaded.locate(e))?;
     let mut facts = global.facts();
-    let configuration = serde_json::to_value(&loaded.config).map_err(|e| Error::failed(e.to_string()))?;
-    facts.add_configuration(&configuration);
+    facts.add_configuration(&loaded.config.write());
     R::add_facts(&inputs, &mut facts)?;
     let world = World::from_global(global.device.as_deref(), loaded.config.common().parallel, &facts)?;
     info!("{}", world.choice);
     let inputs = with_first_ranks_date(&mut loaded.config, inputs, &world)?;
-    R::train(&loaded, inputs, &world, &start)
+    R::train(&loaded, inputs, &world, &start).map_err(|e| loaded.locate(e))
 }
 
 /// A resumed run's template goes on being told its date, unless the configuration gives one.

@@ -2,19 +2,18 @@
 
 use std::path::Path;
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-
 use super::common::Common;
-use super::conflict::Conflict;
-use super::de;
+use super::conflict::Conflicts;
+use super::keys::Section;
+use super::problems::Problems;
+use super::setting::{At, Setting};
 use super::template_date::TemplateDate;
-use super::yaml::Node;
+use super::yaml::{Node, Place};
 use crate::error::{Error, Result};
 use crate::files::broken_link;
 
 /// The configuration of an algorithm.
-pub trait Algorithm: Serialize + DeserializeOwned {
+pub trait Algorithm: Setting {
     /// The subcommand that runs it.
     const SUBCOMMAND: &'static str;
 
@@ -23,13 +22,18 @@ pub trait Algorithm: Serialize + DeserializeOwned {
 
     fn common(&self) -> Common<'_>;
 
-    /// The first key that does not fit the others on `world_size` (at least 1) ranks, and why; touches no file and no
-    /// device.
-    fn conflict(&self, world_size: i64) -> Option<Conflict>;
+    /// What does not fit on `world_size` (at least 1) ranks; touches no file and no device.
+    fn conflicts(&self, world_size: i64, found: &mut Conflicts);
 
     /// The date that its chat template is told; none where no template is used.
     fn template_date(&mut self) -> Option<&mut TemplateDate> {
         None
+    }
+
+    /// Its keys.
+    fn keys() -> Section {
+        let kind = Self::kind();
+        kind.section().cloned().unwrap_or_else(|| unreachable!("a configuration is a section"))
     }
 }
 
@@ -82,7 +86,7 @@ pub fn load<T: Algorithm>(file: Option<&Path>, overrides: &[String]) -> Result<L
     parse(&text, source, false, overrides)
 }
 
-pub(super) fn parse<T: DeserializeOwned>(
+pub(super) fn parse<T: Algorithm>(
     text: &str,
     source: String,
     compiled_in: bool,
@@ -92,42 +96,74 @@ pub(super) fn parse<T: DeserializeOwned>(
     for text in overrides {
         tree.apply_override(text)?;
     }
-    let config = T::deserialize(de::NodeDeserializer::new(&tree))?;
-    Ok(Loaded { config, source, compiled_in, tree })
+    let mut problems = Problems::default();
+    let read = T::read(&At::root(&tree), &mut problems);
+    // What does not fit is told too, where it cannot follow from what is wrong; one rank is what asks least.
+    if let Some(config) = read.as_ref().filter(|_| !problems.is_empty()) {
+        let mut found = Conflicts::default();
+        config.conflicts(1, &mut found);
+        for (key, why) in found.iter() {
+            if !problems.may_cause(key, why) {
+                problems.of_value(&place(&tree, key), key, why);
+            }
+        }
+    }
+    match (problems.into_error(), read) {
+        (None, Some(config)) => Ok(Loaded { config, source, compiled_in, tree }),
+        (Some(e), _) => Err(e),
+        (None, None) => Err(Error::config(format!("{source}: cannot be read"))),
+    }
+}
+
+/// Where the value of a dotted key was written; one that was left out: the nearest section around it.
+fn place(tree: &Node, key: &str) -> Place {
+    let mut at = key;
+    loop {
+        match (tree.get(at), at.rsplit_once('.')) {
+            (Some(node), _) => return node.place.clone(),
+            (None, Some((section, _))) => at = section,
+            (None, None) => return tree.place.clone(),
+        }
+    }
 }
 
 impl<T> Loaded<T> {
     /// An error about the value of a dotted key, which tells where it was written: in the file, by an override, or (a
-    /// default) nowhere.
+    /// default) at the section around it.
     pub fn error(&self, key: &str, message: &str) -> Error {
-        // A key that was left out is told at the nearest section around it.
-        let mut at = key;
-        let place = loop {
-            match (self.tree.get(at), at.rsplit_once('.')) {
-                (Some(node), _) => break node.place.to_string(),
-                (None, Some((section, _))) => at = section,
-                (None, None) => break self.source.clone(),
-            }
-        };
-        Error::config(format!("{place}: '{key}': {message}"))
+        Error::config(format!("{}: '{key}': {message}", place(&self.tree, key)))
+    }
+
+    /// An error that is about a key ([`Error::key`]), with its place.
+    pub fn locate(&self, e: Error) -> Error {
+        match &e.key {
+            Some(key) => self.error(key, &e.message),
+            None => e,
+        }
     }
 }
 
 impl<T: Algorithm> Loaded<T> {
-    /// Refuses combinations that cannot run on `world_size` (at least 1) ranks, and tells where the value that does not
-    /// fit was written.
+    /// Refuses combinations that cannot run on `world_size` (at least 1) ranks: a line each, with the place where the value
+    /// that does not fit was written.
     pub fn validate(&self, world_size: i64) -> Result<()> {
-        self.config.conflict(world_size).map_or(Ok(()), |(key, message)| Err(self.error(key, &message)))
+        let mut found = Conflicts::default();
+        self.config.conflicts(world_size, &mut found);
+        self.refuse(&found)
     }
-}
 
-impl<T: Serialize> Loaded<T> {
+    /// An error of all that does not fit.
+    pub fn refuse(&self, found: &Conflicts) -> Result<()> {
+        let mut problems = Problems::default();
+        for (key, why) in found.iter() {
+            problems.of_value(&place(&self.tree, key), key, why);
+        }
+        problems.into_error().map_or(Ok(()), Err)
+    }
+
     /// The whole configuration as YAML, defaults and overrides filled in; loads again to the same value.
     pub fn resolved_yaml(&self) -> Result<String> {
-        // By way of JSON, so that YAML's writer is compiled for one type.
-        serde_json::to_value(&self.config)
-            .map_err(|e| e.to_string())
-            .and_then(|config| serde_saphyr::to_string(&config).map_err(|e| e.to_string()))
+        serde_saphyr::to_string(&self.config.write())
             .map_err(|e| Error::failed(format!("cannot write the configuration as YAML: {e}")))
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::conflict::Conflict;
+use super::conflict::Conflicts;
 use super::model::Model;
 use super::parallel::Parallel;
 use super::sections::{Checkpoint, Log, Optim, Precision, Schedule, Source, Tokenizer, Train, Valid};
@@ -23,48 +23,46 @@ pub struct Common<'a> {
 }
 
 impl Common<'_> {
-    /// What does not fit on `world_size` ranks, and why.
-    pub fn conflict(&self, world_size: i64) -> Option<Conflict> {
-        self.train
-            .conflict(world_size)
-            .or_else(|| self.schedule.conflict(self.train))
-            .or_else(|| self.parallel.conflict(world_size))
+    /// What does not fit on `world_size` ranks.
+    pub fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
+        self.train.conflicts(world_size, found);
+        self.schedule.conflicts(self.train, found);
+        self.parallel.conflicts(world_size, found);
     }
 }
 
-/// Defines the configuration of an algorithm: a struct with the given keys (`valid` among them) and those of [`Common`], and `fn common(&self)`.
+/// Defines the configuration of an algorithm: a section with the given keys (`valid` among them) and those of [`Common`], and
+/// `fn sections(&self)`.
 macro_rules! configuration {
-    ($(#[$doc:meta])* pub struct $name:ident {
-        $($(#[$about:meta])* pub $key:ident: $type:ty,)*
-    }) => {
-        $(#[$doc])*
-        #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
-        #[serde(deny_unknown_fields)]
-        pub struct $name {
-            /// Keys all that is random.
-            #[serde(default = "crate::config::common::one")]
-            pub seed: u64,
-            /// The run's folder.
-            pub output_dir: std::path::PathBuf,
-            $($(#[$about])* pub $key: $type,)*
-            #[serde(default)]
-            pub parallel: crate::config::parallel::Parallel,
-            #[serde(default)]
-            pub precision: crate::config::sections::Precision,
-            #[serde(default)]
-            pub optim: crate::config::sections::Optim,
-            #[serde(default)]
-            pub schedule: crate::config::sections::Schedule,
-            pub train: crate::config::sections::Train,
-            #[serde(default)]
-            pub checkpoint: crate::config::sections::Checkpoint,
-            #[serde(default)]
-            pub log: crate::config::sections::Log,
+    ($(#[doc = $about:literal])* pub struct $name:ident { $($keys:tt)* }) => {
+        $crate::config::section::section! {
+            $(#[doc = $about])*
+            pub struct $name {
+                /// Keys all that is random.
+                seed: u64 = 1 => State;
+                /// The run's folder.
+                output_dir: std::path::PathBuf => Folder;
+                $($keys)*
+                /// How the work is divided among the ranks.
+                parallel: $crate::config::parallel::Parallel = Default::default();
+                /// What numbers are computed in.
+                precision: $crate::config::sections::Precision = Default::default();
+                /// The optimizer, AdamW.
+                optim: $crate::config::sections::Optim = Default::default();
+                /// The learning rate over the steps.
+                schedule: $crate::config::sections::Schedule = Default::default();
+                /// How much is trained, and in which pieces.
+                train: $crate::config::sections::Train;
+                /// When the run is saved.
+                checkpoint: $crate::config::sections::Checkpoint = Default::default();
+                /// When a line of metrics is written.
+                log: $crate::config::sections::Log = Default::default();
+            }
         }
 
         impl $name {
-            fn sections(&self) -> crate::config::common::Common<'_> {
-                crate::config::common::Common {
+            fn sections(&self) -> $crate::config::common::Common<'_> {
+                $crate::config::common::Common {
                     seed: self.seed,
                     output_dir: &self.output_dir,
                     parallel: &self.parallel,
@@ -82,34 +80,26 @@ macro_rules! configuration {
 }
 pub(super) use configuration;
 
-pub(super) fn one() -> u64 {
-    1
-}
-
-pub(super) fn yes() -> bool {
-    true
-}
-
-/// Tokens of a row where nothing is said.
-pub(super) fn sequence_length() -> i64 {
-    512
-}
-
-/// What does not fit between a model, its tokenizer and its training data, and why.
-pub(super) fn conflict_of_inputs(
+/// What does not fit between a model, its tokenizer and its training data.
+pub(super) fn conflicts_of_inputs(
     model: &Model,
     tokenizer: Option<&Tokenizer>,
     train: &[Source],
-) -> Option<Conflict> {
+    found: &mut Conflicts,
+) {
     if train.is_empty() {
-        return Some(("data.train", "there is no data to train on; name at least one path".into()));
+        found.add("data.train", "there is no data to train on; name at least one path");
     }
     let has_path = tokenizer.is_some_and(|t| t.path.is_some());
     if !has_path && !matches!(model, Model::Path(_)) {
-        let why = "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer";
-        return Some(("tokenizer", why.into()));
+        found.add(
+            "tokenizer",
+            "a new model needs a tokenizer: give tokenizer.path, a folder with a tokenizer",
+        );
     }
-    tokenizer?.conflict()
+    if let Some(tokenizer) = tokenizer {
+        tokenizer.conflicts(found);
+    }
 }
 
 /// The paths that a model, its tokenizer and data are read from.

@@ -2,14 +2,12 @@
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
-
 use super::algorithm::{Algorithm, BuiltIn, built_in};
-use super::common::{Common, configuration, conflict_of_inputs};
-use super::conflict::Conflict;
+use super::common::{Common, configuration, conflicts_of_inputs};
+use super::conflict::Conflicts;
 use super::model::Model;
-use super::numbers::{not_negative, positive};
 use super::preferences::Data;
+use super::section::{choice, section};
 use super::sections::{Tokenizer, Valid};
 use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};
@@ -17,129 +15,116 @@ use super::trainable::{self, Freeze, Lora};
 configuration! {
     /// Direct preference optimization; `train.batch_size` counts prompts.
     pub struct Dpo {
-        pub model: Model,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub tokenizer: Option<Tokenizer>,
-        pub data: Data,
-        #[serde(default)]
-        pub freeze: Freeze,
+        /// Where the model comes from.
+        model: Model;
+        /// The tokenizer, and how conversations are rendered.
+        tokenizer: Option<Tokenizer> = None;
+        /// What is trained and validated on.
+        data: Data;
+        /// What is not trained.
+        freeze: Freeze = Freeze::default();
         /// Adapters; without them the model itself is trained.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub lora: Option<Lora>,
-        #[serde(default)]
-        pub dpo: Section,
+        lora: Option<Lora> = None;
+        /// The loss.
+        dpo: Section = Section::default();
         /// What the model is compared with. Default: the model as it is at the start.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub reference: Option<Reference>,
-        #[serde(default)]
-        pub valid: Valid,
+        reference: Option<Reference> = None;
+        /// Validation on `data.valid`.
+        valid: Valid = Valid::default();
     }
 }
 
-/// The loss of a pair of completions (see [`Loss`]), and which pairs there are.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Section {
-    pub loss: Loss,
-    /// How strongly the reference holds.
-    #[serde(deserialize_with = "positive")]
-    pub beta: f64,
-    /// The probability that a pair is the wrong way round (`sigmoid`, `robust`), or the other's share (`exo_pair`).
-    #[serde(deserialize_with = "not_negative")]
-    pub label_smoothing: f64,
-    /// The weight of the cross-entropy of the best completions' tokens, besides.
-    #[serde(deserialize_with = "not_negative")]
-    pub sft_weight: f64,
-    pub pairs: Pairs,
+section! {
+    /// The loss of a pair of completions, and which pairs there are.
+    pub struct Section {
+        /// Which loss.
+        loss: Loss = Loss::Sigmoid => Mathematics;
+        /// How strongly the reference holds.
+        beta: f64 = 0.1, POSITIVE => Mathematics;
+        /// The probability that a pair is the wrong way round (`sigmoid`, `robust`), or the other's share (`exo_pair`).
+        label_smoothing: f64 = 0.0, NOT_NEGATIVE => Mathematics;
+        /// The weight of the cross-entropy of the best completions' tokens, besides.
+        sft_weight: f64 = 0.0, NOT_NEGATIVE => Mathematics;
+        /// Which completions of a prompt are compared.
+        pairs: Pairs = Pairs::All => Mathematics;
+        /// How the reference's log-probabilities are had.
+        reference: ReferenceFrom = ReferenceFrom::Cached => Mathematics;
+    }
+}
+
+choice! {
+    /// The loss of a pair.
+    pub enum Loss {
+        /// DPO (Rafailov et al. 2023); with `label_smoothing` cDPO (Mitchell 2023).
+        Sigmoid = "sigmoid",
+        /// DPO of means over tokens.
+        SigmoidNorm = "sigmoid_norm",
+        /// IPO (Azar et al. 2023), of means over tokens, as its authors have it.
+        Ipo = "ipo",
+        /// IPO of sums over tokens.
+        IpoSum = "ipo_sum",
+        /// SLiC (Zhao et al. 2023).
+        Hinge = "hinge",
+        /// Without bias where `label_smoothing` of the pairs are the wrong way round (Chowdhury et al. 2024).
+        Robust = "robust",
+        /// APO-zero (D'Oosterlinck et al. 2024).
+        ApoZero = "apo_zero",
+        /// EXO (Ji et al. 2024).
+        ExoPair = "exo_pair",
+        /// NCA (Chen et al. 2024).
+        NcaPair = "nca_pair",
+        /// BCO (Jung et al. 2024), without its shift, as TRL has it.
+        BcoPair = "bco_pair",
+        /// SPPO (Wu et al. 2024).
+        SppoHard = "sppo_hard",
+    }
+}
+
+choice! {
+    /// Which completions of a prompt are compared.
+    pub enum Pairs {
+        /// Each with every worse one; a prompt's loss is the mean.
+        All = "all",
+        /// The best with every worse one.
+        Best = "best",
+    }
+}
+
+choice! {
     /// How the reference's log-probabilities are had.
-    pub reference: ReferenceFrom,
-}
-
-impl Default for Section {
-    fn default() -> Self {
-        Section {
-            loss: Loss::Sigmoid,
-            beta: 0.1,
-            label_smoothing: 0.0,
-            sft_weight: 0.0,
-            pairs: Pairs::All,
-            reference: ReferenceFrom::Cached,
-        }
+    pub enum ReferenceFrom {
+        /// Computed once before the training, and kept in `data.cache`.
+        Cached = "cached",
+        /// Computed in every step: by the model without its adapters, else by a frozen copy of it.
+        Online = "online",
     }
 }
 
-/// The loss of a pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Loss {
-    /// DPO (Rafailov et al. 2023); with `label_smoothing` cDPO (Mitchell 2023).
-    Sigmoid,
-    /// DPO of means over tokens.
-    SigmoidNorm,
-    /// IPO (Azar et al. 2023), of means over tokens, as its authors have it.
-    Ipo,
-    /// IPO of sums over tokens.
-    IpoSum,
-    /// SLiC (Zhao et al. 2023).
-    Hinge,
-    /// Without bias where `label_smoothing` of the pairs are the wrong way round (Chowdhury et al. 2024).
-    Robust,
-    /// APO-zero (D'Oosterlinck et al. 2024).
-    ApoZero,
-    /// EXO (Ji et al. 2024).
-    ExoPair,
-    /// NCA (Chen et al. 2024).
-    NcaPair,
-    /// BCO (Jung et al. 2024), without its shift, as TRL has it.
-    BcoPair,
-    /// SPPO (Wu et al. 2024).
-    SppoHard,
-}
-
-/// Which completions of a prompt are compared.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Pairs {
-    /// Each with every worse one; a prompt's loss is the mean.
-    All,
-    /// The best with every worse one.
-    Best,
-}
-
-/// How the reference's log-probabilities are had.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ReferenceFrom {
-    /// Computed once before the training, and kept in `data.cache`.
-    Cached,
-    /// Computed in every step: by the model without its adapters, else by a frozen copy of it.
-    Online,
-}
-
-/// A model that is only read.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Reference {
-    pub path: PathBuf,
+section! {
+    /// A model that is only read.
+    pub struct Reference {
+        /// Hugging Face folder, run folder, checkpoint of a run, adapter, or Meta folder.
+        path: PathBuf => Path;
+    }
 }
 
 impl Section {
-    /// What does not fit, and why.
-    pub fn conflict(&self) -> Option<Conflict> {
+    /// What does not fit.
+    pub fn conflicts(&self, found: &mut Conflicts) {
         const KEY: &str = "dpo.label_smoothing";
         let smoothing = self.label_smoothing;
         match self.loss {
             Loss::Sigmoid | Loss::Robust if smoothing >= 0.5 => {
-                Some((KEY, "below 0.5: at most half of the pairs may be the wrong way round".into()))
+                found.add(KEY, "below 0.5: at most half of the pairs may be the wrong way round");
             }
             Loss::ExoPair if !(smoothing > 0.0 && smoothing < 0.5) => {
-                Some((KEY, "exo_pair needs a number above 0 and below 0.5".into()))
+                found.add(KEY, "exo_pair needs a number above 0 and below 0.5");
             }
-            Loss::Sigmoid | Loss::Robust | Loss::ExoPair => None,
+            Loss::Sigmoid | Loss::Robust | Loss::ExoPair => {}
             _ if smoothing > 0.0 => {
-                Some((KEY, "only sigmoid, robust and exo_pair have it; leave it out".into()))
+                found.add(KEY, "only sigmoid, robust and exo_pair have it; leave it out");
             }
-            _ => None,
+            _ => {}
         }
     }
 }
@@ -156,23 +141,13 @@ impl Algorithm for Dpo {
         Some(&mut self.data.template_date)
     }
 
-    fn conflict(&self, world_size: i64) -> Option<Conflict> {
-        if !matches!(self.model, Model::Path(_)) {
-            return Some((
-                "model",
-                "there must be a model whose completions are known: give model.path".into(),
-            ));
-        }
-        if self.data.packing && self.lora.as_ref().is_some_and(|l| l.dropout > 0.0) {
-            let why = "in a packed row what dropout leaves out would depend on the micro-batch; set data.packing to \
-                       false, or lora.dropout to 0";
-            return Some(("lora.dropout", why.into()));
-        }
-        conflict_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train)
-            .or_else(|| self.data.conflict())
-            .or_else(|| self.dpo.conflict())
-            .or_else(|| self.common().conflict(world_size))
-            .or_else(|| self.valid.conflict(&self.data.valid))
-            .or_else(|| trainable::conflict(&self.freeze, self.lora.as_ref()))
+    fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
+        self.model.conflicts_unless_path(found);
+        conflicts_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train, found);
+        self.data.conflicts(self.lora.as_ref(), found);
+        self.dpo.conflicts(found);
+        self.common().conflicts(world_size, found);
+        self.valid.conflicts(&self.data.valid, found);
+        trainable::conflicts(&self.freeze, self.lora.as_ref(), found);
     }
 }

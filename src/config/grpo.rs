@@ -1,88 +1,69 @@
 //! The configuration of `corral grpo`.
 
-use serde::{Deserialize, Serialize};
-
 use super::algorithm::{Algorithm, BuiltIn, built_in};
 use super::common::Common;
-use super::conflict::Conflict;
-use super::numbers::{count, not_negative, positive, some_count, some_positive};
+use super::conflict::Conflicts;
 use super::policy::{KlEstimator, Level, LossType, policy_configuration};
 use super::rewards::{Reward, RewardKind};
+use super::section::{choice, section};
 use super::sft::Samples;
 use super::template_date::TemplateDate;
 
 policy_configuration! {
     /// Group-relative policy optimization; `train.batch_size` counts prompts an iteration, `train.steps` iterations.
     pub struct Grpo {
-        #[serde(default)]
-        pub grpo: Section,
-        #[serde(default = "samples")]
-        pub samples: Samples,
+        /// The loss and its groups.
+        grpo: Section = Section::default();
+        /// What is written of the responses.
+        samples: Samples = samples();
     }
 }
 
-/// The section `grpo`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Section {
-    /// Responses to each prompt.
-    #[serde(deserialize_with = "count")]
-    pub group_size: i64,
-    /// Short for `rewards` of these kinds, each with weight 1.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub rewards: Vec<RewardKind>,
-    pub advantages: Advantages,
-    pub loss: LossType,
-    /// Whether ratios of new to old probabilities are taken of tokens or of whole responses (GSPO).
-    pub level: Level,
-    /// How far a ratio may go below 1, and above it.
-    #[serde(deserialize_with = "positive")]
-    pub epsilon: f64,
-    /// How far above, where that differs. `cispo`: the largest ratio itself; default 5.
-    #[serde(deserialize_with = "some_positive", skip_serializing_if = "Option::is_none")]
-    pub epsilon_high: Option<f64>,
-    /// Of `sapo`: steepness of its sigmoid for positive advantages, and for others (Gao et al. 2025).
-    #[serde(deserialize_with = "positive", skip_serializing_if = "is_default_pos")]
-    pub sapo_temperature_pos: f64,
-    #[serde(deserialize_with = "positive", skip_serializing_if = "is_default_neg")]
-    pub sapo_temperature_neg: f64,
-    /// The largest ratio whatever the advantage's sign (two-sided clipping); above 1 + epsilon_high.
-    #[serde(deserialize_with = "some_positive", skip_serializing_if = "Option::is_none")]
-    pub delta: Option<f64>,
-    /// The weight of the KL to the reference, in the loss; of `reinforce++` in the reward.
-    #[serde(deserialize_with = "not_negative")]
-    pub beta: f64,
-    /// Default: `k3`; of `reinforce++` it is always `k1`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub kl_estimator: Option<KlEstimator>,
-    /// The KL to the reference is measured also where beta is 0, which takes a reference: a model in memory, and a forward
-    /// of it.
-    pub measure_kl: bool,
-    /// Passes over an iteration's responses, each in its own order.
-    #[serde(deserialize_with = "count")]
-    pub epochs: i64,
-    /// Responses of one update, over all ranks. Default: all of the iteration.
-    #[serde(deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
-    pub minibatch_size: Option<i64>,
-    /// What becomes of responses that did not end.
-    pub truncated: Truncated,
-    /// What `penalize` takes from their reward.
-    #[serde(deserialize_with = "not_negative")]
-    pub truncated_penalty: f64,
-    /// How often further prompts are asked in the place of groups without variance, at most (Yu et al. 2025).
-    pub resample: u64,
+section! {
+    /// The loss and its groups.
+    pub struct Section {
+        /// Responses to each prompt.
+        group_size: i64 = 8, COUNT => Mathematics;
+        /// Short for `rewards` of these kinds, each with weight 1.
+        rewards: Vec<RewardKind> = Vec::new() => Mathematics;
+        /// What a response's reward is compared with.
+        advantages: Advantages = Advantages::Group => Mathematics;
+        /// How the losses of tokens are made, and become one.
+        loss: LossType = LossType::Grpo => Mathematics;
+        /// Whether ratios of new to old probabilities are taken of tokens or of whole responses (GSPO).
+        level: Level = Level::Token => Mathematics;
+        /// How far a ratio may go below 1, and above it.
+        epsilon: f64 = 0.2, POSITIVE => Mathematics;
+        /// How far above, where that differs. `cispo`: the largest ratio itself; default 5.
+        epsilon_high: Option<f64> = None, POSITIVE => Mathematics;
+        /// Of `sapo`: steepness of its sigmoid for positive advantages (Gao et al. 2025).
+        sapo_temperature_pos: f64 = SAPO_TEMPERATURES[0], POSITIVE => Mathematics;
+        /// Of `sapo`: for other advantages.
+        sapo_temperature_neg: f64 = SAPO_TEMPERATURES[1], POSITIVE => Mathematics;
+        /// The largest ratio whatever the advantage's sign (two-sided clipping); above 1 + epsilon_high.
+        delta: Option<f64> = None, POSITIVE => Mathematics;
+        /// The weight of the KL to the reference, in the loss; of `reinforce++` in the reward.
+        beta: f64 = 0.0, NOT_NEGATIVE => Mathematics;
+        /// How the KL is estimated. Default: `k3`; of `reinforce++` it is always `k1`.
+        kl_estimator: Option<KlEstimator> = None => Mathematics;
+        /// The KL to the reference is measured also where beta is 0, which takes a reference: a model in memory, and a forward
+        /// of it.
+        measure_kl: bool = true => Output;
+        /// Passes over an iteration's responses, each in its own order.
+        epochs: i64 = 1, COUNT => Mathematics;
+        /// Responses of one update, over all ranks. Default: all of the iteration.
+        minibatch_size: Option<i64> = None, COUNT => Mathematics;
+        /// What becomes of responses that did not end.
+        truncated: Truncated = Truncated::Keep => Mathematics;
+        /// What `penalize` takes from their reward.
+        truncated_penalty: f64 = 1.0, NOT_NEGATIVE => Mathematics;
+        /// How often further prompts are asked in the place of groups without variance, at most (Yu et al. 2025).
+        resample: u64 = 0 => Mathematics;
+    }
 }
 
 /// Defaults of `sapo_temperature_pos` and `_neg`.
 const SAPO_TEMPERATURES: [f64; 2] = [1.0, 1.05];
-
-fn is_default_pos(x: &f64) -> bool {
-    *x == SAPO_TEMPERATURES[0]
-}
-
-fn is_default_neg(x: &f64) -> bool {
-    *x == SAPO_TEMPERATURES[1]
-}
 
 impl Section {
     /// How far a ratio may go above 1; of `cispo` the largest ratio.
@@ -96,58 +77,32 @@ impl Section {
     }
 }
 
-impl Default for Section {
-    fn default() -> Self {
-        Section {
-            group_size: 8,
-            rewards: Vec::new(),
-            advantages: Advantages::Group,
-            loss: LossType::Grpo,
-            level: Level::Token,
-            epsilon: 0.2,
-            epsilon_high: None,
-            sapo_temperature_pos: SAPO_TEMPERATURES[0],
-            sapo_temperature_neg: SAPO_TEMPERATURES[1],
-            delta: None,
-            beta: 0.0,
-            kl_estimator: None,
-            measure_kl: true,
-            epochs: 1,
-            minibatch_size: None,
-            truncated: Truncated::Keep,
-            truncated_penalty: 1.0,
-            resample: 0,
-        }
+choice! {
+    /// What a response's reward is compared with.
+    pub enum Advantages {
+        /// Its group's mean, in deviations of the group (Shao et al. 2024).
+        Group = "group",
+        /// Its group's mean, in deviations of the batch.
+        Batch = "batch",
+        /// Its group's mean (Liu et al. 2025).
+        None = "none",
+        /// The mean of the others of its group (Ahmadian et al. 2024).
+        Rloo = "rloo",
+        /// The batch's mean, in deviations of the batch; the KL is a penalty on the reward (Hu et al. 2025).
+        Reinforce = "reinforce++",
     }
 }
 
-/// What a response's reward is compared with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Advantages {
-    /// Its group's mean, in deviations of the group (Shao et al. 2024).
-    Group,
-    /// Its group's mean, in deviations of the batch.
-    Batch,
-    /// Its group's mean (Liu et al. 2025).
-    None,
-    /// The mean of the others of its group (Ahmadian et al. 2024).
-    Rloo,
-    /// The batch's mean, in deviations of the batch; the KL is a penalty on the reward (Hu et al. 2025).
-    #[serde(rename = "reinforce++")]
-    Reinforce,
-}
-
-/// What becomes of responses that did not end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Truncated {
-    /// They are as all others.
-    Keep,
-    /// They are left out of the loss; their rewards count in their group.
-    Mask,
-    /// Their reward is less by the penalty.
-    Penalize,
+choice! {
+    /// What becomes of responses that did not end.
+    pub enum Truncated {
+        /// They are as all others.
+        Keep = "keep",
+        /// They are left out of the loss; their rewards count in their group.
+        Mask = "mask",
+        /// Their reward is less by the penalty.
+        Penalize = "penalize",
+    }
 }
 
 pub(super) fn samples() -> Samples {
@@ -204,67 +159,79 @@ impl Algorithm for Grpo {
         Some(&mut self.data.template_date)
     }
 
-    fn conflict(&self, world_size: i64) -> Option<Conflict> {
-        let grpo = &self.grpo;
+    fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
+        self.conflicts_of_sizes(world_size, found);
+        self.grpo.conflicts(found);
+        if !self.uses_reference() && self.reference.is_some() {
+            found.add("reference", "nothing asks it: set grpo.beta, or leave it out");
+        }
+        self.sections_of_responses().conflicts(world_size, found);
+        self.valid.conflicts(&self.data.valid, found);
+    }
+}
+
+impl Grpo {
+    /// What does not fit among responses, updates and micro-batches.
+    fn conflicts_of_sizes(&self, world_size: i64, found: &mut Conflicts) {
         let (all, size, micro) =
             (self.num_responses(), self.minibatch_size(), self.micro_batch_size(world_size));
         if all % size != 0 {
             let why = format!(
                 "the {all} responses of train.batch_size x grpo.group_size are no multiple of {size}"
             );
-            return Some(("grpo.minibatch_size", why));
+            found.add("grpo.minibatch_size", why);
         }
         if micro < 1 || size % (micro * world_size) != 0 {
-            let key =
-                if grpo.minibatch_size.is_some() { "grpo.minibatch_size" } else { "train.micro_batch_size" };
+            let given = self.grpo.minibatch_size.is_some();
+            let key = if given { "grpo.minibatch_size" } else { "train.micro_batch_size" };
             let why = format!(
                 "the {size} responses of an update are no multiple of train.micro_batch_size x ranks = {micro} x \
                  {world_size}"
             );
-            return Some((key, why));
+            found.add(key, why);
         }
-        if grpo.group_size == 1 && grpo.advantages != Advantages::Reinforce {
+    }
+}
+
+impl Section {
+    /// What does not fit among the keys of the section.
+    fn conflicts(&self, found: &mut Conflicts) {
+        let reinforce = self.advantages == Advantages::Reinforce;
+        if self.group_size == 1 && !reinforce {
             let why = "a response alone has nothing to be compared with; 2 at least, or grpo.advantages=reinforce++";
-            return Some(("grpo.group_size", why.into()));
+            found.add("grpo.group_size", why);
         }
-        if grpo.advantages == Advantages::Reinforce && grpo.kl_estimator.is_some_and(|e| e != KlEstimator::K1)
-        {
+        if reinforce && self.kl_estimator.is_some_and(|e| e != KlEstimator::K1) {
             let why = "reinforce++ has the KL in the reward, as the sum of k1 over a response; leave it out";
-            return Some(("grpo.kl_estimator", why.into()));
+            found.add("grpo.kl_estimator", why);
         }
-        if grpo.group_size == 1 && grpo.resample > 0 {
+        if self.group_size == 1 && self.resample > 0 {
             let why = "a group of one response never varies: others would be asked in the place of all, for nothing";
-            return Some(("grpo.resample", why.into()));
+            found.add("grpo.resample", why);
         }
-        if grpo.delta.is_some_and(|d| d <= 1.0 + grpo.epsilon_high.unwrap_or(grpo.epsilon)) {
+        if self.delta.is_some_and(|d| d <= 1.0 + self.epsilon_high.unwrap_or(self.epsilon)) {
             let why = "above 1 + epsilon_high (default: epsilon): below it nothing would be left to clip";
-            return Some(("grpo.delta", why.into()));
+            found.add("grpo.delta", why);
         }
-        let in_loss = grpo.beta > 0.0 && grpo.advantages != Advantages::Reinforce;
-        if in_loss && grpo.kl_estimator == Some(KlEstimator::K1) {
-            return Some(("grpo.kl_estimator", KlEstimator::NO_LOSS.into()));
+        if self.beta > 0.0 && !reinforce && self.kl_estimator == Some(KlEstimator::K1) {
+            found.add("grpo.kl_estimator", KlEstimator::NO_LOSS);
         }
-        if matches!(grpo.loss, LossType::Cispo | LossType::Sapo)
-            && (grpo.delta.is_some() || grpo.level == Level::Sequence)
-        {
+        let clips_nothing = matches!(self.loss, LossType::Cispo | LossType::Sapo);
+        if clips_nothing && (self.delta.is_some() || self.level == Level::Sequence) {
             let why =
                 "cispo and sapo have ratios of tokens and no delta: leave out grpo.level and grpo.delta";
-            return Some(("grpo.loss", why.into()));
+            found.add("grpo.loss", why);
         }
-        if grpo.loss == LossType::Sapo && grpo.epsilon_high.is_some() {
-            return Some(("grpo.epsilon_high", "sapo clips nothing; leave it out".into()));
+        if self.loss == LossType::Sapo && self.epsilon_high.is_some() {
+            found.add("grpo.epsilon_high", "sapo clips nothing; leave it out");
         }
-        if grpo.loss != LossType::Sapo && grpo.sapo_temperatures() != SAPO_TEMPERATURES {
-            let (pos, neg) = ("grpo.sapo_temperature_pos", "grpo.sapo_temperature_neg");
-            let key = if is_default_pos(&grpo.sapo_temperature_pos) { neg } else { pos };
-            return Some((key, "is a key of `loss: sapo`; leave it out, or set grpo.loss=sapo".into()));
+        let temperatures = ["grpo.sapo_temperature_pos", "grpo.sapo_temperature_neg"];
+        for ((key, value), default) in
+            temperatures.into_iter().zip(self.sapo_temperatures()).zip(SAPO_TEMPERATURES)
+        {
+            if self.loss != LossType::Sapo && value != default {
+                found.add(key, "is a key of `loss: sapo`; leave it out, or set grpo.loss=sapo");
+            }
         }
-        if !grpo.measure_kl && grpo.beta == 0.0 && self.reference.is_some() {
-            return Some(("reference", "nothing asks it: set grpo.beta, or leave it out".into()));
-        }
-        self.sections_of_responses()
-            .conflict(world_size)
-            .or_else(|| self.valid.conflict(&self.data.valid))
-            .or_else(|| self.samples.conflict())
     }
 }

@@ -1,4 +1,6 @@
-//! Typed YAML: load, override, check. Whatever is wrong is told with its place: `FILE:LINE:COLUMN`, or the override.
+//! Typed YAML: load, override, check. All that is wrong is told at once, each with its place: `FILE:LINE:COLUMN`, or the override.
+//!
+//! A section is declared once (`section!`): its keys with types, defaults, ranges, meaning, and what a change of each does.
 //!
 //! Relative paths in a configuration are relative to the current directory, not to the file.
 
@@ -6,13 +8,13 @@ pub mod algorithm;
 pub mod changes;
 pub mod common;
 pub mod conflict;
-mod de;
 pub mod dpo;
 pub mod grpo;
+pub mod json;
+pub mod keys;
 pub mod kto;
 pub mod model;
 pub mod models;
-mod numbers;
 pub mod online_dpo;
 pub mod parallel;
 pub mod policy;
@@ -20,11 +22,14 @@ pub mod ppo;
 pub mod preferences;
 mod presets;
 pub mod pretrain;
+mod problems;
 pub mod prompts;
 pub mod reward;
 pub mod rewards;
 pub mod rollout;
+mod section;
 pub mod sections;
+mod setting;
 pub mod sft;
 pub mod shape;
 pub mod template_date;
@@ -34,4 +39,6 @@ pub mod trainable;
 mod yaml;
 
 pub use algorithm::{Algorithm, BuiltIn, Loaded, load};
-pub use conflict::Conflict;
+pub use conflict::Conflicts;
+pub use problems::nearest;
+pub use setting::Setting;

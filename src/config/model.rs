@@ -2,15 +2,17 @@
 
 use std::path::PathBuf;
 
-use serde::de::{Deserializer, Error as _};
-use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
 
-use super::numbers::{count, positive, some_count, some_not_negative};
+use super::conflict::Conflicts;
+use super::keys::Kind;
+use super::problems::Problems;
+use super::section::section;
+use super::setting::{At, Setting};
 use super::shape::{Experts, Family, Head, Llama3RopeScaling, Shape};
 
 /// Where the model comes from: exactly one of these.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase", try_from = "ModelKeys")]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Model {
     /// The folder of a model to go on from.
     Path(PathBuf),
@@ -20,172 +22,200 @@ pub enum Model {
     Init(Init),
 }
 
-/// [`Model`] as it is written.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ModelKeys {
-    path: Option<PathBuf>,
-    #[serde(default, deserialize_with = "preset")]
-    preset: Option<String>,
-    init: Option<Init>,
+section! {
+    /// Where the model comes from: exactly one of these.
+    pub struct ModelKeys {
+        /// Weights to go on from: Hugging Face folder, folder in Meta's format, GGUF file, a name that `corral get` fetched, run
+        /// folder (its `model/`, else best or newest checkpoint), checkpoint, adapter, or a hub id that the local Hugging Face
+        /// cache holds (nothing is downloaded).
+        path: Option<PathBuf> = None => Path;
+        /// A new model with the shape of a preset.
+        preset: Option<Preset> = None => State;
+        /// A new model of this shape, under Hugging Face's names.
+        init: Option<Init> = None;
+    }
 }
 
-impl TryFrom<ModelKeys> for Model {
-    type Error = &'static str;
+/// The name of one of [`Shape::PRESETS`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Preset(String);
 
-    fn try_from(keys: ModelKeys) -> Result<Self, Self::Error> {
-        match keys {
-            ModelKeys { path: Some(path), preset: None, init: None } => Ok(Model::Path(path)),
-            ModelKeys { path: None, preset: Some(name), init: None } => Ok(Model::Preset(name)),
-            ModelKeys { path: None, preset: None, init: Some(init) } => Ok(Model::Init(init)),
+impl Setting for Preset {
+    fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
+        let name = at.text(problems)?;
+        if Shape::preset(name).is_none() {
+            problems.unknown_choice(&at.node.place, &at.key, name, &Shape::PRESETS);
+            return None;
+        }
+        Some(Preset(name.into()))
+    }
+
+    fn write(&self) -> Json {
+        self.0.as_str().into()
+    }
+
+    fn kind() -> Kind {
+        Kind::Choice(Shape::PRESETS.iter().map(|name| (*name, String::new())).collect())
+    }
+}
+
+impl Setting for Model {
+    fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
+        match ModelKeys::read(at, problems)? {
+            ModelKeys { path: Some(path), preset: None, init: None } => Some(Model::Path(path)),
+            ModelKeys { path: None, preset: Some(Preset(name)), init: None } => Some(Model::Preset(name)),
+            ModelKeys { path: None, preset: None, init: Some(init) } => Some(Model::Init(init)),
+            // A key that is there and wrong has been told.
+            ModelKeys { path: None, preset: None, init: None } if problems.has_below(&at.key) => None,
             ModelKeys { path: None, preset: None, init: None } => {
-                Err("expected one of the keys path, preset and init, found none")
+                at.refuse("expected one of the keys path, preset and init, found none", problems)
             }
-            _ => Err("expected one of the keys path, preset and init, found several \
-                      (on the command line, 'model={path: DIR}' replaces the section)"),
+            _ => at.refuse(
+                "expected one of the keys path, preset and init, found several \
+                 (on the command line, 'model={path: DIR}' replaces the section)",
+                problems,
+            ),
+        }
+    }
+
+    fn write(&self) -> Json {
+        let mut keys = ModelKeys::default();
+        match self {
+            Model::Path(path) => keys.path = Some(path.clone()),
+            Model::Preset(name) => keys.preset = Some(Preset(name.clone())),
+            Model::Init(init) => keys.init = Some(init.clone()),
+        }
+        keys.write()
+    }
+
+    fn kind() -> Kind {
+        ModelKeys::kind()
+    }
+}
+
+impl Model {
+    /// There must be one whose completions are known.
+    pub(super) fn conflicts_unless_path(&self, found: &mut Conflicts) {
+        if !matches!(self, Model::Path(_)) {
+            found.add("model", "there must be a model whose completions are known: give model.path");
         }
     }
 }
 
-/// The shape of a new model under Hugging Face's names. Three numbers decide; the rest follows from them.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "InitKeys")]
-pub struct Init {
-    /// Default: `llama`.
-    #[serde(skip_serializing_if = "is_llama")]
-    pub model_type: Family,
-    /// Default: the tokenizer's.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub vocab_size: Option<i64>,
-    pub hidden_size: i64,
-    /// Default: 8/3 of `hidden_size`, rounded up to a multiple of 32.
-    pub intermediate_size: i64,
-    pub num_hidden_layers: i64,
-    pub num_attention_heads: i64,
-    /// Default: `num_attention_heads`.
-    pub num_key_value_heads: i64,
-    /// Default: `hidden_size / num_attention_heads`.
-    pub head_dim: i64,
-    /// Default: `data.sequence_length`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub max_position_embeddings: Option<i64>,
-    pub rms_norm_eps: f64,
-    pub rope_theta: f64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rope_scaling: Option<Llama3RopeScaling>,
-    pub tie_word_embeddings: bool,
-    pub initializer_range: f64,
-    /// Default: none.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub sliding_window: Option<i64>,
-    /// Of a mixtral. Default of the three: 8, 2, 0.02.
-    #[serde(flatten, skip_serializing_if = "Option::is_none")]
-    pub experts: Option<Experts>,
+section! {
+    /// The shape of a new model under Hugging Face's names. Three numbers decide; the rest follows from them.
+    pub struct Init {
+        /// Whose model it is.
+        model_type: Family = Family::Llama => State;
+        /// Default: the tokenizer's.
+        vocab_size: Option<i64> = None, COUNT => State;
+        /// C, numbers of a hidden state.
+        hidden_size: i64, COUNT => State;
+        /// F, rows of gate and up (of one expert, where there are several). Default: 8/3 of `hidden_size`, rounded up to a
+        /// multiple of 32.
+        intermediate_size: Option<i64> = None, COUNT => State;
+        /// Blocks.
+        num_hidden_layers: i64, COUNT => State;
+        /// H, heads of queries.
+        num_attention_heads: i64, COUNT => State;
+        /// K, heads of keys and values. Default: `num_attention_heads`.
+        num_key_value_heads: Option<i64> = None, COUNT => State;
+        /// D, numbers of a head. Default: `hidden_size / num_attention_heads`.
+        head_dim: Option<i64> = None, COUNT => State;
+        /// Most tokens of a sequence. Default: `data.sequence_length`.
+        max_position_embeddings: Option<i64> = None, COUNT => State;
+        /// Added to the mean square in a norm.
+        rms_norm_eps: f64 = 1e-5, POSITIVE => State;
+        /// Base of the rotary positions.
+        rope_theta: f64 = 10000.0, POSITIVE => State;
+        /// Of type `llama3` (Llama 3.1 and later).
+        rope_scaling: Option<RopeScaling> = None;
+        /// The head's weight is the embedding's.
+        tie_word_embeddings: bool = false => State;
+        /// Standard deviation of the initial weights.
+        initializer_range: f64 = 0.02, POSITIVE => State;
+        /// Positions that a position sees, itself included; none: all before it.
+        sliding_window: Option<i64> = None, COUNT => State;
+        /// Of a mixtral. Default: 8.
+        num_local_experts: Option<i64> = None, COUNT => State;
+        /// Of a mixtral: the experts that a token goes to. Default: 2.
+        num_experts_per_tok: Option<i64> = None, COUNT => State;
+        /// Of a mixtral: weight of the load-balancing loss in pretraining. Default: 0.02.
+        router_aux_loss_coef: Option<f64> = None, NOT_NEGATIVE => Mathematics;
+    }
+    check Init::complete
 }
 
-/// [`Init`] as it is written.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct InitKeys {
-    #[serde(default)]
-    model_type: Family,
-    #[serde(default, deserialize_with = "some_count")]
-    vocab_size: Option<i64>,
-    #[serde(deserialize_with = "count")]
-    hidden_size: i64,
-    #[serde(default, deserialize_with = "some_count")]
-    intermediate_size: Option<i64>,
-    #[serde(deserialize_with = "count")]
-    num_hidden_layers: i64,
-    #[serde(deserialize_with = "count")]
-    num_attention_heads: i64,
-    #[serde(default, deserialize_with = "some_count")]
-    num_key_value_heads: Option<i64>,
-    #[serde(default, deserialize_with = "some_count")]
-    head_dim: Option<i64>,
-    #[serde(default, deserialize_with = "some_count")]
-    max_position_embeddings: Option<i64>,
-    #[serde(default = "rms_norm_eps", deserialize_with = "positive")]
-    rms_norm_eps: f64,
-    #[serde(default = "rope_theta", deserialize_with = "positive")]
-    rope_theta: f64,
-    #[serde(default)]
-    rope_scaling: Option<Llama3RopeScaling>,
-    #[serde(default)]
-    tie_word_embeddings: bool,
-    #[serde(default = "initializer_range", deserialize_with = "positive")]
-    initializer_range: f64,
-    #[serde(default, deserialize_with = "some_count")]
-    sliding_window: Option<i64>,
-    #[serde(default, deserialize_with = "some_count")]
-    num_local_experts: Option<i64>,
-    #[serde(default, deserialize_with = "some_count")]
-    num_experts_per_tok: Option<i64>,
-    #[serde(default, deserialize_with = "some_not_negative")]
-    router_aux_loss_coef: Option<f64>,
+section! {
+    /// Of type `llama3` (Llama 3.1 and later): low frequencies are slowed down by `factor`.
+    pub struct RopeScaling {
+        /// How far the lowest frequencies are slowed down.
+        factor: f64, POSITIVE => State;
+        /// Wave lengths above `original_max_position_embeddings` divided by this are slowed down.
+        low_freq_factor: f64, POSITIVE => State;
+        /// Wave lengths below `original_max_position_embeddings` divided by this stay.
+        high_freq_factor: f64, POSITIVE => State;
+        /// Tokens of a sequence that the model was first trained on.
+        original_max_position_embeddings: i64, COUNT => State;
+    }
+    check RopeScaling::ordered
 }
 
-impl TryFrom<InitKeys> for Init {
-    type Error = String;
+impl RopeScaling {
+    fn ordered(&mut self) -> Result<(), String> {
+        match self.high_freq_factor > self.low_freq_factor {
+            true => Ok(()),
+            false => Err("high_freq_factor must be above low_freq_factor".into()),
+        }
+    }
 
-    fn try_from(keys: InitKeys) -> Result<Self, String> {
-        let (c, heads) = (keys.hidden_size, keys.num_attention_heads);
-        if keys.head_dim.is_none() && c % heads != 0 {
-            return Err(format!(
-                "hidden_size ({c}) is no multiple of num_attention_heads ({heads}): change one, or give head_dim"
-            ));
+    fn of_llama3(&self) -> Llama3RopeScaling {
+        Llama3RopeScaling {
+            factor: self.factor,
+            low_freq_factor: self.low_freq_factor,
+            high_freq_factor: self.high_freq_factor,
+            original_max_position_embeddings: self.original_max_position_embeddings,
         }
-        if let Some(rope) = &keys.rope_scaling {
-            let numbers = [rope.factor, rope.low_freq_factor, rope.high_freq_factor - rope.low_freq_factor];
-            if numbers.iter().any(|x| *x <= 0.0) || rope.original_max_position_embeddings < 1 {
-                return Err("rope_scaling: the numbers must be above 0, and high_freq_factor above \
-                            low_freq_factor"
-                    .into());
-            }
-        }
-        if let Family::Gemma2 | Family::Gemma3 = keys.model_type {
-            return Err(
-                "model_type: a new Gemma is not built; one that is there can be trained (model.path)".into(),
-            );
-        }
-        let experts = (keys.num_local_experts, keys.num_experts_per_tok, keys.router_aux_loss_coef);
-        let experts = match (keys.model_type, experts) {
-            (Family::Mixtral, (number, per_token, coef)) => Some(Experts {
-                num_local_experts: number.unwrap_or(8),
-                num_experts_per_tok: per_token.unwrap_or(2),
-                router_aux_loss_coef: coef.unwrap_or(0.02),
-            }),
-            (_, (None, None, None)) => None,
-            _ => {
-                return Err("num_local_experts, num_experts_per_tok and router_aux_loss_coef are keys of \
-                             model_type: mixtral"
-                    .into());
-            }
-        };
-        let init = Init {
-            model_type: keys.model_type,
-            vocab_size: keys.vocab_size,
-            hidden_size: c,
-            intermediate_size: keys.intermediate_size.unwrap_or((c * 8 + 95) / 96 * 32),
-            num_hidden_layers: keys.num_hidden_layers,
-            num_attention_heads: heads,
-            num_key_value_heads: keys.num_key_value_heads.unwrap_or(heads),
-            head_dim: keys.head_dim.unwrap_or(c / heads),
-            max_position_embeddings: keys.max_position_embeddings,
-            rms_norm_eps: keys.rms_norm_eps,
-            rope_theta: keys.rope_theta,
-            rope_scaling: keys.rope_scaling,
-            tie_word_embeddings: keys.tie_word_embeddings,
-            initializer_range: keys.initializer_range,
-            sliding_window: keys.sliding_window,
-            experts,
-        };
-        init.shape(1, 1).check().map_err(|e| e.message)?;
-        Ok(init)
     }
 }
 
 impl Init {
+    /// Fills in what follows from other keys, and refuses a shape that cannot be.
+    fn complete(&mut self) -> Result<(), String> {
+        let (c, heads) = (self.hidden_size, self.num_attention_heads);
+        if self.head_dim.is_none() && c % heads != 0 {
+            return Err(format!(
+                "hidden_size ({c}) is no multiple of num_attention_heads ({heads}): change one, or give head_dim"
+            ));
+        }
+        if let Family::Gemma2 | Family::Gemma3 = self.model_type {
+            return Err(
+                "model_type: a new Gemma is not built; one that is there can be trained (model.path)".into(),
+            );
+        }
+        self.head_dim.get_or_insert(c / heads);
+        self.num_key_value_heads.get_or_insert(heads);
+        self.intermediate_size.get_or_insert((c * 8 + 95) / 96 * 32);
+        if self.model_type == Family::Mixtral {
+            self.num_local_experts.get_or_insert(8);
+            self.num_experts_per_tok.get_or_insert(2);
+            self.router_aux_loss_coef.get_or_insert(0.02);
+        } else if self.num_local_experts.or(self.num_experts_per_tok).is_some()
+            || self.router_aux_loss_coef.is_some()
+        {
+            return Err("num_local_experts, num_experts_per_tok and router_aux_loss_coef are keys of model_type: mixtral".into());
+        }
+        self.shape(1, 1).check().map_err(|e| e.message)
+    }
+
+    fn experts(&self) -> Option<Experts> {
+        Some(Experts {
+            num_local_experts: self.num_local_experts?,
+            num_experts_per_tok: self.num_experts_per_tok?,
+            router_aux_loss_coef: self.router_aux_loss_coef?,
+        })
+    }
+
     /// The whole shape; `vocab_size` (the tokenizer's) and `sequence_length` serve where the keys were left out.
     pub fn shape(&self, vocab_size: i64, sequence_length: i64) -> Shape {
         Shape {
@@ -193,45 +223,21 @@ impl Init {
             head: Head::Lm,
             vocab_size: self.vocab_size.unwrap_or(vocab_size),
             hidden_size: self.hidden_size,
-            intermediate_size: self.intermediate_size,
+            intermediate_size: self.intermediate_size.unwrap_or_default(),
             num_hidden_layers: self.num_hidden_layers,
             num_attention_heads: self.num_attention_heads,
-            num_key_value_heads: self.num_key_value_heads,
-            head_dim: self.head_dim,
+            num_key_value_heads: self.num_key_value_heads.unwrap_or_default(),
+            head_dim: self.head_dim.unwrap_or_default(),
             max_position_embeddings: self.max_position_embeddings.unwrap_or(sequence_length),
             rms_norm_eps: self.rms_norm_eps,
             rope_theta: self.rope_theta,
-            rope_scaling: self.rope_scaling.clone(),
+            rope_scaling: self.rope_scaling.as_ref().map(RopeScaling::of_llama3),
             tie_word_embeddings: self.tie_word_embeddings,
             initializer_range: self.initializer_range,
             sliding_window: self.sliding_window,
             max_window_layers: 0,
-            experts: self.experts.clone(),
+            experts: self.experts(),
             features: self.model_type.features(),
         }
-    }
-}
-
-fn is_llama(family: &Family) -> bool {
-    *family == Family::Llama
-}
-
-fn rms_norm_eps() -> f64 {
-    1e-5
-}
-
-fn rope_theta() -> f64 {
-    10000.0
-}
-
-fn initializer_range() -> f64 {
-    0.02
-}
-
-fn preset<'de, D: Deserializer<'de>>(d: D) -> Result<Option<String>, D::Error> {
-    let name = Option::<String>::deserialize(d)?;
-    match name.as_deref().filter(|name| Shape::preset(name).is_none()) {
-        None => Ok(name),
-        Some(unknown) => Err(D::Error::unknown_variant(unknown, &Shape::PRESETS)),
     }
 }

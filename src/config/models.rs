@@ -2,33 +2,31 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-
+use super::conflict::Conflicts;
+use super::section::section;
 use super::sections::{Compute, Optim};
+use super::setting::{Setting, join};
 use super::trainable::{Freeze, Lora};
+use crate::error::Error;
 
-/// A model that is trained.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Trained {
-    /// Hugging Face folder, run folder, checkpoint of a run, adapter, or Meta folder.
-    pub path: PathBuf,
-    /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: that of the command.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub device: Option<String>,
-    /// The dtype of forward and backward. Default: `precision.compute`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub dtype: Option<Compute>,
-    /// Its values are on the device only while it works, else in host memory.
-    #[serde(default)]
-    pub offload: bool,
-    #[serde(default)]
-    pub freeze: Freeze,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lora: Option<Lora>,
-    /// Default: the section `optim`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub optim: Option<Optim>,
+section! {
+    /// A model that is trained.
+    pub struct Trained {
+        /// Hugging Face folder, run folder, checkpoint of a run, adapter, or Meta folder.
+        path: PathBuf => Path;
+        /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: that of the command.
+        device: Option<String> = None => Rounding;
+        /// The dtype of forward and backward. Default: `precision.compute`.
+        dtype: Option<Compute> = None => Mathematics;
+        /// Its values are on the device only while it works, else in host memory.
+        offload: bool = false => Execution;
+        /// What is not trained.
+        freeze: Freeze = Freeze::default();
+        /// Adapters; without them the model itself is trained.
+        lora: Option<Lora> = None;
+        /// Default: the section `optim`.
+        optim: Option<Optim> = None;
+    }
 }
 
 impl Trained {
@@ -38,22 +36,24 @@ impl Trained {
     }
 }
 
-/// A critic: [`Trained`], but for its path, which may be another section's.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Critic {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub path: Option<PathBuf>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub device: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub dtype: Option<Compute>,
-    pub offload: bool,
-    pub freeze: Freeze,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub lora: Option<Lora>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub optim: Option<Optim>,
+section! {
+    /// A model that predicts returns: a trained one, but for its path, which may be another section's.
+    pub struct Critic {
+        /// As of the actor. Default: the reward model's weights, without one the actor's with a new head.
+        path: Option<PathBuf> = None => Path;
+        /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: that of the command.
+        device: Option<String> = None => Rounding;
+        /// The dtype of forward and backward. Default: `precision.compute`.
+        dtype: Option<Compute> = None => Mathematics;
+        /// Its values are on the device only while it works, else in host memory.
+        offload: bool = false => Execution;
+        /// What is not trained.
+        freeze: Freeze = Freeze::default();
+        /// Adapters; without them the model itself is trained.
+        lora: Option<Lora> = None;
+        /// Default: the section `optim`.
+        optim: Option<Optim> = None;
+    }
 }
 
 impl Critic {
@@ -65,19 +65,35 @@ impl Critic {
     }
 }
 
-/// A model that is only asked.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Frozen {
-    /// Hugging Face folder, run folder, checkpoint of a run, adapter, or Meta folder.
-    pub path: PathBuf,
-    /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: that of the command.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub device: Option<String>,
-    /// The dtype of its forward. Default: `precision.compute`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub dtype: Option<Compute>,
-    /// Its values are on the device only while it works, else in host memory.
-    #[serde(default)]
-    pub offload: bool,
+section! {
+    /// A model that is only asked.
+    pub struct Frozen {
+        /// Hugging Face folder, run folder, checkpoint of a run, adapter, or Meta folder.
+        path: PathBuf => Path;
+        /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: that of the command.
+        device: Option<String> = None => Rounding;
+        /// The dtype of its forward. Default: `precision.compute`.
+        dtype: Option<Compute> = None => Mathematics;
+        /// Its values are on the device only while it works, else in host memory.
+        offload: bool = false => Execution;
+    }
+}
+
+/// An error about the model of a section: its key is one of the section's, another section's, or there is none and the section
+/// is named.
+pub fn of_model(section: &str, e: Error) -> Error {
+    match &e.key {
+        Some(key) if Trained::kind().section().is_some_and(|keys| keys.find(key).is_some()) => {
+            Error { key: Some(join(section, key)), ..e }
+        }
+        Some(_) => e,
+        None => e.context(section),
+    }
+}
+
+/// A device with a number of its own, where there are several ranks; the key is `device`.
+pub(super) fn conflicts_of_device(device: Option<&String>, world_size: i64, found: &mut Conflicts) {
+    if world_size > 1 && device.is_some_and(|d| d.starts_with("cuda:")) {
+        found.add("device", "cuda:N is for a world of one rank; with several, cuda is each rank's own");
+    }
 }

@@ -1,75 +1,53 @@
 //! The configuration of `corral online-dpo`.
 
-use serde::{Deserialize, Serialize};
-
 use super::algorithm::{Algorithm, BuiltIn, built_in};
 use super::common::Common;
-use super::conflict::Conflict;
+use super::conflict::Conflicts;
 use super::dpo::{self, Loss, Pairs, ReferenceFrom};
 use super::grpo::{Truncated, samples};
-use super::numbers::{count, not_negative, positive, ratio};
 use super::policy::policy_configuration;
 use super::rewards::Reward;
+use super::section::section;
 use super::sft::Samples;
 use super::template_date::TemplateDate;
 
 policy_configuration! {
     /// DPO on the model's own responses; `train.batch_size` counts prompts an iteration, `train.steps` iterations.
     pub struct OnlineDpo {
-        #[serde(default)]
-        pub dpo: Section,
-        #[serde(default = "samples")]
-        pub samples: Samples,
+        /// The loss, and which responses are compared.
+        dpo: Section = Section::default();
+        /// What is written of the responses.
+        samples: Samples = samples();
     }
 }
 
-/// The section `dpo`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Section {
-    pub loss: Loss,
-    /// How strongly the reference holds.
-    #[serde(deserialize_with = "positive")]
-    pub beta: f64,
-    /// As in `corral dpo`.
-    #[serde(deserialize_with = "not_negative")]
-    pub label_smoothing: f64,
-    /// Responses to each prompt, of which the best and the worst are a pair.
-    #[serde(deserialize_with = "count")]
-    pub group_size: i64,
-    /// What becomes of responses that did not end.
-    pub truncated: Truncated,
-    /// What `penalize` takes from their reward.
-    #[serde(deserialize_with = "not_negative")]
-    pub truncated_penalty: f64,
-    /// A reference that follows the policy (Gorbatovski et al. 2024); none: it stays.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub moving_reference: Option<MovingReference>,
+section! {
+    /// The loss of a pair of responses, and which pairs there are.
+    pub struct Section {
+        /// Which loss, as in `corral dpo`.
+        loss: Loss = Loss::Sigmoid => Mathematics;
+        /// How strongly the reference holds.
+        beta: f64 = 0.1, POSITIVE => Mathematics;
+        /// As in `corral dpo`.
+        label_smoothing: f64 = 0.0, NOT_NEGATIVE => Mathematics;
+        /// Responses to each prompt, of which the best and the worst are a pair.
+        group_size: i64 = 2, COUNT => Mathematics;
+        /// What becomes of responses that did not end.
+        truncated: Truncated = Truncated::Keep => Mathematics;
+        /// What `penalize` takes from their reward.
+        truncated_penalty: f64 = 1.0, NOT_NEGATIVE => Mathematics;
+        /// A reference that follows the policy (Gorbatovski et al. 2024); none: it stays.
+        moving_reference: Option<MovingReference> = None;
+    }
 }
 
-/// How the reference follows.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MovingReference {
-    /// Iterations between its moves.
-    #[serde(deserialize_with = "count")]
-    pub every: i64,
-    /// The share of the way to the policy; 1: it becomes the policy.
-    #[serde(deserialize_with = "ratio")]
-    pub rate: f64,
-}
-
-impl Default for Section {
-    fn default() -> Self {
-        Section {
-            loss: Loss::Sigmoid,
-            beta: 0.1,
-            label_smoothing: 0.0,
-            group_size: 2,
-            truncated: Truncated::Keep,
-            truncated_penalty: 1.0,
-            moving_reference: None,
-        }
+section! {
+    /// How the reference follows.
+    pub struct MovingReference {
+        /// Iterations between its moves.
+        every: i64, COUNT => Mathematics;
+        /// The share of the way to the policy; 1: it becomes the policy.
+        rate: f64, RATIO => Mathematics;
     }
 }
 
@@ -106,20 +84,17 @@ impl Algorithm for OnlineDpo {
         Some(&mut self.data.template_date)
     }
 
-    fn conflict(&self, world_size: i64) -> Option<Conflict> {
+    fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
         if self.dpo.group_size < 2 {
-            return Some(("dpo.group_size", "a pair takes 2 responses at least".into()));
+            found.add("dpo.group_size", "a pair takes 2 responses at least");
         }
         if self.dpo.moving_reference.is_some() && self.reference.is_some() {
             let why =
                 "the moving reference begins as the actor; leave out reference, or dpo.moving_reference";
-            return Some(("reference", why.into()));
+            found.add("reference", why);
         }
-        self.dpo
-            .of_pairs()
-            .conflict()
-            .or_else(|| self.sections_of_responses().conflict(world_size))
-            .or_else(|| self.valid.conflict(&self.data.valid))
-            .or_else(|| self.samples.conflict())
+        self.dpo.of_pairs().conflicts(found);
+        self.sections_of_responses().conflicts(world_size, found);
+        self.valid.conflicts(&self.data.valid, found);
     }
 }

@@ -1,65 +1,65 @@
 //! The section `parallel`: what ranks divide among them.
 
-use clap::ValueEnum;
-use serde::de::{Error, Visitor};
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value as Json;
 
-use super::conflict::Conflict;
-use super::numbers::{count, positive};
+use super::conflict::Conflicts;
+use super::keys::{Kind, Limits};
+use super::problems::Problems;
+use super::section::{choice, section};
+use super::setting::{At, Setting};
+use super::yaml::Value;
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Parallel {
-    pub mode: Mode,
-    /// `hybrid`: over how many ranks one copy of the parameters lies.
-    #[serde(skip_serializing_if = "ShardSize::is_auto")]
-    pub shard: ShardSize,
-    /// Ranks that share every matrix (tensor parallelism). Only 1 is built.
-    #[serde(deserialize_with = "tensor")]
-    pub tensor: i64,
-    /// Seconds within which ranks must meet, and every collective must end.
-    #[serde(deserialize_with = "positive")]
-    pub timeout_s: f64,
-}
-
-impl Default for Parallel {
-    fn default() -> Self {
-        Parallel { mode: Mode::Full, shard: ShardSize::Auto, tensor: 1, timeout_s: 600.0 }
+section! {
+    /// How the work is divided among the ranks.
+    pub struct Parallel {
+        /// What is sharded.
+        mode: Mode = Mode::Full => Rounding;
+        /// `hybrid`: over how many ranks one copy of the parameters lies; `auto`: those of a host.
+        shard: ShardSize = ShardSize::Auto => Rounding;
+        /// Ranks that share every matrix (tensor parallelism). Only 1 is built.
+        tensor: i64 = 1, COUNT => Rounding;
+        /// Seconds within which ranks must meet, and every collective must end.
+        timeout_s: f64 = 600.0, SECONDS => Execution;
     }
 }
 
 impl Parallel {
-    /// What does not fit on `world_size` ranks, and why.
-    pub fn conflict(&self, world_size: i64) -> Option<Conflict> {
-        if self.timeout_s > 1e7 {
-            return Some(("parallel.timeout_s", "at most 10000000 seconds, which are 115 days".into()));
+    /// What does not fit on `world_size` ranks.
+    pub fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
+        if self.tensor > 1 {
+            let why = format!("tensor parallelism over {} ranks is not built yet; only 1 is", self.tensor);
+            found.add("parallel.tensor", why);
         }
-        let ShardSize::Ranks(n) = self.shard else { return None };
-        if self.mode != Mode::Hybrid {
-            return Some((
-                "parallel.shard",
-                "is a key of `mode: hybrid`; leave it out, or set parallel.mode=hybrid".into(),
-            ));
+        match self.shard {
+            ShardSize::Auto => {}
+            ShardSize::Ranks(_) if self.mode != Mode::Hybrid => {
+                found.add(
+                    "parallel.shard",
+                    "is a key of `mode: hybrid`; leave it out, or set parallel.mode=hybrid",
+                );
+            }
+            ShardSize::Ranks(n) if world_size % n != 0 => {
+                found.add("parallel.shard", format!("{n} must divide the number of ranks, {world_size}"));
+            }
+            ShardSize::Ranks(_) => {}
         }
-        (world_size % n != 0)
-            .then(|| ("parallel.shard", format!("{n} must divide the number of ranks, {world_size}")))
     }
 }
 
-/// What is sharded over the ranks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Mode {
-    /// Parameters, gradients and optimizer state (ZeRO-3, FSDP).
-    Full,
-    /// Gradients and optimizer state (ZeRO-2).
-    Grads,
-    /// Optimizer state (ZeRO-1).
-    Optimizer,
-    /// As `full`, over `parallel.shard` ranks; such groups of ranks hold equal copies (HSDP).
-    Hybrid,
-    /// Nothing: every rank holds all (DDP).
-    Replicate,
+choice! {
+    /// What is sharded over the ranks.
+    pub enum Mode {
+        /// Parameters, gradients and optimizer state (ZeRO-3, FSDP).
+        Full = "full",
+        /// Gradients and optimizer state (ZeRO-2).
+        Grads = "grads",
+        /// Optimizer state (ZeRO-1).
+        Optimizer = "optimizer",
+        /// As `full`, over `parallel.shard` ranks; such groups of ranks hold equal copies (HSDP).
+        Hybrid = "hybrid",
+        /// Nothing: every rank holds all (DDP).
+        Replicate = "replicate",
+    }
 }
 
 /// `auto`, or a number of ranks.
@@ -70,56 +70,27 @@ pub enum ShardSize {
     Ranks(i64),
 }
 
-impl ShardSize {
-    fn is_auto(&self) -> bool {
-        *self == ShardSize::Auto
-    }
-}
+const AUTO: &str = "auto";
 
-impl Serialize for ShardSize {
-    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+impl Setting for ShardSize {
+    fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
+        match &at.node.value {
+            Value::Text(word) if word == AUTO => Some(ShardSize::Auto),
+            Value::Int(_) => {
+                i64::read(&At { limits: Limits::COUNT, ..at.clone() }, problems).map(ShardSize::Ranks)
+            }
+            _ => at.expected("a number of ranks, or auto: the ranks of a host", problems),
+        }
+    }
+
+    fn write(&self) -> Json {
         match self {
-            ShardSize::Auto => "auto".serialize(s),
-            ShardSize::Ranks(n) => n.serialize(s),
+            ShardSize::Auto => AUTO.into(),
+            ShardSize::Ranks(n) => (*n).into(),
         }
     }
-}
 
-impl<'de> Deserialize<'de> for ShardSize {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        struct SizeVisitor;
-        impl Visitor<'_> for SizeVisitor {
-            type Value = ShardSize;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-                f.write_str("a number of ranks, or auto: the ranks of a host")
-            }
-
-            fn visit_str<E: Error>(self, text: &str) -> Result<ShardSize, E> {
-                match text {
-                    "auto" => Ok(ShardSize::Auto),
-                    _ => Err(E::invalid_value(serde::de::Unexpected::Str(text), &self)),
-                }
-            }
-
-            fn visit_i64<E: Error>(self, n: i64) -> Result<ShardSize, E> {
-                match n {
-                    1.. => Ok(ShardSize::Ranks(n)),
-                    _ => Err(E::custom(format!("expected a number of ranks of at least 1, found {n}"))),
-                }
-            }
-
-            fn visit_u64<E: Error>(self, n: u64) -> Result<ShardSize, E> {
-                self.visit_i64(i64::try_from(n).unwrap_or(i64::MAX))
-            }
-        }
-        d.deserialize_any(SizeVisitor)
-    }
-}
-
-fn tensor<'de, D: Deserializer<'de>>(d: D) -> Result<i64, D::Error> {
-    match count(d)? {
-        1 => Ok(1),
-        n => Err(D::Error::custom(format!("tensor parallelism over {n} ranks is not built yet; only 1 is"))),
+    fn kind() -> Kind {
+        Kind::OneOf(vec![Kind::Whole, Kind::Choice(vec![(AUTO, "The ranks of a host.".into())])])
     }
 }

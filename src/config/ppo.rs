@@ -2,150 +2,105 @@
 
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
 
 use super::algorithm::{Algorithm, BuiltIn, built_in};
 use super::common::Common;
-use super::conflict::Conflict;
-use super::models::{Critic, Trained};
-use super::numbers::{count, not_negative, positive, ratio, some_count, some_positive, some_ratio};
-use super::policy::{Aggregation, KlEstimator, policy_configuration};
+use super::conflict::Conflicts;
+use super::keys::Kind;
+use super::models::{Critic, Trained, conflicts_of_device};
+use super::policy::{Aggregation, KlEstimator, NO_DROPOUT_OF_CRITICS, policy_configuration};
+use super::problems::Problems;
 use super::rewards::{Reward, RewardKind};
+use super::section::{choice, section};
 use super::sections::Source;
+use super::setting::{At, Setting};
 use super::template_date::TemplateDate;
 use super::trainable;
+use super::yaml::Value;
 
 policy_configuration! {
+    /// Proximal policy optimization; `train.batch_size` counts prompts an iteration, `train.steps` iterations.
     pub struct Ppo {
-        /// What predicts returns. Default: the reward model's weights, without one the actor's with a new head.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub critic: Option<Critic>,
-        #[serde(default)]
-        pub ppo: Section,
-        #[serde(default)]
-        pub samples: Samples,
+        /// What predicts returns. Default: the reward model's weights, without one the actor's with a new head. What the section
+        /// does not say is the default, whatever the actor's is.
+        critic: Option<Critic> = None;
+        /// Losses and rewards.
+        ppo: Section = Section::default();
+        /// What is written of the responses.
+        samples: Samples = Samples::default();
     }
 }
 
-/// The section `ppo`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Section {
-    /// Passes over an iteration's responses, each in its own order.
-    #[serde(deserialize_with = "count")]
-    pub epochs: i64,
-    /// Responses of one update, over all ranks.
-    #[serde(deserialize_with = "count")]
-    pub minibatch_size: i64,
-    /// How far a ratio may go from 1.
-    #[serde(deserialize_with = "positive")]
-    pub clip: f64,
-    /// How far upwards, where that differs.
-    #[serde(deserialize_with = "some_positive", skip_serializing_if = "Option::is_none")]
-    pub clip_high: Option<f64>,
-    /// The largest loss of a negative advantage, in multiples of it; above 1.
-    #[serde(deserialize_with = "some_positive", skip_serializing_if = "Option::is_none")]
-    pub dual_clip: Option<f64>,
-    /// How far a value may go from what it was; 0: any way.
-    #[serde(deserialize_with = "not_negative")]
-    pub clip_value: f64,
-    #[serde(deserialize_with = "ratio")]
-    pub gamma: f64,
-    #[serde(deserialize_with = "ratio")]
-    pub lambda: f64,
-    pub whiten_advantages: bool,
-    /// Rewards with the KL penalty are divided by their deviation.
-    pub whiten_rewards: bool,
-    /// How the losses of tokens become one.
-    pub aggregation: Aggregation,
-    /// Weight of the entropy, which is made larger.
-    #[serde(deserialize_with = "not_negative")]
-    pub entropy_coef: f64,
-    /// Weight of the KL to the reference; of adaptive control its first.
-    #[serde(deserialize_with = "not_negative")]
-    pub kl_coef: f64,
-    /// Default: `k1`, in the loss `k3`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub kl_estimator: Option<KlEstimator>,
-    /// Whether the KL is a penalty on rewards or a part of the loss.
-    pub kl_in: KlIn,
-    /// Nats a response that the weight is controlled for; none: it stays.
-    #[serde(deserialize_with = "some_positive", skip_serializing_if = "Option::is_none")]
-    pub kl_target: Option<f64>,
-    /// Responses over which the weight follows an error by its size.
-    #[serde(deserialize_with = "positive")]
-    pub kl_horizon: f64,
-    /// An iteration's updates end where their mean approximate KL to the policy that generated is above this, nats a token.
-    #[serde(deserialize_with = "some_positive", skip_serializing_if = "Option::is_none")]
-    pub stop_kl: Option<f64>,
-    /// Scores are cut off at plus and minus this, before the KL penalty.
-    #[serde(deserialize_with = "some_positive", skip_serializing_if = "Option::is_none")]
-    pub reward_clip: Option<f64>,
-    /// What is taken from every score: a number, or `batch`, the mean of the iteration's.
-    pub reward_baseline: Baseline,
-    /// What becomes of responses that did not end.
-    pub missing_eos: MissingEos,
-    /// The number that `missing_eos` takes.
-    #[serde(deserialize_with = "not_negative")]
-    pub missing_eos_penalty: f64,
-    /// Iterations in which only the critic is trained.
-    pub value_warmup: u64,
-    /// Decay of a moving average of the actor's weights, written to RUN_DIR/ema; none: there is none.
-    #[serde(deserialize_with = "some_ratio", skip_serializing_if = "Option::is_none")]
-    pub ema: Option<f64>,
-    /// Pretraining data beside the rollouts (Ouyang et al. 2022).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ptx: Option<Ptx>,
-    /// Checks at the start that ratio and KL are what they must be.
-    pub self_check: bool,
+section! {
+    /// Losses and rewards.
+    pub struct Section {
+        /// Passes over an iteration's responses, each in its own order.
+        epochs: i64 = 4, COUNT => Mathematics;
+        /// Responses of one update, over all ranks.
+        minibatch_size: i64 = 8, COUNT => Mathematics;
+        /// How far a ratio may go from 1.
+        clip: f64 = 0.2, POSITIVE => Mathematics;
+        /// How far upwards, where that differs.
+        clip_high: Option<f64> = None, POSITIVE => Mathematics;
+        /// The largest loss of a negative advantage, in multiples of it.
+        dual_clip: Option<f64> = None, ABOVE_ONE => Mathematics;
+        /// How far a value may go from what it was; 0: any way.
+        clip_value: f64 = 0.2, NOT_NEGATIVE => Mathematics;
+        /// Discount of later rewards.
+        gamma: f64 = 1.0, RATIO => Mathematics;
+        /// Of generalized advantage estimation (Schulman et al. 2016).
+        lambda: f64 = 0.95, RATIO => Mathematics;
+        /// Advantages are normalised over the iteration.
+        whiten_advantages: bool = true => Mathematics;
+        /// Rewards with the KL penalty are divided by their deviation.
+        whiten_rewards: bool = false => Mathematics;
+        /// How the losses of tokens become one.
+        aggregation: Aggregation = Aggregation::TokenMean => Mathematics;
+        /// Weight of the entropy, which is made larger.
+        entropy_coef: f64 = 0.0, NOT_NEGATIVE => Mathematics;
+        /// Weight of the KL to the reference; of adaptive control its first.
+        kl_coef: f64 = 0.05, NOT_NEGATIVE => Mathematics;
+        /// How the KL is estimated. Default: `k1`, in the loss `k3`.
+        kl_estimator: Option<KlEstimator> = None => Mathematics;
+        /// Whether the KL is a penalty on rewards or a part of the loss.
+        kl_in: KlIn = KlIn::Reward => Mathematics;
+        /// Nats a response that the weight is controlled for; none: it stays.
+        kl_target: Option<f64> = None, POSITIVE => Mathematics;
+        /// Responses over which the weight follows an error by its size.
+        kl_horizon: f64 = 10_000.0, POSITIVE => Mathematics;
+        /// An iteration's updates end where their mean approximate KL to the policy that generated is above this, nats a token.
+        stop_kl: Option<f64> = None, POSITIVE => Mathematics;
+        /// Scores are cut off at plus and minus this, before the KL penalty.
+        reward_clip: Option<f64> = None, POSITIVE => Mathematics;
+        /// What is taken from every score: a number, or `batch`, the mean of the iteration's.
+        reward_baseline: Baseline = Baseline::Number(0.0) => Mathematics;
+        /// What becomes of responses that did not end.
+        missing_eos: MissingEos = MissingEos::Keep => Mathematics;
+        /// The number that `missing_eos` takes.
+        missing_eos_penalty: f64 = 1.0, NOT_NEGATIVE => Mathematics;
+        /// Iterations in which only the critic is trained.
+        value_warmup: u64 = 0 => Mathematics;
+        /// Decay of a moving average of the actor's weights, written to RUN_DIR/ema; none: there is none.
+        ema: Option<f64> = None, RATIO => State;
+        /// Pretraining data beside the rollouts (Ouyang et al. 2022).
+        ptx: Option<Ptx> = None;
+        /// Checks at the start that ratio and KL are what they must be.
+        self_check: bool = true => Execution;
+    }
 }
 
-/// Text whose cross-entropy is added to the actor's loss.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Ptx {
-    /// Token shards, as for pretraining.
-    pub data: Vec<Source>,
-    /// Weight of the mean loss of a token.
-    #[serde(deserialize_with = "positive")]
-    pub coef: f64,
-    #[serde(default = "super::common::sequence_length", deserialize_with = "count")]
-    pub sequence_length: i64,
-    /// Sequences of one update, over all ranks. Default: `ppo.minibatch_size`.
-    #[serde(default, deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
-    pub batch_size: Option<i64>,
-}
-
-impl Default for Section {
-    fn default() -> Self {
-        Section {
-            epochs: 4,
-            minibatch_size: 8,
-            clip: 0.2,
-            clip_high: None,
-            dual_clip: None,
-            clip_value: 0.2,
-            gamma: 1.0,
-            lambda: 0.95,
-            whiten_advantages: true,
-            whiten_rewards: false,
-            aggregation: Aggregation::TokenMean,
-            entropy_coef: 0.0,
-            kl_coef: 0.05,
-            kl_estimator: None,
-            kl_in: KlIn::Reward,
-            kl_target: None,
-            kl_horizon: 10_000.0,
-            stop_kl: None,
-            reward_clip: None,
-            reward_baseline: Baseline::Number(0.0),
-            missing_eos: MissingEos::Keep,
-            missing_eos_penalty: 1.0,
-            value_warmup: 0,
-            ema: None,
-            ptx: None,
-            self_check: true,
-        }
+section! {
+    /// Text whose cross-entropy is added to the actor's loss.
+    pub struct Ptx {
+        /// Token shards, as for pretraining.
+        data: Vec<Source>;
+        /// Weight of the mean loss of a token.
+        coef: f64, POSITIVE => Mathematics;
+        /// Tokens of one sequence.
+        sequence_length: i64 = 512, COUNT => State;
+        /// Sequences of one update, over all ranks. Default: `ppo.minibatch_size`.
+        batch_size: Option<i64> = None, COUNT => Mathematics;
     }
 }
 
@@ -159,55 +114,73 @@ impl Section {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum KlIn {
-    Reward,
-    Loss,
+choice! {
+    /// Whether the KL is a penalty on rewards or a part of the loss.
+    pub enum KlIn {
+        /// A penalty on the rewards.
+        Reward = "reward",
+        /// A part of the loss.
+        Loss = "loss",
+    }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+/// What is taken from every score.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Baseline {
     Number(f64),
-    Of(Batch),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Batch {
+    /// The mean of the iteration's scores.
     Batch,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum MissingEos {
-    /// Their score stays.
-    Keep,
-    /// Their score is minus the penalty.
-    Replace,
-    /// The penalty is taken from their score.
-    Subtract,
-    /// They are left out of the losses.
-    Mask,
+const BATCH: &str = "batch";
+
+impl Setting for Baseline {
+    fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
+        match &at.node.value {
+            Value::Text(word) if word == BATCH => Some(Baseline::Batch),
+            Value::Int(_) | Value::Float(_) => f64::read(at, problems).map(Baseline::Number),
+            _ => at.expected("a number, or batch: the mean of the iteration's scores", problems),
+        }
+    }
+
+    fn write(&self) -> Json {
+        match self {
+            Baseline::Number(x) => (*x).into(),
+            Baseline::Batch => BATCH.into(),
+        }
+    }
+
+    fn kind() -> Kind {
+        Kind::OneOf(vec![
+            Kind::Number,
+            Kind::Choice(vec![(BATCH, "The mean of the iteration's scores.".into())]),
+        ])
+    }
 }
 
-/// What is written of the responses.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Samples {
-    /// Iterations between samples; 0: there are none.
-    pub every: u64,
-    /// How many responses of an iteration.
-    #[serde(deserialize_with = "count")]
-    pub count: i64,
-    /// Every token of them, too, in trace.jsonl.
-    pub trace: bool,
+choice! {
+    /// What becomes of responses that did not end.
+    pub enum MissingEos {
+        /// Their score stays.
+        Keep = "keep",
+        /// Their score is minus the penalty.
+        Replace = "replace",
+        /// The penalty is taken from their score.
+        Subtract = "subtract",
+        /// They are left out of the losses.
+        Mask = "mask",
+    }
 }
 
-impl Default for Samples {
-    fn default() -> Self {
-        Samples { every: 10, count: 4, trace: false }
+section! {
+    /// What is written of the responses.
+    pub struct Samples {
+        /// Iterations between samples; 0: there are none.
+        every: u64 = 10 => Output;
+        /// How many responses of an iteration.
+        count: i64 = 4, COUNT => Output;
+        /// Every token of them, too, in trace.jsonl.
+        trace: bool = false => Output;
     }
 }
 
@@ -252,67 +225,66 @@ impl Algorithm for Ppo {
         Some(&mut self.data.template_date)
     }
 
-    fn conflict(&self, world_size: i64) -> Option<Conflict> {
+    fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
+        self.conflicts_of_sizes(world_size, found);
+        self.ppo.conflicts(found);
+        if self.rewards.is_empty() && self.reward_model.is_none() {
+            let why = "there is nothing to learn from: give reward_model, or rewards by rule such as [{kind: gsm8k}]";
+            found.add("rewards", why);
+        } else {
+            self.sections_of_responses().conflicts_of_rewards(found);
+        }
+        if let Some(critic) = &self.critic {
+            found.within("critic", |found| {
+                conflicts_of_device(critic.device.as_ref(), world_size, found);
+                trainable::conflicts(&critic.freeze, critic.lora.as_ref(), found);
+            });
+            if critic.lora.as_ref().is_some_and(|l| l.dropout > 0.0) {
+                found.add("critic.lora.dropout", NO_DROPOUT_OF_CRITICS);
+            }
+        }
+        self.sections_of_responses().conflicts_but_rewards(world_size, found);
+        self.valid.conflicts(&self.data.valid, found);
+    }
+}
+
+impl Ppo {
+    /// What does not fit among responses, updates and micro-batches.
+    fn conflicts_of_sizes(&self, world_size: i64, found: &mut Conflicts) {
         let (ppo, batch) = (&self.ppo, self.train.batch_size);
         let micro = self.micro_batch_size(world_size);
         let unit = micro.max(1) * world_size;
         if ppo.minibatch_size % unit != 0 || micro < 1 {
-            return Some((
-                "ppo.minibatch_size",
-                format!("{} is no multiple of train.micro_batch_size x ranks = {unit}", ppo.minibatch_size),
-            ));
+            let why =
+                format!("{} is no multiple of train.micro_batch_size x ranks = {unit}", ppo.minibatch_size);
+            found.add("ppo.minibatch_size", why);
+        } else if batch % ppo.minibatch_size != 0 {
+            let why = format!("train.batch_size, {batch} prompts, is no multiple of {}", ppo.minibatch_size);
+            found.add("ppo.minibatch_size", why);
         }
-        if batch % ppo.minibatch_size != 0 {
-            return Some((
-                "ppo.minibatch_size",
-                format!("train.batch_size, {batch} prompts, is no multiple of {}", ppo.minibatch_size),
-            ));
+        let Some(ptx) = &ppo.ptx else { return };
+        let rows = ptx.batch_size.unwrap_or(ppo.minibatch_size);
+        if ptx.data.is_empty() {
+            found.add("ppo.ptx.data", "name at least one folder of token shards");
         }
-        if ppo.dual_clip.is_some_and(|c| c <= 1.0) {
-            return Some(("ppo.dual_clip", "above 1: at 1 every negative advantage would be cut off".into()));
+        if rows % unit != 0 {
+            let why = format!("{rows} is no multiple of train.micro_batch_size x ranks = {unit}");
+            found.add("ppo.ptx.batch_size", why);
         }
-        if self.rewards.is_empty() && self.reward_model.is_none() {
-            let why = "there is nothing to learn from: give reward_model, or rewards by rule such as [{kind: gsm8k}]";
-            return Some(("rewards", why.into()));
+    }
+}
+
+impl Section {
+    /// What does not fit among the keys of the section.
+    fn conflicts(&self, found: &mut Conflicts) {
+        if self.kl_target.is_some() && self.kl_coef == 0.0 {
+            found.add("ppo.kl_target", "a weight of 0 (kl_coef) stays 0, whatever its target");
         }
-        if ppo.kl_target.is_some() && ppo.kl_coef == 0.0 {
-            return Some(("ppo.kl_target", "a weight of 0 (kl_coef) stays 0, whatever its target".into()));
+        if self.kl_target.is_some() && self.kl_in == KlIn::Loss {
+            found.add("ppo.kl_target", "the weight is controlled where the KL is a penalty on rewards");
         }
-        if ppo.kl_target.is_some() && ppo.kl_in == KlIn::Loss {
-            return Some((
-                "ppo.kl_target",
-                "the weight is controlled where the KL is a penalty on rewards".into(),
-            ));
+        if self.kl_in == KlIn::Loss && self.kl_coef > 0.0 && self.kl_estimator() == KlEstimator::K1 {
+            found.add("ppo.kl_estimator", KlEstimator::NO_LOSS);
         }
-        if ppo.kl_in == KlIn::Loss && ppo.kl_coef > 0.0 && ppo.kl_estimator() == KlEstimator::K1 {
-            return Some(("ppo.kl_estimator", KlEstimator::NO_LOSS.into()));
-        }
-        if let Some(ptx) = &ppo.ptx {
-            let rows = ptx.batch_size.unwrap_or(ppo.minibatch_size);
-            if ptx.data.is_empty() {
-                return Some(("ppo.ptx.data", "name at least one folder of token shards".into()));
-            }
-            if rows % unit != 0 {
-                return Some((
-                    "ppo.ptx.batch_size",
-                    format!("{rows} is no multiple of train.micro_batch_size x ranks = {unit}"),
-                ));
-            }
-        }
-        if let Some(critic) = &self.critic {
-            if world_size > 1 && critic.device.as_ref().is_some_and(|d| d.starts_with("cuda:")) {
-                let why = "cuda:N is for a world of one rank; with several, cuda is each rank's own";
-                return Some(("critic.device", why.into()));
-            }
-            if let Some((key, why)) = trainable::conflict(&critic.freeze, critic.lora.as_ref()) {
-                return Some(("critic", format!("{key}: {why}")));
-            }
-            if self.critic().drops_out() {
-                let why = "0 is all that there is: values are compared with those before the updates, and dropout would \
-                           change them";
-                return Some(("critic.lora.dropout", why.into()));
-            }
-        }
-        self.sections_of_responses().conflict(world_size).or_else(|| self.valid.conflict(&self.data.valid))
     }
 }

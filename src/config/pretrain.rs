@@ -1,37 +1,37 @@
 //! The configuration of `corral pretrain`.
 
-use serde::{Deserialize, Serialize};
-
 use super::algorithm::{Algorithm, BuiltIn, built_in};
-use super::common::{Common, configuration, conflict_of_inputs, sequence_length};
-use super::conflict::Conflict;
+use super::common::{Common, configuration, conflicts_of_inputs};
+use super::conflict::Conflicts;
 use super::model::Model;
-use super::numbers::count;
+use super::section::section;
 use super::sections::{Source, Tokenizer, Valid};
 use super::shape::Shape;
 
 configuration! {
+    /// Pretraining on token shards.
     pub struct Pretrain {
-        pub model: Model,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub tokenizer: Option<Tokenizer>,
-        pub data: Data,
-        #[serde(default)]
-        pub valid: Valid,
+        /// Where the model comes from.
+        model: Model;
+        /// The tokenizer of the shards. Default: the model's.
+        tokenizer: Option<Tokenizer> = None;
+        /// What is trained and validated on.
+        data: Data;
+        /// Validation on `data.valid`.
+        valid: Valid = Valid::default();
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Data {
-    /// Token shards to train on; at least one.
-    pub train: Vec<Source>,
-    /// Token shards to validate on; with none there is no validation.
-    #[serde(default)]
-    pub valid: Vec<Source>,
-    /// Tokens of one sample, T.
-    #[serde(default = "sequence_length", deserialize_with = "count")]
-    pub sequence_length: i64,
+section! {
+    /// Token shards.
+    pub struct Data {
+        /// Token shards to train on; at least one.
+        train: Vec<Source>;
+        /// Token shards to validate on; with none there is no validation.
+        valid: Vec<Source> = Vec::new() => Output;
+        /// Tokens of one sample, T.
+        sequence_length: i64 = 512, COUNT => State;
+    }
 }
 
 impl Algorithm for Pretrain {
@@ -42,7 +42,7 @@ impl Algorithm for Pretrain {
         self.sections()
     }
 
-    fn conflict(&self, world_size: i64) -> Option<Conflict> {
+    fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
         let positions = match &self.model {
             Model::Init(init) => init.max_position_embeddings,
             Model::Preset(name) => Shape::preset(name).map(|shape| shape.max_position_embeddings),
@@ -51,10 +51,10 @@ impl Algorithm for Pretrain {
         let length = self.data.sequence_length;
         if let Some(positions) = positions.filter(|positions| length > *positions) {
             let why = format!("{length} tokens do not fit the model's max_position_embeddings, {positions}");
-            return Some(("data.sequence_length", why));
+            found.add("data.sequence_length", why);
         }
-        conflict_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train)
-            .or_else(|| self.common().conflict(world_size))
-            .or_else(|| self.valid.conflict(&self.data.valid))
+        conflicts_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train, found);
+        self.common().conflicts(world_size, found);
+        self.valid.conflicts(&self.data.valid, found);
     }
 }

@@ -2,109 +2,99 @@
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
-
 use super::algorithm::{Algorithm, BuiltIn, built_in};
-use super::common::{Common, configuration, conflict_of_inputs};
-use super::conflict::Conflict;
+use super::common::{Common, configuration, conflicts_of_inputs};
+use super::conflict::Conflicts;
 use super::model::Model;
-use super::numbers::{not_negative, some_not_negative};
 use super::preferences::Data;
+use super::section::{choice, section};
 use super::sections::{Tokenizer, Valid};
 use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};
 
 configuration! {
-    /// `train.batch_size` and `train.micro_batch_size` count prompts, each with all of its completions.
+    /// Reward models from ranked completions; `train.batch_size` and `train.micro_batch_size` count prompts, each with all of its
+    /// completions.
     pub struct Reward {
-        pub model: Model,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub tokenizer: Option<Tokenizer>,
-        pub data: Data,
-        #[serde(default)]
-        pub reward: Settings,
-        #[serde(default)]
-        pub freeze: Freeze,
+        /// Where the model comes from.
+        model: Model;
+        /// The tokenizer, and how conversations are rendered.
+        tokenizer: Option<Tokenizer> = None;
+        /// What is trained and validated on.
+        data: Data;
+        /// What is learned.
+        reward: Settings = Settings::default();
+        /// What is not trained.
+        freeze: Freeze = Freeze::default();
         /// Adapters; without them the model itself is trained. The head is trained in either case.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pub lora: Option<Lora>,
-        #[serde(default)]
-        pub valid: Valid,
+        lora: Option<Lora> = None;
+        /// Validation on `data.valid`.
+        valid: Valid = Valid::default();
     }
 }
 
-/// The section `reward`.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Settings {
-    pub loss: Loss,
-    /// Default: that of the model, if it is a reward model; else `last`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub score: Option<Score>,
-    /// How much higher the better score must be (loss `pairs`).
-    #[serde(deserialize_with = "not_negative")]
-    pub margin: f64,
-    /// Weight of the squared sum of the scores of each compared pair, which keeps scores around 0.
-    #[serde(deserialize_with = "not_negative")]
-    pub center: f64,
-    /// Standard deviation of a new head's weights. Default: 1 / sqrt(hidden_size + 1).
-    #[serde(deserialize_with = "some_not_negative", skip_serializing_if = "Option::is_none")]
-    pub init_std: Option<f64>,
-    pub normalize: Normalize,
-}
-
-/// What is learned from ranked completions.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Loss {
-    /// Of every two that differ, the better has the higher score.
-    #[default]
-    Pairs,
-    /// The best has the highest score.
-    Best,
-    /// The scores are in the order of the ranking.
-    Order,
-}
-
-/// What of the tokens' values is the score of a completion.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Score {
-    /// The value of the last token: what transformers reads.
-    #[default]
-    Last,
-    /// The sum over the completion's tokens.
-    Sum,
-    /// The mean over the completion's tokens.
-    Mean,
-}
-
-/// On what the trained model's scores are measured, to be normalised to mean 0 and standard deviation 1.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Normalize {
-    /// Completions that are scored, the first ones; 0: scores stay as they are.
-    pub samples: u64,
-    /// Files of conversations or of ranked completions. Default: the validation data, else the training data.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub data: Vec<PathBuf>,
-    /// Of ranked completions.
-    pub of: Which,
-}
-
-impl Default for Normalize {
-    fn default() -> Self {
-        Normalize { samples: 1000, data: Vec::new(), of: Which::All }
+section! {
+    /// What is learned, and what a score is.
+    pub struct Settings {
+        /// What is learned from ranked completions.
+        loss: Loss = Loss::Pairs => Mathematics;
+        /// What of the tokens' values is the score. Default: that of the model, if it is a reward model; else `last`.
+        score: Option<Score> = None => Mathematics;
+        /// How much higher the better score must be (loss `pairs`).
+        margin: f64 = 0.0, NOT_NEGATIVE => Mathematics;
+        /// Weight of the squared sum of the scores of each compared pair, which keeps scores around 0.
+        center: f64 = 0.0, NOT_NEGATIVE => Mathematics;
+        /// Standard deviation of a new head's weights. Default: 1 / sqrt(hidden_size + 1).
+        init_std: Option<f64> = None, NOT_NEGATIVE => Mathematics;
+        /// What scores are normalised on when the training is over.
+        normalize: Normalize = Normalize::default();
     }
 }
 
-/// Which of ranked completions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Which {
-    All,
-    /// Those of the best rank.
-    Best,
+choice! {
+    /// What is learned from ranked completions.
+    pub enum Loss {
+        /// Of every two that differ, the better has the higher score.
+        Pairs = "pairs",
+        /// The best has the highest score.
+        Best = "best",
+        /// The scores are in the order of the ranking.
+        Order = "order",
+    }
+}
+
+choice! {
+    /// What of the tokens' values is the score of a completion.
+    pub enum Score {
+        /// The value of the last token: what transformers reads.
+        Last = "last",
+        /// The sum over the completion's tokens.
+        Sum = "sum",
+        /// The mean over the completion's tokens.
+        Mean = "mean",
+    }
+}
+
+section! {
+    /// On what the trained model's scores are measured, to be normalised to mean 0 and standard deviation 1.
+    pub struct Normalize {
+        /// Completions that are scored, the first ones; 0: scores stay as they are.
+        samples: u64 = 1000 => Output;
+        /// Files of conversations or of ranked completions. Default: the validation data, else the training data.
+        data: Vec<PathBuf> = Vec::new() => Output;
+        /// Of ranked completions.
+        of: Which = Which::All => Output;
+    }
+}
+
+choice! {
+    /// Which of ranked completions.
+    pub enum Which {
+        /// All of them.
+        All = "all",
+        /// Those of the best rank.
+        Best = "best",
+    }
 }
 
 impl Algorithm for Reward {
@@ -119,22 +109,17 @@ impl Algorithm for Reward {
         Some(&mut self.data.template_date)
     }
 
-    fn conflict(&self, world_size: i64) -> Option<Conflict> {
-        let reward = &self.reward;
-        if reward.margin > 0.0 && reward.loss != Loss::Pairs {
-            return Some(("reward.margin", "only the loss `pairs` has a margin".into()));
+    fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
+        if self.reward.margin > 0.0 && self.reward.loss != Loss::Pairs {
+            found.add("reward.margin", "only the loss `pairs` has a margin");
         }
-        if reward.normalize.samples == 1 {
-            return Some(("reward.normalize.samples", "one score has no standard deviation".into()));
+        if self.reward.normalize.samples == 1 {
+            found.add("reward.normalize.samples", "one score has no standard deviation");
         }
-        if self.data.packing && self.lora.as_ref().is_some_and(|l| l.dropout > 0.0) {
-            let why = "dropout falls on rows, and which completions share one depends on the micro-batch: set it to false";
-            return Some(("data.packing", why.into()));
-        }
-        conflict_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train)
-            .or_else(|| self.data.conflict())
-            .or_else(|| self.valid.conflict(&self.data.valid))
-            .or_else(|| trainable::conflict(&self.freeze, self.lora.as_ref()))
-            .or_else(|| self.common().conflict(world_size))
+        conflicts_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train, found);
+        self.data.conflicts(self.lora.as_ref(), found);
+        self.valid.conflicts(&self.data.valid, found);
+        trainable::conflicts(&self.freeze, self.lora.as_ref(), found);
+        self.common().conflicts(world_size, found);
     }
 }

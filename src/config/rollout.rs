@@ -1,93 +1,71 @@
 //! How responses are sampled while training: the section `generation` of ppo, grpo and online-dpo.
 
-use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
-use serde::{Deserialize, Serialize, Serializer};
+use serde_json::Value as Json;
 
-use super::conflict::Conflict;
-use super::numbers::{positive, some_count};
+use super::conflict::Conflicts;
+use super::keys::{Kind, Limits};
+use super::problems::Problems;
+use super::section::{choice, section};
+use super::setting::{At, Setting};
+use super::yaml::Value;
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Generation {
-    /// Most tokens of a response: a number, or `[LOW, HIGH]`, of which every prompt draws its own.
-    pub max_new_tokens: Length,
-    /// Tokens of a response before one that ends it may be chosen.
-    pub min_new_tokens: usize,
-    /// Divides the logits: here and in every log-probability of the training.
-    #[serde(deserialize_with = "positive")]
-    pub temperature: f64,
-    /// The most probable tokens that are drawn from; 0: all.
-    pub top_k: usize,
-    /// The least share of the probability that the most probable tokens drawn from have.
-    #[serde(deserialize_with = "positive")]
-    pub top_p: f64,
-    /// Texts that end a response, besides the tokens that end a turn.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub stop: Vec<String>,
-    /// A token's text: no token ends a response, but it is cut after the first of these that has `truncate_after` tokens
-    /// before it (Ziegler et al. 2019).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub truncate_token: Option<String>,
-    pub truncate_after: usize,
-    /// Responses in work at once on a rank. Default: all of them.
-    #[serde(deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
-    pub batch_size: Option<i64>,
-    /// How sharded parameters are gathered while responses are sampled.
-    pub gather: Gather,
-}
-
-impl Default for Generation {
-    fn default() -> Self {
-        Generation {
-            max_new_tokens: Length { low: 256, high: 256 },
-            min_new_tokens: 0,
-            temperature: 1.0,
-            top_k: 0,
-            top_p: 1.0,
-            stop: Vec::new(),
-            truncate_token: None,
-            truncate_after: 0,
-            batch_size: None,
-            gather: Gather::Auto,
-        }
+section! {
+    /// How responses are sampled while training.
+    pub struct Generation {
+        /// Most tokens of a response: a number, or `[LOW, HIGH]`, of which every prompt draws its own.
+        max_new_tokens: Length = Length { low: 256, high: 256 }, COUNT => Mathematics;
+        /// Tokens of a response before one that ends it may be chosen.
+        min_new_tokens: usize = 0 => Mathematics;
+        /// Divides the logits: here and in every log-probability of the training.
+        temperature: f64 = 1.0, POSITIVE => Mathematics;
+        /// The most probable tokens that are drawn from; 0: all.
+        top_k: usize = 0 => Mathematics;
+        /// The least share of the probability that the most probable tokens drawn from have.
+        top_p: f64 = 1.0, SHARE => Mathematics;
+        /// Texts that end a response, besides the tokens that end a turn.
+        stop: Vec<String> = Vec::new() => Mathematics;
+        /// A token's text: no token ends a response, but it is cut after the first of these that has `truncate_after` tokens
+        /// before it (Ziegler et al. 2019).
+        truncate_token: Option<String> = None => Mathematics;
+        /// See `truncate_token`.
+        truncate_after: usize = 0 => Mathematics;
+        /// Responses in work at once on a rank. Default: all of them.
+        batch_size: Option<i64> = None, COUNT => Rounding;
+        /// How sharded parameters are gathered while responses are sampled.
+        gather: Gather = Gather::Auto => Execution;
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Gather {
-    /// As a whole, where every rank has room for twice that, else block by block.
-    Auto,
-    /// All of them at once: nothing is communicated until the responses are there.
-    Whole,
-    /// One block after the other, for every token.
-    Blocks,
+choice! {
+    /// How sharded parameters are gathered while responses are sampled.
+    pub enum Gather {
+        /// As a whole, where every rank has room for twice that, else block by block.
+        Auto = "auto",
+        /// All of them at once: nothing is communicated until the responses are there.
+        Whole = "whole",
+        /// One block after the other, for every token.
+        Blocks = "blocks",
+    }
 }
 
 impl Generation {
-    /// What does not fit, and why.
-    pub fn conflict(&self) -> Option<Conflict> {
-        if self.top_p > 1.0 {
-            return Some(("generation.top_p", "at most 1".into()));
+    /// What does not fit.
+    pub fn conflicts(&self, found: &mut Conflicts) {
+        let (min, low) = (self.min_new_tokens, self.max_new_tokens.low);
+        if min > low {
+            found
+                .add("generation.min_new_tokens", format!("{min} are more than the {low} of max_new_tokens"));
         }
-        if self.min_new_tokens > self.max_new_tokens.low {
-            let (min, low) = (self.min_new_tokens, self.max_new_tokens.low);
-            return Some((
-                "generation.min_new_tokens",
-                format!("{min} are more than the {low} of max_new_tokens"),
-            ));
-        }
-        if self.stop.iter().any(String::is_empty) {
-            return Some(("generation.stop", "a stop text is empty".into()));
+        if let Some(i) = self.stop.iter().position(String::is_empty) {
+            found.add(format!("generation.stop.{i}"), "a stop text is empty");
         }
         if self.truncate_token.is_some() && (!self.stop.is_empty() || self.min_new_tokens > 0) {
             let why = "with a truncate token nothing else ends a response: leave out stop and min_new_tokens";
-            return Some(("generation.truncate_token", why.into()));
+            found.add("generation.truncate_token", why);
         }
         if self.truncate_token.is_none() && self.truncate_after > 0 {
-            return Some(("generation.truncate_after", "it needs truncate_token".into()));
+            found.add("generation.truncate_after", "it needs truncate_token");
         }
-        None
     }
 
     /// What makes the distribution that is drawn from another than the one that is trained, if anything does.
@@ -108,53 +86,33 @@ pub struct Length {
     pub high: usize,
 }
 
-impl Serialize for Length {
-    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+impl Setting for Length {
+    fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
+        let at = At { limits: Limits::COUNT, ..at.clone() };
+        match at.node.value {
+            Value::Int(_) => usize::read(&at, problems).map(|n| Length { low: n, high: n }),
+            Value::List(_) => {
+                let [low, high] = <[usize; 2]>::read(&at, problems)?;
+                match low <= high {
+                    true => Some(Length { low, high }),
+                    false => at.refuse(
+                        format!("of [LOW, HIGH] the first, {low}, is above the second, {high}"),
+                        problems,
+                    ),
+                }
+            }
+            _ => at.expected("a number of tokens, or a range [LOW, HIGH]", problems),
+        }
+    }
+
+    fn write(&self) -> Json {
         match self.low == self.high {
-            true => self.low.serialize(s),
-            false => [self.low, self.high].serialize(s),
+            true => self.low.into(),
+            false => vec![self.low, self.high].into(),
         }
     }
-}
 
-impl<'de> Deserialize<'de> for Length {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        struct LengthVisitor;
-        impl<'de> Visitor<'de> for LengthVisitor {
-            type Value = Length;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-                f.write_str("a number of tokens, or a range [LOW, HIGH]")
-            }
-
-            fn visit_i64<E: serde::de::Error>(self, n: i64) -> Result<Length, E> {
-                self.visit_u64(u64::try_from(n).unwrap_or(0))
-            }
-
-            fn visit_u64<E: serde::de::Error>(self, n: u64) -> Result<Length, E> {
-                range(n, n)
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Length, A::Error> {
-                let mut numbers = Vec::new();
-                while let Some(n) = list.next_element::<u64>()? {
-                    numbers.push(n);
-                }
-                match numbers[..] {
-                    [low, high] => range(low, high),
-                    _ => Err(A::Error::custom("expected two numbers, [LOW, HIGH]")),
-                }
-            }
-        }
-        d.deserialize_any(LengthVisitor)
+    fn kind() -> Kind {
+        Kind::OneOf(vec![Kind::Whole, <[usize; 2]>::kind()])
     }
-}
-
-fn range<E: serde::de::Error>(low: u64, high: u64) -> Result<Length, E> {
-    if low < 1 || high < low || high > 1 << 31 {
-        return Err(E::custom(format!(
-            "{low} to {high} are no numbers of tokens: expected 1 <= LOW <= HIGH"
-        )));
-    }
-    Ok(Length { low: low as usize, high: high as usize })
 }

@@ -2,256 +2,208 @@
 
 use std::path::PathBuf;
 
-use clap::ValueEnum;
-use serde::de::{Deserializer, MapAccess, Visitor, value::MapAccessDeserializer};
-use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
 
-use super::conflict::Conflict;
-use super::numbers::{betas, count, not_negative, positive, ratio, some_count, some_positive};
+use super::conflict::Conflicts;
+use super::keys::Kind;
+use super::problems::Problems;
+use super::section::{choice, section};
+use super::setting::{At, Setting};
+use super::yaml::Value;
 
-/// What to do with records that cannot be used: unreadable lines, no known format, messages that the chat template refuses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum OnError {
-    /// Count all, name the first ten, and end before anything is computed
-    #[default]
-    Refuse,
-    /// Leave them out, and count them by reason
-    Skip,
+choice! {
+    /// What to do with records that cannot be used: unreadable lines, no known format, messages that the chat template refuses.
+    pub enum OnError {
+        /// Count all, name the first ten, and end before anything is computed
+        Refuse = "refuse",
+        /// Leave them out, and count them by reason
+        Skip = "skip",
+    }
+}
+
+section! {
+    /// A source of data with its share of the samples.
+    pub struct SourceKeys {
+        /// A file, folder or pattern with `*`.
+        path: PathBuf => Path;
+        /// Share of this source in the samples, relative to the others' weights; given for all sources of a list or for
+        /// none. Without weights the sources are shuffled together, each as large as it is.
+        weight: Option<f64> = None, POSITIVE => State;
+    }
 }
 
 /// A source of data: a path, or `{path: ..., weight: ...}`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Source {
     pub path: PathBuf,
-    /// Share of this source in the samples, relative to the others' weights; given for all sources of a list or for
-    /// none. Without weights the sources are shuffled together, each as large as it is.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// See [`SourceKeys::weight`].
     pub weight: Option<f64>,
 }
 
-impl<'de> Deserialize<'de> for Source {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct Keys {
-            path: PathBuf,
-            #[serde(default, deserialize_with = "some_positive")]
-            weight: Option<f64>,
+impl Setting for Source {
+    fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
+        match &at.node.value {
+            Value::Text(path) => Some(Source { path: path.into(), weight: None }),
+            Value::Section(_) => {
+                let SourceKeys { path, weight } = SourceKeys::read(at, problems)?;
+                Some(Source { path, weight })
+            }
+            _ => at.expected("a path, or {path: PATH, weight: NUMBER}", problems),
         }
-        struct SourceVisitor;
-        impl<'de> Visitor<'de> for SourceVisitor {
-            type Value = Source;
+    }
 
-            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-                f.write_str("a path, or {path: PATH, weight: NUMBER}")
-            }
+    fn write(&self) -> Json {
+        SourceKeys { path: self.path.clone(), weight: self.weight }.write()
+    }
 
-            fn visit_str<E>(self, path: &str) -> Result<Source, E> {
-                Ok(Source { path: path.into(), weight: None })
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Source, A::Error> {
-                let Keys { path, weight } = Keys::deserialize(MapAccessDeserializer::new(map))?;
-                Ok(Source { path, weight })
-            }
-        }
-        d.deserialize_any(SourceVisitor)
+    fn kind() -> Kind {
+        Kind::OneOf(vec![Kind::Path, SourceKeys::kind()])
     }
 }
 
-/// The tokenizer, and how conversations are rendered. Without this section it is the model's as it is.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Tokenizer {
-    /// A folder with a tokenizer, or its file. Default: the model's folder.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub path: Option<PathBuf>,
-    /// A chat template in place of the tokenizer's: the name of a built-in one, a file, or Jinja itself.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub chat_template: Option<String>,
-    /// A plain template in place of the tokenizer's, with `{prompt}` and `{completion}`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub template: Option<String>,
-    /// Special tokens that the tokenizer gets; their embeddings are new rows, each the mean of the model's rows.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub add_tokens: Vec<String>,
-    /// The token that pads, a new one where the tokenizer does not have it. Only files that others read need one: nothing
-    /// here looks at it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pad_token: Option<String>,
-    /// The embeddings get as many rows that their number is a multiple of this.
-    #[serde(deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
-    pub pad_to_multiple_of: Option<i64>,
+section! {
+    /// The tokenizer, and how conversations are rendered. Without this section it is the model's as it is.
+    pub struct Tokenizer {
+        /// A folder with a tokenizer, or its file. Default: the model's folder.
+        path: Option<PathBuf> = None => Path;
+        /// A chat template in place of the tokenizer's: the name of a built-in one, a file, or Jinja itself.
+        chat_template: Option<String> = None => Path;
+        /// A plain template in place of the tokenizer's, with `{prompt}` and `{completion}`.
+        template: Option<String> = None => State;
+        /// Special tokens that the tokenizer gets; their embeddings are new rows, each the mean of the model's rows.
+        add_tokens: Vec<String> = Vec::new() => State;
+        /// The token that pads, a new one where the tokenizer does not have it (`'"[PAD]"'`: one in brackets in quotes; with
+        /// `lora`, `lora.modules_to_save` must have `embed_tokens`, and `lm_head` where there is one). Only files that others
+        /// read need one: nothing here looks at it.
+        pad_token: Option<String> = None => State;
+        /// The embeddings get as many rows that their number is a multiple of this.
+        pad_to_multiple_of: Option<i64> = None, COUNT => State;
+    }
 }
 
 impl Tokenizer {
-    /// What does not fit, and why.
-    pub fn conflict(&self) -> Option<Conflict> {
+    /// What does not fit.
+    pub fn conflicts(&self, found: &mut Conflicts) {
         if self.chat_template.is_some() && self.template.is_some() {
-            return Some(("tokenizer.template", "tokenizer.chat_template is given too; keep one".into()));
+            found.add("tokenizer.template", "tokenizer.chat_template is given too; keep one");
         }
         if self.pad_token.as_ref().is_some_and(String::is_empty) {
-            return Some(("tokenizer.pad_token", "the token is empty".into()));
+            found.add("tokenizer.pad_token", "the token is empty");
         }
-        let bad = self
-            .add_tokens
-            .iter()
-            .enumerate()
-            .find(|(i, token)| token.is_empty() || self.add_tokens[..*i].contains(token));
-        let what = |token: &str| {
-            if token.is_empty() { "a token is empty".into() } else { format!("`{token}` is there twice") }
-        };
-        bad.map(|(_, token)| ("tokenizer.add_tokens", what(token)))
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Precision {
-    pub compute: Compute,
-}
-
-impl Default for Precision {
-    fn default() -> Self {
-        Precision { compute: Compute::Float32 }
-    }
-}
-
-/// The dtype of forward and backward; masters and moments are float32 (float64 for float64).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "lowercase", try_from = "ComputeName")]
-pub enum Compute {
-    Float32,
-    Bfloat16,
-    /// For tests.
-    Float64,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum ComputeName {
-    Float32,
-    Bfloat16,
-    Float64,
-    Float8,
-}
-
-impl TryFrom<ComputeName> for Compute {
-    type Error = &'static str;
-
-    fn try_from(name: ComputeName) -> Result<Self, Self::Error> {
-        match name {
-            ComputeName::Float32 => Ok(Compute::Float32),
-            ComputeName::Bfloat16 => Ok(Compute::Bfloat16),
-            ComputeName::Float64 => Ok(Compute::Float64),
-            ComputeName::Float8 => Err("float8 is not built yet; choose bfloat16 or float32"),
+        for (i, token) in self.add_tokens.iter().enumerate() {
+            let key = format!("tokenizer.add_tokens.{i}");
+            if token.is_empty() {
+                found.add(key, "a token is empty");
+            } else if self.add_tokens[..i].contains(token) {
+                found.add(key, format!("`{token}` is there twice"));
+            }
         }
     }
 }
 
-/// AdamW.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Optim {
-    /// Peak learning rate.
-    #[serde(deserialize_with = "positive")]
-    pub lr: f64,
-    #[serde(deserialize_with = "betas")]
-    pub betas: [f64; 2],
-    #[serde(deserialize_with = "positive")]
-    pub eps: f64,
-    /// Decoupled decay, of matrices only.
-    #[serde(deserialize_with = "not_negative")]
-    pub weight_decay: f64,
-    /// Largest global norm of the gradient; 0: no clipping.
-    #[serde(deserialize_with = "not_negative")]
-    pub clip: f64,
-    /// What the moments are kept in.
-    pub moments: MomentsIn,
-    /// Moments lie in host memory and come to the GPU in parts when they are updated.
-    pub offload: bool,
-}
-
-/// What AdamW's moments are kept in.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum MomentsIn {
-    /// Float32 (float64 in float64 compute).
-    #[default]
-    #[serde(rename = "float32")]
-    Float32,
-    /// 8-bit codes, blocks of 256 with a scale each (Dettmers et al. 2022).
-    #[serde(rename = "8bit")]
-    EightBit,
-}
-
-impl Default for Optim {
-    fn default() -> Self {
-        Optim {
-            lr: 3e-4,
-            betas: [0.9, 0.95],
-            eps: 1e-8,
-            weight_decay: 0.1,
-            clip: 1.0,
-            moments: MomentsIn::Float32,
-            offload: false,
-        }
+section! {
+    /// What numbers are computed in.
+    pub struct Precision {
+        /// The dtype of forward and backward.
+        compute: Compute = Compute::Float32 => Mathematics;
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Schedule {
-    pub kind: ScheduleKind,
-    /// Steps over which the learning rate rises linearly from 0 to its peak.
-    pub warmup_steps: u64,
-    /// The learning rate at the end, as a share of its peak (cosine and linear).
-    #[serde(deserialize_with = "ratio")]
-    pub min_lr_ratio: f64,
+choice! {
+    /// The dtype of forward and backward; masters and moments are float32 (float64 for float64).
+    pub enum Compute {
+        /// Single precision.
+        Float32 = "float32",
+        /// Half the memory of activations, and faster where the processor has bfloat16 products.
+        Bfloat16 = "bfloat16",
+        /// For tests.
+        Float64 = "float64",
+    }
+    refused {
+        "float8": "float8 is not built yet; choose bfloat16 or float32",
+    }
 }
 
-impl Default for Schedule {
-    fn default() -> Self {
-        Schedule { kind: ScheduleKind::Cosine, warmup_steps: 0, min_lr_ratio: 0.1 }
+section! {
+    /// AdamW.
+    pub struct Optim {
+        /// Peak learning rate.
+        lr: f64 = 3e-4, POSITIVE => Mathematics;
+        /// Decay of the first and second moment.
+        betas: [f64; 2] = [0.9, 0.95], BELOW_ONE => Mathematics;
+        /// Added to the root of the second moment.
+        eps: f64 = 1e-8, POSITIVE => Mathematics;
+        /// Decoupled decay, of matrices only.
+        weight_decay: f64 = 0.1, NOT_NEGATIVE => Mathematics;
+        /// Largest global norm of the gradient; 0: no clipping.
+        clip: f64 = 1.0, NOT_NEGATIVE => Mathematics;
+        /// What the moments are kept in: 8 bytes a parameter, or 2.03.
+        moments: MomentsIn = MomentsIn::Float32 => State;
+        /// Moments lie in pinned host memory and come to the GPU in parts of 16M values when they are updated; refused on a CPU,
+        /// where there is nothing to gain.
+        offload: bool = false => Execution;
+    }
+}
+
+choice! {
+    /// What AdamW's moments are kept in.
+    pub enum MomentsIn {
+        /// Float32 (float64 in float64 compute).
+        Float32 = "float32",
+        /// 8-bit codes, blocks of 256 with a scale each (Dettmers et al. 2022).
+        EightBit = "8bit",
+    }
+}
+
+section! {
+    /// The learning rate over the steps.
+    pub struct Schedule {
+        /// How it falls after the warm-up.
+        kind: ScheduleKind = ScheduleKind::Cosine => Mathematics;
+        /// Steps over which the learning rate rises linearly from 0 to its peak.
+        warmup_steps: u64 = 0 => Mathematics;
+        /// The learning rate at the end, as a share of its peak (cosine and linear).
+        min_lr_ratio: f64 = 0.1, RATIO => Mathematics;
     }
 }
 
 impl Schedule {
-    /// What does not fit `train`, and why.
-    pub fn conflict(&self, train: &Train) -> Option<Conflict> {
-        let steps = train.steps.filter(|steps| self.warmup_steps > *steps as u64)?;
-        let warmup = self.warmup_steps;
-        let why = format!("{warmup} steps of warm-up are more than the {steps} of train.steps");
-        Some(("schedule.warmup_steps", why))
+    /// What does not fit `train`.
+    pub fn conflicts(&self, train: &Train, found: &mut Conflicts) {
+        if let Some(steps) = train.steps.filter(|steps| self.warmup_steps > *steps as u64) {
+            let why =
+                format!("{} steps of warm-up are more than the {steps} of train.steps", self.warmup_steps);
+            found.add("schedule.warmup_steps", why);
+        }
     }
 }
 
-/// How the learning rate falls after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ScheduleKind {
-    Cosine,
-    Linear,
-    Constant,
+choice! {
+    /// How the learning rate falls after the warm-up.
+    pub enum ScheduleKind {
+        /// Half a period of the cosine.
+        Cosine = "cosine",
+        /// A line.
+        Linear = "linear",
+        /// Not at all.
+        Constant = "constant",
+    }
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Train {
-    /// Updates; either this or `epochs`.
-    #[serde(default, deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
-    pub steps: Option<i64>,
-    /// Passes over the training data; either this or `steps`.
-    #[serde(default, deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
-    pub epochs: Option<i64>,
-    /// Sequences of one step, over all ranks.
-    #[serde(default = "batch_size", deserialize_with = "count")]
-    pub batch_size: i64,
-    /// Sequences that one rank computes at once. Default: its whole share of the batch.
-    #[serde(default, deserialize_with = "some_count", skip_serializing_if = "Option::is_none")]
-    pub micro_batch_size: Option<i64>,
-    #[serde(default)]
-    pub recompute: Recompute,
+section! {
+    /// How much is trained, and in which pieces.
+    pub struct Train {
+        /// Updates; either this or `epochs`.
+        steps: Option<i64> = None, COUNT => Length;
+        /// Passes over the training data; either this or `steps`.
+        epochs: Option<i64> = None, COUNT => Length;
+        /// Sequences of one step, over all ranks.
+        batch_size: i64 = 32, COUNT => Mathematics;
+        /// Sequences that one rank computes at once. Default: its whole share of the batch.
+        micro_batch_size: Option<i64> = None, COUNT => Rounding;
+        /// Which activations of a block are computed again in the backward.
+        recompute: Recompute = Recompute::None => Execution;
+    }
 }
 
 impl Train {
@@ -260,11 +212,11 @@ impl Train {
         self.micro_batch_size.unwrap_or(self.batch_size / world_size)
     }
 
-    /// What does not fit on `world_size` ranks, and why.
-    pub fn conflict(&self, world_size: i64) -> Option<Conflict> {
+    /// What does not fit on `world_size` ranks.
+    pub fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
         match (self.steps, self.epochs) {
-            (Some(_), Some(_)) => return Some(("train.epochs", "train.steps is given too; keep one".into())),
-            (None, None) => return Some(("train.steps", "give train.steps or train.epochs".into())),
+            (Some(_), Some(_)) => found.add("train.epochs", "train.steps is given too; keep one"),
+            (None, None) => found.add("train.steps", "give train.steps or train.epochs"),
             _ => {}
         }
         let (batch, unit) = match self.micro_batch_size {
@@ -272,7 +224,7 @@ impl Train {
             None => (self.batch_size, world_size),
         };
         if batch % unit == 0 {
-            return None;
+            return;
         }
         let of = match self.micro_batch_size {
             Some(micro) => format!("train.micro_batch_size x ranks = {micro} x {world_size} = {unit}"),
@@ -280,73 +232,51 @@ impl Train {
         };
         let (below, above) = (batch / unit * unit, (batch / unit + 1) * unit);
         let near = if below > 0 { format!("{below} or {above}") } else { above.to_string() };
-        Some(("train.batch_size", format!("{batch} is no multiple of {of}; {near} would be")))
+        found.add("train.batch_size", format!("{batch} is no multiple of {of}; {near} would be"));
     }
 }
 
-/// Which activations of a block are computed again in the backward instead of being kept.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Recompute {
-    /// Only the norms' outputs and SwiGLU's, which cost one pass over memory.
-    #[default]
-    None,
-    /// Also the product of gate and up, the largest activation: 2F of the 2C + (2H + 2K) D + 2F numbers a token and block.
-    Selective,
-    /// The whole block, from its input.
-    Full,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Checkpoint {
-    /// Steps between checkpoints; one is always written at the end.
-    #[serde(deserialize_with = "count")]
-    pub every: i64,
-    /// Checkpoints that stay.
-    #[serde(deserialize_with = "count")]
-    pub keep: i64,
-}
-
-impl Default for Checkpoint {
-    fn default() -> Self {
-        Checkpoint { every: 100, keep: 3 }
+choice! {
+    /// Which activations of a block are computed again in the backward instead of being kept.
+    pub enum Recompute {
+        /// Only the norms' outputs and SwiGLU's, which cost one pass over memory.
+        None = "none",
+        /// Also the product of gate and up, the largest activation: 2F of the 2C + (2H + 2K) D + 2F numbers a token and block.
+        Selective = "selective",
+        /// The whole block, from its input.
+        Full = "full",
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Log {
-    /// Steps between lines of metrics.
-    #[serde(deserialize_with = "count")]
-    pub every: i64,
-}
-
-impl Default for Log {
-    fn default() -> Self {
-        Log { every: 1 }
+section! {
+    /// When the run is saved.
+    pub struct Checkpoint {
+        /// Steps between checkpoints; one is always written at the end.
+        every: i64 = 100, COUNT => Output;
+        /// Checkpoints that stay.
+        keep: i64 = 3, COUNT => Output;
     }
 }
 
-/// Validation on `data.valid`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Valid {
-    /// Steps between validations.
-    #[serde(deserialize_with = "count")]
-    pub every: i64,
-    /// Batches of `train.batch_size` sequences that a validation takes at most.
-    #[serde(deserialize_with = "count")]
-    pub batches: i64,
-    /// The checkpoint with the best validation stays besides the last `checkpoint.keep`, and is what the run exports.
-    pub keep_best: bool,
-    /// Validations in a row without a better one that end the run, which then keeps the best; 0: none do.
-    pub patience: u64,
+section! {
+    /// When a line of metrics is written.
+    pub struct Log {
+        /// Steps between lines of metrics.
+        every: i64 = 1, COUNT => Output;
+    }
 }
 
-impl Default for Valid {
-    fn default() -> Self {
-        Valid { every: 100, batches: 20, keep_best: false, patience: 0 }
+section! {
+    /// Validation on `data.valid`.
+    pub struct Valid {
+        /// Steps between validations.
+        every: i64 = 100, COUNT => Output;
+        /// Batches of `train.batch_size` sequences that a validation takes at most.
+        batches: i64 = 20, COUNT => Output;
+        /// The checkpoint with the best validation stays besides the last `checkpoint.keep`, and is what the run exports.
+        keep_best: bool = false => Output;
+        /// Validations in a row without a better one that end the run, which then keeps the best; 0: none do.
+        patience: u64 = 0 => Output;
     }
 }
 
@@ -356,25 +286,21 @@ impl Valid {
         self.keep_best || self.patience > 0
     }
 
-    /// What does not fit the validation data, and why.
-    pub fn conflict(&self, data: &[Source]) -> Option<Conflict> {
-        let asks = self.keep_best || self.patience > 0;
-        let why = "keep_best and patience need validation data: give data.valid";
-        (asks && data.is_empty()).then(|| ("valid", why.into()))
+    /// What does not fit the validation data.
+    pub fn conflicts(&self, data: &[Source], found: &mut Conflicts) {
+        let key = if self.keep_best { "valid.keep_best" } else { "valid.patience" };
+        if self.keeps_best() && data.is_empty() {
+            found.add(key, "it needs validation data: give data.valid");
+        }
     }
 }
 
-fn batch_size() -> i64 {
-    32
-}
-
-/// What to do with an example of more tokens than a row holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
-#[serde(rename_all = "lowercase")]
-pub enum TooLong {
-    /// Cut its end off, and count it.
-    #[default]
-    Truncate,
-    /// Leave it out, and count it.
-    Drop,
+choice! {
+    /// What to do with an example of more tokens than a row holds.
+    pub enum TooLong {
+        /// Cut its end off, and count it.
+        Truncate = "truncate",
+        /// Leave it out, and count it.
+        Drop = "drop",
+    }
 }

@@ -3,31 +3,31 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::section::choice;
 use crate::error::{Error, Result};
 
-/// Whose model it is: what the one Llama does differently, and how its `config.json` is written.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Family {
-    /// Llama 1, 2 and 3.
-    #[default]
-    Llama,
-    /// With a sliding window.
-    Mistral,
-    /// A mixture of experts in the place of each MLP.
-    Mixtral,
-    /// Qwen 1, 2 and 2.5: bias on q, k and v.
-    Qwen2,
-    /// RMS norm of each head's query and key before their rotation.
-    Qwen3,
-    /// Norms before and after attention and MLP, softcaps, windows in every other block.
-    Gemma2,
-    /// Text: windows in most blocks, with a rotary base of their own.
-    Gemma3,
-    /// Norms after attention and MLP alone; norms of whole queries and keys.
-    Olmo2,
-    /// A Llama with joined tensors.
-    Phi3,
+choice! {
+    /// Whose model it is: what the one Llama does differently, and how its `config.json` is written.
+    pub enum Family {
+        /// Llama 1, 2 and 3.
+        Llama = "llama",
+        /// With a sliding window.
+        Mistral = "mistral",
+        /// A mixture of experts in the place of each MLP.
+        Mixtral = "mixtral",
+        /// Qwen 1, 2 and 2.5: bias on q, k and v.
+        Qwen2 = "qwen2",
+        /// RMS norm of each head's query and key before their rotation.
+        Qwen3 = "qwen3",
+        /// Norms before and after attention and MLP, softcaps, windows in every other block.
+        Gemma2 = "gemma2",
+        /// Text: windows in most blocks, with a rotary base of their own.
+        Gemma3 = "gemma3",
+        /// Norms after attention and MLP alone; norms of whole queries and keys.
+        Olmo2 = "olmo2",
+        /// A Llama with joined tensors.
+        Phi3 = "phi3",
+    }
 }
 
 /// Which of a query and key are normalised together, before their rotation.

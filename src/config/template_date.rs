@@ -5,6 +5,11 @@ use std::str::FromStr;
 use chrono::{Local, NaiveDate};
 use serde::de::{Deserializer, Error};
 use serde::{Deserialize, Serialize, Serializer};
+use serde_json::Value as Json;
+
+use super::keys::Kind;
+use super::problems::Problems;
+use super::setting::{At, Setting};
 
 /// `data.template_date`: the date that a chat template asks for, `YYYY-MM-DD`. Default: today's, when the run begins; a
 /// resumed run keeps its date.
@@ -21,13 +26,6 @@ impl Default for TemplateDate {
     }
 }
 
-impl TemplateDate {
-    /// For `skip_serializing_if`: what a configuration does not say.
-    pub fn is_default(&self) -> bool {
-        !self.given
-    }
-}
-
 impl FromStr for TemplateDate {
     type Err = String;
 
@@ -36,6 +34,24 @@ impl FromStr for TemplateDate {
         let date =
             date.ok_or_else(|| format!("`{text}` is no date; write it as YYYY-MM-DD, such as 2026-01-31"))?;
         Ok(TemplateDate { date, given: true })
+    }
+}
+
+impl Setting for TemplateDate {
+    fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
+        match at.text(problems)?.parse() {
+            Ok(date) => Some(date),
+            Err(why) => at.refuse(why, problems),
+        }
+    }
+
+    /// Nothing, where the configuration says nothing.
+    fn write(&self) -> Json {
+        if self.given { self.date.to_string().into() } else { Json::Null }
+    }
+
+    fn kind() -> Kind {
+        Kind::Form("YYYY-MM-DD")
     }
 }
 

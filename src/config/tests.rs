@@ -51,7 +51,9 @@ fn reads_values_and_defaults() {
     assert_eq!(config.parallel, Parallel::default());
     assert_eq!(config.train.recompute, Recompute::None);
     assert_eq!(config.train.micro_batch_size(2), 4);
-    assert_eq!(config.conflict(2), None);
+    let mut found = Conflicts::default();
+    config.conflicts(2, &mut found);
+    assert_eq!(found, Conflicts::default());
 }
 
 #[test]
@@ -156,7 +158,7 @@ fn wrong_types_and_ranges_are_told_with_place() {
         (
             "lr: 3e-4",
             "betas: [0.9, 1.0]",
-            "c.yaml:9:10: 'optim.betas': expected numbers of at least 0 and below 1, found 1",
+            "c.yaml:9:16: 'optim.betas.1': expected a number of at least 0 and below 1, found 1.0",
         ),
         ("lr: 3e-4", "clip: -1", "c.yaml:9:9: 'optim.clip': expected a number of at least 0, found -1"),
         (
@@ -190,8 +192,8 @@ fn wrong_types_and_ranges_are_told_with_place() {
         ),
         (
             "steps: 10",
-            "recompute: some",
-            "c.yaml:10:20: 'train.recompute': unknown value 'some'; (known: none, selective, full)",
+            "steps: 10, recompute: some",
+            "c.yaml:10:31: 'train.recompute': unknown value 'some'; (known: none, selective, full)",
         ),
         (
             "{preset: llama-15m}",
@@ -199,12 +201,49 @@ fn wrong_types_and_ranges_are_told_with_place() {
             "c.yaml:3:15: 'model.init': hidden_size (10) is no multiple of num_attention_heads (4): change one, or give head_dim",
         ),
     ] {
-        assert_eq!(broken(from, to), expected);
+        assert_eq!(broken(from, to).lines().next(), Some(expected));
     }
     let message = broken("[a, {path: b, weight: 0.3}]", "[[a]]");
     assert!(
         message.starts_with("c.yaml:6:11: 'data.train.0': expected a path, or {path: PATH, weight: NUMBER}")
     );
+}
+
+#[test]
+fn all_problems_are_told_at_once() {
+    let text = SMALL
+        .replace("seed: 7", "seed: seven")
+        .replace("lr: 3e-4", "lrr: 3e-4\n  betas: [0.9, 2, x]\n  clip: -1")
+        .replace("steps: 10", "steps: 0, recompute: some")
+        .replace("output_dir: runs/x\n", "");
+    let message = error(&text, &["valid.every=x", "data.train.1.weight=-1"]);
+    let lines: Vec<&str> = message.lines().collect();
+    let expected = [
+        "c.yaml:1:1: the key 'output_dir' is missing",
+        "c.yaml:1:7: 'seed': expected a whole number, found the text 'seven'",
+        "c.yaml:8:3: unknown key 'optim.lrr'; did you mean 'lr'? ",
+        "c.yaml:9:10: 'optim.betas': expected a list of 2, found one of 3",
+        "c.yaml:10:9: 'optim.clip': expected a number of at least 0, found -1",
+        "c.yaml:11:16: 'train.steps': expected a whole number of 1 to 2147483648, found 0",
+        "c.yaml:11:30: 'train.recompute': unknown value 'some'; ",
+        "override 'data.train.1.weight=-1': 'data.train.1.weight': expected a number above 0, found -1",
+        "override 'valid.every=x': 'valid.every': expected a whole number, found the text 'x'",
+    ];
+    assert_eq!(lines.len(), expected.len(), "{message}");
+    assert!(lines.iter().zip(expected).all(|(line, start)| line.starts_with(start)), "{message}");
+    // What does not fit is told with what is wrong, but not what may follow from it.
+    let message = error(&SMALL.replace("lr: 3e-4", "lrr: 3e-4"), &["schedule.warmup_steps=11"]);
+    assert!(
+        message.lines().count() == 2 && message.contains("11 steps of warm-up are more than the 10"),
+        "{message}"
+    );
+    let message = error(&SMALL.replace("steps: 10", "steps: x"), &[]);
+    assert_eq!(message, "c.yaml:10:16: 'train.steps': expected a whole number, found the text 'x'");
+    let e = load_text(SMALL, &["schedule.warmup_steps=11", "train.batch_size=3"])
+        .unwrap()
+        .validate(2)
+        .unwrap_err();
+    assert_eq!(e.message.lines().count(), 2, "{e}");
 }
 
 #[test]
@@ -223,7 +262,8 @@ fn missing_keys_and_broken_yaml() {
 #[test]
 fn what_is_not_built_is_refused() {
     let at = |text: &str| error(SMALL, &[text]);
-    assert!(at("parallel.tensor=2").ends_with("tensor parallelism over 2 ranks is not built yet; only 1 is"));
+    let tensor = load_text(SMALL, &["parallel.tensor=2"]).unwrap().validate(2).unwrap_err();
+    assert!(tensor.message.ends_with("tensor parallelism over 2 ranks is not built yet; only 1 is"));
     assert!(at("precision.compute=float8").ends_with("float8 is not built yet; choose bfloat16 or float32"));
     assert!(at("precision.compute=fp32").contains("(known: float32, bfloat16, float64, float8)"));
 }
@@ -277,8 +317,10 @@ fn combinations_are_refused_with_place() {
     assert!(useless.contains("'parallel.shard': is a key of `mode: hybrid`"), "{useless}");
     load_text(SMALL, &["parallel={mode: hybrid, shard: 2}"]).unwrap().validate(8).unwrap();
     load_text(SMALL, &["parallel={mode: hybrid, shard: auto}"]).unwrap().validate(8).unwrap();
-    for wrong in ["0", "some", "1.5"] {
-        assert!(error(SMALL, &[&format!("parallel.shard={wrong}")]).contains("number of ranks"));
+    for (wrong, why) in
+        [("0", "of 1 to"), ("some", "a number of ranks, or auto"), ("1.5", "a number of ranks, or auto")]
+    {
+        assert!(error(SMALL, &[&format!("parallel.shard={wrong}")]).contains(why));
     }
     load_text(SMALL, &["tokenizer=null", "model={path: m}"]).unwrap().validate(1).unwrap();
 }
@@ -355,7 +397,10 @@ fn rope_scaling_is_checked() {
     let rope = "{factor: 8, low_freq_factor: 4, high_freq_factor: 1, original_max_position_embeddings: 64}";
     let init = "hidden_size: 128, num_hidden_layers: 2, num_attention_heads: 4";
     let message = error(SMALL, &[&format!("model={{init: {{{init}, rope_scaling: {rope}}}}}")]);
-    assert!(message.contains("'model.init': rope_scaling: the numbers must be above 0"), "{message}");
+    assert!(
+        message.contains("'model.init.rope_scaling': high_freq_factor must be above low_freq_factor"),
+        "{message}"
+    );
 }
 
 #[test]

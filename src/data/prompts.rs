@@ -169,7 +169,7 @@ impl Prompts {
         }
         let weights: Vec<f64> = sources.iter().filter_map(|s| s.weight).collect();
         if weights.len() != sources.len() && !weights.is_empty() {
-            return Err(Error::config("data.train: give all sources a weight or none"));
+            return Err(Error::key("data.train", "give all sources a weight or none"));
         }
         if weights.is_empty() {
             pools = vec![pools.into_iter().flatten().collect()];
@@ -227,11 +227,10 @@ fn shots_of(few: &FewShot) -> Result<(Vec<Message>, Unused)> {
         read += 1;
     }
     match read < few.count {
-        true => Err(Error::config(format!(
-            "data.few_shot.count: {} are asked for, and {} has {read} records",
-            few.count,
-            few.path.display()
-        ))),
+        true => Err(Error::key(
+            "data.few_shot.count",
+            format!("{} are asked for, and {} has {read} records", few.count, few.path.display()),
+        )),
         false => Ok((shots, unused)),
     }
 }
@@ -246,7 +245,8 @@ mod tests {
     fn open(folder: &TestFolder, lines: &str, data: &str, most: usize, seed: Option<u64>) -> Result<Prompts> {
         let path = folder.0.join("prompts.jsonl");
         std::fs::write(&path, lines).unwrap();
-        let data: Data = serde_saphyr::from_str(&format!("{{train: [{}]{data}}}", path.display())).unwrap();
+        let data: Data =
+            crate::config::json::of_text(&format!("{{train: [{}]{data}}}", path.display())).unwrap();
         let section = crate::config::sections::Tokenizer {
             chat_template: Some(
                 "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt \
@@ -326,7 +326,10 @@ mod tests {
         assert_eq!(turns, ["1+1", "2", "short"]);
         let few = format!(", few_shot: {{path: {}, count: 3}}", shots.display());
         let e = open(&folder, &lines, &few, 60, None).map(drop).unwrap_err();
-        assert!(e.message.contains("data.few_shot.count: 3 are asked for") && e.exit_code() == 2, "{e}");
+        assert!(
+            e.to_string().contains("'data.few_shot.count': 3 are asked for") && e.exit_code() == 2,
+            "{e}"
+        );
         assert!(e.message.contains("has 2 records"), "{e}");
     }
 }

@@ -28,7 +28,7 @@ pub fn agree<T>(group: &Group, mine: Result<T>) -> Result<T> {
     let mut packed = vec![0.0; MESSAGE + 1];
     if let (true, Err(e)) = (first == rank, &mine) {
         packed[0] = f64::from(e.exit_code());
-        packed.iter_mut().skip(1).zip(e.message.bytes()).for_each(|(to, byte)| *to = f64::from(byte));
+        packed.iter_mut().skip(1).zip(e.to_string().bytes()).for_each(|(to, byte)| *to = f64::from(byte));
     }
     let packed = group.combine(&packed, ReduceOp::Sum);
     let theirs = match (mine, packed) {
@@ -47,8 +47,10 @@ pub fn agree<T>(group: &Group, mine: Result<T>) -> Result<T> {
         message.strip_prefix("rank ").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
     Err(match named {
         // That of a third rank, passed on.
-        true => Error { kind, message: message.into() },
-        false => Error { kind, message: format!("rank {}: {message}", group.ranks()[first as usize]) },
+        true => Error { kind, message: message.into(), key: None },
+        false => {
+            Error { kind, message: format!("rank {}: {message}", group.ranks()[first as usize]), key: None }
+        }
     })
 }
 

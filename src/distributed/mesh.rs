@@ -126,7 +126,8 @@ impl ShardingPlan {
             (Mode::Hybrid, ShardSize::Ranks(n)) => n,
             (Mode::Hybrid, ShardSize::Auto) if ranks == 1 => 1,
             (Mode::Hybrid, ShardSize::Auto) => {
-                return Err(Error::config(
+                return Err(Error::key(
+                    "parallel.shard",
                     "auto is the number of a host's ranks, which memory depends on and which is not known here; give it, such as \
                      parallel.shard=8",
                 ));

@@ -16,7 +16,9 @@ use crate::model::layout::{EMBEDDING, LM_HEAD, SCORE, layouts};
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Trainable {
+    #[serde(with = "crate::config::json")]
     pub freeze: Freeze,
+    #[serde(with = "crate::config::json")]
     pub lora: Option<Lora>,
     /// The blocks that have adapters, by number; none: all that are not frozen.
     #[serde(default)]
@@ -139,7 +141,7 @@ impl Trainable {
         let trained = |p: &Plan| p.roles.contains(&Role::Trained) || !p.adapters.is_empty();
         match plans.iter().any(trained) {
             true => Ok(plans),
-            false => Err(Error::config("freeze leaves nothing that is trained")),
+            false => Err(Error::key("freeze", "it leaves nothing that is trained")),
         }
     }
 
@@ -208,10 +210,13 @@ impl Trainable {
     fn check(&self, shape: &Shape, layouts: &[Layout]) -> Result<()> {
         let specs = || layouts.iter().flat_map(|l| &l.specs);
         if self.freeze.blocks as i64 > shape.num_hidden_layers {
-            return Err(Error::config(format!(
-                "freeze.blocks: {} are more than the model's {} blocks",
-                self.freeze.blocks, shape.num_hidden_layers
-            )));
+            return Err(Error::key(
+                "freeze.blocks",
+                format!(
+                    "{} are more than the model's {} blocks",
+                    self.freeze.blocks, shape.num_hidden_layers
+                ),
+            ));
         }
         for pattern in &self.freeze.train_only {
             if !specs().any(|s| occurs(pattern, &s.name)) {
@@ -230,8 +235,9 @@ impl Trainable {
         }
         for name in &lora.modules_to_save {
             if shape.tie_word_embeddings && ends_with(module(LM_HEAD), name) {
-                return Err(Error::config(
-                    "lora.modules_to_save: the model's head is its embedding; name embed_tokens",
+                return Err(Error::key(
+                    "lora.modules_to_save",
+                    "the model's head is its embedding; name embed_tokens",
                 ));
             }
             let saved = || specs().map(|s| module(&s.name)).filter(|m| !linears().any(|l| l == *m));
@@ -248,8 +254,9 @@ impl Trainable {
         }
         let on_experts = linears().any(|m| m.contains(".experts.") && lora.targets(m));
         if lora.dropout > 0.0 && on_experts {
-            return Err(Error::config(
-                "lora.dropout: adapters of experts have no dropout; set it to 0, or take targets: attention",
+            return Err(Error::key(
+                "lora.dropout",
+                "adapters of experts have no dropout; set it to 0, or take targets: attention",
             ));
         }
         Ok(())
@@ -269,7 +276,7 @@ fn unknown<'a>(key: &str, name: &str, what: &str, known: impl Iterator<Item = &'
             names.push(part);
         }
     }
-    Error::config(format!("{key}: the model has no {what} '{name}'; it has {}", names.join(", ")))
+    Error::key(key, format!("the model has no {what} '{name}'; it has {}", names.join(", ")))
 }
 
 #[cfg(test)]
@@ -390,7 +397,7 @@ mod tests {
         let mut shape = shape();
         let refused = |t: Trainable, why: &str| {
             let e = t.plans(&shape).unwrap_err();
-            assert!(e.message.contains(why) && e.exit_code() == 2, "{e}");
+            assert!(e.to_string().contains(why) && e.exit_code() == 2, "{e}");
         };
         let freeze = |blocks, train_only: &[&str]| Freeze {
             blocks,

@@ -132,8 +132,9 @@ impl AdamW {
         let hyper = Hyper { betas: c.betas, eps: c.eps, weight_decay: c.weight_decay };
         match (c.offload, params.device()) {
             (false, _) => Ok(AdamW::kept(params, hyper, c.moments)),
-            (true, Device::Cpu) => Err(Error::config(
-                "optim.offload: on a CPU the optimizer's state is in host memory anyway; leave it out",
+            (true, Device::Cpu) => Err(Error::key(
+                "optim.offload",
+                "on a CPU the optimizer's state is in host memory anyway; leave it out",
             )),
             (true, device) => {
                 AdamW::offloaded(params, hyper, c.moments, STREAMED, |t| Ok(t.f_pin_memory(device)?))
@@ -305,6 +306,6 @@ mod tests {
         let params = Sharded::new([layout], Sharding::solo(), Kind::Float, Device::Cpu);
         let refused = AdamW::configured(&params, &Optim { offload: true, ..Optim::default() });
         let e = refused.err().unwrap();
-        assert!(e.exit_code() == 2 && e.message.contains("optim.offload"), "{e}");
+        assert!(e.exit_code() == 2 && e.to_string().contains("optim.offload"), "{e}");
     }
 }

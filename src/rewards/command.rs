@@ -51,7 +51,7 @@ impl Command {
             }
         });
         let timeout = Duration::try_from_secs_f64(timeout_s.unwrap_or(DEFAULT_TIMEOUT_S));
-        let timeout = timeout.map_err(|_| Error::config("rewards: timeout_s is too long"))?;
+        let timeout = timeout.map_err(|_| Error::key("rewards", "timeout_s is too long"))?;
         Ok(Command { run: run.to_string(), timeout, questions, answers, program })
     }
 

@@ -11,6 +11,7 @@ use regex::Regex;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::config::Conflicts;
 use crate::config::rewards::{Reward, RewardKind};
 use crate::error::{Error, Result};
 use command::Command;
@@ -81,16 +82,18 @@ impl Judge {
     pub fn new(rewards: &[Reward]) -> Result<Judge> {
         let mut rules: Vec<(String, f64, Rule)> = Vec::new();
         for (i, reward) in rewards.iter().enumerate() {
-            let place = |why: String| Error::config(format!("rewards, number {}: {why}", i + 1));
-            if let Some(why) = reward.conflict() {
-                return Err(place(why));
+            let refused = |key: &str, why: &str| Error::key(&format!("rewards.{i}.{key}"), why);
+            let mut conflicts = Conflicts::default();
+            reward.conflicts(&mut conflicts);
+            if let Some((key, why)) = conflicts.iter().next() {
+                return Err(refused(key, why));
             }
             let text = |text: &Option<String>| text.clone().unwrap_or_default();
             let rule = match reward.kind {
                 RewardKind::Gsm8k => Rule::Gsm8k(reward.form.unwrap_or_default()),
                 RewardKind::Math => Rule::Math,
                 RewardKind::Format => Rule::Format(
-                    Regex::new(&text(&reward.pattern)).map_err(|e| place(format!("pattern: {e}")))?,
+                    Regex::new(&text(&reward.pattern)).map_err(|e| refused("pattern", &e.to_string()))?,
                 ),
                 RewardKind::Length => {
                     let most = reward.most.unwrap_or(1);
@@ -167,7 +170,7 @@ mod tests {
     use super::*;
 
     fn rewards(yaml: &str) -> Vec<Reward> {
-        serde_saphyr::from_str(yaml).unwrap()
+        crate::config::json::of_text(yaml).unwrap()
     }
 
     fn judge(yaml: &str, response: &str, reference: Option<&str>, score: Option<f64>) -> Result<Judgement> {
@@ -220,14 +223,14 @@ mod tests {
     fn rules_that_do_not_fit_are_refused() {
         let cases = [
             ("[{kind: format}]", "needs pattern"),
-            ("[{kind: format, pattern: '('}]", "rewards, number 1: pattern"),
-            ("[{kind: math}, {kind: math, form: strict}]", "number 2: 'form' is of the kind gsm8k"),
+            ("[{kind: format, pattern: '('}]", "'rewards.0.pattern': regex"),
+            ("[{kind: math}, {kind: math, form: strict}]", "'rewards.1.form': is of the kind gsm8k"),
             ("[{kind: length, most: 3, buffer: 4}]", "more than the 3"),
             ("[{kind: command}]", "needs run"),
         ];
         for (yaml, why) in cases {
             let e = Judge::new(&rewards(yaml)).map(drop).unwrap_err();
-            assert!(e.message.contains(why) && e.exit_code() == 2, "{e}");
+            assert!(e.to_string().contains(why) && e.exit_code() == 2, "{e}");
         }
     }
 

@@ -58,6 +58,7 @@ pub fn losses(s: &Section, p: &PairLogRatios) -> Tensor {
 mod tests {
     use super::*;
     use crate::algorithms::step::differentiate;
+    use crate::config::Conflicts;
     use crate::config::dpo::{Pairs as Which, ReferenceFrom};
     use serde_json::Value;
     use tch::Kind;
@@ -107,7 +108,9 @@ mod tests {
                 pairs: Which::All,
                 reference: ReferenceFrom::Cached,
             };
-            assert_eq!(section.conflict(), None, "{name}");
+            let mut found = Conflicts::default();
+            section.conflicts(&mut found);
+            assert_eq!(found, Conflicts::default(), "{name}");
             for (kind, tolerance) in [(Kind::Double, 1e-10), (Kind::Float, 1e-5)] {
                 let to = |t: &Tensor| t.to_kind(kind);
                 let pairs = |policy: &Tensor| {

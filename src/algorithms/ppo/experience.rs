@@ -99,7 +99,7 @@ fn scores(c: &Ppo, batch: &Batch) -> Vec<Option<f64>> {
     let there: Vec<f64> = scores.iter().flatten().copied().collect();
     let baseline = match ppo.reward_baseline {
         Baseline::Number(x) => x,
-        Baseline::Of(_) => there.iter().sum::<f64>() / there.len().max(1) as f64,
+        Baseline::Batch => there.iter().sum::<f64>() / there.len().max(1) as f64,
     };
     let clip = ppo.reward_clip.unwrap_or(f64::INFINITY);
     scores.into_iter().map(|s| s.map(|s| (s - baseline).clamp(-clip, clip))).collect()

@@ -26,6 +26,7 @@ use crate::algorithms::session;
 use crate::checkpoint::{Checkpoint, Part};
 use crate::config::common::Common;
 use crate::config::model::Model;
+use crate::config::models::of_model;
 use crate::config::ppo::Ppo;
 use crate::config::reward::Score;
 use crate::config::sections::{self, Precision};
@@ -69,7 +70,7 @@ impl Recipe for Ppo {
             let trainable = base.trainable(&section.freeze, section.lora.as_ref())?;
             Ok((base, trainable))
         };
-        let critic = critic().map_err(|e| e.context("critic"))?;
+        let critic = critic().map_err(|e| of_model("critic", e))?;
         let ptx = match &self.ppo.ptx {
             None => None,
             Some(ptx) => {

@@ -39,7 +39,7 @@ impl<'a> Where<'a> {
     pub fn of(world: &'a World, name: &str, device: Option<&str>, trained: bool) -> Result<Where<'a>> {
         let Some(device) = device else { return Ok(Where::Run(world)) };
         let choice: DeviceChoice =
-            device.parse().map_err(|e: Error| Error::config(format!("{name}.device: {}", e.message)))?;
+            device.parse().map_err(|e: Error| Error::key(&format!("{name}.device"), e.message))?;
         let same = match (choice, world.device) {
             (DeviceChoice::Cpu, Device::Cpu) => true,
             (DeviceChoice::Cuda, Device::Cuda(i)) => i == world.local_rank as usize,
@@ -50,11 +50,11 @@ impl<'a> Where<'a> {
             return Ok(Where::Run(world));
         }
         if trained && world.world_size > 1 {
-            return Err(Error::config(format!(
-                "{name}.device: with several ranks a model that is trained is where they meet, on {:?}; leave it out, or set \
-                 --device",
+            let why = format!(
+                "with several ranks a model that is trained is where they meet, on {:?}; leave it out, or set --device",
                 world.device
-            )));
+            );
+            return Err(Error::key(&format!("{name}.device"), why));
         }
         let choice = match choice {
             DeviceChoice::Cuda => DeviceChoice::CudaIndex(world.local_rank as usize),
@@ -99,9 +99,10 @@ pub fn where_it_was<T>(model: &mut Llama, work: impl FnOnce(&mut Llama) -> Resul
 /// Refuses to offload from where there is nothing to offload to.
 pub fn check_offload(name: &str, offload: bool, world: &World) -> Result<()> {
     match offload && world.device == Device::Cpu {
-        true => Err(Error::config(format!(
-            "{name}.offload: the model computes on the CPU, whose memory is the host's; leave it out"
-        ))),
+        true => Err(Error::key(
+            &format!("{name}.offload"),
+            "the model computes on the CPU, whose memory is the host's; leave it out",
+        )),
         false => Ok(()),
     }
 }

@@ -16,6 +16,7 @@ use crate::algorithms::training::Run;
 use crate::checkpoint::{Checkpoint, Metric, ModelRecord, Part};
 use crate::config::common::Common;
 use crate::config::model::Model;
+use crate::config::models::of_model;
 use crate::config::policy::OwnResponses;
 use crate::config::prompts::Data;
 use crate::config::sections::{Compute, Precision, Valid};
@@ -65,23 +66,23 @@ impl Opened {
         let c = &s.common;
         let length = s.data.sequence_length;
         let open = |path: &Path| Base::open(&Model::Path(path.to_path_buf()), s.tokenizer, length);
-        let actor = open(&s.actor.path).map_err(|e| e.context("actor"))?.dated(s.data.template_date);
+        let actor = open(&s.actor.path).map_err(|e| of_model("actor", e))?.dated(s.data.template_date);
         let trainable = actor.trainable(&s.actor.freeze, s.actor.lora.as_ref());
-        let trainable = trainable.map_err(|e| e.context("actor"))?;
+        let trainable = trainable.map_err(|e| of_model("actor", e))?;
         let adapted = actor.weights.as_ref().is_some_and(|w| w.lora().is_some());
         let reference = match s.reference {
             // Of adapters that the actor came with the reference is the model with them.
             None if !reference || (s.actor.lora.is_some() && !adapted) => None,
             section => {
                 let base =
-                    open(section.map_or(&s.actor.path, |r| &r.path)).map_err(|e| e.context("reference"))?;
-                check_reads(&base, &actor).map_err(|e| e.context("reference"))?;
+                    open(section.map_or(&s.actor.path, |r| &r.path)).map_err(|e| of_model("reference", e))?;
+                check_reads(&base, &actor).map_err(|e| of_model("reference", e))?;
                 Some(base)
             }
         };
         let reward_model =
             s.reward_model.map(|r| reward_model::Opened::open(r, &actor.tokenizer)).transpose();
-        let reward_model = reward_model.map_err(|e| e.context("reward_model"))?;
+        let reward_model = reward_model.map_err(|e| of_model("reward_model", e))?;
         let judge = Rc::new(RefCell::new(Judge::new(&s.rewards)?));
         let sampler = |data: &Data| {
             let chat = Chat::new(&actor.tokenizer)?;

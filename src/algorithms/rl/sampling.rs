@@ -121,10 +121,13 @@ impl Sampler {
     ) -> Result<Sampler> {
         let (new, all) = (generation.max_new_tokens.high, data.sequence_length as usize);
         if all > shape.max_position_embeddings as usize {
-            return Err(Error::config(format!(
-                "data.sequence_length: {all} is more than the model's max_position_embeddings, {}",
-                shape.max_position_embeddings
-            )));
+            return Err(Error::key(
+                "data.sequence_length",
+                format!(
+                    "{all} is more than the model's max_position_embeddings, {}",
+                    shape.max_position_embeddings
+                ),
+            ));
         }
         let prompts = Prompts::open(data, &data.train, &chat, all.saturating_sub(new), Some(seed))?;
         prompts.warn_unused(judge.borrow().reads_records());
@@ -139,10 +142,10 @@ impl Sampler {
             Some(text) => match chat.tokenizer().encode(text, false)?[..] {
                 [id] => Some((i64::from(id), generation.truncate_after)),
                 ref ids => {
-                    return Err(Error::config(format!(
-                        "generation.truncate_token: {text:?} is {} tokens; name a text that is one",
-                        ids.len()
-                    )));
+                    return Err(Error::key(
+                        "generation.truncate_token",
+                        format!("{text:?} is {} tokens; name a text that is one", ids.len()),
+                    ));
                 }
             },
         };

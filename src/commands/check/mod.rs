@@ -67,7 +67,7 @@ pub fn check<R: Recipe>(args: OfRecipe, global: &Global) -> Result<()> {
         );
         return memory(c, &target);
     }
-    let inputs = c.open()?;
+    let inputs = c.open().map_err(|e| loaded.locate(e))?;
     examine(&loaded, &start, &[])?;
     if let Shown::Windows { train, valid, .. } = c.shown(&inputs) {
         train.sets().chain(valid.iter().flat_map(|v| v.sets())).try_for_each(|set| set.verify())?;

@@ -1,6 +1,7 @@
 use super::*;
 use crate::config::dpo::Dpo;
 use crate::config::grpo::Grpo;
+use crate::config::keys::Key;
 use crate::config::online_dpo::OnlineDpo;
 use crate::config::ppo::Ppo;
 use crate::config::pretrain::Pretrain;
@@ -8,38 +9,17 @@ use crate::config::reward::Reward;
 use crate::config::sft::Sft;
 use crate::files::TestFolder;
 
-/// The keys that a section has: those that the error about an unknown one lists.
-fn keys_of<T: Algorithm>(section: &str) -> Option<Vec<String>> {
-    let below = |key: &str| if section.is_empty() { key.to_string() } else { format!("{section}.{key}") };
-    // A list has its keys in its items.
-    let texts = [format!("{}=1", below("zzz")), format!("{section}=[{{zzz: 1}}]")];
-    let unknown = texts.into_iter().find_map(|text| {
-        let message = parse::<T>("{}", "c".into(), false, &[text]).err()?.message;
-        message.contains("unknown key").then_some(message)
-    })?;
-    let known = unknown.split("(known here: ").nth(1)?;
-    // The key that is told is this section's, with the index of a list's item.
-    let told: String = unknown.split("unknown key '").nth(1)?.split('\'').next()?.into();
-    let told: Vec<&str> = told.split('.').filter(|part| part.parse::<usize>().is_err()).collect();
-    (told.join(".") == below("zzz")).then(|| known.trim_end_matches(')').split(", ").map(below).collect())
-}
-
 /// Every leaf of a configuration.
 fn all_keys<T: Algorithm>() -> Vec<String> {
-    let (mut open, mut found) = (keys_of::<T>("").unwrap(), Vec::new());
-    while let Some(key) = open.pop() {
-        match keys_of::<T>(&key) {
-            Some(keys) => open.extend(keys),
-            None => found.push(key),
-        }
-    }
-    found
+    let keys = T::keys();
+    let is_leaf = |key: &&(String, &Key)| key.1.kind.section().is_none();
+    keys.all().iter().filter(is_leaf).map(|(name, _)| name.clone()).collect()
 }
 
 fn expect_classes<T: Algorithm>(some: &[&str]) {
     let keys = all_keys::<T>();
-    let missing: Vec<&String> = keys.iter().filter(|key| class_of(T::SUBCOMMAND, key).is_none()).collect();
-    assert!(missing.is_empty(), "{}: no class in KEYS: {missing:?}", T::SUBCOMMAND);
+    let missing: Vec<&String> = keys.iter().filter(|key| T::keys().class_of(key).is_none()).collect();
+    assert!(missing.is_empty(), "{}: no class: {missing:?}", T::SUBCOMMAND);
     for key in some {
         assert!(keys.iter().any(|there| there == key), "{}: {key} is not among {keys:?}", T::SUBCOMMAND);
     }
@@ -54,11 +34,11 @@ fn every_key_of_every_stage_has_a_class() {
     expect_classes::<OnlineDpo>(&["dpo.moving_reference.rate", "rewards.timeout_s"]);
     expect_classes::<Grpo>(&["grpo.epsilon_high", "actor.optim.lr", "reward_model.device"]);
     expect_classes::<Ppo>(&["critic.lora.rank", "ppo.ptx.data.weight", "samples.trace"]);
-    assert_eq!(class_of("sft", "generation.top_p"), Some(Output));
-    assert_eq!(class_of("ppo", "generation.top_p"), Some(Mathematics));
-    assert_eq!(class_of("ppo", "critic.optim.offload"), Some(Execution));
-    assert_eq!(class_of("ppo", "rewards.3.timeout_s"), Some(Execution));
-    assert_eq!(class_of("sft", "optim.lrr"), None);
+    assert_eq!(Sft::keys().class_of("generation.top_p"), Some(Output));
+    assert_eq!(Ppo::keys().class_of("generation.top_p"), Some(Mathematics));
+    assert_eq!(Ppo::keys().class_of("critic.optim.offload"), Some(Execution));
+    assert_eq!(Ppo::keys().class_of("rewards.3.timeout_s"), Some(Execution));
+    assert_eq!(Sft::keys().class_of("optim.lrr"), None);
 }
 
 const TEXT: &str = "\

@@ -81,13 +81,16 @@ pub fn find(what: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
         return Ok(ChatTemplate { source: what.into(), place: "tokenizer.chat_template".into() });
     }
     if let Some(why) = broken_link(Path::new(what)) {
-        return Err(Error::config(format!("tokenizer.chat_template: {why}")));
+        return Err(Error::key("tokenizer.chat_template", why));
     }
     let source = std::fs::read_to_string(what).map_err(|e| {
-        Error::config(format!(
-            "tokenizer.chat_template: `{what}` is no built-in template ({}), no Jinja, and no file that can be read: {e}",
-            names()
-        ))
+        Error::key(
+            "tokenizer.chat_template",
+            format!(
+                "`{what}` is no built-in template ({}), no Jinja, and no file that can be read: {e}",
+                names()
+            ),
+        )
     })?;
     Ok(ChatTemplate { source, place: what.into() })
 }
@@ -118,7 +121,7 @@ fn quote(text: &str) -> String {
 /// # Errors
 /// Of kind Config: unknown, missing, or repeated placeholders, a lone brace; a tokenizer without EOS.
 pub fn plain(template: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
-    let bad = |what: String| Error::config(format!("tokenizer.template: {what}"));
+    let bad = |what: String| Error::key("tokenizer.template", what);
     let mut parts = vec![String::new()];
     let mut rest = template;
     while let Some(at) = rest.find(['{', '}']) {

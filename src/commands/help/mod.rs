@@ -1,0 +1,114 @@
+//! `corral help`: subcommands, and the keys of configurations, for people and for editors.
+
+mod catalog;
+mod markdown;
+mod schema;
+
+use crate::config::keys::{Class, Key};
+use crate::config::nearest;
+use crate::error::{Error, Result};
+use catalog::{Catalog, Place, default_of, values_of};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// A subcommand (`sft`, `bench step`), or a key of a configuration, whole or its end (`optim.lr`, `lr`)
+    #[arg(value_name = "SUBCOMMAND|KEY")]
+    pub of: Vec<String>,
+    /// A key, where a subcommand has the same name
+    #[arg(long, conflicts_with_all = ["markdown", "schema"])]
+    pub key: bool,
+    /// All keys, in Markdown: docs/config.md
+    #[arg(long, conflicts_with_all = ["of", "schema"])]
+    pub markdown: bool,
+    /// A JSON Schema of configurations, for editors: docs/corral.schema.json
+    #[arg(long, conflicts_with = "of")]
+    pub schema: bool,
+}
+
+/// Prints the help of a subcommand (`program` is the whole command line), of a key, or a document of all keys.
+pub fn run(args: &Args, mut program: clap::Command) -> Result<()> {
+    let text = if args.markdown {
+        markdown::document(&Catalog::new())
+    } else if args.schema {
+        schema::document(&Catalog::new())?
+    } else {
+        match subcommand(&mut program, &args.of).filter(|_| !args.key) {
+            Some(help) => help,
+            None => help_of_key(&Catalog::new(), &args.of.join(" "))?,
+        }
+    };
+    println!("{}", text.trim_end());
+    Ok(())
+}
+
+/// The help of a subcommand, or of the program where none is named.
+fn subcommand(program: &mut clap::Command, names: &[String]) -> Option<String> {
+    program.build();
+    let command = names.iter().try_fold(program, |command, name| command.find_subcommand_mut(name))?;
+    Some(command.render_long_help().to_string())
+}
+
+/// What is known of a key, by its dotted name or the end of it.
+fn help_of_key(catalog: &Catalog, name: &str) -> Result<String> {
+    let places = catalog.places();
+    let exact: Vec<&Place> = places.iter().filter(|p| p.name == name).collect();
+    let ends = |p: &&Place| p.name.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'));
+    let found = if exact.is_empty() { places.iter().filter(ends).collect() } else { exact };
+    if found.is_empty() {
+        let names: Vec<&str> = places.iter().map(|p| p.name.as_str()).collect();
+        let near = nearest(name, &names).map_or(String::new(), |near| format!("; did you mean '{near}'?"));
+        return Err(Error::config(format!(
+            "'{name}' is no subcommand and no key of a configuration{near} (all subcommands: corral help, all keys: corral help \
+             --markdown)"
+        )));
+    }
+    Ok(found.iter().map(|place| describe(place)).collect::<Vec<_>>().join("\n"))
+}
+
+fn describe(place: &Place) -> String {
+    let Place { name, recipes, key, class } = place;
+    let mut text = format!("{name} (of {})\n  {}\n", recipes.join(", "), key.about);
+    match key.kind.section() {
+        Some(section) => {
+            text += "  It has these keys:\n";
+            let width = section.keys.iter().map(|k| k.name.len()).max().unwrap_or(0);
+            for key in &section.keys {
+                text += &format!("    {:width$}  {}\n", key.name, key.about);
+            }
+        }
+        None => {
+            text += &format!("  Values:   {}\n  Default:  {}\n", values_of(key), default_of(key));
+            text += &words_of(key);
+            if let Some(class) = class {
+                text += &format!("  A change: {}\n", effect(*class));
+            }
+        }
+    }
+    text
+}
+
+/// The words of a choice, each with its meaning.
+fn words_of(key: &Key) -> String {
+    let Some(words) = key.kind.choice() else { return String::new() };
+    words
+        .iter()
+        .filter(|(_, about)| !about.is_empty())
+        .map(|(word, about)| format!("    {word}: {about}\n"))
+        .collect()
+}
+
+/// What a change of a key does to a run that goes on in its folder.
+fn effect(class: Class) -> &'static str {
+    match class {
+        Class::Mathematics => {
+            "mathematics: refused in the same folder; another run can go on from a checkpoint with it"
+        }
+        Class::State => "state: refused; no checkpoint can go on with it",
+        Class::Length => "length: taken; the schedule is computed anew",
+        Class::Output => "output: taken; no bit of the training changes",
+        Class::Execution => "execution: taken; no bit of the training changes",
+        Class::Rounding => "rounding: taken; the same mathematics, rounded in another order",
+        Class::Path => "path: the same file under another spelling is no change, another one is refused",
+        Class::Folder => "folder: that of the run itself",
+    }
+}

@@ -1,0 +1,95 @@
+//! What is wrong with a configuration: every problem with its place, and the nearest key or word that is known.
+
+use super::setting::join;
+use super::yaml::Place;
+use crate::error::Error;
+
+/// What was found so far.
+#[derive(Debug, Default)]
+pub struct Problems(Vec<Problem>);
+
+#[derive(Debug)]
+struct Problem {
+    place: Place,
+    key: String,
+    message: String,
+}
+
+impl Problems {
+    fn add(&mut self, place: &Place, key: String, message: String) {
+        self.0.push(Problem { place: place.clone(), key, message });
+    }
+
+    /// The value of `key` does not fit.
+    pub fn of_value(&mut self, place: &Place, key: &str, why: &str) {
+        let message = if key.is_empty() { why.to_string() } else { format!("'{key}': {why}") };
+        self.add(place, key.to_string(), message);
+    }
+
+    /// There is no key `name` in the section `path`.
+    pub fn unknown_key(&mut self, place: &Place, path: &str, name: &str, known: &[&str]) {
+        let key = join(path, name);
+        let message =
+            format!("unknown key '{key}'; {}(known here: {})", did_you_mean(name, known), known.join(", "));
+        self.add(place, key, message);
+    }
+
+    /// A word is none of those that `key` may have.
+    pub fn unknown_choice(&mut self, place: &Place, key: &str, word: &str, known: &[&str]) {
+        let why =
+            format!("unknown value '{word}'; {}(known: {})", did_you_mean(word, known), known.join(", "));
+        self.of_value(place, key, &why);
+    }
+
+    /// The section `path` at `place` lacks the key `name`.
+    pub fn missing_key(&mut self, place: &Place, path: &str, name: &str) {
+        let key = join(path, name);
+        let message = format!("the key '{key}' is missing");
+        self.add(place, key, message);
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether one of them is about a key below `path`.
+    pub fn has_below(&self, path: &str) -> bool {
+        self.0.iter().any(|p| p.key.strip_prefix(path).is_some_and(|rest| rest.starts_with('.')))
+    }
+
+    /// Whether what is said of `key` may follow from one of these problems: it is about the same key, one around or below it, or
+    /// speaks of it.
+    pub fn may_cause(&self, key: &str, why: &str) -> bool {
+        let within =
+            |a: &str, b: &str| a.strip_prefix(b).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+        self.0.iter().any(|p| within(key, &p.key) || within(&p.key, key) || why.contains(last(&p.key)))
+    }
+
+    /// One error, with a line for each problem, in the order of the file.
+    pub fn into_error(mut self) -> Option<Error> {
+        let line_and_column = |p: &Problem| match p.place {
+            Place::File { line, column, .. } => (line, column),
+            Place::Override(_) => (u64::MAX, u64::MAX),
+        };
+        self.0.sort_by_key(line_and_column);
+        let lines: Vec<String> = self.0.iter().map(|p| format!("{}: {}", p.place, p.message)).collect();
+        (!lines.is_empty()).then(|| Error::config(lines.join("\n")))
+    }
+}
+
+/// The last part of a dotted key.
+fn last(key: &str) -> &str {
+    key.rsplit('.').next().unwrap_or(key)
+}
+
+fn did_you_mean(given: &str, known: &[&str]) -> String {
+    nearest(given, known).map_or(String::new(), |near| format!("did you mean '{near}'? "))
+}
+
+/// The known word with the smallest edit distance, where that is small enough to be a slip of the fingers.
+pub fn nearest<'a>(given: &str, known: &[&'a str]) -> Option<&'a str> {
+    let distance = |word: &&str| strsim::osa_distance(&given.to_lowercase(), word);
+    let best = known.iter().min_by_key(|word| distance(word))?;
+    let close = distance(best) <= (given.chars().count() / 3).max(1);
+    (close || best.starts_with(given) || given.starts_with(best)).then_some(*best)
+}

@@ -223,7 +223,7 @@ fn what_cannot_be_is_refused() {
         (&["train.batch_size=1"], 2, "at least 2"),
         (&["kto={desirable_weight: 0, undesirable_weight: 0}"], 2, "above 0"),
         (&["kto.beta=0"], 2, "kto.beta"),
-        (&["model={preset: llama-15m}"], 2, "set model.path"),
+        (&["model={preset: llama-15m}"], 2, "give model.path"),
         (&["lora={rank: 4, alpha: 8, dropout: 0.1}"], 2, "data.packing"),
         (&["data.sequence_length=8"], 3, "no example"),
     ];

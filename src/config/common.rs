@@ -102,6 +102,19 @@ pub(super) fn conflicts_of_inputs(
     }
 }
 
+/// [`conflicts_of_inputs`] of an algorithm that goes on from a model whose completions are known.
+pub(super) fn conflicts_of_pretrained(
+    model: &Model,
+    tokenizer: Option<&Tokenizer>,
+    train: &[Source],
+    found: &mut Conflicts,
+) {
+    match model {
+        Model::Path(_) => conflicts_of_inputs(model, tokenizer, train, found),
+        _ => found.add("model", "there must be a model whose completions are known: give model.path"),
+    }
+}
+
 /// The paths that a model, its tokenizer and data are read from.
 pub fn paths<'a>(
     model: &'a Model,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::algorithm::{Algorithm, BuiltIn, built_in};
-use super::common::{Common, configuration, conflicts_of_inputs};
+use super::common::{Common, configuration, conflicts_of_pretrained};
 use super::conflict::Conflicts;
 use super::model::Model;
 use super::preferences::Data;
@@ -142,8 +142,7 @@ impl Algorithm for Dpo {
     }
 
     fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
-        self.model.conflicts_unless_path(found);
-        conflicts_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train, found);
+        conflicts_of_pretrained(&self.model, self.tokenizer.as_ref(), &self.data.train, found);
         self.data.conflicts(self.lora.as_ref(), found);
         self.dpo.conflicts(found);
         self.common().conflicts(world_size, found);

@@ -1,7 +1,7 @@
 //! The configuration of `corral kto`.
 
 use super::algorithm::{Algorithm, BuiltIn, built_in};
-use super::common::{Common, configuration, conflicts_of_inputs};
+use super::common::{Common, configuration, conflicts_of_pretrained};
 use super::conflict::Conflicts;
 use super::dpo::Reference;
 use super::model::Model;
@@ -70,7 +70,6 @@ impl Algorithm for Kto {
     }
 
     fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
-        self.model.conflicts_unless_path(found);
         if self.kto.loss == Loss::Kto && self.train.batch_size < 2 {
             let why = "must be at least 2: the KL is estimated on prompts with the completion of another record of the step";
             found.add("train.batch_size", why);
@@ -79,7 +78,7 @@ impl Algorithm for Kto {
             let why = "one of kto.desirable_weight and kto.undesirable_weight must be above 0";
             found.add("kto.desirable_weight", why);
         }
-        conflicts_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train, found);
+        conflicts_of_pretrained(&self.model, self.tokenizer.as_ref(), &self.data.train, found);
         self.data.conflicts(self.lora.as_ref(), found);
         self.common().conflicts(world_size, found);
         self.valid.conflicts(&self.data.valid, found);

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use serde_json::Value as Json;
 
-use super::conflict::Conflicts;
 use super::keys::Kind;
 use super::problems::Problems;
 use super::section::section;
@@ -90,15 +89,6 @@ impl Setting for Model {
 
     fn kind() -> Kind {
         ModelKeys::kind()
-    }
-}
-
-impl Model {
-    /// There must be one whose completions are known.
-    pub(super) fn conflicts_unless_path(&self, found: &mut Conflicts) {
-        if !matches!(self, Model::Path(_)) {
-            found.add("model", "there must be a model whose completions are known: give model.path");
-        }
     }
 }
 

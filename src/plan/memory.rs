@@ -4,6 +4,8 @@
 //! [`Memory`] knows shapes only from [`Plan`]s and [`Block`]s, which the model itself is made of; the walk stands for
 //! `llama.rs`, `mlp.rs`, `mixture.rs` and `head.rs`, and a test compares its peak with what libtorch's allocator gave to them.
 
+use std::collections::HashSet;
+
 use kernels::moments::Moment;
 use kernels::ops::accumulator;
 use tch::{Device, Kind, Tensor};
@@ -112,10 +114,8 @@ impl Memory {
             (batch.length as u64).next_power_of_two() as i64 * self.shape.head_dim * self.sizes.a,
         );
         // From the second one on all are alike.
-        let distinct = batch.micro_batches.min(2);
-        for k in 0..distinct {
-            let (fresh, last) = (k == 0, k + 1 == distinct);
-            let mut gradients = Gradients { fresh, last, reducing: None, tied: false };
+        let mut gradients = Gradients::of_step(batch.micro_batches.min(2));
+        while gradients.micro_batches_left > 0 {
             let kept = self.trunk(&mut walk, batch, Some(batch.recompute));
             self.head(&mut walk, batch.tokens(), Some(&mut gradients));
             self.backward(&mut walk, batch, kept, &mut gradients);
@@ -221,10 +221,8 @@ impl Memory {
         walk.give(logits, chunk_bytes + 2 * n * self.sizes.a);
         walk.give(activations, hidden);
         self.release(walk, group);
-        match (trains, self.shape.tie_word_embeddings) {
-            (true, false) => self.reduce(walk, group, gradients),
-            (true, true) => gradients.tied = true,
-            (false, _) => {}
+        if trains && !self.shape.tie_word_embeddings {
+            self.reduce(walk, group, gradients);
         }
     }
 
@@ -254,36 +252,34 @@ impl Memory {
             }
         }
         if self.lowest == 0 {
-            if !gradients.tied {
-                self.gradient(walk, 0, gradients);
-            }
+            self.gradient(walk, 0, gradients);
             self.reduce(walk, 0, gradients);
         }
         self.finish_reduction(walk, gradients);
+        gradients.micro_batches_left -= 1;
         // The gradient of the embedding's rows.
         walk.give(activations, stream + self.context(batch));
     }
 
     /// `Sharded::grad`
-    fn gradient(&self, walk: &mut Walk, group: usize, gradients: &Gradients) {
+    fn gradient(&self, walk: &mut Walk, group: usize, gradients: &mut Gradients) {
         let g = &self.groups[group];
         if g.whole_gradient > 0 {
-            if self.keep.gradients() && !gradients.fresh {
-                return;
+            if gradients.whole.insert(group) {
+                walk.take(|p| &mut p.whole_gradients, g.whole_gradient);
             }
-            walk.take(|p| &mut p.whole_gradients, g.whole_gradient);
-        } else if gradients.fresh {
+        } else if gradients.slices.insert(group) {
             walk.take(|p| &mut p.gradients, g.gradient);
         }
     }
 
     /// `Sharded::reduce`
     fn reduce(&self, walk: &mut Walk, group: usize, gradients: &mut Gradients) {
-        if self.keep.gradients() && !gradients.last {
+        if self.keep.gradients() && gradients.micro_batches_left > 1 {
             return;
         }
         self.finish_reduction(walk, gradients);
-        if self.groups[group].whole_gradient > 0 {
+        if gradients.whole.remove(&group) {
             walk.take(|p| &mut p.gradients, self.groups[group].gradient);
             gradients.reducing = Some(group);
         }
@@ -292,22 +288,32 @@ impl Memory {
     fn finish_reduction(&self, walk: &mut Walk, gradients: &mut Gradients) {
         if let Some(group) = gradients.reducing.take() {
             walk.give(|p| &mut p.whole_gradients, self.groups[group].whole_gradient);
-            if !gradients.fresh && !self.keep.gradients() {
-                // Added to the slice that was there.
+            if !gradients.slices.insert(group) {
+                // Added to the slice of earlier micro-batches.
                 walk.give(|p| &mut p.gradients, self.groups[group].gradient);
             }
         }
     }
 }
 
-/// What becomes of gradients in a micro-batch.
+/// The gradients of a step, as [`Sharded`](crate::distributed::sharded::Sharded) has them.
 struct Gradients {
-    /// It is the first of its step: there are no slices yet.
-    fresh: bool,
-    /// It is the last of its step.
-    last: bool,
+    micro_batches_left: i64,
+    /// Groups with a gradient over all values.
+    whole: HashSet<usize>,
+    /// Groups with a slice of the step's gradient.
+    slices: HashSet<usize>,
     /// The group whose gradient is under reduction.
     reducing: Option<usize>,
-    /// The head has begun the embedding's gradient.
-    tied: bool,
+}
+
+impl Gradients {
+    fn of_step(micro_batches: i64) -> Gradients {
+        Gradients {
+            micro_batches_left: micro_batches,
+            whole: HashSet::new(),
+            slices: HashSet::new(),
+            reducing: None,
+        }
+    }
 }

@@ -65,14 +65,14 @@ fn rows(shape: &Shape, first: i64, n: i64) -> (Input, Tensor) {
 /// Adds to the gradients of a step of 120 tokens; `parts` are first rows and how many. Returns the sum of the losses.
 fn accumulate(model: &mut Llama, parts: &[(i64, i64)], recompute: Recompute) -> f64 {
     let mut loss = 0.0;
-    for (i, (first, n)) in parts.iter().enumerate() {
+    model.params.begin_step_gradients(parts.len());
+    for (first, n) in parts {
         let (input, labels) = rows(&model.shape, *first, *n);
-        let last = i + 1 == parts.len();
         let (hidden, tape) = model.forward(&input, recompute).unwrap();
         let a = kernels::ops::accumulator(hidden.kind());
         let coef = Tensor::full([labels.size()[0]], -1.0 / 120.0, (a, Device::Cpu));
-        let (logprobs, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coef, last).unwrap();
-        model.backward(dhidden, tape, last).unwrap();
+        let (logprobs, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coef).unwrap();
+        model.backward(dhidden, tape).unwrap();
         loss -= logprobs.sum(Kind::Double).double_value(&[]);
     }
     model.params.finish_step_gradients().unwrap();

@@ -66,18 +66,18 @@ fn loss_and_gradients(
     let count = shifted(labels).ge(0).sum(Kind::Int64).double_value(&[]);
     let rows = ids.size()[0];
     let mut loss = 0.0;
+    model.params.begin_step_gradients(micro_batches as usize);
     for i in 0..micro_batches {
         let (first, end) = (i * rows / micro_batches, (i + 1) * rows / micro_batches);
         let part = |t: &Tensor| t.narrow(0, first, end - first);
         let input = Input::with_mask(part(&ids), &part(&mask));
-        let last = i + 1 == micro_batches;
         let (hidden, tape) = model.forward(&input, recompute).unwrap();
         let labels = shifted(&part(labels));
         let kind = if hidden.kind() == Kind::Double { Kind::Double } else { Kind::Float };
         let coef = Tensor::full([labels.size()[0]], -1.0 / count, (kind, device()));
         let labels = labels.to_device(device());
-        let (logprobs, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coef, last).unwrap();
-        model.backward(dhidden, tape, last).unwrap();
+        let (logprobs, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coef).unwrap();
+        model.backward(dhidden, tape).unwrap();
         loss -= logprobs.sum(Kind::Double).double_value(&[]) / count;
     }
     model.params.finish_step_gradients().unwrap();
@@ -184,11 +184,11 @@ fn losses_of_log_probabilities_and_entropies() {
         assert!((value - expected.double_value(&[])).abs() < 1e-12 * value.abs());
         let [logprobs, entropies] = <[Option<Tensor>; 2]>::try_from(gradients).unwrap();
         let gradients = LogProbs { logprobs: logprobs.unwrap(), entropies };
-        let dhidden = LmHead::backward(&mut model, &hidden, &labels, temperature, &gradients, true).unwrap();
+        model.params.begin_step_gradients(1);
+        let dhidden = LmHead::backward(&mut model, &hidden, &labels, temperature, &gradients).unwrap();
         assert!(relative(&dhidden, &x.grad()) < 1e-12, "{family}: {}", relative(&dhidden, &x.grad()));
-        let (flat, _) = model.params.grad(group);
-        let dweight = model.params.layout(group).specs[0].view(&flat);
-        assert!(relative(&dweight, &w.grad()) < 1e-12, "{family}");
+        let dweight = model.params.single_grad(group).unwrap();
+        assert!(relative(dweight.sum().unwrap(), &w.grad()) < 1e-12, "{family}");
         model.params.clear_gradients();
 
         // The same as a step's entry.
@@ -266,15 +266,15 @@ fn padded_rows_are_as_alone() {
 /// Leaves the gradients of the golden batch's `parts` (first row, rows) in the parameters' slices.
 fn accumulate(model: &mut Llama, family: &str, parts: &[(i64, i64)]) {
     let g = Golden::read(family);
-    for (i, (first, rows)) in parts.iter().enumerate() {
+    model.params.begin_step_gradients(parts.len());
+    for (first, rows) in parts {
         let part = |name: &str| g.single[name].narrow(0, *first, *rows);
         let input = Input::with_mask(part("input_ids"), &part("attention_mask"));
-        let last = i + 1 == parts.len();
         let (hidden, tape) = model.forward(&input, Recompute::Selective).unwrap();
         let labels = shifted(&part("labels"));
         let coef = Tensor::full([labels.size()[0]], -0.01, (Kind::Double, Device::Cpu));
-        let (_, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coef, last).unwrap();
-        model.backward(dhidden, tape, last).unwrap();
+        let (_, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coef).unwrap();
+        model.backward(dhidden, tape).unwrap();
     }
     model.params.finish_step_gradients().unwrap();
 }
@@ -351,9 +351,10 @@ fn load_balancing_gradient() {
     let mut model = load(&golden_model("mixtral"), Kind::Double);
     let (input, _, _) = g.input();
     for recompute in [Recompute::None, Recompute::Full] {
+        model.params.begin_step_gradients(1);
         let (hidden, mut tape) = model.forward(&input, recompute).unwrap();
         let at = tape.balance_loss(3.0).unwrap();
-        model.backward(hidden.zeros_like(), tape, true).unwrap();
+        model.backward(hidden.zeros_like(), tape).unwrap();
         model.params.finish_step_gradients().unwrap();
         let trunk = 0..model.params.len() - 1; // without the head
         let grads: Vec<Tensor> = trunk.clone().map(|i| model.params.slice_grad(i).unwrap()).collect();
@@ -383,12 +384,13 @@ fn load_balancing_gradient() {
 fn experts_without_tokens_have_no_gradient() {
     let mut model = load(&golden_model("mixtral"), Kind::Float);
     for i in 0..model.params.len() {
-        let _ = model.params.grad(i).0.fill_(f64::NAN); // what memory that is given out again may hold
+        let _ = model.params.grad(i).unwrap().flat().shallow_clone().fill_(f64::NAN); // what memory that is given out again may hold
     }
     model.params.clear_gradients();
+    model.params.begin_step_gradients(1);
     let (hidden, tape) =
         model.forward(&Input::new(Tensor::from_slice(&[5i64]).view([1, 1])), Recompute::Full).unwrap();
-    model.backward(hidden.ones_like(), tape, true).unwrap();
+    model.backward(hidden.ones_like(), tape).unwrap();
     model.params.finish_step_gradients().unwrap();
     let grad = model.params.slice_grad(1).unwrap();
     let size = |name: &&str| {

@@ -41,10 +41,10 @@ fn adamw_trajectories() {
             let hyper = Hyper { betas, eps: number("eps"), weight_decay: number("weight_decay") };
             let mut optimizer = AdamW::new(&params, hyper);
             for step in 0..multipliers.len() {
-                let (grad, fresh) = params.grad(0);
-                assert!(fresh);
+                assert!(params.slice_grad(0).is_none(), "an update forgets the gradient");
+                let grad = params.grad(0).unwrap();
                 for spec in &specs {
-                    spec.view(&grad).copy_(&t[&format!("grad.{}.{step}", spec.name)]);
+                    spec.view(grad.flat()).copy_(&t[&format!("grad.{}.{step}", spec.name)]);
                 }
                 let norm = AdamW::sum_squares(&params).unwrap().sqrt();
                 let (lr, scale) = match mode {
@@ -180,11 +180,12 @@ fn lora() {
         let labels = shifted(&g["labels"]).to_device(device());
         let count = labels.ge(0).sum(Kind::Int64).double_value(&[]);
         for recompute in [Recompute::None, Recompute::Full] {
+            model.params.begin_step_gradients(1);
             let (hidden, tape) = model.forward(&input(), recompute).unwrap();
             let a = if kind == Kind::Double { Kind::Double } else { Kind::Float };
             let coef = Tensor::full([labels.size()[0]], -1.0 / count, (a, device()));
-            let (logprobs, dhidden) = LmHead::linear_loss(&mut model, &hidden, &labels, &coef, true).unwrap();
-            model.backward(dhidden, tape, true).unwrap();
+            let (logprobs, dhidden) = LmHead::linear_loss(&mut model, &hidden, &labels, &coef).unwrap();
+            model.backward(dhidden, tape).unwrap();
             model.params.finish_step_gradients().unwrap();
             let loss = -logprobs.sum(Kind::Double) / count;
             near("loss", &loss.to_device(Device::Cpu), &g["loss"], kind, largest);
@@ -247,13 +248,14 @@ fn packed_documents_are_as_each_on_its_own() {
     let count = labels.ge(0).sum(Kind::Int64).double_value(&[]);
     let run = |kind, input: &Input, labels: &Tensor| {
         let mut model = load(&golden_model("llama2"), kind);
+        model.params.begin_step_gradients(1);
         let (hidden, tape) = model.forward(input, Recompute::None).unwrap();
         let logits = model.next_token_logits(&hidden).unwrap().to_device(Device::Cpu).to_kind(Kind::Double);
         let accumulator = if kind == Kind::Double { Kind::Double } else { Kind::Float };
         let coef = Tensor::full([labels.size()[0]], -1.0 / count, (accumulator, device()));
         let (logprobs, dhidden) =
-            LmHead::linear_loss(&mut model, &hidden, &labels.to_device(device()), &coef, true).unwrap();
-        model.backward(dhidden, tape, true).unwrap();
+            LmHead::linear_loss(&mut model, &hidden, &labels.to_device(device()), &coef).unwrap();
+        model.backward(dhidden, tape).unwrap();
         model.params.finish_step_gradients().unwrap();
         (logits, -logprobs.sum(Kind::Double).double_value(&[]) / count, gradients(&model))
     };

@@ -493,16 +493,23 @@ fn gradients_of_weights() {
         for (n, rows, columns) in [(0, 5, 6), (1, 1, 1), (37, 24, 40), (130, 7, 96)] {
             let (dy, x) = (randn(&[n, rows], kind), randn(&[n, columns], kind));
             let start = randn(&[rows, columns], ops::accumulator(kind));
-            for fresh in [true, false] {
+            for begun in [false, true] {
                 let dw = put(&start);
-                ops::grad_weight(&dw, &put(&dy), &put(&x), fresh).unwrap();
+                let grad = match begun {
+                    true => ops::WeightGrad::begun(dw.shallow_clone()),
+                    false => ops::WeightGrad::undefined(dw.shallow_clone()),
+                };
+                grad.add_product(&put(&dy), &put(&x)).unwrap();
                 let product = exact(&dy).tr().mm(&exact(&x));
                 let terms = product.abs().max().maximum(&exact(&start).abs().max()).double_value(&[]);
-                let want = if fresh { product } else { product + exact(&start) };
+                let want = if begun { product + exact(&start) } else { product };
                 // On the CPU bfloat16 products are rounded before they are added.
                 let kind = if device() == Device::Cpu { kind } else { statistics(kind) };
                 same_at("dw", &dw, &want, kind, terms);
+                assert!(grad.sum().unwrap().equal(&dw), "a sum that has begun stays");
             }
+            let empty = ops::WeightGrad::undefined(put(&start));
+            assert_eq!(empty.sum().unwrap().count_nonzero(None).int64_value(&[]), 0);
         }
     }
 }

@@ -83,16 +83,15 @@ pub fn accumulate(
     recompute: Recompute,
 ) -> Result<(Vec<f64>, Option<f64>)> {
     let (mut losses, mut aux_loss) = (Vec::new(), None);
-    let count = entries.len();
-    for (i, entry) in entries.iter_mut().enumerate() {
-        let last = i + 1 == count;
+    model.params.begin_step_gradients(entries.len());
+    for entry in entries {
         let (hidden, mut tape) = model.forward(&entry.batch.input, recompute)?;
         let labels = entry.batch.labels.to_device(hidden.device());
         let (loss, dhidden) = match &mut entry.objective {
             Objective::CrossEntropy { weight } => {
                 let kind = ops::accumulator(hidden.kind());
                 let coefs = Tensor::full([labels.size()[0]], -*weight, (kind, hidden.device()));
-                let (logprobs, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coefs, last)?;
+                let (logprobs, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coefs)?;
                 (-*weight * logprobs.sum(Kind::Double).double_value(&[]), dhidden)
             }
             Objective::LogProbs { temperature, entropies, loss } => {
@@ -109,21 +108,21 @@ pub fn accumulate(
                     logprobs: logprobs.map_or_else(|| out.logprobs.zeros_like(), Tensor::shallow_clone),
                     entropies: entropies.map(Tensor::shallow_clone),
                 };
-                let dhidden = LmHead::backward(model, &hidden, &labels, *temperature, &gradients, last)?;
+                let dhidden = LmHead::backward(model, &hidden, &labels, *temperature, &gradients)?;
                 (value, dhidden)
             }
             Objective::Values { loss } => {
                 let values = ScoreHead::values(model, &hidden)?;
                 let (value, mut gradients) = differentiate(&[&values], |leaves| loss(&leaves[0]))?;
                 let gradient = gradients.remove(0).unwrap_or_else(|| values.zeros_like());
-                (value, ScoreHead::backward(model, &hidden, &gradient, last)?)
+                (value, ScoreHead::backward(model, &hidden, &gradient)?)
             }
         };
         drop(hidden);
         if let Some((weight, share)) = entry.balance {
             *aux_loss.get_or_insert(0.0) += share * tape.balance_loss(weight * share).unwrap_or(0.0);
         }
-        model.backward(dhidden, tape, last)?;
+        model.backward(dhidden, tape)?;
         losses.push(loss);
     }
     model.params.finish_step_gradients()?;

@@ -185,8 +185,8 @@ pub struct Piece {
 }
 
 impl Piece {
-    /// This piece of a flat buffer of gradients; none where it is not trained.
-    pub fn gradient(&self, flat: &Tensor) -> Option<Tensor> {
+    /// This piece of a flat buffer of a group's trainable parameters, or of their gradients; none where it is frozen.
+    pub(super) fn of_trained(&self, flat: &Tensor) -> Option<Tensor> {
         match self.home {
             Home::Trained(offset) => {
                 Some(flat.narrow(0, offset, self.size.iter().product()).view(self.size.as_slice()))

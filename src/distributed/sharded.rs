@@ -13,11 +13,12 @@
 //! slices' gradients are summed over `replicate` (ZeRO-3: a group of one; DDP: all ranks; HSDP: the others). A group of one
 //! sends nothing, so one rank alone runs the same code on its own buffers, without copies.
 
+pub mod gradients;
 mod parking;
 
 use std::collections::HashSet;
 
-use kernels::c10d::{Group, ReduceOp, Work};
+use kernels::c10d::{Group, Work};
 use tch::{Device, Kind, Tensor};
 
 use crate::distributed::frozen::{Frozen, Value};
@@ -26,6 +27,7 @@ pub use crate::distributed::layout::{Layout, Spec};
 use crate::distributed::mesh::Sharding;
 use crate::distributed::plan::{Home, Piece, Placed, Plan, is_adapter};
 use crate::error::{Error, Result};
+use gradients::Reduction;
 
 /// All values of a group in the compute dtype: of what is trained, T `[numel + padding]`, and of what is frozen, in
 /// bytes; none where there is nothing of it.
@@ -66,14 +68,6 @@ struct FlatGroup {
     parked: Option<[Tensor; 2]>,
 }
 
-/// A reduction under way: its result is added to the group's slice when it is done.
-struct Reduction {
-    group: usize,
-    work: Work,
-    /// The slice of the sum; none where the group's gradient is reduced in place.
-    out: Option<Tensor>,
-}
-
 /// Gives all values of a group, in any dtype: `[numel]`.
 type Load = Box<dyn Fn(&Layout) -> Result<Tensor>>;
 
@@ -83,6 +77,8 @@ pub struct Sharded {
     /// Where values come from that are not kept (see [`Sharded::on_demand`]).
     load: Option<Load>,
     reductions: Vec<Reduction>,
+    /// Micro-batches of the step under way that have not ended.
+    micro_batches_left: usize,
     sharding: Sharding,
     compute: Kind,
     device: Device,
@@ -91,9 +87,6 @@ pub struct Sharded {
     /// The values are in host memory (see [`Sharded::park`]).
     away: bool,
 }
-
-/// Reductions that may be under way at once: one is sent while the next block computes.
-const MAX_REDUCTIONS: usize = 1;
 
 impl Sharded {
     /// Allocates the slices of this rank; the values are undefined until they are filled. A [`Layout`] is a group that is
@@ -112,6 +105,7 @@ impl Sharded {
             groups,
             load: None,
             reductions: Vec::new(),
+            micro_batches_left: 0,
             sharding,
             compute,
             device,
@@ -134,6 +128,7 @@ impl Sharded {
             groups,
             load: Some(Box::new(load)),
             reductions: Vec::new(),
+            micro_batches_left: 0,
             sharding: Sharding::solo(),
             compute,
             device,
@@ -409,7 +404,7 @@ impl Sharded {
         };
         match piece.home {
             Home::Trained(_) => {
-                let view = piece.gradient(&gathered(&full.trained)?);
+                let view = piece.of_trained(&gathered(&full.trained)?);
                 Ok(Value::Dense(view.ok_or_else(|| Error::failed("what is trained is dense"))?))
             }
             Home::Frozen(index) => self.groups[i].frozen.value(index, &piece.size, &gathered(&full.frozen)?),
@@ -428,82 +423,6 @@ impl Sharded {
     pub fn single(&mut self, i: usize) -> Result<Tensor> {
         let full = self.full(i)?;
         self.dense(i, &full, &self.pieces(i, 0..1)[0])
-    }
-
-    /// Where the backward of group `i` adds its gradient: A [numel + padding], and whether it is fresh: then its
-    /// contents are undefined, and the first writer of every element must set instead of add.
-    pub fn grad(&mut self, i: usize) -> (Tensor, bool) {
-        let size = self.sharding.shard.size();
-        let g = &mut self.groups[i];
-        let target = if size == 1 { &mut g.grad } else { &mut g.full_grad };
-        if let Some(t) = target {
-            return (t.shallow_clone(), false);
-        }
-        let t = Tensor::empty([g.shard_len * size], (g.master.kind(), self.device));
-        let padding = g.shard_len * size - g.layout.numel;
-        if padding > 0 {
-            let _ = t.narrow(0, g.layout.numel, padding).zero_();
-        }
-        *target = Some(t.shallow_clone());
-        (t, true)
-    }
-
-    /// Says that the gradient of group `i` is complete for this micro-batch. Slices are reduced at once, so that no
-    /// rank keeps a whole gradient, unless gradients are kept; those, and replicas, wait for the `last` micro-batch of the step.
-    pub fn reduce(&mut self, i: usize, last: bool) -> Result<()> {
-        if self.sharding.keep.gradients() && !last {
-            return Ok(());
-        }
-        while self.reductions.len() >= MAX_REDUCTIONS {
-            self.finish_oldest_reduction()?;
-        }
-        let g = &mut self.groups[i];
-        if let Some(full_grad) = g.full_grad.take() {
-            let out = Tensor::empty([g.shard_len], (full_grad.kind(), self.device));
-            let work = self.sharding.shard.reduce_scatter(&out, &full_grad, ReduceOp::Sum)?;
-            self.reductions.push(Reduction { group: i, work, out: Some(out) });
-        }
-        if last && self.sharding.replicate.size() > 1 {
-            while self.reductions.iter().any(|r| r.group == i) {
-                self.finish_oldest_reduction()?;
-            }
-            if let Some(grad) = &self.groups[i].grad {
-                let work = self.sharding.replicate.all_reduce(grad, ReduceOp::Sum)?;
-                self.reductions.push(Reduction { group: i, work, out: None });
-            }
-        }
-        Ok(())
-    }
-
-    fn finish_oldest_reduction(&mut self) -> Result<()> {
-        let Reduction { group, work, out } = self.reductions.remove(0);
-        work.wait()?;
-        if let Some(out) = out {
-            let g = &mut self.groups[group];
-            match &mut g.grad {
-                Some(grad) => {
-                    let _ = grad.g_add_(&out);
-                }
-                None => g.grad = Some(out),
-            }
-        }
-        Ok(())
-    }
-
-    /// Waits for all reductions: the slices then hold the step's gradient.
-    pub fn finish_step_gradients(&mut self) -> Result<()> {
-        while !self.reductions.is_empty() {
-            self.finish_oldest_reduction()?;
-        }
-        Ok(())
-    }
-
-    /// Forgets the step's gradients.
-    pub fn clear_gradients(&mut self) {
-        for g in &mut self.groups {
-            g.grad = None;
-            g.full_grad = None;
-        }
     }
 
     /// All master values of group `i`, unpadded: A `[numel]`, gathered over the shard group (a collective call).

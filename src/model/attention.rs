@@ -68,7 +68,7 @@ impl Attention<Linear> {
         self.o.forward_onto(&attend(&qkv)?, residual)
     }
 
-    /// Given the output's gradient dy (T [N, C]), adds to the gradients (or sets matrices, where `fresh`). Returns the input's
+    /// Given the output's gradient dy (T [N, C]), adds to the gradients. Returns the input's
     /// gradient, T [N, C]; none where it is not `wanted`. `x` makes the input again.
     #[allow(clippy::too_many_arguments)] // Of a block: its weights, gradients, what was saved, and where it stands.
     pub(super) fn backward(
@@ -77,12 +77,11 @@ impl Attention<Linear> {
         x: impl FnOnce() -> Result<Tensor>,
         saved: Saved,
         grad: &Attention<LinearGrad>,
-        fresh: bool,
         c: &Context,
         i: usize,
         wanted: bool,
     ) -> Result<Option<Tensor>> {
-        let dout = self.o.backward(dy, &saved.out, &grad.o, fresh)?; // [N, H D]
+        let dout = self.o.backward(dy, &saved.out, &grad.o)?; // [N, H D]
         let Saved { qk, qkv, out, lse } = saved;
         let dqkv = ops::attention_backward(&dout, &qkv, &out, &lse, c.start(i), c.heads)?; // [N, (H + 2K) D]
         drop(dout);
@@ -90,7 +89,7 @@ impl Attention<Linear> {
         rotate(&dqkv, c, i, true)?;
         self.norm_heads_backward(grad, &dqkv, qk, c)?;
         let x = x()?; // [N, C]
-        self.qkv.backward_weight(&dqkv, &x, &grad.qkv, fresh)?;
+        self.qkv.backward_weight(&dqkv, &x, &grad.qkv)?;
         drop(x);
         if wanted { self.qkv.backward_input(&dqkv).map(Some) } else { Ok(None) }
     }

@@ -125,13 +125,12 @@ impl Block<Linear> {
     }
 
     /// Given the output's gradient dy (T [N, C]), returns the gradient of block `i`'s input, none where it is not `wanted`; adds
-    /// to `grad` (or sets its matrices, where `fresh`). `balance`: the gradient of its router's probabilities, A [N, E], that
+    /// to `grad`. `balance`: the gradient of its router's probabilities, A [N, E], that
     /// does not come from `dy`.
     #[allow(clippy::too_many_arguments)] // Its weights, gradients, what was saved, and where it stands.
     pub(super) fn backward(
         &self,
         grad: &Block<LinearGrad>,
-        fresh: bool,
         dy: Tensor,
         saved: Saved,
         c: &Context,
@@ -172,13 +171,13 @@ impl Block<Linear> {
             _ => Ok(d + dh),
         };
         let dm = of_output(1, &dy, after2)?; // [N, C]
-        let dh2 = self.mlp.backward(&dm, input(1, &x2, &rstd2)?, mlp, &grad.mlp, fresh, balance)?; // [N, C]
+        let dh2 = self.mlp.backward(&dm, input(1, &x2, &rstd2)?, mlp, &grad.mlp, balance)?; // [N, C]
         drop(dm);
         let dx2 = of_stream(1, &dy, &dh2, &x2, &rstd2)?; // [N, C]
         drop((dh2, dy, x2));
         let da = of_output(0, &dx2, after1)?; // [N, C]
         let h1 = || input(0, &x, &rstd1);
-        let dh1 = self.attention.backward(&da, h1, attention, &grad.attention, fresh, c, i, wanted)?;
+        let dh1 = self.attention.backward(&da, h1, attention, &grad.attention, c, i, wanted)?;
         drop(da);
         let Some(dh1) = dh1 else { return Ok(None) };
         of_stream(0, &dx2, &dh1, &x, &rstd1).map(Some)

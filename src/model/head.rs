@@ -69,33 +69,29 @@ impl LmHead {
 
     /// The backward of [`LmHead::logprobs`] with the same `hidden`, `labels` and `temperature`, whose logits are computed
     /// again: from `gradients`, d loss / d log-probability (and d entropy), A `[N]`, the gradient of `hidden`, T [N, C].
-    /// Adds to the head's gradient, if it is trained. `last` is true in the last micro-batch of a step; a tied head's
-    /// reduction is left to the embedding's backward.
+    /// Adds to the head's gradient, if it is trained; a tied head's reduction is left to the embedding's backward.
     pub fn backward(
         model: &mut Llama,
         hidden: &Tensor,
         labels: &Tensor,
         temperature: f64,
         gradients: &LogProbs,
-        last: bool,
     ) -> Result<Tensor> {
         let coef = &gradients.logprobs / temperature;
         let entropies = gradients.entropies.as_ref().map(|g| g / temperature);
-        Ok(Self::run_backward(model, hidden, labels, &coef, entropies.as_ref(), temperature, last)?.1)
+        Ok(Self::run_backward(model, hidden, labels, &coef, entropies.as_ref(), temperature)?.1)
     }
 
     /// A loss that is linear in the log-probabilities, sum(coef * logprob), with its gradient in the same pass: returns
     /// the log-probabilities A `[N]` and the gradient of `hidden`, T [N, C], and adds to the head's gradient, if it is trained. `coef`:
-    /// A `[N]`. `last` is true in the last micro-batch of a step; a tied head's reduction is left to the embedding's
-    /// backward.
+    /// A `[N]`. A tied head's reduction is left to the embedding's backward.
     pub fn linear_loss(
         model: &mut Llama,
         hidden: &Tensor,
         labels: &Tensor,
         coef: &Tensor,
-        last: bool,
     ) -> Result<(Tensor, Tensor)> {
-        Self::run_backward(model, hidden, labels, coef, None, 1.0, last)
+        Self::run_backward(model, hidden, labels, coef, None, 1.0)
     }
 
     /// `coef` and `entropies`: the loss's gradients, divided by the temperature.
@@ -106,15 +102,10 @@ impl LmHead {
         coef: &Tensor,
         entropies: Option<&Tensor>,
         temperature: f64,
-        last: bool,
     ) -> Result<(Tensor, Tensor)> {
         let group = model.head_group();
         let (weight, softcap) = (Self::weight(model)?, model.shape.features.logit_softcap);
-        let trains = model.params.trains(group);
-        let (dweight, mut fresh) = match trains.then(|| model.params.grad(group)) {
-            Some((flat, fresh)) => (Some(model.params.layout(group).specs[0].view(&flat)), fresh),
-            None => (None, false),
-        };
+        let dweight = model.params.single_grad(group);
         let n = hidden.size()[0];
         let chunk = Self::chunk(model, n);
         let logprobs = Tensor::zeros([n], (coef.kind(), hidden.device()));
@@ -136,13 +127,12 @@ impl LmHead {
             };
             let _ = dlogits.f_mm_out(&part(&dhidden), &weight)?;
             if let Some(dweight) = &dweight {
-                ops::grad_weight(dweight, &dlogits, &h, fresh)?;
-                fresh = false;
+                dweight.add_product(&dlogits, &h)?;
             }
         }
         model.params.release(group);
-        if trains && !model.shape.tie_word_embeddings {
-            model.params.reduce(group, last)?;
+        if dweight.is_some() && !model.shape.tie_word_embeddings {
+            model.params.reduce(group)?;
         }
         Ok((logprobs, dhidden))
     }

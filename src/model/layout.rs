@@ -11,6 +11,7 @@ use tch::Tensor;
 
 use crate::config::shape::{Head, Norms, Shape};
 use crate::distributed::plan::{Adapter, Piece, Plan};
+use crate::distributed::sharded::gradients::FlatGrad;
 use crate::distributed::sharded::{Layout, Sharded};
 use crate::error::{Error, Result};
 use crate::model::attention::Attention;
@@ -167,38 +168,36 @@ impl Block<Linear> {
 }
 
 impl Block<LinearGrad> {
-    /// Where the gradients of the weights of block group `i` go: into `flat`, A; none where nothing of it is trained. What
-    /// is not trained has none, or, where it is a vector, one that nobody reads.
-    pub fn gradients(params: &Sharded, i: usize, flat: Option<&Tensor>, s: &Shape) -> Result<Self> {
-        let gradients = |tensors: Range<usize>| {
-            let of = |p: Piece| (p.size[0], flat.and_then(|flat| p.gradient(flat)));
-            params.pieces(i, tensors).into_iter().map(of)
-        };
+    /// Where the gradients of the weights of block group `i` go: into `flat`; none where nothing of it is trained. Frozen
+    /// matrices and biases have none, frozen norms one that nobody reads.
+    pub fn gradients(params: &Sharded, i: usize, flat: Option<&FlatGrad>, s: &Shape) -> Result<Self> {
+        let matrix = |p: &Piece| flat?.matrix(p);
+        let vector = |p: &Piece| flat?.vector(p);
         let plan = params.plan(i);
         Self::of(
             s,
             plan.layout.specs.len(),
             |weights, bias| {
                 let mut first = 0;
-                let mut placed = |(rows, gradient): (i64, Option<Tensor>)| {
-                    first += rows;
-                    gradient.map(|g| (first - rows, g))
+                let mut placed = |p: Piece| {
+                    first += p.size[0];
+                    vector(&p).map(|g| (first - p.size[0], g))
                 };
-                let bias = bias.into_iter().flat_map(gradients).filter_map(&mut placed).collect();
+                let biases = bias.into_iter().flat_map(|tensors| params.pieces(i, tensors));
                 let adapters = adapters_of(plan, &weights).into_iter().map(|(k, _)| {
-                    let [a, b] = params.adapter_pieces(i, k).map(|p| flat.and_then(|f| p.gradient(f)));
-                    Some([a?, b?])
+                    let [a, b] = params.adapter_pieces(i, k);
+                    Some([matrix(&a)?, matrix(&b)?])
                 });
                 Ok(LinearGrad {
                     adapters: adapters.collect(),
-                    weight: gradients(weights).map(|(_, gradient)| gradient).collect(),
-                    bias,
+                    weight: params.pieces(i, weights).iter().map(matrix).collect(),
+                    bias: biases.filter_map(&mut placed).collect(),
                 })
             },
             |tensors| {
                 let size = plan.layout.specs[tensors.start].shape.as_slice();
                 let unread = || Tensor::zeros(size, (ops::accumulator(params.compute()), params.device()));
-                Ok(gradients(tensors).find_map(|(_, gradient)| gradient).unwrap_or_else(unread))
+                Ok(params.pieces(i, tensors).iter().find_map(vector).unwrap_or_else(unread))
             },
         )
     }

@@ -2,7 +2,8 @@
 //!
 //! Shapes: N tokens, I inputs, O outputs; T is the compute dtype, A that of gradients (see [`ops::accumulator`]).
 
-use kernels::{ops, quant};
+use kernels::ops::{self, WeightGrad};
+use kernels::quant;
 use tch::Tensor;
 
 use crate::distributed::frozen::Value;
@@ -44,12 +45,12 @@ pub struct Dropout {
 /// Where the gradients of a [`Linear`] go; what is none gets no gradient.
 #[derive(Default)]
 pub struct LinearGrad {
-    /// One for each part, or none at all. A: undefined before the first product of a step, which sets it.
-    pub weight: Vec<Option<Tensor>>,
-    /// First row and gradient, A: zero before the first product of a step.
+    /// One for each part, or none at all.
+    pub weight: Vec<Option<WeightGrad>>,
+    /// First row and gradient, A: zero at first.
     pub bias: Vec<(i64, Tensor)>,
-    /// Of A and B of each adapter, or none at all; A: undefined before the first product of a step.
-    pub adapters: Vec<Option<[Tensor; 2]>>,
+    /// Of A and B of each adapter, or none at all.
+    pub adapters: Vec<Option<[WeightGrad; 2]>>,
 }
 
 fn rows(part: &Value) -> i64 {
@@ -162,10 +163,10 @@ impl Linear {
         runs
     }
 
-    /// Given the output's gradient dy (T [N, O]) and the input x (T [N, I]), adds to the gradients, or sets the
-    /// weights' where `fresh`, and returns the input's gradient, T [N, I].
-    pub fn backward(&self, dy: &Tensor, x: &Tensor, grad: &LinearGrad, fresh: bool) -> Result<Tensor> {
-        self.backward_weight(dy, x, grad, fresh)?;
+    /// Given the output's gradient dy (T [N, O]) and the input x (T [N, I]), adds to the gradients, and returns the input's,
+    /// T [N, I].
+    pub fn backward(&self, dy: &Tensor, x: &Tensor, grad: &LinearGrad) -> Result<Tensor> {
+        self.backward_weight(dy, x, grad)?;
         self.backward_input(dy)
     }
 
@@ -205,12 +206,12 @@ impl Linear {
 
     /// The half of [`Linear::backward`] that adds to the gradients: for callers that have x only after the other half,
     /// or free it between the two.
-    pub fn backward_weight(&self, dy: &Tensor, x: &Tensor, grad: &LinearGrad, fresh: bool) -> Result<()> {
+    pub fn backward_weight(&self, dy: &Tensor, x: &Tensor, grad: &LinearGrad) -> Result<()> {
         let mut first = 0;
         for (part, dw) in self.parts.iter().zip(&grad.weight) {
             let n = rows(part);
             if let Some(dw) = dw {
-                ops::grad_weight(dw, &dy.narrow(1, first, n), x, fresh)?;
+                dw.add_product(&dy.narrow(1, first, n), x)?;
             }
             first += n;
         }
@@ -221,8 +222,8 @@ impl Linear {
         }
         for (adapter, grads) in self.adapters.iter().zip(&grad.adapters) {
             if let Some([da, db]) = grads {
-                ops::grad_weight(db, &adapter.columns(dy), &adapter.inner(x)?, fresh)?;
-                ops::grad_weight(da, &adapter.inner_gradient(dy)?, &adapter.drop(x)?, fresh)?;
+                db.add_product(&adapter.columns(dy), &adapter.inner(x)?)?;
+                da.add_product(&adapter.inner_gradient(dy)?, &adapter.drop(x)?)?;
             }
         }
         Ok(())
@@ -318,7 +319,8 @@ mod tests {
                 (&expected * &dy).sum(Kind::Double).backward();
                 let expected = expected.detach();
 
-                let undefined = |t: &Tensor| Tensor::full_like(&t.detach(), f64::NAN);
+                let undefined = |t: &Tensor| WeightGrad::undefined(Tensor::full_like(&t.detach(), f64::NAN));
+                let sum = |grad: &WeightGrad| grad.sum().unwrap().shallow_clone();
                 let grad = LinearGrad {
                     weight: parts
                         .iter()
@@ -335,10 +337,10 @@ mod tests {
                 near(&layer.forward(&x).unwrap(), &expected);
                 near(&layer.forward_add(&x, &residual).unwrap(), &(&expected + &residual));
                 for times in [1.0, 2.0] {
-                    near(&layer.backward(&dy, &x, &grad, times == 1.0).unwrap(), &x2.grad());
+                    near(&layer.backward(&dy, &x, &grad).unwrap(), &x2.grad());
                     for (dw, w) in grad.weight.iter().zip(&w2) {
                         if let Some(dw) = dw {
-                            near(dw, &(w.grad() * times));
+                            near(&sum(dw), &(w.grad() * times));
                         }
                     }
                     for (first, db) in &grad.bias {
@@ -347,11 +349,11 @@ mod tests {
                     }
                     for (grads, of) in grad.adapters.iter().zip(&adapters2) {
                         for (g, t) in grads.as_ref().unwrap().iter().zip(of) {
-                            near(g, &(t.grad() * times));
+                            near(&sum(g), &(t.grad() * times));
                         }
                     }
                 }
-                near(&layer.backward(&dy, &x, &LinearGrad::default(), true).unwrap(), &x2.grad());
+                near(&layer.backward(&dy, &x, &LinearGrad::default()).unwrap(), &x2.grad());
             }
         }
     }

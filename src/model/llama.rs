@@ -341,9 +341,18 @@ impl Llama {
     }
 
     /// Given the gradient of the hidden states (T [N, C]), adds to the gradients of all trunk groups that are trained.
-    /// `last` is true in the last micro-batch of a step. Tied embeddings: the head's part must already be in the
-    /// embedding's gradient. Below the first group that is trained nothing is computed.
-    pub fn backward(&mut self, dhidden: Tensor, mut tape: Tape, last: bool) -> Result<()> {
+    /// Tied embeddings: the head's part must already be in the embedding's gradient. Below the first group that is trained
+    /// nothing is computed. Ends the micro-batch (see [`Sharded::begin_step_gradients`]).
+    pub fn backward(&mut self, dhidden: Tensor, mut tape: Tape) -> Result<()> {
+        if let Some(dx) = self.backward_blocks(dhidden, &mut tape)? {
+            self.embed_backward(dx, &tape.ids)?;
+        }
+        self.params.end_micro_batch()
+    }
+
+    /// The backward of the final norm and of the blocks. Returns the gradient of the embedded tokens, T [N, C]; none where
+    /// the embedding is frozen.
+    fn backward_blocks(&mut self, dhidden: Tensor, tape: &mut Tape) -> Result<Option<Tensor>> {
         let layers = self.num_blocks();
         let lowest = self.params.first_trained();
         let mut dx = dhidden;
@@ -352,15 +361,7 @@ impl Llama {
             if i > lowest.max(1) {
                 self.params.prefetch(i - 1)?;
             }
-            let trains = self.params.trains(i);
-            let (flat, fresh) = match trains.then(|| self.params.grad(i)) {
-                Some((flat, fresh)) => (Some(flat), fresh),
-                None => (None, false),
-            };
-            let layout = self.params.layout(i);
-            if let (Some(flat), true) = (&flat, fresh) {
-                let _ = flat.narrow(0, layout.num_decayed, layout.numel - layout.num_decayed).zero_();
-            }
+            let flat = self.params.grad(i);
             let g = Block::gradients(&self.params, i, flat.as_ref(), &self.shape)?;
             if let (Some(norm), Some(dnorm)) = (&w.final_norm, &g.final_norm) {
                 let (x, rstd) = tape.last.take().ok_or_else(|| Error::failed("a tape is used once"))?;
@@ -370,28 +371,26 @@ impl Llama {
             let balance = tape.balance.as_ref().and_then(Balance::gradient);
             // The first norm's gradient is a by-product of the input's.
             let wanted = i > lowest || self.params.plan(i).trains("input_layernorm.weight");
-            let d = w.backward(&g, fresh, dx, saved, &tape.context, i - 1, balance.as_ref(), wanted)?;
+            let d = w.backward(&g, dx, saved, &tape.context, i - 1, balance.as_ref(), wanted)?;
             drop(w);
             self.params.release(i);
-            if trains {
-                self.params.reduce(i, last)?;
+            if flat.is_some() {
+                self.params.reduce(i)?;
             }
-            // Below the lowest block that is trained nobody asks for it.
-            let Some(d) = d else { return Ok(()) };
+            let Some(d) = d else { return Ok(None) };
             dx = d;
         }
-        if lowest > 0 {
-            return Ok(());
-        }
-        let (flat, fresh) = self.params.grad(0);
-        if fresh {
-            let _ = flat.shallow_clone().zero_();
-        }
+        Ok((lowest == 0).then_some(dx))
+    }
+
+    /// The backward of [`Llama::embed`]: adds dx (T [N, C]) to the rows of ids.
+    fn embed_backward(&mut self, mut dx: Tensor, ids: &Tensor) -> Result<()> {
+        let Some(dweight) = self.params.single_grad(0) else { return Ok(()) };
         if let Some(scale) = self.embedding_scale() {
             dx *= scale;
         }
-        ops::embedding_backward(&dx, &tape.ids, &self.params.layout(0).specs[0].view(&flat))?;
-        self.params.reduce(0, last)
+        ops::embedding_backward(&dx, ids, dweight.sum()?)?;
+        self.params.reduce(0)
     }
 }
 

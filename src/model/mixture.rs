@@ -125,7 +125,6 @@ impl Mixture<Linear> {
         x: &Tensor,
         mut routed: Routed,
         grad: &Mixture<LinearGrad>,
-        fresh: bool,
         balance: Option<&Tensor>,
     ) -> Result<Tensor> {
         let (kind, a) = (dy.kind(), ops::accumulator(dy.kind()));
@@ -148,9 +147,9 @@ impl Mixture<Linear> {
             let (x, dy, w) = (part(&x_pairs), part(&dy_pairs), part(&w_pairs));
             let weighted = (&dy * &w).to_kind(kind);
             if n == 0 {
-                // No token came here: the gradients are zero, and may still have to be set.
-                expert.gate_up.backward_weight(&gate_up, &x, &grad.gate_up, fresh)?;
-                expert.down.backward_weight(&weighted, &gate_up, &grad.down, fresh)?;
+                // No token came here: the gradients are zero, and may not have begun.
+                expert.gate_up.backward_weight(&gate_up, &x, &grad.gate_up)?;
+                expert.down.backward_weight(&weighted, &gate_up, &grad.down)?;
                 continue;
             }
             let da = expert.down.backward_input(&dy)?;
@@ -159,8 +158,8 @@ impl Mixture<Linear> {
             let da = (da * w).to_kind(kind);
             gated_backward(&gate_up, &da, expert.activation)?;
             let (dgate_up, a) = (gate_up, da);
-            expert.down.backward_weight(&weighted, &a, &grad.down, fresh)?;
-            dx_pairs.push(expert.gate_up.backward(&dgate_up, &x, &grad.gate_up, fresh)?);
+            expert.down.backward_weight(&weighted, &a, &grad.down)?;
+            dx_pairs.push(expert.gate_up.backward(&dgate_up, &x, &grad.gate_up)?);
         }
         let dx = routed.add_pairs(&Tensor::cat(&dx_pairs, 0), None, None);
 
@@ -173,7 +172,7 @@ impl Mixture<Linear> {
             dp += balance;
         }
         let dlogits = &probabilities * (&dp - total(&dp * &probabilities));
-        let drouter = self.router.backward(&dlogits.to_kind(kind), x, &grad.router, fresh)?;
+        let drouter = self.router.backward(&dlogits.to_kind(kind), x, &grad.router)?;
         Ok(dx + drouter)
     }
 }

@@ -84,16 +84,14 @@ impl Mlp<Linear> {
         }
     }
 
-    /// Given the output's gradient dy (T [N, C]) and the input x, adds to the gradients (or sets them where `fresh`) and
-    /// returns the input's gradient. `balance`: A [N, E], the gradient of the routers' probabilities that does not come
-    /// from dy.
+    /// Given the output's gradient dy (T [N, C]) and the input x, adds to the gradients and returns the input's.
+    /// `balance`: A [N, E], the gradient of the routers' probabilities that does not come from dy.
     pub(super) fn backward(
         &self,
         dy: &Tensor,
         x: Tensor,
         saved: Saved,
         grad: &Mlp<LinearGrad>,
-        fresh: bool,
         balance: Option<&Tensor>,
     ) -> Result<Tensor> {
         match (self, saved, grad) {
@@ -105,14 +103,14 @@ impl Mlp<Linear> {
                 let da = net.down.backward_input(dy)?;
                 gated_backward(&gate_up, &da, net.activation)?;
                 let (dgate_up, a) = (gate_up, da);
-                net.down.backward_weight(dy, &a, &grad.down, fresh)?;
+                net.down.backward_weight(dy, &a, &grad.down)?;
                 drop(a);
-                net.gate_up.backward_weight(&dgate_up, &x, &grad.gate_up, fresh)?;
+                net.gate_up.backward_weight(&dgate_up, &x, &grad.gate_up)?;
                 drop(x);
                 net.gate_up.backward_input(&dgate_up)
             }
             (Mlp::Mixture(mixture), Saved::Mixture(routed), Mlp::Mixture(grad)) => {
-                mixture.backward(dy, &x, routed, grad, fresh, balance)
+                mixture.backward(dy, &x, routed, grad, balance)
             }
             _ => unreachable!("weights, gradients and what was saved are of one kind"),
         }

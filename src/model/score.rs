@@ -21,19 +21,17 @@ impl ScoreHead {
     }
 
     /// Given the gradient of the values, A `[N]`: returns that of `hidden`, T [N, C], and adds to the head's gradient, if it
-    /// is trained. `last` is true in the last micro-batch of a step.
-    pub fn backward(model: &mut Llama, hidden: &Tensor, dvalues: &Tensor, last: bool) -> Result<Tensor> {
+    /// is trained.
+    pub fn backward(model: &mut Llama, hidden: &Tensor, dvalues: &Tensor) -> Result<Tensor> {
         let group = model.head_group();
         let kind = ops::accumulator(hidden.kind());
         let weight = model.params.single(group)?.to_kind(kind);
         let dvalues = dvalues.f_view([-1, 1])?;
         let dhidden = dvalues.f_mm(&weight)?.to_kind(hidden.kind());
         model.params.release(group);
-        if model.params.trains(group) {
-            let (flat, fresh) = model.params.grad(group);
-            let dweight = model.params.layout(group).specs[0].view(&flat);
-            ops::grad_weight(&dweight, &dvalues, &hidden.to_kind(kind), fresh)?;
-            model.params.reduce(group, last)?;
+        if let Some(dweight) = model.params.single_grad(group) {
+            dweight.add_product(&dvalues, &hidden.to_kind(kind))?;
+            model.params.reduce(group)?;
         }
         Ok(dhidden)
     }

@@ -280,7 +280,7 @@ mod tests {
                 for step in 0..3 {
                     for params in [&mut a, &mut b] {
                         for i in 0..params.len() {
-                            let (grad, _) = params.grad(i);
+                            let grad = params.grad(i).unwrap().flat().shallow_clone();
                             let at = Tensor::arange(grad.numel() as i64, (Kind::Double, Device::Cpu));
                             grad.shallow_clone().copy_(&(at * (0.37 + step as f64)).cos());
                         }

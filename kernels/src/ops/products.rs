@@ -1,5 +1,6 @@
 //! Products with a weight: the library's, ours for a few rows on a CPU, and the gradient of the weight.
 
+use std::cell::Cell;
 use std::ptr::null_mut;
 
 use tch::{Device, Kind, Tensor};
@@ -40,23 +41,48 @@ pub fn linear(x: &Tensor, w: &Tensor, add: Option<&Tensor>) -> Result<Tensor> {
     Ok(own(y))
 }
 
-/// The gradient of a linear layer's weight: dw (A `[O, I]`) = dy^T x where `fresh`, else += it, for dy: T `[N, O]`, x: T
-/// `[N, I]`.
-/// Where T is A the product goes straight into dw. So it does on CUDA in bfloat16, summed in float32; on the CPU bfloat16
-/// products are rounded before they are added, as under PyTorch's autocast. N may be 0.
-pub fn grad_weight(dw: &Tensor, dy: &Tensor, x: &Tensor, fresh: bool) -> Result<()> {
-    let mut target = dw.shallow_clone();
-    if x.size()[0] == 0 {
-        if fresh {
-            let _ = target.f_zero_()?;
+/// The gradient of a linear layer's weight, A `[O, I]`: a sum of products dy^T x. It knows whether it has begun: the first
+/// product sets memory whose contents are undefined, later ones add.
+pub struct WeightGrad {
+    sum: Tensor,
+    begun: Cell<bool>,
+}
+
+impl WeightGrad {
+    /// A sum of nothing yet, in memory whose contents are undefined.
+    pub fn undefined(memory: Tensor) -> WeightGrad {
+        WeightGrad { sum: memory, begun: Cell::new(false) }
+    }
+
+    /// A sum that later products are added to.
+    pub fn begun(sum: Tensor) -> WeightGrad {
+        WeightGrad { sum, begun: Cell::new(true) }
+    }
+
+    /// The sum, A `[O, I]`, for additions that are no products: zeros where it has not begun.
+    pub fn sum(&self) -> Result<&Tensor> {
+        if !self.begun.replace(true) {
+            let _ = self.sum.shallow_clone().f_zero_()?;
         }
-        return Ok(());
+        Ok(&self.sum)
     }
-    match (x.device(), dw.kind() == x.kind()) {
-        (_, true) if fresh => drop(dy.tr().f_mm_out(&target, x)?),
-        (_, true) => drop(target.f_addmm_(&dy.tr(), x)?),
-        (Device::Cuda(_), false) => flash::grad_weight(dw, dy, x, !fresh)?,
-        _ => accumulate(dw, &dy.tr().f_mm(x)?, !fresh)?,
+
+    /// Adds dy^T x, for dy: T `[N, O]`, x: T `[N, I]`; N may be 0.
+    ///
+    /// Where T is A the product goes straight into the sum. So it does on CUDA in bfloat16, summed in float32; on the CPU
+    /// bfloat16 products are rounded before they are added, as under PyTorch's autocast.
+    pub fn add_product(&self, dy: &Tensor, x: &Tensor) -> Result<()> {
+        if x.size()[0] == 0 {
+            return self.sum().map(drop);
+        }
+        let add = self.begun.replace(true);
+        let mut sum = self.sum.shallow_clone(); // [O, I]
+        match (x.device(), sum.kind() == x.kind()) {
+            (_, true) if add => drop(sum.f_addmm_(&dy.tr(), x)?),
+            (_, true) => drop(dy.tr().f_mm_out(&sum, x)?),
+            (Device::Cuda(_), false) => flash::grad_weight(&sum, dy, x, add)?,
+            _ => accumulate(&sum, &dy.tr().f_mm(x)?, add)?,
+        }
+        Ok(())
     }
-    Ok(())
 }

@@ -68,9 +68,8 @@ impl Attention<Linear> {
         self.o.forward_onto(&attend(&qkv)?, residual)
     }
 
-    /// Given the output's gradient dy (T [N, C]), adds to the gradients. Returns the input's
-    /// gradient, T [N, C]; none where it is not `wanted`. `x` makes the input again.
-    #[allow(clippy::too_many_arguments)] // Of a block: its weights, gradients, what was saved, and where it stands.
+    /// Given the output's gradient dy (T [N, C]), adds to the gradients. Returns that of the projections, T [N, (H + 2K) D], of
+    /// which [`Attention::backward_input`] makes the input's. `x` makes the input again.
     pub(super) fn backward(
         &self,
         dy: &Tensor,
@@ -79,8 +78,7 @@ impl Attention<Linear> {
         grad: &Attention<LinearGrad>,
         c: &Context,
         i: usize,
-        wanted: bool,
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<Tensor> {
         let dout = self.o.backward(dy, &saved.out, &grad.o)?; // [N, H D]
         let Saved { qk, qkv, out, lse } = saved;
         let dqkv = ops::attention_backward(&dout, &qkv, &out, &lse, c.start(i), c.heads)?; // [N, (H + 2K) D]
@@ -88,10 +86,13 @@ impl Attention<Linear> {
         // A rotation's gradient is the rotation back.
         rotate(&dqkv, c, i, true)?;
         self.norm_heads_backward(grad, &dqkv, qk, c)?;
-        let x = x()?; // [N, C]
-        self.qkv.backward_weight(&dqkv, &x, &grad.qkv)?;
-        drop(x);
-        if wanted { self.qkv.backward_input(&dqkv).map(Some) } else { Ok(None) }
+        self.qkv.backward_weight(&dqkv, &x()?, &grad.qkv)?;
+        Ok(dqkv)
+    }
+
+    /// The input's gradient, T [N, C], from what [`Attention::backward`] returned.
+    pub(super) fn backward_input(&self, dqkv: &Tensor) -> Result<Tensor> {
+        self.qkv.backward_input(dqkv)
     }
 
     /// Normalises queries and keys in place, where the model does, in pieces of their weights' sizes. Returns what they were, and the statistics.

@@ -56,11 +56,47 @@ impl Saved {
     }
 }
 
+/// Where a block's backward stands before the gradient of its input, which not every caller needs.
+pub(super) struct BeforeInput {
+    /// The gradient of the projections, T [N, (H + 2K) D]
+    dqkv: Tensor,
+    /// The gradient of the stream after the attention, T [N, C]
+    dx2: Tensor,
+    /// The block's input, T [N, C], and its statistics, A `[N]`
+    x: Tensor,
+    rstd1: Option<Tensor>,
+}
+
 /// x normalised by a weight (x itself without one), and the statistics.
 fn before(norm: RmsNorm, x: &Tensor, w: Option<&Tensor>) -> Result<(Tensor, Option<Tensor>)> {
     match w {
         None => Ok((x.shallow_clone(), None)),
         Some(w) => norm.forward(x, w).map(|(y, rstd)| (y, Some(rstd))),
+    }
+}
+
+/// What [`before`] returned, made again from the statistics rather than kept.
+fn again(norm: RmsNorm, x: &Tensor, w: Option<&Tensor>, rstd: &Option<Tensor>) -> Result<Tensor> {
+    match (w, rstd) {
+        (Some(w), Some(rstd)) => norm.again(x, w, rstd),
+        _ => Ok(x.shallow_clone()),
+    }
+}
+
+/// The backward of [`before`], whose output's gradient is dh: the gradient of x, to which the residual adds d; adds to the
+/// weight's.
+fn before_backward(
+    norm: RmsNorm,
+    dh: &Tensor,
+    x: &Tensor,
+    rstd: &Option<Tensor>,
+    d: &Tensor,
+    w: Option<&Tensor>,
+    dw: Option<&Tensor>,
+) -> Result<Tensor> {
+    match (w, rstd, dw) {
+        (Some(w), Some(rstd), Some(dw)) => norm.backward(dh, x, w, rstd, Some(d), dw),
+        _ => Ok(d + dh),
     }
 }
 
@@ -76,6 +112,20 @@ fn after(
     let out = output(None)?; // [N, C]
     let (y, rstd) = norm.forward(&out, w)?; // [N, C], [N]
     Ok((residual + y, Some((out, rstd))))
+}
+
+/// The backward of [`after`]: given its gradient d, returns that of the output; adds to the weight's.
+fn after_backward(
+    norm: RmsNorm,
+    d: &Tensor,
+    saved: Option<After>,
+    w: Option<&Tensor>,
+    dw: Option<&Tensor>,
+) -> Result<Tensor> {
+    match (saved, w, dw) {
+        (Some((out, rstd)), Some(w), Some(dw)) => norm.backward(d, &out, w, &rstd, None, dw),
+        _ => Ok(d.shallow_clone()),
+    }
 }
 
 impl Block<Linear> {
@@ -124,10 +174,9 @@ impl Block<Linear> {
         Ok(after(c.norm, &x2, self.after(1), |residual| self.mlp.finish(&mlp, residual))?.0)
     }
 
-    /// Given the output's gradient dy (T [N, C]), returns the gradient of block `i`'s input, none where it is not `wanted`; adds
-    /// to `grad`. `balance`: the gradient of its router's probabilities, A [N, E], that
-    /// does not come from `dy`.
-    #[allow(clippy::too_many_arguments)] // Its weights, gradients, what was saved, and where it stands.
+    /// Given the output's gradient dy (T [N, C]) of block `i`, adds to `grad` all but the gradient of the first norm.
+    /// [`Block::backward_input`] adds that one and gives the input's gradient. `balance`: the gradient of the router's
+    /// probabilities, A [N, E], that does not come from `dy`.
     pub(super) fn backward(
         &self,
         grad: &Block<LinearGrad>,
@@ -136,8 +185,7 @@ impl Block<Linear> {
         c: &Context,
         i: usize,
         balance: Option<&Tensor>,
-        wanted: bool,
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<BeforeInput> {
         let x = saved.x;
         let rest = match saved.rest {
             Some(rest) => rest,
@@ -150,36 +198,28 @@ impl Block<Linear> {
             }
         };
         let Rest { before: [rstd1, rstd2], attention, x2, mlp, after: [after1, after2] } = rest;
-        // The gradient of what goes into a norm on an output: of what attention and MLP gave.
-        let of_output =
-            |k: usize, d: &Tensor, after: Option<After>| match (self.after(k), after, grad.after(k)) {
-                (Some(w), Some((out, rstd)), Some(dw)) => c.norm.backward(d, &out, w, &rstd, None, dw),
-                _ => Ok(d.shallow_clone()),
-            };
-        // The input of attention and MLP is made again from the statistics rather than kept.
-        let input = |k: usize, x: &Tensor, rstd: &Option<Tensor>| match (self.before(k), rstd) {
-            (Some(w), Some(rstd)) => c.norm.again(x, w, rstd),
-            _ => Ok(x.shallow_clone()),
-        };
-        // The gradient of the stream: `d`, and what comes through attention or MLP (`dh`, of their input).
-        let of_stream = |k: usize, d: &Tensor, dh: &Tensor, x: &Tensor, rstd: &Option<Tensor>| match (
-            self.before(k),
-            rstd,
-            grad.before(k),
-        ) {
-            (Some(w), Some(rstd), Some(dw)) => c.norm.backward(dh, x, w, rstd, Some(d), dw),
-            _ => Ok(d + dh),
-        };
-        let dm = of_output(1, &dy, after2)?; // [N, C]
-        let dh2 = self.mlp.backward(&dm, input(1, &x2, &rstd2)?, mlp, &grad.mlp, balance)?; // [N, C]
+        let dm = after_backward(c.norm, &dy, after2, self.after(1), grad.after(1))?; // [N, C]
+        let h2 = again(c.norm, &x2, self.before(1), &rstd2)?; // [N, C]
+        let dh2 = self.mlp.backward(&dm, h2, mlp, &grad.mlp, balance)?; // [N, C]
         drop(dm);
-        let dx2 = of_stream(1, &dy, &dh2, &x2, &rstd2)?; // [N, C]
+        let dx2 = before_backward(c.norm, &dh2, &x2, &rstd2, &dy, self.before(1), grad.before(1))?; // [N, C]
         drop((dh2, dy, x2));
-        let da = of_output(0, &dx2, after1)?; // [N, C]
-        let h1 = || input(0, &x, &rstd1);
-        let dh1 = self.attention.backward(&da, h1, attention, &grad.attention, c, i, wanted)?;
-        drop(da);
-        let Some(dh1) = dh1 else { return Ok(None) };
-        of_stream(0, &dx2, &dh1, &x, &rstd1).map(Some)
+        let da = after_backward(c.norm, &dx2, after1, self.after(0), grad.after(0))?; // [N, C]
+        let h1 = || again(c.norm, &x, self.before(0), &rstd1); // [N, C]
+        let dqkv = self.attention.backward(&da, h1, attention, &grad.attention, c, i)?; // [N, (H + 2K) D]
+        Ok(BeforeInput { dqkv, dx2, x, rstd1 })
+    }
+
+    /// The input's gradient, T [N, C]; adds to that of the first norm.
+    pub(super) fn backward_input(
+        &self,
+        grad: &Block<LinearGrad>,
+        before: BeforeInput,
+        c: &Context,
+    ) -> Result<Tensor> {
+        let BeforeInput { dqkv, dx2, x, rstd1 } = before;
+        let dh1 = self.attention.backward_input(&dqkv)?; // [N, C]
+        drop(dqkv);
+        before_backward(c.norm, &dh1, &x, &rstd1, &dx2, self.before(0), grad.before(0))
     }
 }

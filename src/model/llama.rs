@@ -369,9 +369,10 @@ impl Llama {
             }
             let saved = tape.blocks.pop().ok_or_else(|| Error::failed("a tape is used once"))?;
             let balance = tape.balance.as_ref().and_then(Balance::gradient);
+            let before = w.backward(&g, dx, saved, &tape.context, i - 1, balance.as_ref())?;
             // The first norm's gradient is a by-product of the input's.
-            let wanted = i > lowest || self.params.plan(i).trains("input_layernorm.weight");
-            let d = w.backward(&g, dx, saved, &tape.context, i - 1, balance.as_ref(), wanted)?;
+            let needed = i > lowest || self.params.plan(i).trains("input_layernorm.weight");
+            let d = needed.then(|| w.backward_input(&g, before, &tape.context)).transpose()?; // [N, C]
             drop(w);
             self.params.release(i);
             if flat.is_some() {

@@ -71,6 +71,7 @@ pub fn differentiate(
         value.f_backward()?;
     }
     let gradient = |leaf: &Tensor| Some(leaf.grad()).filter(Tensor::defined);
+    // host sync
     Ok((value.detach().double_value(&[]), leaves.iter().map(gradient).collect()))
 }
 
@@ -85,17 +86,17 @@ pub fn accumulate(
     let (mut losses, mut aux_loss) = (Vec::new(), None);
     model.params.begin_step_gradients(entries.len());
     for entry in entries {
-        let (hidden, mut tape) = model.forward(&entry.batch.input, recompute)?;
-        let labels = entry.batch.labels.to_device(hidden.device());
+        let (hidden, mut tape) = model.forward(&entry.batch.input, recompute)?; // [N, C]; collective
+        let labels = entry.batch.labels.to_device(hidden.device()); // [N]
         let (loss, dhidden) = match &mut entry.objective {
             Objective::CrossEntropy { weight } => {
                 let kind = ops::accumulator(hidden.kind());
-                let coefs = Tensor::full([labels.size()[0]], -*weight, (kind, hidden.device()));
-                let (logprobs, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coefs)?;
-                (-*weight * logprobs.sum(Kind::Double).double_value(&[]), dhidden)
+                let coefs = Tensor::full([labels.size()[0]], -*weight, (kind, hidden.device())); // [N]
+                let (logprobs, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coefs)?; // [N], [N, C]
+                (-*weight * logprobs.sum(Kind::Double).double_value(&[]), dhidden) // host sync
             }
             Objective::LogProbs { temperature, entropies, loss } => {
-                let out = LmHead::logprobs(model, &hidden, &labels, *temperature, *entropies)?;
+                let out = LmHead::logprobs(model, &hidden, &labels, *temperature, *entropies)?; // [N] each
                 let mut leaves = vec![&out.logprobs];
                 leaves.extend(&out.entropies);
                 let (value, gradients) = differentiate(&leaves, |leaves| {
@@ -108,21 +109,22 @@ pub fn accumulate(
                     logprobs: logprobs.map_or_else(|| out.logprobs.zeros_like(), Tensor::shallow_clone),
                     entropies: entropies.map(Tensor::shallow_clone),
                 };
-                let dhidden = LmHead::backward(model, &hidden, &labels, *temperature, &gradients)?;
+                let dhidden = LmHead::backward(model, &hidden, &labels, *temperature, &gradients)?; // [N, C]
                 (value, dhidden)
             }
             Objective::Values { loss } => {
-                let values = ScoreHead::values(model, &hidden)?;
+                let values = ScoreHead::values(model, &hidden)?; // [N]
                 let (value, mut gradients) = differentiate(&[&values], |leaves| loss(&leaves[0]))?;
-                let gradient = gradients.remove(0).unwrap_or_else(|| values.zeros_like());
+                let gradient = gradients.remove(0).unwrap_or_else(|| values.zeros_like()); // [N]
                 (value, ScoreHead::backward(model, &hidden, &gradient)?)
             }
         };
         drop(hidden);
         if let Some((weight, share)) = entry.balance {
+            // host sync
             *aux_loss.get_or_insert(0.0) += share * tape.balance_loss(weight * share).unwrap_or(0.0);
         }
-        model.backward(dhidden, tape)?;
+        model.backward(dhidden, tape)?; // collective: gathers and reductions overlap it
         losses.push(loss);
     }
     model.params.finish_step_gradients()?;
@@ -210,10 +212,10 @@ pub fn apply_gradients(
     clip: f64,
 ) -> Result<Update> {
     // Ranks that hold equal slices each count a part of theirs: one sum over all ranks, so that all have the same bits.
-    let squares = AdamW::sum_squares(&model.params)? / model.params.replica_group().size() as f64;
+    let squares = AdamW::sum_squares(&model.params)? / model.params.replica_group().size() as f64; // host sync
     let mut values = vec![sums.loss, squares];
     values.extend(sums.aux_loss);
-    let values = world.group.combine(&values, ReduceOp::Sum)?;
+    let values = world.group.combine(&values, ReduceOp::Sum)?; // collective, host sync
     let (loss, grad_norm) = (values[0], values[1].sqrt());
     let aux_loss = sums.aux_loss.map(|_| values[2]);
     // Equal on all ranks, since both are sums over all of them.
@@ -285,13 +287,13 @@ pub fn evaluate(
             return Ok(None);
         }
         let batch = batch?;
-        let hidden = model.hidden(&batch.input)?;
-        let labels = batch.labels.to_device(hidden.device());
-        let (sum, n) = LmHead::loss_sum(model, &hidden, &labels)?;
+        let hidden = model.hidden(&batch.input)?; // [N, C]; collective
+        let labels = batch.labels.to_device(hidden.device()); // [N]
+        let (sum, n) = LmHead::loss_sum(model, &hidden, &labels)?; // collective, host sync
         loss_sum += sum;
         count += n as f64;
     }
-    let total = world.group.combine(&[loss_sum, count], ReduceOp::Sum)?;
+    let total = world.group.combine(&[loss_sum, count], ReduceOp::Sum)?; // collective, host sync
     Ok(Some(total[0] / total[1]))
 }
 

@@ -107,7 +107,7 @@ impl Frozen {
             return Ok(());
         }
         let full = Tensor::empty([self.shard_len * shard.size()], (Kind::Uint8, self.device));
-        self.gathering = Some(shard.all_gather(&full, &self.local)?);
+        self.gathering = Some(shard.all_gather(&full, &self.local)?); // collective, overlaps what follows
         self.full = Some(full);
         Ok(())
     }
@@ -127,7 +127,7 @@ impl Frozen {
             return Ok((!self.is_empty()).then(|| self.local.shallow_clone()));
         }
         let full = Tensor::empty([self.shard_len * shard.size()], (Kind::Uint8, self.device));
-        shard.all_gather(&full, &self.local)?.wait()?;
+        shard.all_gather(&full, &self.local)?.wait()?; // collective
         Ok(Some(full))
     }
 

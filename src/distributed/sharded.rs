@@ -309,7 +309,7 @@ impl Sharded {
             return Ok(());
         }
         let full = Tensor::empty([g.shard_len * size], (self.compute, self.device));
-        g.gathering = Some(self.sharding.shard.all_gather(&full, &g.local)?);
+        g.gathering = Some(self.sharding.shard.all_gather(&full, &g.local)?); // collective, overlaps what follows
         g.full = Some(full);
         Ok(())
     }
@@ -319,7 +319,7 @@ impl Sharded {
         self.prefetch(i)?;
         let g = &mut self.groups[i];
         if let Some(work) = g.gathering.take() {
-            work.wait()?;
+            work.wait()?; // of the host on a CPU, of the stream on a GPU
         }
         Ok(Full {
             trained: g.full.as_ref().map(Tensor::shallow_clone),
@@ -433,7 +433,7 @@ impl Sharded {
         }
         let full = Tensor::empty([g.shard_len * self.sharding.shard.size()], (g.master.kind(), self.device));
         if g.layout.numel > 0 {
-            self.sharding.shard.all_gather(&full, &g.master)?.wait()?;
+            self.sharding.shard.all_gather(&full, &g.master)?.wait()?; // collective
         }
         Ok(full.narrow(0, 0, g.layout.numel))
     }

@@ -37,7 +37,7 @@ impl Attention<Linear> {
     /// Queries, keys and values of x (T [N, C]), normalised and rotated: T [N, (H + 2K) D]; and what the norm's backward needs.
     fn project(&self, x: &Tensor, c: &Context, i: usize) -> Result<(Tensor, Option<QkNormSaved>)> {
         let qkv = self.qkv.forward(x)?; // [N, (H + 2K) D]
-        let qk = self.norm_heads(&qkv, c)?;
+        let qk = self.norm_heads(&qkv, c)?; // of queries and keys, in place
         rotate(&qkv, c, i, false)?;
         Ok((qkv, qk))
     }
@@ -64,12 +64,19 @@ impl Attention<Linear> {
         residual: Option<&Tensor>,
         attend: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let qkv = self.project(x, c, i)?.0;
+        let qkv = self.project(x, c, i)?.0; // [N, (H + 2K) D]
         self.o.forward_onto(&attend(&qkv)?, residual)
     }
 
     /// Given the output's gradient dy (T [N, C]), adds to the gradients. Returns that of the projections, T [N, (H + 2K) D], of
     /// which [`Attention::backward_input`] makes the input's. `x` makes the input again.
+    ///
+    /// ```text
+    /// y = out Wo^T            dout  = dy Wo,      dWo += dy^T out
+    /// out = attention(r)      dr    = attention's gradient, see kernels/src/ops/composed.rs
+    /// r = R norm(qkv)         dqkv  = norm'(R^T dr), for a rotation R, of queries and keys alone
+    /// qkv = x Wqkv^T          dWqkv += dqkv^T x,  dx = dqkv Wqkv
+    /// ```
     pub(super) fn backward(
         &self,
         dy: &Tensor,
@@ -83,8 +90,7 @@ impl Attention<Linear> {
         let Saved { qk, qkv, out, lse } = saved;
         let dqkv = ops::attention_backward(&dout, &qkv, &out, &lse, c.start(i), c.heads)?; // [N, (H + 2K) D]
         drop(dout);
-        // A rotation's gradient is the rotation back.
-        rotate(&dqkv, c, i, true)?;
+        rotate(&dqkv, c, i, true)?; // R^T rotates back
         self.norm_heads_backward(grad, &dqkv, qk, c)?;
         self.qkv.backward_weight(&dqkv, &x()?, &grad.qkv)?;
         Ok(dqkv)
@@ -100,15 +106,15 @@ impl Attention<Linear> {
         let Some(norms) = &self.qk_norm else { return Ok(None) };
         let [q, k] = queries_and_keys(qkv, c.heads);
         let apply = |mut x: Tensor, norm: &Tensor| -> Result<(Tensor, Tensor)> {
-            let before = x.reshape([-1, norm.numel() as i64]).contiguous();
-            let (y, rstd) = c.norm.forward(&before, norm)?;
+            let before = x.reshape([-1, norm.numel() as i64]).contiguous(); // [N H, D], or [N, H D]; of keys K for H
+            let (y, rstd) = c.norm.forward(&before, norm)?; // the same, [N H] or [N]
             x.copy_(&y.view_as(&x));
             Ok((before, rstd))
         };
         Ok(Some([apply(q, &norms[0])?, apply(k, &norms[1])?]))
     }
 
-    /// The backward of `norm_heads`, in place.
+    /// The backward of `norm_heads`, in place: that of the norm on each query and key.
     fn norm_heads_backward(
         &self,
         grad: &Attention<LinearGrad>,
@@ -121,7 +127,7 @@ impl Attention<Linear> {
         };
         for (i, mut dx) in queries_and_keys(dqkv, c.heads).into_iter().enumerate() {
             let (before, rstd) = &saved[i];
-            let dy = dx.reshape(before.size()).contiguous();
+            let dy = dx.reshape(before.size()).contiguous(); // [N H, D], or [N, H D]; of keys K for H
             let d = c.norm.backward(&dy, before, &norms[i], rstd, None, &dnorms[i])?;
             dx.copy_(&d.view_as(&dx));
         }
@@ -139,5 +145,5 @@ fn rotate(qkv: &Tensor, c: &Context, i: usize, inverse: bool) -> Result<()> {
 /// The columns of qkv (T [N, (H + 2K) D]) that hold the queries, and those that hold the keys.
 fn queries_and_keys(qkv: &Tensor, h: Heads) -> [Tensor; 2] {
     let (q, k) = (h.heads * h.head_dim, h.kv_heads * h.head_dim);
-    [qkv.narrow(1, 0, q), qkv.narrow(1, q, k)]
+    [qkv.narrow(1, 0, q), qkv.narrow(1, q, k)] // [N, H D], [N, K D]
 }

@@ -145,7 +145,7 @@ impl Block<Linear> {
     /// The rest of the forward: the block's output, T [N, C].
     fn finish(&self, rest: &mut Rest, c: &Context) -> Result<Tensor> {
         let output = |residual: Option<&Tensor>| self.mlp.finish(&rest.mlp, residual);
-        let (y, after2) = after(c.norm, &rest.x2, self.after(1), output)?;
+        let (y, after2) = after(c.norm, &rest.x2, self.after(1), output)?; // [N, C]
         rest.after[1] = after2;
         Ok(y)
     }
@@ -166,10 +166,10 @@ impl Block<Linear> {
         i: usize,
         attend: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let h1 = before(c.norm, x, self.before(0))?.0;
+        let h1 = before(c.norm, x, self.before(0))?.0; // [N, C]
         let output = |residual: Option<&Tensor>| self.attention.cached(&h1, c, i, residual, attend);
-        let x2 = after(c.norm, x, self.after(0), output)?.0;
-        let h2 = before(c.norm, &x2, self.before(1))?.0;
+        let x2 = after(c.norm, x, self.after(0), output)?.0; // [N, C]
+        let h2 = before(c.norm, &x2, self.before(1))?.0; // [N, C]
         let mlp = self.mlp.begin(&h2, None)?;
         Ok(after(c.norm, &x2, self.after(1), |residual| self.mlp.finish(&mlp, residual))?.0)
     }
@@ -177,6 +177,13 @@ impl Block<Linear> {
     /// Given the output's gradient dy (T [N, C]) of block `i`, adds to `grad` all but the gradient of the first norm.
     /// [`Block::backward_input`] adds that one and gives the input's gradient. `balance`: the gradient of the router's
     /// probabilities, A [N, E], that does not come from `dy`.
+    ///
+    /// Each residual passes its gradient on; f' is the product with f's transposed Jacobian:
+    ///
+    /// ```text
+    /// dx2 = dy  + before2'(mlp'(after2'(dy)))
+    /// dx  = dx2 + before1'(attention'(after1'(dx2)))
+    /// ```
     pub(super) fn backward(
         &self,
         grad: &Block<LinearGrad>,
@@ -220,6 +227,6 @@ impl Block<Linear> {
         let BeforeInput { dqkv, dx2, x, rstd1 } = before;
         let dh1 = self.attention.backward_input(&dqkv)?; // [N, C]
         drop(dqkv);
-        before_backward(c.norm, &dh1, &x, &rstd1, &dx2, self.before(0), grad.before(0))
+        before_backward(c.norm, &dh1, &x, &rstd1, &dx2, self.before(0), grad.before(0)) // [N, C]
     }
 }

@@ -108,16 +108,16 @@ impl Llama {
         let input = Input::new(Tensor::from_slice(&ids).view([rows, time]).to_device(device));
         let context = self.context(&input)?;
         let Heads { heads, kv_heads, head_dim, .. } = context.heads;
-        let index = integers(slots.iter().map(|s| *s as i64)).to_device(device);
+        let index = integers(slots.iter().map(|s| *s as i64)).to_device(device); // [rows]
         cache.reserve(time);
         let ends = lengths.iter().enumerate().map(|(r, n)| r as i64 * time + n - 1);
-        let ends = integers(ends).to_device(device);
+        let ends = integers(ends).to_device(device); // [rows]
         let last = self.through_blocks(&ids, |i, w, x| {
-            let (x, rest) = w.forward(x, &context, i - 1)?;
-            let qkv = rest.attention.qkv.view([rows, time, heads + 2 * kv_heads, head_dim]);
+            let (x, rest) = w.forward(x, &context, i - 1)?; // [rows T, C]
+            let qkv = rest.attention.qkv.view([rows, time, heads + 2 * kv_heads, head_dim]); // [rows, T, H + 2K, D]
             let (keys, values) = &cache.blocks[i - 1];
             for (cached, first) in [(keys, heads), (values, heads + kv_heads)] {
-                let new = qkv.narrow(2, first, kv_heads).transpose(1, 2);
+                let new = qkv.narrow(2, first, kv_heads).transpose(1, 2); // [rows, K, T, D]
                 let _ = cached.narrow(2, 0, time).index_copy_(0, &index, &new);
             }
             match &w.final_norm {
@@ -146,9 +146,9 @@ impl Llama {
         let context = self.decoding(position, past + new);
         let last = self.read(ids, &context, |i, qkv| {
             let (keys, values) = &cache.blocks[i - 1];
-            let row = |t: &Tensor| t.select(0, slot as i64).narrow(1, 0, past + new);
+            let row = |t: &Tensor| t.select(0, slot as i64).narrow(1, 0, past + new); // [K, past + N, D]
             extend_attention(qkv, &row(keys), &row(values), past, context.start(i - 1), context.heads)
-        })?;
+        })?; // [N, C]
         cache.lengths[slot] += new;
         Ok(last.narrow(0, new - 1, 1))
     }
@@ -158,8 +158,8 @@ impl Llama {
         let device = self.params.device();
         let lengths = || slots.iter().map(|s| cache.lengths[*s]);
         let longest = lengths().max().unwrap_or(0) + 1;
-        let position = integers(lengths()).to_device(device);
-        let slot = integers(slots.iter().map(|s| *s as i64)).to_device(device);
+        let position = integers(lengths()).to_device(device); // [rows]
+        let slot = integers(slots.iter().map(|s| *s as i64)).to_device(device); // [rows]
         cache.reserve(longest);
         let context = self.decoding(position, longest);
         let hidden = self.read(ids, &context, |i, qkv| {
@@ -181,7 +181,7 @@ impl Llama {
     /// Logits of the next token, T [rows, V], for hidden states T [rows, C].
     pub fn next_token_logits(&mut self, hidden: &Tensor) -> Result<Tensor> {
         let group = self.head_group();
-        let logits = ops::linear(hidden, &self.params.single(group)?, None)?;
+        let logits = ops::linear(hidden, &self.params.single(group)?, None)?; // [rows, V]; collective
         self.params.release(group);
         Ok(capped(logits, self.shape.features.logit_softcap))
     }
@@ -191,7 +191,7 @@ impl Llama {
     fn decoding(&mut self, position: Tensor, length: i64) -> Context {
         let tables = self.rope_tables(length);
         let window = self.shape.sliding_window.filter(|w| *w < length);
-        let first = window.map(|window| (&position - (window - 1)).clamp_min(0));
+        let first = window.map(|window| (&position - (window - 1)).clamp_min(0)); // [N]
         Context::decoding(self, position.numel() as i64, position, first, tables)
     }
 
@@ -219,14 +219,15 @@ impl Llama {
         ids: &[i64],
         mut block: impl FnMut(usize, &Block<Linear>, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let mut x = self.embed_checked(ids)?;
-        self.params.prefetch(1)?;
+        let mut x = self.embed_checked(ids)?; // [N, C]
+        self.params.prefetch(1)?; // collective
         self.params.release(0);
         let layers = self.num_blocks();
         for i in 1..=layers {
-            let w = self.block_weights(i, None)?;
-            self.params.prefetch(if i < layers { i + 1 } else { self.head_group() })?;
-            x = block(i, &w, &x)?;
+            let w = self.block_weights(i, None)?; // waits until they are gathered
+            let next = if i < layers { i + 1 } else { self.head_group() };
+            self.params.prefetch(next)?; // collective, overlaps block i
+            x = block(i, &w, &x)?; // [N, C]; after the last block of `prefill` [rows, C]
             drop(w);
             self.params.release(i);
         }
@@ -258,31 +259,30 @@ fn extend_attention(
 ) -> Result<Tensor> {
     let (new, kind, device) = (h.batch, ops::accumulator(qkv.kind()), qkv.device());
     let group = h.heads / h.kv_heads;
-    let all = qkv.view([new, h.heads + 2 * h.kv_heads, h.head_dim]);
+    let all = qkv.view([new, h.heads + 2 * h.kv_heads, h.head_dim]); // [N, H + 2K, D]
     for (cached, first) in [(keys, h.heads), (values, h.heads + h.kv_heads)] {
-        let rows = all.narrow(1, first, h.kv_heads).transpose(0, 1);
+        let rows = all.narrow(1, first, h.kv_heads).transpose(0, 1); // [K, N, D]
         cached.narrow(1, past, new).f_copy_(&rows)?;
     }
     let (keys, values) = (keys.to_kind(kind), values.to_kind(kind));
-    // [K, group, N, D]
-    let queries = all.narrow(1, 0, h.heads).to_kind(kind) * h.scale;
-    let queries = queries.view([new, h.kv_heads, group, h.head_dim]).permute([1, 2, 0, 3]);
-    let seen = Tensor::arange(past + new, (Kind::Int64, device)).unsqueeze(0);
+    let queries = all.narrow(1, 0, h.heads).to_kind(kind) * h.scale; // [N, H, D]
+    let queries = queries.view([new, h.kv_heads, group, h.head_dim]).permute([1, 2, 0, 3]); // [K, group, N, D]
+    let seen = Tensor::arange(past + new, (Kind::Int64, device)).unsqueeze(0); // [1, past + N]
     let chunk = (SCORES / (h.heads * (past + new))).clamp(1, new);
     let mut parts = Vec::new();
     for begin in (0..new).step_by(chunk as usize) {
         let count = chunk.min(new - begin);
         let at = Tensor::arange_start(past + begin, past + begin + count, (Kind::Int64, device));
-        let mut unseen = seen.gt_tensor(&at.unsqueeze(1));
+        let mut unseen = seen.gt_tensor(&at.unsqueeze(1)); // [count, past + N]
         if let Some(first) = first {
             unseen = unseen.logical_or(&seen.lt_tensor(&first.narrow(0, begin, count).unsqueeze(1)));
         }
         let q = queries.narrow(2, begin, count).reshape([h.kv_heads, group * count, h.head_dim]);
-        let mut scores = h.cap(q.f_bmm(&keys.transpose(1, 2))?);
+        let mut scores = h.cap(q.f_bmm(&keys.transpose(1, 2))?); // [K, group count, past + N]
         let scores = scores.f_masked_fill_(&unseen.repeat([group, 1]), f64::NEG_INFINITY)?;
-        let out = scores.f_softmax(-1, kind)?.f_bmm(&values)?;
-        let out = out.view([h.kv_heads, group, count, h.head_dim]).permute([2, 0, 1, 3]);
-        parts.push(out.reshape([count, h.heads * h.head_dim]));
+        let out = scores.f_softmax(-1, kind)?.f_bmm(&values)?; // [K, group count, D]
+        let out = out.view([h.kv_heads, group, count, h.head_dim]).permute([2, 0, 1, 3]); // [count, K, group, D]
+        parts.push(out.reshape([count, h.heads * h.head_dim])); // [count, H D]
     }
     Ok(Tensor::cat(&parts, 0).to_kind(qkv.kind()))
 }

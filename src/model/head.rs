@@ -31,7 +31,7 @@ pub struct LogProbs {
 }
 
 impl LmHead {
-    /// The weight, T [V, C]; gathered until its group is released.
+    /// The weight, T [V, C]; gathered until its group is released. Collective where it is sharded.
     fn weight(model: &mut Llama) -> Result<Tensor> {
         model.params.single(model.head_group())
     }
@@ -58,8 +58,8 @@ impl LmHead {
         let out = LogProbs { logprobs: new(), entropies: entropies.then(new) };
         for first in (0..n).step_by(chunk as usize) {
             let part = |t: &Tensor| t.narrow(0, first, chunk.min(n - first));
-            let logits = logits(&part(hidden), &weight, softcap, temperature);
-            let entropy = out.entropies.as_ref().map(part);
+            let logits = logits(&part(hidden), &weight, softcap, temperature); // [chunk, V]
+            let entropy = out.entropies.as_ref().map(part); // [chunk]
             ops::log_softmax(&logits, &part(labels), None, &part(&out.logprobs), entropy.as_ref())?;
         }
         let group = model.head_group();
@@ -94,7 +94,14 @@ impl LmHead {
         Self::run_backward(model, hidden, labels, coef, None, 1.0)
     }
 
-    /// `coef` and `entropies`: the loss's gradients, divided by the temperature.
+    /// `coef` and `entropies`: the loss's gradients, divided by the temperature t. For logits z = c tanh(h W^T / c) / t,
+    /// p = softmax(z) and each token's label y:
+    ///
+    /// ```text
+    /// dz / t = coef (onehot(y) - p) + entropies dH/dz       of log p_y and of the entropy H
+    /// d  = (dz / t) (1 - tanh^2)                            of h W^T; without a cap dz / t
+    /// dh = d W,  dW += d^T h
+    /// ```
     fn run_backward(
         model: &mut Llama,
         hidden: &Tensor,
@@ -108,15 +115,15 @@ impl LmHead {
         let dweight = model.params.single_grad(group);
         let n = hidden.size()[0];
         let chunk = Self::chunk(model, n);
-        let logprobs = Tensor::zeros([n], (coef.kind(), hidden.device()));
-        let dhidden = Tensor::empty_like(hidden);
+        let logprobs = Tensor::zeros([n], (coef.kind(), hidden.device())); // [N]
+        let dhidden = Tensor::empty_like(hidden); // [N, C]
         for first in (0..n).step_by(chunk as usize) {
             let part = |t: &Tensor| t.narrow(0, first, chunk.min(n - first));
-            let h = part(hidden);
-            let mut logits = logits(&h, &weight, softcap, temperature);
-            // d c tanh(x / c) / dx = 1 - tanh^2, of logits that the loss's gradient overwrites.
+            let h = part(hidden); // [chunk, C]
+            let mut logits = logits(&h, &weight, softcap, temperature); // [chunk, V]
+            // 1 - tanh^2, [chunk, V], of logits that the loss's gradient overwrites.
             let slope = softcap.map(|c| 1.0 - (&logits * (temperature / c)).square());
-            let of_entropy = entropies.map(|g| entropy_backward(&logits, &part(g)));
+            let of_entropy = entropies.map(|g| entropy_backward(&logits, &part(g))); // [chunk, V]
             ops::log_softmax(&logits, &part(labels), Some(&part(coef)), &part(&logprobs), None)?;
             if let Some(d) = of_entropy {
                 logits += d;
@@ -124,7 +131,7 @@ impl LmHead {
             let dlogits = match slope {
                 Some(slope) => logits * slope,
                 None => logits,
-            };
+            }; // [chunk, V]
             let _ = dlogits.f_mm_out(&part(&dhidden), &weight)?;
             if let Some(dweight) = &dweight {
                 dweight.add_product(&dlogits, &h)?;
@@ -132,7 +139,7 @@ impl LmHead {
         }
         model.params.release(group);
         if dweight.is_some() && !model.shape.tie_word_embeddings {
-            model.params.reduce(group)?;
+            model.params.reduce(group)?; // collective, overlaps the trunk's backward
         }
         Ok((logprobs, dhidden))
     }
@@ -140,8 +147,8 @@ impl LmHead {
     /// The sum over tokens of the negative log-probabilities, and how many tokens count, without a backward.
     pub fn loss_sum(model: &mut Llama, hidden: &Tensor, labels: &Tensor) -> Result<(f64, i64)> {
         let logprobs = Self::logprobs(model, hidden, labels, 1.0, false)?.logprobs;
-        let count = labels.ge(0).sum(Kind::Int64).int64_value(&[]);
-        Ok((-logprobs.sum(Kind::Double).double_value(&[]), count))
+        let count = labels.ge(0).sum(Kind::Int64).int64_value(&[]); // host sync
+        Ok((-logprobs.sum(Kind::Double).double_value(&[]), count)) // host sync
     }
 }
 
@@ -155,7 +162,7 @@ pub(super) fn capped(logits: Tensor, softcap: Option<f64>) -> Tensor {
 
 /// T [n, V], with their cap, divided by the temperature.
 fn logits(hidden: &Tensor, weight: &Tensor, softcap: Option<f64>, temperature: f64) -> Tensor {
-    let mut logits = capped(hidden.mm(&weight.tr()), softcap);
+    let mut logits = capped(hidden.mm(&weight.tr()), softcap); // [n, V]
     if temperature != 1.0 {
         let _ = logits.g_mul_scalar_(1.0 / temperature);
     }
@@ -164,8 +171,8 @@ fn logits(hidden: &Tensor, weight: &Tensor, softcap: Option<f64>, temperature: f
 
 /// The gradient of sum(g * entropy): of H = -sum(p log p) it is -p (log p + H).
 fn entropy_backward(logits: &Tensor, g: &Tensor) -> Tensor {
-    let logp = logits.log_softmax(-1, g.kind());
-    let p = logp.exp();
-    let entropy = -(&p * &logp).sum_dim_intlist([-1i64].as_slice(), true, None);
+    let logp = logits.log_softmax(-1, g.kind()); // [n, V]
+    let p = logp.exp(); // [n, V]
+    let entropy = -(&p * &logp).sum_dim_intlist([-1i64].as_slice(), true, None); // [n, 1]
     (p * (logp + entropy) * -g.unsqueeze(-1)).to_kind(logits.kind())
 }

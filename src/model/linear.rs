@@ -103,9 +103,9 @@ impl Linear {
     /// x: T [N, I]. Returns T [N, O].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = match self.parts.as_slice() {
-            [Value::Dense(w)] => ops::linear(x, w, self.bias.as_ref())?,
+            [Value::Dense(w)] => ops::linear(x, w, self.bias.as_ref())?, // [N, O]
             _ => {
-                let mut y = self.product(x)?;
+                let mut y = self.product(x)?; // [N, O]
                 if let Some(bias) = &self.bias {
                     let _ = y.f_add_(bias)?;
                 }
@@ -121,7 +121,7 @@ impl Linear {
         let mut y = match self.parts.as_slice() {
             [Value::Dense(w)] => ops::linear(x, w, Some(residual))?,
             _ => self.product(x)?.f_add_(residual)?,
-        };
+        }; // [N, O]
         if let Some(bias) = &self.bias {
             let _ = y.f_add_(bias)?;
         }
@@ -137,7 +137,7 @@ impl Linear {
         }
     }
 
-    /// x W^T
+    /// x W^T: T [N, O]
     fn product(&self, x: &Tensor) -> Result<Tensor> {
         let runs = self.runs();
         let mut products = Vec::with_capacity(runs.len());
@@ -145,7 +145,7 @@ impl Linear {
             products.push(match run {
                 Run::Dense(w) => ops::linear(x, w, None)?,
                 Run::Quantized(parts) => quant::linear(&parts, x)?,
-            });
+            }); // [N, rows of the run]
         }
         Ok(if products.len() == 1 { products.remove(0) } else { Tensor::f_cat(&products, 1)? })
     }
@@ -165,6 +165,13 @@ impl Linear {
 
     /// Given the output's gradient dy (T [N, O]) and the input x (T [N, I]), adds to the gradients, and returns the input's,
     /// T [N, I].
+    ///
+    /// ```text
+    /// y = x W^T + b          dx = dy W,                     dW += dy^T x,  db += sum over rows of dy
+    ///   + s D(x) A^T B^T     dx += D(s dy B A),             dA += (s dy B)^T D(x),  dB += dy^T (s D(x) A^T)
+    /// ```
+    ///
+    /// for an adapter of scale s with dropout D, on the columns of dy that it adds to. D is linear, and its own transpose.
     pub fn backward(&self, dy: &Tensor, x: &Tensor, grad: &LinearGrad) -> Result<Tensor> {
         self.backward_weight(dy, x, grad)?;
         self.backward_input(dy)
@@ -179,7 +186,7 @@ impl Linear {
                 Run::Dense(w) => w.size()[0],
                 Run::Quantized(parts) => parts.iter().map(|p| p.shape()[0]).sum(),
             };
-            let part = dy.narrow(1, first, n);
+            let part = dy.narrow(1, first, n); // [N, rows of the run]
             first += n;
             dx = Some(match (run, dx) {
                 (Run::Dense(w), None) => part.f_mm(w)?,
@@ -188,14 +195,14 @@ impl Linear {
                 (Run::Quantized(parts), Some(mut dx)) => {
                     dx.f_add_(&quant::linear_backward(&parts, &part)?)?
                 }
-            });
+            }); // [N, I]
         }
         let mut dx = match dx {
             Some(dx) => dx,
             None => return Err(crate::error::Error::failed("a linear layer has no weight")),
         };
         for adapter in &self.adapters {
-            let inner = adapter.inner_gradient(dy)?;
+            let inner = adapter.inner_gradient(dy)?; // [N, r]
             match adapter.dropout {
                 None => drop(dx.f_addmm_(&inner, &adapter.a)?),
                 Some(_) => drop(dx.f_add_(&adapter.drop(&inner.f_mm(&adapter.a)?)?)?),
@@ -216,8 +223,8 @@ impl Linear {
             first += n;
         }
         for (first, db) in &grad.bias {
-            let part = dy.narrow(1, *first, db.size()[0]);
-            let sum = part.f_sum_dim_intlist([0i64].as_slice(), false, ops::accumulator(dy.kind()))?;
+            let part = dy.narrow(1, *first, db.size()[0]); // [N, rows of the bias]
+            let sum = part.f_sum_dim_intlist([0i64].as_slice(), false, ops::accumulator(dy.kind()))?; // A [rows of the bias]
             let _ = db.shallow_clone().f_add_(&sum)?;
         }
         for (adapter, grads) in self.adapters.iter().zip(&grad.adapters) {

@@ -198,7 +198,7 @@ impl Llama {
             Kind::Double => Tensor::from_slice(&inverse_frequencies(shape)),
             _ => rounded_inverse_frequencies(shape),
         };
-        let angles = Tensor::arange(length, (inverse.kind(), Device::Cpu)).outer(&inverse);
+        let angles = Tensor::arange(length, (inverse.kind(), Device::Cpu)).outer(&inverse); // [length, D / 2]
         let table = |t: Tensor| t.to_kind(kind).to_device(device);
         (table(angles.cos()), table(angles.sin()))
     }
@@ -207,15 +207,15 @@ impl Llama {
         let (batch, time) = (input.ids.size()[0], input.ids.size()[1]);
         let device = self.params.device();
         let length = match &input.positions {
-            Some(p) => p.max().int64_value(&[]) + 1,
+            Some(p) => p.max().int64_value(&[]) + 1, // host sync, if they lie on a GPU
             None => time,
         };
         let rope = self.rope_tables(length);
         let positions = match &input.positions {
             Some(p) => p.to_device(device),
             None => Tensor::arange(time, (Kind::Int64, device)).repeat([batch]),
-        };
-        let start = input.start.as_ref().map(|t| t.to_device(device));
+        }; // [N]
+        let start = input.start.as_ref().map(|t| t.to_device(device)); // [N]
         let window_start = match self.shape.sliding_window {
             // A window counts places in the row, padding included.
             Some(window) if window < time => {
@@ -224,7 +224,7 @@ impl Llama {
                 Some(start.as_ref().map_or(first.shallow_clone(), |s| s.maximum(&first)))
             }
             _ => start.as_ref().map(Tensor::shallow_clone),
-        };
+        }; // [N]
         Ok(Context {
             heads: self.heads(batch),
             norm: RmsNorm::of(&self.shape),
@@ -235,8 +235,9 @@ impl Llama {
             rope,
             draws: input.dropout.map(|place| {
                 // A row's number in the upper half, the position in the lower.
-                let row = Tensor::arange(batch, (Kind::Int64, device)) + place.first_row as i64;
-                let token = row.unsqueeze(1) * (1i64 << 32) + Tensor::arange(time, (Kind::Int64, device));
+                let row = Tensor::arange(batch, (Kind::Int64, device)) + place.first_row as i64; // [B]
+                let at = Tensor::arange(time, (Kind::Int64, device)); // [T]
+                let token = row.unsqueeze(1) * (1i64 << 32) + at; // [B, T]
                 Draws { key: hash(place.seed ^ hash(place.step)), rows: token.view([-1]) }
             }),
         })
@@ -266,7 +267,7 @@ impl Llama {
         Block::weights(&mut self.params, group, &self.shape, self.adapters, draws)
     }
 
-    /// The embedding's rows for ids (int64, any shape): T [numel, C].
+    /// The embedding's rows for ids (int64, any shape): T [numel, C]. Collective where it is sharded.
     pub(crate) fn embed(&mut self, ids: &Tensor) -> Result<Tensor> {
         let rows = self.params.single(0)?.index_select(0, &ids.view([-1]));
         Ok(match self.embedding_scale() {
@@ -290,12 +291,12 @@ impl Llama {
 
     fn run(&mut self, input: &Input, recompute: Option<Recompute>) -> Result<(Tensor, Option<Tape>)> {
         let context = self.context(input)?;
-        let ids = input.ids.to_device(self.params.device()).contiguous().view([-1]);
+        let ids = input.ids.to_device(self.params.device()).contiguous().view([-1]); // [N]
         let layers = self.num_blocks();
         let lowest = self.params.first_trained();
         let keep_embedding = self.shape.tie_word_embeddings && layers <= 1;
-        let mut x = self.embed(&ids)?;
-        self.params.prefetch(1)?;
+        let mut x = self.embed(&ids)?; // [N, C]
+        self.params.prefetch(1)?; // collective
         if !keep_embedding {
             self.params.release(0);
         }
@@ -309,13 +310,10 @@ impl Llama {
             _ => None,
         };
         for i in 1..=layers {
-            let w = self.block_weights(i, context.draws.as_ref())?;
-            if i < layers {
-                self.params.prefetch(i + 1)?;
-            } else {
-                self.params.prefetch(self.head_group())?;
-            }
-            let (y, rest) = w.forward(&x, &context, i - 1)?;
+            let w = self.block_weights(i, context.draws.as_ref())?; // waits until they are gathered
+            let next = if i < layers { i + 1 } else { self.head_group() };
+            self.params.prefetch(next)?; // collective, overlaps block i
+            let (y, rest) = w.forward(&x, &context, i - 1)?; // [N, C]
             if let Some(r) = recompute {
                 if let (Some(balance), Some(routed)) = (&mut balance, rest.mlp.routed()) {
                     balance.add(routed);
@@ -326,7 +324,7 @@ impl Llama {
             }
             x = y;
             if let Some(norm) = &w.final_norm {
-                let (h, rstd) = context.norm.forward(&x, norm)?;
+                let (h, rstd) = context.norm.forward(&x, norm)?; // [N, C], [N]
                 hidden = Some(h);
                 last = Some((x.shallow_clone(), rstd));
             }
@@ -343,6 +341,11 @@ impl Llama {
     /// Given the gradient of the hidden states (T [N, C]), adds to the gradients of all trunk groups that are trained.
     /// Tied embeddings: the head's part must already be in the embedding's gradient. Below the first group that is trained
     /// nothing is computed. Ends the micro-batch (see [`Sharded::begin_step_gradients`]).
+    ///
+    /// ```text
+    /// x_0 = E[ids],  x_i = block_i(x_i-1),  h = norm(x_L)
+    /// dx_L = norm'(dh),  dx_i-1 = block_i'(dx_i),  dE[id_n] += dx_0[n] for every token n
+    /// ```
     pub fn backward(&mut self, dhidden: Tensor, mut tape: Tape) -> Result<()> {
         if let Some(dx) = self.backward_blocks(dhidden, &mut tape)? {
             self.embed_backward(dx, &tape.ids)?;
@@ -355,20 +358,20 @@ impl Llama {
     fn backward_blocks(&mut self, dhidden: Tensor, tape: &mut Tape) -> Result<Option<Tensor>> {
         let layers = self.num_blocks();
         let lowest = self.params.first_trained();
-        let mut dx = dhidden;
+        let mut dx = dhidden; // [N, C]
         for i in (lowest.max(1)..=layers).rev() {
-            let w = self.block_weights(i, tape.context.draws.as_ref())?;
+            let w = self.block_weights(i, tape.context.draws.as_ref())?; // waits until they are gathered
             if i > lowest.max(1) {
-                self.params.prefetch(i - 1)?;
+                self.params.prefetch(i - 1)?; // collective, overlaps block i
             }
             let flat = self.params.grad(i);
             let g = Block::gradients(&self.params, i, flat.as_ref(), &self.shape)?;
             if let (Some(norm), Some(dnorm)) = (&w.final_norm, &g.final_norm) {
                 let (x, rstd) = tape.last.take().ok_or_else(|| Error::failed("a tape is used once"))?;
-                dx = tape.context.norm.backward(&dx, &x, norm, &rstd, None, dnorm)?;
+                dx = tape.context.norm.backward(&dx, &x, norm, &rstd, None, dnorm)?; // [N, C]
             }
             let saved = tape.blocks.pop().ok_or_else(|| Error::failed("a tape is used once"))?;
-            let balance = tape.balance.as_ref().and_then(Balance::gradient);
+            let balance = tape.balance.as_ref().and_then(Balance::gradient); // [N, E], or broadcast to it
             let before = w.backward(&g, dx, saved, &tape.context, i - 1, balance.as_ref())?;
             // The first norm's gradient is a by-product of the input's.
             let needed = i > lowest || self.params.plan(i).trains("input_layernorm.weight");
@@ -376,7 +379,7 @@ impl Llama {
             drop(w);
             self.params.release(i);
             if flat.is_some() {
-                self.params.reduce(i)?;
+                self.params.reduce(i)?; // collective, overlaps block i - 1
             }
             let Some(d) = d else { return Ok(None) };
             dx = d;
@@ -391,7 +394,7 @@ impl Llama {
             dx *= scale;
         }
         ops::embedding_backward(&dx, ids, dweight.sum()?)?;
-        self.params.reduce(0)
+        self.params.reduce(0) // collective
     }
 }
 

@@ -51,8 +51,8 @@ impl Routed {
 
     /// The weights of the chosen experts, A [N, k], and the sums that they were divided by, A [N, 1].
     fn weights(&self, probabilities: &Tensor) -> (Tensor, Tensor) {
-        let chosen = probabilities.gather(1, &self.experts, false);
-        let sum = chosen.sum_dim_intlist([1i64].as_slice(), true, None);
+        let chosen = probabilities.gather(1, &self.experts, false); // [N, k]
+        let sum = chosen.sum_dim_intlist([1i64].as_slice(), true, None); // [N, 1]
         (chosen / &sum, sum)
     }
 
@@ -61,12 +61,12 @@ impl Routed {
     fn add_pairs(&self, pairs: &Tensor, weights: Option<&Tensor>, start: Option<&Tensor>) -> Tensor {
         let (kind, a) = (pairs.kind(), ops::accumulator(pairs.kind()));
         let k = self.experts.size()[1];
-        let pairs = pairs.index_select(0, &self.place).view([-1, k, pairs.size()[1]]).to_kind(a);
+        let pairs = pairs.index_select(0, &self.place).view([-1, k, pairs.size()[1]]).to_kind(a); // [N, k, C]
         let pairs = match weights {
             Some(w) => pairs * w.unsqueeze(-1),
             None => pairs,
         };
-        let sum = pairs.sum_dim_intlist([1i64].as_slice(), false, None);
+        let sum = pairs.sum_dim_intlist([1i64].as_slice(), false, None); // [N, C]
         match start {
             Some(start) => (sum + start).to_kind(kind),
             None => sum.to_kind(kind),
@@ -83,22 +83,23 @@ impl Routed {
 impl Mixture<Linear> {
     /// Routes x (T [N, C]), to `experts` (int64 [N, k]) where they are known from an earlier forward of it.
     pub(super) fn begin(&self, x: &Tensor, experts: Option<Tensor>) -> Result<Routed> {
-        let logits = self.router.forward(x)?;
+        let logits = self.router.forward(x)?; // [N, E]
         let experts = match experts {
             Some(experts) => experts,
             None => logits.f_topk(self.per_token, -1, true, true)?.1,
-        };
-        let flat = experts.view([-1]);
-        let order = flat.argsort_stable(true, 0, false);
-        let pairs = Tensor::arange(flat.size()[0], (Kind::Int64, flat.device()));
-        let place = order.empty_like().scatter(0, &order, &pairs);
-        let counts = Vec::<i64>::try_from(flat.bincount::<Tensor>(None, self.experts.len() as i64))?;
+        }; // [N, k]
+        let flat = experts.view([-1]); // [N k]
+        let order = flat.argsort_stable(true, 0, false); // [N k]
+        let pairs = Tensor::arange(flat.size()[0], (Kind::Int64, flat.device())); // [N k]
+        let place = order.empty_like().scatter(0, &order, &pairs); // [N k], the inverse of `order`
+        let counts = flat.bincount::<Tensor>(None, self.experts.len() as i64); // [E]
+        let counts = Vec::<i64>::try_from(counts)?; // host sync
         let mut routed = Routed { logits, experts, order, place, counts, gate_up: None };
         routed.gate_up = Some(self.gate_up(&x.index_select(0, &routed.tokens()), &routed)?);
         Ok(routed)
     }
 
-    /// The experts' products of gate and up for the sorted pairs, T [N k, C].
+    /// The experts' products of gate and up, T [pairs, 2F] each, for the sorted pairs, T [N k, C].
     fn gate_up(&self, pairs: &Tensor, routed: &Routed) -> Result<Vec<Tensor>> {
         let product =
             |(e, first, n): (usize, i64, i64)| self.experts[e].gate_up.forward(&pairs.narrow(0, first, n));
@@ -111,14 +112,20 @@ impl Mixture<Linear> {
         let mut outputs = Vec::with_capacity(gate_up.len());
         for (expert, gate_up) in self.experts.iter().zip(gate_up) {
             if gate_up.size()[0] > 0 {
-                outputs.push(expert.down.forward(&gated(gate_up, expert.activation)?)?);
+                outputs.push(expert.down.forward(&gated(gate_up, expert.activation)?)?); // [pairs, C]
             }
         }
-        let (weights, _) = routed.weights(&routed.probabilities());
+        let (weights, _) = routed.weights(&routed.probabilities()); // [N, k]
         Ok(routed.add_pairs(&Tensor::cat(&outputs, 0), Some(&weights), residual))
     }
 
-    /// See [`crate::model::mlp::Mlp::backward`].
+    /// See [`crate::model::mlp::Mlp::backward`]. For a token's experts i of probabilities p_i, s their sum:
+    ///
+    /// ```text
+    /// y = sum_i w_i e_i,  w_i = p_i / s      de_i = w_i dy,  dw_i = dy . e_i = (dy Wd_i) . a_i,  for e_i = a_i Wd_i^T
+    /// p = softmax(logits)                    dp_i = (dw_i - sum_j dw_j w_j) / s, 0 of the other experts
+    ///                                        dlogits = p (dp - sum_e dp_e p_e)
+    /// ```
     pub(super) fn backward(
         &self,
         dy: &Tensor,
@@ -128,15 +135,15 @@ impl Mixture<Linear> {
         balance: Option<&Tensor>,
     ) -> Result<Tensor> {
         let (kind, a) = (dy.kind(), ops::accumulator(dy.kind()));
-        let probabilities = routed.probabilities();
-        let (weights, sums) = routed.weights(&probabilities);
-        let tokens = routed.tokens();
-        let (x_pairs, dy_pairs) = (x.index_select(0, &tokens), dy.index_select(0, &tokens));
-        let w_pairs = weights.view([-1]).index_select(0, &routed.order).unsqueeze(-1);
+        let probabilities = routed.probabilities(); // [N, E]
+        let (weights, sums) = routed.weights(&probabilities); // [N, k], [N, 1]
+        let tokens = routed.tokens(); // [N k]
+        let (x_pairs, dy_pairs) = (x.index_select(0, &tokens), dy.index_select(0, &tokens)); // [N k, C]
+        let w_pairs = weights.view([-1]).index_select(0, &routed.order).unsqueeze(-1); // [N k, 1]
         let gate_up = match routed.gate_up.take() {
             Some(gate_up) => gate_up,
             None => self.gate_up(&x_pairs, &routed)?,
-        };
+        }; // [n, 2F] for each expert's n pairs
 
         // Through the experts: the gradients of their inputs, and of the weights that their outputs are added with.
         let mut dweights = Vec::new();
@@ -144,35 +151,35 @@ impl Mixture<Linear> {
         for ((e, first, n), gate_up) in routed.pieces().zip(gate_up) {
             let (expert, grad) = (&self.experts[e], &grad.experts[e]);
             let part = |t: &Tensor| t.narrow(0, first, n);
-            let (x, dy, w) = (part(&x_pairs), part(&dy_pairs), part(&w_pairs));
-            let weighted = (&dy * &w).to_kind(kind);
+            let (x, dy, w) = (part(&x_pairs), part(&dy_pairs), part(&w_pairs)); // [n, C], [n, C], [n, 1]
+            let weighted = (&dy * &w).to_kind(kind); // [n, C]
             if n == 0 {
                 // No token came here: the gradients are zero, and may not have begun.
                 expert.gate_up.backward_weight(&gate_up, &x, &grad.gate_up)?;
                 expert.down.backward_weight(&weighted, &gate_up, &grad.down)?;
                 continue;
             }
-            let da = expert.down.backward_input(&dy)?;
-            let product = da.to_kind(a) * gated(&gate_up, expert.activation)?;
-            dweights.push(product.sum_dim_intlist([1i64].as_slice(), false, None));
-            let da = (da * w).to_kind(kind);
+            let da = expert.down.backward_input(&dy)?; // [n, F], without the weight
+            let product = da.to_kind(a) * gated(&gate_up, expert.activation)?; // [n, F]
+            dweights.push(product.sum_dim_intlist([1i64].as_slice(), false, None)); // [n]
+            let da = (da * w).to_kind(kind); // [n, F]
             gated_backward(&gate_up, &da, expert.activation)?;
-            let (dgate_up, a) = (gate_up, da);
+            let (dgate_up, a) = (gate_up, da); // [n, 2F], [n, F], in the same memory
             expert.down.backward_weight(&weighted, &a, &grad.down)?;
             dx_pairs.push(expert.gate_up.backward(&dgate_up, &x, &grad.gate_up)?);
         }
-        let dx = routed.add_pairs(&Tensor::cat(&dx_pairs, 0), None, None);
+        let dx = routed.add_pairs(&Tensor::cat(&dx_pairs, 0), None, None); // [N, C]
 
         // Through the router: w_i = p_i / sum of the chosen p, and the softmax.
-        let dweights = Tensor::cat(&dweights, 0).index_select(0, &routed.place).view_as(&weights);
-        let total = |t: Tensor| t.sum_dim_intlist([1i64].as_slice(), true, None);
-        let dchosen = (&dweights - total(&dweights * &weights)) / sums;
-        let mut dp = probabilities.zeros_like().scatter(1, &routed.experts, &dchosen);
+        let dweights = Tensor::cat(&dweights, 0).index_select(0, &routed.place).view_as(&weights); // [N, k]
+        let total = |t: Tensor| t.sum_dim_intlist([1i64].as_slice(), true, None); // [N, 1]
+        let dchosen = (&dweights - total(&dweights * &weights)) / sums; // [N, k]
+        let mut dp = probabilities.zeros_like().scatter(1, &routed.experts, &dchosen); // [N, E]
         if let Some(balance) = balance {
             dp += balance;
         }
-        let dlogits = &probabilities * (&dp - total(&dp * &probabilities));
-        let drouter = self.router.backward(&dlogits.to_kind(kind), x, &grad.router)?;
+        let dlogits = &probabilities * (&dp - total(&dp * &probabilities)); // [N, E]
+        let drouter = self.router.backward(&dlogits.to_kind(kind), x, &grad.router)?; // [N, C]
         Ok(dx + drouter)
     }
 }
@@ -203,7 +210,7 @@ impl Balance {
         let (a, device) = (ops::accumulator(x.kind()), x.device());
         let zeros = || Tensor::zeros([num_experts], (a, device));
         let tokens = match mask {
-            Some(mask) => mask.sum(Kind::Int64).int64_value(&[]),
+            Some(mask) => mask.sum(Kind::Int64).int64_value(&[]), // host sync, if it lies on a GPU
             None => x.size()[0],
         } as f64;
         let mask = mask.map(|m| m.to_device(device).to_kind(a).view([-1, 1]));
@@ -216,9 +223,9 @@ impl Balance {
             Some(mask) => t * mask,
             None => t,
         };
-        let probabilities = routed.probabilities();
-        let chosen = probabilities.zeros_like().scatter_value(1, &routed.experts, 1.0);
-        let sum = |t: Tensor| masked(t).sum_dim_intlist([0i64].as_slice(), false, None);
+        let probabilities = routed.probabilities(); // [N, E]
+        let chosen = probabilities.zeros_like().scatter_value(1, &routed.experts, 1.0); // [N, E]
+        let sum = |t: Tensor| masked(t).sum_dim_intlist([0i64].as_slice(), false, None); // [E]
         let (assigned, probability) = (sum(chosen), sum(probabilities));
         self.rows += self.tokens;
         self.assigned += assigned;
@@ -226,17 +233,17 @@ impl Balance {
     }
 
     /// The loss over the blocks that were counted. From here on the backward differentiates `weight` times it, too; the
-    /// numbers of tokens are constants there.
+    /// numbers of tokens are constants there: d loss / dp = E f_e / (tokens of all blocks) for every real token.
     pub(super) fn loss(&mut self, weight: f64) -> f64 {
         let experts = self.assigned.size()[0] as f64;
         let scale = experts / (self.rows * self.rows).max(1.0);
-        self.gradient = Some(&self.assigned * (weight * scale));
-        (&self.assigned * &self.probability).sum(Kind::Double).double_value(&[]) * scale
+        self.gradient = Some(&self.assigned * (weight * scale)); // [E]
+        (&self.assigned * &self.probability).sum(Kind::Double).double_value(&[]) * scale // host sync
     }
 
     /// The gradient of the probabilities of one block's router, A [N, E] or broadcast to it.
     pub(super) fn gradient(&self) -> Option<Tensor> {
-        let gradient = self.gradient.as_ref()?.unsqueeze(0);
+        let gradient = self.gradient.as_ref()?.unsqueeze(0); // [1, E]
         Some(match &self.mask {
             Some(mask) => mask * gradient,
             None => gradient,

@@ -86,6 +86,12 @@ impl Mlp<Linear> {
 
     /// Given the output's gradient dy (T [N, C]) and the input x, adds to the gradients and returns the input's.
     /// `balance`: A [N, E], the gradient of the routers' probabilities that does not come from dy.
+    ///
+    /// ```text
+    /// (g | u) = x Wgu^T              dWgu += (dg | du)^T x,        dx = (dg | du) Wgu
+    /// a = activation(g) * u          dg = da * u * activation'(g), du = da * activation(g)
+    /// y = a Wd^T                     dWd += dy^T a,                da = dy Wd
+    /// ```
     pub(super) fn backward(
         &self,
         dy: &Tensor,
@@ -99,15 +105,15 @@ impl Mlp<Linear> {
                 let gate_up = match gate_up {
                     Some(t) => t,
                     None => net.gate_up.forward(&x)?,
-                };
-                let da = net.down.backward_input(dy)?;
+                }; // [N, 2F]
+                let da = net.down.backward_input(dy)?; // [N, F]
                 gated_backward(&gate_up, &da, net.activation)?;
-                let (dgate_up, a) = (gate_up, da);
+                let (dgate_up, a) = (gate_up, da); // [N, 2F], [N, F], in the same memory
                 net.down.backward_weight(dy, &a, &grad.down)?;
                 drop(a);
                 net.gate_up.backward_weight(&dgate_up, &x, &grad.gate_up)?;
                 drop(x);
-                net.gate_up.backward_input(&dgate_up)
+                net.gate_up.backward_input(&dgate_up) // [N, C]
             }
             (Mlp::Mixture(mixture), Saved::Mixture(routed), Mlp::Mixture(grad)) => {
                 mixture.backward(dy, &x, routed, grad, balance)

@@ -33,6 +33,12 @@ impl RmsNorm {
     }
 
     /// The gradient of x, plus `residual`; adds to the weight's, A `[C]`.
+    ///
+    /// ```text
+    /// n = x r, y = g n       for r = 1 / rms(x) of each row, g = weight + offset
+    /// dweight += sum over rows of dy * n
+    /// dx = r (g dy - n mean(g dy * n))       since dr/dx = -r^3 x / C
+    /// ```
     pub(super) fn backward(
         self,
         dy: &Tensor,

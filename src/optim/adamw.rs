@@ -160,7 +160,7 @@ impl AdamW {
     /// The sum of squares of the gradient over this rank's slices, in float64.
     pub fn sum_squares(params: &Sharded) -> Result<f64> {
         let grads: Vec<Tensor> = (0..params.len()).filter_map(|i| params.slice_grad(i)).collect();
-        Ok(ops::sum_squares_of_all(&grads)?)
+        Ok(ops::sum_squares_of_all(&grads)?) // host sync
     }
 
     /// What to multiply gradients by so that their norm is at most `max` (0: no clipping), as PyTorch's
@@ -195,11 +195,11 @@ impl AdamW {
                 let host = self.moments[i].part(first, len);
                 let near = host.map(|t| {
                     let mut near = Tensor::f_empty(t.size(), (t.kind(), params.device()))?;
-                    near.f_copy_(t)?;
+                    near.f_copy_(t)?; // host sync
                     Ok(near)
                 })?;
                 update(&values.part(first, len), &near, (decayed - first).clamp(0, len), step)?;
-                host.set(&near)?;
+                host.set(&near)?; // host sync
             }
         }
         params.clear_gradients();

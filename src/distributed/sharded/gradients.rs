@@ -101,6 +101,7 @@ impl Sharded {
         let g = &mut self.groups[i];
         if let Some(full_grad) = g.full_grad.take() {
             let out = Tensor::empty([g.shard_len], (full_grad.kind(), self.device));
+            // collective, overlaps the backward of the groups below
             let work = self.sharding.shard.reduce_scatter(&out, &full_grad, ReduceOp::Sum)?;
             self.reductions.push(Reduction { group: i, work, out: Some(out) });
         }
@@ -109,6 +110,7 @@ impl Sharded {
                 self.finish_oldest_reduction()?;
             }
             if let Some(grad) = &self.groups[i].grad {
+                // collective, overlaps the backward of the groups below
                 let work = self.sharding.replicate.all_reduce(grad, ReduceOp::Sum)?;
                 self.reductions.push(Reduction { group: i, work, out: None });
             }
@@ -118,7 +120,7 @@ impl Sharded {
 
     fn finish_oldest_reduction(&mut self) -> Result<()> {
         let Reduction { group, work, out } = self.reductions.remove(0);
-        work.wait()?;
+        work.wait()?; // of the host on a CPU, of the stream on a GPU
         if let Some(out) = out {
             let g = &mut self.groups[group];
             match &mut g.grad {

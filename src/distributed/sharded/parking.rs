@@ -46,7 +46,7 @@ impl FlatGroup {
         let aliased = self.local.kind() == self.master.kind();
         let [values, frozen] = match self.parked.take() {
             Some([values, frozen]) => {
-                tch::no_grad(|| values.shallow_clone().f_copy_(&self.master))?;
+                tch::no_grad(|| values.shallow_clone().f_copy_(&self.master))?; // host sync
                 // What is not trained has not changed.
                 [values, frozen]
             }
@@ -79,7 +79,7 @@ impl FlatGroup {
 
 /// A copy in host memory, from where a GPU reads it directly.
 fn in_host_memory(t: &Tensor, device: Device) -> Result<Tensor> {
-    let copy = t.f_to_device_(Device::Cpu, t.kind(), false, true)?;
+    let copy = t.f_to_device_(Device::Cpu, t.kind(), false, true)?; // host sync
     Ok(if device.is_cuda() { copy.f_pin_memory(device)? } else { copy })
 }
 

@@ -76,6 +76,8 @@ pub struct Report {
     pub num_tokens: i64,
     /// Largest difference of a logit to the source, where its tensors were rounded to another dtype; else they are equal.
     pub rounding: Option<f64>,
+    /// What llama.cpp does not read of a GGUF file, as a sentence for the user.
+    pub unread: Option<String>,
     /// Tensors of the source's files that are none of the model's: neither written nor compared.
     pub left_out: Vec<String>,
     /// `max_position_embeddings` as it is read back, where the format does not keep it.
@@ -356,10 +358,8 @@ impl Conversion {
                 "its logits differ from the source's by up to {difference:e}"
             )));
         }
-        let rounding = match narrowed {
-            true => Some(largest_difference(&ours, &of(shape, source, as_it_is())?)?),
-            false => None,
-        };
+        let unrounded = || largest_difference(&ours, &of(shape, source, as_it_is())?);
+        let rounding = narrowed.then(unrounded).transpose()?;
         let positions = (read.max_position_embeddings != shape.max_position_embeddings)
             .then_some(read.max_position_embeddings);
         let num_tokens = ours.size()[0];
@@ -375,6 +375,7 @@ impl Conversion {
             loss: begun.loss,
             num_tokens,
             rounding,
+            unread: self.plan.as_ref().and_then(|plan| plan.left_out()),
             left_out: source.left_out.clone(),
             positions,
             merged,

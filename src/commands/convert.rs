@@ -126,7 +126,6 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     };
     let weights = Weights::open(&args.from)?;
     let from = weights.dirs().last().map_or_else(|| args.from.clone(), |dir| dir.to_path_buf());
-    let window = weights.shape().sliding_window;
     let conversion = Conversion::new(weights, target, args.dtype.map(As::stored), device)?;
     let (total, done) = (2 * conversion.bytes()?, Arc::default());
     let to = match target {
@@ -166,10 +165,8 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     if let Some(merged) = &report.merged {
         merge::tell(merged, &from);
     }
-    if let (Target::Gguf, Some(window)) = (target, window) {
-        warn!(
-            "llama.cpp leaves a llama's sliding window out: beyond {window} tokens it computes something else than this model"
-        );
+    if let Some(unread) = &report.unread {
+        warn!("{unread}");
     }
     if report.loss == Some(Loss::SpaceBefore) {
         warn!(

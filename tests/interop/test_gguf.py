@@ -16,14 +16,23 @@ GOLDEN = ROOT / "tests/golden/models"
 TEXTS = ["Once upon a time there was a fox", "x = [1, 22, 333]\n\n\tdone", "naïve café — 你好 🙂"]
 
 
+# What GGUF, or llama.cpp, does not say of golden models.
+CHANGED = {
+    "qwen3": dict(use_sliding_window=False, sliding_window=None, layer_types=["full_attention"] * 2),
+    "gemma2": dict(query_pre_attn_scalar=12),
+    "gemma3": dict(query_pre_attn_scalar=12),
+    "gemma3_new": dict(query_pre_attn_scalar=12),
+}
+
+
 def golden(name, folder):
-    """A golden model; the Qwen 3 without the window that GGUF cannot express."""
-    if name != "qwen3":
+    """A golden model, without what GGUF or llama.cpp cannot express."""
+    if name not in CHANGED:
         return GOLDEN / name
-    copy = folder / "without_window"
+    copy = folder / "changed"
     shutil.copytree(GOLDEN / name, copy, ignore=shutil.ignore_patterns("golden*"))
     config = json.loads((copy / "config.json").read_text())
-    config.update(use_sliding_window=False, sliding_window=None, layer_types=["full_attention"] * config["num_hidden_layers"])
+    config.update(CHANGED[name])
     (copy / "config.json").write_text(json.dumps(config))
     return copy
 
@@ -145,18 +154,32 @@ def their_greedy(llm, ids, n):
             return out
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3", "tied", "mistral", "qwen2", "qwen3", "mixtral"])
+# llama.cpp leaves their window out.
+WITHIN_WINDOW = {"mistral": 7, "phi3": 6}
+LLAMA_CPP = ["llama2", "llama3", "tied", "mistral", "qwen2", "qwen3", "mixtral", "gemma2", "gemma3", "gemma3_new", "olmo2", "phi3"]
+
+
+@pytest.mark.parametrize("name", LLAMA_CPP)
 def test_llama_cpp_computes_what_transformers_does(tmp_path, name):
-    """Logits of ours in llama.cpp; a Mistral's only within its window, which llama.cpp leaves out."""
+    """Logits, greedy tokens and ids of ours in llama.cpp."""
     llama = llama_cpp()
     model = golden(name, tmp_path)
     run("corral", "convert", "--from", model, "--to", tmp_path / "model.gguf", "--format", "gguf")
     llm = llama.Llama(str(tmp_path / "model.gguf"), n_ctx=256, logits_all=True, verbose=False, type_k=0, type_v=0)
-    ids = [3 + i * 7 % 280 for i in range(7 if name == "mistral" else 150)]
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    rows = reference.config.vocab_size
+    ids = [3 + i * 7 % (rows - 10) for i in range(WITHIN_WINDOW.get(name, 100))]
     llm.eval(ids)
     theirs = torch.tensor(np.array(llm.scores[: len(ids)]))
-    ours = logits(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), ids)
-    assert (ours - theirs).abs().max() <= 1e-4
+    ours = logits(reference, ids)
+    off = (ours - theirs).abs().max().item()
+    print(f"{name}: largest difference of a logit {off:.2e}, logits up to {ours.abs().max():.1f}")
+    assert off <= 1e-4
+    if name not in WITHIN_WINDOW:
+        greedy = list(ids[:20])
+        for _ in range(16):
+            greedy.append(int(logits(reference, greedy)[-1].argmax()))
+        assert their_greedy(llm, ids[:20], 16) == greedy[20:]
     tokenizer = AutoTokenizer.from_pretrained(model)
     for text in TEXTS:
         assert llm.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text)["input_ids"], text

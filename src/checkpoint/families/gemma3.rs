@@ -3,11 +3,13 @@
 
 use serde_json::json;
 
-use super::gemma2::{KEYS, read_gemma, write};
+use super::gemma2::{InGguf, KEYS, read_gemma, write};
 use super::{Config, Description, Only, refused, same_place};
+use crate::checkpoint::gguf::form::{Form, WINDOW};
 use crate::checkpoint::hf_config::COMMON;
-use crate::config::shape::{Family, QkNorm, Shape};
+use crate::config::shape::{Family, LayerType, QkNorm, Shape};
 use crate::error::{Error, Result};
+use crate::gguf::Value as Entry;
 
 pub static GEMMA3: Description = Description {
     architecture: "Gemma3ForCausalLM",
@@ -23,7 +25,34 @@ pub static GEMMA3: Description = Description {
         config.insert("rope_local_base_freq".into(), json!(shape.features.rope_local_theta));
     },
     place: same_place,
+    gguf: &Form {
+        read: |keys, shape| {
+            GGUF.read(keys, shape)?;
+            let f = &mut shape.features;
+            // The converter leaves the window out where no block has it.
+            if keys.integer(WINDOW)?.is_none_or(|n| n <= 0) {
+                f.layer_types.iter_mut().flatten().for_each(|t| *t = LayerType::FullAttention);
+            }
+            f.qk_norm = QkNorm::Head;
+            f.rope_local_theta = Some(keys.positive(LOCAL_BASE)?.unwrap_or(1e4));
+            f.logit_softcap = keys.number(SOFTCAP)?.filter(|cap| *cap != 0.0);
+            Ok(())
+        },
+        write: |shape| {
+            let mut own = GGUF.write(shape)?;
+            let f = &shape.features;
+            own.extend(f.rope_local_theta.map(|theta| (LOCAL_BASE, Entry::Float(theta))));
+            own.extend(f.logit_softcap.map(|cap| (SOFTCAP, Entry::Float(cap))));
+            Ok(own)
+        },
+        left_out: |shape| GGUF.left_out(shape),
+        ..Form::plain("gemma3", Family::Gemma3)
+    },
 };
+
+const GGUF: InGguf = InGguf { period: 6, largest: 62 };
+const LOCAL_BASE: &str = "rope.freq_base_swa";
+const SOFTCAP: &str = "final_logit_softcapping";
 
 fn read(config: &Config) -> Result<Shape> {
     let pattern = config.some_integer("sliding_window_pattern")?.unwrap_or(6);

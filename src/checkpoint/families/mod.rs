@@ -14,6 +14,7 @@ mod qwen3;
 
 use serde_json::{Map, Value};
 
+use crate::checkpoint::gguf::form::Form;
 use crate::config::shape::{Family, Head, Shape};
 use crate::error::{Error, Result};
 
@@ -36,6 +37,8 @@ pub struct Description {
     /// Where a tensor of the model lies in the family's files, by the model's name of it: the name there, and the row
     /// that it begins with. Tensors that share a name lie one after the other, and are all that is in there.
     pub place: fn(&str, &Shape) -> (String, i64),
+    /// Its GGUF files.
+    pub gguf: &'static Form,
 }
 
 impl Description {

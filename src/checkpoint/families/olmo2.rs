@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::{Config, Description, Only, same_place};
+use crate::checkpoint::gguf::form::{Form, check_head_dim};
 use crate::checkpoint::hf_config::{COMMON, Defaults, common};
 use crate::config::shape::{Family, Shape};
 use crate::error::Result;
@@ -18,6 +19,16 @@ pub static OLMO2: Description = Description {
         config.insert("attention_bias".into(), json!(false));
     },
     place: same_place,
+    gguf: &Form {
+        write: |shape| {
+            check_head_dim(shape)?;
+            if shape.tie_word_embeddings {
+                return Err("an Olmo2 whose LM head is tied to the embedding".into());
+            }
+            (Form::plain("olmo2", Family::Olmo2).write)(shape)
+        },
+        ..Form::plain("olmo2", Family::Olmo2)
+    },
 };
 
 fn read(config: &Config) -> Result<Shape> {

@@ -52,6 +52,7 @@ pub static QWEN: Description = Description {
     read,
     write: super::qwen2::write_window, // as Qwen2
     place,
+    gguf: &super::qwen2::GGUF,
 };
 
 fn read(config: &Config) -> Result<Shape> {

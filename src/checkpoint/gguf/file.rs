@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
-use tch::Kind;
+use tch::{Kind, Tensor};
 
+use super::names::is_norm;
 use super::quants::dequantize;
 use crate::checkpoint::source::TensorFile;
 use crate::error::{Error, Result};
@@ -77,5 +78,36 @@ impl TensorFile for Reader {
             at += taken;
         }
         Ok(())
+    }
+}
+
+/// A file of a family whose norms multiply by 1 + weight, where llama.cpp keeps the sums: of norms, the numbers less 1, as
+/// float32.
+pub(super) struct LessOne(pub Box<dyn TensorFile>);
+
+impl TensorFile for LessOne {
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.0.names()
+    }
+
+    fn info(&self, name: &str) -> Result<(Vec<i64>, Kind)> {
+        let (shape, kind) = self.0.info(name)?;
+        Ok((shape, if is_norm(name) { Kind::Float } else { kind }))
+    }
+
+    fn read_bytes(&self, name: &str, first: i64, to: &mut [u8]) -> Result<()> {
+        if !is_norm(name) {
+            return self.0.read_bytes(name, first, to);
+        }
+        let (_, kind) = self.0.info(name)?;
+        let n = to.len() / size_of::<f32>();
+        let mut stored = vec![0; n * kind.elt_size_in_bytes()];
+        self.0.read_bytes(name, first, &mut stored)?;
+        let sums = Tensor::f_from_data_size(&stored, &[n as i64], kind)?.f_to_kind(Kind::Float)?;
+        Ok((sums - 1.0).f_copy_data_u8(to, n)?)
     }
 }

@@ -1,6 +1,8 @@
 //! Models in GGUF files.
 
 mod file;
+pub(super) mod form;
+pub(super) mod keys;
 mod names;
 mod quants;
 mod shape;
@@ -11,7 +13,9 @@ mod write;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use self::file::Reader;
+use tch::Kind;
+
+use self::file::{LessOne, Reader};
 use self::names::{Place, ROPE_FREQS};
 use super::source::{Block, Order, Source, TensorFile, View};
 use super::unfit::Unfit;
@@ -97,26 +101,21 @@ fn check_part(file: &Gguf, i: usize, count: usize) -> Result<()> {
 /// Finds every tensor of the model in the files.
 fn find_tensors(files: Source, shape: &Shape) -> Result<Source> {
     let found: BTreeSet<String> = files.names().cloned().collect();
-    // Before anything is made for every block and expert.
-    let experts = shape.experts.as_ref().map_or(1, |e| e.num_local_experts);
-    if shape.num_hidden_layers > found.len() as i64 || experts > 1 << 16 {
-        return Err(Error::data(format!(
-            "block_count is {} and expert_count {experts}, and there are {} tensors",
-            shape.num_hidden_layers,
-            found.len()
-        )));
-    }
     let one_by_one = found.contains("blk.0.ffn_gate.0.weight");
     let mut wanted: BTreeMap<String, Vec<i64>> = BTreeMap::new();
     let mut places = Vec::new();
     for spec in layouts(shape).into_iter().flat_map(|l| l.specs) {
         let place = names::place(&spec.name, shape, one_by_one)
             .ok_or_else(|| Error::failed(format!("GGUF has no place for `{}`", spec.name)))?;
-        let whole = match place.expert {
-            None => spec.shape.clone(),
-            Some(_) => [&[experts], spec.shape.as_slice()].concat(),
-        };
-        wanted.insert(place.tensor.clone(), whole);
+        match (place.expert, wanted.get_mut(&place.tensor)) {
+            // One of several that lie one after the other.
+            (None, Some(joined)) => joined[0] = joined[0].max(place.row + spec.shape[0]),
+            (None, None) => drop(wanted.insert(place.tensor.clone(), spec.shape.clone())),
+            (Some(_), _) => {
+                let experts = shape.experts.as_ref().map_or(1, |e| e.num_local_experts);
+                wanted.insert(place.tensor.clone(), [&[experts], spec.shape.as_slice()].concat());
+            }
+        }
         places.push((spec, place));
     }
     let mut unfit = Unfit::of(&wanted, &files)?;
@@ -130,6 +129,9 @@ fn find_tensors(files: Source, shape: &Shape) -> Result<Source> {
     let mut source = Source::default();
     source.views = views.collect::<Result<_>>()?;
     source.files = files.files;
+    if shape.features.norm_offset {
+        source.files = source.files.into_iter().map(|file| Box::new(LessOne(file)) as _).collect();
+    }
     Ok(source)
 }
 
@@ -146,9 +148,10 @@ fn view(files: &Source, shape: Vec<i64>, place: Place, model: &Shape) -> Result<
         tensor: place.tensor,
         rows: 0..rows,
         cols: 0..width,
-        first: place.expert.unwrap_or(0) * rows * width,
+        first: (place.expert.unwrap_or(0) * rows + place.row) * width,
         stride: width,
         order,
     };
-    Ok(View { shape, kind: whole.kind, width, blocks: vec![block] })
+    let kind = if place.plus_one { Kind::Float } else { whole.kind };
+    Ok(View { shape, kind, width, blocks: vec![block] })
 }

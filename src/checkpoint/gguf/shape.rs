@@ -1,196 +1,33 @@
 //! A model's shape as the metadata has it: what it says about the mathematics is taken or refused, never passed over.
 
-use super::names::{OUTPUT, ROPE_FREQS, TOKEN_EMBEDDING, architecture};
+use super::form::{Form, WINDOW};
+use super::keys::Keys;
+use super::names::{LONGROPE, OUTPUT, ROPE_FREQS, TOKEN_EMBEDDING};
+use crate::checkpoint::families::{self, FAMILIES};
 use crate::checkpoint::source::Source;
 use crate::config::shape::{Experts, Family, Head, Llama3RopeScaling, Shape};
 use crate::error::{Error, Result};
-use crate::gguf::{Array, Metadata, Value};
+use crate::gguf::{Metadata, Value};
 use crate::model::llama::inverse_frequencies;
-
-/// Keys of the architecture that say nothing about the mathematics, or what others say, too.
-const HARMLESS: [&str; 4] = [
-    "rope.scaling.original_context_length",
-    "rope.scaling.finetuned",
-    "tensor_data_layout",
-    "expert_group_count",
-];
-
-/// Keys that change the mathematics unless they have this value.
-const ONLY: [(&str, Neutral); 22] = [
-    ("use_parallel_residual", Neutral::Bool(false)),
-    ("attention.causal", Neutral::Bool(true)),
-    ("attention.layer_norm_epsilon", Neutral::Absent),
-    ("attention.max_alibi_bias", Neutral::Number(0.0)),
-    ("attention.clamp_kqv", Neutral::Number(0.0)),
-    ("attention.scale", Neutral::Absent),
-    ("attention.q_lora_rank", Neutral::Absent),
-    ("attention.kv_lora_rank", Neutral::Absent),
-    ("attention.temperature_length", Neutral::Absent),
-    ("attention.sliding_window_pattern", Neutral::Absent),
-    ("attn_logit_softcapping", Neutral::Number(0.0)),
-    ("final_logit_softcapping", Neutral::Number(0.0)),
-    ("logit_scale", Neutral::Number(1.0)),
-    ("embedding_scale", Neutral::Number(1.0)),
-    ("residual_scale", Neutral::Number(1.0)),
-    ("expert_shared_count", Neutral::Number(0.0)),
-    ("expert_feed_forward_length", Neutral::Absent),
-    ("expert_weights_scale", Neutral::Number(1.0)),
-    ("expert_weights_norm", Neutral::Bool(true)),
-    ("leading_dense_block_count", Neutral::Number(0.0)),
-    ("rope.scale_linear", Neutral::Number(1.0)),
-    ("rope.scaling.factor", Neutral::Number(1.0)),
-];
-
-#[derive(Debug, Clone, Copy)]
-enum Neutral {
-    Bool(bool),
-    Number(f64),
-    Absent,
-}
 
 pub(super) struct Read {
     pub shape: Shape,
     pub warnings: Vec<String>,
 }
 
-/// The architecture's keys, and which of them were read.
-struct Keys<'a> {
-    metadata: &'a Metadata,
-    architecture: &'a str,
-    read: Vec<String>,
-}
-
-impl Keys<'_> {
-    fn key(&mut self, key: &str) -> String {
-        self.read.push(key.to_string());
-        format!("{}.{key}", self.architecture)
-    }
-
-    /// An integer, or a list with the same one for every block.
-    fn integer(&mut self, key: &str) -> Result<Option<i64>> {
-        let key = self.key(key);
-        match self.metadata.get(&key) {
-            Some(Value::Array(Array::Integers(list))) => match list.first() {
-                Some(first) if list.iter().all(|n| n == first) => Ok(Some(*first)),
-                _ => Err(Error::data(format!("`{key}` has another value in each block, which is not built"))),
-            },
-            _ => self.metadata.integer(&key),
-        }
-    }
-
-    fn needed(&mut self, key: &str) -> Result<i64> {
-        let value = self.integer(key)?;
-        value.ok_or_else(|| Error::data(format!("`{}.{key}` is missing in the metadata", self.architecture)))
-    }
-
-    fn number(&mut self, key: &str) -> Result<Option<f64>> {
-        let key = self.key(key);
-        self.metadata.number(&key)
-    }
-
-    fn refused(&self, key: &str, value: impl std::fmt::Display, only: &str) -> Error {
-        let architecture = self.architecture;
-        Error::data(format!(
-            "`{architecture}.{key}` is {value}; that is not built: only {only} can be computed"
-        ))
-    }
-
-    /// Refuses keys that change the mathematics; tells of those that are not known.
-    fn rest(&self) -> Result<Option<String>> {
-        let prefix = format!("{}.", self.architecture);
-        let mut unknown = Vec::new();
-        for name in self.metadata.keys() {
-            let Some(key) = name.strip_prefix(&prefix) else { continue };
-            if self.read.iter().any(|read| read == key) || HARMLESS.contains(&key) {
-                continue;
-            }
-            let Some((_, only)) = ONLY.iter().find(|(known, _)| *known == key) else {
-                unknown.push(name);
-                continue;
-            };
-            let value = self.metadata.get(name).expect("it is one of the keys");
-            let (neutral, said) = match (only, value) {
-                (Neutral::Bool(only), Value::Bool(b)) => (b == only, only.to_string()),
-                (Neutral::Number(only), Value::Float(x)) => (x == only, format!("{only:?}")),
-                (Neutral::Number(only), Value::Integer(n)) => (*n as f64 == *only, format!("{only:?}")),
-                (Neutral::Absent, _) => (false, "models without it".to_string()),
-                (Neutral::Bool(_) | Neutral::Number(_), _) => (false, "models without it".to_string()),
-            };
-            if !neutral {
-                return Err(self.refused(key, value, &said));
-            }
-        }
-        let s = if unknown.len() > 1 { "s" } else { "" };
-        Ok((!unknown.is_empty())
-            .then(|| format!("{} key{s} not known and not used: {}", unknown.len(), unknown.join(", "))))
-    }
-}
-
 /// The family and its shape. `files` has the tensors under their names in the files.
 pub(super) fn read(metadata: &Metadata, files: &Source) -> Result<Read> {
-    let Some(architecture) = metadata.text("general.architecture")? else {
-        return Err(Error::data("`general.architecture` is missing in the metadata"));
-    };
-    let mut keys = Keys { metadata, architecture, read: Vec::new() };
-    let experts = keys.integer("expert_count")?.filter(|n| *n > 0);
-    let window = keys.integer("attention.sliding_window")?.filter(|n| *n > 0);
-    // llama.cpp writes Mistral and Mixtral as llama; transformers tells the former by its name.
-    let mistral = metadata.text("general.name")?.is_some_and(|name| name.to_lowercase().contains("mistral"));
-    let family = match architecture {
-        "llama" if experts.is_some() => Family::Mixtral,
-        "llama" if mistral || window.is_some() => Family::Mistral,
-        "llama" => Family::Llama,
-        "qwen2" => Family::Qwen2,
-        "qwen3" => Family::Qwen3,
-        other => {
-            return Err(Error::data(format!(
-                "architecture \"{other}\" is not known; known are: llama, qwen2, qwen3"
-            )));
-        }
-    };
-    if let (Some(window), Family::Qwen2 | Family::Qwen3) = (window, family) {
-        return Err(keys.refused("attention.sliding_window", window, "models without it"));
+    let form = form(metadata)?;
+    if let Some(name) = LONGROPE.iter().find(|name| files.views.contains_key(**name)) {
+        return Err(Error::data(format!("`{name}`: rotary positions of type longrope are not built")));
     }
-    let rows = |name: &str| files.view(name).map(|view| view.shape.first().copied().unwrap_or(0));
-    let vocab_size = rows(TOKEN_EMBEDDING)?;
-    if let Some(said) = keys.integer("vocab_size")?.filter(|said| *said != vocab_size) {
-        return Err(Error::data(format!(
-            "`{architecture}.vocab_size` is {said}, and `{TOKEN_EMBEDDING}` has {vocab_size} rows"
-        )));
-    }
+    let mut keys = Keys::new(metadata, form.architecture);
+    let vocab_size = vocab_size(&mut keys, files)?;
     let (hidden_size, heads) = (keys.needed("embedding_length")?, keys.needed("attention.head_count")?);
-    let (key, value) = (keys.integer("attention.key_length")?, keys.integer("attention.value_length")?);
-    let rotary = keys.integer("rope.dimension_count")?;
-    if heads < 1 {
-        return Err(Error::data(format!("`{architecture}.attention.head_count` is {heads}")));
-    }
-    let head_dim = key.or(rotary).unwrap_or(hidden_size / heads);
-    for (name, said) in [("attention.value_length", value), ("rope.dimension_count", rotary)] {
-        if let Some(said) = said.filter(|said| *said != head_dim) {
-            return Err(keys.refused(name, said, &format!("{head_dim}, a head's size,")));
-        }
-    }
-    let scaling = keys.key("rope.scaling.type");
-    if let Some(kind) = metadata.text(&scaling)?.filter(|kind| *kind != "none" && *kind != "linear") {
-        return Err(keys.refused("rope.scaling.type", kind, "none, and the table of a Llama 3,"));
-    }
-    let eps = keys.number("attention.layer_norm_rms_epsilon")?.ok_or_else(|| {
-        Error::data(format!("`{architecture}.attention.layer_norm_rms_epsilon` is missing in the metadata"))
-    })?;
-    let per_token = keys.integer("expert_used_count")?;
-    let experts = match (experts, per_token) {
-        (None, _) => None,
-        (Some(_), None) => {
-            return Err(Error::data(format!(
-                "`{architecture}.expert_used_count` is missing in the metadata"
-            )));
-        }
-        (Some(num_local_experts), Some(num_experts_per_tok)) => {
-            Some(Experts { num_local_experts, num_experts_per_tok, router_aux_loss_coef: 0.001 })
-        }
-    };
+    let head_dim = head_dim(&mut keys, hidden_size, heads)?;
+    let rms_norm_eps = keys.number("attention.layer_norm_rms_epsilon")?;
     let mut shape = Shape {
-        family,
+        family: form.family,
         head: Head::Lm,
         vocab_size,
         hidden_size,
@@ -200,22 +37,128 @@ pub(super) fn read(metadata: &Metadata, files: &Source) -> Result<Read> {
         num_key_value_heads: keys.integer("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
         max_position_embeddings: keys.needed("context_length")?,
-        rms_norm_eps: eps,
+        rms_norm_eps: rms_norm_eps.ok_or_else(|| keys.missing("attention.layer_norm_rms_epsilon"))?,
         rope_theta: keys.number("rope.freq_base")?.unwrap_or(10000.0),
         rope_scaling: None,
         tie_word_embeddings: !files.views.contains_key(OUTPUT),
         initializer_range: 0.02,
-        sliding_window: window,
+        sliding_window: None,
         max_window_layers: 0,
-        experts,
-        features: family.features(),
+        experts: experts(&mut keys)?,
+        features: form.family.features(),
     };
+    shape.features.rope_linear_factor = linear_factor(&mut keys)?;
+    shape.check().map_err(|e| Error::data(e.message))?;
+    check_counts(&shape, files)?;
+    (form.read)(&mut keys, &mut shape)?;
     shape.check().map_err(|e| Error::data(e.message))?;
     if files.views.contains_key(ROPE_FREQS) {
-        let original = metadata.integer(&format!("{architecture}.rope.scaling.original_context_length"))?;
+        let original = keys.integer("rope.scaling.original_context_length")?;
         shape.rope_scaling = scaling_of(files, &shape, original)?;
     }
     Ok(Read { warnings: keys.rest()?.into_iter().collect(), shape })
+}
+
+/// The form of the file. llama.cpp writes Mistral and Mixtral as llama: a sliding window is Mistral's, and transformers tells
+/// it by its name.
+fn form(metadata: &Metadata) -> Result<&'static Form> {
+    let Some(architecture) = metadata.text("general.architecture")? else {
+        return Err(Error::data("`general.architecture` is missing in the metadata"));
+    };
+    let mut forms =
+        FAMILIES.iter().map(|family| family.gguf).filter(|form| form.architecture == architecture);
+    let Some(first) = forms.next() else {
+        let mut known: Vec<&str> = FAMILIES.iter().map(|family| family.gguf.architecture).collect();
+        known.dedup();
+        return Err(Error::data(format!(
+            "architecture \"{architecture}\" is not known; known are: {}",
+            known.join(", ")
+        )));
+    };
+    if first.family != Family::Llama {
+        return Ok(first);
+    }
+    let mut keys = Keys::new(metadata, architecture);
+    let experts = keys.integer("expert_count")?.is_some_and(|n| n > 0);
+    let window = keys.integer(WINDOW)?.is_some_and(|n| n > 0);
+    let named = metadata.text("general.name")?.is_some_and(|name| name.to_lowercase().contains("mistral"));
+    Ok(families::of(match (experts, window || named) {
+        (true, _) => Family::Mixtral,
+        (false, true) => Family::Mistral,
+        (false, false) => Family::Llama,
+    })
+    .gguf)
+}
+
+/// The rows of the embedding, and what the metadata says of them.
+fn vocab_size(keys: &mut Keys, files: &Source) -> Result<i64> {
+    let rows = files.view(TOKEN_EMBEDDING)?.shape.first().copied().unwrap_or(0);
+    match keys.integer("vocab_size")?.filter(|n| *n != rows) {
+        Some(n) => Err(Error::data(format!(
+            "`{}` is {n}, and `{TOKEN_EMBEDDING}` has {rows} rows",
+            keys.key("vocab_size")
+        ))),
+        None => Ok(rows),
+    }
+}
+
+/// The numbers of a head, all of which are rotated.
+fn head_dim(keys: &mut Keys, hidden_size: i64, heads: i64) -> Result<i64> {
+    if heads < 1 {
+        return Err(Error::data(format!("`{}` is {heads}", keys.key("attention.head_count"))));
+    }
+    let (key, value) = (keys.integer("attention.key_length")?, keys.integer("attention.value_length")?);
+    let rotary = keys.integer("rope.dimension_count")?;
+    let head_dim = key.unwrap_or(hidden_size / heads);
+    for (name, said) in [("attention.value_length", value), ("rope.dimension_count", rotary)] {
+        if let Some(said) = said.filter(|said| *said != head_dim) {
+            return Err(keys.refused(name, said, &format!("{head_dim}, a head's size,")));
+        }
+    }
+    Ok(head_dim)
+}
+
+fn experts(keys: &mut Keys) -> Result<Option<Experts>> {
+    let per_token = keys.integer("expert_used_count")?;
+    let Some(num_local_experts) = keys.integer("expert_count")?.filter(|n| *n > 0) else { return Ok(None) };
+    let num_experts_per_tok = per_token.ok_or_else(|| keys.missing("expert_used_count"))?;
+    Ok(Some(Experts { num_local_experts, num_experts_per_tok, router_aux_loss_coef: 0.001 }))
+}
+
+/// What rotary positions are divided by. Without a type llama.cpp takes `linear`.
+fn linear_factor(keys: &mut Keys) -> Result<Option<f64>> {
+    let (new, old) = (keys.number("rope.scaling.factor")?, keys.number("rope.scale_linear")?);
+    let named = match keys.value("rope.scaling.type") {
+        None => false,
+        Some(Value::Text(kind)) if kind == "linear" => true,
+        Some(Value::Text(kind)) if kind == "none" => return Ok(None),
+        Some(other) => {
+            return Err(keys.refused(
+                "rope.scaling.type",
+                other,
+                "none, linear, and the table of a Llama 3,",
+            ));
+        }
+    };
+    match new.or(old).filter(|factor| *factor != 0.0 && (named || *factor != 1.0)) {
+        Some(factor) if !(factor > 0.0 && factor.is_finite()) => {
+            Err(keys.refused("rope.scaling.factor", factor, "a number above 0"))
+        }
+        factor => Ok(factor),
+    }
+}
+
+/// Refuses more blocks and experts than there can be, before anything is made for each.
+fn check_counts(shape: &Shape, files: &Source) -> Result<()> {
+    let experts = shape.experts.as_ref().map_or(1, |e| e.num_local_experts);
+    let tensors = files.names().count();
+    if shape.num_hidden_layers <= tensors as i64 && experts <= 1 << 16 {
+        return Ok(());
+    }
+    Err(Error::data(format!(
+        "block_count is {} and expert_count {experts}, and there are {tensors} tensors",
+        shape.num_hidden_layers
+    )))
 }
 
 /// What a model's rotary frequencies are divided by, float32 `[head_dim / 2]`; none where they are as they are.
@@ -254,10 +197,13 @@ fn scaling_of(files: &Source, shape: &Shape, original: Option<i64>) -> Result<Op
     )))
 }
 
-/// The metadata of a shape.
-pub(super) fn write(shape: &Shape, metadata: &mut Metadata) {
-    let architecture = architecture(shape.family);
-    let mut set = |key: &str, value: Value| metadata.set(format!("{architecture}.{key}"), value);
+/// Adds a shape to the metadata.
+///
+/// # Errors
+/// What of it the format, or llama.cpp, cannot express.
+pub(super) fn write(shape: &Shape, metadata: &mut Metadata) -> Result<(), String> {
+    let form = families::of(shape.family).gguf;
+    let mut set = |key: &str, value: Value| metadata.set(format!("{}.{key}", form.architecture), value);
     for (key, n) in [
         ("block_count", shape.num_hidden_layers),
         ("context_length", shape.max_position_embeddings),
@@ -281,7 +227,10 @@ pub(super) fn write(shape: &Shape, metadata: &mut Metadata) {
     if let Some(scaling) = &shape.rope_scaling {
         set("rope.scaling.original_context_length", Value::Integer(scaling.original_max_position_embeddings));
     }
-    if let Some(window) = shape.sliding_window {
-        set("attention.sliding_window", Value::Integer(window));
+    if let Some(factor) = shape.features.rope_linear_factor {
+        set("rope.scaling.type", Value::Text("linear".into()));
+        set("rope.scaling.factor", Value::Float(factor));
     }
+    (form.write)(shape)?.into_iter().for_each(|(key, value)| set(key, value));
+    Ok(())
 }

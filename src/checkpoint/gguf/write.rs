@@ -6,12 +6,13 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tch::{Kind, Tensor};
 
-use super::names::{self, OUTPUT, ROPE_FREQS, TOKEN_EMBEDDING, architecture};
+use super::names::{self, OUTPUT, ROPE_FREQS, TOKEN_EMBEDDING};
 use super::quants::{dequantize, quantize};
 use super::shape;
 use crate::checkpoint::convert::{Stored, to_meta_order};
+use crate::checkpoint::families;
 use crate::checkpoint::source::{Source, for_chunks};
-use crate::config::shape::{Family, Shape};
+use crate::config::shape::Shape;
 use crate::data::tokenizer::{Tokenizer, gguf};
 use crate::error::{Error, Result};
 use crate::files::AtomicFile;
@@ -29,11 +30,14 @@ struct Planned {
     /// The model's tensors that lie in it, one after the other.
     from: Vec<String>,
     rotary: bool,
+    plus_one: bool,
 }
 
 /// What a file will hold.
 pub(in crate::checkpoint) struct Plan {
     shape: Shape,
+    /// What it says about the shape.
+    metadata: Metadata,
     tensors: Vec<Planned>,
     /// Where each tensor of the model lies in `tensors`.
     places: HashMap<String, usize>,
@@ -48,41 +52,36 @@ impl Plan {
     /// Of kind Data: what the format, or llama.cpp, cannot express.
     pub fn new(shape: &Shape, source: &Source, stored: Option<Stored>) -> Result<Plan> {
         shape.predicts().map_err(|e| e.context("GGUF has no place for a scalar head"))?;
-        let refused = |what: String| Err(Error::data(format!("GGUF cannot express this model: {what}")));
-        if let (Some(window), Family::Qwen2 | Family::Qwen3) = (shape.sliding_window, shape.family) {
-            return refused(format!("a sliding window (of {window} positions) in a {:?}", shape.family));
-        }
+        let refused = |what: String| Error::data(format!("GGUF cannot express this model: {what}"));
+        let mut metadata = Metadata::default();
+        shape::write(shape, &mut metadata).map_err(refused)?;
         let (mut tensors, mut places): (Vec<Planned>, _) = (Vec::new(), HashMap::new());
-        if let Family::Gemma2 | Family::Gemma3 | Family::Olmo2 | Family::Phi3 = shape.family {
-            return refused(format!("a {:?} is not built yet in this format", shape.family));
-        }
-        if shape.features.rope_linear_factor.is_some() {
-            return refused("rope_scaling of type linear is not built yet in this format".into());
-        }
         for spec in layouts(shape).into_iter().flat_map(|l| l.specs) {
-            let Some(place) = names::place(&spec.name, shape, false) else {
-                return refused(format!("it has no place for `{}`", spec.name));
-            };
+            let place = names::place(&spec.name, shape, false)
+                .ok_or_else(|| refused(format!("it has no place for `{}`", spec.name)))?;
             let at = match tensors.iter().position(|t| t.name == place.tensor) {
-                Some(at) => at,
+                Some(at) => {
+                    tensors[at].join(&spec.shape, place.expert.is_some());
+                    at
+                }
                 None => {
                     let kind = source.view(&spec.name)?.kind;
                     tensors.push(Planned {
                         dtype: dtype(&place.tensor, &spec.shape, stored.unwrap_or(Stored::Kind(kind))),
                         name: place.tensor,
-                        shape: spec.shape.clone(),
+                        shape: match place.expert {
+                            Some(_) => [&[1], spec.shape.as_slice()].concat(),
+                            None => spec.shape.clone(),
+                        },
                         from: Vec::new(),
                         rotary: place.rotary,
+                        plus_one: place.plus_one,
                     });
                     tensors.len() - 1
                 }
             };
             tensors[at].from.push(spec.name.clone());
             places.insert(spec.name, at);
-            if place.expert.is_some() {
-                let n = tensors[at].from.len() as i64;
-                tensors[at].shape = [&[n], spec.shape.as_slice()].concat();
-            }
         }
         let most = tensors
             .iter()
@@ -95,7 +94,12 @@ impl Plan {
             Dtype::BF16 => 32,
             _ => 0,
         };
-        Ok(Plan { shape: shape.clone(), tensors, places, file_type })
+        Ok(Plan { shape: shape.clone(), metadata, tensors, places, file_type })
+    }
+
+    /// What llama.cpp does not read of the file, as a sentence for the user.
+    pub fn left_out(&self) -> Option<String> {
+        (families::of(self.shape.family).gguf.left_out)(&self.shape)
     }
 
     /// Bytes of a tensor of the model.
@@ -105,7 +109,10 @@ impl Plan {
 
     /// A tensor of the model as it is read back.
     pub fn rounded(&self, name: &str, t: &Tensor) -> Result<Tensor> {
-        let dtype = self.tensors[self.places[name]].dtype;
+        let Planned { dtype, plus_one, .. } = self.tensors[self.places[name]];
+        if plus_one {
+            return Ok(add_one(t)? - 1.0);
+        }
         if let Some(kind) = kind(dtype) {
             return Ok(t.f_to_kind(kind)?);
         }
@@ -129,9 +136,10 @@ impl Plan {
         name: &str,
         done: &AtomicU64,
     ) -> Result<(AtomicFile, Option<gguf::Loss>)> {
-        let mut metadata = Metadata::default();
+        let mut metadata = self.metadata.clone();
+        let form = families::of(self.shape.family).gguf;
         for (key, value) in [
-            ("general.architecture", Value::Text(architecture(self.shape.family).into())),
+            ("general.architecture", Value::Text(form.architecture.into())),
             ("general.type", Value::Text("model".into())),
             ("general.name", Value::Text(name.into())),
             ("general.file_type", Value::Integer(self.file_type)),
@@ -139,7 +147,6 @@ impl Plan {
         ] {
             metadata.set(key, value);
         }
-        shape::write(&self.shape, &mut metadata);
         let loss = match tokenizer {
             Some(tokenizer) => gguf::write(tokenizer, self.shape.vocab_size, &mut metadata)?,
             None => {
@@ -160,6 +167,7 @@ impl Plan {
                 for name in &planned.from {
                     let t = source.tensor(name)?;
                     let t = if planned.rotary { to_meta_order(&t, self.shape.head_dim)? } else { t };
+                    let t = if planned.plus_one { add_one(&t)? } else { t };
                     match kind(planned.dtype) {
                         Some(kind) => for_chunks(&t, kind, &mut *put)?,
                         None => blocks(&t, planned.dtype, &mut *put)?,
@@ -177,6 +185,16 @@ impl Planned {
     fn numel(&self) -> i64 {
         self.shape.iter().product()
     }
+
+    /// Makes room for another tensor: as one more of equal ones, or as further rows.
+    fn join(&mut self, shape: &[i64], stacked: bool) {
+        self.shape[0] += if stacked { 1 } else { shape[0] };
+    }
+}
+
+/// The weights of a norm as llama.cpp multiplies by them.
+fn add_one(t: &Tensor) -> Result<Tensor> {
+    Ok(t.f_to_kind(Kind::Float)? + 1.0)
 }
 
 /// What a tensor of this name and shape is stored as.

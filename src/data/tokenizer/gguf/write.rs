@@ -127,6 +127,10 @@ fn spaces_as_pieces(definition: &Value) -> Result<bool, String> {
             _ => {}
         },
         (Some("Replace"), None) if is_replace(normalizer) => return Ok(false),
+        // Gemma's cuts at spaces, of which the normalizer leaves none.
+        (Some("Replace"), Some("Split")) if is_replace(normalizer) && pre["pattern"]["String"] == " " => {
+            return Ok(false);
+        }
         (None, Some("Metaspace")) if pre["replacement"] == "▁" && pre["split"] == false => {
             return Ok(pre["prepend_scheme"] != "never");
         }

@@ -5,6 +5,7 @@ mod common;
 
 use std::collections::HashMap;
 use std::fs;
+use std::path::Path;
 
 use common::run::{Program, Run, data, folder, largest_relative};
 use common::{golden_model, largest, on_ranks, relative};
@@ -19,6 +20,7 @@ use corral::model::trainable::module;
 use corral::model::{DropoutPlace, Input, Llama, LmHead, Recompute, Trainable};
 use kernels::c10d::Group;
 use kernels::quant::{Quantized, Scheme};
+use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 const FAMILY: &str = "llama3";
@@ -334,7 +336,7 @@ fn the_life_of_an_adapter() {
         let out = at("eval.json");
         let words = ["eval", "--model", model, "--task", "perplexity", "--output", &out, "--input"];
         Program::corral(&words).arg(&valid).run(dir, "eval").expect_code(0);
-        let json: serde_json::Value = serde_json::from_str(&fs::read_to_string(&out).unwrap()).unwrap();
+        let json: Value = serde_json::from_str(&fs::read_to_string(&out).unwrap()).unwrap();
         json["perplexity"].as_f64().unwrap()
     };
     let adapter = run.output().to_string_lossy().into_owned();
@@ -369,6 +371,144 @@ fn the_life_of_an_adapter() {
     assert!(converted.out.contains("KL(with adapter || merged)"), "{converted}");
     let tensors = |name: &str| fs::read(dir.join(name).join("model.safetensors")).unwrap();
     assert!(tensors("converted") == tensors("merged"), "convert merges as merge does");
+}
+
+/// The tensors of a folder's only file.
+fn tensors(dir: &Path, file: &str) -> HashMap<String, Tensor> {
+    Tensor::read_safetensors(dir.join(file)).unwrap().into_iter().collect()
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+/// A Phi-3 holds q, k and v in one tensor, and gate and up: an adapter in PEFT's format is of these.
+#[test]
+fn adapters_of_joined_layers_are_those_of_peft() {
+    const WEIGHTS: &str = "adapter_model.safetensors";
+    let phi3 = golden_model("phi3");
+    let path = phi3.to_string_lossy();
+    let model = format!("model={{path: {path}}}");
+    let tokenizer = format!("tokenizer={{path: {path}, template: \"{{prompt}}\\n{{completion}}\"}}");
+    let base = tensors(&phi3, "model.safetensors");
+    let qkv = "model.layers.1.self_attn.qkv_proj.weight";
+    let (rows, c) = (base[qkv].size()[0], base[qkv].size()[1]);
+    for (name, lora, targets, ranks, alphas) in [
+        (
+            "all",
+            "lora={rank: 3, alpha: 6}",
+            serde_json::json!(["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+            serde_json::json!({"qkv_proj": 9, "gate_up_proj": 6}),
+            serde_json::json!({"qkv_proj": 18.0, "gate_up_proj": 12.0}),
+        ),
+        (
+            "some",
+            "lora={rank: 2, alpha: 4, rslora: true, targets: [q_proj, v_proj]}",
+            serde_json::json!(["qkv_proj"]),
+            serde_json::json!({"qkv_proj": 6}),
+            serde_json::json!({"qkv_proj": 4.0 * 3f64.sqrt()}),
+        ),
+    ] {
+        let run = Run::sft(&format!("joined-{name}"));
+        let words = [&model, &tokenizer, lora, "train.steps=4", "valid.every=100"];
+        run.train(1, &words);
+        let adapter = run.output().join("model");
+        let config = json(&adapter.join("adapter_config.json"));
+        assert_eq!(config["target_modules"], targets, "{name}");
+        assert_eq!((&config["rank_pattern"], &config["alpha_pattern"]), (&ranks, &alphas), "{name}");
+        let at = |name: &str| run.dir.join(name).to_string_lossy().into_owned();
+        let corral = |words: &[&str]| Program::corral(words).run(&run.dir, "corral");
+        let adapter_path = adapter.to_string_lossy().into_owned();
+        let checkpoint = run.checkpoints().pop().unwrap().1.to_string_lossy().into_owned();
+
+        // B A of the joined layer is what merging adds, from the adapter and from the checkpoint alike.
+        for (from, to) in [(&adapter_path, "merged"), (&checkpoint, "of-checkpoint")] {
+            corral(&["merge", "--adapter", from, "--output", &at(to)]).expect_code(0);
+        }
+        let merged = tensors(&run.dir.join("merged"), "model.safetensors");
+        assert_eq!(merged.len(), base.len());
+        assert!(
+            tensors(&run.dir.join("of-checkpoint"), "model.safetensors").iter().all(|(n, t)| merged[n] == *t)
+        );
+        let of = tensors(&adapter, WEIGHTS);
+        let part = |letter: &str| {
+            let module = qkv.strip_suffix(".weight").unwrap();
+            of[&format!("base_model.model.{module}.lora_{letter}.weight")].shallow_clone()
+        };
+        let rank = ranks["qkv_proj"].as_i64().unwrap();
+        assert_eq!((part("A").size(), part("B").size()), (vec![rank, c], vec![rows, rank]), "{name}");
+        let root = if name == "some" { (rank as f64).sqrt() } else { rank as f64 };
+        let delta = part("B").mm(&part("A")) * (alphas["qkv_proj"].as_f64().unwrap() / root);
+        assert!(
+            largest(&merged[qkv], &(&base[qkv] + &delta)) < 1e-6
+                && delta.abs().max().double_value(&[]) > 1e-4
+        );
+        let k = |t: &Tensor| t.narrow(0, 32, 16);
+        assert_eq!(
+            k(&merged[qkv]) == k(&base[qkv]),
+            name == "some",
+            "k has an adapter only in one of the runs"
+        );
+
+        // It is written again as it is, and trained further as the same adapter.
+        corral(&["convert", "--from", &adapter_path, "--to", &at("again"), "--format", "peft"])
+            .expect_code(0);
+        assert_eq!(json(&run.dir.join("again/adapter_config.json"))["rank_pattern"], ranks);
+        assert!(tensors(&run.dir.join("again"), WEIGHTS).iter().all(|(n, t)| of[n] == *t));
+        let further = Run::sft(&format!("joined-{name}-further"));
+        let from = format!("model={{path: {adapter_path}}}");
+        further.train(1, &[&from, &tokenizer, lora, "train.steps=4", "valid.every=100"]);
+    }
+}
+
+/// PEFT's own adapters of joined layers, whose parts have one A; and what is refused.
+#[test]
+fn joined_layers_share_the_adapter_that_peft_made() {
+    let phi3 = golden_model("phi3");
+    let dir = folder("joined-shared");
+    let base = tensors(&phi3, "model.safetensors");
+    let qkv = "model.layers.0.self_attn.qkv_proj";
+    let weight = &base[&format!("{qkv}.weight")];
+    let (rows, c) = (weight.size()[0], weight.size()[1]);
+    let values =
+        |n: i64, m: i64| (Tensor::arange(n * m, (Kind::Float, Device::Cpu)) * 0.37).sin().view([n, m]) * 0.1;
+    let adapter = |name: &str, rank: i64, more: Value| {
+        let to = dir.join(name);
+        fs::create_dir_all(&to).unwrap();
+        let named = |letter: &str| format!("base_model.model.{qkv}.lora_{letter}.weight");
+        let tensors = [(named("A"), values(rank, c)), (named("B"), values(rows, rank))];
+        Tensor::write_safetensors(&tensors, to.join("adapter_model.safetensors")).unwrap();
+        let mut config = serde_json::json!({
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": phi3, "r": 4, "lora_alpha": 8,
+            "target_modules": ["qkv_proj"], "layers_to_transform": [0],
+        });
+        more.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+        fs::write(to.join("adapter_config.json"), config.to_string()).unwrap();
+        let out = dir.join(format!("{name}-merged"));
+        let words = ["merge", "--adapter", &to.to_string_lossy(), "--output", &out.to_string_lossy()];
+        (Program::corral(&words).run(&dir, name), out)
+    };
+    let (merged, out) = adapter("shared", 4, serde_json::json!({}));
+    merged.expect_code(0);
+    let merged = &tensors(&out, "model.safetensors")[&format!("{qkv}.weight")];
+    let delta = values(rows, 4).mm(&values(4, c)) * 2.0;
+    assert!(largest(merged, &(weight + delta)) < 1e-5);
+
+    let ranks = |of: &str, rank: i64| serde_json::json!({"rank_pattern": {of: rank}, "alpha_pattern": {of: 2 * rank}});
+    for (name, rank, more, said) in [
+        ("full", 12, ranks("qkv_proj", 12), "where B consists of 3 blocks"),
+        ("other", 5, ranks("qkv_proj", 5), "`qkv_proj` has an adapter of rank 5; built are 4, and 12"),
+        ("elsewhere", 4, ranks("o_proj", 5), "a rank or alpha of its own for `o_proj` is not built"),
+        ("size", 5, serde_json::json!({}), "and should be [4, 32]"),
+        (
+            "scale",
+            4,
+            serde_json::json!({"alpha_pattern": {"qkv_proj": 9}}),
+            "are multiplied by 2.25, the others by 2",
+        ),
+    ] {
+        adapter(name, rank, more).0.expect_error(3, &[said]);
+    }
 }
 
 /// A run that was stopped, and each of its checkpoints: merged, and written as an adapter in PEFT's format.

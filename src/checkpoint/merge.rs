@@ -188,7 +188,7 @@ impl Merge {
     /// complete, or not at all. `done` counts the bytes that were written. Logits are compared on `device`.
     pub fn write(&self, to: &Path, max_shard_size: u64, device: Device, done: &AtomicU64) -> Result<Report> {
         let entries = self.specs().map(|(spec, _)| self.entry(spec)).collect::<Result<Vec<_>>>()?;
-        let plan = hf::plan(entries.iter().cloned(), max_shard_size);
+        let plan = hf::plan(hf::as_stored(&self.shape, entries.iter().cloned()), max_shard_size);
         let dtype = super::convert::most_common(&entries);
         let (ids, tokenizer) = (self.ids.clone(), self.tokenizer.as_ref());
         let (folder, _) = hf::begin(to, &self.shape, dtype, ids, tokenizer, self.scoring.as_ref(), &plan)?;

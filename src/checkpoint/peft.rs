@@ -1,12 +1,17 @@
 //! Adapters in PEFT's format: a folder with `adapter_config.json` and `adapter_model.safetensors` (`.bin` is read), whose tensors have the
 //! model's names after `base_model.model.`. What PEFT has no place for is in `corral.json`.
 
+mod config;
+mod joined;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tch::Kind;
 
+use self::config::{Described, read_config, unread};
+use self::joined::{Joined, Patterns, Stored};
 use super::hf::write_tokenizer;
 use super::hf_config::read_object;
 use super::named::{ModelFolder, tokenizer_of};
@@ -19,7 +24,6 @@ use super::torch_file;
 use super::unfit::{Unfit, common_prefix};
 use super::weights::Weights;
 use crate::config::shape::{Head, Shape};
-use crate::config::trainable::{Base, Freeze, Lora, Targets};
 use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
 use crate::distributed::agree::agree;
 use crate::distributed::plan::{Role, adapter_names};
@@ -49,8 +53,10 @@ pub struct PeftAdapter {
     base: Option<String>,
     /// Of the model with the adapter, where that may be another than its base's.
     vocab_size: Option<i64>,
-    /// Its tensors, by the names in PEFT's files.
+    /// Its tensors, by the names in PEFT's files; once it was checked, by the model's names after the same beginning.
     source: Source,
+    /// What PEFT says of single modules.
+    patterns: Patterns,
 }
 
 /// `task_type` of a model with a scalar head.
@@ -62,7 +68,8 @@ impl PeftAdapter {
     pub fn open(dir: &Path) -> Result<PeftAdapter> {
         let path = dir.join(CONFIG);
         let config = read_object(&path)?;
-        let (trainable, base) = read_config(&config).map_err(|e| Error::data(e).context(path.display()))?;
+        let Described { trainable, base, patterns } =
+            read_config(&config).map_err(|e| Error::data(e).context(path.display()))?;
         if let Some(unread) = unread(&config) {
             warn_once(&format!("{}: {unread}", path.display()));
         }
@@ -70,7 +77,7 @@ impl PeftAdapter {
         let (source, ours) = (open_weights(dir)?, Ours::read(dir)?);
         let vocab_size = source.view(&format!("{PREFIX}{EMBEDDING}")).ok().map(|v| v.shape[0]);
         let (dir, scoring) = (dir.to_path_buf(), ours.reward);
-        let mut adapter = PeftAdapter { dir, trainable, scored, scoring, base, vocab_size, source };
+        let mut adapter = PeftAdapter { dir, trainable, scored, scoring, base, vocab_size, source, patterns };
         if let (Some(lora), Some(base)) = (&mut adapter.trainable.lora, ours.base) {
             lora.base = base;
         }
@@ -91,6 +98,7 @@ impl PeftAdapter {
             base: Some(base.path.clone()),
             vocab_size: Some(meta.shape.vocab_size),
             source,
+            patterns: Patterns::default(),
         }))
     }
 
@@ -169,6 +177,11 @@ impl PeftAdapter {
         Weights::open(&base).map_err(moved).with_context(|| format!("the base model of {dir}"))
     }
 
+    /// Of its adapters; 0 without any.
+    fn rank(&self) -> i64 {
+        self.trainable.lora.as_ref().map_or(0, |lora| lora.rank)
+    }
+
     /// The tensors that the adapter consists of for a model of this shape, under the model's names.
     fn wanted(&self, shape: &Shape) -> Result<Vec<(String, Vec<i64>)>> {
         let mut wanted = Vec::new();
@@ -186,6 +199,10 @@ impl PeftAdapter {
     /// Refuses an adapter whose tensors are not those that its configuration asks for on a model of this shape. Names in the
     /// configuration that the model does not have are passed over, with a warning, as PEFT does.
     pub fn check(&mut self, shape: &Shape) -> Result<()> {
+        if let Some(lora) = &mut self.trainable.lora {
+            joined::split(&mut self.source, lora, std::mem::take(&mut self.patterns), shape)
+                .with_context(|| self.dir.display().to_string())?;
+        }
         let forgotten = self.trainable.forget_missing(shape);
         let wanted = self.wanted(shape).map_err(|e| Error::data(e.message).context(self.dir.display()))?;
         let wanted: BTreeMap<String, Vec<i64>> =
@@ -269,167 +286,6 @@ fn open_weights(dir: &Path) -> Result<Source> {
     }]))
 }
 
-/// Keys that change the mathematics in a way that is not built, unless they are off.
-const REFUSED: [&str; 17] = [
-    "bias",
-    "use_dora",
-    "fan_in_fan_out",
-    "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
-    "exclude_modules",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "num_virtual_tokens",
-];
-
-/// Keys that are read, or that say how an adapter was made and not what it is.
-const KNOWN: [&str; 27] = [
-    "peft_type",
-    "task_type",
-    "base_model_name_or_path",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "target_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-    "init_lora_weights",
-    "auto_mapping",
-    "inference_mode",
-    "peft_version",
-    "megatron_config",
-    "megatron_core",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "velora_config",
-    "runtime_config",
-    "qalora_group_size",
-    "ensure_weight_tying",
-    "unsloth_version",
-    "unsloth_fixed",
-];
-
-/// Null, false, nothing in it, or `none`: the key has no effect.
-fn off(v: &Value) -> bool {
-    match v {
-        Value::Null | Value::Bool(false) => true,
-        Value::Array(a) => a.is_empty(),
-        Value::Object(o) => o.is_empty(),
-        Value::String(s) => s == "none",
-        Value::Number(_) | Value::Bool(true) => false,
-    }
-}
-
-/// What of PEFT's options changes the mathematics and is not built.
-fn refused(config: &Map<String, Value>) -> Option<String> {
-    for key in REFUSED {
-        if let Some(value) = config.get(key).filter(|v| !off(v)) {
-            return Some(format!("{key}: {value} is not built"));
-        }
-    }
-    if let Some(pattern) =
-        config.get("layers_pattern").filter(|v| !off(v) && **v != "layers" && **v != json!(["layers"]))
-    {
-        return Some(format!("layers_pattern: {pattern} is not built; the model's blocks are `layers`"));
-    }
-    // These ways of starting also change the base, which is not in the adapter.
-    let start = config.get("init_lora_weights").and_then(Value::as_str).unwrap_or("");
-    ["pissa", "olora", "corda", "loftq", "lora_ga"].iter().any(|name| start.starts_with(name)).then(|| {
-        format!(
-            "init_lora_weights: {start} changed the base; convert the adapter to plain LoRA when saving it"
-        )
-    })
-}
-
-/// Keys that nothing reads, of which it is not known that they have no effect.
-fn unread(config: &Map<String, Value>) -> Option<String> {
-    let known = |key: &str| KNOWN.contains(&key) || REFUSED.contains(&key);
-    let unread: Vec<String> = config
-        .iter()
-        .filter(|(key, value)| !known(key) && !off(value))
-        .map(|(key, value)| format!("{key} ({value})"))
-        .collect();
-    let s = if unread.len() > 1 { "s" } else { "" };
-    (!unread.is_empty())
-        .then(|| format!("{} key{s} not known and not used: {}", unread.len(), unread.join(", ")))
-}
-
-fn read_config(config: &Map<String, Value>) -> Result<(Trainable, Option<String>), String> {
-    let text = |key: &str| config.get(key).and_then(Value::as_str);
-    if text("peft_type") != Some("LORA") {
-        return Err(format!(
-            "peft_type is {}; only LORA is built",
-            config.get("peft_type").unwrap_or(&Value::Null)
-        ));
-    }
-    if let Some(why) = refused(config) {
-        return Err(why);
-    }
-    let number = |key: &str, default: f64| match config.get(key) {
-        None | Some(Value::Null) => Ok(default),
-        Some(v) => v.as_f64().ok_or_else(|| format!("{key}: {v} is no number")),
-    };
-    let names = |key: &str| -> Result<Option<Vec<String>>, String> {
-        match config.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(v) => serde_json::from_value(v.clone())
-                .map(Some)
-                .map_err(|_| format!("{key}: {v} is no list of names")),
-        }
-    };
-    let targets = match text("target_modules") {
-        Some("all-linear") => Targets::AllLinear,
-        Some(pattern) => {
-            return Err(format!(
-                "target_modules: the pattern {pattern:?} is not built; give a list of names"
-            ));
-        }
-        None => Targets::Names(names("target_modules")?.ok_or("target_modules is missing")?),
-    };
-    let layers = match config.get("layers_to_transform") {
-        None | Some(Value::Null) => None,
-        Some(Value::Number(n)) => Some(vec![n.as_i64().ok_or("layers_to_transform: no whole number")?]),
-        Some(v) => Some(
-            serde_json::from_value(v.clone()).map_err(|_| format!("layers_to_transform: {v} is no list"))?,
-        ),
-    };
-    let rank = number("r", 8.0)?;
-    if rank < 1.0 || rank.fract() != 0.0 {
-        return Err(format!("r: {rank} is no rank"));
-    }
-    let mut saved = names("modules_to_save")?.unwrap_or_default();
-    if text("task_type") == Some(SEQ_CLS) {
-        // PEFT names the heads of all kinds of classifiers, and always saves them.
-        saved.retain(|name| name != "classifier");
-        if !saved.iter().any(|name| name == "score") {
-            saved.push("score".into());
-        }
-    }
-    let lora = Lora {
-        rank: rank as i64,
-        alpha: number("lora_alpha", 8.0)?,
-        dropout: number("lora_dropout", 0.0)?,
-        targets,
-        rslora: config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
-        modules_to_save: saved,
-        base: Base::None,
-    };
-    let base = text("base_model_name_or_path").filter(|b| !b.is_empty()).map(str::to_string);
-    Ok((Trainable { freeze: Freeze::default(), lora: Some(lora), layers }, base))
-}
-
 /// An adapter that was written.
 pub struct WrittenAdapter {
     /// The model that it is for.
@@ -467,24 +323,25 @@ impl PeftAdapter {
         let (tokenizer, scoring) = (tokenizer.as_ref(), self.scoring.as_ref());
         let how = AdapterExport { trainable: &self.trainable, shape, base: &base, tokenizer, scoring };
         let folder = begin(to, &how)?;
-        let entry = |(name, shape): (String, Vec<i64>)| -> Result<Entry> {
-            let name = format!("{PREFIX}{name}");
-            Ok(Entry {
-                kind: dtype.map_or_else(|| Ok(self.source.view(&name)?.kind), Ok::<_, Error>)?,
-                name,
-                shape,
-            })
+        let kind = |name: &str| match dtype {
+            Some(dtype) => Ok(dtype),
+            None => Ok::<_, Error>(self.source.view(&format!("{PREFIX}{name}"))?.kind),
         };
-        let entries = self.wanted(shape)?.into_iter().map(entry).collect::<Result<Vec<_>>>()?;
+        let wanted = self.wanted(shape)?;
+        let stored = Stored::of(&Joined::all(shape), self.rank(), wanted.iter().cloned());
+        let entry = |t: &Stored| Ok(t.entry(kind(t.first())?));
+        let entries = stored.iter().map(entry).collect::<Result<Vec<_>>>()?;
         let mut writer = Writer::create(&folder.temporary().join(WEIGHTS), &entries)?;
-        entries.iter().try_for_each(|e| writer.write(&self.source.tensor(&e.name)?))?;
+        for t in &stored {
+            writer.write(&t.assemble(|name| self.tensor(name))?)?;
+        }
         writer.finish()?;
         let mut read = PeftAdapter::open(folder.temporary())?;
         read.check(shape)?;
-        for e in &entries {
-            let right = self.source.tensor(&e.name)?.f_to_kind(e.kind)?;
-            if !read.source.tensor(&e.name)?.f_equal(&right)? {
-                return Err(Error::failed(format!("`{}` is another tensor when it is read back", e.name)));
+        for (name, _) in &wanted {
+            let right = self.tensor(name)?.f_to_kind(kind(name)?)?;
+            if !read.tensor(name)?.f_equal(&right)? {
+                return Err(Error::failed(format!("`{name}` is another tensor when it is read back")));
             }
         }
         folder.commit()?;
@@ -507,15 +364,15 @@ pub struct AdapterExport<'a> {
 /// collective call, like [`super::export`].
 pub fn export_adapter(dir: &Path, params: &Sharded, how: &AdapterExport, world: &Group) -> Result<()> {
     let said = || format!("exporting the adapter to {}", dir.display());
-    let specs = || (0..params.len()).flat_map(|i| &params.layout(i).specs);
+    let (joined, rank) = (Joined::all(how.shape), how.trainable.lora.as_ref().map_or(0, |lora| lora.rank));
+    // Tensors that lie in one belong to the same group.
+    let stored = |i: usize| {
+        Stored::of(&joined, rank, params.layout(i).specs.iter().map(|s| (s.name.clone(), s.shape.clone())))
+    };
     let started = match world.rank() {
         0 => begin(dir, how).and_then(|folder| {
-            let entry = |s: &crate::distributed::sharded::Spec| Entry {
-                name: format!("{PREFIX}{}", s.name),
-                kind: Kind::Float,
-                shape: s.shape.clone(),
-            };
-            let entries: Vec<Entry> = specs().map(entry).collect();
+            let entries: Vec<Entry> =
+                (0..params.len()).flat_map(stored).map(|t| t.entry(Kind::Float)).collect();
             let writer = Writer::create(&folder.temporary().join(WEIGHTS), &entries)?;
             Ok(Some((folder, writer)))
         }),
@@ -529,7 +386,12 @@ pub fn export_adapter(dir: &Path, params: &Sharded, how: &AdapterExport, world: 
         }
         let flat = params.gather_master(i)?;
         if let (Some((_, writer)), Ok(())) = (&mut output, &status) {
-            status = params.layout(i).specs.iter().try_for_each(|spec| writer.write(&spec.view(&flat)));
+            let specs = &params.layout(i).specs;
+            let tensor = |name: &str| match specs.iter().find(|spec| spec.name == name) {
+                Some(spec) => Ok(spec.view(&flat)),
+                None => Err(Error::failed(format!("`{name}` is not in its group"))),
+            };
+            status = stored(i).iter().try_for_each(|t| writer.write(&t.assemble(tensor)?));
         }
     }
     let status = status.and_then(|()| match output {
@@ -555,11 +417,15 @@ fn begin(dir: &Path, how: &AdapterExport) -> Result<AtomicFolder> {
         return Err(Error::failed("there is no adapter to be written"));
     };
     // The layers that have one, by the last parts of their names.
-    let mut targets: Vec<String> = Vec::new();
+    let joined = Joined::all(how.shape);
+    let (mut targets, mut patterns): (Vec<String>, _) = (Vec::new(), Patterns::default());
     for plan in how.trainable.plans(how.shape)? {
         for adapter in &plan.adapters {
-            let name = last_part(module(&plan.layout.specs[adapter.target].name)).to_string();
+            let target = module(&plan.layout.specs[adapter.target].name);
+            let there = joined.iter().find(|j| j.has(target));
+            let name = last_part(there.map_or(target, Joined::module)).to_string();
             if !targets.contains(&name) {
+                there.iter().for_each(|j| patterns.add(j, lora));
                 targets.push(name);
             }
         }
@@ -576,6 +442,8 @@ fn begin(dir: &Path, how: &AdapterExport) -> Result<AtomicFolder> {
             "lora_alpha": lora.alpha,
             "lora_dropout": lora.dropout,
             "use_rslora": lora.rslora,
+            "rank_pattern": patterns.ranks,
+            "alpha_pattern": patterns.alphas,
             "target_modules": targets,
             "layers_to_transform": how.trainable.adapted_layers(how.shape),
             "modules_to_save": saved,

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import read_jsonl, run
+from conftest import ROOT, read_jsonl, run
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -76,6 +76,35 @@ train: {{steps: 6, batch_size: 8}}
 def test_ours_loads_pefts(made, options, tmp_path):
     torch.manual_seed(0)
     model = get_peft_model(load(made / "run/model"), LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    close(scored(tmp_path / "adapter", tmp_path), logprobs(model))
+
+
+@pytest.mark.parametrize("lora", ["{rank: 4, alpha: 8}", "{rank: 2, alpha: 8, rslora: true, targets: [q_proj, v_proj, up_proj]}"], ids=["all", "some"])
+def test_joined_layers(made, lora, tmp_path):
+    """A Phi-3's qkv_proj and gate_up_proj: ours in PEFT, merged in transformers, and PEFT's own in ours."""
+    base = ROOT / "tests/golden/models/phi3"
+    (tmp_path / "sft.yaml").write_text(f"""\
+output_dir: {tmp_path}/run
+model: {{path: {base}}}
+tokenizer: {{path: {base}, template: "{{prompt}}\\n{{completion}}"}}
+data: {{train: ["{made}/data/sft.train.jsonl"], sequence_length: 96, cache: {tmp_path}/cache}}
+optim: {{lr: 1.0e-2}}
+train: {{steps: 6, batch_size: 8}}
+""")
+    run("corral", "sft", "--config", tmp_path / "sft.yaml", f"lora={lora}")
+    ours = scored(tmp_path / "run", tmp_path)
+    assert max((a - b).abs().max() for a, b in zip(ours, logprobs(load(base)))) > 1e-3, "the adapter does something"
+    close(ours, logprobs(PeftModel.from_pretrained(load(base), tmp_path / "run/model").eval()))
+    run("corral", "merge", "--adapter", tmp_path / "run/model", "--output", tmp_path / "merged")
+    close(ours, logprobs(load(tmp_path / "merged")))
+
+    torch.manual_seed(0)
+    targets = ["qkv_proj", "gate_up_proj", "down_proj"]
+    model = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=targets)).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.05)

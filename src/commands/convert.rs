@@ -141,9 +141,10 @@ pub fn run(args: Args, device: Device) -> Result<()> {
         report.num_files,
         if report.copied.is_empty() { "nothing".into() } else { report.copied.join(", ") },
     );
-    let rounded = match args.dtype.filter(|_| report.rounding.is_some()) {
-        Some(dtype) => format!(", converted to {}", dtype.name()),
-        None => String::new(),
+    let rounded = match (args.dtype, report.rounding) {
+        (Some(dtype), Some(_)) => format!(", converted to {}", dtype.name()),
+        (None, Some(_)) => ", rounded as the file keeps it".to_string(),
+        (_, None) => String::new(),
     };
     let compared = match report.left_out.as_slice() {
         [] => "every tensor equals".to_string(),

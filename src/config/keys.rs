@@ -86,13 +86,13 @@ impl fmt::Display for Limits {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (low, high) = (self.low, self.high);
         match (low.is_finite(), high.is_finite(), self.above_low || self.below_high) {
-            (true, true, false) => return write!(f, "of {low} to {high}"),
+            (true, true, false) => write!(f, "of {low} to {high}"),
             (true, true, true) => {
                 let (above, below) = (
                     if self.above_low { "above" } else { "of at least" },
                     if self.below_high { "below" } else { "at most" },
                 );
-                return write!(f, "{above} {low} and {below} {high}");
+                write!(f, "{above} {low} and {below} {high}")
             }
             (true, false, _) => write!(f, "{} {low}", if self.above_low { "above" } else { "of at least" }),
             (false, true, _) => write!(f, "{} {high}", if self.below_high { "below" } else { "of at most" }),

@@ -12,6 +12,7 @@ use super::shape::{Experts, Family, Head, Llama3RopeScaling, Shape};
 
 /// Where the model comes from: exactly one of these.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "a configuration has one or two of them")]
 pub enum Model {
     /// The folder of a model to go on from.
     Path(PathBuf),

@@ -53,7 +53,8 @@ impl Data {
 /// Parts of which `part` is this stage's.
 pub fn conflicts_of_split(split: &[f64], part: usize, found: &mut Conflicts) {
     let size = |s: &f64| s.is_finite() && *s >= 0.0;
-    if !split.is_empty() && !(split.iter().all(size) && split.get(part).is_some_and(|s| *s > 0.0)) {
+    let is_valid = split.iter().all(size) && split.get(part).is_some_and(|s| *s > 0.0);
+    if !split.is_empty() && !is_valid {
         let which = ["first", "second", "third"][part];
         found
             .add("data.split", format!("sizes must not be negative, and this stage's, the {which}, above 0"));

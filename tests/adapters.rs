@@ -1,6 +1,8 @@
 //! Parts of a model that are frozen, quantized, or have adapters: against the whole model, over ranks, and through the real
 //! binaries.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use std::collections::HashMap;

@@ -1,5 +1,7 @@
 //! `corral bench`: what it prints is one JSON object a measurement, and nothing of what it writes stays.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use std::fs;

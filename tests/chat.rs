@@ -1,5 +1,7 @@
 //! `corral chat` through a pipe, as users type, on the golden models.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use std::io::Write;

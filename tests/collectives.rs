@@ -1,6 +1,8 @@
 //! Collectives between real processes: this test binary starts itself once per rank, with the environment that `launch`
 //! sets and the case to run in CORRAL_TEST_CASE.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 use corral::config::parallel::{Mode, Parallel};
 use corral::distributed::world::{BackendChoice, DeviceChoice, World};
 use kernels::c10d::{Backend, Group, ReduceOp, Store};

@@ -1,5 +1,7 @@
 //! `corral convert`: there and back with equal tensors, and what it refuses.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use std::fs;

@@ -1,5 +1,7 @@
 //! What goes wrong, through the real binaries: one clear message, the right exit code, nothing half-written.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use std::fs::{self, File};

@@ -1,6 +1,8 @@
 //! Models as `torch.save` writes them, and damaged files of every format. The models in `tests/fixtures/formats` are one
 //! model, made by Python with the script beside them.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use std::collections::HashMap;

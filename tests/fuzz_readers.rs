@@ -1,6 +1,8 @@
 //! Files that were changed at random: a reader gives an error or a model, never a panic, and allocates no more than
 //! the file justifies. The changes are the same in every run.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use std::fs::{self, OpenOptions};

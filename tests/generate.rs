@@ -1,6 +1,8 @@
 //! Generation and scoring against Hugging Face's golden values, and against themselves: cached against uncached,
 //! batched against one by one.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use std::collections::HashMap;

@@ -1,6 +1,8 @@
 //! GGUF files: models and tokenizers as the package `gguf` writes them (`tests/fixtures/make_gguf.py`), and ours there and
 //! back. What llama.cpp and transformers make of ours is in `tests/interop/test_gguf.py`.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use std::fs;

@@ -1,5 +1,7 @@
 //! `corral generate`, `score` and `eval` as users run them, on the golden models.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use std::path::{Path, PathBuf};

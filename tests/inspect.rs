@@ -1,5 +1,7 @@
 //! `corral inspect` on every kind of path, whole and damaged.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use std::fs;

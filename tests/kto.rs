@@ -1,5 +1,7 @@
 //! KTO through the real binaries, and against golden values.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use std::fs;

@@ -4,6 +4,8 @@
 //! Files are read with positioned reads, so no page of them counts as memory of the process: the growth of its anonymous
 //! memory (RssAnon) and of its peak (VmHWM) are compared with the bytes of the slices.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use std::fs;

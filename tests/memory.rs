@@ -1,5 +1,7 @@
 //! What `corral plan` says, against what steps take.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use common::run::{Program, Run, data, folder};

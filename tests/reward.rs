@@ -1,6 +1,8 @@
 //! The scalar head, and the losses of reward models, against golden values (`CORRAL_GOLDEN` names another root of the same
 //! form).
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use common::{device, golden, golden_model, json, largest, relative, tensors};

@@ -1,5 +1,7 @@
 //! Reward models through the real binaries.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use std::fs;

@@ -1,5 +1,7 @@
 //! One folder, several starts: what may change between them, who holds the folder, and that nothing is lost on the way.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use std::fs;

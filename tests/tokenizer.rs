@@ -1,5 +1,7 @@
 //! Tokenizers and chat templates against transformers' values (tests/golden, or CORRAL_GOLDEN).
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use common::{golden, json};

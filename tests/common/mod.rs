@@ -1,6 +1,7 @@
 //! What the tests share: golden data, comparisons, runs of the real binaries.
 
 #![allow(dead_code)] // every test binary uses its part
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
 pub mod run;
 

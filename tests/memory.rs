@@ -168,6 +168,7 @@ fn a_plan_is_what_a_run_measures() {
 
 /// Reward models and DPO, on completions that are all as long as a sequence may be.
 #[test]
+#[expect(clippy::too_many_lines, reason = "a run after the other")]
 fn plans_of_preferences_are_what_runs_measure() {
     let shape = "{hidden_size: 512, intermediate_size: 1408, num_hidden_layers: 4, num_attention_heads: 8}";
     let tuned = Run::sft("plan-preferences");

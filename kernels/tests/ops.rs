@@ -202,6 +202,7 @@ fn label_beyond_the_vocabulary_is_an_error() {
 
 /// On the CPU, kernels take pointers: what does not fit must be refused before.
 #[test]
+#[expect(clippy::too_many_lines, reason = "a case for each operation")]
 fn what_does_not_fit_is_refused() {
     #[track_caller]
     fn refused<T>(result: kernels::Result<T>, why: &str) {

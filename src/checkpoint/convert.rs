@@ -294,6 +294,7 @@ impl Conversion {
     }
 
     /// Reads back what was written, and compares shape, every tensor and the logits.
+    #[expect(clippy::too_many_lines, reason = "a check after the other, each on what the one before read")]
     fn verify(&self, begun: &mut Begun, done: &AtomicU64) -> Result<Report> {
         let written = begun.unnamed.temporary()?;
         let (shape, source, device) = (&self.shape, &self.source, self.device);

@@ -147,6 +147,7 @@ impl<'a> Machine<'a> {
         }
     }
 
+    #[expect(clippy::too_many_lines, reason = "an arm for each opcode")]
     fn step(&mut self, opcode: u8) -> Result<(), String> {
         let value = match opcode {
             // PROTO, FRAME

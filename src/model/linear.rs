@@ -267,6 +267,10 @@ mod tests {
     /// Weights in one piece, in several of which the middle one is not trained, and partly quantized; with and without
     /// bias; with and without adapters, which leave out inputs.
     #[test]
+    #[expect(
+        clippy::too_many_lines,
+        reason = "one product, with and without bias, adapters and quantization"
+    )]
     fn products_are_those_of_autograd() {
         let (n, i) = (5, 64);
         let quantized =

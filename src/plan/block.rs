@@ -187,6 +187,7 @@ impl Memory {
     }
 
     /// `block_backward`: the output's gradient is there before it, the input's after it. What the forward kept goes.
+    #[expect(clippy::too_many_lines, reason = "the order in which memory is taken and given back")]
     pub(super) fn block_backward(&self, walk: &mut Walk, batch: &Batch, i: usize, kept: Kept) {
         let (s, n, block) = (&self.shape, batch.tokens(), &self.blocks[i - 1]);
         let stream = self.sizes.values(n, s.hidden_size);

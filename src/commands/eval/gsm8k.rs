@@ -31,6 +31,7 @@ struct Question {
     gold: Option<Answer>,
 }
 
+#[expect(clippy::too_many_lines, reason = "the steps of a measurement")]
 pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     let sampling = Sampling { temperature: args.temperature, top_k: 0, top_p: 1.0, seed: args.seed };
     sampling.check()?;

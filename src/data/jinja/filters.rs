@@ -89,6 +89,7 @@ fn plain(what: &str, value: &Value) -> Outcome<std::rc::Rc<str>> {
     value.to_text()
 }
 
+#[expect(clippy::too_many_lines, reason = "an arm for each filter")]
 fn single(name: &str, what: &str, value: Value, args: Args) -> Outcome<Value> {
     Ok(match name {
         "d" | "default" => {

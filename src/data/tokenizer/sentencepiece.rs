@@ -56,6 +56,7 @@ pub(super) fn convert(
 }
 
 /// [`convert`] of a model that is read. Unused pieces are left out.
+#[expect(clippy::too_many_lines, reason = "a tokenizer.json, written down")]
 pub(super) fn define(
     model: &Model,
     config: &Map<String, Value>,

@@ -12,6 +12,7 @@ fn main() {
     }
     println!("cargo:rustc-env=CORRAL_SOURCE={hash:016x}");
     // Where this build found libtorch (told by torch-sys), then where an image or an unpacked release keeps it.
+    #[expect(clippy::disallowed_methods, reason = "how cargo tells a build script of its dependencies")]
     if let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") {
         println!("cargo:rustc-link-arg=-Wl,-rpath,{lib}");
     }

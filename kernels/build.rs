@@ -1,6 +1,11 @@
 //! Compiles the C++ side against the libtorch that torch-sys was built with: the part for all machines into this crate,
 //! the part that needs CUDA's symbols into a shared object that `cuda/shim.rs` embeds and opens when a GPU is asked for.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "cargo tells a build script by the environment what it must know"
+)]
+
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 

@@ -1,5 +1,6 @@
 //! What a rank is told, and what is found out about this machine for it: the program, the GPUs, the cores, a port.
 
+use std::ffi::OsString;
 use std::net::{Ipv4Addr, TcpListener};
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
@@ -12,16 +13,22 @@ use crate::arguments::{Failure, Plan, Rendezvous};
 /// end in a carriage return; a blank one takes the bar away.
 const TTY: &str = "CORRAL_TTY";
 
+/// A variable of this process's environment; one that is set and empty is there: CUDA reads it as a list of no devices.
+#[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
+fn variable(name: &str) -> Option<OsString> {
+    std::env::var_os(name)
+}
+
 /// `$CORRAL_BIN`, else `corral` beside this executable, else in PATH.
 pub fn find_corral() -> Result<PathBuf, Failure> {
-    if let Some(program) = std::env::var_os("CORRAL_BIN").map(PathBuf::from) {
+    if let Some(program) = variable("CORRAL_BIN").map(PathBuf::from) {
         return match is_program(&program) {
             true => Ok(program),
             false => Err(Failure::new(2, format!("CORRAL_BIN: {} is not a program", program.display()))),
         };
     }
     let beside = std::env::current_exe().ok().and_then(|launch| Some(launch.parent()?.to_path_buf()));
-    let path = std::env::var_os("PATH").unwrap_or_default();
+    let path = variable("PATH").unwrap_or_default();
     let candidates =
         beside.into_iter().chain(std::env::split_paths(&path)).map(|folder| folder.join("corral"));
     candidates.into_iter().find(|program| is_program(program)).ok_or_else(|| {
@@ -39,9 +46,9 @@ fn is_program(path: &Path) -> bool {
 /// Ranks for `--nproc auto`, and why: the entries of CUDA_VISIBLE_DEVICES, else the GPUs that the NVIDIA driver
 /// lists, at least 1.
 pub fn visible_gpus() -> (u32, String) {
-    let (gpus, source) = match std::env::var("CUDA_VISIBLE_DEVICES") {
-        Ok(devices) => (named_devices(&devices), "CUDA_VISIBLE_DEVICES"),
-        Err(_) => {
+    let (gpus, source) = match variable("CUDA_VISIBLE_DEVICES").and_then(|list| list.into_string().ok()) {
+        Some(devices) => (named_devices(&devices), "CUDA_VISIBLE_DEVICES"),
+        None => {
             let listed = std::fs::read_dir("/proc/driver/nvidia/gpus").map_or(0, |entries| entries.count());
             (u32::try_from(listed).unwrap_or(u32::MAX), "/proc/driver/nvidia/gpus")
         }
@@ -98,7 +105,7 @@ pub fn describe_rank(
     if let Some(backend) = &plan.backend {
         command.env("CORRAL_BACKEND", backend);
     }
-    if std::env::var_os("OMP_NUM_THREADS").is_none() {
+    if variable("OMP_NUM_THREADS").is_none() {
         command.env("OMP_NUM_THREADS", threads_per_rank(plan.nproc).to_string());
     }
     match bar {

@@ -12,6 +12,7 @@ pub mod config;
 pub mod content;
 pub mod data;
 pub mod distributed;
+mod env;
 pub mod error;
 pub mod files;
 pub mod generate;

@@ -2,6 +2,7 @@
 //! sets and the case to run in CORRAL_TEST_CASE.
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+#![allow(clippy::disallowed_methods, reason = "the tests' own variables, CORRAL_TEST_* among them")]
 
 use corral::config::parallel::{Mode, Parallel};
 use corral::distributed::world::{BackendChoice, DeviceChoice, World};

@@ -5,6 +5,7 @@
 //! memory (RssAnon) and of its peak (VmHWM) are compared with the bytes of the slices.
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+#![allow(clippy::disallowed_methods, reason = "the tests' own variables, CORRAL_TEST_* among them")]
 
 mod common;
 

@@ -8,7 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The folders of `src`, lowest first: each imports only those before it.
-const LAYERS: [&str; 18] = [
+const LAYERS: [&str; 19] = [
+    "env",
     "error",
     "content",
     "random",

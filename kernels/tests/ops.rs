@@ -1,6 +1,8 @@
 //! Every operation against its composition of libtorch's, taken on the CPU in float64, in float64, float32 and bfloat16; and
 //! the compositions' backwards against libtorch's autograd, in float64. On the CPU, or with CORRAL_TEST_DEVICE=cuda on a GPU.
 
+#![allow(clippy::disallowed_methods, reason = "the tests' own variables, CORRAL_TEST_* among them")]
+
 use kernels::cuda;
 use kernels::ops::{self, Composed, KeysValues, Rotation, RowOps};
 use tch::{Device, Kind, Tensor};

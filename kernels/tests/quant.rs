@@ -1,6 +1,8 @@
 //! Quantized weights, products with them, and AdamW with moments in 8 bits, against the compositions of libtorch's
 //! operations: bit for bit on the CPU. With CORRAL_TEST_DEVICE=cuda on a GPU.
 
+#![allow(clippy::disallowed_methods, reason = "the tests' own variables, CORRAL_TEST_* among them")]
+
 use kernels::cuda;
 use kernels::moments::{self, Moment};
 use kernels::ops::{self, Composed};

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::env;
 use crate::error::{Error, Result};
 use crate::files::is_file;
 
@@ -46,8 +47,7 @@ pub fn known(name: &str) -> Option<&'static Known> {
 /// # Errors
 /// Of kind Config: neither CORRAL_HOME nor HOME is set.
 pub fn store() -> Result<PathBuf> {
-    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let home = var("CORRAL_HOME").or_else(|| Some(var("HOME")?.join(".cache/corral")));
+    let home = env::path("CORRAL_HOME").or_else(|| Some(env::path("HOME")?.join(".cache/corral")));
     home.map(|home| home.join("models")).ok_or_else(|| {
         Error::config("neither CORRAL_HOME nor HOME is set, and so there is no place for models")
     })

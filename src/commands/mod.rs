@@ -7,6 +7,7 @@ use tch::Device;
 use crate::distributed::agreement::Facts;
 use crate::distributed::environment::Place;
 use crate::distributed::world::{DeviceChoice, World};
+use crate::env;
 use crate::error::{Error, Result};
 use crate::signals;
 use crate::telemetry::console;
@@ -92,23 +93,21 @@ impl Global {
 
     /// How this process talks, before it knows more of its world than the environment tells.
     pub fn console(&self) -> console::Settings {
-        let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse().ok());
         console::Settings {
             format: self.log_format,
             quiet: self.quiet,
             verbose: self.verbose,
-            rank: number("RANK").unwrap_or(0),
-            world_size: number("WORLD_SIZE").unwrap_or(1),
+            rank: env::parsed("RANK").unwrap_or(0),
+            world_size: env::parsed("WORLD_SIZE").unwrap_or(1),
         }
     }
 
     /// Signals, threads, allocator and the library for float32 products.
     pub fn set_up(&self) -> Result<()> {
         signals::keep_signals_from_computing_threads()?;
-        let from_environment = || std::env::var("OMP_NUM_THREADS").ok().and_then(|v| v.parse().ok());
         let threads = self
             .threads
-            .or_else(from_environment)
+            .or_else(|| env::parsed("OMP_NUM_THREADS"))
             .or_else(|| std::thread::available_parallelism().ok().map(std::num::NonZero::get));
         // An environment that cannot be read is refused where the world is joined.
         let ranks = Place::from_env().ok().flatten().map_or(1, |p| p.world_size);

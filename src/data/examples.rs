@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::fields::Leftovers;
 use crate::config::sections::TooLong;
+use crate::env;
 use crate::error::{Error, Result};
 use crate::random::Rng;
 
@@ -193,9 +194,8 @@ pub fn fit(conversation: Example, options: &Options, counts: &mut Counts) -> Opt
 
 /// Where caches lie by default: a folder of the user's cache folder.
 pub fn default_cache() -> Result<PathBuf> {
-    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    var("XDG_CACHE_HOME")
-        .or_else(|| Some(var("HOME")?.join(".cache")))
+    env::path("XDG_CACHE_HOME")
+        .or_else(|| Some(env::path("HOME")?.join(".cache")))
         .map(|dir| dir.join("corral"))
         .ok_or_else(|| {
             Error::config(

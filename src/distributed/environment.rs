@@ -1,6 +1,7 @@
 //! Which rank this process is, as its launcher tells it: `launch` and torchrun (RANK ...), mpirun (OMPI_COMM_WORLD_*),
 //! srun (SLURM_*).
 
+use crate::env;
 use crate::{Error, Result};
 
 /// A process's place in the world, and where the world meets.
@@ -25,7 +26,7 @@ type Get<'a> = &'a dyn Fn(&str) -> Option<String>;
 impl Place {
     /// From this process's environment; `None` if no launcher set one.
     pub fn from_env() -> Result<Option<Place>> {
-        Place::read(&|name| std::env::var(name).ok())
+        Place::read(&env::text)
     }
 
     /// From any environment. Errors (exit code 2) name the variables that do not fit.
@@ -68,7 +69,7 @@ impl Place {
 
 /// Whether the launcher (`launch` or torchrun) has started this world again.
 pub fn is_restart_by_launcher() -> bool {
-    let count = |name| std::env::var(name).ok().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+    let count = |name| env::parsed::<u64>(name).unwrap_or(0);
     count("CORRAL_RESTART_COUNT") > 0 || count("TORCHELASTIC_RESTART_COUNT") > 0
 }
 

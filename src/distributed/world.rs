@@ -4,6 +4,7 @@ use super::agreement::{Facts, agree_on};
 use super::environment::Place;
 use super::mesh::{Axis, Keep, Mesh, Sharding};
 use crate::config::parallel::{Mode, Parallel, ShardSize};
+use crate::env;
 use crate::{Context, Error, Result};
 use kernels::c10d::{Backend, Group, Store};
 use kernels::cuda;
@@ -75,9 +76,9 @@ impl FromStr for BackendChoice {
 impl BackendChoice {
     /// CORRAL_BACKEND, else `Auto`.
     pub fn from_env() -> Result<BackendChoice> {
-        match std::env::var("CORRAL_BACKEND") {
-            Ok(text) if !text.is_empty() => text.parse().context("CORRAL_BACKEND"),
-            _ => Ok(BackendChoice::Auto),
+        match env::text("CORRAL_BACKEND") {
+            Some(text) => text.parse().context("CORRAL_BACKEND"),
+            None => Ok(BackendChoice::Auto),
         }
     }
 }

@@ -9,6 +9,8 @@ use serde_json::json;
 
 use super::console::{self, Format, Settings};
 
+use crate::env;
+
 /// Plain lines, and what `launch` draws, come at most this often.
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
 const DRAW_INTERVAL: Duration = Duration::from_millis(100);
@@ -50,7 +52,7 @@ impl Display {
 impl Progress {
     /// A run that has done `step` of `total` steps.
     pub fn start(step: u64, total: u64) -> Self {
-        let launch_terminal = std::env::var_os("CORRAL_TTY").is_some_and(|v| v == "1");
+        let launch_terminal = env::variable("CORRAL_TTY").is_some_and(|v| v == "1");
         let terminal = console::has_room_for_bar(false);
         let display = Display::choose(&console::settings(), terminal, launch_terminal);
         if matches!(display, Display::Bar) {

@@ -2,6 +2,8 @@
 
 use std::io::{self, IsTerminal, Write};
 
+use crate::env;
+
 /// Codes of every terminal in use: to the first column and clear; do not wrap, so that a bar stays one line.
 const CLEAR: &str = "\r\x1b[2K";
 const NO_WRAP: &str = "\x1b[?7l";
@@ -61,14 +63,13 @@ impl Screen {
 
     /// Whether a bar can be drawn, under a command that writes answers to stdout or none.
     pub fn has_room_for_bar(&self, answers: bool) -> bool {
-        let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        let dumb = env::variable("TERM").is_some_and(|term| term == "dumb");
         self.err_is == Kind::Terminal && !dumb && !(answers && self.out_is == Kind::Pipe)
     }
 
     /// Columns of the terminal: COLUMNS, else what the terminal says, else 80.
     pub fn columns(&self) -> usize {
-        let variable = std::env::var("COLUMNS").ok().and_then(|text| text.trim().parse().ok());
-        let columns = variable.or_else(|| kernels::host::terminal_columns().map(usize::from));
+        let columns = env::parsed("COLUMNS").or_else(|| kernels::host::terminal_columns().map(usize::from));
         columns.filter(|columns| *columns > 0).unwrap_or(80)
     }
 

@@ -64,8 +64,8 @@ mod tests {
     use tch::Kind;
 
     fn golden(name: &str) -> Value {
-        let root = std::env::var_os("CORRAL_GOLDEN").map_or("tests/golden".into(), std::path::PathBuf::from);
-        serde_json::from_str(&std::fs::read_to_string(root.join("algo").join(name)).unwrap()).unwrap()
+        serde_json::from_str(&std::fs::read_to_string(crate::env::golden().join("algo").join(name)).unwrap())
+            .unwrap()
     }
 
     fn matrix(value: &Value) -> Tensor {

@@ -1,8 +1,6 @@
 //! Against golden values (`CORRAL_GOLDEN` names another root of the same form): all cases, values and gradients, in float64
 //! within 1e-10 and in float32 within 1e-5.
 
-use std::path::PathBuf;
-
 use kernels::c10d::Group;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -85,8 +83,8 @@ fn flatten(value: &Value, numbers: &mut Vec<f64>) {
 }
 
 fn read(name: &str) -> Value {
-    let root = std::env::var_os("CORRAL_GOLDEN").map_or("tests/golden".into(), PathBuf::from);
-    serde_json::from_str(&std::fs::read_to_string(root.join("algo").join(name)).unwrap()).unwrap()
+    serde_json::from_str(&std::fs::read_to_string(crate::env::golden().join("algo").join(name)).unwrap())
+        .unwrap()
 }
 
 /// Runs a check on a file in both dtypes.

@@ -33,7 +33,6 @@ pub fn reference_point(loss: Loss, sum: f64, count: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
 
     use serde_json::Value;
     use tch::Kind;
@@ -41,9 +40,8 @@ mod tests {
     use super::*;
 
     fn golden() -> Value {
-        let root = std::env::var_os("CORRAL_GOLDEN").map(PathBuf::from);
-        let root = root.unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden").into());
-        serde_json::from_str(&std::fs::read_to_string(root.join("algo/kto.json")).unwrap()).unwrap()
+        serde_json::from_str(&std::fs::read_to_string(crate::env::golden().join("algo/kto.json")).unwrap())
+            .unwrap()
     }
 
     fn numbers(v: &Value) -> Vec<f64> {

@@ -44,9 +44,7 @@ impl Drop for Folder {
 }
 
 fn golden(name: &str) -> PathBuf {
-    let root = std::env::var_os("CORRAL_GOLDEN")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"), PathBuf::from);
-    root.join("models").join(name)
+    crate::env::golden().join("models").join(name)
 }
 
 fn tiny(tied: bool) -> Shape {

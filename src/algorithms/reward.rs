@@ -206,7 +206,7 @@ fn reference_example(record: &readers::Record, chat: &Chat, longest: usize) -> R
     let example = match ranked {
         true => preferences::read_and_encode(record, chat)?,
         false => Example::from(
-            supervised::example(record, chat, false)?.sequences.remove(0).to_the_last_turns_end(),
+            supervised::example(record, chat, false)?.sequences.remove(0).cut_after_the_last_turn(),
         ),
     };
     let fits = |s: &Encoded| s.ids.len() <= longest && s.supervised.iter().skip(1).any(|s| *s);

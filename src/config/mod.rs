@@ -4,41 +4,41 @@
 //!
 //! Relative paths in a configuration are relative to the current directory, not to the file.
 
-pub mod algorithm;
-pub mod changes;
-pub mod common;
-pub mod conflict;
+pub(crate) mod algorithm;
+pub(crate) mod changes;
+pub(crate) mod common;
+pub(crate) mod conflict;
 pub mod dpo;
-pub mod grpo;
-pub mod json;
-pub mod keys;
+pub(crate) mod grpo;
+pub(crate) mod json;
+pub(crate) mod keys;
 pub mod kto;
-pub mod model;
-pub mod models;
-pub mod online_dpo;
+pub(crate) mod model;
+pub(crate) mod models;
+pub(crate) mod online_dpo;
 pub mod parallel;
-pub mod policy;
-pub mod ppo;
-pub mod preferences;
+pub(crate) mod policy;
+pub(crate) mod ppo;
+pub(crate) mod preferences;
 mod presets;
-pub mod pretrain;
+pub(crate) mod pretrain;
 mod problems;
-pub mod prompts;
+pub(crate) mod prompts;
 pub mod reward;
-pub mod rewards;
+pub(crate) mod rewards;
 pub mod rollout;
 mod section;
 pub mod sections;
 mod setting;
-pub mod sft;
+pub(crate) mod sft;
 pub mod shape;
-pub mod template_date;
+pub(crate) mod template_date;
 #[cfg(test)]
 mod tests;
 pub mod trainable;
 mod yaml;
 
-pub use algorithm::{Algorithm, BuiltIn, Loaded, load};
-pub use conflict::Conflicts;
-pub use problems::nearest;
-pub use setting::Setting;
+pub(crate) use algorithm::{Algorithm, Loaded, load};
+pub(crate) use conflict::Conflicts;
+pub(crate) use problems::nearest;
+pub(crate) use setting::Setting;

@@ -24,7 +24,7 @@ pub struct Encoded {
 impl Encoded {
     /// Without what a template writes after the last turn's end, such as ChatML's line break: a sampler ends at that token
     /// and never writes more, so that what scores a whole completion has to end there, too.
-    pub fn to_the_last_turns_end(mut self) -> Encoded {
+    pub fn cut_after_the_last_turn(mut self) -> Encoded {
         if let Some(last) = self.supervised.iter().rposition(|s| *s) {
             self.ids.truncate(last + 1);
             self.supervised.truncate(last + 1);

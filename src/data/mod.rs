@@ -1,28 +1,28 @@
 //! From text to batches: readers, tokenizer, token shards, a loader with an exact position, and the built-in
 //! word problems.
 
-pub mod arrow;
+pub(crate) mod arrow;
 pub mod chat;
 pub mod conversation;
-pub mod examples;
-pub mod feedback;
-pub mod fields;
+pub(crate) mod examples;
+pub(crate) mod feedback;
+pub(crate) mod fields;
 mod jinja;
-pub mod loader;
+pub(crate) mod loader;
 mod mapped;
-pub mod message;
-pub mod odd;
-pub mod order;
-pub mod packing;
-pub mod position;
-pub mod preferences;
-pub mod prompts;
-pub mod readers;
-pub mod rows;
-pub mod sequence_values;
+pub(crate) mod message;
+pub(crate) mod odd;
+pub(crate) mod order;
+pub(crate) mod packing;
+pub(crate) mod position;
+pub(crate) mod preferences;
+pub(crate) mod prompts;
+pub(crate) mod readers;
+pub(crate) mod rows;
+pub(crate) mod sequence_values;
 pub mod shards;
-pub mod supervised;
-pub mod synth;
-pub mod texts;
-pub mod tokenize;
+pub(crate) mod supervised;
+pub(crate) mod synth;
+pub(crate) mod texts;
+pub(crate) mod tokenize;
 pub mod tokenizer;

@@ -100,7 +100,7 @@ impl Preference {
             let encoding = chat.encode(&whole, false)?;
             unwritten.extend(chat.unwritten(&whole));
             let supervised = encoding.mask_from(before);
-            Ok(Encoded { ids: encoding.ids, supervised }.to_the_last_turns_end())
+            Ok(Encoded { ids: encoding.ids, supervised }.cut_after_the_last_turn())
         };
         let sequences = self.completions.iter().map(&mut encode).collect::<Result<_>>()?;
         let leftovers = Leftovers { unread: self.unused.clone(), unwritten: unwritten.into_iter().collect() };

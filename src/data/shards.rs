@@ -471,7 +471,7 @@ impl ShardWriter {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::files::TestFolder;
 

@@ -1,11 +1,11 @@
 //! Ranks and what they share: the world, sharded parameters.
 
-pub mod agree;
-pub mod agreement;
+pub(crate) mod agree;
+pub(crate) mod agreement;
 pub mod environment;
-pub mod exchange;
+pub(crate) mod exchange;
 pub mod frozen;
-pub mod layout;
+pub(crate) mod layout;
 pub mod mesh;
 pub mod plan;
 pub mod sharded;

@@ -1,12 +1,13 @@
 //! Text from a model: sampler, batched engine over the KV cache, conversations.
 
-pub mod engine;
+pub(crate) mod engine;
 pub mod rollout;
 pub mod sampler;
-pub mod session;
-pub mod stop;
+pub(crate) mod session;
+pub(crate) mod stop;
 
 pub use engine::{Completion, Engine, Finish, Options, Request, generate};
-pub use sampler::{Choice, Sampling};
+pub use sampler::Sampling;
 pub use session::Session;
-pub use stop::{Stop, TextStream, text};
+pub(crate) use stop::TextStream;
+pub use stop::{Stop, text};

@@ -2,22 +2,21 @@
 
 pub(crate) mod attention;
 mod block;
-pub mod decode;
+pub(crate) mod decode;
 pub mod head;
-pub mod init;
+pub(crate) mod init;
 pub mod layout;
-pub mod linear;
+pub(crate) mod linear;
 pub mod llama;
 mod mixture;
 pub(crate) mod mlp;
 mod norm;
-pub mod score;
+pub(crate) mod score;
 pub mod trainable;
 
 pub use decode::KvCache;
 pub use head::LmHead;
-pub use linear::{Linear, LinearGrad};
-pub use llama::{DropoutPlace, Input, Llama, Tape};
+pub use llama::{DropoutPlace, Input, Llama};
 pub use score::ScoreHead;
 pub use trainable::Trainable;
 

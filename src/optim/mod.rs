@@ -1,11 +1,12 @@
 //! AdamW on flat shards, the norm of the gradient, learning-rate schedules, moving averages.
 
-pub mod adamw;
-pub mod average;
-pub mod schedule;
+pub(crate) mod adamw;
+pub(crate) mod average;
+pub(crate) mod schedule;
 
-pub use adamw::{AdamW, Hyper, Moments};
-pub use average::Average;
+pub(crate) use adamw::Moments;
+pub use adamw::{AdamW, Hyper};
+pub(crate) use average::Average;
 pub use schedule::Schedule;
 
 pub use crate::config::sections::ScheduleKind;

@@ -6,16 +6,16 @@
 mod block;
 mod layer;
 pub mod memory;
-pub mod models;
+pub(crate) mod models;
 mod parts;
-pub mod training;
+pub(crate) mod training;
 mod walk;
 
 use tch::Device;
 
 pub use memory::Memory;
-pub use models::Models;
-pub use training::Training;
+pub(crate) use models::Models;
+pub(crate) use training::Training;
 
 /// What a plan is made for.
 #[derive(Debug, Clone)]

@@ -2,15 +2,15 @@
 
 mod append;
 pub mod console;
-pub mod metrics;
-pub mod progress;
+pub(crate) mod metrics;
+pub(crate) mod progress;
 mod screen;
 pub mod tensorboard;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-pub use metrics::Record;
+pub(crate) use metrics::Record;
 
 use crate::error::{Context, Result};
 use crate::warn;

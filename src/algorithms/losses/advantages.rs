@@ -9,7 +9,7 @@ use crate::error::Result;
 const EPS: f64 = 1e-8;
 
 /// Rewards [B, R]: `-kl_coef * kl` at every token, and the response's score besides at its last one. `kl`: [B, R]
-/// (see [`super::KlEstimator`]); `scores`: `[B]`. A response without tokens has no rewards.
+/// (see [`KlEstimator`](super::kl::KlEstimator)); `scores`: `[B]`. A response without tokens has no rewards.
 pub fn token_rewards(scores: &Tensor, kl: &Tensor, kl_coef: f64, mask: &Tensor) -> Tensor {
     let places = Tensor::arange(mask.size()[1], (Kind::Int64, mask.device()));
     // The last token, whatever holes are before it: place + 1 where there is a token, the largest of them.

@@ -2,13 +2,13 @@
 //! tensors, which libtorch's autograd differentiates; no model, no data, no file.
 //!
 //! Those of policies take `[B, R]` (B responses of at most R tokens) and their masks (1 = a token of the response, in the dtype
-//! of the values). Their losses are sums: every token has a weight ([`Aggregation::weights`]) that is made of counts over all
-//! ranks and micro-batches of the update, so that the same data gives the same update however it is divided.
+//! of the values). Their losses are sums: every token has a weight ([`policy::Aggregation::weights`]) that is made of counts
+//! over all ranks and micro-batches of the update, so that the same data gives the same update however it is divided.
 
-pub mod advantages;
-pub mod grpo;
-pub mod kl;
-pub mod policy;
+pub(crate) mod advantages;
+pub(crate) mod grpo;
+pub(crate) mod kl;
+pub(crate) mod policy;
 pub mod preference;
 pub mod ranking;
 pub mod unpaired;
@@ -16,6 +16,6 @@ pub mod unpaired;
 #[cfg(test)]
 mod tests;
 
-pub use advantages::{Moments, gae, token_rewards, whiten};
-pub use kl::{KlController, KlEstimator};
-pub use policy::{Aggregation, Clip, Counts, PolicySums};
+pub(crate) use advantages::{Moments, gae, token_rewards, whiten};
+pub(crate) use kl::KlController;
+pub(crate) use policy::{Clip, Counts, PolicySums};

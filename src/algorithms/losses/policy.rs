@@ -22,12 +22,6 @@ impl Counts {
     pub fn of(mask: &Tensor) -> Counts {
         Counts { sequences: mask.size()[0] as f64, tokens: mask.sum(Kind::Double).double_value(&[]) }
     }
-
-    /// Over all ranks. A collective call.
-    pub fn combine(self, group: &Group) -> Result<Counts> {
-        let sums = group.combine(&[self.sequences, self.tokens], ReduceOp::Sum)?;
-        Ok(Counts { sequences: sums[0], tokens: sums[1] })
-    }
 }
 
 impl Aggregation {
@@ -163,9 +157,5 @@ impl PolicySums {
 
     pub fn ratio_mean(&self) -> f64 {
         self.ratio / self.tokens
-    }
-
-    pub fn entropy(&self) -> f64 {
-        self.entropy / self.tokens
     }
 }

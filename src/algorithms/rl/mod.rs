@@ -1,10 +1,10 @@
 //! What the algorithms share that learn from a model's own responses: prompts and samples, the models beside the policy, and
 //! where each of them is.
 
-pub mod checks;
+pub(crate) mod checks;
 pub mod experience;
-pub mod memory;
-pub mod place;
-pub mod policy;
-pub mod reward_model;
-pub mod sampling;
+pub(crate) mod memory;
+pub(crate) mod place;
+pub(crate) mod policy;
+pub(crate) mod reward_model;
+pub(crate) mod sampling;

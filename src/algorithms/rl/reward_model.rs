@@ -126,7 +126,7 @@ fn rendered(chat: &Chat, said: &Said) -> Result<Encoded> {
     // Earlier turns of the assistant are of the prompt.
     let last = encoding.turns.last().map_or(0, |turn| turn.start);
     supervised[..last].fill(false);
-    Ok(Encoded { ids: encoding.ids, supervised }.to_the_last_turns_end())
+    Ok(Encoded { ids: encoding.ids, supervised }.cut_after_the_last_turn())
 }
 
 #[cfg(test)]

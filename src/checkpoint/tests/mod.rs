@@ -14,6 +14,9 @@ use kernels::watch::Watch;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
+use super::hf::HfModel;
+use super::saver::Saved;
+use super::sharded::State;
 use super::*;
 use crate::config::sections::{MomentsIn, Optim};
 use crate::config::shape::{Experts, Family, Shape};

@@ -89,6 +89,6 @@ fn conversation(line: &Record, chat: Option<&Chat>) -> Result<(Encoded, Vec<Stri
     let encoding =
         chat.answer(&prompt, &completion).map_err(|e| e.context(&line.place)).or_odd(Reason::Template)?;
     prompt.extend(completion);
-    let encoded = Encoded { supervised: encoding.mask(), ids: encoding.ids }.to_the_last_turns_end();
+    let encoded = Encoded { supervised: encoding.mask(), ids: encoding.ids }.cut_after_the_last_turn();
     Ok((encoded, chat.unwritten(&prompt)))
 }

@@ -459,4 +459,4 @@ pub fn hex(hash: &[u8]) -> String {
 }
 
 #[cfg(test)]
-pub mod tests;
+pub(crate) mod tests;

@@ -50,6 +50,7 @@ impl Facts {
         Facts { host: host.trim().into(), facts: vec![("version".into(), version)] }
     }
 
+    /// Adds what must be equal on all ranks, unless `key` is one of those that may differ between them.
     pub fn add(&mut self, key: impl Into<String>, value: impl Into<String>) {
         let key = key.into();
         if !MAY_DIFFER.iter().any(|free| covers(free, &key)) {

@@ -7,11 +7,17 @@ use crate::{Error, Result};
 /// A process's place in the world, and where the world meets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
+    /// This process among all ranks, from 0.
     pub rank: i64,
+    /// Ranks of the run, over all hosts.
     pub world_size: i64,
+    /// This process among the ranks of its host, from 0; on GPUs the index of its device.
     pub local_rank: i64,
+    /// Ranks of this host.
     pub local_world_size: i64,
+    /// Where rank 0 is: the host of the store at which the ranks meet.
     pub host: String,
+    /// The port of that store.
     pub port: u16,
     /// Whether a store is served there already (torchrun's agent); otherwise rank 0 serves it.
     pub store_is_served: bool,

@@ -13,13 +13,16 @@ use crate::error::Result;
 pub enum Storage {
     /// In the compute dtype.
     Dense,
+    /// In int8 or nf4, with scales.
     Quantized(Scheme),
 }
 
 /// A tensor as it is used.
 #[derive(Debug)]
 pub enum Value {
+    /// In the compute dtype, in the shape of the tensor.
     Dense(Tensor),
+    /// Codes and scales, which products read without a dense copy.
     Quantized(Quantized),
 }
 
@@ -52,6 +55,8 @@ pub struct Frozen {
 }
 
 impl Frozen {
+    /// Lays `tensors` one after the other into a slice of zeros for each of `ranks` ranks; `compute` is the dtype of
+    /// dense ones.
     pub fn new(
         tensors: impl Iterator<Item = (Spec, Storage)>,
         compute: Kind,
@@ -64,6 +69,7 @@ impl Frozen {
         Frozen { entries, shard_len, local, full: None, gathering: None, device }
     }
 
+    /// Whether the group has no frozen tensors.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
@@ -83,6 +89,7 @@ impl Frozen {
         self.local = local;
     }
 
+    /// How tensor `index` is kept.
     pub fn storage(&self, index: usize) -> Storage {
         self.entries[index].storage
     }
@@ -131,6 +138,7 @@ impl Frozen {
         Ok(Some(full))
     }
 
+    /// Drops the gathered bytes; this rank's slice stays.
     pub fn release(&mut self) {
         self.gathering = None;
         self.full = None;

@@ -7,12 +7,14 @@ use tch::Tensor;
 pub struct Spec {
     /// The name in Hugging Face checkpoints.
     pub name: String,
+    /// Sizes of its dimensions; a matrix is [O, I], as in Hugging Face checkpoints.
     pub shape: Vec<i64>,
     /// First element in the flat buffer.
     pub offset: i64,
 }
 
 impl Spec {
+    /// Its number of elements.
     pub fn numel(&self) -> i64 {
         self.shape.iter().product()
     }
@@ -26,7 +28,9 @@ impl Spec {
 /// What lies where in a group's flat buffer: matrices first, then vectors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Layout {
+    /// The name of the group in checkpoints, such as `block 0`.
     pub name: String,
+    /// Its tensors, in the order of the buffer.
     pub specs: Vec<Spec>,
     /// Elements without the padding.
     pub numel: i64,

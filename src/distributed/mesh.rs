@@ -14,11 +14,14 @@ use crate::error::{Error, Result};
 pub struct Axis {
     /// This rank's place on the axis.
     pub rank: i64,
+    /// Ranks on the axis.
     pub size: i64,
+    /// These ranks, for collectives.
     pub group: Group,
 }
 
 impl Axis {
+    /// The axis of the ranks of `group`.
     pub fn of(group: Group) -> Axis {
         Axis { rank: group.rank(), size: group.size(), group }
     }
@@ -89,6 +92,7 @@ pub enum Keep {
 }
 
 impl Keep {
+    /// What a rank of this `parallel.mode` keeps.
     pub fn of(mode: Mode) -> Keep {
         match mode {
             Mode::Full | Mode::Hybrid | Mode::Replicate => Keep::Nothing,
@@ -97,10 +101,12 @@ impl Keep {
         }
     }
 
+    /// Whether gathered values stay until an update.
     pub fn values(self) -> bool {
         self != Keep::Nothing
     }
 
+    /// Whether gradients of whole groups stay until the last micro-batch.
     pub fn gradients(self) -> bool {
         self == Keep::ValuesAndGradients
     }
@@ -111,6 +117,7 @@ impl Keep {
 pub struct ShardingPlan {
     /// Ranks that slices lie over.
     pub ranks: i64,
+    /// What a rank keeps whole.
     pub keep: Keep,
 }
 
@@ -136,6 +143,7 @@ impl ShardingPlan {
         Ok(ShardingPlan { ranks, keep: Keep::of(parallel.mode) })
     }
 
+    /// One rank, which has everything.
     pub fn solo() -> ShardingPlan {
         ShardingPlan { ranks: 1, keep: Keep::Nothing }
     }
@@ -148,6 +156,7 @@ pub struct Sharding {
     pub shard: Group,
     /// The ranks that hold equal slices.
     pub replicate: Group,
+    /// What a rank keeps whole.
     pub keep: Keep,
 }
 

@@ -11,7 +11,9 @@ use crate::distributed::layout::{Layout, Spec, padded_slice};
 /// What becomes of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
+    /// It has master values, a gradient and moments.
     Trained,
+    /// It keeps its values, in this form.
     Frozen(Storage),
 }
 
@@ -20,7 +22,9 @@ pub enum Role {
 pub struct Adapter {
     /// The weight's place among the group's tensors.
     pub target: usize,
+    /// The inner dimension of A and B, r.
     pub rank: i64,
+    /// What B A is multiplied by: alpha / r, or alpha / sqrt(r) with `rslora`.
     pub scale: f64,
     /// Share of the inputs of A that a forward of training leaves out.
     pub dropout: f64,
@@ -43,6 +47,7 @@ pub struct Plan {
     pub layout: Layout,
     /// One for each tensor.
     pub roles: Vec<Role>,
+    /// In the order of their targets.
     pub adapters: Vec<Adapter>,
 }
 
@@ -135,15 +140,17 @@ pub struct GroupBytes {
     pub num_trained: i64,
     /// Numbers of the largest slice of them, for which there are moments.
     pub slice_len: i64,
-    /// The slice of the master values, and its copy in the compute dtype, where that is another.
+    /// Bytes of the slice of the master values.
     pub master: i64,
+    /// Bytes of the slice's copy in the compute dtype; 0 where the master values are in it.
     pub copy: i64,
     /// The slice of what is not trained.
     pub frozen: i64,
     /// All values in the compute dtype while they are in use; 0 where one rank has them anyway.
     pub gathered: i64,
-    /// The slice of the gradient, and the gradient before it is reduced into slices; the latter 0 for one rank.
+    /// Bytes of the slice of the gradient.
     pub gradient: i64,
+    /// Bytes of the gradient of the whole group before it is reduced; 0 for one rank.
     pub whole_gradient: i64,
 }
 
@@ -181,6 +188,7 @@ pub(super) enum Home {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Piece {
     pub(super) home: Home,
+    /// Its shape: the rows of all its tensors, and their columns.
     pub size: Vec<i64>,
 }
 

@@ -39,7 +39,9 @@ pub struct Full {
 /// A slice of a group: which elements of its flat buffer this rank owns (padding excluded).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slice {
+    /// The first element, counted in the flat buffer.
     pub start: i64,
+    /// Elements from there; 0 for ranks beyond the end.
     pub len: i64,
 }
 
@@ -137,10 +139,12 @@ impl Sharded {
         }
     }
 
+    /// The number of groups: the embedding, the blocks, and the head unless it is tied.
     pub fn len(&self) -> usize {
         self.groups.len()
     }
 
+    /// Whether there are no groups.
     pub fn is_empty(&self) -> bool {
         self.groups.is_empty()
     }
@@ -190,6 +194,7 @@ impl Sharded {
         self.compute
     }
 
+    /// Where this rank's slices lie, and where it computes.
     pub fn device(&self) -> Device {
         self.device
     }

@@ -19,6 +19,7 @@ use tch::{Device, Kind};
 /// `--device`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceChoice {
+    /// The CPU, with Gloo between ranks.
     Cpu,
     /// The GPU of the local rank.
     Cuda,
@@ -55,7 +56,9 @@ impl DeviceChoice {
 pub enum BackendChoice {
     /// NCCL if every rank has a GPU of its own, Gloo otherwise.
     Auto,
+    /// Gloo: TCP between CPUs; tensors on GPUs pass through host memory.
     Gloo,
+    /// NCCL, between GPUs.
     Nccl,
 }
 
@@ -96,10 +99,13 @@ pub fn have_met() -> bool {
 
 /// All ranks of a run, seen from one of them.
 pub struct World {
+    /// This process among all ranks, from 0.
     pub rank: i64,
+    /// Ranks of the run, over all hosts.
     pub world_size: i64,
     /// Among the ranks of this host.
     pub local_rank: i64,
+    /// Ranks of this host.
     pub local_world_size: i64,
     /// Where this rank computes.
     pub device: Device,

@@ -45,6 +45,7 @@ impl KvCache {
         self.lengths[slot] as usize
     }
 
+    /// Whether no slot has read a token.
     pub fn is_empty(&self) -> bool {
         self.lengths.iter().all(|n| *n == 0)
     }

@@ -26,7 +26,9 @@ pub struct LmHead;
 /// Log-probabilities of labels, A `[N]` (0 where the label is negative), and entropies if they were asked for; or a loss's
 /// gradients with respect to them.
 pub struct LogProbs {
+    /// Of the labels, in nats, A `[N]`.
     pub logprobs: Tensor,
+    /// Of the whole distributions, in nats, A `[N]`; none where they were not asked for.
     pub entropies: Option<Tensor>,
 }
 

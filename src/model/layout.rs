@@ -20,8 +20,11 @@ use crate::model::mixture::Mixture;
 use crate::model::mlp::{Dense, Mlp};
 use crate::random::hash;
 
+/// The embedding, [V, C]; the LM head, too, where that is tied.
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The weight of the norm after the last block, `[C]`.
 pub const FINAL_NORM: &str = "model.norm.weight";
+/// The LM head where it is not tied, [V, C].
 pub const LM_HEAD: &str = "lm_head.weight";
 /// The scalar head, as transformers' sequence classification with one label has it.
 pub const SCORE: &str = "score.weight";
@@ -103,7 +106,9 @@ fn norms(norms: Norms) -> &'static [&'static str] {
 
 /// A block's parts as views of its group's buffers: of its weights ([`Linear`]s) or of their gradients ([`LinearGrad`]s).
 pub struct Block<L> {
+    /// Norms and projections of the attention.
     pub attention: Attention<L>,
+    /// The MLP, or the experts of a mixture and their router.
     pub mlp: Mlp<L>,
     /// Of the norms before attention and MLP, `[C]`.
     norms_before: Option<[Tensor; 2]>,

@@ -28,7 +28,9 @@ pub struct Adapter {
     pub a: Tensor,
     /// T [rows, r]
     pub b: Tensor,
+    /// What B A x is multiplied by.
     pub scale: f64,
+    /// None: all inputs are used, as outside of training.
     pub dropout: Option<Dropout>,
 }
 
@@ -91,6 +93,7 @@ impl Adapter {
 }
 
 impl Linear {
+    /// A layer of `parts`, whose rows follow each other: W is [O, I] in all. `bias`: T `[O]`.
     pub fn new(parts: Vec<Value>, bias: Option<Tensor>, adapters: Vec<Adapter>) -> Linear {
         Linear { parts, bias, adapters }
     }

@@ -38,7 +38,9 @@ pub struct Input {
 /// What dropout draws from: equal in every run, whatever its ranks and micro-batches.
 #[derive(Debug, Clone, Copy)]
 pub struct DropoutPlace {
+    /// The run's seed.
     pub seed: u64,
+    /// The number of the update that the rows are for.
     pub step: u64,
     /// The number of the input's first row among all rows of the step.
     pub first_row: u64,
@@ -142,8 +144,12 @@ impl Context {
 /// cos and sin of rotary positions: A [P, D / 2] each.
 pub(super) type RopeTables = (Tensor, Tensor);
 
+/// The trunk of a model: embedding, blocks and final norm. Its heads are [`LmHead`](crate::model::LmHead) and
+/// [`ScoreHead`](crate::model::ScoreHead).
 pub struct Llama {
+    /// Sizes, and what its family computes differently.
     pub shape: Shape,
+    /// The parameters, this rank's slices of them; a head's, too.
     pub params: Sharded,
     /// Rotary tables of blocks without and with a window, grown as positions need.
     rope: Option<[RopeTables; 2]>,
@@ -152,6 +158,7 @@ pub struct Llama {
 }
 
 impl Llama {
+    /// A model of `shape` over parameters that were laid out for it (see [`layouts`](crate::model::layout::layouts)).
     pub fn new(shape: Shape, params: Sharded) -> Llama {
         Llama { shape, params, rope: None, adapters: true }
     }

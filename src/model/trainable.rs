@@ -16,8 +16,10 @@ use crate::model::layout::{EMBEDDING, LM_HEAD, SCORE, layouts};
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Trainable {
+    /// The section `freeze`: tensors that are not trained.
     #[serde(with = "crate::config::json")]
     pub freeze: Freeze,
+    /// The section `lora`: adapters, and what becomes of the weights below them; none: no adapters.
     #[serde(with = "crate::config::json")]
     pub lora: Option<Lora>,
     /// The blocks that have adapters, by number; none: all that are not frozen.
@@ -78,6 +80,7 @@ fn occurs(pattern: &str, name: &str) -> bool {
 }
 
 impl Trainable {
+    /// As the sections say, with adapters in all blocks that they name.
     pub fn new(freeze: &Freeze, lora: Option<&Lora>) -> Trainable {
         Trainable { freeze: freeze.clone(), lora: lora.cloned(), layers: None }
     }

@@ -32,7 +32,9 @@ pub struct Target {
 
 /// What a run has in memory.
 pub enum Plan {
+    /// A model that learns from data, with its reference if it has one.
     Training(Box<Training>),
+    /// Models that take turns: the algorithms that sample responses.
     Models(Models),
 }
 

@@ -13,6 +13,7 @@ pub struct Model {
     pub name: &'static str,
     /// Values of the whole model.
     pub parameters: i64,
+    /// The dtype of its forwards.
     pub compute: Kind,
     /// As a configuration names it.
     pub device: String,
@@ -32,7 +33,9 @@ pub struct Model {
 pub struct Models {
     /// What runs them.
     pub subcommand: &'static str,
+    /// Ranks of the run.
     pub ranks: i64,
+    /// One a section of the configuration.
     pub models: Vec<Model>,
 }
 

@@ -28,6 +28,7 @@ pub struct Parts {
 }
 
 impl Parts {
+    /// The sum of all parts.
     pub fn total(&self) -> i64 {
         self.named().iter().map(|(_, bytes)| bytes).sum()
     }
@@ -51,11 +52,13 @@ impl Parts {
 /// What is computed at once.
 #[derive(Debug, Clone, Copy)]
 pub struct Batch {
-    /// Rows of a micro-batch, and tokens of a row.
+    /// B, rows of a micro-batch.
     pub rows: i64,
+    /// T, tokens of a row.
     pub length: i64,
     /// Micro-batches of one update.
     pub micro_batches: i64,
+    /// What a block keeps for its backward.
     pub recompute: Recompute,
     /// Rows hold several documents: positions and first visible positions are tensors.
     pub packed: bool,

@@ -48,24 +48,32 @@ struct Reference {
 
 /// What a run has in memory. Bytes are those of one rank.
 pub struct Training {
+    /// The recipe, such as `sft`.
     pub subcommand: &'static str,
+    /// The trained model's.
     pub shape: Shape,
     memory: Memory,
+    /// AdamW's moments, on the device or, with `offload`, in host memory.
     pub moments: i64,
     /// Moments are in host memory.
     pub offload: bool,
     /// Host memory of a checkpoint while it is written; 0 where the only one is written after the last step.
     pub checkpoint: i64,
     recompute: Recompute,
+    /// The rows of a sample.
     pub each: Rows,
-    /// Rows of a micro-batch, and of a step on one rank.
+    /// Samples of a micro-batch.
     pub micro_batch: i64,
+    /// Samples of a step on one rank.
     pub rows: i64,
     reference: Option<Reference>,
     /// Tokens of a forward that scores, by which a reward model is normalised at the end.
     scored: i64,
+    /// Ranks of the run.
     pub ranks: i64,
+    /// The dtype of forward and backward.
     pub compute: Kind,
+    /// Where the model is.
     pub device: Device,
 }
 

@@ -16,8 +16,11 @@ use crate::error::{Error, Result};
 /// The constants of AdamW.
 #[derive(Debug, Clone, Copy)]
 pub struct Hyper {
+    /// Decay of the first and the second moment.
     pub betas: [f64; 2],
+    /// Added to the square root of the second moment.
     pub eps: f64,
+    /// Decoupled: a share of lr times the value, for matrices only.
     pub weight_decay: f64,
 }
 
@@ -25,10 +28,20 @@ pub struct Hyper {
 #[derive(Debug)]
 pub enum Moments {
     /// A `[slice]`
-    Float { exp_avg: Tensor, exp_avg_sq: Tensor },
+    Float {
+        /// Mean of the gradients.
+        exp_avg: Tensor,
+        /// Mean of their squares.
+        exp_avg_sq: Tensor,
+    },
     /// In codes, blocks of 256 of which begin with the slice, which begins at a multiple of 256 of the group's elements: so
     /// the blocks are the same at every world size.
-    EightBit { exp_avg: Moment, exp_avg_sq: Moment },
+    EightBit {
+        /// Mean of the gradients.
+        exp_avg: Moment,
+        /// Mean of their squares.
+        exp_avg_sq: Moment,
+    },
 }
 
 impl Moments {
@@ -104,9 +117,11 @@ const STREAMED: i64 = 16 << 20;
 
 /// The moments of all groups' slices, and the number of updates so far.
 pub struct AdamW {
+    /// The constants; the learning rate is an argument of each update.
     pub hyper: Hyper,
     /// One a group.
     pub moments: Vec<Moments>,
+    /// Updates so far, by which the moments' bias is corrected.
     pub step: i64,
     /// Values of an update for which moments are brought to the device; none: the moments are there.
     streamed: Option<i64>,

@@ -4,6 +4,7 @@ use crate::distributed::sharded::Sharded;
 
 /// A moving average of a model's trained weights, on the same slices.
 pub struct Average {
+    /// The averaged weights, as slices like those of the model.
     pub params: Sharded,
     decay: f64,
 }

@@ -6,11 +6,13 @@ use crate::config::sections::ScheduleKind as Kind;
 /// The learning rate as a function of the update's number.
 #[derive(Debug, Clone, Copy)]
 pub struct Schedule {
+    /// How the rate falls after the warm-up.
     pub kind: Kind,
     /// The highest rate.
     pub lr: f64,
     /// Updates over which the rate rises from 0.
     pub warmup_steps: u64,
+    /// Updates of the run, warm-up included.
     pub total_steps: u64,
     /// The rate ends at `lr * min_lr_ratio`.
     pub min_lr_ratio: f64,

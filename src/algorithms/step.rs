@@ -13,6 +13,7 @@ use crate::optim::AdamW;
 
 /// Some rows of a batch: what one forward and backward takes.
 pub struct MicroBatch {
+    /// Token ids of the rows, with what else the forward needs.
     pub input: Input,
     /// The token that each position is to predict, int64 `[N]`; negative = left out of the loss.
     pub labels: Tensor,
@@ -38,7 +39,9 @@ pub struct Sums {
 
 /// A micro-batch and what it adds to the loss of a step. Rows that a loss couples (pairs, groups) are in one micro-batch.
 pub struct Entry<'a> {
+    /// The rows, and the labels of their positions.
     pub batch: &'a MicroBatch,
+    /// What they add to the loss.
     pub objective: Objective<'a>,
     /// A weight of the load-balancing loss of a mixture of experts, and the share of the step that this micro-batch is.
     pub balance: Option<(f64, f64)>,
@@ -50,14 +53,27 @@ pub type Loss<'a, T> = Box<dyn FnMut(&T) -> Result<Tensor> + 'a>;
 /// A part of a step's loss, as a function of what the model's head gives for a micro-batch.
 pub enum Objective<'a> {
     /// -weight times the sum of the labels' log-probabilities: cross-entropy.
-    CrossEntropy { weight: f64 },
+    CrossEntropy {
+        /// 1 / the labelled tokens of the step, for a mean over them.
+        weight: f64,
+    },
     /// Any function of the labels' log-probabilities, A `[N]` (0 where there is no label), at a temperature, and of the
     /// entropies, if they are asked for (and differentiated if it depends on them, not if it only reads their values). It
     /// returns a scalar, which libtorch's autograd differentiates.
-    LogProbs { temperature: f64, entropies: bool, loss: Loss<'a, LogProbs> },
+    LogProbs {
+        /// Divides the logits.
+        temperature: f64,
+        /// Whether the head gives entropies, too.
+        entropies: bool,
+        /// Takes the log-probabilities and entropies of the micro-batch, and returns a scalar.
+        loss: Loss<'a, LogProbs>,
+    },
     /// Any function of the values that a scalar head gives, A `[N]`; the batch's labels are not read. It returns a scalar,
     /// too.
-    Values { loss: Loss<'a, Tensor> },
+    Values {
+        /// Takes the values of the micro-batch, A `[N]`, and returns a scalar.
+        loss: Loss<'a, Tensor>,
+    },
 }
 
 /// A scalar function's value at `leaves` and its gradients there; none for leaves that it does not depend on.
@@ -231,6 +247,7 @@ pub fn apply_gradients(
 /// Counts skipped steps, and stops a run that only skips.
 #[derive(Debug, Default)]
 pub struct SkipGuard {
+    /// Over the whole run, those before a resume included.
     pub skipped_steps: u64,
     in_a_row: u64,
     last_finite: Option<(u64, f64, f64)>,
@@ -240,6 +257,7 @@ impl SkipGuard {
     /// Skipped steps in a row that end the run.
     const MAX_IN_A_ROW: u64 = 3;
 
+    /// For a run that skipped so many steps before it was resumed.
     pub fn new(skipped_steps: u64) -> SkipGuard {
         SkipGuard { skipped_steps, ..SkipGuard::default() }
     }

@@ -7,9 +7,13 @@ use crate::config::dpo::{Loss, Section};
 /// P pairs. Log-ratios are log-probabilities of whole completions under the policy minus those under the reference, in
 /// nats, `[P]`; numbers of tokens have their dtype.
 pub struct PairLogRatios {
+    /// Log-ratios of the better completions, `[P]`.
     pub chosen: Tensor,
+    /// Log-ratios of the worse completions, `[P]`.
     pub rejected: Tensor,
+    /// Labelled tokens of the better completions, `[P]`.
     pub chosen_tokens: Tensor,
+    /// Labelled tokens of the worse completions, `[P]`.
     pub rejected_tokens: Tensor,
 }
 

@@ -78,17 +78,20 @@ pub fn losses(loss: Loss, scores: &Tensor, ranks: &Tensor, terms: &Terms) -> Ten
 /// Sums over compared pairs.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Pairs {
+    /// Pairs that are compared.
     pub num_pairs: f64,
     /// Pairs that are not compared, since their ranks are equal.
     pub ties: f64,
     /// Pairs whose better completion has the higher score.
     pub right: f64,
-    /// Sums of the better scores and of the worse.
+    /// Sum of the better completions' scores.
     pub chosen: f64,
+    /// Sum of the worse completions' scores.
     pub rejected: f64,
 }
 
 impl Pairs {
+    /// Over the pairs of all prompts: `scores` and `ranks` are [prompts, completions]; a rank of -1 is no completion.
     pub fn of(scores: &Tensor, ranks: &Tensor) -> Pairs {
         let scores = scores.detach().to_kind(Kind::Double);
         let better = better(ranks, Kind::Double);
@@ -105,6 +108,7 @@ impl Pairs {
         }
     }
 
+    /// Adds the sums of other pairs.
     pub fn add(&mut self, other: Pairs) {
         self.num_pairs += other.num_pairs;
         self.ties += other.ties;

@@ -24,6 +24,7 @@ impl Rows {
 /// How sequences are put through a model.
 #[derive(Debug, Clone)]
 pub struct Readout<'a> {
+    /// All sequences of the iteration, of which `rows` are read.
     pub sequences: &'a Sequences,
     /// Which of them; of sharded models all ranks give equally many.
     pub rows: std::ops::Range<usize>,
@@ -90,6 +91,7 @@ impl Readout<'_> {
 pub struct SamplerDistance {
     sum: f64,
     tokens: f64,
+    /// The largest distance of a single token.
     pub most: f64,
 }
 
@@ -113,6 +115,7 @@ impl SamplerDistance {
         }
     }
 
+    /// The mean over tokens; 0 where there are none.
     pub fn mean(&self) -> f64 {
         self.sum / self.tokens.max(1.0)
     }

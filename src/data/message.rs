@@ -50,6 +50,7 @@ const REFUSED: [&str; 9] =
 const SUPERVISION: [&str; 3] = ["weight", "train", "training"];
 
 impl Message {
+    /// A message of this role and text, which the loss counts.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Message {
         let content = Some(Value::String(content.into()));
         Message { role: role.into(), content, others: Map::new(), supervised: true }

@@ -29,14 +29,20 @@ const MAGIC: &[u8; 8] = b"CORRALTK";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 128;
 
+/// What the header of a shard says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
+    /// Token ids are below this; a token has 2 bytes up to 65,536, else 4.
     pub vocab_size: u64,
+    /// Tokens of the shard, those that end documents included.
     pub num_tokens: u64,
+    /// Documents of the shard.
     pub num_documents: u64,
     /// Bytes of UTF-8 text behind the tokens.
     pub text_bytes: u64,
+    /// SHA-256 of the tokenizer, as `Tokenizer::hash` gives it.
     pub tokenizer: [u8; 32],
+    /// CRC-32 of the tokens.
     pub crc: u32,
 }
 
@@ -224,18 +230,22 @@ impl TokenSet {
         Ok(TokenSet { path: path.to_path_buf(), shards, damage: Arc::default(), starts })
     }
 
+    /// The path that was opened: a shard, or a folder of shards.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
+    /// The number of files.
     pub fn num_shards(&self) -> usize {
         self.shards.len()
     }
 
+    /// Tokens of all shards.
     pub fn num_tokens(&self) -> u64 {
         self.starts[self.shards.len()]
     }
 
+    /// Documents of all shards.
     pub fn num_documents(&self) -> u64 {
         self.shards.iter().map(|s| s.header.num_documents).sum()
     }
@@ -245,6 +255,7 @@ impl TokenSet {
         self.shards.iter().map(|s| s.header.text_bytes).sum()
     }
 
+    /// Token ids are below this, in all shards.
     pub fn vocab_size(&self) -> u64 {
         self.shards[0].header.vocab_size
     }

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 /// Messages, and what else the template is given.
 #[derive(Debug, Clone, Copy)]
 pub struct Dialogue<'a> {
+    /// In the order of the turns.
     pub messages: &'a [Message],
     /// None: tools and documents are none.
     pub inputs: Option<&'a TemplateInputs>,

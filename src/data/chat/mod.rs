@@ -33,7 +33,9 @@ pub struct Chat {
 /// A conversation in tokens.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Encoding {
+    /// The rendered template.
     pub text: String,
+    /// The text's token ids.
     pub ids: Vec<u32>,
     /// The places in `ids` of the assistant's turns, each with the token that ends it; empty where it says nothing.
     pub turns: Vec<Range<usize>>,
@@ -104,6 +106,7 @@ impl Chat {
         Ok(chat)
     }
 
+    /// The tokenizer that `encode` goes through.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
     }

@@ -9,7 +9,9 @@ use crate::error::Result;
 /// What a record gives to the chat template besides messages.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TemplateInputs {
+    /// The functions that the assistant may call, as JSON schemas.
     pub tools: Option<Value>,
+    /// Texts for retrieval-augmented generation.
     pub documents: Option<Value>,
     /// Further variables of the template, such as `enable_thinking`.
     pub kwargs: Map<String, Value>,

@@ -23,7 +23,9 @@ pub use prompt::Prompt;
 /// Messages, and what else a template reads of their record.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Conversation {
+    /// In the order of the turns.
     pub messages: Vec<Message>,
+    /// What the template is given besides messages.
     pub inputs: Box<TemplateInputs>,
     /// What is said of each key of the record that was not read; see [`super::fields::Unused`].
     pub unused: Vec<String>,

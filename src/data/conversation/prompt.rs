@@ -7,9 +7,12 @@ use crate::data::fields::Fields;
 use crate::data::readers::Record;
 use crate::error::Result;
 
+/// What a response continues.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Prompt {
+    /// A text, which no chat template goes around.
     Text(String),
+    /// A conversation, which the chat template renders.
     Messages(Conversation),
 }
 

@@ -54,7 +54,9 @@ pub struct Tokenizer {
 /// The source of a Jinja chat template, and where it was read from.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ChatTemplate {
+    /// Jinja, as `apply_chat_template` renders it.
     pub source: String,
+    /// The file that it was read from, for errors.
     pub place: String,
 }
 
@@ -340,14 +342,17 @@ impl Tokenizer {
         self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id)
     }
 
+    /// The id of a token, by its text in the vocabulary; none for a text that is no token.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
+    /// The text of a token in the vocabulary, in which a blank may be `▁` or `Ġ`; none beyond the vocabulary.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
 
+    /// The token that begins a sequence, where there is one.
     pub fn bos_id(&self) -> Option<u32> {
         self.bos
     }
@@ -362,6 +367,7 @@ impl Tokenizer {
         &self.eos
     }
 
+    /// The token that fills up rows, where there is one.
     pub fn pad_id(&self) -> Option<u32> {
         self.pad
     }

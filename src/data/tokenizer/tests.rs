@@ -5,6 +5,7 @@ use serde_json::json;
 const TEXT: &str =
     "The quick brown fox jumps over 13 lazy dogs.\n\nThe dogs sleep, the fox doesn't.\n  It's 2026!\n";
 
+/// A byte-level BPE that is trained on a few sentences.
 pub fn small(vocab_size: usize) -> Tokenizer {
     train((0..50).map(|_| Ok(TEXT.to_string())), vocab_size, true).unwrap()
 }

@@ -20,6 +20,7 @@ pub enum Metric {
 }
 
 impl Metric {
+    /// As metrics and messages call it.
     pub fn name(self) -> &'static str {
         match self {
             Metric::Loss => "loss",
@@ -79,14 +80,17 @@ impl Best {
         self.kept = kept;
     }
 
+    /// Whether the run keeps the best checkpoint.
     pub fn kept(&self) -> bool {
         self.kept
     }
 
+    /// The step of the best validation; none without a validation.
     pub fn step(&self) -> Option<u64> {
         self.best.map(|(step, _)| step)
     }
 
+    /// Validations since the best one.
     pub fn worse(&self) -> u64 {
         self.worse
     }

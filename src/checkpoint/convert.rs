@@ -37,9 +37,15 @@ const TOKENS: i64 = 32;
 #[derive(Debug, Clone, Copy)]
 pub enum Target {
     /// Hugging Face's format, in files of at most so many bytes.
-    Hf { max_shard_size: u64 },
+    Hf {
+        /// Bytes of tensors in a file; a tensor that is larger has a file of its own.
+        max_shard_size: u64,
+    },
     /// Meta's format, in so many model-parallel parts.
-    Meta { parts: i64 },
+    Meta {
+        /// Files `consolidated.NN.pth`, one a rank of Meta's tensor parallelism.
+        parts: i64,
+    },
     /// A GGUF file.
     Gguf,
 }
@@ -47,6 +53,7 @@ pub enum Target {
 /// What tensors are stored as.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Stored {
+    /// As numbers of this dtype.
     Kind(Kind),
     /// In a GGUF file: Q8_0, Q4_0 or Q4_1.
     Blocks(Dtype),
@@ -64,9 +71,11 @@ impl Stored {
 /// What was written, and what its check found.
 #[derive(Debug, Clone)]
 pub struct Report {
+    /// Tensors in all files.
     pub num_tensors: usize,
     /// Bytes of the tensors.
     pub bytes: u64,
+    /// Files with tensors.
     pub num_files: usize,
     /// The tokenizer's files that went along.
     pub copied: Vec<String>,

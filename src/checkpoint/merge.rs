@@ -105,10 +105,13 @@ impl Tensors {
 /// What was written, and how far it is from the model with its adapter.
 #[derive(Debug, Clone)]
 pub struct Report {
+    /// Tensors in all files.
     pub num_tensors: usize,
     /// Tensors that the adapter changed.
     pub num_merged: usize,
+    /// Bytes of the tensors.
     pub bytes: u64,
+    /// Files with tensors.
     pub num_files: usize,
     merged: Merged,
 }
@@ -131,10 +134,12 @@ pub struct Merged {
     pub distance: f64,
     /// The model has a scalar head.
     pub scored: bool,
+    /// Tokens of the text that both models read.
     pub num_tokens: i64,
 }
 
 impl Merge {
+    /// Opens the merge of `adapter` into `base`; `dtype` is the result's, by default that of each tensor of the base.
     pub fn new(base: Weights, mut adapter: PeftAdapter, dtype: Option<Kind>) -> Result<Merge> {
         not_adapted(&base, &adapter)?;
         let shape = adapter.shape(base.shape());

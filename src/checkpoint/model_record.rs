@@ -14,6 +14,7 @@ pub struct ModelRecord {
     pub name: String,
     /// The configuration key that names it.
     pub key: String,
+    /// Its path, or its hub id.
     pub path: String,
     /// The hash of its tensors that are not trained; none where all are.
     #[serde(default, skip_serializing_if = "Option::is_none")]

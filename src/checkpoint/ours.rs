@@ -28,10 +28,13 @@ pub struct Ours {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scoring {
+    /// How the values of a completion's tokens become its score.
     #[serde(default)]
     pub score: Score,
+    /// Multiplies the score; 1 where nothing was measured.
     #[serde(default = "one")]
     pub gain: f64,
+    /// Added to it; 0 where nothing was measured.
     #[serde(default)]
     pub bias: f64,
     /// What gain and bias were measured on; none where they were not, and are 1 and 0.
@@ -45,7 +48,9 @@ pub struct Scoring {
 pub struct Measured {
     /// The files, and which of their completions.
     pub on: String,
+    /// Completions that were scored.
     pub samples: u64,
+    /// Of their scores.
     pub mean: f64,
     /// Of the sample (n - 1).
     pub std: f64,

@@ -125,6 +125,7 @@ impl PeftAdapter {
         }
     }
 
+    /// The folder of the adapter, or of the checkpoint that it was read from.
     pub fn dir(&self) -> &Path {
         &self.dir
     }

@@ -137,8 +137,11 @@ impl TensorFile for Reader {
 /// A tensor that a file will hold.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Entry {
+    /// The name under which readers find it.
     pub name: String,
+    /// The dtype in the file.
     pub kind: Kind,
+    /// From the outermost dimension; elements lie in row-major order.
     pub shape: Vec<i64>,
 }
 
@@ -166,7 +169,9 @@ impl Entry {
 /// What was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Written {
+    /// Bytes of the whole file.
     pub bytes: u64,
+    /// CRC-32 of the whole file.
     pub crc32: u32,
 }
 

@@ -50,11 +50,13 @@ impl RunInfo {
 pub struct Part<'a> {
     /// Its folder in the checkpoint's; empty for the first part, which lies in the checkpoint's own.
     pub name: &'a str,
+    /// Of the model.
     pub shape: &'a Shape,
     /// Where what is not trained comes from; none where all is trained.
     pub base: Option<&'a BaseMeta>,
     /// Of a reward model.
     pub scoring: Option<&'a Scoring>,
+    /// The parameters, of which this rank writes its slices.
     pub params: &'a Sharded,
     /// None for a model that is not trained itself.
     pub optim: Option<&'a AdamW>,
@@ -63,7 +65,9 @@ pub struct Part<'a> {
 /// A save that is complete.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Saved {
+    /// Updates before the checkpoint.
     pub step: u64,
+    /// The checkpoint's folder.
     pub path: PathBuf,
     /// From the start of the copy to the rename, in seconds.
     pub elapsed_s: f64,

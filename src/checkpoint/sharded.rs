@@ -44,6 +44,7 @@ use crate::optim::{AdamW, Moments};
 /// The part of a shard that holds a group's values; its moments lie beside it.
 pub const MASTER: &str = "master";
 
+/// The file that makes a checkpoint complete: it is written last.
 pub const META: &str = "meta.json";
 const FORMAT: &str = "corral checkpoint";
 const VERSION: u64 = 1;
@@ -62,16 +63,21 @@ pub fn bytes_per_checkpoint(layouts: &[Layout], master: Kind, moments: MomentsIn
 /// `meta.json`, inside its envelope.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Meta {
+    /// Updates before the checkpoint.
     pub step: u64,
+    /// Ranks of the run that wrote it.
     pub world_size: i64,
     /// Updates that AdamW has made.
     pub optimizer_step: i64,
+    /// Of the model, by which its tensors are known.
     pub shape: Shape,
     /// Hash of the resolved configuration, as the trainer gave it.
     pub config_hash: String,
+    /// The trained tensors, in the order of the forward.
     pub groups: Vec<GroupMeta>,
     /// First element and length of each shard rank's slice of each group: `[rank][group]`.
     pub slices: Vec<Vec<(i64, i64)>>,
+    /// All files of the checkpoint but `meta.json`.
     pub files: Vec<FileMeta>,
     /// Where what was not trained comes from; none where all was trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -97,26 +103,38 @@ pub struct Meta {
 pub struct BaseMeta {
     /// Its path, or its hub id.
     pub path: String,
+    /// Which tensors were trained, and which adapters there are.
     pub trainable: Trainable,
 }
 
+/// A group's trained tensors in its flat buffer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GroupMeta {
+    /// Such as `block 0`.
     pub name: String,
+    /// In the order of the buffer.
     pub tensors: Vec<TensorMeta>,
 }
 
+/// A tensor in its group's flat buffer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TensorMeta {
+    /// As in Hugging Face checkpoints.
     pub name: String,
+    /// From the outermost dimension.
     pub shape: Vec<i64>,
+    /// Its first element in the flat buffer.
     pub offset: i64,
 }
 
+/// A file, by which damage is found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileMeta {
+    /// Relative to the checkpoint's folder.
     pub name: String,
+    /// Its size.
     pub bytes: u64,
+    /// CRC-32 of its content.
     pub crc32: u32,
 }
 
@@ -130,6 +148,7 @@ struct Envelope {
 }
 
 impl GroupMeta {
+    /// Of the trained tensors of a group.
     pub fn of(layout: &Layout) -> GroupMeta {
         let tensor = |s: &Spec| TensorMeta { name: s.name.clone(), shape: s.shape.clone(), offset: s.offset };
         GroupMeta { name: layout.name.clone(), tensors: layout.specs.iter().map(tensor).collect() }
@@ -262,6 +281,7 @@ pub struct Checkpoint {
 /// What a trainer goes on from.
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
+    /// Updates before the checkpoint.
     pub step: u64,
     /// What was given to [`super::Saver::begin`].
     pub state: Value,
@@ -297,10 +317,12 @@ impl Checkpoint {
         Ok(Checkpoint { dir: dir.to_path_buf(), meta, places })
     }
 
+    /// The checkpoint's folder.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
+    /// What `meta.json` says.
     pub fn meta(&self) -> &Meta {
         &self.meta
     }
@@ -580,11 +602,13 @@ fn overlap(slice: Slice, spec: &Spec) -> Option<(i64, i64)> {
 /// A run of elements that lies in one rank's slice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Piece {
+    /// Which rank's slice.
     pub rank: usize,
     /// First element within the slice.
     pub from: i64,
     /// First element within the range that was asked for.
     pub to: i64,
+    /// Elements.
     pub len: i64,
 }
 

@@ -21,6 +21,7 @@ use crate::model::layout::{EMBEDDING, SCORE};
 
 /// An open file whose table of tensors was checked against its size.
 pub trait TensorFile: Send + Sync {
+    /// Where the file is, for errors.
     fn path(&self) -> &Path;
 
     /// Names, in the file's order.
@@ -78,10 +79,12 @@ pub(super) fn for_chunks(t: &Tensor, kind: Kind, mut put: impl FnMut(&[u8]) -> R
 /// How rows of a tensor of the model follow one another in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
+    /// As in the model.
     Same,
     /// q and k in Meta's files: a head's rotated pairs lie side by side, (0, 1), (2, 3), ..., while Hugging Face's lie
     /// half a head apart, (0, D / 2), (1, D / 2 + 1), ...
     MetaRotary {
+        /// D, rows of a head.
         head_dim: i64,
     },
 }
@@ -106,22 +109,28 @@ pub struct Block {
     pub file: usize,
     /// The tensor's name in the file.
     pub tensor: String,
+    /// Its rows in the model's tensor.
     pub rows: Range<i64>,
+    /// Its columns there, counted in elements of a row of `width`.
     pub cols: Range<i64>,
     /// The element of the flattened tensor in the file that the rectangle begins with.
     pub first: i64,
     /// Elements from one row to the next in the file.
     pub stride: i64,
+    /// How its rows follow one another in the file.
     pub order: Order,
 }
 
 /// A tensor of the model, put together from rectangles that cover it.
 #[derive(Debug, Clone)]
 pub struct View {
+    /// From the outermost dimension, as the model has it.
     pub shape: Vec<i64>,
+    /// Its dtype in the files.
     pub kind: Kind,
     /// Elements of a row. Rows are not bound to the shape: what is cut by elements is one row.
     pub width: i64,
+    /// They cover the tensor without overlap.
     pub blocks: Vec<Block>,
 }
 
@@ -141,6 +150,7 @@ impl View {
         View { shape, kind, width: numel, blocks: vec![block] }
     }
 
+    /// The number of elements.
     pub fn numel(&self) -> i64 {
         self.shape.iter().product()
     }
@@ -175,7 +185,9 @@ impl View {
 /// The tensors of a model under the model's names, in whatever files they lie.
 #[derive(Default)]
 pub struct Source {
+    /// Open files; blocks name them by index.
     pub files: Vec<Box<dyn TensorFile>>,
+    /// By the name of the model's tensor.
     pub views: HashMap<String, View>,
     /// Tensors that no model consists of, such as tables of integers, with what to tell when one is asked for.
     unusable: HashMap<String, Error>,

@@ -26,16 +26,23 @@ use crate::model::layout::layouts;
 
 /// A model on disk, found by its path.
 pub enum Weights {
+    /// A folder in Hugging Face's format.
     Hf(HfModel),
+    /// A folder in Meta's format.
     Meta(MetaModel),
+    /// A GGUF file.
     Gguf(GgufModel),
+    /// An adapter, or a partly trained checkpoint, with its base.
     Adapted(Box<Adapted>),
+    /// A checkpoint of ours that has all tensors.
     Checkpoint(Box<Checkpoint>),
 }
 
 /// An adapter, or what a run with `freeze` trained, and the model that it is for.
 pub struct Adapted {
+    /// What was trained.
     pub adapter: PeftAdapter,
+    /// The model that it was trained on.
     pub base: Weights,
     /// The base's, but for the head, which may come with the adapter.
     shape: Shape,
@@ -77,6 +84,7 @@ impl Weights {
         }
     }
 
+    /// Sizes of the model, and what its family computes differently.
     pub fn shape(&self) -> &Shape {
         match self {
             Weights::Hf(model) => model.shape(),

@@ -18,8 +18,10 @@ use crate::model::{KvCache, Llama};
 /// Prompt tokens, padding included, that one forward reads at most: bounds the memory of activations.
 pub const PREFILL_TOKENS: usize = 8192;
 
+/// How an [`Engine`] samples, and when it ends a row.
 #[derive(Debug, Clone)]
 pub struct Options<'a> {
+    /// Temperature, truncation and seed of the draws.
     pub sampling: Sampling,
     /// Rows in work at once.
     pub batch_size: usize,
@@ -32,11 +34,13 @@ pub struct Options<'a> {
 /// A prompt and what is wanted of it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
+    /// Token ids, at least one.
     pub prompt: Vec<i64>,
     /// A completion for each. The numbers key the random draws: equal numbers with equal seeds draw equally.
     pub samples: Vec<u64>,
     /// Tokens that a completion has at least before a token that ends it is chosen; stop texts end it all the same.
     pub min_new_tokens: usize,
+    /// Tokens of the response at most.
     pub max_new_tokens: usize,
 }
 
@@ -107,6 +111,7 @@ pub enum Finish {
     Length,
 }
 
+/// A finished row: the prompt's number, the response and how it ended.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Completion {
     /// Which request, by the number that [`Engine::add`] gave it.

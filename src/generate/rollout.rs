@@ -18,16 +18,20 @@ use kernels::c10d::ReduceOp;
 pub struct Asked<'a> {
     /// Its number among all that the run asks, which keys the random draws: equal for any number of ranks.
     pub number: u64,
+    /// The prompt's token ids.
     pub ids: &'a [i64],
 }
 
 /// How responses are sampled.
 #[derive(Debug, Clone)]
 pub struct Rollout<'a> {
+    /// Temperature, truncation and seed of the draws.
     pub sampling: Sampling,
     /// Responses to each prompt, which share its reading.
     pub samples: usize,
+    /// No end-of-sequence token is drawn before this many tokens.
     pub min_new_tokens: usize,
+    /// Tokens of a response at most.
     pub max_new_tokens: Length,
     /// Responses in work at once.
     pub batch_size: usize,
@@ -37,6 +41,7 @@ pub struct Rollout<'a> {
     pub stop: Option<Stop<'a>>,
     /// Instead of these: the response is cut after the first such token with so many tokens before it.
     pub truncate: Option<(i64, usize)>,
+    /// Whether weights are gathered once for the rollout or for each forward.
     pub gather: Gather,
     /// Ranks that share this host's memory.
     pub ranks_of_host: i64,
@@ -49,6 +54,7 @@ pub struct Response {
     pub ids: Vec<i64>,
     /// The log-probability of each under the distribution that it was drawn from, in nats.
     pub sampler_logprobs: Vec<f64>,
+    /// How the response ended.
     pub finish: Finish,
 }
 
@@ -123,7 +129,9 @@ fn free_bytes(params: &Sharded, ranks_of_host: i64) -> Result<f64> {
 /// Prompts with their responses: what is scored and trained on.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Sequences {
+    /// The prompts' token ids, without padding.
     pub prompts: Vec<Vec<i64>>,
+    /// The responses' token ids, without padding; the i-th is of the i-th prompt.
     pub responses: Vec<Vec<i64>>,
 }
 
@@ -139,10 +147,12 @@ pub struct Rows {
 }
 
 impl Sequences {
+    /// The number of sequences.
     pub fn len(&self) -> usize {
         self.responses.len()
     }
 
+    /// Whether there are no sequences.
     pub fn is_empty(&self) -> bool {
         self.responses.is_empty()
     }
@@ -163,6 +173,7 @@ impl Sequences {
         first..first + self.responses[i].len()
     }
 
+    /// The sequences `rows` in one tensor, padded to the longest of them.
     pub fn rows(&self, rows: &[usize]) -> Rows {
         let width = self.width(rows.iter().copied());
         let mut ids = vec![0; rows.len() * width];

@@ -18,10 +18,12 @@ pub struct Sampling {
     /// Only the most likely tokens that together reach this probability (Holtzman et al. 2020), and what ties with the
     /// last of them; 1: all.
     pub top_p: f64,
+    /// With the sample's number and the token's position it decides each draw.
     pub seed: u64,
 }
 
 impl Sampling {
+    /// The likeliest token, always.
     pub const GREEDY: Sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
 
     /// Refuses values outside of their ranges.
@@ -53,6 +55,7 @@ pub struct Draw {
 /// A chosen token with its log-probabilities, in nats.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Choice {
+    /// The token.
     pub id: i64,
     /// Under the model itself: at temperature 1, with nothing cut off.
     pub logprob: f64,

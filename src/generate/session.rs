@@ -18,6 +18,7 @@ pub struct Session {
 }
 
 impl Session {
+    /// A session that has read nothing, with a cache of one slot.
     pub fn new(model: &Llama) -> Session {
         Session { cache: KvCache::new(model, 1), read: Vec::new() }
     }

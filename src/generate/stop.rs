@@ -6,7 +6,9 @@ use crate::error::Result;
 /// Texts that end a completion.
 #[derive(Clone, Copy)]
 pub struct Stop<'a> {
+    /// The row ends where one of these texts appears.
     pub texts: &'a [String],
+    /// Turns the row's tokens into text.
     pub tokenizer: &'a Tokenizer,
 }
 
@@ -114,6 +116,7 @@ pub struct TextStream<'a> {
 const CHAR: usize = 4;
 
 impl<'a> TextStream<'a> {
+    /// Text of the tokens that follow `prompt`, which ends before the first of the texts `stop`.
     pub fn new(tokenizer: &'a Tokenizer, prompt: &[i64], stop: &'a [String]) -> TextStream<'a> {
         let prompt = prompt[prompt.len().saturating_sub(PROMPT_TAIL)..].to_vec();
         let (text, ids, window) = (String::new(), Vec::new(), prompt.clone());

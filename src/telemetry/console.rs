@@ -10,30 +10,41 @@ use serde_json::json;
 
 use super::screen::{Screen, Stream};
 
+/// How messages look on stderr.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
+    /// Lines of text
     #[default]
     Pretty,
     /// An object a line, with `level`, `message` and `rank`.
     Json,
 }
 
+/// How much a message matters; it decides its prefix, and which flags hide it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Level {
+    /// Why the process ends; shown in any case.
     Error,
+    /// Shown in any case, too.
     Warn,
+    /// Hidden by `-q`.
     Info,
     /// Shown with `-v` only.
     Detail,
 }
 
+/// What a process prints, and as which rank.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
+    /// Lines or JSON.
     pub format: Format,
     /// Only warnings and errors.
     pub quiet: bool,
+    /// Also messages of [`Level::Detail`].
     pub verbose: bool,
+    /// This process; only rank 0 prints what all ranks would.
     pub rank: i64,
+    /// Ranks of the run; above 1, lines of single ranks carry their number.
     pub world_size: i64,
 }
 
@@ -62,6 +73,7 @@ pub fn init(settings: Settings) {
     console().settings = settings;
 }
 
+/// As [`init`] set them; before it those of one rank that prints lines.
 pub fn settings() -> Settings {
     console().settings.clone()
 }

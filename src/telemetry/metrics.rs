@@ -20,6 +20,7 @@ pub struct Record {
 }
 
 impl Record {
+    /// A record of this kind, such as `train`, for an update: `{"type": kind, "step": step}`.
     pub fn new(kind: &str, step: u64) -> Self {
         Record { kind: kind.to_string(), step, fields: Map::new(), notes: vec![] }
     }
@@ -41,6 +42,7 @@ impl Record {
         self
     }
 
+    /// Adds a count.
     pub fn count(mut self, key: &str, n: u64) -> Self {
         self.fields.insert(key.to_string(), n.into());
         self
@@ -65,10 +67,12 @@ impl Record {
         self
     }
 
+    /// Its `type`.
     pub fn kind(&self) -> &str {
         &self.kind
     }
 
+    /// The update that it is about.
     pub fn step(&self) -> u64 {
         self.step
     }
@@ -124,6 +128,7 @@ impl MetricsWriter {
         Ok(MetricsWriter { file, last_step })
     }
 
+    /// Writes the record as a line, at once.
     pub fn append(&mut self, record: &Record) {
         self.file.append(format!("{}\n", record.to_json()).as_bytes());
     }
@@ -138,6 +143,7 @@ impl MetricsWriter {
         self.last_step.unwrap_or(0)
     }
 
+    /// The open file, to sync it; none where nothing is written.
     pub fn file(&self) -> Option<File> {
         self.file.file()
     }

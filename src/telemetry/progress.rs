@@ -222,6 +222,7 @@ impl Bar {
         self.update(|state| (state.done, state.before) = (done, done));
     }
 
+    /// Moves the bar on by `done`.
     pub fn inc(&self, done: u64) {
         self.update(|state| state.done += done);
     }

@@ -23,11 +23,13 @@ pub struct Event {
     /// Seconds since 1970.
     #[prost(double, tag = "1")]
     pub wall_time: f64,
+    /// The update that the values are of.
     #[prost(int64, tag = "2")]
     pub step: i64,
     /// Of the first event of a file.
     #[prost(string, optional, tag = "3")]
     pub file_version: Option<String>,
+    /// Values, for all events but the first of a file.
     #[prost(message, optional, tag = "5")]
     pub summary: Option<Summary>,
 }
@@ -35,6 +37,7 @@ pub struct Event {
 /// Values of one step (summary.proto).
 #[derive(Clone, PartialEq, Message)]
 pub struct Summary {
+    /// One a tag.
     #[prost(message, repeated, tag = "1")]
     pub values: Vec<SummaryValue>,
 }
@@ -42,24 +45,32 @@ pub struct Summary {
 /// `Summary.Value`: a scalar, or a tensor with metadata that names the plugin which shows it.
 #[derive(Clone, PartialEq, Message)]
 pub struct SummaryValue {
+    /// The name of the chart.
     #[prost(string, tag = "1")]
     pub tag: String,
+    /// A scalar.
     #[prost(float, optional, tag = "2")]
     pub simple_value: Option<f32>,
+    /// A text, as a tensor of strings.
     #[prost(message, optional, tag = "8")]
     pub tensor: Option<TensorProto>,
+    /// The plugin that shows the value; none for scalars.
     #[prost(message, optional, tag = "9")]
     pub metadata: Option<SummaryMetadata>,
 }
 
+/// How a tag is shown.
 #[derive(Clone, PartialEq, Message)]
 pub struct SummaryMetadata {
+    /// The plugin.
     #[prost(message, optional, tag = "1")]
     pub plugin_data: Option<PluginData>,
 }
 
+/// A plugin of TensorBoard's.
 #[derive(Clone, PartialEq, Message)]
 pub struct PluginData {
+    /// `text`, the only one that is named.
     #[prost(string, tag = "1")]
     pub plugin_name: String,
 }
@@ -70,20 +81,26 @@ pub struct TensorProto {
     /// [`DT_STRING`].
     #[prost(int32, tag = "1")]
     pub dtype: i32,
+    /// None: a scalar.
     #[prost(message, optional, tag = "2")]
     pub tensor_shape: Option<TensorShape>,
+    /// The strings, one an element.
     #[prost(bytes = "vec", repeated, tag = "8")]
     pub string_val: Vec<Vec<u8>>,
 }
 
+/// The shape of a tensor.
 #[derive(Clone, PartialEq, Message)]
 pub struct TensorShape {
+    /// From the outermost dimension.
     #[prost(message, repeated, tag = "2")]
     pub dims: Vec<TensorDim>,
 }
 
+/// A dimension of a tensor.
 #[derive(Clone, PartialEq, Message)]
 pub struct TensorDim {
+    /// Its size.
     #[prost(int64, tag = "1")]
     pub size: i64,
 }
@@ -156,6 +173,7 @@ impl EventWriter {
         self.file.lost()
     }
 
+    /// The open file, to sync it; none where nothing is written.
     pub fn file(&self) -> Option<File> {
         self.file.file()
     }

@@ -29,6 +29,7 @@ use crate::{telemetry, warn};
 mod checkpoint;
 mod data;
 
+/// What is measured.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Training steps on random tokens; under `launch`, sharded
@@ -55,67 +56,71 @@ pub fn shape(preset: &str) -> Result<Shape> {
 pub struct Workload {
     /// llama-15m, llama-42m, llama-110m or llama-1b
     #[arg(long, default_value = "llama-15m")]
-    pub preset: String,
+    pub(crate) preset: String,
     #[arg(long, value_enum, default_value = "float32")]
-    pub precision: Compute,
+    pub(crate) precision: Compute,
     /// Sequences a step over all ranks [default: the preset's]
     #[arg(long)]
-    pub batch_size: Option<i64>,
+    pub(crate) batch_size: Option<i64>,
     /// Sequences computed at once [default: a rank's share]
     #[arg(long)]
-    pub micro_batch_size: Option<i64>,
+    pub(crate) micro_batch_size: Option<i64>,
     /// Tokens of a sequence [default: the preset's]
     #[arg(long)]
-    pub sequence_length: Option<i64>,
+    pub(crate) sequence_length: Option<i64>,
     #[arg(long, value_enum, default_value = "none")]
-    pub recompute: Recompute,
+    pub(crate) recompute: Recompute,
     #[arg(long, value_enum, default_value = "full")]
-    pub mode: Mode,
+    pub(crate) mode: Mode,
 }
 
+/// `corral bench train`
 #[derive(Debug, clap::Args)]
 pub struct TrainArgs {
     #[command(flatten)]
-    pub workload: Workload,
+    pub(crate) workload: Workload,
     /// Steps that are measured
     #[arg(long, default_value_t = 12)]
-    pub steps: usize,
+    pub(crate) steps: usize,
     /// Steps before
     #[arg(long, default_value_t = 3)]
-    pub warmup: usize,
+    pub(crate) warmup: usize,
 }
 
+/// `corral bench generate`
 #[derive(Debug, clap::Args)]
 pub struct GenerateArgs {
     /// llama-15m, llama-42m, llama-110m or llama-1b, with random weights
     #[arg(long, default_value = "llama-15m")]
-    pub preset: String,
+    pub(crate) preset: String,
     /// A model in place of a preset
     #[arg(long, value_name = "DIR", conflicts_with = "preset")]
-    pub model: Option<PathBuf>,
+    pub(crate) model: Option<PathBuf>,
     #[arg(long, value_enum, default_value = "float32")]
-    pub precision: Compute,
+    pub(crate) precision: Compute,
     /// Prompts at once
     #[arg(long, default_value_t = 8)]
-    pub batch_size: usize,
+    pub(crate) batch_size: usize,
     /// Tokens of a prompt
     #[arg(long, default_value_t = 64)]
-    pub prompt_tokens: usize,
+    pub(crate) prompt_tokens: usize,
     /// Tokens that are generated for each prompt
     #[arg(long, default_value_t = 192)]
-    pub new_tokens: usize,
+    pub(crate) new_tokens: usize,
     /// Times that it is measured, after one that is not
     #[arg(long, default_value_t = 3)]
-    pub runs: usize,
+    pub(crate) runs: usize,
 }
 
+/// `corral bench collectives`
 #[derive(Debug, clap::Args)]
 pub struct CollectivesArgs {
     /// Largest tensor, in MiB of float32
     #[arg(long, default_value_t = 64)]
-    pub max_mib: usize,
+    pub(crate) max_mib: usize,
 }
 
+/// Runs one measurement on all ranks; rank 0 prints a JSON object for each result.
 pub fn run(command: Command, global: &Global) -> Result<()> {
     let mode = match &command {
         Command::Train(args) => args.workload.mode,

@@ -21,6 +21,7 @@ use crate::model::Llama;
 use crate::telemetry::console;
 use crate::{detail, info, warn};
 
+/// `corral chat`
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -55,6 +56,7 @@ const HELP: &str = "\
 /exit                  leave, as Ctrl-D does
 Ctrl-C stops an answer; at the prompt, twice, it leaves";
 
+/// Opens the model, then reads turns from the terminal or from stdin until it ends.
 pub fn run(args: Args, global: &Global) -> Result<()> {
     if Place::from_env()?.is_some_and(|place| place.world_size > 1) {
         return Err(Error::config("chat is one process: start it without `launch`, or with --nproc 1"));

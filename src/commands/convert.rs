@@ -16,6 +16,7 @@ use crate::gguf;
 use crate::telemetry::progress::with_bytes_bar;
 use crate::warn;
 
+/// `corral convert`
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The model: a Hugging Face folder (safetensors or pytorch_model.bin), a GGUF file, a folder in Meta's format, a run's
@@ -54,14 +55,15 @@ enum Format {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Dtype {
+pub(crate) enum Dtype {
     Float32,
     Bfloat16,
     Float16,
 }
 
 impl Dtype {
-    pub fn kind(self) -> Kind {
+    /// As tch names it.
+    pub(crate) fn kind(self) -> Kind {
         match self {
             Dtype::Float32 => Kind::Float,
             Dtype::Bfloat16 => Kind::BFloat16,
@@ -101,6 +103,7 @@ impl As {
     }
 }
 
+/// Converts, compares the result with the model, and prints what was written.
 #[expect(clippy::too_many_lines, reason = "the steps of a command")]
 pub fn run(args: Args, device: Device) -> Result<()> {
     let target = match (args.format, args.model_parallel, args.max_shard_size) {

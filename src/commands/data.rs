@@ -4,6 +4,7 @@ use crate::data::synth::{self, Level, Options};
 use crate::error::{Error, Result};
 use std::path::PathBuf;
 
+/// `corral data`
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -35,6 +36,7 @@ struct Synth {
     wrong_answers: f64,
 }
 
+/// Writes the files, and prints how many records they have.
 pub fn run(args: Args) -> Result<()> {
     let Command::Synth(args) = args.command;
     if args.count == 0 {

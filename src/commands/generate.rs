@@ -37,6 +37,7 @@ const EXCHANGE: usize = 64;
 /// Prompts that are put before the engine at once, in batches: it begins with the longest of them.
 const WINDOW: usize = 8;
 
+/// `corral generate`
 #[derive(Debug, clap::Args)]
 #[command(group(clap::ArgGroup::new("what").required(true).args(["prompt", "input"])))]
 pub struct Args {
@@ -103,6 +104,7 @@ impl Args {
     }
 }
 
+/// Continues the prompts on all ranks; rank 0 writes the completions.
 pub fn run(args: Args, global: &Global) -> Result<()> {
     args.sampling().check()?;
     if args.stop.iter().any(String::is_empty) {

@@ -22,6 +22,7 @@ use crate::files::{AtomicFolder, CHUNK, create_dir, is_file, read_error, write_e
 use crate::info;
 use crate::telemetry::progress::with_bytes_bar;
 
+/// `corral get`
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The model's name; without one, the names are listed
@@ -32,6 +33,7 @@ pub struct Args {
     file: Option<PathBuf>,
 }
 
+/// Downloads, converts and checks a model; one that is there already is left alone.
 pub fn run(args: Args, device: Device) -> Result<()> {
     let Some(name) = &args.name else {
         for model in &KNOWN {

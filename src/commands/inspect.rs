@@ -19,6 +19,7 @@ use crate::files::{is_dir, read_error};
 use crate::gguf::{is_gguf, models_in};
 use crate::telemetry::console::grouped;
 
+/// `corral inspect`
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Folder of a model, adapter, checkpoint, run, tokenizer or of token shards; a file of tensors (.safetensors, .gguf, .pth,

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::telemetry::progress::with_bytes_bar;
 use crate::warn;
 
+/// `corral merge`
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The model that the adapter is for: a Hugging Face folder, a GGUF file, a folder in Meta's format, a run's folder, or a checkpoint
@@ -35,6 +36,7 @@ pub struct Args {
     max_shard_size: u64,
 }
 
+/// Merges, compares the result with the model and its adapter, and prints what was written.
 pub fn run(args: Args, device: Device) -> Result<()> {
     let adapter = PeftAdapter::find(&args.adapter)?;
     let base = args.model.as_deref().map_or_else(|| adapter.open_base(), Weights::open)?;

@@ -28,6 +28,7 @@ use crate::plan::models::{PHASES, peaks};
 use crate::plan::{Models, Plan, Target, Training};
 use crate::telemetry;
 
+/// `corral plan`
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -57,6 +58,7 @@ impl RecipeArgs for OfRecipe {
     const OF_SOME: &'static [&'static str] = &["device_memory", "completions"];
 }
 
+/// Prints what a training takes of memory, part by part.
 pub fn run(args: Args, global: &Global) -> Result<()> {
     args.what.recipe.plan(args.what.args, global)
 }

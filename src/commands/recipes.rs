@@ -115,7 +115,9 @@ pub trait RecipeArgs: Args {
 
 /// A recipe that the command line names, and the arguments for it: a subcommand for each of [`RECIPES`].
 pub struct Named<A> {
+    /// The one of [`RECIPES`] that has the subcommand's name.
     pub recipe: &'static dyn AnyRecipe,
+    /// The arguments behind it.
     pub args: A,
 }
 

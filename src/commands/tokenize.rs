@@ -12,6 +12,7 @@ use crate::warn;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+/// `corral tokenize`
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Text, JSON, JSON lines (each also .gz or .zst) or Parquet
@@ -36,6 +37,7 @@ pub struct Args {
     max_shard_tokens: u64,
 }
 
+/// Writes the shards, and prints how many tokens they have.
 pub fn run(args: Args) -> Result<()> {
     if args.max_shard_tokens == 0 {
         return Err(Error::config("--max-shard-tokens 0: a shard must hold at least one token"));

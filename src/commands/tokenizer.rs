@@ -9,6 +9,7 @@ use crate::warn;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+/// `corral tokenizer`
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -43,6 +44,7 @@ struct Train {
     split_digits: bool,
 }
 
+/// Trains a tokenizer, and writes it.
 pub fn run(args: Args) -> Result<()> {
     let Command::Train(args) = args.command;
     // They would be read as part of the new tokenizer.

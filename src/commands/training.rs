@@ -19,16 +19,17 @@ use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::info;
 
+/// The arguments of every recipe's subcommand.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    pub config: ConfigArgs,
+    pub(crate) config: ConfigArgs,
     /// Where to go on from: auto (the newest checkpoint of the run's folder), a checkpoint or another run's folder, or never
     #[arg(long, default_value = "auto", value_name = "auto|DIR|never")]
-    pub resume: Resume,
+    pub(crate) resume: Resume,
     /// With --resume never: replace the run that the folder holds
     #[arg(long)]
-    pub overwrite: bool,
+    pub(crate) overwrite: bool,
 }
 
 impl RecipeArgs for Args {}
@@ -38,13 +39,14 @@ impl RecipeArgs for Args {}
 pub struct ConfigArgs {
     /// The recipe [default: configs/SUBCOMMAND/default.yaml, compiled in]
     #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
+    pub(crate) config: Option<PathBuf>,
     /// Overrides, such as optim.lr=3e-4
     #[arg(value_name = "KEY=VALUE")]
-    pub overrides: Vec<String>,
+    pub(crate) overrides: Vec<String>,
 }
 
 impl ConfigArgs {
+    /// Loads the file, or what is compiled in, and applies the overrides.
     pub fn load<C: Algorithm>(&self) -> Result<Loaded<C>> {
         let loaded = config::load::<C>(self.config.as_deref(), &self.overrides)?;
         if loaded.compiled_in {

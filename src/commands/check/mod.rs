@@ -23,6 +23,7 @@ use crate::model::{Trainable, compute_kind};
 use crate::plan::Target;
 use crate::warn;
 
+/// `corral check`
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -44,6 +45,7 @@ pub struct OfRecipe {
 
 impl RecipeArgs for OfRecipe {}
 
+/// Checks the configuration of a recipe; prints it, resolved, and what would be trained on.
 pub fn run(args: Args, global: &Global) -> Result<()> {
     args.what.recipe.check(args.what.args, global)
 }

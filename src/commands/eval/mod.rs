@@ -18,6 +18,7 @@ use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::files::write_file;
 
+/// `corral eval`
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -85,6 +86,7 @@ enum Task {
     Gsm8k,
 }
 
+/// Measures on all ranks; rank 0 prints the result, and writes it with `--output`.
 pub fn run(args: Args, global: &Global) -> Result<()> {
     if args.reference.is_some() && !matches!(args.task, Task::Preference) {
         return Err(Error::config("--reference is for --task preference"));

@@ -9,6 +9,7 @@ use crate::config::nearest;
 use crate::error::{Error, Result};
 use catalog::{Catalog, Place, default_of, values_of};
 
+/// `corral help`
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// A subcommand (`sft`, `bench step`), or a key of a configuration, whole or its end (`optim.lr`, `lr`)

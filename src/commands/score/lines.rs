@@ -18,7 +18,9 @@ use crate::warn;
 /// A line's tokens, and which of them are scored; never the first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sequence {
+    /// The line's token ids.
     pub ids: Vec<i64>,
+    /// Ranges of `ids`, in order.
     pub scored: Vec<Range<usize>>,
 }
 

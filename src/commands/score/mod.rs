@@ -28,6 +28,7 @@ pub use lines::Sequence;
 /// Tokens, padding included, that one forward reads at most (one row may be longer).
 const BATCH_TOKENS: usize = 8192;
 
+/// `corral score`
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -52,6 +53,7 @@ pub struct Args {
     output: PathBuf,
 }
 
+/// Scores the texts on all ranks; rank 0 writes a line for each, in their order.
 pub fn run(args: Args, global: &Global) -> Result<()> {
     let lines = readers::records_or_errors(&args.input, None, &Arc::default())?;
     let lines: Vec<Result<Record>> = lines.collect::<Result<_>>()?;

@@ -8,19 +8,33 @@ use crate::error::{Error, Result};
 #[allow(non_camel_case_types)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dtype {
+    /// float32
     F32,
+    /// float16
     F16,
+    /// bfloat16
     BF16,
+    /// float64
     F64,
+    /// 4 bits with a scale for each 32 elements.
     Q4_0,
+    /// 4 bits with a scale and a minimum for each 32 elements.
     Q4_1,
+    /// 5 bits with a scale for each 32 elements.
     Q5_0,
+    /// 5 bits with a scale and a minimum for each 32 elements.
     Q5_1,
+    /// 8 bits with a scale for each 32 elements.
     Q8_0,
+    /// 2 bits in blocks of 256, with a scale and a minimum for each 16 elements.
     Q2_K,
+    /// 3 bits in blocks of 256, with a scale for each 16 elements.
     Q3_K,
+    /// 4 bits in blocks of 256, with a scale and a minimum for each 32 elements.
     Q4_K,
+    /// 5 bits in blocks of 256, with a scale and a minimum for each 32 elements.
     Q5_K,
+    /// 6 bits in blocks of 256, with a scale for each 16 elements.
     Q6_K,
 }
 
@@ -90,6 +104,7 @@ impl Dtype {
         TABLE.iter().find(|(dtype, ..)| *dtype == self).expect("all are in the table")
     }
 
+    /// Its number in files (`ggml_type`).
     pub fn id(self) -> u32 {
         self.row().1
     }

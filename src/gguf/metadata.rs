@@ -10,21 +10,31 @@ use crate::error::{Context, Error, Result};
 /// Most bytes of a key (the format's own limit).
 const MAX_KEY: u64 = 65535;
 
+/// The value of a key.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
     /// Of any width. Those of 64 bits without a sign that do not fit are read as floating-point numbers.
     Integer(i64),
+    /// float32 or float64 in the file.
     Float(f64),
+    /// One byte, 0 or 1.
     Bool(bool),
+    /// UTF-8.
     Text(String),
+    /// Values of one type.
     Array(Array),
 }
 
+/// A list of values of one type.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Array {
+    /// Of any width.
     Integers(Vec<i64>),
+    /// Those of 64 bits are rounded to float32.
     Floats(Vec<f32>),
+    /// One byte each, 0 or 1.
     Bools(Vec<bool>),
+    /// UTF-8.
     Texts(Vec<String>),
     /// Of arrays: what is in them is left out.
     Arrays(usize),
@@ -64,14 +74,17 @@ impl Metadata {
         Ok(Metadata(all))
     }
 
+    /// The value of a key; none where the key is missing.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.0.get(key)
     }
 
+    /// All keys, sorted.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.0.keys().map(String::as_str)
     }
 
+    /// Sets a key; a value that it had is replaced.
     pub fn set(&mut self, key: impl Into<String>, value: Value) {
         self.0.insert(key.into(), value);
     }
@@ -84,6 +97,10 @@ impl Metadata {
         self.0.len()
     }
 
+    /// An integer; none where the key is missing.
+    ///
+    /// # Errors
+    /// Of kind Data: a value of another type.
     pub fn integer(&self, key: &str) -> Result<Option<i64>> {
         self.as_a(key, "an integer", |value| match value {
             Value::Integer(n) => Some(*n),
@@ -100,6 +117,10 @@ impl Metadata {
         })
     }
 
+    /// True or false; none where the key is missing.
+    ///
+    /// # Errors
+    /// Of kind Data: a value of another type.
     pub fn flag(&self, key: &str) -> Result<Option<bool>> {
         self.as_a(key, "true or false", |value| match value {
             Value::Bool(b) => Some(*b),
@@ -107,6 +128,10 @@ impl Metadata {
         })
     }
 
+    /// A text; none where the key is missing.
+    ///
+    /// # Errors
+    /// Of kind Data: a value of another type.
     pub fn text(&self, key: &str) -> Result<Option<&str>> {
         self.as_a(key, "a text", |value| match value {
             Value::Text(text) => Some(text.as_str()),
@@ -114,6 +139,10 @@ impl Metadata {
         })
     }
 
+    /// A list of texts; none where the key is missing.
+    ///
+    /// # Errors
+    /// Of kind Data: a value of another type.
     pub fn texts(&self, key: &str) -> Result<Option<&[String]>> {
         self.as_a(key, "a list of texts", |value| match value {
             Value::Array(Array::Texts(list)) => Some(list.as_slice()),
@@ -121,6 +150,10 @@ impl Metadata {
         })
     }
 
+    /// A list of integers; none where the key is missing.
+    ///
+    /// # Errors
+    /// Of kind Data: a value of another type.
     pub fn integers(&self, key: &str) -> Result<Option<&[i64]>> {
         self.as_a(key, "a list of integers", |value| match value {
             Value::Array(Array::Integers(list)) => Some(list.as_slice()),
@@ -128,6 +161,10 @@ impl Metadata {
         })
     }
 
+    /// A list of numbers; none where the key is missing.
+    ///
+    /// # Errors
+    /// Of kind Data: a value of another type.
     pub fn floats(&self, key: &str) -> Result<Option<&[f32]>> {
         self.as_a(key, "a list of floating-point numbers", |value| match value {
             Value::Array(Array::Floats(list)) => Some(list.as_slice()),

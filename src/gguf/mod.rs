@@ -31,7 +31,9 @@ const MAX_DIMS: u32 = 4;
 /// A tensor in the table.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Info {
+    /// As ggml names it, such as `blk.0.attn_q.weight`.
     pub name: String,
+    /// How its elements are stored.
     pub dtype: Dtype,
     /// Slowest dimension first (the file has them the other way round).
     pub shape: Vec<i64>,
@@ -40,6 +42,7 @@ pub struct Info {
 }
 
 impl Info {
+    /// The number of elements.
     pub fn numel(&self) -> i64 {
         self.shape.iter().product()
     }
@@ -49,6 +52,7 @@ impl Info {
 pub struct Gguf {
     path: PathBuf,
     file: File,
+    /// All keys of the header, with their values.
     pub metadata: Metadata,
     tensors: Vec<Info>,
 }
@@ -66,10 +70,12 @@ impl Gguf {
         Ok(Gguf { path: path.to_path_buf(), file, metadata, tensors })
     }
 
+    /// Where the file is.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
+    /// In the order of the table.
     pub fn tensors(&self) -> &[Info] {
         &self.tensors
     }

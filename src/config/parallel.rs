@@ -67,6 +67,7 @@ choice! {
 pub enum ShardSize {
     /// The ranks of a host.
     Auto,
+    /// So many neighbours, which divide the ranks of the run.
     Ranks(i64),
 }
 

@@ -127,6 +127,7 @@ choice! {
 /// What is taken from every score.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Baseline {
+    /// A number that stays.
     Number(f64),
     /// The mean of the iteration's scores.
     Batch,

@@ -82,7 +82,9 @@ impl Generation {
 /// A number of tokens, or a range of them with its ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Length {
+    /// Fewest tokens.
     pub low: usize,
+    /// Most tokens.
     pub high: usize,
 }
 

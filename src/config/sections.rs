@@ -35,6 +35,7 @@ section! {
 /// A source of data: a path, or `{path: ..., weight: ...}`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Source {
+    /// A file or a folder.
     pub path: PathBuf,
     /// See [`SourceKeys::weight`].
     pub weight: Option<f64>,

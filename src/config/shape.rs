@@ -34,6 +34,7 @@ choice! {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum QkNorm {
+    /// Neither.
     #[default]
     None,
     /// The D numbers of each head, with one weight for all heads.
@@ -46,6 +47,7 @@ pub enum QkNorm {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
+    /// x sigmoid(x); the MLP is a SwiGLU.
     #[default]
     Silu,
     /// The tanh form of GELU.
@@ -61,6 +63,7 @@ pub enum Norms {
     Before,
     /// On what attention and MLP give, before it is added to the stream.
     After,
+    /// On the inputs and on the outputs of attention and MLP.
     Both,
 }
 
@@ -68,7 +71,9 @@ pub enum Norms {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LayerType {
+    /// The last `sliding_window` positions.
     SlidingAttention,
+    /// All positions up to its own.
     FullAttention,
 }
 
@@ -78,8 +83,11 @@ pub enum LayerType {
 pub struct Features {
     /// q, k and v have a bias.
     pub attention_bias: bool,
+    /// Norms of queries and keys.
     pub qk_norm: QkNorm,
+    /// What the gate of the MLP goes through.
     pub activation: Activation,
+    /// Where a block's norms are.
     pub norms: Norms,
     /// Norms multiply by 1 + weight.
     pub norm_offset: bool,
@@ -146,9 +154,14 @@ impl Head {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Llama3RopeScaling {
+    /// What low frequencies are divided by.
     pub factor: f64,
+    /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are low frequencies.
     pub low_freq_factor: f64,
+    /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are left alone; between the two it
+    /// goes gradually.
     pub high_freq_factor: f64,
+    /// Positions that the model was trained on before.
     pub original_max_position_embeddings: i64,
 }
 
@@ -158,6 +171,7 @@ pub struct Llama3RopeScaling {
 pub struct Experts {
     /// E
     pub num_local_experts: i64,
+    /// Experts of a token, k.
     pub num_experts_per_tok: i64,
     /// Weight of the load-balancing loss in pretraining.
     pub router_aux_loss_coef: f64,
@@ -169,21 +183,35 @@ pub struct Experts {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Shape {
+    /// What it is called in `config.json`, and what that implies.
     #[serde(default)]
     pub family: Family,
+    /// Of a language model, or of a reward model or critic.
     #[serde(default, skip_serializing_if = "Head::is_lm")]
     pub head: Head,
+    /// V, rows of the embedding.
     pub vocab_size: i64,
+    /// C, width of the hidden states.
     pub hidden_size: i64,
+    /// F, width of the MLP, or of each expert.
     pub intermediate_size: i64,
+    /// The number of blocks.
     pub num_hidden_layers: i64,
+    /// H, query heads.
     pub num_attention_heads: i64,
+    /// K, heads of keys and values; H is a multiple of it.
     pub num_key_value_heads: i64,
+    /// D, width of a head.
     pub head_dim: i64,
+    /// Positions that a sequence has at most.
     pub max_position_embeddings: i64,
+    /// Added to the mean square in norms.
     pub rms_norm_eps: f64,
+    /// Base of the rotary frequencies: pair i turns by `rope_theta^(-2i / D)` a position.
     pub rope_theta: f64,
+    /// None: frequencies as the base says.
     pub rope_scaling: Option<Llama3RopeScaling>,
+    /// The LM head is the embedding.
     pub tie_word_embeddings: bool,
     /// Standard deviation of the initial weights.
     pub initializer_range: f64,
@@ -193,8 +221,10 @@ pub struct Shape {
     /// The first blocks, so many, see all positions in spite of `sliding_window`.
     #[serde(default)]
     pub max_window_layers: i64,
+    /// None: one MLP a block.
     #[serde(default)]
     pub experts: Option<Experts>,
+    /// What it computes differently from a Llama.
     #[serde(default, skip_serializing_if = "Features::is_llamas")]
     pub features: Features,
 }

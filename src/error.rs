@@ -18,19 +18,24 @@ pub enum Kind {
 /// An error for the user: what is wrong, where, what to do. The message may have several lines.
 #[derive(Debug, Clone)]
 pub struct Error {
+    /// The exit code that the process ends with.
     pub kind: Kind,
+    /// What is wrong, where, and what to do: one or more lines for the user.
     pub message: String,
     /// The dotted key of the configuration that it is about, until its place is told.
     pub key: Option<String>,
 }
 
+/// What fails with an [`Error`] of ours.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    /// Work that failed: exit code 1.
     pub fn failed(message: impl Into<String>) -> Self {
         Error { kind: Kind::Failed, message: message.into(), key: None }
     }
 
+    /// A wrong command line or configuration: exit code 2.
     pub fn config(message: impl Into<String>) -> Self {
         Error { kind: Kind::Config, message: message.into(), key: None }
     }
@@ -40,10 +45,12 @@ impl Error {
         Error { key: Some(key.into()), ..Error::config(why) }
     }
 
+    /// An unusable input, model or checkpoint: exit code 3.
     pub fn data(message: impl Into<String>) -> Self {
         Error { kind: Kind::Data, message: message.into(), key: None }
     }
 
+    /// 1, 2 or 3, or 128 plus the signal.
     pub fn exit_code(&self) -> i32 {
         match self.kind {
             Kind::Failed => 1,
@@ -97,7 +104,9 @@ pub fn first_line(message: &str) -> String {
 
 /// Adds context to any error that turns into ours.
 pub trait Context<T> {
+    /// Puts `context: ` before the message; the kind stays.
     fn context(self, context: impl fmt::Display) -> Result<T>;
+    /// As [`Context::context`], made only for an error.
     fn with_context<C: fmt::Display>(self, context: impl FnOnce() -> C) -> Result<T>;
     /// The error becomes "input unusable" (exit code 3).
     fn data_error(self, context: impl fmt::Display) -> Result<T>;

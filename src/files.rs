@@ -447,6 +447,7 @@ pub struct TestFolder(pub PathBuf);
 
 #[cfg(test)]
 impl TestFolder {
+    /// Makes the folder, empty, in the system's temporary folder.
     pub fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("corral-{name}-{}", std::process::id()));
         let _ = fs::remove_dir_all(&path);
@@ -454,6 +455,7 @@ impl TestFolder {
         TestFolder(path)
     }
 
+    /// Writes a file in it, and returns its path.
     pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
         let path = self.0.join(name);
         fs::write(&path, content).unwrap();

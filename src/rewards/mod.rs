@@ -20,7 +20,9 @@ use gsm8k::Form;
 /// A response that is to be judged.
 #[derive(Debug, Clone, Copy)]
 pub struct Answer<'a> {
+    /// The prompt's text.
     pub prompt: &'a str,
+    /// The response's text, as it was sampled.
     pub response: &'a str,
     /// What the data says is right.
     pub reference: Option<&'a str>,
@@ -44,6 +46,7 @@ pub struct Judgement {
 /// One reward, before its weight.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Part {
+    /// None: the reward says nothing of this response.
     pub reward: Option<f64>,
     /// What was read as the response's answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]

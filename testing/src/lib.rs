@@ -1,0 +1,19 @@
+//! What the tests of all packages share. Nothing here depends on the crate `corral`, so that its unit tests can use it.
+//!
+//! - [`golden`]: reference values of other programs, and fixtures;
+//! - [`tolerance`]: how far a value may be from its reference, one table;
+//! - [`compare`]: distances of tensors and series;
+//! - [`device`]: the device under test;
+//! - [`ranks`]: ranks as threads, and as processes;
+//! - [`folder`]: temporary folders;
+//! - [`program`]: runs of `corral` and `launch`;
+//! - [`run`]: trainings of a tiny model.
+
+pub mod compare;
+pub mod device;
+pub mod folder;
+pub mod golden;
+pub mod program;
+pub mod ranks;
+pub mod run;
+pub mod tolerance;

@@ -1,0 +1,59 @@
+//! Ranks on this machine: threads of this process.
+
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use kernels::c10d::{Backend, Group, Store};
+use kernels::watch::Watch;
+use tch::Device;
+
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Runs `f` on `n` ranks, threads of this process on the CPU; returns what they return, by rank. A single rank needs no
+/// thread and has a group that sends nothing.
+pub fn on_ranks<T: Send>(n: i64, f: impl Fn(Group) -> T + Sync) -> Vec<T> {
+    if n == 1 {
+        return vec![f(Group::solo())];
+    }
+    let server = Store::tcp("127.0.0.1", 0, true, TIMEOUT).unwrap();
+    let stores: Vec<Store> = (0..n).map(|_| server.reconnect().unwrap()).collect();
+    let ranks: Vec<i64> = (0..n).collect();
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = stores
+            .into_iter()
+            .enumerate()
+            .map(|(rank, store)| {
+                let (ranks, f) = (&ranks, &f);
+                scope.spawn(move || {
+                    let watch = Watch::start(store, rank as i64, n, rank == 0).unwrap();
+                    let group =
+                        Group::new(&watch, Backend::Gloo, "world", ranks, TIMEOUT, Device::Cpu).unwrap();
+                    f(group)
+                })
+            })
+            .collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    })
+}
+
+/// A port that no program listens on.
+pub fn free_port() -> u16 {
+    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+}
+
+/// Starts this test's program once more as a rank: its test `as_rank`, with the variables that `launch` sets and `more`.
+pub fn start_as_rank(rank: i64, world_size: i64, port: u16, more: &[(&str, &str)]) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["as_rank", "--exact", "--nocapture"])
+        .env("RANK", rank.to_string())
+        .env("WORLD_SIZE", world_size.to_string())
+        .env("MASTER_ADDR", "127.0.0.1")
+        .env("MASTER_PORT", port.to_string())
+        .env("OMP_NUM_THREADS", "1")
+        .envs(more.iter().copied())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}

@@ -1,0 +1,310 @@
+//! How far a value may be from its reference: one table, by what is compared and dtype.
+//!
+//! A row has a constant `floor`. Where some values are ill-conditioned it also has a factor on the reference's own error, the
+//! distance of the reference's float32 result from its float64 result: what float32 loses there, any program loses. The
+//! allowed difference is `max(floor, slack + factor * own)`, and never above the row's `bound`.
+
+use tch::Kind;
+
+/// What is compared. Distances are relative to the largest value or norm unless a row says otherwise.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Quantity {
+    /// An operation against its composition in float64.
+    Operation,
+    /// The gradient of flash attention on a GPU.
+    FlashBackward,
+    /// A product with a quantized weight against one with the dequantized weight.
+    QuantizedProduct,
+    /// A backward against libtorch's autograd.
+    Autograd,
+    /// A gradient against differences of the loss along a direction.
+    FiniteDifference,
+    /// A sum over many tensors against the sum of their sums.
+    Reduction,
+    /// An update of a fused optimizer against its composition, absolute.
+    FusedUpdate,
+    /// The same on a GPU.
+    FusedUpdateOnGpu,
+    /// Logits, log-probabilities, entropies and hidden states of a model, absolute in float32.
+    Logits,
+    /// A model's loss.
+    Loss,
+    /// A model's gradient, in 2-norms.
+    Gradient,
+    /// Values of which the reference has float32 only.
+    SingleReference,
+    /// Gradients of an adapter of which the reference has float32 only.
+    SingleGradient,
+    /// Gradients of a scalar head and the trunk below it of which the reference has float32 only.
+    SingleHeadGradient,
+    /// Log-probabilities of tokens that a program prints, absolute.
+    Scores,
+    /// A loss function of given log-probabilities, its statistics and its gradient.
+    LossFunction,
+    /// Losses of KTO, which are not summed over tokens.
+    UnpairedLoss,
+    /// Gradients of KTO through a model.
+    UnpairedGradient,
+    /// KTO's estimate of the KL divergence, absolute.
+    KlEstimate,
+    /// Losses of single pairs, absolute.
+    PairLosses,
+    /// A formula with a few terms against its result by hand or by another order, absolute.
+    Formula,
+    /// A value that is computed in two ways which differ in the order of their terms.
+    TwoWays,
+    /// A model's values and gradients with rows, ranks, caches or adapters divided otherwise.
+    SameModel,
+    /// Steps of AdamW against PyTorch's.
+    AdamW,
+    /// A learning rate, absolute.
+    LearningRate,
+    /// Losses of a training on ranks and micro-batches divided otherwise.
+    SameLosses,
+    /// Norms of its gradients.
+    SameNorms,
+    /// Its parameters.
+    SameParameters,
+    /// Metrics and parameters of preference and reinforcement learning on ranks and micro-batches divided otherwise.
+    SameMetrics,
+    /// Log-probabilities of a sampler and of a training, absolute.
+    Sampler,
+    /// Rewards or log-probabilities of one model in other batches or files, absolute.
+    SameRewards,
+    /// Rewards of a model that was merged with rounding or hardly trained, absolute.
+    NearRewards,
+    /// Perplexity of one model in other files.
+    Perplexity,
+    /// A weight with its adapter merged, absolute.
+    Merged,
+    /// A mean of rows of weights, absolute.
+    RoundedMean,
+    /// Weights that another file or section begins with.
+    Converted,
+    /// A number that went through float32 or through a text of that precision.
+    Printed,
+}
+
+use Quantity::*;
+
+/// A row of the table.
+pub struct Tolerance {
+    pub quantity: Quantity,
+    pub kind: Kind,
+    /// Allowed whatever the reference's own error is.
+    pub floor: f64,
+    /// On the reference's own error; 0 where that does not count.
+    pub factor: f64,
+    /// Added to it.
+    pub slack: f64,
+    /// Never more than this.
+    pub bound: f64,
+    pub reason: &'static str,
+}
+
+const fn fixed(quantity: Quantity, kind: Kind, allowed: f64, reason: &'static str) -> Tolerance {
+    Tolerance { quantity, kind, floor: allowed, factor: 0.0, slack: 0.0, bound: allowed, reason }
+}
+
+/// Twice the reference's own float32 error: both programs are that far from float64, in any direction.
+const fn beside_float32(quantity: Quantity, bound: f64, reason: &'static str) -> Tolerance {
+    Tolerance { quantity, kind: Kind::Float, floor: 1e-6, factor: 2.0, slack: 1e-6, bound, reason }
+}
+
+/// Bits of a significand: 24 in float32, 8 in bfloat16.
+const FLOAT32_TO_BFLOAT16: f64 = 65_536.0;
+
+const D: Kind = Kind::Double;
+const F: Kind = Kind::Float;
+const B: Kind = Kind::BFloat16;
+
+pub const TABLE: [Tolerance; 66] = [
+    fixed(Operation, D, 1e-13, "some hundred roundings of 1e-16"),
+    fixed(Operation, F, 1e-5, "logits of 25 are rounded by 1e-6, and so are their exponentials"),
+    fixed(Operation, B, 8e-3, "one rounding"),
+    fixed(FlashBackward, D, 1e-13, "as any operation"),
+    fixed(FlashBackward, F, 1e-5, "as any operation"),
+    fixed(FlashBackward, B, 2e-2, "flash attention also rounds the probabilities and their gradients"),
+    fixed(QuantizedProduct, D, 1e-14, "the same weights, other panels"),
+    fixed(QuantizedProduct, F, 1e-6, "the same weights, other panels"),
+    fixed(QuantizedProduct, B, 1e-2, "one rounding, of sums taken in another order"),
+    fixed(Autograd, D, 1e-12, "a few operations, each within 1e-13"),
+    fixed(FiniteDifference, D, 1e-6, "steps of 1e-6, whose squares the difference leaves out"),
+    fixed(Reduction, D, 1e-12, "another order of a million terms, added in float64"),
+    fixed(Reduction, F, 1e-6, "squares of float32 values, added in float64"),
+    fixed(FusedUpdate, F, 1e-6, "libtorch's square root is not always the nearest"),
+    fixed(
+        FusedUpdateOnGpu,
+        F,
+        1e-4,
+        "products are contracted there; a code at a boundary may be its neighbour",
+    ),
+    fixed(Logits, D, 1e-10, "two to three blocks, relative to the largest value or 1"),
+    beside_float32(Logits, 5e-4, "own errors are 4e-6 to 3e-5 at logits up to 18"),
+    fixed(Loss, D, 1e-10, "as logits"),
+    beside_float32(Loss, 5e-5, "own errors are up to 1e-6 at losses about 10"),
+    fixed(Loss, B, 1e-2, "a mean of tokens, whose errors cancel: 1e-3 in the reference's own bfloat16"),
+    fixed(Gradient, D, 1e-10, "as logits"),
+    beside_float32(Gradient, 1e-4, "own errors are 1e-6, 7e-6 for the bias of k"),
+    Tolerance {
+        quantity: Gradient,
+        kind: B,
+        floor: 0.1,
+        factor: 0.5 * FLOAT32_TO_BFLOAT16,
+        slack: 0.0,
+        bound: 0.25,
+        reason: "a few per cent in gradients of three blocks. A bias of k is ill-conditioned: softmax does not see what all \
+                 keys share, so that its gradient is what is left of terms that cancel. The reference's own bfloat16 is \
+                 0.2 to 0.75 of its float32 error times 2^16",
+    },
+    fixed(SingleReference, D, 2e-5, "the error of the reference"),
+    fixed(SingleReference, F, 2e-5, "two errors of float32"),
+    fixed(SingleGradient, D, 1e-5, "the error of the reference"),
+    fixed(SingleGradient, F, 1e-5, "two errors of float32"),
+    fixed(SingleHeadGradient, D, 2e-5, "the error of the reference"),
+    fixed(SingleHeadGradient, F, 2e-5, "two errors of float32"),
+    fixed(Scores, D, 1e-9, "log-probabilities of about 10, printed with all digits"),
+    fixed(Scores, F, 5e-5, "twice the reference's own error of up to 2.5e-5"),
+    fixed(LossFunction, D, 1e-10, "the reference has rounded some inputs to 12 digits"),
+    fixed(LossFunction, F, 1e-5, "sums of some ten tokens of float32"),
+    fixed(UnpairedLoss, D, 1e-12, "a few operations"),
+    fixed(UnpairedLoss, F, 1e-5, "differences of sums of log-probabilities, rounded in float32"),
+    fixed(UnpairedGradient, D, 2e-10, "through a model in float64 whose reference sums are rounded"),
+    fixed(UnpairedGradient, F, 2e-5, "the same in float32"),
+    fixed(KlEstimate, D, 1e-8, "a mean of differences of sums of about 100"),
+    fixed(KlEstimate, F, 1e-3, "the same in float32"),
+    fixed(PairLosses, D, 1e-9, "losses of single pairs, up to 10 times the mean"),
+    fixed(PairLosses, F, 1e-4, "the same in float32"),
+    fixed(Formula, D, 1e-14, "a few roundings of 1e-16"),
+    fixed(TwoWays, D, 1e-12, "thousands of roundings of 1e-16"),
+    fixed(SameModel, D, 1e-10, "products of other shapes through all blocks"),
+    fixed(AdamW, D, 1e-12, "ten steps"),
+    fixed(AdamW, F, 1e-6, "ten steps, each rounded once or twice"),
+    fixed(LearningRate, D, 1e-15, "a cosine and a product"),
+    fixed(SameLosses, D, 1e-12, "sums of gradients in another order, through 20 updates"),
+    fixed(SameLosses, F, 1e-5, "the same in float32"),
+    fixed(SameNorms, D, 1e-11, "ten times the losses'"),
+    fixed(SameNorms, F, 1e-4, "ten times the losses'"),
+    fixed(SameParameters, D, 1e-12, "as the losses"),
+    fixed(SameParameters, F, 1e-4, "AdamW divides by square roots of small second moments"),
+    fixed(
+        SameMetrics,
+        D,
+        1e-9,
+        "ratios, standard deviations and routes of experts, which magnify sums in another order",
+    ),
+    fixed(SameMetrics, F, 1e-4, "the same in float32, or with moments in 8 bits"),
+    fixed(Sampler, D, 1e-9, "a token at a time with a cache against a batch"),
+    fixed(Sampler, F, 1e-4, "the same in float32"),
+    fixed(SameRewards, F, 1e-4, "rows in other batches, adapters merged or not"),
+    fixed(
+        NearRewards,
+        F,
+        1e-3,
+        "weights rounded by a merge with a base in 8 bits, or moved by steps of 1e-9",
+    ),
+    fixed(Perplexity, F, 1e-5, "an adapter merged or not, in float32"),
+    fixed(Merged, D, 1e-9, "a mean of squares, added in float64"),
+    fixed(Merged, F, 1e-6, "weights of about 1 with a product added"),
+    fixed(RoundedMean, F, 1e-8, "one rounding of weights of about 0.02"),
+    fixed(Converted, F, 1e-6, "one rounding of a mean of 300 rows"),
+    fixed(Printed, D, 1e-9, "sums of values that are printed with all digits"),
+    fixed(Printed, F, 1e-6, "7 digits"),
+];
+
+fn row(quantity: Quantity, kind: Kind) -> &'static Tolerance {
+    let row = TABLE.iter().find(|row| row.quantity == quantity && row.kind == kind);
+    row.unwrap_or_else(|| panic!("the table of tolerances has no {quantity:?} in {kind:?}"))
+}
+
+/// The allowed difference, of values whose tolerance does not follow the reference's own error.
+#[track_caller]
+pub fn allowed(quantity: Quantity, kind: Kind) -> f64 {
+    let row = row(quantity, kind);
+    assert!(
+        row.factor == 0.0,
+        "{quantity:?} in {kind:?} is relative to the reference's own error: use allowed_beside"
+    );
+    row.floor
+}
+
+/// The allowed difference where the reference's float32 result is `own` from its float64 result.
+pub fn allowed_beside(quantity: Quantity, kind: Kind, own: f64) -> f64 {
+    row(quantity, kind).at(own)
+}
+
+impl Tolerance {
+    fn at(&self, own: f64) -> f64 {
+        // A reference that is not finite bounds nothing, and gives no room either.
+        let relative = if own.is_finite() { self.slack + self.factor * own } else { 0.0 };
+        self.floor.max(relative).min(self.bound)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// No row may have a larger bound: what is further away has no digit that the dtype should give.
+    fn limit(kind: Kind) -> f64 {
+        match kind {
+            Kind::Double => 2e-5, // where the reference has float32 only
+            Kind::Float => 1e-3,
+            _ => 0.25,
+        }
+    }
+
+    #[test]
+    fn rows_stay_within_their_bounds() {
+        for row in &TABLE {
+            let what = format!("{:?} in {:?}", row.quantity, row.kind);
+            assert!(
+                0.0 < row.floor && row.floor <= row.bound,
+                "{what}: floor {} above {}",
+                row.floor,
+                row.bound
+            );
+            assert!(row.bound <= limit(row.kind), "{what}: bound {} above {}", row.bound, limit(row.kind));
+            assert!(row.slack <= row.floor && row.factor >= 0.0, "{what}");
+            assert_eq!(
+                row.factor > 0.0,
+                row.bound > row.floor,
+                "{what}: a bound above the floor is for a factor"
+            );
+            assert!(!row.reason.is_empty(), "{what} has no reason");
+            let mut before = 0.0;
+            for own in [0.0, 1e-12, 1e-9, 1e-7, 1e-6, 1e-5, 1e-3, 1.0, f64::MAX] {
+                let allowed = row.at(own);
+                assert!(
+                    before <= allowed && allowed <= row.bound,
+                    "{what}: {allowed} where {own} is its own"
+                );
+                before = allowed;
+            }
+            assert_eq!(row.at(0.0), row.floor, "{what}");
+            assert_eq!((row.at(f64::NAN), row.at(f64::INFINITY)), (row.floor, row.floor), "{what}");
+        }
+    }
+
+    #[test]
+    fn a_value_has_one_row_a_dtype_and_more_room_in_fewer_bits() {
+        for (i, row) in TABLE.iter().enumerate() {
+            for other in &TABLE[i + 1..] {
+                if row.quantity == other.quantity {
+                    assert!(row.kind != other.kind, "{:?} in {:?} twice", row.quantity, row.kind);
+                    assert!(row.floor <= other.floor, "{:?}: {:?}, {:?}", row.quantity, row.kind, other.kind);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ill_conditioned_gradients_have_room_and_others_do_not() {
+        // Own float32 errors of the golden models: about 1e-6, and 6.7e-6 for a bias of k.
+        assert_eq!(allowed_beside(Gradient, B, 1.5e-6), 0.1);
+        let bias = allowed_beside(Gradient, B, 6.7e-6);
+        assert!((0.2..0.25).contains(&bias), "{bias}");
+        assert_eq!(allowed_beside(Gradient, B, 1e-3), 0.25);
+        assert_eq!(allowed_beside(Gradient, F, 1e-6), 3e-6);
+    }
+}

@@ -3,14 +3,17 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
-mod common;
-
 use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
+use testing::compare::{largest, largest_relative, relative, relative_number};
+use testing::folder::folder;
+use testing::golden::golden_model;
+use testing::program::Program;
+use testing::ranks::on_ranks;
+use testing::run::{Run, data};
+use testing::tolerance::{Quantity, allowed};
 
-use common::run::{Program, Run, data, folder, largest_relative};
-use common::{golden_model, largest, on_ranks, relative};
 use corral::checkpoint::Weights;
 use corral::config::shape::Shape;
 use corral::config::trainable::{Base, Freeze, Lora, Targets};
@@ -135,9 +138,12 @@ fn what_is_not_frozen_has_the_gradients_of_the_whole_model() {
         assert!(part.params.frozen_bytes() < 8 * frozen + 4096);
         for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
             let (part_loss, some) = step(&mut part, recompute);
-            assert!((part_loss - loss).abs() < 1e-9 * loss, "{part_loss} {loss}");
+            assert!(
+                relative_number(part_loss, loss) < allowed(Quantity::TwoWays, Kind::Double),
+                "{part_loss} {loss}"
+            );
             assert_eq!(some.len(), tensors, "{freeze:?}: {:?}", some.keys());
-            same_gradients(&some, &all, 1e-12);
+            same_gradients(&some, &all, allowed(Quantity::TwoWays, Kind::Double));
         }
     }
 }
@@ -169,9 +175,12 @@ fn a_quantized_base_is_the_dense_model_of_its_weights() {
             .unwrap();
         let (loss, gradients) = step(&mut quantized, Recompute::None);
         let (expected, of_dense) = step(&mut dense, Recompute::None);
-        assert!((loss / expected - 1.0).abs() < 1e-12, "{loss} {expected}");
+        assert!(
+            relative_number(loss, expected) < allowed(Quantity::TwoWays, Kind::Double),
+            "{loss} {expected}"
+        );
         assert_eq!(gradients.len(), 2 * 2 * 7 + 1, "A and B of seven layers in two blocks, and the head");
-        same_gradients(&gradients, &of_dense, 1e-10);
+        same_gradients(&gradients, &of_dense, allowed(Quantity::SameModel, Kind::Double));
         let plain = step(&mut model(&trainable(Base::None), Kind::Double, Group::solo()), Recompute::None).0;
         assert!((loss / plain - 1.0).abs() > 1e-5, "{base:?} changes the loss");
     }
@@ -206,7 +215,7 @@ fn dropout_is_the_same_for_recomputation_and_micro_batches() {
     let (again, recomputed) = step(&mut with, Recompute::Full);
     assert!(loss == again && gradients.iter().all(|(name, g)| recomputed[name].equal(g)), "bit by bit");
     let divided = accumulate(&mut with, &[(0, 1), (1, 3), (4, 2)], Recompute::Selective);
-    assert!((divided / loss - 1.0).abs() < 1e-12, "{divided} {loss}");
+    assert!(relative_number(divided, loss) < allowed(Quantity::TwoWays, Kind::Double), "{divided} {loss}");
     with.params.clear_gradients();
 
     let without = Trainable::new(&Freeze::default(), Some(&lora(Base::None, 0.0)));
@@ -253,7 +262,10 @@ fn two_ranks_have_the_gradients_of_one() {
                 let slice = model.params.slice(i);
                 let expected = Tensor::from_slice(expected).narrow(0, slice.start, slice.len);
                 let d = relative(&model.params.slice_grad(i).unwrap(), &expected);
-                assert!(d < 1e-10, "{trainable:?}: group {i} is {d:e} off");
+                assert!(
+                    d < allowed(Quantity::SameModel, Kind::Double),
+                    "{trainable:?}: group {i} is {d:e} off"
+                );
             }
         });
     }
@@ -302,7 +314,7 @@ fn ranks_divide_the_training_of_adapters() {
         let (two, words) = adapter_run(&format!("ranks-2-{mode}"), &["precision.compute=float64"]);
         train(&two, 2, &[&words[..], &divided].concat());
         let d = largest_relative(&two.numbers("train", "loss"), &losses);
-        assert!(d < 1e-10, "{mode}: {d:e}");
+        assert!(d < allowed(Quantity::SameModel, Kind::Double), "{mode}: {d:e}");
     }
 }
 
@@ -349,7 +361,10 @@ fn the_life_of_an_adapter() {
     let with_adapter = perplexity(&adapter);
     for other in [last.to_string_lossy().into_owned(), at("merged")] {
         let p = perplexity(&other);
-        assert!((p / with_adapter - 1.0).abs() < 1e-5, "{other}: {p}, with the adapter {with_adapter}");
+        assert!(
+            relative_number(p, with_adapter) < allowed(Quantity::Perplexity, Kind::Float),
+            "{other}: {p}, with the adapter {with_adapter}"
+        );
     }
     assert!((perplexity(base_model()) / with_adapter - 1.0).abs() > 1e-4, "it has learned something");
     let words =
@@ -594,7 +609,7 @@ fn moments_in_8_bits() {
     let two = Run::sft("moments-8bit-ranks");
     two.train(2, &[&words[..], &["--resume", &from.to_string_lossy()]].concat());
     let d = largest_relative(&two.numbers("train", "loss")[..3], &a[step as usize..step as usize + 3]);
-    assert!(d < 1e-4, "{d:e}");
+    assert!(d < allowed(Quantity::SameMetrics, Kind::Float), "{d:e}");
 }
 
 #[test]

@@ -2,12 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
-mod common;
-
 use std::fs;
 use std::path::Path;
+use testing::folder::folder;
+use testing::golden::repository;
+use testing::program::{Ended, Program, launch};
+use testing::run::data;
 
-use common::run::{Ended, LAUNCH, Program, data, folder};
 use serde_json::{Value, json};
 
 /// The measurements, without the prefix of a rank.
@@ -36,7 +37,7 @@ fn checkpoint() {
     for ranks in [1, 2] {
         let program = match ranks {
             1 => Program::corral(&["bench"]),
-            _ => Program::new(LAUNCH).args(&["--nproc", "2", "bench", "--device", "cpu"]),
+            _ => Program::new(launch()).args(&["--nproc", "2", "bench", "--device", "cpu"]),
         };
         let program = program.args(&["checkpoint", "--dir"]).arg(&disk).args(&SMALL);
         let found = measurements(&program.run(&logs, &format!("ranks-{ranks}")).expect_code(0));
@@ -76,14 +77,14 @@ fn data_reading() {
     bench(&["--input", "absent.jsonl"]).run(&logs, "absent").expect_error(3, &["absent.jsonl"]);
     bench(&["--runs", "0"]).run(&logs, "none").expect_error(2, &["--runs"]);
     assert!(empty(&disk), "nothing stays after an error");
-    let launched = Program::new(LAUNCH).args(&["--nproc", "2", "bench", "--device", "cpu", "data"]);
+    let launched = Program::new(launch()).args(&["--nproc", "2", "bench", "--device", "cpu", "data"]);
     launched.run(&logs, "two").expect_code(2);
 }
 
 #[test]
 fn generation_by_a_model_and_by_a_preset() {
     let logs = folder("generate");
-    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models/tied");
+    let model = repository().join("tests/golden/models/tied");
     let small = ["--runs", "1", "--batch-size", "2", "--prompt-tokens", "4", "--new-tokens", "3"];
     let bench = |of: [&str; 2]| Program::corral(&["bench", "generate"]).args(&of).args(&small);
     let of_model = ["--model", model.to_str().unwrap()];

@@ -1,11 +1,8 @@
 //! Inputs of users that once failed, with right values: every file of `tests/cases` through `run.py`, which says what a case is.
 
-mod common;
-
 use std::path::Path;
 use std::process::Command;
-
-use common::run::CORRAL;
+use testing::program::corral;
 
 /// Runs the cases of one file; shows those that fail.
 fn cases(file: &str) {
@@ -14,7 +11,7 @@ fn cases(file: &str) {
         .arg(folder.join("cases/run.py"))
         .arg(folder.join("cases").join(file))
         .arg("--bin")
-        .arg(Path::new(CORRAL).parent().expect("a folder of binaries"))
+        .arg(corral().parent().expect("a folder of binaries"))
         .arg("--models")
         .arg(folder.join("golden/models"))
         .output()

@@ -2,37 +2,26 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
-mod common;
-
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 use std::time::Duration;
+use testing::folder::{copy_files, folder};
+use testing::golden::golden_model;
+use testing::program::{Program, corral, launch};
 
-use common::golden;
-use common::run::{CORRAL, LAUNCH, Program, folder};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-fn model(family: &str) -> PathBuf {
-    golden().join("models").join(family)
-}
-
 /// A copy of a golden model that may be changed; without its chat template where `template` is false.
 fn copy_of(family: &str, to: &Path, template: bool) {
     std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(model(family)).unwrap() {
-        let path = entry.unwrap().path();
-        if template || path.file_name().unwrap() != "chat_template.jinja" {
-            let bytes = std::fs::read(&path).unwrap();
-            std::fs::write(to.join(path.file_name().unwrap()), bytes).unwrap();
-        }
-    }
+    copy_files(&golden_model(family), to, |file| !template && file == "chat_template.jinja");
 }
 
 fn command(model: &Path, words: &[&str]) -> Command {
-    let mut command = Command::new(CORRAL);
+    let mut command = Command::new(corral());
     command.args(["--device", "cpu", "--threads", "1", "-v", "chat", "--model"]).arg(model).args(words);
     command.env_remove("WORLD_SIZE").env_remove("RANK");
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -68,7 +57,7 @@ fn answer(model: &Path, dir: &Path, messages: &[(&str, &str)], words: &[&str]) -
 fn answers_are_those_to_the_whole_conversation() {
     let dir = folder("conversation");
     for family in ["llama3", "mistral"] {
-        let model = model(family);
+        let model = golden_model(family);
         let words = ["--temperature", "0", "--max-new-tokens", "12", "--dtype", "float64"];
         let (code, out, err) = chat(&model, &words, &["Hello there", "/reset", "", "And you?", "/exit", "x"]);
         assert_eq!(code, 0, "{err}");
@@ -95,7 +84,7 @@ fn answers_are_those_to_the_whole_conversation() {
 #[test]
 fn commands_change_what_follows() {
     let dir = folder("commands");
-    let model = model("llama3");
+    let model = golden_model("llama3");
     let words = ["--temperature", "0", "--max-new-tokens", "8", "--system", "Be brief."];
     let lines = [
         "Hello",
@@ -146,14 +135,14 @@ fn a_model_without_a_chat_template_needs_one() {
     let (code, _, err) = chat(&bare, &["--chat-template", "chatml"], &["Hello"]);
     assert!(code != 0 && err.contains("<|im_start|>"), "{err}");
     let launch =
-        Program::new(LAUNCH).args(&["--nproc", "2", "chat", "--device", "cpu", "--model"]).arg(&bare);
+        Program::new(launch()).args(&["--nproc", "2", "chat", "--device", "cpu", "--model"]).arg(&bare);
     assert!(launch.run(&dir, "launch").expect_code(2).err.contains("chat is one process"));
 }
 
 /// The model has 128 positions.
 #[test]
 fn what_does_not_fit_is_given_up_and_told() {
-    let model = model("tied");
+    let model = golden_model("tied");
     let long = "one two three four five six seven eight nine ten";
     let lines = [long, long, long, &"word ".repeat(200), "Hello"];
     let (code, out, err) = chat(&model, &["--temperature", "0", "--max-new-tokens", "10"], &lines);

@@ -9,35 +9,21 @@ use corral::distributed::world::{BackendChoice, DeviceChoice, World};
 use kernels::c10d::{Backend, Group, ReduceOp, Store};
 use kernels::watch::Watch;
 use std::net::TcpListener;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Output};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
+use testing::ranks::{free_port, start_as_rank};
 
 struct Ranks(Vec<Child>);
 
-fn free_port() -> u16 {
-    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
-}
-
 fn spawn(case: &str, rank: i64, world_size: i64, port: u16) -> Child {
-    let mut command = Command::new(std::env::current_exe().unwrap());
+    let (local_rank, mut more) = ((rank / 2).to_string(), vec![("CORRAL_TEST_CASE", case)]);
     if case == "hosts" {
         // As if ranks went round two hosts of two each.
-        command.env("LOCAL_RANK", (rank / 2).to_string()).env("LOCAL_WORLD_SIZE", "2");
+        more.extend([("LOCAL_RANK", local_rank.as_str()), ("LOCAL_WORLD_SIZE", "2")]);
     }
-    command
-        .args(["as_rank", "--exact", "--nocapture"])
-        .env("CORRAL_TEST_CASE", case)
-        .env("RANK", rank.to_string())
-        .env("WORLD_SIZE", world_size.to_string())
-        .env("MASTER_ADDR", "127.0.0.1")
-        .env("MASTER_PORT", port.to_string())
-        .env("OMP_NUM_THREADS", "1")
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
+    start_as_rank(rank, world_size, port, &more)
 }
 
 fn start(case: &str, world_size: i64) -> Ranks {

@@ -2,18 +2,18 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
+use testing::folder::folder;
+use testing::golden::{fixture, golden, json};
+use testing::program::{Ended, Program};
+use testing::run::Run;
 
-use common::run::{Program, folder};
-use common::{golden, json};
 use corral::checkpoint::Weights;
 use tch::Kind;
 
 /// Runs `corral convert`; the program's output.
-fn convert(from: &Path, to: &Path, words: &[&str]) -> common::run::Ended {
+fn convert(from: &Path, to: &Path, words: &[&str]) -> Ended {
     let dir = to.parent().unwrap();
     Program::corral(&["convert", "--from"]).arg(from).args(&["--to"]).arg(to).args(words).run(dir, "convert")
 }
@@ -138,7 +138,7 @@ fn a_narrower_dtype_is_checked_against_rounded_tensors() {
 
 #[test]
 fn a_checkpoint_of_a_run_can_be_converted() {
-    let run = common::run::Run::new("convert-run");
+    let run = Run::new("convert-run");
     run.program(2, &["train.steps=4", "precision.compute=float32"]).run(&run.dir, "pretrain").expect_code(0);
     let checkpoint = run.output().join("checkpoints/step-00000004");
     let out = run.dir.join("out");
@@ -155,7 +155,7 @@ fn a_tokenizer_of_metas_goes_along() {
     for name in ["model.safetensors", "config.json"] {
         fs::copy(golden().join("models/llama2").join(name), model.join(name)).unwrap();
     }
-    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers");
+    let fixtures = fixture("tokenizers");
     fs::copy(fixtures.join("llama.model"), model.join("tokenizer.model")).unwrap();
     let ended = convert(&model, &meta, &["--format", "meta"]).expect_code(0);
     assert!(ended.out.contains("tokenizer.model") && !ended.err.contains("no tokenizer.model"), "{ended}");

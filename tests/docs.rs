@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use testing::program::corral;
 
 /// Folders of the tree that documents name paths in.
 const ROOTS: [&str; 7] = ["configs", "docs", "kernels", "launch", "scripts", "src", "tests"];
@@ -154,7 +155,7 @@ fn yaml_can_be_read() {
 
 /// The subcommands that `corral --help` lists, and what it says of each.
 fn subcommands() -> BTreeMap<String, String> {
-    let output = Command::new(env!("CARGO_BIN_EXE_corral")).arg("--help").output().expect("corral --help");
+    let output = Command::new(corral()).arg("--help").output().expect("corral --help");
     let help = String::from_utf8(output.stdout).expect("help in UTF-8");
     let list = help.lines().skip_while(|line| *line != "Commands:").skip(1);
     // Long descriptions go on in lines that begin further to the right.
@@ -207,8 +208,7 @@ fn subcommands_are_described() {
 #[test]
 fn keys_are_those_of_the_program() {
     for (flag, file) in [("--markdown", "docs/config.md"), ("--schema", "docs/corral.schema.json")] {
-        let output =
-            Command::new(env!("CARGO_BIN_EXE_corral")).args(["help", flag]).output().expect("corral help");
+        let output = Command::new(corral()).args(["help", flag]).output().expect("corral help");
         assert!(output.status.success(), "corral help {flag}: {}", String::from_utf8_lossy(&output.stderr));
         let there = fs::read_to_string(root().join(file)).expect(file);
         assert!(there == String::from_utf8_lossy(&output.stdout), "{file} is old: make keys writes it anew");

@@ -2,16 +2,19 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
-mod common;
-
 use std::fs::{self, File};
 use std::io::Write;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use tch::Kind;
+use testing::compare::relative_number;
+use testing::folder::folder;
+use testing::program::{Program, Running, corral, launch, wait_until_gone};
+use testing::run::{Run, data, uint};
+use testing::tolerance::{Quantity, allowed};
 
-use common::run::{CORRAL, LAUNCH, Program, Run, Running, data, folder, uint, wait_until_gone};
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
@@ -74,18 +77,19 @@ fn a_batch_that_does_not_divide_among_the_ranks_is_refused() {
 #[test]
 fn what_is_not_there_is_refused() {
     let dir = folder("not-there");
-    let ended = Program::new(CORRAL).args(&["pretrian"]).run(&dir, "subcommand");
+    let ended = Program::new(corral()).args(&["pretrian"]).run(&dir, "subcommand");
     ended.expect_error(2, &["unrecognized subcommand 'pretrian'"]);
-    let ended = Program::new(LAUNCH).args(&["--nproc", "2", "--backend", "mpi", "pretrain"]).run(&dir, "mpi");
+    let ended =
+        Program::new(launch()).args(&["--nproc", "2", "--backend", "mpi", "pretrain"]).run(&dir, "mpi");
     assert!(ended.expect_code(2).err.contains("mpi is not available in this build"));
     // CUDA_VISIBLE_DEVICES is empty: no GPU, also where there is one.
     let run = Run::new("cuda");
     let config = run.dir.join("config.yaml");
     for device in ["cuda", "cuda:1"] {
-        let program = Program::new(CORRAL).args(&["pretrain", "--device", device, "--config"]).arg(&config);
+        let program = Program::new(corral()).args(&["pretrain", "--device", device, "--config"]).arg(&config);
         program.run(&run.dir, "cuda").expect_error(2, &["--device cuda"]);
     }
-    let program = Program::new(CORRAL).args(&["pretrain", "--device", "tpu", "--config"]).arg(&config);
+    let program = Program::new(corral()).args(&["pretrain", "--device", "tpu", "--config"]).arg(&config);
     program.run(&run.dir, "tpu").expect_error(2, &["tpu", "cpu, cuda or cuda:N"]);
 }
 
@@ -224,7 +228,7 @@ fn checkpoints_cannot_be_written(
     words: &[&str],
 ) {
     // As a shell leaves it to a program to be told of a limit to its files, instead of being killed.
-    let ignoring = Program::new("sh").args(&["-c", "trap '' XFSZ; exec \"$0\" \"$@\"", CORRAL]);
+    let ignoring = Program::new("sh").args(&["-c", "trap '' XFSZ; exec \"$0\" \"$@\""]).arg(corral());
     let config = run.dir.join("config.yaml");
     let mut running = ignoring
         .args(&["pretrain", "--device", "cpu", "--config"])
@@ -400,7 +404,10 @@ fn three_steps_that_are_not_finite_end_the_run() {
         let last = format!("last finite: step {} with loss ", finite["step"]);
         let told = ended.err.split_once(&last).unwrap_or_else(|| panic!("`{last}`\n{ended}")).1;
         let told: f64 = told.split(' ').next().and_then(|x| x.parse().ok()).unwrap();
-        assert!((told / loss - 1.0).abs() < 1e-6, "{told} is not {loss}\n{ended}");
+        assert!(
+            relative_number(told, loss) < allowed(Quantity::Printed, Kind::Float),
+            "{told} is not {loss}\n{ended}"
+        );
         let up_to = format!("not finite in 3 steps in a row, up to step {}", lines.len());
         for part in [&up_to, "Try a lower learning rate"] {
             assert!(ended.err.contains(part), "`{part}`\n{ended}");

@@ -3,8 +3,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
-mod common;
-
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
@@ -12,9 +10,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
+use testing::folder::folder;
+use testing::golden::{fixture, golden};
+use testing::run::data;
 
-use common::golden;
-use common::run::folder;
 use corral::Result;
 use corral::checkpoint::source::TensorFile;
 use corral::checkpoint::{Weights, safetensors, torch_file};
@@ -215,7 +214,7 @@ fn seed(path: PathBuf, from: &Path, hot: impl Fn(&[u8]) -> Vec<std::ops::Range<u
 }
 
 fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/formats")
+    fixture("formats")
 }
 
 #[test]
@@ -324,7 +323,7 @@ fn configurations_and_indices() {
 fn gguf_files() {
     let _alone = alone();
     let dir = folder("gguf");
-    let fixture = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gguf").join(name);
+    let fixture = |name: &str| fixture("gguf").join(name);
     for (name, header) in [("llama3.gguf", 24..24_000), ("qwen2.gguf", 24..24_000), ("quants.gguf", 0..700)] {
         let whole = seed(dir.join(name), &fixture(name), |_| vec![header.clone()]);
         let (magic, hot) = (whole.bytes[..24].to_vec(), header.start > 0);
@@ -350,7 +349,7 @@ fn gguf_files() {
 fn token_shards() {
     let _alone = alone();
     let dir = folder("tokens");
-    let shard = common::run::data().join("tokens/valid/shard-00000.tokens");
+    let shard = data().join("tokens/valid/shard-00000.tokens");
     let seeds = vec![seed(dir.join("shard-00000.tokens"), &shard, |_| std::iter::once(0..128).collect())];
     // The header's checksum is made right for three of four, so that what comes after it is reached.
     let fix = |bytes: &mut [u8]| {

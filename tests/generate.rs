@@ -7,8 +7,12 @@ mod common;
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
+use testing::compare::largest;
+use testing::golden::{FAMILIES, golden, golden_model, tensors};
+use testing::ranks::on_ranks;
+use testing::tolerance::{Quantity, allowed};
 
-use common::{FAMILIES, golden, golden_model, largest, load, load_sharded, on_ranks, tensors};
+use common::{load, load_sharded};
 use corral::algorithms::rl::experience::{Readout, SamplerDistance};
 use corral::config::rollout::{Gather, Length};
 use corral::data::tokenizer::Tokenizer;
@@ -80,7 +84,10 @@ fn greedy_continuations_are_the_golden_ones() {
                 let logprobs: Vec<f64> = completions.iter().flat_map(|c| c.logprobs.clone()).collect();
                 let logprobs = Tensor::from_slice(&logprobs).view([-1, steps as i64]);
                 let distance = largest(&logprobs, &g.tensors["gen_logprobs"]);
-                assert!(distance < 5e-5, "{family} in {kind:?}: log-probabilities differ by {distance:e}");
+                assert!(
+                    distance < allowed(Quantity::Scores, Kind::Float),
+                    "{family} in {kind:?}: log-probabilities differ by {distance:e}"
+                );
             }
         }
     }
@@ -135,7 +142,10 @@ fn cached_logits_are_those_of_a_whole_forward() {
             let logits = model.next_token_logits(&hidden).unwrap();
             let expected = Tensor::stack(&[all_first.get(4 + step), all_second.get(2 + step)], 0);
             let distance = largest(&logits, &expected) / expected.abs().max().double_value(&[]);
-            assert!(distance < 1e-10, "{family}, step {step}: {distance:e}");
+            assert!(
+                distance < allowed(Quantity::SameModel, Kind::Double),
+                "{family}, step {step}: {distance:e}"
+            );
             let next = [first[5 + step as usize], second[3 + step as usize]];
             hidden = model.decode(&next, &[2, 0], &mut cache).unwrap();
         }
@@ -226,7 +236,7 @@ fn kept_tokens_and_probabilities_are_the_golden_ones() {
         let got = probabilities(&all["logits"], &sampling);
         let expected = &all[&format!("{name}.probs")];
         assert!(got.gt(0.0).equal(&all[&format!("{name}.keep")].gt(0.0)), "{name}");
-        assert!(largest(&got, expected) < 1e-6, "{name}");
+        assert!(largest(&got, expected) < allowed(Quantity::Printed, Kind::Float), "{name}");
     }
 }
 
@@ -246,15 +256,26 @@ fn draws_follow_the_distribution() {
         assert!((share - p).abs() < 5.0 * (p * (1.0 - p) / n as f64).sqrt(), "{id}: {share} and {p}");
     }
     for choice in &choices[..50] {
-        assert!((choice.logprob - probabilities[choice.id as usize].ln()).abs() < 1e-12);
+        assert!(
+            (choice.logprob - probabilities[choice.id as usize].ln()).abs()
+                < allowed(Quantity::TwoWays, Kind::Double)
+        );
     }
-    assert!(choices.iter().all(|c| (c.logprob - c.sampler_logprob).abs() < 1e-12), "nothing is cut off");
+    assert!(
+        choices
+            .iter()
+            .all(|c| (c.logprob - c.sampler_logprob).abs() < allowed(Quantity::TwoWays, Kind::Double)),
+        "nothing is cut off"
+    );
     // Two tokens of four reach 0.7.
     let nucleus = Sampling { top_p: 0.7, ..sampling };
     for choice in choose(&many, &draws, &[], &nucleus).unwrap() {
         assert!(choice.id < 2);
         let share = (probabilities[choice.id as usize] / 0.75).ln();
-        assert!((choice.sampler_logprob - share).abs() < 1e-12, "{choice:?}");
+        assert!(
+            (choice.sampler_logprob - share).abs() < allowed(Quantity::TwoWays, Kind::Double),
+            "{choice:?}"
+        );
     }
     // Rows that may not end do not choose what ends them, greedily or drawn.
     let kept = draws.iter().map(|d| Draw { may_end: d.sample % 2 == 0, ..*d }).collect::<Vec<_>>();
@@ -384,7 +405,10 @@ fn a_row_is_extended_as_if_it_had_been_read_at_once() {
                 at += n;
             }
             let distance = largest(&last, &whole) / whole.abs().max().double_value(&[]);
-            assert!(distance < 1e-10, "{family} in {pieces:?}: {distance:e}");
+            assert!(
+                distance < allowed(Quantity::SameModel, Kind::Double),
+                "{family} in {pieces:?}: {distance:e}"
+            );
         }
         // Back to 10 tokens, a copy of them elsewhere, and the rest again.
         cache.truncate(0, 10);
@@ -392,7 +416,10 @@ fn a_row_is_extended_as_if_it_had_been_read_at_once() {
         assert_eq!((cache.len(0), cache.len(1)), (10, 8));
         for slot in [0, 1] {
             let last = model.extend(&ids[cache.len(slot)..60], slot, &mut cache).unwrap();
-            assert!(largest(&last, &whole) / whole.abs().max().double_value(&[]) < 1e-10);
+            assert!(
+                largest(&last, &whole) / whole.abs().max().double_value(&[])
+                    < allowed(Quantity::SameModel, Kind::Double)
+            );
         }
         assert!(cache.copy(0, 1, 61).is_err());
         assert!(model.extend(&[], 0, &mut cache).is_err());
@@ -553,7 +580,10 @@ fn rows_of_a_rollout_score_as_they_were_drawn() {
             let mut apart = SamplerDistance::default();
             apart.add(&sequences, responses.iter().enumerate(), &logprobs);
             let (mean, most) = (apart.mean(), apart.most);
-            assert!(0.0 < mean && mean <= most && most < 1e-9, "{family}: {most:e}");
+            assert!(
+                0.0 < mean && mean <= most && most < allowed(Quantity::Sampler, Kind::Double),
+                "{family}: {most:e}"
+            );
             let outside: Tensor = &logprobs * (1.0 - sequences.mask(Kind::Double));
             assert_eq!(outside.abs().max().double_value(&[]), 0.0);
         }

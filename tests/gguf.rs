@@ -9,9 +9,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::AtomicU64;
+use testing::folder::folder;
+use testing::golden::repository;
+use testing::program::corral;
 
-use common::golden_model;
-use common::run::folder;
+use common::load;
 use corral::checkpoint::Weights;
 use corral::checkpoint::convert::{Conversion, Report, Stored, Target};
 use corral::config::shape::{LayerType, Shape};
@@ -22,12 +24,12 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gguf").join(name)
+    testing::golden::fixture("gguf").join(name)
 }
 
 /// The models that the fixtures were made of, whatever CORRAL_GOLDEN says.
 fn model(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models").join(name)
+    repository().join("tests/golden/models").join(name)
 }
 
 fn convert(from: &Path, to: &Path, target: Target, stored: Option<Stored>) -> corral::Result<Report> {
@@ -132,9 +134,7 @@ fn tokenizers_of_other_programs_give_the_golden_ids() {
         [("llama3.gguf", "llama3"), ("qwen2.gguf", "qwen2"), ("mixtral-00001-of-00002.gguf", "sp")]
     {
         let tokenizer = Tokenizer::load(fixture(file)).unwrap();
-        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/golden/tokenizer")
-            .join(format!("{golden}.json"));
+        let path = repository().join("tests/golden/tokenizer").join(format!("{golden}.json"));
         let golden: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
         for case in golden["cases"].as_array().unwrap() {
             let text = case["text"].as_str().unwrap();
@@ -340,7 +340,7 @@ fn a_model_scores_alike_from_both_formats() {
         let ids: Vec<i64> = (0..40).map(|i| i * 13 % shape.vocab_size).collect();
         let ids = Tensor::from_slice(&ids).view([1, 40]);
         let logits = |path: &Path| {
-            let mut model = common::load(path, Kind::Float);
+            let mut model = load(path, Kind::Float);
             let hidden = model.hidden(&corral::model::Input::new(ids.shallow_clone())).unwrap();
             model.next_token_logits(&hidden).unwrap()
         };
@@ -348,7 +348,9 @@ fn a_model_scores_alike_from_both_formats() {
         match shape.features.norm_offset {
             false => assert_eq!(ours, theirs, "{name}"),
             // A norm's weight plus 1 is rounded to 2^-24 of its size.
-            true => assert!(common::relative(&ours, &theirs) < 1e-5, "{name}"),
+            true => {
+                assert!(relative(&ours, &theirs) < allowed(Quantity::RoundedNorms, Kind::Float), "{name}")
+            }
         }
     }
 }
@@ -507,11 +509,7 @@ fn what_llama_cpp_has_no_place_for_is_refused() {
 #[test]
 fn inspect_tells_what_a_file_holds() {
     let inspect = |path: &Path| {
-        let output = Command::new(env!("CARGO_BIN_EXE_corral"))
-            .args(["inspect", "--json"])
-            .arg(path)
-            .output()
-            .unwrap();
+        let output = Command::new(corral()).args(["inspect", "--json"]).arg(path).output().unwrap();
         let report: Value = serde_json::from_slice(&output.stdout).unwrap();
         (report, output.status.code(), String::from_utf8(output.stderr).unwrap())
     };
@@ -541,7 +539,7 @@ fn fetched_models_go_by_their_names() {
     let dir = folder("fetched");
     let name = "smollm2-135m-instruct";
     let corral = |args: &[&str]| {
-        let output = Command::new(env!("CARGO_BIN_EXE_corral"))
+        let output = Command::new(corral())
             .args(args)
             .env("CORRAL_HOME", dir.join("home"))
             .current_dir(&dir)

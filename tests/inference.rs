@@ -6,51 +6,25 @@ mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use testing::compare::relative_number;
+use testing::folder::{TestFolder, folder};
+use testing::golden::{golden_model, tensors};
+use testing::program::{Program, launch};
+use testing::tolerance::{Quantity, allowed};
 
-use common::run::{LAUNCH, Program, folder};
-use common::{golden, load, tensors};
+use common::load;
 use corral::model::{Input, LmHead};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
-/// A folder of its own, removed at the end.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Folder {
-        let path = std::env::temp_dir().join(format!("corral-inference-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&path);
-        std::fs::create_dir_all(&path).unwrap();
-        Folder(path)
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-
-    fn write(&self, name: &str, text: &str) -> PathBuf {
-        std::fs::write(self.path(name), text).unwrap();
-        self.path(name)
-    }
-
-    fn lines(&self, name: &str, values: &[Value]) -> PathBuf {
-        self.write(name, &values.iter().map(|v| format!("{v}\n")).collect::<String>())
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-fn model(family: &str) -> PathBuf {
-    golden().join("models").join(family)
+/// A JSONL file in a folder of a test.
+fn write_lines(folder: &TestFolder, name: &str, values: &[Value]) -> PathBuf {
+    folder.file(name, values.iter().map(|v| format!("{v}\n")).collect::<String>())
 }
 
 /// Runs `corral SUBCOMMAND --model MODEL ...` on one thread of the CPU.
 fn corral(subcommand: &str, model: &Path, args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_corral"))
+    Command::new(testing::program::corral())
         .args(["--device", "cpu", "--threads", "1", subcommand, "--model", model.to_str().unwrap()])
         .args(args)
         .env_remove("WORLD_SIZE")
@@ -87,12 +61,12 @@ fn text(path: &Path) -> &str {
 
 #[test]
 fn generate_writes_the_lines_back_with_completions() {
-    let folder = Folder::new("generate");
+    let folder = TestFolder::new("generate");
     let prompts = ["One two", "The quick brown fox jumps", "a"];
     let lines: Vec<Value> = prompts.iter().enumerate().map(|(i, p)| json!({"id": i, "prompt": p})).collect();
-    let (input, output) = (folder.lines("in.jsonl", &lines), folder.path("out.jsonl"));
+    let (input, output) = (write_lines(&folder, "in.jsonl", &lines), folder.path("out.jsonl"));
     let args = ["--input", text(&input), "--max-new-tokens", "12", "--output", text(&output)];
-    assert_eq!(succeed(corral("generate", &model("llama3"), &args)), "");
+    assert_eq!(succeed(corral("generate", &golden_model("llama3"), &args)), "");
     let completions = read(&output);
     for ((line, prompt), id) in completions.iter().zip(prompts).zip(0..) {
         assert_eq!((&line["id"], &line["prompt"]), (&json!(id), &json!(prompt)));
@@ -100,7 +74,7 @@ fn generate_writes_the_lines_back_with_completions() {
         assert_eq!(line["finish_reason"], if n < 12 { "eos" } else { "length" });
         // Alone it is the same, and what is printed is the completion.
         let alone = ["--prompt", prompt, "--max-new-tokens", "12"];
-        let printed = succeed(corral("generate", &model("llama3"), &alone));
+        let printed = succeed(corral("generate", &golden_model("llama3"), &alone));
         assert_eq!(printed.strip_suffix('\n'), line["completion"].as_str());
     }
     assert_eq!(completions.len(), 3);
@@ -108,7 +82,7 @@ fn generate_writes_the_lines_back_with_completions() {
     let sample = |seed: &str, batch_size: &str| {
         let drawn = ["--temperature", "2", "--top-k", "40", "--top-p", "0.9", "--dtype", "float64"];
         let keys = ["--seed", seed, "--batch-size", batch_size];
-        succeed(corral("generate", &model("llama3"), &[&args[..4], &drawn, &keys].concat()))
+        succeed(corral("generate", &golden_model("llama3"), &[&args[..4], &drawn, &keys].concat()))
     };
     let first = sample("1", "1");
     assert_eq!(first, sample("1", "3"), "draws do not depend on the batch");
@@ -117,15 +91,15 @@ fn generate_writes_the_lines_back_with_completions() {
 
 #[test]
 fn generate_refuses_what_it_cannot_do() {
-    let folder = Folder::new("refusals");
-    let llama = model("tied");
+    let folder = TestFolder::new("refusals");
+    let llama = golden_model("tied");
     fail(corral("generate", &llama, &[]), 2, "--prompt");
     fail(corral("generate", &llama, &["--prompt", "a", "--top-p", "1.5"]), 2, "top-p is 1.5");
     fail(corral("generate", &llama, &["--prompt", "a", "--temperature=-1"]), 2, "temperature");
     fail(corral("generate", &llama, &["--prompt", "a", "--max-new-tokens", "0"]), 2, "max-new-tokens");
     fail(corral("generate", &llama, &["--prompt", "a", "--stop", ""]), 2, "--stop");
     fail(corral("generate", &folder.path("no"), &["--prompt", "a"]), 3, "no such folder");
-    let bad = folder.lines("bad.jsonl", &[json!({"prompt": "a"}), json!({"prompt": 3})]);
+    let bad = write_lines(&folder, "bad.jsonl", &[json!({"prompt": "a"}), json!({"prompt": 3})]);
     let output = folder.path("out.jsonl");
     let args = ["--input", text(&bad), "--output", text(&output)];
     fail(corral("generate", &llama, &args), 3, "bad.jsonl:2: `prompt` is a number");
@@ -135,9 +109,9 @@ fn generate_refuses_what_it_cannot_do() {
 /// `score` on the golden rows, without their padding: Hugging Face's log-probabilities.
 #[test]
 fn scores_are_the_golden_ones() {
-    let folder = Folder::new("score");
+    let folder = TestFolder::new("score");
     for family in ["llama2", "llama3", "tied"] {
-        let dir = model(family);
+        let dir = golden_model(family);
         let single = tensors(&dir.join("golden.safetensors"));
         let double = tensors(&dir.join("golden_f64.safetensors"));
         let rows = |name: &str| Vec::<Vec<i64>>::try_from(&single[name]).unwrap();
@@ -151,8 +125,9 @@ fn scores_are_the_golden_ones() {
                 json!({"input_ids": real, "note": "kept"})
             })
             .collect();
-        let (input, output) = (folder.lines("in.jsonl", &lines), folder.path("out.jsonl"));
-        for (dtype, tolerance) in [("float32", 5e-5), ("float64", 1e-9)] {
+        let (input, output) = (write_lines(&folder, "in.jsonl", &lines), folder.path("out.jsonl"));
+        for (dtype, kind) in [("float32", Kind::Float), ("float64", Kind::Double)] {
+            let tolerance = allowed(Quantity::Scores, kind);
             let args = ["--input", text(&input), "--output", text(&output), "--dtype", dtype];
             assert_eq!(succeed(corral("score", &dir, &args)), "");
             let scored = read(&output);
@@ -169,7 +144,10 @@ fn scores_are_the_golden_ones() {
                 for (x, y) in got.iter().zip(&wanted) {
                     assert!((x - y).abs() < tolerance, "{family} in {dtype}: {x} and {y}");
                 }
-                assert!((line["sum_logprob"].as_f64().unwrap() - got.iter().sum::<f64>()).abs() < 1e-9);
+                assert!(
+                    (line["sum_logprob"].as_f64().unwrap() - got.iter().sum::<f64>()).abs()
+                        < allowed(Quantity::Printed, Kind::Double)
+                );
             }
         }
     }
@@ -177,14 +155,14 @@ fn scores_are_the_golden_ones() {
 
 #[test]
 fn scores_of_texts_and_completions() {
-    let folder = Folder::new("texts");
+    let folder = TestFolder::new("texts");
     let lines = [
         json!({"text": "One two three"}),
         json!({"prompt": "One", "completion": " two three"}),
         json!({"prompt": "One two three", "completion": ""}),
     ];
-    let (input, output) = (folder.lines("in.jsonl", &lines), folder.path("out.jsonl"));
-    let dir = model("llama3");
+    let (input, output) = (write_lines(&folder, "in.jsonl", &lines), folder.path("out.jsonl"));
+    let dir = golden_model("llama3");
     succeed(corral("score", &dir, &["--input", text(&input), "--output", text(&output)]));
     let scored = read(&output);
     let (all, part) = (numbers(&scored[0]["logprobs"]), numbers(&scored[1]["logprobs"]));
@@ -192,13 +170,13 @@ fn scores_of_texts_and_completions() {
     assert_eq!(all.len() + 1, scored[0]["token_ids"].as_array().unwrap().len());
     assert!(!part.is_empty() && part.len() < all.len());
     for (x, y) in part.iter().rev().zip(all.iter().rev()) {
-        assert!((x - y).abs() < 1e-4, "{x} and {y}");
+        assert!((x - y).abs() < allowed(Quantity::SameRewards, Kind::Float), "{x} and {y}");
     }
     assert_eq!((&scored[2]["logprobs"], &scored[2]["sum_logprob"]), (&json!([]), &json!(0.0)));
 
     let kept = std::fs::read(&output).unwrap();
     let refuse = |line: Value, message: &str| {
-        let input = folder.lines("bad.jsonl", &[lines[0].clone(), line]);
+        let input = write_lines(&folder, "bad.jsonl", &[lines[0].clone(), line]);
         let out = corral("score", &dir, &["--input", text(&input), "--output", text(&output)]);
         fail(out, 3, message);
         assert_eq!(std::fs::read(&output).unwrap(), kept, "an earlier output stays");
@@ -216,10 +194,10 @@ fn scores_of_texts_and_completions() {
 /// Windows of 7 predictions over a text, against one forward a window.
 #[test]
 fn perplexity_counts_every_token_once() {
-    let folder = Folder::new("eval");
-    let dir = model("llama3");
+    let folder = TestFolder::new("eval");
+    let dir = golden_model("llama3");
     let written = "One two three.\nFour five six, and seven.\nHow the fox jumps over 13 lazy dogs!\n";
-    let input = folder.write("text.txt", written);
+    let input = folder.file("text.txt", written);
     let output = folder.path("result.json");
     let args = ["--task", "perplexity", "--input", text(&input), "--dtype", "float64"];
     let windowed = [&args[..], &["--sequence-length", "7", "--output", text(&output)]].concat();
@@ -240,13 +218,19 @@ fn perplexity_counts_every_token_once() {
     let number = |key: &str| result[key].as_f64().unwrap();
     let n = (ids.len() - 1) as f64;
     assert_eq!((number("num_tokens"), number("num_bytes")), (n, written.len() as f64));
-    assert!((number("loss") - loss / n).abs() < 1e-9, "{result} and {}", loss / n);
-    assert!((number("perplexity") / (loss / n).exp() - 1.0).abs() < 1e-8);
+    assert!(
+        (number("loss") - loss / n).abs() < allowed(Quantity::Printed, Kind::Double),
+        "{result} and {}",
+        loss / n
+    );
+    assert!(
+        relative_number(number("perplexity"), (loss / n).exp()) < allowed(Quantity::Printed, Kind::Double)
+    );
     let bits = loss / std::f64::consts::LN_2 / written.len() as f64;
-    assert!((number("bits_per_byte") - bits).abs() < 1e-9);
+    assert!((number("bits_per_byte") - bits).abs() < allowed(Quantity::Printed, Kind::Double));
 
     fail(corral("eval", &dir, &[&args[..], &["--sequence-length", "513"]].concat()), 2, "512 positions");
-    let empty = folder.write("empty.jsonl", "");
+    let empty = folder.file("empty.jsonl", "");
     let none = ["--task", "perplexity", "--input", text(&empty)];
     fail(corral("eval", &dir, &none), 3, "nothing to measure");
 }
@@ -258,8 +242,8 @@ const TEMPLATE: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{%
 /// log-probability has grown more.
 #[test]
 fn preferences_of_a_language_model() {
-    let folder = Folder::new("preferences");
-    let dir = model("llama3");
+    let folder = TestFolder::new("preferences");
+    let dir = golden_model("llama3");
     let turn = |role: &str, text: &str| json!([{"role": role, "content": text}]);
     let pair = |prompt, chosen, rejected| {
         let [chosen, rejected] = [chosen, rejected].map(|text| turn("assistant", text));
@@ -272,18 +256,21 @@ fn preferences_of_a_language_model() {
             ["chosen", "rejected"].map(|side| json!({"prompt": p["prompt"], "completion": p[side]}))
         })
         .collect();
-    let (input, output) = (folder.lines("completions.jsonl", &lines), folder.path("scores.jsonl"));
+    let (input, output) = (write_lines(&folder, "completions.jsonl", &lines), folder.path("scores.jsonl"));
     let common = ["--dtype", "float64", "--chat-template", TEMPLATE, "--input"];
     let score = [&common[..], &[text(&input), "--output", text(&output)]].concat();
     succeed(corral("score", &dir, &score));
     let sums: Vec<f64> = read(&output).iter().map(|line| line["sum_logprob"].as_f64().unwrap()).collect();
 
-    let (input, answers) = (folder.lines("pairs.jsonl", &pairs), folder.path("answers.jsonl"));
+    let (input, answers) = (write_lines(&folder, "pairs.jsonl", &pairs), folder.path("answers.jsonl"));
     let task = ["--task", "preference", "--answers", text(&answers)];
     let eval = [&common[..], &[text(&input)], &task].concat();
     let result: Value = serde_json::from_str(&succeed(corral("eval", &dir, &eval))).unwrap();
     let rewards: Vec<f64> = read(&answers).iter().flat_map(|line| numbers(&line["rewards"])).collect();
-    assert!(rewards.iter().zip(&sums).all(|(a, b)| (a - b).abs() < 1e-9), "{rewards:?} and {sums:?}");
+    assert!(
+        rewards.iter().zip(&sums).all(|(a, b)| (a - b).abs() < allowed(Quantity::Printed, Kind::Double)),
+        "{rewards:?} and {sums:?}"
+    );
     let right = sums.chunks(2).filter(|pair| pair[0] > pair[1]).count();
     assert_eq!((&result["right"], &result["pairs"]), (&json!(right), &json!(2)), "{result}");
     assert_eq!(result["compared"], "logprobs");
@@ -293,7 +280,7 @@ fn preferences_of_a_language_model() {
     let result: Value = serde_json::from_str(&succeed(beside(&dir))).unwrap();
     assert_eq!((&result["equal"], &result["right"]), (&json!(2), &json!(0)), "{result}");
     assert_eq!(result["compared"], "logratios");
-    fail(beside(&model("llama2")), 3, "different tokenizers");
+    fail(beside(&golden_model("llama2")), 3, "different tokenizers");
     let perplexity = ["--task", "perplexity", "--input", text(&input), "--reference", text(&dir)];
     fail(corral("eval", &dir, &perplexity), 2, "--reference is for --task preference");
 }
@@ -301,13 +288,13 @@ fn preferences_of_a_language_model() {
 /// Token shards and the text that they were made of measure the same.
 #[test]
 fn perplexity_of_token_shards() {
-    let folder = Folder::new("shards");
-    let dir = model("llama3");
+    let folder = TestFolder::new("shards");
+    let dir = golden_model("llama3");
     let documents =
         ["One two three.", "Four five six, and seven.", "The quick brown fox."].map(|t| json!({"text": t}));
-    let input = folder.lines("text.jsonl", &documents);
+    let input = write_lines(&folder, "text.jsonl", &documents);
     let shards = folder.path("tokens");
-    let tokenize = Command::new(env!("CARGO_BIN_EXE_corral"))
+    let tokenize = Command::new(testing::program::corral())
         .args(["tokenize", "--input", text(&input), "--tokenizer", text(&dir), "--output", text(&shards)])
         .args(["--valid-fraction", "0"])
         .output()
@@ -321,7 +308,7 @@ fn perplexity_of_token_shards() {
     // Another model's tokenizer.
     let train = shards.join("train");
     let args = ["--task", "perplexity", "--input", text(&train)];
-    fail(corral("eval", &model("llama2"), &args), 3, "another tokenizer");
+    fail(corral("eval", &golden_model("llama2"), &args), 3, "another tokenizer");
 }
 
 /// Runs the words on one rank, on two that hold copies of the model, and on two and three that share it.
@@ -331,7 +318,7 @@ fn on_ranks(name: &str, words: &[&str], compare: impl Fn(&Path)) {
         let at = dir.join(format!("{ranks}-{mode}"));
         std::fs::create_dir_all(&at).unwrap();
         let nproc = ranks.to_string();
-        let program = Program::new(LAUNCH).args(&["--nproc", &nproc]).args(words).args(&["--mode", mode]);
+        let program = Program::new(launch()).args(&["--nproc", &nproc]).args(words).args(&["--mode", mode]);
         program.args(&["--device", "cpu", "--output"]).arg(at.join("out")).run(&at, "launch").expect_code(0);
         compare(&at.join("out"));
     }
@@ -339,12 +326,12 @@ fn on_ranks(name: &str, words: &[&str], compare: impl Fn(&Path)) {
 
 #[test]
 fn ranks_generate_what_one_rank_does() {
-    let data = Folder::new("ranks-generate");
+    let data = TestFolder::new("ranks-generate");
     let lines: Vec<Value> = (0..13)
         .map(|i| json!({"prompt": format!("The {} fox {i}", "quick brown ".repeat(i % 5)), "id": i}))
         .collect();
-    let input = data.lines("in.jsonl", &lines);
-    let llama = model("llama3");
+    let input = write_lines(&data, "in.jsonl", &lines);
+    let llama = golden_model("llama3");
     let words = ["generate", "--model", text(&llama), "--input", text(&input), "--max-new-tokens", "20"];
     let drawn = ["--temperature", "1.5", "--top-p", "0.95", "--batch-size", "3", "--dtype", "float64"];
     let words = [&words[..], &drawn].concat();
@@ -359,12 +346,12 @@ fn ranks_generate_what_one_rank_does() {
 
 #[test]
 fn ranks_score_and_measure_what_one_rank_does() {
-    let data = Folder::new("ranks-score");
-    let llama = model("tied");
+    let data = TestFolder::new("ranks-score");
+    let llama = golden_model("tied");
     // Batches of 8192 tokens: three of them, for two ranks and for three.
     let long = |i: usize| json!({"input_ids": (0..120).map(|j| (i * 37 + j * 11) % 400).collect::<Vec<_>>()});
     let lines: Vec<Value> = (0..190).map(long).chain([json!({"input_ids": [5]})]).collect();
-    let input = data.lines("in.jsonl", &lines);
+    let input = write_lines(&data, "in.jsonl", &lines);
     let words = ["score", "--model", text(&llama), "--input", text(&input)];
     let alone = data.path("alone.jsonl");
     succeed(corral("score", &llama, &["--input", text(&input), "--output", text(&alone)]));
@@ -374,7 +361,7 @@ fn ranks_score_and_measure_what_one_rank_does() {
     });
 
     let written = "One two three, four five six.\n".repeat(600);
-    let input = data.write("text.txt", &written);
+    let input = data.file("text.txt", &written);
     let words = ["eval", "--model", text(&llama), "--task", "perplexity", "--input", text(&input)];
     let words = [&words[..], &["--sequence-length", "100"]].concat();
     let alone = data.path("alone.json");
@@ -386,8 +373,8 @@ fn ranks_score_and_measure_what_one_rank_does() {
 
     let pair =
         |i: usize| json!({"prompt": "One two", "chosen": "three ".repeat(i), "rejected": "four".repeat(i)});
-    let input = data.lines("pairs.jsonl", &(1..6).map(pair).collect::<Vec<_>>());
-    let reference = model("llama2");
+    let input = write_lines(&data, "pairs.jsonl", &(1..6).map(pair).collect::<Vec<_>>());
+    let reference = golden_model("llama2");
     let words = ["eval", "--model", text(&llama), "--task", "preference", "--input", text(&input)];
     let words = [&words[..], &["--chat-template", TEMPLATE, "--reference", text(&reference)]].concat();
     let alone = data.path("preference.json");
@@ -404,10 +391,10 @@ fn ranks_score_and_measure_what_one_rank_does() {
 fn ranks_tell_an_error_once() {
     let dir = folder("once");
     let launched = |words: &[&str], name: &str| {
-        let program = Program::new(LAUNCH).args(&["--nproc", "2"]).args(words).args(&["--device", "cpu"]);
+        let program = Program::new(launch()).args(&["--nproc", "2"]).args(words).args(&["--device", "cpu"]);
         program.run(&dir, name)
     };
-    let llama = model("tied");
+    let llama = golden_model("tied");
     let missing = dir.join("missing").to_string_lossy().into_owned();
     for (words, code, message) in [
         (&["generate", "--model", &missing, "--prompt", "a"][..], 3, "no such folder"),
@@ -423,10 +410,10 @@ fn ranks_tell_an_error_once() {
 
 #[test]
 fn an_output_is_gone_on_with() {
-    let folder = Folder::new("go-on");
-    let llama = model("llama3");
+    let folder = TestFolder::new("go-on");
+    let llama = golden_model("llama3");
     let lines: Vec<Value> = (0..7).map(|i| json!({"prompt": format!("fox {i}"), "id": i})).collect();
-    let (input, output) = (folder.lines("in.jsonl", &lines), folder.path("out.jsonl"));
+    let (input, output) = (write_lines(&folder, "in.jsonl", &lines), folder.path("out.jsonl"));
     let run = |more: &[&str]| {
         let words =
             ["--input", text(&input), "--output", text(&output), "--max-new-tokens", "9", "--seed", "3"];
@@ -448,7 +435,7 @@ fn an_output_is_gone_on_with() {
     fail(run(&["--top-k", "7"]), 2, "was begun with top_k 0, here 7");
     succeed(run(&["--top-k", "7", "--overwrite"]));
     assert_ne!(std::fs::read_to_string(&output).unwrap(), whole);
-    folder.lines("in.jsonl", &lines[1..]);
+    write_lines(&folder, "in.jsonl", &lines[1..]);
     fail(run(&["--top-k", "7"]), 2, "out.jsonl:1 is no answer to line 1 of the input");
     let reread = std::fs::read_to_string(&output).unwrap();
     assert_eq!(reread.lines().count(), 7, "what is refused stays");
@@ -457,11 +444,11 @@ fn an_output_is_gone_on_with() {
 /// No padding and no neighbour changes a completion: batches of any size and one prompt at a time, greedy and drawn.
 #[test]
 fn batches_are_single_prompts() {
-    let folder = Folder::new("batches");
+    let folder = TestFolder::new("batches");
     for family in ["llama2", "llama3", "tied"] {
-        let g = tensors(&model(family).join("golden.safetensors"));
+        let g = tensors(&golden_model(family).join("golden.safetensors"));
         let rows = |name: &str| Vec::<Vec<i64>>::try_from(&g[name]).unwrap();
-        let tokenizer = corral::data::tokenizer::Tokenizer::load(model(family)).unwrap();
+        let tokenizer = corral::data::tokenizer::Tokenizer::load(golden_model(family)).unwrap();
         let lines: Vec<Value> = rows("gen_input_ids")
             .iter()
             .zip(rows("gen_attention_mask"))
@@ -470,13 +457,13 @@ fn batches_are_single_prompts() {
                 json!({"prompt": tokenizer.decode(&real.collect::<Vec<_>>(), true).unwrap()})
             })
             .collect();
-        let input = folder.lines("in.jsonl", &lines);
+        let input = write_lines(&folder, "in.jsonl", &lines);
         for sampling in
             [&["--temperature", "0"][..], &["--temperature", "2", "--seed", "11", "--top-k", "60"]]
         {
             let generate = |batch_size: &str| {
                 let words = ["--input", text(&input), "--max-new-tokens", "16", "--batch-size", batch_size];
-                succeed(corral("generate", &model(family), &[&words[..], sampling].concat()))
+                succeed(corral("generate", &golden_model(family), &[&words[..], sampling].concat()))
             };
             let single = generate("1");
             assert_eq!(single.lines().count(), lines.len());

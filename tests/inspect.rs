@@ -2,13 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
+use testing::folder::{copy_files, folder};
+use testing::golden::{golden, golden_model, json, tensors};
+use testing::program::{Ended, Program};
+use testing::run::{Run, data};
 
-use common::run::{Ended, Program, Run, data, folder};
-use common::{golden, json, tensors};
 use serde_json::{Value, json};
 use tch::Tensor;
 
@@ -57,9 +57,7 @@ fn all_problems(report: &Value) -> Vec<String> {
 
 fn copy(from: &Path, to: &str) -> PathBuf {
     let to = folder(to);
-    for entry in fs::read_dir(from).unwrap().flatten().filter(|e| e.path().is_file()) {
-        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-    }
+    copy_files(from, &to, |_| false);
     to
 }
 
@@ -76,10 +74,6 @@ fn flip(path: &Path) {
     fs::write(path, bytes).unwrap();
 }
 
-fn model(name: &str) -> PathBuf {
-    golden().join("models").join(name)
-}
-
 const EXTRA: &str = "model.layers.9.extra.weight";
 
 /// Writes a file of tensors anew without one of them, and with one that is too many.
@@ -92,9 +86,9 @@ fn without(path: &Path, gone: &str) {
 
 #[test]
 fn a_model() {
-    let report = whole(&model("tied"), &["--tensors"]);
+    let report = whole(&golden_model("tied"), &["--tensors"]);
     assert_eq!((&report["kind"], &report["architecture"]), (&json!("model"), &json!("LlamaForCausalLM")));
-    let config = json(&model("tied").join("config.json"));
+    let config = json(&golden_model("tied").join("config.json"));
     for key in
         ["vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads", "tie_word_embeddings"]
     {
@@ -115,20 +109,20 @@ fn a_model() {
     );
 
     for family in ["llama2", "llama3", "mistral", "mixtral", "qwen2", "qwen3"] {
-        let report = whole(&model(family), &[]);
+        let report = whole(&golden_model(family), &[]);
         let other = report["parameters"].get("other");
         assert!(other.is_none(), "{family}: every tensor has its group: {report:#}");
         assert_eq!(report["parameters"].get("experts").is_some(), family == "mixtral");
     }
 
-    let sharded = whole(&model("llama3_sharded"), &[]);
+    let sharded = whole(&golden_model("llama3_sharded"), &[]);
     assert_eq!(sharded["files"].as_array().unwrap().len(), 4);
     assert_eq!(sharded["parameters"]["head"], 38_400);
     assert_eq!(sharded["tensors"], Value::Null);
 }
 
 fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/formats").join(name)
+    testing::golden::fixture("formats").join(name)
 }
 
 #[test]
@@ -165,7 +159,7 @@ fn models_of_torch_files() {
 
 #[test]
 fn a_damaged_model() {
-    let dir = copy(&model("llama3_sharded"), "model-missing");
+    let dir = copy(&golden_model("llama3_sharded"), "model-missing");
     fs::remove_file(dir.join("model-00003-of-00004.safetensors")).unwrap();
     cut(&dir.join("model-00004-of-00004.safetensors"));
     let parts = [
@@ -175,12 +169,12 @@ fn a_damaged_model() {
     let report = damaged(&dir, &[], &parts);
     assert_eq!(report["parameters"]["embedding"], 38_400, "what is left is told");
 
-    let dir = copy(&model("tied"), "model-tensors");
+    let dir = copy(&golden_model("tied"), "model-tensors");
     without(&dir.join("model.safetensors"), "model.layers.1.mlp.up_proj.weight");
     let parts = ["`model.layers.1.mlp.up_proj.weight` [160, 64] is missing", "`model.layers.9.extra.weight`"];
     damaged(&dir, &[], &parts);
 
-    let dir = copy(&model("tied"), "model-config");
+    let dir = copy(&golden_model("tied"), "model-config");
     let mut config = json(&dir.join("config.json"));
     config["architectures"] = json!(["GPT2LMHeadModel"]);
     config["model_type"] = json!("gpt2");
@@ -271,7 +265,7 @@ fn token_shards_and_tokenizers() {
         fs::rename(copy(&tokens.join(part), "tokens-part"), dir.join(part)).unwrap();
     }
     whole(&dir, &[]);
-    for file in fs::read_dir(model("tied")).unwrap().flatten() {
+    for file in fs::read_dir(golden_model("tied")).unwrap().flatten() {
         if file.file_name().to_string_lossy().starts_with("tokenizer") {
             fs::copy(file.path(), dir.join("tokenizer").join(file.file_name())).unwrap();
         }

@@ -1,15 +1,15 @@
 //! `launch` through the real binary. CORRAL_BIN is `env`, so that `launch ... sh -c SCRIPT` makes every rank a shell.
 
 use std::io::{BufRead, BufReader, Read};
-use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::time::{Duration, Instant};
+use testing::folder::folder;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 fn launch(options: &[&str], words: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_launch"));
+    let mut command = Command::new(testing::program::launch());
     for inherited in
         ["CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "CORRAL_BACKEND", "CORRAL_TTY", "MASTER_ADDR"]
     {
@@ -36,14 +36,6 @@ fn sorted_lines(bytes: &[u8]) -> Vec<String> {
     let mut lines: Vec<_> = text(bytes).lines().map(str::to_owned).collect();
     lines.sort();
     lines
-}
-
-/// An empty folder of this test.
-fn folder(name: &str) -> PathBuf {
-    let path = std::env::temp_dir().join(format!("launch-test-{}-{name}", std::process::id()));
-    let _ = std::fs::remove_dir_all(&path);
-    std::fs::create_dir_all(&path).expect("a folder for the test");
-    path
 }
 
 /// A `launch` that runs in the background, whose standard output is read line by line.
@@ -385,15 +377,8 @@ fn a_closed_output_stops_nobody() {
 fn an_ignored_sigchld_is_no_trouble() {
     // A shell cannot hand an ignored SIGCHLD to its children, `env` can.
     let mut command = Command::new("/usr/bin/env");
-    command.args([
-        "--ignore-signal=CHLD",
-        env!("CARGO_BIN_EXE_launch"),
-        "--nproc",
-        "2",
-        "sh",
-        "-c",
-        "exit 4",
-    ]);
+    command.arg("--ignore-signal=CHLD").arg(testing::program::launch());
+    command.args(["--nproc", "2", "sh", "-c", "exit 4"]);
     command.env("CORRAL_BIN", "/usr/bin/env");
     let output = run(command);
     assert_eq!(output.status.code(), Some(4), "{output:?}");

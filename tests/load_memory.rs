@@ -7,16 +7,15 @@
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 #![allow(clippy::disallowed_methods, reason = "the tests' own variables, CORRAL_TEST_* among them")]
 
-mod common;
-
 use std::fs;
-use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::atomic::AtomicU64;
 use std::time::Instant;
+use testing::compare::relative_number;
+use testing::folder::folder;
+use testing::ranks::{free_port, start_as_rank};
+use testing::tolerance::{Quantity, allowed};
 
-use common::run::folder;
 use corral::checkpoint::convert::{Conversion, Target};
 use corral::checkpoint::safetensors::{self, Entry};
 use corral::checkpoint::{Weights, torch_file};
@@ -72,21 +71,9 @@ fn as_rank() {
 
 /// Loads a model on four ranks.
 fn load(what: &str, model: &Path, bytes: u64, sum: f64) {
-    let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
-    let rank = |rank: usize| {
-        Command::new(std::env::current_exe().unwrap())
-            .args(["as_rank", "--exact", "--nocapture"])
-            .env("CORRAL_TEST_MODEL", model)
-            .env("RANK", rank.to_string())
-            .env("WORLD_SIZE", RANKS.to_string())
-            .env("MASTER_ADDR", "127.0.0.1")
-            .env("MASTER_PORT", port.to_string())
-            .env("OMP_NUM_THREADS", "1")
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap()
-    };
+    let port = free_port();
+    let more = [("CORRAL_TEST_MODEL", model.to_str().unwrap())];
+    let rank = |rank: usize| start_as_rank(rank as i64, RANKS as i64, port, &more);
     let ranks: Vec<_> = (0..RANKS).map(rank).collect();
     for rank in ranks {
         let output = rank.wait_with_output().unwrap();
@@ -107,7 +94,10 @@ fn load(what: &str, model: &Path, bytes: u64, sum: f64) {
             );
         }
         let found = line["sum"].as_f64().unwrap();
-        assert!((found - sum).abs() < 1e-6 * sum.abs(), "{what}: {found} is not {sum}");
+        assert!(
+            relative_number(found, sum) < allowed(Quantity::Reduction, Kind::Float),
+            "{what}: {found} is not {sum}"
+        );
     }
 }
 

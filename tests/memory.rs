@@ -2,9 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
-mod common;
-
-use common::run::{Program, Run, data, folder};
 use corral::algorithms::step::{MicroBatch, accumulate_gradients};
 use corral::config::sections::Recompute;
 use corral::config::shape::{Activation, Features, Norms, QkNorm, Shape};
@@ -15,6 +12,9 @@ use corral::model::{DropoutPlace, Input, Llama, Trainable};
 use corral::plan::memory::{Batch, Memory};
 use kernels::counting;
 use tch::{Device, Kind, Tensor};
+use testing::folder::folder;
+use testing::program::Program;
+use testing::run::{Run, data};
 
 fn shape(preset: &str) -> Shape {
     Shape {
@@ -320,8 +320,7 @@ fn several_models_are_planned_by_device_and_phase() {
         let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
         let config = dir.join("configs/ppo").join(recipe);
         let all = [&["plan", "ppo", "--json", "--config", config.to_str().unwrap()], words].concat();
-        let planned =
-            Program::corral(&all).args(&["--device", "cuda"]).run(&common::run::folder("plan-ppo"), "plan");
+        let planned = Program::corral(&all).args(&["--device", "cuda"]).run(&folder("plan-ppo"), "plan");
         serde_json::from_str(&planned.expect_code(0).out).unwrap()
     };
     let one_gpu = plan("llama-7b-one-gpu.yaml", &[]);
@@ -360,7 +359,7 @@ fn a_recipe_of_presets_is_checked_without_models() {
         let config = dir.join(recipe);
         let words = ["check", "ppo", "--device", "cuda", "--nproc", ranks, "--config"];
         let check = |more: &[&str]| {
-            let folder = common::run::folder(&format!("check-presets-{ranks}"));
+            let folder = folder(&format!("check-presets-{ranks}"));
             Program::corral(&words).arg(&config).args(more).run(&folder, "check")
         };
         let told = check(&[]).expect_code(0).out;

@@ -4,8 +4,13 @@
 mod common;
 
 use std::collections::HashMap;
+use testing::compare::{largest, relative, relative_number};
+use testing::device::device;
+use testing::folder::folder;
+use testing::golden::{golden, golden_model, json, shifted, tensors};
+use testing::tolerance::{Quantity, allowed, allowed_beside};
 
-use common::{device, golden, golden_model, gradients, json, largest, load, relative, shifted, tensors};
+use common::{gradients, load};
 use corral::checkpoint::merge::Merge;
 use corral::checkpoint::{PeftAdapter, Weights};
 use corral::distributed::mesh::Sharding;
@@ -22,7 +27,8 @@ fn adamw_trajectories() {
     let c = json(&golden().join("algo/adamw.json"));
     let multipliers: Vec<f64> =
         c["schedule_multipliers"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
-    for (name, kind, tolerance) in [("f64", Kind::Double, 1e-12), ("f32", Kind::Float, 1e-6)] {
+    for (name, kind) in [("f64", Kind::Double), ("f32", Kind::Float)] {
+        let tolerance = allowed(Quantity::AdamW, kind);
         for mode in ["plain", "clip_sched"] {
             let layout = Layout::new(
                 "all",
@@ -52,7 +58,10 @@ fn adamw_trajectories() {
                     _ => (number("lr") * multipliers[step], AdamW::clip_scale(norm, number("max_grad_norm"))),
                 };
                 let wanted = t[&format!("{mode}.{name}.grad_norm")].double_value(&[step as i64]);
-                assert!((norm / wanted - 1.0).abs() < 1e-6, "norm {norm}, PyTorch {wanted}");
+                assert!(
+                    relative_number(norm, wanted) < allowed(Quantity::Reduction, Kind::Float),
+                    "norm {norm}, PyTorch {wanted}"
+                );
                 optimizer.update(&mut params, lr, scale).unwrap();
                 for spec in &specs {
                     let d = relative(
@@ -94,7 +103,7 @@ fn learning_rate_schedules() {
         for (step, lr) in case["lr"].as_array().unwrap().iter().enumerate().take(total_steps as usize) {
             let (ours, wanted) = (schedule.rate(step as u64), lr.as_f64().unwrap());
             assert!(
-                (ours - wanted).abs() <= 1e-15,
+                (ours - wanted).abs() <= allowed(Quantity::LearningRate, Kind::Double),
                 "{} step {step}: {ours}, transformers {wanted}",
                 case["name"]
             );
@@ -160,7 +169,10 @@ fn lora() {
             // The golden values are of float32.
             let size = exact.abs().max().double_value(&[]).max(1.0);
             let distance = measure(&got.view(exact.size().as_slice()), exact);
-            assert!(distance <= 2e-5 * size, "{what} in {kind:?}: {distance:e} of {size}");
+            assert!(
+                distance <= allowed(Quantity::SingleReference, kind) * size,
+                "{what} in {kind:?}: {distance:e} of {size}"
+            );
         };
     let logits = |model: &mut Llama| {
         let hidden = model.hidden(&input()).unwrap();
@@ -198,7 +210,10 @@ fn lora() {
                 for spec in &model.params.layout(i).specs {
                     let name = format!("grad.base_model.model.{}", spec.name);
                     let distance = relative(&spec.view(&grad), &g[&name]);
-                    assert!(distance < 1e-5, "{name} in {kind:?}: {distance:e}");
+                    assert!(
+                        distance < allowed(Quantity::SingleGradient, kind),
+                        "{name} in {kind:?}: {distance:e}"
+                    );
                     seen += 1;
                 }
             }
@@ -217,18 +232,18 @@ fn lora() {
         near("logits", &logits(&mut Llama::new(shape.clone(), params)), &g["logits"], kind, largest);
     }
 
-    let merged = common::run::folder("merged");
+    let merged = folder("merged");
     let adapter = PeftAdapter::open(&dir).unwrap();
     let base = Weights::open(&adapter.base().unwrap()).unwrap();
     let merge = Merge::new(base, adapter, None).unwrap();
     let report = merge.write(&merged, 1 << 30, device(), &Default::default()).unwrap();
-    assert!(report.distance < 1e-9, "{report:?}");
+    assert!(report.distance < allowed(Quantity::Merged, Kind::Double), "{report:?}");
     let (ours, theirs) =
         (tensors(&merged.join("model.safetensors")), tensors(&dir.join("merged.safetensors")));
     assert_eq!(report.num_merged, theirs.len());
     for (name, t) in &theirs {
         let d = largest(&ours[name], t);
-        assert!(d < 1e-6, "{name}: {d:e}");
+        assert!(d < allowed(Quantity::Merged, Kind::Float), "{name}: {d:e}");
     }
     let mut model = load(&merged, Kind::Double);
     near("logits_merged", &logits(&mut model), &g["logits_merged"], Kind::Double, largest);
@@ -267,11 +282,11 @@ fn packed_documents_are_as_each_on_its_own() {
     for kind in [Kind::Float, Kind::Double] {
         let (logits, loss, grads) = run(kind, &packed, &labels);
         let (exact, single) = (g["logits_separate_f64"].view_as(&logits), &g["logits_separate"]);
-        let (allowed, loose) = match kind {
-            Kind::Double => (1e-10 * exact.abs().max().double_value(&[]).max(1.0), 1e-10),
-            _ => (2.0 * largest(&single.view_as(&logits).to_kind(Kind::Double), &exact) + 1e-6, 1e-5),
-        };
-        assert!(largest(&logits, &exact) <= allowed, "logits in {kind:?}");
+        let size = if kind == Kind::Double { exact.abs().max().double_value(&[]).max(1.0) } else { 1.0 };
+        let allowed_logits =
+            size * allowed_beside(Quantity::Logits, kind, largest(&single.view_as(&logits), &exact));
+        let loose = allowed(Quantity::LossFunction, kind);
+        assert!(largest(&logits, &exact) <= allowed_logits, "logits in {kind:?}");
         assert!(largest(&logits, &g["logits_unmasked"].view_as(&logits).to_kind(Kind::Double)) > 0.1);
         let expected = g["loss_f64"].double_value(&[]);
         assert!((loss - expected).abs() <= loose * expected.abs().max(1.0), "{loss} is not {expected}");

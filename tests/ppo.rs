@@ -2,13 +2,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
-mod common;
-
 use std::fs;
 use std::path::Path;
+use testing::compare::{largest_relative, largest_relative_at, relative};
+use testing::folder::folder;
+use testing::golden::{json, tensors};
+use testing::program::Program;
+use testing::run::{Run, answers, data, json_lines, parameters};
+use testing::tolerance::{Quantity, allowed};
 
-use common::json;
-use common::run::{Program, Run, answers, data, folder, largest_relative};
 use corral::data::chat::Chat;
 use corral::data::conversation::Message;
 use corral::data::tokenizer::Tokenizer;
@@ -33,23 +35,6 @@ checkpoint: {{every: 1}}
     Run::of("ppo", name, &keys)
 }
 
-/// The parameters of an exported model as one vector, in float64.
-fn parameters(dir: &Path) -> Tensor {
-    let mut tensors = Tensor::read_safetensors(dir.join("model.safetensors")).unwrap();
-    tensors.sort_by(|a, b| a.0.cmp(&b.0));
-    let flat: Vec<Tensor> = tensors.iter().map(|(_, t)| t.to_kind(Kind::Double).view([-1])).collect();
-    Tensor::cat(&flat, 0)
-}
-
-fn relative(a: &Tensor, b: &Tensor) -> f64 {
-    (a - b).norm().double_value(&[]) / b.norm().double_value(&[])
-}
-
-fn lines(path: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
 #[test]
 fn it_learns_what_is_rewarded_and_tells_about_it() {
     let run = ppo("learns");
@@ -60,7 +45,11 @@ fn it_learns_what_is_rewarded_and_tells_about_it() {
     let kl = run.numbers("train", "kl");
     assert_eq!(kl[0], 0.0, "actor and reference begin alike");
     assert!(kl[11] > 0.0 && kl.iter().all(|x| x.is_finite()), "{kl:?}");
-    assert!(run.numbers("train", "sampler_distance_max").iter().all(|d| *d < 1e-4));
+    assert!(
+        run.numbers("train", "sampler_distance_max")
+            .iter()
+            .all(|d| *d < allowed(Quantity::Sampler, Kind::Float))
+    );
     for line in run.metrics() {
         for key in [
             "policy_loss",
@@ -81,19 +70,22 @@ fn it_learns_what_is_rewarded_and_tells_about_it() {
             assert!(line[key].is_number(), "{key} of {line}");
         }
     }
-    let samples = lines(&run.output().join("samples.jsonl"));
+    let samples = json_lines(&run.output().join("samples.jsonl"));
     assert_eq!(samples.len(), 12);
     let sample = &samples[0];
     assert!(
         sample["prompt"].as_str().unwrap().contains('?') && sample["rewards"]["format"]["reward"].is_number()
     );
-    let trace = lines(&run.output().join("trace.jsonl"));
+    let trace = json_lines(&run.output().join("trace.jsonl"));
     let first: Vec<&Value> = trace.iter().filter(|t| t["step"] == 1 && t["sample"] == 0).collect();
     assert_eq!(first.len() as u64, sample["num_tokens"].as_u64().unwrap());
     // The rewards of tokens are the KL penalty (none yet) and the score at the end.
     let number = |t: &Value, key: &str| t[key].as_f64().unwrap();
     assert!(first[..first.len() - 1].iter().all(|t| number(t, "reward") == 0.0));
-    assert!((number(first[first.len() - 1], "reward") - number(sample, "reward")).abs() < 1e-6);
+    assert!(
+        (number(first[first.len() - 1], "reward") - number(sample, "reward")).abs()
+            < allowed(Quantity::Printed, Kind::Float)
+    );
     assert!(first.iter().any(|t| number(t, "logprob_new") != number(t, "logprob_old")));
     assert!(run.output().join("critic/model.safetensors").is_file());
     let path = run.output().join("trace.jsonl");
@@ -144,12 +136,15 @@ fn ranks_and_micro_batches_change_nothing_in_float64() {
         run.train(ranks, &[&base[..], words].concat());
         for key in ["reward", "kl", "policy_loss", "value_loss", "response_tokens", "tokens"] {
             let (a, b) = (run.numbers("train", key), reference.numbers("train", key));
-            let close = a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= 1e-9 * b.abs().max(1.0));
+            let close = largest_relative_at(&a, &b, 1.0) <= allowed(Quantity::SameMetrics, Kind::Double);
             assert!(close, "{key} with {ranks} ranks, {words:?}: {a:?} {b:?}");
         }
         for (part, expected) in ["model", "critic"].iter().zip(&expected) {
             let distance = relative(&parameters(&run.output().join(part)), expected);
-            assert!(distance < 1e-9, "{part} with {ranks} ranks, {words:?}: {distance:e}");
+            assert!(
+                distance < allowed(Quantity::SameMetrics, Kind::Double),
+                "{part} with {ranks} ranks, {words:?}: {distance:e}"
+            );
         }
         let samples = |run: &Run| fs::read(run.output().join("samples.jsonl")).unwrap();
         assert!(samples(&run) == samples(&reference), "{ranks} ranks, {words:?}: other samples");
@@ -167,7 +162,10 @@ fn adapters_have_their_base_as_the_reference() {
     let other = ppo("lora-reference");
     let reference = format!("reference.path={}", answers().display());
     other.train(1, &["actor.lora={rank: 4, alpha: 8}", "actor.optim.lr=1e-2", &reference]);
-    assert!(largest_relative(&other.numbers("train", "reward"), &run.numbers("train", "reward")) < 1e-6);
+    assert!(
+        largest_relative(&other.numbers("train", "reward"), &run.numbers("train", "reward"))
+            < allowed(Quantity::Printed, Kind::Float)
+    );
 }
 
 /// Whether actor and reference begin alike is known by what they are, not by how they are written.
@@ -300,7 +298,7 @@ fn what_fails_is_told() {
     );
     assert_eq!(none.numbers("train", "unscored"), [16.0, 16.0]);
     let (start, model) = (parameters(answers()), parameters(&none.output().join("model")));
-    assert!(relative(&model, &start) < 1e-12, "nothing was learned");
+    assert!(relative(&model, &start) < allowed(Quantity::TwoWays, Kind::Double), "nothing was learned");
 }
 
 /// `corral score` of lines: what it writes of each.
@@ -311,7 +309,7 @@ fn scored(model: &Path, dir: &Path, input: &[Value]) -> Vec<Value> {
     let (model, input, output) = (model.to_string_lossy(), at("in.jsonl"), at("out.jsonl"));
     let words = ["score", "--model", &*model, "--input", &input, "--output", &output];
     Program::corral(&words).run(dir, "score").expect_code(0);
-    lines(Path::new(&output))
+    json_lines(Path::new(&output))
 }
 
 /// A reward model of another tokenizer and template than the actor's is given the text of what was said, and scores it as
@@ -341,7 +339,7 @@ train: {{steps: 4, batch_size: 4}}
         let run = ppo(&format!("other-{score}"));
         let path = format!("reward_model.path={}", reward_model.display());
         run.train(1, &[&path, "rewards=[]", "train.steps=2", "samples.every=1", "samples.count=16"]);
-        let samples = lines(&run.output().join("samples.jsonl"));
+        let samples = json_lines(&run.output().join("samples.jsonl"));
         assert_eq!(samples.len(), 32);
         let (cut, ended): (Vec<_>, Vec<_>) = samples.iter().partition(|s| s["finish_reason"] == "length");
         assert!(cut.len() > 2 && ended.len() > 2, "{} were cut, {} ended", cut.len(), ended.len());
@@ -353,7 +351,10 @@ train: {{steps: 4, batch_size: 4}}
         };
         let equal = |sample: &Value, expected: f64| {
             let reward = sample["rewards"]["model"]["reward"].as_f64().unwrap();
-            assert!((reward - expected).abs() < 1e-4, "{score}: {expected} expected of {sample}");
+            assert!(
+                (reward - expected).abs() < allowed(Quantity::SameRewards, Kind::Float),
+                "{score}: {expected} expected of {sample}"
+            );
         };
 
         let line = |s: &&Value| serde_json::json!({"prompt": prompt(s), "completion": text(s, "response")});
@@ -425,8 +426,8 @@ fn the_head_of_a_critic_is_saved_with_its_adapter() {
         (&config["task_type"], &config["modules_to_save"]),
         (&"SEQ_CLS".into(), &serde_json::json!(["score"]))
     );
-    let tensors = common::tensors(&critic.join("adapter_model.safetensors"));
-    let head = &tensors["base_model.model.score.weight"];
+    let saved = tensors(&critic.join("adapter_model.safetensors"));
+    let head = &saved["base_model.model.score.weight"];
     assert!(head.abs().max().double_value(&[]) > 0.0, "{head:?}");
     // Scored as it is, and merged into its model.
     let lines = [serde_json::json!({"input_ids": [1, 5, 9, 14]}), serde_json::json!({"input_ids": [1, 7]})];
@@ -437,7 +438,11 @@ fn the_head_of_a_critic_is_saved_with_its_adapter() {
     let (from, to) = (critic.to_string_lossy().into_owned(), merged.to_string_lossy().into_owned());
     Program::corral(&["merge", "--adapter", &from, "--output", &to]).run(&run.dir, "merge").expect_code(0);
     let (adapted, whole) = (rewards(&critic), rewards(&merged));
-    assert!(adapted[0] != adapted[1] && largest_relative(&adapted, &whole) < 1e-4, "{adapted:?} {whole:?}");
+    assert!(
+        adapted[0] != adapted[1]
+            && largest_relative(&adapted, &whole) < allowed(Quantity::SameRewards, Kind::Float),
+        "{adapted:?} {whole:?}"
+    );
     // Another run goes on with it, and a run that was stopped as if it had not been.
     let next = ppo("critic-next");
     next.train(1, &[&format!("critic.path={from}"), "critic.lora={rank: 4, alpha: 8}", "train.steps=1"]);
@@ -450,9 +455,9 @@ fn the_head_of_a_critic_is_saved_with_its_adapter() {
     running.wait();
     stopped.train(1, &stop);
     assert!(
-        common::tensors(&stopped.output().join("critic/adapter_model.safetensors"))
+        tensors(&stopped.output().join("critic/adapter_model.safetensors"))
             .iter()
-            .all(|(name, tensor)| tensor.equal(&tensors[name]))
+            .all(|(name, tensor)| tensor.equal(&saved[name]))
     );
 }
 

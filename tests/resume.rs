@@ -1,11 +1,13 @@
 //! Runs that are killed, stopped and resumed, against the same runs left alone.
 
-mod common;
-
 use std::fs;
 use std::time::Duration;
+use tch::Kind;
+use testing::compare::largest_relative;
+use testing::program::{Running, corral, wait_until_gone};
+use testing::run::Run;
+use testing::tolerance::{Quantity, allowed};
 
-use common::run::{Run, Running, largest_relative, wait_until_gone};
 use nix::sys::signal::{Signal, kill};
 
 /// A checkpoint is under way most of the time.
@@ -95,7 +97,7 @@ fn the_script_of_kills_finds_no_difference() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut script = std::process::Command::new("python3");
     script.arg(root.join("scripts/kills.py")).args(["--kills", "4", "--only", "lora,ppo", "--bin"]);
-    let output = script.arg(std::path::Path::new(common::run::CORRAL).parent().unwrap()).output().unwrap();
+    let output = script.arg(corral().parent().unwrap()).output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let (out, err) = (text(&output.stdout), text(&output.stderr));
     assert!(output.status.success() && out.contains("\n4 kills, "), "{out}{err}");
@@ -252,7 +254,7 @@ fn a_run_goes_on_with_other_ranks() {
             let (found, expected) = (run.numbers(kind, key), reference.numbers(kind, key));
             let difference = largest_relative(&found, &expected);
             assert!(
-                difference <= 1e-5,
+                difference <= allowed(Quantity::SameLosses, Kind::Float),
                 "{name}, stopped at step {stopped}: {kind} differs by {difference:e}"
             );
         }

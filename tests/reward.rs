@@ -3,9 +3,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
-mod common;
-
-use common::{device, golden, golden_model, json, largest, relative, tensors};
 use corral::algorithms::losses::ranking::{Pairs, Terms, losses};
 use corral::checkpoint::Weights;
 use corral::config::reward::Loss;
@@ -14,6 +11,10 @@ use corral::distributed::sharded::Sharded;
 use corral::model::{Input, Llama, Recompute, ScoreHead, layout};
 use serde_json::Value;
 use tch::{Kind, Tensor};
+use testing::compare::{largest, relative};
+use testing::device::device;
+use testing::golden::{golden, golden_model, json, tensors};
+use testing::tolerance::{Quantity, allowed};
 
 fn numbers(value: &Value) -> Tensor {
     let rows: Vec<f64> = match value[0].is_array() {
@@ -28,10 +29,9 @@ fn floats(value: &Value) -> Vec<f64> {
     value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
 }
 
-/// Values within 1e-10 in float64 and 1e-5 in float32.
 #[track_caller]
 fn near(what: &str, got: &Tensor, wanted: &Tensor, kind: Kind) {
-    let allowed = if kind == Kind::Double { 1e-10 } else { 1e-5 };
+    let allowed = allowed(Quantity::LossFunction, kind);
     let distance = largest(got, wanted);
     assert!(distance <= allowed, "{what} in {kind:?}: {distance:e} off");
 }
@@ -71,8 +71,14 @@ fn losses_of_pairs() {
     }
     let counted = Pairs::of(&scores, &ranks);
     assert_eq!(counted.right / counted.num_pairs, pairs["accuracy"].as_f64().unwrap());
-    assert!((counted.chosen - floats(&pairs["chosen"]).iter().sum::<f64>()).abs() < 1e-12);
-    assert!((counted.rejected - floats(&pairs["rejected"]).iter().sum::<f64>()).abs() < 1e-12);
+    assert!(
+        (counted.chosen - floats(&pairs["chosen"]).iter().sum::<f64>()).abs()
+            < allowed(Quantity::TwoWays, Kind::Double)
+    );
+    assert!(
+        (counted.rejected - floats(&pairs["rejected"]).iter().sum::<f64>()).abs()
+            < allowed(Quantity::TwoWays, Kind::Double)
+    );
 }
 
 #[test]
@@ -105,7 +111,8 @@ fn losses_by_their_definitions() {
     let log_sum = |s: &[f64]| s.iter().map(|x| x.exp()).sum::<f64>().ln();
     let near = |got: Vec<f64>, wanted: [f64; 2]| {
         assert!(
-            (got[0] - wanted[0]).abs() < 1e-12 && (got[1] - wanted[1]).abs() < 1e-12,
+            (got[0] - wanted[0]).abs() < allowed(Quantity::TwoWays, Kind::Double)
+                && (got[1] - wanted[1]).abs() < allowed(Quantity::TwoWays, Kind::Double),
             "{got:?} {wanted:?}"
         );
     };
@@ -169,11 +176,11 @@ fn scores_loss_and_gradients() {
         model.backward(dhidden, tape).unwrap();
         model.params.finish_step_gradients().unwrap();
         // The golden values are float32.
-        let allowed = 1e-5;
-        assert!(largest(&rewards.detach(), &golden["rewards"]) < allowed);
+        let near = allowed(Quantity::SingleGradient, kind);
+        assert!(largest(&rewards.detach(), &golden["rewards"]) < near);
         let real = &each.detach() * mask.to_kind(values.kind());
-        assert!(largest(&real, &golden["token_values"]) < allowed);
-        assert!(largest(&loss.detach(), &golden["pairwise_loss"]) < allowed);
+        assert!(largest(&real, &golden["token_values"]) < near);
+        assert!(largest(&loss.detach(), &golden["pairwise_loss"]) < near);
         let mut compared = 0;
         let mut gradients = Vec::new();
         for i in 0..model.params.len() {
@@ -183,7 +190,11 @@ fn scores_loss_and_gradients() {
                 let known = golden.get(&format!("grad.{}", spec.name));
                 if let Some(wanted) = known {
                     let distance = relative(&got, wanted);
-                    assert!(distance < 2e-5, "{} in {kind:?}: {distance:e}", spec.name);
+                    assert!(
+                        distance < allowed(Quantity::SingleHeadGradient, kind),
+                        "{} in {kind:?}: {distance:e}",
+                        spec.name
+                    );
                     compared += 1;
                 }
                 gradients.push((spec.name.clone(), got));
@@ -195,11 +206,11 @@ fn scores_loss_and_gradients() {
     }
     // Gradients that the golden file does not have: float32 against float64.
     for ((name, exact), (_, single)) in by_kind[0].iter().zip(&by_kind[1]) {
-        assert!(relative(single, exact) < 2e-5, "{name}");
+        assert!(relative(single, exact) < allowed(Quantity::SingleHeadGradient, Kind::Float), "{name}");
     }
 }
 
-/// The backward against libtorch's autograd, in float64: 1e-12.
+/// The backward against libtorch's autograd, in float64.
 #[test]
 fn the_heads_backward_is_autograds() {
     let mut model = scored(Kind::Double);
@@ -212,12 +223,17 @@ fn the_heads_backward_is_autograds() {
     let values = h.mm(&w.tr()).view([-1]);
     (&values * &dvalues).sum(Kind::Double).backward();
     let (on, dvalues) = (hidden.to_device(device()), dvalues.to_device(device()));
-    assert!(largest(&ScoreHead::values(&mut model, &on).unwrap(), &values.detach()) < 1e-12);
+    assert!(
+        largest(&ScoreHead::values(&mut model, &on).unwrap(), &values.detach())
+            < allowed(Quantity::Autograd, Kind::Double)
+    );
     model.params.begin_step_gradients(2);
     for times in [1.0, 2.0] {
         let dhidden = ScoreHead::backward(&mut model, &on, &dvalues).unwrap();
-        assert!(largest(&dhidden, &h.grad()) < 1e-12);
+        assert!(largest(&dhidden, &h.grad()) < allowed(Quantity::Autograd, Kind::Double));
         let dweight = model.params.single_grad(group).unwrap();
-        assert!(largest(dweight.sum().unwrap(), &(w.grad() * times)) < 1e-11);
+        assert!(
+            largest(dweight.sum().unwrap(), &(w.grad() * times)) < allowed(Quantity::Autograd, Kind::Double)
+        );
     }
 }

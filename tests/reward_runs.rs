@@ -2,32 +2,21 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
+use tch::Kind;
+use testing::compare::{largest_relative_at, relative, relative_number};
+use testing::folder::folder;
+use testing::golden::{json, tensors};
+use testing::program::{Ended, Program};
+use testing::run::{Run, beginner, data};
+use testing::tolerance::{Quantity, allowed};
 
-use common::relative;
-use common::run::{Ended, Program, Run, data};
 use serde_json::{Value, json};
-
-/// A small fine-tuned model, made once for all tests.
-fn start() -> PathBuf {
-    static START: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
-    START
-        .get_or_init(|| {
-            let run = Run::sft("start");
-            run.train(1, &["train.steps=10"]);
-            let kept = common::run::folder("kept").join("model");
-            fs::rename(run.output().join("model"), &kept).unwrap();
-            kept
-        })
-        .clone()
-}
 
 /// 12 steps on the rankings of [`data`].
 fn run(name: &str) -> Run {
-    let (data, start) = (data().display(), start());
+    let (data, start) = (data().display(), beginner());
     let keys = format!(
         "model: {{path: {}}}
 data:
@@ -49,7 +38,7 @@ valid: {{every: 6, batches: 2}}
 const KEYS: [&str; 4] = ["accuracy", "margin", "reward_chosen", "reward_rejected"];
 
 fn ours(model: &Path) -> Value {
-    common::json(&model.join("corral.json"))["reward"].clone()
+    json(&model.join("corral.json"))["reward"].clone()
 }
 
 fn words<'a>(words: &[&'a str], more: &[&'a str]) -> Vec<&'a str> {
@@ -84,14 +73,21 @@ fn rankings_are_learnt_and_ranks_micro_batches_and_packing_change_nothing() {
                 for kind in ["train", "valid"] {
                     let (a, b) = (other.numbers(kind, key), whole.numbers(kind, key));
                     for (a, b) in a.iter().zip(&b) {
-                        assert!((a - b).abs() <= 1e-9 * b.abs().max(1.0), "{name} {kind} {key}: {a} {b}");
+                        assert!(
+                            largest_relative_at(&[*a], &[*b], 1.0)
+                                <= allowed(Quantity::SameMetrics, Kind::Double),
+                            "{name} {kind} {key}: {a} {b}"
+                        );
                     }
                 }
             }
             let distance = relative(&other.parameters(), &whole.parameters());
-            assert!(distance < 1e-9, "{name}: {distance:e}");
+            assert!(distance < allowed(Quantity::SameMetrics, Kind::Double), "{name}: {distance:e}");
             let gain = ours(&other.output().join("model"))["gain"].as_f64().unwrap();
-            assert!((gain / normalized["gain"].as_f64().unwrap() - 1.0).abs() < 1e-9);
+            assert!(
+                relative_number(gain, normalized["gain"].as_f64().unwrap())
+                    < allowed(Quantity::SameMetrics, Kind::Double)
+            );
         }
     }
 }
@@ -112,7 +108,7 @@ fn a_killed_run_resumes_bit_by_bit() {
 
 /// `corral score` of lines.
 fn scored(model: &Path, name: &str, lines: &[Value]) -> Vec<Value> {
-    let dir = common::run::folder(name);
+    let dir = folder(name);
     let text: String = lines.iter().map(|l| format!("{l}\n")).collect();
     fs::write(dir.join("in.jsonl"), text).unwrap();
     let at = |name: &str| dir.join(name).to_string_lossy().into_owned();
@@ -130,7 +126,7 @@ fn rankings() -> Vec<Value> {
 }
 
 fn eval(model: &Path, name: &str, more: &[&str]) -> Ended {
-    let dir = common::run::folder(name);
+    let dir = folder(name);
     let at = |path: PathBuf| path.to_string_lossy().into_owned();
     let (model, input) = (at(model.to_path_buf()), at(data().join("rankings.valid.jsonl")));
     let options = ["eval", "--model", &model, "--task", "preference", "--input", &input];
@@ -154,7 +150,7 @@ fn scores_are_normalised_wherever_they_are_read() {
     for line in &of_run {
         let number = |key: &str| line[key].as_f64().unwrap();
         let reward = scoring["gain"].as_f64().unwrap() * number("score") + scoring["bias"].as_f64().unwrap();
-        assert!((number("reward") - reward).abs() < 1e-9);
+        assert!((number("reward") - reward).abs() < allowed(Quantity::Printed, Kind::Double));
         assert!(line["token_ids"].as_array().unwrap().len() > 5);
     }
     // A checkpoint is not normalised yet.
@@ -163,7 +159,7 @@ fn scores_are_normalised_wherever_they_are_read() {
         assert_eq!((&line["score"], &line["score"]), (&raw["score"], &raw["reward"]));
     }
     // Converted, it scores the same.
-    let dir = common::run::folder("score-converted");
+    let dir = folder("score-converted");
     let at = |path: &Path| path.to_string_lossy().into_owned();
     let (from, to) = (at(&model), at(&dir.join("hf")));
     Program::corral(&["convert", "--from", &from, "--to", &to, "--format", "hf"])
@@ -205,9 +201,12 @@ fn scores_are_normalised_wherever_they_are_read() {
     assert_eq!(ours(&again.output().join("model"))["score"], json!("sum"));
     for (line, other) in of_run.iter().zip(scored(&again.output(), "score-again", &lines)) {
         let number = |line: &Value| line["score"].as_f64().unwrap();
-        assert!((number(line) - number(&other)).abs() < 1e-3, "{line} {other}");
+        assert!(
+            (number(line) - number(&other)).abs() < allowed(Quantity::NearRewards, Kind::Float),
+            "{line} {other}"
+        );
     }
-    let dir = common::run::folder("refused");
+    let dir = folder("refused");
     for (name, more) in [
         ("generate", vec!["generate", "--prompt", "a"]),
         ("perplexity", vec!["eval", "--task", "perplexity", "--input", "x"]),
@@ -220,7 +219,7 @@ fn scores_are_normalised_wherever_they_are_read() {
     Program::corral(&["score", "--model", &from, "--input", &input, "--output", &output])
         .run(&dir, "score")
         .expect_error(3, &["in.jsonl:1", "give `prompt` and `completion`"]);
-    let of_lm = eval(&start(), "lm", &["--limit", "3"]).expect_code(0).out;
+    let of_lm = eval(&beginner(), "lm", &["--limit", "3"]).expect_code(0).out;
     assert!(of_lm.contains("\"compared\":\"logprobs\""), "{of_lm}");
 }
 
@@ -233,20 +232,20 @@ fn adapters_and_frozen_blocks_train_the_head_too() {
     let adapter = run("lora");
     adapter.train(2, &["lora={rank: 4, alpha: 8, base: int8}"]);
     let dir = adapter.output().join("model");
-    let config = common::json(&dir.join("adapter_config.json"));
+    let config = json(&dir.join("adapter_config.json"));
     assert_eq!((&config["task_type"], &config["modules_to_save"]), (&json!("SEQ_CLS"), &json!(["score"])));
-    let tensors = common::tensors(&dir.join("adapter_model.safetensors"));
-    assert!(tensors.contains_key("base_model.model.score.weight"));
-    assert_eq!(common::json(&dir.join("corral.json"))["base"], json!("int8"));
+    let saved = tensors(&dir.join("adapter_model.safetensors"));
+    assert!(saved.contains_key("base_model.model.score.weight"));
+    assert_eq!(json(&dir.join("corral.json"))["base"], json!("int8"));
     let (_, newest) = adapter.checkpoints().pop().unwrap();
     for (line, raw) in
         scored(&dir, "score-lora", &lines).iter().zip(scored(&newest, "score-lora-checkpoint", &lines))
     {
         let number = |line: &Value| line["score"].as_f64().unwrap();
-        assert!((number(line) - number(&raw)).abs() < 1e-4);
+        assert!((number(line) - number(&raw)).abs() < allowed(Quantity::SameRewards, Kind::Float));
     }
     // Merged it is a reward model by itself, normalised as before.
-    let merged = common::run::folder("merged");
+    let merged = folder("merged");
     let at = |path: &Path| path.to_string_lossy().into_owned();
     let (from, to) = (at(&dir), at(&merged.join("hf")));
     Program::corral(&["merge", "--adapter", &from, "--output", &to]).run(&merged, "merge").expect_code(0);
@@ -255,17 +254,17 @@ fn adapters_and_frozen_blocks_train_the_head_too() {
         scored(&dir, "score-adapter", &lines).iter().zip(scored(&merged.join("hf"), "score-merged", &lines))
     {
         let number = |line: &Value| line["reward"].as_f64().unwrap();
-        assert!((number(line) - number(&other)).abs() < 1e-3);
+        assert!((number(line) - number(&other)).abs() < allowed(Quantity::NearRewards, Kind::Float));
     }
     // An adapter of fine-tuning is trained further, with a new head.
     let tuned = Run::sft("tuned");
-    let base = format!("model={{path: {}}}", start().display());
+    let base = format!("model={{path: {}}}", beginner().display());
     tuned.train(1, &[&base, "lora={rank: 4, alpha: 8}", "train.steps=4", "valid.every=4"]);
     let further = run("further");
     let path = format!("model.path={}", tuned.output().display());
     further.train(1, &[&path, "lora={rank: 4, alpha: 8}", "train.steps=4", "valid.every=4"]);
-    let before = common::tensors(&tuned.output().join("model/adapter_model.safetensors"));
-    let after = common::tensors(&further.output().join("model/adapter_model.safetensors"));
+    let before = tensors(&tuned.output().join("model/adapter_model.safetensors"));
+    let after = tensors(&further.output().join("model/adapter_model.safetensors"));
     assert_eq!(before.len() + 1, after.len());
     for (name, tensor) in before.iter().filter(|(name, _)| name.contains("lora_A")) {
         assert!(relative(&after[name], tensor) < 0.5, "{name}");
@@ -274,8 +273,8 @@ fn adapters_and_frozen_blocks_train_the_head_too() {
     let frozen = run("frozen");
     frozen.train(1, &["freeze.blocks=1", "freeze.embeddings=true", "freeze.train_only=[norm]"]);
     let (before, after) = (
-        common::tensors(&start().join("model.safetensors")),
-        common::tensors(&frozen.output().join("model/model.safetensors")),
+        tensors(&beginner().join("model.safetensors")),
+        tensors(&frozen.output().join("model/model.safetensors")),
     );
     assert!(after["score.weight"].abs().max().double_value(&[]) > 0.0);
     for (name, tensor) in &after {
@@ -310,8 +309,7 @@ fn a_pad_token_is_added_where_it_is_asked_for() {
     let trained = run("padded");
     trained.train(1, &["tokenizer.pad_token=<|fill|>", "train.steps=4"]);
     let model = trained.output().join("model");
-    let (config, tokenizer) =
-        (common::json(&model.join("config.json")), common::json(&model.join("tokenizer_config.json")));
+    let (config, tokenizer) = (json(&model.join("config.json")), json(&model.join("tokenizer_config.json")));
     assert_eq!((&config["pad_token_id"], &config["vocab_size"]), (&json!(300), &json!(301)));
     assert_eq!(tokenizer["pad_token"], json!("<|fill|>"));
 }
@@ -331,7 +329,7 @@ fn the_end_of_a_turn_is_scored() {
 
 /// PPO on the prompts of [`data`], rewarded by a model that is the critic, too.
 fn ppo(name: &str, reward_model: &Path) -> Run {
-    let (data, start, reward_model) = (data().display(), start(), reward_model.display());
+    let (data, start, reward_model) = (data().display(), beginner(), reward_model.display());
     let keys = format!(
         "actor: {{path: {}}}
 critic: {{optim: {{lr: 1.0e-30, weight_decay: 0.0}}}}
@@ -357,13 +355,12 @@ fn a_reward_model_becomes_a_critic() {
         let model = trained.output().join("model");
         let run = ppo(&format!("ppo-{score}"), &model);
         run.train(1, &[]);
-        let head =
-            |dir: &Path| common::tensors(&dir.join("model.safetensors"))["score.weight"].shallow_clone();
+        let head = |dir: &Path| tensors(&dir.join("model.safetensors"))["score.weight"].shallow_clone();
         let gain = ours(&model)["gain"].as_f64().unwrap();
         assert!((gain - 1.0).abs() > 0.01, "{gain} shows nothing");
         let wanted = head(&model) * if score == "last" { gain } else { 1.0 };
         let distance = relative(&head(&run.output().join("critic")), &wanted);
-        assert!(distance < 1e-6, "{score}: {distance:e}");
+        assert!(distance < allowed(Quantity::Converted, Kind::Float), "{score}: {distance:e}");
     }
 }
 

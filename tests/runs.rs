@@ -2,13 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
+use testing::program::{Program, Running};
+use testing::run::{Run, data};
 
-use common::run::{Program, Run, Running, data};
 use nix::sys::signal::Signal;
 
 const PAUSE: Duration = Duration::from_millis(2);

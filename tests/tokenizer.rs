@@ -2,13 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
-mod common;
-
-use common::{golden, json};
 use corral::data::chat::{self, Chat};
 use corral::data::conversation::Message;
 use corral::data::tokenizer::Tokenizer;
 use serde_json::{Value, json};
+use testing::golden::{golden, json};
 
 const KINDS: [&str; 4] = ["sp", "sp_meta", "llama3", "qwen2"];
 

@@ -3,42 +3,13 @@
 
 #![allow(clippy::disallowed_methods, reason = "the tests' own variables, CORRAL_TEST_* among them")]
 
-use kernels::cuda;
 use kernels::ops::{self, Composed, KeysValues, Rotation, RowOps};
 use tch::{Device, Kind, Tensor};
+use testing::compare::{largest_at, relative_number};
+use testing::device::{device, exact, put};
+use testing::tolerance::{Quantity, allowed};
 
 const KINDS: [Kind; 3] = [Kind::Double, Kind::Float, Kind::BFloat16];
-
-/// Largest difference, relative to the largest value, that is allowed between an operation and its twin in float64.
-fn tolerance(kind: Kind) -> f64 {
-    match kind {
-        Kind::Double => 1e-13,
-        Kind::Float => 1e-5, // logits of 25, say, are rounded by 1e-6, and so are their exponentials
-        _ => 8e-3,           // one rounding of bfloat16
-    }
-}
-
-/// The device under test.
-fn device() -> Device {
-    match std::env::var("CORRAL_TEST_DEVICE").as_deref() {
-        Err(_) | Ok("cpu") => Device::Cpu,
-        Ok("cuda") => {
-            cuda::load().and_then(|c| c.device_count()).expect("CORRAL_TEST_DEVICE=cuda needs a GPU");
-            Device::Cuda(0)
-        }
-        Ok(other) => panic!("CORRAL_TEST_DEVICE={other}: it must be cpu or cuda"),
-    }
-}
-
-/// A copy on the device under test.
-fn put(t: &Tensor) -> Tensor {
-    t.to_device(device()).copy()
-}
-
-/// A copy on the CPU in float64, for the oracle.
-fn exact(t: &Tensor) -> Tensor {
-    t.to_device(Device::Cpu).to_kind(Kind::Double).copy()
-}
 
 /// The dtype of statistics, for tolerances.
 fn statistics(kind: Kind) -> Kind {
@@ -49,23 +20,14 @@ fn randn(size: &[i64], kind: Kind) -> Tensor {
     Tensor::randn(size, (Kind::Double, Device::Cpu)).to_kind(kind)
 }
 
-/// The largest difference, relative to the largest value of b, or to `size` where that is larger: where values cancel,
-/// what counts is the size of what cancelled.
-fn distance_at(a: &Tensor, b: &Tensor, size: f64) -> f64 {
-    assert_eq!(a.size(), b.size());
-    let (a, b) = (exact(a), exact(b));
-    let scale = b.abs().max().double_value(&[]).max(size);
-    (a - b).abs().max().double_value(&[]) / scale
-}
-
 fn distance(a: &Tensor, b: &Tensor) -> f64 {
-    distance_at(a, b, 0.1)
+    largest_at(a, b, 0.1)
 }
 
 #[track_caller]
 fn same_at(what: &str, a: &Tensor, b: &Tensor, kind: Kind, size: f64) {
-    let d = distance_at(a, b, size);
-    assert!(d <= tolerance(kind), "{what} in {kind:?}: differs by {d:e}");
+    let d = largest_at(a, b, size);
+    assert!(d <= allowed(Quantity::Operation, kind), "{what} in {kind:?}: differs by {d:e}");
 }
 
 #[track_caller]
@@ -327,10 +289,10 @@ fn attention() {
                 let d2 = Composed
                     .attention_backward(&exact(&dout), &exact(&qkv), &exact(&o), &lse2, start, h)
                     .unwrap();
-                // Flash attention also rounds the probabilities and their gradients to bfloat16.
-                let slack = if device() == Device::Cpu || kind != Kind::BFloat16 { 1.0 } else { 2.5 };
+                let value =
+                    if device() == Device::Cpu { Quantity::Operation } else { Quantity::FlashBackward };
                 let distance = distance(&d, &d2);
-                assert!(distance <= slack * tolerance(kind), "dqkv in {kind:?}: differs by {distance:e}");
+                assert!(distance <= allowed(value, kind), "dqkv in {kind:?}: differs by {distance:e}");
                 assert!(backward().equal(&d), "the same input gives the same bits");
             }
         }
@@ -426,10 +388,13 @@ fn adamw_and_sums() {
             same("v", &v1, &v2, kind);
             assert!(copy.equal(&p1.to_kind(Kind::BFloat16)), "the bfloat16 copy is the rounded value");
             let (s, s2) = (ops::sum_squares(&g1).unwrap(), Composed.sum_squares(&[&g2]).unwrap());
-            assert!((s / s2 - 1.0).abs() < 1e-6, "{s} {s2}");
+            assert!(relative_number(s, s2) < allowed(Quantity::Reduction, Kind::Float), "{s} {s2}");
             let (all, apart) =
                 (ops::sum_squares_of_all(&[g1, p1.copy()]).unwrap(), s + ops::sum_squares(&p1).unwrap());
-            assert!((all / apart - 1.0).abs() < 1e-12, "{all} {apart}");
+            assert!(
+                relative_number(all, apart) < allowed(Quantity::Reduction, Kind::Double),
+                "{all} {apart}"
+            );
         }
     }
     assert_eq!(ops::sum_squares_of_all(&[]).unwrap(), 0.0);
@@ -524,7 +489,7 @@ fn compositions_against_autograd() {
     let leaf = |size: &[i64]| randn(size, kind).set_requires_grad(true);
     let check = |what: &str, got: &Tensor, want: &Tensor| {
         let d = distance(got, &want.detach());
-        assert!(d < 1e-12, "{what}: {d:e}");
+        assert!(d < allowed(Quantity::Autograd, Kind::Double), "{what}: {d:e}");
     };
 
     for offset in [0.0, 1.0] {
@@ -593,8 +558,11 @@ fn linear() {
                 for (add, expected) in cases {
                     let y = ops::linear(&x, &w, add).unwrap();
                     assert_eq!(y.kind(), kind);
-                    let off = distance_at(&y, &expected, if kind == Kind::BFloat16 { 0.1 } else { size });
-                    assert!(off < tolerance(kind), "{kind:?}, {rows} x {inputs} -> {outputs}: {off:e}");
+                    let off = largest_at(&y, &expected, if kind == Kind::BFloat16 { 0.1 } else { size });
+                    assert!(
+                        off < allowed(Quantity::Operation, kind),
+                        "{kind:?}, {rows} x {inputs} -> {outputs}: {off:e}"
+                    );
                 }
             }
             // A row is the same to the bit beside any others.

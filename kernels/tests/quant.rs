@@ -3,29 +3,15 @@
 
 #![allow(clippy::disallowed_methods, reason = "the tests' own variables, CORRAL_TEST_* among them")]
 
-use kernels::cuda;
 use kernels::moments::{self, Moment};
 use kernels::ops::{self, Composed};
 use kernels::quant::{self, QuantOps, Quantized, Quantizer, Scales, Scheme};
 use tch::{Device, Kind, Tensor};
+use testing::device::{device, put};
+use testing::tolerance::{Quantity, allowed};
 
 const SCHEMES: [Scheme; 3] = [Scheme::Nf4, Scheme::Nf4Double, Scheme::Int8];
 const KINDS: [Kind; 3] = [Kind::Double, Kind::Float, Kind::BFloat16];
-
-fn device() -> Device {
-    match std::env::var("CORRAL_TEST_DEVICE").as_deref() {
-        Err(_) | Ok("cpu") => Device::Cpu,
-        Ok("cuda") => {
-            cuda::load().and_then(|c| c.device_count()).expect("CORRAL_TEST_DEVICE=cuda needs a GPU");
-            Device::Cuda(0)
-        }
-        Ok(other) => panic!("CORRAL_TEST_DEVICE={other}: it must be cpu or cuda"),
-    }
-}
-
-fn put(t: &Tensor) -> Tensor {
-    t.to_device(device()).copy()
-}
 
 fn randn(size: &[i64]) -> Tensor {
     Tensor::randn(size, (Kind::Float, Device::Cpu))
@@ -182,11 +168,7 @@ fn products_are_those_with_the_dequantized_weight() {
                 let (x, dy) =
                     (randn(&[n, w.size()[1]]).to_kind(kind), randn(&[n, w.size()[0]]).to_kind(kind));
                 let (x, dy) = (put(&x), put(&dy));
-                let tolerance = match kind {
-                    Kind::Double => 1e-14,
-                    Kind::Float => 1e-6,
-                    _ => 1e-2,
-                };
+                let tolerance = allowed(Quantity::QuantizedProduct, kind);
                 for (what, a, b) in [
                     ("y", quant::linear(&each, &x).unwrap(), x.matmul(&w.tr())),
                     ("dx", quant::linear_backward(&each, &dy).unwrap(), dy.matmul(&w)),
@@ -230,14 +212,17 @@ fn adamw8_is_its_composition() {
                 assert!(copy.equal(&p1.to_kind(Kind::BFloat16)), "the bfloat16 copy is the rounded value");
                 let apart = (&p1 - &p2).abs().max().double_value(&[]);
                 if device() == Device::Cpu {
-                    // libtorch's square root is not always the nearest; the moments need none.
-                    assert!(apart < 1e-6, "p: {apart} apart, {n} in {kind:?}");
+                    // The moments need no square root.
+                    assert!(
+                        apart < allowed(Quantity::FusedUpdate, Kind::Float),
+                        "p: {apart} apart, {n} in {kind:?}"
+                    );
                     for (a, b) in [(&m1, &m2), (&v1, &v2)] {
                         assert!(a.codes.equal(&b.codes) && a.absmax.equal(&b.absmax), "{n} in {kind:?}");
                     }
                 } else {
                     // There products and sums may be contracted, and a code next to a boundary be its neighbour.
-                    assert!(apart < 1e-4, "p: {apart} apart");
+                    assert!(apart < allowed(Quantity::FusedUpdateOnGpu, Kind::Float), "p: {apart} apart");
                 }
             }
         }

@@ -79,6 +79,8 @@ pub enum Quantity {
     Merged,
     /// A mean of rows of weights, absolute.
     RoundedMean,
+    /// Logits of a model whose norms a file stores with 1 added.
+    RoundedNorms,
     /// Weights that another file or section begins with.
     Converted,
     /// A number that went through float32 or through a text of that precision.
@@ -118,7 +120,7 @@ const D: Kind = Kind::Double;
 const F: Kind = Kind::Float;
 const B: Kind = Kind::BFloat16;
 
-pub const TABLE: [Tolerance; 66] = [
+pub const TABLE: [Tolerance; 67] = [
     fixed(Operation, D, 1e-13, "some hundred roundings of 1e-16"),
     fixed(Operation, F, 1e-5, "logits of 25 are rounded by 1e-6, and so are their exponentials"),
     fixed(Operation, B, 8e-3, "one rounding"),
@@ -207,6 +209,7 @@ pub const TABLE: [Tolerance; 66] = [
     fixed(Merged, D, 1e-9, "a mean of squares, added in float64"),
     fixed(Merged, F, 1e-6, "weights of about 1 with a product added"),
     fixed(RoundedMean, F, 1e-8, "one rounding of weights of about 0.02"),
+    fixed(RoundedNorms, F, 1e-5, "a norm's weight plus 1 is rounded to 2^-24 of its size"),
     fixed(Converted, F, 1e-6, "one rounding of a mean of 300 rows"),
     fixed(Printed, D, 1e-9, "sums of values that are printed with all digits"),
     fixed(Printed, F, 1e-6, "7 digits"),

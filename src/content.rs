@@ -84,7 +84,7 @@ pub fn unusable(path: &Path, e: Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::files::TestFolder;
+    use testing::folder::TestFolder;
 
     fn utf16(text: &str, big: bool) -> Vec<u8> {
         text.encode_utf16().flat_map(|u| if big { u.to_be_bytes() } else { u.to_le_bytes() }).collect()

@@ -441,37 +441,10 @@ pub fn read_through(path: &Path, mut take: impl FnMut(&[u8])) -> Result<()> {
     }
 }
 
-/// A folder of its own for one test, removed at its end.
-#[cfg(test)]
-pub struct TestFolder(pub PathBuf);
-
-#[cfg(test)]
-impl TestFolder {
-    /// Makes the folder, empty, in the system's temporary folder.
-    pub fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("corral-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        TestFolder(path)
-    }
-
-    /// Writes a file in it, and returns its path.
-    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
-        let path = self.0.join(name);
-        fs::write(&path, content).unwrap();
-        path
-    }
-}
-
-#[cfg(test)]
-impl Drop for TestFolder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use testing::folder::TestFolder;
+
     use super::*;
 
     fn names(folder: &Path) -> Vec<String> {

@@ -333,7 +333,7 @@ fn silence(dir: &Path) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::files::TestFolder;
+    use testing::folder::TestFolder;
 
     fn names(dir: &Path) -> Vec<String> {
         let entries = fs::read_dir(dir).unwrap();

@@ -140,7 +140,7 @@ mod tests {
         let mut whole = TensorHash::default();
         whole.add("w", 0, &bytes);
         for ranks in [2, 3] {
-            let parts = super::super::tests::on_ranks(ranks, |group| {
+            let parts = testing::ranks::on_ranks(ranks, |group| {
                 let mut mine = TensorHash::default();
                 for (i, part) in
                     bytes.chunks(13).enumerate().filter(|(i, _)| *i as i64 % ranks == group.rank())

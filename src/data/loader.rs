@@ -216,8 +216,8 @@ mod tests {
     use super::*;
     use crate::data::position::{Position, Positioned};
     use crate::data::shards::tests::write;
-    use crate::files::TestFolder;
     use std::collections::HashSet;
+    use testing::folder::TestFolder;
 
     /// Sources whose tokens count up from `1000 * source`, so that a sample tells where it comes from.
     fn sources(folder: &TestFolder, sizes: &[usize], weights: &[f64]) -> Vec<Source> {

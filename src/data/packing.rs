@@ -39,8 +39,7 @@ mod tests {
     /// The rows that TRL makes of the golden sequences.
     #[test]
     fn rows_are_trls() {
-        let text = std::fs::read_to_string(crate::env::golden().join("algo/packing.json")).unwrap();
-        let golden: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let golden = testing::golden::golden_algorithm("packing.json");
         let capacity = golden["seq_length"].as_u64().unwrap() as usize;
         let sequences: Vec<Vec<i64>> = serde_json::from_value(golden["sequences"].clone()).unwrap();
         let bfd = &golden["packed"]["bfd"];

@@ -297,7 +297,7 @@ mod tests {
     use crate::data::chat::configured;
     use crate::data::readers;
     use crate::data::tokenizer::tests::small;
-    use crate::files::TestFolder;
+    use testing::folder::TestFolder;
 
     fn records(name: &str, lines: &str) -> Vec<Record> {
         let folder = TestFolder::new(&format!("preferences-{name}"));

@@ -240,7 +240,7 @@ mod tests {
     use super::*;
     use crate::data::position::Positioned;
     use crate::data::tokenizer::tests::small;
-    use crate::files::TestFolder;
+    use testing::folder::TestFolder;
 
     fn open(folder: &TestFolder, lines: &str, data: &str, most: usize, seed: Option<u64>) -> Result<Prompts> {
         let path = folder.0.join("prompts.jsonl");

@@ -546,8 +546,8 @@ mod tests {
     use super::*;
     use crate::config::sections::OnError;
     use crate::data::texts::Texts;
-    use crate::files::TestFolder;
     use std::io::Write;
+    use testing::folder::TestFolder;
 
     fn read(path: &Path) -> Result<Vec<Record>> {
         records(path, None, &Arc::default())?.collect()
@@ -744,7 +744,7 @@ mod tests {
     /// tests/fixtures/arrow: written by datasets 5.2.0, see make_arrow.py there.
     #[test]
     fn what_save_to_disk_wrote() {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/arrow");
+        let dir = testing::golden::fixture("arrow");
         let rows = read(&dir).unwrap();
         let expected = std::fs::read_to_string(dir.join("expected.jsonl")).unwrap();
         let expected: Vec<Map<String, Value>> =

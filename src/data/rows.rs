@@ -231,8 +231,9 @@ mod tests {
     use crate::data::examples::{Options, Split, Tokenization, fit};
     use crate::data::odd::{OrOdd, Reason};
     use crate::data::readers::Record;
-    use crate::files::TestFolder;
     use std::collections::BTreeMap;
+    use testing::folder::TestFolder;
+    use testing::tolerance::{Quantity, allowed};
 
     /// Every line is its tokens, `|` before those that are supervised.
     fn encode(record: &Record) -> Result<Encoded> {
@@ -334,7 +335,7 @@ mod tests {
         let source = vec![Source { examples: all, weight: None }];
         let loader = RowLoader::new(source, 8, true, Order::Shuffled { seed: 1 }).unwrap();
         assert_eq!((loader.num_rows(), loader.count(0, 1)), (1, (4, 7)));
-        assert!((loader.padding() - 1.0 / 8.0).abs() < 1e-12);
+        assert!((loader.padding() - 1.0 / 8.0).abs() < allowed(Quantity::TwoWays, tch::Kind::Double));
         let rows = Rows {
             input_ids: vec![1, 2, 3, 9, 4, 5, 9, 0],
             labels: vec![IGNORE, 3, 9, IGNORE, 5, 9, IGNORE, IGNORE],

@@ -75,7 +75,7 @@ fn write(path: &Path, values: &[f64]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::files::TestFolder;
+    use testing::folder::TestFolder;
 
     #[test]
     fn what_is_damaged_is_not_known() {

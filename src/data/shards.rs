@@ -484,7 +484,7 @@ impl ShardWriter {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::files::TestFolder;
+    use testing::folder::TestFolder;
 
     /// Writes `tokens` as documents of `length` tokens.
     pub fn write(

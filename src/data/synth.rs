@@ -387,8 +387,8 @@ pub fn write(output: &Path, options: &Options) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::files::TestFolder;
     use std::collections::HashSet;
+    use testing::folder::TestFolder;
 
     fn options(seed: u64, count: u64) -> Options {
         Options { seed, count, level: Level::Mix, wrong_answers: 0.0 }

@@ -90,7 +90,7 @@ fn advised(mut e: Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::files::TestFolder;
+    use testing::folder::TestFolder;
 
     #[test]
     fn odd_records_are_counted_and_refused_or_left_out() {

@@ -220,7 +220,7 @@ mod tests {
     use super::*;
     use crate::data::shards::TokenSet;
     use crate::data::tokenizer::tests::small;
-    use crate::files::TestFolder;
+    use testing::folder::TestFolder;
 
     fn run(
         folder: &TestFolder,

@@ -250,6 +250,8 @@ mod tests {
     use kernels::quant::{Quantized, Scheme};
     use tch::{Device, Kind};
 
+    use testing::tolerance::{Quantity, allowed};
+
     use super::*;
 
     fn random(size: &[i64]) -> Tensor {
@@ -258,8 +260,8 @@ mod tests {
 
     #[track_caller]
     fn near(a: &Tensor, b: &Tensor) {
-        let d = (a - b).abs().max().double_value(&[]);
-        assert!(d < 1e-12, "{d:e}");
+        let d = testing::compare::largest(a, b);
+        assert!(d < allowed(Quantity::Autograd, Kind::Double), "{d:e}");
     }
 
     fn leaf(t: &Tensor) -> Tensor {

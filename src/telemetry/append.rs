@@ -100,11 +100,11 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
-    use crate::telemetry::tests::Folder;
+    use testing::folder::TestFolder;
 
     #[test]
     fn a_full_disk_loses_records_but_not_the_file() {
-        let dir = Folder::new();
+        let dir = TestFolder::new("telemetry");
         let path = dir.path("log");
         symlink("/dev/full", &path).unwrap();
         let mut log = AppendFile::open(&path, 0).unwrap();
@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn part_of_a_record_is_cut() {
-        let dir = Folder::new();
+        let dir = TestFolder::new("telemetry");
         let path = dir.path("log");
         let mut log = AppendFile::open(&path, 0).unwrap();
         log.append(b"one\n");
@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn a_failed_rewrite_changes_nothing() {
-        let dir = Folder::new();
+        let dir = TestFolder::new("telemetry");
         let path = dir.path("log");
         std::fs::write(&path, b"one\n").unwrap();
         let result = rewrite(&path, |_, output| {
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn a_folder_that_is_gone_ends_nothing() {
-        let dir = Folder::new();
+        let dir = TestFolder::new("telemetry");
         let path = dir.path("sub/log");
         std::fs::create_dir(dir.path("sub")).unwrap();
         let mut log = AppendFile::open(&path, 0).unwrap();

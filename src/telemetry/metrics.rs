@@ -176,7 +176,7 @@ pub fn truncate_after(path: &Path, cut: Cut) -> Result<(u64, Option<u64>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::telemetry::tests::Folder;
+    use testing::folder::TestFolder;
 
     #[test]
     fn numbers_read_back_exactly() {
@@ -209,7 +209,7 @@ mod tests {
 
     #[test]
     fn resume_cuts_later_steps_and_half_lines() {
-        let dir = Folder::new();
+        let dir = TestFolder::new("telemetry");
         let path = dir.path("metrics.jsonl");
         let mut log = MetricsWriter::open(&path, None).unwrap();
         for step in [1, 2, 3, 4] {

@@ -198,33 +198,10 @@ pub fn since_process_start_s() -> f64 {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use testing::folder::TestFolder;
 
     use super::*;
-
-    /// A folder for one test, removed at its end.
-    pub struct Folder(PathBuf);
-
-    impl Folder {
-        pub fn new() -> Self {
-            static NEXT: AtomicU32 = AtomicU32::new(0);
-            let name =
-                format!("corral-telemetry-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-            let path = std::env::temp_dir().join(name);
-            std::fs::create_dir(&path).unwrap();
-            Folder(path)
-        }
-
-        pub fn path(&self, name: &str) -> PathBuf {
-            self.0.join(name)
-        }
-    }
-
-    impl Drop for Folder {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
-    }
 
     fn train(step: u64) -> Record {
         Record::new("train", step)
@@ -249,7 +226,7 @@ mod tests {
 
     #[test]
     fn a_run_and_its_resumption() {
-        let dir = Folder::new();
+        let dir = TestFolder::new("telemetry");
         let run = dir.path("new/run");
         let mut log = RunLog::create(&run, 0, None, 4).unwrap();
         (1..=3).for_each(|step| log.log(&train(step)));
@@ -277,7 +254,7 @@ mod tests {
 
     #[test]
     fn other_ranks_write_nothing() {
-        let dir = Folder::new();
+        let dir = TestFolder::new("telemetry");
         let run = dir.path("run");
         RunLog::create(&run, 1, None, 4).unwrap().log(&train(1));
         assert!(!run.exists());
@@ -285,7 +262,7 @@ mod tests {
 
     #[test]
     fn a_folder_that_cannot_be_made_is_told() {
-        let dir = Folder::new();
+        let dir = TestFolder::new("telemetry");
         std::fs::write(dir.path("file"), b"").unwrap();
         let e = RunLog::create(&dir.path("file/run"), 0, None, 4).unwrap_err();
         assert!(e.message.starts_with("cannot make the folder "), "{}", e.message);

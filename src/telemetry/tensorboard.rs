@@ -305,7 +305,7 @@ mod tests {
     use std::io::BufReader;
 
     use super::*;
-    use crate::telemetry::tests::Folder;
+    use testing::folder::TestFolder;
 
     fn read_all(path: &Path) -> io::Result<Vec<Event>> {
         let mut input = BufReader::new(File::open(path)?);
@@ -336,7 +336,7 @@ mod tests {
 
     #[test]
     fn events_read_back() {
-        let dir = Folder::new();
+        let dir = TestFolder::new("telemetry");
         let mut writer = EventWriter::create(&dir.path("")).unwrap();
         writer.add_scalars([("train/loss".into(), 2.5), ("train/lr".into(), 1e-3)], 7);
         writer.add_text("samples", "*hello*\nworld", 8);
@@ -361,7 +361,7 @@ mod tests {
 
     #[test]
     fn resume_cuts_later_steps_and_broken_ends() {
-        let dir = Folder::new();
+        let dir = TestFolder::new("telemetry");
         let mut writer = EventWriter::create(&dir.path("")).unwrap();
         for step in 1..=5 {
             writer.add_scalars([("a".into(), step as f64)], step);

@@ -66,11 +66,8 @@ mod tests {
     use crate::config::dpo::{Pairs as Which, ReferenceFrom};
     use serde_json::Value;
     use tch::Kind;
-
-    fn golden(name: &str) -> Value {
-        serde_json::from_str(&std::fs::read_to_string(crate::env::golden().join("algo").join(name)).unwrap())
-            .unwrap()
-    }
+    use testing::golden::golden_algorithm;
+    use testing::tolerance::{Quantity, allowed};
 
     fn matrix(value: &Value) -> Tensor {
         let rows: Vec<Vec<f64>> = serde_json::from_value(value.clone()).unwrap();
@@ -91,7 +88,7 @@ mod tests {
     /// All cases of TRL's values and gradients.
     #[test]
     fn values_and_gradients_are_trls() {
-        let all = golden("dpo.json");
+        let all = golden_algorithm("dpo.json");
         let completion = matrix(&all["completion_mask"]);
         let (rows, columns) = completion.size2().unwrap();
         let mask = completion.narrow(1, 1, columns - 1);
@@ -115,7 +112,8 @@ mod tests {
             let mut found = Conflicts::default();
             section.conflicts(&mut found);
             assert_eq!(found, Conflicts::default(), "{name}");
-            for (kind, tolerance) in [(Kind::Double, 1e-10), (Kind::Float, 1e-5)] {
+            for kind in [Kind::Double, Kind::Float] {
+                let tolerance = allowed(Quantity::LossFunction, kind);
                 let to = |t: &Tensor| t.to_kind(kind);
                 let pairs = |policy: &Tensor| {
                     let sums = (policy * to(&mask)).sum_dim_intlist([1i64].as_slice(), false, kind);
@@ -145,7 +143,12 @@ mod tests {
                     tolerance,
                 );
                 if !case["per_pair"].is_null() {
-                    near(&what, &losses(&section, &p), &vector(&case["per_pair"]), tolerance * 10.0);
+                    near(
+                        &what,
+                        &losses(&section, &p),
+                        &vector(&case["per_pair"]),
+                        allowed(Quantity::PairLosses, kind),
+                    );
                 }
                 near(&what, &(&p.chosen * section.beta), &vector(&case["chosen_rewards"]), tolerance);
                 near(&what, &(&p.rejected * section.beta), &vector(&case["rejected_rewards"]), tolerance);
@@ -167,8 +170,8 @@ mod tests {
         let loss = |loss, tokens| losses(&Section { loss, ..Section::default() }, &pairs(tokens));
         assert_eq!(loss(Loss::IpoSum, 1.0), loss(Loss::Ipo, 1.0));
         let wanted = of(&[(0.75f64 - 5.0).powi(2), (-3.0f64 - 5.0).powi(2)]);
-        near("sums", &loss(Loss::IpoSum, 7.0), &wanted, 1e-12);
+        near("sums", &loss(Loss::IpoSum, 7.0), &wanted, allowed(Quantity::TwoWays, Kind::Double));
         let wanted = of(&[(0.25f64 - 5.0).powi(2), (-1.0f64 - 5.0).powi(2)]);
-        near("means", &loss(Loss::Ipo, 3.0), &wanted, 1e-12);
+        near("means", &loss(Loss::Ipo, 3.0), &wanted, allowed(Quantity::TwoWays, Kind::Double));
     }
 }

@@ -33,26 +33,22 @@ pub fn reference_point(loss: Loss, sum: f64, count: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-
     use serde_json::Value;
     use tch::Kind;
+    use testing::golden::golden_algorithm;
+    use testing::tolerance::{Quantity, allowed};
 
     use super::*;
-
-    fn golden() -> Value {
-        serde_json::from_str(&std::fs::read_to_string(crate::env::golden().join("algo/kto.json")).unwrap())
-            .unwrap()
-    }
 
     fn numbers(v: &Value) -> Vec<f64> {
         v.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
     }
 
-    /// Values and gradients of all cases, in float64 within 1e-12 and in float32 within 1e-5.
+    /// Values and gradients of all cases.
     #[test]
     fn losses_and_gradients_are_trls() {
         let mut compared = 0;
-        for batch in golden()["batches"].as_array().unwrap() {
+        for batch in golden_algorithm("kto.json")["batches"].as_array().unwrap() {
             let of = |key: &str| Tensor::from_slice(&numbers(&batch[key]));
             let labels: Vec<f64> = batch["labels"]
                 .as_array()
@@ -71,8 +67,12 @@ mod tests {
                     undesirable_weight: number("undesirable_weight"),
                 };
                 let kl = reference_point(section.loss, sum, count);
-                assert!((kl - number("kl")).abs() <= 1e-12, "{kl} {}", number("kl"));
-                for (kind, allowed) in [(Kind::Double, 1e-12), (Kind::Float, 1e-5)] {
+                assert!(
+                    (kl - number("kl")).abs() <= allowed(Quantity::UnpairedLoss, Kind::Double),
+                    "{kl} {}",
+                    number("kl")
+                );
+                for kind in [Kind::Double, Kind::Float] {
                     let policy = of("policy_logps").to_kind(kind).set_requires_grad(true);
                     let ratios = &policy - of("ref_logps").to_kind(kind);
                     let desirable = Tensor::from_slice(&labels).to_kind(kind);
@@ -82,7 +82,10 @@ mod tests {
                         let got = Vec::<f64>::try_from(got.detach().to_kind(Kind::Double)).unwrap();
                         for (got, wanted) in got.iter().zip(numbers(&case[key])) {
                             let apart = (got - wanted).abs() / wanted.abs().max(1e-2);
-                            assert!(apart <= allowed, "{key} in {kind:?}: {got} {wanted}: {case}");
+                            assert!(
+                                apart <= allowed(Quantity::UnpairedLoss, kind),
+                                "{key} in {kind:?}: {got} {wanted}: {case}"
+                            );
                         }
                     };
                     near(&losses, "losses");

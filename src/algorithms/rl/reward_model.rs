@@ -138,7 +138,7 @@ mod tests {
     use crate::data::preferences::Preference;
     use crate::data::prompts::Prompt;
     use crate::data::tokenizer::tests::small;
-    use crate::files::TestFolder;
+    use testing::folder::TestFolder;
 
     /// What is trained on, what `score` and `eval` read, what the actor wrote, and what is made of its text are one.
     #[test]

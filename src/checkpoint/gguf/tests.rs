@@ -1,6 +1,6 @@
 //! Numbers against the package `gguf` (`tests/fixtures/make_gguf.py`).
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use tch::{Kind, Tensor};
 
@@ -11,7 +11,7 @@ use crate::checkpoint::source::TensorFile;
 use crate::gguf::{Dtype, Gguf};
 
 fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gguf").join(name)
+    testing::golden::fixture("gguf").join(name)
 }
 
 fn expected(file: &safetensors::Reader, name: &str) -> Vec<f32> {

@@ -39,7 +39,7 @@ fn checkpoints_load_at_every_world_size() {
         (2, Mode::Replicate, Kind::Float, false),
     ];
     for (n, mode, compute, tied) in cases {
-        let (folder, shape) = (Folder::new(), tiny(tied));
+        let (folder, shape) = (TestFolder::new("checkpoint"), tiny(tied));
         save(&folder.0, &shape, n, mode, compute, &[3, 10]);
         let checkpoint = latest(&folder.0).unwrap().unwrap();
         assert_eq!(checkpoint.dir(), step_dir(&folder.0, 10));
@@ -70,14 +70,14 @@ fn checkpoints_load_at_every_world_size() {
 
 #[test]
 fn a_checkpoint_takes_the_space_that_was_estimated() {
-    let (folder, shape) = (Folder::new(), tiny(false));
+    let (folder, shape) = (TestFolder::new("checkpoint"), tiny(false));
     save(&folder.0, &shape, 2, Mode::Full, Kind::Float, &[1]);
     let shards: u64 = latest(&folder.0).unwrap().unwrap().meta().files[..2].iter().map(|f| f.bytes).sum();
     let estimate = bytes_per_checkpoint(&layouts(&shape), Kind::Float, MomentsIn::Float32);
     assert_eq!(estimate, shape.num_parameters() as u64 * 12);
     assert!(estimate <= shards && shards < estimate + 8000, "{estimate} {shards}");
 
-    let folder = Folder::new();
+    let folder = TestFolder::new("checkpoint");
     save(&folder.0, &shape, 2, Mode::Full, Kind::BFloat16, &[1]);
     let shards: u64 = latest(&folder.0).unwrap().unwrap().meta().files[..2].iter().map(|f| f.bytes).sum();
     let estimate = bytes_per_checkpoint(&layouts(&shape), Kind::Float, MomentsIn::EightBit);
@@ -87,7 +87,7 @@ fn a_checkpoint_takes_the_space_that_was_estimated() {
 
 #[test]
 fn old_checkpoints_go_and_leftovers_of_killed_runs_too() {
-    let (folder, shape) = (Folder::new(), tiny(true));
+    let (folder, shape) = (TestFolder::new("checkpoint"), tiny(true));
     let dir = folder.0.join("checkpoints");
     let steps = || list(&dir).unwrap().into_iter().map(|(s, _)| s).collect::<Vec<_>>();
     save(&folder.0, &shape, 1, Mode::Full, Kind::Float, &[10, 20, 30, 40]);
@@ -111,7 +111,7 @@ fn old_checkpoints_go_and_leftovers_of_killed_runs_too() {
 
 #[test]
 fn a_damaged_newest_checkpoint_is_named_and_never_passed_over() {
-    let (folder, shape) = (Folder::new(), tiny(true));
+    let (folder, shape) = (TestFolder::new("checkpoint"), tiny(true));
     let fresh = || {
         let _ = fs::remove_dir_all(folder.0.join("checkpoints"));
         save(&folder.0, &shape, 1, Mode::Full, Kind::Float, &[1, 2]);
@@ -160,7 +160,7 @@ fn a_damaged_newest_checkpoint_is_named_and_never_passed_over() {
 
 #[test]
 fn damage_that_one_rank_sees_stops_all_ranks() {
-    let (folder, shape) = (Folder::new(), tiny(false));
+    let (folder, shape) = (TestFolder::new("checkpoint"), tiny(false));
     save(&folder.0, &shape, 2, Mode::Full, Kind::Float, &[1]);
     let shard = "shard-00001-of-00002.safetensors";
     let path = step_dir(&folder.0, 1).join(shard);
@@ -178,7 +178,7 @@ fn damage_that_one_rank_sees_stops_all_ranks() {
 
 #[test]
 fn a_failed_save_leaves_nothing_and_is_known_to_all_ranks() {
-    let (folder, shape) = (Folder::new(), tiny(false));
+    let (folder, shape) = (TestFolder::new("checkpoint"), tiny(false));
     let dir = folder.0.join("checkpoints");
     let results: Vec<(Error, Result<Option<Saved>>)> = on_ranks(2, |world| {
         let (params, optim) = trained(&shape, &world, Mode::Full, Kind::Float);
@@ -223,7 +223,7 @@ fn a_failed_save_leaves_nothing_and_is_known_to_all_ranks() {
 
 #[test]
 fn further_models_lie_in_folders_of_their_own() {
-    let (folder, shape) = (Folder::new(), tiny(false));
+    let (folder, shape) = (TestFolder::new("checkpoint"), tiny(false));
     let other = Shape { hidden_size: 2 * shape.hidden_size, ..shape.clone() };
     on_ranks(2, |world| {
         let (params, optim) = trained(&shape, &world, Mode::Full, Kind::Float);

@@ -6,13 +6,15 @@ mod models;
 use std::fs::{self, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use kernels::c10d::{Backend, Group, Store};
-use kernels::watch::Watch;
+use kernels::c10d::Group;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
+use testing::folder::TestFolder;
+use testing::golden::golden_model;
+use testing::ranks::on_ranks;
+use testing::tolerance::{Quantity, allowed};
 
 use super::hf::HfModel;
 use super::saver::Saved;
@@ -26,29 +28,6 @@ use crate::distributed::sharded::Sharded;
 use crate::error::Error;
 use crate::model::{init, layout::layouts};
 use crate::optim::AdamW;
-
-/// A folder of its own for a test, removed at its end.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new() -> Folder {
-        static NEXT: AtomicUsize = AtomicUsize::new(0);
-        let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("corral-checkpoint-{}-{n}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        Folder(path)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-fn golden(name: &str) -> PathBuf {
-    crate::env::golden().join("models").join(name)
-}
 
 fn tiny(tied: bool) -> Shape {
     Shape {
@@ -86,33 +65,6 @@ fn one_a_family() -> Vec<Shape> {
         window(Family::Qwen3, Some(5), 0),
         Shape { experts: Some(experts), ..window(Family::Mixtral, Some(7), 0) },
     ]
-}
-
-/// Runs `f` on `n` ranks, threads of this process; returns what they return, by rank.
-pub(super) fn on_ranks<T: Send>(n: i64, f: impl Fn(Group) -> T + Sync) -> Vec<T> {
-    if n == 1 {
-        return vec![f(Group::solo())];
-    }
-    let timeout = Duration::from_secs(30);
-    let server = Store::tcp("127.0.0.1", 0, true, timeout).unwrap();
-    let stores: Vec<Store> = (0..n).map(|_| server.reconnect().unwrap()).collect();
-    let ranks: Vec<i64> = (0..n).collect();
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = stores
-            .into_iter()
-            .enumerate()
-            .map(|(rank, store)| {
-                let (ranks, f) = (&ranks, &f);
-                scope.spawn(move || {
-                    let watch = Watch::start(store, rank as i64, n, rank == 0).unwrap();
-                    let group =
-                        Group::new(&watch, Backend::Gloo, "world", ranks, timeout, Device::Cpu).unwrap();
-                    f(group)
-                })
-            })
-            .collect();
-        threads.into_iter().map(|t| t.join().unwrap()).collect()
-    })
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -176,7 +128,7 @@ fn assert_trained(params: &Sharded, optim: &AdamW, shape: &Shape, world: &Group,
 }
 
 fn tokenizer(name: &str) -> Tokenizer {
-    Tokenizer::load(golden(name)).unwrap()
+    Tokenizer::load(golden_model(name)).unwrap()
 }
 
 fn run_info() -> RunInfo {

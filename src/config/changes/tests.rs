@@ -7,7 +7,7 @@ use crate::config::ppo::Ppo;
 use crate::config::pretrain::Pretrain;
 use crate::config::reward::Reward;
 use crate::config::sft::Sft;
-use crate::files::TestFolder;
+use testing::folder::TestFolder;
 
 /// Every leaf of a configuration.
 fn all_keys<T: Algorithm>() -> Vec<String> {

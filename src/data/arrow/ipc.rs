@@ -535,10 +535,10 @@ pub fn rows(mut input: impl Read + Send + 'static) -> Result<(Vec<String>, Rows)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::{Path, PathBuf};
+    use std::path::PathBuf;
 
     fn fixture(name: &str) -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/arrow").join(name)
+        testing::golden::fixture("arrow").join(name)
     }
 
     fn read(bytes: Vec<u8>) -> Result<Vec<Map<String, Value>>> {

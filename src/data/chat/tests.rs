@@ -1,7 +1,7 @@
 use super::*;
 use crate::data::tokenizer::tests::{load_fixture, small};
-use crate::files::TestFolder;
 use serde_json::{Map, Value, json};
+use testing::folder::TestFolder;
 
 fn chat(turns: &[(&str, &str)]) -> Vec<Message> {
     turns.iter().map(|(role, text)| Message::new(*role, *text)).collect()
@@ -33,7 +33,7 @@ fn with(section: sections::Tokenizer) -> Result<Tokenizer> {
 
 #[test]
 fn templates_are_rendered_as_by_transformers() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/chats.json");
+    let path = testing::golden::fixture("chats.json");
     let fixture: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     let tokens = || vec![("bos_token", "<s>".to_string()), ("eos_token", "</s>".to_string())];
     let cases = fixture["cases"].as_array().unwrap();

@@ -1,6 +1,6 @@
 use super::*;
 use crate::data::readers::records;
-use crate::files::TestFolder;
+use testing::folder::TestFolder;
 
 fn record(line: &str) -> Record {
     static FILES: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);

@@ -1,6 +1,6 @@
 use super::*;
-use crate::files::TestFolder;
 use serde_json::json;
+use testing::folder::TestFolder;
 
 const TEXT: &str =
     "The quick brown fox jumps over 13 lazy dogs.\n\nThe dogs sleep, the fox doesn't.\n  It's 2026!\n";
@@ -134,7 +134,7 @@ fn bad_tokenizers_are_refused_with_the_reason() {
 // ---- vocabularies of other formats ----
 
 fn fixture(name: &str) -> std::path::PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers").join(name)
+    testing::golden::fixture("tokenizers").join(name)
 }
 
 /// A folder with the fixture's vocabulary under `name` and nothing else, and what the library itself says.
@@ -402,7 +402,7 @@ fn ids_that_are_no_tokens_are_left_out() {
 #[test]
 #[expect(clippy::too_many_lines, reason = "the scripts and tokenizers that are tried")]
 fn pieces_of_any_script_give_the_ids_of_the_whole() {
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models");
+    let golden = testing::golden::repository().join("tests/golden/models");
     let mut all: Vec<(String, Tokenizer)> = ["llama", "no_prefix", "symbols", "llama3", "qwen"]
         .map(|name| (name.to_string(), load_fixture(name).1))
         .into();

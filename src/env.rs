@@ -36,9 +36,3 @@ pub(crate) fn parsed<T: std::str::FromStr>(name: &str) -> Option<T> {
 pub(crate) fn path(name: &str) -> Option<PathBuf> {
     variable(name).map(PathBuf::from)
 }
-
-/// The root of the golden data of tests: CORRAL_GOLDEN, else `tests/golden`.
-#[cfg(test)]
-pub(crate) fn golden() -> PathBuf {
-    path("CORRAL_GOLDEN").unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden").into())
-}

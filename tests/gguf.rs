@@ -9,9 +9,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::AtomicU64;
+use testing::compare::relative;
 use testing::folder::folder;
-use testing::golden::repository;
+use testing::golden::{golden_model, repository};
 use testing::program::corral;
+use testing::tolerance::{Quantity, allowed};
 
 use common::load;
 use corral::checkpoint::Weights;

@@ -1,6 +1,8 @@
 //! Training against PyTorch, transformers, PEFT and bitsandbytes, on golden values: AdamW, schedules, quantization, adapters,
 //! packed rows. Where and on what as in `parity.rs`.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 mod common;
 
 use std::collections::HashMap;
@@ -157,27 +159,34 @@ fn quantization() {
     same("dyn8.dequant", &quant::dequantize_dynamic(&codes, &absmax), &golden["dyn8.dequant"]);
 }
 
-/// PEFT's adapter on a Llama: logits, loss, every gradient, and what merging gives.
+/// Near a golden value of float32.
+fn near(what: &str, got: &Tensor, exact: &Tensor, kind: Kind, measure: fn(&Tensor, &Tensor) -> f64) {
+    let size = exact.abs().max().double_value(&[]).max(1.0);
+    let distance = measure(&got.view(exact.size().as_slice()), exact);
+    assert!(
+        distance <= allowed(Quantity::SingleReference, kind) * size,
+        "{what} in {kind:?}: {distance:e} of {size}"
+    );
+}
+
+/// The input of the golden adapter.
+fn masked_input(g: &HashMap<String, Tensor>) -> Input {
+    Input::with_mask(g["input_ids"].shallow_clone(), &g["attention_mask"])
+}
+
+/// The logits of that input `[B T, V]`, padding 0.
+fn masked_logits(model: &mut Llama, g: &HashMap<String, Tensor>) -> Tensor {
+    let real = g["attention_mask"].view([-1, 1]).to_kind(Kind::Double);
+    let hidden = model.hidden(&masked_input(g)).unwrap();
+    model.next_token_logits(&hidden).unwrap().to_device(Device::Cpu).to_kind(Kind::Double) * &real
+}
+
+/// PEFT's adapter on a Llama: logits, loss, every gradient.
 #[test]
 fn lora() {
     let dir = golden().join("lora");
     let g = tensors(&dir.join("golden.safetensors"));
-    let input = || Input::with_mask(g["input_ids"].shallow_clone(), &g["attention_mask"]);
-    let real = g["attention_mask"].view([-1, 1]).to_kind(Kind::Double);
-    let near =
-        |what: &str, got: &Tensor, exact: &Tensor, kind: Kind, measure: fn(&Tensor, &Tensor) -> f64| {
-            // The golden values are of float32.
-            let size = exact.abs().max().double_value(&[]).max(1.0);
-            let distance = measure(&got.view(exact.size().as_slice()), exact);
-            assert!(
-                distance <= allowed(Quantity::SingleReference, kind) * size,
-                "{what} in {kind:?}: {distance:e} of {size}"
-            );
-        };
-    let logits = |model: &mut Llama| {
-        let hidden = model.hidden(&input()).unwrap();
-        model.next_token_logits(&hidden).unwrap().to_device(Device::Cpu).to_kind(Kind::Double) * &real
-    };
+    let logits = |model: &mut Llama| masked_logits(model, &g);
     let weights = Weights::open(&dir).unwrap();
     let shape = weights.shape().clone();
     let trainable = weights.lora().unwrap();
@@ -193,7 +202,7 @@ fn lora() {
         let count = labels.ge(0).sum(Kind::Int64).double_value(&[]);
         for recompute in [Recompute::None, Recompute::Full] {
             model.params.begin_step_gradients(1);
-            let (hidden, tape) = model.forward(&input(), recompute).unwrap();
+            let (hidden, tape) = model.forward(&masked_input(&g), recompute).unwrap();
             let a = if kind == Kind::Double { Kind::Double } else { Kind::Float };
             let coef = Tensor::full([labels.size()[0]], -1.0 / count, (a, device()));
             let (logprobs, dhidden) = LmHead::linear_loss(&mut model, &hidden, &labels, &coef).unwrap();
@@ -231,7 +240,13 @@ fn lora() {
         weights.fill(&mut params).unwrap();
         near("logits", &logits(&mut Llama::new(shape.clone(), params)), &g["logits"], kind, largest);
     }
+}
 
+/// What merging PEFT's adapter gives.
+#[test]
+fn merged_lora() {
+    let dir = golden().join("lora");
+    let g = tensors(&dir.join("golden.safetensors"));
     let merged = folder("merged");
     let adapter = PeftAdapter::open(&dir).unwrap();
     let base = Weights::open(&adapter.base().unwrap()).unwrap();
@@ -246,7 +261,7 @@ fn lora() {
         assert!(d < allowed(Quantity::Merged, Kind::Float), "{name}: {d:e}");
     }
     let mut model = load(&merged, Kind::Double);
-    near("logits_merged", &logits(&mut model), &g["logits_merged"], Kind::Double, largest);
+    near("logits_merged", &masked_logits(&mut model, &g), &g["logits_merged"], Kind::Double, largest);
 }
 
 /// Documents that are packed into one row, which do not see each other: logits, loss and gradients are those of each on its

@@ -104,7 +104,6 @@ impl As {
 }
 
 /// Converts, compares the result with the model, and prints what was written.
-#[expect(clippy::too_many_lines, reason = "the steps of a command")]
 pub fn run(args: Args, device: Device) -> Result<()> {
     let target = match (args.format, args.model_parallel, args.max_shard_size) {
         (Format::Hf | Format::Peft | Format::Gguf, Some(_), _) => {

@@ -17,7 +17,7 @@ use crate::files::{is_file, read_error};
 
 pub use dtype::Dtype;
 use metadata::Cursor;
-pub(crate) use metadata::{Array, Metadata, Value};
+pub use metadata::{Array, Metadata, Value};
 pub use write::Writer;
 
 const MAGIC: &[u8; 4] = b"GGUF";

@@ -7,7 +7,7 @@ use std::process::Command;
 use testing::program::corral;
 
 /// Folders of the tree that documents name paths in.
-const ROOTS: [&str; 7] = ["configs", "docs", "kernels", "launch", "scripts", "src", "tests"];
+const ROOTS: [&str; 8] = ["configs", "docs", "kernels", "launch", "scripts", "src", "testing", "tests"];
 
 /// Endings of files that are always ours.
 const SOURCES: [&str; 8] = [".rs", ".cpp", ".h", ".inc", ".cu", ".cuh", ".sh", ".py"];

@@ -79,6 +79,10 @@ pub enum Quantity {
     Merged,
     /// A mean of rows of weights, absolute.
     RoundedMean,
+    /// A weight with the product of a large adapter merged, absolute.
+    MergedProduct,
+    /// Norms that a file stores with 1 added.
+    StoredNorms,
     /// Logits of a model whose norms a file stores with 1 added.
     RoundedNorms,
     /// Weights that another file or section begins with.
@@ -120,7 +124,7 @@ const D: Kind = Kind::Double;
 const F: Kind = Kind::Float;
 const B: Kind = Kind::BFloat16;
 
-pub const TABLE: [Tolerance; 67] = [
+pub const TABLE: [Tolerance; 69] = [
     fixed(Operation, D, 1e-13, "some hundred roundings of 1e-16"),
     fixed(Operation, F, 1e-5, "logits of 25 are rounded by 1e-6, and so are their exponentials"),
     fixed(Operation, B, 8e-3, "one rounding"),
@@ -152,12 +156,12 @@ pub const TABLE: [Tolerance; 67] = [
         quantity: Gradient,
         kind: B,
         floor: 0.1,
-        factor: 0.5 * FLOAT32_TO_BFLOAT16,
+        factor: FLOAT32_TO_BFLOAT16,
         slack: 0.0,
         bound: 0.25,
         reason: "a few per cent in gradients of three blocks. A bias of k is ill-conditioned: softmax does not see what all \
-                 keys share, so that its gradient is what is left of terms that cancel. The reference's own bfloat16 is \
-                 0.2 to 0.75 of its float32 error times 2^16",
+                 keys share, so that its gradient is what is left of terms that cancel. Of 60 random models the reference's \
+                 own bfloat16 was at most 0.11 off, and 0.93 of its float32 error times 2^16",
     },
     fixed(SingleReference, D, 2e-5, "the error of the reference"),
     fixed(SingleReference, F, 2e-5, "two errors of float32"),
@@ -166,16 +170,16 @@ pub const TABLE: [Tolerance; 67] = [
     fixed(SingleHeadGradient, D, 2e-5, "the error of the reference"),
     fixed(SingleHeadGradient, F, 2e-5, "two errors of float32"),
     fixed(Scores, D, 1e-9, "log-probabilities of about 10, printed with all digits"),
-    fixed(Scores, F, 5e-5, "twice the reference's own error of up to 2.5e-5"),
-    fixed(LossFunction, D, 1e-10, "the reference has rounded some inputs to 12 digits"),
+    fixed(Scores, F, 5e-5, "twice the reference's own error of logits, up to 2.4e-5"),
+    fixed(LossFunction, D, 1e-10, "the same formulas with other orders of operations"),
     fixed(LossFunction, F, 1e-5, "sums of some ten tokens of float32"),
     fixed(UnpairedLoss, D, 1e-12, "a few operations"),
     fixed(UnpairedLoss, F, 1e-5, "differences of sums of log-probabilities, rounded in float32"),
-    fixed(UnpairedGradient, D, 2e-10, "through a model in float64 whose reference sums are rounded"),
+    fixed(UnpairedGradient, D, 2e-10, "twice the losses', through all blocks"),
     fixed(UnpairedGradient, F, 2e-5, "the same in float32"),
-    fixed(KlEstimate, D, 1e-8, "a mean of differences of sums of about 100"),
+    fixed(KlEstimate, D, 1e-8, "a difference of sums of log-probabilities over rows"),
     fixed(KlEstimate, F, 1e-3, "the same in float32"),
-    fixed(PairLosses, D, 1e-9, "losses of single pairs, up to 10 times the mean"),
+    fixed(PairLosses, D, 1e-9, "ten times their mean's"),
     fixed(PairLosses, F, 1e-4, "the same in float32"),
     fixed(Formula, D, 1e-14, "a few roundings of 1e-16"),
     fixed(TwoWays, D, 1e-12, "thousands of roundings of 1e-16"),
@@ -206,11 +210,13 @@ pub const TABLE: [Tolerance; 67] = [
         "weights rounded by a merge with a base in 8 bits, or moved by steps of 1e-9",
     ),
     fixed(Perplexity, F, 1e-5, "an adapter merged or not, in float32"),
-    fixed(Merged, D, 1e-9, "a mean of squares, added in float64"),
+    fixed(Merged, D, 1e-9, "the KL divergence from the adapter's model of a merge without rounding"),
     fixed(Merged, F, 1e-6, "weights of about 1 with a product added"),
     fixed(RoundedMean, F, 1e-8, "one rounding of weights of about 0.02"),
+    fixed(MergedProduct, F, 1e-5, "products some ten times the weights"),
+    fixed(StoredNorms, F, 1e-4, "a weight near 0 loses digits where 1 is added"),
     fixed(RoundedNorms, F, 1e-5, "a norm's weight plus 1 is rounded to 2^-24 of its size"),
-    fixed(Converted, F, 1e-6, "one rounding of a mean of 300 rows"),
+    fixed(Converted, F, 1e-6, "one rounding, of a mean or a product"),
     fixed(Printed, D, 1e-9, "sums of values that are printed with all digits"),
     fixed(Printed, F, 1e-6, "7 digits"),
 ];
@@ -303,11 +309,10 @@ mod tests {
 
     #[test]
     fn ill_conditioned_gradients_have_room_and_others_do_not() {
-        // Own float32 errors of the golden models: about 1e-6, and 6.7e-6 for a bias of k.
-        assert_eq!(allowed_beside(Gradient, B, 1.5e-6), 0.1);
-        let bias = allowed_beside(Gradient, B, 6.7e-6);
-        assert!((0.2..0.25).contains(&bias), "{bias}");
-        assert_eq!(allowed_beside(Gradient, B, 1e-3), 0.25);
+        // Own float32 errors of the golden models: about 1e-6, and up to 6.7e-6 for a bias of k.
+        assert_eq!(allowed_beside(Gradient, B, 1e-6), 0.1);
+        assert_eq!(allowed_beside(Gradient, B, 3e-6), 3e-6 * 65_536.0);
+        assert_eq!(allowed_beside(Gradient, B, 6.7e-6), 0.25);
         assert_eq!(allowed_beside(Gradient, F, 1e-6), 3e-6);
     }
 }

@@ -220,6 +220,16 @@ fn all_families_go_there_and_back() {
             assert_eq!(a.chat_template().map(|t| &t.source), b.chat_template().map(|t| &t.source), "{name}");
         }
     }
+    let leftovers: Vec<_> = fs::read_dir(&dir)
+        .unwrap()
+        .filter(|e| e.as_ref().unwrap().file_name().as_encoded_bytes()[0] == b'.')
+        .collect();
+    assert!(leftovers.is_empty(), "{leftovers:?}");
+}
+
+#[test]
+fn what_a_file_cannot_express_is_refused() {
+    let dir = folder("cannot_express");
     // A Qwen 3 whose window is off.
     let off =
         configured(&dir, "qwen3", &[("use_sliding_window", false.into()), ("layer_types", Value::Null)]);
@@ -235,11 +245,6 @@ fn all_families_go_there_and_back() {
         Some(Stored::Blocks(Dtype::Q4_0)),
     );
     assert!(e.as_ref().is_err_and(|e| e.exit_code() == 2 && e.message.contains("--format gguf")), "{e:?}");
-    let leftovers: Vec<_> = fs::read_dir(&dir)
-        .unwrap()
-        .filter(|e| e.as_ref().unwrap().file_name().as_encoded_bytes()[0] == b'.')
-        .collect();
-    assert!(leftovers.is_empty(), "{leftovers:?}");
 }
 
 /// A file with another name, or with some of its bytes changed: `find` becomes `put`, which is as long.

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::algorithm::{Algorithm, parse};
 use super::keys::Class::{self, *};
-use super::setting::join;
+use super::yaml::join;
 use crate::error::{Error, Result};
 
 /// A key whose value is another one.

@@ -14,7 +14,7 @@ impl Conflicts {
     pub fn within(&mut self, path: &str, find: impl FnOnce(&mut Conflicts)) {
         let mut found = Conflicts::default();
         find(&mut found);
-        self.0.extend(found.0.into_iter().map(|(key, why)| (super::setting::join(path, &key), why)));
+        self.0.extend(found.0.into_iter().map(|(key, why)| (super::yaml::join(path, &key), why)));
     }
 
     /// Leaves out what was said of `key`.

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use super::conflict::Conflicts;
 use super::section::section;
 use super::sections::{Compute, Optim};
-use super::setting::{Setting, join};
+use super::setting::Setting;
 use super::trainable::{Freeze, Lora};
+use super::yaml::join;
 use crate::error::Error;
 
 section! {

@@ -1,7 +1,6 @@
 //! What is wrong with a configuration: every problem with its place, and the nearest key or word that is known.
 
-use super::setting::join;
-use super::yaml::Place;
+use super::yaml::{Place, join};
 use crate::error::Error;
 
 /// What was found so far.

@@ -98,7 +98,7 @@ impl Setting for Length {
                 match low <= high {
                     true => Some(Length { low, high }),
                     false => at.refuse(
-                        format!("of [LOW, HIGH] the first, {low}, is above the second, {high}"),
+                        format!("{low} to {high} is no range: expected [LOW, HIGH] with LOW at most HIGH"),
                         problems,
                     ),
                 }

@@ -8,7 +8,7 @@ use serde_json::Value as Json;
 
 use super::keys::{Kind, Limits};
 use super::problems::Problems;
-use super::yaml::{Node, Value};
+use super::yaml::{Node, Value, join};
 
 /// A type that keys of a configuration have.
 pub trait Setting: Sized {
@@ -77,11 +77,6 @@ impl<'a> At<'a> {
         let items: Vec<Option<T>> = items.iter().enumerate().map(read).collect();
         items.into_iter().collect()
     }
-}
-
-/// The dotted key of `name` in the section `path`.
-pub fn join(path: &str, name: &str) -> String {
-    if path.is_empty() { name.to_string() } else { format!("{path}.{name}") }
 }
 
 impl Setting for bool {

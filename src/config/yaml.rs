@@ -149,6 +149,11 @@ impl Node {
     }
 }
 
+/// The dotted key of `name` in the section `path`.
+pub fn join(path: &str, name: &str) -> String {
+    if path.is_empty() { name.to_string() } else { format!("{path}.{name}") }
+}
+
 /// A node as the parser gives it.
 struct Raw(Spanned<RawValue>);
 

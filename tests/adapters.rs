@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
+use nix::sys::signal::Signal;
 use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
@@ -325,10 +326,7 @@ fn the_life_of_an_adapter() {
     train(&whole, 1, &words);
     let (run, words) = adapter_run("life", &["checkpoint.every=5"]);
     let all: Vec<&str> = words.iter().map(String::as_str).collect();
-    let mut running = run.start(1, &all);
-    running.wait_for("some steps", std::time::Duration::from_millis(1), || run.step() >= 7);
-    running.signal(nix::sys::signal::Signal::SIGTERM);
-    let stopped = running.wait();
+    let stopped = run.stop_at(7, Signal::SIGTERM, &all);
     assert!([0, 143].contains(&stopped.code), "{stopped}");
     run.train(1, &all);
     assert_eq!(run.curve(), whole.curve(), "a resumed run goes on as if nothing had been");
@@ -533,10 +531,7 @@ fn joined_layers_share_the_adapter_that_peft_made() {
 fn a_stopped_run_becomes_a_model() {
     let (run, words) = adapter_run("stopped", &["checkpoint.every=3", "train.steps=400"]);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let mut running = run.start(1, &words);
-    running.wait_for("some steps", std::time::Duration::from_millis(1), || run.step() >= 7);
-    running.signal(nix::sys::signal::Signal::SIGTERM);
-    running.wait().expect_code(143);
+    run.stop_at(7, Signal::SIGTERM, &words).expect_code(143);
     let checkpoints = run.checkpoints();
     let (last, newest) = checkpoints.last().unwrap();
     let at = |name: &str| run.dir.join(name).to_string_lossy().into_owned();
@@ -598,10 +593,7 @@ fn moments_in_8_bits() {
     assert!(a[0] == b[0] && a[19] != b[19] && (a[19] / b[19] - 1.0).abs() < 0.1, "{a:?} {b:?}");
 
     let run = Run::sft("moments-8bit-stopped");
-    let mut running = run.start(1, &words);
-    running.wait_for("some steps", std::time::Duration::from_millis(1), || run.step() >= 7);
-    running.signal(nix::sys::signal::Signal::SIGTERM);
-    running.wait();
+    run.stop_at(7, Signal::SIGTERM, &words);
     run.train(1, &words);
     run.expect_equal(&whole);
 
@@ -629,7 +621,6 @@ fn what_cannot_be_trained_is_refused() {
     .enumerate()
     {
         let run = Run::sft(&format!("refused-{i}"));
-        run.start(1, words).wait().expect_error(2, &[wanted]);
-        assert!(!run.output().exists(), "nothing is begun");
+        run.expect_refused(words, 2, wanted);
     }
 }

@@ -4,6 +4,7 @@
 
 mod common;
 
+use nix::sys::signal::Signal;
 use std::fs;
 use testing::compare::{largest_relative, largest_relative_at, relative};
 use testing::device::device;
@@ -175,10 +176,7 @@ fn a_killed_run_resumes_bit_by_bit() {
     whole.train(1, &words);
     for (name, forget) in [("resume-killed", false), ("resume-without-cache", true)] {
         let killed = run(name);
-        let mut running = killed.start(1, &words);
-        running.wait_for("step 7", std::time::Duration::from_millis(1), || killed.step() >= 7);
-        running.signal(nix::sys::signal::Signal::SIGKILL);
-        running.wait();
+        killed.stop_at(7, Signal::SIGKILL, &words);
         if forget {
             // The reference is not the model of the checkpoint.
             fs::remove_dir_all(data().join(format!("cache-{name}"))).unwrap();
@@ -203,8 +201,7 @@ fn what_cannot_be_is_refused() {
         (&["data.sequence_length=8"], 3, "no example"),
     ];
     for (words, code, part) in cases {
-        run.start(1, words).wait().expect_error(code, &[part]);
-        assert!(!run.output().exists(), "nothing is begun");
+        run.expect_refused(words, code, part);
     }
     let bad = run.dir.join("bad.jsonl");
     fs::write(&bad, "{\"prompt\": \"a\", \"chosen\": \"b\"}\n").unwrap();

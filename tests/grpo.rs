@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
+use nix::sys::signal::Signal;
 use std::fs;
 use tch::Kind;
 use testing::compare::relative_number;
@@ -255,10 +256,7 @@ fn killed_runs_resume_bit_by_bit() {
         let whole = run(subcommand, &format!("resume-whole-{subcommand}"));
         whole.train(1, &words);
         let killed = run(subcommand, &format!("resume-killed-{subcommand}"));
-        let mut running = killed.start(1, &words);
-        running.wait_for("step 7", std::time::Duration::from_millis(1), || killed.step() >= 7);
-        running.signal(nix::sys::signal::Signal::SIGKILL);
-        running.wait();
+        killed.stop_at(7, Signal::SIGKILL, &words);
         killed.train(1, &words);
         killed.expect_equal(&whole);
         assert_eq!(killed.numbers("train", "reward"), whole.numbers("train", "reward"));
@@ -344,7 +342,6 @@ fn what_cannot_be_is_refused() {
     ];
     for (subcommand, words, part) in cases {
         let run = run(subcommand, "refused");
-        run.start(1, words).wait().expect_error(2, &[part]);
-        assert!(!run.output().exists(), "nothing is begun");
+        run.expect_refused(words, 2, part);
     }
 }

@@ -4,6 +4,7 @@
 
 mod common;
 
+use nix::sys::signal::Signal;
 use std::fs;
 use std::path::Path;
 use testing::compare::{largest_relative_at, relative};
@@ -227,10 +228,7 @@ fn a_killed_run_resumes_bit_by_bit() {
     let whole = run("resume-whole");
     whole.train(1, &words);
     let killed = run("resume-killed");
-    let mut running = killed.start(1, &words);
-    running.wait_for("step 7", std::time::Duration::from_millis(1), || killed.step() >= 7);
-    running.signal(nix::sys::signal::Signal::SIGKILL);
-    running.wait();
+    killed.stop_at(7, Signal::SIGKILL, &words);
     killed.train(1, &words);
     killed.expect_equal(&whole);
     assert_eq!(killed.numbers("train", "kl"), whole.numbers("train", "kl"));
@@ -249,8 +247,7 @@ fn what_cannot_be_is_refused() {
         (&["data.sequence_length=8"], 3, "no example"),
     ];
     for (words, code, part) in cases {
-        run.start(1, words).wait().expect_error(code, &[part]);
-        assert!(!run.output().exists(), "nothing is begun");
+        run.expect_refused(words, code, part);
     }
     let bad = run.dir.join("bad.jsonl");
     let lines = [

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
+use nix::sys::signal::Signal;
 use std::fs;
 use std::path::Path;
 use testing::compare::{largest_relative, largest_relative_at, relative};
@@ -103,10 +104,7 @@ fn a_killed_run_resumes_bit_by_bit() {
     whole.train(1, &words);
     let run = ppo("resume-killed");
     for step in [2, 5] {
-        let mut running = run.start(1, &words);
-        running.wait_for("a step", std::time::Duration::from_millis(1), || run.step() >= step);
-        running.signal(nix::sys::signal::Signal::SIGKILL);
-        running.wait();
+        run.stop_at(step, Signal::SIGKILL, &words);
     }
     run.train(1, &words);
     run.expect_equal(&whole);
@@ -278,7 +276,7 @@ fn what_fails_is_told() {
     fails(&["rewards=[]"], 2, &["there is nothing to learn from"]);
     fails(&["ppo.minibatch_size=6"], 2, &["'ppo.minibatch_size'", "16 prompts, is no multiple of 6"]);
     fails(&["generation.max_new_tokens=[9, 3]"], 2, &["9 to 3"]);
-    fails(&["rewards=[{kind: length, pattern: x}]"], 2, &["'pattern' is of the kind format"]);
+    fails(&["rewards=[{kind: length, pattern: x}]"], 2, &["'rewards.0.pattern': is of the kind format"]);
     fails(&["ppo.klcoef=1"], 2, &["klcoef"]);
     let k1 = ["ppo.kl_in=loss", "ppo.kl_target=null", "ppo.kl_estimator=k1"];
     fails(&k1, 2, &["'ppo.kl_estimator'", "the gradient of k1 is 0"]);
@@ -449,10 +447,7 @@ fn the_head_of_a_critic_is_saved_with_its_adapter() {
     assert!(next.numbers("train", "explained_variance")[0] != 0.0, "the head is there from the start");
     let stopped = ppo("critic-stopped");
     let stop = [&words[..1], &["train.steps=3"]].concat();
-    let mut running = stopped.start(1, &stop);
-    running.wait_for("a step", std::time::Duration::from_millis(1), || stopped.step() >= 1);
-    running.signal(nix::sys::signal::Signal::SIGKILL);
-    running.wait();
+    stopped.stop_at(1, Signal::SIGKILL, &stop);
     stopped.train(1, &stop);
     assert!(
         tensors(&stopped.output().join("critic/adapter_model.safetensors"))

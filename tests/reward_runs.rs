@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
+use nix::sys::signal::Signal;
 use std::fs;
 use std::path::{Path, PathBuf};
 use tch::Kind;
@@ -97,10 +98,7 @@ fn a_killed_run_resumes_bit_by_bit() {
     let whole = run("resume-whole");
     whole.train(1, &["checkpoint.every=3"]);
     let killed = run("resume-killed");
-    let mut running = killed.start(1, &["checkpoint.every=3"]);
-    running.wait_for("step 7", std::time::Duration::from_millis(1), || killed.step() >= 7);
-    running.signal(nix::sys::signal::Signal::SIGKILL);
-    running.wait();
+    killed.stop_at(7, Signal::SIGKILL, &["checkpoint.every=3"]);
     killed.train(1, &["checkpoint.every=3"]);
     killed.expect_equal(&whole);
     assert_eq!(ours(&killed.output().join("model")), ours(&whole.output().join("model")));

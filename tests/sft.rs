@@ -1,7 +1,7 @@
 //! Fine-tuning through the real binaries.
 
+use nix::sys::signal::Signal;
 use std::fs;
-use std::path::Path;
 use tch::Kind;
 use testing::compare::{largest_relative, relative};
 use testing::folder::folder;
@@ -65,10 +65,7 @@ fn a_killed_run_resumes_bit_by_bit() {
     let whole = Run::sft("resume-whole");
     whole.train(1, &["checkpoint.every=5"]);
     let run = Run::sft("resume-killed");
-    let mut running = run.start(1, &["checkpoint.every=5"]);
-    running.wait_for("step 12", std::time::Duration::from_millis(1), || run.step() >= 12);
-    running.signal(nix::sys::signal::Signal::SIGKILL);
-    running.wait();
+    run.stop_at(12, Signal::SIGKILL, &["checkpoint.every=5"]);
     run.train(1, &["checkpoint.every=5"]);
     run.expect_equal(&whole);
 }
@@ -175,8 +172,7 @@ fn bad_data_is_told_with_its_place() {
         fs::write(&path, text).unwrap();
         let run = Run::sft(&format!("bad-{i}"));
         let source = format!("data.train=[{}]", path.display());
-        run.start(1, &[&source]).wait().expect_error(3, &[wanted]);
-        assert!(!run.output().exists(), "nothing is begun");
+        run.expect_refused(&[&source], 3, wanted);
     }
     let missing = Program::corral(&["sft", "--config"]).arg(dir.join("none.yaml")).run(&dir, "none");
     missing.expect_error(2, &["none.yaml"]);
@@ -296,7 +292,7 @@ fn check_tells_what_templates_and_lengths_do() {
     check("twice", &[&twice]).expect_error(3, &["example 1 begins with two BOS tokens (<s>)"]);
 
     // A folder of Arrow files, and one of splits.
-    let saved = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/arrow");
+    let saved = testing::golden::fixture("arrow");
     let told = check("saved", &[&format!("data.train=[{}]", saved.display())]).expect_code(0);
     assert!(told.out.contains("# 5 of 5 sequences (100.0 %) end in a superv"), "{told}");
     let splits = run.dir.join("splits");

@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
@@ -162,6 +164,20 @@ valid: {{every: 10, batches: 3}}
     /// Trains to the end.
     pub fn train(&self, ranks: usize, words: &[&str]) -> Ended {
         self.start(ranks, words).wait().expect_code(0)
+    }
+
+    /// Trains on one rank until the metrics have `step`, then sends the signal.
+    pub fn stop_at(&self, step: u64, signal: Signal, words: &[&str]) -> Ended {
+        let mut running = self.start(1, words);
+        running.wait_for(&format!("step {step}"), Duration::from_millis(1), || self.step() >= step);
+        running.signal(signal);
+        running.wait()
+    }
+
+    /// A start that ends with this code and one line of error, and begins no folder.
+    pub fn expect_refused(&self, words: &[&str], code: i32, part: &str) {
+        self.start(1, words).wait().expect_error(code, &[part]);
+        assert!(!self.output().exists(), "{words:?}: nothing is begun");
     }
 
     /// The lines of `metrics.jsonl`.

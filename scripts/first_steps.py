@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Losses of the first steps of LoRA training, beside TRL's trainers on PEFT's adapters: the same weights, adapters, order of examples.
 
-    first_steps.py sft|dpo|reward --data FILE [--model NAME] [--pad TOKEN] [--corral BINARY] [--steps 20] [--batch 4] [--work FOLDER]
+    first_steps.py sft|dpo|kto|reward --data FILE [--model NAME] [--pad TOKEN] [--corral BINARY] [--steps 20] [--batch 4] [--work FOLDER]
 
-FILE holds GSM8K's records for sft, pairs of HH's dialogues for dpo and reward. Needs trl 1.16, peft, transformers, datasets. Prints a line
+FILE holds GSM8K's records for sft, pairs of HH's dialogues for the others (kto: of one the chosen, of the next the rejected). Needs trl 1.16, peft, transformers, datasets. Prints a line
 a step, and ends with exit code 1 where losses differ by more than 1e-4 of their size. Float32, no dropout.
 """
 import argparse
@@ -17,7 +17,7 @@ import time
 
 MASK = (1 << 64) - 1
 GAMMA = 0x9E3779B97F4A7C15
-LR = {"sft": 5e-4, "dpo": 1e-4, "reward": 1e-4}
+LR = {"sft": 5e-4, "dpo": 1e-4, "kto": 1e-4, "reward": 1e-4}
 ADAM = dict(betas=[0.9, 0.999], eps=1e-8)
 BOUND = 1e-4
 
@@ -79,6 +79,7 @@ def tokenized(tokenizer, prompt, answer):
 
 def examples(algorithm, tokenizer, path, longest):
     """Yields (record, columns of TRL); those of more than `longest` tokens are left out."""
+    good = False
     for line in open(path):
         record = json.loads(line)
         if algorithm == "sft":
@@ -96,7 +97,12 @@ def examples(algorithm, tokenizer, path, longest):
         if len(prompt) + max(len(better), len(worse)) > longest:
             continue
         record = dict(prompt=chosen[:-1], chosen=chosen[-1:], rejected=rejected[-1:])
-        if algorithm == "dpo":
+        if algorithm == "kto":
+            good = not good
+            answer = chosen if good else rejected
+            record = dict(prompt=chosen[:-1], completion=answer[-1:], label=good)
+            yield record, dict(prompt_ids=prompt, completion_ids=better if good else worse, label=good)
+        elif algorithm == "dpo":
             yield record, dict(prompt_ids=prompt, chosen_ids=better, rejected_ids=worse)
         else:
             yield record, dict(chosen_ids=prompt + better, rejected_ids=prompt + worse)
@@ -111,6 +117,8 @@ def corral(args, data, output, steps, lr):
         config.update(tokenizer=dict(pad_token=args.pad), reward=dict(loss="pairs", score="last"))
     if args.algorithm == "dpo":
         config.update(dpo=dict(loss="sigmoid", beta=0.1))
+    if args.algorithm == "kto":
+        config.update(kto=dict(loss="kto", beta=0.1))
     path = args.work / f"{output.name}.yaml"
     path.write_text(json.dumps(config))
     subprocess.run([args.corral, "-q", args.algorithm, "--config", path, "--resume", "never", "--overwrite"], check=True, stdout=sys.stderr)
@@ -134,6 +142,12 @@ def trl(args, rows, model, adapter):
         from trl import SFTConfig as Config, SFTTrainer as Trainer
     elif args.algorithm == "dpo":
         from trl import DPOConfig as Config, DPOTrainer as Trainer
+    elif args.algorithm == "kto":
+        from trl import KTOConfig as Config, KTOTrainer as Trainer
+        # Each prompt with the completion of the row before it in its batch.
+        for i, row in enumerate(rows):
+            before = i - 1 if i % args.batch else i + args.batch - 1
+            row["KL_completion_ids"] = rows[before]["completion_ids"]
     else:
         from trl import RewardConfig as Config, RewardTrainer as Trainer
 
@@ -154,7 +168,7 @@ def trl(args, rows, model, adapter):
         base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32, pad_token_id=tokenizer.pad_token_id)
     else:
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    named = dict(beta=0.1) if args.algorithm == "dpo" else {}
+    named = dict(beta=0.1) if args.algorithm in ("dpo", "kto") else {}
     config = Config(str(args.work / "trl"), per_device_train_batch_size=args.batch, max_steps=args.steps, max_length=args.longest, weight_decay=0.0,
                     learning_rate=LR[args.algorithm], adam_beta1=ADAM["betas"][0], adam_beta2=ADAM["betas"][1], adam_epsilon=ADAM["eps"], lr_scheduler_type="constant", max_grad_norm=1.0, gradient_checkpointing=False, bf16=False,
                     use_cpu=True, report_to="none", save_strategy="no", optim="adamw_torch", disable_tqdm=True, logging_steps=10**6,

@@ -64,7 +64,7 @@ impl Iterator for Texts {
 }
 
 fn of_file(path: &Path, key: &str, bytes: &Arc<AtomicU64>) -> Box<dyn Iterator<Item = Read> + Send> {
-    let key = if readers::is_plain_text(path) { "text" } else { key };
+    let key = if readers::is_text(path) { "text" } else { key };
     let records = match readers::records_or_errors(path, Some(&[key]), bytes) {
         Ok(records) => records,
         Err(e) => return Box::new(std::iter::once(Err(advised(e)))),

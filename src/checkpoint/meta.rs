@@ -16,6 +16,7 @@ use super::hf_config::read_object;
 use super::source::{Block, Order, Source, TensorFile, View};
 use super::torch_file::Reader;
 use super::unfit::{Unfit, common_prefix};
+use crate::config::Setting;
 use crate::config::shape::{Family, Head, Llama3RopeScaling, Shape};
 use crate::error::{Context, Error, Result};
 use crate::files::read_error;
@@ -427,9 +428,9 @@ pub(super) fn write_params(s: &Shape) -> Result<Value> {
     if let Some(scaling) = s.rope_scaling.as_ref().filter(|scaling| **scaling != fixed) {
         return refused(format!(
             "rope_scaling is {}; Meta's programs have constants, for a hidden_size of {} {}",
-            json!(scaling),
+            scaling.write(),
             s.hidden_size,
-            json!(fixed)
+            fixed.write()
         ));
     }
     let (multiple_of, multiplier) = ffn_rule(s.hidden_size, s.intermediate_size);

@@ -96,7 +96,7 @@ impl Setting for Model {
 section! {
     /// The shape of a new model under Hugging Face's names. Three numbers decide; the rest follows from them.
     pub struct Init {
-        /// Whose model it is.
+        /// The family of the model.
         model_type: Family = Family::Llama => State;
         /// Default: the tokenizer's.
         vocab_size: Option<i64> = None, COUNT => State;
@@ -119,55 +119,22 @@ section! {
         rms_norm_eps: f64 = 1e-5, POSITIVE => State;
         /// Base of the rotary positions.
         rope_theta: f64 = 10000.0, POSITIVE => State;
-        /// Of type `llama3` (Llama 3.1 and later).
-        rope_scaling: Option<RopeScaling> = None;
+        /// Rope scaling of type `llama3` (Llama 3.1 and later).
+        rope_scaling: Option<Llama3RopeScaling> = None;
         /// The head's weight is the embedding's.
         tie_word_embeddings: bool = false => State;
         /// Standard deviation of the initial weights.
         initializer_range: f64 = 0.02, POSITIVE => State;
         /// Positions that a position sees, itself included; none: all before it.
         sliding_window: Option<i64> = None, COUNT => State;
-        /// Of a mixtral. Default: 8.
+        /// mixtral: the number of experts. Default: 8.
         num_local_experts: Option<i64> = None, COUNT => State;
-        /// Of a mixtral: the experts that a token goes to. Default: 2.
+        /// mixtral: the experts that a token goes to. Default: 2.
         num_experts_per_tok: Option<i64> = None, COUNT => State;
-        /// Of a mixtral: weight of the load-balancing loss in pretraining. Default: 0.02.
+        /// mixtral: weight of the load-balancing loss in pretraining. Default: 0.02.
         router_aux_loss_coef: Option<f64> = None, NOT_NEGATIVE => Mathematics;
     }
     check Init::complete
-}
-
-section! {
-    /// Of type `llama3` (Llama 3.1 and later): low frequencies are slowed down by `factor`.
-    pub struct RopeScaling {
-        /// How far the lowest frequencies are slowed down.
-        factor: f64, POSITIVE => State;
-        /// Wave lengths above `original_max_position_embeddings` divided by this are slowed down.
-        low_freq_factor: f64, POSITIVE => State;
-        /// Wave lengths below `original_max_position_embeddings` divided by this stay.
-        high_freq_factor: f64, POSITIVE => State;
-        /// Tokens of a sequence that the model was first trained on.
-        original_max_position_embeddings: i64, COUNT => State;
-    }
-    check RopeScaling::ordered
-}
-
-impl RopeScaling {
-    fn ordered(&mut self) -> Result<(), String> {
-        match self.high_freq_factor > self.low_freq_factor {
-            true => Ok(()),
-            false => Err("high_freq_factor must be above low_freq_factor".into()),
-        }
-    }
-
-    fn of_llama3(&self) -> Llama3RopeScaling {
-        Llama3RopeScaling {
-            factor: self.factor,
-            low_freq_factor: self.low_freq_factor,
-            high_freq_factor: self.high_freq_factor,
-            original_max_position_embeddings: self.original_max_position_embeddings,
-        }
-    }
 }
 
 impl Init {
@@ -222,7 +189,7 @@ impl Init {
             max_position_embeddings: self.max_position_embeddings.unwrap_or(sequence_length),
             rms_norm_eps: self.rms_norm_eps,
             rope_theta: self.rope_theta,
-            rope_scaling: self.rope_scaling.as_ref().map(RopeScaling::of_llama3),
+            rope_scaling: self.rope_scaling.clone(),
             tie_word_embeddings: self.tie_word_embeddings,
             initializer_range: self.initializer_range,
             sliding_window: self.sliding_window,

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::section::choice;
+use super::section::{choice, section};
 use crate::error::{Error, Result};
 
 choice! {
@@ -150,19 +150,29 @@ impl Head {
     }
 }
 
-/// `rope_scaling` of type `llama3` (Llama 3.1 and later): low frequencies are slowed down by `factor`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Llama3RopeScaling {
-    /// What low frequencies are divided by.
-    pub factor: f64,
-    /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are low frequencies.
-    pub low_freq_factor: f64,
-    /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are left alone; between the two it
-    /// goes gradually.
-    pub high_freq_factor: f64,
-    /// Positions that the model was trained on before.
-    pub original_max_position_embeddings: i64,
+section! {
+    /// Rope scaling of type `llama3` (Llama 3.1 and later): low frequencies are slowed down by `factor`.
+    pub struct Llama3RopeScaling {
+        /// The divisor of low frequencies.
+        factor: f64, POSITIVE => State;
+        /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are low frequencies.
+        low_freq_factor: f64, POSITIVE => State;
+        /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are left alone; between the two it goes
+        /// gradually.
+        high_freq_factor: f64, POSITIVE => State;
+        /// Positions that the model was trained on before.
+        original_max_position_embeddings: i64, COUNT => State;
+    }
+    check Llama3RopeScaling::ordered
+}
+
+impl Llama3RopeScaling {
+    fn ordered(&mut self) -> Result<(), String> {
+        match self.high_freq_factor > self.low_freq_factor {
+            true => Ok(()),
+            false => Err("high_freq_factor must be above low_freq_factor".into()),
+        }
+    }
 }
 
 /// A mixture of experts: every token goes to the `num_experts_per_tok` experts that its router prefers (Jiang et al. 2024).
@@ -210,6 +220,7 @@ pub struct Shape {
     /// Base of the rotary frequencies: pair i turns by `rope_theta^(-2i / D)` a position.
     pub rope_theta: f64,
     /// None: frequencies as the base says.
+    #[serde(default, with = "super::json")]
     pub rope_scaling: Option<Llama3RopeScaling>,
     /// The LM head is the embedding.
     pub tie_word_embeddings: bool,

@@ -70,8 +70,9 @@ impl Reference {
         let opened = opened.map_err(|e| of_model("reference", e))?;
         match opened.tokenizer.base_hash() == base.tokenizer.base_hash() {
             true => Ok(opened),
-            false => Err(Error::config(
-                "reference: its tokenizer is not the model's; it reads the same tokens, and must be of the same family",
+            false => Err(Error::key(
+                "reference",
+                "its tokenizer is not the model's; it reads the same tokens, and must be of the same family",
             )),
         }
     }

@@ -67,7 +67,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
 pub fn plan<R: Recipe>(args: OfRecipe, global: &Global) -> Result<()> {
     let target = Target { completions: args.completions, ..target(global, args.nproc)? };
     let loaded = load::<R>(&args.config, args.nproc)?;
-    show(&loaded.config.plan(&target)?, args.device_memory, args.json)
+    show(&loaded.config.plan(&target).map_err(|e| loaded.locate(e))?, args.device_memory, args.json)
 }
 
 /// What a plan is made for: `ranks` on the device that the command line names.

@@ -45,7 +45,7 @@ macro_rules! configuration {
                 $($keys)*
                 /// How the work is divided among the ranks.
                 parallel: $crate::config::parallel::Parallel = Default::default();
-                /// What numbers are computed in.
+                /// Numeric precision.
                 precision: $crate::config::sections::Precision = Default::default();
                 /// The optimizer, AdamW.
                 optim: $crate::config::sections::Optim = Default::default();
@@ -99,6 +99,16 @@ pub(super) fn conflicts_of_inputs(
     }
     if let Some(tokenizer) = tokenizer {
         tokenizer.conflicts(found);
+    }
+}
+
+/// Weights of validation data, which is read once as a whole.
+pub(super) fn conflicts_of_validation(sources: &[Source], found: &mut Conflicts) {
+    if let Some(i) = sources.iter().position(|s| s.weight.is_some()) {
+        found.add(
+            format!("data.valid.{i}.weight"),
+            "validation data is read once as a whole; leave its weights out",
+        );
     }
 }
 

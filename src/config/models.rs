@@ -8,7 +8,7 @@ use super::sections::{Compute, Optim};
 use super::setting::Setting;
 use super::trainable::{Freeze, Lora};
 use super::yaml::join;
-use crate::error::Error;
+use crate::error::{Error, Kind as ErrorKind};
 
 section! {
     /// A model that is trained.
@@ -21,7 +21,7 @@ section! {
         dtype: Option<Compute> = None => Mathematics;
         /// Its values are on the device only while it works, else in host memory.
         offload: bool = false => Execution;
-        /// What is not trained.
+        /// Parameters that are not trained.
         freeze: Freeze = Freeze::default();
         /// Adapters; without them the model itself is trained.
         lora: Option<Lora> = None;
@@ -40,7 +40,7 @@ impl Trained {
 section! {
     /// A model that predicts returns: a trained one, but for its path, which may be another section's.
     pub struct Critic {
-        /// As of the actor. Default: the reward model's weights, without one the actor's with a new head.
+        /// The weights to begin with. Default: the reward model's, or without one the actor's with a new head.
         path: Option<PathBuf> = None => Path;
         /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: that of the command.
         device: Option<String> = None => Rounding;
@@ -48,7 +48,7 @@ section! {
         dtype: Option<Compute> = None => Mathematics;
         /// Its values are on the device only while it works, else in host memory.
         offload: bool = false => Execution;
-        /// What is not trained.
+        /// Parameters that are not trained.
         freeze: Freeze = Freeze::default();
         /// Adapters; without them the model itself is trained.
         lora: Option<Lora> = None;
@@ -67,7 +67,7 @@ impl Critic {
 }
 
 section! {
-    /// A model that is only asked.
+    /// A frozen model, for inference only.
     pub struct Frozen {
         /// Hugging Face folder, run folder, checkpoint of a run, adapter, or Meta folder.
         path: PathBuf => Path;
@@ -80,14 +80,15 @@ section! {
     }
 }
 
-/// An error about the model of a section: its key is one of the section's, another section's, or there is none and the section
-/// is named.
+/// An error about the model of a section: its key is one of the section's or another section's; without a key it is about the
+/// section (of a configuration), or says the section's name before the message.
 pub fn of_model(section: &str, e: Error) -> Error {
     match &e.key {
         Some(key) if Trained::kind().section().is_some_and(|keys| keys.find(key).is_some()) => {
             Error { key: Some(join(section, key)), ..e }
         }
         Some(_) => e,
+        None if e.kind == ErrorKind::Config => Error { key: Some(section.into()), ..e },
         None => e.context(section),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::common::conflicts_of_validation;
 use super::conflict::Conflicts;
 use super::section::section;
 use super::sections::{OnError, Source, TooLong};
@@ -19,10 +20,10 @@ section! {
         sequence_length: i64 = 512, COUNT => State;
         /// All completions of a micro-batch in one row, which do not see each other; else one a row, padded to the longest.
         packing: bool = true => State;
-        /// What to do with completions that with their prompt have more than `sequence_length` tokens; `truncate` cuts the
+        /// Treatment of completions that are longer than `sequence_length` with their prompt; `truncate` cuts the
         /// beginning of the prompt off.
         too_long: TooLong = TooLong::Truncate => State;
-        /// What to do with records that cannot be used.
+        /// Treatment of unusable records.
         on_error: OnError = OnError::Refuse => State;
         /// Relative sizes of the parts of the training files for the stages fine-tuning, preferences (reward model, DPO) and
         /// RL: this stage takes the second part. A record's part depends on its number in
@@ -42,6 +43,7 @@ impl Data {
     /// What does not fit; that there are sources is checked with the model.
     pub fn conflicts(&self, lora: Option<&Lora>, found: &mut Conflicts) {
         conflicts_of_split(&self.split, Self::PART, found);
+        conflicts_of_validation(&self.valid, found);
         if self.packing && lora.is_some_and(|l| l.dropout > 0.0) {
             let why = "with data.packing dropout masks would depend on the micro-batch size: set data.packing to false, or \
                        lora.dropout to 0";

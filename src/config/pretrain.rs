@@ -1,7 +1,7 @@
 //! The configuration of `corral pretrain`.
 
 use super::algorithm::{Algorithm, BuiltIn, built_in};
-use super::common::{Common, configuration, conflicts_of_inputs};
+use super::common::{Common, configuration, conflicts_of_inputs, conflicts_of_validation};
 use super::conflict::Conflicts;
 use super::model::Model;
 use super::section::section;
@@ -15,7 +15,7 @@ configuration! {
         model: Model;
         /// The tokenizer of the shards. Default: the model's.
         tokenizer: Option<Tokenizer> = None;
-        /// What is trained and validated on.
+        /// Training and validation data.
         data: Data;
         /// Validation on `data.valid`.
         valid: Valid = Valid::default();
@@ -53,6 +53,7 @@ impl Algorithm for Pretrain {
             let why = format!("{length} tokens do not fit the model's max_position_embeddings, {positions}");
             found.add("data.sequence_length", why);
         }
+        conflicts_of_validation(&self.data.valid, found);
         conflicts_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train, found);
         self.common().conflicts(world_size, found);
         self.valid.conflicts(&self.data.valid, found);

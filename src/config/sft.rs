@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::algorithm::{Algorithm, BuiltIn, built_in};
-use super::common::{Common, configuration, conflicts_of_inputs};
+use super::common::{Common, configuration, conflicts_of_inputs, conflicts_of_validation};
 use super::conflict::Conflicts;
 use super::model::Model;
 use super::preferences::conflicts_of_split;
@@ -19,9 +19,9 @@ configuration! {
         model: Model;
         /// The tokenizer, and how conversations are rendered.
         tokenizer: Option<Tokenizer> = None;
-        /// What is trained and validated on.
+        /// Training and validation data.
         data: Data;
-        /// What is not trained.
+        /// Parameters that are not trained.
         freeze: Freeze = Freeze::default();
         /// Adapters; without them the model itself is trained.
         lora: Option<Lora> = None;
@@ -45,11 +45,11 @@ section! {
         sequence_length: i64 = 512, COUNT => State;
         /// Several examples in a row, which do not see each other; else one example a row, padded to the longest.
         packing: bool = true => State;
-        /// Whether the loss also counts what is not the assistant's.
+        /// Also trains on tokens that are not the assistant's.
         train_on_prompt: bool = false => State;
-        /// What to do with examples of more than `sequence_length` tokens; metrics.jsonl counts them (`truncated`, `dropped`).
+        /// Treatment of examples that are longer than `sequence_length`; metrics.jsonl counts them (`truncated`, `dropped`).
         too_long: TooLong = TooLong::Truncate => State;
-        /// What to do with records that cannot be used.
+        /// Treatment of unusable records.
         on_error: OnError = OnError::Refuse => State;
         /// Relative sizes of the parts of the training files for the stages fine-tuning, reward model and RL: this stage
         /// takes the first part. A record's part depends on its number in
@@ -100,6 +100,7 @@ impl Algorithm for Sft {
 
     fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
         conflicts_of_split(&self.data.split, 0, found);
+        conflicts_of_validation(&self.data.valid, found);
         if self.data.valid.is_empty() && self.samples.every > 0 {
             found.add("samples.every", "the prompts are the validation data's: give data.valid");
         }

@@ -310,6 +310,11 @@ fn combinations_are_refused_with_place() {
     assert!(both.starts_with("override 'tokenizer.template=a': 'tokenizer.template': "), "{both}");
     assert!(refused(&["tokenizer.add_tokens=[a, b, a]"], 1).contains("`a` is there twice"));
     assert!(refused(&["tokenizer.add_tokens=['']"], 1).contains("a token is empty"));
+    assert_eq!(
+        refused(&["data.train=[a]", "data.valid=[v, {path: w, weight: 1}]"], 1),
+        "override 'data.valid=[v, {path: w, weight: 1}]': 'data.valid.1.weight': validation data is read once as a whole; \
+         leave its weights out"
+    );
     assert!(refused(&["data.train=[]"], 1).contains("there is no data to train on"));
     let sharded = refused(&["parallel={mode: hybrid, shard: 3}"], 8);
     assert!(sharded.contains("'parallel.shard': 3 must divide the number of ranks, 8"), "{sharded}");

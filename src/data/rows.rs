@@ -109,7 +109,7 @@ impl RowLoader {
     pub fn new(sources: Vec<Source>, sequence_length: usize, packing: bool, order: Order) -> Result<Self> {
         let given = sources.iter().filter(|s| s.weight.is_some()).count();
         if given != 0 && (given != sources.len() || order == Order::Sequential) {
-            return Err(Error::config("weights: give all sources of the training data a weight or none"));
+            return Err(Error::key("data.train", "give all sources a weight or none"));
         }
         let weights: Vec<f64> = sources.iter().filter_map(|s| s.weight).collect();
         let mut text = format!("{sequence_length} {packing} {order:?} {weights:?}");

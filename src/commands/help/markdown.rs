@@ -86,8 +86,12 @@ fn values(catalog: &Catalog, key: &Key) -> String {
     let Some(section) = key.kind.section() else { return values_of(key) };
     let title = catalog.title(section);
     let link = format!("[{title}](#{})", anchor(title));
-    let what = if is_list(&key.kind) { "a list of " } else { "" };
-    format!("{what}{link}")
+    match is_list(&key.kind) {
+        // Sources: a path is short for the section.
+        true if key.kind.words().contains("path, or") => format!("a list of paths or {link}"),
+        true => format!("a list of {link}"),
+        false => link,
+    }
 }
 
 /// As GitHub makes it of a heading.

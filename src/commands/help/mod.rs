@@ -4,7 +4,7 @@ mod catalog;
 mod markdown;
 mod schema;
 
-use crate::config::keys::{Class, Key};
+use crate::config::keys::{Class, Key, Kind};
 use crate::config::nearest;
 use crate::error::{Error, Result};
 use catalog::{Catalog, Place, default_of, values_of};
@@ -71,6 +71,9 @@ fn describe(place: &Place) -> String {
     let mut text = format!("{name} (of {})\n  {}\n", recipes.join(", "), key.about);
     match key.kind.section() {
         Some(section) => {
+            if !matches!(&key.kind, Kind::Section(_)) {
+                text += &format!("  Values:   {}\n", values_of(key));
+            }
             text += "  It has these keys:\n";
             let width = section.keys.iter().map(|k| k.name.len()).max().unwrap_or(0);
             for key in &section.keys {

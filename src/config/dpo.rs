@@ -19,15 +19,15 @@ configuration! {
         model: Model;
         /// The tokenizer, and how conversations are rendered.
         tokenizer: Option<Tokenizer> = None;
-        /// What is trained and validated on.
+        /// Training and validation data.
         data: Data;
-        /// What is not trained.
+        /// Parameters that are not trained.
         freeze: Freeze = Freeze::default();
         /// Adapters; without them the model itself is trained.
         lora: Option<Lora> = None;
         /// The loss.
         dpo: Section = Section::default();
-        /// What the model is compared with. Default: the model as it is at the start.
+        /// The reference model. Default: the model as it is at the start.
         reference: Option<Reference> = None;
         /// Validation on `data.valid`.
         valid: Valid = Valid::default();

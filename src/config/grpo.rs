@@ -14,7 +14,7 @@ policy_configuration! {
     pub struct Grpo {
         /// The loss and its groups.
         grpo: Section = Section::default();
-        /// What is written of the responses.
+        /// Responses that are written to samples.jsonl and TensorBoard.
         samples: Samples = samples();
     }
 }
@@ -26,7 +26,7 @@ section! {
         group_size: i64 = 8, COUNT => Mathematics;
         /// Short for `rewards` of these kinds, each with weight 1.
         rewards: Vec<RewardKind> = Vec::new() => Mathematics;
-        /// What a response's reward is compared with.
+        /// The baseline of a response's reward.
         advantages: Advantages = Advantages::Group => Mathematics;
         /// How the losses of tokens are made, and become one.
         loss: LossType = LossType::Grpo => Mathematics;
@@ -36,9 +36,9 @@ section! {
         epsilon: f64 = 0.2, POSITIVE => Mathematics;
         /// How far above, where that differs. `cispo`: the largest ratio itself; default 5.
         epsilon_high: Option<f64> = None, POSITIVE => Mathematics;
-        /// Of `sapo`: steepness of its sigmoid for positive advantages (Gao et al. 2025).
+        /// `sapo`: steepness of its sigmoid for positive advantages (Gao et al. 2025).
         sapo_temperature_pos: f64 = SAPO_TEMPERATURES[0], POSITIVE => Mathematics;
-        /// Of `sapo`: for other advantages.
+        /// `sapo`: the same for other advantages.
         sapo_temperature_neg: f64 = SAPO_TEMPERATURES[1], POSITIVE => Mathematics;
         /// The largest ratio whatever the advantage's sign (two-sided clipping); above 1 + epsilon_high.
         delta: Option<f64> = None, POSITIVE => Mathematics;
@@ -53,9 +53,9 @@ section! {
         epochs: i64 = 1, COUNT => Mathematics;
         /// Responses of one update, over all ranks. Default: all of the iteration.
         minibatch_size: Option<i64> = None, COUNT => Mathematics;
-        /// What becomes of responses that did not end.
+        /// Treatment of truncated responses, which no stop token ended.
         truncated: Truncated = Truncated::Keep => Mathematics;
-        /// What `penalize` takes from their reward.
+        /// The penalty that `truncated: penalize` subtracts from the reward.
         truncated_penalty: f64 = 1.0, NOT_NEGATIVE => Mathematics;
         /// How often further prompts are asked in the place of groups without variance, at most (Yu et al. 2025).
         resample: u64 = 0 => Mathematics;
@@ -78,7 +78,7 @@ impl Section {
 }
 
 choice! {
-    /// What a response's reward is compared with.
+    /// The baseline of a response's reward.
     pub enum Advantages {
         /// Its group's mean, in deviations of the group (Shao et al. 2024).
         Group = "group",
@@ -94,7 +94,7 @@ choice! {
 }
 
 choice! {
-    /// What becomes of responses that did not end.
+    /// Treatment of truncated responses, which no stop token ended.
     pub enum Truncated {
         /// They are as all others.
         Keep = "keep",

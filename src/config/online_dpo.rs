@@ -16,7 +16,7 @@ policy_configuration! {
     pub struct OnlineDpo {
         /// The loss, and which responses are compared.
         dpo: Section = Section::default();
-        /// What is written of the responses.
+        /// Responses that are written to samples.jsonl and TensorBoard.
         samples: Samples = samples();
     }
 }
@@ -28,13 +28,13 @@ section! {
         loss: Loss = Loss::Sigmoid => Mathematics;
         /// How strongly the reference holds.
         beta: f64 = 0.1, POSITIVE => Mathematics;
-        /// As in `corral dpo`.
+        /// Label smoothing, as in `corral dpo`.
         label_smoothing: f64 = 0.0, NOT_NEGATIVE => Mathematics;
         /// Responses to each prompt, of which the best and the worst are a pair.
         group_size: i64 = 2, COUNT => Mathematics;
-        /// What becomes of responses that did not end.
+        /// Treatment of truncated responses, which no stop token ended.
         truncated: Truncated = Truncated::Keep => Mathematics;
-        /// What `penalize` takes from their reward.
+        /// The penalty that `truncated: penalize` subtracts from the reward.
         truncated_penalty: f64 = 1.0, NOT_NEGATIVE => Mathematics;
         /// A reference that follows the policy (Gorbatovski et al. 2024); none: it stays.
         moving_reference: Option<MovingReference> = None;

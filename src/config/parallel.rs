@@ -12,7 +12,7 @@ use super::yaml::Value;
 section! {
     /// How the work is divided among the ranks.
     pub struct Parallel {
-        /// What is sharded.
+        /// The sharding mode.
         mode: Mode = Mode::Full => Rounding;
         /// `hybrid`: over how many ranks one copy of the parameters lies; `auto`: those of a host.
         shard: ShardSize = ShardSize::Auto => Rounding;
@@ -47,7 +47,7 @@ impl Parallel {
 }
 
 choice! {
-    /// What is sharded over the ranks.
+    /// Sharding over the ranks.
     pub enum Mode {
         /// Parameters, gradients and optimizer state (ZeRO-3, FSDP).
         Full = "full",
@@ -55,7 +55,7 @@ choice! {
         Grads = "grads",
         /// Optimizer state (ZeRO-1).
         Optimizer = "optimizer",
-        /// As `full`, over `parallel.shard` ranks; such groups of ranks hold equal copies (HSDP).
+        /// Like `full`, but over `parallel.shard` ranks; such groups of ranks hold equal copies (HSDP).
         Hybrid = "hybrid",
         /// Nothing: every rank holds all (DDP).
         Replicate = "replicate",

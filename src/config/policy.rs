@@ -69,7 +69,7 @@ choice! {
 choice! {
     /// Whether ratios are taken of tokens or of whole answers (GSPO, Zheng et al. 2025).
     pub enum Level {
-        /// Of tokens.
+        /// Ratios of tokens.
         Token = "token",
         /// The exponential of the mean log-ratio of an answer's tokens.
         Sequence = "sequence",
@@ -93,15 +93,15 @@ macro_rules! policy_configuration {
             pub struct $name {
                 /// The policy.
                 actor: $crate::config::models::Trained;
-                /// What the policy is compared with. Default: the actor as it was, with adapters: the actor without them.
+                /// The reference policy. Default: the actor as it was; with adapters, the actor without them.
                 reference: Option<$crate::config::models::Frozen> = None;
-                /// What scores responses, where a reward is of the kind `model`.
+                /// The reward model, for rewards of the kind `model`.
                 reward_model: Option<$crate::config::models::Frozen> = None;
-                /// Of the actor, and of what has none.
+                /// The tokenizer of the actor, and of models that have none.
                 tokenizer: Option<$crate::config::sections::Tokenizer> = None;
                 /// Prompts.
                 data: $crate::config::prompts::Data;
-                /// What responses are rewarded for.
+                /// The rewards of a response, of which the weighted sum counts.
                 rewards: Vec<$crate::config::rewards::Reward> = Vec::new();
                 /// How responses are sampled.
                 generation: $crate::config::rollout::Generation = Default::default();

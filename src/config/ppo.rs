@@ -22,12 +22,12 @@ use super::yaml::Value;
 policy_configuration! {
     /// Proximal policy optimization; `train.batch_size` counts prompts an iteration, `train.steps` iterations.
     pub struct Ppo {
-        /// What predicts returns. Default: the reward model's weights, without one the actor's with a new head. What the section
-        /// does not say is the default, whatever the actor's is.
+        /// The critic, which predicts returns. Default: the reward model's weights, or without one the actor's with a new head. Keys
+        /// that are left out take their defaults, not the actor's values.
         critic: Option<Critic> = None;
         /// Losses and rewards.
         ppo: Section = Section::default();
-        /// What is written of the responses.
+        /// Responses that are written to samples.jsonl and TensorBoard.
         samples: Samples = Samples::default();
     }
 }
@@ -49,7 +49,7 @@ section! {
         clip_value: f64 = 0.2, NOT_NEGATIVE => Mathematics;
         /// Discount of later rewards.
         gamma: f64 = 1.0, RATIO => Mathematics;
-        /// Of generalized advantage estimation (Schulman et al. 2016).
+        /// Lambda of generalized advantage estimation (Schulman et al. 2016).
         lambda: f64 = 0.95, RATIO => Mathematics;
         /// Advantages are normalised over the iteration.
         whiten_advantages: bool = true => Mathematics;
@@ -73,9 +73,9 @@ section! {
         stop_kl: Option<f64> = None, POSITIVE => Mathematics;
         /// Scores are cut off at plus and minus this, before the KL penalty.
         reward_clip: Option<f64> = None, POSITIVE => Mathematics;
-        /// What is taken from every score: a number, or `batch`, the mean of the iteration's.
+        /// Subtracted from every score: a number, or `batch`, the mean of the iteration's.
         reward_baseline: Baseline = Baseline::Number(0.0) => Mathematics;
-        /// What becomes of responses that did not end.
+        /// Treatment of truncated responses, which no stop token ended.
         missing_eos: MissingEos = MissingEos::Keep => Mathematics;
         /// The number that `missing_eos` takes.
         missing_eos_penalty: f64 = 1.0, NOT_NEGATIVE => Mathematics;
@@ -124,7 +124,7 @@ choice! {
     }
 }
 
-/// What is taken from every score.
+/// The baseline that is subtracted from every score.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Baseline {
     /// A number that stays.
@@ -160,7 +160,7 @@ impl Setting for Baseline {
 }
 
 choice! {
-    /// What becomes of responses that did not end.
+    /// Treatment of truncated responses, which no stop token ended.
     pub enum MissingEos {
         /// Their score stays.
         Keep = "keep",
@@ -174,7 +174,7 @@ choice! {
 }
 
 section! {
-    /// What is written of the responses.
+    /// Responses that are written to samples.jsonl and TensorBoard.
     pub struct Samples {
         /// Iterations between samples; 0: there are none.
         every: u64 = 10 => Output;

@@ -22,7 +22,7 @@ section! {
         sequence_length: i64 = 512, COUNT => State;
         /// Examples with their answers that stand before every prompt.
         few_shot: Option<FewShot> = None;
-        /// What to do with records that cannot be used.
+        /// Treatment of unusable records.
         on_error: OnError = OnError::Refuse => State;
         /// Relative sizes of the parts of the training files for the stages fine-tuning, preferences (reward model, DPO) and
         /// RL: this stage takes the third part. A record's part depends on its number in

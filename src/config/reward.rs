@@ -20,11 +20,11 @@ configuration! {
         model: Model;
         /// The tokenizer, and how conversations are rendered.
         tokenizer: Option<Tokenizer> = None;
-        /// What is trained and validated on.
+        /// Training and validation data.
         data: Data;
-        /// What is learned.
+        /// The loss, the score and its normalisation.
         reward: Settings = Settings::default();
-        /// What is not trained.
+        /// Parameters that are not trained.
         freeze: Freeze = Freeze::default();
         /// Adapters; without them the model itself is trained. The head is trained in either case.
         lora: Option<Lora> = None;
@@ -34,11 +34,11 @@ configuration! {
 }
 
 section! {
-    /// What is learned, and what a score is.
+    /// The loss, the score and its normalisation.
     pub struct Settings {
-        /// What is learned from ranked completions.
+        /// The loss on ranked completions.
         loss: Loss = Loss::Pairs => Mathematics;
-        /// What of the tokens' values is the score. Default: that of the model, if it is a reward model; else `last`.
+        /// How tokens' values become a score. Default: as in the model, if it is a reward model; else `last`.
         score: Option<Score> = None => Mathematics;
         /// How much higher the better score must be (loss `pairs`).
         margin: f64 = 0.0, NOT_NEGATIVE => Mathematics;
@@ -46,15 +46,15 @@ section! {
         center: f64 = 0.0, NOT_NEGATIVE => Mathematics;
         /// Standard deviation of a new head's weights. Default: 1 / sqrt(hidden_size + 1).
         init_std: Option<f64> = None, NOT_NEGATIVE => Mathematics;
-        /// What scores are normalised on when the training is over.
+        /// Data on which scores are normalised after the training.
         normalize: Normalize = Normalize::default();
     }
 }
 
 choice! {
-    /// What is learned from ranked completions.
+    /// The loss on ranked completions.
     pub enum Loss {
-        /// Of every two that differ, the better has the higher score.
+        /// In every pair of different rank the better completion gets the higher score.
         Pairs = "pairs",
         /// The best has the highest score.
         Best = "best",
@@ -64,7 +64,7 @@ choice! {
 }
 
 choice! {
-    /// What of the tokens' values is the score of a completion.
+    /// How tokens' values become the score of a completion.
     pub enum Score {
         /// The value of the last token: what transformers reads.
         Last = "last",
@@ -76,13 +76,13 @@ choice! {
 }
 
 section! {
-    /// On what the trained model's scores are measured, to be normalised to mean 0 and standard deviation 1.
+    /// Data on which the trained model's scores are measured, to normalise them to mean 0 and standard deviation 1.
     pub struct Normalize {
         /// Completions that are scored, the first ones; 0: scores stay as they are.
         samples: u64 = 1000 => Output;
         /// Files of conversations or of ranked completions. Default: the validation data, else the training data.
         data: Vec<PathBuf> = Vec::new() => Output;
-        /// Of ranked completions.
+        /// The ranked completions that are scored.
         of: Which = Which::All => Output;
     }
 }

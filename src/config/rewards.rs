@@ -6,7 +6,7 @@ use super::section::{choice, section};
 section! {
     /// A reward and its weight in the sum.
     pub struct Reward {
-        /// What is rewarded.
+        /// The kind of reward.
         kind: RewardKind => Mathematics;
         /// Its weight in the sum.
         weight: f64 = 1.0 => Mathematics;
@@ -26,7 +26,7 @@ section! {
 }
 
 choice! {
-    /// What is rewarded.
+    /// The kind of a reward.
     pub enum RewardKind {
         /// 1 where the answer after `####` is the reference's number, else 0.
         Gsm8k = "gsm8k",
@@ -36,7 +36,7 @@ choice! {
         Format = "format",
         /// 0 for short responses, falling to -1 (the soft overlong punishment of DAPO, Yu et al. 2025).
         Length = "length",
-        /// What a program says.
+        /// The number that a program answers.
         Command = "command",
         /// The reward model's score.
         Model = "model",

@@ -39,7 +39,7 @@ section! {
 choice! {
     /// How sharded parameters are gathered while responses are sampled.
     pub enum Gather {
-        /// As a whole, where every rank has room for twice that, else block by block.
+        /// `whole` where every rank has room for twice the parameters, else `blocks`.
         Auto = "auto",
         /// All of them at once: nothing is communicated until the responses are there.
         Whole = "whole",

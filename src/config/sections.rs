@@ -12,7 +12,7 @@ use super::setting::{At, Setting};
 use super::yaml::Value;
 
 choice! {
-    /// What to do with records that cannot be used: unreadable lines, no known format, messages that the chat template refuses.
+    /// Treatment of unusable records: unreadable lines, no known format, messages that the chat template refuses.
     pub enum OnError {
         /// Count all, name the first ten, and end before anything is computed
         Refuse = "refuse",
@@ -24,7 +24,7 @@ choice! {
 section! {
     /// A source of data with its share of the samples.
     pub struct SourceKeys {
-        /// A file, folder or pattern with `*`.
+        /// A file, or a folder: of token shards for pretraining, else of Arrow files (`save_to_disk`).
         path: PathBuf => Path;
         /// Share of this source in the samples, relative to the others' weights; given for all sources of a list or for
         /// none. Without weights the sources are shuffled together, each as large as it is.
@@ -103,7 +103,7 @@ impl Tokenizer {
 }
 
 section! {
-    /// What numbers are computed in.
+    /// Numeric precision.
     pub struct Precision {
         /// The dtype of forward and backward.
         compute: Compute = Compute::Float32 => Mathematics;
@@ -138,7 +138,7 @@ section! {
         weight_decay: f64 = 0.1, NOT_NEGATIVE => Mathematics;
         /// Largest global norm of the gradient; 0: no clipping.
         clip: f64 = 1.0, NOT_NEGATIVE => Mathematics;
-        /// What the moments are kept in: 8 bytes a parameter, or 2.03.
+        /// The format of the moments: 8 bytes a parameter, or 2.03 with `8bit`.
         moments: MomentsIn = MomentsIn::Float32 => State;
         /// Moments lie in pinned host memory and come to the GPU in parts of 16M values when they are updated; refused on a CPU,
         /// where there is nothing to gain.
@@ -147,7 +147,7 @@ section! {
 }
 
 choice! {
-    /// What AdamW's moments are kept in.
+    /// The format of AdamW's moments.
     pub enum MomentsIn {
         /// Float32 (float64 in float64 compute).
         Float32 = "float32",
@@ -297,7 +297,7 @@ impl Valid {
 }
 
 choice! {
-    /// What to do with an example of more tokens than a row holds.
+    /// Treatment of an example that is longer than a row.
     pub enum TooLong {
         /// Cut its end off, and count it.
         Truncate = "truncate",

@@ -10,7 +10,7 @@ use super::setting::{At, Setting};
 use super::yaml::Value;
 
 section! {
-    /// What is not trained: no gradients, no moments, and no backward below the lowest block that is trained.
+    /// Parameters that are not trained: they have no gradients and no moments, and the backward ends at the lowest trainable block.
     pub struct Freeze {
         /// The first blocks, so many.
         blocks: u64 = 0 => State;

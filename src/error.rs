@@ -4,7 +4,7 @@ use std::fmt;
 
 /// What went wrong, as the exit code tells it (see the README).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum ErrorClass {
     /// The work failed: exit code 1.
     Failed,
     /// The command line or the configuration is wrong: exit code 2.
@@ -19,7 +19,7 @@ pub enum Kind {
 #[derive(Debug, Clone)]
 pub struct Error {
     /// The exit code that the process ends with.
-    pub kind: Kind,
+    pub kind: ErrorClass,
     /// What is wrong, where, and what to do: one or more lines for the user.
     pub message: String,
     /// The dotted key of the configuration that it is about, until its place is told.
@@ -32,12 +32,12 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// Work that failed: exit code 1.
     pub fn failed(message: impl Into<String>) -> Self {
-        Error { kind: Kind::Failed, message: message.into(), key: None }
+        Error { kind: ErrorClass::Failed, message: message.into(), key: None }
     }
 
     /// A wrong command line or configuration: exit code 2.
     pub fn config(message: impl Into<String>) -> Self {
-        Error { kind: Kind::Config, message: message.into(), key: None }
+        Error { kind: ErrorClass::Config, message: message.into(), key: None }
     }
 
     /// About the value of a dotted key; whoever has the file adds its place (`Loaded::locate`).
@@ -47,16 +47,16 @@ impl Error {
 
     /// An unusable input, model or checkpoint: exit code 3.
     pub fn data(message: impl Into<String>) -> Self {
-        Error { kind: Kind::Data, message: message.into(), key: None }
+        Error { kind: ErrorClass::Data, message: message.into(), key: None }
     }
 
     /// 1, 2 or 3, or 128 plus the signal.
     pub fn exit_code(&self) -> i32 {
         match self.kind {
-            Kind::Failed => 1,
-            Kind::Config => 2,
-            Kind::Data => 3,
-            Kind::Stopped(signal) => 128 + signal,
+            ErrorClass::Failed => 1,
+            ErrorClass::Config => 2,
+            ErrorClass::Data => 3,
+            ErrorClass::Stopped(signal) => 128 + signal,
         }
     }
 
@@ -124,10 +124,10 @@ impl<T, E: Into<Error>> Context<T> for std::result::Result<T, E> {
     }
 
     fn data_error(self, context: impl fmt::Display) -> Result<T> {
-        self.map_err(|e| Error { kind: Kind::Data, ..e.into() }.context(context))
+        self.map_err(|e| Error { kind: ErrorClass::Data, ..e.into() }.context(context))
     }
 
     fn config_error(self, context: impl fmt::Display) -> Result<T> {
-        self.map_err(|e| Error { kind: Kind::Config, ..e.into() }.context(context))
+        self.map_err(|e| Error { kind: ErrorClass::Config, ..e.into() }.context(context))
     }
 }

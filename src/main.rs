@@ -5,11 +5,11 @@ use std::process::exit;
 use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use corral::commands::recipes::Named;
+use corral::commands::recipes::NamedRecipe;
 use corral::commands::{self, Global};
-use corral::distributed::environment::Place;
+use corral::distributed::environment::RankEnvironment;
 use corral::distributed::world;
-use corral::error::{Kind, first_line};
+use corral::error::{ErrorClass, first_line};
 use corral::{Result, signals, telemetry};
 
 /// Trains Llama models: pretraining on sharded parameters and what belongs around it.
@@ -31,7 +31,7 @@ enum Command {
     /// Make the built-in data
     Data(commands::data::Args),
     #[command(flatten)]
-    Train(Named<commands::training::Args>),
+    Train(NamedRecipe<commands::training::Args>),
     /// Continue prompts
     Generate(commands::generate::Args),
     /// Talk with a model
@@ -77,8 +77,8 @@ fn main() {
     match result {
         Ok(Ok(())) => exit(0),
         Ok(Err(e)) => {
-            if !matches!(e.kind, Kind::Stopped(_)) {
-                let_rank_0_tell(matches!(e.kind, Kind::Config | Kind::Data));
+            if !matches!(e.kind, ErrorClass::Stopped(_)) {
+                let_rank_0_tell(matches!(e.kind, ErrorClass::Config | ErrorClass::Data));
                 corral::error!("{e}");
             }
             exit(e.exit_code())
@@ -91,7 +91,7 @@ fn main() {
 /// them, or they all know of it: rank 0 tells it, and its launcher ends the others while they wait here. What goes wrong on
 /// another rank alone is told a little later; on each host its first rank is the first to tell.
 fn let_rank_0_tell(known_to_all: bool) {
-    let Some(place) = Place::from_env().ok().flatten() else { return };
+    let Some(place) = RankEnvironment::from_env().ok().flatten() else { return };
     if place.rank > 0 && (known_to_all || !world::have_met()) {
         for _ in 0..20 + 2 * place.local_rank {
             std::thread::sleep(Duration::from_millis(100));

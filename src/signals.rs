@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use nix::sys::signal::{SigSet, Signal};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Context, Error, ErrorClass, Result};
 use crate::info;
 
 /// Leaves SIGINT and SIGTERM to a thread of their own: the calling thread and all that it starts later do not get them.
@@ -71,6 +71,6 @@ impl Signals {
     pub fn stopped(&self, signal: f64, step: u64) -> Error {
         let name = if signal as i32 == SIGINT { "SIGINT" } else { "SIGTERM" };
         info!("stopped by {name} after step {step}; {}", self.goes_on);
-        Error { kind: Kind::Stopped(signal as i32), message: format!("stopped by {name}"), key: None }
+        Error { kind: ErrorClass::Stopped(signal as i32), message: format!("stopped by {name}"), key: None }
     }
 }

@@ -17,13 +17,13 @@ use testing::tolerance::{Quantity, allowed};
 
 use corral::checkpoint::Weights;
 use corral::config::shape::Shape;
-use corral::config::trainable::{Base, Freeze, Lora, Targets};
+use corral::config::trainable::{BaseFormat, Freeze, Lora, Targets};
 use corral::distributed::frozen::Storage;
 use corral::distributed::mesh::Sharding;
 use corral::distributed::plan::{Role, is_adapter};
-use corral::distributed::sharded::{Sharded, Spec};
+use corral::distributed::sharded::{Sharded, TensorSpec};
 use corral::model::trainable::module;
-use corral::model::{DropoutPlace, Input, Llama, LmHead, Recompute, Trainable};
+use corral::model::{DropoutPlace, Llama, LmHead, ModelInput, Recompute, Trainable};
 use kernels::c10d::Group;
 use kernels::quant::{Quantized, Scheme};
 use serde_json::Value;
@@ -31,7 +31,7 @@ use tch::{Device, Kind, Tensor};
 
 const FAMILY: &str = "llama3";
 
-fn lora(base: Base, dropout: f64) -> Lora {
+fn lora(base: BaseFormat, dropout: f64) -> Lora {
     Lora {
         rank: 3,
         alpha: 6.0,
@@ -44,7 +44,7 @@ fn lora(base: Base, dropout: f64) -> Lora {
 }
 
 /// Numbers that depend on names and places only, for A and B alike.
-fn adapter_values(spec: &Spec, first: i64, values: &Tensor) -> corral::error::Result<()> {
+fn adapter_values(spec: &TensorSpec, first: i64, values: &Tensor) -> corral::error::Result<()> {
     let key = spec.name.bytes().fold(7.0, |k, b| (k * 31.0 + f64::from(b)) % 1009.0);
     let place = Tensor::arange_start(first, first + values.numel() as i64, (Kind::Double, values.device()));
     values.shallow_clone().copy_(&(((place * 0.37 + key).sin()) * 0.05));
@@ -62,10 +62,10 @@ fn model(trainable: &Trainable, kind: Kind, shard: Group) -> Llama {
 }
 
 /// Rows `first..first + n` of six of 20 tokens, with the labels that they predict.
-fn rows(shape: &Shape, first: i64, n: i64) -> (Input, Tensor) {
+fn rows(shape: &Shape, first: i64, n: i64) -> (ModelInput, Tensor) {
     let all = Tensor::arange(6 * 21, (Kind::Int64, Device::Cpu)) * 7919;
     let ids = all.remainder(shape.vocab_size).view([6, 21]).narrow(0, first, n);
-    let mut input = Input::new(ids.narrow(1, 0, 20).contiguous());
+    let mut input = ModelInput::new(ids.narrow(1, 0, 20).contiguous());
     input.dropout = Some(DropoutPlace { seed: 3, step: 5, first_row: first as u64 });
     (input, ids.narrow(1, 1, 20).contiguous().view([-1]))
 }
@@ -157,10 +157,10 @@ fn is_linear(name: &str) -> bool {
 #[test]
 fn a_quantized_base_is_the_dense_model_of_its_weights() {
     let weights = Weights::open(&golden_model(FAMILY)).unwrap().into_source().unwrap();
-    for (base, scheme) in [(Base::Nf4, Scheme::Nf4Double), (Base::Int8, Scheme::Int8)] {
+    for (base, scheme) in [(BaseFormat::Nf4, Scheme::Nf4Double), (BaseFormat::Int8, Scheme::Int8)] {
         let trainable = |base| Trainable::new(&Freeze::default(), Some(&lora(base, 0.0)));
         let mut quantized = model(&trainable(base), Kind::Double, Group::solo());
-        let mut dense = model(&trainable(Base::None), Kind::Double, Group::solo());
+        let mut dense = model(&trainable(BaseFormat::None), Kind::Double, Group::solo());
         dense
             .params
             .fill_where(
@@ -182,7 +182,8 @@ fn a_quantized_base_is_the_dense_model_of_its_weights() {
         );
         assert_eq!(gradients.len(), 2 * 2 * 7 + 1, "A and B of seven layers in two blocks, and the head");
         same_gradients(&gradients, &of_dense, allowed(Quantity::SameModel, Kind::Double));
-        let plain = step(&mut model(&trainable(Base::None), Kind::Double, Group::solo()), Recompute::None).0;
+        let plain =
+            step(&mut model(&trainable(BaseFormat::None), Kind::Double, Group::solo()), Recompute::None).0;
         assert!((loss / plain - 1.0).abs() > 1e-5, "{base:?} changes the loss");
     }
 }
@@ -190,7 +191,7 @@ fn a_quantized_base_is_the_dense_model_of_its_weights() {
 #[test]
 fn bytes_of_quantized_parameters() {
     let shape = Shape::preset("llama-15m").unwrap();
-    for (base, limit) in [(Base::Nf4, 0.55), (Base::Int8, 1.05)] {
+    for (base, limit) in [(BaseFormat::Nf4, 0.55), (BaseFormat::Int8, 1.05)] {
         let config = Lora { modules_to_save: Vec::new(), ..lora(base, 0.0) };
         let plans = Trainable::new(&Freeze::default(), Some(&config)).plans(&shape).unwrap();
         let (mut quantized, mut dense) = (0, 0);
@@ -210,7 +211,7 @@ fn bytes_of_quantized_parameters() {
 /// Dropout draws the same whatever is computed again, and however the rows are divided.
 #[test]
 fn dropout_is_the_same_for_recomputation_and_micro_batches() {
-    let trainable = Trainable::new(&Freeze::default(), Some(&lora(Base::None, 0.3)));
+    let trainable = Trainable::new(&Freeze::default(), Some(&lora(BaseFormat::None, 0.3)));
     let mut with = model(&trainable, Kind::Double, Group::solo());
     let (loss, gradients) = step(&mut with, Recompute::None);
     let (again, recomputed) = step(&mut with, Recompute::Full);
@@ -219,7 +220,7 @@ fn dropout_is_the_same_for_recomputation_and_micro_batches() {
     assert!(relative_number(divided, loss) < allowed(Quantity::TwoWays, Kind::Double), "{divided} {loss}");
     with.params.clear_gradients();
 
-    let without = Trainable::new(&Freeze::default(), Some(&lora(Base::None, 0.0)));
+    let without = Trainable::new(&Freeze::default(), Some(&lora(BaseFormat::None, 0.0)));
     let plain = step(&mut model(&without, Kind::Double, Group::solo()), Recompute::None).0;
     assert!((plain / loss - 1.0).abs() > 1e-6, "something is left out: {plain} {loss}");
     let hidden = |model: &mut Llama| {
@@ -235,8 +236,8 @@ fn dropout_is_the_same_for_recomputation_and_micro_batches() {
 #[test]
 fn two_ranks_have_the_gradients_of_one() {
     for (base, freeze) in [
-        (Some(Base::Nf4), Freeze::default()),
-        (Some(Base::Int8), Freeze { blocks: 1, ..Freeze::default() }),
+        (Some(BaseFormat::Nf4), Freeze::default()),
+        (Some(BaseFormat::Int8), Freeze { blocks: 1, ..Freeze::default() }),
         (
             None,
             Freeze { train_only: vec!["q_proj".into(), "k_proj".into(), "norm".into()], ..Freeze::default() },

@@ -90,8 +90,8 @@ fn there_and_back_is_byte_equal() {
     let params = json(&at("llama3-many/params.json"));
     assert_eq!((&params["use_scaled_rope"], &params["n_kv_heads"]), (&true.into(), &2.into()));
     let sizes = |model: &str, name: &str| {
-        let file =
-            corral::checkpoint::torch_file::Reader::open(&at(model).join("consolidated.01.pth")).unwrap();
+        let file = corral::checkpoint::torch_file::TorchReader::open(&at(model).join("consolidated.01.pth"))
+            .unwrap();
         corral::checkpoint::source::TensorFile::info(&file, name).unwrap().0
     };
     assert_eq!(sizes("llama2-many", "tok_embeddings.weight"), [600, 16]);

@@ -15,9 +15,9 @@ use testing::tolerance::{Quantity, allowed};
 
 use common::load;
 use corral::algorithms::losses::preference::{PairLogRatios, losses};
-use corral::algorithms::step::{Entry, MicroBatch, Objective, accumulate};
-use corral::config::dpo::Section;
-use corral::model::{Input, Recompute};
+use corral::algorithms::step::{MicroBatch, Objective, StepEntry, accumulate};
+use corral::config::dpo::DpoSection;
+use corral::model::{ModelInput, Recompute};
 use tch::{Kind, Tensor};
 
 /// Loss and gradients of pairs through a whole model, in one micro-batch.
@@ -35,8 +35,8 @@ fn gradients_through_a_model_are_trls() {
         let labels = next.where_self(&supervised.eq(1), &Tensor::full_like(&next, -100));
         let none = Tensor::full([rows, 1], -100i64, (Kind::Int64, device()));
         let labels = Tensor::cat(&[labels, none], 1).contiguous().view([-1]);
-        let batch = MicroBatch { input: Input::with_mask(ids.shallow_clone(), mask), labels };
-        let section = Section::default();
+        let batch = MicroBatch { input: ModelInput::with_mask(ids.shallow_clone(), mask), labels };
+        let section = DpoSection::default();
         let reference = golden["ref_logps"].to_device(device()).to_kind(kind);
         let tokens = completion.sum_dim_intlist([1i64].as_slice(), false, kind);
         let loss = |out: &corral::model::head::LogProbs| {
@@ -51,7 +51,7 @@ fn gradients_through_a_model_are_trls() {
             Ok(losses(&section, &pairs).mean(kind))
         };
         let objective = Objective::LogProbs { temperature: 1.0, entropies: false, loss: Box::new(loss) };
-        let mut entries = [Entry { batch: &batch, objective, balance: None }];
+        let mut entries = [StepEntry { batch: &batch, objective, balance: None }];
         let (values, _) = accumulate(&mut model, &mut entries, Recompute::None).unwrap();
         let wanted = golden["loss"].double_value(&[]);
         assert!((values[0] - wanted).abs() <= tolerance * wanted, "{kind:?}: {} {wanted}", values[0]);

@@ -16,8 +16,8 @@ use testing::program::Program;
 use testing::tolerance::{Quantity, allowed};
 
 use common::load;
-use corral::checkpoint::{Source, Weights};
-use corral::model::Input;
+use corral::checkpoint::{TensorSource, Weights};
+use corral::model::ModelInput;
 use tch::{Device, Kind, Tensor};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
@@ -32,7 +32,7 @@ fn expected() -> HashMap<String, Tensor> {
     tensors(&fixtures().join("expected.safetensors"))
 }
 
-fn source(name: &str) -> Source {
+fn source(name: &str) -> TensorSource {
     Weights::open(&fixtures().join(name)).unwrap().into_source().unwrap()
 }
 
@@ -41,7 +41,7 @@ fn every_format_gives_the_logits_of_transformers() {
     let expected = expected();
     for name in FORMATS {
         let mut model = load(&fixtures().join(name), Kind::Float);
-        let hidden = model.hidden(&Input::new(expected["input_ids"].shallow_clone())).unwrap();
+        let hidden = model.hidden(&ModelInput::new(expected["input_ids"].shallow_clone())).unwrap();
         let logits = model.next_token_logits(&hidden).unwrap().view([2, 24, 40]);
         let right = &expected[if name == "meta3" { "logits_meta3" } else { "logits" }];
         assert!(
@@ -192,7 +192,7 @@ fn damaged_torch_files_are_refused() {
     refused(&dir, &["pytorch_model.bin", "not little-endian"]);
 }
 
-fn source_of(dir: &Path) -> Source {
+fn source_of(dir: &Path) -> TensorSource {
     Weights::open(dir).unwrap().into_source().unwrap()
 }
 

@@ -229,7 +229,7 @@ fn safetensors_files() {
         seeds,
         |_| {},
         |path| {
-            let file = safetensors::Reader::open(path)?;
+            let file = safetensors::SafetensorsReader::open(path)?;
             for name in file.names().into_iter().filter(|name| name.ends_with(".weight")) {
                 let dst = Tensor::zeros([8], (Kind::Float, Device::Cpu));
                 file.read(&name, 0, &dst)?;
@@ -255,7 +255,7 @@ fn torch_files() {
         .iter()
         .enumerate()
         .map(|(i, from)| seed(dir.join(format!("{i}.bin")), &fixtures().join(from), hot));
-    fuzz("torch", seeds.collect(), |_| {}, |path| read_all(&torch_file::Reader::open(path)?));
+    fuzz("torch", seeds.collect(), |_| {}, |path| read_all(&torch_file::TorchReader::open(path)?));
 }
 
 #[test]
@@ -284,7 +284,7 @@ fn pickles_that_make_as_much_as_they_can() {
         let before = counting::live();
         counting::reset_peak();
         // An error or an empty dictionary.
-        let _ = torch_file::Reader::open(&path);
+        let _ = torch_file::TorchReader::open(&path);
         let allocated = counting::peak() - before;
         println!("{what}: {:.1} bytes for a byte", allocated as f64 / pickle.len() as f64);
         assert!(

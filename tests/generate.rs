@@ -16,12 +16,12 @@ use common::{load, load_sharded};
 use corral::algorithms::rl::experience::{Readout, SamplerDistance};
 use corral::config::rollout::{Gather, Length};
 use corral::data::tokenizer::Tokenizer;
-use corral::generate::rollout::{Asked, Response, Rollout, Sequences};
+use corral::generate::rollout::{PromptRequest, Response, Rollout, Sequences};
 use corral::generate::sampler::{Draw, choose, probabilities};
 use corral::generate::{
-    Completion, Engine, Finish, Options, Request, Sampling, Session, Stop, generate, text,
+    CachedSession, Completion, Engine, EngineOptions, Finish, Request, Sampling, Stop, generate, text,
 };
-use corral::model::{Input, KvCache, Llama};
+use corral::model::{KvCache, Llama, ModelInput};
 use tch::{Device, Kind, Tensor};
 
 struct Golden {
@@ -50,11 +50,11 @@ impl Golden {
     }
 }
 
-fn options(batch_size: usize) -> Options<'static> {
-    Options { sampling: Sampling::GREEDY, batch_size, eos: &[], stop: None }
+fn options(batch_size: usize) -> EngineOptions<'static> {
+    EngineOptions { sampling: Sampling::GREEDY, batch_size, eos: &[], stop: None }
 }
 
-fn run(model: &mut Llama, requests: &[Request], options: &Options) -> Vec<Completion> {
+fn run(model: &mut Llama, requests: &[Request], options: &EngineOptions) -> Vec<Completion> {
     generate(model, requests, options.clone(), |_, _| Ok(())).unwrap()
 }
 
@@ -104,7 +104,7 @@ fn rows_stop_at_the_end_of_sequence() {
         // Also with a second end of sequence that does not come up.
         assert!(!expected.iter().flatten().any(|id| *id == never && never != stop));
         for batch_size in [4, 3] {
-            let options = Options { eos: &[never, stop], ..options(batch_size) };
+            let options = EngineOptions { eos: &[never, stop], ..options(batch_size) };
             let completions = run(&mut model, &g.prompts(expected[0].len()), &options);
             let mut stopped = 0;
             for (completion, expected) in completions.iter().zip(&expected) {
@@ -134,7 +134,7 @@ fn cached_logits_are_those_of_a_whole_forward() {
         cache.truncate(2, 0);
         let mut hidden = model.prefill(&[&first[..5], &second[..3]], &[2, 0], &mut cache).unwrap();
         let whole = |model: &mut Llama, ids: &[i64]| {
-            let hidden = model.hidden(&Input::new(Tensor::from_slice(ids).unsqueeze(0))).unwrap();
+            let hidden = model.hidden(&ModelInput::new(Tensor::from_slice(ids).unsqueeze(0))).unwrap();
             model.next_token_logits(&hidden).unwrap()
         };
         let (all_first, all_second) = (whole(&mut model, first), whole(&mut model, second));
@@ -158,7 +158,7 @@ fn draws_depend_on_seed_and_sample_only() {
     let g = Golden::read("llama3");
     let mut model = load(&g.dir, Kind::Double);
     let prompts = g.prompts(16);
-    let sampled = |seed, batch_size| Options {
+    let sampled = |seed, batch_size| EngineOptions {
         sampling: Sampling { temperature: 3.0, top_k: 50, top_p: 0.95, seed },
         ..options(batch_size)
     };
@@ -185,7 +185,7 @@ fn stop_texts_end_a_row_and_are_cut_off() {
     assert!(middle.len() > 12, "{full:?}");
     let at = full.char_indices().nth(full.chars().count() / 2).unwrap().0;
     let stop = vec!["never seen".to_string(), full[at..].chars().take(3).collect::<String>()];
-    let with_stop = Options { stop: Some(Stop { texts: &stop, tokenizer: &tokenizer }), ..options(4) };
+    let with_stop = EngineOptions { stop: Some(Stop { texts: &stop, tokenizer: &tokenizer }), ..options(4) };
     let stopped = run(&mut model, &prompts, &with_stop);
     assert_eq!(stopped[0].finish, Finish::Stop);
     let n = stopped[0].ids.len();
@@ -312,7 +312,8 @@ fn samples_share_the_reading_of_their_prompt() {
     let mut model = load(&g.dir, Kind::Double);
     let single = g.prompts(12);
     let sampling = Sampling { temperature: 3.0, top_k: 0, top_p: 1.0, seed: 5 };
-    let with = |batch_size| Options { sampling, eos: &[3, 7, 50, 51, 52, 53, 54, 55], ..options(batch_size) };
+    let with =
+        |batch_size| EngineOptions { sampling, eos: &[3, 7, 50, 51, 52, 53, 54, 55], ..options(batch_size) };
     let alone: Vec<Request> = single
         .iter()
         .enumerate()
@@ -376,7 +377,7 @@ fn nothing_ends_a_completion_before_its_least_length() {
         let requests = g.prompts(32).into_iter();
         requests.map(|r| Request { min_new_tokens: n, ..r }).collect()
     };
-    let ending = Options { eos: &[stop], ..options(4) };
+    let ending = EngineOptions { eos: &[stop], ..options(4) };
     let free = run(&mut model, &least(0), &ending);
     let early = free.iter().position(|c| c.ids.len() < 20).expect("a golden row stops early");
     let held = run(&mut model, &least(20), &ending);
@@ -432,7 +433,7 @@ fn a_session_reads_on_where_prompts_agree() {
     for family in FAMILIES {
         let g = Golden::read(family);
         let mut model = load(&g.dir, Kind::Double);
-        let mut session = Session::new(&model);
+        let mut session = CachedSession::new(&model);
         let tokens = g.rows("gen_new_ids").concat();
         let go = |_: &Completion, _| Ok(ControlFlow::Continue(()));
         // Longer, shorter, other in the middle, the same again.
@@ -465,7 +466,7 @@ fn a_session_reads_on_where_prompts_agree() {
 fn ranks_that_share_a_model_generate_together() {
     for family in ["llama3", "tied"] {
         let sampling = Sampling { temperature: 2.0, top_k: 0, top_p: 1.0, seed: 4 };
-        let sampled = |batch_size| Options { sampling, ..options(batch_size) };
+        let sampled = |batch_size| EngineOptions { sampling, ..options(batch_size) };
         on_ranks(2, |group| {
             let (g, rank) = (Golden::read(family), group.rank() as usize);
             // Rank 0: a prompt whose samples follow one another in a single slot. Rank 1: more, in two.
@@ -502,8 +503,8 @@ fn rollouts_are_the_same_for_any_number_of_ranks() {
     let g = Golden::read("llama3");
     let dir = &g.dir.clone();
     let prompts: Vec<Vec<i64>> = g.prompts(1).into_iter().map(|r| r.prompt).collect();
-    let ask = |range: std::ops::Range<usize>| -> Vec<Asked> {
-        range.map(|i| Asked { number: 40 + i as u64, ids: &prompts[i] }).collect()
+    let ask = |range: std::ops::Range<usize>| -> Vec<PromptRequest> {
+        range.map(|i| PromptRequest { number: 40 + i as u64, ids: &prompts[i] }).collect()
     };
     let rollout = Rollout {
         sampling: Sampling { temperature: 1.5, top_k: 0, top_p: 1.0, seed: 9 },
@@ -557,8 +558,8 @@ fn rows_of_a_rollout_score_as_they_were_drawn() {
         let g = Golden::read(family);
         let mut model = load(&g.dir, Kind::Double);
         let prompts: Vec<Vec<i64>> = g.prompts(1).into_iter().map(|r| r.prompt).collect();
-        let asked: Vec<Asked> =
-            prompts.iter().enumerate().map(|(i, ids)| Asked { number: i as u64, ids }).collect();
+        let asked: Vec<PromptRequest> =
+            prompts.iter().enumerate().map(|(i, ids)| PromptRequest { number: i as u64, ids }).collect();
         let rollout = Rollout {
             sampling: Sampling { temperature: 0.8, top_k: 0, top_p: 1.0, seed: 3 },
             samples: 1,

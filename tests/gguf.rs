@@ -17,11 +17,11 @@ use testing::tolerance::{Quantity, allowed};
 
 use common::load;
 use corral::checkpoint::Weights;
-use corral::checkpoint::convert::{Conversion, Report, Stored, Target};
+use corral::checkpoint::convert::{Conversion, ConvertReport, ConvertTarget, StoredAs};
 use corral::config::shape::{LayerType, Shape};
 use corral::data::tokenizer::Tokenizer;
-use corral::data::tokenizer::gguf::Loss;
-use corral::gguf::{Array, Dtype, Gguf, Metadata, Value as Entry, Writer};
+use corral::data::tokenizer::gguf::GgufLimit;
+use corral::gguf::{Gguf, GgufDtype, GgufWriter, Metadata, MetadataArray, MetadataValue};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
@@ -34,7 +34,12 @@ fn model(name: &str) -> PathBuf {
     repository().join("tests/golden/models").join(name)
 }
 
-fn convert(from: &Path, to: &Path, target: Target, stored: Option<Stored>) -> corral::Result<Report> {
+fn convert(
+    from: &Path,
+    to: &Path,
+    target: ConvertTarget,
+    stored: Option<StoredAs>,
+) -> corral::Result<ConvertReport> {
     Conversion::new(Weights::open(from)?, target, stored, Device::Cpu)?.write(to, &AtomicU64::new(0))
 }
 
@@ -98,9 +103,9 @@ fn models_of_other_programs_are_the_golden_ones() {
 fn experts_may_have_tensors_of_their_own() {
     let dir = folder("old_experts");
     let new = dir.join("new.gguf");
-    convert(&model("mixtral"), &new, Target::Gguf, None).unwrap();
+    convert(&model("mixtral"), &new, ConvertTarget::Gguf, None).unwrap();
     let file = Gguf::open(&new).unwrap();
-    let mut parts: Vec<(String, Dtype, Vec<i64>, Vec<u8>)> = Vec::new();
+    let mut parts: Vec<(String, GgufDtype, Vec<i64>, Vec<u8>)> = Vec::new();
     for tensor in file.tensors() {
         let mut bytes = vec![0; tensor.dtype.bytes(tensor.numel()) as usize];
         file.read_blocks(tensor, 0, &mut bytes).unwrap();
@@ -118,7 +123,7 @@ fn experts_may_have_tensors_of_their_own() {
     assert!(parts.len() > file.tensors().len());
     let old = dir.join("old.gguf");
     let tensors = parts.iter().map(|(name, dtype, shape, _)| (name.as_str(), *dtype, shape.as_slice()));
-    let mut writer = Writer::create(&old, &file.metadata, tensors).unwrap();
+    let mut writer = GgufWriter::create(&old, &file.metadata, tensors).unwrap();
     for (_, _, _, bytes) in &parts {
         writer.tensor(|put| put(bytes)).unwrap();
     }
@@ -175,18 +180,18 @@ fn all_families_go_there_and_back() {
         let shape = Weights::open(&golden).unwrap().shape().clone();
         for (i, stored) in [
             None,
-            Some(Stored::Kind(Kind::Half)),
-            Some(Stored::Kind(Kind::BFloat16)),
-            Some(Stored::Blocks(Dtype::Q8_0)),
-            Some(Stored::Blocks(Dtype::Q4_0)),
-            Some(Stored::Blocks(Dtype::Q4_1)),
+            Some(StoredAs::Kind(Kind::Half)),
+            Some(StoredAs::Kind(Kind::BFloat16)),
+            Some(StoredAs::Blocks(GgufDtype::Q8_0)),
+            Some(StoredAs::Blocks(GgufDtype::Q4_0)),
+            Some(StoredAs::Blocks(GgufDtype::Q4_1)),
         ]
         .into_iter()
         .enumerate()
         {
             let file = dir.join(format!("{name}-{i}.gguf"));
-            let report =
-                convert(&golden, &file, Target::Gguf, stored).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let report = convert(&golden, &file, ConvertTarget::Gguf, stored)
+                .unwrap_or_else(|e| panic!("{name}: {e}"));
             let rounds = stored.is_some() || shape.features.norm_offset;
             assert_eq!(report.rounding.is_some(), rounds, "{name} {stored:?}");
             assert!(
@@ -201,7 +206,7 @@ fn all_families_go_there_and_back() {
             }
             // Nothing else is lost on the way.
             let back = dir.join(format!("{name}-back"));
-            convert(&file, &back, Target::Hf { max_shard_size: 1 << 30 }, None).unwrap();
+            convert(&file, &back, ConvertTarget::Hf { max_shard_size: 1 << 30 }, None).unwrap();
             let [a, b] = [back.as_path(), &golden].map(|path| Weights::open(path).unwrap());
             assert_eq!(without_training(a.shape()), without_training(b.shape()), "{name}");
             let [a, b] = [a, b].map(|weights| weights.into_source().unwrap());
@@ -211,7 +216,7 @@ fn all_families_go_there_and_back() {
             }
             let [a, b] = [back.as_path(), &golden].map(|path| Tokenizer::load(path).unwrap());
             corral::data::tokenizer::gguf::check_same(&a, &b, report.loss).unwrap();
-            assert_eq!(report.loss, (name == "mistral").then_some(Loss::SpaceBefore), "{name}");
+            assert_eq!(report.loss, (name == "mistral").then_some(GgufLimit::SpaceBefore), "{name}");
             assert_eq!(
                 (a.bos_id(), a.eos_ids().first(), a.pad_id(), a.adds_bos()),
                 (b.bos_id(), b.eos_ids().first(), b.pad_id(), b.adds_bos()),
@@ -233,16 +238,17 @@ fn what_a_file_cannot_express_is_refused() {
     // A Qwen 3 whose window is off.
     let off =
         configured(&dir, "qwen3", &[("use_sliding_window", false.into()), ("layer_types", Value::Null)]);
-    convert(&off, &dir.join("qwen3-off.gguf"), Target::Gguf, Some(Stored::Blocks(Dtype::Q8_0))).unwrap();
+    convert(&off, &dir.join("qwen3-off.gguf"), ConvertTarget::Gguf, Some(StoredAs::Blocks(GgufDtype::Q8_0)))
+        .unwrap();
     // Its second block alone has a window.
-    let e = convert(&model("qwen3"), &dir.join("qwen3.gguf"), Target::Gguf, None).unwrap_err();
+    let e = convert(&model("qwen3"), &dir.join("qwen3.gguf"), ConvertTarget::Gguf, None).unwrap_err();
     assert!(e.exit_code() == 3 && e.message.contains("cannot express this model: a sliding window"), "{e}");
     assert!(!dir.join("qwen3.gguf").exists());
     let e = convert(
         &model("llama2"),
         &dir.join("hf"),
-        Target::Hf { max_shard_size: 1 },
-        Some(Stored::Blocks(Dtype::Q4_0)),
+        ConvertTarget::Hf { max_shard_size: 1 },
+        Some(StoredAs::Blocks(GgufDtype::Q4_0)),
     );
     assert!(e.as_ref().is_err_and(|e| e.exit_code() == 2 && e.message.contains("--format gguf")), "{e:?}");
 }
@@ -346,13 +352,13 @@ fn a_model_scores_alike_from_both_formats() {
     let dir = folder("scores");
     for name in ["llama2", "gemma2", "gemma3", "gemma3_new", "olmo2", "phi3"] {
         let (golden, file) = (golden_model(name), dir.join(format!("{name}.gguf")));
-        convert(&golden, &file, Target::Gguf, None).unwrap();
+        convert(&golden, &file, ConvertTarget::Gguf, None).unwrap();
         let shape = Weights::open(&golden).unwrap().shape().clone();
         let ids: Vec<i64> = (0..40).map(|i| i * 13 % shape.vocab_size).collect();
         let ids = Tensor::from_slice(&ids).view([1, 40]);
         let logits = |path: &Path| {
             let mut model = load(path, Kind::Float);
-            let hidden = model.hidden(&corral::model::Input::new(ids.shallow_clone())).unwrap();
+            let hidden = model.hidden(&corral::model::ModelInput::new(ids.shallow_clone())).unwrap();
             model.next_token_logits(&hidden).unwrap()
         };
         let (ours, theirs) = (logits(&file), logits(&golden));
@@ -372,7 +378,7 @@ fn with_metadata(from: &Path, to: &Path, change: impl FnOnce(&mut Metadata)) {
     let mut metadata = file.metadata.clone();
     change(&mut metadata);
     let tensors = file.tensors().iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice()));
-    let mut writer = Writer::create(to, &metadata, tensors).unwrap();
+    let mut writer = GgufWriter::create(to, &metadata, tensors).unwrap();
     for tensor in file.tensors() {
         let mut bytes = vec![0; tensor.dtype.bytes(tensor.numel()) as usize];
         file.read_blocks(tensor, 0, &mut bytes).unwrap();
@@ -384,11 +390,12 @@ fn with_metadata(from: &Path, to: &Path, change: impl FnOnce(&mut Metadata)) {
 /// Keys that only some converters write, and what llama.cpp takes where they are missing.
 #[test]
 fn keys_of_an_architecture_are_read_or_refused() {
+    use MetadataValue::{Array, Float, Integer, Text};
     let dir = folder("keys");
-    let read = |of: &str, key: &str, value: Option<Entry>| {
+    let read = |of: &str, key: &str, value: Option<MetadataValue>| {
         let path = dir.join(format!("{of}.gguf"));
         with_metadata(&fixture(&format!("{of}.gguf")), &path, |metadata| {
-            let all: Vec<(String, Entry)> =
+            let all: Vec<(String, MetadataValue)> =
                 metadata.keys().map(|k| (k.to_string(), metadata.get(k).unwrap().clone())).collect();
             *metadata = Metadata::default();
             let key = format!("{of}.{key}");
@@ -401,9 +408,9 @@ fn keys_of_an_architecture_are_read_or_refused() {
     let types = |of: &str, key: &str, value| read(of, key, value).unwrap().features.layer_types.unwrap();
     let pattern = "attention.sliding_window_pattern";
     assert_eq!(types("gemma2", pattern, None), [sliding, full]);
-    assert_eq!(types("gemma2", pattern, Some(Entry::Integer(1))), [full, full]);
-    assert_eq!(types("gemma2", pattern, Some(Entry::Integer(0))), [sliding, sliding]);
-    let list = Entry::Array(Array::Bools(vec![false, true]));
+    assert_eq!(types("gemma2", pattern, Some(Integer(1))), [full, full]);
+    assert_eq!(types("gemma2", pattern, Some(Integer(0))), [sliding, sliding]);
+    let list = Array(MetadataArray::Bools(vec![false, true]));
     assert_eq!(types("gemma3", pattern, Some(list)), [full, sliding]);
     // Without a window none of Gemma 3's blocks has one.
     assert_eq!(types("gemma3", "attention.sliding_window", None), [full, full]);
@@ -412,38 +419,30 @@ fn keys_of_an_architecture_are_read_or_refused() {
     assert_eq!(caps(read("gemma2", "attn_logit_softcapping", None).unwrap()), (Some(50.0), Some(8.0)));
     assert_eq!(caps(read("gemma2", "final_logit_softcapping", None).unwrap()), (Some(3.0), Some(30.0)));
     assert_eq!(
-        caps(read("gemma3", "final_logit_softcapping", Some(Entry::Float(30.0))).unwrap()),
+        caps(read("gemma3", "final_logit_softcapping", Some(Float(30.0))).unwrap()),
         (None, Some(30.0))
     );
     assert_eq!(read("gemma3", "rope.freq_base_swa", None).unwrap().features.rope_local_theta, Some(10000.0));
-    let scale = Entry::Float(1.0 / 224f64.sqrt());
+    let scale = Float(1.0 / 224f64.sqrt());
     let shape = read("gemma2", "attention.scale", Some(scale)).unwrap();
     assert_eq!(shape.features.query_pre_attn_scalar, Some(224));
-    assert_eq!(
-        read("phi3", "attention.sliding_window", Some(Entry::Integer(0))).unwrap().sliding_window,
-        None
-    );
+    assert_eq!(read("phi3", "attention.sliding_window", Some(Integer(0))).unwrap().sliding_window, None);
     // Without a type a factor is linear, as under the old name.
     for key in ["rope.scaling.factor", "rope.scale_linear"] {
-        let shape = read("olmo2", key, Some(Entry::Float(4.0))).unwrap();
+        let shape = read("olmo2", key, Some(Float(4.0))).unwrap();
         assert_eq!(shape.features.rope_linear_factor, Some(4.0), "{key}");
     }
     for (of, key, value, said) in [
-        ("gemma2", "attn_logit_softcapping", Entry::Float(0.0), "only a number above 0"),
-        ("gemma2", "attention.scale", Entry::Float(0.3), "1 / sqrt(n) of a whole number n"),
-        ("gemma2", "rope.freq_base_swa", Entry::Float(500.0), "only models without it"),
-        ("gemma3", "attn_logit_softcapping", Entry::Float(50.0), "`gemma3.attn_logit_softcapping` is 50.0"),
-        ("gemma3", pattern, Entry::Array(Array::Bools(vec![true; 3])), "has 3 values, of 2 blocks"),
-        (
-            "olmo2",
-            "attention.sliding_window",
-            Entry::Integer(4096),
-            "`olmo2.attention.sliding_window` is 4096",
-        ),
-        ("olmo2", "rope.scaling.type", Entry::Text("yarn".into()), "is \"yarn\"; that is not built"),
-        ("phi3", "rope.scaling.type", Entry::Text("longrope".into()), "is \"longrope\"; that is not built"),
-        ("phi3", "rope.scaling.attn_factor", Entry::Float(1.19), "`phi3.rope.scaling.attn_factor` is 1.19"),
-        ("phi3", "rope.dimension_count", Entry::Integer(6), "only 8, a head's size,"),
+        ("gemma2", "attn_logit_softcapping", Float(0.0), "only a number above 0"),
+        ("gemma2", "attention.scale", Float(0.3), "1 / sqrt(n) of a whole number n"),
+        ("gemma2", "rope.freq_base_swa", Float(500.0), "only models without it"),
+        ("gemma3", "attn_logit_softcapping", Float(50.0), "`gemma3.attn_logit_softcapping` is 50.0"),
+        ("gemma3", pattern, Array(MetadataArray::Bools(vec![true; 3])), "has 3 values, of 2 blocks"),
+        ("olmo2", "attention.sliding_window", Integer(4096), "`olmo2.attention.sliding_window` is 4096"),
+        ("olmo2", "rope.scaling.type", Text("yarn".into()), "is \"yarn\"; that is not built"),
+        ("phi3", "rope.scaling.type", Text("longrope".into()), "is \"longrope\"; that is not built"),
+        ("phi3", "rope.scaling.attn_factor", Float(1.19), "`phi3.rope.scaling.attn_factor` is 1.19"),
+        ("phi3", "rope.dimension_count", Integer(6), "only 8, a head's size,"),
     ] {
         let e = read(of, key, Some(value)).expect_err(key);
         assert!(e.exit_code() == 3 && e.message.contains(said), "{of}.{key}: {e}");
@@ -480,7 +479,7 @@ fn gemmas_tokenizer_is_sentencepieces() {
     fs::write(&path, definition.to_string()).unwrap();
     let file = dir.join("model.gguf");
     // It reads the tokenizer back and compares ids.
-    let report = convert(&from, &file, Target::Gguf, None).unwrap();
+    let report = convert(&from, &file, ConvertTarget::Gguf, None).unwrap();
     assert_eq!(report.loss, None);
     let metadata = Gguf::open(&file).unwrap().metadata.clone();
     assert_eq!(metadata.text("tokenizer.ggml.model").unwrap(), Some("llama"));
@@ -498,7 +497,8 @@ fn what_llama_cpp_has_no_place_for_is_refused() {
             "a Gemma2 without final_logit_softcapping",
         ),
     ] {
-        let e = convert(&configured(&dir, name, &keys), &dir.join("x.gguf"), Target::Gguf, None).unwrap_err();
+        let e = convert(&configured(&dir, name, &keys), &dir.join("x.gguf"), ConvertTarget::Gguf, None)
+            .unwrap_err();
         let said = format!("GGUF cannot express this model: {said}");
         assert!(e.exit_code() == 3 && e.message.contains(&said), "{name} {keys:?}: {e}");
     }
@@ -509,7 +509,7 @@ fn what_llama_cpp_has_no_place_for_is_refused() {
         ("sliding_window_pattern", Value::Null),
     ];
     let file = dir.join("usual.gguf");
-    let report = convert(&configured(&dir, "gemma3", &usual), &file, Target::Gguf, None).unwrap();
+    let report = convert(&configured(&dir, "gemma3", &usual), &file, ConvertTarget::Gguf, None).unwrap();
     assert_eq!(report.unread, None);
     let metadata = Gguf::open(&file).unwrap().metadata.clone();
     for key in ["attention.scale", "attention.sliding_window_pattern"] {

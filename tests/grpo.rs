@@ -319,7 +319,7 @@ fn online_dpo_drops_ties_and_ranks_change_nothing() {
 fn what_cannot_be_is_refused() {
     let cases: [(&'static str, &[&str], &str); 17] = [
         ("grpo", &["rewards=[]"], "nothing to learn from"),
-        ("grpo", &["grpo.group_size=1"], "nothing to be compared with"),
+        ("grpo", &["grpo.group_size=1"], "must be at least 2"),
         ("grpo", &["grpo.minibatch_size=5"], "no multiple of 5"),
         ("grpo", &["train.micro_batch_size=5"], "train.micro_batch_size"),
         ("grpo", &["grpo.loss=sapo", "grpo.delta=4"], "no delta"),
@@ -327,7 +327,7 @@ fn what_cannot_be_is_refused() {
         ("grpo", &["grpo.delta=1.1"], "above 1 + epsilon"),
         ("grpo", &["grpo.delta=1.25", "grpo.epsilon_high=0.28"], "above 1 + epsilon_high"),
         ("grpo", &["grpo.kl_estimator=k1", "grpo.beta=0.1"], "the gradient of k1 is 0"),
-        ("grpo", &["grpo={group_size: 1, advantages: reinforce++, resample: 1}"], "never varies"),
+        ("grpo", &["grpo={group_size: 1, advantages: reinforce++, resample: 1}"], "no variance"),
         ("grpo", &["rewards=[{kind: model}]"], "needs reward_model"),
         ("grpo", &["grpo.advantages=reinforce++", "grpo.kl_estimator=k3"], "the sum of k1"),
         ("grpo", &["actor.lora={rank: 4, alpha: 8, dropout: 0.1}"], "actor.lora.dropout"),

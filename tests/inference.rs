@@ -13,7 +13,7 @@ use testing::program::{Program, launch};
 use testing::tolerance::{Quantity, allowed};
 
 use common::load;
-use corral::model::{Input, LmHead};
+use corral::model::{LmHead, ModelInput};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
@@ -211,7 +211,7 @@ fn perplexity_counts_every_token_once() {
     let mut model = load(&dir, Kind::Double);
     let mut loss = 0.0;
     for window in (0..ids.len() - 1).step_by(7).map(|i| &ids[i..(i + 8).min(ids.len())]) {
-        let input = Input::new(Tensor::from_slice(&window[..window.len() - 1]).unsqueeze(0));
+        let input = ModelInput::new(Tensor::from_slice(&window[..window.len() - 1]).unsqueeze(0));
         let hidden = model.hidden(&input).unwrap();
         loss += LmHead::loss_sum(&mut model, &hidden, &Tensor::from_slice(&window[1..])).unwrap().0;
     }

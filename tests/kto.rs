@@ -15,10 +15,10 @@ use testing::tolerance::{Quantity, allowed};
 
 use common::load;
 use corral::algorithms::losses::unpaired::{losses, reference_point};
-use corral::algorithms::step::{Entry, MicroBatch, Objective, accumulate};
-use corral::config::kto::{Loss, Section};
+use corral::algorithms::step::{MicroBatch, Objective, StepEntry, accumulate};
+use corral::config::kto::{KtoLoss, KtoSection};
 use corral::model::head::LogProbs;
-use corral::model::{Input, LmHead, Recompute};
+use corral::model::{LmHead, ModelInput, Recompute};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
@@ -39,7 +39,7 @@ fn gradients_through_a_model_are_trls() {
             let labels = next.where_self(&supervised.eq(1), &Tensor::full_like(&next, -100));
             let none = Tensor::full([rows, 1], -100i64, (Kind::Int64, device()));
             let labels = Tensor::cat(&[labels, none], 1).contiguous().view([-1]);
-            MicroBatch { input: Input::with_mask(ids.shallow_clone(), of("attention_mask")), labels }
+            MicroBatch { input: ModelInput::with_mask(ids.shallow_clone(), of("attention_mask")), labels }
         };
         let rows = golden["labels"].size()[0];
         let sums =
@@ -51,15 +51,15 @@ fn gradients_through_a_model_are_trls() {
         let logprobs =
             LmHead::logprobs(&mut model, &hidden, &mismatched.labels, 1.0, false).unwrap().logprobs;
         let apart = (sums(&logprobs) - of("kl_ref_logps")).sum(Kind::Double).double_value(&[]);
-        let kl = reference_point(Loss::Kto, apart, rows as f64);
+        let kl = reference_point(KtoLoss::Kto, apart, rows as f64);
         assert!(
             (kl - number("kl")).abs() <= allowed(Quantity::KlEstimate, kind),
             "{kind:?}: {kl} {}",
             number("kl")
         );
 
-        let section = Section {
-            loss: Loss::Kto,
+        let section = KtoSection {
+            loss: KtoLoss::Kto,
             beta: number("beta"),
             desirable_weight: number("desirable_weight"),
             undesirable_weight: number("undesirable_weight"),
@@ -70,7 +70,7 @@ fn gradients_through_a_model_are_trls() {
             Ok(losses(&section, &(sums(&out.logprobs) - &reference), &desirable, kl).mean(kind))
         };
         let objective = Objective::LogProbs { temperature: 1.0, entropies: false, loss: Box::new(loss) };
-        let mut entries = [Entry { batch: &batch, objective, balance: None }];
+        let mut entries = [StepEntry { batch: &batch, objective, balance: None }];
         let (values, _) = accumulate(&mut model, &mut entries, Recompute::None).unwrap();
         let (loss, wanted) = (values[0], number("loss"));
         assert!((loss - wanted).abs() <= tolerance * wanted, "{kind:?}: {loss} {wanted}");

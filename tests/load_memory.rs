@@ -16,8 +16,8 @@ use testing::folder::folder;
 use testing::ranks::{free_port, start_as_rank};
 use testing::tolerance::{Quantity, allowed};
 
-use corral::checkpoint::convert::{Conversion, Target};
-use corral::checkpoint::safetensors::{self, Entry};
+use corral::checkpoint::convert::{Conversion, ConvertTarget};
+use corral::checkpoint::safetensors::{self, TensorEntry};
 use corral::checkpoint::{Weights, torch_file};
 use corral::config::parallel::Parallel;
 use corral::config::shape::Shape;
@@ -121,12 +121,12 @@ fn each_rank_holds_its_quarter_of_a_model() {
     shape.vocab_size += rest / (2 * shape.hidden_size) / 16 * 16;
     let bytes = shape.num_parameters() as u64 * 4;
     let specs: Vec<_> = layouts(&shape).into_iter().flat_map(|l| l.specs).collect();
-    let entry = |s: &corral::distributed::sharded::Spec| Entry {
+    let entry = |s: &corral::distributed::sharded::TensorSpec| TensorEntry {
         name: s.name.clone(),
         kind: Kind::Float,
         shape: s.shape.clone(),
     };
-    let entries: Vec<Entry> = specs.iter().map(entry).collect();
+    let entries: Vec<TensorEntry> = specs.iter().map(entry).collect();
     let (hf, bin, meta) = (dir.join("hf"), dir.join("bin"), dir.join("meta"));
     for model in [&hf, &bin] {
         fs::create_dir(model).unwrap();
@@ -137,8 +137,9 @@ fn each_rank_holds_its_quarter_of_a_model() {
         });
         fs::write(model.join("config.json"), config.to_string()).unwrap();
     }
-    let mut safetensors = safetensors::Writer::create(&hf.join("model.safetensors"), &entries).unwrap();
-    let mut torch = torch_file::Writer::create(&bin.join("pytorch_model.bin"), &entries).unwrap();
+    let mut safetensors =
+        safetensors::SafetensorsWriter::create(&hf.join("model.safetensors"), &entries).unwrap();
+    let mut torch = torch_file::TorchWriter::create(&bin.join("pytorch_model.bin"), &entries).unwrap();
     let mut sum = 0.0;
     for spec in &specs {
         let values = Tensor::rand(spec.shape.as_slice(), (Kind::Float, Device::Cpu));
@@ -151,7 +152,7 @@ fn each_rank_holds_its_quarter_of_a_model() {
     load("safetensors", &hf, bytes, sum);
     load("pytorch_model.bin", &bin, bytes, sum);
     fs::remove_dir_all(&bin).unwrap();
-    let target = Target::Meta { parts: 4 };
+    let target = ConvertTarget::Meta { parts: 4 };
     let conversion = Conversion::new(Weights::open(&hf).unwrap(), target, None, Device::Cpu).unwrap();
     conversion.write(&meta, &AtomicU64::new(0)).unwrap();
     load("four parts of Meta's format", &meta, bytes, sum);

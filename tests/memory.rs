@@ -5,11 +5,11 @@
 use corral::algorithms::step::{MicroBatch, accumulate_gradients};
 use corral::config::sections::Recompute;
 use corral::config::shape::{Activation, Features, Norms, QkNorm, Shape};
-use corral::config::trainable::{Base, Freeze, Lora, Targets};
+use corral::config::trainable::{BaseFormat, Freeze, Lora, Targets};
 use corral::distributed::mesh::{Sharding, ShardingPlan};
-use corral::distributed::sharded::{Sharded, Spec};
-use corral::model::{DropoutPlace, Input, Llama, Trainable};
-use corral::plan::memory::{Batch, Memory};
+use corral::distributed::sharded::{Sharded, TensorSpec};
+use corral::model::{DropoutPlace, Llama, ModelInput, Trainable};
+use corral::plan::memory::{BatchShape, Memory};
 use kernels::counting;
 use tch::{Device, Kind, Tensor};
 use testing::folder::folder;
@@ -30,18 +30,18 @@ fn shape(preset: &str) -> Shape {
     }
 }
 
-fn lora(base: Base, dropout: f64) -> Option<Lora> {
+fn lora(base: BaseFormat, dropout: f64) -> Option<Lora> {
     let targets = Targets::AllLinear;
     Some(Lora { rank: 16, alpha: 32.0, dropout, targets, rslora: false, modules_to_save: Vec::new(), base })
 }
 
 /// The most bytes that the tensors of a step take besides the parameters, and what the plan says.
-fn step(shape: &Shape, trainable: &Trainable, compute: Kind, batch: Batch) -> (i64, i64) {
+fn step(shape: &Shape, trainable: &Trainable, compute: Kind, batch: BatchShape) -> (i64, i64) {
     let plans = trainable.plans(shape).unwrap();
     let memory = Memory::new(shape, &plans, compute, ShardingPlan::solo(), Device::Cpu).unwrap();
     let planned = memory.step(&batch).total() - memory.resident().total();
     let mut params = Sharded::new(plans, Sharding::solo(), compute, Device::Cpu);
-    let uniform = |_: &Spec, _: i64, values: &Tensor| {
+    let uniform = |_: &TensorSpec, _: i64, values: &Tensor| {
         let _ = values.shallow_clone().uniform_(-0.05, 0.05);
         Ok(())
     };
@@ -54,7 +54,7 @@ fn step(shape: &Shape, trainable: &Trainable, compute: Kind, batch: Batch) -> (i
             let ids =
                 Tensor::randint(shape.vocab_size, [batch.rows, batch.length], (Kind::Int64, Device::Cpu));
             let labels = ids.view([-1]).copy();
-            let mut input = Input::new(ids);
+            let mut input = ModelInput::new(ids);
             input.dropout = Some(DropoutPlace { seed: 1, step: 1, first_row: 0 });
             if batch.packed {
                 let at = Tensor::arange(batch.length, (Kind::Int64, Device::Cpu)).repeat([batch.rows]);
@@ -92,10 +92,10 @@ fn the_walk_takes_what_a_step_takes() {
         ("llama", &llama, all()),
         ("tied", &tied, all()),
         ("frozen", &llama, upper),
-        ("lora", &llama, adapters(Base::None, 0.0)),
-        ("lora dropout", &llama, adapters(Base::None, 0.1)),
-        ("int8", &llama, adapters(Base::Int8, 0.0)),
-        ("nf4", &llama, adapters(Base::Nf4, 0.0)),
+        ("lora", &llama, adapters(BaseFormat::None, 0.0)),
+        ("lora dropout", &llama, adapters(BaseFormat::None, 0.1)),
+        ("int8", &llama, adapters(BaseFormat::Int8, 0.0)),
+        ("nf4", &llama, adapters(BaseFormat::Nf4, 0.0)),
         (
             "qwen3",
             &Shape { features: corral::config::shape::Family::Qwen3.features(), ..llama.clone() },
@@ -112,7 +112,7 @@ fn the_walk_takes_what_a_step_takes() {
             (Kind::BFloat16, Recompute::Selective),
         ] {
             for (rows, length, micro_batches, packed) in [(4, 128, 1, false), (2, 128, 2, true)] {
-                let batch = Batch { rows, length, micro_batches, recompute, packed };
+                let batch = BatchShape { rows, length, micro_batches, recompute, packed };
                 let (counted, planned) = step(shape, trainable, compute, batch);
                 let what = format!("{name} {compute:?} {recompute:?}, {micro_batches} x {rows} x {length}");
                 println!("{what}: {counted} bytes, planned {planned}");

@@ -18,7 +18,7 @@ use testing::tolerance::{Quantity, allowed, allowed_beside};
 use common::{gradients, load, load_sharded};
 use corral::algorithms::step::{self, MicroBatch};
 use corral::model::head::LogProbs;
-use corral::model::{Input, Llama, LmHead, Recompute};
+use corral::model::{Llama, LmHead, ModelInput, Recompute};
 use kernels::c10d::Group;
 use tch::{Device, Kind, Tensor};
 
@@ -35,9 +35,9 @@ impl Golden {
         Golden { single, double }
     }
 
-    fn input(&self) -> (Input, Tensor, Tensor) {
+    fn input(&self) -> (ModelInput, Tensor, Tensor) {
         let (ids, mask) = (&self.single["input_ids"], &self.single["attention_mask"]);
-        (Input::with_mask(ids.shallow_clone(), mask), ids.shallow_clone(), mask.shallow_clone())
+        (ModelInput::with_mask(ids.shallow_clone(), mask), ids.shallow_clone(), mask.shallow_clone())
     }
 
     /// `got` is as near the float64 values as the table of tolerances says.
@@ -81,7 +81,7 @@ fn loss_and_gradients(
     for i in 0..micro_batches {
         let (first, end) = (i * rows / micro_batches, (i + 1) * rows / micro_batches);
         let part = |t: &Tensor| t.narrow(0, first, end - first);
-        let input = Input::with_mask(part(&ids), &part(&mask));
+        let input = ModelInput::with_mask(part(&ids), &part(&mask));
         let (hidden, tape) = model.forward(&input, recompute).unwrap();
         let labels = shifted(&part(labels));
         let kind = if hidden.kind() == Kind::Double { Kind::Double } else { Kind::Float };
@@ -214,7 +214,7 @@ fn losses_of_log_probabilities_and_entropies() {
         // The same as a step's entry.
         let batch = MicroBatch { input, labels };
         let objective = step::Objective::LogProbs { temperature, entropies: true, loss: Box::new(loss) };
-        let mut entries = [step::Entry { batch: &batch, objective, balance: None }];
+        let mut entries = [step::StepEntry { batch: &batch, objective, balance: None }];
         let (losses, _) = step::accumulate(&mut model, &mut entries, Recompute::None).unwrap();
         assert_eq!(losses, [value]);
         if family == "llama3" {
@@ -273,7 +273,8 @@ fn padded_rows_are_as_alone() {
             let mask = Vec::<i64>::try_from(mask.get(row)).unwrap();
             let first = mask.iter().position(|m| *m == 1).unwrap() as i64;
             let n = mask.iter().sum();
-            let alone = model.hidden(&Input::new(ids.get(row).narrow(0, first, n).unsqueeze(0))).unwrap();
+            let alone =
+                model.hidden(&ModelInput::new(ids.get(row).narrow(0, first, n).unsqueeze(0))).unwrap();
             let d = largest(&all.get(row).narrow(0, first, n), &alone);
             assert!(d < allowed(Quantity::SameModel, Kind::Double), "{family}: row {row} differs by {d:e}");
             padded += i64::from(first > 0);
@@ -288,7 +289,7 @@ fn accumulate(model: &mut Llama, family: &str, parts: &[(i64, i64)]) {
     model.params.begin_step_gradients(parts.len());
     for (first, rows) in parts {
         let part = |name: &str| g.single[name].narrow(0, *first, *rows);
-        let input = Input::with_mask(part("input_ids"), &part("attention_mask"));
+        let input = ModelInput::with_mask(part("input_ids"), &part("attention_mask"));
         let (hidden, tape) = model.forward(&input, Recompute::Selective).unwrap();
         let labels = shifted(&part("labels"));
         let coef = Tensor::full([labels.size()[0]], -0.01, (Kind::Double, Device::Cpu));
@@ -411,7 +412,7 @@ fn experts_without_tokens_have_no_gradient() {
     model.params.clear_gradients();
     model.params.begin_step_gradients(1);
     let (hidden, tape) =
-        model.forward(&Input::new(Tensor::from_slice(&[5i64]).view([1, 1])), Recompute::Full).unwrap();
+        model.forward(&ModelInput::new(Tensor::from_slice(&[5i64]).view([1, 1])), Recompute::Full).unwrap();
     model.backward(hidden.ones_like(), tape).unwrap();
     model.params.finish_step_gradients().unwrap();
     let grad = model.params.slice_grad(1).unwrap();

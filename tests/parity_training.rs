@@ -17,7 +17,7 @@ use corral::checkpoint::merge::Merge;
 use corral::checkpoint::{PeftAdapter, Weights};
 use corral::distributed::mesh::Sharding;
 use corral::distributed::sharded::{Layout, Sharded};
-use corral::model::{Input, Llama, LmHead, Recompute};
+use corral::model::{Llama, LmHead, ModelInput, Recompute};
 use corral::optim::{AdamW, Hyper, Schedule, ScheduleKind};
 use tch::{Device, Kind, Tensor};
 
@@ -170,8 +170,8 @@ fn near(what: &str, got: &Tensor, exact: &Tensor, kind: Kind, measure: fn(&Tenso
 }
 
 /// The input of the golden adapter.
-fn masked_input(g: &HashMap<String, Tensor>) -> Input {
-    Input::with_mask(g["input_ids"].shallow_clone(), &g["attention_mask"])
+fn masked_input(g: &HashMap<String, Tensor>) -> ModelInput {
+    ModelInput::with_mask(g["input_ids"].shallow_clone(), &g["attention_mask"])
 }
 
 /// The logits of that input `[B T, V]`, padding 0.
@@ -276,7 +276,7 @@ fn packed_documents_are_as_each_on_its_own() {
     let positions = Vec::<i64>::try_from(g["position_ids"].view([-1])).unwrap();
     let starts: Vec<i64> = positions.iter().enumerate().map(|(i, at)| i as i64 - at).collect();
     let count = labels.ge(0).sum(Kind::Int64).double_value(&[]);
-    let run = |kind, input: &Input, labels: &Tensor| {
+    let run = |kind, input: &ModelInput, labels: &Tensor| {
         let mut model = load(&golden_model("llama2"), kind);
         model.params.begin_step_gradients(1);
         let (hidden, tape) = model.forward(input, Recompute::None).unwrap();
@@ -289,10 +289,10 @@ fn packed_documents_are_as_each_on_its_own() {
         model.params.finish_step_gradients().unwrap();
         (logits, -logprobs.sum(Kind::Double).double_value(&[]) / count, gradients(&model))
     };
-    let packed = Input {
+    let packed = ModelInput {
         positions: Some(g["position_ids"].contiguous().view([-1])),
         start: Some(Tensor::from_slice(&starts)),
-        ..Input::new(ids.shallow_clone())
+        ..ModelInput::new(ids.shallow_clone())
     };
     for kind in [Kind::Float, Kind::Double] {
         let (logits, loss, grads) = run(kind, &packed, &labels);
@@ -313,7 +313,7 @@ fn packed_documents_are_as_each_on_its_own() {
             let n = (first..time).take_while(|i| of(*i) == of(first)).count() as i64;
             let part = labels.narrow(0, first, n).copy();
             // The last position of a document predicts nothing.
-            let input = Input::new(ids.narrow(1, first, n).contiguous());
+            let input = ModelInput::new(ids.narrow(1, first, n).contiguous());
             for (name, grad) in run(kind, &input, &part).2 {
                 match sums.get_mut(&name) {
                     Some(sum) => drop(sum.g_add_(&grad)),

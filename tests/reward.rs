@@ -3,12 +3,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
-use corral::algorithms::losses::ranking::{Pairs, Terms, losses};
+use corral::algorithms::losses::ranking::{PairCounts, Terms, losses};
 use corral::checkpoint::Weights;
-use corral::config::reward::Loss;
+use corral::config::reward::RewardLoss;
 use corral::distributed::mesh::Sharding;
 use corral::distributed::sharded::Sharded;
-use corral::model::{Input, Llama, Recompute, ScoreHead, layout};
+use corral::model::{Llama, ModelInput, Recompute, ScoreHead, layout};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 use testing::compare::{largest, relative};
@@ -37,7 +37,7 @@ fn near(what: &str, got: &Tensor, wanted: &Tensor, kind: Kind) {
 }
 
 /// Loss (the mean over prompts) and gradient, of losses by prompt.
-fn check(loss: Loss, scores: &Tensor, ranks: &Tensor, terms: &Terms, case: &Value, gradient: &Tensor) {
+fn check(loss: RewardLoss, scores: &Tensor, ranks: &Tensor, terms: &Terms, case: &Value, gradient: &Tensor) {
     for kind in [Kind::Double, Kind::Float] {
         let terms = Terms { margins: terms.margins.as_ref().map(|m| m.to_kind(kind)), center: terms.center };
         let scores = scores.detach().copy().to_kind(kind).set_requires_grad(true);
@@ -67,9 +67,9 @@ fn losses_of_pairs() {
     ] {
         let case = &pairs[name];
         let gradient = Tensor::stack(&[numbers(&case["grad_chosen"]), numbers(&case["grad_rejected"])], 1);
-        check(Loss::Pairs, &scores, &ranks, &terms, case, &gradient);
+        check(RewardLoss::Pairs, &scores, &ranks, &terms, case, &gradient);
     }
-    let counted = Pairs::of(&scores, &ranks);
+    let counted = PairCounts::of(&scores, &ranks);
     assert_eq!(counted.right / counted.num_pairs, pairs["accuracy"].as_f64().unwrap());
     assert!(
         (counted.chosen - floats(&pairs["chosen"]).iter().sum::<f64>()).abs()
@@ -89,8 +89,8 @@ fn losses_of_lists() {
     for (name, case) in cases["listwise"].as_object().unwrap() {
         let loss = match name.as_str() {
             "scores" => continue,
-            "plackett_luce" => Loss::Order,
-            name if name.starts_with("all_pairs") => Loss::Pairs,
+            "plackett_luce" => RewardLoss::Order,
+            name if name.starts_with("all_pairs") => RewardLoss::Pairs,
             other => panic!("a case that is not known: {other}"),
         };
         let ranks = numbers(&case["ranks"]).to_kind(Kind::Int64);
@@ -116,18 +116,18 @@ fn losses_by_their_definitions() {
             "{got:?} {wanted:?}"
         );
     };
-    near(each(Loss::Pairs), [all(&[1.3, -0.5, -1.8]), all(&[1.3, 0.8, -0.2, -0.7])]);
+    near(each(RewardLoss::Pairs), [all(&[1.3, -0.5, -1.8]), all(&[1.3, 0.8, -0.2, -0.7])]);
     let best = [log_sum(&[0.3, -1.0, 0.8]) - 0.3, log_sum(&[1.5, 0.0, 0.2, 0.7]) - log_sum(&[1.5, 0.0])];
-    near(each(Loss::Best), best);
+    near(each(RewardLoss::Best), best);
     let order = [
         log_sum(&[0.3, -1.0, 0.8]) - 0.3 + log_sum(&[-1.0, 0.8]) + 1.0,
         log_sum(&[1.5, 0.2, 0.7]) - 1.5 + log_sum(&[0.0, 0.2, 0.7]),
     ];
-    near(each(Loss::Order), order);
+    near(each(RewardLoss::Order), order);
     // Two completions make all three the same; equal scores log 2; ties nothing.
     let two = Tensor::from_slice(&[0.4, -0.3, 0.1, 0.1f64]).view([2, 2]);
     let ranks = Tensor::from_slice(&[1i64, 0, 0, 1]).view([2, 2]);
-    for loss in [Loss::Pairs, Loss::Best, Loss::Order] {
+    for loss in [RewardLoss::Pairs, RewardLoss::Best, RewardLoss::Order] {
         let each = Vec::<f64>::try_from(losses(loss, &two, &ranks, &Terms::default())).unwrap();
         near(each, [softplus(0.7), 2f64.ln()]);
         let tied = Tensor::zeros([2, 2], (Kind::Int64, tch::Device::Cpu));
@@ -160,7 +160,7 @@ fn scores_loss_and_gradients() {
     let mut by_kind = Vec::new();
     for kind in [Kind::Double, Kind::Float] {
         let mut model = scored(kind);
-        let input = Input::new(ids.shallow_clone());
+        let input = ModelInput::new(ids.shallow_clone());
         model.params.begin_step_gradients(1);
         let (hidden, tape) = model.forward(&input, Recompute::None).unwrap();
         let values = ScoreHead::values(&mut model, &hidden).unwrap().to_device(tch::Device::Cpu);
@@ -169,7 +169,7 @@ fn scores_loss_and_gradients() {
         let rewards = leaf.gather(1, &last, false).view([-1]);
         let halves = rewards.view([2, -1]).tr();
         let ranks = Tensor::from_slice(&[0i64, 1]).expand(halves.size(), false);
-        let loss = losses(Loss::Pairs, &halves, &ranks, &Terms::default()).mean(rewards.kind());
+        let loss = losses(RewardLoss::Pairs, &halves, &ranks, &Terms::default()).mean(rewards.kind());
         loss.backward();
         let dvalues = leaf.grad().view([-1]).to_device(device());
         let dhidden = ScoreHead::backward(&mut model, &hidden, &dvalues).unwrap();

@@ -237,3 +237,50 @@ fn paths_are_expanded() {
     let found = expand("crate::a::{b, c::{d, e}, self as f};");
     assert_eq!(found, ["crate::a::b", "crate::a::c::d", "crate::a::c::e", "crate::a::self"]);
 }
+
+/// Names that modules share: each is the same part of its module, and is named with it (`sft::Inputs`).
+const NAMES_OF_MODULES: [(&str, &str); 3] = [
+    ("Args", "the arguments of a command"),
+    ("Command", "the subcommands of a command"),
+    ("Inputs", "what a recipe opens before it trains"),
+];
+
+/// The type that a line defines; none for an alias of a type of the same name.
+fn defined_type(line: &str) -> Option<&str> {
+    let line = line.trim_start();
+    let line = match line.strip_prefix("pub(").and_then(|rest| rest.split_once(") ")) {
+        Some((_, rest)) => rest,
+        None => line.strip_prefix("pub ").unwrap_or(line),
+    };
+    let (kind, rest) = line.split_once(' ')?;
+    if !["struct", "enum", "union", "trait", "type"].contains(&kind) {
+        return None;
+    }
+    let end = rest.find(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap_or(rest.len());
+    let (name, rest) = rest.split_at(end);
+    let is_alias = kind == "type" && rest.contains(&format!("::{name}"));
+    (!name.is_empty() && !is_alias).then_some(name)
+}
+
+#[test]
+fn a_type_name_has_one_meaning() {
+    assert_eq!(defined_type("pub(super) struct Batch<'a> {"), Some("Batch"));
+    assert_eq!(defined_type("type Session<'a> = session::Session<'a, Learner>;"), None);
+    let mut defined: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for path in sources("src") {
+        // Types of traits' implementations stand deeper.
+        for line in code(&path).iter().filter(|line| !(line.starts_with(' ') && line.contains("type "))) {
+            if let Some(name_of_type) = defined_type(line) {
+                defined.entry(name_of_type.to_string()).or_default().insert(name(&path));
+            }
+        }
+    }
+    assert!(defined.len() > 300, "{}", defined.len());
+    let shared = |name: &str| NAMES_OF_MODULES.iter().any(|(known, _)| *known == name);
+    let twice: Vec<String> = defined
+        .iter()
+        .filter(|(name, files)| files.len() > 1 && !shared(name))
+        .map(|(name, files)| format!("{name}: {}", files.iter().cloned().collect::<Vec<_>>().join(", ")))
+        .collect();
+    assert!(twice.is_empty(), "types need names of their own:\n{}", twice.join("\n"));
+}

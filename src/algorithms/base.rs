@@ -7,14 +7,14 @@ use serde_json::json;
 use crate::checkpoint::{ModelRecord, TensorHash, Weights, locate_tokenizer};
 use crate::config::Setting;
 use crate::config::model::Model;
-use crate::config::sections::{self, Train};
+use crate::config::sections::{self, TrainSection};
 use crate::config::shape::{Head, Shape};
 use crate::config::template_date::TemplateDate;
 use crate::config::trainable::{Freeze, Lora};
 use crate::data::chat;
 use crate::data::tokenizer::{Tokenizer, hex};
 use crate::distributed::agreement::Facts;
-use crate::distributed::plan::{Plan, Role};
+use crate::distributed::plan::{GroupPlan, Role};
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
 use crate::files::exists;
@@ -45,7 +45,7 @@ impl Base {
     /// `sequence_length` beyond the model's positions.
     pub fn open(
         model: &Model,
-        tokenizer: Option<&sections::Tokenizer>,
+        tokenizer: Option<&sections::TokenizerSection>,
         sequence_length: i64,
     ) -> Result<Base> {
         let base = Self::open_any(model, tokenizer, sequence_length)?;
@@ -75,7 +75,7 @@ impl Base {
     /// deviation `std` (none: see [`init::score_std`]).
     pub fn open_scored(
         model: &Model,
-        tokenizer: Option<&sections::Tokenizer>,
+        tokenizer: Option<&sections::TokenizerSection>,
         sequence_length: i64,
         std: Option<f64>,
     ) -> Result<Base> {
@@ -87,7 +87,7 @@ impl Base {
 
     fn open_any(
         model: &Model,
-        tokenizer: Option<&sections::Tokenizer>,
+        tokenizer: Option<&sections::TokenizerSection>,
         sequence_length: i64,
     ) -> Result<Base> {
         let weights = match model {
@@ -144,7 +144,7 @@ pub fn model_or_preset(model: &Model) -> Model {
 pub fn shape_and_trainable(
     model: &Model,
     head: Head,
-    tokenizer: Option<&sections::Tokenizer>,
+    tokenizer: Option<&sections::TokenizerSection>,
     sequence_length: i64,
     freeze: &Freeze,
     lora: Option<&Lora>,
@@ -172,7 +172,10 @@ pub fn shape_and_trainable(
 ///
 /// # Errors
 /// Those of [`Base::open`].
-pub fn shape_to_ask(model: &Model, tokenizer: Option<&sections::Tokenizer>) -> Result<(Shape, Trainable)> {
+pub fn shape_to_ask(
+    model: &Model,
+    tokenizer: Option<&sections::TokenizerSection>,
+) -> Result<(Shape, Trainable)> {
     let (freeze, none) = (Freeze::default(), Trainable::default());
     match model {
         Model::Preset(_) => Ok((shape_and_trainable(model, Head::Lm, tokenizer, 1, &freeze, None)?.0, none)),
@@ -213,9 +216,10 @@ impl Base {
         let partial = lora.is_some() || *freeze != Freeze::default();
         let Some(weights) = &self.weights else {
             return match partial {
-                true => {
-                    Err(Error::key("model", "freeze and lora are for a model that is there: give model.path"))
-                }
+                true => Err(Error::key(
+                    "model",
+                    "`lora` and `freeze` need a pretrained model: set model.path (this configuration makes a new one)",
+                )),
                 false => Ok(trainable),
             };
         };
@@ -236,7 +240,7 @@ impl Base {
             }
         }
         if let Some(there) = weights.lora() {
-            let trained = |p: &Plan| {
+            let trained = |p: &GroupPlan| {
                 let adapters = p.adapters.iter().map(|a| (a.target, a.rank, a.scale));
                 (
                     adapters.collect::<Vec<_>>(),
@@ -318,7 +322,7 @@ impl Base {
 }
 
 /// The updates of a run over `samples` an epoch, which has at least `warmup_steps` of them.
-pub fn steps(train: &Train, samples: u64, warmup_steps: u64) -> Result<u64> {
+pub fn steps(train: &TrainSection, samples: u64, warmup_steps: u64) -> Result<u64> {
     let steps = match (train.steps, train.epochs) {
         (Some(steps), _) => steps as u64,
         (None, epochs) => {

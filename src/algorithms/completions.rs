@@ -3,9 +3,9 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::algorithms::step::MicroBatch;
-use crate::data::preferences::Batch;
+use crate::data::preferences::SequenceBatch;
 use crate::error::Result;
-use crate::model::{Input, Llama, LmHead};
+use crate::model::{Llama, LmHead, ModelInput};
 
 /// A micro-batch of S completions with their prompts; R supervised tokens of the longest completion.
 pub struct Completions {
@@ -18,12 +18,12 @@ pub struct Completions {
 
 impl Completions {
     /// `packed`: the sequences of the batch are in one row. `kind` (A): of sums and losses.
-    pub fn new(batch: &Batch, packed: bool, kind: Kind, device: Device) -> Completions {
+    pub fn new(batch: &SequenceBatch, packed: bool, kind: Kind, device: Device) -> Completions {
         let (positions, there) = batch.supervised();
         let rows = &batch.rows;
         let mut micro_batch = MicroBatch::from_rows(&rows.input_ids, &rows.labels, rows.columns as i64);
         if packed {
-            micro_batch.input = Input {
+            micro_batch.input = ModelInput {
                 positions: Some(Tensor::from_slice(&rows.positions)),
                 start: Some(Tensor::from_slice(&rows.starts)),
                 ..micro_batch.input

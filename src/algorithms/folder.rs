@@ -12,7 +12,7 @@ use super::lock::RunLock;
 use super::rollback::{self, CONFIG, MODELS};
 use super::run::{Resume, Start};
 use super::step::SkipGuard;
-use super::training::{Cadence, Progress, Run, Window};
+use super::training::{Cadence, Run, TrainingProgress, Window};
 use crate::checkpoint::sharded::{META, checkpoints_dir, list, step_name};
 use crate::checkpoint::{self, Checkpoint, ModelRecord, RunInfo, Saver};
 use crate::config::changes::{self, Change};
@@ -265,12 +265,12 @@ impl<'a> RunFolder<'a> {
         &self,
         models: &mut impl Learners,
         data: &T,
-    ) -> Result<Progress<T::Position>> {
+    ) -> Result<TrainingProgress<T::Position>> {
         let Some(from) = &self.found.from else {
             models.begin()?;
-            return Ok(Progress::new(data.begin()));
+            return Ok(TrainingProgress::new(data.begin()));
         };
-        let progress: Progress<T::Position> = serde_json::from_value(models.restore(from)?)
+        let progress: TrainingProgress<T::Position> = serde_json::from_value(models.restore(from)?)
             .map_err(|e| Error::data(format!("{}: its state cannot be read: {e}", from.dir().display())))?;
         info!("resumed from {}", from.dir().display());
         data.check(&progress.data)?;
@@ -279,7 +279,11 @@ impl<'a> RunFolder<'a> {
 
     /// Writes the configuration, opens the log and starts the clock of a run of `cadence.steps`: from here on the folder holds
     /// this run. Collective.
-    pub fn start<D: Serialize>(self, mut progress: Progress<D>, cadence: Cadence) -> Result<Run<'a, D>> {
+    pub fn start<D: Serialize>(
+        self,
+        mut progress: TrainingProgress<D>,
+        cadence: Cadence,
+    ) -> Result<Run<'a, D>> {
         let RunFolder { world, dir, stage, resolved, replaces, lock, mut saver, signals, found } = self;
         let resumed_at = found.from.as_ref().map(|_| progress.step);
         if progress.step > cadence.steps {

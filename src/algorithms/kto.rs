@@ -19,17 +19,17 @@ use crate::algorithms::losses::unpaired::{losses, reference_point};
 use crate::algorithms::recipe::{Recipe, Shown};
 use crate::algorithms::reference::{self, Reference};
 use crate::algorithms::run::Start;
-use crate::algorithms::step::{self, Entry, Objective, Stop};
+use crate::algorithms::step::{self, Objective, StepEntry, StopCheck};
 use crate::algorithms::{records, session};
 use crate::checkpoint::Metric;
-use crate::config::kto::{Kto, Loss, Section};
+use crate::config::kto::{Kto, KtoLoss, KtoSection};
 use crate::config::shape::{Head, Shape};
 use crate::config::{Algorithm, Loaded, common};
 use crate::data::chat::Chat;
 use crate::data::examples::{Encoded, Example};
 use crate::data::feedback::{self, DESIRABLE};
 use crate::data::position::{Indexed, Position};
-use crate::data::preferences::Batch;
+use crate::data::preferences::SequenceBatch;
 use crate::data::rows::RowLoader;
 use crate::distributed::agreement::Facts;
 use crate::distributed::world::World;
@@ -37,9 +37,9 @@ use crate::error::Result;
 use crate::model::head::LogProbs;
 use crate::model::{DropoutPlace, Llama, Trainable, compute_kind};
 use crate::optim::Schedule;
-use crate::plan::training::{Rows, Training};
-use crate::plan::{Plan, Target};
-use crate::telemetry::Record;
+use crate::plan::training::{RowShape, TrainingMemory};
+use crate::plan::{MemoryPlan, PlanTarget};
+use crate::telemetry::MetricsLine;
 use crate::{info, warn};
 
 /// What a run reads before any rank talks to another.
@@ -68,7 +68,7 @@ impl Recipe for Kto {
         let (train, valid) = feedback::open(&self.data, &chat, self.seed)?;
         let steps = base::steps(&self.train, train.num_rows(), self.schedule.warmup_steps)?;
         let open =
-            |r: &crate::config::dpo::Reference| Reference::open_other(&r.path, tokenizer, length, &base);
+            |r: &crate::config::dpo::ReferencePath| Reference::open_other(&r.path, tokenizer, length, &base);
         let reference = self.reference.as_ref().map(open).transpose()?;
         Ok(Inputs { base, trainable, chat, train, valid, reference, steps })
     }
@@ -95,13 +95,13 @@ impl Recipe for Kto {
         Shown::Examples { train, valid, chat, longest: self.data.sequence_length }
     }
 
-    fn plan(&self, target: &Target) -> Result<Plan> {
+    fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan> {
         let (model, tokenizer) = (model_or_preset(&self.model), self.tokenizer.as_ref());
         let (length, lora) = (self.data.sequence_length, self.lora.as_ref());
         let (shape, trainable) =
             shape_and_trainable(&model, Head::Lm, tokenizer, length, &self.freeze, lora)?;
-        let (plans, rows) = (trainable.plans(&shape)?, Rows::completions(1, length, self.data.packing));
-        let training = Training::new(Self::SUBCOMMAND, &self.common(), shape, &plans, rows, target)?;
+        let (plans, rows) = (trainable.plans(&shape)?, RowShape::completions(1, length, self.data.packing));
+        let training = TrainingMemory::new(Self::SUBCOMMAND, &self.common(), shape, &plans, rows, target)?;
         let other = self.reference.as_ref().map(|r| r.path.as_path());
         Ok(match reference::planned(&self.model, other, tokenizer, lora, &self.common(), target)? {
             Some(memory) => training.with_reference(memory, true).into(),
@@ -137,7 +137,7 @@ fn kto(loaded: &Loaded<Kto>, inputs: &Inputs, world: &World, start: &Start) -> R
     while !session.run.done() {
         let (next, step) = (session.run.progress.data.next, session.run.progress.step);
         let lr = schedule.rate(step);
-        let rows = Records { c, data: &inputs.train, first: next, count };
+        let rows = FeedbackRecords { c, data: &inputs.train, first: next, count };
         let model = &mut session.models.model;
         let kl = rows.kl(model, &mut reference, step::division(&c.train, world), world)?;
         let mut batches: Vec<Feedback> =
@@ -146,7 +146,8 @@ fn kto(loaded: &Loaded<Kto>, inputs: &Inputs, world: &World, start: &Start) -> R
             batch.reference = reference.with(model, |reference| batch.completions.logps(reference))?;
         }
         let sums = RefCell::new(FeedbackSums::default());
-        let mut entries: Vec<Entry> = batches.iter().map(|batch| batch.entry(&c.kto, kl, &sums)).collect();
+        let mut entries: Vec<StepEntry> =
+            batches.iter().map(|batch| batch.entry(&c.kto, kl, &sums)).collect();
         let update = session.models.update(&mut entries, lr, world)?;
         drop(entries);
         let sums = sums.into_inner().over_ranks(&world.group)?;
@@ -164,14 +165,14 @@ fn kto(loaded: &Loaded<Kto>, inputs: &Inputs, world: &World, start: &Start) -> R
 }
 
 /// Records `first..first + count` of a loader: those of a step, or of a validation.
-struct Records<'a> {
+struct FeedbackRecords<'a> {
     c: &'a Kto,
     data: &'a RowLoader,
     first: u64,
     count: u64,
 }
 
-impl Records<'_> {
+impl FeedbackRecords<'_> {
     /// Completions of the records `range` (of these).
     fn completions(&self, range: std::ops::Range<u64>) -> u64 {
         let of = |n: u64| {
@@ -190,7 +191,7 @@ impl Records<'_> {
         let share = if rows == 0 { 0.0 } else { 1.0 / self.completions(0..self.count) as f64 };
         let packing = self.c.data.packing;
         let kind = ops::accumulator(compute_kind(self.c.precision.compute));
-        let mut batch = Feedback::new(&Batch::new(&examples, packing), packing, share, kind, device);
+        let mut batch = Feedback::new(&SequenceBatch::new(&examples, packing), packing, share, kind, device);
         if let Some(step) = step.filter(|_| self.c.lora.as_ref().is_some_and(|l| l.dropout > 0.0)) {
             let place = DropoutPlace { seed: self.c.seed, step, first_row: self.completions(0..first) };
             batch.completions.batch.input.dropout = Some(place);
@@ -207,7 +208,7 @@ impl Records<'_> {
         parts: impl Iterator<Item = (u64, u64)>,
         world: &World,
     ) -> Result<f64> {
-        if self.c.kto.loss == Loss::ApoZeroUnpaired {
+        if self.c.kto.loss == KtoLoss::ApoZeroUnpaired {
             return Ok(reference_point(self.c.kto.loss, 0.0, 1.0));
         }
         let mut mine = [0.0, 0.0];
@@ -236,7 +237,7 @@ impl Records<'_> {
         let examples: Vec<Example> = sequences.map(Example::from).collect();
         let packing = self.c.data.packing;
         let kind = ops::accumulator(compute_kind(self.c.precision.compute));
-        Completions::new(&Batch::new(&examples, packing), packing, kind, device)
+        Completions::new(&SequenceBatch::new(&examples, packing), packing, kind, device)
     }
 }
 
@@ -253,7 +254,7 @@ struct Feedback {
 
 impl Feedback {
     /// `kind` (A): of sums and losses.
-    fn new(batch: &Batch, packing: bool, share: f64, kind: Kind, device: Device) -> Feedback {
+    fn new(batch: &SequenceBatch, packing: bool, share: f64, kind: Kind, device: Device) -> Feedback {
         let good = |rank: &u32| f64::from(u8::from(*rank == DESIRABLE));
         let desirable: Vec<f64> = batch.ranks.iter().flatten().map(good).collect();
         let desirable = Tensor::from_slice(&desirable).to_device(device).to_kind(kind);
@@ -262,14 +263,19 @@ impl Feedback {
     }
 
     /// As an entry of a step; what is counted is added to `sums`.
-    fn entry<'a>(&'a self, section: &'a Section, kl: f64, sums: &'a RefCell<FeedbackSums>) -> Entry<'a> {
+    fn entry<'a>(
+        &'a self,
+        section: &'a KtoSection,
+        kl: f64,
+        sums: &'a RefCell<FeedbackSums>,
+    ) -> StepEntry<'a> {
         let loss = move |out: &LogProbs| Ok(self.loss(&out.logprobs, section, kl, &mut sums.borrow_mut()));
         let objective = Objective::LogProbs { temperature: 1.0, entropies: false, loss: Box::new(loss) };
-        Entry { batch: &self.completions.batch, objective, balance: None }
+        StepEntry { batch: &self.completions.batch, objective, balance: None }
     }
 
     /// The loss of the micro-batch, from the log-probabilities of all labels, `[N]`; what is counted is added to `counted`.
-    fn loss(&self, logprobs: &Tensor, section: &Section, kl: f64, counted: &mut FeedbackSums) -> Tensor {
+    fn loss(&self, logprobs: &Tensor, section: &KtoSection, kl: f64, counted: &mut FeedbackSums) -> Tensor {
         let ratios = self.completions.sums(logprobs) - &self.reference; // [S]
         let losses = losses(section, &ratios, &self.desirable, kl); // [S]
         if self.share > 0.0 {
@@ -319,7 +325,7 @@ impl FeedbackSums {
     }
 
     /// Adds means; null where there is no such completion.
-    fn describe(&self, record: Record, kl: f64) -> Record {
+    fn describe(&self, record: MetricsLine, kl: f64) -> MetricsLine {
         record
             .float("rewards_chosen", self.rewards_good / self.good)
             .float("rewards_rejected", self.rewards_bad / self.bad)
@@ -338,7 +344,7 @@ fn validation(c: &Kto, inputs: &Inputs, reference: &mut Reference, session: &mut
     let (run, model) = (&mut session.run, &mut session.models.model);
     let validated = validate(c, model, reference, valid, session.world, &mut || run.interrupted())?;
     let Some((loss, kl, sums)) = validated else { return run.owe_validation() };
-    let record = run.with_loss(Record::new("valid", run.progress.step), loss);
+    let record = run.with_loss(MetricsLine::new("valid", run.progress.step), loss);
     run.log(&sums.describe(record, kl));
     run.restart_window();
     Ok(run.note_validation(Metric::Loss, loss, &c.valid))
@@ -352,10 +358,10 @@ fn validate(
     reference: &mut Reference,
     data: &RowLoader,
     world: &World,
-    stop: Stop,
+    stop: StopCheck,
 ) -> Result<Option<(f64, f64, FeedbackSums)>> {
     let total = data.num_rows().min((c.valid.batches * c.train.batch_size) as u64);
-    let rows = Records { c, data, first: 0, count: total };
+    let rows = FeedbackRecords { c, data, first: 0, count: total };
     // Beyond the end: a record that counts nothing.
     let parts =
         || step::rounds(total, &c.train, world).map(|(n, rows)| (if rows == 0 { 0 } else { n }, rows));
@@ -391,7 +397,7 @@ fn announce(c: &Kto, inputs: &Inputs, world: &World) {
 
 /// What is said of weights that do not make up for the numbers of good and bad completions (Ethayarajh et al. 2024, eq. 8: good
 /// ones should weigh 1 to 4/3 times as much as bad ones in all).
-fn unbalanced(s: &Section, (good, bad): (u64, u64)) -> Option<String> {
+fn unbalanced(s: &KtoSection, (good, bad): (u64, u64)) -> Option<String> {
     let ratio = s.desirable_weight * good as f64 / (s.undesirable_weight * bad as f64);
     if (0.99..=1.34).contains(&ratio) || good == 0 || bad == 0 || s.undesirable_weight == 0.0 {
         return None;

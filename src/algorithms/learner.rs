@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use crate::algorithms::base::Base;
-use crate::algorithms::step::{self, Entry, Sums, Update};
+use crate::algorithms::step::{self, StepEntry, Sums, Update};
 use crate::checkpoint::{
-    AdapterExport, BaseMeta, Checkpoint, Export, ModelRecord, Part, Scoring, TensorHash, export,
+    AdapterExport, BaseMeta, Checkpoint, Export, ModelRecord, SavedPart, Scoring, TensorHash, export,
     export_adapter,
 };
 use crate::config::common::Common;
@@ -23,7 +23,7 @@ pub const MAX_SHARD_SIZE: u64 = 5_000_000_000;
 /// All that a run trains, as its checkpoints hold it.
 pub trait Learners {
     /// The parts of a checkpoint; the first has no name.
-    fn parts(&self) -> Vec<Part<'_>>;
+    fn parts(&self) -> Vec<SavedPart<'_>>;
 
     /// Sets the values that a new run begins with. Collective.
     fn begin(&mut self) -> Result<()>;
@@ -106,15 +106,15 @@ impl<'a> Learner<'a> {
     }
 
     /// As a part of a checkpoint; the run's first has no name.
-    pub fn part<'b>(&'b self, name: &'b str) -> Part<'b> {
+    pub fn part<'b>(&'b self, name: &'b str) -> SavedPart<'b> {
         let (shape, params) = (&self.model.shape, &self.model.params);
         let (base, scoring) = (self.frozen.as_ref(), self.scoring.as_ref());
-        Part { name, shape, base, scoring, params, optim: Some(&self.optimizer) }
+        SavedPart { name, shape, base, scoring, params, optim: Some(&self.optimizer) }
     }
 
     /// Forward and backward of this rank's entries: leaves the gradients in the parameters' slices, and returns each entry's
     /// loss. Collective.
-    pub fn accumulate(&mut self, entries: &mut [Entry]) -> Result<Vec<f64>> {
+    pub fn accumulate(&mut self, entries: &mut [StepEntry]) -> Result<Vec<f64>> {
         Ok(step::accumulate(&mut self.model, entries, self.recompute)?.0)
     }
 
@@ -124,7 +124,7 @@ impl<'a> Learner<'a> {
     }
 
     /// Forward, backward and update of a step of which these entries are this rank's. Collective.
-    pub fn update(&mut self, entries: &mut [Entry], lr: f64, world: &World) -> Result<Update> {
+    pub fn update(&mut self, entries: &mut [StepEntry], lr: f64, world: &World) -> Result<Update> {
         let losses = self.accumulate(entries)?;
         self.apply(Sums { loss: losses.iter().sum(), aux_loss: None }, lr, world)
     }
@@ -150,7 +150,7 @@ impl<'a> Learner<'a> {
 }
 
 impl Learners for Learner<'_> {
-    fn parts(&self) -> Vec<Part<'_>> {
+    fn parts(&self) -> Vec<SavedPart<'_>> {
         vec![self.part("")]
     }
 

@@ -13,14 +13,14 @@ use crate::algorithms::recipe::{Recipe, Shown};
 use crate::algorithms::records;
 use crate::algorithms::rl::memory::{self, Others, Work};
 use crate::algorithms::rl::place::average;
-use crate::algorithms::rl::policy::{Opened, Policy, Samplers, describe};
-use crate::algorithms::rl::sampling::{Batch, Sampled, Times};
+use crate::algorithms::rl::policy::{OpenedPolicy, Policy, Samplers, describe};
+use crate::algorithms::rl::sampling::{ResponseBatch, Sampled, SamplingTimes};
 use crate::algorithms::run::Start;
 use crate::algorithms::session::Session;
-use crate::algorithms::step::{self, Entry, Update};
-use crate::checkpoint::{Checkpoint, Part};
+use crate::algorithms::step::{self, StepEntry, Update};
+use crate::checkpoint::{Checkpoint, SavedPart};
 use crate::config::common::Common;
-use crate::config::dpo::Pairs;
+use crate::config::dpo::ComparedPairs;
 use crate::config::grpo::Truncated;
 use crate::config::online_dpo::OnlineDpo;
 use crate::config::shape::Shape;
@@ -34,11 +34,11 @@ use crate::error::Result;
 use crate::model::{Llama, Trainable};
 use crate::optim::Schedule;
 use crate::optim::average::approach;
-use crate::plan::{Plan, Target};
+use crate::plan::{MemoryPlan, PlanTarget};
 
 /// What a run reads before any rank talks to another.
 pub struct Inputs {
-    opened: Opened,
+    opened: OpenedPolicy,
     samplers: Samplers,
 }
 
@@ -52,7 +52,7 @@ impl Recipe for OnlineDpo {
 
     fn open(&self) -> Result<Inputs> {
         let frozen = self.dpo.moving_reference.is_none();
-        let (opened, samplers) = Opened::open(&self.sections_of_responses(), frozen)?;
+        let (opened, samplers) = OpenedPolicy::open(&self.sections_of_responses(), frozen)?;
         Ok(Inputs { opened, samplers })
     }
 
@@ -77,7 +77,7 @@ impl Recipe for OnlineDpo {
         memory::names_preset(&self.sections_of_responses(), None)
     }
 
-    fn plan(&self, target: &Target) -> Result<Plan> {
+    fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan> {
         let rows = 2 * self.train.batch_size / target.ranks;
         let work = Work {
             responses: self.train.batch_size * self.dpo.group_size / target.ranks,
@@ -94,7 +94,7 @@ impl Recipe for OnlineDpo {
 }
 
 /// The policy, and the reference where it follows the policy.
-struct Models<'a> {
+struct OnlineDpoModels<'a> {
     policy: Policy<'a>,
     moving: Moving<'a>,
 }
@@ -102,7 +102,7 @@ struct Models<'a> {
 /// A reference that follows the policy: it has the parameters of the actor, each at its place.
 struct Moving<'a> {
     c: &'a OnlineDpo,
-    opened: &'a Opened,
+    opened: &'a OpenedPolicy,
     /// None where the reference does not move, and until the actor has its values.
     model: Option<Llama>,
 }
@@ -112,7 +112,7 @@ impl Moving<'_> {
     fn begin(&mut self, policy: &Policy) -> Result<()> {
         if self.c.dpo.moving_reference.is_some() {
             let params = &policy.actor.model.params;
-            let Opened { actor, trainable, .. } = self.opened;
+            let OpenedPolicy { actor, trainable, .. } = self.opened;
             let average = average(actor, trainable, params, 0.0, self.c.seed)?;
             self.model = Some(Llama::new(actor.shape.clone(), average.params));
         }
@@ -129,12 +129,12 @@ impl Moving<'_> {
     }
 }
 
-impl Learners for Models<'_> {
-    fn parts(&self) -> Vec<Part<'_>> {
+impl Learners for OnlineDpoModels<'_> {
+    fn parts(&self) -> Vec<SavedPart<'_>> {
         let actor = self.policy.actor.part("");
         let moving = self.moving.model.as_ref();
         let moving =
-            moving.map(|m| Part { params: &m.params, optim: None, ..self.policy.actor.part(REFERENCE) });
+            moving.map(|m| SavedPart { params: &m.params, optim: None, ..self.policy.actor.part(REFERENCE) });
         [Some(actor), moving].into_iter().flatten().collect()
     }
 
@@ -167,7 +167,7 @@ impl Learners for Models<'_> {
 
 fn online_dpo(
     loaded: &Loaded<OnlineDpo>,
-    opened: &Opened,
+    opened: &OpenedPolicy,
     samplers: Samplers,
     world: &World,
     start: &Start,
@@ -180,14 +180,14 @@ fn online_dpo(
     opened.announce(&sampler, valid.as_ref(), c.train.batch_size, world);
     let mut policy = Policy::load(&sections, opened, world)?;
     folder.record(std::mem::take(&mut policy.records))?;
-    let mut models = Models { policy, moving: Moving { c, opened, model: None } };
+    let mut models = OnlineDpoModels { policy, moving: Moving { c, opened, model: None } };
     let progress = folder.restore_or_begin(&mut models, &sampler.prompts)?;
 
     let optim = c.actor.optim.as_ref().unwrap_or(&c.optim);
     let schedule = Schedule::new(&Common { optim, ..common }, opened.steps);
     let (count, group) = (c.train.batch_size as u64, c.dpo.group_size as usize);
     let mut session = Session::start(folder, progress, models, &common, opened.steps)?;
-    let mut validation = |s: &mut Session<Models, _>| {
+    let mut validation = |s: &mut Session<OnlineDpoModels, _>| {
         s.models.policy.validation(&mut valid, &c.valid, c.train.batch_size, &mut s.run, world)
     };
     session.catch_up(&mut validation)?;
@@ -199,7 +199,7 @@ fn online_dpo(
         policy.note_rewards(&batch.samples, step, world);
         let (asking_s, updating) = (asking.elapsed().as_secs_f64(), Instant::now());
         let (pairs, ties) = pairs(c, &batch);
-        let Models { policy, moving } = &mut session.models;
+        let OnlineDpoModels { policy, moving } = &mut session.models;
         let (update, sums) = policy.on_device(|policy| {
             let updated = update(c, policy, moving.model.as_mut(), &pairs, lr, world)?;
             moving.follow(policy, step + 1);
@@ -217,7 +217,7 @@ fn online_dpo(
                 .count("unpaired", count - ties - pairs.len() as u64)
                 .count("dropped", sampler.prompts.dropped);
             let (rollout_s, generated_tokens) = (batch.rollout_s, batch.generated_tokens());
-            let times = Times { asking_s, rollout_s, update_s, generated_tokens };
+            let times = SamplingTimes { asking_s, rollout_s, update_s, generated_tokens };
             session.run.log(&times.describe(record));
         }
         session.end_step(&mut validation)?;
@@ -228,7 +228,7 @@ fn online_dpo(
 
 /// The best and the worst response to each prompt; none of prompts whose responses are equally good, or the same, whose
 /// number comes with them, and none of those without two responses that have a reward.
-fn pairs(c: &OnlineDpo, batch: &Batch) -> (Vec<Example>, u64) {
+fn pairs(c: &OnlineDpo, batch: &ResponseBatch) -> (Vec<Example>, u64) {
     let penalty = if c.dpo.truncated == Truncated::Penalize { c.dpo.truncated_penalty } else { 0.0 };
     let reward = |s: &Sampled| {
         let reward = s.judgement.reward?;
@@ -296,7 +296,7 @@ fn update(
             0 => (&pairs[..1], 0.0),
             n => (&pairs[first as usize..][..n], 1.0 / pairs.len() as f64),
         };
-        let mut batch = PreferenceBatch::of(examples, true, Pairs::All, share, kind, device);
+        let mut batch = PreferenceBatch::of(examples, true, ComparedPairs::All, share, kind, device);
         batch.reference = match &mut moving {
             Some(reference) => batch.completions.logps(reference)?,
             None => policy.with_reference(|reference| batch.completions.logps(reference))?,
@@ -304,7 +304,7 @@ fn update(
         batches.push(batch);
     }
     let sums = RefCell::new(PairSums::default());
-    let mut entries: Vec<Entry> = batches.iter().map(|batch| batch.entry(&section, 0.0, &sums)).collect();
+    let mut entries: Vec<StepEntry> = batches.iter().map(|batch| batch.entry(&section, 0.0, &sums)).collect();
     let update = policy.actor.update(&mut entries, lr, &policy.actor_world)?;
     drop(entries);
     Ok((update, sums.into_inner().over_ranks(&world.group)?))

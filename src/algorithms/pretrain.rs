@@ -6,7 +6,7 @@ use crate::algorithms::learner::Learner;
 use crate::algorithms::recipe::{Recipe, Shown};
 use crate::algorithms::run::Start;
 use crate::algorithms::session;
-use crate::algorithms::step::{self, MicroBatch, Stop};
+use crate::algorithms::step::{self, MicroBatch, StopCheck};
 use crate::checkpoint::Metric;
 use crate::config::parallel::Mode;
 use crate::config::pretrain::Pretrain;
@@ -14,7 +14,7 @@ use crate::config::sections;
 use crate::config::shape::{Head, Shape};
 use crate::config::trainable::Freeze;
 use crate::config::{Algorithm, Loaded, common};
-use crate::data::loader::{Loader, Order, Source};
+use crate::data::loader::{Loader, WeightedSource, WindowOrder};
 use crate::data::position::{Indexed, Position};
 use crate::distributed::agreement::Facts;
 use crate::distributed::world::World;
@@ -22,9 +22,9 @@ use crate::error::Result;
 use crate::info;
 use crate::model::{Llama, Trainable, compute_kind};
 use crate::optim::Schedule;
-use crate::plan::training::{Rows, Training};
-use crate::plan::{Plan, Target};
-use crate::telemetry::Record;
+use crate::plan::training::{RowShape, TrainingMemory};
+use crate::plan::{MemoryPlan, PlanTarget};
+use crate::telemetry::MetricsLine;
 
 /// What a run reads before any rank talks to another.
 pub struct Inputs {
@@ -45,9 +45,9 @@ impl Recipe for Pretrain {
         let length = self.data.sequence_length;
         let base = Base::open(&self.model, self.tokenizer.as_ref(), length)?;
         let Base { tokenizer, shape, .. } = &base;
-        let open = |sources: &[sections::Source], order| {
-            let sources: Vec<Source> =
-                sources.iter().map(|s| Source { path: s.path.clone(), weight: s.weight }).collect();
+        let open = |sources: &[sections::DataSource], order| {
+            let sources: Vec<WeightedSource> =
+                sources.iter().map(|s| WeightedSource { path: s.path.clone(), weight: s.weight }).collect();
             Loader::new(
                 &sources,
                 Some(tokenizer.base_hash()),
@@ -56,10 +56,10 @@ impl Recipe for Pretrain {
                 order,
             )
         };
-        let train = open(&self.data.train, Order::Shuffled { seed: self.seed })?;
+        let train = open(&self.data.train, WindowOrder::Shuffled { seed: self.seed })?;
         let valid = match self.data.valid.is_empty() {
             true => None,
-            false => Some(open(&self.data.valid, Order::Sequential)?),
+            false => Some(open(&self.data.valid, WindowOrder::Sequential)?),
         };
         let steps = base::steps(&self.train, train.num_windows(), self.schedule.warmup_steps)?;
         Ok(Inputs { base, trainable: Trainable::default(), train, valid, steps })
@@ -92,12 +92,12 @@ impl Recipe for Pretrain {
         Shown::Windows { train: &inputs.train, valid, tokenizer }
     }
 
-    fn plan(&self, target: &Target) -> Result<Plan> {
+    fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan> {
         let (tokenizer, length) = (self.tokenizer.as_ref(), self.data.sequence_length);
         let (shape, trainable) =
             shape_and_trainable(&self.model, Head::Lm, tokenizer, length, &Freeze::default(), None)?;
-        let (plans, rows) = (trainable.plans(&shape)?, Rows::of(length, false));
-        Ok(Training::new(Self::SUBCOMMAND, &self.common(), shape, &plans, rows, target)?.into())
+        let (plans, rows) = (trainable.plans(&shape)?, RowShape::of(length, false));
+        Ok(TrainingMemory::new(Self::SUBCOMMAND, &self.common(), shape, &plans, rows, target)?.into())
     }
 
     fn train(loaded: &Loaded<Self>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
@@ -167,7 +167,7 @@ fn validation(c: &Pretrain, inputs: &Inputs, session: &mut Session) -> Result<bo
     let Some(loss) = validate(c, model, valid, session.world, &mut || run.interrupted())? else {
         return run.owe_validation();
     };
-    let record = run.with_loss(Record::new("valid", run.progress.step), loss);
+    let record = run.with_loss(MetricsLine::new("valid", run.progress.step), loss);
     run.log(&record.float("perplexity", loss.exp()));
     run.restart_window();
     Ok(run.note_validation(Metric::Loss, loss, &c.valid))
@@ -180,7 +180,7 @@ fn validate(
     model: &mut Llama,
     data: &Loader,
     world: &World,
-    stop: Stop,
+    stop: StopCheck,
 ) -> Result<Option<f64>> {
     let windows = data.num_windows().min((c.valid.batches * c.train.batch_size) as u64);
     let batches = step::rounds(windows, &c.train, world).map(|(first, rows)| {

@@ -14,7 +14,7 @@ use crate::distributed::agreement::Facts;
 use crate::distributed::world::World;
 use crate::error::Result;
 use crate::model::Trainable;
-use crate::plan::{Plan, Target};
+use crate::plan::{MemoryPlan, PlanTarget};
 
 /// An algorithm that trains models.
 pub trait Recipe: Algorithm {
@@ -52,7 +52,7 @@ pub trait Recipe: Algorithm {
     }
 
     /// The models of a run, and what they take of memory.
-    fn plan(&self, target: &Target) -> Result<Plan>;
+    fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan>;
 }
 
 /// Training data as `corral check` shows them.

@@ -5,7 +5,7 @@ use crate::data::chat::Chat;
 use crate::data::odd::{OddRecords, Reason};
 use crate::data::rows::RowLoader;
 use crate::distributed::world::World;
-use crate::telemetry::Record;
+use crate::telemetry::MetricsLine;
 use crate::warn;
 
 /// Warns of what a run on `train` and `valid` is to be told of before its first step, on rank 0.
@@ -77,14 +77,14 @@ pub fn ranked_line(train: &RowLoader, batch_size: i64, steps: u64) -> String {
 }
 
 /// Adds the counters of what was cut, left out or skipped of training data.
-pub fn counted(record: Record, train: &RowLoader, on_error: OnError) -> Record {
+pub fn counted(record: MetricsLine, train: &RowLoader, on_error: OnError) -> MetricsLine {
     let counts = train.counts();
     let record = record.count("truncated", counts.truncated).count("dropped", counts.dropped());
     count(record, &train.odd(), on_error)
 }
 
 /// Adds the counters of skipped records, where records may be skipped.
-pub fn count(record: Record, odd: &OddRecords, on_error: OnError) -> Record {
+pub fn count(record: MetricsLine, odd: &OddRecords, on_error: OnError) -> MetricsLine {
     match on_error {
         OnError::Refuse => record,
         OnError::Skip => {

@@ -8,13 +8,13 @@ use crate::checkpoint::ModelRecord;
 use crate::config::common::Common;
 use crate::config::model::Model;
 use crate::config::models::of_model;
-use crate::config::sections::Tokenizer;
+use crate::config::sections::TokenizerSection;
 use crate::config::trainable::Lora;
 use crate::distributed::mesh::ShardingPlan;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::{Llama, Trainable, compute_kind};
-use crate::plan::{Memory, Target};
+use crate::plan::{Memory, PlanTarget};
 
 /// The reference at work.
 pub enum Reference {
@@ -32,10 +32,10 @@ pub enum Reference {
 pub fn planned(
     model: &Model,
     other: Option<&Path>,
-    tokenizer: Option<&Tokenizer>,
+    tokenizer: Option<&TokenizerSection>,
     lora: Option<&Lora>,
     c: &Common,
-    target: &Target,
+    target: &PlanTarget,
 ) -> Result<Option<Memory>> {
     let origin = other.map_or_else(|| model_or_preset(model), path_or_preset);
     let (shape, frozen) = shape_to_ask(&origin, tokenizer)?;
@@ -62,7 +62,7 @@ impl Reference {
     /// Those of [`Base::open`]; another tokenizer than the model's.
     pub fn open_other(
         path: &Path,
-        tokenizer: Option<&Tokenizer>,
+        tokenizer: Option<&TokenizerSection>,
         sequence_length: i64,
         base: &Base,
     ) -> Result<Base> {
@@ -72,7 +72,12 @@ impl Reference {
             true => Ok(opened),
             false => Err(Error::key(
                 "reference",
-                "its tokenizer is not the model's; it reads the same tokens, and must be of the same family",
+                format!(
+                    "its tokenizer differs from the model's ({} and {} tokens); both models read the same token ids, so they \
+                     need the same vocabulary",
+                    opened.tokenizer.vocab_size(),
+                    base.tokenizer.vocab_size()
+                ),
             )),
         }
     }

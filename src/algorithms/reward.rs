@@ -10,20 +10,20 @@ use crate::algorithms::base::{self, Base, model_or_preset, shape_and_trainable};
 use crate::algorithms::folder::RunFolder;
 use crate::algorithms::interval::wilson;
 use crate::algorithms::learner::Learner;
-use crate::algorithms::losses::ranking::{Pairs, Terms, losses};
+use crate::algorithms::losses::ranking::{PairCounts, Terms, losses};
 use crate::algorithms::recipe::{Recipe, Shown};
 use crate::algorithms::run::Start;
-use crate::algorithms::step::{self, Entry, MicroBatch, Objective, Stop};
+use crate::algorithms::step::{self, MicroBatch, Objective, StepEntry, StopCheck};
 use crate::algorithms::{records, scorer, session};
 use crate::checkpoint::{Measured, Metric, Scoring};
-use crate::config::reward::{Reward, Score, Settings, Which};
+use crate::config::reward::{Reward, RewardSection, Score, Which};
 use crate::config::shape::{Head, Shape};
 use crate::config::{Algorithm, Loaded, common};
 use crate::data::chat::Chat;
 use crate::data::examples::{Encoded, Example};
 use crate::data::odd::{Odd, OddRecords, OrOdd, Reason};
 use crate::data::position::{Indexed, Position};
-use crate::data::preferences::{self, Batch};
+use crate::data::preferences::{self, SequenceBatch};
 use crate::data::readers;
 use crate::data::rows::RowLoader;
 use crate::data::supervised;
@@ -32,9 +32,9 @@ use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::{DropoutPlace, Llama, ScoreHead, Trainable};
 use crate::optim::Schedule;
-use crate::plan::training::{Rows, Training};
-use crate::plan::{Plan, Target};
-use crate::telemetry::Record;
+use crate::plan::training::{RowShape, TrainingMemory};
+use crate::plan::{MemoryPlan, PlanTarget};
+use crate::telemetry::MetricsLine;
 use crate::{info, warn};
 
 /// What a run reads before any rank talks to another.
@@ -46,14 +46,14 @@ pub struct Inputs {
     train: RowLoader,
     valid: Option<RowLoader>,
     /// What the scores are normalised on.
-    reference: Reference,
+    reference: NormalizationData,
     steps: u64,
 }
 
 type Session<'a> = session::Session<'a, Learner<'a>, Position>;
 
 /// Completions, and what they are, in words.
-struct Reference {
+struct NormalizationData {
     sequences: Vec<Encoded>,
     on: String,
     /// Records of `reward.normalize.data` that cannot be used.
@@ -76,7 +76,7 @@ impl Recipe for Reward {
         let chat = Chat::new(&base.tokenizer)?;
         let (train, valid) = preferences::open(&self.data, &chat, self.seed)?;
         let steps = base::steps(&self.train, train.num_rows(), self.schedule.warmup_steps)?;
-        let reference = Reference::open(self, &chat, valid.as_ref().unwrap_or(&train))?;
+        let reference = NormalizationData::open(self, &chat, valid.as_ref().unwrap_or(&train))?;
         Ok(Inputs { base, trainable, chat, score, train, valid, reference, steps })
     }
 
@@ -99,14 +99,14 @@ impl Recipe for Reward {
         Shown::Examples { train, valid, chat, longest: self.data.sequence_length }
     }
 
-    fn plan(&self, target: &Target) -> Result<Plan> {
+    fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan> {
         let (model, tokenizer) = (model_or_preset(&self.model), self.tokenizer.as_ref());
         let length = self.data.sequence_length;
         let (shape, trainable) =
             shape_and_trainable(&model, Head::Score, tokenizer, length, &self.freeze, self.lora.as_ref())?;
-        let rows = Rows::completions(target.completions, length, self.data.packing);
+        let rows = RowShape::completions(target.completions, length, self.data.packing);
         let plans = trainable.plans(&shape)?;
-        let training = Training::new(Self::SUBCOMMAND, &self.common(), shape, &plans, rows, target)?;
+        let training = TrainingMemory::new(Self::SUBCOMMAND, &self.common(), shape, &plans, rows, target)?;
         let tokens = self.reward.normalize.samples as i64 * length;
         Ok(training.with_scores_of(tokens.min(scorer::BATCH_TOKENS as i64)).into())
     }
@@ -139,9 +139,9 @@ fn check_pad_token(base: &Base, given: Option<&str>) -> Result<()> {
     )))
 }
 
-impl Reference {
+impl NormalizationData {
     /// The first completions of `c.reward.normalize`'s files, or of the run's own data.
-    fn open(c: &Reward, chat: &Chat, data: &RowLoader) -> Result<Reference> {
+    fn open(c: &Reward, chat: &Chat, data: &RowLoader) -> Result<NormalizationData> {
         let normalize = &c.reward.normalize;
         let most = normalize.samples as usize;
         let mut sequences = Vec::new();
@@ -162,7 +162,7 @@ impl Reference {
             }
             let files: Vec<&Path> = sources.iter().map(|s| s.path.as_path()).collect();
             let odd = OddRecords::default();
-            return Ok(Reference { sequences, on: format!("{which} of {}", names(&files)), odd });
+            return Ok(NormalizationData { sequences, on: format!("{which} of {}", names(&files)), odd });
         }
         let mut odd = OddRecords::default();
         'files: for path in normalize.data.iter().filter(|_| most > 0) {
@@ -191,7 +191,7 @@ impl Reference {
                 c.data.sequence_length
             )));
         }
-        Ok(Reference { sequences, on: format!("{which} of {}", names(&files)), odd })
+        Ok(NormalizationData { sequences, on: format!("{which} of {}", names(&files)), odd })
     }
 }
 
@@ -216,7 +216,7 @@ fn reference_example(record: &readers::Record, chat: &Chat, longest: usize) -> R
 }
 
 /// Some prompts with their completions, ready for the model.
-struct Ranked {
+struct RankedScores {
     batch: MicroBatch,
     /// [S, N] (see [`scorer::pooling`]).
     pooling: Tensor,
@@ -226,9 +226,9 @@ struct Ranked {
     ranks: Tensor,
 }
 
-impl Ranked {
+impl RankedScores {
     /// `kind`: that of the values.
-    fn new(batch: &Batch, score: Score, model: &Llama) -> Ranked {
+    fn new(batch: &SequenceBatch, score: Score, model: &Llama) -> RankedScores {
         let device = model.params.device();
         let kind = kernels::ops::accumulator(model.params.compute());
         let most = batch.ranks.iter().map(Vec::len).max().unwrap_or(0);
@@ -241,7 +241,7 @@ impl Ranked {
             next += of_prompt.len() as i64;
         }
         let table = |t: Vec<i64>| Tensor::from_slice(&t).view([-1, most as i64]).to_device(device);
-        Ranked {
+        RankedScores {
             batch: MicroBatch { input: scorer::input(batch), labels: Tensor::from_slice(&batch.rows.labels) },
             pooling: scorer::pooling(batch, score, kind, device),
             places: table(places),
@@ -250,14 +250,19 @@ impl Ranked {
     }
 
     /// As an entry of a step on `batch` prompts; what is counted of its scores is added to `tally`.
-    fn entry<'a>(&'a self, settings: &'a Settings, batch: u64, tally: &'a RefCell<Tally>) -> Entry<'a> {
+    fn entry<'a>(
+        &'a self,
+        settings: &'a RewardSection,
+        batch: u64,
+        tally: &'a RefCell<RankingTally>,
+    ) -> StepEntry<'a> {
         let loss = move |values: &Tensor| {
             let scores = self.scores(values);
             tally.borrow_mut().add(&scores, self);
             Ok(self.loss(&scores, settings) / batch as f64)
         };
         let objective = Objective::Values { loss: Box::new(loss) };
-        Entry { batch: &self.batch, objective, balance: None }
+        StepEntry { batch: &self.batch, objective, balance: None }
     }
 
     /// Scores [P, K] of the tokens' values `[N]`.
@@ -266,7 +271,7 @@ impl Ranked {
     }
 
     /// The sum of the prompts' losses.
-    fn loss(&self, scores: &Tensor, settings: &Settings) -> Tensor {
+    fn loss(&self, scores: &Tensor, settings: &RewardSection) -> Tensor {
         let margins = (settings.margin > 0.0)
             .then(|| Tensor::full([scores.size()[0]], settings.margin, (scores.kind(), scores.device())));
         losses(settings.loss, scores, &self.ranks, &Terms { margins, center: settings.center })
@@ -276,16 +281,16 @@ impl Ranked {
 
 /// What is counted of scores, over micro-batches and then over ranks.
 #[derive(Debug, Clone, Copy, Default)]
-struct Tally {
-    pairs: Pairs,
+struct RankingTally {
+    pairs: PairCounts,
     loss: f64,
     /// Of all completions' scores: how many, their sum, and the sum of their squares.
     scores: [f64; 3],
 }
 
-impl Tally {
-    fn add(&mut self, scores: &Tensor, ranked: &Ranked) {
-        self.pairs.add(Pairs::of(scores, &ranked.ranks));
+impl RankingTally {
+    fn add(&mut self, scores: &Tensor, ranked: &RankedScores) {
+        self.pairs.add(PairCounts::of(scores, &ranked.ranks));
         let there = ranked.ranks.ge(0).to_kind(Kind::Double);
         let scores = scores.detach().to_kind(Kind::Double) * &there;
         let sum = |t: &Tensor| t.sum(Kind::Double).double_value(&[]);
@@ -297,16 +302,16 @@ impl Tally {
     }
 
     /// That of all ranks. Collective.
-    fn over_ranks(self, world: &World) -> Result<Tally> {
-        let Tally { pairs: p, loss, scores: [n, sum, squares] } = self;
+    fn over_ranks(self, world: &World) -> Result<RankingTally> {
+        let RankingTally { pairs: p, loss, scores: [n, sum, squares] } = self;
         let mine = [p.num_pairs, p.ties, p.right, p.chosen, p.rejected, loss, n, sum, squares];
         let all = world.group.combine(&mine, ReduceOp::Sum)?;
         let pairs =
-            Pairs { num_pairs: all[0], ties: all[1], right: all[2], chosen: all[3], rejected: all[4] };
-        Ok(Tally { pairs, loss: all[5], scores: [all[6], all[7], all[8]] })
+            PairCounts { num_pairs: all[0], ties: all[1], right: all[2], chosen: all[3], rejected: all[4] };
+        Ok(RankingTally { pairs, loss: all[5], scores: [all[6], all[7], all[8]] })
     }
 
-    fn tell(&self, record: Record) -> Record {
+    fn tell(&self, record: MetricsLine) -> MetricsLine {
         let p = &self.pairs;
         record
             .float("accuracy", p.right / p.num_pairs)
@@ -346,9 +351,9 @@ fn reward(loaded: &Loaded<Reward>, inputs: &Inputs, world: &World, start: &Start
         let (next, step) = (session.run.progress.data.next, session.run.progress.step);
         let lr = schedule.rate(step);
         let ranked = this_ranks_batches(c, inputs, next, step, &session.models.model, world);
-        let tally = RefCell::new(Tally::default());
-        let entry = |ranked| Ranked::entry(ranked, &c.reward, batch, &tally);
-        let mut entries: Vec<Entry> = ranked.iter().map(entry).collect();
+        let tally = RefCell::new(RankingTally::default());
+        let entry = |ranked| RankedScores::entry(ranked, &c.reward, batch, &tally);
+        let mut entries: Vec<StepEntry> = ranked.iter().map(entry).collect();
         let update = session.models.update(&mut entries, lr, world)?;
         drop(entries);
         let tally = tally.into_inner().over_ranks(world)?;
@@ -375,7 +380,7 @@ fn this_ranks_batches(
     step: u64,
     model: &Llama,
     world: &World,
-) -> Vec<Ranked> {
+) -> Vec<RankedScores> {
     let dropout = c.lora.as_ref().is_some_and(|l| l.dropout > 0.0);
     let ranked = |(offset, prompts): (u64, u64)| {
         let mut ranked = ranked(c, inputs.score, &inputs.train, first + offset, prompts, model);
@@ -390,9 +395,9 @@ fn this_ranks_batches(
 }
 
 /// Prompts `first..first + count` with their completions.
-fn ranked(c: &Reward, score: Score, data: &RowLoader, first: u64, count: u64, model: &Llama) -> Ranked {
+fn ranked(c: &Reward, score: Score, data: &RowLoader, first: u64, count: u64, model: &Llama) -> RankedScores {
     let examples: Vec<Example> = (first..first + count).map(|i| data.example(i)).collect();
-    Ranked::new(&Batch::new(&examples, c.data.packing), score, model)
+    RankedScores::new(&SequenceBatch::new(&examples, c.data.packing), score, model)
 }
 
 /// Validates, where that is due; whether the checkpoint is the best so far, to be saved.
@@ -404,7 +409,7 @@ fn validation(c: &Reward, inputs: &Inputs, session: &mut Session) -> Result<bool
     let validated = validate(c, inputs.score, model, valid, session.world, &mut || run.interrupted())?;
     let Some((prompts, tally)) = validated else { return run.owe_validation() };
     let loss = tally.loss / prompts;
-    let record = tally.tell(run.with_loss(Record::new("valid", run.progress.step), loss));
+    let record = tally.tell(run.with_loss(MetricsLine::new("valid", run.progress.step), loss));
     let (mean, std) = tally.mean_and_std();
     let [low, high] = wilson(tally.pairs.right as u64, tally.pairs.num_pairs as u64).unwrap_or([0.0, 1.0]);
     run.log(
@@ -426,10 +431,10 @@ fn validate(
     model: &mut Llama,
     data: &RowLoader,
     world: &World,
-    stop: Stop,
-) -> Result<Option<(f64, Tally)>> {
+    stop: StopCheck,
+) -> Result<Option<(f64, RankingTally)>> {
     let total = data.num_rows().min((c.valid.batches * c.train.batch_size) as u64);
-    let mut tally = Tally::default();
+    let mut tally = RankingTally::default();
     for (first, count) in step::rounds(total, &c.train, world) {
         if stop()? {
             return Ok(None);

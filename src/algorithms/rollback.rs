@@ -27,7 +27,7 @@ pub const MODELS: [&str; 3] = ["model", "critic", "ema"];
 
 /// What a start is about to replace.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct Kept {
+struct ReplacedRun {
     /// Tells this start from all others; its checkpoints carry it.
     start: String,
     /// The run is replaced: its checkpoints and models go as well.
@@ -53,12 +53,12 @@ pub fn can_be_undone(dir: &Path) -> Result<bool> {
 }
 
 /// The last save that the start has come to.
-fn last_save(dir: &Path, kept: &Kept) -> Result<Option<u64>> {
+fn last_save(dir: &Path, kept: &ReplacedRun) -> Result<Option<u64>> {
     let checkpoints = list(&checkpoints_dir(dir))?;
     Ok(checkpoints.iter().rev().find(|(_, path)| is_of_start(path, kept)).map(|(step, _)| *step))
 }
 
-fn is_of_start(checkpoint: &Path, kept: &Kept) -> bool {
+fn is_of_start(checkpoint: &Path, kept: &ReplacedRun) -> bool {
     read_meta(checkpoint).is_ok_and(|m| m.state.get("start").and_then(Value::as_str) == Some(&kept.start))
 }
 
@@ -77,7 +77,7 @@ pub fn keep(dir: &Path, start: &str, everything: bool) -> Result<()> {
             files.push((name, size.len()));
         }
     }
-    let kept = Kept { start: start.to_string(), everything, files };
+    let kept = ReplacedRun { start: start.to_string(), everything, files };
     let text = serde_json::to_string(&kept).map_err(|e| Error::failed(e.to_string()))?;
     files::write_file(&folder.temporary().join(STATE), text.as_bytes())?;
     folder.commit()
@@ -130,7 +130,7 @@ pub fn undo(dir: &Path) -> Result<()> {
     files::remove_dir(&path)
 }
 
-fn read(path: &Path) -> Result<Option<Kept>> {
+fn read(path: &Path) -> Result<Option<ReplacedRun>> {
     let state = path.join(STATE);
     match fs::read_to_string(&state) {
         Ok(text) => {

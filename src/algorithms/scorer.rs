@@ -7,18 +7,18 @@ use crate::checkpoint::Scoring;
 use crate::config::reward::Score;
 use crate::data::examples::{Encoded, Example};
 use crate::data::loader::IGNORE;
-use crate::data::preferences::Batch;
+use crate::data::preferences::SequenceBatch;
 use crate::distributed::agree::agree;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
-use crate::model::{Input, Llama, ScoreHead};
+use crate::model::{Llama, ModelInput, ScoreHead};
 
 /// Tokens that one forward reads at most (one sequence may be longer).
 pub const BATCH_TOKENS: usize = 8192;
 
 /// Which tokens' values are a sequence's score, [S, N]: the scores are its product with the values. The dtype and the
 /// device are those of the values.
-pub fn pooling(batch: &Batch, score: Score, kind: Kind, device: Device) -> Tensor {
+pub fn pooling(batch: &SequenceBatch, score: Score, kind: Kind, device: Device) -> Tensor {
     let (sequences, n) = (batch.num_sequences(), batch.sequence.len());
     let mut weights = vec![0f32; sequences * n];
     match score {
@@ -43,9 +43,9 @@ pub fn pooling(batch: &Batch, score: Score, kind: Kind, device: Device) -> Tenso
 }
 
 /// The batch as a model reads it.
-pub fn input(batch: &Batch) -> Input {
+pub fn input(batch: &SequenceBatch) -> ModelInput {
     let rows = &batch.rows;
-    let mut input = Input::new(Tensor::from_slice(&rows.input_ids).view([-1, rows.columns as i64]));
+    let mut input = ModelInput::new(Tensor::from_slice(&rows.input_ids).view([-1, rows.columns as i64]));
     // Rows of one sequence each begin at position 0.
     if batch.num_sequences() > rows.rows {
         input.positions = Some(Tensor::from_slice(&rows.positions));
@@ -86,13 +86,13 @@ pub fn scores(model: &mut Llama, score: Score, sequences: &[Encoded]) -> Result<
     let mut all = Vec::with_capacity(sequences.len());
     for round in 0..rounds {
         let Some(batch) = batches.get(round) else {
-            let hidden = model.hidden(&Input::new(Tensor::from_slice(&[0i64]).view([1, 1])))?;
+            let hidden = model.hidden(&ModelInput::new(Tensor::from_slice(&[0i64]).view([1, 1])))?;
             let _ = ScoreHead::values(model, &hidden)?;
             continue;
         };
         let example =
             Example { sequences: batch.to_vec(), ranks: vec![0; batch.len()], leftovers: Default::default() };
-        let batch = Batch::new(&[example], true);
+        let batch = SequenceBatch::new(&[example], true);
         let hidden = model.hidden(&input(&batch))?;
         let values = ScoreHead::values(model, &hidden)?;
         let scores = pooling(&batch, score, values.kind(), values.device()).f_mv(&values)?;

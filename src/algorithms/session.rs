@@ -20,7 +20,7 @@ use serde::Serialize;
 
 use crate::algorithms::folder::RunFolder;
 use crate::algorithms::learner::Learners;
-use crate::algorithms::training::{Cadence, Progress, Run};
+use crate::algorithms::training::{Cadence, Run, TrainingProgress};
 use crate::config::common::Common;
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::world::World;
@@ -37,7 +37,7 @@ impl<'a, M: Learners, D: Serialize> Session<'a, M, D> {
     /// Starts the clock of a run of `steps`: from here on the folder holds this run. Collective.
     pub fn start(
         folder: RunFolder<'a>,
-        progress: Progress<D>,
+        progress: TrainingProgress<D>,
         models: M,
         c: &Common,
         steps: u64,

@@ -7,7 +7,7 @@ use crate::algorithms::recipe::{Recipe, Shown};
 use crate::algorithms::records;
 use crate::algorithms::run::Start;
 use crate::algorithms::session;
-use crate::algorithms::step::{self, MicroBatch, Stop};
+use crate::algorithms::step::{self, MicroBatch, StopCheck};
 use crate::algorithms::training::Run;
 use crate::checkpoint::Metric;
 use crate::config::sft::Sft;
@@ -15,24 +15,24 @@ use crate::config::shape::{Head, Shape};
 use crate::config::{Algorithm, Loaded, common, sections};
 use crate::data::chat::Chat;
 use crate::data::conversation::conversation;
-use crate::data::examples::{self, Counts, Split, Tokenization};
-use crate::data::loader::Order;
+use crate::data::examples::{self, ExampleCounts, Split, Tokenization};
+use crate::data::loader::WindowOrder;
 use crate::data::position::{Indexed, Position};
 use crate::data::readers::{self, Record as DataRecord};
-use crate::data::rows::{self, RowLoader, Rows, Source};
+use crate::data::rows::{self, RowLoader, RowSource, Rows};
 use crate::data::supervised;
 use crate::distributed::agreement::Facts;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::Result;
-use crate::generate::engine::{Options, Request, generate};
+use crate::generate::engine::{EngineOptions, Request, generate};
 use crate::generate::{self as generation, Sampling};
 use crate::info;
-use crate::model::{DropoutPlace, Input, Llama, Trainable};
+use crate::model::{DropoutPlace, Llama, ModelInput, Trainable};
 use crate::optim::Schedule;
-use crate::plan::training::{Rows as PlannedRows, Training};
-use crate::plan::{Plan, Target};
-use crate::telemetry::Record;
+use crate::plan::training::{RowShape, TrainingMemory};
+use crate::plan::{MemoryPlan, PlanTarget};
+use crate::telemetry::MetricsLine;
 
 /// What a run reads before any rank talks to another.
 pub struct Inputs {
@@ -67,11 +67,11 @@ impl Recipe for Sft {
         let train = sources(self, &chat, &self.data.train, true)?;
         let valid = sources(self, &chat, &self.data.valid, false)?;
         rows::check_records(self.data.on_error, train.iter().chain(&valid))?;
-        let loader = |sources: Vec<Source>, order| {
+        let loader = |sources: Vec<RowSource>, order| {
             RowLoader::new(sources, self.data.sequence_length as usize, self.data.packing, order)
         };
-        let train = loader(train, Order::Shuffled { seed: self.seed })?;
-        let valid = (!valid.is_empty()).then(|| loader(valid, Order::Sequential)).transpose()?;
+        let train = loader(train, WindowOrder::Shuffled { seed: self.seed })?;
+        let valid = (!valid.is_empty()).then(|| loader(valid, WindowOrder::Sequential)).transpose()?;
         let steps = base::steps(&self.train, train.num_rows(), self.schedule.warmup_steps)?;
         let prompts =
             if self.samples.every > 0 { sample_prompts(self, &chat, &base.shape)? } else { Vec::new() };
@@ -110,12 +110,12 @@ impl Recipe for Sft {
         Shown::Examples { train, valid, chat, longest: self.data.sequence_length }
     }
 
-    fn plan(&self, target: &Target) -> Result<Plan> {
+    fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan> {
         let (tokenizer, length) = (self.tokenizer.as_ref(), self.data.sequence_length);
         let (shape, trainable) =
             shape_and_trainable(&self.model, Head::Lm, tokenizer, length, &self.freeze, self.lora.as_ref())?;
-        let (plans, rows) = (trainable.plans(&shape)?, PlannedRows::of(length, self.data.packing));
-        Ok(Training::new(Self::SUBCOMMAND, &self.common(), shape, &plans, rows, target)?.into())
+        let (plans, rows) = (trainable.plans(&shape)?, RowShape::of(length, self.data.packing));
+        Ok(TrainingMemory::new(Self::SUBCOMMAND, &self.common(), shape, &plans, rows, target)?.into())
     }
 
     fn train(loaded: &Loaded<Self>, inputs: Inputs, world: &World, start: &Start) -> Result<()> {
@@ -124,16 +124,16 @@ impl Recipe for Sft {
 }
 
 /// Tokenizes the sources, or takes them from the cache.
-fn sources(c: &Sft, chat: &Chat, sources: &[sections::Source], training: bool) -> Result<Vec<Source>> {
+fn sources(c: &Sft, chat: &Chat, sources: &[sections::DataSource], training: bool) -> Result<Vec<RowSource>> {
     let split =
         (training && !c.data.split.is_empty()).then(|| Split { parts: c.data.split.clone(), part: 0 });
-    let options = examples::Options {
+    let options = examples::ExampleOptions {
         sequence_length: c.data.sequence_length as usize,
         too_long: c.data.too_long,
         split,
     };
     let encode = |record: &DataRecord| supervised::example(record, chat, c.data.train_on_prompt);
-    let fit = |example, counts: &mut Counts| examples::fit(example, &options, counts);
+    let fit = |example, counts: &mut ExampleCounts| examples::fit(example, &options, counts);
     let eos: Vec<u32> = chat.stop_ids();
     let tokenization = Tokenization {
         encode: &encode,
@@ -143,7 +143,8 @@ fn sources(c: &Sft, chat: &Chat, sources: &[sections::Source], training: bool) -
         options: options.clone(),
         cache: c.data.cache.clone().map_or_else(examples::default_cache, Ok)?,
     };
-    let open = |s: &sections::Source| Ok(Source { examples: tokenization.open(&s.path)?, weight: s.weight });
+    let open =
+        |s: &sections::DataSource| Ok(RowSource { examples: tokenization.open(&s.path)?, weight: s.weight });
     sources.iter().map(open).collect()
 }
 
@@ -220,7 +221,7 @@ fn validation(c: &Sft, inputs: &Inputs, session: &mut Session) -> Result<bool> {
         let Some(loss) = validate(c, model, valid, session.world, &mut || run.interrupted())? else {
             return run.owe_validation();
         };
-        let record = run.with_loss(Record::new("valid", run.progress.step), loss);
+        let record = run.with_loss(MetricsLine::new("valid", run.progress.step), loss);
         run.log(&record.float("perplexity", loss.exp()));
         best = run.note_validation(Metric::Loss, loss, &c.valid);
         run.restart_window();
@@ -242,13 +243,13 @@ fn sample(c: &Sft, inputs: &Inputs, model: &mut Llama, run: &mut Run<Position>) 
         seed: c.seed,
     };
     let eos: Vec<i64> = inputs.chat.stop_ids().into_iter().map(i64::from).collect();
-    let options = Options { sampling, batch_size: inputs.prompts.len(), eos: &eos, stop: None };
+    let options = EngineOptions { sampling, batch_size: inputs.prompts.len(), eos: &eos, stop: None };
     let requests: Vec<Request> = inputs.prompts.iter().map(|p| p.request.clone()).collect();
     let completions = generate(model, &requests, options, |_, _| Ok(()))?;
     for (i, (prompt, completion)) in inputs.prompts.iter().zip(&completions).enumerate() {
         let ids = &prompt.request.prompt;
         let response = generation::text(inputs.chat.tokenizer(), ids, &completion.ids, &[])?;
-        let record = Record::new("sample", step)
+        let record = MetricsLine::new("sample", step)
             .text("prompt", &prompt.text)
             .text("response", &response)
             .text("reference", &prompt.reference)
@@ -273,7 +274,7 @@ fn this_ranks_batches(c: &Sft, data: &RowLoader, first: u64, step: u64, world: &
 fn micro_batch(rows: Rows, packed: bool) -> MicroBatch {
     let mut batch = MicroBatch::from_rows(&rows.input_ids, &rows.labels, rows.columns as i64);
     if packed {
-        batch.input = Input {
+        batch.input = ModelInput {
             positions: Some(tch::Tensor::from_slice(&rows.positions)),
             start: Some(tch::Tensor::from_slice(&rows.starts)),
             ..batch.input
@@ -284,7 +285,13 @@ fn micro_batch(rows: Rows, packed: bool) -> MicroBatch {
 
 /// Mean loss over the supervised tokens of the first `valid.batches` batches of the validation data, in nats; none where it was
 /// stopped.
-fn validate(c: &Sft, model: &mut Llama, data: &RowLoader, world: &World, stop: Stop) -> Result<Option<f64>> {
+fn validate(
+    c: &Sft,
+    model: &mut Llama,
+    data: &RowLoader,
+    world: &World,
+    stop: StopCheck,
+) -> Result<Option<f64>> {
     let total = data.num_rows().min((c.valid.batches * c.train.batch_size) as u64);
     let batches = step::rounds(total, &c.train, world).map(|(first, rows)| {
         let mut rows = match rows {

@@ -4,17 +4,17 @@ use kernels::c10d::ReduceOp;
 use kernels::ops;
 use tch::{Kind, Tensor};
 
-use crate::config::sections::Train;
+use crate::config::sections::TrainSection;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::head::LogProbs;
-use crate::model::{Input, Llama, LmHead, Recompute, ScoreHead};
+use crate::model::{Llama, LmHead, ModelInput, Recompute, ScoreHead};
 use crate::optim::AdamW;
 
 /// Some rows of a batch: what one forward and backward takes.
 pub struct MicroBatch {
     /// Token ids of the rows, with what else the forward needs.
-    pub input: Input,
+    pub input: ModelInput,
     /// The token that each position is to predict, int64 `[N]`; negative = left out of the loss.
     pub labels: Tensor,
 }
@@ -23,7 +23,7 @@ impl MicroBatch {
     /// From rows of `columns` token ids and labels, one after the other.
     pub fn from_rows(input_ids: &[i64], labels: &[i64], columns: i64) -> MicroBatch {
         let ids = Tensor::from_slice(input_ids).view([-1, columns]);
-        MicroBatch { input: Input::new(ids), labels: Tensor::from_slice(labels) }
+        MicroBatch { input: ModelInput::new(ids), labels: Tensor::from_slice(labels) }
     }
 }
 
@@ -38,7 +38,7 @@ pub struct Sums {
 }
 
 /// A micro-batch and what it adds to the loss of a step. Rows that a loss couples (pairs, groups) are in one micro-batch.
-pub struct Entry<'a> {
+pub struct StepEntry<'a> {
     /// The rows, and the labels of their positions.
     pub batch: &'a MicroBatch,
     /// What they add to the loss.
@@ -96,7 +96,7 @@ pub fn differentiate(
 /// entries.
 pub fn accumulate(
     model: &mut Llama,
-    entries: &mut [Entry],
+    entries: &mut [StepEntry],
     recompute: Recompute,
 ) -> Result<(Vec<f64>, Option<f64>)> {
     let (mut losses, mut aux_loss) = (Vec::new(), None);
@@ -171,9 +171,9 @@ pub fn accumulate_balanced(
     let entry = |batch| {
         let balance = |coef| (coef, num_labels(batch) / count);
         let objective = Objective::CrossEntropy { weight: 1.0 / count };
-        Entry { batch, objective, balance: coef.map(balance) }
+        StepEntry { batch, objective, balance: coef.map(balance) }
     };
-    let mut entries: Vec<Entry> = micro_batches.iter().map(entry).collect();
+    let mut entries: Vec<StepEntry> = micro_batches.iter().map(entry).collect();
     let (losses, aux_loss) = accumulate(model, &mut entries, recompute)?;
     Ok(Sums { loss: losses.iter().sum(), aux_loss: aux_loss.or(coef.map(|_| 0.0)) })
 }
@@ -184,7 +184,7 @@ fn num_labels(batch: &MicroBatch) -> f64 {
 
 /// The micro-batches of this rank in a step of `train.batch_size` rows, which are divided among the ranks in order, then into
 /// micro-batches in order: each one's first row within the step, and its rows.
-pub fn division(train: &Train, world: &World) -> impl Iterator<Item = (u64, u64)> {
+pub fn division(train: &TrainSection, world: &World) -> impl Iterator<Item = (u64, u64)> {
     let micro = train.micro_batch_size(world.mesh.data.size) as usize;
     let mine = world.mesh.data.share(train.batch_size as usize);
     mine.step_by(micro).map(move |first| (first as u64, micro as u64))
@@ -192,7 +192,7 @@ pub fn division(train: &Train, world: &World) -> impl Iterator<Item = (u64, u64)
 
 /// The micro-batches of this rank in a pass over `total` rows: each one's first row, and its rows. All ranks get equally many,
 /// since they gather weights together: beyond the end, of 0 rows.
-pub fn rounds(total: u64, train: &Train, world: &World) -> impl Iterator<Item = (u64, u64)> {
+pub fn rounds(total: u64, train: &TrainSection, world: &World) -> impl Iterator<Item = (u64, u64)> {
     let data = &world.mesh.data;
     let round = (train.micro_batch_size(data.size) * data.size) as u64;
     let mine = data.share(round as usize);
@@ -203,7 +203,7 @@ pub fn rounds(total: u64, train: &Train, world: &World) -> impl Iterator<Item = 
 }
 
 /// Whether a validation is to end before its end, the same on all ranks. Collective.
-pub type Stop<'a> = &'a mut dyn FnMut() -> Result<bool>;
+pub type StopCheck<'a> = &'a mut dyn FnMut() -> Result<bool>;
 
 /// What an update did.
 pub struct Update {
@@ -297,7 +297,7 @@ pub fn evaluate(
     model: &mut Llama,
     world: &World,
     micro_batches: impl Iterator<Item = Result<MicroBatch>>,
-    stop: Stop,
+    stop: StopCheck,
 ) -> Result<Option<f64>> {
     let (mut loss_sum, mut count) = (0.0, 0.0);
     for batch in micro_batches {

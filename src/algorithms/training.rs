@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::algorithms::lock::RunLock;
 use crate::algorithms::step::{SkipGuard, Update};
-use crate::checkpoint::{Best, Checkpoint, Metric, Part, Saver, sharded};
+use crate::checkpoint::{Best, Checkpoint, Metric, SavedPart, Saver, sharded};
 use crate::config::changes::Change;
 use crate::config::common::Common;
 use crate::config::sections::{Compute, Valid};
@@ -16,12 +16,12 @@ use crate::distributed::agree::agree;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::signals::Signals;
-use crate::telemetry::{Cut, Record, RunLog};
+use crate::telemetry::{LogCut, MetricsLine, RunLog};
 use crate::{info, warn};
 
 /// What a checkpoint holds besides parameters and moments; `D` is the position in the data.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Progress<D> {
+pub struct TrainingProgress<D> {
     /// Updates so far.
     pub step: u64,
     pub data: D,
@@ -51,10 +51,10 @@ pub struct Progress<D> {
     pub elapsed_s: f64,
 }
 
-impl<D> Progress<D> {
+impl<D> TrainingProgress<D> {
     /// The start of a run.
     pub fn new(data: D) -> Self {
-        Progress {
+        TrainingProgress {
             step: 0,
             data,
             best: Best::default(),
@@ -76,8 +76,8 @@ impl<D> Progress<D> {
     }
 
     /// What of the log a run that goes on at `step` cuts off.
-    pub(super) fn cut(&self, step: u64) -> Cut {
-        Cut { after: step, validation: self.owes_validation }
+    pub(super) fn cut(&self, step: u64) -> LogCut {
+        LogCut { after: step, validation: self.owes_validation }
     }
 
     /// In the folder of another run it goes on without what belongs to the one that it came from.
@@ -120,7 +120,7 @@ pub struct Cadence {
 
 /// A training run on this rank.
 pub struct Run<'a, D> {
-    pub progress: Progress<D>,
+    pub progress: TrainingProgress<D>,
     pub(super) world: &'a World,
     pub(super) dir: PathBuf,
     pub(super) cadence: Cadence,
@@ -158,7 +158,7 @@ impl Window {
 /// What follows from a step.
 pub struct Stepped {
     /// A line of metrics is due; the keys that every training step has.
-    pub record: Option<Record>,
+    pub record: Option<MetricsLine>,
     /// Tokens a second of the window, over all ranks.
     pub tokens_per_s: f64,
 }
@@ -215,7 +215,7 @@ impl<D: Serialize> Run<'_, D> {
         let due = self.due(self.cadence.log_every) || update.skipped || fatal.is_err();
         let record = due.then(|| {
             let record = self
-                .with_loss(Record::new("train", self.progress.step), update.loss)
+                .with_loss(MetricsLine::new("train", self.progress.step), update.loss)
                 .float("lr", lr)
                 .float("grad_norm", update.grad_norm)
                 .count("tokens", self.progress.tokens)
@@ -265,7 +265,7 @@ impl<D: Serialize> Run<'_, D> {
     }
 
     /// Adds a loss, in the precision that it was computed in.
-    pub fn with_loss(&self, record: Record, loss: f64) -> Record {
+    pub fn with_loss(&self, record: MetricsLine, loss: f64) -> MetricsLine {
         match self.cadence.compute {
             Compute::Float64 => record.float("loss", loss),
             Compute::Float32 | Compute::Bfloat16 => record.float32("loss", loss as f32),
@@ -273,17 +273,17 @@ impl<D: Serialize> Run<'_, D> {
     }
 
     /// Writes a line of metrics (rank 0).
-    pub fn log(&mut self, record: &Record) {
+    pub fn log(&mut self, record: &MetricsLine) {
         self.log.log(record);
     }
 
     /// A generated sample: a line of samples.jsonl, and a text for TensorBoard under `tag` (rank 0).
-    pub fn log_sample(&mut self, record: &Record, tag: &str, text: &str) {
+    pub fn log_sample(&mut self, record: &MetricsLine, tag: &str, text: &str) {
         self.log.log_sample(record, tag, text);
     }
 
     /// A token of a sample: a line of trace.jsonl (rank 0).
-    pub fn log_trace(&mut self, record: &Record) {
+    pub fn log_trace(&mut self, record: &MetricsLine) {
         self.log.log_trace(record);
     }
 
@@ -321,7 +321,7 @@ impl<D: Serialize> Run<'_, D> {
     ///
     /// # Errors
     /// A signal asked for the end of the run, whose checkpoint is then written.
-    pub fn save(&mut self, models: &[Part], now: bool) -> Result<()> {
+    pub fn save(&mut self, models: &[SavedPart], now: bool) -> Result<()> {
         self.saver.poll()?;
         let step = self.progress.step;
         if now || self.due(self.cadence.checkpoint_every) || self.signal > 0.0 {
@@ -350,7 +350,7 @@ impl<D: Serialize> Run<'_, D> {
         let there = f64::from(u8::from(path.is_dir()));
         if self.world.group.combine(&[there], ReduceOp::Min)?[0] < 1.0 {
             if self.world.is_main() {
-                warn!("{}, the best checkpoint, is not there: the last model is exported", path.display());
+                warn!("{}, the best checkpoint, is missing: the last model is exported", path.display());
             }
             return Ok(());
         }

@@ -13,29 +13,29 @@ use super::gguf;
 use super::hf::{self, Output, write_tokenizer};
 use super::hf_config::SpecialIds;
 use super::merge::{Merge, Merged};
-use super::meta::{self, Cut, PARAMS};
+use super::meta::{self, PARAMS, TensorCut};
 use super::ours::Scoring;
-use super::safetensors::Entry;
-use super::source::{Order, Source};
+use super::safetensors::TensorEntry;
+use super::source::{RowOrder, TensorSource};
 use super::torch_file;
 use super::weights::Weights;
 use crate::config::shape::{Experts, Shape};
-use crate::data::tokenizer::gguf::{Loss, check_same};
+use crate::data::tokenizer::gguf::{GgufLimit, check_same};
 use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
-use crate::distributed::plan::Plan;
-use crate::distributed::sharded::{Layout, Sharded, Spec};
+use crate::distributed::plan::GroupPlan;
+use crate::distributed::sharded::{Layout, Sharded, TensorSpec};
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFile, AtomicFolder, write_file};
-use crate::gguf::{Dtype, is_gguf};
+use crate::gguf::{GgufDtype, is_gguf};
 use crate::model::layout::{EMBEDDING, LM_HEAD, layouts};
-use crate::model::{Input, Llama};
+use crate::model::{Llama, ModelInput};
 
 /// Tokens of the text that logits are compared on.
 const TOKENS: i64 = 32;
 
 /// What to write.
 #[derive(Debug, Clone, Copy)]
-pub enum Target {
+pub enum ConvertTarget {
     /// Hugging Face's format, in files of at most so many bytes.
     Hf {
         /// Bytes of tensors in a file; a tensor that is larger has a file of its own.
@@ -52,25 +52,25 @@ pub enum Target {
 
 /// What tensors are stored as.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Stored {
+pub enum StoredAs {
     /// As numbers of this dtype.
     Kind(Kind),
     /// In a GGUF file: Q8_0, Q4_0 or Q4_1.
-    Blocks(Dtype),
+    Blocks(GgufDtype),
 }
 
-impl Stored {
+impl StoredAs {
     fn kind(self) -> Option<Kind> {
         match self {
-            Stored::Kind(kind) => Some(kind),
-            Stored::Blocks(_) => None,
+            StoredAs::Kind(kind) => Some(kind),
+            StoredAs::Blocks(_) => None,
         }
     }
 }
 
 /// What was written, and what its check found.
 #[derive(Debug, Clone)]
-pub struct Report {
+pub struct ConvertReport {
     /// Tensors in all files.
     pub num_tensors: usize,
     /// Bytes of the tensors.
@@ -80,7 +80,7 @@ pub struct Report {
     /// The tokenizer's files that went along.
     pub copied: Vec<String>,
     /// What the format cannot say of the tokenizer.
-    pub loss: Option<Loss>,
+    pub loss: Option<GgufLimit>,
     /// Tokens that logits were compared on.
     pub num_tokens: i64,
     /// Largest difference of a logit to the source, where its tensors were rounded to another dtype; else they are equal.
@@ -98,7 +98,7 @@ pub struct Report {
 /// A model that is to be written in another form.
 pub struct Conversion {
     shape: Shape,
-    source: Rc<Source>,
+    source: Rc<TensorSource>,
     /// Of a model with an adapter.
     merge: Option<Merge>,
     /// The source's folder.
@@ -108,9 +108,9 @@ pub struct Conversion {
     /// Goes along.
     tokenizer: Option<Tokenizer>,
     scoring: Option<Scoring>,
-    target: Target,
+    target: ConvertTarget,
     /// Of all tensors; none: each as it is.
-    stored: Option<Stored>,
+    stored: Option<StoredAs>,
     /// Of a GGUF file.
     plan: Option<Rc<gguf::Plan>>,
     /// Where logits are computed.
@@ -122,17 +122,19 @@ impl Conversion {
     /// Of kind Config: blocks in another format than GGUF. Of kind Data: what the format cannot express.
     pub fn new(
         weights: Weights,
-        target: Target,
-        stored: Option<Stored>,
+        target: ConvertTarget,
+        stored: Option<StoredAs>,
         device: Device,
     ) -> Result<Conversion> {
         let (shape, dir) = (weights.shape().clone(), weights.dir().to_path_buf());
-        if let (Some(Stored::Blocks(blocks)), Target::Hf { .. } | Target::Meta { .. }) = (stored, target) {
+        if let (Some(StoredAs::Blocks(blocks)), ConvertTarget::Hf { .. } | ConvertTarget::Meta { .. }) =
+            (stored, target)
+        {
             return Err(Error::config(format!(
                 "{blocks} goes with --format gguf; other formats have no such blocks"
             )));
         }
-        if let Target::Meta { .. } = target {
+        if let ConvertTarget::Meta { .. } = target {
             shape.predicts().map_err(|e| e.context("Meta's format has no place for a scalar head"))?;
         }
         let scoring = weights.scoring()?;
@@ -147,8 +149,8 @@ impl Conversion {
             weights => (None, weights.into_source()?),
         };
         let plan = match target {
-            Target::Gguf => Some(Rc::new(gguf::Plan::new(&shape, &source, stored)?)),
-            Target::Hf { .. } | Target::Meta { .. } => None,
+            ConvertTarget::Gguf => Some(Rc::new(gguf::Plan::new(&shape, &source, stored)?)),
+            ConvertTarget::Hf { .. } | ConvertTarget::Meta { .. } => None,
         };
         let source = Rc::new(source);
         Ok(Conversion { shape, source, merge, dir, ids, tokenizer, scoring, target, stored, plan, device })
@@ -159,7 +161,7 @@ impl Conversion {
         self.specs().map(|s| self.bytes_of(&s)).sum()
     }
 
-    fn bytes_of(&self, spec: &Spec) -> Result<u64> {
+    fn bytes_of(&self, spec: &TensorSpec) -> Result<u64> {
         match &self.plan {
             Some(plan) => Ok(plan.bytes_of(&spec.name, spec.numel())),
             None => Ok(self.entry(spec)?.bytes()),
@@ -172,16 +174,16 @@ impl Conversion {
     /// # Errors
     /// What the format cannot express (kind Data), a number of parts that does not divide the model or the source's own
     /// folder (kind Config), and any difference between what is read back and the source (kind Failed).
-    pub fn write(&self, to: &Path, done: &AtomicU64) -> Result<Report> {
+    pub fn write(&self, to: &Path, done: &AtomicU64) -> Result<ConvertReport> {
         if let (Ok(from), Ok(to)) = (self.dir.canonicalize(), to.canonicalize())
             && from == to
         {
             return Err(Error::config(format!("{}: the model itself is there", to.display())));
         }
         let mut begun = match self.target {
-            Target::Hf { max_shard_size } => self.write_hf(to, max_shard_size, done)?,
-            Target::Meta { parts } => self.write_meta(to, parts, done)?,
-            Target::Gguf => self.write_gguf(to, done)?,
+            ConvertTarget::Hf { max_shard_size } => self.write_hf(to, max_shard_size, done)?,
+            ConvertTarget::Meta { parts } => self.write_meta(to, parts, done)?,
+            ConvertTarget::Gguf => self.write_gguf(to, done)?,
         };
         let report = self
             .verify(&mut begun, done)
@@ -204,7 +206,7 @@ impl Conversion {
 
     /// What makes of a tensor of the source the one that is read back.
     fn rounding(&self) -> impl Fn(&str, &Tensor) -> Result<Tensor> + 'static {
-        let (plan, kind) = (self.plan.clone(), self.stored.and_then(Stored::kind));
+        let (plan, kind) = (self.plan.clone(), self.stored.and_then(StoredAs::kind));
         move |name, t| match (&plan, kind) {
             (Some(plan), _) => plan.rounded(name, t),
             (None, Some(kind)) => Ok(t.f_to_kind(kind)?),
@@ -212,14 +214,14 @@ impl Conversion {
         }
     }
 
-    fn specs(&self) -> impl Iterator<Item = Spec> {
+    fn specs(&self) -> impl Iterator<Item = TensorSpec> {
         layouts(&self.shape).into_iter().flat_map(|l| l.specs)
     }
 
     /// A tensor as it is to be written.
-    fn entry(&self, spec: &Spec) -> Result<Entry> {
-        let kind = self.stored.and_then(Stored::kind).unwrap_or(self.source.view(&spec.name)?.kind);
-        Ok(Entry { name: spec.name.clone(), kind, shape: spec.shape.clone() })
+    fn entry(&self, spec: &TensorSpec) -> Result<TensorEntry> {
+        let kind = self.stored.and_then(StoredAs::kind).unwrap_or(self.source.view(&spec.name)?.kind);
+        Ok(TensorEntry { name: spec.name.clone(), kind, shape: spec.shape.clone() })
     }
 
     fn write_hf(&self, to: &Path, max_shard_size: u64, done: &AtomicU64) -> Result<Begun> {
@@ -262,18 +264,18 @@ impl Conversion {
                     Error::failed(format!("Meta's format has no place for `{}`", spec.name))
                 })?;
                 let cut = match named.cut {
-                    Cut::Embedding if meta::is_llama3(shape) => Cut::Rows,
-                    Cut::Embedding => Cut::Columns,
+                    TensorCut::Embedding if meta::is_llama3(shape) => TensorCut::Rows,
+                    TensorCut::Embedding => TensorCut::Columns,
                     cut => cut,
                 };
                 let mut shape = spec.shape;
                 match cut {
-                    Cut::Columns => shape[1] /= parts,
-                    Cut::Rows => shape[0] /= parts,
-                    Cut::Copy | Cut::Embedding => {}
+                    TensorCut::Columns => shape[1] /= parts,
+                    TensorCut::Rows => shape[0] /= parts,
+                    TensorCut::Copy | TensorCut::Embedding => {}
                 }
-                let kind = self.stored.and_then(Stored::kind).unwrap_or(source.view(&from)?.kind);
-                Ok((Entry { name: named.name, kind, shape }, from, cut, named.rotary))
+                let kind = self.stored.and_then(StoredAs::kind).unwrap_or(source.view(&from)?.kind);
+                Ok((TensorEntry { name: named.name, kind, shape }, from, cut, named.rotary))
             })
             .collect::<Result<Vec<_>>>()?;
 
@@ -282,37 +284,37 @@ impl Conversion {
         write_file(&temp.join(PARAMS), format!("{params}\n").as_bytes())?;
         let copied = self.tokenizer.as_ref().map_or(Ok(Vec::new()), |t| write_tokenizer(t, temp))?;
         let copied = copied.into_iter().map(|(name, ..)| name).collect();
-        let entries: Vec<Entry> = tensors.iter().map(|(entry, ..)| entry.clone()).collect();
+        let entries: Vec<TensorEntry> = tensors.iter().map(|(entry, ..)| entry.clone()).collect();
         let mut files = (0..parts as usize)
-            .map(|i| torch_file::Writer::create(&temp.join(meta::part_name(i)), &entries))
+            .map(|i| torch_file::TorchWriter::create(&temp.join(meta::part_name(i)), &entries))
             .collect::<Result<Vec<_>>>()?;
         for (entry, from, cut, rotary) in &tensors {
             let whole = source.tensor(from)?;
             for (i, file) in files.iter_mut().enumerate() {
                 let part = match cut {
-                    Cut::Rows => whole.f_narrow(0, i as i64 * entry.shape[0], entry.shape[0])?,
-                    Cut::Columns => whole.f_narrow(1, i as i64 * entry.shape[1], entry.shape[1])?,
-                    Cut::Copy | Cut::Embedding => whole.shallow_clone(),
+                    TensorCut::Rows => whole.f_narrow(0, i as i64 * entry.shape[0], entry.shape[0])?,
+                    TensorCut::Columns => whole.f_narrow(1, i as i64 * entry.shape[1], entry.shape[1])?,
+                    TensorCut::Copy | TensorCut::Embedding => whole.shallow_clone(),
                 };
                 file.write(&if *rotary { to_meta_order(&part, shape.head_dim)? } else { part })?;
             }
             done.fetch_add(entry.bytes() * parts as u64, Relaxed);
         }
-        files.into_iter().try_for_each(torch_file::Writer::finish)?;
+        files.into_iter().try_for_each(torch_file::TorchWriter::finish)?;
         Ok(Begun { unnamed: Unnamed::Folder(folder), copied, num_files: parts as usize, loss: None })
     }
 
     /// Reads back what was written, and compares shape, every tensor and the logits.
     #[expect(clippy::too_many_lines, reason = "a check after the other, each on what the one before read")]
-    fn verify(&self, begun: &mut Begun, done: &AtomicU64) -> Result<Report> {
+    fn verify(&self, begun: &mut Begun, done: &AtomicU64) -> Result<ConvertReport> {
         let written = begun.unnamed.temporary()?;
         let (shape, source, device) = (&self.shape, &self.source, self.device);
         let weights = Weights::open(written)?;
         let read = weights.shape().clone();
         let expected = match self.target {
-            Target::Hf { .. } => shape.clone(),
+            ConvertTarget::Hf { .. } => shape.clone(),
             // Not said in Meta's format, where equal embeddings are tied ones, and a Mistral without a window a Llama.
-            Target::Meta { .. } => Shape {
+            ConvertTarget::Meta { .. } => Shape {
                 max_position_embeddings: read.max_position_embeddings,
                 initializer_range: read.initializer_range,
                 family: read.family,
@@ -321,7 +323,7 @@ impl Conversion {
                 ..shape.clone()
             },
             // A Mistral without a window is a Llama there, too; what only training asks for is not said.
-            Target::Gguf => Shape {
+            ConvertTarget::Gguf => Shape {
                 family: read.family,
                 initializer_range: read.initializer_range,
                 experts: shape.experts.as_ref().zip(read.experts.as_ref()).map(|(ours, read)| Experts {
@@ -349,9 +351,9 @@ impl Conversion {
             done.fetch_add(size, Relaxed);
         }
         type Rounding = Box<dyn Fn(&str, &Tensor) -> Result<Tensor>>;
-        let of = |shape: &Shape, source: &Rc<Source>, rounding: Rounding| {
+        let of = |shape: &Shape, source: &Rc<TensorSource>, rounding: Rounding| {
             let source = source.clone();
-            let tensor = move |spec: &Spec| rounding(&spec.name, &source.tensor(&spec.name)?);
+            let tensor = move |spec: &TensorSpec| rounding(&spec.name, &source.tensor(&spec.name)?);
             logits(shape, layouts(shape), tensor, device)
         };
         let as_it_is = || -> Rounding { Box::new(|_, t| Ok(t.shallow_clone())) };
@@ -373,11 +375,11 @@ impl Conversion {
         let positions = (read.max_position_embeddings != shape.max_position_embeddings)
             .then_some(read.max_position_embeddings);
         let num_tokens = ours.size()[0];
-        if let (Target::Gguf, Some(tokenizer)) = (self.target, &self.tokenizer) {
+        if let (ConvertTarget::Gguf, Some(tokenizer)) = (self.target, &self.tokenizer) {
             check_same(tokenizer, &Tokenizer::load(written)?, begun.loss)?;
         }
         let merged = self.merge.as_ref().map(|merge| merge.check(&back, device)).transpose()?;
-        Ok(Report {
+        Ok(ConvertReport {
             num_tensors,
             bytes,
             num_files: begun.num_files,
@@ -393,12 +395,12 @@ impl Conversion {
     }
 }
 
-/// What was written, and what a [`Report`] tells of it.
+/// What was written, and what a [`ConvertReport`] tells of it.
 struct Begun {
     unnamed: Unnamed,
     copied: Vec<String>,
     num_files: usize,
-    loss: Option<Loss>,
+    loss: Option<GgufLimit>,
 }
 
 /// What has no name yet.
@@ -424,15 +426,15 @@ impl Unnamed {
 }
 
 /// The dtype that most bytes have.
-pub(super) fn most_common(entries: &[Entry]) -> Kind {
-    let bytes = |kind: Kind| entries.iter().filter(|e| e.kind == kind).map(Entry::bytes).sum::<u64>();
+pub(super) fn most_common(entries: &[TensorEntry]) -> Kind {
+    let bytes = |kind: Kind| entries.iter().filter(|e| e.kind == kind).map(TensorEntry::bytes).sum::<u64>();
     let kinds = [Kind::Float, Kind::BFloat16, Kind::Half, Kind::Double];
     kinds.into_iter().max_by_key(|kind| bytes(*kind)).unwrap_or(Kind::Float)
 }
 
 /// The rows of whole heads [H D, C] in Meta's order.
 pub(super) fn to_meta_order(t: &Tensor, head_dim: i64) -> Result<Tensor> {
-    let (order, rows) = (Order::MetaRotary { head_dim }, t.size()[0]);
+    let (order, rows) = (RowOrder::MetaRotary { head_dim }, t.size()[0]);
     let mut from = vec![0; rows as usize];
     (0..rows).for_each(|row| from[order.row(row) as usize] = row);
     Ok(t.f_index_select(0, &Tensor::from_slice(&from))?)
@@ -457,8 +459,8 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
 /// Logits [T, V] of a fixed text in float32. `tensor(spec)` gives a tensor when it is needed, group by group.
 pub(super) fn logits(
     shape: &Shape,
-    groups: impl IntoIterator<Item = impl Into<Plan>>,
-    tensor: impl Fn(&Spec) -> Result<Tensor> + 'static,
+    groups: impl IntoIterator<Item = impl Into<GroupPlan>>,
+    tensor: impl Fn(&TensorSpec) -> Result<Tensor> + 'static,
     device: Device,
 ) -> Result<Tensor> {
     let load = move |layout: &Layout| -> Result<Tensor> {
@@ -472,6 +474,6 @@ pub(super) fn logits(
     let mut model = Llama::new(shape.clone(), params);
     let time = TOKENS.min(shape.max_position_embeddings);
     let ids: Vec<i64> = (0..time).map(|i| (i + 1) * 7919 % shape.vocab_size).collect();
-    let hidden = model.hidden(&Input::new(Tensor::from_slice(&ids).view([1, time])))?;
+    let hidden = model.hidden(&ModelInput::new(Tensor::from_slice(&ids).view([1, time])))?;
     Ok(model.next_token_logits(&hidden)?.f_to_device(Device::Cpu)?)
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use tch::{Kind, Tensor};
 
-use crate::distributed::sharded::Spec;
+use crate::distributed::sharded::TensorSpec;
 use crate::error::Result;
 use crate::model::layout::{EMBEDDING, LM_HEAD};
 
@@ -12,9 +12,9 @@ use crate::model::layout::{EMBEDDING, LM_HEAD};
 const CHUNK: i64 = 1 << 20;
 
 /// The tensor as a model with a vocabulary of `rows` stores it, if it has fewer rows than `spec`.
-pub(super) fn stored(spec: &Spec, rows: i64) -> Option<Spec> {
+pub(super) fn stored(spec: &TensorSpec, rows: i64) -> Option<TensorSpec> {
     let grows = [EMBEDDING, LM_HEAD].contains(&spec.name.as_str()) && spec.shape[0] > rows;
-    grows.then(|| Spec { shape: vec![rows, spec.shape[1]], ..spec.clone() })
+    grows.then(|| TensorSpec { shape: vec![rows, spec.shape[1]], ..spec.clone() })
 }
 
 /// For [`crate::distributed::sharded::Sharded::fill`] with `read`, which reads tensors of a model with a vocabulary of
@@ -22,9 +22,9 @@ pub(super) fn stored(spec: &Spec, rows: i64) -> Option<Spec> {
 /// (transformers' `mean_resizing` draws them from a normal distribution with that mean and a tiny variance.)
 pub(super) fn grown(
     rows: i64,
-    mut read: impl FnMut(&Spec, i64, &Tensor) -> Result<()>,
-    mut peek: impl FnMut(&Spec, i64, &Tensor) -> Result<()>,
-) -> impl FnMut(&Spec, i64, &Tensor) -> Result<()> {
+    mut read: impl FnMut(&TensorSpec, i64, &Tensor) -> Result<()>,
+    mut peek: impl FnMut(&TensorSpec, i64, &Tensor) -> Result<()>,
+) -> impl FnMut(&TensorSpec, i64, &Tensor) -> Result<()> {
     let mut means: HashMap<String, Tensor> = HashMap::new();
     move |spec, first, values| {
         let Some(stored) = stored(spec, rows) else { return read(spec, first, values) };
@@ -50,9 +50,9 @@ pub(super) fn grown(
 
 /// The mean of all rows, float64 `[C]`, on the device of `like` and read in its dtype.
 fn mean_row(
-    stored: &Spec,
+    stored: &TensorSpec,
     like: &Tensor,
-    read: &mut impl FnMut(&Spec, i64, &Tensor) -> Result<()>,
+    read: &mut impl FnMut(&TensorSpec, i64, &Tensor) -> Result<()>,
 ) -> Result<Tensor> {
     let (rows, columns) = (stored.shape[0], stored.shape[1]);
     let at_once = (CHUNK / columns).clamp(1, rows);

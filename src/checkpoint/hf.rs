@@ -8,16 +8,16 @@ use tch::{Kind, Tensor};
 
 use super::families;
 use super::families::Description;
-use super::hf_config::{Described, SpecialIds, read_object, read_shape, write_shape};
+use super::hf_config::{DescribedModel, SpecialIds, read_object, read_shape, write_shape};
 use super::ours::{OURS, Ours, Scoring};
-use super::safetensors::{self, Entry, Writer};
-use super::source::{Source, TensorFile};
+use super::safetensors::{self, SafetensorsWriter, TensorEntry};
+use super::source::{TensorFile, TensorSource};
 use super::torch_file;
 use super::unfit::Unfit;
 use crate::config::shape::Shape;
 use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
 use crate::distributed::agree::agree;
-use crate::distributed::sharded::{Sharded, Spec};
+use crate::distributed::sharded::{Sharded, TensorSpec};
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFolder, exists, is_file, write_file};
 use crate::model::layout::{EMBEDDING, LM_HEAD, layouts};
@@ -36,7 +36,7 @@ const INV_FREQ: &str = "rotary_emb.inv_freq";
 pub struct HfModel {
     dir: PathBuf,
     shape: Shape,
-    source: Source,
+    source: TensorSource,
     warnings: Vec<String>,
 }
 
@@ -49,7 +49,7 @@ impl HfModel {
     /// in one message all tensors that are missing, superfluous or of another shape.
     pub fn load(dir: &Path) -> Result<HfModel> {
         let config = dir.join("config.json");
-        let Described { family, mut shape, mut warnings } = read_shape(&config)?;
+        let DescribedModel { family, mut shape, mut warnings } = read_shape(&config)?;
         warnings.iter_mut().for_each(|w| w.insert_str(0, "config.json: "));
         let files = open_weights(dir)?;
         let source = find_tensors(family, &mut shape, files, &mut warnings).context(dir.display())?;
@@ -73,11 +73,11 @@ impl HfModel {
     }
 
     /// The tensors, under the model's names.
-    pub fn source(&self) -> &Source {
+    pub fn source(&self) -> &TensorSource {
         &self.source
     }
 
-    pub fn into_source(self) -> Source {
+    pub fn into_source(self) -> TensorSource {
         self.source
     }
 }
@@ -87,9 +87,9 @@ impl HfModel {
 fn find_tensors(
     family: &Description,
     shape: &mut Shape,
-    mut files: Source,
+    mut files: TensorSource,
     warnings: &mut Vec<String>,
-) -> Result<Source> {
+) -> Result<TensorSource> {
     let found: BTreeSet<String> = files.names().cloned().collect();
     // Before anything is made for every block and expert.
     let experts = shape.experts.as_ref().map_or(1, |e| e.num_local_experts);
@@ -140,7 +140,7 @@ fn find_tensors(
 fn tied_embedding(
     family: &Description,
     shape: &mut Shape,
-    files: &Source,
+    files: &TensorSource,
     found: &BTreeSet<String>,
     warnings: &mut Vec<String>,
 ) -> Result<Option<String>> {
@@ -163,7 +163,7 @@ fn tied_embedding(
 }
 
 /// Compares tables of rotary frequencies with those that are computed.
-fn check_tables(files: &Source, tables: &[String], shape: &Shape) -> Result<Option<String>> {
+fn check_tables(files: &TensorSource, tables: &[String], shape: &Shape) -> Result<Option<String>> {
     let computed = Tensor::from_slice(&inverse_frequencies(shape));
     let mut other = Vec::new();
     for name in tables {
@@ -184,10 +184,10 @@ fn check_tables(files: &Source, tables: &[String], shape: &Shape) -> Result<Opti
 }
 
 /// Opens the weights' files and finds out which tensor lies where.
-fn open_weights(dir: &Path) -> Result<Source> {
+fn open_weights(dir: &Path) -> Result<TensorSource> {
     for (single, index) in [(SINGLE, INDEX), (BIN, BIN_INDEX)] {
         if is_file(&dir.join(single))? {
-            return Ok(Source::of_files(vec![open_file(&dir.join(single))?]));
+            return Ok(TensorSource::of_files(vec![open_file(&dir.join(single))?]));
         }
         if is_file(&dir.join(index))? {
             return open_parts(dir, &dir.join(index));
@@ -198,13 +198,13 @@ fn open_weights(dir: &Path) -> Result<Source> {
 
 fn open_file(path: &Path) -> Result<Box<dyn TensorFile>> {
     Ok(match path.extension().is_some_and(|e| e == "safetensors") {
-        true => Box::new(safetensors::Reader::open(path)?),
-        false => Box::new(torch_file::Reader::open(path)?),
+        true => Box::new(safetensors::SafetensorsReader::open(path)?),
+        false => Box::new(torch_file::TorchReader::open(path)?),
     })
 }
 
 /// Opens the files that an index names, and checks that each holds what the index says.
-fn open_parts(dir: &Path, index: &Path) -> Result<Source> {
+fn open_parts(dir: &Path, index: &Path) -> Result<TensorSource> {
     let object = read_object(index)?;
     let Some(map) = object.get("weight_map").and_then(Value::as_object) else {
         return Err(Error::data(format!("{}: there is no weight_map", index.display())));
@@ -232,7 +232,7 @@ fn open_parts(dir: &Path, index: &Path) -> Result<Source> {
     }
     let order: Vec<&str> = files.keys().copied().collect();
     // What lies in a file and not in the index is named as superfluous later, like everything that nobody asked for.
-    let mut source = Source::of_files(files.into_values().map(|(file, _)| file).collect());
+    let mut source = TensorSource::of_files(files.into_values().map(|(file, _)| file).collect());
     for (tensor, file) in map {
         if let Some(i) = order.iter().position(|name| file == name) {
             source.take_from(i, tensor);
@@ -259,7 +259,8 @@ pub struct Export<'a> {
 pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: &Group) -> Result<()> {
     let writes = world.rank() == 0;
     let specs = (0..params.len()).flat_map(|i| &params.plan(i).layout.specs);
-    let entry = |s: &Spec| Entry { name: s.name.clone(), kind: how.dtype, shape: s.shape.clone() };
+    let entry =
+        |s: &TensorSpec| TensorEntry { name: s.name.clone(), kind: how.dtype, shape: s.shape.clone() };
     let plan = plan(as_stored(shape, specs.map(entry)), how.max_shard_size);
     let started = match writes {
         true => (|| {
@@ -292,25 +293,28 @@ pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: 
 }
 
 /// The files of an export with their tensors, in the order of the groups.
-pub(super) type Plan = Vec<(String, Vec<Entry>)>;
+pub(super) type FileEntries = Vec<(String, Vec<TensorEntry>)>;
 
 /// The tensors as the family's files have them: some hold several of the model's, one after the other.
-pub(super) fn as_stored(shape: &Shape, entries: impl Iterator<Item = Entry>) -> impl Iterator<Item = Entry> {
+pub(super) fn as_stored(
+    shape: &Shape,
+    entries: impl Iterator<Item = TensorEntry>,
+) -> impl Iterator<Item = TensorEntry> {
     let family = families::of(shape.family);
-    let mut stored: Vec<Entry> = Vec::new();
+    let mut stored: Vec<TensorEntry> = Vec::new();
     for entry in entries {
         let (name, _) = (family.place)(&entry.name, shape);
         match stored.last_mut().filter(|last| last.name == name) {
             Some(last) => last.shape[0] += entry.shape[0],
-            None => stored.push(Entry { name, ..entry }),
+            None => stored.push(TensorEntry { name, ..entry }),
         }
     }
     stored.into_iter()
 }
 
 /// Divides tensors among files of at most `max_shard_size` bytes.
-pub(super) fn plan(entries: impl Iterator<Item = Entry>, max_shard_size: u64) -> Plan {
-    let (mut parts, mut bytes): (Vec<Vec<Entry>>, u64) = (vec![Vec::new()], 0);
+pub(super) fn plan(entries: impl Iterator<Item = TensorEntry>, max_shard_size: u64) -> FileEntries {
+    let (mut parts, mut bytes): (Vec<Vec<TensorEntry>>, u64) = (vec![Vec::new()], 0);
     for entry in entries {
         if bytes > 0 && bytes + entry.bytes() > max_shard_size {
             parts.push(Vec::new());
@@ -335,7 +339,7 @@ pub(super) fn begin(
     ids: SpecialIds,
     tokenizer: Option<&Tokenizer>,
     scoring: Option<&Scoring>,
-    plan: &Plan,
+    plan: &FileEntries,
 ) -> Result<(AtomicFolder, Vec<String>)> {
     let ours = |name: &str| {
         ["config.json", OURS].contains(&name)
@@ -356,7 +360,7 @@ pub(super) fn begin(
     Ours { base: None, reward: scoring.cloned() }.write(temp)?;
     let written = tokenizer.map_or(Ok(Vec::new()), |tokenizer| write_tokenizer(tokenizer, temp))?;
     if plan.len() > 1 {
-        let total: u64 = plan.iter().flat_map(|(_, entries)| entries).map(Entry::bytes).sum();
+        let total: u64 = plan.iter().flat_map(|(_, entries)| entries).map(TensorEntry::bytes).sum();
         let map: serde_json::Map<String, Value> = plan
             .iter()
             .flat_map(|(file, entries)| entries.iter().map(move |e| (e.name.clone(), json!(file))))
@@ -369,17 +373,17 @@ pub(super) fn begin(
 /// Writes tensors into the files of the plan, one after the other.
 pub(super) struct Output<'a> {
     dir: &'a Path,
-    plan: &'a Plan,
+    plan: &'a FileEntries,
     file: usize,
     /// Tensors written to the current file.
     tensor: usize,
     /// The parts of the next one that are there.
     parts: Vec<tch::Tensor>,
-    writer: Option<Writer>,
+    writer: Option<SafetensorsWriter>,
 }
 
 impl<'a> Output<'a> {
-    pub(super) fn new(dir: &'a Path, plan: &'a Plan) -> Self {
+    pub(super) fn new(dir: &'a Path, plan: &'a FileEntries) -> Self {
         Output { dir, plan, file: 0, tensor: 0, parts: Vec::new(), writer: None }
     }
 
@@ -402,7 +406,7 @@ impl<'a> Output<'a> {
         };
         let mut writer = match self.writer.take() {
             Some(writer) => writer,
-            None => Writer::create(&self.dir.join(name), entries)?,
+            None => SafetensorsWriter::create(&self.dir.join(name), entries)?,
         };
         writer.write(&joined)?;
         self.tensor += 1;

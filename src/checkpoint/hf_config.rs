@@ -43,7 +43,7 @@ pub fn read_object(path: &Path) -> Result<Map<String, Value>> {
 
 /// What a `config.json` describes.
 #[derive(Debug)]
-pub struct Described {
+pub struct DescribedModel {
     pub family: &'static Description,
     pub shape: Shape,
     /// What is to be told of keys that do not count.
@@ -54,12 +54,12 @@ pub struct Described {
 ///
 /// # Errors
 /// Of kind Data: an architecture that is not known; a key that changes the mathematics in a way that is not built.
-pub fn read_shape(path: &Path) -> Result<Described> {
+pub fn read_shape(path: &Path) -> Result<DescribedModel> {
     let config = read_object(path)?;
     shape_of(&config).context(path.display())
 }
 
-fn shape_of(config: &Map<String, Value>) -> Result<Described> {
+fn shape_of(config: &Map<String, Value>) -> Result<DescribedModel> {
     let (family, head) = families::named(config)?;
     let mut warnings: Vec<String> = check_model_type(config, family)?.into_iter().collect();
     let mut unknown = Vec::new();
@@ -92,7 +92,7 @@ fn shape_of(config: &Map<String, Value>) -> Result<Described> {
         }
         warnings.extend(rope.warnings);
     }
-    Ok(Described { family, shape, warnings })
+    Ok(DescribedModel { family, shape, warnings })
 }
 
 /// Compares `model_type` with the family that `architectures` names: transformers' Auto classes go by the former.

@@ -17,15 +17,15 @@ use super::hf::{self, Output};
 use super::hf_config::SpecialIds;
 use super::ours::Scoring;
 use super::peft::PeftAdapter;
-use super::safetensors::Entry;
-use super::source::{Source, TensorFile, View, for_chunks};
+use super::safetensors::TensorEntry;
+use super::source::{TensorFile, TensorSource, View, for_chunks};
 use super::weights::{Weights, not_adapted};
 use crate::config::shape::{Head, Shape};
-use crate::config::trainable::Base;
+use crate::config::trainable::BaseFormat;
 use crate::data::tokenizer::Tokenizer;
 use crate::distributed::frozen::Storage;
-use crate::distributed::plan::{Plan, Role, adapter_names};
-use crate::distributed::sharded::Spec;
+use crate::distributed::plan::{GroupPlan, Role, adapter_names};
+use crate::distributed::sharded::TensorSpec;
 use crate::error::{Context, Error, Result};
 use crate::model::layout::layouts;
 
@@ -33,7 +33,7 @@ use crate::model::layout::layouts;
 pub struct Merge {
     shape: Shape,
     /// The model's tensors as they were in training, quantized ones among them.
-    plans: Vec<Plan>,
+    plans: Vec<GroupPlan>,
     tensors: Arc<Tensors>,
     ids: SpecialIds,
     tokenizer: Option<Tokenizer>,
@@ -44,7 +44,7 @@ pub struct Merge {
 
 /// Where tensors come from.
 struct Tensors {
-    source: Source,
+    source: TensorSource,
     /// Rows of the source's embedding.
     rows: i64,
     adapter: PeftAdapter,
@@ -53,12 +53,12 @@ struct Tensors {
 impl Tensors {
     /// A tensor as it was in training, its adapter aside: what was trained as a whole, what was quantized as it came back,
     /// everything else as it is in the model.
-    fn trained(&self, spec: &Spec, role: Role) -> Result<Tensor> {
+    fn trained(&self, spec: &TensorSpec, role: Role) -> Result<Tensor> {
         if self.adapter.has(&spec.name) {
             return self.adapter.tensor(&spec.name);
         }
         let flat = Tensor::f_empty([spec.numel()], (self.source.view(&spec.name)?.kind, Device::Cpu))?;
-        let read = |spec: &Spec, first, values: &Tensor| self.source.read(&spec.name, first, values);
+        let read = |spec: &TensorSpec, first, values: &Tensor| self.source.read(&spec.name, first, values);
         grown(self.rows, read, read)(spec, 0, &flat)?;
         let t = flat.f_view(spec.shape.as_slice())?;
         match role {
@@ -72,7 +72,7 @@ impl Tensors {
     }
 
     /// The tensor of the merged model.
-    fn merged(&self, spec: &Spec, role: Role) -> Result<Tensor> {
+    fn merged(&self, spec: &TensorSpec, role: Role) -> Result<Tensor> {
         let w = self.trained(spec, role)?;
         let [a, b] = adapter_names(&spec.name);
         match (&self.adapter.trainable().lora, self.adapter.has(&a)) {
@@ -97,14 +97,14 @@ impl Tensors {
     }
 
     /// Whether the adapter changes this tensor.
-    fn changes(&self, spec: &Spec) -> bool {
+    fn changes(&self, spec: &TensorSpec) -> bool {
         self.adapter.has(&adapter_names(&spec.name)[0]) || self.adapter.has(&spec.name)
     }
 }
 
 /// What was written, and how far it is from the model with its adapter.
 #[derive(Debug, Clone)]
-pub struct Report {
+pub struct MergeReport {
     /// Tensors in all files.
     pub num_tensors: usize,
     /// Tensors that the adapter changed.
@@ -116,7 +116,7 @@ pub struct Report {
     merged: Merged,
 }
 
-impl Deref for Report {
+impl Deref for MergeReport {
     type Target = Merged;
 
     fn deref(&self) -> &Merged {
@@ -128,7 +128,7 @@ impl Deref for Report {
 #[derive(Debug, Clone, Copy)]
 pub struct Merged {
     /// How the model's weights were kept in training.
-    pub base: Base,
+    pub base: BaseFormat,
     /// Mean over tokens of KL(model with adapter || merged model), in nats; with a scalar head, of the absolute difference
     /// of their values.
     pub distance: f64,
@@ -157,18 +157,18 @@ impl Merge {
         Ok(Merge { shape, plans, tensors, ids, tokenizer, scoring, dtype })
     }
 
-    fn specs(&self) -> impl Iterator<Item = (&Spec, &Role)> {
+    fn specs(&self) -> impl Iterator<Item = (&TensorSpec, &Role)> {
         self.plans.iter().flat_map(|p| p.layout.specs.iter().zip(&p.roles))
     }
 
-    fn entry(&self, spec: &Spec) -> Result<Entry> {
+    fn entry(&self, spec: &TensorSpec) -> Result<TensorEntry> {
         let kind = self.dtype.map_or_else(|| self.tensors.kind(&spec.name), Ok)?;
-        Ok(Entry { name: spec.name.clone(), kind, shape: spec.shape.clone() })
+        Ok(TensorEntry { name: spec.name.clone(), kind, shape: spec.shape.clone() })
     }
 
     /// The merged model as tensors of a file, of which one is in memory at a time.
-    pub fn source(&self) -> Result<Source> {
-        let mut source = Source::default();
+    pub fn source(&self) -> Result<TensorSource> {
+        let mut source = TensorSource::default();
         for (spec, _) in self.specs() {
             let view = View::whole(0, &spec.name, spec.shape.clone(), self.entry(spec)?.kind);
             source.views.insert(spec.name.clone(), view);
@@ -191,7 +191,13 @@ impl Merge {
 
     /// Writes the merged model to the folder `to`, in Hugging Face's format and files of at most `max_shard_size` bytes:
     /// complete, or not at all. `done` counts the bytes that were written. Logits are compared on `device`.
-    pub fn write(&self, to: &Path, max_shard_size: u64, device: Device, done: &AtomicU64) -> Result<Report> {
+    pub fn write(
+        &self,
+        to: &Path,
+        max_shard_size: u64,
+        device: Device,
+        done: &AtomicU64,
+    ) -> Result<MergeReport> {
         let entries = self.specs().map(|(spec, _)| self.entry(spec)).collect::<Result<Vec<_>>>()?;
         let plan = hf::plan(hf::as_stored(&self.shape, entries.iter().cloned()), max_shard_size);
         let dtype = super::convert::most_common(&entries);
@@ -212,25 +218,25 @@ impl Merge {
         let written = Rc::new(Weights::open(folder.temporary())?.into_source()?);
         let merged = self.check(&written, device)?;
         folder.commit()?;
-        Ok(Report {
+        Ok(MergeReport {
             num_tensors: entries.len(),
             num_merged,
-            bytes: entries.iter().map(Entry::bytes).sum(),
+            bytes: entries.iter().map(TensorEntry::bytes).sum(),
             num_files: plan.len(),
             merged,
         })
     }
 
     /// Compares what was written with the model and its adapter, on the text of [`logits`].
-    pub(super) fn check(&self, written: &Rc<Source>, device: Device) -> Result<Merged> {
-        let with_adapter: Vec<Plan> = self
+    pub(super) fn check(&self, written: &Rc<TensorSource>, device: Device) -> Result<Merged> {
+        let with_adapter: Vec<GroupPlan> = self
             .plans
             .iter()
-            .map(|plan| Plan { roles: vec![Role::Trained; plan.roles.len()], ..plan.clone() })
+            .map(|plan| GroupPlan { roles: vec![Role::Trained; plan.roles.len()], ..plan.clone() })
             .collect();
         let roles: HashMap<String, Role> = self.specs().map(|(s, role)| (s.name.clone(), *role)).collect();
         let tensors = self.tensors.clone();
-        let from = move |spec: &Spec| match roles.get(&spec.name) {
+        let from = move |spec: &TensorSpec| match roles.get(&spec.name) {
             Some(role) => tensors.trained(spec, *role),
             None => tensors.adapter.tensor(&spec.name),
         };
@@ -249,7 +255,7 @@ impl Merge {
         if !distance.is_finite() {
             return Err(Error::data("what the merged model gives is not finite"));
         }
-        let base = self.tensors.adapter.trainable().lora.as_ref().map_or(Base::None, |l| l.base);
+        let base = self.tensors.adapter.trainable().lora.as_ref().map_or(BaseFormat::None, |l| l.base);
         let scored = self.shape.head == Head::Score;
         Ok(Merged { base, distance: distance.max(0.0), scored, num_tokens: p.size()[0] })
     }
@@ -258,13 +264,13 @@ impl Merge {
 /// A merged model as a file: a tensor is merged when something of it is read.
 struct MergedFile {
     tensors: Arc<Tensors>,
-    entries: HashMap<String, (Entry, Spec, Role)>,
+    entries: HashMap<String, (TensorEntry, TensorSpec, Role)>,
     /// The tensor that was read last, since tensors are read in parts.
     last: Mutex<Option<(String, Vec<u8>)>>,
 }
 
 impl MergedFile {
-    fn entry(&self, name: &str) -> Result<&(Entry, Spec, Role)> {
+    fn entry(&self, name: &str) -> Result<&(TensorEntry, TensorSpec, Role)> {
         self.entries.get(name).ok_or_else(|| Error::data(format!("there is no tensor `{name}`")))
     }
 

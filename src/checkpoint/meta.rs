@@ -4,7 +4,7 @@
 //! The parts are cut where Meta's `ColumnParallelLinear` and `RowParallelLinear` cut: wq, wk, wv, w1, w3 and output by
 //! rows, wo and w2 by columns; norms are in every part. Embeddings are cut along the hidden size in Llama 1 and 2
 //! (`ParallelEmbedding`), along the vocabulary from Llama 3 on (`VocabParallelEmbedding`): the shapes tell which. The
-//! rows of wq and wk are in another order than Hugging Face's ([`Order::MetaRotary`]).
+//! rows of wq and wk are in another order than Hugging Face's ([`RowOrder::MetaRotary`]).
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::hf_config::read_object;
-use super::source::{Block, Order, Source, TensorFile, View};
-use super::torch_file::Reader;
+use super::source::{RowOrder, TensorBlock, TensorFile, TensorSource, View};
+use super::torch_file::TorchReader;
 use super::unfit::{Unfit, common_prefix};
 use crate::config::Setting;
 use crate::config::shape::{Family, Head, Llama3RopeScaling, Shape};
@@ -49,7 +49,7 @@ const LLAMA_3_THETA: f64 = 500000.0;
 
 /// Where a tensor is cut into parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Cut {
+pub(super) enum TensorCut {
     Rows,
     Columns,
     /// In every part whole.
@@ -59,45 +59,45 @@ pub(super) enum Cut {
 }
 
 /// A tensor of the model in Meta's files.
-pub(super) struct Named {
+pub(super) struct NamedShape {
     pub name: String,
-    pub cut: Cut,
+    pub cut: TensorCut,
     /// Whether its rows are rotated pairs.
     pub rotary: bool,
 }
 
 /// Meta's name for a tensor of the model; none where the format has no place for it.
-pub(super) fn named(model_name: &str) -> Option<Named> {
+pub(super) fn named(model_name: &str) -> Option<NamedShape> {
     let (name, cut) = match model_name {
-        EMBEDDING => ("tok_embeddings.weight".to_string(), Cut::Embedding),
-        FINAL_NORM => ("norm.weight".to_string(), Cut::Copy),
-        LM_HEAD => ("output.weight".to_string(), Cut::Rows),
+        EMBEDDING => ("tok_embeddings.weight".to_string(), TensorCut::Embedding),
+        FINAL_NORM => ("norm.weight".to_string(), TensorCut::Copy),
+        LM_HEAD => ("output.weight".to_string(), TensorCut::Rows),
         _ => {
             let (layer, part) = model_name.strip_prefix("model.layers.")?.split_once('.')?;
             let (part, cut) = match part {
-                "self_attn.q_proj.weight" => ("attention.wq", Cut::Rows),
-                "self_attn.k_proj.weight" => ("attention.wk", Cut::Rows),
-                "self_attn.v_proj.weight" => ("attention.wv", Cut::Rows),
-                "self_attn.o_proj.weight" => ("attention.wo", Cut::Columns),
-                "mlp.gate_proj.weight" => ("feed_forward.w1", Cut::Rows),
-                "mlp.down_proj.weight" => ("feed_forward.w2", Cut::Columns),
-                "mlp.up_proj.weight" => ("feed_forward.w3", Cut::Rows),
-                "input_layernorm.weight" => ("attention_norm", Cut::Copy),
-                "post_attention_layernorm.weight" => ("ffn_norm", Cut::Copy),
+                "self_attn.q_proj.weight" => ("attention.wq", TensorCut::Rows),
+                "self_attn.k_proj.weight" => ("attention.wk", TensorCut::Rows),
+                "self_attn.v_proj.weight" => ("attention.wv", TensorCut::Rows),
+                "self_attn.o_proj.weight" => ("attention.wo", TensorCut::Columns),
+                "mlp.gate_proj.weight" => ("feed_forward.w1", TensorCut::Rows),
+                "mlp.down_proj.weight" => ("feed_forward.w2", TensorCut::Columns),
+                "mlp.up_proj.weight" => ("feed_forward.w3", TensorCut::Rows),
+                "input_layernorm.weight" => ("attention_norm", TensorCut::Copy),
+                "post_attention_layernorm.weight" => ("ffn_norm", TensorCut::Copy),
                 _ => return None,
             };
             (format!("layers.{layer}.{part}.weight"), cut)
         }
     };
     let rotary = name.ends_with("attention.wq.weight") || name.ends_with("attention.wk.weight");
-    Some(Named { name, cut, rotary })
+    Some(NamedShape { name, cut, rotary })
 }
 
 /// A model in Meta's format, checked and ready to be read.
 pub struct MetaModel {
     dir: PathBuf,
     shape: Shape,
-    source: Source,
+    source: TensorSource,
 }
 
 impl MetaModel {
@@ -116,7 +116,7 @@ impl MetaModel {
         };
         let mut shape = shape_of(&params, rows("output.weight")?, rows("layers.0.feed_forward.w1.weight")?)
             .context(path.display())?;
-        let mut source = Source::default();
+        let mut source = TensorSource::default();
         source.files = files;
         find_tensors(&mut source, &shape).context(dir.display())?;
         shape.tie_word_embeddings = source.equal(EMBEDDING, LM_HEAD)?;
@@ -132,11 +132,11 @@ impl MetaModel {
     }
 
     /// The tensors, under the model's names and in its order.
-    pub fn source(&self) -> &Source {
+    pub fn source(&self) -> &TensorSource {
         &self.source
     }
 
-    pub fn into_source(self) -> Source {
+    pub fn into_source(self) -> TensorSource {
         self.source
     }
 }
@@ -174,7 +174,10 @@ fn open_parts(dir: &Path) -> Result<Vec<Box<dyn TensorFile>>> {
             return Err(Error::data(format!("{}: there is {name}, and no {}", dir.display(), part_name(i))));
         }
     }
-    names.iter().map(|name| Ok(Box::new(Reader::open(&dir.join(name))?) as Box<dyn TensorFile>)).collect()
+    names
+        .iter()
+        .map(|name| Ok(Box::new(TorchReader::open(&dir.join(name))?) as Box<dyn TensorFile>))
+        .collect()
 }
 
 /// The file of a model-parallel part.
@@ -302,7 +305,7 @@ fn ffn_size(dim: i64, multiplier: Option<f64>, multiple_of: i64) -> i64 {
 }
 
 /// Finds every tensor of the model in the parts.
-fn find_tensors(source: &mut Source, shape: &Shape) -> Result<()> {
+fn find_tensors(source: &mut TensorSource, shape: &Shape) -> Result<()> {
     let files = &source.files;
     if shape.num_hidden_layers > files[0].names().len() as i64 {
         let (layers, tensors) = (shape.num_hidden_layers, files[0].names().len());
@@ -338,25 +341,25 @@ fn find_tensors(source: &mut Source, shape: &Shape) -> Result<()> {
 }
 
 /// Puts a tensor together from the parts.
-fn find(files: &[Box<dyn TensorFile>], named: &Named, shape: &[i64], head_dim: i64) -> Result<View> {
+fn find(files: &[Box<dyn TensorFile>], named: &NamedShape, shape: &[i64], head_dim: i64) -> Result<View> {
     let parts = files.len() as i64;
     let infos = files.iter().map(|f| f.info(&named.name)).collect::<Result<Vec<_>>>()?;
     let (found, kind) = &infos[0];
     let cut = match named.cut {
-        Cut::Embedding if found.get(1) == shape.get(1) => Cut::Rows,
-        Cut::Embedding => Cut::Columns,
+        TensorCut::Embedding if found.get(1) == shape.get(1) => TensorCut::Rows,
+        TensorCut::Embedding => TensorCut::Columns,
         cut => cut,
     };
     let mut wanted = shape.to_vec();
     match cut {
-        Cut::Rows | Cut::Embedding => wanted[0] /= parts,
-        Cut::Columns => wanted[1] /= parts,
-        Cut::Copy => {}
+        TensorCut::Rows | TensorCut::Embedding => wanted[0] /= parts,
+        TensorCut::Columns => wanted[1] /= parts,
+        TensorCut::Copy => {}
     }
     let whole = match cut {
-        Cut::Rows | Cut::Embedding => wanted[0] * parts == shape[0],
-        Cut::Columns => wanted[1] * parts == shape[1],
-        Cut::Copy => true,
+        TensorCut::Rows | TensorCut::Embedding => wanted[0] * parts == shape[0],
+        TensorCut::Columns => wanted[1] * parts == shape[1],
+        TensorCut::Copy => true,
     };
     if !whole || infos.iter().any(|(found, _)| *found != wanted) {
         let found: Vec<_> = infos.iter().map(|(shape, _)| format!("{shape:?}")).collect();
@@ -371,17 +374,17 @@ fn find(files: &[Box<dyn TensorFile>], named: &Named, shape: &[i64], head_dim: i
     }
     let (rows, cols) = (wanted[0], wanted.get(1).copied().unwrap_or(1));
     let order = match named.rotary {
-        true if rows % head_dim == 0 => Order::MetaRotary { head_dim },
+        true if rows % head_dim == 0 => RowOrder::MetaRotary { head_dim },
         true => return Err(Error::data(format!("`{}` is cut within a head", named.name))),
-        false => Order::Same,
+        false => RowOrder::Same,
     };
     let block = |part: i64| {
         let (row, col) = match cut {
-            Cut::Rows | Cut::Embedding => (part * rows, 0),
-            Cut::Columns => (0, part * cols),
-            Cut::Copy => (0, 0),
+            TensorCut::Rows | TensorCut::Embedding => (part * rows, 0),
+            TensorCut::Columns => (0, part * cols),
+            TensorCut::Copy => (0, 0),
         };
-        Block {
+        TensorBlock {
             file: part as usize,
             tensor: named.name.clone(),
             rows: row..row + rows,
@@ -392,7 +395,7 @@ fn find(files: &[Box<dyn TensorFile>], named: &Named, shape: &[i64], head_dim: i
         }
     };
     let blocks = match cut {
-        Cut::Copy => vec![block(0)],
+        TensorCut::Copy => vec![block(0)],
         _ => (0..parts).map(block).collect(),
     };
     let width = shape.get(1).copied().unwrap_or(1);

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::hf_config::read_object;
 use crate::config::reward::Score;
-use crate::config::trainable::Base;
+use crate::config::trainable::BaseFormat;
 use crate::error::{Context, Error, Result};
 use crate::files::{is_file, write_file};
 
@@ -18,7 +18,7 @@ pub const OURS: &str = "corral.json";
 pub struct Ours {
     /// How the base of an adapter was kept in training.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub base: Option<Base>,
+    pub base: Option<BaseFormat>,
     /// Of a reward model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reward: Option<Scoring>,

@@ -10,15 +10,15 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tch::Kind;
 
-use self::config::{Described, read_config, unread};
-use self::joined::{Joined, Patterns, Stored};
+use self::config::{DescribedAdapter, read_config, unread};
+use self::joined::{Joined, JoinedTensor, Patterns};
 use super::hf::write_tokenizer;
 use super::hf_config::read_object;
 use super::named::{ModelFolder, tokenizer_of};
 use super::ours::{OURS, Ours, Scoring};
-use super::safetensors::{self, Entry, Writer};
+use super::safetensors::{self, SafetensorsWriter, TensorEntry};
 use super::sharded::Checkpoint;
-use super::source::Source;
+use super::source::TensorSource;
 use super::tensor_hash::TensorHash;
 use super::torch_file;
 use super::unfit::{Unfit, common_prefix};
@@ -27,7 +27,7 @@ use crate::config::shape::{Head, Shape};
 use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
 use crate::distributed::agree::agree;
 use crate::distributed::plan::{Role, adapter_names};
-use crate::distributed::sharded::{Sharded, Spec};
+use crate::distributed::sharded::{Sharded, TensorSpec};
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFolder, exists, is_file, write_file};
 use crate::model::Trainable;
@@ -54,7 +54,7 @@ pub struct PeftAdapter {
     /// Of the model with the adapter, where that may be another than its base's.
     vocab_size: Option<i64>,
     /// Its tensors, by the names in PEFT's files; once it was checked, by the model's names after the same beginning.
-    source: Source,
+    source: TensorSource,
     /// What PEFT says of single modules.
     patterns: Patterns,
 }
@@ -68,7 +68,7 @@ impl PeftAdapter {
     pub fn open(dir: &Path) -> Result<PeftAdapter> {
         let path = dir.join(CONFIG);
         let config = read_object(&path)?;
-        let Described { trainable, base, patterns } =
+        let DescribedAdapter { trainable, base, patterns } =
             read_config(&config).map_err(|e| Error::data(e).context(path.display()))?;
         if let Some(unread) = unread(&config) {
             warn_once(&format!("{}: {unread}", path.display()));
@@ -265,7 +265,7 @@ impl PeftAdapter {
     /// Returns the hash of those of them that are not trained. Collective over the ranks that hold the parameters.
     pub fn fill(&self, params: &mut Sharded) -> Result<TensorHash> {
         let rows = self.vocab_size.unwrap_or(i64::MAX);
-        let wanted = |spec: &Spec| self.has(&spec.name);
+        let wanted = |spec: &TensorSpec| self.has(&spec.name);
         self.source.fill_where(params, rows, wanted, |name| format!("{PREFIX}{name}"))
     }
 
@@ -279,11 +279,11 @@ impl PeftAdapter {
     }
 }
 
-fn open_weights(dir: &Path) -> Result<Source> {
+fn open_weights(dir: &Path) -> Result<TensorSource> {
     let (path, old) = (dir.join(WEIGHTS), dir.join(OLD_WEIGHTS));
-    Ok(Source::of_files(vec![match !is_file(&path)? && is_file(&old)? {
-        true => Box::new(torch_file::Reader::open(&old)?),
-        false => Box::new(safetensors::Reader::open(&path)?),
+    Ok(TensorSource::of_files(vec![match !is_file(&path)? && is_file(&old)? {
+        true => Box::new(torch_file::TorchReader::open(&old)?),
+        false => Box::new(safetensors::SafetensorsReader::open(&path)?),
     }]))
 }
 
@@ -329,10 +329,10 @@ impl PeftAdapter {
             None => Ok::<_, Error>(self.source.view(&format!("{PREFIX}{name}"))?.kind),
         };
         let wanted = self.wanted(shape)?;
-        let stored = Stored::of(&Joined::all(shape), self.rank(), wanted.iter().cloned());
-        let entry = |t: &Stored| Ok(t.entry(kind(t.first())?));
+        let stored = JoinedTensor::of(&Joined::all(shape), self.rank(), wanted.iter().cloned());
+        let entry = |t: &JoinedTensor| Ok(t.entry(kind(t.first())?));
         let entries = stored.iter().map(entry).collect::<Result<Vec<_>>>()?;
-        let mut writer = Writer::create(&folder.temporary().join(WEIGHTS), &entries)?;
+        let mut writer = SafetensorsWriter::create(&folder.temporary().join(WEIGHTS), &entries)?;
         for t in &stored {
             writer.write(&t.assemble(|name| self.tensor(name))?)?;
         }
@@ -346,7 +346,11 @@ impl PeftAdapter {
             }
         }
         folder.commit()?;
-        Ok(WrittenAdapter { base, num_tensors: entries.len(), bytes: entries.iter().map(Entry::bytes).sum() })
+        Ok(WrittenAdapter {
+            base,
+            num_tensors: entries.len(),
+            bytes: entries.iter().map(TensorEntry::bytes).sum(),
+        })
     }
 }
 
@@ -368,13 +372,17 @@ pub fn export_adapter(dir: &Path, params: &Sharded, how: &AdapterExport, world: 
     let (joined, rank) = (Joined::all(how.shape), how.trainable.lora.as_ref().map_or(0, |lora| lora.rank));
     // Tensors that lie in one belong to the same group.
     let stored = |i: usize| {
-        Stored::of(&joined, rank, params.layout(i).specs.iter().map(|s| (s.name.clone(), s.shape.clone())))
+        JoinedTensor::of(
+            &joined,
+            rank,
+            params.layout(i).specs.iter().map(|s| (s.name.clone(), s.shape.clone())),
+        )
     };
     let started = match world.rank() {
         0 => begin(dir, how).and_then(|folder| {
-            let entries: Vec<Entry> =
+            let entries: Vec<TensorEntry> =
                 (0..params.len()).flat_map(stored).map(|t| t.entry(Kind::Float)).collect();
-            let writer = Writer::create(&folder.temporary().join(WEIGHTS), &entries)?;
+            let writer = SafetensorsWriter::create(&folder.temporary().join(WEIGHTS), &entries)?;
             Ok(Some((folder, writer)))
         }),
         _ => Ok(None),

@@ -33,7 +33,7 @@ const MAX_NAME: usize = 1024;
 
 /// What may be imported.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Global {
+enum PickleGlobal {
     OrderedDict,
     RebuildTensor,
     RebuildParameter,
@@ -41,32 +41,38 @@ enum Global {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Value<'a> {
+enum PickleValue<'a> {
     None,
     Bool,
     Int(i64),
     Float,
     Bytes,
     Str(&'a str),
-    Global(Global),
+    Global(PickleGlobal),
     Object(u32),
 }
 
 #[derive(Debug)]
 enum Object<'a> {
-    Tuple(Vec<Value<'a>>),
-    List(Vec<Value<'a>>),
-    Dict(Vec<(Value<'a>, Value<'a>)>),
+    Tuple(Vec<PickleValue<'a>>),
+    List(Vec<PickleValue<'a>>),
+    Dict(Vec<(PickleValue<'a>, PickleValue<'a>)>),
     Storage { key: &'a str, kind: Kind, len: i64 },
     Tensor(Box<TensorRef>),
 }
 
 /// Reads the pickle of a state dict: a dictionary of tensors by name, in its order. The error says what is wrong.
 pub fn state_dict(pickle: &[u8]) -> Result<Vec<(String, TensorRef)>, String> {
-    let mut machine =
-        Machine { input: pickle, at: 0, stack: vec![], marks: vec![], memo: HashMap::new(), objects: vec![] };
+    let mut machine = PickleMachine {
+        input: pickle,
+        at: 0,
+        stack: vec![],
+        marks: vec![],
+        memo: HashMap::new(),
+        objects: vec![],
+    };
     let top = machine.run()?;
-    let Value::Object(i) = top else {
+    let PickleValue::Object(i) = top else {
         return Err(format!("holds {}, not a dictionary of tensors", machine.describe(top)));
     };
     let Object::Dict(items) = &machine.objects[i as usize] else {
@@ -75,7 +81,7 @@ pub fn state_dict(pickle: &[u8]) -> Result<Vec<(String, TensorRef)>, String> {
     let mut tensors = Vec::with_capacity(items.len());
     for (key, value) in items {
         let name = match key {
-            Value::Str(name) if name.len() <= MAX_NAME => *name,
+            PickleValue::Str(name) if name.len() <= MAX_NAME => *name,
             _ => {
                 return Err(format!("a key of its dictionary is {}, not a name", machine.describe(*key)));
             }
@@ -94,21 +100,21 @@ pub fn state_dict(pickle: &[u8]) -> Result<Vec<(String, TensorRef)>, String> {
 }
 
 /// What a name means here. All that may be imported stands in this function.
-fn global(module: &str, name: &str) -> Result<Global, String> {
+fn global(module: &str, name: &str) -> Result<PickleGlobal, String> {
     Ok(match (module, name) {
-        ("collections", "OrderedDict") => Global::OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2") => Global::RebuildTensor,
-        ("torch._utils", "_rebuild_parameter") => Global::RebuildParameter,
-        ("torch", "DoubleStorage") => Global::Storage(Kind::Double),
-        ("torch", "FloatStorage") => Global::Storage(Kind::Float),
-        ("torch", "HalfStorage") => Global::Storage(Kind::Half),
-        ("torch", "BFloat16Storage") => Global::Storage(Kind::BFloat16),
-        ("torch", "LongStorage") => Global::Storage(Kind::Int64),
-        ("torch", "IntStorage") => Global::Storage(Kind::Int),
-        ("torch", "ShortStorage") => Global::Storage(Kind::Int16),
-        ("torch", "CharStorage") => Global::Storage(Kind::Int8),
-        ("torch", "ByteStorage") => Global::Storage(Kind::Uint8),
-        ("torch", "BoolStorage") => Global::Storage(Kind::Bool),
+        ("collections", "OrderedDict") => PickleGlobal::OrderedDict,
+        ("torch._utils", "_rebuild_tensor_v2") => PickleGlobal::RebuildTensor,
+        ("torch._utils", "_rebuild_parameter") => PickleGlobal::RebuildParameter,
+        ("torch", "DoubleStorage") => PickleGlobal::Storage(Kind::Double),
+        ("torch", "FloatStorage") => PickleGlobal::Storage(Kind::Float),
+        ("torch", "HalfStorage") => PickleGlobal::Storage(Kind::Half),
+        ("torch", "BFloat16Storage") => PickleGlobal::Storage(Kind::BFloat16),
+        ("torch", "LongStorage") => PickleGlobal::Storage(Kind::Int64),
+        ("torch", "IntStorage") => PickleGlobal::Storage(Kind::Int),
+        ("torch", "ShortStorage") => PickleGlobal::Storage(Kind::Int16),
+        ("torch", "CharStorage") => PickleGlobal::Storage(Kind::Int8),
+        ("torch", "ByteStorage") => PickleGlobal::Storage(Kind::Uint8),
+        ("torch", "BoolStorage") => PickleGlobal::Storage(Kind::Bool),
         _ => {
             return Err(format!(
                 "it imports `{}.{}`, which is no part of a tensor; pickles can run any program, so only tensors and \
@@ -125,19 +131,19 @@ fn clean(text: &str) -> String {
     text.chars().take(80).flat_map(char::escape_debug).collect()
 }
 
-struct Machine<'a> {
+struct PickleMachine<'a> {
     input: &'a [u8],
     at: usize,
-    stack: Vec<Value<'a>>,
+    stack: Vec<PickleValue<'a>>,
     /// Heights of the stack at which marks were set.
     marks: Vec<usize>,
-    memo: HashMap<u32, Value<'a>>,
+    memo: HashMap<u32, PickleValue<'a>>,
     objects: Vec<Object<'a>>,
 }
 
-impl<'a> Machine<'a> {
+impl<'a> PickleMachine<'a> {
     /// Runs to the end; returns the value that is left.
-    fn run(&mut self) -> Result<Value<'a>, String> {
+    fn run(&mut self) -> Result<PickleValue<'a>, String> {
         loop {
             let (at, opcode) = (self.at, self.byte()?);
             if opcode == b'.' {
@@ -162,11 +168,11 @@ impl<'a> Machine<'a> {
             b'1' => return self.pop_mark().map(drop),
             b'2' => *self.stack.last().ok_or("the stack is empty")?,
             // Atoms
-            b'N' => Value::None,
-            0x88 | 0x89 => Value::Bool,
-            b'K' => Value::Int(i64::from(self.byte()?)),
-            b'M' => Value::Int(i64::from(u16::from_le_bytes(self.array()?))),
-            b'J' => Value::Int(i64::from(i32::from_le_bytes(self.array()?))),
+            b'N' => PickleValue::None,
+            0x88 | 0x89 => PickleValue::Bool,
+            b'K' => PickleValue::Int(i64::from(self.byte()?)),
+            b'M' => PickleValue::Int(i64::from(u16::from_le_bytes(self.array()?))),
+            b'J' => PickleValue::Int(i64::from(i32::from_le_bytes(self.array()?))),
             0x8a => {
                 let len = usize::from(self.byte()?);
                 self.long(len)?
@@ -177,7 +183,7 @@ impl<'a> Machine<'a> {
             }
             b'G' => {
                 self.take(8)?;
-                Value::Float
+                PickleValue::Float
             }
             // Text: SHORT_BINUNICODE, BINUNICODE, BINUNICODE8
             0x8c => {
@@ -196,17 +202,17 @@ impl<'a> Machine<'a> {
             b'C' | b'U' => {
                 let len = usize::from(self.byte()?);
                 self.take(len)?;
-                Value::Bytes
+                PickleValue::Bytes
             }
             b'B' | b'T' => {
                 let len = self.length4()?;
                 self.take(len)?;
-                Value::Bytes
+                PickleValue::Bytes
             }
             0x8e => {
                 let len = self.length8()?;
                 self.take(len)?;
-                Value::Bytes
+                PickleValue::Bytes
             }
             // Containers
             b'}' => self.new_object(Object::Dict(vec![]))?,
@@ -269,10 +275,12 @@ impl<'a> Machine<'a> {
                 if opcode == b'i' {
                     return Err("it makes an object of a class".into());
                 }
-                Value::Global(global)
+                PickleValue::Global(global)
             }
             0x93 => match self.pop_many(2)?.as_slice() {
-                [Value::Str(module), Value::Str(name)] => Value::Global(global(module, name)?),
+                [PickleValue::Str(module), PickleValue::Str(name)] => {
+                    PickleValue::Global(global(module, name)?)
+                }
                 _ => return Err("a name to import is no text".into()),
             },
             // BINPERSID, REDUCE, BUILD
@@ -303,15 +311,15 @@ impl<'a> Machine<'a> {
     }
 
     /// Makes a storage out of its persistent id: ("storage", type, key, device, number of elements).
-    fn storage(&mut self, id: Value<'a>) -> Result<Value<'a>, String> {
+    fn storage(&mut self, id: PickleValue<'a>) -> Result<PickleValue<'a>, String> {
         let parts = self.tuple(id)?;
         match parts {
             [
-                Value::Str("storage"),
-                Value::Global(Global::Storage(kind)),
-                Value::Str(key),
-                Value::Str(_),
-                Value::Int(len),
+                PickleValue::Str("storage"),
+                PickleValue::Global(PickleGlobal::Storage(kind)),
+                PickleValue::Str(key),
+                PickleValue::Str(_),
+                PickleValue::Int(len),
             ] if *len >= 0 && key.len() <= MAX_NAME => {
                 let storage = Object::Storage { key, kind: *kind, len: *len };
                 self.new_object(storage)
@@ -321,17 +329,24 @@ impl<'a> Machine<'a> {
     }
 
     /// What a call means: nothing is called.
-    fn reduce(&mut self, callable: Value<'a>, args: Value<'a>) -> Result<Value<'a>, String> {
+    fn reduce(
+        &mut self,
+        callable: PickleValue<'a>,
+        args: PickleValue<'a>,
+    ) -> Result<PickleValue<'a>, String> {
         let args = self.tuple(args)?;
         match (callable, args) {
-            (Value::Global(Global::OrderedDict), []) => self.new_object(Object::Dict(vec![])),
+            (PickleValue::Global(PickleGlobal::OrderedDict), []) => self.new_object(Object::Dict(vec![])),
             // (data, requires_grad, hooks)
-            (Value::Global(Global::RebuildParameter), [data, ..]) => match self.object(*data) {
+            (PickleValue::Global(PickleGlobal::RebuildParameter), [data, ..]) => match self.object(*data) {
                 Some(Object::Tensor(_)) => Ok(*data),
                 _ => Err("a parameter is no tensor".into()),
             },
             // (storage, offset, shape, stride, requires_grad, hooks, and from torch 2.1 on metadata)
-            (Value::Global(Global::RebuildTensor), [storage, Value::Int(offset), shape, stride, ..]) => {
+            (
+                PickleValue::Global(PickleGlobal::RebuildTensor),
+                [storage, PickleValue::Int(offset), shape, stride, ..],
+            ) => {
                 let Some(Object::Storage { key, kind, len }) = self.object(*storage) else {
                     return Err("a tensor has no storage".into());
                 };
@@ -349,9 +364,9 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn integers(&self, tuple: Value<'a>) -> Result<Vec<i64>, String> {
-        let integer = |v: &Value| match v {
-            Value::Int(i) => Ok(*i),
+    fn integers(&self, tuple: PickleValue<'a>) -> Result<Vec<i64>, String> {
+        let integer = |v: &PickleValue| match v {
+            PickleValue::Int(i) => Ok(*i),
             other => Err(format!("a tensor's shape has {}", self.describe(*other))),
         };
         match self.tuple(tuple)? {
@@ -360,30 +375,30 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn object(&self, value: Value<'a>) -> Option<&Object<'a>> {
+    fn object(&self, value: PickleValue<'a>) -> Option<&Object<'a>> {
         match value {
-            Value::Object(i) => self.objects.get(i as usize),
+            PickleValue::Object(i) => self.objects.get(i as usize),
             _ => None,
         }
     }
 
-    fn tuple(&self, value: Value<'a>) -> Result<&[Value<'a>], String> {
+    fn tuple(&self, value: PickleValue<'a>) -> Result<&[PickleValue<'a>], String> {
         match self.object(value) {
             Some(Object::Tuple(items)) => Ok(items),
             _ => Err(format!("{} stands where a tuple should", self.describe(value))),
         }
     }
 
-    fn describe(&self, value: Value<'a>) -> String {
+    fn describe(&self, value: PickleValue<'a>) -> String {
         match value {
-            Value::None => "None".into(),
-            Value::Bool => "a truth value".into(),
-            Value::Int(i) => format!("the number {i}"),
-            Value::Float => "a number".into(),
-            Value::Bytes => "a string of bytes".into(),
-            Value::Str(s) => format!("the text \"{}\"", clean(s)),
-            Value::Global(_) => "a type".into(),
-            Value::Object(i) => match &self.objects[i as usize] {
+            PickleValue::None => "None".into(),
+            PickleValue::Bool => "a truth value".into(),
+            PickleValue::Int(i) => format!("the number {i}"),
+            PickleValue::Float => "a number".into(),
+            PickleValue::Bytes => "a string of bytes".into(),
+            PickleValue::Str(s) => format!("the text \"{}\"", clean(s)),
+            PickleValue::Global(_) => "a type".into(),
+            PickleValue::Object(i) => match &self.objects[i as usize] {
                 Object::Tuple(_) => "a tuple".into(),
                 Object::List(_) => "a list".into(),
                 Object::Dict(_) => "a dictionary".into(),
@@ -393,15 +408,15 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn new_object(&mut self, object: Object<'a>) -> Result<Value<'a>, String> {
+    fn new_object(&mut self, object: Object<'a>) -> Result<PickleValue<'a>, String> {
         let i = u32::try_from(self.objects.len()).map_err(|_| "too many objects")?;
         self.objects.push(object);
-        Ok(Value::Object(i))
+        Ok(PickleValue::Object(i))
     }
 
-    fn append(&mut self, items: Vec<Value<'a>>) -> Result<(), String> {
+    fn append(&mut self, items: Vec<PickleValue<'a>>) -> Result<(), String> {
         match self.stack.last() {
-            Some(Value::Object(i)) => match &mut self.objects[*i as usize] {
+            Some(PickleValue::Object(i)) => match &mut self.objects[*i as usize] {
                 Object::List(list) => {
                     list.extend(items);
                     Ok(())
@@ -412,10 +427,10 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn set_items(&mut self, items: Vec<Value<'a>>) -> Result<(), String> {
+    fn set_items(&mut self, items: Vec<PickleValue<'a>>) -> Result<(), String> {
         let items = pairs(items)?;
         match self.stack.last() {
-            Some(Value::Object(i)) => match &mut self.objects[*i as usize] {
+            Some(PickleValue::Object(i)) => match &mut self.objects[*i as usize] {
                 Object::Dict(dict) => {
                     dict.extend(items);
                     Ok(())
@@ -432,7 +447,7 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    fn recall(&self, key: u32) -> Result<Value<'a>, String> {
+    fn recall(&self, key: u32) -> Result<PickleValue<'a>, String> {
         self.memo.get(&key).copied().ok_or_else(|| format!("there is no memo {key}"))
     }
 
@@ -441,21 +456,21 @@ impl<'a> Machine<'a> {
         self.marks.last().copied().unwrap_or(0)
     }
 
-    fn pop(&mut self) -> Result<Value<'a>, String> {
+    fn pop(&mut self) -> Result<PickleValue<'a>, String> {
         match self.stack.len() > self.floor() {
             true => self.stack.pop().ok_or_else(|| "the stack is empty".into()),
             false => Err("the stack is empty".into()),
         }
     }
 
-    fn pop_many(&mut self, n: usize) -> Result<Vec<Value<'a>>, String> {
+    fn pop_many(&mut self, n: usize) -> Result<Vec<PickleValue<'a>>, String> {
         match self.stack.len() - self.floor() >= n {
             true => Ok(self.stack.split_off(self.stack.len() - n)),
             false => Err("the stack is empty".into()),
         }
     }
 
-    fn pop_mark(&mut self) -> Result<Vec<Value<'a>>, String> {
+    fn pop_mark(&mut self) -> Result<Vec<PickleValue<'a>>, String> {
         let mark = self.marks.pop().ok_or("there is no mark")?;
         Ok(self.stack.split_off(mark))
     }
@@ -485,18 +500,20 @@ impl<'a> Machine<'a> {
     }
 
     /// A number of `len` bytes, little-endian, two's complement.
-    fn long(&mut self, len: usize) -> Result<Value<'a>, String> {
+    fn long(&mut self, len: usize) -> Result<PickleValue<'a>, String> {
         let bytes = self.take(len)?;
         if len > 8 {
             return Err("a number has more than 64 bits".into());
         }
         let sign = bytes.last().map_or(0, |b| if b & 0x80 != 0 { 0xff } else { 0 });
-        Ok(Value::Int(i64::from_le_bytes(std::array::from_fn(|i| bytes.get(i).copied().unwrap_or(sign)))))
+        Ok(PickleValue::Int(i64::from_le_bytes(std::array::from_fn(|i| {
+            bytes.get(i).copied().unwrap_or(sign)
+        }))))
     }
 
-    fn text(&mut self, len: usize) -> Result<Value<'a>, String> {
+    fn text(&mut self, len: usize) -> Result<PickleValue<'a>, String> {
         let text = std::str::from_utf8(self.take(len)?).map_err(|_| "a text is no UTF-8")?;
-        Ok(Value::Str(text))
+        Ok(PickleValue::Str(text))
     }
 
     /// Text up to the end of the line.
@@ -508,7 +525,7 @@ impl<'a> Machine<'a> {
     }
 }
 
-fn pairs(items: Vec<Value>) -> Result<Vec<(Value, Value)>, String> {
+fn pairs(items: Vec<PickleValue>) -> Result<Vec<(PickleValue, PickleValue)>, String> {
     match items.len() % 2 {
         0 => Ok(items.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect()),
         _ => Err("a dictionary has a key without a value".into()),

@@ -22,7 +22,7 @@ const MAX_HEADER: u64 = 100_000_000;
 
 /// A safetensors file whose header was checked: every tensor lies within the file, sizes fit shapes and dtypes, and the
 /// tensors cover the file without gaps or overlaps.
-pub struct Reader {
+pub struct SafetensorsReader {
     path: PathBuf,
     file: File,
     /// Where the tensors' data starts.
@@ -30,11 +30,11 @@ pub struct Reader {
     header: Metadata,
 }
 
-impl Reader {
+impl SafetensorsReader {
     /// Opens the file and checks its header.
     ///
     /// Errors (kind Data) name the file, and the tensor where there is one.
-    pub fn open(path: &Path) -> Result<Reader> {
+    pub fn open(path: &Path) -> Result<SafetensorsReader> {
         let file = File::open(path).map_err(|e| read_error(path, &e))?;
         let size = file.metadata().map_err(|e| read_error(path, &e))?.len();
         let damaged = |what: String| {
@@ -59,7 +59,7 @@ impl Reader {
         if end != size {
             return Err(damaged(format!("it has {size} bytes, its header describes {end}")));
         }
-        Ok(Reader { path: path.to_path_buf(), file, data, header })
+        Ok(SafetensorsReader { path: path.to_path_buf(), file, data, header })
     }
 
     /// Name, dtype, shape and bytes of every tensor, of any dtype, in the order of the data.
@@ -102,7 +102,7 @@ impl Reader {
     }
 }
 
-impl TensorFile for Reader {
+impl TensorFile for SafetensorsReader {
     fn path(&self) -> &Path {
         &self.path
     }
@@ -136,7 +136,7 @@ impl TensorFile for Reader {
 
 /// A tensor that a file will hold.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Entry {
+pub struct TensorEntry {
     /// The name under which readers find it.
     pub name: String,
     /// The dtype in the file.
@@ -145,7 +145,7 @@ pub struct Entry {
     pub shape: Vec<i64>,
 }
 
-impl Entry {
+impl TensorEntry {
     /// Bytes in the file.
     pub fn bytes(&self) -> u64 {
         self.shape.iter().product::<i64>() as u64 * self.kind.elt_size_in_bytes() as u64
@@ -176,18 +176,18 @@ pub struct Written {
 }
 
 /// Writes a safetensors file tensor by tensor, under a temporary name until it is complete and on the disk.
-pub struct Writer {
+pub struct SafetensorsWriter {
     path: PathBuf,
     out: AtomicFile,
-    missing: VecDeque<Entry>,
+    missing: VecDeque<TensorEntry>,
     crc: crc32fast::Hasher,
     bytes: u64,
 }
 
-impl Writer {
+impl SafetensorsWriter {
     /// Starts a file that will hold `entries`, which must follow in this order. Its metadata says `format: pt`, which
     /// transformers asks for.
-    pub fn create(path: &Path, entries: &[Entry]) -> Result<Writer> {
+    pub fn create(path: &Path, entries: &[TensorEntry]) -> Result<SafetensorsWriter> {
         let mut end = 0;
         let mut infos = Vec::with_capacity(entries.len());
         for entry in entries {
@@ -210,7 +210,7 @@ impl Writer {
         let mut header = serde_json::to_vec(&header).map_err(|e| describe(&e))?;
         header.resize(header.len().next_multiple_of(8), b' ');
 
-        let mut writer = Writer {
+        let mut writer = SafetensorsWriter {
             path: path.to_path_buf(),
             out: AtomicFile::create(path)?,
             missing: entries.iter().cloned().collect(),

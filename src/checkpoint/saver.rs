@@ -16,7 +16,7 @@ use tch::{Device, Tensor};
 use super::hf::write_tokenizer;
 use super::model_record::ModelRecord;
 use super::ours::Scoring;
-use super::safetensors::{Entry, Writer};
+use super::safetensors::{SafetensorsWriter, TensorEntry};
 use super::sharded::{
     BaseMeta, FileMeta, GroupMeta, MASTER, META, Meta, checkpoints_dir, list, shard_name, step_name,
     tensor_name,
@@ -47,7 +47,7 @@ impl RunInfo {
 }
 
 /// A model in a checkpoint.
-pub struct Part<'a> {
+pub struct SavedPart<'a> {
     /// Its folder in the checkpoint's; empty for the first part, which lies in the checkpoint's own.
     pub name: &'a str,
     /// Of the model.
@@ -100,7 +100,7 @@ struct FirstSave {
 struct Pending {
     step: u64,
     parts: Vec<PendingPart>,
-    job: Job,
+    job: SaveJob,
     started: Instant,
 }
 
@@ -116,16 +116,16 @@ struct PendingPart {
 }
 
 /// What a thread has written: the files of every part, its shard first.
-type Written = Vec<Vec<FileMeta>>;
+type SaveResult = Vec<Vec<FileMeta>>;
 
-enum Job {
-    Running(JoinHandle<Result<Written>>),
+enum SaveJob {
+    Running(JoinHandle<Result<SaveResult>>),
     /// It failed before the start.
-    Over(Result<Written>),
+    Over(Result<SaveResult>),
 }
 
 /// How a save ended, the same on all ranks.
-enum Outcome {
+enum SaveOutcome {
     /// There was none under way.
     Nothing,
     Saved(Saved),
@@ -136,13 +136,13 @@ enum Outcome {
     },
 }
 
-impl Outcome {
+impl SaveOutcome {
     /// All ranks know the outcome; rank 0 tells it.
     fn warn_if_failed(self, world: &Group) -> Option<Saved> {
         match self {
-            Outcome::Nothing => None,
-            Outcome::Saved(saved) => Some(saved),
-            Outcome::Failed { step, error } => {
+            SaveOutcome::Nothing => None,
+            SaveOutcome::Saved(saved) => Some(saved),
+            SaveOutcome::Failed { step, error } => {
                 if world.rank() == 0 {
                     warn!(
                         "the checkpoint of step {step} could not be saved, the run goes on without it: {error}"
@@ -217,7 +217,7 @@ impl Saver {
     /// Copies the state to host memory and starts writing it. A save that is still under way is waited for first; if
     /// that one fails, a warning says so. `state` is the trainer's own, equal on all ranks. Collective if a save is
     /// under way.
-    pub fn begin(&mut self, step: u64, models: &[Part], state: Value) -> Result<()> {
+    pub fn begin(&mut self, step: u64, models: &[SavedPart], state: Value) -> Result<()> {
         self.complete()?.warn_if_failed(&self.world);
         let started = Instant::now();
         let names: Vec<String> = models.iter().skip(1).map(|m| m.name.to_string()).collect();
@@ -265,9 +265,9 @@ impl Saver {
                     jobs.into_iter().map(|job| job.map_or(Ok(Vec::new()), ToWrite::write)).collect()
                 };
                 let thread = std::thread::Builder::new().name("saver".into()).spawn(write);
-                thread.map_or_else(|e| Job::Over(Err(e.into())), Job::Running)
+                thread.map_or_else(|e| SaveJob::Over(Err(e.into())), SaveJob::Running)
             }
-            Err(e) => Job::Over(Err(e)),
+            Err(e) => SaveJob::Over(Err(e)),
         };
         self.pending = Some(Pending { step, parts, job, started });
         Ok(())
@@ -278,8 +278,8 @@ impl Saver {
     pub fn poll(&mut self) -> Result<Option<Saved>> {
         let Some(pending) = &self.pending else { return Ok(None) };
         let done = match &pending.job {
-            Job::Running(thread) => thread.is_finished(),
-            Job::Over(_) => true,
+            SaveJob::Running(thread) => thread.is_finished(),
+            SaveJob::Over(_) => true,
         };
         let all = self.world.combine(&[f64::from(u8::from(done))], ReduceOp::Min)?[0];
         if all < 1.0 { Ok(None) } else { Ok(self.complete()?.warn_if_failed(&self.world)) }
@@ -289,22 +289,22 @@ impl Saver {
     /// been the run's last. Collective if a save is under way.
     pub fn finish(&mut self) -> Result<Option<Saved>> {
         match self.complete()? {
-            Outcome::Nothing => Ok(None),
-            Outcome::Saved(saved) => Ok(Some(saved)),
-            Outcome::Failed { step, error } => {
+            SaveOutcome::Nothing => Ok(None),
+            SaveOutcome::Saved(saved) => Ok(Some(saved)),
+            SaveOutcome::Failed { step, error } => {
                 Err(error.context(format!("the checkpoint of step {step} could not be saved")))
             }
         }
     }
 
     /// Waits for the save under way and completes it. An error means that ranks were lost.
-    fn complete(&mut self) -> Result<Outcome> {
+    fn complete(&mut self) -> Result<SaveOutcome> {
         let Some(Pending { step, mut parts, job, started }) = self.pending.take() else {
-            return Ok(Outcome::Nothing);
+            return Ok(SaveOutcome::Nothing);
         };
         let mine = match job {
-            Job::Over(result) => result,
-            Job::Running(thread) => thread.join().unwrap_or_else(|_| {
+            SaveJob::Over(result) => result,
+            SaveJob::Running(thread) => thread.join().unwrap_or_else(|_| {
                 Err(Error::failed(format!("the thread that wrote the checkpoint of step {step} broke down")))
             }),
         };
@@ -354,7 +354,7 @@ impl Saver {
             warn!("old checkpoints stay: {e}");
         }
         let path = self.dir.join(step_name(step));
-        Ok(Outcome::Saved(Saved { step, path, elapsed_s: started.elapsed().as_secs_f64() }))
+        Ok(SaveOutcome::Saved(Saved { step, path, elapsed_s: started.elapsed().as_secs_f64() }))
     }
 
     fn temp(&self, step: u64) -> PathBuf {
@@ -413,7 +413,7 @@ impl Saver {
     }
 
     /// Removes what was written of a save that failed.
-    fn give_up(&mut self, step: u64, error: Error) -> Result<Outcome> {
+    fn give_up(&mut self, step: u64, error: Error) -> Result<SaveOutcome> {
         self.failed_saves += 1;
         let temp = self.temp(step);
         if self.world.rank() == 0 && temp.exists() {
@@ -422,12 +422,12 @@ impl Saver {
         }
         // Nobody starts the next save while files are being removed.
         self.world.barrier()?;
-        Ok(Outcome::Failed { step, error })
+        Ok(SaveOutcome::Failed { step, error })
     }
 }
 
 /// Copies in host memory, by name in the file.
-fn host_copies(params: &Sharded, optim: Option<&AdamW>) -> Result<Vec<(Entry, Tensor)>> {
+fn host_copies(params: &Sharded, optim: Option<&AdamW>) -> Result<Vec<(TensorEntry, Tensor)>> {
     let mut copies = Vec::with_capacity(params.len() * 3);
     for i in 0..params.len() {
         let master = params.master(i);
@@ -436,7 +436,7 @@ fn host_copies(params: &Sharded, optim: Option<&AdamW>) -> Result<Vec<(Entry, Te
             let mut copy = Tensor::f_empty(t.size(), (t.kind(), Device::Cpu))?;
             tch::no_grad(|| copy.f_copy_(t))?;
             let name = tensor_name(&params.layout(i).name, part);
-            copies.push((Entry { name, kind: t.kind(), shape: t.size() }, copy));
+            copies.push((TensorEntry { name, kind: t.kind(), shape: t.size() }, copy));
         }
     }
     Ok(copies)
@@ -445,7 +445,7 @@ fn host_copies(params: &Sharded, optim: Option<&AdamW>) -> Result<Vec<(Entry, Te
 /// This rank's shard of a part, and on rank 0 the tokenizer.
 struct ToWrite {
     path: PathBuf,
-    copies: Vec<(Entry, Tensor)>,
+    copies: Vec<(TensorEntry, Tensor)>,
     tokenizer: Option<Tokenizer>,
 }
 
@@ -454,8 +454,8 @@ impl ToWrite {
     fn write(self) -> Result<Vec<FileMeta>> {
         let dir = files::parent(&self.path);
         create_dir(dir)?;
-        let entries: Vec<Entry> = self.copies.iter().map(|(entry, _)| entry.clone()).collect();
-        let mut writer = Writer::create(&self.path, &entries)?;
+        let entries: Vec<TensorEntry> = self.copies.iter().map(|(entry, _)| entry.clone()).collect();
+        let mut writer = SafetensorsWriter::create(&self.path, &entries)?;
         for (_, copy) in self.copies {
             writer.write(&copy)?;
         }

@@ -26,15 +26,15 @@ use tch::{Kind, Tensor};
 use super::grow::stored;
 use super::model_record::ModelRecord;
 use super::ours::Scoring;
-use super::safetensors::Reader;
-use super::source::{Block, Order, Source, TensorFile, View};
+use super::safetensors::SafetensorsReader;
+use super::source::{RowOrder, TensorBlock, TensorFile, TensorSource, View};
 use super::tensor_hash::TensorHash;
 use crate::config::sections::MomentsIn;
 use crate::config::shape::Shape;
 use crate::config::template_date::TemplateDate;
 use crate::distributed::agree::agree_over;
 use crate::distributed::plan::is_adapter;
-use crate::distributed::sharded::{Layout, Sharded, Slice, Spec};
+use crate::distributed::sharded::{Layout, Sharded, Slice, TensorSpec};
 use crate::error::{Error, Result};
 use crate::files::{crc32, is_dir, read_error};
 use crate::model::Trainable;
@@ -150,7 +150,8 @@ struct Envelope {
 impl GroupMeta {
     /// Of the trained tensors of a group.
     pub fn of(layout: &Layout) -> GroupMeta {
-        let tensor = |s: &Spec| TensorMeta { name: s.name.clone(), shape: s.shape.clone(), offset: s.offset };
+        let tensor =
+            |s: &TensorSpec| TensorMeta { name: s.name.clone(), shape: s.shape.clone(), offset: s.offset };
         GroupMeta { name: layout.name.clone(), tensors: layout.specs.iter().map(tensor).collect() }
     }
 
@@ -280,7 +281,7 @@ pub struct Checkpoint {
 
 /// What a trainer goes on from.
 #[derive(Debug, Clone, PartialEq)]
-pub struct State {
+pub struct TrainerState {
     /// Updates before the checkpoint.
     pub step: u64,
     /// What was given to [`super::Saver::begin`].
@@ -338,11 +339,11 @@ impl Checkpoint {
     /// Sets parameters, moments and the optimizer's counter; returns the rest of the state. All ranks that hold the
     /// parameters call this, at any world size, and fail together. Each reads only the files that hold its slices,
     /// after checking their checksums.
-    pub fn load(&self, params: &mut Sharded, optim: &mut AdamW) -> Result<State> {
+    pub fn load(&self, params: &mut Sharded, optim: &mut AdamW) -> Result<TrainerState> {
         let mine = self.read(params, optim).map_err(|e| with_advice(&self.dir, e));
         agree_over(params, mine)?;
         optim.step = self.meta.optimizer_step;
-        Ok(State { step: self.meta.step, state: self.meta.state.clone() })
+        Ok(TrainerState { step: self.meta.step, state: self.meta.state.clone() })
     }
 
     /// Sets the parameters only: to start another run, or to use the model. Their vocabulary may be larger than the
@@ -365,21 +366,21 @@ impl Checkpoint {
 
     /// The parameters (master values) as tensors of the model. The contents of a file are checked when something of it is
     /// read first.
-    pub fn source(&self) -> Result<Source> {
+    pub fn source(&self) -> Result<TensorSource> {
         let shards = (0..self.meta.slices.len()).map(|rank| CheckedShard::open(self, rank));
         let shards = shards.collect::<Result<Vec<_>>>().map_err(|e| with_advice(&self.dir, e))?;
-        let mut source = Source::default();
+        let mut source = TensorSource::default();
         for (name, (group, offset, shape)) in &self.places {
             let tensor = tensor_name(&self.meta.groups[*group].name, MASTER);
             let numel = shape.iter().product();
-            let block = |piece: Piece| Block {
+            let block = |piece: TensorPiece| TensorBlock {
                 file: piece.rank,
                 tensor: tensor.clone(),
                 rows: 0..1,
                 cols: piece.to..piece.to + piece.len,
                 first: piece.from,
                 stride: numel,
-                order: Order::Same,
+                order: RowOrder::Same,
             };
             let kind = shards[0].info(&tensor)?.1;
             let blocks = pieces(self.slices(*group), *offset, numel).into_iter().map(block).collect();
@@ -444,7 +445,7 @@ impl Checkpoint {
     }
 
     /// Refuses tensors that are others than the checkpoint's, but for rows beyond a vocabulary of `rows`.
-    fn check_tensors(&self, specs: impl Iterator<Item = Spec>, rows: i64) -> Result<()> {
+    fn check_tensors(&self, specs: impl Iterator<Item = TensorSpec>, rows: i64) -> Result<()> {
         let weights_only = rows != i64::MAX;
         let mut missing: BTreeSet<&String> = self.places.keys().collect();
         let mut wrong = Vec::new();
@@ -482,10 +483,10 @@ impl Checkpoint {
         Err(Error::data(format!("{}: another model: {}{more}", self.dir.display(), wrong.join("; "))))
     }
 
-    fn open_shard(&self, rank: usize) -> Result<Reader> {
+    fn open_shard(&self, rank: usize) -> Result<SafetensorsReader> {
         let (path, crc32) = self.shard(rank)?;
         check_contents(&path, crc32)?;
-        Reader::open(&path)
+        SafetensorsReader::open(&path)
     }
 
     /// The path of a shard, and the checksum that it should have.
@@ -515,7 +516,7 @@ fn check_contents(path: &Path, expected: u32) -> Result<()> {
 
 /// A shard whose contents are checked when something of it is read first.
 struct CheckedShard {
-    reader: Reader,
+    reader: SafetensorsReader,
     /// Of the checkpoint.
     dir: PathBuf,
     crc32: u32,
@@ -525,7 +526,7 @@ struct CheckedShard {
 impl CheckedShard {
     fn open(checkpoint: &Checkpoint, rank: usize) -> Result<CheckedShard> {
         let (path, crc32) = checkpoint.shard(rank)?;
-        let (reader, dir) = (Reader::open(&path)?, checkpoint.dir.clone());
+        let (reader, dir) = (SafetensorsReader::open(&path)?, checkpoint.dir.clone());
         Ok(CheckedShard { reader, dir, crc32, checked: OnceLock::new() })
     }
 }
@@ -553,12 +554,12 @@ impl TensorFile for CheckedShard {
 /// The shards of a checkpoint; each is opened, and its contents checked, when something of it is asked for.
 struct Shards<'a> {
     checkpoint: &'a Checkpoint,
-    open: RefCell<BTreeMap<usize, Reader>>,
+    open: RefCell<BTreeMap<usize, SafetensorsReader>>,
 }
 
 impl Shards<'_> {
     /// Fills `values` with elements `first..` of a tensor.
-    fn read(&self, part: &str, spec: &Spec, first: i64, values: &Tensor) -> Result<()> {
+    fn read(&self, part: &str, spec: &TensorSpec, first: i64, values: &Tensor) -> Result<()> {
         let (group, offset, _) = &self.checkpoint.places[&spec.name];
         let name = tensor_name(&self.checkpoint.meta.groups[*group].name, part);
         for piece in pieces(self.checkpoint.slices(*group), offset + first, values.numel() as i64) {
@@ -583,7 +584,7 @@ impl Shards<'_> {
         Ok(())
     }
 
-    fn with(&self, rank: usize, f: impl FnOnce(&Reader) -> Result<()>) -> Result<()> {
+    fn with(&self, rank: usize, f: impl FnOnce(&SafetensorsReader) -> Result<()>) -> Result<()> {
         let mut open = self.open.borrow_mut();
         if let Entry::Vacant(place) = open.entry(rank) {
             place.insert(self.checkpoint.open_shard(rank)?);
@@ -593,7 +594,7 @@ impl Shards<'_> {
 }
 
 /// The elements of a group's flat buffer that a slice and a tensor share: first and count.
-fn overlap(slice: Slice, spec: &Spec) -> Option<(i64, i64)> {
+fn overlap(slice: Slice, spec: &TensorSpec) -> Option<(i64, i64)> {
     let first = slice.start.max(spec.offset);
     let end = (slice.start + slice.len).min(spec.offset + spec.numel());
     (first < end).then_some((first, end - first))
@@ -601,7 +602,7 @@ fn overlap(slice: Slice, spec: &Spec) -> Option<(i64, i64)> {
 
 /// A run of elements that lies in one rank's slice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
+pub struct TensorPiece {
     /// Which rank's slice.
     pub rank: usize,
     /// First element within the slice.
@@ -613,13 +614,13 @@ pub struct Piece {
 }
 
 /// Where elements `first..first + len` of a group lie, by the slices of its ranks.
-pub fn pieces(slices: impl Iterator<Item = Slice>, first: i64, len: i64) -> Vec<Piece> {
+pub fn pieces(slices: impl Iterator<Item = Slice>, first: i64, len: i64) -> Vec<TensorPiece> {
     slices
         .enumerate()
         .filter_map(|(rank, slice)| {
             let start = first.max(slice.start);
             let end = (first + len).min(slice.start + slice.len);
-            (start < end).then_some(Piece {
+            (start < end).then_some(TensorPiece {
                 rank,
                 from: start - slice.start,
                 to: start - first,

@@ -1,5 +1,5 @@
 //! The one seam between file formats and the model: files that hold named tensors ([`TensorFile`]), and where in them
-//! every tensor of the model lies ([`Source`]). Whatever the format, a rank reads the elements of its slices and no
+//! every tensor of the model lies ([`TensorSource`]). Whatever the format, a rank reads the elements of its slices and no
 //! others, a few megabytes at a time.
 
 use std::cell::RefCell;
@@ -14,7 +14,7 @@ use super::grow::grown;
 use super::tensor_hash::TensorHash;
 use crate::distributed::agree::{agree, agree_over};
 use crate::distributed::plan::is_adapter;
-use crate::distributed::sharded::{Sharded, Spec};
+use crate::distributed::sharded::{Sharded, TensorSpec};
 use crate::error::{Context, Error, Result};
 use crate::files::CHUNK;
 use crate::model::layout::{EMBEDDING, SCORE};
@@ -78,7 +78,7 @@ pub(super) fn for_chunks(t: &Tensor, kind: Kind, mut put: impl FnMut(&[u8]) -> R
 
 /// How rows of a tensor of the model follow one another in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Order {
+pub enum RowOrder {
     /// As in the model.
     Same,
     /// q and k in Meta's files: a head's rotated pairs lie side by side, (0, 1), (2, 3), ..., while Hugging Face's lie
@@ -89,12 +89,12 @@ pub enum Order {
     },
 }
 
-impl Order {
+impl RowOrder {
     /// The file's row of row `r` of the model's tensor, both counted from the first row of a head.
     pub fn row(self, r: i64) -> i64 {
         match self {
-            Order::Same => r,
-            Order::MetaRotary { head_dim } => {
+            RowOrder::Same => r,
+            RowOrder::MetaRotary { head_dim } => {
                 let (head, row, half) = (r / head_dim, r % head_dim, head_dim / 2);
                 head * head_dim + row % half * 2 + row / half
             }
@@ -104,7 +104,7 @@ impl Order {
 
 /// A rectangle of a tensor of the model, and where its elements lie in a tensor of a file.
 #[derive(Debug, Clone)]
-pub struct Block {
+pub struct TensorBlock {
     /// Index of the file in the source.
     pub file: usize,
     /// The tensor's name in the file.
@@ -118,7 +118,7 @@ pub struct Block {
     /// Elements from one row to the next in the file.
     pub stride: i64,
     /// How its rows follow one another in the file.
-    pub order: Order,
+    pub order: RowOrder,
 }
 
 /// A tensor of the model, put together from rectangles that cover it.
@@ -131,21 +131,21 @@ pub struct View {
     /// Elements of a row. Rows are not bound to the shape: what is cut by elements is one row.
     pub width: i64,
     /// They cover the tensor without overlap.
-    pub blocks: Vec<Block>,
+    pub blocks: Vec<TensorBlock>,
 }
 
 impl View {
     /// A whole tensor of a file.
     pub fn whole(file: usize, tensor: &str, shape: Vec<i64>, kind: Kind) -> View {
         let numel = shape.iter().product();
-        let block = Block {
+        let block = TensorBlock {
             file,
             tensor: tensor.to_string(),
             rows: 0..1,
             cols: 0..numel,
             first: 0,
             stride: numel,
-            order: Order::Same,
+            order: RowOrder::Same,
         };
         View { shape, kind, width: numel, blocks: vec![block] }
     }
@@ -161,7 +161,7 @@ impl View {
         &self,
         first: i64,
         len: i64,
-        mut f: impl FnMut(&Block, i64, i64, i64) -> Result<()>,
+        mut f: impl FnMut(&TensorBlock, i64, i64, i64) -> Result<()>,
     ) -> Result<()> {
         let (mut at, end) = (first, first + len);
         while at < end {
@@ -169,7 +169,7 @@ impl View {
             let block = self.blocks.iter().find(|b| b.rows.contains(&row) && b.cols.contains(&col));
             let block = block.ok_or_else(|| Error::failed(format!("no file holds element {at}")))?;
             let whole_rows =
-                block.order == Order::Same && block.cols == (0..self.width) && block.stride == self.width;
+                block.order == RowOrder::Same && block.cols == (0..self.width) && block.stride == self.width;
             let left = if whole_rows { block.rows.end * self.width - at } else { block.cols.end - col };
             let n = left.min(end - at);
             let from = block.first
@@ -184,7 +184,7 @@ impl View {
 
 /// The tensors of a model under the model's names, in whatever files they lie.
 #[derive(Default)]
-pub struct Source {
+pub struct TensorSource {
     /// Open files; blocks name them by index.
     pub files: Vec<Box<dyn TensorFile>>,
     /// By the name of the model's tensor.
@@ -195,10 +195,10 @@ pub struct Source {
     pub left_out: Vec<String>,
 }
 
-impl Source {
+impl TensorSource {
     /// All tensors of files under their own names.
-    pub fn of_files(files: Vec<Box<dyn TensorFile>>) -> Source {
-        let mut source = Source { files, ..Source::default() };
+    pub fn of_files(files: Vec<Box<dyn TensorFile>>) -> TensorSource {
+        let mut source = TensorSource { files, ..TensorSource::default() };
         for i in 0..source.files.len() {
             for name in source.files[i].names() {
                 source.take_from(i, &name);
@@ -222,20 +222,23 @@ impl Source {
     }
 
     /// The same files under other names: each tensor (name and shape) is rows of one that is whole now, from a row on.
-    pub fn regroup(self, tensors: impl Iterator<Item = (String, Vec<i64>, String, i64)>) -> Result<Source> {
+    pub fn regroup(
+        self,
+        tensors: impl Iterator<Item = (String, Vec<i64>, String, i64)>,
+    ) -> Result<TensorSource> {
         let mut views = HashMap::new();
         for (name, shape, tensor, row) in tensors {
             let view = self.view(&tensor)?;
-            let Block { file, .. } = view.blocks[0];
+            let TensorBlock { file, .. } = view.blocks[0];
             let mut part = View::whole(file, &tensor, shape, view.kind);
             part.blocks[0].first = row * part.shape[1..].iter().product::<i64>();
             views.insert(name, part);
         }
-        Ok(Source { files: self.files, views, unusable: HashMap::new(), left_out: self.left_out })
+        Ok(TensorSource { files: self.files, views, unusable: HashMap::new(), left_out: self.left_out })
     }
 
     /// The same tensors, but for those that `over` has too: they are its.
-    pub fn overlaid(mut self, over: Source) -> Source {
+    pub fn overlaid(mut self, over: TensorSource) -> TensorSource {
         let before = self.files.len();
         self.files.extend(over.files);
         self.left_out.extend(over.left_out);
@@ -265,7 +268,7 @@ impl Source {
         self.read_and(name, first, dst, |_, _| {})
     }
 
-    /// [`Source::read`], which also gives what was read to `see(first, bytes)`: bytes `first..` of the flattened tensor.
+    /// [`TensorSource::read`], which also gives what was read to `see(first, bytes)`: bytes `first..` of the flattened tensor.
     pub fn read_and(
         &self,
         name: &str,
@@ -373,8 +376,9 @@ impl Source {
     /// own slices only. A scalar head that is not there stays as it is. All ranks that hold them call this, and fail
     /// together. Returns the hash of what is not trained.
     pub fn fill(&self, params: &mut Sharded) -> Result<TensorHash> {
-        let wanted =
-            |spec: &Spec| !is_adapter(&spec.name) && (spec.name != SCORE || self.views.contains_key(SCORE));
+        let wanted = |spec: &TensorSpec| {
+            !is_adapter(&spec.name) && (spec.name != SCORE || self.views.contains_key(SCORE))
+        };
         let rows = agree_over(params, self.view(EMBEDDING).map(|view| view.shape[0]))?;
         self.fill_where(params, rows, wanted, |name| name.to_string())
     }
@@ -385,11 +389,11 @@ impl Source {
         &self,
         params: &mut Sharded,
         rows: i64,
-        wanted: impl Fn(&Spec) -> bool,
+        wanted: impl Fn(&TensorSpec) -> bool,
         named: impl Fn(&str) -> String,
     ) -> Result<TensorHash> {
         let (counted, hash) = (params.counted(), RefCell::new(TensorHash::default()));
-        let read = |spec: &Spec, first, values: &Tensor| {
+        let read = |spec: &TensorSpec, first, values: &Tensor| {
             let counts = counted.contains(&spec.name);
             self.read_and(&named(&spec.name), first, values, |at, bytes| {
                 if counts {
@@ -397,7 +401,7 @@ impl Source {
                 }
             })
         };
-        let peek = |spec: &Spec, first, values: &Tensor| self.read(&named(&spec.name), first, values);
+        let peek = |spec: &TensorSpec, first, values: &Tensor| self.read(&named(&spec.name), first, values);
         let mine = params.fill_where(wanted, true, &mut grown(rows, read, peek));
         agree_over(params, mine)?;
         hash.into_inner().over(params.shard_group())

@@ -13,7 +13,7 @@ use zip::write::{SimpleFileOptions, StreamWriter, ZipWriter};
 use zip::{CompressionMethod, ZipArchive};
 
 use super::pickle;
-use super::safetensors::Entry;
+use super::safetensors::TensorEntry;
 use super::source::{TensorFile, for_chunks};
 use crate::content::unusable;
 use crate::error::{Error, Result};
@@ -27,7 +27,7 @@ const ALIGNMENT: u16 = 64;
 
 /// Where a tensor's elements lie.
 #[derive(PartialEq)]
-struct Place {
+struct StorageSpan {
     kind: Kind,
     /// Byte of the file that the first element begins at.
     start: u64,
@@ -36,22 +36,22 @@ struct Place {
 }
 
 /// A torch file whose tensors were checked: every element lies within its storage, every storage within the file.
-pub struct Reader {
+pub struct TorchReader {
     path: PathBuf,
     file: File,
     names: Vec<String>,
-    places: HashMap<String, Place>,
+    places: HashMap<String, StorageSpan>,
 }
 
 /// First byte and length of an entry of the archive.
-type Range = (u64, u64);
+type ByteRange = (u64, u64);
 
-impl Reader {
+impl TorchReader {
     /// Opens the file, reads its pickle and checks what it says against the archive.
     ///
     /// Errors (kind Data) name the file: damaged or compressed archives, archives of older torch, pickles that hold or
     /// import anything but tensors and containers.
-    pub fn open(path: &Path) -> Result<Reader> {
+    pub fn open(path: &Path) -> Result<TorchReader> {
         let file = File::open(path).map_err(|e| read_error(path, &e))?;
         let damaged = |what: String| Error::data(format!("{}: {what}", path.display()));
         let mut magic = [0; OLD_MAGIC.len()];
@@ -74,7 +74,7 @@ impl Reader {
             (Some(prefix), None) if prefix.is_empty() || prefix.ends_with('/') => prefix,
             _ => return Err(damaged("no file of torch.save: the archive has not one data.pkl".into())),
         };
-        let read = |(start, len): Range| {
+        let read = |(start, len): ByteRange| {
             let mut bytes = vec![0; len as usize];
             file.read_exact_at(&mut bytes, start).map_err(|e| read_error(path, &e)).map(|()| bytes)
         };
@@ -92,13 +92,13 @@ impl Reader {
             let place = entries
                 .get(&format!("{prefix}data/{}", tensor.storage))
                 .ok_or_else(|| format!("there is no storage {}", tensor.storage))
-                .and_then(|storage| Place::of(tensor, *storage))
+                .and_then(|storage| StorageSpan::of(tensor, *storage))
                 .map_err(|e| damaged(format!("tensor `{name}`: {e}; the file is damaged: get it again")))?;
             if places.insert(name.clone(), place).is_none() {
                 names.push(name);
             }
         }
-        Ok(Reader { path: path.to_path_buf(), file, names, places })
+        Ok(TorchReader { path: path.to_path_buf(), file, names, places })
     }
 
     /// Name, dtype and shape of every tensor, of any dtype, in the file's order.
@@ -109,7 +109,7 @@ impl Reader {
         })
     }
 
-    fn place(&self, name: &str) -> Result<&Place> {
+    fn place(&self, name: &str) -> Result<&StorageSpan> {
         self.places
             .get(name)
             .ok_or_else(|| Error::data(format!("{}: there is no tensor `{name}`", self.path.display())))
@@ -117,7 +117,7 @@ impl Reader {
 }
 
 /// The entries of the archive by name, after checking that they lie within the file, as they are, and apart.
-fn entries(file: &File) -> Result<HashMap<String, Range>, String> {
+fn entries(file: &File) -> Result<HashMap<String, ByteRange>, String> {
     let describe = |e: ZipError| e.to_string();
     let mut archive = ZipArchive::new(BufReader::new(file)).map_err(describe)?;
     if archive.has_overlapping_entries().map_err(describe)? {
@@ -143,9 +143,9 @@ fn entries(file: &File) -> Result<HashMap<String, Range>, String> {
     Ok(entries)
 }
 
-impl Place {
+impl StorageSpan {
     /// Checks that a tensor's elements lie within its storage, which takes `bytes` of the file from `start` on.
-    fn of(tensor: pickle::TensorRef, (start, bytes): Range) -> Result<Place, String> {
+    fn of(tensor: pickle::TensorRef, (start, bytes): ByteRange) -> Result<StorageSpan, String> {
         let element = tensor.kind.elt_size_in_bytes() as i64;
         if tensor.storage_len.checked_mul(element) != i64::try_from(bytes).ok() {
             return Err(format!(
@@ -177,7 +177,7 @@ impl Place {
             ));
         }
         let start = if numel == Some(0) { start } else { start + (tensor.offset * element) as u64 };
-        Ok(Place { kind: tensor.kind, start, shape: tensor.shape, stride: tensor.stride })
+        Ok(StorageSpan { kind: tensor.kind, start, shape: tensor.shape, stride: tensor.stride })
     }
 
     /// Elements that lie one after the other, from every multiple of this number on.
@@ -203,7 +203,7 @@ impl Place {
     }
 }
 
-impl TensorFile for Reader {
+impl TensorFile for TorchReader {
     fn path(&self) -> &Path {
         &self.path
     }
@@ -251,26 +251,26 @@ impl TensorFile for Reader {
 
 /// Writes a torch file tensor by tensor, under a temporary name until it is complete and on the disk. Python reads it with
 /// `torch.load(weights_only=True)`, also with `mmap=True`.
-pub struct Writer {
+pub struct TorchWriter {
     path: PathBuf,
     zip: ZipWriter<StreamWriter<AtomicFile>>,
     /// The folder in the archive: the file's name, as torch has it.
     prefix: String,
-    missing: VecDeque<Entry>,
+    missing: VecDeque<TensorEntry>,
     written: usize,
     crc: crc32fast::Hasher,
 }
 
-impl Writer {
+impl TorchWriter {
     /// Starts a file with a dictionary of `entries`, whose values must follow in this order.
-    pub fn create(path: &Path, entries: &[Entry]) -> Result<Writer> {
+    pub fn create(path: &Path, entries: &[TensorEntry]) -> Result<TorchWriter> {
         let described = entries.iter().map(|e| (e.name.as_str(), e.kind, e.shape.as_slice()));
         let pickle = pickle::write_state_dict(described)
             .map_err(|e| Error::failed(format!("{}: {e}", path.display())))?;
         let prefix = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let mut crc = crc32fast::Hasher::new();
         crc.update(&pickle);
-        let mut writer = Writer {
+        let mut writer = TorchWriter {
             path: path.to_path_buf(),
             zip: ZipWriter::new_stream(AtomicFile::create(path)?),
             prefix,

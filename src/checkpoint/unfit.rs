@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::source::Source;
+use super::source::TensorSource;
 use crate::error::{Error, Result};
 
 /// Lines of each kind that are shown.
@@ -23,7 +23,7 @@ pub(super) struct Unfit {
 
 impl Unfit {
     /// Compares the tensors that are wanted, by names and shapes, with those of files. What is superfluous is left to the caller.
-    pub fn of(wanted: &BTreeMap<String, Vec<i64>>, files: &Source) -> Result<Unfit> {
+    pub fn of(wanted: &BTreeMap<String, Vec<i64>>, files: &TensorSource) -> Result<Unfit> {
         let mut unfit = Unfit::default();
         let found: BTreeSet<&str> = files.names().map(String::as_str).collect();
         for (name, shape) in wanted {

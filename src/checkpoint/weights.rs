@@ -12,7 +12,7 @@ use super::named::{ModelFolder, tokenizer_of};
 use super::ours::{Ours, Scoring};
 use super::peft::PeftAdapter;
 use super::sharded::Checkpoint;
-use super::source::Source;
+use super::source::TensorSource;
 use super::tensor_hash::TensorHash;
 use crate::config::reward::Score;
 use crate::config::shape::{Head, Shape};
@@ -179,7 +179,7 @@ impl Weights {
     }
 
     /// The tensors, wherever they lie; adapters are merged as they are read.
-    pub fn into_source(self) -> Result<Source> {
+    pub fn into_source(self) -> Result<TensorSource> {
         match self {
             Weights::Hf(model) => Ok(model.into_source()),
             Weights::Meta(model) => Ok(model.into_source()),

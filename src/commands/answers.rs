@@ -13,7 +13,7 @@ use crate::telemetry::console;
 
 /// What is there already of an output: whole lines that answer the first lines of the input.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Kept {
+pub struct KeptLines {
     pub lines: usize,
     bytes: u64,
 }
@@ -28,9 +28,14 @@ fn settings_path(output: &Path) -> PathBuf {
 ///
 /// # Errors
 /// What is there answers other lines, or was made with other `settings` (exit code 2).
-pub fn find(path: &Path, input: &[Map<String, Value>], added: &[&str], settings: &Value) -> Result<Kept> {
+pub fn find(
+    path: &Path,
+    input: &[Map<String, Value>],
+    added: &[&str],
+    settings: &Value,
+) -> Result<KeptLines> {
     let mut bytes = Vec::new();
-    let Some(mut file) = files::open(path)? else { return Ok(Kept::default()) };
+    let Some(mut file) = files::open(path)? else { return Ok(KeptLines::default()) };
     file.read_to_end(&mut bytes).map_err(|e| files::read_error(path, &e))?;
     let refuse = |what: String| {
         Err(Error::config(format!("{what}; choose another --output, or start anew with --overwrite")))
@@ -68,7 +73,7 @@ pub fn find(path: &Path, input: &[Map<String, Value>], added: &[&str], settings:
         let (there, here) = (said(&earlier), said(settings));
         return refuse(format!("{} was begun with {key} {there}, here {here}", path.display()));
     }
-    Ok(Kept { lines, bytes: end as u64 })
+    Ok(KeptLines { lines, bytes: end as u64 })
 }
 
 /// Answers on their way out: each is written when all before it have been.
@@ -88,7 +93,7 @@ impl Answers {
     }
 
     /// To a file, behind what is kept of it.
-    pub fn write(path: &Path, kept: Kept, settings: &Value) -> Result<Answers> {
+    pub fn write(path: &Path, kept: KeptLines, settings: &Value) -> Result<Answers> {
         files::create_dir(files::parent(path))?;
         let error = |e| files::write_error(path, &e);
         let mut file =
@@ -156,10 +161,10 @@ mod tests {
             (0..4).map(|i| map(json!({"prompt": format!("p{i}"), "completion": "old"}))).collect();
         let (added, settings) = (["completion"], json!({"seed": 1, "top_k": 0}));
         let found = |input: &[Map<String, Value>], settings: &Value| find(&path, input, &added, settings);
-        assert_eq!(found(&input, &settings).unwrap(), Kept::default());
+        assert_eq!(found(&input, &settings).unwrap(), KeptLines::default());
         let line = |i: usize| json!({"prompt": format!("p{i}"), "completion": i}).to_string();
-        let mut answers = Answers::write(&path, Kept::default(), &settings).unwrap();
-        assert!(Answers::write(&path, Kept::default(), &settings).is_err(), "one writer at a time");
+        let mut answers = Answers::write(&path, KeptLines::default(), &settings).unwrap();
+        assert!(Answers::write(&path, KeptLines::default(), &settings).is_err(), "one writer at a time");
         for i in [1, 0, 3] {
             answers.put(i, line(i)).unwrap();
         }

@@ -19,10 +19,10 @@ use crate::distributed::mesh::Sharding;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::{Context, Error, Result};
-use crate::generate::engine::{self, Options, Request};
+use crate::generate::engine::{self, EngineOptions, Request};
 use crate::generate::sampler::Sampling;
 use crate::model::compute_kind;
-use crate::model::{Input, Llama, init, layout};
+use crate::model::{Llama, ModelInput, init, layout};
 use crate::optim::{AdamW, Hyper};
 use crate::{telemetry, warn};
 
@@ -149,7 +149,7 @@ fn default_batch(preset: &str) -> (i64, i64) {
 }
 
 /// A model in training on random tokens.
-struct Training {
+struct BenchTraining {
     shape: Shape,
     model: Llama,
     optimizer: AdamW,
@@ -162,8 +162,8 @@ struct Training {
     count: f64,
 }
 
-impl Training {
-    fn new(args: &Workload, world: &World) -> Result<Training> {
+impl BenchTraining {
+    fn new(args: &Workload, world: &World) -> Result<BenchTraining> {
         let shape = shape(&args.preset)?;
         let (batch, length) = default_batch(&args.preset);
         let (batch, length) = (args.batch_size.unwrap_or(batch), args.sequence_length.unwrap_or(length));
@@ -187,7 +187,7 @@ impl Training {
         let optimizer = AdamW::new(&model.params, hyper);
         tch::manual_seed(1 + world.rank);
         let count = (batch * length) as f64;
-        Ok(Training { shape, model, optimizer, recompute: args.recompute, rows, micro, length, count })
+        Ok(BenchTraining { shape, model, optimizer, recompute: args.recompute, rows, micro, length, count })
     }
 
     /// Seconds of a step, and its loss.
@@ -196,7 +196,7 @@ impl Training {
             let size = [self.micro, self.length + 1];
             let tokens = Tensor::randint_low(3, self.shape.vocab_size, size, (Kind::Int64, tch::Device::Cpu));
             MicroBatch {
-                input: Input::new(tokens.narrow(1, 0, self.length).contiguous()),
+                input: ModelInput::new(tokens.narrow(1, 0, self.length).contiguous()),
                 labels: tokens.narrow(1, 1, self.length).contiguous().view([-1]),
             }
         };
@@ -218,7 +218,7 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
         return Err(Error::config("--steps must be at least 1"));
     }
     let workload = &args.workload;
-    let mut training = Training::new(workload, world)?;
+    let mut training = BenchTraining::new(workload, world)?;
     let (mut seconds, mut first_step_s, mut loss) = (Vec::new(), 0.0, 0.0);
     for step in 0..args.warmup + args.steps {
         let (step_s, step_loss) = training.step(world)?;
@@ -234,7 +234,7 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
     if !world.is_main() {
         return Ok(());
     }
-    let Training { shape, rows, micro, length, count, .. } = training;
+    let BenchTraining { shape, rows, micro, length, count, .. } = training;
     let kind = compute_kind(workload.precision);
     let step_s = median(&mut seconds);
     let tokens_per_s = count / step_s;
@@ -299,7 +299,8 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
             Ok(Request::new(Vec::<i64>::try_from(&ids)?, sample, args.new_tokens))
         })
         .collect::<Result<_>>()?;
-    let options = Options { sampling: Sampling::GREEDY, batch_size: args.batch_size, eos: &[], stop: None };
+    let options =
+        EngineOptions { sampling: Sampling::GREEDY, batch_size: args.batch_size, eos: &[], stop: None };
     let mut seconds = Vec::new();
     for run in 0..=args.runs {
         let begun = Instant::now();

@@ -10,13 +10,13 @@ use rustyline::error::ReadlineError;
 use signal_hook::consts::SIGINT;
 
 use crate::commands::Global;
-use crate::commands::inference::{ModelArgs, Opened, Spread, TemplateArgs};
+use crate::commands::inference::{ModelArgs, OpenedModel, Spread, TemplateArgs};
 use crate::data::chat::Chat;
 use crate::data::conversation::Message;
-use crate::distributed::environment::Place;
+use crate::distributed::environment::RankEnvironment;
 use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Context, Error, Result};
-use crate::generate::{self, Finish, Options, Request, Sampling, Session, TextStream};
+use crate::generate::{self, CachedSession, EngineOptions, Finish, Request, Sampling, TextStream};
 use crate::model::Llama;
 use crate::telemetry::console;
 use crate::{detail, info, warn};
@@ -58,7 +58,7 @@ Ctrl-C stops an answer; at the prompt, twice, it leaves";
 
 /// Opens the model, then reads turns from the terminal or from stdin until it ends.
 pub fn run(args: Args, global: &Global) -> Result<()> {
-    if Place::from_env()?.is_some_and(|place| place.world_size > 1) {
+    if RankEnvironment::from_env()?.is_some_and(|place| place.world_size > 1) {
         return Err(Error::config("chat is one process: start it without `launch`, or with --nproc 1"));
     }
     let params = Params {
@@ -77,7 +77,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
     let model = opened.load(&world, Spread::Replicate)?;
     let mut talk = Talk::new(&opened, chat, model, params)?;
     talk.set_system(args.system.as_deref().unwrap_or_default());
-    let mut input = Input::open()?;
+    let mut input = ChatInput::open()?;
     if input.is_terminal() {
         info!("{}: /help lists commands, Ctrl-D ends", opened.dir().display());
     }
@@ -143,7 +143,7 @@ impl std::fmt::Display for Params {
 struct Talk {
     chat: Chat,
     model: Llama,
-    session: Session,
+    session: CachedSession,
     params: Params,
     eos: Vec<i64>,
     /// A system message may come first; then the user and the assistant in turn.
@@ -155,14 +155,14 @@ struct Talk {
 }
 
 impl Talk {
-    fn new(opened: &Opened, chat: Chat, model: Llama, params: Params) -> Result<Talk> {
+    fn new(opened: &OpenedModel, chat: Chat, model: Llama, params: Params) -> Result<Talk> {
         let interrupted = Arc::new(AtomicBool::new(true));
         signal_hook::flag::register_conditional_shutdown(SIGINT, 128 + SIGINT, interrupted.clone())
             .and_then(|_| signal_hook::flag::register(SIGINT, interrupted.clone()))
             .context("cannot watch for Ctrl-C")?;
         let mut eos = opened.eos_ids()?;
         eos.extend(chat.stop_ids().into_iter().map(i64::from));
-        let session = Session::new(&model);
+        let session = CachedSession::new(&model);
         Ok(Talk { chat, model, session, params, eos, messages: Vec::new(), answers: 0, interrupted })
     }
 
@@ -213,7 +213,8 @@ impl Talk {
         };
         let known = self.session.known(&prompt);
         let request = Request::new(prompt, self.answers, self.params.max_new_tokens);
-        let options = Options { sampling: self.params.sampling, batch_size: 1, eos: &self.eos, stop: None };
+        let options =
+            EngineOptions { sampling: self.params.sampling, batch_size: 1, eos: &self.eos, stop: None };
         let tokenizer = self.chat.tokenizer().clone();
         let (mut stream, mut begins) = (TextStream::new(&tokenizer, &request.prompt, &[]), true);
         let mut show = |id: i64, last: bool| -> Result<()> {
@@ -286,29 +287,31 @@ impl Talk {
 }
 
 /// Where the user's lines come from.
-enum Input {
+enum ChatInput {
     Terminal(Box<DefaultEditor>),
     Lines(std::io::StdinLock<'static>),
 }
 
-impl Input {
-    fn open() -> Result<Input> {
+impl ChatInput {
+    fn open() -> Result<ChatInput> {
         if !std::io::stdin().is_terminal() {
-            return Ok(Input::Lines(std::io::stdin().lock()));
+            return Ok(ChatInput::Lines(std::io::stdin().lock()));
         }
         let editor = DefaultEditor::new();
-        Ok(Input::Terminal(Box::new(editor.map_err(|e| Error::failed(format!("cannot edit lines: {e}")))?)))
+        Ok(ChatInput::Terminal(Box::new(
+            editor.map_err(|e| Error::failed(format!("cannot edit lines: {e}")))?,
+        )))
     }
 
     fn is_terminal(&self) -> bool {
-        matches!(self, Input::Terminal(_))
+        matches!(self, ChatInput::Terminal(_))
     }
 
     /// The next line; none where the input ends.
     fn line(&mut self) -> Result<Option<String>> {
         let editor = match self {
-            Input::Terminal(editor) => editor,
-            Input::Lines(stdin) => {
+            ChatInput::Terminal(editor) => editor,
+            ChatInput::Lines(stdin) => {
                 let mut line = String::new();
                 let read = stdin.read_line(&mut line).context("cannot read from stdin")?;
                 return Ok((read > 0).then_some(line));

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use tch::{Device, Kind};
 
-use crate::checkpoint::convert::{Conversion, Stored, Target};
+use crate::checkpoint::convert::{Conversion, ConvertTarget, StoredAs};
 use crate::checkpoint::{PeftAdapter, Weights};
 use crate::commands::check::size;
 use crate::commands::merge;
-use crate::data::tokenizer::gguf::Loss;
+use crate::data::tokenizer::gguf::GgufLimit;
 use crate::error::{Error, Result};
 use crate::gguf;
 use crate::telemetry::progress::with_bytes_bar;
@@ -29,7 +29,7 @@ pub struct Args {
     to: PathBuf,
     /// What to write
     #[arg(long, value_enum)]
-    format: Format,
+    format: TargetFormat,
     /// Model-parallel parts, with --format meta [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..=100))]
     model_parallel: Option<i64>,
@@ -43,7 +43,7 @@ pub struct Args {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
+enum TargetFormat {
     /// Hugging Face: config.json and safetensors
     Hf,
     /// Meta: params.json and consolidated.NN.pth
@@ -55,24 +55,24 @@ enum Format {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Dtype {
+pub(crate) enum OutputDtype {
     Float32,
     Bfloat16,
     Float16,
 }
 
-impl Dtype {
+impl OutputDtype {
     /// As tch names it.
     pub(crate) fn kind(self) -> Kind {
         match self {
-            Dtype::Float32 => Kind::Float,
-            Dtype::Bfloat16 => Kind::BFloat16,
-            Dtype::Float16 => Kind::Half,
+            OutputDtype::Float32 => Kind::Float,
+            OutputDtype::Bfloat16 => Kind::BFloat16,
+            OutputDtype::Float16 => Kind::Half,
         }
     }
 }
 
-/// What a conversion can write: a [`Dtype`], or blocks.
+/// What a conversion can write: a [`OutputDtype`], or blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum As {
     Float32,
@@ -87,14 +87,14 @@ enum As {
 }
 
 impl As {
-    fn stored(self) -> Stored {
+    fn stored(self) -> StoredAs {
         match self {
-            As::Float32 => Stored::Kind(Kind::Float),
-            As::Bfloat16 => Stored::Kind(Kind::BFloat16),
-            As::Float16 => Stored::Kind(Kind::Half),
-            As::Q8 => Stored::Blocks(gguf::Dtype::Q8_0),
-            As::Q4 => Stored::Blocks(gguf::Dtype::Q4_0),
-            As::Q4WithMinimum => Stored::Blocks(gguf::Dtype::Q4_1),
+            As::Float32 => StoredAs::Kind(Kind::Float),
+            As::Bfloat16 => StoredAs::Kind(Kind::BFloat16),
+            As::Float16 => StoredAs::Kind(Kind::Half),
+            As::Q8 => StoredAs::Blocks(gguf::GgufDtype::Q8_0),
+            As::Q4 => StoredAs::Blocks(gguf::GgufDtype::Q4_0),
+            As::Q4WithMinimum => StoredAs::Blocks(gguf::GgufDtype::Q4_1),
         }
     }
 
@@ -106,33 +106,33 @@ impl As {
 /// Converts, compares the result with the model, and prints what was written.
 pub fn run(args: Args, device: Device) -> Result<()> {
     let target = match (args.format, args.model_parallel, args.max_shard_size) {
-        (Format::Hf | Format::Peft | Format::Gguf, Some(_), _) => {
+        (TargetFormat::Hf | TargetFormat::Peft | TargetFormat::Gguf, Some(_), _) => {
             return Err(Error::config(
                 "--model-parallel goes with --format meta: other formats have no parts",
             ));
         }
-        (Format::Meta, _, Some(_)) => {
+        (TargetFormat::Meta, _, Some(_)) => {
             return Err(Error::config(
                 "--max-shard-size goes with --format hf; the files of Meta's format are its model-parallel parts",
             ));
         }
-        (Format::Peft, _, Some(_)) => {
+        (TargetFormat::Peft, _, Some(_)) => {
             return Err(Error::config("--max-shard-size goes with --format hf; an adapter is one file"));
         }
-        (Format::Gguf, _, Some(_)) => {
+        (TargetFormat::Gguf, _, Some(_)) => {
             return Err(Error::config("--max-shard-size goes with --format hf; a GGUF model is one file"));
         }
-        (Format::Gguf, None, None) => Target::Gguf,
-        (Format::Peft, None, None) => return adapter(&args),
-        (Format::Hf, None, most) => Target::Hf { max_shard_size: most.unwrap_or(5_000_000_000) },
-        (Format::Meta, parts, None) => Target::Meta { parts: parts.unwrap_or(1) },
+        (TargetFormat::Gguf, None, None) => ConvertTarget::Gguf,
+        (TargetFormat::Peft, None, None) => return adapter(&args),
+        (TargetFormat::Hf, None, most) => ConvertTarget::Hf { max_shard_size: most.unwrap_or(5_000_000_000) },
+        (TargetFormat::Meta, parts, None) => ConvertTarget::Meta { parts: parts.unwrap_or(1) },
     };
     let weights = Weights::open(&args.from)?;
     let from = weights.dirs().last().map_or_else(|| args.from.clone(), |dir| dir.to_path_buf());
     let conversion = Conversion::new(weights, target, args.dtype.map(As::stored), device)?;
     let (total, done) = (2 * conversion.bytes()?, Arc::default());
     let to = match target {
-        Target::Gguf if !gguf::is_gguf(&args.to) => args.to.join("model.gguf"),
+        ConvertTarget::Gguf if !gguf::is_gguf(&args.to) => args.to.join("model.gguf"),
         _ => args.to.clone(),
     };
     let report = with_bytes_bar("converting", total, &done, || conversion.write(&to, &done))?;
@@ -172,7 +172,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     if let Some(unread) = &report.unread {
         warn!("{unread}");
     }
-    if report.loss == Some(Loss::SpaceBefore) {
+    if report.loss == Some(GgufLimit::SpaceBefore) {
         warn!(
             "GGUF cannot say that this tokenizer puts no space before a text that begins with one, or after a special token: \
              llama.cpp reads such texts with one more"
@@ -181,7 +181,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     if let Some(positions) = report.positions {
         warn!("Meta's format does not say max_position_embeddings: where it is read, {positions} is assumed");
     }
-    if args.format == Format::Meta && !report.copied.iter().any(|name| name == "tokenizer.model") {
+    if args.format == TargetFormat::Meta && !report.copied.iter().any(|name| name == "tokenizer.model") {
         warn!("{} has no tokenizer.model, which Meta's own programs need", args.from.display());
     }
     Ok(())
@@ -192,12 +192,12 @@ fn adapter(args: &Args) -> Result<()> {
     let mut adapter = PeftAdapter::find(&args.from)?;
     let shape = adapter.shape(adapter.open_base()?.shape());
     let kind = match args.dtype.map(As::stored) {
-        Some(Stored::Blocks(blocks)) => {
+        Some(StoredAs::Blocks(blocks)) => {
             return Err(Error::config(format!(
                 "{blocks} goes with --format gguf; an adapter has no such blocks"
             )));
         }
-        Some(Stored::Kind(kind)) => Some(kind),
+        Some(StoredAs::Kind(kind)) => Some(kind),
         None => None,
     };
     let written = adapter.write(&args.to, &shape, kind)?;

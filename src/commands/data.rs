@@ -1,6 +1,6 @@
 //! `corral data`: built-in data.
 
-use crate::data::synth::{self, Level, Options};
+use crate::data::synth::{self, ProblemLevel, SynthOptions};
 use crate::error::{Error, Result};
 use std::path::PathBuf;
 
@@ -43,10 +43,10 @@ pub fn run(args: Args) -> Result<()> {
         return Err(Error::config("--count 0: there must be at least one record"));
     }
     let level = match args.level.as_str() {
-        "1" => Level::One,
-        "2" => Level::Two,
-        "3" => Level::Three,
-        _ => Level::Mix,
+        "1" => ProblemLevel::One,
+        "2" => ProblemLevel::Two,
+        "3" => ProblemLevel::Three,
+        _ => ProblemLevel::Mix,
     };
     if !(0.0..=1.0).contains(&args.wrong_answers) {
         return Err(Error::config(format!(
@@ -55,7 +55,7 @@ pub fn run(args: Args) -> Result<()> {
         )));
     }
     let Synth { seed, count, wrong_answers, .. } = args;
-    synth::write(&args.output, &Options { seed, count, level, wrong_answers })?;
+    synth::write(&args.output, &SynthOptions { seed, count, level, wrong_answers })?;
     let (train, valid, output) = (args.count, synth::num_valid(args.count), args.output.display());
     println!(
         "{output}: pretrain, sft, rankings and prompts, {train} records to train and {valid} to validate each"

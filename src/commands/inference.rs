@@ -13,7 +13,7 @@ use crate::config::shape::Shape;
 use crate::config::template_date::TemplateDate;
 use crate::data::chat::{self, Chat};
 use crate::data::tokenizer::Tokenizer;
-use crate::distributed::environment::Place;
+use crate::distributed::environment::RankEnvironment;
 use crate::distributed::mesh::Sharding;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
@@ -64,7 +64,7 @@ pub struct TemplateArgs {
 }
 
 /// A model of which only headers were read, and its tokenizer.
-pub struct Opened {
+pub struct OpenedModel {
     weights: Weights,
     dtype: Option<Compute>,
     tokenizer: Option<Tokenizer>,
@@ -72,29 +72,29 @@ pub struct Opened {
 
 impl ModelArgs {
     /// A model with an LM head.
-    pub fn open(&self) -> Result<Opened> {
+    pub fn open(&self) -> Result<OpenedModel> {
         let opened = self.open_any()?;
         opened.shape().predicts().map_err(|e| e.context(opened.dir().display()))?;
         Ok(opened)
     }
 
     /// Another model with an LM head, computed with in the same dtype.
-    pub fn open_beside(&self, model: &Path) -> Result<Opened> {
+    pub fn open_beside(&self, model: &Path) -> Result<OpenedModel> {
         ModelArgs { model: model.to_path_buf(), dtype: self.dtype }.open()
     }
 
     /// A model with either head.
-    pub fn open_any(&self) -> Result<Opened> {
+    pub fn open_any(&self) -> Result<OpenedModel> {
         let weights = Weights::open(&self.model)?;
         let tokenizer = weights.tokenizer_dir()?.map(Tokenizer::load).transpose()?;
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check_fits(weights.shape().vocab_size)?;
         }
-        Ok(Opened { weights, dtype: self.dtype, tokenizer })
+        Ok(OpenedModel { weights, dtype: self.dtype, tokenizer })
     }
 }
 
-impl Opened {
+impl OpenedModel {
     pub fn shape(&self) -> &Shape {
         self.weights.shape()
     }
@@ -180,14 +180,14 @@ impl Opened {
 }
 
 /// Meets the other ranks, which must have the same model and inputs: what can be refused must have been refused before.
-pub fn join(global: &Global, opened: &Opened) -> Result<World> {
+pub fn join(global: &Global, opened: &OpenedModel) -> Result<World> {
     join_with(global, &[("--model", opened)])
 }
 
 /// [`join`] with several models, each with the option that names it.
-pub fn join_with(global: &Global, models: &[(&str, &Opened)]) -> Result<World> {
+pub fn join_with(global: &Global, models: &[(&str, &OpenedModel)]) -> Result<World> {
     let mut facts = global.facts();
-    if Place::from_env()?.is_some_and(|place| place.world_size > 1) {
+    if RankEnvironment::from_env()?.is_some_and(|place| place.world_size > 1) {
         for (option, opened) in models {
             facts.add_contents(option, &opened.weights.identity()?);
         }

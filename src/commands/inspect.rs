@@ -63,7 +63,7 @@ pub fn run(args: Args) -> Result<()> {
 }
 
 /// What a path holds.
-struct Report {
+struct InspectReport {
     kind: &'static str,
     path: PathBuf,
     /// In the order of the output. Keys in `snake_case`; those that end in `bytes` and `num_...` print for people.
@@ -71,13 +71,13 @@ struct Report {
     /// What is damaged or missing.
     problems: Vec<String>,
     /// What lies in it and is something by itself.
-    parts: Vec<Report>,
+    parts: Vec<InspectReport>,
 }
 
-impl Report {
-    fn new(kind: &'static str, path: &Path) -> Report {
+impl InspectReport {
+    fn new(kind: &'static str, path: &Path) -> InspectReport {
         let path = path.to_path_buf();
-        Report { kind, path, facts: Map::new(), problems: Vec::new(), parts: Vec::new() }
+        InspectReport { kind, path, facts: Map::new(), problems: Vec::new(), parts: Vec::new() }
     }
 
     fn fact(&mut self, key: &str, value: impl Into<Value>) {
@@ -101,7 +101,7 @@ impl Report {
     /// Its own problems and those of its parts.
     fn problems(&self) -> Vec<&str> {
         let own = self.problems.iter().map(String::as_str);
-        own.chain(self.parts.iter().flat_map(Report::problems)).collect()
+        own.chain(self.parts.iter().flat_map(InspectReport::problems)).collect()
     }
 
     fn complete(&self) -> bool {
@@ -116,7 +116,7 @@ impl Report {
         object.insert("problems".into(), json!(self.problems));
         object.extend(self.facts.clone());
         if !self.parts.is_empty() {
-            object.insert("parts".into(), self.parts.iter().map(Report::to_json).collect());
+            object.insert("parts".into(), self.parts.iter().map(InspectReport::to_json).collect());
         }
         Value::Object(object)
     }
@@ -192,7 +192,7 @@ fn inline(key: &str, value: &Value) -> String {
     }
 }
 
-fn inspect(path: &Path, depth: Depth) -> Result<Report> {
+fn inspect(path: &Path, depth: Depth) -> Result<InspectReport> {
     let has = |name: &str| is_there(&path.join(name));
     if !is_dir(path)? {
         fs::File::open(path).map_err(|e| read_error(path, &e))?;

@@ -8,8 +8,8 @@ use tch::Device;
 use crate::checkpoint::merge::{Merge, Merged};
 use crate::checkpoint::{PeftAdapter, Weights};
 use crate::commands::check::size;
-use crate::commands::convert::{Dtype, parse_size};
-use crate::config::trainable::Base;
+use crate::commands::convert::{OutputDtype, parse_size};
+use crate::config::trainable::BaseFormat;
 use crate::error::{Error, Result};
 use crate::telemetry::progress::with_bytes_bar;
 use crate::warn;
@@ -30,7 +30,7 @@ pub struct Args {
     output: PathBuf,
     /// Dtype of the tensors [default: each as it is in the model]
     #[arg(long, value_enum)]
-    dtype: Option<Dtype>,
+    dtype: Option<OutputDtype>,
     /// Most bytes of tensors in a file, such as 5GB or 500MiB
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "5GB")]
     max_shard_size: u64,
@@ -48,7 +48,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
             return Err(Error::config(format!("--output: {} is read for the merge", b.display())));
         }
     }
-    let merge = Merge::new(base, adapter, args.dtype.map(Dtype::kind))?;
+    let merge = Merge::new(base, adapter, args.dtype.map(OutputDtype::kind))?;
     let (total, done) = (merge.bytes()?, Arc::default());
     let report = with_bytes_bar("merging", total, &done, || {
         merge.write(&args.output, args.max_shard_size, device, &done)
@@ -67,7 +67,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
 
 /// Tells how far a merged model is from its adapter and the model in `from`.
 pub fn tell(merged: &Merged, from: &Path) {
-    if merged.base != Base::None {
+    if merged.base != BaseFormat::None {
         warn!(
             "the adapter was trained on weights in {}: what was merged are those weights as they come back from there, not \
              those of {}",

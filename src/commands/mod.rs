@@ -5,7 +5,7 @@ use clap::{ArgMatches, Args, Command};
 use tch::Device;
 
 use crate::distributed::agreement::Facts;
-use crate::distributed::environment::Place;
+use crate::distributed::environment::RankEnvironment;
 use crate::distributed::world::{DeviceChoice, World};
 use crate::env;
 use crate::error::{Error, Result};
@@ -45,7 +45,7 @@ pub struct Global {
     pub device: Option<String>,
     /// How messages look
     #[arg(long, global = true, value_enum, default_value = "pretty")]
-    pub log_format: console::Format,
+    pub log_format: console::LogFormat,
     /// Only warnings and errors
     #[arg(short, long, global = true)]
     pub quiet: bool,
@@ -92,8 +92,8 @@ impl Global {
     }
 
     /// How this process talks, before it knows more of its world than the environment tells.
-    pub fn console(&self) -> console::Settings {
-        console::Settings {
+    pub fn console(&self) -> console::ConsoleSettings {
+        console::ConsoleSettings {
             format: self.log_format,
             quiet: self.quiet,
             verbose: self.verbose,
@@ -110,7 +110,7 @@ impl Global {
             .or_else(|| env::parsed("OMP_NUM_THREADS"))
             .or_else(|| std::thread::available_parallelism().ok().map(std::num::NonZero::get));
         // An environment that cannot be read is refused where the world is joined.
-        let ranks = Place::from_env().ok().flatten().map_or(1, |p| p.world_size);
+        let ranks = RankEnvironment::from_env().ok().flatten().map_or(1, |p| p.world_size);
         match threads {
             Some(0) => return Err(Error::config("--threads must be at least 1")),
             Some(n) => {

@@ -10,34 +10,34 @@ use crate::algorithms::step::{MicroBatch, accumulate_gradients};
 use crate::commands::Global;
 use crate::commands::check::size;
 use crate::commands::convert::parse_size;
-use crate::commands::recipes::{Named, RecipeArgs};
+use crate::commands::recipes::{NamedRecipe, RecipeArgs};
 use crate::commands::training::ConfigArgs;
 use crate::config::Conflicts;
 use crate::config::sections::Recompute;
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
 use crate::distributed::mesh::{Sharding, ShardingPlan};
-use crate::distributed::plan::Plan as GroupPlan;
+use crate::distributed::plan::GroupPlan;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::DeviceChoice;
 use crate::error::{Error, Result};
-use crate::model::{Input, Llama, init, layout};
+use crate::model::{Llama, ModelInput, init, layout};
 use crate::optim::AdamW;
-use crate::plan::memory::{Batch, Memory};
+use crate::plan::memory::{BatchShape, Memory};
 use crate::plan::models::{PHASES, peaks};
-use crate::plan::{Models, Plan, Target, Training};
+use crate::plan::{MemoryPlan, ModelsMemory, PlanTarget, TrainingMemory};
 use crate::telemetry;
 
 /// `corral plan`
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
-    what: Named<OfRecipe>,
+    what: NamedRecipe<PlanArgs>,
 }
 
 /// Arguments for every recipe. A model's path may be the name of a preset, whose shape is taken.
 #[derive(Debug, clap::Args)]
-pub struct OfRecipe {
+pub struct PlanArgs {
     #[command(flatten)]
     config: ConfigArgs,
     /// Ranks that the run will have
@@ -54,7 +54,7 @@ pub struct OfRecipe {
     json: bool,
 }
 
-impl RecipeArgs for OfRecipe {
+impl RecipeArgs for PlanArgs {
     const OF_SOME: &'static [&'static str] = &["device_memory", "completions"];
 }
 
@@ -64,14 +64,14 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
 }
 
 /// Loads a configuration, and shows its plan.
-pub fn plan<R: Recipe>(args: OfRecipe, global: &Global) -> Result<()> {
-    let target = Target { completions: args.completions, ..target(global, args.nproc)? };
+pub fn plan<R: Recipe>(args: PlanArgs, global: &Global) -> Result<()> {
+    let target = PlanTarget { completions: args.completions, ..target(global, args.nproc)? };
     let loaded = load::<R>(&args.config, args.nproc)?;
     show(&loaded.config.plan(&target).map_err(|e| loaded.locate(e))?, args.device_memory, args.json)
 }
 
 /// What a plan is made for: `ranks` on the device that the command line names.
-pub fn target(global: &Global, ranks: i64) -> Result<Target> {
+pub fn target(global: &Global, ranks: i64) -> Result<PlanTarget> {
     let device = match DeviceChoice::of(global.device.as_deref())? {
         DeviceChoice::Cpu => Device::Cpu,
         DeviceChoice::Cuda => Device::Cuda(0),
@@ -81,13 +81,13 @@ pub fn target(global: &Global, ranks: i64) -> Result<Target> {
         Device::Cpu => "cpu".to_string(),
         _ => global.device.clone().unwrap_or_else(|| "cuda".into()),
     };
-    Ok(Target { ranks, device, device_name, completions: 2 })
+    Ok(PlanTarget { ranks, device, device_name, completions: 2 })
 }
 
 /// Prints a plan, as a table or (`as_json`) as one JSON object.
-pub fn show(plan: &Plan, device_memory: Option<u64>, as_json: bool) -> Result<()> {
+pub fn show(plan: &MemoryPlan, device_memory: Option<u64>, as_json: bool) -> Result<()> {
     match plan {
-        Plan::Training(training) => {
+        MemoryPlan::Training(training) => {
             let on_cpu = training.device == Device::Cpu;
             let process = if on_cpu { process_bytes(training.compute)? } else { 0 };
             let fit = device_memory.map(|bytes| Fit::new(training, bytes, process));
@@ -97,8 +97,8 @@ pub fn show(plan: &Plan, device_memory: Option<u64>, as_json: bool) -> Result<()
                 training_table(training, process, fit)
             }
         }
-        Plan::Models(models) if as_json => models_json(models),
-        Plan::Models(models) => models_table(models),
+        MemoryPlan::Models(models) if as_json => models_json(models),
+        MemoryPlan::Models(models) => models_table(models),
     }
     Ok(())
 }
@@ -131,23 +131,23 @@ struct Fit {
 }
 
 impl Fit {
-    fn new(t: &Training, bytes: u64, process: i64) -> Fit {
+    fn new(t: &TrainingMemory, bytes: u64, process: i64) -> Fit {
         let largest = t.largest(bytes as i64, process);
         let divides = (1..=largest.min(t.rows)).rev().find(|n| t.rows % n == 0);
         Fit { bytes, largest, divides }
     }
 }
 
-fn kind_of_device(t: &Training) -> &'static str {
+fn kind_of_device(t: &TrainingMemory) -> &'static str {
     if t.device == Device::Cpu { "cpu" } else { "cuda" }
 }
 
 /// What a step takes at most, the reference and the process included.
-fn step_bytes(t: &Training, process: i64) -> i64 {
+fn step_bytes(t: &TrainingMemory, process: i64) -> i64 {
     t.step(t.micro_batch).total() + t.stays() + process
 }
 
-fn training_json(t: &Training, process: i64, fit: Option<Fit>) {
+fn training_json(t: &TrainingMemory, process: i64, fit: Option<Fit>) {
     let (stays, asking) = (t.stays(), t.asking(t.micro_batch));
     let mut out = json!({
         "subcommand": t.subcommand,
@@ -178,7 +178,7 @@ fn training_json(t: &Training, process: i64, fit: Option<Fit>) {
     println!("{out}");
 }
 
-fn training_table(t: &Training, process: i64, fit: Option<Fit>) {
+fn training_table(t: &TrainingMemory, process: i64, fit: Option<Fit>) {
     let parts = t.step(t.micro_batch);
     let (stays, asking) = (t.stays(), t.asking(t.micro_batch));
     let completions = match t.each.sequences {
@@ -240,7 +240,7 @@ fn training_table(t: &Training, process: i64, fit: Option<Fit>) {
     }
 }
 
-fn models_json(m: &Models) {
+fn models_json(m: &ModelsMemory) {
     let models: Vec<Value> = m
         .models
         .iter()
@@ -257,7 +257,7 @@ fn models_json(m: &Models) {
     );
 }
 
-fn models_table(m: &Models) {
+fn models_table(m: &ModelsMemory) {
     println!("# {}: {} rank(s); of each, at most", m.subcommand, m.ranks);
     println!(
         "{:<14} {:>12} {:>9} {:>12} {:>12} {:>12} {:>12}",
@@ -298,7 +298,8 @@ fn process_bytes(compute: Kind) -> Result<i64> {
         ..Shape::preset("llama-15m").ok_or_else(|| Error::failed("a preset is missing"))?
     };
     let plans: Vec<GroupPlan> = layout::layouts(&shape).into_iter().map(GroupPlan::from).collect();
-    let batch = Batch { rows: 4, length: 256, micro_batches: 1, recompute: Recompute::None, packed: false };
+    let batch =
+        BatchShape { rows: 4, length: 256, micro_batches: 1, recompute: Recompute::None, packed: false };
     let memory = Memory::new(&shape, &plans, compute, ShardingPlan::solo(), Device::Cpu)?;
     let tensors = memory.step(&batch).total() + memory.moments(Default::default());
 
@@ -307,7 +308,7 @@ fn process_bytes(compute: Kind) -> Result<i64> {
     let mut model = Llama::new(shape, params);
     let mut optimizer = AdamW::configured(&model.params, &Default::default())?;
     let ids = Tensor::arange(1024, (Kind::Int64, Device::Cpu)).view([batch.rows, batch.length]);
-    let micro_batch = MicroBatch { labels: ids.view([-1]), input: Input::new(ids) };
+    let micro_batch = MicroBatch { labels: ids.view([-1]), input: ModelInput::new(ids) };
     accumulate_gradients(&mut model, &[micro_batch], 1024.0, batch.recompute)?;
     optimizer.update(&mut model.params, 1e-3, 1.0)?;
     Ok(telemetry::peak_bytes() as i64 - tensors)

@@ -23,14 +23,14 @@ use crate::error::Result;
 
 /// All recipes, in the order of `corral --help`.
 pub static RECIPES: &[&dyn AnyRecipe] = &[
-    &Of::<Pretrain>::NEW,
-    &Of::<Sft>::NEW,
-    &Of::<Reward>::NEW,
-    &Of::<Dpo>::NEW,
-    &Of::<Kto>::NEW,
-    &Of::<OnlineDpo>::NEW,
-    &Of::<Grpo>::NEW,
-    &Of::<Ppo>::NEW,
+    &RecipeOf::<Pretrain>::NEW,
+    &RecipeOf::<Sft>::NEW,
+    &RecipeOf::<Reward>::NEW,
+    &RecipeOf::<Dpo>::NEW,
+    &RecipeOf::<Kto>::NEW,
+    &RecipeOf::<OnlineDpo>::NEW,
+    &RecipeOf::<Grpo>::NEW,
+    &RecipeOf::<Ppo>::NEW,
 ];
 
 /// A [`Recipe`] as the commands use it.
@@ -57,19 +57,19 @@ pub trait AnyRecipe: Sync {
     fn train(&self, args: training::Args, global: &Global) -> Result<()>;
 
     /// `corral check NAME`
-    fn check(&self, args: check::OfRecipe, global: &Global) -> Result<()>;
+    fn check(&self, args: check::CheckArgs, global: &Global) -> Result<()>;
 
     /// `corral plan NAME`
-    fn plan(&self, args: plan::OfRecipe, global: &Global) -> Result<()>;
+    fn plan(&self, args: plan::PlanArgs, global: &Global) -> Result<()>;
 }
 
-struct Of<R>(PhantomData<fn() -> R>);
+struct RecipeOf<R>(PhantomData<fn() -> R>);
 
-impl<R> Of<R> {
-    const NEW: Self = Of(PhantomData);
+impl<R> RecipeOf<R> {
+    const NEW: Self = RecipeOf(PhantomData);
 }
 
-impl<R: Recipe> AnyRecipe for Of<R> {
+impl<R: Recipe> AnyRecipe for RecipeOf<R> {
     fn name(&self) -> &'static str {
         R::SUBCOMMAND
     }
@@ -98,11 +98,11 @@ impl<R: Recipe> AnyRecipe for Of<R> {
         training::run::<R>(args, global)
     }
 
-    fn check(&self, args: check::OfRecipe, global: &Global) -> Result<()> {
+    fn check(&self, args: check::CheckArgs, global: &Global) -> Result<()> {
         check::check::<R>(args, global)
     }
 
-    fn plan(&self, args: plan::OfRecipe, global: &Global) -> Result<()> {
+    fn plan(&self, args: plan::PlanArgs, global: &Global) -> Result<()> {
         plan::plan::<R>(args, global)
     }
 }
@@ -114,14 +114,14 @@ pub trait RecipeArgs: Args {
 }
 
 /// A recipe that the command line names, and the arguments for it: a subcommand for each of [`RECIPES`].
-pub struct Named<A> {
+pub struct NamedRecipe<A> {
     /// The one of [`RECIPES`] that has the subcommand's name.
     pub recipe: &'static dyn AnyRecipe,
     /// The arguments behind it.
     pub args: A,
 }
 
-impl<A: RecipeArgs> FromArgMatches for Named<A> {
+impl<A: RecipeArgs> FromArgMatches for NamedRecipe<A> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let missing = || clap::Error::raw(ErrorKind::MissingSubcommand, "a subcommand is missing\n");
         let (name, matches) = matches.subcommand().ok_or_else(missing)?;
@@ -132,7 +132,7 @@ impl<A: RecipeArgs> FromArgMatches for Named<A> {
             let message = format!("--{flag} means nothing for {name}\n");
             return Err(clap::Error::raw(ErrorKind::ArgumentConflict, message));
         }
-        Ok(Named { recipe: *recipe, args: A::from_arg_matches(matches)? })
+        Ok(NamedRecipe { recipe: *recipe, args: A::from_arg_matches(matches)? })
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
@@ -141,7 +141,7 @@ impl<A: RecipeArgs> FromArgMatches for Named<A> {
     }
 }
 
-impl<A: RecipeArgs> Subcommand for Named<A> {
+impl<A: RecipeArgs> Subcommand for NamedRecipe<A> {
     fn augment_subcommands(command: Command) -> Command {
         let subcommand = |recipe: &&dyn AnyRecipe| {
             // Last: arguments come with a description of their own.

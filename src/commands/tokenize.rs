@@ -4,7 +4,7 @@ use crate::checkpoint::locate_tokenizer;
 use crate::commands::intake::OnErrorArgs;
 use crate::data::readers;
 use crate::data::shards::Header;
-use crate::data::tokenize::{self, Options};
+use crate::data::tokenize::{self, TokenizeOptions};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::telemetry::progress::with_bytes_bar;
@@ -44,7 +44,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     let tokenizer = Tokenizer::load(locate_tokenizer(&args.tokenizer)?)?;
     let total = readers::total_bytes(&args.input);
-    let options = Options {
+    let options = TokenizeOptions {
         inputs: args.input,
         text_key: args.text_key,
         on_error: args.on_error.on_error,

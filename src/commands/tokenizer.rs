@@ -19,11 +19,11 @@ pub struct Args {
 #[derive(Debug, clap::Subcommand)]
 enum Command {
     /// Train a byte-level BPE tokenizer
-    Train(Train),
+    Train(TrainTokenizer),
 }
 
 #[derive(Debug, clap::Args)]
-struct Train {
+struct TrainTokenizer {
     /// Text, JSON, JSON lines (each also .gz or .zst) or Parquet
     #[arg(long, num_args = 1.., required = true, value_name = "FILE")]
     input: Vec<PathBuf>,

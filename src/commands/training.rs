@@ -14,7 +14,7 @@ use crate::commands::Global;
 use crate::commands::recipes::RecipeArgs;
 use crate::config::{self, Algorithm, Loaded};
 use crate::distributed::agree::agree;
-use crate::distributed::environment::Place;
+use crate::distributed::environment::RankEnvironment;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::info;
@@ -62,7 +62,7 @@ pub fn run<R: Recipe>(args: Args, global: &Global) -> Result<()> {
         return Err(Error::config("--overwrite goes with --resume never"));
     }
     let mut loaded = args.config.load::<R>()?;
-    let place = Place::from_env()?;
+    let place = RankEnvironment::from_env()?;
     loaded.validate(place.as_ref().map_or(1, |p| p.world_size))?;
     // A world that was started again goes on with the run that its first attempt began, whatever its command said at
     // first; unless it did not come to that.

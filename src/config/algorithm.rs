@@ -8,7 +8,7 @@ use super::keys::Section;
 use super::problems::Problems;
 use super::setting::{At, Setting};
 use super::template_date::TemplateDate;
-use super::yaml::{Node, Place};
+use super::yaml::{ConfigPlace, Node};
 use crate::error::{Error, Result};
 use crate::files::broken_link;
 
@@ -18,7 +18,7 @@ pub trait Algorithm: Setting {
     const SUBCOMMAND: &'static str;
 
     /// What is taken where no file is named.
-    const DEFAULT: BuiltIn;
+    const DEFAULT: BuiltInConfig;
 
     fn common(&self) -> Common<'_>;
 
@@ -50,16 +50,16 @@ pub struct Loaded<T> {
 
 /// A configuration that is compiled in.
 #[derive(Debug, Clone, Copy)]
-pub struct BuiltIn {
+pub struct BuiltInConfig {
     /// Its path in the source tree.
     pub file: &'static str,
     pub text: &'static str,
 }
 
-/// The [`BuiltIn`] of a folder of `configs/`: its `default.yaml`.
+/// The [`BuiltInConfig`] of a folder of `configs/`: its `default.yaml`.
 macro_rules! built_in {
     ($folder:literal) => {
-        $crate::config::algorithm::BuiltIn {
+        $crate::config::algorithm::BuiltInConfig {
             file: concat!("configs/", $folder, "/default.yaml"),
             text: include_str!(concat!("../../configs/", $folder, "/default.yaml")),
         }
@@ -116,7 +116,7 @@ pub(super) fn parse<T: Algorithm>(
 }
 
 /// Where the value of a dotted key was written; one that was left out: the nearest section around it.
-fn place(tree: &Node, key: &str) -> Place {
+fn place(tree: &Node, key: &str) -> ConfigPlace {
     let mut at = key;
     loop {
         match (tree.get(at), at.rsplit_once('.')) {

@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use super::conflict::Conflicts;
 use super::model::Model;
 use super::parallel::Parallel;
-use super::sections::{Checkpoint, Log, Optim, Precision, Schedule, Source, Tokenizer, Train, Valid};
+use super::sections::{
+    CheckpointSection, DataSource, Log, Optim, Precision, ScheduleSection, TokenizerSection, TrainSection,
+    Valid,
+};
 
 /// The keys that every configuration has.
 #[derive(Debug, Clone, Copy)]
@@ -15,9 +18,9 @@ pub struct Common<'a> {
     pub parallel: &'a Parallel,
     pub precision: &'a Precision,
     pub optim: &'a Optim,
-    pub schedule: &'a Schedule,
-    pub train: &'a Train,
-    pub checkpoint: &'a Checkpoint,
+    pub schedule: &'a ScheduleSection,
+    pub train: &'a TrainSection,
+    pub checkpoint: &'a CheckpointSection,
     pub log: &'a Log,
     pub valid: &'a Valid,
 }
@@ -50,11 +53,11 @@ macro_rules! configuration {
                 /// The optimizer, AdamW.
                 optim: $crate::config::sections::Optim = Default::default();
                 /// The learning rate over the steps.
-                schedule: $crate::config::sections::Schedule = Default::default();
+                schedule: $crate::config::sections::ScheduleSection = Default::default();
                 /// How much is trained, and in which pieces.
-                train: $crate::config::sections::Train;
+                train: $crate::config::sections::TrainSection;
                 /// When the run is saved.
-                checkpoint: $crate::config::sections::Checkpoint = Default::default();
+                checkpoint: $crate::config::sections::CheckpointSection = Default::default();
                 /// When a line of metrics is written.
                 log: $crate::config::sections::Log = Default::default();
             }
@@ -83,8 +86,8 @@ pub(super) use configuration;
 /// What does not fit between a model, its tokenizer and its training data.
 pub(super) fn conflicts_of_inputs(
     model: &Model,
-    tokenizer: Option<&Tokenizer>,
-    train: &[Source],
+    tokenizer: Option<&TokenizerSection>,
+    train: &[DataSource],
     found: &mut Conflicts,
 ) {
     if train.is_empty() {
@@ -103,7 +106,7 @@ pub(super) fn conflicts_of_inputs(
 }
 
 /// Weights of validation data, which is read once as a whole.
-pub(super) fn conflicts_of_validation(sources: &[Source], found: &mut Conflicts) {
+pub(super) fn conflicts_of_validation(sources: &[DataSource], found: &mut Conflicts) {
     if let Some(i) = sources.iter().position(|s| s.weight.is_some()) {
         found.add(
             format!("data.valid.{i}.weight"),
@@ -115,8 +118,8 @@ pub(super) fn conflicts_of_validation(sources: &[Source], found: &mut Conflicts)
 /// [`conflicts_of_inputs`] of an algorithm that goes on from a model whose completions are known.
 pub(super) fn conflicts_of_pretrained(
     model: &Model,
-    tokenizer: Option<&Tokenizer>,
-    train: &[Source],
+    tokenizer: Option<&TokenizerSection>,
+    train: &[DataSource],
     found: &mut Conflicts,
 ) {
     match model {
@@ -128,8 +131,8 @@ pub(super) fn conflicts_of_pretrained(
 /// The paths that a model, its tokenizer and data are read from.
 pub fn paths<'a>(
     model: &'a Model,
-    tokenizer: Option<&'a Tokenizer>,
-    data: impl Iterator<Item = &'a Source>,
+    tokenizer: Option<&'a TokenizerSection>,
+    data: impl Iterator<Item = &'a DataSource>,
 ) -> Vec<&'a Path> {
     let model = match model {
         Model::Path(path) => Some(path),

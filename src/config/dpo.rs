@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use super::algorithm::{Algorithm, BuiltIn, built_in};
+use super::algorithm::{Algorithm, BuiltInConfig, built_in};
 use super::common::{Common, configuration, conflicts_of_pretrained};
 use super::conflict::Conflicts;
 use super::model::Model;
-use super::preferences::Data;
+use super::preferences::PreferenceData;
 use super::section::{choice, section};
-use super::sections::{Tokenizer, Valid};
+use super::sections::{TokenizerSection, Valid};
 use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};
 
@@ -18,17 +18,17 @@ configuration! {
         /// Where the model comes from.
         model: Model;
         /// The tokenizer, and how conversations are rendered.
-        tokenizer: Option<Tokenizer> = None;
+        tokenizer: Option<TokenizerSection> = None;
         /// Training and validation data.
-        data: Data;
+        data: PreferenceData;
         /// Parameters that are not trained.
         freeze: Freeze = Freeze::default();
         /// Adapters; without them the model itself is trained.
         lora: Option<Lora> = None;
         /// The loss.
-        dpo: Section = Section::default();
+        dpo: DpoSection = DpoSection::default();
         /// The reference model. Default: the model as it is at the start.
-        reference: Option<Reference> = None;
+        reference: Option<ReferencePath> = None;
         /// Validation on `data.valid`.
         valid: Valid = Valid::default();
     }
@@ -36,9 +36,9 @@ configuration! {
 
 section! {
     /// The loss of a pair of completions, and which pairs there are.
-    pub struct Section {
+    pub struct DpoSection {
         /// Which loss.
-        loss: Loss = Loss::Sigmoid => Mathematics;
+        loss: DpoLoss = DpoLoss::Sigmoid => Mathematics;
         /// How strongly the reference holds.
         beta: f64 = 0.1, POSITIVE => Mathematics;
         /// The probability that a pair is the wrong way round (`sigmoid`, `robust`), or the other's share (`exo_pair`).
@@ -46,7 +46,7 @@ section! {
         /// The weight of the cross-entropy of the best completions' tokens, besides.
         sft_weight: f64 = 0.0, NOT_NEGATIVE => Mathematics;
         /// Which completions of a prompt are compared.
-        pairs: Pairs = Pairs::All => Mathematics;
+        pairs: ComparedPairs = ComparedPairs::All => Mathematics;
         /// How the reference's log-probabilities are had.
         reference: ReferenceFrom = ReferenceFrom::Cached => Mathematics;
     }
@@ -54,7 +54,7 @@ section! {
 
 choice! {
     /// The loss of a pair.
-    pub enum Loss {
+    pub enum DpoLoss {
         /// DPO (Rafailov et al. 2023); with `label_smoothing` cDPO (Mitchell 2023).
         Sigmoid = "sigmoid",
         /// DPO of means over tokens.
@@ -82,7 +82,7 @@ choice! {
 
 choice! {
     /// Which completions of a prompt are compared.
-    pub enum Pairs {
+    pub enum ComparedPairs {
         /// Each with every worse one; a prompt's loss is the mean.
         All = "all",
         /// The best with every worse one.
@@ -102,25 +102,25 @@ choice! {
 
 section! {
     /// A model that is only read.
-    pub struct Reference {
+    pub struct ReferencePath {
         /// Hugging Face folder, run folder, checkpoint of a run, adapter, or Meta folder.
         path: PathBuf => Path;
     }
 }
 
-impl Section {
+impl DpoSection {
     /// What does not fit.
     pub fn conflicts(&self, found: &mut Conflicts) {
         const KEY: &str = "dpo.label_smoothing";
         let smoothing = self.label_smoothing;
         match self.loss {
-            Loss::Sigmoid | Loss::Robust if smoothing >= 0.5 => {
+            DpoLoss::Sigmoid | DpoLoss::Robust if smoothing >= 0.5 => {
                 found.add(KEY, "below 0.5: at most half of the pairs may be the wrong way round");
             }
-            Loss::ExoPair if !(smoothing > 0.0 && smoothing < 0.5) => {
+            DpoLoss::ExoPair if !(smoothing > 0.0 && smoothing < 0.5) => {
                 found.add(KEY, "exo_pair needs a number above 0 and below 0.5");
             }
-            Loss::Sigmoid | Loss::Robust | Loss::ExoPair => {}
+            DpoLoss::Sigmoid | DpoLoss::Robust | DpoLoss::ExoPair => {}
             _ if smoothing > 0.0 => {
                 found.add(KEY, "only sigmoid, robust and exo_pair have it; leave it out");
             }
@@ -131,7 +131,7 @@ impl Section {
 
 impl Algorithm for Dpo {
     const SUBCOMMAND: &'static str = "dpo";
-    const DEFAULT: BuiltIn = built_in!("dpo");
+    const DEFAULT: BuiltInConfig = built_in!("dpo");
 
     fn common(&self) -> Common<'_> {
         self.sections()

@@ -1,27 +1,27 @@
 //! The configuration of `corral grpo`.
 
-use super::algorithm::{Algorithm, BuiltIn, built_in};
+use super::algorithm::{Algorithm, BuiltInConfig, built_in};
 use super::common::Common;
 use super::conflict::Conflicts;
-use super::policy::{KlEstimator, Level, LossType, policy_configuration};
-use super::rewards::{Reward, RewardKind};
+use super::policy::{KlEstimator, LossType, RatioLevel, policy_configuration};
+use super::rewards::{RewardKind, RewardTerm};
 use super::section::{choice, section};
-use super::sft::Samples;
+use super::sft::PromptSamples;
 use super::template_date::TemplateDate;
 
 policy_configuration! {
     /// Group-relative policy optimization; `train.batch_size` counts prompts an iteration, `train.steps` iterations.
     pub struct Grpo {
         /// The loss and its groups.
-        grpo: Section = Section::default();
+        grpo: GrpoSection = GrpoSection::default();
         /// Responses that are written to samples.jsonl and TensorBoard.
-        samples: Samples = samples();
+        samples: PromptSamples = samples();
     }
 }
 
 section! {
     /// The loss and its groups.
-    pub struct Section {
+    pub struct GrpoSection {
         /// Responses to each prompt.
         group_size: i64 = 8, COUNT => Mathematics;
         /// Short for `rewards` of these kinds, each with weight 1.
@@ -31,7 +31,7 @@ section! {
         /// How the losses of tokens are made, and become one.
         loss: LossType = LossType::Grpo => Mathematics;
         /// Whether ratios of new to old probabilities are taken of tokens or of whole responses (GSPO).
-        level: Level = Level::Token => Mathematics;
+        level: RatioLevel = RatioLevel::Token => Mathematics;
         /// How far a ratio may go below 1, and above it.
         epsilon: f64 = 0.2, POSITIVE => Mathematics;
         /// How far above, where that differs. `cispo`: the largest ratio itself; default 5.
@@ -65,7 +65,7 @@ section! {
 /// Defaults of `sapo_temperature_pos` and `_neg`.
 const SAPO_TEMPERATURES: [f64; 2] = [1.0, 1.05];
 
-impl Section {
+impl GrpoSection {
     /// How far a ratio may go above 1; of `cispo` the largest ratio.
     pub fn epsilon_high(&self) -> f64 {
         let default = if self.loss == LossType::Cispo { 5.0 } else { self.epsilon };
@@ -105,14 +105,14 @@ choice! {
     }
 }
 
-pub(super) fn samples() -> Samples {
-    Samples { every: 10, count: 4 }
+pub(super) fn samples() -> PromptSamples {
+    PromptSamples { every: 10, count: 4 }
 }
 
 impl Grpo {
     /// What responses are rewarded for.
-    pub fn rewards(&self) -> Vec<Reward> {
-        let short = self.grpo.rewards.iter().map(|kind| Reward::new(*kind));
+    pub fn rewards(&self) -> Vec<RewardTerm> {
+        let short = self.grpo.rewards.iter().map(|kind| RewardTerm::new(*kind));
         self.rewards.iter().cloned().chain(short).collect()
     }
 
@@ -149,7 +149,7 @@ impl Grpo {
 
 impl Algorithm for Grpo {
     const SUBCOMMAND: &'static str = "grpo";
-    const DEFAULT: BuiltIn = built_in!("grpo");
+    const DEFAULT: BuiltInConfig = built_in!("grpo");
 
     fn common(&self) -> Common<'_> {
         self.sections()
@@ -193,12 +193,12 @@ impl Grpo {
     }
 }
 
-impl Section {
+impl GrpoSection {
     /// What does not fit among the keys of the section.
     fn conflicts(&self, found: &mut Conflicts) {
         let reinforce = self.advantages == Advantages::Reinforce;
         if self.group_size == 1 && !reinforce {
-            let why = "a response alone has nothing to be compared with; 2 at least, or grpo.advantages=reinforce++";
+            let why = "must be at least 2, not 1: a response is compared with others of its group (grpo.advantages: reinforce++ needs no group)";
             found.add("grpo.group_size", why);
         }
         if reinforce && self.kl_estimator.is_some_and(|e| e != KlEstimator::K1) {
@@ -206,7 +206,7 @@ impl Section {
             found.add("grpo.kl_estimator", why);
         }
         if self.group_size == 1 && self.resample > 0 {
-            let why = "a group of one response never varies: others would be asked in the place of all, for nothing";
+            let why = "must be 0 when grpo.group_size is 1: a single response has no variance, so every group would be resampled";
             found.add("grpo.resample", why);
         }
         if self.delta.is_some_and(|d| d <= 1.0 + self.epsilon_high.unwrap_or(self.epsilon)) {
@@ -217,7 +217,7 @@ impl Section {
             found.add("grpo.kl_estimator", KlEstimator::NO_LOSS);
         }
         let clips_nothing = matches!(self.loss, LossType::Cispo | LossType::Sapo);
-        if clips_nothing && (self.delta.is_some() || self.level == Level::Sequence) {
+        if clips_nothing && (self.delta.is_some() || self.level == RatioLevel::Sequence) {
             let why =
                 "cispo and sapo have ratios of tokens and no delta: leave out grpo.level and grpo.delta";
             found.add("grpo.loss", why);

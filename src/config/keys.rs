@@ -7,7 +7,7 @@ use serde_json::Value as Json;
 
 /// What may stand at a key.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Kind {
+pub enum KeyKind {
     Bool,
     /// A whole number.
     Whole,
@@ -20,11 +20,11 @@ pub enum Kind {
     /// One of several words, each with what it means.
     Choice(Vec<(&'static str, String)>),
     /// A list, of a fixed length where one is given.
-    List(Box<Kind>, Option<usize>),
+    List(Box<KeyKind>, Option<usize>),
     /// What may also be left out, or null.
-    Optional(Box<Kind>),
+    Optional(Box<KeyKind>),
     /// One of several kinds.
-    OneOf(Vec<Kind>),
+    OneOf(Vec<KeyKind>),
     Section(Section),
 }
 
@@ -40,7 +40,7 @@ pub struct Section {
 pub struct Key {
     pub name: &'static str,
     pub about: String,
-    pub kind: Kind,
+    pub kind: KeyKind,
     /// What is taken where it is left out; `None`: it must be given.
     pub default: Option<Json>,
     pub limits: Limits,
@@ -122,13 +122,13 @@ pub enum Class {
     Folder,
 }
 
-impl Kind {
+impl KeyKind {
     /// The section that stands here, or in the items of a list here.
     pub fn section(&self) -> Option<&Section> {
         match self {
-            Kind::Section(section) => Some(section),
-            Kind::Optional(kind) | Kind::List(kind, _) => kind.section(),
-            Kind::OneOf(kinds) => kinds.iter().find_map(Kind::section),
+            KeyKind::Section(section) => Some(section),
+            KeyKind::Optional(kind) | KeyKind::List(kind, _) => kind.section(),
+            KeyKind::OneOf(kinds) => kinds.iter().find_map(KeyKind::section),
             _ => None,
         }
     }
@@ -136,9 +136,9 @@ impl Kind {
     /// The words of a choice that stands here, or in the items of a list here, each with its meaning.
     pub fn choice(&self) -> Option<&[(&'static str, String)]> {
         match self {
-            Kind::Choice(words) => Some(words),
-            Kind::Optional(kind) | Kind::List(kind, _) => kind.choice(),
-            Kind::OneOf(kinds) => kinds.iter().find_map(Kind::choice),
+            KeyKind::Choice(words) => Some(words),
+            KeyKind::Optional(kind) | KeyKind::List(kind, _) => kind.choice(),
+            KeyKind::OneOf(kinds) => kinds.iter().find_map(KeyKind::choice),
             _ => None,
         }
     }
@@ -146,20 +146,20 @@ impl Kind {
     /// What a user writes there, in words.
     pub fn words(&self) -> String {
         match self {
-            Kind::Bool => "true or false".into(),
-            Kind::Whole => "whole number".into(),
-            Kind::Number => "number".into(),
-            Kind::Text => "text".into(),
-            Kind::Path => "path".into(),
-            Kind::Form(form) => (*form).into(),
-            Kind::Choice(words) => {
+            KeyKind::Bool => "true or false".into(),
+            KeyKind::Whole => "whole number".into(),
+            KeyKind::Number => "number".into(),
+            KeyKind::Text => "text".into(),
+            KeyKind::Path => "path".into(),
+            KeyKind::Form(form) => (*form).into(),
+            KeyKind::Choice(words) => {
                 words.iter().map(|(word, _)| format!("`{word}`")).collect::<Vec<_>>().join(", ")
             }
-            Kind::List(kind, None) => format!("list of: {}", kind.words()),
-            Kind::List(kind, Some(n)) => format!("list of {n}: {}", kind.words()),
-            Kind::Optional(kind) => kind.words(),
-            Kind::OneOf(kinds) => kinds.iter().map(Kind::words).collect::<Vec<_>>().join(", or "),
-            Kind::Section(section) => {
+            KeyKind::List(kind, None) => format!("list of: {}", kind.words()),
+            KeyKind::List(kind, Some(n)) => format!("list of {n}: {}", kind.words()),
+            KeyKind::Optional(kind) => kind.words(),
+            KeyKind::OneOf(kinds) => kinds.iter().map(KeyKind::words).collect::<Vec<_>>().join(", or "),
+            KeyKind::Section(section) => {
                 let keys: Vec<&str> = section.keys.iter().map(|key| key.name).collect();
                 format!("section `{{{}}}`", keys.join(", "))
             }

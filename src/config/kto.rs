@@ -1,13 +1,13 @@
 //! The configuration of `corral kto`.
 
-use super::algorithm::{Algorithm, BuiltIn, built_in};
+use super::algorithm::{Algorithm, BuiltInConfig, built_in};
 use super::common::{Common, configuration, conflicts_of_pretrained};
 use super::conflict::Conflicts;
-use super::dpo::Reference;
+use super::dpo::ReferencePath;
 use super::model::Model;
-use super::preferences::Data;
+use super::preferences::PreferenceData;
 use super::section::{choice, section};
-use super::sections::{Tokenizer, Valid};
+use super::sections::{TokenizerSection, Valid};
 use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};
 
@@ -17,17 +17,17 @@ configuration! {
         /// Where the model comes from.
         model: Model;
         /// The tokenizer, and how conversations are rendered.
-        tokenizer: Option<Tokenizer> = None;
+        tokenizer: Option<TokenizerSection> = None;
         /// Training and validation data.
-        data: Data;
+        data: PreferenceData;
         /// Parameters that are not trained.
         freeze: Freeze = Freeze::default();
         /// Adapters; without them the model itself is trained.
         lora: Option<Lora> = None;
         /// The loss.
-        kto: Section = Section::default();
+        kto: KtoSection = KtoSection::default();
         /// The reference model. Default: the model as it is at the start.
-        reference: Option<Reference> = None;
+        reference: Option<ReferencePath> = None;
         /// Validation on `data.valid`.
         valid: Valid = Valid::default();
     }
@@ -35,9 +35,9 @@ configuration! {
 
 section! {
     /// The loss of a completion that was found good or bad.
-    pub struct Section {
+    pub struct KtoSection {
         /// Which loss.
-        loss: Loss = Loss::Kto => Mathematics;
+        loss: KtoLoss = KtoLoss::Kto => Mathematics;
         /// How strongly the reference holds.
         beta: f64 = 0.1, POSITIVE => Mathematics;
         /// The weight of good completions; where there are d good and u bad ones, weight times number should be alike.
@@ -49,7 +49,7 @@ section! {
 
 choice! {
     /// The loss of a completion.
-    pub enum Loss {
+    pub enum KtoLoss {
         /// KTO (Ethayarajh et al. 2024): rewards are compared with the KL to the reference.
         Kto = "kto",
         /// APO-zero of unpaired completions (D'Oosterlinck et al. 2024): rewards are compared with 0.
@@ -59,7 +59,7 @@ choice! {
 
 impl Algorithm for Kto {
     const SUBCOMMAND: &'static str = "kto";
-    const DEFAULT: BuiltIn = built_in!("kto");
+    const DEFAULT: BuiltInConfig = built_in!("kto");
 
     fn common(&self) -> Common<'_> {
         self.sections()
@@ -70,7 +70,7 @@ impl Algorithm for Kto {
     }
 
     fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
-        if self.kto.loss == Loss::Kto && self.train.batch_size < 2 {
+        if self.kto.loss == KtoLoss::Kto && self.train.batch_size < 2 {
             let why = "must be at least 2: the KL is estimated on prompts with the completion of another record of the step";
             found.add("train.batch_size", why);
         }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::Value as Json;
 
-use super::keys::Kind;
+use super::keys::KeyKind;
 use super::problems::Problems;
 use super::section::section;
 use super::setting::{At, Setting};
@@ -54,8 +54,8 @@ impl Setting for Preset {
         self.0.as_str().into()
     }
 
-    fn kind() -> Kind {
-        Kind::Choice(Shape::PRESETS.iter().map(|name| (*name, String::new())).collect())
+    fn kind() -> KeyKind {
+        KeyKind::Choice(Shape::PRESETS.iter().map(|name| (*name, String::new())).collect())
     }
 }
 
@@ -88,7 +88,7 @@ impl Setting for Model {
         keys.write()
     }
 
-    fn kind() -> Kind {
+    fn kind() -> KeyKind {
         ModelKeys::kind()
     }
 }
@@ -148,7 +148,7 @@ impl Init {
         }
         if let Family::Gemma2 | Family::Gemma3 = self.model_type {
             return Err(
-                "model_type: a new Gemma is not built; one that is there can be trained (model.path)".into(),
+                "model_type: a new Gemma is not built; a pretrained one can be trained (model.path)".into()
             );
         }
         self.head_dim.get_or_insert(c / heads);

@@ -8,7 +8,7 @@ use super::sections::{Compute, Optim};
 use super::setting::Setting;
 use super::trainable::{Freeze, Lora};
 use super::yaml::join;
-use crate::error::{Error, Kind as ErrorKind};
+use crate::error::{Error, ErrorClass};
 
 section! {
     /// A model that is trained.
@@ -27,13 +27,6 @@ section! {
         lora: Option<Lora> = None;
         /// Default: the section `optim`.
         optim: Option<Optim> = None;
-    }
-}
-
-impl Trained {
-    /// Whether its adapters ask for dropout, which no algorithm with such models has.
-    pub fn drops_out(&self) -> bool {
-        self.lora.as_ref().is_some_and(|l| l.dropout > 0.0)
     }
 }
 
@@ -68,7 +61,7 @@ impl Critic {
 
 section! {
     /// A frozen model, for inference only.
-    pub struct Frozen {
+    pub struct FrozenModel {
         /// Hugging Face folder, run folder, checkpoint of a run, adapter, or Meta folder.
         path: PathBuf => Path;
         /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: that of the command.
@@ -88,7 +81,7 @@ pub fn of_model(section: &str, e: Error) -> Error {
             Error { key: Some(join(section, key)), ..e }
         }
         Some(_) => e,
-        None if e.kind == ErrorKind::Config => Error { key: Some(section.into()), ..e },
+        None if e.kind == ErrorClass::Config => Error { key: Some(section.into()), ..e },
         None => e.context(section),
     }
 }

@@ -1,31 +1,31 @@
 //! The configuration of `corral online-dpo`.
 
-use super::algorithm::{Algorithm, BuiltIn, built_in};
+use super::algorithm::{Algorithm, BuiltInConfig, built_in};
 use super::common::Common;
 use super::conflict::Conflicts;
-use super::dpo::{self, Loss, Pairs, ReferenceFrom};
+use super::dpo::{self, ComparedPairs, DpoLoss, ReferenceFrom};
 use super::grpo::{Truncated, samples};
 use super::policy::policy_configuration;
-use super::rewards::Reward;
+use super::rewards::RewardTerm;
 use super::section::section;
-use super::sft::Samples;
+use super::sft::PromptSamples;
 use super::template_date::TemplateDate;
 
 policy_configuration! {
     /// DPO on the model's own responses; `train.batch_size` counts prompts an iteration, `train.steps` iterations.
     pub struct OnlineDpo {
         /// The loss, and which responses are compared.
-        dpo: Section = Section::default();
+        dpo: OnlineDpoSection = OnlineDpoSection::default();
         /// Responses that are written to samples.jsonl and TensorBoard.
-        samples: Samples = samples();
+        samples: PromptSamples = samples();
     }
 }
 
 section! {
     /// The loss of a pair of responses, and which pairs there are.
-    pub struct Section {
+    pub struct OnlineDpoSection {
         /// Which loss, as in `corral dpo`.
-        loss: Loss = Loss::Sigmoid => Mathematics;
+        loss: DpoLoss = DpoLoss::Sigmoid => Mathematics;
         /// How strongly the reference holds.
         beta: f64 = 0.1, POSITIVE => Mathematics;
         /// Label smoothing, as in `corral dpo`.
@@ -51,15 +51,15 @@ section! {
     }
 }
 
-impl Section {
+impl OnlineDpoSection {
     /// The loss of a pair.
-    pub fn of_pairs(&self) -> dpo::Section {
-        dpo::Section {
+    pub fn of_pairs(&self) -> dpo::DpoSection {
+        dpo::DpoSection {
             loss: self.loss,
             beta: self.beta,
             label_smoothing: self.label_smoothing,
             sft_weight: 0.0,
-            pairs: Pairs::All,
+            pairs: ComparedPairs::All,
             reference: ReferenceFrom::Online,
         }
     }
@@ -67,14 +67,14 @@ impl Section {
 
 impl OnlineDpo {
     /// What responses are rewarded for.
-    pub fn rewards(&self) -> Vec<Reward> {
+    pub fn rewards(&self) -> Vec<RewardTerm> {
         self.rewards.clone()
     }
 }
 
 impl Algorithm for OnlineDpo {
     const SUBCOMMAND: &'static str = "online-dpo";
-    const DEFAULT: BuiltIn = built_in!("online_dpo");
+    const DEFAULT: BuiltInConfig = built_in!("online_dpo");
 
     fn common(&self) -> Common<'_> {
         self.sections()

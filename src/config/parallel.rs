@@ -3,11 +3,11 @@
 use serde_json::Value as Json;
 
 use super::conflict::Conflicts;
-use super::keys::{Kind, Limits};
+use super::keys::{KeyKind, Limits};
 use super::problems::Problems;
 use super::section::{choice, section};
 use super::setting::{At, Setting};
-use super::yaml::Value;
+use super::yaml::YamlValue;
 
 section! {
     /// How the work is divided among the ranks.
@@ -76,8 +76,8 @@ const AUTO: &str = "auto";
 impl Setting for ShardSize {
     fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
         match &at.node.value {
-            Value::Text(word) if word == AUTO => Some(ShardSize::Auto),
-            Value::Int(_) => {
+            YamlValue::Text(word) if word == AUTO => Some(ShardSize::Auto),
+            YamlValue::Int(_) => {
                 i64::read(&At { limits: Limits::COUNT, ..at.clone() }, problems).map(ShardSize::Ranks)
             }
             _ => at.expected("a number of ranks, or auto: the ranks of a host", problems),
@@ -91,7 +91,7 @@ impl Setting for ShardSize {
         }
     }
 
-    fn kind() -> Kind {
-        Kind::OneOf(vec![Kind::Whole, Kind::Choice(vec![(AUTO, "The ranks of a host.".into())])])
+    fn kind() -> KeyKind {
+        KeyKind::OneOf(vec![KeyKind::Whole, KeyKind::Choice(vec![(AUTO, "The ranks of a host.".into())])])
     }
 }

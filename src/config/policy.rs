@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 
 use super::common::Common;
 use super::conflict::Conflicts;
-use super::models::{Frozen, Trained, conflicts_of_device};
-use super::prompts::Data;
-use super::rewards::{Reward, RewardKind};
+use super::models::{FrozenModel, Trained, conflicts_of_device};
+use super::prompts::PromptData;
+use super::rewards::{RewardKind, RewardTerm};
 use super::rollout::Generation;
 use super::section::choice;
-use super::sections::{Tokenizer, Train};
-use super::trainable;
+use super::sections::{TokenizerSection, TrainSection};
+use super::trainable::{self, Lora};
 
 choice! {
     /// How the losses of tokens become one number.
@@ -68,7 +68,7 @@ choice! {
 
 choice! {
     /// Whether ratios are taken of tokens or of whole answers (GSPO, Zheng et al. 2025).
-    pub enum Level {
+    pub enum RatioLevel {
         /// Ratios of tokens.
         Token = "token",
         /// The exponential of the mean log-ratio of an answer's tokens.
@@ -76,12 +76,11 @@ choice! {
     }
 }
 
-/// Why adapters have no dropout here.
-pub(super) const NO_DROPOUT: &str = "0 is all that there is: log-probabilities of responses are compared with those of the \
-                                     model that wrote them, and dropout would change them";
-
-/// Why a critic's adapters have none.
-pub(super) const NO_DROPOUT_OF_CRITICS: &str = "0 is all that there is: values are compared with those before the updates, and dropout would change them";
+/// Why the dropout of an actor's or a critic's adapters is refused; `what` it would change.
+pub(super) fn no_dropout(lora: Option<&Lora>, what: &str) -> Option<String> {
+    let dropout = lora.map(|lora| lora.dropout).filter(|dropout| *dropout > 0.0)?;
+    Some(format!("must be 0, not {dropout}: dropout would change {what}"))
+}
 
 /// Defines the configuration of an algorithm that learns from its own responses: a struct with the given keys, those that all
 /// such algorithms have and those of `configuration!`, and `fn sections_of_responses(&self)`, which takes the rewards of a
@@ -94,15 +93,15 @@ macro_rules! policy_configuration {
                 /// The policy.
                 actor: $crate::config::models::Trained;
                 /// The reference policy. Default: the actor as it was; with adapters, the actor without them.
-                reference: Option<$crate::config::models::Frozen> = None;
+                reference: Option<$crate::config::models::FrozenModel> = None;
                 /// The reward model, for rewards of the kind `model`.
-                reward_model: Option<$crate::config::models::Frozen> = None;
+                reward_model: Option<$crate::config::models::FrozenModel> = None;
                 /// The tokenizer of the actor, and of models that have none.
-                tokenizer: Option<$crate::config::sections::Tokenizer> = None;
+                tokenizer: Option<$crate::config::sections::TokenizerSection> = None;
                 /// Prompts.
-                data: $crate::config::prompts::Data;
+                data: $crate::config::prompts::PromptData;
                 /// The rewards of a response, of which the weighted sum counts.
-                rewards: Vec<$crate::config::rewards::Reward> = Vec::new();
+                rewards: Vec<$crate::config::rewards::RewardTerm> = Vec::new();
                 /// How responses are sampled.
                 generation: $crate::config::rollout::Generation = Default::default();
                 $($keys)*
@@ -135,11 +134,11 @@ pub(super) use policy_configuration;
 pub struct OwnResponses<'a> {
     pub common: Common<'a>,
     pub actor: &'a Trained,
-    pub reference: Option<&'a Frozen>,
-    pub reward_model: Option<&'a Frozen>,
-    pub tokenizer: Option<&'a Tokenizer>,
-    pub data: &'a Data,
-    pub rewards: Vec<Reward>,
+    pub reference: Option<&'a FrozenModel>,
+    pub reward_model: Option<&'a FrozenModel>,
+    pub tokenizer: Option<&'a TokenizerSection>,
+    pub data: &'a PromptData,
+    pub rewards: Vec<RewardTerm>,
     pub generation: &'a Generation,
 }
 
@@ -182,11 +181,12 @@ impl<'a> OwnResponses<'a> {
         found.within("actor", |found| {
             trainable::conflicts(&self.actor.freeze, self.actor.lora.as_ref(), found)
         });
-        if self.actor.drops_out() {
-            found.add("actor.lora.dropout", NO_DROPOUT);
+        let what = "the log-probabilities that ratios are computed from";
+        if let Some(why) = no_dropout(self.actor.lora.as_ref(), what) {
+            found.add("actor.lora.dropout", why);
         }
         // Micro-batches are of responses; prompts only need to be divided among the ranks.
-        let train = Train { micro_batch_size: None, ..self.common.train.clone() };
+        let train = TrainSection { micro_batch_size: None, ..self.common.train.clone() };
         self.data.conflicts(self.generation, found);
         self.generation.conflicts(found);
         Common { train: &train, ..self.common }.conflicts(world_size, found);

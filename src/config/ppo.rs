@@ -4,20 +4,20 @@ use std::path::Path;
 
 use serde_json::Value as Json;
 
-use super::algorithm::{Algorithm, BuiltIn, built_in};
+use super::algorithm::{Algorithm, BuiltInConfig, built_in};
 use super::common::Common;
 use super::conflict::Conflicts;
-use super::keys::Kind;
+use super::keys::KeyKind;
 use super::models::{Critic, Trained, conflicts_of_device};
-use super::policy::{Aggregation, KlEstimator, NO_DROPOUT_OF_CRITICS, policy_configuration};
+use super::policy::{Aggregation, KlEstimator, no_dropout, policy_configuration};
 use super::problems::Problems;
-use super::rewards::{Reward, RewardKind};
+use super::rewards::{RewardKind, RewardTerm};
 use super::section::{choice, section};
-use super::sections::Source;
+use super::sections::DataSource;
 use super::setting::{At, Setting};
 use super::template_date::TemplateDate;
 use super::trainable;
-use super::yaml::Value;
+use super::yaml::YamlValue;
 
 policy_configuration! {
     /// Proximal policy optimization; `train.batch_size` counts prompts an iteration, `train.steps` iterations.
@@ -26,15 +26,15 @@ policy_configuration! {
         /// that are left out take their defaults, not the actor's values.
         critic: Option<Critic> = None;
         /// Losses and rewards.
-        ppo: Section = Section::default();
+        ppo: PpoSection = PpoSection::default();
         /// Responses that are written to samples.jsonl and TensorBoard.
-        samples: Samples = Samples::default();
+        samples: ResponseSamples = ResponseSamples::default();
     }
 }
 
 section! {
     /// Losses and rewards.
-    pub struct Section {
+    pub struct PpoSection {
         /// Passes over an iteration's responses, each in its own order.
         epochs: i64 = 4, COUNT => Mathematics;
         /// Responses of one update, over all ranks.
@@ -94,7 +94,7 @@ section! {
     /// Text whose cross-entropy is added to the actor's loss.
     pub struct Ptx {
         /// Token shards, as for pretraining.
-        data: Vec<Source>;
+        data: Vec<DataSource>;
         /// Weight of the mean loss of a token.
         coef: f64, POSITIVE => Mathematics;
         /// Tokens of one sequence.
@@ -104,7 +104,7 @@ section! {
     }
 }
 
-impl Section {
+impl PpoSection {
     /// The estimator of the KL to the reference.
     pub fn kl_estimator(&self) -> KlEstimator {
         self.kl_estimator.unwrap_or(match self.kl_in {
@@ -138,8 +138,8 @@ const BATCH: &str = "batch";
 impl Setting for Baseline {
     fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
         match &at.node.value {
-            Value::Text(word) if word == BATCH => Some(Baseline::Batch),
-            Value::Int(_) | Value::Float(_) => f64::read(at, problems).map(Baseline::Number),
+            YamlValue::Text(word) if word == BATCH => Some(Baseline::Batch),
+            YamlValue::Int(_) | YamlValue::Float(_) => f64::read(at, problems).map(Baseline::Number),
             _ => at.expected("a number, or batch: the mean of the iteration's scores", problems),
         }
     }
@@ -151,10 +151,10 @@ impl Setting for Baseline {
         }
     }
 
-    fn kind() -> Kind {
-        Kind::OneOf(vec![
-            Kind::Number,
-            Kind::Choice(vec![(BATCH, "The mean of the iteration's scores.".into())]),
+    fn kind() -> KeyKind {
+        KeyKind::OneOf(vec![
+            KeyKind::Number,
+            KeyKind::Choice(vec![(BATCH, "The mean of the iteration's scores.".into())]),
         ])
     }
 }
@@ -175,7 +175,7 @@ choice! {
 
 section! {
     /// Responses that are written to samples.jsonl and TensorBoard.
-    pub struct Samples {
+    pub struct ResponseSamples {
         /// Iterations between samples; 0: there are none.
         every: u64 = 10 => Output;
         /// How many responses of an iteration.
@@ -187,9 +187,9 @@ section! {
 
 impl Ppo {
     /// What responses are rewarded for: the reward model, where nothing else is said.
-    pub fn rewards(&self) -> Vec<Reward> {
+    pub fn rewards(&self) -> Vec<RewardTerm> {
         match self.rewards.is_empty() {
-            true => vec![Reward::new(RewardKind::Model)],
+            true => vec![RewardTerm::new(RewardKind::Model)],
             false => self.rewards.clone(),
         }
     }
@@ -216,7 +216,7 @@ impl Ppo {
 
 impl Algorithm for Ppo {
     const SUBCOMMAND: &'static str = "ppo";
-    const DEFAULT: BuiltIn = built_in!("ppo");
+    const DEFAULT: BuiltInConfig = built_in!("ppo");
 
     fn common(&self) -> Common<'_> {
         self.sections()
@@ -240,8 +240,9 @@ impl Algorithm for Ppo {
                 conflicts_of_device(critic.device.as_ref(), world_size, found);
                 trainable::conflicts(&critic.freeze, critic.lora.as_ref(), found);
             });
-            if critic.lora.as_ref().is_some_and(|l| l.dropout > 0.0) {
-                found.add("critic.lora.dropout", NO_DROPOUT_OF_CRITICS);
+            let what = "the values that returns are compared with";
+            if let Some(why) = no_dropout(critic.lora.as_ref(), what) {
+                found.add("critic.lora.dropout", why);
             }
         }
         self.sections_of_responses().conflicts_but_rewards(world_size, found);
@@ -275,7 +276,7 @@ impl Ppo {
     }
 }
 
-impl Section {
+impl PpoSection {
     /// What does not fit among the keys of the section.
     fn conflicts(&self, found: &mut Conflicts) {
         if self.kl_target.is_some() && self.kl_coef == 0.0 {

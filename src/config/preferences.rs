@@ -5,17 +5,17 @@ use std::path::PathBuf;
 use super::common::conflicts_of_validation;
 use super::conflict::Conflicts;
 use super::section::section;
-use super::sections::{OnError, Source, TooLong};
+use super::sections::{DataSource, OnError, TooLong};
 use super::template_date::TemplateDate;
 use super::trainable::Lora;
 
 section! {
     /// Prompts with ranked completions, or with completions found good or bad: see the formats in docs/formats.md.
-    pub struct Data {
+    pub struct PreferenceData {
         /// Files to train on; at least one.
-        train: Vec<Source>;
+        train: Vec<DataSource>;
         /// Files to validate on; with none there is no validation.
-        valid: Vec<Source> = Vec::new() => Output;
+        valid: Vec<DataSource> = Vec::new() => Output;
         /// Most tokens of a prompt with one completion.
         sequence_length: i64 = 512, COUNT => State;
         /// All completions of a micro-batch in one row, which do not see each other; else one a row, padded to the longest.
@@ -36,7 +36,7 @@ section! {
     }
 }
 
-impl Data {
+impl PreferenceData {
     /// Which part of `split` is this stage's.
     pub const PART: usize = 1;
 

@@ -1,11 +1,11 @@
 //! The configuration of `corral pretrain`.
 
-use super::algorithm::{Algorithm, BuiltIn, built_in};
+use super::algorithm::{Algorithm, BuiltInConfig, built_in};
 use super::common::{Common, configuration, conflicts_of_inputs, conflicts_of_validation};
 use super::conflict::Conflicts;
 use super::model::Model;
 use super::section::section;
-use super::sections::{Source, Tokenizer, Valid};
+use super::sections::{DataSource, TokenizerSection, Valid};
 use super::shape::Shape;
 
 configuration! {
@@ -14,9 +14,9 @@ configuration! {
         /// Where the model comes from.
         model: Model;
         /// The tokenizer of the shards. Default: the model's.
-        tokenizer: Option<Tokenizer> = None;
+        tokenizer: Option<TokenizerSection> = None;
         /// Training and validation data.
-        data: Data;
+        data: PretrainData;
         /// Validation on `data.valid`.
         valid: Valid = Valid::default();
     }
@@ -24,11 +24,11 @@ configuration! {
 
 section! {
     /// Token shards.
-    pub struct Data {
+    pub struct PretrainData {
         /// Token shards to train on; at least one.
-        train: Vec<Source>;
+        train: Vec<DataSource>;
         /// Token shards to validate on; with none there is no validation.
-        valid: Vec<Source> = Vec::new() => Output;
+        valid: Vec<DataSource> = Vec::new() => Output;
         /// Tokens of one sample, T.
         sequence_length: i64 = 512, COUNT => State;
     }
@@ -36,7 +36,7 @@ section! {
 
 impl Algorithm for Pretrain {
     const SUBCOMMAND: &'static str = "pretrain";
-    const DEFAULT: BuiltIn = built_in!("pretrain");
+    const DEFAULT: BuiltInConfig = built_in!("pretrain");
 
     fn common(&self) -> Common<'_> {
         self.sections()

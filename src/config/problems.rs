@@ -1,6 +1,6 @@
 //! What is wrong with a configuration: every problem with its place, and the nearest key or word that is known.
 
-use super::yaml::{Place, join};
+use super::yaml::{ConfigPlace, join};
 use crate::error::Error;
 
 /// What was found so far.
@@ -9,24 +9,24 @@ pub struct Problems(Vec<Problem>);
 
 #[derive(Debug)]
 struct Problem {
-    place: Place,
+    place: ConfigPlace,
     key: String,
     message: String,
 }
 
 impl Problems {
-    fn add(&mut self, place: &Place, key: String, message: String) {
+    fn add(&mut self, place: &ConfigPlace, key: String, message: String) {
         self.0.push(Problem { place: place.clone(), key, message });
     }
 
     /// The value of `key` does not fit.
-    pub fn of_value(&mut self, place: &Place, key: &str, why: &str) {
+    pub fn of_value(&mut self, place: &ConfigPlace, key: &str, why: &str) {
         let message = if key.is_empty() { why.to_string() } else { format!("'{key}': {why}") };
         self.add(place, key.to_string(), message);
     }
 
     /// There is no key `name` in the section `path`.
-    pub fn unknown_key(&mut self, place: &Place, path: &str, name: &str, known: &[&str]) {
+    pub fn unknown_key(&mut self, place: &ConfigPlace, path: &str, name: &str, known: &[&str]) {
         let key = join(path, name);
         let message =
             format!("unknown key '{key}'; {}(known here: {})", did_you_mean(name, known), known.join(", "));
@@ -34,14 +34,14 @@ impl Problems {
     }
 
     /// A word is none of those that `key` may have.
-    pub fn unknown_choice(&mut self, place: &Place, key: &str, word: &str, known: &[&str]) {
+    pub fn unknown_choice(&mut self, place: &ConfigPlace, key: &str, word: &str, known: &[&str]) {
         let why =
             format!("unknown value '{word}'; {}(known: {})", did_you_mean(word, known), known.join(", "));
         self.of_value(place, key, &why);
     }
 
     /// The section `path` at `place` lacks the key `name`.
-    pub fn missing_key(&mut self, place: &Place, path: &str, name: &str) {
+    pub fn missing_key(&mut self, place: &ConfigPlace, path: &str, name: &str) {
         let key = join(path, name);
         let message = format!("the key '{key}' is missing");
         self.add(place, key, message);
@@ -67,8 +67,8 @@ impl Problems {
     /// One error, with a line for each problem, in the order of the file.
     pub fn into_error(mut self) -> Option<Error> {
         let line_and_column = |p: &Problem| match p.place {
-            Place::File { line, column, .. } => (line, column),
-            Place::Override(_) => (u64::MAX, u64::MAX),
+            ConfigPlace::File { line, column, .. } => (line, column),
+            ConfigPlace::Override(_) => (u64::MAX, u64::MAX),
         };
         self.0.sort_by_key(line_and_column);
         let lines: Vec<String> = self.0.iter().map(|p| format!("{}: {}", p.place, p.message)).collect();

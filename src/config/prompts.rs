@@ -6,17 +6,17 @@ use super::conflict::Conflicts;
 use super::preferences::conflicts_of_split;
 use super::rollout::Generation;
 use super::section::section;
-use super::sections::{OnError, Source};
+use super::sections::{DataSource, OnError};
 use super::template_date::TemplateDate;
 
 section! {
     /// Prompts: see the formats in docs/formats.md.
-    pub struct Data {
+    pub struct PromptData {
         /// Files to take prompts from, at least one: `prompt`, `messages`, or any format of conversations, whose completion is
         /// left out.
-        train: Vec<Source>;
+        train: Vec<DataSource>;
         /// Files to validate on; with none there is no validation.
-        valid: Vec<Source> = Vec::new() => Output;
+        valid: Vec<DataSource> = Vec::new() => Output;
         /// Most tokens of a prompt with its response: prompts that leave no room for `generation.max_new_tokens` are left out
         /// and counted.
         sequence_length: i64 = 512, COUNT => State;
@@ -43,7 +43,7 @@ section! {
     }
 }
 
-impl Data {
+impl PromptData {
     /// Which part of `split` is this stage's.
     pub const PART: usize = 2;
 

@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use super::algorithm::{Algorithm, BuiltIn, built_in};
+use super::algorithm::{Algorithm, BuiltInConfig, built_in};
 use super::common::{Common, configuration, conflicts_of_inputs};
 use super::conflict::Conflicts;
 use super::model::Model;
-use super::preferences::Data;
+use super::preferences::PreferenceData;
 use super::section::{choice, section};
-use super::sections::{Tokenizer, Valid};
+use super::sections::{TokenizerSection, Valid};
 use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};
 
@@ -19,11 +19,11 @@ configuration! {
         /// Where the model comes from.
         model: Model;
         /// The tokenizer, and how conversations are rendered.
-        tokenizer: Option<Tokenizer> = None;
+        tokenizer: Option<TokenizerSection> = None;
         /// Training and validation data.
-        data: Data;
+        data: PreferenceData;
         /// The loss, the score and its normalisation.
-        reward: Settings = Settings::default();
+        reward: RewardSection = RewardSection::default();
         /// Parameters that are not trained.
         freeze: Freeze = Freeze::default();
         /// Adapters; without them the model itself is trained. The head is trained in either case.
@@ -35,9 +35,9 @@ configuration! {
 
 section! {
     /// The loss, the score and its normalisation.
-    pub struct Settings {
+    pub struct RewardSection {
         /// The loss on ranked completions.
-        loss: Loss = Loss::Pairs => Mathematics;
+        loss: RewardLoss = RewardLoss::Pairs => Mathematics;
         /// How tokens' values become a score. Default: as in the model, if it is a reward model; else `last`.
         score: Option<Score> = None => Mathematics;
         /// How much higher the better score must be (loss `pairs`).
@@ -53,7 +53,7 @@ section! {
 
 choice! {
     /// The loss on ranked completions.
-    pub enum Loss {
+    pub enum RewardLoss {
         /// In every pair of different rank the better completion gets the higher score.
         Pairs = "pairs",
         /// The best has the highest score.
@@ -99,7 +99,7 @@ choice! {
 
 impl Algorithm for Reward {
     const SUBCOMMAND: &'static str = "reward";
-    const DEFAULT: BuiltIn = built_in!("reward");
+    const DEFAULT: BuiltInConfig = built_in!("reward");
 
     fn common(&self) -> Common<'_> {
         self.sections()
@@ -110,7 +110,7 @@ impl Algorithm for Reward {
     }
 
     fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
-        if self.reward.margin > 0.0 && self.reward.loss != Loss::Pairs {
+        if self.reward.margin > 0.0 && self.reward.loss != RewardLoss::Pairs {
             found.add("reward.margin", "only the loss `pairs` has a margin");
         }
         if self.reward.normalize.samples == 1 {

@@ -5,13 +5,13 @@ use super::section::{choice, section};
 
 section! {
     /// A reward and its weight in the sum.
-    pub struct Reward {
+    pub struct RewardTerm {
         /// The kind of reward.
         kind: RewardKind => Mathematics;
         /// Its weight in the sum.
         weight: f64 = 1.0 => Mathematics;
         /// gsm8k: where the answer stands. Default: `strict`.
-        form: Option<Form> = None => Mathematics;
+        form: Option<AnswerForm> = None => Mathematics;
         /// format: what must occur in the response, a regular expression of the crate `regex`.
         pattern: Option<String> = None => Mathematics;
         /// length: the tokens at which the reward is -1.
@@ -45,7 +45,7 @@ choice! {
 
 choice! {
     /// How an answer of GSM8K's form is looked for.
-    pub enum Form {
+    pub enum AnswerForm {
         /// The number after the last `####` that one follows.
         Strict = "strict",
         /// The last number of the text.
@@ -53,10 +53,10 @@ choice! {
     }
 }
 
-impl Reward {
+impl RewardTerm {
     /// Of a kind that needs nothing else, with weight 1.
-    pub fn new(kind: RewardKind) -> Reward {
-        Reward {
+    pub fn new(kind: RewardKind) -> RewardTerm {
+        RewardTerm {
             kind,
             weight: 1.0,
             form: None,

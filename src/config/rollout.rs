@@ -3,11 +3,11 @@
 use serde_json::Value as Json;
 
 use super::conflict::Conflicts;
-use super::keys::{Kind, Limits};
+use super::keys::{KeyKind, Limits};
 use super::problems::Problems;
 use super::section::{choice, section};
 use super::setting::{At, Setting};
-use super::yaml::Value;
+use super::yaml::YamlValue;
 
 section! {
     /// How responses are sampled while training.
@@ -68,7 +68,7 @@ impl Generation {
         }
     }
 
-    /// What makes the distribution that is drawn from another than the one that is trained, if anything does.
+    /// The key that makes the distribution that is sampled from another than the one that is trained.
     pub fn distortion(&self) -> Option<&'static str> {
         match self {
             g if g.top_k > 0 => Some("generation.top_k"),
@@ -92,8 +92,8 @@ impl Setting for Length {
     fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
         let at = At { limits: Limits::COUNT, ..at.clone() };
         match at.node.value {
-            Value::Int(_) => usize::read(&at, problems).map(|n| Length { low: n, high: n }),
-            Value::List(_) => {
+            YamlValue::Int(_) => usize::read(&at, problems).map(|n| Length { low: n, high: n }),
+            YamlValue::List(_) => {
                 let [low, high] = <[usize; 2]>::read(&at, problems)?;
                 match low <= high {
                     true => Some(Length { low, high }),
@@ -114,7 +114,7 @@ impl Setting for Length {
         }
     }
 
-    fn kind() -> Kind {
-        Kind::OneOf(vec![Kind::Whole, <[usize; 2]>::kind()])
+    fn kind() -> KeyKind {
+        KeyKind::OneOf(vec![KeyKind::Whole, <[usize; 2]>::kind()])
     }
 }

@@ -5,7 +5,7 @@ use serde_json::{Map, Value as Json};
 use super::keys::Limits;
 use super::problems::Problems;
 use super::setting::{At, Setting};
-use super::yaml::{Entry, Value};
+use super::yaml::{YamlEntry, YamlValue};
 
 /// Defines a section of keys: the struct, its defaults (where every key has one), how it is read and written, and the
 /// description of its keys.
@@ -84,8 +84,8 @@ macro_rules! section {
                 entries.into()
             }
 
-            fn kind() -> $crate::config::keys::Kind {
-                $crate::config::keys::Kind::Section($crate::config::keys::Section {
+            fn kind() -> $crate::config::keys::KeyKind {
+                $crate::config::keys::KeyKind::Section($crate::config::keys::Section {
                     about: $crate::config::section::text(&[$($about),*]),
                     keys: vec![$($crate::config::keys::Key {
                         name: stringify!($key),
@@ -159,9 +159,9 @@ macro_rules! choice {
                 self.name().into()
             }
 
-            fn kind() -> $crate::config::keys::Kind {
+            fn kind() -> $crate::config::keys::KeyKind {
                 let word = |(_, word, about): &(_, &'static str, &[&str])| (*word, $crate::config::section::text(about));
-                $crate::config::keys::Kind::Choice(Self::WORDS.iter().map(word).collect())
+                $crate::config::keys::KeyKind::Choice(Self::WORDS.iter().map(word).collect())
             }
         }
 
@@ -196,16 +196,16 @@ pub(super) use choice;
 /// The entries of a section that is being read.
 pub struct Entries<'a, 'p> {
     at: &'p At<'a>,
-    entries: &'a [Entry],
+    entries: &'a [YamlEntry],
 }
 
 impl<'a, 'p> Entries<'a, 'p> {
     /// The entries at `at`; those of no known key are problems. A section whose keys are all left out (`optim:` and nothing
     /// below) is an empty one.
     pub fn open(at: &'p At<'a>, known: &[&str], problems: &mut Problems) -> Option<Self> {
-        let entries: &[Entry] = match &at.node.value {
-            Value::Section(entries) => entries,
-            Value::Null => &[],
+        let entries: &[YamlEntry] = match &at.node.value {
+            YamlValue::Section(entries) => entries,
+            YamlValue::Null => &[],
             _ => return at.expected("a section of keys", problems),
         };
         for entry in entries.iter().filter(|e| !known.contains(&e.key.as_str())) {
@@ -252,7 +252,7 @@ pub fn word<'a>(
     refused: &[(&str, &str)],
     problems: &mut Problems,
 ) -> Option<&'a str> {
-    let Value::Text(word) = &at.node.value else {
+    let YamlValue::Text(word) = &at.node.value else {
         return at.expected(&format!("one of {}", known.join(", ")), problems);
     };
     if let Some((_, why)) = refused.iter().find(|(other, _)| other == word) {

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use serde_json::Value as Json;
 
 use super::conflict::Conflicts;
-use super::keys::Kind;
+use super::keys::KeyKind;
 use super::problems::Problems;
 use super::section::{choice, section};
 use super::setting::{At, Setting};
-use super::yaml::Value;
+use super::yaml::YamlValue;
 
 choice! {
     /// Treatment of unusable records: unreadable lines, no known format, messages that the chat template refuses.
@@ -34,20 +34,20 @@ section! {
 
 /// A source of data: a path, or `{path: ..., weight: ...}`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Source {
+pub struct DataSource {
     /// A file or a folder.
     pub path: PathBuf,
     /// See [`SourceKeys::weight`].
     pub weight: Option<f64>,
 }
 
-impl Setting for Source {
+impl Setting for DataSource {
     fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
         match &at.node.value {
-            Value::Text(path) => Some(Source { path: path.into(), weight: None }),
-            Value::Section(_) => {
+            YamlValue::Text(path) => Some(DataSource { path: path.into(), weight: None }),
+            YamlValue::Section(_) => {
                 let SourceKeys { path, weight } = SourceKeys::read(at, problems)?;
-                Some(Source { path, weight })
+                Some(DataSource { path, weight })
             }
             _ => at.expected("a path, or {path: PATH, weight: NUMBER}", problems),
         }
@@ -57,14 +57,14 @@ impl Setting for Source {
         SourceKeys { path: self.path.clone(), weight: self.weight }.write()
     }
 
-    fn kind() -> Kind {
-        Kind::OneOf(vec![Kind::Path, SourceKeys::kind()])
+    fn kind() -> KeyKind {
+        KeyKind::OneOf(vec![KeyKind::Path, SourceKeys::kind()])
     }
 }
 
 section! {
     /// The tokenizer, and how conversations are rendered. Without this section it is the model's as it is.
-    pub struct Tokenizer {
+    pub struct TokenizerSection {
         /// A folder with a tokenizer, or its file. Default: the model's folder.
         path: Option<PathBuf> = None => Path;
         /// A chat template in place of the tokenizer's: the name of a built-in one, a file, or Jinja itself.
@@ -82,7 +82,7 @@ section! {
     }
 }
 
-impl Tokenizer {
+impl TokenizerSection {
     /// What does not fit.
     pub fn conflicts(&self, found: &mut Conflicts) {
         if self.chat_template.is_some() && self.template.is_some() {
@@ -158,7 +158,7 @@ choice! {
 
 section! {
     /// The learning rate over the steps.
-    pub struct Schedule {
+    pub struct ScheduleSection {
         /// How it falls after the warm-up.
         kind: ScheduleKind = ScheduleKind::Cosine => Mathematics;
         /// Steps over which the learning rate rises linearly from 0 to its peak.
@@ -168,9 +168,9 @@ section! {
     }
 }
 
-impl Schedule {
+impl ScheduleSection {
     /// What does not fit `train`.
-    pub fn conflicts(&self, train: &Train, found: &mut Conflicts) {
+    pub fn conflicts(&self, train: &TrainSection, found: &mut Conflicts) {
         if let Some(steps) = train.steps.filter(|steps| self.warmup_steps > *steps as u64) {
             let why =
                 format!("{} steps of warm-up are more than the {steps} of train.steps", self.warmup_steps);
@@ -193,7 +193,7 @@ choice! {
 
 section! {
     /// How much is trained, and in which pieces.
-    pub struct Train {
+    pub struct TrainSection {
         /// Updates; either this or `epochs`.
         steps: Option<i64> = None, COUNT => Length;
         /// Passes over the training data; either this or `steps`.
@@ -207,7 +207,7 @@ section! {
     }
 }
 
-impl Train {
+impl TrainSection {
     /// Sequences that one rank of `world_size` computes at once.
     pub fn micro_batch_size(&self, world_size: i64) -> i64 {
         self.micro_batch_size.unwrap_or(self.batch_size / world_size)
@@ -251,7 +251,7 @@ choice! {
 
 section! {
     /// When the run is saved.
-    pub struct Checkpoint {
+    pub struct CheckpointSection {
         /// Steps between checkpoints; one is always written at the end.
         every: i64 = 100, COUNT => Output;
         /// Checkpoints that stay.
@@ -288,7 +288,7 @@ impl Valid {
     }
 
     /// What does not fit the validation data.
-    pub fn conflicts(&self, data: &[Source], found: &mut Conflicts) {
+    pub fn conflicts(&self, data: &[DataSource], found: &mut Conflicts) {
         let key = if self.keep_best { "valid.keep_best" } else { "valid.patience" };
         if self.keeps_best() && data.is_empty() {
             found.add(key, "it needs validation data: give data.valid");

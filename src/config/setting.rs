@@ -6,9 +6,9 @@ use std::path::PathBuf;
 
 use serde_json::Value as Json;
 
-use super::keys::{Kind, Limits};
+use super::keys::{KeyKind, Limits};
 use super::problems::Problems;
-use super::yaml::{Node, Value, join};
+use super::yaml::{Node, YamlValue, join};
 
 /// A type that keys of a configuration have.
 pub trait Setting: Sized {
@@ -19,7 +19,7 @@ pub trait Setting: Sized {
     fn write(&self) -> Json;
 
     /// What may stand there.
-    fn kind() -> Kind;
+    fn kind() -> KeyKind;
 }
 
 /// A place in the tree that is being read.
@@ -56,10 +56,10 @@ impl<'a> At<'a> {
     /// A text; numbers and booleans as they are spelled.
     pub fn text(&self, problems: &mut Problems) -> Option<&'a str> {
         match &self.node.value {
-            Value::Text(text) => Some(text),
-            Value::Bool(_) | Value::Int(_) | Value::Float(_) => Some(&self.node.spelling),
-            Value::List(items) => match items.as_slice() {
-                [Node { value: Value::Text(text), .. }] => self.refuse(
+            YamlValue::Text(text) => Some(text),
+            YamlValue::Bool(_) | YamlValue::Int(_) | YamlValue::Float(_) => Some(&self.node.spelling),
+            YamlValue::List(items) => match items.as_slice() {
+                [Node { value: YamlValue::Text(text), .. }] => self.refuse(
                     format!("expected text, found a list: in YAML [{text}] is a list with {text} in it; write \"[{text}]\" in quotes"),
                     problems,
                 ),
@@ -82,7 +82,7 @@ impl<'a> At<'a> {
 impl Setting for bool {
     fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
         match at.node.value {
-            Value::Bool(b) => Some(b),
+            YamlValue::Bool(b) => Some(b),
             _ => at.expected("true or false", problems),
         }
     }
@@ -91,8 +91,8 @@ impl Setting for bool {
         (*self).into()
     }
 
-    fn kind() -> Kind {
-        Kind::Bool
+    fn kind() -> KeyKind {
+        KeyKind::Bool
     }
 }
 
@@ -100,7 +100,7 @@ macro_rules! whole_numbers {
     ($($type:ty),*) => {$(
         impl Setting for $type {
             fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
-                let Value::Int(n) = at.node.value else { return at.expected("a whole number", problems) };
+                let YamlValue::Int(n) = at.node.value else { return at.expected("a whole number", problems) };
                 match <$type>::try_from(n) {
                     Ok(x) if at.limits.hold(n as f64) => Some(x),
                     _ if at.limits == Limits::NONE => {
@@ -114,8 +114,8 @@ macro_rules! whole_numbers {
                 (*self).into()
             }
 
-            fn kind() -> Kind {
-                Kind::Whole
+            fn kind() -> KeyKind {
+                KeyKind::Whole
             }
         }
     )*};
@@ -126,9 +126,9 @@ whole_numbers!(i64, u64, usize);
 impl Setting for f64 {
     fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
         let x = match at.node.value {
-            Value::Int(n) => n as f64,
-            Value::Float(x) if x.is_finite() => x,
-            Value::Float(_) => return at.expected("a finite number", problems),
+            YamlValue::Int(n) => n as f64,
+            YamlValue::Float(x) if x.is_finite() => x,
+            YamlValue::Float(_) => return at.expected("a finite number", problems),
             _ => return at.expected("a number", problems),
         };
         match at.limits.hold(x) {
@@ -141,8 +141,8 @@ impl Setting for f64 {
         (*self).into()
     }
 
-    fn kind() -> Kind {
-        Kind::Number
+    fn kind() -> KeyKind {
+        KeyKind::Number
     }
 }
 
@@ -155,8 +155,8 @@ impl Setting for String {
         self.as_str().into()
     }
 
-    fn kind() -> Kind {
-        Kind::Text
+    fn kind() -> KeyKind {
+        KeyKind::Text
     }
 }
 
@@ -170,15 +170,15 @@ impl Setting for PathBuf {
         self.display().to_string().into()
     }
 
-    fn kind() -> Kind {
-        Kind::Path
+    fn kind() -> KeyKind {
+        KeyKind::Path
     }
 }
 
 impl<T: Setting> Setting for Option<T> {
     fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
         match at.node.value {
-            Value::Null => Some(None),
+            YamlValue::Null => Some(None),
             _ => T::read(at, problems).map(Some),
         }
     }
@@ -187,15 +187,15 @@ impl<T: Setting> Setting for Option<T> {
         self.as_ref().map_or(Json::Null, T::write)
     }
 
-    fn kind() -> Kind {
-        Kind::Optional(Box::new(T::kind()))
+    fn kind() -> KeyKind {
+        KeyKind::Optional(Box::new(T::kind()))
     }
 }
 
 impl<T: Setting> Setting for Vec<T> {
     fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
         match &at.node.value {
-            Value::List(items) => at.list(items, problems),
+            YamlValue::List(items) => at.list(items, problems),
             _ => at.expected("a list", problems),
         }
     }
@@ -204,14 +204,14 @@ impl<T: Setting> Setting for Vec<T> {
         self.iter().map(T::write).collect()
     }
 
-    fn kind() -> Kind {
-        Kind::List(Box::new(T::kind()), None)
+    fn kind() -> KeyKind {
+        KeyKind::List(Box::new(T::kind()), None)
     }
 }
 
 impl<T: Setting, const N: usize> Setting for [T; N] {
     fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
-        let Value::List(items) = &at.node.value else {
+        let YamlValue::List(items) = &at.node.value else {
             return at.expected(&format!("a list of {N}"), problems);
         };
         if items.len() != N {
@@ -224,7 +224,7 @@ impl<T: Setting, const N: usize> Setting for [T; N] {
         self.iter().map(T::write).collect()
     }
 
-    fn kind() -> Kind {
-        Kind::List(Box::new(T::kind()), Some(N))
+    fn kind() -> KeyKind {
+        KeyKind::List(Box::new(T::kind()), Some(N))
     }
 }

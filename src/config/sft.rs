@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use super::algorithm::{Algorithm, BuiltIn, built_in};
+use super::algorithm::{Algorithm, BuiltInConfig, built_in};
 use super::common::{Common, configuration, conflicts_of_inputs, conflicts_of_validation};
 use super::conflict::Conflicts;
 use super::model::Model;
 use super::preferences::conflicts_of_split;
 use super::section::section;
-use super::sections::{OnError, Source, Tokenizer, TooLong, Valid};
+use super::sections::{DataSource, OnError, TokenizerSection, TooLong, Valid};
 use super::template_date::TemplateDate;
 use super::trainable::{self, Freeze, Lora};
 
@@ -18,9 +18,9 @@ configuration! {
         /// Where the model comes from.
         model: Model;
         /// The tokenizer, and how conversations are rendered.
-        tokenizer: Option<Tokenizer> = None;
+        tokenizer: Option<TokenizerSection> = None;
         /// Training and validation data.
-        data: Data;
+        data: SftData;
         /// Parameters that are not trained.
         freeze: Freeze = Freeze::default();
         /// Adapters; without them the model itself is trained.
@@ -28,19 +28,19 @@ configuration! {
         /// Validation on `data.valid`.
         valid: Valid = Valid::default();
         /// Answers to the first prompts of the validation data, into samples.jsonl and TensorBoard.
-        samples: Samples = Samples::default();
+        samples: PromptSamples = PromptSamples::default();
         /// How the samples are generated.
-        generation: Generation = Generation::default();
+        generation: SampleGeneration = SampleGeneration::default();
     }
 }
 
 section! {
     /// Conversations to train on: see the formats in docs/formats.md.
-    pub struct Data {
+    pub struct SftData {
         /// Files to train on; at least one.
-        train: Vec<Source>;
+        train: Vec<DataSource>;
         /// Files to validate on; with none there is no validation.
-        valid: Vec<Source> = Vec::new() => Output;
+        valid: Vec<DataSource> = Vec::new() => Output;
         /// Most tokens of a row, T.
         sequence_length: i64 = 512, COUNT => State;
         /// Several examples in a row, which do not see each other; else one example a row, padded to the longest.
@@ -64,7 +64,7 @@ section! {
 
 section! {
     /// Answers to the first prompts of the validation data, into samples.jsonl and TensorBoard.
-    pub struct Samples {
+    pub struct PromptSamples {
         /// Steps between samples; 0: there are none.
         every: i64 = 0, NOT_NEGATIVE => Output;
         /// How many prompts.
@@ -74,7 +74,7 @@ section! {
 
 section! {
     /// How the samples are generated.
-    pub struct Generation {
+    pub struct SampleGeneration {
         /// Most tokens of an answer.
         max_new_tokens: i64 = 256, COUNT => Output;
         /// Divides the logits; 0: always the most probable token.
@@ -88,7 +88,7 @@ section! {
 
 impl Algorithm for Sft {
     const SUBCOMMAND: &'static str = "sft";
-    const DEFAULT: BuiltIn = built_in!("sft");
+    const DEFAULT: BuiltInConfig = built_in!("sft");
 
     fn common(&self) -> Common<'_> {
         self.sections()

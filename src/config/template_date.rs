@@ -7,7 +7,7 @@ use serde::de::{Deserializer, Error};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value as Json;
 
-use super::keys::Kind;
+use super::keys::KeyKind;
 use super::problems::Problems;
 use super::setting::{At, Setting};
 
@@ -50,8 +50,8 @@ impl Setting for TemplateDate {
         if self.given { self.date.to_string().into() } else { Json::Null }
     }
 
-    fn kind() -> Kind {
-        Kind::Form("YYYY-MM-DD")
+    fn kind() -> KeyKind {
+        KeyKind::Form("YYYY-MM-DD")
     }
 }
 

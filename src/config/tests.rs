@@ -44,7 +44,8 @@ fn reads_values_and_defaults() {
     let config = load_text(SMALL, &[]).unwrap().config;
     assert_eq!((config.seed, config.optim.lr), (7, 3e-4));
     assert_eq!(config.model, Model::Preset("llama-15m".into()));
-    let sources = [("a", None), ("b", Some(0.3))].map(|(path, weight)| Source { path: path.into(), weight });
+    let sources =
+        [("a", None), ("b", Some(0.3))].map(|(path, weight)| DataSource { path: path.into(), weight });
     assert_eq!(config.data.train, sources);
     assert_eq!(config.data.valid, []);
     assert_eq!(config.optim.betas, [0.9, 0.95]);

@@ -3,11 +3,11 @@
 use serde_json::Value as Json;
 
 use super::conflict::Conflicts;
-use super::keys::Kind;
+use super::keys::KeyKind;
 use super::problems::Problems;
 use super::section::{choice, section};
 use super::setting::{At, Setting};
-use super::yaml::Value;
+use super::yaml::YamlValue;
 
 section! {
     /// Parameters that are not trained: they have no gradients and no moments, and the backward ends at the lowest trainable block.
@@ -38,7 +38,7 @@ section! {
         /// Trained as a whole besides: `embed_tokens`, `lm_head`.
         modules_to_save: Vec<String> = Vec::new() => State;
         /// How the linear layers' weights are kept.
-        base: Base = Base::None => Mathematics;
+        base: BaseFormat = BaseFormat::None => Mathematics;
     }
 }
 
@@ -60,10 +60,12 @@ const ATTENTION: &str = "attention";
 impl Setting for Targets {
     fn read(at: &At<'_>, problems: &mut Problems) -> Option<Self> {
         match &at.node.value {
-            Value::Text(word) if word == ALL_LINEAR => Some(Targets::AllLinear),
-            Value::Text(word) if word == ATTENTION => Some(Targets::Attention),
-            Value::List(items) if items.is_empty() => at.refuse("name at least one linear layer", problems),
-            Value::List(_) => Vec::read(at, problems).map(Targets::Names),
+            YamlValue::Text(word) if word == ALL_LINEAR => Some(Targets::AllLinear),
+            YamlValue::Text(word) if word == ATTENTION => Some(Targets::Attention),
+            YamlValue::List(items) if items.is_empty() => {
+                at.refuse("name at least one linear layer", problems)
+            }
+            YamlValue::List(_) => Vec::read(at, problems).map(Targets::Names),
             _ => {
                 let what = format!("{ALL_LINEAR}, {ATTENTION}, or a list of names such as [q_proj, v_proj]");
                 at.expected(&what, problems)
@@ -79,16 +81,16 @@ impl Setting for Targets {
         }
     }
 
-    fn kind() -> Kind {
+    fn kind() -> KeyKind {
         let words = [(ALL_LINEAR, "Every one in the blocks."), (ATTENTION, "q, k, v and o.")];
         let words = words.map(|(word, about)| (word, about.to_string())).to_vec();
-        Kind::OneOf(vec![Kind::Choice(words), Vec::<String>::kind()])
+        KeyKind::OneOf(vec![KeyKind::Choice(words), Vec::<String>::kind()])
     }
 }
 
 choice! {
     /// How weights that adapters are added to are kept.
-    pub enum Base {
+    pub enum BaseFormat {
         /// In the compute dtype.
         None = "none",
         /// 8 bits, one scale a row.

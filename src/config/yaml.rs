@@ -11,51 +11,51 @@ use crate::error::{Error, Result};
 
 /// Where a value was written.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Place {
+pub enum ConfigPlace {
     /// Line and column of the file, from 1; columns count characters.
     File { source: Arc<str>, line: u64, column: u64 },
     /// The override `key=value`, as it was typed.
     Override(Arc<str>),
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for ConfigPlace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Place::File { source, line, column } => write!(f, "{source}:{line}:{column}"),
-            Place::Override(text) => write!(f, "override '{text}'"),
+            ConfigPlace::File { source, line, column } => write!(f, "{source}:{line}:{column}"),
+            ConfigPlace::Override(text) => write!(f, "override '{text}'"),
         }
     }
 }
 
 #[derive(Debug, Clone, PartialEq)]
-pub enum Value {
+pub enum YamlValue {
     Null,
     Bool(bool),
     Int(i128),
     Float(f64),
     Text(String),
     List(Vec<Node>),
-    Section(Vec<Entry>),
+    Section(Vec<YamlEntry>),
 }
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Node {
-    pub value: Value,
-    pub place: Place,
+    pub value: YamlValue,
+    pub place: ConfigPlace,
     /// A number or boolean as it was spelled, so that it can also serve as text (`output_dir: 007`).
     pub spelling: String,
 }
 
 #[derive(Debug, Clone, PartialEq)]
-pub struct Entry {
+pub struct YamlEntry {
     pub key: String,
-    pub place: Place,
+    pub place: ConfigPlace,
     pub node: Node,
 }
 
 impl Node {
     /// Reads one YAML document; `place` tells the place of a line and column in it.
-    fn parse(text: &str, place: &dyn Fn(u64, u64) -> Place) -> Result<Node> {
+    fn parse(text: &str, place: &dyn Fn(u64, u64) -> ConfigPlace) -> Result<Node> {
         let options = serde_saphyr::options! {
             strict_booleans: true,
             with_snippet: false,
@@ -74,14 +74,14 @@ impl Node {
 
     pub fn parse_file(text: &str, source: &str) -> Result<Node> {
         let source: Arc<str> = source.into();
-        Node::parse(text, &|line, column| Place::File { source: source.clone(), line, column })
+        Node::parse(text, &|line, column| ConfigPlace::File { source: source.clone(), line, column })
     }
 
     /// The value under a dotted key, if it is there.
     pub fn get(&self, key: &str) -> Option<&Node> {
         key.split('.').try_fold(self, |node, part| match &node.value {
-            Value::Section(entries) => entries.iter().find(|e| e.key == part).map(|e| &e.node),
-            Value::List(items) => part.parse::<usize>().ok().and_then(|i| items.get(i)),
+            YamlValue::Section(entries) => entries.iter().find(|e| e.key == part).map(|e| &e.node),
+            YamlValue::List(items) => part.parse::<usize>().ok().and_then(|i| items.get(i)),
             _ => None,
         })
     }
@@ -89,18 +89,18 @@ impl Node {
     /// What stands here, for messages.
     pub fn describe(&self) -> String {
         match &self.value {
-            Value::Null => "nothing".into(),
-            Value::Bool(_) | Value::Int(_) | Value::Float(_) => self.spelling.clone(),
-            Value::Text(text) => format!("the text '{text}'"),
-            Value::List(_) => "a list".into(),
-            Value::Section(_) => "a section".into(),
+            YamlValue::Null => "nothing".into(),
+            YamlValue::Bool(_) | YamlValue::Int(_) | YamlValue::Float(_) => self.spelling.clone(),
+            YamlValue::Text(text) => format!("the text '{text}'"),
+            YamlValue::List(_) => "a list".into(),
+            YamlValue::Section(_) => "a section".into(),
         }
     }
 
     /// Applies `optim.lr=3e-4`: the value is YAML; sections on the way are made where they are missing; a number
     /// indexes a list, and the index after the last appends.
     pub fn apply_override(&mut self, text: &str) -> Result<()> {
-        let place = Place::Override(text.into());
+        let place = ConfigPlace::Override(text.into());
         let fail = |message: String| Error::config(format!("{place}: {message}"));
         let Some((key, value)) = text.split_once('=') else {
             return Err(fail("expected KEY=VALUE, such as optim.lr=3e-4".into()));
@@ -114,20 +114,21 @@ impl Node {
         let mut node = self;
         for (depth, part) in parts.iter().enumerate() {
             let here = || parts[..depth].join(".");
-            if node.value == Value::Null {
-                *node = Node { value: Value::Section(vec![]), place: place.clone(), spelling: String::new() };
+            if node.value == YamlValue::Null {
+                *node =
+                    Node { value: YamlValue::Section(vec![]), place: place.clone(), spelling: String::new() };
             }
             let found = node.describe();
             node = match &mut node.value {
-                Value::Section(entries) => {
+                YamlValue::Section(entries) => {
                     let index = entries.iter().position(|e| e.key == *part).unwrap_or_else(|| {
                         let node = Node::null(place.clone());
-                        entries.push(Entry { key: part.to_string(), place: place.clone(), node });
+                        entries.push(YamlEntry { key: part.to_string(), place: place.clone(), node });
                         entries.len() - 1
                     });
                     &mut entries[index].node
                 }
-                Value::List(items) => {
+                YamlValue::List(items) => {
                     let index =
                         part.parse::<usize>().ok().filter(|i| *i <= items.len()).ok_or_else(|| {
                             fail(format!("'{}' is a list: expected an index of 0 to {}", here(), items.len()))
@@ -144,8 +145,8 @@ impl Node {
         Ok(())
     }
 
-    fn null(place: Place) -> Node {
-        Node { value: Value::Null, place, spelling: String::new() }
+    fn null(place: ConfigPlace) -> Node {
+        Node { value: YamlValue::Null, place, spelling: String::new() }
     }
 }
 
@@ -158,22 +159,24 @@ pub fn join(path: &str, name: &str) -> String {
 struct Raw(Spanned<RawValue>);
 
 enum RawValue {
-    Scalar(Value),
+    Scalar(YamlValue),
     List(Vec<Raw>),
     Section(Vec<(Spanned<String>, Raw)>),
 }
 
 impl Raw {
-    fn node(self, text: &str, place: &dyn Fn(u64, u64) -> Place) -> Node {
+    fn node(self, text: &str, place: &dyn Fn(u64, u64) -> ConfigPlace) -> Node {
         let at = |l: &serde_saphyr::Location| place(l.line().max(1), l.column().max(1));
         let Spanned { value, referenced, defined } = self.0;
         let value = match value {
             RawValue::Scalar(value) => value,
-            RawValue::List(items) => Value::List(items.into_iter().map(|n| n.node(text, place)).collect()),
-            RawValue::Section(entries) => Value::Section(
+            RawValue::List(items) => {
+                YamlValue::List(items.into_iter().map(|n| n.node(text, place)).collect())
+            }
+            RawValue::Section(entries) => YamlValue::Section(
                 entries
                     .into_iter()
-                    .map(|(key, node)| Entry {
+                    .map(|(key, node)| YamlEntry {
                         place: at(&key.referenced),
                         key: key.value,
                         node: node.node(text, place),
@@ -184,7 +187,7 @@ impl Raw {
         let span = defined.span();
         let spelled = |start: u64, len: u64| text.get(start as usize..(start + len) as usize);
         let spelling = match (&value, span.byte_offset(), span.byte_len()) {
-            (Value::Bool(_) | Value::Int(_) | Value::Float(_), Some(start), Some(len)) => {
+            (YamlValue::Bool(_) | YamlValue::Int(_) | YamlValue::Float(_), Some(start), Some(len)) => {
                 spelled(start, len).unwrap_or_default().trim().to_string()
             }
             _ => String::new(),
@@ -215,11 +218,11 @@ impl<'de> Visitor<'de> for RawVisitor {
     }
 
     fn visit_unit<E>(self) -> Result<RawValue, E> {
-        Ok(RawValue::Scalar(Value::Null))
+        Ok(RawValue::Scalar(YamlValue::Null))
     }
 
     fn visit_none<E>(self) -> Result<RawValue, E> {
-        Ok(RawValue::Scalar(Value::Null))
+        Ok(RawValue::Scalar(YamlValue::Null))
     }
 
     fn visit_some<D: Deserializer<'de>>(self, d: D) -> Result<RawValue, D::Error> {
@@ -227,27 +230,27 @@ impl<'de> Visitor<'de> for RawVisitor {
     }
 
     fn visit_bool<E>(self, v: bool) -> Result<RawValue, E> {
-        Ok(RawValue::Scalar(Value::Bool(v)))
+        Ok(RawValue::Scalar(YamlValue::Bool(v)))
     }
 
     fn visit_i64<E>(self, v: i64) -> Result<RawValue, E> {
-        Ok(RawValue::Scalar(Value::Int(v.into())))
+        Ok(RawValue::Scalar(YamlValue::Int(v.into())))
     }
 
     fn visit_u64<E>(self, v: u64) -> Result<RawValue, E> {
-        Ok(RawValue::Scalar(Value::Int(v.into())))
+        Ok(RawValue::Scalar(YamlValue::Int(v.into())))
     }
 
     fn visit_i128<E>(self, v: i128) -> Result<RawValue, E> {
-        Ok(RawValue::Scalar(Value::Int(v)))
+        Ok(RawValue::Scalar(YamlValue::Int(v)))
     }
 
     fn visit_f64<E>(self, v: f64) -> Result<RawValue, E> {
-        Ok(RawValue::Scalar(Value::Float(v)))
+        Ok(RawValue::Scalar(YamlValue::Float(v)))
     }
 
     fn visit_str<E>(self, v: &str) -> Result<RawValue, E> {
-        Ok(RawValue::Scalar(Value::Text(v.to_string())))
+        Ok(RawValue::Scalar(YamlValue::Text(v.to_string())))
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<RawValue, A::Error> {

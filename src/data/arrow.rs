@@ -15,16 +15,16 @@ use crate::files::{exists, read_error};
 
 /// The part of `state.json` that is read.
 #[derive(Deserialize)]
-struct State {
+struct DatasetState {
     #[serde(rename = "_data_files")]
-    files: Vec<Part>,
+    files: Vec<FilePart>,
     /// Where a selection or an order of the rows stands beside them.
     #[serde(rename = "_indices_data_files", default)]
-    indices: Option<Vec<Part>>,
+    indices: Option<Vec<FilePart>>,
 }
 
 #[derive(Deserialize)]
-struct Part {
+struct FilePart {
     filename: String,
 }
 
@@ -58,7 +58,7 @@ pub fn files(dir: &Path) -> Result<Vec<PathBuf>> {
         return Err(Error::data(format!("{} {what}", dir.display())));
     }
     let text = std::fs::read(&path).map_err(|e| read_error(&path, &e))?;
-    let state: State = serde_json::from_slice(&text).map_err(|e| wrong(&path, &e))?;
+    let state: DatasetState = serde_json::from_slice(&text).map_err(|e| wrong(&path, &e))?;
     if state.indices.is_some_and(|parts| !parts.is_empty()) {
         let what = "its rows are selected or ordered by a file of indices; call flatten_indices() before save_to_disk";
         return Err(Error::data(format!("{}: {what}", dir.display())));
@@ -72,7 +72,7 @@ pub fn files(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// The names of the columns of a file (an IPC stream), and its rows.
-pub fn rows(file: impl Read + Send + 'static) -> std::result::Result<(Vec<String>, ipc::Rows), String> {
+pub fn rows(file: impl Read + Send + 'static) -> std::result::Result<(Vec<String>, ipc::ArrowRows), String> {
     ipc::rows(BufReader::with_capacity(1 << 18, file))
 }
 

@@ -75,7 +75,7 @@ impl Split {
 
 /// How records become examples.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Options {
+pub struct ExampleOptions {
     /// Most tokens of a sequence.
     pub sequence_length: usize,
     pub too_long: TooLong,
@@ -84,7 +84,7 @@ pub struct Options {
 
 /// What became of the records of a source.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Counts {
+pub struct ExampleCounts {
     /// Records of the part that was asked for.
     pub records: u64,
     pub examples: u64,
@@ -107,8 +107,8 @@ pub struct Counts {
     pub ends_in_eos: u64,
 }
 
-impl Counts {
-    pub fn add(&mut self, other: &Counts) {
+impl ExampleCounts {
+    pub fn add(&mut self, other: &ExampleCounts) {
         for (a, b) in [
             (&mut self.records, other.records),
             (&mut self.examples, other.examples),
@@ -141,7 +141,7 @@ impl Counts {
         all.into_iter().filter(|(_, count)| *count > 0)
     }
 
-    /// What a reason of [`Counts::left_out`] means.
+    /// What a reason of [`ExampleCounts::left_out`] means.
     pub fn words(reason: &str) -> &'static str {
         match reason {
             "too_long" => "too long",
@@ -153,7 +153,7 @@ impl Counts {
     /// The number of records that gave no example, and why: `12 left out (10 too long, 2 with nothing supervised)`.
     pub fn dropped_and_why(&self) -> String {
         let why: Vec<String> =
-            self.left_out().map(|(reason, n)| format!("{n} {}", Counts::words(reason))).collect();
+            self.left_out().map(|(reason, n)| format!("{n} {}", ExampleCounts::words(reason))).collect();
         match why.is_empty() {
             true => "0 left out".into(),
             false => format!("{} left out ({})", self.dropped(), why.join(", ")),
@@ -175,7 +175,7 @@ impl Counts {
 }
 
 /// A conversation of at most `options.sequence_length` tokens, if it is to be kept.
-pub fn fit(conversation: Example, options: &Options, counts: &mut Counts) -> Option<Example> {
+pub fn fit(conversation: Example, options: &ExampleOptions, counts: &mut ExampleCounts) -> Option<Example> {
     let (most, mut sequence) = (options.sequence_length, conversation.sequences.into_iter().next()?);
     let too_long = sequence.ids.len() > most;
     if too_long && options.too_long == TooLong::Drop {

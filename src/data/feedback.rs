@@ -9,7 +9,7 @@ use super::odd::{Odd, OrOdd, Reason};
 use super::preferences::{self, Preference};
 use super::readers::Record;
 use super::rows::RowLoader;
-use crate::config::preferences::Data;
+use crate::config::preferences::PreferenceData;
 use crate::error::Result;
 
 /// Ranks of completions in an [`Example`]: good ones are best, all others bad.
@@ -44,7 +44,7 @@ fn read(record: &Record) -> Result<Preference> {
 }
 
 /// The feedback of `data.train`, shuffled by `seed`, and of `data.valid`, where there is any; rows are records.
-pub fn open(data: &Data, chat: &Chat, seed: u64) -> Result<(RowLoader, Option<RowLoader>)> {
+pub fn open(data: &PreferenceData, chat: &Chat, seed: u64) -> Result<(RowLoader, Option<RowLoader>)> {
     preferences::open_as(data, chat, seed, "feedback", &|record| read_and_encode(record, chat), false)
 }
 

@@ -1,7 +1,7 @@
 //! Batches of token windows for pretraining and validation, in an order that depends on the seed and the data
 //! alone: not on the world size, the micro-batch or where the run was stopped.
 
-use super::order::{self, Mixture, weights};
+use super::order::{self, SourceTree, weights};
 use super::position::Indexed;
 use super::shards::TokenSet;
 use super::tokenizer::hex;
@@ -12,14 +12,14 @@ use sha2::{Digest, Sha256};
 /// Labels that no loss is computed for.
 pub const IGNORE: i64 = -100;
 
-pub use super::order::Source;
+pub use super::order::WeightedSource;
 
 /// Shards of at most this many bytes are read whole and checked when a loader is made, larger ones while it works.
 const VERIFY_BYTES: usize = 256 << 20;
 
 /// The order of samples.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Order {
+pub enum WindowOrder {
     /// Training: shuffled anew every epoch, without end.
     Shuffled { seed: u64 },
     /// Validation: every token once, source by source, the last window of a source padded.
@@ -28,7 +28,7 @@ pub enum Order {
 
 /// `rows` samples of `columns` tokens, row by row.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Batch {
+pub struct TokenBatch {
     /// `[rows, columns]`.
     pub input_ids: Vec<i64>,
     /// `[rows, columns]`: the next token; `IGNORE` after a source's end.
@@ -37,14 +37,14 @@ pub struct Batch {
     pub columns: usize,
 }
 
-/// Gives sample `i` of an endless sequence (of one pass, in `Order::Sequential`). A sample is a window of
+/// Gives sample `i` of an endless sequence (of one pass, in `WindowOrder::Sequential`). A sample is a window of
 /// `sequence_length + 1` tokens; windows lie `sequence_length` apart, so that the last token of one is the first
 /// of the next and every token is predicted once. From the second epoch on, windows begin at another offset.
 pub struct Loader {
     /// Sources in the order given; those of a pool are shuffled together.
     pools: Vec<Pool>,
-    mixture: Mixture,
-    order: Order,
+    mixture: SourceTree,
+    order: WindowOrder,
     sequence_length: u64,
     fingerprint: String,
 }
@@ -68,11 +68,11 @@ impl Loader {
     /// Opens the sources and checks them against the tokenizer (`Tokenizer::hash`) and the model's vocabulary.
     /// Shards up to 256 MiB are read and checked in full; where a larger one is damaged, `sample` fails once that is found.
     pub fn new(
-        sources: &[Source],
+        sources: &[WeightedSource],
         tokenizer_hash: Option<[u8; 32]>,
         vocab_size: usize,
         sequence_length: usize,
-        order: Order,
+        order: WindowOrder,
     ) -> Result<Self> {
         if sources.is_empty() {
             return Err(Error::config("there is no data: name at least one folder of token shards"));
@@ -81,7 +81,7 @@ impl Loader {
             return Err(Error::config("the sequence length must be at least 1"));
         }
         let weights = weights(sources)?;
-        if weights.is_some() && order == Order::Sequential {
+        if weights.is_some() && order == WindowOrder::Sequential {
             return Err(Error::config("validation data is read once as a whole; leave its weights out"));
         }
         let length = sequence_length as u64;
@@ -90,7 +90,7 @@ impl Loader {
             let set = TokenSet::open(&source.path)?;
             set.check(tokenizer_hash, vocab_size)?;
             set.verify_by_size(VERIFY_BYTES)?;
-            let needed = if order == Order::Sequential { 2 } else { length + 1 };
+            let needed = if order == WindowOrder::Sequential { 2 } else { length + 1 };
             if set.num_tokens() < needed {
                 return Err(Error::data(format!(
                     "{}: {} tokens are too few, a sample of sequence length {length} takes {needed}; give more text \
@@ -104,7 +104,7 @@ impl Loader {
         let fingerprint = fingerprint(&sets, sources, sequence_length, order);
         let groups = if weights.is_some() { sets.into_iter().map(|s| vec![s]).collect() } else { vec![sets] };
         let pools = groups.into_iter().map(|sets| Pool::new(sets, length, order)).collect();
-        let mixture = Mixture::new(&weights.unwrap_or(vec![1.0]));
+        let mixture = SourceTree::new(&weights.unwrap_or(vec![1.0]));
         Ok(Loader { pools, mixture, order, sequence_length: length, fingerprint })
     }
 
@@ -134,7 +134,7 @@ impl Loader {
         let (pool_index, index) = self.mixture.locate(index);
         let (pool, length) = (&self.pools[pool_index], self.sequence_length);
         let n = pool.num_windows();
-        let Order::Shuffled { seed } = self.order else {
+        let WindowOrder::Shuffled { seed } = self.order else {
             if index >= n {
                 return Err(Error::failed(format!("sample {index} was asked for, there are {n}")));
             }
@@ -164,9 +164,9 @@ impl Loader {
     }
 
     /// Samples `first..first + count`.
-    pub fn batch(&self, first: u64, count: usize) -> Result<Batch> {
+    pub fn batch(&self, first: u64, count: usize) -> Result<TokenBatch> {
         let columns = self.sequence_length as usize;
-        let mut batch = Batch { input_ids: Vec::new(), labels: Vec::new(), rows: count, columns };
+        let mut batch = TokenBatch { input_ids: Vec::new(), labels: Vec::new(), rows: count, columns };
         for index in first..first + count as u64 {
             let sample = self.sample(index)?;
             // A padded input may be any token: nothing before it sees it, and it has no label.
@@ -177,7 +177,12 @@ impl Loader {
     }
 }
 
-fn fingerprint(sets: &[TokenSet], sources: &[Source], sequence_length: usize, order: Order) -> String {
+fn fingerprint(
+    sets: &[TokenSet],
+    sources: &[WeightedSource],
+    sequence_length: usize,
+    order: WindowOrder,
+) -> String {
     let mut text = format!("{sequence_length} {order:?}");
     for (set, source) in sets.iter().zip(sources) {
         text.push_str(&format!("; {:?} {}", source.weight, hex(&set.tokenizer_hash())));
@@ -189,12 +194,15 @@ fn fingerprint(sets: &[TokenSet], sources: &[Source], sequence_length: usize, or
 }
 
 impl Pool {
-    fn new(sets: Vec<TokenSet>, length: u64, order: Order) -> Self {
+    fn new(sets: Vec<TokenSet>, length: u64, order: WindowOrder) -> Self {
         let mut starts = vec![0];
         for set in &sets {
             let predicted = set.num_tokens() - 1;
-            let windows =
-                if order == Order::Sequential { predicted.div_ceil(length) } else { predicted / length };
+            let windows = if order == WindowOrder::Sequential {
+                predicted.div_ceil(length)
+            } else {
+                predicted / length
+            };
             starts.push(starts[starts.len() - 1] + windows);
         }
         Pool { sets, starts }
@@ -220,21 +228,21 @@ mod tests {
     use testing::folder::TestFolder;
 
     /// Sources whose tokens count up from `1000 * source`, so that a sample tells where it comes from.
-    fn sources(folder: &TestFolder, sizes: &[usize], weights: &[f64]) -> Vec<Source> {
+    fn sources(folder: &TestFolder, sizes: &[usize], weights: &[f64]) -> Vec<WeightedSource> {
         let source = |(i, size): (usize, &usize)| {
             let path = folder.0.join(format!("source-{i}"));
             let tokens: Vec<u32> = (0..*size as u32).map(|t| 1000 * i as u32 + t).collect();
             write(&path, &tokens, 10, 10_000, 70);
-            Source { path, weight: weights.get(i).copied() }
+            WeightedSource { path, weight: weights.get(i).copied() }
         };
         sizes.iter().enumerate().map(source).collect()
     }
 
-    fn loader(sources: &[Source], length: usize, order: Order) -> Loader {
+    fn loader(sources: &[WeightedSource], length: usize, order: WindowOrder) -> Loader {
         Loader::new(sources, Some([7; 32]), 10_000, length, order).unwrap()
     }
 
-    const SHUFFLED: Order = Order::Shuffled { seed: 3 };
+    const SHUFFLED: WindowOrder = WindowOrder::Shuffled { seed: 3 };
 
     #[test]
     fn an_epoch_has_every_window_once_and_epochs_differ() {
@@ -299,7 +307,7 @@ mod tests {
         let state = loader(&plain, 16, SHUFFLED).at(7);
         let others = [
             loader(&plain, 17, SHUFFLED),
-            loader(&plain, 16, Order::Shuffled { seed: 4 }),
+            loader(&plain, 16, WindowOrder::Shuffled { seed: 4 }),
             loader(&weighted, 16, SHUFFLED),
             loader(&plain[..1], 16, SHUFFLED),
         ];
@@ -309,7 +317,7 @@ mod tests {
         }
         let moved = folder.0.join("moved");
         std::fs::rename(&plain[0].path, &moved).unwrap();
-        let moved = [Source { path: moved, weight: None }, plain[1].clone()];
+        let moved = [WeightedSource { path: moved, weight: None }, plain[1].clone()];
         assert!(loader(&moved, 16, SHUFFLED).check(&state).is_ok() && state.next == 7);
     }
 
@@ -340,7 +348,7 @@ mod tests {
             let k = 1 + rng.below(12) as usize;
             let weights: Vec<f64> = (0..k).map(|_| rng.uniform().powi(3) + 1e-4).collect();
             let total: f64 = weights.iter().sum();
-            let mixture = Mixture::new(&weights);
+            let mixture = SourceTree::new(&weights);
             let mut counts = vec![0u64; k];
             for n in 0..2000 {
                 let (pool, before) = mixture.locate(n);
@@ -353,7 +361,7 @@ mod tests {
             }
         }
         let (mut counts, far) = ([0u64; 2], 1u64 << 50);
-        let mixture = Mixture::new(&[0.9, 0.1]);
+        let mixture = SourceTree::new(&[0.9, 0.1]);
         (far..far + 1000).for_each(|n| counts[mixture.locate(n).0] += 1);
         assert_eq!(counts, [900, 100]);
     }
@@ -363,7 +371,7 @@ mod tests {
         let folder = TestFolder::new("loader-valid");
         let sources = sources(&folder, &[205, 2, 97, 50], &[]);
         for length in [1, 7, 8, 64, 1000] {
-            let loader = loader(&sources, length, Order::Sequential);
+            let loader = loader(&sources, length, WindowOrder::Sequential);
             let n = loader.num_windows();
             let batch = loader.batch(0, n as usize).unwrap();
             let labels: Vec<i64> = batch.labels.iter().copied().filter(|l| *l != IGNORE).collect();
@@ -383,13 +391,17 @@ mod tests {
     fn unusable_sources_are_refused() {
         let folder = TestFolder::new("loader-bad");
         let good = sources(&folder, &[100, 100], &[]);
-        let new = |sources: &[Source], length| Loader::new(sources, Some([7; 32]), 10_000, length, SHUFFLED);
-        let error = |sources: &[Source], length| new(sources, length).err().unwrap();
+        let new = |sources: &[WeightedSource], length| {
+            Loader::new(sources, Some([7; 32]), 10_000, length, SHUFFLED)
+        };
+        let error = |sources: &[WeightedSource], length| new(sources, length).err().unwrap();
         assert!(new(&good, 99).is_ok());
         assert!(error(&good, 100).message.contains("100 tokens are too few"));
         assert_eq!(error(&[], 8).exit_code(), 2);
         assert_eq!(error(&good, 0).exit_code(), 2);
-        let weigh = |a, b| [Source { weight: a, ..good[0].clone() }, Source { weight: b, ..good[1].clone() }];
+        let weigh = |a, b| {
+            [WeightedSource { weight: a, ..good[0].clone() }, WeightedSource { weight: b, ..good[1].clone() }]
+        };
         assert!(error(&weigh(Some(1.0), None), 8).message.contains("has no weight"));
         for weight in [0.0, -1.0, f64::NAN, f64::INFINITY] {
             assert!(error(&weigh(Some(1.0), Some(weight)), 8).message.contains("must be positive"));
@@ -397,7 +409,7 @@ mod tests {
         let e = Loader::new(&good, Some([8; 32]), 10_000, 8, SHUFFLED).err().unwrap();
         assert!(e.exit_code() == 3 && e.message.contains("another tokenizer"), "{e}");
         let weighted = weigh(Some(1.0), Some(1.0));
-        let e = Loader::new(&weighted, None, 10_000, 8, Order::Sequential).err().unwrap();
+        let e = Loader::new(&weighted, None, 10_000, 8, WindowOrder::Sequential).err().unwrap();
         assert!(e.message.contains("leave its weights out"), "{e}");
         let path = good[1].path.join("shard-00000.tokens");
         let mut bytes = std::fs::read(&path).unwrap();

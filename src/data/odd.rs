@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::config::sections::OnError;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, ErrorClass, Result};
 use crate::telemetry::console::grouped;
 
 /// Records that a message names.
@@ -93,7 +93,7 @@ impl OddRecords {
     /// # Errors
     /// The error itself, where it is not the record's: of any other kind than Data.
     pub fn add(&mut self, odd: Odd) -> Result<()> {
-        if odd.error.kind != Kind::Data {
+        if odd.error.kind != ErrorClass::Data {
             return Err(odd.error);
         }
         *self.counts.entry(odd.reason).or_default() += 1;

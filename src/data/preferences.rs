@@ -8,13 +8,13 @@ use super::chat::Chat;
 use super::conversation::{
     Conversation, Message, TemplateInputs, common, dialogue, prompt, split, with_columns,
 };
-use super::examples::{self, Counts, Encoded, Example, Options, Split, Tokenization};
+use super::examples::{self, Encoded, Example, ExampleCounts, ExampleOptions, Split, Tokenization};
 use super::fields::{Fields, Leftovers};
-use super::loader::Order;
+use super::loader::WindowOrder;
 use super::odd::{Odd, OrOdd, Reason};
 use super::readers::Record;
-use super::rows::{self, RowLoader, Rows, Source};
-use crate::config::preferences::Data;
+use super::rows::{self, RowLoader, RowSource, Rows};
+use crate::config::preferences::PreferenceData;
 use crate::config::sections;
 use crate::config::sections::TooLong;
 use crate::error::Result;
@@ -118,10 +118,10 @@ const LEAST_PROMPT: usize = 4;
 /// where they are not compared with each other (`ranked`), all stay.
 pub fn fit(
     mut example: Example,
-    options: &Options,
+    options: &ExampleOptions,
     bos: Option<u32>,
     ranked: bool,
-    counts: &mut Counts,
+    counts: &mut ExampleCounts,
 ) -> Option<Example> {
     let most = options.sequence_length;
     let longest = example.sequences.iter().map(|s| s.ids.len()).max().unwrap_or(0);
@@ -163,7 +163,7 @@ pub fn fit(
 }
 
 /// The preferences of `data.train`, shuffled by `seed`, and of `data.valid`, where there are any; rows are examples.
-pub fn open(data: &Data, chat: &Chat, seed: u64) -> Result<(RowLoader, Option<RowLoader>)> {
+pub fn open(data: &PreferenceData, chat: &Chat, seed: u64) -> Result<(RowLoader, Option<RowLoader>)> {
     open_as(data, chat, seed, "preferences", &|record| read_and_encode(record, chat), true)
 }
 
@@ -173,7 +173,7 @@ type Encode<'a> = &'a (dyn Fn(&Record) -> Result<Example, Odd> + Sync);
 /// [`open`] of examples that `encode` makes, of which `name` tells caches apart. `ranked`: whether an example's completions
 /// are compared with each other.
 pub(super) fn open_as(
-    data: &Data,
+    data: &PreferenceData,
     chat: &Chat,
     seed: u64,
     name: &str,
@@ -184,27 +184,28 @@ pub(super) fn open_as(
     let (train, valid) = (open(&data.train, true)?, open(&data.valid, false)?);
     rows::check_records(data.on_error, train.iter().chain(&valid))?;
     let loader =
-        |sources: Vec<Source>, order| RowLoader::new(sources, data.sequence_length as usize, false, order);
-    let train = loader(train, Order::Shuffled { seed })?;
-    let valid = (!valid.is_empty()).then(|| loader(valid, Order::Sequential)).transpose()?;
+        |sources: Vec<RowSource>, order| RowLoader::new(sources, data.sequence_length as usize, false, order);
+    let train = loader(train, WindowOrder::Shuffled { seed })?;
+    let valid = (!valid.is_empty()).then(|| loader(valid, WindowOrder::Sequential)).transpose()?;
     Ok((train, valid))
 }
 
 /// The examples of `sources`, tokenized or from the cache.
 fn open_sources(
-    data: &Data,
-    sources: &[sections::Source],
+    data: &PreferenceData,
+    sources: &[sections::DataSource],
     chat: &Chat,
     name: &str,
     encode: Encode,
     ranked: bool,
     training: bool,
-) -> Result<Vec<Source>> {
-    let part = Data::PART;
+) -> Result<Vec<RowSource>> {
+    let part = PreferenceData::PART;
     let split = (training && !data.split.is_empty()).then(|| Split { parts: data.split.clone(), part });
-    let options = Options { sequence_length: data.sequence_length as usize, too_long: data.too_long, split };
+    let options =
+        ExampleOptions { sequence_length: data.sequence_length as usize, too_long: data.too_long, split };
     let bos = chat.tokenizer().bos_id();
-    let fit = |example, counts: &mut Counts| fit(example, &options, bos, ranked, counts);
+    let fit = |example, counts: &mut ExampleCounts| fit(example, &options, bos, ranked, counts);
     let tokenization = Tokenization {
         encode,
         fit: &fit,
@@ -213,7 +214,8 @@ fn open_sources(
         options: options.clone(),
         cache: data.cache.clone().map_or_else(examples::default_cache, Ok)?,
     };
-    let open = |s: &sections::Source| Ok(Source { examples: tokenization.open(&s.path)?, weight: s.weight });
+    let open =
+        |s: &sections::DataSource| Ok(RowSource { examples: tokenization.open(&s.path)?, weight: s.weight });
     sources.iter().map(open).collect()
 }
 
@@ -229,7 +231,7 @@ const PACKED: usize = 64;
 
 /// Examples as rows of one micro-batch. S sequences, N = rows * columns positions.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Batch {
+pub struct SequenceBatch {
     /// The sequences one after the other, those of an example adjacent: one a row, padded at its end; or, packed, all in
     /// one row, whose length is a multiple of [`PACKED`].
     pub rows: Rows,
@@ -241,9 +243,9 @@ pub struct Batch {
     pub ranks: Vec<Vec<u32>>,
 }
 
-impl Batch {
-    pub fn new(examples: &[Example], packed: bool) -> Batch {
-        let mut batch = Batch::default();
+impl SequenceBatch {
+    pub fn new(examples: &[Example], packed: bool) -> SequenceBatch {
+        let mut batch = SequenceBatch::default();
         let sequences: Vec<&Encoded> = examples.iter().flat_map(|e| &e.sequences).collect();
         let lengths = || sequences.iter().map(|s| s.ids.len());
         let rest = sequences.len() as i64;
@@ -293,7 +295,7 @@ impl Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::sections::{OnError, Tokenizer as Section};
+    use crate::config::sections::{OnError, TokenizerSection};
     use crate::data::chat::configured;
     use crate::data::readers;
     use crate::data::tokenizer::tests::small;
@@ -311,7 +313,8 @@ mod tests {
 
     fn chat(folder: &TestFolder) -> Chat {
         small(300).save(&folder.0).unwrap();
-        let section = Section { chat_template: Some("human-assistant".into()), ..Section::default() };
+        let section =
+            TokenizerSection { chat_template: Some("human-assistant".into()), ..TokenizerSection::default() };
         Chat::new(&configured(Some(&section), Some(&folder.0)).unwrap()).unwrap()
     }
 
@@ -422,8 +425,8 @@ mod tests {
     #[test]
     fn a_long_prompt_loses_its_beginning_and_equal_completions_are_left_out() {
         let fit = |example: Example, length: usize, too_long: TooLong, bos: Option<u32>| {
-            let mut counts = Counts::default();
-            let options = Options { sequence_length: length, too_long, split: None };
+            let mut counts = ExampleCounts::default();
+            let options = ExampleOptions { sequence_length: length, too_long, split: None };
             (fit(example, &options, bos, true, &mut counts), counts)
         };
         let long = example(&[1, 2, 3, 4, 5, 6], &[&[7, 8, 9], &[8, 9]], &[0, 1]);
@@ -458,8 +461,8 @@ mod tests {
         let lines = "{\"prompt\": \"a\", \"completions\": [\"b\", \"cd\", \"e\"], \"num_correct\": 2}\n\
                      {\"prompt\": \"a\", \"chosen\": \"b\", \"rejected\": \"b\"}\n\
                      {\"prompt\": \"f\", \"chosen\": \"g\", \"rejected\": \"\"}\n";
-        let source = sections::Source { path: folder.file("data.jsonl", lines), weight: None };
-        let data = Data {
+        let source = sections::DataSource { path: folder.file("data.jsonl", lines), weight: None };
+        let data = PreferenceData {
             train: vec![source.clone()],
             valid: vec![source],
             sequence_length: 64,
@@ -481,11 +484,11 @@ mod tests {
 
         let lengths: Vec<i64> =
             examples.iter().flat_map(|e| &e.sequences).map(|s| s.ids.len() as i64).collect();
-        let packed = Batch::new(&examples, true);
+        let packed = SequenceBatch::new(&examples, true);
         let total = lengths.iter().sum::<i64>() as usize;
         assert_eq!((packed.rows.rows, packed.rows.columns), (1, total.next_multiple_of(PACKED)));
         assert_eq!(packed.ranks, [vec![0, 0, 1], vec![0, 1]]);
-        let padded = Batch::new(&examples, false);
+        let padded = SequenceBatch::new(&examples, false);
         assert_eq!((padded.rows.rows, padded.rows.columns as i64), (5, *lengths.iter().max().unwrap()));
         for (batch, sequences) in [(&packed, 5), (&padded, 5)] {
             assert_eq!(batch.num_sequences(), sequences);

@@ -12,12 +12,12 @@ use super::conversation::{self, Conversation, Message, conversation};
 use super::examples::Split;
 use super::fields::{self, Fields, Unused};
 use super::odd::{Odd, OddRecords, OrOdd, Reason};
-use super::order::{self, Mixture};
+use super::order::{self, SourceTree};
 use super::position::Indexed;
-use super::readers::{self, Place, Record};
+use super::readers::{self, Record, RecordPlace};
 use super::tokenizer::hex;
-use crate::config::prompts::{Data, FewShot};
-use crate::config::sections::Source;
+use crate::config::prompts::{FewShot, PromptData};
+use crate::config::sections::DataSource;
 use crate::error::{Error, Result};
 
 /// A prompt in tokens.
@@ -37,7 +37,8 @@ const ANSWERS: [&str; 4] = ["completion", "completions", "chosen", "output"];
 impl Prompt {
     fn read(record: Record, shots: &[Message], chat: &Chat) -> Result<Prompt, Odd> {
         let fields = Fields::new(&record).or_odd(Reason::Format)?;
-        let mut messages = conversation::Prompt::of(&fields, false).or_odd(Reason::Format)?.without_answer();
+        let mut messages =
+            conversation::PromptForm::of(&fields, false).or_odd(Reason::Format)?.without_answer();
         messages.splice(0..0, shots.iter().cloned());
         let ids = chat.prompt(&messages).map_err(|e| e.context(&record.place)).or_odd(Reason::Template)?;
         let reference = match fields.get("answer") {
@@ -63,7 +64,7 @@ impl Prompt {
 pub struct Prompts {
     /// Without weights one pool of all sources, else one for each.
     pools: Vec<Vec<Prompt>>,
-    mixture: Mixture,
+    mixture: SourceTree,
     seed: Option<u64>,
     /// Prompts that were too long.
     pub dropped: u64,
@@ -95,8 +96,8 @@ impl Prompts {
     /// # Errors
     /// A file that cannot be read on; a source without a prompt; weights on some sources only.
     pub fn open(
-        data: &Data,
-        sources: &[Source],
+        data: &PromptData,
+        sources: &[DataSource],
         chat: &Chat,
         most: usize,
         seed: Option<u64>,
@@ -109,7 +110,7 @@ impl Prompts {
             unwritten.push((few.path.clone(), unused));
         }
         let split = (seed.is_some() && !data.split.is_empty())
-            .then(|| Split { parts: data.split.clone(), part: Data::PART });
+            .then(|| Split { parts: data.split.clone(), part: PromptData::PART });
         let (mut pools, mut dropped, mut odd) = (Vec::new(), 0, OddRecords::default());
         let mut hash = Sha256::new();
         let texts = chat.tokenizer().text_fingerprint();
@@ -128,7 +129,7 @@ impl Prompts {
                 let place = record.place.clone();
                 Ok((Prompt::read(record, &shots, chat)?, place))
             };
-            let read: Vec<Result<(Prompt, Place), Odd>> = records.into_par_iter().map(read).collect();
+            let read: Vec<Result<(Prompt, RecordPlace), Odd>> = records.into_par_iter().map(read).collect();
             let (mut prompts, mut too_long, mut first) = (Vec::new(), 0, None);
             for prompt in read {
                 match prompt {
@@ -174,7 +175,7 @@ impl Prompts {
         if weights.is_empty() {
             pools = vec![pools.into_iter().flatten().collect()];
         }
-        let mixture = Mixture::new(if weights.is_empty() { &[1.0] } else { &weights });
+        let mixture = SourceTree::new(if weights.is_empty() { &[1.0] } else { &weights });
         let fingerprint = hex(&hash.finalize()[..8]);
         Ok(Prompts { pools, mixture, seed, dropped, odd, unwritten, unread, fingerprint })
     }
@@ -245,9 +246,9 @@ mod tests {
     fn open(folder: &TestFolder, lines: &str, data: &str, most: usize, seed: Option<u64>) -> Result<Prompts> {
         let path = folder.0.join("prompts.jsonl");
         std::fs::write(&path, lines).unwrap();
-        let data: Data =
+        let data: PromptData =
             crate::config::json::of_text(&format!("{{train: [{}]{data}}}", path.display())).unwrap();
-        let section = crate::config::sections::Tokenizer {
+        let section = crate::config::sections::TokenizerSection {
             chat_template: Some(
                 "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt \
                  %}a: {% endif %}"

@@ -3,10 +3,10 @@
 
 use sha2::{Digest, Sha256};
 
-use super::examples::{Counts, Encoded, Example, Examples};
-use super::loader::{IGNORE, Order};
+use super::examples::{Encoded, Example, ExampleCounts, Examples};
+use super::loader::{IGNORE, WindowOrder};
 use super::odd::OddRecords;
-use super::order::{self, Mixture};
+use super::order::{self, SourceTree};
 use super::packing::best_fit_decreasing;
 use super::position::Indexed;
 use super::tokenizer::hex;
@@ -56,13 +56,13 @@ impl Rows {
 }
 
 /// A file's examples and its weight in the mixture.
-pub struct Source {
+pub struct RowSource {
     pub examples: Examples,
     pub weight: Option<f64>,
 }
 
 /// Refuses records that cannot be used, those of all sources in one message, unless `on_error` says to skip them.
-pub fn check_records<'a>(on_error: OnError, sources: impl IntoIterator<Item = &'a Source>) -> Result<()> {
+pub fn check_records<'a>(on_error: OnError, sources: impl IntoIterator<Item = &'a RowSource>) -> Result<()> {
     let mut odd = OddRecords::default();
     sources.into_iter().for_each(|s| odd.merge(s.examples.odd()));
     odd.check(on_error)
@@ -77,21 +77,21 @@ fn nothing_left(examples: &Examples) -> String {
     }
 }
 
-/// Gives row `i` of an endless sequence (of one pass, in [`Order::Sequential`]): one example, or with packing the
+/// Gives row `i` of an endless sequence (of one pass, in [`WindowOrder::Sequential`]): one example, or with packing the
 /// examples that fill a row best.
 pub struct RowLoader {
     sources: Vec<Examples>,
     /// Without weights one pool of all sources, else one for each.
-    pools: Vec<Vec<Row>>,
-    mixture: Mixture,
-    order: Order,
+    pools: Vec<Vec<RowOfTokens>>,
+    mixture: SourceTree,
+    order: WindowOrder,
     sequence_length: usize,
     packing: bool,
     fingerprint: String,
 }
 
 /// The examples of a row: source and number.
-type Row = Vec<(u32, u32)>;
+type RowOfTokens = Vec<(u32, u32)>;
 
 impl Indexed for RowLoader {
     const ITEM: &'static str = "row";
@@ -106,9 +106,14 @@ impl Indexed for RowLoader {
 impl RowLoader {
     /// # Errors
     /// A source without examples; weights on some sources only.
-    pub fn new(sources: Vec<Source>, sequence_length: usize, packing: bool, order: Order) -> Result<Self> {
+    pub fn new(
+        sources: Vec<RowSource>,
+        sequence_length: usize,
+        packing: bool,
+        order: WindowOrder,
+    ) -> Result<Self> {
         let given = sources.iter().filter(|s| s.weight.is_some()).count();
-        if given != 0 && (given != sources.len() || order == Order::Sequential) {
+        if given != 0 && (given != sources.len() || order == WindowOrder::Sequential) {
             return Err(Error::key("data.train", "give all sources a weight or none"));
         }
         let weights: Vec<f64> = sources.iter().filter_map(|s| s.weight).collect();
@@ -116,7 +121,7 @@ impl RowLoader {
         sources.iter().for_each(|s| text.push_str(s.examples.key()));
         let sources: Vec<Examples> = sources.into_iter().map(|s| s.examples).collect();
         let all = |source: usize| (0..sources[source].len() as u32).map(move |i| (source as u32, i));
-        let pools: Vec<Row> = match weights.is_empty() {
+        let pools: Vec<RowOfTokens> = match weights.is_empty() {
             true => vec![(0..sources.len()).flat_map(all).collect()],
             false => (0..sources.len()).map(|s| all(s).collect()).collect(),
         };
@@ -128,7 +133,7 @@ impl RowLoader {
             }));
         }
         let length = |(s, i): &(u32, u32)| sources[*s as usize].length(*i as usize);
-        let rows = |pool: Row| match packing {
+        let rows = |pool: RowOfTokens| match packing {
             false => pool.into_iter().map(|example| vec![example]).collect(),
             true => {
                 let lengths: Vec<usize> = pool.iter().map(length).collect();
@@ -136,8 +141,8 @@ impl RowLoader {
                 packed.into_iter().map(|row| row.into_iter().map(|i| pool[i]).collect()).collect()
             }
         };
-        let pools: Vec<Vec<Row>> = pools.into_iter().map(rows).collect();
-        let mixture = Mixture::new(if weights.is_empty() { &[1.0] } else { &weights });
+        let pools: Vec<Vec<RowOfTokens>> = pools.into_iter().map(rows).collect();
+        let mixture = SourceTree::new(if weights.is_empty() { &[1.0] } else { &weights });
         let fingerprint = hex(&Sha256::digest(text.as_bytes())[..8]);
         Ok(RowLoader { sources, pools, mixture, order, sequence_length, packing, fingerprint })
     }
@@ -148,8 +153,8 @@ impl RowLoader {
     }
 
     /// The counts of all sources together.
-    pub fn counts(&self) -> Counts {
-        let mut counts = Counts::default();
+    pub fn counts(&self) -> ExampleCounts {
+        let mut counts = ExampleCounts::default();
         self.sources.iter().for_each(|s| counts.add(s.counts()));
         counts
     }
@@ -180,8 +185,8 @@ impl RowLoader {
         let (pool, index) = self.mixture.locate(index);
         let n = self.pools[pool].len() as u64;
         let i = match self.order {
-            Order::Shuffled { seed } => order::shuffled(seed, pool, n, index).0,
-            Order::Sequential => index,
+            WindowOrder::Shuffled { seed } => order::shuffled(seed, pool, n, index).0,
+            WindowOrder::Sequential => index,
         };
         &self.pools[pool][i as usize]
     }
@@ -228,7 +233,7 @@ impl RowLoader {
 mod tests {
     use super::*;
     use crate::config::sections::TooLong;
-    use crate::data::examples::{Options, Split, Tokenization, fit};
+    use crate::data::examples::{ExampleOptions, Split, Tokenization, fit};
     use crate::data::odd::{OrOdd, Reason};
     use crate::data::readers::Record;
     use std::collections::BTreeMap;
@@ -244,19 +249,19 @@ mod tests {
         Ok(Encoded { ids: [prompt, completion].concat(), supervised })
     }
 
-    fn examples(folder: &TestFolder, name: &str, lines: &[String], options: Options) -> Examples {
+    fn examples(folder: &TestFolder, name: &str, lines: &[String], options: ExampleOptions) -> Examples {
         let text: String = lines.iter().map(|l| format!("{{\"text\": \"{l}\"}}\n")).collect();
         let path = folder.file(name, text);
         let cache = folder.0.join("cache");
         let encode = |record: &Record| Ok(encode(record).or_odd(Reason::Format)?.into());
-        let fit = |example, counts: &mut Counts| fit(example, &options, counts);
+        let fit = |example, counts: &mut ExampleCounts| fit(example, &options, counts);
         let (encode, fit, options) = (&encode, &fit, options.clone());
         let tokenization = Tokenization { encode, fit, key: "test".into(), eos: &[9], options, cache };
         tokenization.open(&path).unwrap()
     }
 
-    fn options(sequence_length: usize, too_long: TooLong) -> Options {
-        Options { sequence_length, too_long, split: None }
+    fn options(sequence_length: usize, too_long: TooLong) -> ExampleOptions {
+        ExampleOptions { sequence_length, too_long, split: None }
     }
 
     fn lines() -> Vec<String> {
@@ -267,7 +272,7 @@ mod tests {
     fn examples_are_kept_cut_or_left_out_and_counted() {
         let folder = TestFolder::new("rows-counts");
         let all = examples(&folder, "a.jsonl", &lines(), options(5, TooLong::Truncate));
-        let counts = Counts {
+        let counts = ExampleCounts {
             records: 5,
             examples: 3,
             sequences: 3,
@@ -317,7 +322,7 @@ mod tests {
         let mut seen = Vec::new();
         for part in 0..3 {
             let split = Some(Split { parts: vec![2.0, 4.0, 4.0], part });
-            let options = Options { sequence_length: 8, too_long: TooLong::Drop, split };
+            let options = ExampleOptions { sequence_length: 8, too_long: TooLong::Drop, split };
             let part = examples(&folder, "a.jsonl", &lines, options);
             let wanted = [200.0, 400.0, 400.0][seen.len().min(1)];
             assert!((part.len() as f64 - wanted).abs() < 60.0, "{}", part.len());
@@ -332,8 +337,8 @@ mod tests {
         let folder = TestFolder::new("rows-packed");
         let all =
             examples(&folder, "a.jsonl", &["1 2|3 9".into(), "4|5 9".into()], options(8, TooLong::Drop));
-        let source = vec![Source { examples: all, weight: None }];
-        let loader = RowLoader::new(source, 8, true, Order::Shuffled { seed: 1 }).unwrap();
+        let source = vec![RowSource { examples: all, weight: None }];
+        let loader = RowLoader::new(source, 8, true, WindowOrder::Shuffled { seed: 1 }).unwrap();
         assert_eq!((loader.num_rows(), loader.count(0, 1)), (1, (4, 7)));
         assert!((loader.padding() - 1.0 / 8.0).abs() < allowed(Quantity::TwoWays, tch::Kind::Double));
         let rows = Rows {
@@ -351,11 +356,11 @@ mod tests {
     fn an_epoch_has_every_example_once_and_weights_hold() {
         let folder = TestFolder::new("rows-epochs");
         let lines = |n: u32| -> Vec<String> { (0..n).map(|i| format!("1|{i} 9")).collect() };
-        let open = |name: &str, n: u32, weight: Option<f64>| Source {
+        let open = |name: &str, n: u32, weight: Option<f64>| RowSource {
             examples: examples(&folder, name, &lines(n), options(8, TooLong::Drop)),
             weight,
         };
-        let order = Order::Shuffled { seed: 5 };
+        let order = WindowOrder::Shuffled { seed: 5 };
         let loader = RowLoader::new(vec![open("a.jsonl", 31, None)], 8, false, order).unwrap();
         let epoch =
             |e: u64| -> Vec<i64> { (e * 31..e * 31 + 31).map(|i| loader.rows(i, 1).input_ids[1]).collect() };

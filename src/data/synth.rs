@@ -47,7 +47,7 @@ const MULTIPLY: [(&str, char); 2] = [
 ];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Level {
+pub enum ProblemLevel {
     One,
     Two,
     Three,
@@ -56,14 +56,14 @@ pub enum Level {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Split {
+enum SynthSplit {
     Train,
     Valid,
 }
 
 /// `a op b = result`; in a wrong answer the result may not be what the operation gives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Step {
+struct WordStep {
     a: i64,
     op: char,
     b: i64,
@@ -78,9 +78,9 @@ fn compute(a: i64, op: char, b: i64) -> i64 {
     }
 }
 
-impl Step {
+impl WordStep {
     fn new(a: i64, op: char, b: i64) -> Self {
-        Step { a, op, b, result: compute(a, op, b) }
+        WordStep { a, op, b, result: compute(a, op, b) }
     }
 
     fn held_out(&self) -> bool {
@@ -94,19 +94,19 @@ fn held_out(a: i64, b: i64) -> bool {
 }
 
 #[derive(Debug, Clone)]
-struct Problem {
+struct WordProblem {
     level: u8,
     question: String,
-    steps: Vec<Step>,
+    steps: Vec<WordStep>,
 }
 
-impl Problem {
+impl WordProblem {
     /// Draws problems of this level until one is allowed in the split.
-    fn draw(rng: &mut Rng, level: u8, split: Split) -> Problem {
+    fn draw(rng: &mut Rng, level: u8, split: SynthSplit) -> WordProblem {
         loop {
             let (template, steps) = draw_steps(rng, level);
             if allowed(&steps, split) {
-                return Problem { level, question: fill(rng, template, &steps), steps };
+                return WordProblem { level, question: fill(rng, template, &steps), steps };
             }
         }
     }
@@ -120,17 +120,17 @@ impl Problem {
     }
 }
 
-fn allowed(steps: &[Step], split: Split) -> bool {
+fn allowed(steps: &[WordStep], split: SynthSplit) -> bool {
     match split {
-        Split::Train => !steps.iter().any(Step::held_out),
-        Split::Valid => steps.iter().any(Step::held_out),
+        SynthSplit::Train => !steps.iter().any(WordStep::held_out),
+        SynthSplit::Valid => steps.iter().any(WordStep::held_out),
     }
 }
 
 /// The worked steps with their calculator notes, and the final line `#### answer`.
-fn solution(steps: &[Step], answer: i64) -> String {
+fn solution(steps: &[WordStep], answer: i64) -> String {
     let mut text = String::new();
-    for Step { a, op, b, result } in steps {
+    for WordStep { a, op, b, result } in steps {
         let _ = writeln!(text, "{a}{op}{b}=<<{a}{op}{b}={result}>>{result}");
     }
     let _ = write!(text, "#### {answer}");
@@ -138,21 +138,21 @@ fn solution(steps: &[Step], answer: i64) -> String {
 }
 
 /// Draws a template and its steps. Results are never negative; a difference is at least 1.
-fn draw_steps(rng: &mut Rng, level: u8) -> (&'static str, Vec<Step>) {
+fn draw_steps(rng: &mut Rng, level: u8) -> (&'static str, Vec<WordStep>) {
     let single = |rng: &mut Rng, first: (i64, i64), second_high: i64| {
         let subtract = rng.below(2) == 1;
         let a = rng.range(first.0.max(if subtract { 3 } else { 0 }), first.1);
         let b = rng.range(2, if subtract { second_high.min(a - 1) } else { second_high });
         let (templates, op) = if subtract { (&SUBTRACT, '-') } else { (&ADD, '+') };
-        (*rng.choose(templates), vec![Step::new(a, op, b)])
+        (*rng.choose(templates), vec![WordStep::new(a, op, b)])
     };
     match level {
         1 => single(rng, (2, 50), 50),
         2 => loop {
             let (template, ops) = *rng.choose(&TWO_STEPS);
             let numbers: [i64; 3] = std::array::from_fn(|_| rng.range(2, 50));
-            let first = Step::new(numbers[0], ops[0], numbers[1]);
-            let second = Step::new(first.result, ops[1], numbers[2]);
+            let first = WordStep::new(numbers[0], ops[0], numbers[1]);
+            let second = WordStep::new(first.result, ops[1], numbers[2]);
             if first.result > 0 && second.result > 0 {
                 return (template, vec![first, second]);
             }
@@ -161,8 +161,8 @@ fn draw_steps(rng: &mut Rng, level: u8) -> (&'static str, Vec<Step>) {
         _ => loop {
             let (template, op) = *rng.choose(&MULTIPLY);
             let numbers: [i64; 3] = std::array::from_fn(|_| rng.range(2, 12));
-            let first = Step::new(numbers[0], '*', numbers[1]);
-            let second = Step::new(first.result, op, numbers[2]);
+            let first = WordStep::new(numbers[0], '*', numbers[1]);
+            let second = WordStep::new(first.result, op, numbers[2]);
             if second.result > 0 {
                 return (template, vec![first, second]);
             }
@@ -170,7 +170,7 @@ fn draw_steps(rng: &mut Rng, level: u8) -> (&'static str, Vec<Step>) {
     }
 }
 
-fn fill(rng: &mut Rng, template: &str, steps: &[Step]) -> String {
+fn fill(rng: &mut Rng, template: &str, steps: &[WordStep]) -> String {
     let name = rng.below(NAMES.len() as u64) as usize;
     let other = (name + 1 + rng.below(NAMES.len() as u64 - 1) as usize) % NAMES.len();
     template
@@ -210,7 +210,12 @@ impl Wrong {
 }
 
 /// A wrong answer: its steps and its final number; none where this draw gives nothing usable.
-fn spoil(rng: &mut Rng, problem: &Problem, wrong: Wrong, split: Split) -> Option<(Vec<Step>, i64)> {
+fn spoil(
+    rng: &mut Rng,
+    problem: &WordProblem,
+    wrong: Wrong,
+    split: SynthSplit,
+) -> Option<(Vec<WordStep>, i64)> {
     let mut steps = problem.steps.clone();
     let sign = |rng: &mut Rng| if rng.below(2) == 0 { 1 } else { -1 };
     if wrong == Wrong::Missing {
@@ -230,21 +235,21 @@ fn spoil(rng: &mut Rng, problem: &Problem, wrong: Wrong, split: Split) -> Option
             step.op = *rng.choose(&['+', '-', '*']);
             let (a, b) =
                 if step.op == '-' { (step.a.max(step.b), step.a.min(step.b)) } else { (step.a, step.b) };
-            *step = Step::new(a, step.op, b);
+            *step = WordStep::new(a, step.op, b);
         }
         Wrong::Step => step.result += sign(rng) * rng.range(10, 40),
         _ => step.result += sign(rng) * rng.range(1, 2),
     }
     for i in at + 1..steps.len() {
-        steps[i] = Step::new(steps[i - 1].result, steps[i].op, steps[i].b);
+        steps[i] = WordStep::new(steps[i - 1].result, steps[i].op, steps[i].b);
     }
     let answer = steps[steps.len() - 1].result;
     let plausible = steps.iter().all(|s| (0..=9999).contains(&s.result)) && answer != problem.last();
-    let usable = plausible && (split == Split::Valid || allowed(&steps, split));
+    let usable = plausible && (split == SynthSplit::Valid || allowed(&steps, split));
     usable.then_some((steps, answer))
 }
 
-fn wrong_answer(rng: &mut Rng, problem: &Problem, wrong: Wrong, split: Split) -> String {
+fn wrong_answer(rng: &mut Rng, problem: &WordProblem, wrong: Wrong, split: SynthSplit) -> String {
     loop {
         if let Some((steps, answer)) = spoil(rng, problem, wrong, split) {
             return solution(&steps, answer);
@@ -279,33 +284,34 @@ const EQUATIONS_PER_DOCUMENT: usize = 10;
 
 /// What is made.
 #[derive(Debug, Clone, Copy)]
-pub struct Options {
+pub struct SynthOptions {
     /// Equal seeds give equal bytes.
     pub seed: u64,
     /// Records of every training file.
     pub count: u64,
-    pub level: Level,
+    pub level: ProblemLevel,
     /// Share of the answers of fine-tuning's training file that are wrong: where reinforcement learning is to have
     /// something to correct, it can start from a model that was trained on these.
     pub wrong_answers: f64,
 }
 
-fn record(stage: Stage, split: Split, options: &Options, index: u64) -> Value {
-    let purpose = format!("synth.{}.{}", stage.name(), if split == Split::Train { "train" } else { "valid" });
+fn record(stage: Stage, split: SynthSplit, options: &SynthOptions, index: u64) -> Value {
+    let purpose =
+        format!("synth.{}.{}", stage.name(), if split == SynthSplit::Train { "train" } else { "valid" });
     let mut rng = Rng::new(options.seed, &purpose, index);
-    let mixed = options.level == Level::Mix;
+    let mixed = options.level == ProblemLevel::Mix;
     let level = match options.level {
-        Level::One => 1,
-        Level::Two => 2,
-        Level::Three => 3,
-        Level::Mix => *rng.choose(&[1, 1, 1, 1, 1, 2, 2, 2, 3, 3]),
+        ProblemLevel::One => 1,
+        ProblemLevel::Two => 2,
+        ProblemLevel::Three => 3,
+        ProblemLevel::Mix => *rng.choose(&[1, 1, 1, 1, 1, 2, 2, 2, 3, 3]),
     };
-    let plain = |text: &mut String, steps: &[Step]| {
-        for Step { a, op, b, result } in steps {
+    let plain = |text: &mut String, steps: &[WordStep]| {
+        for WordStep { a, op, b, result } in steps {
             let _ = writeln!(text, "{a}{op}{b}={result}");
         }
     };
-    let problem = Problem::draw(&mut rng, level, split);
+    let problem = WordProblem::draw(&mut rng, level, split);
     let level = problem.level;
     match stage {
         Stage::Pretrain => {
@@ -314,7 +320,7 @@ fn record(stage: Stage, split: Split, options: &Options, index: u64) -> Value {
                 let level = if mixed { *rng.choose(&[1, 2, 3, 3]) } else { level };
                 let mut count = 0;
                 while count < EQUATIONS_PER_DOCUMENT {
-                    let steps = Problem::draw(&mut rng, level, split).steps;
+                    let steps = WordProblem::draw(&mut rng, level, split).steps;
                     plain(&mut text, &steps);
                     count += steps.len();
                 }
@@ -325,8 +331,9 @@ fn record(stage: Stage, split: Split, options: &Options, index: u64) -> Value {
             json!({"text": text, "level": level})
         }
         Stage::Sft => {
-            let wrong =
-                split == Split::Train && options.wrong_answers > 0.0 && rng.uniform() < options.wrong_answers;
+            let wrong = split == SynthSplit::Train
+                && options.wrong_answers > 0.0
+                && rng.uniform() < options.wrong_answers;
             let answer = match wrong {
                 true => {
                     let kind = *rng.choose(&[Wrong::Slip, Wrong::Final, Wrong::Step, Wrong::Operation]);
@@ -362,12 +369,12 @@ pub fn num_valid(count: u64) -> u64 {
 /// Writes `{pretrain,sft,rankings,prompts}.{train,valid}.jsonl` into `output`: `count` training records each and
 /// `num_valid(count)` for validation. Equal arguments give equal bytes. All files are written before the first
 /// gets its name.
-pub fn write(output: &Path, options: &Options) -> Result<()> {
+pub fn write(output: &Path, options: &SynthOptions) -> Result<()> {
     let mut files = Vec::new();
     let count = options.count;
     for stage in Stage::ALL {
         for (split, name, count) in
-            [(Split::Train, "train", count), (Split::Valid, "valid", num_valid(count))]
+            [(SynthSplit::Train, "train", count), (SynthSplit::Valid, "valid", num_valid(count))]
         {
             let mut file = AtomicFile::create(&output.join(format!("{}.{name}.jsonl", stage.name())))?;
             const CHUNK: u64 = 8192;
@@ -390,23 +397,23 @@ mod tests {
     use std::collections::HashSet;
     use testing::folder::TestFolder;
 
-    fn options(seed: u64, count: u64) -> Options {
-        Options { seed, count, level: Level::Mix, wrong_answers: 0.0 }
+    fn options(seed: u64, count: u64) -> SynthOptions {
+        SynthOptions { seed, count, level: ProblemLevel::Mix, wrong_answers: 0.0 }
     }
 
-    fn records(stage: Stage, split: Split, count: u64) -> Vec<Value> {
+    fn records(stage: Stage, split: SynthSplit, count: u64) -> Vec<Value> {
         (0..count).map(|i| record(stage, split, &options(1, count), i)).collect()
     }
 
     /// Every `a op b = c` in a text, calculator notes included.
-    fn equations(text: &str) -> Vec<Step> {
+    fn equations(text: &str) -> Vec<WordStep> {
         let parts = text.split(|c: char| c.is_whitespace() || "<>".contains(c));
         parts
             .filter_map(|part| {
                 let (left, result) = part.split_once('=')?;
                 let at = left.find(['+', '-', '*'])?;
                 let op = left.as_bytes()[at] as char;
-                Some(Step {
+                Some(WordStep {
                     a: left[..at].parse().ok()?,
                     op,
                     b: left[at + 1..].parse().ok()?,
@@ -416,7 +423,7 @@ mod tests {
             .collect()
     }
 
-    fn true_equation(s: &Step) -> bool {
+    fn true_equation(s: &WordStep) -> bool {
         compute(s.a, s.op, s.b) == s.result
     }
 
@@ -464,15 +471,15 @@ mod tests {
     fn training_never_sees_a_held_out_pair_and_every_validation_problem_has_one() {
         let mut seen = 0;
         for stage in Stage::ALL {
-            for record in records(stage, Split::Train, 2000) {
+            for record in records(stage, SynthSplit::Train, 2000) {
                 for step in texts(&record).iter().flat_map(|t| equations(t)) {
                     seen += 1;
                     assert!(!step.held_out(), "{stage:?}: {step:?} in {record}");
                 }
             }
-            for record in records(stage, Split::Valid, 500) {
+            for record in records(stage, SynthSplit::Valid, 500) {
                 let first = &texts(&record)[0];
-                assert!(equations(first).iter().any(Step::held_out), "{stage:?}: {record}");
+                assert!(equations(first).iter().any(WordStep::held_out), "{stage:?}: {record}");
             }
         }
         assert!(seen > 20_000, "only {seen} equations were found");
@@ -484,7 +491,7 @@ mod tests {
 
     #[test]
     fn right_answers_are_right() {
-        for split in [Split::Train, Split::Valid] {
+        for split in [SynthSplit::Train, SynthSplit::Valid] {
             for record in records(Stage::Pretrain, split, 1000) {
                 let text = record["text"].as_str().unwrap();
                 assert!(!text.contains("<<") && !text.contains("####") && text.ends_with('\n'));
@@ -516,7 +523,7 @@ mod tests {
     #[test]
     fn wrong_answers_are_wrong_in_the_way_they_say() {
         let mut slips = 0;
-        for record in records(Stage::Rankings, Split::Train, 2000) {
+        for record in records(Stage::Rankings, SynthSplit::Train, 2000) {
             let texts = texts(&record);
             let kinds: Vec<_> =
                 record["kinds"].as_array().unwrap().iter().map(|k| k.as_str().unwrap()).collect();
@@ -538,7 +545,7 @@ mod tests {
                             && steps.iter().zip(&right).any(|(a, b)| a.op != b.op)
                     ),
                     kind => {
-                        let off = |s: &Step| (s.result - compute(s.a, s.op, s.b)).abs();
+                        let off = |s: &WordStep| (s.result - compute(s.a, s.op, s.b)).abs();
                         let wrong: Vec<_> = steps.iter().filter(|s| !true_equation(s)).collect();
                         assert_eq!(wrong.len(), 1, "{text}");
                         let range = if kind == "slip" { 1..=2 } else { 10..=40 };
@@ -554,24 +561,24 @@ mod tests {
     #[test]
     fn levels_and_their_mix() {
         let count = |level, wanted: i64| {
-            let options = Options { level, ..options(5, 4000) };
-            let records = (0..4000).map(|i| record(Stage::Sft, Split::Train, &options, i));
+            let options = SynthOptions { level, ..options(5, 4000) };
+            let records = (0..4000).map(|i| record(Stage::Sft, SynthSplit::Train, &options, i));
             records.filter(|r| r["level"] == wanted).count() as f64 / 4000.0
         };
-        for (level, number) in [(Level::One, 1), (Level::Two, 2), (Level::Three, 3)] {
+        for (level, number) in [(ProblemLevel::One, 1), (ProblemLevel::Two, 2), (ProblemLevel::Three, 3)] {
             assert_eq!(count(level, number), 1.0);
         }
         for (number, share) in [(1, 0.5), (2, 0.3), (3, 0.2)] {
-            let found = count(Level::Mix, number);
+            let found = count(ProblemLevel::Mix, number);
             assert!((found - share).abs() < 0.03, "level {number}: {found}");
         }
         let questions: HashSet<_> =
-            records(Stage::Sft, Split::Train, 2000).iter().map(|r| r["question"].to_string()).collect();
+            records(Stage::Sft, SynthSplit::Train, 2000).iter().map(|r| r["question"].to_string()).collect();
         assert!(questions.len() > 1950, "only {} different questions of 2000", questions.len());
     }
     #[test]
     fn as_many_answers_are_wrong_as_asked_for() {
-        let options = Options { wrong_answers: 0.4, ..options(3, 4000) };
+        let options = SynthOptions { wrong_answers: 0.4, ..options(3, 4000) };
         let right = |split| {
             let right = |i| {
                 let record = record(Stage::Sft, split, &options, i);
@@ -584,7 +591,7 @@ mod tests {
             (0..4000).map(right).sum::<f64>() / 4000.0
         };
         // Another operation leaves true equations: a quarter of what is wrong.
-        assert!((right(Split::Train) - 0.7).abs() < 0.03, "{}", right(Split::Train));
-        assert_eq!(right(Split::Valid), 1.0);
+        assert!((right(SynthSplit::Train) - 0.7).abs() < 0.03, "{}", right(SynthSplit::Train));
+        assert_eq!(right(SynthSplit::Valid), 1.0);
     }
 }

@@ -11,12 +11,12 @@ use super::readers::{self, Record};
 use crate::config::sections::OnError;
 use crate::error::{Error, Result};
 
-type Read = Result<Result<String, Odd>>;
+type TextResult = Result<Result<String, Odd>>;
 
 /// The texts under a key of all records of all files, in order. What cannot be read on ends them. Records without such a text are
 /// left out and counted, or refused: then no text follows the first of them, and the error that ends the texts counts all.
 pub struct Texts {
-    read: Box<dyn Iterator<Item = Read> + Send>,
+    read: Box<dyn Iterator<Item = TextResult> + Send>,
     on_error: OnError,
     odd: OddRecords,
     ended: bool,
@@ -63,7 +63,7 @@ impl Iterator for Texts {
     }
 }
 
-fn of_file(path: &Path, key: &str, bytes: &Arc<AtomicU64>) -> Box<dyn Iterator<Item = Read> + Send> {
+fn of_file(path: &Path, key: &str, bytes: &Arc<AtomicU64>) -> Box<dyn Iterator<Item = TextResult> + Send> {
     let key = if readers::is_text(path) { "text" } else { key };
     let records = match readers::records_or_errors(path, Some(&[key]), bytes) {
         Ok(records) => records,

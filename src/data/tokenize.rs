@@ -15,7 +15,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::sync_channel;
 
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct TokenizeOptions {
     pub inputs: Vec<PathBuf>,
     /// The key of the text in JSON and Parquet.
     pub text_key: String,
@@ -28,7 +28,7 @@ pub struct Options {
 
 /// What was written.
 #[derive(Debug, Clone)]
-pub struct Summary {
+pub struct TokenizeSummary {
     pub train: Vec<Header>,
     /// Empty where nothing was kept for validation.
     pub valid: Vec<Header>,
@@ -48,11 +48,11 @@ const PIECE_BYTES: usize = 64 << 10;
 /// and EOS; special tokens spelt out in a text stay text. Which documents are kept for validation is a hash of their
 /// number, at least one of them. `bytes` grows with what was read.
 pub fn tokenize(
-    options: &Options,
+    options: &TokenizeOptions,
     tokenizer: &Tokenizer,
     output: &Path,
     bytes: &Arc<AtomicU64>,
-) -> Result<Summary> {
+) -> Result<TokenizeSummary> {
     if !(0.0..1.0).contains(&options.valid_fraction) {
         let fraction = options.valid_fraction;
         return Err(Error::config(format!("--valid-fraction {fraction}: it must be at least 0 and below 1")));
@@ -69,7 +69,7 @@ pub fn tokenize(
         let path = folder.temporary().join(name);
         ShardWriter::new(&path, tokenizer.vocab_size(), tokenizer.hash(), options.max_shard_tokens)
     };
-    let mut split = Split {
+    let mut split = DocumentSplit {
         encoder: Encoder {
             bos: tokenizer.bos_id().filter(|_| tokenizer.adds_bos()),
             eos,
@@ -129,7 +129,7 @@ pub fn tokenize(
     let train = split.train.finish()?;
     let valid = split.valid.map_or(Ok(Vec::new()), ShardWriter::finish)?;
     folder.commit()?;
-    Ok(Summary { train, valid, num_empty, odd })
+    Ok(TokenizeSummary { train, valid, num_empty, odd })
 }
 
 struct Encoder<'a> {
@@ -159,7 +159,7 @@ impl Encoder<'_> {
 }
 
 /// Hands documents to training or validation.
-struct Split<'a> {
+struct DocumentSplit<'a> {
     encoder: Encoder<'a>,
     train: ShardWriter,
     valid: Option<ShardWriter>,
@@ -167,7 +167,7 @@ struct Split<'a> {
     num_documents: u64,
 }
 
-impl Split<'_> {
+impl DocumentSplit<'_> {
     fn write(&mut self, texts: &[&str], to_valid: impl Fn(usize) -> bool) -> Result<()> {
         for (i, (parts, text)) in self.encoder.encode(texts)?.iter().zip(texts).enumerate() {
             let parts: Vec<&[u32]> = parts.iter().map(Vec::as_slice).collect();
@@ -226,9 +226,9 @@ mod tests {
         folder: &TestFolder,
         inputs: &[PathBuf],
         fraction: f64,
-    ) -> Result<(Summary, String, Option<String>)> {
+    ) -> Result<(TokenizeSummary, String, Option<String>)> {
         let tokenizer = small(290);
-        let options = Options {
+        let options = TokenizeOptions {
             inputs: inputs.to_vec(),
             text_key: "text".into(),
             on_error: OnError::Refuse,

@@ -3,7 +3,7 @@
 use kernels::c10d::{Group, ReduceOp};
 
 use crate::distributed::sharded::Sharded;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, ErrorClass, Result};
 
 /// Bytes of a message that travel between ranks; longer ones are cut.
 const MESSAGE: usize = 2048;
@@ -37,10 +37,10 @@ pub fn agree<T>(group: &Group, mine: Result<T>) -> Result<T> {
     };
     let bytes: Vec<u8> = theirs[1..].iter().map(|b| *b as u8).take_while(|b| *b != 0).collect();
     let kind = match theirs[0] as i32 {
-        2 => Kind::Config,
-        3 => Kind::Data,
-        code if code > 128 => Kind::Stopped(code - 128),
-        _ => Kind::Failed,
+        2 => ErrorClass::Config,
+        3 => ErrorClass::Data,
+        code if code > 128 => ErrorClass::Stopped(code - 128),
+        _ => ErrorClass::Failed,
     };
     let message = String::from_utf8_lossy(&bytes);
     let named =

@@ -6,7 +6,7 @@ use crate::{Error, Result};
 
 /// A process's place in the world, and where the world meets.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct RankEnvironment {
     /// This process among all ranks, from 0.
     pub rank: i64,
     /// Ranks of the run, over all hosts.
@@ -29,14 +29,14 @@ const DEFAULT_PORT: u16 = 29500;
 
 type Get<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-impl Place {
+impl RankEnvironment {
     /// From this process's environment; `None` if no launcher set one.
-    pub fn from_env() -> Result<Option<Place>> {
-        Place::read(&env::text)
+    pub fn from_env() -> Result<Option<RankEnvironment>> {
+        RankEnvironment::read(&env::text)
     }
 
     /// From any environment. Errors (exit code 2) name the variables that do not fit.
-    pub fn read(get: Get) -> Result<Option<Place>> {
+    pub fn read(get: Get) -> Result<Option<RankEnvironment>> {
         // An empty value counts as none.
         let get: Get = &|name| get(name).filter(|v| !v.is_empty());
         let place = if get("RANK").is_some() || get("WORLD_SIZE").is_some() {
@@ -54,7 +54,7 @@ impl Place {
     }
 
     fn check(&self) -> Result<()> {
-        let Place { rank, world_size, local_rank, local_world_size, .. } = self;
+        let RankEnvironment { rank, world_size, local_rank, local_world_size, .. } = self;
         let wrong = if *world_size < 1 {
             format!("the world size is {world_size}; it must be at least 1")
         } else if *rank < 0 || rank >= world_size {
@@ -97,7 +97,7 @@ fn required<T: std::str::FromStr>(get: Get, name: &str, beside: &str) -> Result<
     })
 }
 
-fn torchrun(get: Get) -> Result<Place> {
+fn torchrun(get: Get) -> Result<RankEnvironment> {
     let rank = required(get, "RANK", "WORLD_SIZE")?;
     let world_size = required(get, "WORLD_SIZE", "RANK")?;
     let (host, port) = meeting_point(get)?;
@@ -112,7 +112,7 @@ fn torchrun(get: Get) -> Result<Place> {
     };
     let attempts = [number(get, "TORCHELASTIC_RESTART_COUNT")?, number(get, "CORRAL_RESTART_COUNT")?];
     let served = get("TORCHELASTIC_USE_AGENT_STORE");
-    Ok(Place {
+    Ok(RankEnvironment {
         rank,
         world_size,
         // One host unless told otherwise.
@@ -125,7 +125,7 @@ fn torchrun(get: Get) -> Result<Place> {
     })
 }
 
-fn mpirun(get: Get) -> Result<Place> {
+fn mpirun(get: Get) -> Result<RankEnvironment> {
     let beside = "OMPI_COMM_WORLD_SIZE";
     let world_size = required(get, beside, beside)?;
     let local_world_size = required(get, "OMPI_COMM_WORLD_LOCAL_SIZE", beside)?;
@@ -142,7 +142,7 @@ fn mpirun(get: Get) -> Result<Place> {
              CORRAL_RDZV=HOST:PORT",
         ));
     };
-    Ok(Place {
+    Ok(RankEnvironment {
         rank: required(get, "OMPI_COMM_WORLD_RANK", beside)?,
         world_size,
         local_rank: required(get, "OMPI_COMM_WORLD_LOCAL_RANK", beside)?,
@@ -154,7 +154,7 @@ fn mpirun(get: Get) -> Result<Place> {
     })
 }
 
-fn srun(get: Get) -> Result<Place> {
+fn srun(get: Get) -> Result<RankEnvironment> {
     let beside = "SLURM_PROCID";
     let world_size: i64 = required(get, "SLURM_STEP_NUM_TASKS", beside)?;
     let (mut host, port) = meeting_point(get)?;
@@ -181,7 +181,7 @@ fn srun(get: Get) -> Result<Place> {
         }
         None => world_size,
     };
-    Ok(Place {
+    Ok(RankEnvironment {
         rank: required(get, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")?,
         world_size,
         local_rank: required(get, "SLURM_LOCALID", beside)?,
@@ -271,8 +271,8 @@ fn tasks_per_node(text: &str) -> Option<Vec<i64>> {
 mod tests {
     use super::*;
 
-    fn read(variables: &[(&str, &str)]) -> Result<Option<Place>> {
-        Place::read(&|name| variables.iter().find(|v| v.0 == name).map(|v| v.1.to_string()))
+    fn read(variables: &[(&str, &str)]) -> Result<Option<RankEnvironment>> {
+        RankEnvironment::read(&|name| variables.iter().find(|v| v.0 == name).map(|v| v.1.to_string()))
     }
 
     #[test]
@@ -294,7 +294,7 @@ mod tests {
             ("TORCHELASTIC_USE_AGENT_STORE", "True"),
             ("TORCHELASTIC_RESTART_COUNT", "2"),
         ]);
-        let expected = Place {
+        let expected = RankEnvironment {
             rank: 5,
             world_size: 8,
             local_rank: 1,

@@ -5,7 +5,7 @@ use kernels::c10d::{Group, Work};
 use kernels::quant::{Quantized, Quantizer, Scheme};
 use tch::{Device, Kind, Tensor};
 
-use crate::distributed::layout::{Spec, padded_slice};
+use crate::distributed::layout::{TensorSpec, padded_slice};
 use crate::error::Result;
 
 /// How a tensor that is not trained is kept.
@@ -19,7 +19,7 @@ pub enum Storage {
 
 /// A tensor as it is used.
 #[derive(Debug)]
-pub enum Value {
+pub enum FrozenValue {
     /// In the compute dtype, in the shape of the tensor.
     Dense(Tensor),
     /// Codes and scales, which products read without a dense copy.
@@ -33,18 +33,18 @@ const ALIGNMENT: i64 = 64;
 const PANEL: i64 = 4 << 20;
 
 /// A part of a tensor's bytes: dtype, elements, first byte.
-type Buffer = (Kind, i64, i64);
+type BufferSpec = (Kind, i64, i64);
 
-struct Entry {
+struct FrozenTensor {
     /// Its offset is the first byte.
-    spec: Spec,
+    spec: TensorSpec,
     storage: Storage,
-    buffers: Vec<Buffer>,
+    buffers: Vec<BufferSpec>,
 }
 
 /// The tensors of a group that are not trained.
 pub struct Frozen {
-    entries: Vec<Entry>,
+    entries: Vec<FrozenTensor>,
     /// Bytes of every rank's slice, padding included.
     shard_len: i64,
     /// This rank's slice, uint8.
@@ -58,7 +58,7 @@ impl Frozen {
     /// Lays `tensors` one after the other into a slice of zeros for each of `ranks` ranks; `compute` is the dtype of
     /// dense ones.
     pub fn new(
-        tensors: impl Iterator<Item = (Spec, Storage)>,
+        tensors: impl Iterator<Item = (TensorSpec, Storage)>,
         compute: Kind,
         ranks: i64,
         device: Device,
@@ -99,7 +99,7 @@ impl Frozen {
         let (Some(a), b) = (index.checked_sub(1).map(|a| &self.entries[a]), &self.entries[index]) else {
             return false;
         };
-        let dense = |e: &Entry| e.storage == Storage::Dense;
+        let dense = |e: &FrozenTensor| e.storage == Storage::Dense;
         let (kind, n, first) = a.buffers[0];
         dense(a) && dense(b) && first + n * kind.elt_size_in_bytes() as i64 == b.spec.offset
     }
@@ -145,20 +145,20 @@ impl Frozen {
     }
 
     /// Tensor `index` as a view of all bytes; with those that follow it, `size` is that of them all.
-    pub fn value(&self, index: usize, size: &[i64], full: &Tensor) -> Result<Value> {
+    pub fn value(&self, index: usize, size: &[i64], full: &Tensor) -> Result<FrozenValue> {
         let entry = &self.entries[index];
-        let view = |&(kind, n, first): &Buffer| {
+        let view = |&(kind, n, first): &BufferSpec| {
             let bytes = full.f_narrow(0, first, n * kind.elt_size_in_bytes() as i64)?;
             if kind == Kind::Uint8 { Ok(bytes) } else { bytes.f_view_dtype(kind) }
         };
         Ok(match (entry.storage, entry.spec.shape[..].try_into()) {
             (Storage::Quantized(scheme), Ok(shape)) => {
                 let buffers = entry.buffers.iter().map(view).collect::<Result<_, _>>()?;
-                Value::Quantized(Quantized::from_buffers(scheme, shape, buffers)?)
+                FrozenValue::Quantized(Quantized::from_buffers(scheme, shape, buffers)?)
             }
             _ => {
                 let (kind, _, first) = entry.buffers[0];
-                Value::Dense(view(&(kind, size.iter().product(), first))?.f_view(size)?)
+                FrozenValue::Dense(view(&(kind, size.iter().product(), first))?.f_view(size)?)
             }
         })
     }
@@ -167,7 +167,7 @@ impl Frozen {
     /// rank reads its own part, a quantized one is read whole by each that has some of it.
     pub fn counted(&self, rank: i64) -> impl Iterator<Item = &str> {
         let slice = rank * self.shard_len..(rank + 1) * self.shard_len;
-        let counts = move |e: &&Entry| e.storage == Storage::Dense || slice.contains(&e.spec.offset);
+        let counts = move |e: &&FrozenTensor| e.storage == Storage::Dense || slice.contains(&e.spec.offset);
         self.entries.iter().filter(counts).map(|e| e.spec.name.as_str())
     }
 
@@ -177,12 +177,12 @@ impl Frozen {
     pub fn fill(
         &mut self,
         rank: i64,
-        wanted: impl Fn(&Spec) -> bool,
-        mut f: impl FnMut(&Spec, i64, &Tensor) -> Result<()>,
+        wanted: impl Fn(&TensorSpec) -> bool,
+        mut f: impl FnMut(&TensorSpec, i64, &Tensor) -> Result<()>,
     ) -> Result<()> {
         let start = rank * self.shard_len;
         // The bytes of a buffer that lie in the slice: first byte there, bytes before them in the buffer, count.
-        let overlap = |&(kind, n, first): &Buffer| {
+        let overlap = |&(kind, n, first): &BufferSpec| {
             let end = first + n * kind.elt_size_in_bytes() as i64;
             let (a, b) = (first.max(start), end.min(start + self.shard_len));
             (a < b).then_some((a - start, a - first, b - a))
@@ -217,7 +217,7 @@ impl Frozen {
 }
 
 /// The tensors' places one after the other, and the bytes of all.
-fn lay_out(tensors: impl Iterator<Item = (Spec, Storage)>, compute: Kind) -> (Vec<Entry>, i64) {
+fn lay_out(tensors: impl Iterator<Item = (TensorSpec, Storage)>, compute: Kind) -> (Vec<FrozenTensor>, i64) {
     let mut end = 0;
     let entries = tensors.map(|(mut spec, storage)| {
         spec.offset = end;
@@ -232,13 +232,17 @@ fn lay_out(tensors: impl Iterator<Item = (Spec, Storage)>, compute: Kind) -> (Ve
             (kind, n, first)
         };
         let buffers = parts.into_iter().map(&mut place).collect();
-        Entry { spec, storage, buffers }
+        FrozenTensor { spec, storage, buffers }
     });
     (entries.collect(), end)
 }
 
 /// Bytes of one rank's slice of tensors that are not trained.
-pub(super) fn slice_bytes(tensors: impl Iterator<Item = (Spec, Storage)>, compute: Kind, ranks: i64) -> i64 {
+pub(super) fn slice_bytes(
+    tensors: impl Iterator<Item = (TensorSpec, Storage)>,
+    compute: Kind,
+    ranks: i64,
+) -> i64 {
     padded_slice(lay_out(tensors, compute).1, ranks)
 }
 

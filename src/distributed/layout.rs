@@ -4,7 +4,7 @@ use tch::Tensor;
 
 /// A tensor's place in its group's flat buffer.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Spec {
+pub struct TensorSpec {
     /// The name in Hugging Face checkpoints.
     pub name: String,
     /// Sizes of its dimensions; a matrix is [O, I], as in Hugging Face checkpoints.
@@ -13,7 +13,7 @@ pub struct Spec {
     pub offset: i64,
 }
 
-impl Spec {
+impl TensorSpec {
     /// Its number of elements.
     pub fn numel(&self) -> i64 {
         self.shape.iter().product()
@@ -31,7 +31,7 @@ pub struct Layout {
     /// The name of the group in checkpoints, such as `block 0`.
     pub name: String,
     /// Its tensors, in the order of the buffer.
-    pub specs: Vec<Spec>,
+    pub specs: Vec<TensorSpec>,
     /// Elements without the padding.
     pub numel: i64,
     /// Elements of the matrices: the prefix that weight decay works on.
@@ -44,7 +44,7 @@ impl Layout {
         let (mut offset, mut num_decayed) = (0, 0);
         let mut specs = Vec::with_capacity(tensors.len());
         for (name, shape) in tensors {
-            let spec = Spec { name, shape, offset };
+            let spec = TensorSpec { name, shape, offset };
             if spec.shape.len() > 1 {
                 assert_eq!(num_decayed, offset, "matrices come first in a group");
                 num_decayed += spec.numel();

@@ -6,7 +6,7 @@ use kernels::ops::accumulator;
 use tch::{Kind, Tensor};
 
 use crate::distributed::frozen::{self, Storage};
-use crate::distributed::layout::{Layout, Spec, padded_slice};
+use crate::distributed::layout::{Layout, TensorSpec, padded_slice};
 
 /// What becomes of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub enum Role {
 
 /// A low-rank addition to a weight: scale * B A, for A [rank, I] and B [O, rank].
 #[derive(Debug, Clone, PartialEq)]
-pub struct Adapter {
+pub struct AdapterPlan {
     /// The weight's place among the group's tensors.
     pub target: usize,
     /// The inner dimension of A and B, r.
@@ -32,7 +32,7 @@ pub struct Adapter {
     pub role: Role,
 }
 
-impl Adapter {
+impl AdapterPlan {
     /// The shapes of A and B.
     pub fn shapes(&self, layout: &Layout) -> [Vec<i64>; 2] {
         let weight = &layout.specs[self.target].shape;
@@ -42,38 +42,39 @@ impl Adapter {
 
 /// A group before its parameters are there: the model's tensors, what becomes of each, and adapters.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Plan {
+pub struct GroupPlan {
     /// Every tensor of the model's, trained or not; its places in a flat buffer do not count.
     pub layout: Layout,
     /// One for each tensor.
     pub roles: Vec<Role>,
     /// In the order of their targets.
-    pub adapters: Vec<Adapter>,
+    pub adapters: Vec<AdapterPlan>,
 }
 
-impl From<Layout> for Plan {
+impl From<Layout> for GroupPlan {
     /// All is trained.
-    fn from(layout: Layout) -> Plan {
+    fn from(layout: Layout) -> GroupPlan {
         let roles = vec![Role::Trained; layout.specs.len()];
-        Plan { layout, roles, adapters: Vec::new() }
+        GroupPlan { layout, roles, adapters: Vec::new() }
     }
 }
 
-impl Plan {
+impl GroupPlan {
     /// All tensors, those of adapters after the model's; what they are, not where.
-    pub fn tensors(&self) -> Vec<Spec> {
+    pub fn tensors(&self) -> Vec<TensorSpec> {
         let mut specs = self.layout.specs.clone();
         for adapter in &self.adapters {
             let names = adapter_names(&self.layout.specs[adapter.target].name);
             let new = names.into_iter().zip(adapter.shapes(&self.layout));
-            specs.extend(new.map(|(name, shape)| Spec { name, shape, offset: 0 }));
+            specs.extend(new.map(|(name, shape)| TensorSpec { name, shape, offset: 0 }));
         }
         specs
     }
 
     /// Whether a tensor whose name ends so is trained.
     pub fn trains(&self, suffix: &str) -> bool {
-        let named = |(spec, role): (&Spec, &Role)| *role == Role::Trained && spec.name.ends_with(suffix);
+        let named =
+            |(spec, role): (&TensorSpec, &Role)| *role == Role::Trained && spec.name.ends_with(suffix);
         self.layout.specs.iter().zip(&self.roles).any(named)
     }
 
@@ -109,7 +110,7 @@ impl Plan {
         let all = || tensors.iter().zip(&roles);
         // What is trained in the same order, but matrices first.
         let trained = |matrix: bool| {
-            let of = move |(spec, role): &(&Spec, &Role)| {
+            let of = move |(spec, role): &(&TensorSpec, &Role)| {
                 **role == Role::Trained && (spec.shape.len() > 1) == matrix
             };
             all().filter(of).map(|(spec, _)| (spec.name.clone(), spec.shape.clone()))
@@ -158,7 +159,7 @@ pub struct GroupBytes {
 pub(super) struct Placed {
     /// What is trained.
     pub layout: Layout,
-    pub frozen: Vec<(Spec, Storage)>,
+    pub frozen: Vec<(TensorSpec, Storage)>,
     /// Of the plan's tensors, and of A and B of each adapter.
     pub homes: Vec<Home>,
     pub adapter_homes: Vec<[Home; 2]>,

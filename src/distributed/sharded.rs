@@ -21,11 +21,11 @@ use std::collections::HashSet;
 use kernels::c10d::{Group, Work};
 use tch::{Device, Kind, Tensor};
 
-use crate::distributed::frozen::{Frozen, Value};
+use crate::distributed::frozen::{Frozen, FrozenValue};
 use crate::distributed::layout::padded_slice;
-pub use crate::distributed::layout::{Layout, Spec};
+pub use crate::distributed::layout::{Layout, TensorSpec};
 use crate::distributed::mesh::Sharding;
-use crate::distributed::plan::{Home, Piece, Placed, Plan, is_adapter};
+use crate::distributed::plan::{GroupPlan, Home, Piece, Placed, is_adapter};
 use crate::error::{Error, Result};
 use gradients::Reduction;
 
@@ -46,7 +46,7 @@ pub struct Slice {
 }
 
 struct FlatGroup {
-    plan: Plan,
+    plan: GroupPlan,
     /// Of the plan's tensors, and of A and B of each adapter.
     homes: Vec<Home>,
     adapter_homes: Vec<[Home; 2]>,
@@ -94,7 +94,7 @@ impl Sharded {
     /// Allocates the slices of this rank; the values are undefined until they are filled. A [`Layout`] is a group that is
     /// trained as a whole.
     pub fn new(
-        groups: impl IntoIterator<Item = impl Into<Plan>>,
+        groups: impl IntoIterator<Item = impl Into<GroupPlan>>,
         sharding: Sharding,
         compute: Kind,
         device: Device,
@@ -119,12 +119,12 @@ impl Sharded {
     /// Parameters of one rank that are loaded anew whenever a group is used, and dropped after it: for the forward of a
     /// model of which two groups fit into memory. There is nothing to fill, train or export.
     pub fn on_demand(
-        groups: impl IntoIterator<Item = impl Into<Plan>>,
+        groups: impl IntoIterator<Item = impl Into<GroupPlan>>,
         compute: Kind,
         device: Device,
         load: impl Fn(&Layout) -> Result<Tensor> + 'static,
     ) -> Sharded {
-        let group = |plan: Plan| FlatGroup::empty(plan, 1, compute, device);
+        let group = |plan: GroupPlan| FlatGroup::empty(plan, 1, compute, device);
         let groups = groups.into_iter().map(|plan| group(plan.into())).collect();
         Sharded {
             groups,
@@ -155,7 +155,7 @@ impl Sharded {
     }
 
     /// Group `i` as it was planned.
-    pub fn plan(&self, i: usize) -> &Plan {
+    pub fn plan(&self, i: usize) -> &GroupPlan {
         &self.groups[i].plan
     }
 
@@ -171,7 +171,7 @@ impl Sharded {
 
     /// Numbers that are not trained, over all ranks.
     pub fn num_frozen(&self) -> i64 {
-        let of = |g: &FlatGroup| g.plan.tensors().iter().map(Spec::numel).sum::<i64>() - g.layout.numel;
+        let of = |g: &FlatGroup| g.plan.tensors().iter().map(TensorSpec::numel).sum::<i64>() - g.layout.numel;
         self.groups.iter().map(of).sum()
     }
 
@@ -239,26 +239,29 @@ impl Sharded {
 
     /// Sets the values of the model's tensors, trained or not: `f(spec, first, values)` fills `values` (in any float
     /// dtype, `[n]`) with elements `first..first + n` of the flattened tensor `spec`.
-    pub fn fill(&mut self, mut f: impl FnMut(&Spec, i64, &Tensor) -> Result<()>) -> Result<()> {
+    pub fn fill(&mut self, mut f: impl FnMut(&TensorSpec, i64, &Tensor) -> Result<()>) -> Result<()> {
         self.fill_where(|spec| !is_adapter(&spec.name), true, &mut f)
     }
 
     /// Sets the values of the adapters, as [`Sharded::fill`] does those of the model.
-    pub fn fill_adapters(&mut self, mut f: impl FnMut(&Spec, i64, &Tensor) -> Result<()>) -> Result<()> {
+    pub fn fill_adapters(
+        &mut self,
+        mut f: impl FnMut(&TensorSpec, i64, &Tensor) -> Result<()>,
+    ) -> Result<()> {
         self.fill_where(|spec| is_adapter(&spec.name), true, &mut f)
     }
 
     /// Sets the values of all that is trained: of the model and of adapters.
-    pub fn fill_trained(&mut self, mut f: impl FnMut(&Spec, i64, &Tensor) -> Result<()>) -> Result<()> {
+    pub fn fill_trained(&mut self, mut f: impl FnMut(&TensorSpec, i64, &Tensor) -> Result<()>) -> Result<()> {
         self.fill_where(|_| true, false, &mut f)
     }
 
     /// Sets the values of the tensors that are `wanted`: of what is trained, and, if `frozen`, of what is not.
     pub fn fill_where(
         &mut self,
-        wanted: impl Fn(&Spec) -> bool,
+        wanted: impl Fn(&TensorSpec) -> bool,
         frozen: bool,
-        f: &mut impl FnMut(&Spec, i64, &Tensor) -> Result<()>,
+        f: &mut impl FnMut(&TensorSpec, i64, &Tensor) -> Result<()>,
     ) -> Result<()> {
         for i in 0..self.groups.len() {
             let slice = self.slice(i);
@@ -402,7 +405,7 @@ impl Sharded {
     }
 
     /// A piece of group `i` as a view of its values.
-    pub fn value(&self, i: usize, full: &Full, piece: &Piece) -> Result<Value> {
+    pub fn value(&self, i: usize, full: &Full, piece: &Piece) -> Result<FrozenValue> {
         let gathered = |t: &Option<Tensor>| match t {
             Some(t) => Ok(t.shallow_clone()),
             None => Err(Error::failed(format!("the values of group {i} are not there"))),
@@ -410,7 +413,7 @@ impl Sharded {
         match piece.home {
             Home::Trained(_) => {
                 let view = piece.of_trained(&gathered(&full.trained)?);
-                Ok(Value::Dense(view.ok_or_else(|| Error::failed("what is trained is dense"))?))
+                Ok(FrozenValue::Dense(view.ok_or_else(|| Error::failed("what is trained is dense"))?))
             }
             Home::Frozen(index) => self.groups[i].frozen.value(index, &piece.size, &gathered(&full.frozen)?),
         }
@@ -419,8 +422,10 @@ impl Sharded {
     /// [`Sharded::value`] of what is never quantized.
     pub fn dense(&self, i: usize, full: &Full, piece: &Piece) -> Result<Tensor> {
         match self.value(i, full, piece)? {
-            Value::Dense(t) => Ok(t),
-            Value::Quantized(_) => Err(Error::failed(format!("group {i}: a dense tensor is quantized"))),
+            FrozenValue::Dense(t) => Ok(t),
+            FrozenValue::Quantized(_) => {
+                Err(Error::failed(format!("group {i}: a dense tensor is quantized")))
+            }
         }
     }
 
@@ -445,13 +450,17 @@ impl Sharded {
 
     /// Gives the model's tensors of group `i` to `f`, in the plan's order: masters of what is trained, values in the compute
     /// dtype of what is not, quantized ones in float32. A collective call over the shard group.
-    pub fn gather_tensors(&self, i: usize, mut f: impl FnMut(&Spec, Tensor) -> Result<()>) -> Result<()> {
+    pub fn gather_tensors(
+        &self,
+        i: usize,
+        mut f: impl FnMut(&TensorSpec, Tensor) -> Result<()>,
+    ) -> Result<()> {
         let frozen = self.groups[i].frozen.gather(&self.sharding.shard)?;
         let full = Full { trained: Some(self.gather_master(i)?), frozen };
         for (k, spec) in self.groups[i].plan.layout.specs.iter().enumerate() {
             let value = match self.value(i, &full, &self.pieces(i, k..k + 1)[0])? {
-                Value::Dense(t) => t,
-                Value::Quantized(q) => {
+                FrozenValue::Dense(t) => t,
+                FrozenValue::Quantized(q) => {
                     let [rows, columns] = q.shape();
                     q.dequantize(0..rows, 0..columns, Kind::Float)?
                 }
@@ -464,7 +473,7 @@ impl Sharded {
 
 impl FlatGroup {
     /// With this rank's slice allocated.
-    fn new(plan: Plan, ranks: i64, compute: Kind, device: Device) -> FlatGroup {
+    fn new(plan: GroupPlan, ranks: i64, compute: Kind, device: Device) -> FlatGroup {
         let mut group = FlatGroup::empty(plan, ranks, compute, device);
         let master_kind = kernels::ops::accumulator(compute);
         group.shard_len = padded_slice(group.layout.numel, ranks);
@@ -477,7 +486,7 @@ impl FlatGroup {
     }
 
     /// Without memory for what is trained.
-    fn empty(plan: Plan, ranks: i64, compute: Kind, device: Device) -> FlatGroup {
+    fn empty(plan: GroupPlan, ranks: i64, compute: Kind, device: Device) -> FlatGroup {
         let Placed { layout, frozen, homes, adapter_homes } = plan.place();
         FlatGroup {
             shard_len: 0,

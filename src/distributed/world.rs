@@ -1,7 +1,7 @@
 //! The world: all ranks of a run, this process's place among them, its device, and the group of all.
 
 use super::agreement::{Facts, agree_on};
-use super::environment::Place;
+use super::environment::RankEnvironment;
 use super::mesh::{Axis, Keep, Mesh, Sharding};
 use crate::config::parallel::{Mode, Parallel, ShardSize};
 use crate::env;
@@ -127,14 +127,14 @@ impl World {
     ///
     /// Errors: exit code 2 if the environment, the device or the backend cannot be; else which address or rank fails.
     pub fn from_env(backend: BackendChoice, device: DeviceChoice, parallel: &Parallel) -> Result<World> {
-        World::join(Place::from_env()?, backend, device, parallel, &Facts::new())
+        World::join(RankEnvironment::from_env()?, backend, device, parallel, &Facts::new())
     }
 
     /// [`World::from_env`] with the backend that the launcher asks for, and `--device`. Without `--device`: the GPU where
     /// there is one, else the CPU. All ranks must have the same `facts`.
     pub fn from_global(device: Option<&str>, parallel: &Parallel, facts: &Facts) -> Result<World> {
         World::join(
-            Place::from_env()?,
+            RankEnvironment::from_env()?,
             BackendChoice::from_env()?,
             DeviceChoice::of(device)?,
             parallel,
@@ -183,7 +183,7 @@ impl World {
     }
 
     fn join(
-        place: Option<Place>,
+        place: Option<RankEnvironment>,
         backend: BackendChoice,
         device: DeviceChoice,
         parallel: &Parallel,

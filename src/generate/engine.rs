@@ -20,7 +20,7 @@ pub const PREFILL_TOKENS: usize = 8192;
 
 /// How an [`Engine`] samples, and when it ends a row.
 #[derive(Debug, Clone)]
-pub struct Options<'a> {
+pub struct EngineOptions<'a> {
     /// Temperature, truncation and seed of the draws.
     pub sampling: Sampling,
     /// Rows in work at once.
@@ -78,7 +78,12 @@ impl Request {
     }
 
     /// Whether the newest of `ids` ends a completion.
-    pub(super) fn finish(&self, ids: &[i64], options: &Options, positions: usize) -> Result<Option<Finish>> {
+    pub(super) fn finish(
+        &self,
+        ids: &[i64],
+        options: &EngineOptions,
+        positions: usize,
+    ) -> Result<Option<Finish>> {
         if ids.last().is_some_and(|id| options.eos.contains(id)) {
             return Ok(Some(Finish::Eos));
         }
@@ -152,7 +157,7 @@ struct Waiting {
 }
 
 /// A completion in work.
-struct Row {
+struct EngineRow {
     slot: usize,
     completion: Completion,
 }
@@ -160,20 +165,20 @@ struct Row {
 /// Generates for any number of requests, which may be added at any time. The model's values must stay as they are while
 /// rows are in work.
 pub struct Engine<'a> {
-    options: Options<'a>,
+    options: EngineOptions<'a>,
     cache: KvCache,
     free: Vec<usize>,
     /// The request whose prompt the slot begins with.
     prompt_in: Vec<Option<usize>>,
     requests: Vec<Request>,
     waiting: VecDeque<Waiting>,
-    rows: Vec<Row>,
+    rows: Vec<EngineRow>,
     finished: Vec<Completion>,
 }
 
 impl<'a> Engine<'a> {
     /// An engine without requests, with `options.batch_size` slots.
-    pub fn new(model: &Llama, options: Options<'a>) -> Result<Engine<'a>> {
+    pub fn new(model: &Llama, options: EngineOptions<'a>) -> Result<Engine<'a>> {
         options.sampling.check()?;
         if options.batch_size == 0 {
             return Err(Error::config("batch-size must be at least 1"));
@@ -335,7 +340,7 @@ impl<'a> Engine<'a> {
             let (request, sample) = (waiting.request, waiting.next);
             waiting.next += 1;
             let slot = self.take_slot(request)?;
-            self.rows.push(Row { slot, completion: Completion::begin(request, sample) });
+            self.rows.push(EngineRow { slot, completion: Completion::begin(request, sample) });
             if sample + 1 == self.requests[request].samples.len() {
                 self.waiting.pop_front();
             }
@@ -372,7 +377,7 @@ impl<'a> Engine<'a> {
 pub fn generate(
     model: &mut Llama,
     requests: &[Request],
-    mut options: Options,
+    mut options: EngineOptions,
     mut on_token: impl FnMut(&Completion, bool) -> Result<()>,
 ) -> Result<Vec<Completion>> {
     let completions = requests.iter().map(|r| r.samples.len()).sum::<usize>();

@@ -6,8 +6,8 @@ pub mod sampler;
 pub(crate) mod session;
 pub(crate) mod stop;
 
-pub use engine::{Completion, Engine, Finish, Options, Request, generate};
+pub use engine::{Completion, Engine, EngineOptions, Finish, Request, generate};
 pub use sampler::Sampling;
-pub use session::Session;
+pub use session::CachedSession;
 pub(crate) use stop::TextStream;
 pub use stop::{Stop, text};

@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 use crate::config::rollout::{Gather, Length};
 use crate::distributed::sharded::Sharded;
 use crate::error::Result;
-use crate::generate::engine::{Finish, Options, Request, generate};
+use crate::generate::engine::{EngineOptions, Finish, Request, generate};
 use crate::generate::{Sampling, Stop};
 use crate::model::Llama;
 use crate::random::Rng;
@@ -15,7 +15,7 @@ use kernels::c10d::ReduceOp;
 
 /// A prompt that is to be answered.
 #[derive(Debug, Clone, Copy)]
-pub struct Asked<'a> {
+pub struct PromptRequest<'a> {
     /// Its number among all that the run asks, which keys the random draws: equal for any number of ranks.
     pub number: u64,
     /// The prompt's token ids.
@@ -61,10 +61,11 @@ pub struct Response {
 impl Rollout<'_> {
     /// The responses to every prompt, those of one prompt after the other. Where parameters are sharded this is a
     /// collective call, for any number of prompts on each rank.
-    pub fn run(&self, model: &mut Llama, prompts: &[Asked]) -> Result<Vec<Response>> {
+    pub fn run(&self, model: &mut Llama, prompts: &[PromptRequest]) -> Result<Vec<Response>> {
         let requests: Vec<Request> = prompts.iter().map(|p| self.request(p)).collect();
         let eos = if self.truncate.is_some() { &[][..] } else { self.eos };
-        let options = Options { sampling: self.sampling, batch_size: self.batch_size, eos, stop: self.stop };
+        let options =
+            EngineOptions { sampling: self.sampling, batch_size: self.batch_size, eos, stop: self.stop };
         let hold = model.params.gathers() && self.holds(&model.params)?;
         if hold {
             model.params.hold()?;
@@ -88,7 +89,7 @@ impl Rollout<'_> {
     }
 
     /// What the engine is asked for a prompt.
-    pub fn request(&self, prompt: &Asked) -> Request {
+    pub fn request(&self, prompt: &PromptRequest) -> Request {
         let samples = self.samples as u64;
         let Length { low, high } = self.max_new_tokens;
         let mut rng = Rng::new(self.sampling.seed, "rollout.length", prompt.number);
@@ -137,7 +138,7 @@ pub struct Sequences {
 
 /// Sequences as rows, padded on the right: B rows of T places. Place t holds token t, and is about token t + 1; the last
 /// token of a sequence is only ever predicted.
-pub struct Rows {
+pub struct PaddedRows {
     /// int64 [B, T]
     pub ids: Tensor,
     /// The response's token that the place predicts, int64 `[B T]`; -1: none.
@@ -174,7 +175,7 @@ impl Sequences {
     }
 
     /// The sequences `rows` in one tensor, padded to the longest of them.
-    pub fn rows(&self, rows: &[usize]) -> Rows {
+    pub fn rows(&self, rows: &[usize]) -> PaddedRows {
         let width = self.width(rows.iter().copied());
         let mut ids = vec![0; rows.len() * width];
         let mut labels = vec![-1; rows.len() * width];
@@ -189,7 +190,7 @@ impl Sequences {
         let shape = [rows.len() as i64, width as i64];
         let labels = Tensor::from_slice(&labels);
         let mask = labels.ge(0).to_kind(Kind::Int64).view(shape);
-        Rows { ids: Tensor::from_slice(&ids).view(shape), labels, mask }
+        PaddedRows { ids: Tensor::from_slice(&ids).view(shape), labels, mask }
     }
 
     /// The places of all sequences that predict a response, as [n, W] of this kind.

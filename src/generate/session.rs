@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use crate::error::{Error, Result};
-use crate::generate::engine::{Completion, Options, Request};
+use crate::generate::engine::{Completion, EngineOptions, Request};
 use crate::generate::sampler;
 use crate::model::{KvCache, Llama};
 
@@ -11,16 +11,16 @@ use crate::model::{KvCache, Llama};
 const PIECE: usize = 2048;
 
 /// A conversation's keys and values. The model must be one whose forwards no other rank takes part in.
-pub struct Session {
+pub struct CachedSession {
     cache: KvCache,
     /// The tokens that the cache holds.
     read: Vec<i64>,
 }
 
-impl Session {
+impl CachedSession {
     /// A session that has read nothing, with a cache of one slot.
-    pub fn new(model: &Llama) -> Session {
-        Session { cache: KvCache::new(model, 1), read: Vec::new() }
+    pub fn new(model: &Llama) -> CachedSession {
+        CachedSession { cache: KvCache::new(model, 1), read: Vec::new() }
     }
 
     /// How many of the prompt's tokens need not be read again.
@@ -36,7 +36,7 @@ impl Session {
         &mut self,
         model: &mut Llama,
         request: &Request,
-        options: &Options,
+        options: &EngineOptions,
         mut on_token: impl FnMut(&Completion, bool) -> Result<ControlFlow<()>>,
     ) -> Result<Completion> {
         options.sampling.check()?;

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 /// A dtype of ggml's that can be read (`ggml_type`); its elements lie in blocks.
 #[allow(non_camel_case_types)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Dtype {
+pub enum GgufDtype {
     /// float32
     F32,
     /// float16
@@ -38,10 +38,10 @@ pub enum Dtype {
     Q6_K,
 }
 
-use Dtype::*;
+use GgufDtype::*;
 
 /// Id in files, elements of a block, bytes of a block.
-const TABLE: [(Dtype, u32, usize, usize); 14] = [
+const TABLE: [(GgufDtype, u32, usize, usize); 14] = [
     (F32, 0, 1, 4),
     (F16, 1, 1, 2),
     (Q4_0, 2, 32, 18),
@@ -85,10 +85,10 @@ const OTHERS: [(u32, &str); 23] = [
     (42, "Q2_0"),
 ];
 
-impl Dtype {
+impl GgufDtype {
     /// # Errors
     /// Of kind Data, with the type's name where it has one: it cannot be read.
-    pub fn of_id(id: u32) -> Result<Dtype> {
+    pub fn of_id(id: u32) -> Result<GgufDtype> {
         if let Some((dtype, ..)) = TABLE.iter().find(|(_, known, ..)| *known == id) {
             return Ok(*dtype);
         }
@@ -100,7 +100,7 @@ impl Dtype {
         Err(Error::data(format!("its type is {name}; built are {}", built.join(", "))))
     }
 
-    fn row(self) -> &'static (Dtype, u32, usize, usize) {
+    fn row(self) -> &'static (GgufDtype, u32, usize, usize) {
         TABLE.iter().find(|(dtype, ..)| *dtype == self).expect("all are in the table")
     }
 
@@ -125,7 +125,7 @@ impl Dtype {
     }
 }
 
-impl fmt::Display for Dtype {
+impl fmt::Display for GgufDtype {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(f, "{self:?}")
     }

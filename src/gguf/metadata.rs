@@ -12,7 +12,7 @@ const MAX_KEY: u64 = 65535;
 
 /// The value of a key.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Value {
+pub enum MetadataValue {
     /// Of any width. Those of 64 bits without a sign that do not fit are read as floating-point numbers.
     Integer(i64),
     /// float32 or float64 in the file.
@@ -22,12 +22,12 @@ pub enum Value {
     /// UTF-8.
     Text(String),
     /// Values of one type.
-    Array(Array),
+    Array(MetadataArray),
 }
 
 /// A list of values of one type.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Array {
+pub enum MetadataArray {
     /// Of any width.
     Integers(Vec<i64>),
     /// Those of 64 bits are rounded to float32.
@@ -47,7 +47,7 @@ const ARRAY: u32 = 9;
 
 /// All keys with their values.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Metadata(BTreeMap<String, Value>);
+pub struct Metadata(BTreeMap<String, MetadataValue>);
 
 impl Metadata {
     /// # Errors
@@ -75,7 +75,7 @@ impl Metadata {
     }
 
     /// The value of a key; none where the key is missing.
-    pub fn get(&self, key: &str) -> Option<&Value> {
+    pub fn get(&self, key: &str) -> Option<&MetadataValue> {
         self.0.get(key)
     }
 
@@ -85,11 +85,11 @@ impl Metadata {
     }
 
     /// Sets a key; a value that it had is replaced.
-    pub fn set(&mut self, key: impl Into<String>, value: Value) {
+    pub fn set(&mut self, key: impl Into<String>, value: MetadataValue) {
         self.0.insert(key.into(), value);
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&String, &Value)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&String, &MetadataValue)> {
         self.0.iter()
     }
 
@@ -103,7 +103,7 @@ impl Metadata {
     /// Of kind Data: a value of another type.
     pub fn integer(&self, key: &str) -> Result<Option<i64>> {
         self.as_a(key, "an integer", |value| match value {
-            Value::Integer(n) => Some(*n),
+            MetadataValue::Integer(n) => Some(*n),
             _ => None,
         })
     }
@@ -111,8 +111,8 @@ impl Metadata {
     /// A number, which may be an integer.
     pub fn number(&self, key: &str) -> Result<Option<f64>> {
         self.as_a(key, "a number", |value| match value {
-            Value::Integer(n) => Some(*n as f64),
-            Value::Float(x) => Some(*x),
+            MetadataValue::Integer(n) => Some(*n as f64),
+            MetadataValue::Float(x) => Some(*x),
             _ => None,
         })
     }
@@ -123,7 +123,7 @@ impl Metadata {
     /// Of kind Data: a value of another type.
     pub fn flag(&self, key: &str) -> Result<Option<bool>> {
         self.as_a(key, "true or false", |value| match value {
-            Value::Bool(b) => Some(*b),
+            MetadataValue::Bool(b) => Some(*b),
             _ => None,
         })
     }
@@ -134,7 +134,7 @@ impl Metadata {
     /// Of kind Data: a value of another type.
     pub fn text(&self, key: &str) -> Result<Option<&str>> {
         self.as_a(key, "a text", |value| match value {
-            Value::Text(text) => Some(text.as_str()),
+            MetadataValue::Text(text) => Some(text.as_str()),
             _ => None,
         })
     }
@@ -145,7 +145,7 @@ impl Metadata {
     /// Of kind Data: a value of another type.
     pub fn texts(&self, key: &str) -> Result<Option<&[String]>> {
         self.as_a(key, "a list of texts", |value| match value {
-            Value::Array(Array::Texts(list)) => Some(list.as_slice()),
+            MetadataValue::Array(MetadataArray::Texts(list)) => Some(list.as_slice()),
             _ => None,
         })
     }
@@ -156,7 +156,7 @@ impl Metadata {
     /// Of kind Data: a value of another type.
     pub fn integers(&self, key: &str) -> Result<Option<&[i64]>> {
         self.as_a(key, "a list of integers", |value| match value {
-            Value::Array(Array::Integers(list)) => Some(list.as_slice()),
+            MetadataValue::Array(MetadataArray::Integers(list)) => Some(list.as_slice()),
             _ => None,
         })
     }
@@ -167,7 +167,7 @@ impl Metadata {
     /// Of kind Data: a value of another type.
     pub fn floats(&self, key: &str) -> Result<Option<&[f32]>> {
         self.as_a(key, "a list of floating-point numbers", |value| match value {
-            Value::Array(Array::Floats(list)) => Some(list.as_slice()),
+            MetadataValue::Array(MetadataArray::Floats(list)) => Some(list.as_slice()),
             _ => None,
         })
     }
@@ -176,27 +176,27 @@ impl Metadata {
         &'a self,
         key: &str,
         what: &str,
-        of: impl Fn(&'a Value) -> Option<T>,
+        of: impl Fn(&'a MetadataValue) -> Option<T>,
     ) -> Result<Option<T>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         of(value).map(Some).ok_or_else(|| Error::data(format!("`{key}` is {value}; it must be {what}")))
     }
 }
 
-impl std::fmt::Display for Value {
+impl std::fmt::Display for MetadataValue {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         match self {
-            Value::Integer(n) => write!(f, "{n}"),
-            Value::Float(x) => write!(f, "{x:?}"),
-            Value::Bool(b) => write!(f, "{b}"),
-            Value::Text(text) => write!(f, "{:?}", text.chars().take(40).collect::<String>()),
-            Value::Array(array) => {
+            MetadataValue::Integer(n) => write!(f, "{n}"),
+            MetadataValue::Float(x) => write!(f, "{x:?}"),
+            MetadataValue::Bool(b) => write!(f, "{b}"),
+            MetadataValue::Text(text) => write!(f, "{:?}", text.chars().take(40).collect::<String>()),
+            MetadataValue::Array(array) => {
                 let (n, of) = match array {
-                    Array::Integers(list) => (list.len(), "integers"),
-                    Array::Floats(list) => (list.len(), "floating-point numbers"),
-                    Array::Bools(list) => (list.len(), "truth values"),
-                    Array::Texts(list) => (list.len(), "texts"),
-                    Array::Arrays(n) => (*n, "lists"),
+                    MetadataArray::Integers(list) => (list.len(), "integers"),
+                    MetadataArray::Floats(list) => (list.len(), "floating-point numbers"),
+                    MetadataArray::Bools(list) => (list.len(), "truth values"),
+                    MetadataArray::Texts(list) => (list.len(), "texts"),
+                    MetadataArray::Arrays(n) => (*n, "lists"),
                 };
                 write!(f, "a list of {n} {of}")
             }
@@ -274,13 +274,13 @@ impl<'a> Cursor<'a> {
     }
 
     /// A value of the type with this id.
-    fn value(&mut self, of: u32, nested: bool) -> Result<Value> {
+    fn value(&mut self, of: u32, nested: bool) -> Result<MetadataValue> {
         Ok(match of {
-            BOOL => Value::Bool(self.flag()?),
-            TEXT => Value::Text(self.text()?),
+            BOOL => MetadataValue::Bool(self.flag()?),
+            TEXT => MetadataValue::Text(self.text()?),
             ARRAY => {
                 let (of, n) = (self.u32()?, self.u64()?);
-                Value::Array(self.array_of(of, n, nested)?)
+                MetadataValue::Array(self.array_of(of, n, nested)?)
             }
             _ => self.number(of)?,
         })
@@ -294,26 +294,26 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    fn number(&mut self, of: u32) -> Result<Value> {
+    fn number(&mut self, of: u32) -> Result<MetadataValue> {
         Ok(match of {
-            0 => Value::Integer(u8::from_le_bytes(self.array()?).into()),
-            1 => Value::Integer(i8::from_le_bytes(self.array()?).into()),
-            2 => Value::Integer(u16::from_le_bytes(self.array()?).into()),
-            3 => Value::Integer(i16::from_le_bytes(self.array()?).into()),
-            4 => Value::Integer(u32::from_le_bytes(self.array()?).into()),
-            5 => Value::Integer(i32::from_le_bytes(self.array()?).into()),
-            6 => Value::Float(decimal(f32::from_le_bytes(self.array()?))),
+            0 => MetadataValue::Integer(u8::from_le_bytes(self.array()?).into()),
+            1 => MetadataValue::Integer(i8::from_le_bytes(self.array()?).into()),
+            2 => MetadataValue::Integer(u16::from_le_bytes(self.array()?).into()),
+            3 => MetadataValue::Integer(i16::from_le_bytes(self.array()?).into()),
+            4 => MetadataValue::Integer(u32::from_le_bytes(self.array()?).into()),
+            5 => MetadataValue::Integer(i32::from_le_bytes(self.array()?).into()),
+            6 => MetadataValue::Float(decimal(f32::from_le_bytes(self.array()?))),
             10 => {
                 let n = u64::from_le_bytes(self.array()?);
-                i64::try_from(n).map_or(Value::Float(n as f64), Value::Integer)
+                i64::try_from(n).map_or(MetadataValue::Float(n as f64), MetadataValue::Integer)
             }
-            11 => Value::Integer(i64::from_le_bytes(self.array()?)),
-            12 => Value::Float(f64::from_le_bytes(self.array()?)),
+            11 => MetadataValue::Integer(i64::from_le_bytes(self.array()?)),
+            12 => MetadataValue::Float(f64::from_le_bytes(self.array()?)),
             _ => return Err(damaged(format!("type {of} of a value is not known"))),
         })
     }
 
-    fn array_of(&mut self, of: u32, n: u64, nested: bool) -> Result<Array> {
+    fn array_of(&mut self, of: u32, n: u64, nested: bool) -> Result<MetadataArray> {
         let bytes = match of {
             0 | 1 | BOOL => 1,
             2 | 3 => 2,
@@ -325,23 +325,25 @@ impl<'a> Cursor<'a> {
         };
         let n = self.count(n, bytes, "values of a list")?;
         Ok(match of {
-            BOOL => Array::Bools((0..n).map(|_| self.flag()).collect::<Result<_>>()?),
-            TEXT => Array::Texts((0..n).map(|_| self.text()).collect::<Result<_>>()?),
+            BOOL => MetadataArray::Bools((0..n).map(|_| self.flag()).collect::<Result<_>>()?),
+            TEXT => MetadataArray::Texts((0..n).map(|_| self.text()).collect::<Result<_>>()?),
             ARRAY => {
                 (0..n).try_for_each(|_| self.value(ARRAY, true).map(drop))?;
-                Array::Arrays(n)
+                MetadataArray::Arrays(n)
             }
-            6 => Array::Floats((0..n).map(|_| Ok(f32::from_le_bytes(self.array()?))).collect::<Result<_>>()?),
+            6 => MetadataArray::Floats(
+                (0..n).map(|_| Ok(f32::from_le_bytes(self.array()?))).collect::<Result<_>>()?,
+            ),
             12 => {
                 let float = |c: &mut Self| Ok(f64::from_le_bytes(c.array()?) as f32);
-                Array::Floats((0..n).map(|_| float(self)).collect::<Result<_>>()?)
+                MetadataArray::Floats((0..n).map(|_| float(self)).collect::<Result<_>>()?)
             }
             _ => {
                 let integer = |c: &mut Self| match c.number(of)? {
-                    Value::Integer(n) => Ok(n),
+                    MetadataValue::Integer(n) => Ok(n),
                     other => Err(damaged(format!("{other} in a list of integers"))),
                 };
-                Array::Integers((0..n).map(|_| integer(self)).collect::<Result<_>>()?)
+                MetadataArray::Integers((0..n).map(|_| integer(self)).collect::<Result<_>>()?)
             }
         })
     }

@@ -15,10 +15,10 @@ use crate::content::unusable;
 use crate::error::{Context, Error, Result};
 use crate::files::{is_file, read_error};
 
-pub use dtype::Dtype;
+pub use dtype::GgufDtype;
 use metadata::Cursor;
-pub use metadata::{Array, Metadata, Value};
-pub use write::Writer;
+pub use metadata::{Metadata, MetadataArray, MetadataValue};
+pub use write::GgufWriter;
 
 const MAGIC: &[u8; 4] = b"GGUF";
 /// Version 1 had counts of 32 bits; 2 and 3 differ in nothing but that 3 may be big-endian.
@@ -34,7 +34,7 @@ pub struct Info {
     /// As ggml names it, such as `blk.0.attn_q.weight`.
     pub name: String,
     /// How its elements are stored.
-    pub dtype: Dtype,
+    pub dtype: GgufDtype,
     /// Slowest dimension first (the file has them the other way round).
     pub shape: Vec<i64>,
     /// Where its data begins in the file.
@@ -222,7 +222,7 @@ fn read_info(cursor: &mut Cursor) -> Result<(Info, u64)> {
             let (dim, product) = product.ok_or_else(|| damaged("its dimensions are too large"))?;
             (numel, shape) = (product, [vec![dim], shape].concat());
         }
-        let dtype = Dtype::of_id(cursor.u32()?)?;
+        let dtype = GgufDtype::of_id(cursor.u32()?)?;
         let row = shape.last().copied().unwrap_or(1);
         if row % dtype.block_len() as i64 != 0 {
             return Err(damaged(format!(

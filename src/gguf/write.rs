@@ -2,28 +2,28 @@
 
 use std::path::Path;
 
-use super::metadata::{Array, Metadata, Value};
-use super::{ALIGNMENT, Dtype, MAGIC};
+use super::metadata::{Metadata, MetadataArray, MetadataValue};
+use super::{ALIGNMENT, GgufDtype, MAGIC};
 use crate::error::{Error, Result};
 use crate::files::AtomicFile;
 
 const VERSION: u32 = 3;
 
 /// A file under construction.
-pub struct Writer {
+pub struct GgufWriter {
     out: AtomicFile,
     /// Bytes of each tensor, in their order.
     tensors: std::vec::IntoIter<(String, u64)>,
 }
 
-impl Writer {
+impl GgufWriter {
     /// Writes the header of a file with these tensors (name, dtype and shape, slowest dimension first), whose data follows
     /// in the same order.
     pub fn create<'a>(
         path: &Path,
         metadata: &Metadata,
-        tensors: impl Iterator<Item = (&'a str, Dtype, &'a [i64])> + Clone,
-    ) -> Result<Writer> {
+        tensors: impl Iterator<Item = (&'a str, GgufDtype, &'a [i64])> + Clone,
+    ) -> Result<GgufWriter> {
         let mut header = MAGIC.to_vec();
         header.extend(VERSION.to_le_bytes());
         header.extend((tensors.clone().count() as u64).to_le_bytes());
@@ -46,7 +46,7 @@ impl Writer {
         header.resize(header.len().next_multiple_of(ALIGNMENT as usize), 0);
         let mut out = AtomicFile::create(path)?;
         out.put(&header)?;
-        Ok(Writer { out, tensors: sizes.into_iter() })
+        Ok(GgufWriter { out, tensors: sizes.into_iter() })
     }
 
     /// Writes the data of the next tensor, which `put` gives in parts.
@@ -85,10 +85,10 @@ fn text(to: &mut Vec<u8>, text: &str) {
 }
 
 /// Integers as uint32 where they fit, as llama.cpp expects them, else as int64; numbers as float32.
-fn put(to: &mut Vec<u8>, value: &Value) {
+fn put(to: &mut Vec<u8>, value: &MetadataValue) {
     let kind = |to: &mut Vec<u8>, id: u32| to.extend(id.to_le_bytes());
     match value {
-        Value::Integer(n) => match u32::try_from(*n) {
+        MetadataValue::Integer(n) => match u32::try_from(*n) {
             Ok(n) => {
                 kind(to, 4);
                 to.extend(n.to_le_bytes());
@@ -98,43 +98,43 @@ fn put(to: &mut Vec<u8>, value: &Value) {
                 to.extend(n.to_le_bytes());
             }
         },
-        Value::Float(x) => {
+        MetadataValue::Float(x) => {
             kind(to, 6);
             to.extend((*x as f32).to_le_bytes());
         }
-        Value::Bool(b) => {
+        MetadataValue::Bool(b) => {
             kind(to, 7);
             to.push((*b).into());
         }
-        Value::Text(value) => {
+        MetadataValue::Text(value) => {
             kind(to, 8);
             text(to, value);
         }
-        Value::Array(array) => {
+        MetadataValue::Array(array) => {
             kind(to, 9);
             let begin = |to: &mut Vec<u8>, id: u32, n: usize| {
                 kind(to, id);
                 to.extend((n as u64).to_le_bytes());
             };
             match array {
-                Array::Integers(list) => {
+                MetadataArray::Integers(list) => {
                     begin(to, 5, list.len());
                     list.iter().for_each(|n| to.extend((*n as i32).to_le_bytes()));
                 }
-                Array::Floats(list) => {
+                MetadataArray::Floats(list) => {
                     begin(to, 6, list.len());
                     list.iter().for_each(|x| to.extend(x.to_le_bytes()));
                 }
-                Array::Bools(list) => {
+                MetadataArray::Bools(list) => {
                     begin(to, 7, list.len());
                     to.extend(list.iter().map(|b| u8::from(*b)));
                 }
-                Array::Texts(list) => {
+                MetadataArray::Texts(list) => {
                     begin(to, 8, list.len());
                     list.iter().for_each(|t| text(to, t));
                 }
                 // Never made here: what is in them is not kept.
-                Array::Arrays(_) => begin(to, 9, 0),
+                MetadataArray::Arrays(_) => begin(to, 9, 0),
             }
         }
     }

@@ -8,7 +8,7 @@ use tch::Tensor;
 
 use crate::error::Result;
 use crate::model::linear::{Linear, LinearGrad};
-use crate::model::llama::Context;
+use crate::model::llama::BlockContext;
 
 /// o(attention(rope(qk_norm(qkv(x)))))
 pub struct Attention<L> {
@@ -24,7 +24,7 @@ pub struct Attention<L> {
 type QkNormSaved = [(Tensor, Tensor); 2];
 
 /// What a forward keeps for its backward.
-pub(super) struct Saved {
+pub(super) struct AttentionSaved {
     qk: Option<QkNormSaved>,
     /// After rotation [N, (H + 2K) D]
     pub(super) qkv: Tensor,
@@ -35,7 +35,7 @@ pub(super) struct Saved {
 
 impl Attention<Linear> {
     /// Queries, keys and values of x (T [N, C]), normalised and rotated: T [N, (H + 2K) D]; and what the norm's backward needs.
-    fn project(&self, x: &Tensor, c: &Context, i: usize) -> Result<(Tensor, Option<QkNormSaved>)> {
+    fn project(&self, x: &Tensor, c: &BlockContext, i: usize) -> Result<(Tensor, Option<QkNormSaved>)> {
         let qkv = self.qkv.forward(x)?; // [N, (H + 2K) D]
         let qk = self.norm_heads(&qkv, c)?; // of queries and keys, in place
         rotate(&qkv, c, i, false)?;
@@ -43,14 +43,14 @@ impl Attention<Linear> {
     }
 
     /// The forward of block `i` up to what its backward needs, for x: T [N, C].
-    pub(super) fn begin(&self, x: &Tensor, c: &Context, i: usize) -> Result<Saved> {
+    pub(super) fn begin(&self, x: &Tensor, c: &BlockContext, i: usize) -> Result<AttentionSaved> {
         let (qkv, qk) = self.project(x, c, i)?;
         let (out, lse) = ops::attention(&qkv, c.start(i), c.heads)?; // [N, H D], [B, H, T]
-        Ok(Saved { qk, qkv, out, lse })
+        Ok(AttentionSaved { qk, qkv, out, lse })
     }
 
     /// The rest of the forward: the output, T [N, C], plus a residual.
-    pub(super) fn finish(&self, saved: &Saved, residual: Option<&Tensor>) -> Result<Tensor> {
+    pub(super) fn finish(&self, saved: &AttentionSaved, residual: Option<&Tensor>) -> Result<Tensor> {
         self.o.forward_onto(&saved.out, residual)
     }
 
@@ -59,7 +59,7 @@ impl Attention<Linear> {
     pub(super) fn cached(
         &self,
         x: &Tensor,
-        c: &Context,
+        c: &BlockContext,
         i: usize,
         residual: Option<&Tensor>,
         attend: impl FnOnce(&Tensor) -> Result<Tensor>,
@@ -81,13 +81,13 @@ impl Attention<Linear> {
         &self,
         dy: &Tensor,
         x: impl FnOnce() -> Result<Tensor>,
-        saved: Saved,
+        saved: AttentionSaved,
         grad: &Attention<LinearGrad>,
-        c: &Context,
+        c: &BlockContext,
         i: usize,
     ) -> Result<Tensor> {
         let dout = self.o.backward(dy, &saved.out, &grad.o)?; // [N, H D]
-        let Saved { qk, qkv, out, lse } = saved;
+        let AttentionSaved { qk, qkv, out, lse } = saved;
         let dqkv = ops::attention_backward(&dout, &qkv, &out, &lse, c.start(i), c.heads)?; // [N, (H + 2K) D]
         drop(dout);
         rotate(&dqkv, c, i, true)?; // R^T rotates back
@@ -102,7 +102,7 @@ impl Attention<Linear> {
     }
 
     /// Normalises queries and keys in place, where the model does, in pieces of their weights' sizes. Returns what they were, and the statistics.
-    fn norm_heads(&self, qkv: &Tensor, c: &Context) -> Result<Option<QkNormSaved>> {
+    fn norm_heads(&self, qkv: &Tensor, c: &BlockContext) -> Result<Option<QkNormSaved>> {
         let Some(norms) = &self.qk_norm else { return Ok(None) };
         let [q, k] = queries_and_keys(qkv, c.heads);
         let apply = |mut x: Tensor, norm: &Tensor| -> Result<(Tensor, Tensor)> {
@@ -120,7 +120,7 @@ impl Attention<Linear> {
         grad: &Attention<LinearGrad>,
         dqkv: &Tensor,
         saved: Option<QkNormSaved>,
-        c: &Context,
+        c: &BlockContext,
     ) -> Result<()> {
         let (Some(norms), Some(dnorms), Some(saved)) = (&self.qk_norm, &grad.qk_norm, saved) else {
             return Ok(());
@@ -136,7 +136,7 @@ impl Attention<Linear> {
 }
 
 /// Rotates queries and keys of block `i` in place.
-fn rotate(qkv: &Tensor, c: &Context, i: usize, inverse: bool) -> Result<()> {
+fn rotate(qkv: &Tensor, c: &BlockContext, i: usize, inverse: bool) -> Result<()> {
     let heads = c.heads.heads + c.heads.kv_heads;
     let (cos, sin) = c.rope(i);
     Ok(ops::rope(qkv, &c.positions, cos, sin, heads, c.heads.head_dim, inverse)?)

@@ -10,9 +10,9 @@ use tch::Tensor;
 
 use crate::config::sections::Recompute;
 use crate::error::Result;
-use crate::model::layout::Block;
+use crate::model::layout::BlockParts;
 use crate::model::linear::{Linear, LinearGrad};
-use crate::model::llama::Context;
+use crate::model::llama::BlockContext;
 use crate::model::norm::RmsNorm;
 use crate::model::{attention, mlp};
 
@@ -20,29 +20,29 @@ use crate::model::{attention, mlp};
 type After = (Tensor, Tensor);
 
 /// What a block's forward makes for its backward.
-pub(super) struct Rest {
+pub(super) struct BlockRest {
     /// Statistics of the norms before attention and MLP, A `[N]`
     before: [Option<Tensor>; 2],
-    pub(super) attention: attention::Saved,
+    pub(super) attention: attention::AttentionSaved,
     /// After the attention's residual [N, C]
     x2: Tensor,
-    pub(super) mlp: mlp::Saved,
+    pub(super) mlp: mlp::MlpSaved,
     /// Of the norms after attention and MLP; the second is there when the forward is done.
     after: [Option<After>; 2],
 }
 
 /// What a block's forward keeps for its backward; what is computed again is none.
-pub(super) struct Saved {
+pub(super) struct BlockSaved {
     /// The block's input [N, C]
     x: Tensor,
-    pub(super) rest: Option<Rest>,
+    pub(super) rest: Option<BlockRest>,
     /// The experts that the tokens went to, int64 [N, k]: kept under recomputation, too.
     experts: Option<Tensor>,
 }
 
-impl Saved {
+impl BlockSaved {
     /// Drops what is to be computed again.
-    pub(super) fn new(x: &Tensor, mut rest: Rest, recompute: Recompute) -> Saved {
+    pub(super) fn new(x: &Tensor, mut rest: BlockRest, recompute: Recompute) -> BlockSaved {
         let experts = rest.mlp.routed().map(|r| r.experts.shallow_clone());
         let rest = match recompute {
             Recompute::None => Some(rest),
@@ -52,7 +52,7 @@ impl Saved {
             }
             Recompute::Full => None,
         };
-        Saved { x: x.shallow_clone(), rest, experts }
+        BlockSaved { x: x.shallow_clone(), rest, experts }
     }
 }
 
@@ -128,10 +128,10 @@ fn after_backward(
     }
 }
 
-impl Block<Linear> {
+impl BlockParts<Linear> {
     /// Block `i`'s forward up to what its backward needs, for x: T [N, C]. `experts`: where the tokens went in an earlier
     /// forward of it.
-    fn begin(&self, x: &Tensor, c: &Context, i: usize, experts: Option<Tensor>) -> Result<Rest> {
+    fn begin(&self, x: &Tensor, c: &BlockContext, i: usize, experts: Option<Tensor>) -> Result<BlockRest> {
         let (h1, rstd1) = before(c.norm, x, self.before(0))?; // [N, C], [N]
         let attention = self.attention.begin(&h1, c, i)?;
         drop(h1);
@@ -139,11 +139,11 @@ impl Block<Linear> {
         let (x2, after1) = after(c.norm, x, self.after(0), output)?; // [N, C]
         let (h2, rstd2) = before(c.norm, &x2, self.before(1))?; // [N, C], [N]
         let mlp = self.mlp.begin(&h2, experts)?;
-        Ok(Rest { before: [rstd1, rstd2], attention, x2, mlp, after: [after1, None] })
+        Ok(BlockRest { before: [rstd1, rstd2], attention, x2, mlp, after: [after1, None] })
     }
 
     /// The rest of the forward: the block's output, T [N, C].
-    fn finish(&self, rest: &mut Rest, c: &Context) -> Result<Tensor> {
+    fn finish(&self, rest: &mut BlockRest, c: &BlockContext) -> Result<Tensor> {
         let output = |residual: Option<&Tensor>| self.mlp.finish(&rest.mlp, residual);
         let (y, after2) = after(c.norm, &rest.x2, self.after(1), output)?; // [N, C]
         rest.after[1] = after2;
@@ -151,7 +151,7 @@ impl Block<Linear> {
     }
 
     /// Block `i`'s output [N, C], and what its backward needs.
-    pub(super) fn forward(&self, x: &Tensor, c: &Context, i: usize) -> Result<(Tensor, Rest)> {
+    pub(super) fn forward(&self, x: &Tensor, c: &BlockContext, i: usize) -> Result<(Tensor, BlockRest)> {
         let mut rest = self.begin(x, c, i, None)?;
         let y = self.finish(&mut rest, c)?;
         Ok((y, rest))
@@ -162,7 +162,7 @@ impl Block<Linear> {
     pub(super) fn cached(
         &self,
         x: &Tensor,
-        c: &Context,
+        c: &BlockContext,
         i: usize,
         attend: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
@@ -175,7 +175,7 @@ impl Block<Linear> {
     }
 
     /// Given the output's gradient dy (T [N, C]) of block `i`, adds to `grad` all but the gradient of the first norm.
-    /// [`Block::backward_input`] adds that one and gives the input's gradient. `balance`: the gradient of the router's
+    /// [`BlockParts::backward_input`] adds that one and gives the input's gradient. `balance`: the gradient of the router's
     /// probabilities, A [N, E], that does not come from `dy`.
     ///
     /// Each residual passes its gradient on; f' is the product with f's transposed Jacobian:
@@ -186,10 +186,10 @@ impl Block<Linear> {
     /// ```
     pub(super) fn backward(
         &self,
-        grad: &Block<LinearGrad>,
+        grad: &BlockParts<LinearGrad>,
         dy: Tensor,
-        saved: Saved,
-        c: &Context,
+        saved: BlockSaved,
+        c: &BlockContext,
         i: usize,
         balance: Option<&Tensor>,
     ) -> Result<BeforeInput> {
@@ -204,7 +204,7 @@ impl Block<Linear> {
                 rest
             }
         };
-        let Rest { before: [rstd1, rstd2], attention, x2, mlp, after: [after1, after2] } = rest;
+        let BlockRest { before: [rstd1, rstd2], attention, x2, mlp, after: [after1, after2] } = rest;
         let dm = after_backward(c.norm, &dy, after2, self.after(1), grad.after(1))?; // [N, C]
         let h2 = again(c.norm, &x2, self.before(1), &rstd2)?; // [N, C]
         let dh2 = self.mlp.backward(&dm, h2, mlp, &grad.mlp, balance)?; // [N, C]
@@ -220,9 +220,9 @@ impl Block<Linear> {
     /// The input's gradient, T [N, C]; adds to that of the first norm.
     pub(super) fn backward_input(
         &self,
-        grad: &Block<LinearGrad>,
+        grad: &BlockParts<LinearGrad>,
         before: BeforeInput,
-        c: &Context,
+        c: &BlockContext,
     ) -> Result<Tensor> {
         let BeforeInput { dqkv, dx2, x, rstd1 } = before;
         let dh1 = self.attention.backward_input(&dqkv)?; // [N, C]

@@ -14,9 +14,9 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::model::head::capped;
-use crate::model::layout::Block;
+use crate::model::layout::BlockParts;
 use crate::model::linear::Linear;
-use crate::model::llama::{Context, Input, Llama};
+use crate::model::llama::{BlockContext, Llama, ModelInput};
 
 /// Elements of the scores that [`Llama::extend`] has in memory at once.
 const SCORES: i64 = 16 << 20;
@@ -106,7 +106,7 @@ impl Llama {
             row[..prompt.len()].copy_from_slice(prompt);
         }
         let device = self.params.device();
-        let input = Input::new(Tensor::from_slice(&ids).view([rows, time]).to_device(device));
+        let input = ModelInput::new(Tensor::from_slice(&ids).view([rows, time]).to_device(device));
         let context = self.context(&input)?;
         let Heads { heads, kv_heads, head_dim, .. } = context.heads;
         let index = integers(slots.iter().map(|s| *s as i64)).to_device(device); // [rows]
@@ -189,11 +189,11 @@ impl Llama {
 
     /// For a token each at `position` (int64 `[N]`, all below `length`) of rows that begin at position 0, so that a sliding
     /// window's first position is never in padding.
-    fn decoding(&mut self, position: Tensor, length: i64) -> Context {
+    fn decoding(&mut self, position: Tensor, length: i64) -> BlockContext {
         let tables = self.rope_tables(length);
         let window = self.shape.sliding_window.filter(|w| *w < length);
         let first = window.map(|window| (&position - (window - 1)).clamp_min(0)); // [N]
-        Context::decoding(self, position.numel() as i64, position, first, tables)
+        BlockContext::decoding(self, position.numel() as i64, position, first, tables)
     }
 
     /// Hidden states after the final norm, T [N, C], of N tokens. `attend` takes the block's number and the rotated
@@ -201,7 +201,7 @@ impl Llama {
     fn read(
         &mut self,
         ids: &[i64],
-        context: &Context,
+        context: &BlockContext,
         mut attend: impl FnMut(usize, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         self.through_blocks(ids, |i, w, x| {
@@ -218,7 +218,7 @@ impl Llama {
     fn through_blocks(
         &mut self,
         ids: &[i64],
-        mut block: impl FnMut(usize, &Block<Linear>, &Tensor) -> Result<Tensor>,
+        mut block: impl FnMut(usize, &BlockParts<Linear>, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let mut x = self.embed_checked(ids)?; // [N, C]
         self.params.prefetch(1)?; // collective

@@ -10,7 +10,7 @@ use kernels::ops;
 use tch::Tensor;
 
 use crate::config::shape::{Head, Norms, Shape};
-use crate::distributed::plan::{Adapter, Piece, Plan};
+use crate::distributed::plan::{AdapterPlan, GroupPlan, Piece};
 use crate::distributed::sharded::gradients::FlatGrad;
 use crate::distributed::sharded::{Layout, Sharded};
 use crate::error::{Error, Result};
@@ -105,7 +105,7 @@ fn norms(norms: Norms) -> &'static [&'static str] {
 }
 
 /// A block's parts as views of its group's buffers: of its weights ([`Linear`]s) or of their gradients ([`LinearGrad`]s).
-pub struct Block<L> {
+pub struct BlockParts<L> {
     /// Norms and projections of the attention.
     pub attention: Attention<L>,
     /// The MLP, or the experts of a mixture and their router.
@@ -126,7 +126,7 @@ pub struct Draws {
     pub rows: Tensor,
 }
 
-impl Block<Linear> {
+impl BlockParts<Linear> {
     /// The weights of block group `i`, T, with their adapters, if they are to act. Dropout acts where there are `draws`.
     pub fn weights(
         params: &mut Sharded,
@@ -172,7 +172,7 @@ impl Block<Linear> {
     }
 }
 
-impl Block<LinearGrad> {
+impl BlockParts<LinearGrad> {
     /// Where the gradients of the weights of block group `i` go: into `flat`; none where nothing of it is trained. Frozen
     /// matrices and biases have none, frozen norms one that nobody reads.
     pub fn gradients(params: &Sharded, i: usize, flat: Option<&FlatGrad>, s: &Shape) -> Result<Self> {
@@ -209,15 +209,15 @@ impl Block<LinearGrad> {
 }
 
 /// The adapters on some tensors of a group, each with its first row among theirs.
-pub(crate) fn adapters_of(plan: &Plan, tensors: &Range<usize>) -> Vec<(usize, i64)> {
+pub(crate) fn adapters_of(plan: &GroupPlan, tensors: &Range<usize>) -> Vec<(usize, i64)> {
     let rows = |k: usize| plan.layout.specs[k].shape[0];
-    let on = |(k, a): (usize, &Adapter)| {
+    let on = |(k, a): (usize, &AdapterPlan)| {
         tensors.contains(&a.target).then(|| (k, (tensors.start..a.target).map(rows).sum()))
     };
     plan.adapters.iter().enumerate().filter_map(on).collect()
 }
 
-impl<L> Block<L> {
+impl<L> BlockParts<L> {
     /// The weight of the norm before the attention (`k` = 0) or the MLP (1), `[C]`, where there is one.
     pub(super) fn before(&self, k: usize) -> Option<&Tensor> {
         self.norms_before.as_ref().map(|norms| &norms[k])
@@ -272,7 +272,7 @@ impl<L> Block<L> {
             true => Ok::<_, Error>(Some([vector(take(1))?, vector(take(1))?])),
             false => Ok(None),
         };
-        Ok(Block {
+        Ok(BlockParts {
             attention,
             mlp,
             norms_before: pair(norms != Norms::After)?,

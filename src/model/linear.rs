@@ -6,7 +6,7 @@ use kernels::ops::{self, WeightGrad};
 use kernels::quant;
 use tch::Tensor;
 
-use crate::distributed::frozen::Value;
+use crate::distributed::frozen::FrozenValue;
 use crate::error::Result;
 
 /// y = x W^T + b, and for every adapter `y[rows]` += scale * B A dropout(x) (Hu et al. 2021). Layers that read the same
@@ -14,7 +14,7 @@ use crate::error::Result;
 /// quantized.
 pub struct Linear {
     /// W's rows one above the other, dense (T) or quantized: [O, I] together.
-    parts: Vec<Value>,
+    parts: Vec<FrozenValue>,
     /// T `[O]`
     bias: Option<Tensor>,
     adapters: Vec<Adapter>,
@@ -55,10 +55,10 @@ pub struct LinearGrad {
     pub adapters: Vec<Option<[WeightGrad; 2]>>,
 }
 
-fn rows(part: &Value) -> i64 {
+fn rows(part: &FrozenValue) -> i64 {
     match part {
-        Value::Dense(w) => w.size()[0],
-        Value::Quantized(q) => q.shape()[0],
+        FrozenValue::Dense(w) => w.size()[0],
+        FrozenValue::Quantized(q) => q.shape()[0],
     }
 }
 
@@ -94,19 +94,19 @@ impl Adapter {
 
 impl Linear {
     /// A layer of `parts`, whose rows follow each other: W is [O, I] in all. `bias`: T `[O]`.
-    pub fn new(parts: Vec<Value>, bias: Option<Tensor>, adapters: Vec<Adapter>) -> Linear {
+    pub fn new(parts: Vec<FrozenValue>, bias: Option<Tensor>, adapters: Vec<Adapter>) -> Linear {
         Linear { parts, bias, adapters }
     }
 
     /// A weight T [O, I] as it is.
     pub fn dense(weight: Tensor, bias: Option<Tensor>) -> Linear {
-        Linear::new(vec![Value::Dense(weight)], bias, Vec::new())
+        Linear::new(vec![FrozenValue::Dense(weight)], bias, Vec::new())
     }
 
     /// x: T [N, I]. Returns T [N, O].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = match self.parts.as_slice() {
-            [Value::Dense(w)] => ops::linear(x, w, self.bias.as_ref())?, // [N, O]
+            [FrozenValue::Dense(w)] => ops::linear(x, w, self.bias.as_ref())?, // [N, O]
             _ => {
                 let mut y = self.product(x)?; // [N, O]
                 if let Some(bias) = &self.bias {
@@ -122,7 +122,7 @@ impl Linear {
     /// residual (T [N, O]) + [`Linear::forward`], in one pass where W is dense and there is no bias.
     pub fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
         let mut y = match self.parts.as_slice() {
-            [Value::Dense(w)] => ops::linear(x, w, Some(residual))?,
+            [FrozenValue::Dense(w)] => ops::linear(x, w, Some(residual))?,
             _ => self.product(x)?.f_add_(residual)?,
         }; // [N, O]
         if let Some(bias) = &self.bias {
@@ -146,21 +146,21 @@ impl Linear {
         let mut products = Vec::with_capacity(runs.len());
         for run in runs {
             products.push(match run {
-                Run::Dense(w) => ops::linear(x, w, None)?,
-                Run::Quantized(parts) => quant::linear(&parts, x)?,
+                WeightSpan::Dense(w) => ops::linear(x, w, None)?,
+                WeightSpan::Quantized(parts) => quant::linear(&parts, x)?,
             }); // [N, rows of the run]
         }
         Ok(if products.len() == 1 { products.remove(0) } else { Tensor::f_cat(&products, 1)? })
     }
 
     /// Parts that are one product: a dense one, or quantized ones that follow each other.
-    fn runs(&self) -> Vec<Run<'_>> {
+    fn runs(&self) -> Vec<WeightSpan<'_>> {
         let mut runs = Vec::new();
         for part in &self.parts {
             match (part, runs.last_mut()) {
-                (Value::Dense(w), _) => runs.push(Run::Dense(w)),
-                (Value::Quantized(q), Some(Run::Quantized(parts))) => parts.push(q),
-                (Value::Quantized(q), _) => runs.push(Run::Quantized(vec![q])),
+                (FrozenValue::Dense(w), _) => runs.push(WeightSpan::Dense(w)),
+                (FrozenValue::Quantized(q), Some(WeightSpan::Quantized(parts))) => parts.push(q),
+                (FrozenValue::Quantized(q), _) => runs.push(WeightSpan::Quantized(vec![q])),
             }
         }
         runs
@@ -186,16 +186,16 @@ impl Linear {
         let mut first = 0;
         for run in self.runs() {
             let n = match &run {
-                Run::Dense(w) => w.size()[0],
-                Run::Quantized(parts) => parts.iter().map(|p| p.shape()[0]).sum(),
+                WeightSpan::Dense(w) => w.size()[0],
+                WeightSpan::Quantized(parts) => parts.iter().map(|p| p.shape()[0]).sum(),
             };
             let part = dy.narrow(1, first, n); // [N, rows of the run]
             first += n;
             dx = Some(match (run, dx) {
-                (Run::Dense(w), None) => part.f_mm(w)?,
-                (Run::Dense(w), Some(mut dx)) => dx.f_addmm_(&part, w)?,
-                (Run::Quantized(parts), None) => quant::linear_backward(&parts, &part)?,
-                (Run::Quantized(parts), Some(mut dx)) => {
+                (WeightSpan::Dense(w), None) => part.f_mm(w)?,
+                (WeightSpan::Dense(w), Some(mut dx)) => dx.f_addmm_(&part, w)?,
+                (WeightSpan::Quantized(parts), None) => quant::linear_backward(&parts, &part)?,
+                (WeightSpan::Quantized(parts), Some(mut dx)) => {
                     dx.f_add_(&quant::linear_backward(&parts, &part)?)?
                 }
             }); // [N, I]
@@ -240,7 +240,7 @@ impl Linear {
     }
 }
 
-enum Run<'a> {
+enum WeightSpan<'a> {
     Dense(&'a Tensor),
     Quantized(Vec<&'a quant::Quantized>),
 }
@@ -294,15 +294,15 @@ mod tests {
                     if quantize {
                         let q = quantized(rows);
                         dense.push(q.dequantize(0..rows, 0..i, Kind::Double).unwrap());
-                        parts.push(Value::Quantized(q));
+                        parts.push(FrozenValue::Quantized(q));
                     } else {
                         dense.push(random(&[rows, i]));
-                        parts.push(Value::Dense(dense[dense.len() - 1].shallow_clone()));
+                        parts.push(FrozenValue::Dense(dense[dense.len() - 1].shallow_clone()));
                     }
                 }
                 if one_piece {
                     dense = vec![Tensor::cat(&dense, 0)];
-                    parts = vec![Value::Dense(dense[0].shallow_clone())];
+                    parts = vec![FrozenValue::Dense(dense[0].shallow_clone())];
                 }
                 let o: i64 = heights.iter().sum();
                 let (x, residual, dy) = (random(&[n, i]), random(&[n, o]), random(&[n, o]));
@@ -343,7 +343,7 @@ mod tests {
                         .zip(&dense)
                         .enumerate()
                         .map(|(k, (part, w))| {
-                            (k != 1 && matches!(part, Value::Dense(_))).then(|| undefined(w))
+                            (k != 1 && matches!(part, FrozenValue::Dense(_))).then(|| undefined(w))
                         })
                         .collect(),
                     bias: bias.iter().map(|b| (2, b.narrow(0, 2, 5).zeros_like())).collect(),

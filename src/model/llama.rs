@@ -13,15 +13,15 @@ use crate::config::sections::Recompute;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
-use crate::model::block::Saved;
-use crate::model::layout::{Block, Draws};
+use crate::model::block::BlockSaved;
+use crate::model::layout::{BlockParts, Draws};
 use crate::model::linear::Linear;
 use crate::model::mixture::Balance;
 use crate::model::norm::RmsNorm;
 use crate::random::hash;
 
 /// Token ids and what positions mean.
-pub struct Input {
+pub struct ModelInput {
     /// int64 [B, T]
     pub ids: Tensor,
     /// Rotary positions, int64 `[N]`; none: 0 to T - 1 in every row.
@@ -46,31 +46,31 @@ pub struct DropoutPlace {
     pub first_row: u64,
 }
 
-impl Input {
+impl ModelInput {
     /// Rows without padding.
-    pub fn new(ids: Tensor) -> Input {
-        Input { ids, positions: None, start: None, mask: None, dropout: None }
+    pub fn new(ids: Tensor) -> ModelInput {
+        ModelInput { ids, positions: None, start: None, mask: None, dropout: None }
     }
 
     /// Rows with padding, given by a mask (int64 [B, T], 1 = real): positions count the real tokens, and no token sees
     /// padding before it. Padding after a row's tokens needs nothing: causal attention never looks there.
-    pub fn with_mask(ids: Tensor, mask: &Tensor) -> Input {
+    pub fn with_mask(ids: Tensor, mask: &Tensor) -> ModelInput {
         let time = ids.size()[1];
         let positions = ((mask.cumsum(1, Kind::Int64) - 1i64) * mask).view([-1]);
         let first = mask.argmax(1, true);
         let at = Tensor::arange(time, (Kind::Int64, ids.device())).unsqueeze(0);
         let start = first.minimum(&at).contiguous().view([-1]);
         let mask = Some(mask.contiguous().view([-1]));
-        Input { ids, positions: Some(positions.contiguous()), start: Some(start), mask, dropout: None }
+        ModelInput { ids, positions: Some(positions.contiguous()), start: Some(start), mask, dropout: None }
     }
 }
 
 /// What a forward of the trunk keeps for the backward.
 pub struct Tape {
-    context: Context,
+    context: BlockContext,
     ids: Tensor,
     /// Of the blocks from the first that is trained on.
-    blocks: Vec<Saved>,
+    blocks: Vec<BlockSaved>,
     /// Blocks before those.
     passed: usize,
     /// The final norm's input and statistics.
@@ -95,7 +95,7 @@ impl Tape {
 }
 
 /// What all blocks of a forward share.
-pub(super) struct Context {
+pub(super) struct BlockContext {
     pub(super) heads: Heads,
     pub(super) norm: RmsNorm,
     pub(super) positions: Tensor,
@@ -109,7 +109,7 @@ pub(super) struct Context {
     draws: Option<Draws>,
 }
 
-impl Context {
+impl BlockContext {
     /// For one more token of `batch` rows at `positions` (int64 `[B]`), which sees from `first` on through a window.
     pub(super) fn decoding(
         model: &Llama,
@@ -117,8 +117,8 @@ impl Context {
         positions: Tensor,
         first: Option<Tensor>,
         rope: [RopeTables; 2],
-    ) -> Context {
-        Context {
+    ) -> BlockContext {
+        BlockContext {
             heads: model.heads(batch),
             norm: RmsNorm::of(&model.shape),
             positions,
@@ -210,7 +210,7 @@ impl Llama {
         (table(angles.cos()), table(angles.sin()))
     }
 
-    pub(super) fn context(&mut self, input: &Input) -> Result<Context> {
+    pub(super) fn context(&mut self, input: &ModelInput) -> Result<BlockContext> {
         let (batch, time) = (input.ids.size()[0], input.ids.size()[1]);
         let device = self.params.device();
         let length = match &input.positions {
@@ -232,7 +232,7 @@ impl Llama {
             }
             _ => start.as_ref().map(Tensor::shallow_clone),
         }; // [N]
-        Ok(Context {
+        Ok(BlockContext {
             heads: self.heads(batch),
             norm: RmsNorm::of(&self.shape),
             positions,
@@ -270,8 +270,12 @@ impl Llama {
     }
 
     /// The weights of block group `group` (blocks are groups 1 to L), as views of its gathered buffers.
-    pub(super) fn block_weights(&mut self, group: usize, draws: Option<&Draws>) -> Result<Block<Linear>> {
-        Block::weights(&mut self.params, group, &self.shape, self.adapters, draws)
+    pub(super) fn block_weights(
+        &mut self,
+        group: usize,
+        draws: Option<&Draws>,
+    ) -> Result<BlockParts<Linear>> {
+        BlockParts::weights(&mut self.params, group, &self.shape, self.adapters, draws)
     }
 
     /// The embedding's rows for ids (int64, any shape): T [numel, C]. Collective where it is sharded.
@@ -284,19 +288,19 @@ impl Llama {
     }
 
     /// The trunk without a backward: hidden states after the final norm, T [N, C].
-    pub fn hidden(&mut self, input: &Input) -> Result<Tensor> {
+    pub fn hidden(&mut self, input: &ModelInput) -> Result<Tensor> {
         Ok(self.run(input, None)?.0)
     }
 
     /// The trunk for training: hidden states after the final norm, T [N, C], and the tape for [`Llama::backward`].
     /// The weights of the last block stay gathered for the backward; of blocks below the first that is trained nothing is
     /// kept.
-    pub fn forward(&mut self, input: &Input, recompute: Recompute) -> Result<(Tensor, Tape)> {
+    pub fn forward(&mut self, input: &ModelInput, recompute: Recompute) -> Result<(Tensor, Tape)> {
         let (hidden, tape) = self.run(input, Some(recompute))?;
         Ok((hidden, tape.ok_or_else(|| Error::failed("a forward for training keeps a tape"))?))
     }
 
-    fn run(&mut self, input: &Input, recompute: Option<Recompute>) -> Result<(Tensor, Option<Tape>)> {
+    fn run(&mut self, input: &ModelInput, recompute: Option<Recompute>) -> Result<(Tensor, Option<Tape>)> {
         let context = self.context(input)?;
         let ids = input.ids.to_device(self.params.device()).contiguous().view([-1]); // [N]
         let layers = self.num_blocks();
@@ -326,7 +330,7 @@ impl Llama {
                     balance.add(routed);
                 }
                 if i >= lowest {
-                    blocks.push(Saved::new(&x, rest, r));
+                    blocks.push(BlockSaved::new(&x, rest, r));
                 }
             }
             x = y;
@@ -372,7 +376,7 @@ impl Llama {
                 self.params.prefetch(i - 1)?; // collective, overlaps block i
             }
             let flat = self.params.grad(i);
-            let g = Block::gradients(&self.params, i, flat.as_ref(), &self.shape)?;
+            let g = BlockParts::gradients(&self.params, i, flat.as_ref(), &self.shape)?;
             if let (Some(norm), Some(dnorm)) = (&w.final_norm, &g.final_norm) {
                 let (x, rstd) = tape.last.take().ok_or_else(|| Error::failed("a tape is used once"))?;
                 dx = tape.context.norm.backward(&dx, &x, norm, &rstd, None, dnorm)?; // [N, C]

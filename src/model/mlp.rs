@@ -40,25 +40,25 @@ pub(super) fn gated_backward(gate_up: &Tensor, da: &Tensor, activation: Activati
 }
 
 /// What a forward keeps for its backward.
-pub(super) enum Saved {
+pub(super) enum MlpSaved {
     /// The product of gate and up, T [N, 2F]; none where it is computed again.
     Dense(Option<Tensor>),
     Mixture(Routed),
 }
 
-impl Saved {
+impl MlpSaved {
     /// Drops the products of gate and up, which are the largest part.
     pub(super) fn drop_gate_up(&mut self) {
         match self {
-            Saved::Dense(gate_up) => *gate_up = None,
-            Saved::Mixture(routed) => routed.gate_up = None,
+            MlpSaved::Dense(gate_up) => *gate_up = None,
+            MlpSaved::Mixture(routed) => routed.gate_up = None,
         }
     }
 
     pub(super) fn routed(&self) -> Option<&Routed> {
         match self {
-            Saved::Dense(_) => None,
-            Saved::Mixture(routed) => Some(routed),
+            MlpSaved::Dense(_) => None,
+            MlpSaved::Mixture(routed) => Some(routed),
         }
     }
 }
@@ -66,20 +66,20 @@ impl Saved {
 impl Mlp<Linear> {
     /// The forward up to what its backward needs, for x: T [N, C]. `experts` are those that the tokens went to in an
     /// earlier forward of the same x; none: the router chooses.
-    pub(super) fn begin(&self, x: &Tensor, experts: Option<Tensor>) -> Result<Saved> {
+    pub(super) fn begin(&self, x: &Tensor, experts: Option<Tensor>) -> Result<MlpSaved> {
         Ok(match self {
-            Mlp::Dense(net) => Saved::Dense(Some(net.gate_up.forward(x)?)),
-            Mlp::Mixture(mixture) => Saved::Mixture(mixture.begin(x, experts)?),
+            Mlp::Dense(net) => MlpSaved::Dense(Some(net.gate_up.forward(x)?)),
+            Mlp::Mixture(mixture) => MlpSaved::Mixture(mixture.begin(x, experts)?),
         })
     }
 
     /// The rest of the forward: the output, T [N, C], plus a residual.
-    pub(super) fn finish(&self, saved: &Saved, residual: Option<&Tensor>) -> Result<Tensor> {
+    pub(super) fn finish(&self, saved: &MlpSaved, residual: Option<&Tensor>) -> Result<Tensor> {
         match (self, saved) {
-            (Mlp::Dense(net), Saved::Dense(Some(gate_up))) => {
+            (Mlp::Dense(net), MlpSaved::Dense(Some(gate_up))) => {
                 net.down.forward_onto(&gated(gate_up, net.activation)?, residual)
             }
-            (Mlp::Mixture(mixture), Saved::Mixture(routed)) => mixture.finish(routed, residual),
+            (Mlp::Mixture(mixture), MlpSaved::Mixture(routed)) => mixture.finish(routed, residual),
             _ => unreachable!("what begin() gave"),
         }
     }
@@ -96,12 +96,12 @@ impl Mlp<Linear> {
         &self,
         dy: &Tensor,
         x: Tensor,
-        saved: Saved,
+        saved: MlpSaved,
         grad: &Mlp<LinearGrad>,
         balance: Option<&Tensor>,
     ) -> Result<Tensor> {
         match (self, saved, grad) {
-            (Mlp::Dense(net), Saved::Dense(gate_up), Mlp::Dense(grad)) => {
+            (Mlp::Dense(net), MlpSaved::Dense(gate_up), Mlp::Dense(grad)) => {
                 let gate_up = match gate_up {
                     Some(t) => t,
                     None => net.gate_up.forward(&x)?,
@@ -115,7 +115,7 @@ impl Mlp<Linear> {
                 drop(x);
                 net.gate_up.backward_input(&dgate_up) // [N, C]
             }
-            (Mlp::Mixture(mixture), Saved::Mixture(routed), Mlp::Mixture(grad)) => {
+            (Mlp::Mixture(mixture), MlpSaved::Mixture(routed), Mlp::Mixture(grad)) => {
                 mixture.backward(dy, &x, routed, grad, balance)
             }
             _ => unreachable!("weights, gradients and what was saved are of one kind"),

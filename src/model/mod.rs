@@ -16,7 +16,7 @@ pub mod trainable;
 
 pub use decode::KvCache;
 pub use head::LmHead;
-pub use llama::{DropoutPlace, Input, Llama};
+pub use llama::{DropoutPlace, Llama, ModelInput};
 pub use score::ScoreHead;
 pub use trainable::Trainable;
 

@@ -5,10 +5,10 @@ use kernels::quant::Scheme;
 use serde::{Deserialize, Serialize};
 
 use crate::config::shape::{Head, Shape};
-use crate::config::trainable::{Base, Freeze, Lora, Targets};
+use crate::config::trainable::{BaseFormat, Freeze, Lora, Targets};
 use crate::distributed::frozen::Storage;
-use crate::distributed::plan::{Adapter, Plan, Role};
-use crate::distributed::sharded::{Layout, Spec};
+use crate::distributed::plan::{AdapterPlan, GroupPlan, Role};
+use crate::distributed::sharded::{Layout, TensorSpec};
 use crate::error::{Error, Result};
 use crate::model::layout::{EMBEDDING, LM_HEAD, SCORE, layouts};
 
@@ -28,7 +28,7 @@ pub struct Trainable {
 }
 
 /// A block's linear layers, but for a mixture's router.
-fn is_linear(spec: &Spec) -> bool {
+fn is_linear(spec: &TensorSpec) -> bool {
     spec.shape.len() == 2
         && spec.name.starts_with("model.layers.")
         && !spec.name.ends_with("block_sparse_moe.gate.weight")
@@ -136,12 +136,12 @@ impl Trainable {
     ///
     /// # Errors
     /// Of kind Config: names and numbers that the model does not have, nothing that would be trained.
-    pub fn plans(&self, shape: &Shape) -> Result<Vec<Plan>> {
+    pub fn plans(&self, shape: &Shape) -> Result<Vec<GroupPlan>> {
         let layouts = layouts(shape);
         self.check(shape, &layouts)?;
-        let plans: Vec<Plan> =
+        let plans: Vec<GroupPlan> =
             layouts.into_iter().map(|layout| self.plan(layout, shape, Role::Trained)).collect();
-        let trained = |p: &Plan| p.roles.contains(&Role::Trained) || !p.adapters.is_empty();
+        let trained = |p: &GroupPlan| p.roles.contains(&Role::Trained) || !p.adapters.is_empty();
         match plans.iter().any(trained) {
             true => Ok(plans),
             false => Err(Error::key("freeze", "it leaves nothing that is trained")),
@@ -149,7 +149,7 @@ impl Trainable {
     }
 
     /// How the parameters of a model are laid out where nothing is trained; its adapters act.
-    pub fn plans_for_inference(&self, shape: &Shape) -> Result<Vec<Plan>> {
+    pub fn plans_for_inference(&self, shape: &Shape) -> Result<Vec<GroupPlan>> {
         let layouts = layouts(shape);
         self.check(shape, &layouts)?;
         let frozen = Role::Frozen(Storage::Dense);
@@ -157,15 +157,15 @@ impl Trainable {
     }
 
     /// `trained` is the role of what is trained.
-    fn plan(&self, layout: Layout, shape: &Shape, trained: Role) -> Plan {
+    fn plan(&self, layout: Layout, shape: &Shape, trained: Role) -> GroupPlan {
         let roles = layout.specs.iter().map(|spec| {
             if self.trains(spec) {
                 return trained;
             }
-            let base = self.lora.as_ref().map_or(Base::None, |l| l.base);
+            let base = self.lora.as_ref().map_or(BaseFormat::None, |l| l.base);
             Role::Frozen(match base {
-                Base::Int8 if is_linear(spec) => Storage::Quantized(Scheme::Int8),
-                Base::Nf4 if is_linear(spec) => Storage::Quantized(Scheme::Nf4Double),
+                BaseFormat::Int8 if is_linear(spec) => Storage::Quantized(Scheme::Int8),
+                BaseFormat::Nf4 if is_linear(spec) => Storage::Quantized(Scheme::Nf4Double),
                 _ => Storage::Dense,
             })
         });
@@ -178,15 +178,15 @@ impl Trainable {
                     && lora.targets(module(&spec.name))
                 {
                     let (rank, scale) = (lora.rank, lora.scale());
-                    adapters.push(Adapter { target, rank, scale, dropout: lora.dropout, role: trained });
+                    adapters.push(AdapterPlan { target, rank, scale, dropout: lora.dropout, role: trained });
                 }
             }
         }
-        Plan { layout, roles, adapters }
+        GroupPlan { layout, roles, adapters }
     }
 
     /// Whether a tensor of the model's is trained itself.
-    fn trains(&self, spec: &Spec) -> bool {
+    fn trains(&self, spec: &TensorSpec) -> bool {
         if let Some(lora) = &self.lora {
             return lora.modules_to_save.iter().any(|m| ends_with(module(&spec.name), m));
         }
@@ -307,7 +307,7 @@ mod tests {
             targets,
             rslora: false,
             modules_to_save: Vec::new(),
-            base: Base::None,
+            base: BaseFormat::None,
         }
     }
 
@@ -332,7 +332,7 @@ mod tests {
         assert_eq!(trained, [v(1).as_str(), v(2).as_str(), "model.norm.weight"]);
 
         let quantized = Lora {
-            base: Base::Nf4,
+            base: BaseFormat::Nf4,
             modules_to_save: vec!["embed_tokens".into()],
             ..lora(Targets::Attention)
         };

@@ -275,7 +275,7 @@ mod tests {
         for compute in [Kind::Float, Kind::BFloat16, Kind::Double] {
             for kept in [MomentsIn::Float32, MomentsIn::EightBit] {
                 let model = |params: &mut Sharded| {
-                    let set = |_: &crate::distributed::sharded::Spec, _, values: &Tensor| {
+                    let set = |_: &crate::distributed::sharded::TensorSpec, _, values: &Tensor| {
                         let n = values.numel() as i64;
                         let ramp = Tensor::arange(n, (Kind::Double, Device::Cpu)).sin();
                         Ok(values.shallow_clone().f_copy_(&ramp)?)

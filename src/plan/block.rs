@@ -4,7 +4,7 @@ use tch::{Device, Kind};
 
 use super::layer::Layer;
 use super::memory::Memory;
-use super::parts::Batch;
+use super::parts::BatchShape;
 use super::walk::{Walk, activations, work};
 use crate::config::sections::Recompute;
 use crate::config::shape::{Activation, Norms};
@@ -14,9 +14,9 @@ use crate::model::mlp::{Dense, Mlp};
 const SCORES_FORWARD: i64 = 4;
 const SCORES_BACKWARD: i64 = 5;
 
-/// Bytes of what a block's forward makes for its backward (`Rest` there).
+/// Bytes of what a block's forward makes for its backward (`RestMemory` there).
 #[derive(Clone, Copy)]
-pub(super) struct Rest {
+pub(super) struct RestMemory {
     /// Statistics of the norms and the attention, queries and keys before their norm, qkv, the attention's output, x2.
     pub attention: i64,
     /// What a mixture keeps besides: where tokens went.
@@ -24,7 +24,7 @@ pub(super) struct Rest {
     gate_up: i64,
 }
 
-impl Rest {
+impl RestMemory {
     pub fn total(&self) -> i64 {
         self.attention + self.routing + self.gate_up
     }
@@ -40,14 +40,14 @@ impl Rest {
 }
 
 /// Of one block.
-pub(super) struct Kept {
+pub(super) struct BlockMemory {
     pub bytes: i64,
-    pub rest: Rest,
+    pub rest: RestMemory,
 }
 
 impl Memory {
     /// Scores, where the attention has no fused form: on CUDA, unless it is flash attention; everywhere with a softcap.
-    pub(super) fn scores(&self, batch: &Batch, backward: bool) -> i64 {
+    pub(super) fn scores(&self, batch: &BatchShape, backward: bool) -> i64 {
         let scores = batch.rows * self.shape.num_attention_heads * batch.length * batch.length;
         if self.shape.features.attention_softcap.is_some() {
             // Queries, and keys and values for each of them, in A; scores, their cap's and mask's copies, probabilities.
@@ -66,7 +66,7 @@ impl Memory {
     }
 
     /// `block_rest`: leaves what it made as work.
-    pub(super) fn block_rest(&self, walk: &mut Walk, batch: &Batch, i: usize) -> Rest {
+    pub(super) fn block_rest(&self, walk: &mut Walk, batch: &BatchShape, i: usize) -> RestMemory {
         let (s, n, block) = (&self.shape, batch.tokens(), &self.blocks[i - 1]);
         let stream = self.sizes.values(n, s.hidden_size);
         let (q, k) = (s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim);
@@ -98,7 +98,7 @@ impl Memory {
         walk.take(work, h); // h2
         let (routing, gate_up) = self.begin(walk, n, i);
         walk.give(work, h);
-        Rest { attention, routing, gate_up }
+        RestMemory { attention, routing, gate_up }
     }
 
     /// `Mlp::begin`: routing and products of gate and up, which stay as work.
@@ -188,7 +188,7 @@ impl Memory {
 
     /// `block_backward`: the output's gradient is there before it, the input's after it. What the forward kept goes.
     #[expect(clippy::too_many_lines, reason = "the order in which memory is taken and given back")]
-    pub(super) fn block_backward(&self, walk: &mut Walk, batch: &Batch, i: usize, kept: Kept) {
+    pub(super) fn block_backward(&self, walk: &mut Walk, batch: &BatchShape, i: usize, kept: BlockMemory) {
         let (s, n, block) = (&self.shape, batch.tokens(), &self.blocks[i - 1]);
         let stream = self.sizes.values(n, s.hidden_size);
         // From here on all of it is work.

@@ -6,7 +6,7 @@ use kernels::quant;
 use tch::{Device, Kind};
 
 use crate::distributed::frozen::Storage;
-use crate::distributed::plan::{Plan, Role};
+use crate::distributed::plan::{GroupPlan, Role};
 use crate::model::layout::adapters_of;
 
 /// Where a model computes, and the bytes of its numbers.
@@ -36,29 +36,29 @@ pub(super) struct Layer {
     pub inputs: i64,
     pub outputs: i64,
     /// Products that it takes: dense tensors that lie together are one, and quantized ones.
-    runs: Vec<Run>,
+    runs: Vec<SpanMemory>,
     /// Rows of the largest weight that has a gradient; 0: none has.
     trained_rows: i64,
-    adapters: Vec<Adapter>,
+    adapters: Vec<AdapterMemory>,
 }
 
-struct Run {
+struct SpanMemory {
     quantized: bool,
     /// Of all its tensors, and of the largest.
     rows: i64,
     most_rows: i64,
 }
 
-struct Adapter {
+struct AdapterMemory {
     rank: i64,
     dropout: bool,
     trained: bool,
 }
 
 impl Layer {
-    pub fn new(plan: &Plan, tensors: Range<usize>) -> Layer {
+    pub fn new(plan: &GroupPlan, tensors: Range<usize>) -> Layer {
         let specs = &plan.layout.specs[tensors.clone()];
-        let mut runs: Vec<Run> = Vec::new();
+        let mut runs: Vec<SpanMemory> = Vec::new();
         let mut trained_rows = 0;
         let mut before = None;
         for (spec, role) in specs.iter().zip(&plan.roles[tensors.clone()]) {
@@ -69,7 +69,7 @@ impl Layer {
                 }
                 _ => {
                     let quantized = matches!(role, Role::Frozen(Storage::Quantized(_)));
-                    runs.push(Run { quantized, rows, most_rows: rows });
+                    runs.push(SpanMemory { quantized, rows, most_rows: rows });
                 }
             }
             before = Some(role);
@@ -79,7 +79,7 @@ impl Layer {
         }
         let adapter = |k: usize| {
             let a = &plan.adapters[k];
-            Adapter { rank: a.rank, dropout: a.dropout > 0.0, trained: a.role == Role::Trained }
+            AdapterMemory { rank: a.rank, dropout: a.dropout > 0.0, trained: a.role == Role::Trained }
         };
         Layer {
             inputs: specs[0].shape[1],
@@ -92,30 +92,31 @@ impl Layer {
 
     /// What a forward over `n` rows takes besides input and output.
     pub fn forward(&self, m: &Sizes, n: i64) -> i64 {
-        let panel = |r: &Run| m.t * quant::forward_panel(m.device, r.most_rows, self.inputs);
+        let panel = |r: &SpanMemory| m.t * quant::forward_panel(m.device, r.most_rows, self.inputs);
         let scratch = self.runs.iter().filter(|r| r.quantized).map(panel).max().unwrap_or(0);
         let joined = if self.runs.len() > 1 { n * self.outputs * m.t } else { 0 };
-        let adapter = |a: &Adapter| m.t * n * (2 * a.rank + if a.dropout { self.inputs } else { 0 });
+        let adapter = |a: &AdapterMemory| m.t * n * (2 * a.rank + if a.dropout { self.inputs } else { 0 });
         joined.max(scratch).max(self.adapters.iter().map(adapter).max().unwrap_or(0))
     }
 
     /// What the input's gradient takes besides itself and the output's.
     pub fn backward_input(&self, m: &Sizes, n: i64) -> i64 {
-        let run = |(i, r): (usize, &Run)| match (r.quantized, i) {
+        let run = |(i, r): (usize, &SpanMemory)| match (r.quantized, i) {
             (false, _) => 0,
             (true, i) => {
                 m.t * (quant::backward_panel(m.device, r.rows, self.inputs)
                     + i.min(1) as i64 * n * self.inputs)
             }
         };
-        let adapter = |a: &Adapter| m.t * n * (2 * a.rank + if a.dropout { 2 * self.inputs } else { 0 });
+        let adapter =
+            |a: &AdapterMemory| m.t * n * (2 * a.rank + if a.dropout { 2 * self.inputs } else { 0 });
         let adapters = self.adapters.iter().map(adapter);
         self.runs.iter().enumerate().map(run).chain(adapters).max().unwrap_or(0)
     }
 
     /// What the weights' gradients take besides themselves.
     pub fn backward_weight(&self, m: &Sizes, n: i64) -> i64 {
-        let adapter = |a: &Adapter| match a.trained {
+        let adapter = |a: &AdapterMemory| match a.trained {
             true => m.t * n * (2 * a.rank + if a.dropout { self.inputs } else { 0 }),
             false => 0,
         };

@@ -1,7 +1,7 @@
 //! What a model takes of a rank's memory, in bytes, before it is there: parameters as they are laid out for training, and a
 //! walk through forward, head and backward that takes and gives back what they do, in their order.
 //!
-//! [`Memory`] knows shapes only from [`Plan`]s and [`Block`]s, which the model itself is made of; the walk stands for
+//! [`Memory`] knows shapes only from [`GroupPlan`]s and [`BlockParts`]s, which the model itself is made of; the walk stands for
 //! `llama.rs`, `mlp.rs`, `mixture.rs` and `head.rs`, and a test compares its peak with what libtorch's allocator gave to them.
 
 use std::collections::HashSet;
@@ -10,24 +10,24 @@ use kernels::moments::Moment;
 use kernels::ops::accumulator;
 use tch::{Device, Kind, Tensor};
 
-use super::block::Kept;
+use super::block::BlockMemory;
 use super::layer::{Layer, Sizes};
-pub use super::parts::{Batch, Parts};
+pub use super::parts::{BatchShape, Parts};
 use super::walk::{Walk, activations, logits, work};
 use crate::config::sections::{MomentsIn, Recompute};
 use crate::config::shape::Shape;
 use crate::distributed::mesh::{Keep, ShardingPlan};
-use crate::distributed::plan::{GroupBytes, Plan};
+use crate::distributed::plan::{GroupBytes, GroupPlan};
 use crate::error::Result;
 use crate::model::head;
-use crate::model::layout::Block;
+use crate::model::layout::BlockParts;
 
 /// A model on one rank.
 pub struct Memory {
     pub(super) shape: Shape,
     keep: Keep,
     groups: Vec<GroupBytes>,
-    pub(super) blocks: Vec<Block<Layer>>,
+    pub(super) blocks: Vec<BlockParts<Layer>>,
     /// Outputs of the head.
     vocab_size: i64,
     pub(super) sizes: Sizes,
@@ -39,15 +39,15 @@ impl Memory {
     /// Of a model that is laid out in `plans` and over ranks as `sharding` says.
     pub fn new(
         shape: &Shape,
-        plans: &[Plan],
+        plans: &[GroupPlan],
         compute: Kind,
         sharding: ShardingPlan,
         device: Device,
     ) -> Result<Memory> {
         let layers = shape.num_hidden_layers as usize;
-        let block = |plan: &Plan| {
+        let block = |plan: &GroupPlan| {
             let linear = |weights, _| Ok(Layer::new(plan, weights));
-            Block::of(shape, plan.layout.specs.len(), linear, |_| Ok(Tensor::new()))
+            BlockParts::of(shape, plan.layout.specs.len(), linear, |_| Ok(Tensor::new()))
         };
         let groups: Vec<GroupBytes> = plans.iter().map(|p| p.bytes(compute, sharding.ranks)).collect();
         let head = if shape.tie_word_embeddings { 0 } else { layers + 1 };
@@ -93,7 +93,7 @@ impl Memory {
     }
 
     /// What a forward over a batch takes at its peak, and the log-probabilities of its tokens; what stays included.
-    pub fn forward(&self, batch: &Batch) -> Parts {
+    pub fn forward(&self, batch: &BatchShape) -> Parts {
         let now = self.resident();
         let mut walk = Walk::from(now);
         self.trunk(&mut walk, batch, None);
@@ -102,7 +102,7 @@ impl Memory {
     }
 
     /// What an update takes at its peak; what stays included, moments left out.
-    pub fn step(&self, batch: &Batch) -> Parts {
+    pub fn step(&self, batch: &BatchShape) -> Parts {
         let now = self.resident();
         let mut walk = Walk::from(now);
         // Ids and labels of all micro-batches, positions and first visible positions.
@@ -141,13 +141,13 @@ impl Memory {
     }
 
     /// `Context`: positions, and the first visible ones, where a window asks for them.
-    fn context(&self, batch: &Batch) -> i64 {
+    fn context(&self, batch: &BatchShape) -> i64 {
         let windowed = self.shape.sliding_window.is_some_and(|w| w < batch.length);
         8 * batch.tokens() * (i64::from(!batch.packed) + i64::from(windowed))
     }
 
     /// `Llama::run`. Returns what each block keeps, from the lowest that is trained on.
-    fn trunk(&self, walk: &mut Walk, batch: &Batch, recompute: Option<Recompute>) -> Vec<Kept> {
+    fn trunk(&self, walk: &mut Walk, batch: &BatchShape, recompute: Option<Recompute>) -> Vec<BlockMemory> {
         let (n, layers) = (batch.tokens(), self.blocks.len());
         let stream = self.sizes.values(n, self.shape.hidden_size);
         walk.take(activations, self.context(batch));
@@ -175,7 +175,7 @@ impl Memory {
                     let experts = self.shape.experts.as_ref().map_or(0, |e| 8 * n * e.num_experts_per_tok);
                     let bytes = rest.kept(recompute, experts);
                     walk.take(activations, bytes);
-                    kept.push(Kept { bytes, rest });
+                    kept.push(BlockMemory { bytes, rest });
                 }
                 None => walk.give(activations, stream),
             }
@@ -227,7 +227,13 @@ impl Memory {
     }
 
     /// `Llama::backward`.
-    fn backward(&self, walk: &mut Walk, batch: &Batch, mut kept: Vec<Kept>, gradients: &mut Gradients) {
+    fn backward(
+        &self,
+        walk: &mut Walk,
+        batch: &BatchShape,
+        mut kept: Vec<BlockMemory>,
+        gradients: &mut Gradients,
+    ) {
         let (n, layers) = (batch.tokens(), self.blocks.len());
         let stream = self.sizes.values(n, self.shape.hidden_size);
         for i in (self.lowest.max(1)..=layers).rev() {

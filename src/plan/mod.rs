@@ -1,5 +1,5 @@
-//! What a training takes of memory, before anything of it is there: [`Memory`] is one model on one rank, [`Training`] a run that
-//! trains one model, [`Models`] a run of several, each on its device.
+//! What a training takes of memory, before anything of it is there: [`Memory`] is one model on one rank, [`TrainingMemory`] a run that
+//! trains one model, [`ModelsMemory`] a run of several, each on its device.
 //!
 //! Which models a run has is said by its recipe (`Recipe::plan`).
 
@@ -14,12 +14,12 @@ mod walk;
 use tch::Device;
 
 pub use memory::Memory;
-pub(crate) use models::Models;
-pub(crate) use training::Training;
+pub(crate) use models::ModelsMemory;
+pub(crate) use training::TrainingMemory;
 
 /// What a plan is made for.
 #[derive(Debug, Clone)]
-pub struct Target {
+pub struct PlanTarget {
     /// Ranks that the run will have, at least 1.
     pub ranks: i64,
     /// What models are on whose section names no device.
@@ -31,15 +31,15 @@ pub struct Target {
 }
 
 /// What a run has in memory.
-pub enum Plan {
+pub enum MemoryPlan {
     /// A model that learns from data, with its reference if it has one.
-    Training(Box<Training>),
+    Training(Box<TrainingMemory>),
     /// Models that take turns: the algorithms that sample responses.
-    Models(Models),
+    Models(ModelsMemory),
 }
 
-impl From<Training> for Plan {
-    fn from(training: Training) -> Plan {
-        Plan::Training(Box::new(training))
+impl From<TrainingMemory> for MemoryPlan {
+    fn from(training: TrainingMemory) -> MemoryPlan {
+        MemoryPlan::Training(Box::new(training))
     }
 }

@@ -8,7 +8,7 @@ use tch::Kind;
 pub const PHASES: [&str; 3] = ["sampling", "scoring", "learning"];
 
 /// A model on one rank. Bytes.
-pub struct Model {
+pub struct ModelMemory {
     /// Its name in the run, such as `actor`.
     pub name: &'static str,
     /// Values of the whole model.
@@ -30,34 +30,34 @@ pub struct Model {
 }
 
 /// All models of a run.
-pub struct Models {
+pub struct ModelsMemory {
     /// What runs them.
     pub subcommand: &'static str,
     /// Ranks of the run.
     pub ranks: i64,
     /// One a section of the configuration.
-    pub models: Vec<Model>,
+    pub models: Vec<ModelMemory>,
 }
 
-impl Models {
+impl ModelsMemory {
     /// The models by their devices.
-    pub fn by_device(&self) -> BTreeMap<&str, Vec<&Model>> {
-        let mut devices: BTreeMap<&str, Vec<&Model>> = BTreeMap::new();
+    pub fn by_device(&self) -> BTreeMap<&str, Vec<&ModelMemory>> {
+        let mut devices: BTreeMap<&str, Vec<&ModelMemory>> = BTreeMap::new();
         self.models.iter().for_each(|m| devices.entry(&m.device).or_default().push(m));
         devices
     }
 
     /// Host memory of what is offloaded from other devices.
     pub fn host(&self) -> i64 {
-        let of = |m: &Model| m.host + if m.offload { m.resident } else { 0 };
+        let of = |m: &ModelMemory| m.host + if m.offload { m.resident } else { 0 };
         self.models.iter().filter(|m| m.device != "cpu").map(of).sum()
     }
 }
 
 /// What a device with these models has at most in each of [`PHASES`]: what stays on it, and what its models, one after the
 /// other, take besides.
-pub fn peaks(on: &[&Model]) -> [i64; 3] {
-    let stays = |m: &&Model| if m.offload { 0 } else { m.resident + m.kept };
+pub fn peaks(on: &[&ModelMemory]) -> [i64; 3] {
+    let stays = |m: &&ModelMemory| if m.offload { 0 } else { m.resident + m.kept };
     let all: i64 = on.iter().map(stays).sum();
     std::array::from_fn(|phase| {
         let besides = on.iter().filter_map(|m| Some(m.at_work[phase]? - stays(m))).max();

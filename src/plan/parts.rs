@@ -51,7 +51,7 @@ impl Parts {
 
 /// What is computed at once.
 #[derive(Debug, Clone, Copy)]
-pub struct Batch {
+pub struct BatchShape {
     /// B, rows of a micro-batch.
     pub rows: i64,
     /// T, tokens of a row.
@@ -64,7 +64,7 @@ pub struct Batch {
     pub packed: bool,
 }
 
-impl Batch {
+impl BatchShape {
     pub(super) fn tokens(&self) -> i64 {
         self.rows * self.length
     }

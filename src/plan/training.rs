@@ -3,19 +3,19 @@
 use kernels::ops::accumulator;
 use tch::{Device, Kind};
 
-use super::Target;
-use super::memory::{Batch, Memory, Parts};
+use super::PlanTarget;
+use super::memory::{BatchShape, Memory, Parts};
 use crate::config::common::Common;
 use crate::config::sections::Recompute;
 use crate::config::shape::{Head, Shape};
 use crate::distributed::mesh::ShardingPlan;
-use crate::distributed::plan::Plan;
+use crate::distributed::plan::GroupPlan;
 use crate::error::Result;
 use crate::model::compute_kind;
 
 /// What the rows are that `train.batch_size` counts.
 #[derive(Debug, Clone, Copy)]
-pub struct Rows {
+pub struct RowShape {
     /// Sequences of a row: the completions of a prompt.
     pub sequences: i64,
     /// Tokens of a sequence.
@@ -26,28 +26,28 @@ pub struct Rows {
     joined: bool,
 }
 
-impl Rows {
+impl RowShape {
     /// Rows of `length` tokens, which hold several documents where they are `packed`.
-    pub fn of(length: i64, packed: bool) -> Rows {
-        Rows { sequences: 1, length, packed, joined: false }
+    pub fn of(length: i64, packed: bool) -> RowShape {
+        RowShape { sequences: 1, length, packed, joined: false }
     }
 
     /// Prompts with `completions` of at most `length` tokens each; where they are `packed`, those of a micro-batch are in one
     /// row.
-    pub fn completions(completions: i64, length: i64, packed: bool) -> Rows {
-        Rows { sequences: completions, length, packed, joined: packed }
+    pub fn completions(completions: i64, length: i64, packed: bool) -> RowShape {
+        RowShape { sequences: completions, length, packed, joined: packed }
     }
 }
 
 /// A frozen model beside the one that is trained.
-struct Reference {
+struct ReferenceMemory {
     memory: Memory,
     /// It stays; else it goes before the first step.
     online: bool,
 }
 
 /// What a run has in memory. Bytes are those of one rank.
-pub struct Training {
+pub struct TrainingMemory {
     /// The recipe, such as `sft`.
     pub subcommand: &'static str,
     /// The trained model's.
@@ -61,12 +61,12 @@ pub struct Training {
     pub checkpoint: i64,
     recompute: Recompute,
     /// The rows of a sample.
-    pub each: Rows,
+    pub each: RowShape,
     /// Samples of a micro-batch.
     pub micro_batch: i64,
     /// Samples of a step on one rank.
     pub rows: i64,
-    reference: Option<Reference>,
+    reference: Option<ReferenceMemory>,
     /// Tokens of a forward that scores, by which a reward model is normalised at the end.
     scored: i64,
     /// Ranks of the run.
@@ -77,7 +77,7 @@ pub struct Training {
     pub device: Device,
 }
 
-impl Training {
+impl TrainingMemory {
     /// Of a model of this shape, laid out in `plans`. `subcommand` is what runs it.
     ///
     /// # Errors
@@ -86,16 +86,16 @@ impl Training {
         subcommand: &'static str,
         c: &Common,
         shape: Shape,
-        plans: &[Plan],
-        each: Rows,
-        target: &Target,
-    ) -> Result<Training> {
+        plans: &[GroupPlan],
+        each: RowShape,
+        target: &PlanTarget,
+    ) -> Result<TrainingMemory> {
         let (ranks, device) = (target.ranks, target.device);
         let compute = compute_kind(c.precision.compute);
         let memory = Memory::new(&shape, plans, compute, ShardingPlan::of(c.parallel, ranks)?, device)?;
         let moments = memory.moments(c.optim.moments);
         let only_at_the_end = c.train.steps.is_some_and(|steps| steps <= c.checkpoint.every);
-        Ok(Training {
+        Ok(TrainingMemory {
             subcommand,
             moments,
             offload: c.optim.offload,
@@ -115,22 +115,22 @@ impl Training {
     }
 
     /// With a frozen reference, which stays (`online`), or goes before the first step.
-    pub fn with_reference(self, memory: Memory, online: bool) -> Training {
-        Training { reference: Some(Reference { memory, online }), ..self }
+    pub fn with_reference(self, memory: Memory, online: bool) -> TrainingMemory {
+        TrainingMemory { reference: Some(ReferenceMemory { memory, online }), ..self }
     }
 
     /// With scores of at most `tokens` tokens at once, by which a reward model is normalised at the end.
-    pub fn with_scores_of(self, tokens: i64) -> Training {
-        Training { scored: tokens, ..self }
+    pub fn with_scores_of(self, tokens: i64) -> TrainingMemory {
+        TrainingMemory { scored: tokens, ..self }
     }
 
     /// Of a step with micro-batches of `rows`.
-    fn batch(&self, rows: i64) -> Batch {
-        let Rows { sequences, length, packed, joined } = self.each;
+    fn batch(&self, rows: i64) -> BatchShape {
+        let RowShape { sequences, length, packed, joined } = self.each;
         let all = rows * sequences;
         let (count, length) = if joined { (1, all * length) } else { (all, length) };
         let micro_batches = (self.rows + rows - 1) / rows;
-        Batch { rows: count, length, micro_batches, recompute: self.recompute, packed }
+        BatchShape { rows: count, length, micro_batches, recompute: self.recompute, packed }
     }
 
     /// Moments that are on the device.
@@ -167,7 +167,7 @@ impl Training {
             learner + r.memory.forward(&self.batch(rows)).total()
         });
         let scores = (self.scored > 0).then(|| {
-            let batch = Batch { rows: 1, length: self.scored, packed: true, ..self.batch(rows) };
+            let batch = BatchShape { rows: 1, length: self.scored, packed: true, ..self.batch(rows) };
             self.memory.forward(&batch).total() + self.moments_there()
         });
         reference.max(scores).unwrap_or(0)

@@ -7,27 +7,28 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::Answer;
-use super::keeper::Kept;
+use super::keeper::KeptProcess;
 use crate::error::{Context, Error, Result};
 
 const DEFAULT_TIMEOUT_S: f64 = 60.0;
 
 /// What the program is asked is `{"prompt", "response", "reference", "num_tokens", "record"}`; it answers a number,
 /// `{"reward": number}`, or null for what it cannot judge. Its stderr is the run's.
-pub struct Command {
+pub struct CommandReward {
     run: String,
     timeout: Duration,
     /// Lines to its stdin: a thread writes them, so that a program that does not read runs into the time-out, too. First of
     /// the fields: the program's input ends, and it may end by itself, before it is ended.
     questions: Sender<String>,
     answers: Receiver<String>,
-    program: Kept,
+    program: KeptProcess,
 }
 
-impl Command {
+impl CommandReward {
     /// Starts `sh -c run`. It ends with this process, and so does what it starts.
-    pub fn start(run: &str, timeout_s: Option<f64>) -> Result<Command> {
-        let mut program = Kept::start(run).context("cannot start sh for a reward of the kind command")?;
+    pub fn start(run: &str, timeout_s: Option<f64>) -> Result<CommandReward> {
+        let mut program =
+            KeptProcess::start(run).context("cannot start sh for a reward of the kind command")?;
         let (Some(mut stdin), Some(stdout)) = (program.child.stdin.take(), program.child.stdout.take())
         else {
             return Err(Error::failed("a reward's command has no pipes"));
@@ -52,7 +53,7 @@ impl Command {
         });
         let timeout = Duration::try_from_secs_f64(timeout_s.unwrap_or(DEFAULT_TIMEOUT_S));
         let timeout = timeout.map_err(|_| Error::key("rewards", "timeout_s is too long"))?;
-        Ok(Command { run: run.to_string(), timeout, questions, answers, program })
+        Ok(CommandReward { run: run.to_string(), timeout, questions, answers, program })
     }
 
     /// The program's number for an answer; none where it says null.

@@ -2,11 +2,11 @@
 
 use serde::Serialize;
 
-pub use crate::config::rewards::Form;
+pub use crate::config::rewards::AnswerForm;
 
 /// What a text says its answer is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Answer {
+pub struct NumberAnswer {
     /// As it is written.
     pub text: String,
     /// In one form for equal numbers: no separators, no superfluous zeros.
@@ -14,13 +14,13 @@ pub struct Answer {
 }
 
 /// The answer that a text gives, if it gives one.
-pub fn answer(text: &str, form: Form) -> Option<Answer> {
+pub fn answer(text: &str, form: AnswerForm) -> Option<NumberAnswer> {
     match form {
-        Form::Strict => text.rmatch_indices("####").find_map(|(at, mark)| {
+        AnswerForm::Strict => text.rmatch_indices("####").find_map(|(at, mark)| {
             let rest = text[at + mark.len()..].trim_start_matches([' ', '$']);
             number_at_start(rest)
         }),
-        Form::Flexible => {
+        AnswerForm::Flexible => {
             let (mut last, mut at) = (None, 0);
             while let Some(c) = text[at..].chars().next() {
                 // Digits within a word (`b2`) are no number.
@@ -41,35 +41,35 @@ pub fn answer(text: &str, form: Form) -> Option<Answer> {
 
 /// The answer that a reference gives: the number after its last `####`; without that mark, the number that it is. Of what
 /// is more than a number (`3 apples and 4`, `1/2`) none is taken for the answer.
-pub fn reference(text: &str) -> Option<Answer> {
+pub fn reference(text: &str) -> Option<NumberAnswer> {
     let text = text.trim();
     if text.contains("####") {
-        return answer(text, Form::Strict);
+        return answer(text, AnswerForm::Strict);
     }
     let text = text.trim_start_matches([' ', '$']);
     number_at_start(text).filter(|answer| answer.text == text.trim_end_matches([',', '.']))
 }
 
 /// A minus right before a number belongs to it, unless it stands after an operand.
-fn signed(before: &str, answer: Answer) -> Answer {
+fn signed(before: &str, answer: NumberAnswer) -> NumberAnswer {
     let operand = |c: char| c.is_alphanumeric() || c == ')';
     match before.strip_suffix('-') {
         Some(rest) if answer.number != "0" && !rest.trim_end().ends_with(operand) => {
-            Answer { text: format!("-{}", answer.text), number: format!("-{}", answer.number) }
+            NumberAnswer { text: format!("-{}", answer.text), number: format!("-{}", answer.number) }
         }
         _ => answer,
     }
 }
 
 /// The number that a text begins with: a sign, digits with commas in them, a fraction.
-fn number_at_start(text: &str) -> Option<Answer> {
+fn number_at_start(text: &str) -> Option<NumberAnswer> {
     let end = text
         .char_indices()
         .find(|(i, c)| !(c.is_ascii_digit() || *c == ',' || *c == '.' || (*i == 0 && *c == '-')))
         .map_or(text.len(), |(i, _)| i);
     // A comma or a full stop at the end belongs to the sentence.
     let written = text[..end].trim_end_matches([',', '.']);
-    Some(Answer { text: written.to_string(), number: canonical(written)? })
+    Some(NumberAnswer { text: written.to_string(), number: canonical(written)? })
 }
 
 /// One form for equal decimal numbers; none for what is no number.
@@ -94,7 +94,7 @@ pub fn canonical(written: &str) -> Option<String> {
 mod tests {
     use super::*;
 
-    fn number(text: &str, form: Form) -> Option<String> {
+    fn number(text: &str, form: AnswerForm) -> Option<String> {
         answer(text, form).map(|a| a.number)
     }
 
@@ -113,7 +113,7 @@ mod tests {
             ("", None),
         ];
         for (text, wanted) in cases {
-            assert_eq!(number(text, Form::Strict).as_deref(), wanted, "{text}");
+            assert_eq!(number(text, AnswerForm::Strict).as_deref(), wanted, "{text}");
         }
     }
 
@@ -129,7 +129,7 @@ mod tests {
             ("version b2 has 3 ends", Some("3")),
         ];
         for (text, wanted) in cases {
-            assert_eq!(number(text, Form::Flexible).as_deref(), wanted, "{text}");
+            assert_eq!(number(text, AnswerForm::Flexible).as_deref(), wanted, "{text}");
         }
     }
 

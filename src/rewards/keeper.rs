@@ -27,14 +27,14 @@ done
 "#;
 
 /// A program whose standard input and output are pipes, and the process that ends it.
-pub struct Kept {
+pub struct KeptProcess {
     pub child: Child,
     keeper: Child,
 }
 
-impl Kept {
+impl KeptProcess {
     /// Starts `sh -c run` in a process group of its own: a Ctrl-C is not for it.
-    pub fn start(run: &str) -> io::Result<Kept> {
+    pub fn start(run: &str) -> io::Result<KeptProcess> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let (pid, count) = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
@@ -47,7 +47,7 @@ impl Kept {
         command.args(["-c", KEEPER, "keeper", &child.id().to_string(), &mark]).current_dir("/");
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         match as_from_a_shell(&mut command).spawn() {
-            Ok(keeper) => Ok(Kept { child, keeper }),
+            Ok(keeper) => Ok(KeptProcess { child, keeper }),
             Err(e) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -57,7 +57,7 @@ impl Kept {
     }
 }
 
-impl Drop for Kept {
+impl Drop for KeptProcess {
     fn drop(&mut self) {
         // The end of this pipe is what the keeper waits for.
         drop(self.keeper.stdin.take());

@@ -12,10 +12,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::config::Conflicts;
-use crate::config::rewards::{Reward, RewardKind};
+use crate::config::rewards::{RewardKind, RewardTerm};
 use crate::error::{Error, Result};
-use command::Command;
-use gsm8k::Form;
+use command::CommandReward;
+use gsm8k::AnswerForm;
 
 /// A response that is to be judged.
 #[derive(Debug, Clone, Copy)]
@@ -40,12 +40,12 @@ pub struct Judgement {
     /// The weighted sum; none where a part could not be scored, which is no reward and no fault of the response.
     pub reward: Option<f64>,
     /// By kind; a second one of a kind is `kind.2`.
-    pub parts: BTreeMap<String, Part>,
+    pub parts: BTreeMap<String, RewardPart>,
 }
 
 /// One reward, before its weight.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Part {
+pub struct RewardPart {
     /// None: the reward says nothing of this response.
     pub reward: Option<f64>,
     /// What was read as the response's answer.
@@ -56,18 +56,18 @@ pub struct Part {
     pub gold: Option<String>,
 }
 
-impl Part {
-    fn of(reward: Option<f64>) -> Part {
-        Part { reward, parsed: None, gold: None }
+impl RewardPart {
+    fn of(reward: Option<f64>) -> RewardPart {
+        RewardPart { reward, parsed: None, gold: None }
     }
 }
 
 enum Rule {
-    Gsm8k(Form),
+    Gsm8k(AnswerForm),
     Math,
     Format(Regex),
     Length { most: f64, buffer: f64 },
-    Command(Box<Command>),
+    Command(Box<CommandReward>),
     Model,
 }
 
@@ -82,7 +82,7 @@ impl Judge {
     ///
     /// # Errors
     /// Of kind Config: keys that do not fit, a pattern that is none, a command that cannot be started.
-    pub fn new(rewards: &[Reward]) -> Result<Judge> {
+    pub fn new(rewards: &[RewardTerm]) -> Result<Judge> {
         let mut rules: Vec<(String, f64, Rule)> = Vec::new();
         for (i, reward) in rewards.iter().enumerate() {
             let refused = |key: &str, why: &str| Error::key(&format!("rewards.{i}.{key}"), why);
@@ -104,7 +104,7 @@ impl Judge {
                     Rule::Length { most: most as f64, buffer: buffer as f64 }
                 }
                 RewardKind::Command => {
-                    Rule::Command(Box::new(Command::start(&text(&reward.run), reward.timeout_s)?))
+                    Rule::Command(Box::new(CommandReward::start(&text(&reward.run), reward.timeout_s)?))
                 }
                 RewardKind::Model => Rule::Model,
             };
@@ -135,34 +135,35 @@ impl Judge {
 }
 
 impl Rule {
-    fn judge(&mut self, answer: &Answer) -> Result<Part> {
+    fn judge(&mut self, answer: &Answer) -> Result<RewardPart> {
         Ok(match self {
             Rule::Gsm8k(form) => {
                 let gold = answer.reference.and_then(gsm8k::reference);
                 let parsed = gsm8k::answer(answer.response, *form);
-                let equal = |gold: &gsm8k::Answer| parsed.as_ref().is_some_and(|p| p.number == gold.number);
+                let equal =
+                    |gold: &gsm8k::NumberAnswer| parsed.as_ref().is_some_and(|p| p.number == gold.number);
                 let reward = gold.as_ref().map(|g| f64::from(equal(g)));
-                Part { reward, parsed: parsed.map(|p| p.number), gold: gold.map(|g| g.number) }
+                RewardPart { reward, parsed: parsed.map(|p| p.number), gold: gold.map(|g| g.number) }
             }
             Rule::Math => {
                 let gold = answer.reference.and_then(math::reference);
                 let parsed = math::boxed(answer.response);
                 let equal = |gold: &String| parsed.is_some_and(|p| math::equal(p, gold));
                 let reward = gold.as_ref().map(|g| f64::from(equal(g)));
-                Part { reward, parsed: parsed.map(str::to_string), gold }
+                RewardPart { reward, parsed: parsed.map(str::to_string), gold }
             }
             Rule::Format(pattern) => {
                 let found = pattern.find(answer.response).map(|m| m.as_str().to_string());
-                Part { reward: Some(f64::from(found.is_some())), parsed: found, gold: None }
+                RewardPart { reward: Some(f64::from(found.is_some())), parsed: found, gold: None }
             }
             Rule::Length { most, buffer } => {
                 let excess = answer.num_tokens as f64 - (*most - *buffer);
-                Part::of(Some(-(excess / *buffer).clamp(0.0, 1.0)))
+                RewardPart::of(Some(-(excess / *buffer).clamp(0.0, 1.0)))
             }
-            Rule::Command(command) => Part::of(command.judge(answer)?),
+            Rule::Command(command) => RewardPart::of(command.judge(answer)?),
             Rule::Model => {
                 let score = answer.score.ok_or_else(|| Error::failed("the reward model gave no score"))?;
-                Part::of(Some(score))
+                RewardPart::of(Some(score))
             }
         })
     }
@@ -172,7 +173,7 @@ impl Rule {
 mod tests {
     use super::*;
 
-    fn rewards(yaml: &str) -> Vec<Reward> {
+    fn rewards(yaml: &str) -> Vec<RewardTerm> {
         crate::config::json::of_text(yaml).unwrap()
     }
 

@@ -8,11 +8,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::json;
 
-use super::screen::{Screen, Stream};
+use super::screen::{OutputStream, Screen};
 
 /// How messages look on stderr.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Format {
+pub enum LogFormat {
     /// Lines of text
     #[default]
     Pretty,
@@ -22,7 +22,7 @@ pub enum Format {
 
 /// How much a message matters; it decides its prefix, and which flags hide it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Level {
+pub enum LogLevel {
     /// Why the process ends; shown in any case.
     Error,
     /// Shown in any case, too.
@@ -35,12 +35,12 @@ pub enum Level {
 
 /// What a process prints, and as which rank.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Settings {
+pub struct ConsoleSettings {
     /// Lines or JSON.
-    pub format: Format,
+    pub format: LogFormat,
     /// Only warnings and errors.
     pub quiet: bool,
-    /// Also messages of [`Level::Detail`].
+    /// Also messages of [`LogLevel::Detail`].
     pub verbose: bool,
     /// This process; only rank 0 prints what all ranks would.
     pub rank: i64,
@@ -48,11 +48,11 @@ pub struct Settings {
     pub world_size: i64,
 }
 
-const ALONE: Settings =
-    Settings { format: Format::Pretty, quiet: false, verbose: false, rank: 0, world_size: 1 };
+const ALONE: ConsoleSettings =
+    ConsoleSettings { format: LogFormat::Pretty, quiet: false, verbose: false, rank: 0, world_size: 1 };
 
 struct Console {
-    settings: Settings,
+    settings: ConsoleSettings,
     screen: Option<Screen>,
 }
 
@@ -69,12 +69,12 @@ impl Console {
 }
 
 /// Sets how and what the process prints; before that it prints as a world of one rank.
-pub fn init(settings: Settings) {
+pub fn init(settings: ConsoleSettings) {
     console().settings = settings;
 }
 
 /// As [`init`] set them; before it those of one rank that prints lines.
-pub fn settings() -> Settings {
+pub fn settings() -> ConsoleSettings {
     console().settings.clone()
 }
 
@@ -96,7 +96,7 @@ pub(super) fn draw_bar(bar: &str) {
 
 /// Prints one message, as its level and the settings ask; `everywhere`: also on ranks other than 0. Never fails:
 /// where stderr is closed or full the message is lost.
-pub fn print(level: Level, everywhere: bool, message: Arguments) {
+pub fn print(level: LogLevel, everywhere: bool, message: Arguments) {
     let mut console = console();
     let Some(line) = console.settings.render(level, everywhere, message) else { return };
     write_line(&mut console, &line);
@@ -104,7 +104,7 @@ pub fn print(level: Level, everywhere: bool, message: Arguments) {
 
 /// Writes an answer, or a part of one, to stdout.
 pub fn write_out(text: &[u8]) -> io::Result<()> {
-    console().screen().write(Stream::Out, text)
+    console().screen().write(OutputStream::Out, text)
 }
 
 /// Stdout for those who take a writer: see [`write_out`].
@@ -125,13 +125,13 @@ pub fn warn_once(message: &str) {
     static WARNED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let new = WARNED.lock().unwrap_or_else(PoisonError::into_inner).insert(message.to_string());
     if new && settings().rank == 0 {
-        print(Level::Warn, false, format_args!("{message}"));
+        print(LogLevel::Warn, false, format_args!("{message}"));
     }
 }
 
 /// The line that an error with this message is, for those who can only write bytes.
 pub fn error_line(message: &str) -> String {
-    let line = settings().render(Level::Error, true, format_args!("{message}"));
+    let line = settings().render(LogLevel::Error, true, format_args!("{message}"));
     line.map_or(String::new(), |line| line + "\n")
 }
 
@@ -142,43 +142,43 @@ pub(super) fn write_stderr(line: &str) {
 
 /// What `launch` draws as a bar: a line that ends in a carriage return.
 pub(super) fn write_return(line: &str) {
-    let _ = console().screen().write(Stream::Err, format!("{line}\r").as_bytes());
+    let _ = console().screen().write(OutputStream::Err, format!("{line}\r").as_bytes());
 }
 
 fn write_line(console: &mut Console, line: &str) {
     // One write, so that lines of ranks that share a terminal do not mix.
-    let _ = console.screen().write(Stream::Err, format!("{line}\n").as_bytes());
+    let _ = console.screen().write(OutputStream::Err, format!("{line}\n").as_bytes());
 }
 
-impl Settings {
-    fn shows(&self, level: Level, everywhere: bool) -> bool {
+impl ConsoleSettings {
+    fn shows(&self, level: LogLevel, everywhere: bool) -> bool {
         let here = self.rank == 0 || everywhere;
         match level {
-            Level::Error | Level::Warn => true,
-            Level::Info => here && !self.quiet,
-            Level::Detail => here && !self.quiet && self.verbose,
+            LogLevel::Error | LogLevel::Warn => true,
+            LogLevel::Info => here && !self.quiet,
+            LogLevel::Detail => here && !self.quiet && self.verbose,
         }
     }
 
-    fn render(&self, level: Level, everywhere: bool, message: Arguments) -> Option<String> {
+    fn render(&self, level: LogLevel, everywhere: bool, message: Arguments) -> Option<String> {
         if !self.shows(level, everywhere) {
             return None;
         }
-        if self.format == Format::Json {
+        if self.format == LogFormat::Json {
             let level = match level {
-                Level::Error => "error",
-                Level::Warn => "warning",
-                Level::Info => "info",
-                Level::Detail => "detail",
+                LogLevel::Error => "error",
+                LogLevel::Warn => "warning",
+                LogLevel::Info => "info",
+                LogLevel::Detail => "detail",
             };
             return Some(
                 json!({"level": level, "message": message.to_string(), "rank": self.rank}).to_string(),
             );
         }
         let word = match level {
-            Level::Error => "error",
-            Level::Warn => "warning",
-            Level::Info | Level::Detail => "",
+            LogLevel::Error => "error",
+            LogLevel::Warn => "warning",
+            LogLevel::Info | LogLevel::Detail => "",
         };
         let rank = match (self.world_size > 1, word) {
             (false, _) => String::new(),
@@ -213,7 +213,7 @@ pub fn is_first_rank() -> bool {
 #[macro_export]
 macro_rules! info {
     ($($arg:tt)*) => {
-        $crate::telemetry::console::print($crate::telemetry::console::Level::Info, false, format_args!($($arg)*))
+        $crate::telemetry::console::print($crate::telemetry::console::LogLevel::Info, false, format_args!($($arg)*))
     };
 }
 
@@ -221,7 +221,7 @@ macro_rules! info {
 #[macro_export]
 macro_rules! info_everywhere {
     ($($arg:tt)*) => {
-        $crate::telemetry::console::print($crate::telemetry::console::Level::Info, true, format_args!($($arg)*))
+        $crate::telemetry::console::print($crate::telemetry::console::LogLevel::Info, true, format_args!($($arg)*))
     };
 }
 
@@ -229,7 +229,7 @@ macro_rules! info_everywhere {
 #[macro_export]
 macro_rules! detail {
     ($($arg:tt)*) => {
-        $crate::telemetry::console::print($crate::telemetry::console::Level::Detail, false, format_args!($($arg)*))
+        $crate::telemetry::console::print($crate::telemetry::console::LogLevel::Detail, false, format_args!($($arg)*))
     };
 }
 
@@ -237,7 +237,7 @@ macro_rules! detail {
 #[macro_export]
 macro_rules! warn {
     ($($arg:tt)*) => {
-        $crate::telemetry::console::print($crate::telemetry::console::Level::Warn, true, format_args!($($arg)*))
+        $crate::telemetry::console::print($crate::telemetry::console::LogLevel::Warn, true, format_args!($($arg)*))
     };
 }
 
@@ -245,7 +245,7 @@ macro_rules! warn {
 #[macro_export]
 macro_rules! error {
     ($($arg:tt)*) => {
-        $crate::telemetry::console::print($crate::telemetry::console::Level::Error, true, format_args!($($arg)*))
+        $crate::telemetry::console::print($crate::telemetry::console::LogLevel::Error, true, format_args!($($arg)*))
     };
 }
 
@@ -253,30 +253,30 @@ macro_rules! error {
 mod tests {
     use super::*;
 
-    fn render(settings: &Settings, level: Level, everywhere: bool) -> Option<String> {
+    fn render(settings: &ConsoleSettings, level: LogLevel, everywhere: bool) -> Option<String> {
         settings.render(level, everywhere, format_args!("a \"b\"\nc"))
     }
 
     #[test]
     fn who_prints_what() {
-        let rank = |rank, quiet, verbose| Settings { rank, quiet, verbose, world_size: 2, ..ALONE };
+        let rank = |rank, quiet, verbose| ConsoleSettings { rank, quiet, verbose, world_size: 2, ..ALONE };
         let text = |prefix: &str| Some(format!("{prefix}a \"b\"\nc"));
-        assert_eq!(render(&rank(0, false, false), Level::Info, false), text(""));
-        assert_eq!(render(&rank(1, false, false), Level::Info, false), None);
-        assert_eq!(render(&rank(1, false, false), Level::Info, true), text("rank 1: "));
-        assert_eq!(render(&rank(0, true, false), Level::Info, false), None);
-        assert_eq!(render(&rank(0, false, false), Level::Detail, false), None);
-        assert_eq!(render(&rank(0, false, true), Level::Detail, false), text(""));
-        assert_eq!(render(&rank(0, true, true), Level::Detail, false), None);
-        assert_eq!(render(&rank(1, true, false), Level::Warn, true), text("warning (rank 1): "));
-        assert_eq!(render(&rank(1, true, false), Level::Error, true), text("error (rank 1): "));
-        assert_eq!(render(&ALONE, Level::Warn, true), text("warning: "));
+        assert_eq!(render(&rank(0, false, false), LogLevel::Info, false), text(""));
+        assert_eq!(render(&rank(1, false, false), LogLevel::Info, false), None);
+        assert_eq!(render(&rank(1, false, false), LogLevel::Info, true), text("rank 1: "));
+        assert_eq!(render(&rank(0, true, false), LogLevel::Info, false), None);
+        assert_eq!(render(&rank(0, false, false), LogLevel::Detail, false), None);
+        assert_eq!(render(&rank(0, false, true), LogLevel::Detail, false), text(""));
+        assert_eq!(render(&rank(0, true, true), LogLevel::Detail, false), None);
+        assert_eq!(render(&rank(1, true, false), LogLevel::Warn, true), text("warning (rank 1): "));
+        assert_eq!(render(&rank(1, true, false), LogLevel::Error, true), text("error (rank 1): "));
+        assert_eq!(render(&ALONE, LogLevel::Warn, true), text("warning: "));
     }
 
     #[test]
     fn json_is_one_object_a_line() {
-        let settings = Settings { format: Format::Json, rank: 3, world_size: 4, ..ALONE };
-        let line = render(&settings, Level::Warn, true).unwrap();
+        let settings = ConsoleSettings { format: LogFormat::Json, rank: 3, world_size: 4, ..ALONE };
+        let line = render(&settings, LogLevel::Warn, true).unwrap();
         assert_eq!(line, r#"{"level":"warning","message":"a \"b\"\nc","rank":3}"#);
     }
 }

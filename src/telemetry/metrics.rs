@@ -6,23 +6,23 @@ use std::path::Path;
 
 use serde_json::{Map, Number, Value};
 
-use super::Cut;
+use super::LogCut;
 use super::append::{AppendFile, remove_file, rewrite};
 use crate::error::{Context, Result};
 
 /// One line of `metrics.jsonl`: `kind`, `step` (1-based, after the update), and the keys that are added, in order.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Record {
+pub struct MetricsLine {
     kind: String,
     step: u64,
     fields: Map<String, Value>,
     notes: Vec<String>,
 }
 
-impl Record {
+impl MetricsLine {
     /// A record of this kind, such as `train`, for an update: `{"type": kind, "step": step}`.
     pub fn new(kind: &str, step: u64) -> Self {
-        Record { kind: kind.to_string(), step, fields: Map::new(), notes: vec![] }
+        MetricsLine { kind: kind.to_string(), step, fields: Map::new(), notes: vec![] }
     }
 
     /// A number that was computed in float32: the shortest decimal that reads back to the same float32.
@@ -55,7 +55,7 @@ impl Record {
     }
 
     /// Adds the keys of another record, and its notes.
-    pub fn with(mut self, other: Record) -> Self {
+    pub fn with(mut self, other: MetricsLine) -> Self {
         self.fields.extend(other.fields);
         self.notes.extend(other.notes);
         self
@@ -114,7 +114,7 @@ impl MetricsWriter {
     ///
     /// # Errors
     /// The file cannot be made, read or rewritten.
-    pub fn open(path: &Path, cut: Option<Cut>) -> Result<Self> {
+    pub fn open(path: &Path, cut: Option<LogCut>) -> Result<Self> {
         let what = || format!("cannot open {}", path.display());
         let (len, last_step) = match cut {
             Some(cut) if crate::files::exists(path)? => truncate_after(path, cut).with_context(what)?,
@@ -129,7 +129,7 @@ impl MetricsWriter {
     }
 
     /// Writes the record as a line, at once.
-    pub fn append(&mut self, record: &Record) {
+    pub fn append(&mut self, record: &MetricsLine) {
         self.file.append(format!("{}\n", record.to_json()).as_bytes());
     }
 
@@ -151,7 +151,7 @@ impl MetricsWriter {
 
 /// Cuts off all lines that `cut` covers, and a last line that has no end. The file is replaced in one move; one that needs no
 /// cut is left alone. Returns its length in bytes and the last step of the training that is left.
-pub fn truncate_after(path: &Path, cut: Cut) -> Result<(u64, Option<u64>)> {
+pub fn truncate_after(path: &Path, cut: LogCut) -> Result<(u64, Option<u64>)> {
     let (mut kept, mut last_step) = (0, None);
     rewrite(path, |input, output| {
         let (mut line, mut left_out) = (vec![], false);
@@ -187,18 +187,18 @@ mod tests {
             if !single.is_finite() || !double.is_finite() {
                 continue;
             }
-            let line = Record::new("train", 1).float32("a", single).float("b", double).to_json();
+            let line = MetricsLine::new("train", 1).float32("a", single).float("b", double).to_json();
             let object: Value = serde_json::from_str(&line).unwrap();
             assert_eq!((object["a"].as_f64().unwrap() as f32).to_bits(), single.to_bits(), "{line}");
             assert_eq!(object["b"].as_f64().unwrap().to_bits(), double.to_bits(), "{line}");
         }
-        let line = Record::new("train", 3).float32("loss", 0.1).count("tokens", u64::MAX).to_json();
+        let line = MetricsLine::new("train", 3).float32("loss", 0.1).count("tokens", u64::MAX).to_json();
         assert_eq!(line, r#"{"kind":"train","step":3,"loss":0.1,"tokens":18446744073709551615}"#);
     }
 
     #[test]
     fn what_is_not_finite_is_null_and_noted() {
-        let record = Record::new("train", 1)
+        let record = MetricsLine::new("train", 1)
             .float32("loss", f32::NAN)
             .float("lr", 0.5)
             .float("grad_norm", f64::NEG_INFINITY);
@@ -213,21 +213,22 @@ mod tests {
         let path = dir.path("metrics.jsonl");
         let mut log = MetricsWriter::open(&path, None).unwrap();
         for step in [1, 2, 3, 4] {
-            log.append(&Record::new("train", step));
+            log.append(&MetricsLine::new("train", step));
         }
-        log.append(&Record::new("valid", 2));
+        log.append(&MetricsLine::new("valid", 2));
         let half = [std::fs::read(&path).unwrap(), br#"{"kind":"train","step":2"#.to_vec()].concat();
         std::fs::write(&path, half).unwrap();
 
-        let mut log = MetricsWriter::open(&path, Some(Cut { after: 2, validation: false })).unwrap();
-        log.append(&Record::new("train", 3));
+        let mut log = MetricsWriter::open(&path, Some(LogCut { after: 2, validation: false })).unwrap();
+        log.append(&MetricsLine::new("train", 3));
         let expected = [("train", 1), ("train", 2), ("valid", 2), ("train", 3)];
-        let expected: Vec<_> = expected.map(|(kind, step)| Record::new(kind, step).to_json() + "\n").into();
+        let expected: Vec<_> =
+            expected.map(|(kind, step)| MetricsLine::new(kind, step).to_json() + "\n").into();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), expected.concat());
         assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
 
         // A validation that is done anew.
-        let log = MetricsWriter::open(&path, Some(Cut { after: 2, validation: true })).unwrap();
+        let log = MetricsWriter::open(&path, Some(LogCut { after: 2, validation: true })).unwrap();
         assert_eq!(log.last_step(), 2);
         assert_eq!(std::fs::read_to_string(&path).unwrap(), expected[..2].concat());
 

@@ -10,7 +10,7 @@ pub mod tensorboard;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-pub(crate) use metrics::Record;
+pub(crate) use metrics::MetricsLine;
 
 use crate::error::{Context, Result};
 use crate::warn;
@@ -26,14 +26,14 @@ const TRACE: &str = "trace.jsonl";
 
 /// What a run that goes on from a checkpoint cuts off its log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cut {
+pub struct LogCut {
     /// All that is of later steps.
     pub after: u64,
     /// Of this step, too, what is not the training's: the validation is done anew.
     pub validation: bool,
 }
 
-impl Cut {
+impl LogCut {
     fn covers(self, of_training: bool, step: u64) -> bool {
         step > self.after || (self.validation && !of_training && step == self.after)
     }
@@ -73,7 +73,7 @@ impl RunLog {
     ///
     /// # Errors
     /// The folder or its files cannot be made or rewritten.
-    pub fn create(dir: &Path, rank: i64, cut: Option<Cut>, total_steps: u64) -> Result<Self> {
+    pub fn create(dir: &Path, rank: i64, cut: Option<LogCut>, total_steps: u64) -> Result<Self> {
         if rank != 0 {
             return Ok(RunLog(None));
         }
@@ -110,7 +110,7 @@ impl RunLog {
 
     /// Writes a line of metrics and, as `KIND/KEY`, its finite numbers; a record of kind `train` also moves the
     /// progress.
-    pub fn log(&mut self, record: &Record) {
+    pub fn log(&mut self, record: &MetricsLine) {
         let Some(Logs { metrics, events, progress, .. }) = &mut self.0 else { return };
         metrics.append(record);
         let tagged = record.numbers().map(|(key, x)| (format!("{}/{key}", record.kind()), x));
@@ -121,21 +121,21 @@ impl RunLog {
     }
 
     /// A generated sample: a line of `samples.jsonl`, and a text for TensorBoard under `tag`.
-    pub fn log_sample(&mut self, record: &Record, tag: &str, text: &str) {
+    pub fn log_sample(&mut self, record: &MetricsLine, tag: &str, text: &str) {
         let Some(logs) = &mut self.0 else { return };
         append(&mut logs.samples, &logs.dir, SAMPLES, record);
         logs.events.add_text(tag, text, record.step());
     }
 
     /// A token of a sample: a line of `trace.jsonl`.
-    pub fn log_trace(&mut self, record: &Record) {
+    pub fn log_trace(&mut self, record: &MetricsLine) {
         let Some(logs) = &mut self.0 else { return };
         append(&mut logs.trace, &logs.dir, TRACE, record);
     }
 }
 
 /// Adds a line to a file of the run, which is opened for the first one.
-fn append(writer: &mut Option<MetricsWriter>, dir: &Path, name: &str, record: &Record) {
+fn append(writer: &mut Option<MetricsWriter>, dir: &Path, name: &str, record: &MetricsLine) {
     if writer.is_none() {
         match MetricsWriter::open(&dir.join(name), None) {
             Ok(opened) => *writer = Some(opened),
@@ -203,8 +203,8 @@ mod tests {
 
     use super::*;
 
-    fn train(step: u64) -> Record {
-        Record::new("train", step)
+    fn train(step: u64) -> MetricsLine {
+        MetricsLine::new("train", step)
             .float32("loss", 1.0 / step as f32)
             .float("lr", f64::NAN)
             .count("tokens", 10 * step)
@@ -230,10 +230,10 @@ mod tests {
         let run = dir.path("new/run");
         let mut log = RunLog::create(&run, 0, None, 4).unwrap();
         (1..=3).for_each(|step| log.log(&train(step)));
-        log.log(&Record::new("valid", 3).float("loss", 0.5));
+        log.log(&MetricsLine::new("valid", 3).float("loss", 0.5));
         drop(log);
 
-        let mut log = RunLog::create(&run, 0, Some(Cut { after: 2, validation: false }), 4).unwrap();
+        let mut log = RunLog::create(&run, 0, Some(LogCut { after: 2, validation: false }), 4).unwrap();
         log.log(&train(3));
         drop(log);
         let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();

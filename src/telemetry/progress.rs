@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::console::{self, Format, Settings};
+use super::console::{self, ConsoleSettings, LogFormat};
 
 use crate::env;
 
@@ -38,13 +38,13 @@ enum Display {
 }
 
 impl Display {
-    fn choose(settings: &Settings, terminal: bool, launch_terminal: bool) -> Self {
+    fn choose(settings: &ConsoleSettings, terminal: bool, launch_terminal: bool) -> Self {
         match settings.format {
             _ if settings.quiet || settings.rank != 0 => Display::Nothing,
-            Format::Json => Display::Json,
-            Format::Pretty if terminal => Display::Bar,
-            Format::Pretty if launch_terminal => Display::Returns,
-            Format::Pretty => Display::Lines,
+            LogFormat::Json => Display::Json,
+            LogFormat::Pretty if terminal => Display::Bar,
+            LogFormat::Pretty if launch_terminal => Display::Returns,
+            LogFormat::Pretty => Display::Lines,
         }
     }
 }
@@ -180,7 +180,7 @@ fn with_bar(what: &str, done: u64, total: u64, text: &str, columns: usize) -> St
 #[derive(Debug)]
 pub struct Bar {
     what: String,
-    unit: Unit,
+    unit: RateUnit,
     total: u64,
     shown: bool,
     begun: Instant,
@@ -196,7 +196,7 @@ struct BarState {
 }
 
 #[derive(Debug, Clone)]
-enum Unit {
+enum RateUnit {
     Bytes,
     Of(String),
 }
@@ -204,12 +204,12 @@ enum Unit {
 impl Bar {
     /// Of `total` `unit`s. `answers`: the command writes to stdout meanwhile.
     pub fn new(total: u64, unit: &str, answers: bool) -> Bar {
-        Bar::start("", total, Unit::Of(unit.into()), answers)
+        Bar::start("", total, RateUnit::Of(unit.into()), answers)
     }
 
-    fn start(what: &str, total: u64, unit: Unit, answers: bool) -> Bar {
-        let Settings { format, quiet, rank, .. } = console::settings();
-        let wanted = format == Format::Pretty && !quiet && rank == 0;
+    fn start(what: &str, total: u64, unit: RateUnit, answers: bool) -> Bar {
+        let ConsoleSettings { format, quiet, rank, .. } = console::settings();
+        let wanted = format == LogFormat::Pretty && !quiet && rank == 0;
         let shown = wanted && console::has_room_for_bar(answers);
         let bar =
             Bar { what: what.into(), unit, total, shown, begun: Instant::now(), state: Mutex::default() };
@@ -249,8 +249,8 @@ impl Bar {
         let total = self.total;
         let rate = if seconds > 0.0 { new as f64 / seconds } else { 0.0 };
         let mut text = match &self.unit {
-            Unit::Of(unit) => format!("{done}/{total} {unit}"),
-            Unit::Bytes => {
+            RateUnit::Of(unit) => format!("{done}/{total} {unit}"),
+            RateUnit::Bytes => {
                 let mb = |bytes: f64| bytes / 1e6;
                 format!("{:.1}/{:.1} MB  {:.1} MB/s", mb(done as f64), mb(total as f64), mb(rate))
             }
@@ -272,7 +272,7 @@ impl Drop for Bar {
 
 /// Shows a bar of `done` of `total` bytes while `work` runs, if stderr is a terminal.
 pub fn with_bytes_bar<T>(what: &str, total: u64, done: &Arc<AtomicU64>, work: impl FnOnce() -> T) -> T {
-    let bar = Bar::start(what, total, Unit::Bytes, false);
+    let bar = Bar::start(what, total, RateUnit::Bytes, false);
     let (ended, end) = std::sync::mpsc::channel::<()>();
     std::thread::scope(|scope| {
         let bar = &bar;
@@ -303,16 +303,22 @@ mod tests {
 
     #[test]
     fn where_it_is_drawn() {
-        let plain = Settings { format: Format::Pretty, quiet: false, verbose: false, rank: 0, world_size: 2 };
-        let json = Settings { format: Format::Json, ..plain.clone() };
+        let plain = ConsoleSettings {
+            format: LogFormat::Pretty,
+            quiet: false,
+            verbose: false,
+            rank: 0,
+            world_size: 2,
+        };
+        let json = ConsoleSettings { format: LogFormat::Json, ..plain.clone() };
         let choose =
-            |settings: &Settings, terminal, launch| name(Display::choose(settings, terminal, launch));
+            |settings: &ConsoleSettings, terminal, launch| name(Display::choose(settings, terminal, launch));
         assert_eq!(choose(&plain, true, false), "bar");
         assert_eq!(choose(&plain, false, true), "returns");
         assert_eq!(choose(&plain, false, false), "lines");
         assert_eq!(choose(&json, true, true), "json");
-        assert_eq!(choose(&Settings { quiet: true, ..json }, true, true), "nothing");
-        assert_eq!(choose(&Settings { rank: 1, ..plain }, true, true), "nothing");
+        assert_eq!(choose(&ConsoleSettings { quiet: true, ..json }, true, true), "nothing");
+        assert_eq!(choose(&ConsoleSettings { rank: 1, ..plain }, true, true), "nothing");
     }
 
     #[test]
@@ -349,12 +355,12 @@ mod tests {
             begun: Instant::now(),
             state: Mutex::default(),
         };
-        let lines = bar(Unit::Of("lines".into()));
+        let lines = bar(RateUnit::Of("lines".into()));
         assert_eq!(lines.describe(30_000_000, 10_000_000, 10.0), "30000000/40000000 lines  10 s left");
         assert_eq!(lines.describe(40_000_000, 40_000_000, 10.0), "40000000/40000000 lines");
         assert_eq!(lines.describe(0, 0, 0.0), "0/40000000 lines");
         assert_eq!(
-            bar(Unit::Bytes).describe(20_000_000, 20_000_000, 2.0),
+            bar(RateUnit::Bytes).describe(20_000_000, 20_000_000, 2.0),
             "20.0/40.0 MB  10.0 MB/s  2 s left"
         );
     }

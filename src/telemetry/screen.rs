@@ -10,7 +10,7 @@ const NO_WRAP: &str = "\x1b[?7l";
 const WRAP: &str = "\x1b[?7h";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stream {
+pub enum OutputStream {
     Out,
     Err,
 }
@@ -18,8 +18,8 @@ pub enum Stream {
 pub struct Screen {
     out: Box<dyn Write + Send>,
     err: Box<dyn Write + Send>,
-    out_is: Kind,
-    err_is: Kind,
+    out_is: StreamKind,
+    err_is: StreamKind,
     /// The bar that is to be seen; empty: none.
     bar: String,
     /// The bar stands in the terminal's last line.
@@ -30,20 +30,20 @@ pub struct Screen {
 
 /// Where a stream leads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum StreamKind {
     Terminal,
     Pipe,
     Other,
 }
 
-impl Kind {
-    fn of(terminal: bool, fd: &str) -> Kind {
+impl StreamKind {
+    fn of(terminal: bool, fd: &str) -> StreamKind {
         use std::os::unix::fs::FileTypeExt;
         let pipe = || std::fs::metadata(fd).is_ok_and(|m| m.file_type().is_fifo());
         match terminal {
-            true => Kind::Terminal,
-            false if pipe() => Kind::Pipe,
-            false => Kind::Other,
+            true => StreamKind::Terminal,
+            false if pipe() => StreamKind::Pipe,
+            false => StreamKind::Other,
         }
     }
 }
@@ -52,19 +52,24 @@ impl Screen {
     /// Over the streams of this process.
     pub fn of_process() -> Screen {
         let (out, err) = (io::stdout(), io::stderr());
-        let out_is = Kind::of(out.is_terminal(), "/proc/self/fd/1");
-        let err_is = Kind::of(err.is_terminal(), "/proc/self/fd/2");
+        let out_is = StreamKind::of(out.is_terminal(), "/proc/self/fd/1");
+        let err_is = StreamKind::of(err.is_terminal(), "/proc/self/fd/2");
         Screen::over(Box::new(out), Box::new(err), out_is, err_is)
     }
 
-    fn over(out: Box<dyn Write + Send>, err: Box<dyn Write + Send>, out_is: Kind, err_is: Kind) -> Screen {
+    fn over(
+        out: Box<dyn Write + Send>,
+        err: Box<dyn Write + Send>,
+        out_is: StreamKind,
+        err_is: StreamKind,
+    ) -> Screen {
         Screen { out, err, out_is, err_is, bar: String::new(), drawn: false, open: false }
     }
 
     /// Whether a bar can be drawn, under a command that writes answers to stdout or none.
     pub fn has_room_for_bar(&self, answers: bool) -> bool {
         let dumb = env::variable("TERM").is_some_and(|term| term == "dumb");
-        self.err_is == Kind::Terminal && !dumb && !(answers && self.out_is == Kind::Pipe)
+        self.err_is == StreamKind::Terminal && !dumb && !(answers && self.out_is == StreamKind::Pipe)
     }
 
     /// Columns of the terminal: COLUMNS, else what the terminal says, else 80.
@@ -74,20 +79,24 @@ impl Screen {
     }
 
     /// Writes `text`, whose last line may go on with the next text for the same stream. A bar moves below it.
-    pub fn write(&mut self, to: Stream, text: &[u8]) -> io::Result<()> {
+    pub fn write(&mut self, to: OutputStream, text: &[u8]) -> io::Result<()> {
         if text.is_empty() {
             return Ok(());
         }
         self.hide();
-        let is = if to == Stream::Out { self.out_is } else { self.err_is };
-        if to == Stream::Err && is == Kind::Terminal && self.open && self.out_is == Kind::Terminal {
+        let is = if to == OutputStream::Out { self.out_is } else { self.err_is };
+        if to == OutputStream::Err
+            && is == StreamKind::Terminal
+            && self.open
+            && self.out_is == StreamKind::Terminal
+        {
             // A message never ends an answer's line.
             let _ = self.err.write_all(b"\n");
             self.open = false;
         }
-        let stream = if to == Stream::Out { &mut self.out } else { &mut self.err };
+        let stream = if to == OutputStream::Out { &mut self.out } else { &mut self.err };
         let written = stream.write_all(text).and_then(|()| stream.flush());
-        if is == Kind::Terminal {
+        if is == StreamKind::Terminal {
             self.open = !text.ends_with(b"\n");
         }
         self.show();
@@ -166,45 +175,49 @@ mod tests {
         }
     }
 
-    fn screen(out_is: Kind) -> (Screen, Terminal, Terminal) {
+    fn screen(out_is: StreamKind) -> (Screen, Terminal, Terminal) {
         let (terminal, out) = (Terminal::default(), Terminal::default());
-        let stdout = if out_is == Kind::Terminal { terminal.clone() } else { out.clone() };
-        (Screen::over(Box::new(stdout), Box::new(terminal.clone()), out_is, Kind::Terminal), terminal, out)
+        let stdout = if out_is == StreamKind::Terminal { terminal.clone() } else { out.clone() };
+        (
+            Screen::over(Box::new(stdout), Box::new(terminal.clone()), out_is, StreamKind::Terminal),
+            terminal,
+            out,
+        )
     }
 
     #[test]
     fn a_bar_wipes_nothing() {
-        let (mut screen, terminal, _) = screen(Kind::Terminal);
+        let (mut screen, terminal, _) = screen(StreamKind::Terminal);
         screen.draw("10%");
-        screen.write(Stream::Out, b"first\n").unwrap();
+        screen.write(OutputStream::Out, b"first\n").unwrap();
         assert_eq!(terminal.lines(), ["first", "10%"]);
         // An answer that grows: the bar waits for the end of its line, a message makes a line of its own.
-        screen.write(Stream::Out, b"an an").unwrap();
+        screen.write(OutputStream::Out, b"an an").unwrap();
         screen.draw("20%");
-        screen.write(Stream::Out, b"swer").unwrap();
+        screen.write(OutputStream::Out, b"swer").unwrap();
         assert_eq!(terminal.lines(), ["first", "an answer"]);
-        screen.write(Stream::Err, b"warning: w\n").unwrap();
-        screen.write(Stream::Out, b" goes on\n").unwrap();
+        screen.write(OutputStream::Err, b"warning: w\n").unwrap();
+        screen.write(OutputStream::Out, b" goes on\n").unwrap();
         assert_eq!(terminal.lines(), ["first", "an answer", "warning: w", " goes on", "20%"]);
         screen.draw("");
         assert_eq!(terminal.lines(), ["first", "an answer", "warning: w", " goes on", ""]);
         // Without a bar nothing is cleared: what somebody else wrote stays.
         let before = terminal.0.lock().unwrap().len();
         screen.draw("");
-        screen.write(Stream::Err, b"x\n").unwrap();
+        screen.write(OutputStream::Err, b"x\n").unwrap();
         assert_eq!(&terminal.0.lock().unwrap()[before..], b"x\n");
     }
 
     #[test]
     fn answers_that_go_elsewhere_keep_the_bar() {
-        let (mut screen, terminal, out) = screen(Kind::Other);
+        let (mut screen, terminal, out) = screen(StreamKind::Other);
         assert!(screen.has_room_for_bar(true));
         screen.draw("10%");
-        screen.write(Stream::Out, b"no end").unwrap();
-        screen.write(Stream::Err, b"note\n").unwrap();
+        screen.write(OutputStream::Out, b"no end").unwrap();
+        screen.write(OutputStream::Err, b"note\n").unwrap();
         assert_eq!(terminal.lines(), ["note", "10%"]);
         assert_eq!(out.lines(), ["no end"]);
-        let (screen, ..) = self::screen(Kind::Pipe);
+        let (screen, ..) = self::screen(StreamKind::Pipe);
         assert!(screen.has_room_for_bar(false) && !screen.has_room_for_bar(true));
     }
 }

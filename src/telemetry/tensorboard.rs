@@ -10,7 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use prost::Message;
 
-use super::Cut;
+use super::LogCut;
 use super::append::{AppendFile, rewrite};
 use crate::error::{Context, Error, Result};
 
@@ -195,7 +195,7 @@ fn now() -> f64 {
 
 /// Cuts all events that `cut` covers out of the event files in `dir`, and what follows a broken record; each file is replaced
 /// in one move. `None`: all event files are removed.
-pub fn truncate_after(dir: &Path, cut: Option<Cut>) -> Result<()> {
+pub fn truncate_after(dir: &Path, cut: Option<LogCut>) -> Result<()> {
     for path in event_files(dir)? {
         let result = match cut {
             Some(cut) => truncate_file_after(&path, cut),
@@ -206,7 +206,7 @@ pub fn truncate_after(dir: &Path, cut: Option<Cut>) -> Result<()> {
     Ok(())
 }
 
-fn truncate_file_after(path: &Path, cut: Cut) -> Result<()> {
+fn truncate_file_after(path: &Path, cut: LogCut) -> Result<()> {
     rewrite(path, |input, output| {
         let mut left_out = false;
         loop {
@@ -224,7 +224,7 @@ fn truncate_file_after(path: &Path, cut: Cut) -> Result<()> {
     })
 }
 
-fn covers(cut: Cut, event: &Event) -> bool {
+fn covers(cut: LogCut, event: &Event) -> bool {
     let values = event.summary.iter().flat_map(|summary| &summary.values);
     let of_training = values.into_iter().all(|value| value.tag.starts_with("train/"));
     cut.covers(of_training, event.step as u64)
@@ -371,7 +371,7 @@ mod tests {
         std::fs::write(&path, &whole[..whole.len() - 3]).unwrap();
         assert_eq!(read_all(&path).unwrap_err().kind(), ErrorKind::UnexpectedEof);
 
-        truncate_after(&dir.path(""), Some(Cut { after: 3, validation: false })).unwrap();
+        truncate_after(&dir.path(""), Some(LogCut { after: 3, validation: false })).unwrap();
         let events = read_all(&path).unwrap();
         assert_eq!(events[0].file_version.as_deref(), Some("brain.Event:2"));
         assert_eq!(scalars(&events), [(1, "a".into(), 1.0), (2, "a".into(), 2.0), (3, "a".into(), 3.0)]);
@@ -382,7 +382,7 @@ mod tests {
         damaged[last] ^= 1;
         std::fs::write(&path, &damaged).unwrap();
         assert_eq!(read_all(&path).unwrap_err().kind(), ErrorKind::InvalidData);
-        truncate_after(&dir.path(""), Some(Cut { after: 3, validation: false })).unwrap();
+        truncate_after(&dir.path(""), Some(LogCut { after: 3, validation: false })).unwrap();
         assert_eq!(scalars(&read_all(&path).unwrap()).len(), 2);
 
         truncate_after(&dir.path(""), None).unwrap();

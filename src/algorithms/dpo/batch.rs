@@ -9,15 +9,15 @@ use tch::{Device, Kind, Tensor};
 
 use crate::algorithms::completions::Completions;
 use crate::algorithms::losses::preference::{PairLogRatios, losses};
-use crate::algorithms::step::{Entry, Objective};
-use crate::config::dpo::{Dpo, Pairs, Section};
+use crate::algorithms::step::{Objective, StepEntry};
+use crate::config::dpo::{ComparedPairs, Dpo, DpoSection};
 use crate::data::examples::Example;
-use crate::data::preferences::Batch;
+use crate::data::preferences::SequenceBatch;
 use crate::data::rows::RowLoader;
 use crate::error::Result;
 use crate::model::compute_kind;
 use crate::model::head::LogProbs;
-use crate::telemetry::Record;
+use crate::telemetry::MetricsLine;
 
 /// A micro-batch of S completions, and what its loss is made of. P pairs.
 pub struct PreferenceBatch {
@@ -48,12 +48,12 @@ impl PreferenceBatch {
     pub fn of(
         examples: &[Example],
         packing: bool,
-        which: Pairs,
+        which: ComparedPairs,
         share: f64,
         kind: Kind,
         device: Device,
     ) -> PreferenceBatch {
-        let batch = Batch::new(examples, packing);
+        let batch = SequenceBatch::new(examples, packing);
         let (mut chosen, mut rejected, mut weights, mut best) = (vec![], vec![], vec![], vec![]);
         for ranks in &batch.ranks {
             let first = best.len();
@@ -61,7 +61,7 @@ impl PreferenceBatch {
             let before = chosen.len();
             for (i, a) in ranks.iter().enumerate() {
                 for (j, _) in ranks.iter().enumerate().filter(|(_, b)| a < *b) {
-                    if which == Pairs::All || *a == lowest {
+                    if which == ComparedPairs::All || *a == lowest {
                         chosen.push((first + i) as i64);
                         rejected.push((first + j) as i64);
                     }
@@ -85,14 +85,19 @@ impl PreferenceBatch {
     }
 
     /// As an entry of a step; what is counted is added to `sums`. `sft`: the weight of a token of the best completions.
-    pub fn entry<'a>(&'a self, section: &'a Section, sft: f64, sums: &'a RefCell<PairSums>) -> Entry<'a> {
+    pub fn entry<'a>(
+        &'a self,
+        section: &'a DpoSection,
+        sft: f64,
+        sums: &'a RefCell<PairSums>,
+    ) -> StepEntry<'a> {
         let loss = move |out: &LogProbs| Ok(self.loss(&out.logprobs, section, sft, &mut sums.borrow_mut()));
         let objective = Objective::LogProbs { temperature: 1.0, entropies: false, loss: Box::new(loss) };
-        Entry { batch: &self.completions.batch, objective, balance: None }
+        StepEntry { batch: &self.completions.batch, objective, balance: None }
     }
 
     /// The loss of the micro-batch, from the log-probabilities of all labels, `[N]`; what is counted is added to `sums`.
-    pub fn loss(&self, logprobs: &Tensor, section: &Section, sft: f64, counted: &mut PairSums) -> Tensor {
+    pub fn loss(&self, logprobs: &Tensor, section: &DpoSection, sft: f64, counted: &mut PairSums) -> Tensor {
         let (sums, kind) = (self.completions.sums(logprobs), self.completions.mask.kind());
         let ratios = &sums - &self.reference;
         let tokens = self.completions.tokens();
@@ -172,7 +177,7 @@ impl PairSums {
     }
 
     /// Adds the means.
-    pub fn describe(&self, record: Record) -> Record {
+    pub fn describe(&self, record: MetricsLine) -> MetricsLine {
         record
             .float("rewards_chosen", self.rewards_chosen)
             .float("rewards_rejected", self.rewards_rejected)

@@ -14,7 +14,7 @@ use crate::algorithms::learner::Learner;
 use crate::algorithms::recipe::{Recipe, Shown};
 use crate::algorithms::reference as online;
 use crate::algorithms::run::Start;
-use crate::algorithms::step::{self, Entry, Stop};
+use crate::algorithms::step::{self, StepEntry, StopCheck};
 use crate::algorithms::{records, session};
 use crate::checkpoint::Metric;
 use crate::config::dpo::{Dpo, ReferenceFrom};
@@ -31,11 +31,11 @@ use crate::error::Result;
 use crate::info;
 use crate::model::{DropoutPlace, Llama, Trainable};
 use crate::optim::Schedule;
-use crate::plan::training::{Rows, Training};
-use crate::plan::{Plan, Target};
-use crate::telemetry::Record;
+use crate::plan::training::{RowShape, TrainingMemory};
+use crate::plan::{MemoryPlan, PlanTarget};
+use crate::telemetry::MetricsLine;
 use batch::{PairSums, PreferenceBatch};
-use reference::{Of, Reference, ReferenceModel};
+use reference::{ReferenceModel, ReferenceOf, ReferenceScores};
 
 /// What a run reads before any rank talks to another.
 pub struct Inputs {
@@ -64,7 +64,7 @@ impl Recipe for Dpo {
         let chat = Chat::new(&base.tokenizer)?;
         let (train, valid) = preferences::open(&self.data, &chat, self.seed)?;
         let steps = base::steps(&self.train, train.num_rows(), self.schedule.warmup_steps)?;
-        let open = |r: &crate::config::dpo::Reference| {
+        let open = |r: &crate::config::dpo::ReferencePath| {
             online::Reference::open_other(&r.path, self.tokenizer.as_ref(), length, &base)
         };
         let reference = self.reference.as_ref().map(open).transpose()?;
@@ -91,14 +91,14 @@ impl Recipe for Dpo {
         Shown::Examples { train, valid, chat, longest: self.data.sequence_length }
     }
 
-    fn plan(&self, target: &Target) -> Result<Plan> {
+    fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan> {
         let (model, tokenizer) = (model_or_preset(&self.model), self.tokenizer.as_ref());
         let length = self.data.sequence_length;
         let (shape, trainable) =
             shape_and_trainable(&model, Head::Lm, tokenizer, length, &self.freeze, self.lora.as_ref())?;
-        let rows = Rows::completions(target.completions, length, self.data.packing);
+        let rows = RowShape::completions(target.completions, length, self.data.packing);
         let plans = trainable.plans(&shape)?;
-        let training = Training::new(Self::SUBCOMMAND, &self.common(), shape, &plans, rows, target)?;
+        let training = TrainingMemory::new(Self::SUBCOMMAND, &self.common(), shape, &plans, rows, target)?;
 
         let online = self.dpo.reference == ReferenceFrom::Online;
         let other = self.reference.as_ref().map(|r| r.path.as_path());
@@ -170,10 +170,11 @@ fn dpo(loaded: &Loaded<Dpo>, inputs: &Inputs, world: &World, start: &Start) -> R
         let sft = sft_weight(c, &inputs.train, next, count);
         let mut batches = this_ranks_batches(c, &inputs.train, next, step, world);
         for batch in &mut batches {
-            batch.reference = reference.logps(&mut session.models.model, batch, Of::Train)?;
+            batch.reference = reference.logps(&mut session.models.model, batch, ReferenceOf::Train)?;
         }
         let sums = RefCell::new(PairSums::default());
-        let mut entries: Vec<Entry> = batches.iter().map(|batch| batch.entry(&c.dpo, sft, &sums)).collect();
+        let mut entries: Vec<StepEntry> =
+            batches.iter().map(|batch| batch.entry(&c.dpo, sft, &sums)).collect();
         let update = session.models.update(&mut entries, lr, world)?;
         drop(entries);
         let sums = sums.into_inner().over_ranks(&world.group)?;
@@ -191,7 +192,7 @@ fn dpo(loaded: &Loaded<Dpo>, inputs: &Inputs, world: &World, start: &Start) -> R
     session.finish(tokenizer)
 }
 
-fn describe(record: Record, sums: &PairSums, c: &Dpo) -> Record {
+fn describe(record: MetricsLine, sums: &PairSums, c: &Dpo) -> MetricsLine {
     let record = sums.describe(record);
     if c.dpo.sft_weight == 0.0 { record } else { record.float("nll", sums.nll()) }
 }
@@ -229,14 +230,19 @@ fn num_valid(c: &Dpo, data: &RowLoader) -> u64 {
 }
 
 /// Validates, where that is due; whether the checkpoint is the best so far, to be saved.
-fn validation(c: &Dpo, inputs: &Inputs, reference: &mut Reference, session: &mut Session) -> Result<bool> {
+fn validation(
+    c: &Dpo,
+    inputs: &Inputs,
+    reference: &mut ReferenceScores,
+    session: &mut Session,
+) -> Result<bool> {
     let Some(valid) = inputs.valid.as_ref().filter(|_| session.run.due(c.valid.every)) else {
         return Ok(false);
     };
     let (run, model) = (&mut session.run, &mut session.models.model);
     let validated = validate(c, model, reference, valid, session.world, &mut || run.interrupted())?;
     let Some((loss, sums)) = validated else { return run.owe_validation() };
-    let record = run.with_loss(Record::new("valid", run.progress.step), loss);
+    let record = run.with_loss(MetricsLine::new("valid", run.progress.step), loss);
     let record = describe(record, &sums, c).float("perplexity", sums.nll().exp());
     run.log(&record.count("ties", ties(valid, 0, num_valid(c, valid))));
     run.restart_window();
@@ -248,10 +254,10 @@ fn validation(c: &Dpo, inputs: &Inputs, reference: &mut Reference, session: &mut
 fn validate(
     c: &Dpo,
     model: &mut Llama,
-    reference: &mut Reference,
+    reference: &mut ReferenceScores,
     data: &RowLoader,
     world: &World,
-    stop: Stop,
+    stop: StopCheck,
 ) -> Result<Option<(f64, PairSums)>> {
     let total = num_valid(c, data);
     let sft = sft_weight(c, data, 0, total);
@@ -265,7 +271,7 @@ fn validate(
             n => ((first..first + n).collect(), 1.0 / total as f64),
         };
         let mut batch = PreferenceBatch::new(c, data, &numbers, share, world.device);
-        batch.reference = reference.logps(model, &batch, Of::Valid)?;
+        batch.reference = reference.logps(model, &batch, ReferenceOf::Valid)?;
         let logprobs = batch.completions.logprobs(model)?;
         loss += batch.loss(&logprobs, &c.dpo, sft, &mut sums).double_value(&[]);
     }

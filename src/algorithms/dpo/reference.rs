@@ -22,7 +22,7 @@ use crate::info;
 use crate::model::Llama;
 
 /// Where log-probabilities under the reference come from.
-pub enum Reference {
+pub enum ReferenceScores {
     /// Of the training and the validation data.
     Cached(SequenceValues, Option<SequenceValues>),
     Online(Online),
@@ -30,7 +30,7 @@ pub enum Reference {
 
 /// Which data a micro-batch is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Of {
+pub enum ReferenceOf {
     Train,
     Valid,
 }
@@ -39,10 +39,10 @@ pub enum Of {
 pub struct ReferenceModel {
     /// What it is; none where it is the learner without its adapters, which has a record of its own.
     pub record: Option<ModelRecord>,
-    state: Loaded,
+    state: LoadedReference,
 }
 
-enum Loaded {
+enum LoadedReference {
     Online(Online),
     /// The key of its cached log-probabilities.
     Cached(String),
@@ -55,7 +55,7 @@ impl ReferenceModel {
         if c.dpo.reference == ReferenceFrom::Online {
             let (base, trainable) = (&inputs.base, &inputs.trainable);
             let (online, record) = Online::open(base, trainable, other, &c.common(), world)?;
-            return Ok(ReferenceModel { record, state: Loaded::Online(online) });
+            return Ok(ReferenceModel { record, state: LoadedReference::Online(online) });
         }
         let base = other.unwrap_or(&inputs.base);
         let weights = base.weights.as_ref().ok_or_else(|| Error::failed("a new model is no reference"))?;
@@ -65,7 +65,7 @@ impl ReferenceModel {
         let record = base.record_asked("reference", key, hash);
         let details = record.as_ref().map(|record| record.details.to_string()).unwrap_or_default();
         let key = format!("{hash} {details} {kept:?} {:?}", c.precision.compute);
-        Ok(ReferenceModel { record, state: Loaded::Cached(key) })
+        Ok(ReferenceModel { record, state: LoadedReference::Cached(key) })
     }
 
     /// Computes log-probabilities that are not in the cache yet. `is_new`: the learner is as the run begins. Collective.
@@ -76,10 +76,10 @@ impl ReferenceModel {
         learner: &mut Learner,
         is_new: bool,
         world: &World,
-    ) -> Result<Reference> {
+    ) -> Result<ReferenceScores> {
         let key = match self.state {
-            Loaded::Online(online) => return Ok(Reference::Online(online)),
-            Loaded::Cached(key) => key,
+            LoadedReference::Online(online) => return Ok(ReferenceScores::Online(online)),
+            LoadedReference::Cached(key) => key,
         };
         let mut train = open_cache(c, &inputs.train, &key, world)?;
         let steps = inputs.steps * c.train.batch_size as u64;
@@ -112,23 +112,25 @@ impl ReferenceModel {
                 fill_both(&mut model)?;
             }
         }
-        Ok(Reference::Cached(train, valid))
+        Ok(ReferenceScores::Cached(train, valid))
     }
 }
 
-impl Reference {
+impl ReferenceScores {
     /// The log-probabilities of a micro-batch's completions, `[S]`, in the dtype of its mask.
-    pub fn logps(&mut self, model: &mut Llama, batch: &PreferenceBatch, of: Of) -> Result<Tensor> {
+    pub fn logps(&mut self, model: &mut Llama, batch: &PreferenceBatch, of: ReferenceOf) -> Result<Tensor> {
         match self {
-            Reference::Cached(train, valid) => {
-                let cached = if of == Of::Train { train } else { valid.as_ref().unwrap_or(train) };
+            ReferenceScores::Cached(train, valid) => {
+                let cached = if of == ReferenceOf::Train { train } else { valid.as_ref().unwrap_or(train) };
                 let of_example =
                     |(s, n): &(usize, std::ops::Range<usize>)| cached.values[*s][n.clone()].to_vec();
                 let values: Vec<f64> = batch.places.iter().flat_map(of_example).collect();
                 let mask = &batch.completions.mask;
                 Ok(Tensor::from_slice(&values).to_device(mask.device()).to_kind(mask.kind()))
             }
-            Reference::Online(online) => online.with(model, |reference| batch.completions.logps(reference)),
+            ReferenceScores::Online(online) => {
+                online.with(model, |reference| batch.completions.logps(reference))
+            }
         }
     }
 }
@@ -158,9 +160,9 @@ fn fill(
     if missing.is_empty() {
         return Ok(());
     }
-    let train = sections::Train { batch_size: missing.len() as i64, ..c.train.clone() };
+    let train = sections::TrainSection { batch_size: missing.len() as i64, ..c.train.clone() };
     let micro = c.train.micro_batch_size(world.mesh.data.size);
-    let train = sections::Train { micro_batch_size: Some(micro), ..train };
+    let train = sections::TrainSection { micro_batch_size: Some(micro), ..train };
     // One number a sequence of `missing`, in order.
     let mut offsets = vec![0];
     for row in missing {

@@ -10,8 +10,8 @@ use crate::algorithms::losses::grpo::{GroupAdvantages, ScaleRewards, group_advan
 use crate::algorithms::recipe::{Recipe, Shown};
 use crate::algorithms::records;
 use crate::algorithms::rl::memory::{self, Others, Work};
-use crate::algorithms::rl::policy::{Opened, Policy, Samplers, describe};
-use crate::algorithms::rl::sampling::{Batch, Sampled, Sampler, Times};
+use crate::algorithms::rl::policy::{OpenedPolicy, Policy, Samplers, describe};
+use crate::algorithms::rl::sampling::{ResponseBatch, Sampled, Sampler, SamplingTimes};
 use crate::algorithms::run::Start;
 use crate::algorithms::session::Session;
 use crate::config::common::Common;
@@ -24,12 +24,12 @@ use crate::distributed::world::World;
 use crate::error::Result;
 use crate::model::Trainable;
 use crate::optim::Schedule;
-use crate::plan::{Plan, Target};
-use crate::telemetry::Record;
+use crate::plan::{MemoryPlan, PlanTarget};
+use crate::telemetry::MetricsLine;
 
 /// What a run reads before any rank talks to another.
 pub struct Inputs {
-    opened: Opened,
+    opened: OpenedPolicy,
     samplers: Samplers,
 }
 
@@ -39,7 +39,7 @@ impl Recipe for Grpo {
     type Inputs = Inputs;
 
     fn open(&self) -> Result<Inputs> {
-        let (opened, samplers) = Opened::open(&self.sections_of_responses(), self.uses_reference())?;
+        let (opened, samplers) = OpenedPolicy::open(&self.sections_of_responses(), self.uses_reference())?;
         Ok(Inputs { opened, samplers })
     }
 
@@ -64,7 +64,7 @@ impl Recipe for Grpo {
         memory::names_preset(&self.sections_of_responses(), None)
     }
 
-    fn plan(&self, target: &Target) -> Result<Plan> {
+    fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan> {
         let work = Work {
             responses: self.num_responses() / target.ranks,
             micro_batch: self.micro_batch_size(target.ranks),
@@ -81,7 +81,7 @@ impl Recipe for Grpo {
 
 fn grpo(
     loaded: &Loaded<Grpo>,
-    opened: &Opened,
+    opened: &OpenedPolicy,
     samplers: Samplers,
     world: &World,
     start: &Start,
@@ -125,7 +125,7 @@ fn grpo(
                 .count("resampled", asked.resampled)
                 .count("dropped", sampler.prompts.dropped);
             let (rollout_s, generated_tokens) = (batch.rollout_s, asked.generated);
-            let times = Times { asking_s, rollout_s, update_s, generated_tokens };
+            let times = SamplingTimes { asking_s, rollout_s, update_s, generated_tokens };
             session.run.log(&times.describe(train));
         }
         session.end_step(&mut validation)?;
@@ -135,8 +135,8 @@ fn grpo(
 }
 
 /// The responses of an iteration.
-struct Asked {
-    batch: Batch,
+struct GroupResponses {
+    batch: ResponseBatch,
     /// The number of the next prompt.
     next: u64,
     /// Groups that were asked in the place of others.
@@ -145,12 +145,18 @@ struct Asked {
     generated: usize,
     /// Of the responses to the prompts that were due, also of those that were replaced: what is left of resampling is the
     /// harder part of the data. `reward_kept` is the mean of those that are learned from.
-    told: Record,
+    told: MetricsLine,
 }
 
 /// Asks the next prompts, and others in the place of those whose responses are all equally good, as often as is configured.
 /// All ranks decide alike, since they know all responses. Collective.
-fn ask(c: &Grpo, policy: &mut Policy, sampler: &mut Sampler, first: u64, world: &World) -> Result<Asked> {
+fn ask(
+    c: &Grpo,
+    policy: &mut Policy,
+    sampler: &mut Sampler,
+    first: u64,
+    world: &World,
+) -> Result<GroupResponses> {
     let (count, group) = (c.train.batch_size as u64, c.grpo.group_size as usize);
     let mut batch = policy.ask(sampler, first, count, group, world)?;
     let (mut next, mut resampled, mut generated) = (first + count, 0, batch.generated_tokens());
@@ -180,10 +186,10 @@ fn ask(c: &Grpo, policy: &mut Policy, sampler: &mut Sampler, first: u64, world: 
     if c.grpo.resample > 0 {
         told = told.float("reward_kept", describe(&batch.samples).get("reward").unwrap_or(f64::NAN));
     }
-    Ok(Asked { batch, next, resampled, generated, told })
+    Ok(GroupResponses { batch, next, resampled, generated, told })
 }
 
-fn group_of(batch: &Batch, number: usize, size: usize) -> &[Sampled] {
+fn group_of(batch: &ResponseBatch, number: usize, size: usize) -> &[Sampled] {
     &batch.samples[number * size..(number + 1) * size]
 }
 

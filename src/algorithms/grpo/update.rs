@@ -6,23 +6,23 @@ use kernels::c10d::{Group, ReduceOp};
 use tch::{Device, Kind, Tensor};
 
 use super::{advantages, rewards};
-use crate::algorithms::losses::Counts;
+use crate::algorithms::losses::ClipCounts;
 use crate::algorithms::losses::grpo::{GroupAdvantages, GrpoLoss, LossType};
 use crate::algorithms::rl::experience::SamplerDistance;
 use crate::algorithms::rl::policy::{Policy, logprobs, share_of};
-use crate::algorithms::rl::sampling::Batch;
-use crate::algorithms::step::{Entry, MicroBatch, Objective, Update};
+use crate::algorithms::rl::sampling::ResponseBatch;
+use crate::algorithms::step::{MicroBatch, Objective, StepEntry, Update};
 use crate::config::grpo::{Advantages, Grpo, Truncated};
 use crate::distributed::exchange::gather_rows;
 use crate::distributed::world::World;
 use crate::error::Result;
 use crate::model::head::LogProbs;
 use crate::random::Permutation;
-use crate::telemetry::Record;
+use crate::telemetry::MetricsLine;
 
 /// What is known of an iteration's n responses before its updates, equal on all ranks. Matrices are [n, W] on the CPU, 0
 /// where there is no token of a response.
-struct Experience {
+struct GroupExperience {
     /// The log-probabilities under the reference, where there is one.
     reference: Option<Tensor>,
     /// The policy's log-probabilities and entropies before the updates. None where one update has all responses: its own
@@ -75,12 +75,12 @@ impl GrpoSums {
 pub fn update(
     c: &Grpo,
     policy: &mut Policy,
-    batch: &Batch,
+    batch: &ResponseBatch,
     step: u64,
     lr: f64,
     temperature: f64,
     world: &World,
-) -> Result<(Update, Record)> {
+) -> Result<(Update, MetricsLine)> {
     let e = experience(c, policy, batch, temperature, world)?;
     let n = batch.sequences.len();
     let (mut updates, mut sums, mut apart) = (Vec::new(), GrpoSums::default(), SamplerDistance::default());
@@ -124,10 +124,10 @@ fn per_response(t: &Tensor, mask: &Tensor) -> Result<Vec<f64>> {
 fn experience(
     c: &Grpo,
     policy: &mut Policy,
-    batch: &Batch,
+    batch: &ResponseBatch,
     temperature: f64,
     world: &World,
-) -> Result<Experience> {
+) -> Result<GroupExperience> {
     let (grpo, sequences, samples) = (&c.grpo, &batch.sequences, &batch.samples);
     let share = share_of(sequences, c.micro_batch_size(world.mesh.data.size) as usize, world);
     let reference = match c.uses_reference() {
@@ -163,11 +163,17 @@ fn experience(
         (groups, advantages) = self::advantages(c, &rewards);
     }
     let tokens = mask.sum(Kind::Double).double_value(&[]);
-    Ok(Experience { reference, old, scored, kept, groups, advantages, kl, tokens, idle })
+    Ok(GroupExperience { reference, old, scored, kept, groups, advantages, kl, tokens, idle })
 }
 
 /// What is logged of an iteration.
-fn describe(e: &Experience, sums: &GrpoSums, batch: &Batch, updates: usize, step: u64) -> Result<Record> {
+fn describe(
+    e: &GroupExperience,
+    sums: &GrpoSums,
+    batch: &ResponseBatch,
+    updates: usize,
+    step: u64,
+) -> Result<MetricsLine> {
     let entropy = match &e.old {
         Some([_, entropies]) => {
             per_response(entropies, &batch.sequences.mask(Kind::Double))?.iter().sum::<f64>()
@@ -179,7 +185,7 @@ fn describe(e: &Experience, sums: &GrpoSums, batch: &Batch, updates: usize, step
         (Some(_), Some(kl)) => kl.iter().sum::<f64>(),
         (Some(_), None) => sums.kl,
     };
-    Ok(Record::new("train", step + 1)
+    Ok(MetricsLine::new("train", step + 1)
         .float("reward_std", e.groups.reward_std)
         .float("kl", kl / batch.sequences.len() as f64)
         .float("entropy", entropy / e.tokens.max(1.0))
@@ -190,10 +196,10 @@ fn describe(e: &Experience, sums: &GrpoSums, batch: &Batch, updates: usize, step
 
 /// One update.
 struct MinibatchUpdate<'a> {
-    batch: &'a Batch,
-    e: &'a Experience,
+    batch: &'a ResponseBatch,
+    e: &'a GroupExperience,
     objective: GrpoLoss,
-    counts: Counts,
+    counts: ClipCounts,
     temperature: f64,
     /// The longest response that may be.
     longest: i64,
@@ -208,8 +214,8 @@ impl<'a> MinibatchUpdate<'a> {
     /// On these responses, of which this rank takes its share.
     fn new(
         c: &Grpo,
-        batch: &'a Batch,
-        e: &'a Experience,
+        batch: &'a ResponseBatch,
+        e: &'a GroupExperience,
         minibatch: &[usize],
         temperature: f64,
         world: &World,
@@ -242,7 +248,7 @@ impl<'a> MinibatchUpdate<'a> {
             batch,
             e,
             objective,
-            counts: Counts { sequences: scored as f64, tokens },
+            counts: ClipCounts { sequences: scored as f64, tokens },
             temperature,
             longest: c.generation.max_new_tokens.high as i64,
             parts: parts.collect(),
@@ -254,17 +260,17 @@ impl<'a> MinibatchUpdate<'a> {
     /// Forward, backward and update. Collective.
     fn run(&self, policy: &mut Policy, lr: f64) -> Result<Update> {
         let entries = self.parts.iter().map(|(rows, batch)| self.entry(rows, batch));
-        let mut entries: Vec<Entry> = entries.collect();
+        let mut entries: Vec<StepEntry> = entries.collect();
         policy.actor.update(&mut entries, lr, &policy.actor_world)
     }
 
-    fn entry<'b>(&'b self, rows: &'b [usize], batch: &'b MicroBatch) -> Entry<'b> {
+    fn entry<'b>(&'b self, rows: &'b [usize], batch: &'b MicroBatch) -> StepEntry<'b> {
         let objective = Objective::LogProbs {
             temperature: self.temperature,
             entropies: self.e.old.is_none(),
             loss: Box::new(move |out| Ok(self.loss(rows, batch, out))),
         };
-        Entry { batch, objective, balance: None }
+        StepEntry { batch, objective, balance: None }
     }
 
     /// The part of the loss that these responses are; [B, T], of which `out` has the labels' log-probabilities `[B * T]`.

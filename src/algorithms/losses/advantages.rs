@@ -53,7 +53,7 @@ pub fn gae(
 
 /// Count, mean and variances of masked values over all ranks.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Moments {
+pub struct MaskedMoments {
     pub count: f64,
     /// 0 where there are no values.
     pub mean: f64,
@@ -63,10 +63,10 @@ pub struct Moments {
     pub biased_variance: f64,
 }
 
-impl Moments {
+impl MaskedMoments {
     /// Of all ranks' values where `mask` is 1. Sums are taken in float64: first of the values, then of the squared
     /// distances from their mean. A collective call.
-    pub fn of(values: &Tensor, mask: &Tensor, group: &Group) -> Result<Moments> {
+    pub fn of(values: &Tensor, mask: &Tensor, group: &Group) -> Result<MaskedMoments> {
         let (values, mask) = (values.to_kind(Kind::Double), mask.to_kind(Kind::Double));
         let sum = |t: &Tensor| t.sum(Kind::Double).double_value(&[]);
         let totals = group.combine(&[sum(&(&values * &mask)), sum(&mask)], ReduceOp::Sum)?;
@@ -74,7 +74,7 @@ impl Moments {
         let mean = if count > 0.0 { totals[0] / count } else { 0.0 };
         let distance = (values - mean) * &mask;
         let squares = group.combine(&[sum(&(&distance * &distance))], ReduceOp::Sum)?[0];
-        Ok(Moments {
+        Ok(MaskedMoments {
             count,
             mean,
             variance: if count > 1.0 { squares / (count - 1.0) } else { 0.0 },
@@ -92,12 +92,12 @@ impl Moments {
 
 /// Whitens values by their mean and (n - 1) variance over all ranks. A collective call.
 pub fn whiten(values: &Tensor, mask: &Tensor, keep_mean: bool, group: &Group) -> Result<Tensor> {
-    Ok(Moments::of(values, mask, group)?.whiten(values, mask, keep_mean))
+    Ok(MaskedMoments::of(values, mask, group)?.whiten(values, mask, keep_mean))
 }
 
 /// The share of the returns' variance that the values explain: `1 - var(returns - values) / var(returns)` over all
 /// ranks; NaN where the returns do not vary. A collective call.
 pub fn explained_variance(values: &Tensor, returns: &Tensor, mask: &Tensor, group: &Group) -> Result<f64> {
-    let rest = Moments::of(&(returns - values), mask, group)?.biased_variance;
-    Ok(1.0 - rest / Moments::of(returns, mask, group)?.biased_variance)
+    let rest = MaskedMoments::of(&(returns - values), mask, group)?.biased_variance;
+    Ok(1.0 - rest / MaskedMoments::of(returns, mask, group)?.biased_variance)
 }

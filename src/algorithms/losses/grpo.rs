@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use super::kl::KlEstimator;
-use super::policy::{Aggregation, Counts, lengths, log_ratio};
-pub use crate::config::policy::{Level, LossType};
+use super::policy::{Aggregation, ClipCounts, lengths, log_ratio};
+pub use crate::config::policy::{LossType, RatioLevel};
 
 /// What the distance of a reward from its group's mean is divided by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -96,7 +96,7 @@ pub fn rloo(rewards: &[f64], group_size: usize) -> Vec<f64> {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GrpoLoss {
     pub loss: LossType,
-    pub level: Level,
+    pub level: RatioLevel,
     pub epsilon_low: f64,
     pub epsilon_high: f64,
     /// The largest ratio, whatever the sign of the advantage (two-sided clipping).
@@ -113,8 +113,8 @@ impl GrpoLoss {
     pub fn ratio(&self, logprobs: &Tensor, old: &Tensor, mask: &Tensor) -> Tensor {
         let log_ratio = log_ratio(logprobs, old);
         match self.level {
-            Level::Token => log_ratio,
-            Level::Sequence => {
+            RatioLevel::Token => log_ratio,
+            RatioLevel::Sequence => {
                 (log_ratio * mask).sum_dim_intlist([1i64].as_slice(), true, mask.kind()) / lengths(mask)
             }
         }
@@ -154,7 +154,7 @@ impl GrpoLoss {
 
     /// The weights of tokens, [B, R], for `counts` of the update (`dapo` and `cispo`: of the rollout, divided by its
     /// updates); `longest`: the tokens that an answer may have at most.
-    pub fn weights(&self, mask: &Tensor, counts: &Counts, longest: i64) -> Tensor {
+    pub fn weights(&self, mask: &Tensor, counts: &ClipCounts, longest: i64) -> Tensor {
         let aggregation = match self.loss {
             LossType::Grpo | LossType::Sapo => Aggregation::SeqMeanTokenMean,
             LossType::Bnpo | LossType::Dapo | LossType::Cispo => Aggregation::TokenMean,

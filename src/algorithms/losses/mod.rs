@@ -16,6 +16,6 @@ pub mod unpaired;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use advantages::{Moments, gae, token_rewards, whiten};
+pub(crate) use advantages::{MaskedMoments, gae, token_rewards, whiten};
 pub(crate) use kl::KlController;
-pub(crate) use policy::{Clip, Counts, PolicySums};
+pub(crate) use policy::{Clip, ClipCounts, PolicySums};

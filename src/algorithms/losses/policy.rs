@@ -12,22 +12,22 @@ const MOST_LOG_RATIO: f64 = 20.0;
 
 /// Responses and tokens that count in an update, over all its ranks and micro-batches.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Counts {
+pub struct ClipCounts {
     pub sequences: f64,
     pub tokens: f64,
 }
 
-impl Counts {
+impl ClipCounts {
     /// Of this rank's rows, by their mask; rows without tokens count as sequences.
-    pub fn of(mask: &Tensor) -> Counts {
-        Counts { sequences: mask.size()[0] as f64, tokens: mask.sum(Kind::Double).double_value(&[]) }
+    pub fn of(mask: &Tensor) -> ClipCounts {
+        ClipCounts { sequences: mask.size()[0] as f64, tokens: mask.sum(Kind::Double).double_value(&[]) }
     }
 }
 
 impl Aggregation {
     /// The weight of each token, [B, R]: the loss is the sum of weighted losses over all micro-batches and ranks.
     /// `longest`: the tokens that a response may have at most.
-    pub fn weights(self, mask: &Tensor, counts: &Counts, longest: i64) -> Tensor {
+    pub fn weights(self, mask: &Tensor, counts: &ClipCounts, longest: i64) -> Tensor {
         let sequences = counts.sequences.max(1.0);
         match self {
             Aggregation::TokenMean => mask / counts.tokens.max(1.0),

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use crate::config::dpo::{Loss, Section};
+use crate::config::dpo::{DpoLoss, DpoSection};
 
 /// P pairs. Log-ratios are log-probabilities of whole completions under the policy minus those under the reference, in
 /// nats, `[P]`; numbers of tokens have their dtype.
@@ -18,29 +18,29 @@ pub struct PairLogRatios {
 }
 
 /// The loss of each pair, `[P]`. With `d` = chosen - rejected, the
-/// formulas are those of the papers at [`Loss`], as TRL has them.
-pub fn losses(s: &Section, p: &PairLogRatios) -> Tensor {
+/// formulas are those of the papers at [`DpoLoss`], as TRL has them.
+pub fn losses(s: &DpoSection, p: &PairLogRatios) -> Tensor {
     let (beta, smoothing) = (s.beta, s.label_smoothing);
     let d = &p.chosen - &p.rejected;
     let per_token = || &p.chosen / &p.chosen_tokens - &p.rejected / &p.rejected_tokens;
     let ipo = |d: Tensor| (d - 0.5 / beta).square();
     let (chosen, rejected) = (&p.chosen * beta, &p.rejected * beta);
     match s.loss {
-        Loss::Sigmoid => {
+        DpoLoss::Sigmoid => {
             let x = d * beta;
             -(x.log_sigmoid() * (1.0 - smoothing)) - (-x).log_sigmoid() * smoothing
         }
-        Loss::SigmoidNorm => -(per_token() * beta).log_sigmoid(),
-        Loss::Ipo => ipo(per_token()),
-        Loss::IpoSum => ipo(d),
-        Loss::Hinge => (-(d * beta) + 1.0).relu(),
-        Loss::Robust => {
+        DpoLoss::SigmoidNorm => -(per_token() * beta).log_sigmoid(),
+        DpoLoss::Ipo => ipo(per_token()),
+        DpoLoss::IpoSum => ipo(d),
+        DpoLoss::Hinge => (-(d * beta) + 1.0).relu(),
+        DpoLoss::Robust => {
             let x = d * beta;
             let (right, wrong) = (x.log_sigmoid(), (-x).log_sigmoid());
             (wrong * smoothing - right * (1.0 - smoothing)) / (1.0 - 2.0 * smoothing)
         }
-        Loss::ApoZero => 1.0 - chosen.sigmoid() + rejected.sigmoid(),
-        Loss::ExoPair => {
+        DpoLoss::ApoZero => 1.0 - chosen.sigmoid() + rejected.sigmoid(),
+        DpoLoss::ExoPair => {
             let x = d * beta;
             // The target's logarithms are float32 numbers, as in TRL.
             let target = Tensor::from(smoothing as f32);
@@ -49,12 +49,12 @@ pub fn losses(s: &Section, p: &PairLogRatios) -> Tensor {
             let (right, wrong) = (x.log_sigmoid() - log_right, (-&x).log_sigmoid() - log_wrong);
             x.sigmoid() * right + (-x).sigmoid() * wrong
         }
-        Loss::NcaPair => {
+        DpoLoss::NcaPair => {
             let negative = ((-&chosen).log_sigmoid() + (-rejected).log_sigmoid()) * 0.5;
             -chosen.log_sigmoid() - negative
         }
-        Loss::BcoPair => -chosen.log_sigmoid() - (-rejected).log_sigmoid(),
-        Loss::SppoHard => (&p.chosen - 0.5 / beta).square() + (&p.rejected + 0.5 / beta).square(),
+        DpoLoss::BcoPair => -chosen.log_sigmoid() - (-rejected).log_sigmoid(),
+        DpoLoss::SppoHard => (&p.chosen - 0.5 / beta).square() + (&p.rejected + 0.5 / beta).square(),
     }
 }
 
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
     use crate::algorithms::step::differentiate;
     use crate::config::Conflicts;
-    use crate::config::dpo::{Pairs as Which, ReferenceFrom};
+    use crate::config::dpo::{ComparedPairs, ReferenceFrom};
     use serde_json::Value;
     use tch::Kind;
     use testing::golden::golden_algorithm;
@@ -98,7 +98,7 @@ mod tests {
         for case in all["cases"].as_array().unwrap() {
             let name = case["loss_type"].as_str().unwrap();
             let name = if name == "cdpo" { "sigmoid" } else { name };
-            let section = Section {
+            let section = DpoSection {
                 loss: serde_json::from_value(name.into()).unwrap(),
                 beta: case["beta"].as_f64().unwrap(),
                 label_smoothing: match name {
@@ -106,7 +106,7 @@ mod tests {
                     _ => 0.0,
                 },
                 sft_weight: 0.0,
-                pairs: Which::All,
+                pairs: ComparedPairs::All,
                 reference: ReferenceFrom::Cached,
             };
             let mut found = Conflicts::default();
@@ -167,11 +167,11 @@ mod tests {
             chosen_tokens: of(&[tokens, tokens]),
             rejected_tokens: of(&[tokens, tokens]),
         };
-        let loss = |loss, tokens| losses(&Section { loss, ..Section::default() }, &pairs(tokens));
-        assert_eq!(loss(Loss::IpoSum, 1.0), loss(Loss::Ipo, 1.0));
+        let loss = |loss, tokens| losses(&DpoSection { loss, ..DpoSection::default() }, &pairs(tokens));
+        assert_eq!(loss(DpoLoss::IpoSum, 1.0), loss(DpoLoss::Ipo, 1.0));
         let wanted = of(&[(0.75f64 - 5.0).powi(2), (-3.0f64 - 5.0).powi(2)]);
-        near("sums", &loss(Loss::IpoSum, 7.0), &wanted, allowed(Quantity::TwoWays, Kind::Double));
+        near("sums", &loss(DpoLoss::IpoSum, 7.0), &wanted, allowed(Quantity::TwoWays, Kind::Double));
         let wanted = of(&[(0.25f64 - 5.0).powi(2), (-1.0f64 - 5.0).powi(2)]);
-        near("means", &loss(Loss::Ipo, 3.0), &wanted, allowed(Quantity::TwoWays, Kind::Double));
+        near("means", &loss(DpoLoss::Ipo, 3.0), &wanted, allowed(Quantity::TwoWays, Kind::Double));
     }
 }

@@ -6,12 +6,12 @@
 
 use tch::{Kind, Tensor};
 
-use crate::config::reward::Loss;
+use crate::config::reward::RewardLoss;
 
 /// What is added to the loss proper.
 #[derive(Debug, Default)]
 pub struct Terms {
-    /// How much better the better score must be, A `[P]` (Touvron et al. 2023, Llama 2); for [`Loss::Pairs`].
+    /// How much better the better score must be, A `[P]` (Touvron et al. 2023, Llama 2); for [`RewardLoss::Pairs`].
     pub margins: Option<Tensor>,
     /// Weight of the squared sum of each compared pair's scores, which keeps them around 0 (TRL's `center_rewards_coefficient`).
     pub center: f64,
@@ -37,7 +37,7 @@ const LOWEST: f64 = -1e30;
 ///   the loss of Bradley and Terry.
 /// - `best` (Ziegler et al. 2019): -log of the softmax of the best score; of several best ones their total.
 /// - `order` (Plackett and Luce): the sum over completions of -log softmax(s)_i among i and those that are worse.
-pub fn losses(loss: Loss, scores: &Tensor, ranks: &Tensor, terms: &Terms) -> Tensor {
+pub fn losses(loss: RewardLoss, scores: &Tensor, ranks: &Tensor, terms: &Terms) -> Tensor {
     let kind = scores.kind();
     let better = better(ranks, kind);
     let sum = |t: Tensor| t.sum_dim_intlist([1, 2].as_slice(), false, kind);
@@ -47,19 +47,19 @@ pub fn losses(loss: Loss, scores: &Tensor, ranks: &Tensor, terms: &Terms) -> Ten
     let only = |mask: &Tensor| scores.where_scalarother(mask, LOWEST);
     let comparable = sum(better.shallow_clone()).gt(0.0).to_kind(kind);
     let proper = match loss {
-        Loss::Pairs => {
+        RewardLoss::Pairs => {
             let mut difference = pairs(scores, 1.0);
             if let Some(margins) = &terms.margins {
                 difference -= margins.view([-1, 1, 1]);
             }
             of_pairs(-difference.log_sigmoid())
         }
-        Loss::Best => {
+        RewardLoss::Best => {
             let best = ranks.eq(0);
             (only(&there).logsumexp([1].as_slice(), false) - only(&best).logsumexp([1].as_slice(), false))
                 * comparable
         }
-        Loss::Order => {
+        RewardLoss::Order => {
             let k = scores.size()[1];
             // Row i: itself and those that are worse.
             let mut rivals = better.gt(0.0);
@@ -77,7 +77,7 @@ pub fn losses(loss: Loss, scores: &Tensor, ranks: &Tensor, terms: &Terms) -> Ten
 
 /// Sums over compared pairs.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Pairs {
+pub struct PairCounts {
     /// Pairs that are compared.
     pub num_pairs: f64,
     /// Pairs that are not compared, since their ranks are equal.
@@ -90,16 +90,16 @@ pub struct Pairs {
     pub rejected: f64,
 }
 
-impl Pairs {
+impl PairCounts {
     /// Over the pairs of all prompts: `scores` and `ranks` are [prompts, completions]; a rank of -1 is no completion.
-    pub fn of(scores: &Tensor, ranks: &Tensor) -> Pairs {
+    pub fn of(scores: &Tensor, ranks: &Tensor) -> PairCounts {
         let scores = scores.detach().to_kind(Kind::Double);
         let better = better(ranks, Kind::Double);
         let sum = |t: Tensor| (t * &better).sum(Kind::Double).double_value(&[]);
         let num_pairs = better.sum(Kind::Double).double_value(&[]);
         let there = ranks.ge(0).sum_dim_intlist([1].as_slice(), false, Kind::Double);
         let all = (&there * (&there - 1.0)).sum(Kind::Double).double_value(&[]) / 2.0;
-        Pairs {
+        PairCounts {
             num_pairs,
             ties: all - num_pairs,
             right: sum(pairs(&scores, 1.0).gt(0.0).to_kind(Kind::Double)),
@@ -109,7 +109,7 @@ impl Pairs {
     }
 
     /// Adds the sums of other pairs.
-    pub fn add(&mut self, other: Pairs) {
+    pub fn add(&mut self, other: PairCounts) {
         self.num_pairs += other.num_pairs;
         self.ties += other.ties;
         self.right += other.right;

@@ -8,10 +8,10 @@ use testing::golden::golden_algorithm;
 use testing::tolerance::{Quantity, allowed};
 
 use super::advantages::explained_variance;
-use super::grpo::{GrpoLoss, Level, LossType, ScaleRewards, group_advantages, rloo};
+use super::grpo::{GrpoLoss, LossType, RatioLevel, ScaleRewards, group_advantages, rloo};
 use super::kl::{KlController, KlEstimator};
-use super::policy::{Aggregation, Clip, Counts, PolicySums, policy_loss, value_loss};
-use super::{Moments, gae, token_rewards};
+use super::policy::{Aggregation, Clip, ClipCounts, PolicySums, policy_loss, value_loss};
+use super::{MaskedMoments, gae, token_rewards};
 
 /// A golden value with the dtype under test.
 struct Golden<'a>(&'a Value, Kind);
@@ -120,13 +120,13 @@ fn whitening() {
     in_both("whiten.json", |golden| {
         for case in golden.cases() {
             let (values, mask) = (case.tensor("values"), case.tensor("mask"));
-            let moments = Moments::of(&values, &mask, &Group::solo()).unwrap();
+            let moments = MaskedMoments::of(&values, &mask, &Group::solo()).unwrap();
             case.near_number("mean", moments.mean);
             case.near_number("var_unbiased", moments.variance);
             case.near_number("var_biased", moments.biased_variance);
             case.near("whitened", &moments.whiten(&values, &mask, false));
             case.near("whitened_keep_mean", &moments.whiten(&values, &mask, true));
-            let biased = Moments { variance: moments.biased_variance, ..moments };
+            let biased = MaskedMoments { variance: moments.biased_variance, ..moments };
             case.near("whitened_biased", &biased.whiten(&values, &mask, false));
         }
     });
@@ -165,7 +165,7 @@ fn clipped_losses() {
             let (old, advantages, mask) = (t("old_logp"), t("advantages"), t("mask"));
             let range = case.number("cliprange");
             let clip = Clip { low: range, high: range, dual: None };
-            let counts = Counts::of(&mask);
+            let counts = ClipCounts::of(&mask);
             let policy =
                 [(Aggregation::TokenMean, "token_mean"), (Aggregation::SeqMeanTokenMean, "seq_mean")];
             for (aggregation, name) in policy {
@@ -251,12 +251,12 @@ fn groups() {
         let (old, reference, mask) = (t("old_logps"), t("ref_logps"), t("mask"));
         let advantages = golden.get("advantages").tensor(golden.text("loss_advantages"));
         let tokens = golden.number("num_items_in_batch");
-        let counts = Counts::of(&mask);
+        let counts = ClipCounts::of(&mask);
         assert_eq!(counts.tokens, tokens);
         for case in golden.cases() {
             let how = GrpoLoss {
                 loss: parse::<LossType>(case.text("loss_type")),
-                level: parse::<Level>(case.text("importance_sampling_level")),
+                level: parse::<RatioLevel>(case.text("importance_sampling_level")),
                 epsilon_low: case.number("epsilon_low"),
                 epsilon_high: case.number("epsilon_high"),
                 delta: case.maybe("delta"),
@@ -279,7 +279,7 @@ fn groups() {
                 assert!((got - kl).abs() < allowed(Quantity::Printed, Kind::Float), "{got} for {kl}");
             }
             // Of answers and not of tokens at the sequence's level.
-            if let (Some(low), Level::Token) = (metrics.maybe("clip_ratio/low_mean"), how.level) {
+            if let (Some(low), RatioLevel::Token) = (metrics.maybe("clip_ratio/low_mean"), how.level) {
                 let got = how.clipped(&t("logps"), &old, &advantages, &mask);
                 let high = metrics.number("clip_ratio/high_mean");
                 let rounded = allowed(Quantity::Printed, Kind::Float);
@@ -321,7 +321,7 @@ fn clipped_tokens_are_those_of_the_loss() {
     let advantages = Tensor::from_slice(&[1.0, -1.0]);
     let of = |loss, epsilon_high| GrpoLoss {
         loss,
-        level: Level::Token,
+        level: RatioLevel::Token,
         epsilon_low: 0.2,
         epsilon_high,
         delta: None,
@@ -367,10 +367,10 @@ fn a_response_without_tokens_is_left_out() {
     let rewards = token_rewards(&Tensor::from_slice(&[5.0, 7.0]), &kl, 0.5, &mask);
     assert_eq!(rewards, t(&[0.0, 0.0, 5.0, 0.0]));
     let none = mask.zeros_like();
-    let moments = Moments::of(&kl, &none, &Group::solo()).unwrap();
+    let moments = MaskedMoments::of(&kl, &none, &Group::solo()).unwrap();
     assert_eq!((moments.count, moments.variance), (0.0, 0.0));
     for aggregation in [Aggregation::TokenMean, Aggregation::SeqMeanTokenMean, Aggregation::SeqMeanTokenSum] {
-        let weights = aggregation.weights(&none, &Counts::of(&none), 2);
+        let weights = aggregation.weights(&none, &ClipCounts::of(&none), 2);
         assert_eq!(weights.sum(Kind::Double).double_value(&[]), 0.0);
     }
 }

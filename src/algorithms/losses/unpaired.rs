@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use crate::config::kto::{Loss, Section};
+use crate::config::kto::{KtoLoss, KtoSection};
 
 /// The loss of each completion, `[S]` (Ethayarajh et al. 2024, eq. 7 to 9, as TRL has it):
 ///
@@ -14,7 +14,7 @@ use crate::config::kto::{Loss, Section};
 /// r: `ratios`, log-probabilities of whole completions under the policy minus those under the reference, in nats, `[S]`;
 /// `desirable`: 1 for good completions, 0 for bad ones, `[S]`, in the same dtype; z: `kl` (see [`reference_point`]).
 /// d loss / d r = -+ weight * beta * s * (1 - s) with s the sigmoid; nothing goes through z.
-pub fn losses(s: &Section, ratios: &Tensor, desirable: &Tensor, kl: f64) -> Tensor {
+pub fn losses(s: &KtoSection, ratios: &Tensor, desirable: &Tensor, kl: f64) -> Tensor {
     // 1 for good completions, -1 for bad ones.
     let sign = desirable * 2.0 - 1.0;
     let weights = desirable * s.desirable_weight + (1.0 - desirable) * s.undesirable_weight;
@@ -22,12 +22,12 @@ pub fn losses(s: &Section, ratios: &Tensor, desirable: &Tensor, kl: f64) -> Tens
     (1.0 - value) * weights
 }
 
-/// z: what log-ratios are compared with. For [`Loss::Kto`] an estimate of the KL to the reference, at least 0: the mean
+/// z: what log-ratios are compared with. For [`KtoLoss::Kto`] an estimate of the KL to the reference, at least 0: the mean
 /// log-ratio of prompts with completions of others, `sum / count`. Else 0.
-pub fn reference_point(loss: Loss, sum: f64, count: f64) -> f64 {
+pub fn reference_point(loss: KtoLoss, sum: f64, count: f64) -> f64 {
     match loss {
-        Loss::Kto => (sum / count).max(0.0),
-        Loss::ApoZeroUnpaired => 0.0,
+        KtoLoss::Kto => (sum / count).max(0.0),
+        KtoLoss::ApoZeroUnpaired => 0.0,
     }
 }
 
@@ -60,7 +60,7 @@ mod tests {
             let (sum, count) = (apart.sum(Kind::Double).double_value(&[]), apart.size()[0] as f64);
             for case in batch["cases"].as_array().unwrap() {
                 let number = |key: &str| case[key].as_f64().unwrap();
-                let section = Section {
+                let section = KtoSection {
                     loss: serde_json::from_value(case["loss_type"].clone()).unwrap(),
                     beta: number("beta"),
                     desirable_weight: number("desirable_weight"),

@@ -3,29 +3,29 @@
 use kernels::c10d::Group;
 use tch::{Kind, Tensor};
 
-use super::{Experience, Models, Session};
+use super::{PpoExperience, PpoModels, Session};
 use crate::algorithms::losses::advantages::explained_variance;
-use crate::algorithms::losses::{Moments, gae, token_rewards, whiten};
+use crate::algorithms::losses::{MaskedMoments, gae, token_rewards, whiten};
 use crate::algorithms::rl::checks;
 use crate::algorithms::rl::experience::SamplerDistance;
 use crate::algorithms::rl::place::at_work;
 use crate::algorithms::rl::policy::{describe, share_of};
-use crate::algorithms::rl::sampling::{Batch, Sampled, Sampler};
+use crate::algorithms::rl::sampling::{ResponseBatch, Sampled, Sampler};
 use crate::config::ppo::{Baseline, KlIn, MissingEos, Ppo};
 use crate::distributed::exchange::gather_rows;
 use crate::distributed::world::World;
 use crate::error::Result;
-use crate::telemetry::Record;
+use crate::telemetry::MetricsLine;
 
 /// What the models say about the responses; scores become rewards, rewards advantages. The record has what is to be told.
 pub fn experience(
     c: &Ppo,
-    models: &mut Models,
-    batch: &Batch,
+    models: &mut PpoModels,
+    batch: &ResponseBatch,
     kl_coef: f64,
     step: u64,
     world: &World,
-) -> Result<(Experience, Record)> {
+) -> Result<(PpoExperience, MetricsLine)> {
     let (ppo, temperature) = (&c.ppo, c.generation.temperature);
     let (sequences, micro) = (&batch.sequences, c.micro_batch_size(world.mesh.data.size));
     let share = share_of(sequences, micro as usize, world);
@@ -65,25 +65,25 @@ pub fn experience(
     let distance = (&logprobs - &reference) * &all;
     let kl = distance.sum(Kind::Double).double_value(&[]) / batch.samples.len() as f64;
     if step == 0 && ppo.self_check && models.policy.begins_as_reference {
-        let apart = Moments::of(&distance.abs(), &all, &alone)?.mean;
+        let apart = MaskedMoments::of(&distance.abs(), &all, &alone)?.mean;
         checks::kl_is_zero(apart, models.policy.actor.model.params.compute())?;
     }
     let mut apart = SamplerDistance::default();
     apart.add(&batch.sequences, batch.samples.iter().map(|s| &s.response).enumerate(), &logprobs);
     let record = describe(&batch.samples)
         .float("kl", kl)
-        .float("entropy", Moments::of(&entropies, &all, &alone)?.mean)
+        .float("entropy", MaskedMoments::of(&entropies, &all, &alone)?.mean)
         .float("explained_variance", explained_variance(&values, &returns, &mask, &alone)?)
-        .float("return", Moments::of(&returns, &mask, &alone)?.mean);
+        .float("return", MaskedMoments::of(&returns, &mask, &alone)?.mean);
     let record = apart.describe(record);
     let sequences = batch.sequences.clone();
     let experience =
-        Experience { sequences, mask, logprobs, reference, values, rewards, advantages, returns };
+        PpoExperience { sequences, mask, logprobs, reference, values, rewards, advantages, returns };
     Ok((experience, record))
 }
 
 /// The score that each response is trained with; none where it is left out.
-fn scores(c: &Ppo, batch: &Batch) -> Vec<Option<f64>> {
+fn scores(c: &Ppo, batch: &ResponseBatch) -> Vec<Option<f64>> {
     let ppo = &c.ppo;
     let score = |s: &Sampled| {
         let score = s.judgement.reward?;
@@ -110,8 +110,8 @@ fn scores(c: &Ppo, batch: &Batch) -> Vec<Option<f64>> {
 pub fn log_samples(
     c: &Ppo,
     sampler: &Sampler,
-    batch: &Batch,
-    e: &Experience,
+    batch: &ResponseBatch,
+    e: &PpoExperience,
     session: &mut Session,
 ) -> Result<()> {
     let (models, run) = (&mut session.models, &mut session.run);
@@ -128,7 +128,7 @@ pub fn log_samples(
         for (position, (place, id)) in e.sequences.range(i).zip(&sample.response.ids).enumerate() {
             let at = |t: &Tensor| t.double_value(&[i as i64, place as i64]);
             run.log_trace(
-                &Record::new("token", step)
+                &MetricsLine::new("token", step)
                     .count("sample", i as u64)
                     .count("position", position as u64)
                     .text("token", &tokenizer.decode(&[*id as u32], false)?)

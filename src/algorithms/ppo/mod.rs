@@ -19,11 +19,11 @@ use crate::algorithms::records;
 use crate::algorithms::rl::checks::Stalled;
 use crate::algorithms::rl::memory::{self, Others, Work};
 use crate::algorithms::rl::place::{Where, average, check_offload};
-use crate::algorithms::rl::policy::{Opened, Policy, Samplers, check_reads, share_of};
-use crate::algorithms::rl::sampling::Times;
+use crate::algorithms::rl::policy::{OpenedPolicy, Policy, Samplers, check_reads, share_of};
+use crate::algorithms::rl::sampling::SamplingTimes;
 use crate::algorithms::run::Start;
 use crate::algorithms::session;
-use crate::checkpoint::{Checkpoint, Part};
+use crate::checkpoint::{Checkpoint, SavedPart};
 use crate::config::common::Common;
 use crate::config::model::Model;
 use crate::config::models::of_model;
@@ -32,7 +32,7 @@ use crate::config::reward::Score;
 use crate::config::sections::{self, Precision};
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
-use crate::data::loader::{Loader, Order, Source};
+use crate::data::loader::{Loader, WeightedSource, WindowOrder};
 use crate::data::position::{Indexed, Position as At, Positioned};
 use crate::data::prompts::Prompts;
 use crate::data::tokenizer::Tokenizer;
@@ -44,11 +44,11 @@ use crate::generate::rollout::Sequences;
 use crate::info;
 use crate::model::{Trainable, init};
 use crate::optim::Average;
-use crate::plan::{Plan, Target};
+use crate::plan::{MemoryPlan, PlanTarget};
 
 /// What a run reads before any rank talks to another.
 pub struct Inputs {
-    opened: Opened,
+    opened: OpenedPolicy,
     samplers: Samplers,
     critic: (Base, Trainable),
     ptx: Option<Loader>,
@@ -60,7 +60,7 @@ impl Recipe for Ppo {
     type Inputs = Inputs;
 
     fn open(&self) -> Result<Inputs> {
-        let (opened, samplers) = Opened::open(&self.sections_of_responses(), true)?;
+        let (opened, samplers) = OpenedPolicy::open(&self.sections_of_responses(), true)?;
         let actor = &opened.actor;
         let section = self.critic();
         let critic = || -> Result<(Base, Trainable)> {
@@ -74,9 +74,10 @@ impl Recipe for Ppo {
         let ptx = match &self.ppo.ptx {
             None => None,
             Some(ptx) => {
-                let source = |s: &sections::Source| Source { path: s.path.clone(), weight: s.weight };
-                let sources: Vec<Source> = ptx.data.iter().map(source).collect();
-                let order = Order::Shuffled { seed: self.seed };
+                let source =
+                    |s: &sections::DataSource| WeightedSource { path: s.path.clone(), weight: s.weight };
+                let sources: Vec<WeightedSource> = ptx.data.iter().map(source).collect();
+                let order = WindowOrder::Shuffled { seed: self.seed };
                 let (hash, rows) = (actor.tokenizer.base_hash(), actor.shape.vocab_size as usize);
                 Some(Loader::new(&sources, Some(hash), rows, ptx.sequence_length as usize, order)?)
             }
@@ -108,7 +109,7 @@ impl Recipe for Ppo {
         memory::names_preset(&self.sections_of_responses(), Some(&self.critic().path))
     }
 
-    fn plan(&self, target: &Target) -> Result<Plan> {
+    fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan> {
         let work = Work {
             responses: self.train.batch_size / target.ranks,
             micro_batch: self.micro_batch_size(target.ranks),
@@ -127,7 +128,7 @@ impl Recipe for Ppo {
 
 /// [`Inputs`] of which the samplers are in use.
 struct Ready {
-    opened: Opened,
+    opened: OpenedPolicy,
     critic: (Base, Trainable),
     ptx: Option<Loader>,
 }
@@ -144,32 +145,32 @@ impl Ready {
 
 /// Where a run stands.
 #[derive(Debug, Serialize, Deserialize)]
-struct Position {
+struct PpoPosition {
     prompts: At,
     kl: KlController,
     ptx: Option<At>,
 }
 
 /// What a run goes through: its prompts, and pretraining data.
-struct Data<'a> {
+struct PpoData<'a> {
     c: &'a Ppo,
     prompts: &'a Prompts,
     ptx: Option<&'a Loader>,
 }
 
-impl Positioned for Data<'_> {
-    type Position = Position;
+impl Positioned for PpoData<'_> {
+    type Position = PpoPosition;
 
-    fn begin(&self) -> Position {
+    fn begin(&self) -> PpoPosition {
         let coef = self.c.ppo.kl_coef;
         let kl = match self.c.ppo.kl_target {
             Some(target) => KlController::Adaptive { coef, target, horizon: self.c.ppo.kl_horizon },
             None => KlController::Fixed { coef },
         };
-        Position { prompts: self.prompts.begin(), kl, ptx: self.ptx.map(Positioned::begin) }
+        PpoPosition { prompts: self.prompts.begin(), kl, ptx: self.ptx.map(Positioned::begin) }
     }
 
-    fn check(&self, position: &Position) -> Result<()> {
+    fn check(&self, position: &PpoPosition) -> Result<()> {
         self.prompts.check(&position.prompts)?;
         match (self.ptx, &position.ptx) {
             (Some(ptx), Some(position)) => ptx.check(position),
@@ -179,7 +180,7 @@ impl Positioned for Data<'_> {
 }
 
 /// The models of a run on this rank.
-struct Models<'a> {
+struct PpoModels<'a> {
     /// The actor, its reference, and the reward model.
     policy: Policy<'a>,
     critic: Learner<'a>,
@@ -189,11 +190,11 @@ struct Models<'a> {
     ema: Option<Average>,
 }
 
-type Session<'a> = session::Session<'a, Models<'a>, Position>;
+type Session<'a> = session::Session<'a, PpoModels<'a>, PpoPosition>;
 
 /// All responses of an iteration, the same on every rank: [n, W], in the actor's accumulator, 0 where there is no token of
 /// a response.
-struct Experience {
+struct PpoExperience {
     sequences: Sequences,
     /// 1 at the tokens that are learned from.
     mask: Tensor,
@@ -210,10 +211,10 @@ fn ppo(loaded: &Loaded<Ppo>, inputs: &Ready, samplers: Samplers, world: &World, 
     let (common, tokenizer) = (c.common(), inputs.opened.tokenizer());
     let mut folder = RunFolder::open(loaded, start, &c.paths(), tokenizer, world)?;
     let Samplers { train: mut sampler, mut valid } = samplers;
-    let mut models = Models::load(c, inputs, world)?;
+    let mut models = PpoModels::load(c, inputs, world)?;
     folder.record(std::mem::take(&mut models.policy.records))?;
     folder.record(models.critic.record("critic"))?;
-    let data = Data { c, prompts: &sampler.prompts, ptx: inputs.ptx.as_ref() };
+    let data = PpoData { c, prompts: &sampler.prompts, ptx: inputs.ptx.as_ref() };
     let progress = folder.restore_or_begin(&mut models, &data)?;
     inputs.opened.announce(&sampler, valid.as_ref(), c.train.batch_size, world);
     let size = models.critic.model.shape.num_parameters() as f64 / 1e6;
@@ -227,7 +228,7 @@ fn ppo(loaded: &Loaded<Ppo>, inputs: &Ready, samplers: Samplers, world: &World, 
     session.catch_up(&mut validation)?;
     while !session.run.done() {
         let (models, step) = (&mut session.models, session.run.progress.step);
-        let Position { prompts: At { next: first, .. }, kl, .. } = &session.run.progress.data;
+        let PpoPosition { prompts: At { next: first, .. }, kl, .. } = &session.run.progress.data;
         let (first, kl_coef, asking) = (*first, kl.coef(), Instant::now());
         let batch = models.policy.ask(&mut sampler, first, count, 1, world)?;
         models.policy.note_rewards(&batch.samples, step, world);
@@ -250,7 +251,7 @@ fn ppo(loaded: &Loaded<Ppo>, inputs: &Ready, samplers: Samplers, world: &World, 
             let record = updated.describe(record).float("kl_coef", kl_coef);
             let record = record.count("dropped", sampler.prompts.dropped);
             let (rollout_s, generated_tokens) = (batch.rollout_s, batch.generated_tokens());
-            let times = Times { asking_s, rollout_s, update_s, generated_tokens };
+            let times = SamplingTimes { asking_s, rollout_s, update_s, generated_tokens };
             session.run.log(&times.describe(record));
         }
         session.end_step(&mut validation)?;
@@ -259,8 +260,8 @@ fn ppo(loaded: &Loaded<Ppo>, inputs: &Ready, samplers: Samplers, world: &World, 
     session.finish(tokenizer)
 }
 
-impl<'a> Models<'a> {
-    fn load(c: &Ppo, inputs: &'a Ready, world: &'a World) -> Result<Models<'a>> {
+impl<'a> PpoModels<'a> {
+    fn load(c: &Ppo, inputs: &'a Ready, world: &'a World) -> Result<PpoModels<'a>> {
         let common = c.common();
         let policy = Policy::load(&c.sections_of_responses(), &inputs.opened, world)?;
         let section = c.critic();
@@ -274,16 +275,16 @@ impl<'a> Models<'a> {
         let critic = Learner::new(base, origin, trainable, &own, &critic_world)?;
         let ema = match c.ppo.ema {
             Some(decay) => {
-                let Opened { actor, trainable, .. } = &inputs.opened;
+                let OpenedPolicy { actor, trainable, .. } = &inputs.opened;
                 Some(average(actor, trainable, &policy.actor.model.params, decay, c.seed)?)
             }
             None => None,
         };
-        Ok(Models { policy, critic, critic_world, gain_of_values: inputs.gain_of_values()?, ema })
+        Ok(PpoModels { policy, critic, critic_world, gain_of_values: inputs.gain_of_values()?, ema })
     }
 
     /// The actor's log-probabilities as it is now, of all responses.
-    fn logprobs(&mut self, c: &Ppo, e: &Experience, world: &World) -> Result<Tensor> {
+    fn logprobs(&mut self, c: &Ppo, e: &PpoExperience, world: &World) -> Result<Tensor> {
         let share = share_of(&e.sequences, c.micro_batch_size(world.mesh.data.size) as usize, world);
         let logprobs =
             |policy: &mut Policy| share.logprobs(&mut policy.actor.model, c.generation.temperature);
@@ -292,11 +293,12 @@ impl<'a> Models<'a> {
     }
 }
 
-impl Learners for Models<'_> {
-    fn parts(&self) -> Vec<Part<'_>> {
+impl Learners for PpoModels<'_> {
+    fn parts(&self) -> Vec<SavedPart<'_>> {
         let actor = self.policy.actor.part("");
         let ema = self.ema.as_ref();
-        let ema = ema.map(|ema| Part { params: &ema.params, optim: None, ..self.policy.actor.part("ema") });
+        let ema =
+            ema.map(|ema| SavedPart { params: &ema.params, optim: None, ..self.policy.actor.part("ema") });
         [Some(actor), Some(self.critic.part("critic")), ema].into_iter().flatten().collect()
     }
 

@@ -5,12 +5,12 @@ use std::cell::RefCell;
 use kernels::c10d::ReduceOp;
 use tch::Tensor;
 
-use super::{Experience, Models, Position, Ready};
+use super::{PpoExperience, PpoModels, PpoPosition, Ready};
 use crate::algorithms::losses::policy::{policy_loss, value_loss};
-use crate::algorithms::losses::{Clip, Counts, PolicySums};
+use crate::algorithms::losses::{Clip, ClipCounts, PolicySums};
 use crate::algorithms::rl::checks;
 use crate::algorithms::rl::policy::Policy;
-use crate::algorithms::step::{Entry, MicroBatch, Objective, Sums, Update};
+use crate::algorithms::step::{MicroBatch, Objective, StepEntry, Sums, Update};
 use crate::algorithms::training::Run;
 use crate::config::Algorithm;
 use crate::config::common::Common;
@@ -21,7 +21,7 @@ use crate::error::Result;
 use crate::model::head::LogProbs;
 use crate::optim::Schedule;
 use crate::random::Permutation;
-use crate::telemetry::Record;
+use crate::telemetry::MetricsLine;
 
 /// What an iteration's updates did.
 pub struct Updated {
@@ -40,7 +40,7 @@ pub struct Updated {
 }
 
 impl Updated {
-    pub fn describe(&self, record: Record) -> Record {
+    pub fn describe(&self, record: MetricsLine) -> MetricsLine {
         let record = match self.policy.tokens > 0.0 {
             true => record
                 .float("clip_fraction", self.policy.clip_fraction())
@@ -66,7 +66,7 @@ impl Updated {
 /// One minibatch of an epoch, as this rank sees it.
 struct Minibatch {
     /// Of all ranks.
-    counts: Counts,
+    counts: ClipCounts,
     /// This rank's micro-batches: numbers of responses, and their rows.
     parts: Vec<(Tensor, MicroBatch)>,
 }
@@ -82,7 +82,7 @@ impl Minibatch {
 /// The minibatches of all epochs of an iteration; each epoch has its own order, the same on all ranks.
 fn minibatches<'a>(
     c: &'a Ppo,
-    e: &'a Experience,
+    e: &'a PpoExperience,
     step: u64,
     world: &World,
 ) -> impl Iterator<Item = Minibatch> + 'a {
@@ -97,7 +97,7 @@ fn minibatches<'a>(
         let mine = mine.clone();
         let minibatch = move |i: usize| {
             let rows = &order[i * size..(i + 1) * size];
-            let counts = Counts::of(&e.mask.index_select(0, &number(rows)));
+            let counts = ClipCounts::of(&e.mask.index_select(0, &number(rows)));
             let parts = rows[mine.clone()].chunks(micro);
             let parts = parts.map(|rows| (number(rows), e.sequences.rows(rows).micro_batch())).collect();
             Minibatch { counts, parts }
@@ -119,9 +119,9 @@ struct PolicyUpdates {
 fn update_policy(
     c: &Ppo,
     inputs: &Ready,
-    models: &mut Models,
-    e: &Experience,
-    run: &mut Run<Position>,
+    models: &mut PpoModels,
+    e: &PpoExperience,
+    run: &mut Run<PpoPosition>,
     rate: f64,
     world: &World,
 ) -> Result<PolicyUpdates> {
@@ -159,13 +159,14 @@ fn update_policy(
             }
         };
         let ptx = ptx_batches(c, inputs, run, world)?;
-        let ours = parts.iter().map(|part| Entry { batch: &part.1, objective: entry(part), balance: None });
-        let theirs = ptx.iter().map(|(batch, weight)| Entry {
+        let ours =
+            parts.iter().map(|part| StepEntry { batch: &part.1, objective: entry(part), balance: None });
+        let theirs = ptx.iter().map(|(batch, weight)| StepEntry {
             batch,
             objective: Objective::CrossEntropy { weight: *weight },
             balance: None,
         });
-        let mut entries: Vec<Entry> = ours.chain(theirs).collect();
+        let mut entries: Vec<StepEntry> = ours.chain(theirs).collect();
         let losses = actor.accumulate(&mut entries)?;
         drop(entries);
         let sums = sums.borrow().combine(&world.group)?;
@@ -198,8 +199,8 @@ fn update_policy(
 /// All epochs of updates of the critic.
 fn update_values(
     c: &Ppo,
-    models: &mut Models,
-    e: &Experience,
+    models: &mut PpoModels,
+    e: &PpoExperience,
     step: u64,
     rate: f64,
     world: &World,
@@ -218,8 +219,8 @@ fn update_values(
             Objective::Values { loss: Box::new(move |values| loss(values, &rows, width)) }
         };
         let entries =
-            parts.iter().map(|part| Entry { batch: &part.1, objective: entry(part), balance: None });
-        let mut entries: Vec<Entry> = entries.collect();
+            parts.iter().map(|part| StepEntry { batch: &part.1, objective: entry(part), balance: None });
+        let mut entries: Vec<StepEntry> = entries.collect();
         updates.push(models.critic.update(&mut entries, rate, &models.critic_world)?);
     }
     Ok(updates)
@@ -229,9 +230,9 @@ fn update_values(
 pub fn update(
     c: &Ppo,
     inputs: &Ready,
-    models: &mut Models,
-    e: &Experience,
-    run: &mut Run<Position>,
+    models: &mut PpoModels,
+    e: &PpoExperience,
+    run: &mut Run<PpoPosition>,
     world: &World,
 ) -> Result<Updated> {
     let (common, step) = (c.common(), run.progress.step);
@@ -284,7 +285,7 @@ pub fn update(
 fn ptx_batches(
     c: &Ppo,
     inputs: &Ready,
-    run: &mut Run<Position>,
+    run: &mut Run<PpoPosition>,
     world: &World,
 ) -> Result<Vec<(MicroBatch, f64)>> {
     let micro = c.micro_batch_size(world.mesh.data.size) as usize;

@@ -9,15 +9,15 @@ use tch::{Device, Kind, Tensor};
 
 use crate::algorithms::step::MicroBatch;
 use crate::error::{Error, Result};
-use crate::generate::rollout::{Response, Rows, Sequences};
+use crate::generate::rollout::{PaddedRows, Response, Sequences};
 use crate::model::head::LogProbs;
-use crate::model::{Input, Llama, LmHead, ScoreHead};
-use crate::telemetry::Record;
+use crate::model::{Llama, LmHead, ModelInput, ScoreHead};
+use crate::telemetry::MetricsLine;
 
-impl Rows {
+impl PaddedRows {
     /// For a forward of the training.
     pub fn micro_batch(self) -> MicroBatch {
-        MicroBatch { input: Input::new(self.ids), labels: self.labels }
+        MicroBatch { input: ModelInput::new(self.ids), labels: self.labels }
     }
 }
 
@@ -128,7 +128,7 @@ impl SamplerDistance {
     }
 
     /// Adds mean and largest distance.
-    pub fn describe(&self, record: Record) -> Record {
+    pub fn describe(&self, record: MetricsLine) -> MetricsLine {
         record.float("sampler_distance", self.mean()).float("sampler_distance_max", self.most)
     }
 }

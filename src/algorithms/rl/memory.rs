@@ -8,7 +8,7 @@ use tch::{Device, Kind};
 use crate::algorithms::base::{path_or_preset, shape_and_trainable, shape_to_ask};
 use crate::algorithms::scorer::BATCH_TOKENS;
 use crate::config::model::Model as Origin;
-use crate::config::models::{Frozen, Trained};
+use crate::config::models::{FrozenModel, Trained};
 use crate::config::policy::OwnResponses;
 use crate::config::rollout::Gather;
 use crate::config::shape::{Head, Shape};
@@ -16,9 +16,9 @@ use crate::distributed::mesh::ShardingPlan;
 use crate::error::{Error, Result};
 use crate::generate::engine::PREFILL_TOKENS;
 use crate::model::compute_kind;
-use crate::plan::memory::{Batch, Memory};
-use crate::plan::models::{Model, Models};
-use crate::plan::{Plan, Target};
+use crate::plan::memory::{BatchShape, Memory};
+use crate::plan::models::{ModelMemory, ModelsMemory};
+use crate::plan::{MemoryPlan, PlanTarget};
 
 /// What is computed at once.
 #[derive(Debug, Clone, Copy)]
@@ -49,8 +49,8 @@ pub fn plan(
     c: &OwnResponses,
     others: &Others,
     work: Work,
-    target: &Target,
-) -> Result<Plan> {
+    target: &PlanTarget,
+) -> Result<MemoryPlan> {
     let mut models = vec![trained("actor", c, c.actor, work, target)?];
     if let Some(critic) = others.critic {
         models.push(trained("critic", c, critic, work, target)?);
@@ -63,7 +63,7 @@ pub fn plan(
         // The actor without its adapters takes nothing more.
         None if c.actor.lora.is_some() || !others.reference => {}
         None => {
-            let like = Frozen {
+            let like = FrozenModel {
                 path: c.actor.path.clone(),
                 device: c.actor.device.clone(),
                 dtype: c.actor.dtype,
@@ -78,7 +78,7 @@ pub fn plan(
         (average.at_work, average.offload, average.host) = ([None; 3], false, 0);
         models.push(average);
     }
-    Ok(Plan::Models(Models { subcommand, ranks: target.ranks, models }))
+    Ok(MemoryPlan::Models(ModelsMemory { subcommand, ranks: target.ranks, models }))
 }
 
 /// Whether one of the models, `critic` among them, is the name of a preset: it has a shape and no weights.
@@ -92,7 +92,13 @@ fn on_device(text: &str) -> Device {
     if text == "cpu" { Device::Cpu } else { Device::Cuda(0) }
 }
 
-fn trained(name: &'static str, c: &OwnResponses, m: &Trained, work: Work, target: &Target) -> Result<Model> {
+fn trained(
+    name: &'static str,
+    c: &OwnResponses,
+    m: &Trained,
+    work: Work,
+    target: &PlanTarget,
+) -> Result<ModelMemory> {
     let device = m.device.clone().unwrap_or_else(|| target.device_name.clone());
     let compute = compute_kind(m.dtype.unwrap_or(c.common.precision.compute));
     let context = |e: Error| e.context(name);
@@ -107,7 +113,7 @@ fn trained(name: &'static str, c: &OwnResponses, m: &Trained, work: Work, target
     let optim = m.optim.as_ref().unwrap_or(c.common.optim);
     let moments = if name == "average" { 0 } else { memory.moments(optim.moments) };
     let (there, host) = if optim.offload { (0, moments) } else { (moments, 0) };
-    let batch = Batch {
+    let batch = BatchShape {
         rows: work.micro_batch,
         length,
         micro_batches: (work.update / work.micro_batch).max(1),
@@ -130,10 +136,16 @@ fn trained(name: &'static str, c: &OwnResponses, m: &Trained, work: Work, target
     });
     let at_work = [sampling, Some(scoring), Some(learning)];
     let (parameters, kept) = (shape.num_parameters(), memory.kept());
-    Ok(Model { name, parameters, compute, device, offload: m.offload, resident, kept, at_work, host })
+    Ok(ModelMemory { name, parameters, compute, device, offload: m.offload, resident, kept, at_work, host })
 }
 
-fn frozen(name: &'static str, c: &OwnResponses, m: &Frozen, work: Work, target: &Target) -> Result<Model> {
+fn frozen(
+    name: &'static str,
+    c: &OwnResponses,
+    m: &FrozenModel,
+    work: Work,
+    target: &PlanTarget,
+) -> Result<ModelMemory> {
     let device = m.device.clone().unwrap_or_else(|| target.device_name.clone());
     let compute = compute_kind(m.dtype.unwrap_or(c.common.precision.compute));
     // A reward model reads its own tokens.
@@ -152,18 +164,28 @@ fn frozen(name: &'static str, c: &OwnResponses, m: &Frozen, work: Work, target: 
     let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?;
     let batch = match own_tokens {
         true => read_at_once(BATCH_TOKENS, c.data.sequence_length),
-        false => Batch { rows: work.micro_batch, ..read_at_once(0, c.data.sequence_length) },
+        false => BatchShape { rows: work.micro_batch, ..read_at_once(0, c.data.sequence_length) },
     };
     let resident = memory.resident().total();
     let at_work = [None, Some(memory.forward(&batch).total()), None];
     let (parameters, kept) = (shape.num_parameters(), memory.kept());
-    Ok(Model { name, parameters, compute, device, offload: m.offload, resident, kept, at_work, host: 0 })
+    Ok(ModelMemory {
+        name,
+        parameters,
+        compute,
+        device,
+        offload: m.offload,
+        resident,
+        kept,
+        at_work,
+        host: 0,
+    })
 }
 
 /// Sequences of `length` that are read at once where `tokens` bound them.
-fn read_at_once(tokens: usize, length: i64) -> Batch {
+fn read_at_once(tokens: usize, length: i64) -> BatchShape {
     let rows = (tokens as i64 / length).max(1);
-    Batch { rows, length, micro_batches: 1, recompute: Default::default(), packed: false }
+    BatchShape { rows, length, micro_batches: 1, recompute: Default::default(), packed: false }
 }
 
 /// What sampling takes besides the actor's values: the keys and values of all responses in work, and the logits of a step or what

@@ -11,14 +11,14 @@ use crate::algorithms::rl::checks::EqualRewards;
 use crate::algorithms::rl::experience::Readout;
 use crate::algorithms::rl::place::{Where, at_work, check_offload, frozen, where_it_was};
 use crate::algorithms::rl::reward_model::{self, RewardModel};
-use crate::algorithms::rl::sampling::{Batch, Said, Sampled, Sampler, Scorer};
+use crate::algorithms::rl::sampling::{ResponseBatch, Said, Sampled, Sampler, Scorer};
 use crate::algorithms::training::Run;
-use crate::checkpoint::{Checkpoint, Metric, ModelRecord, Part};
+use crate::checkpoint::{Checkpoint, Metric, ModelRecord, SavedPart};
 use crate::config::common::Common;
 use crate::config::model::Model;
 use crate::config::models::of_model;
 use crate::config::policy::OwnResponses;
-use crate::config::prompts::Data;
+use crate::config::prompts::PromptData;
 use crate::config::sections::{Compute, Precision, Valid};
 use crate::data::chat::Chat;
 use crate::data::position::Indexed;
@@ -32,17 +32,17 @@ use crate::generate::rollout::Sequences;
 use crate::info;
 use crate::model::{Llama, Trainable};
 use crate::rewards::Judge;
-use crate::telemetry::Record;
+use crate::telemetry::MetricsLine;
 use serde::Serialize;
 use tch::Tensor;
 
 /// What a run reads before any rank talks to another: files are checked, and errors told, before a group could hang.
-pub struct Opened {
+pub struct OpenedPolicy {
     pub actor: Base,
     pub trainable: Trainable,
     /// None: the actor without its adapters, where it has any.
     reference: Option<Base>,
-    reward_model: Option<reward_model::Opened>,
+    reward_model: Option<reward_model::OpenedRewardModel>,
     pub steps: u64,
 }
 
@@ -60,9 +60,9 @@ impl Samplers {
     }
 }
 
-impl Opened {
+impl OpenedPolicy {
     /// Opens and checks all that the sections name. `reference`: whether it is asked.
-    pub fn open(s: &OwnResponses, reference: bool) -> Result<(Opened, Samplers)> {
+    pub fn open(s: &OwnResponses, reference: bool) -> Result<(OpenedPolicy, Samplers)> {
         let c = &s.common;
         let length = s.data.sequence_length;
         let open = |path: &Path| Base::open(&Model::Path(path.to_path_buf()), s.tokenizer, length);
@@ -81,25 +81,27 @@ impl Opened {
             }
         };
         let reward_model =
-            s.reward_model.map(|r| reward_model::Opened::open(r, &actor.tokenizer)).transpose();
+            s.reward_model.map(|r| reward_model::OpenedRewardModel::open(r, &actor.tokenizer)).transpose();
         let reward_model = reward_model.map_err(|e| of_model("reward_model", e))?;
         let judge = Rc::new(RefCell::new(Judge::new(&s.rewards)?));
-        let sampler = |data: &Data| {
+        let sampler = |data: &PromptData| {
             let chat = Chat::new(&actor.tokenizer)?;
             Sampler::open(data, s.generation, judge.clone(), chat, &actor.shape, c.seed)
         };
         let valid = match s.data.valid.is_empty() {
             true => None,
-            false => {
-                Some(sampler(&Data { train: s.data.valid.clone(), split: Vec::new(), ..s.data.clone() })?)
-            }
+            false => Some(sampler(&PromptData {
+                train: s.data.valid.clone(),
+                split: Vec::new(),
+                ..s.data.clone()
+            })?),
         };
         let train = sampler(s.data)?;
         let mut odd = train.prompts.odd.clone();
         valid.iter().for_each(|valid| odd.merge(&valid.prompts.odd));
         odd.check(s.data.on_error)?;
         let steps = base::steps(c.train, train.prompts.len() as u64, c.schedule.warmup_steps)?;
-        Ok((Opened { actor, trainable, reference, reward_model, steps }, Samplers { train, valid }))
+        Ok((OpenedPolicy { actor, trainable, reference, reward_model, steps }, Samplers { train, valid }))
     }
 
     /// What all ranks must have of the models.
@@ -161,7 +163,7 @@ pub struct Policy<'a> {
     pub actor_world: Where<'a>,
     /// The actor's values are in host memory except while it works.
     offload: bool,
-    reference: Option<Asked<'a>>,
+    reference: Option<FrozenPolicy<'a>>,
     /// The reference is the model that the actor begins as.
     pub begins_as_reference: bool,
     reward_model: Option<RewardModel<'a>>,
@@ -171,7 +173,7 @@ pub struct Policy<'a> {
 }
 
 /// A model that is only asked.
-struct Asked<'a> {
+struct FrozenPolicy<'a> {
     model: Llama,
     offload: bool,
     _place: Where<'a>,
@@ -179,7 +181,7 @@ struct Asked<'a> {
 
 impl<'a> Policy<'a> {
     /// Values of the actor come with [`Learners::begin`] or [`Learners::restore`]. Collective.
-    pub fn load(s: &OwnResponses, opened: &'a Opened, world: &'a World) -> Result<Policy<'a>> {
+    pub fn load(s: &OwnResponses, opened: &'a OpenedPolicy, world: &'a World) -> Result<Policy<'a>> {
         let c = &s.common;
         let actor_world = Where::of(world, "actor", s.actor.device.as_deref(), true)?;
         let precision = Precision { compute: s.actor.dtype.unwrap_or(c.precision.compute) };
@@ -199,7 +201,7 @@ impl<'a> Policy<'a> {
                 let (model, hash) = frozen(base, c, dtype, &place)?;
                 let key = if s.reference.is_some() { "reference.path" } else { "actor.path" };
                 records.extend(base.record_asked("reference", key, hash));
-                Some(Asked { model, offload, _place: place })
+                Some(FrozenPolicy { model, offload, _place: place })
             }
         };
         let reward_model = match (&opened.reward_model, s.reward_model) {
@@ -234,7 +236,7 @@ impl<'a> Policy<'a> {
         count: u64,
         samples: usize,
         world: &World,
-    ) -> Result<Batch> {
+    ) -> Result<ResponseBatch> {
         let judged = self.reward_model.is_some();
         let reward_model = &mut self.reward_model;
         let mut score = |said: &[Said]| reward_model.as_mut().map_or(Ok(Vec::new()), |m| m.score(said));
@@ -301,14 +303,14 @@ impl<'a> Policy<'a> {
         }
         let told = describe(&samples[..count as usize]);
         let reward = told.get("reward").unwrap_or(f64::NAN);
-        run.log(&Record::new("valid", run.progress.step).with(told));
+        run.log(&MetricsLine::new("valid", run.progress.step).with(told));
         run.restart_window();
         Ok(run.note_validation(Metric::Reward, reward, valid))
     }
 }
 
 impl Learners for Policy<'_> {
-    fn parts(&self) -> Vec<Part<'_>> {
+    fn parts(&self) -> Vec<SavedPart<'_>> {
         self.actor.parts()
     }
 
@@ -338,19 +340,22 @@ impl Learners for Policy<'_> {
 pub fn check_reads(model: &Base, actor: &Base) -> Result<()> {
     match model.tokenizer.knows_tokens_of(&actor.tokenizer) {
         true => Ok(()),
-        false => Err(Error::config(
-            "its tokenizer is not the actor's; it reads the same tokens, and must be of the same family",
-        )),
+        false => Err(Error::config(format!(
+            "its tokenizer differs from the actor's ({} and {} tokens); both models read the same token ids, so they need the \
+             same vocabulary",
+            model.tokenizer.vocab_size(),
+            actor.tokenizer.vocab_size()
+        ))),
     }
 }
 
 /// What is told of judged responses.
-pub fn describe(samples: &[Sampled]) -> Record {
+pub fn describe(samples: &[Sampled]) -> MetricsLine {
     let n = samples.len() as f64;
     let there: Vec<f64> = samples.iter().filter_map(|s| s.judgement.reward).collect();
     let ended = samples.iter().filter(|s| s.ended()).count();
     let tokens: usize = samples.iter().map(|s| s.response.ids.len()).sum();
-    Record::new("train", 0)
+    MetricsLine::new("train", 0)
         .float("reward", there.iter().sum::<f64>() / there.len() as f64)
         .float("response_tokens", tokens as f64 / n)
         .float("eos_fraction", ended as f64 / n)

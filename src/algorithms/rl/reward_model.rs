@@ -10,7 +10,7 @@ use crate::algorithms::scorer;
 use crate::checkpoint::{ModelRecord, Scoring};
 use crate::config::common::Common;
 use crate::config::model::Model;
-use crate::config::models::Frozen;
+use crate::config::models::FrozenModel;
 use crate::data::chat::Chat;
 use crate::data::conversation::Message;
 use crate::data::examples::Encoded;
@@ -22,14 +22,14 @@ use crate::error::{Error, Result};
 use crate::model::Llama;
 
 /// Opened and checked, nothing of it read yet.
-pub struct Opened {
+pub struct OpenedRewardModel {
     base: Base,
     scoring: Scoring,
     /// Its template, where it does not read the actor's tokens.
     chat: Option<Chat>,
 }
 
-impl Opened {
+impl OpenedRewardModel {
     /// What all ranks must have of it.
     pub fn add_facts(&self, facts: &mut Facts) -> Result<()> {
         self.base.add_facts("reward_model", facts)
@@ -39,7 +39,7 @@ impl Opened {
     ///
     /// # Errors
     /// No reward model; one of other tokens without a chat template of its own.
-    pub fn open(section: &Frozen, actor: &Tokenizer) -> Result<Opened> {
+    pub fn open(section: &FrozenModel, actor: &Tokenizer) -> Result<OpenedRewardModel> {
         let mut base = Base::open_scored(&Model::Path(section.path.clone()), None, 1, None)?;
         base.tokenizer = base.tokenizer.with_template_date(actor.template_date());
         let scoring = base.weights.as_ref().map_or(Ok(None), |w| w.scoring())?;
@@ -56,13 +56,13 @@ impl Opened {
         let same =
             base.tokenizer.base_hash() == actor.base_hash() && template(&base.tokenizer) == template(actor);
         let chat = if same { None } else { Some(Chat::new(&base.tokenizer)?) };
-        Ok(Opened { base, scoring, chat })
+        Ok(OpenedRewardModel { base, scoring, chat })
     }
 
     /// Loads it, each rank what it holds, and tells what it is. Collective.
     pub fn load<'a>(
         &'a self,
-        section: &Frozen,
+        section: &FrozenModel,
         c: &Common,
         world: &'a World,
     ) -> Result<(RewardModel<'a>, Option<ModelRecord>)> {
@@ -81,7 +81,7 @@ impl Opened {
 }
 
 pub struct RewardModel<'a> {
-    opened: &'a Opened,
+    opened: &'a OpenedRewardModel,
     model: Llama,
     offload: bool,
     _place: Where<'a>,
@@ -96,7 +96,7 @@ impl RewardModel<'_> {
     }
 }
 
-impl Opened {
+impl OpenedRewardModel {
     /// What the model reads: the actor's own tokens, where it knows them.
     fn encode(&self, said: &Said) -> Result<Encoded> {
         let Encoded { ids, supervised } = match &self.chat {
@@ -146,7 +146,7 @@ mod tests {
         for template in ["chatml", "human-assistant"] {
             let folder = TestFolder::new(&format!("scored-{template}"));
             small(300).save(&folder.0).unwrap();
-            let section = sections::Tokenizer {
+            let section = sections::TokenizerSection {
                 chat_template: Some(template.into()),
                 add_tokens: vec!["<|im_start|>".into(), "<|im_end|>".into()],
                 ..Default::default()

@@ -7,9 +7,9 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::algorithms::training::Run;
-use crate::config::prompts::Data;
+use crate::config::prompts::PromptData;
 use crate::config::rollout::Generation;
-use crate::config::sft::Samples;
+use crate::config::sft::PromptSamples;
 use crate::config::shape::Shape;
 use crate::data::chat::Chat;
 use crate::data::prompts::{Prompt, Prompts};
@@ -18,11 +18,11 @@ use crate::distributed::exchange::gather_objects;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::generate::engine::Finish;
-use crate::generate::rollout::{Asked, Response, Rollout, Sequences};
+use crate::generate::rollout::{PromptRequest, Response, Rollout, Sequences};
 use crate::generate::{self as generation, Sampling, Stop};
 use crate::model::Llama;
 use crate::rewards::{Answer, Judge, Judgement};
-use crate::telemetry::Record;
+use crate::telemetry::MetricsLine;
 use crate::warn;
 
 /// A response and what was made of it.
@@ -44,7 +44,7 @@ impl Sampled {
 }
 
 /// The responses of an iteration, of all ranks.
-pub struct Batch {
+pub struct ResponseBatch {
     /// Those of one prompt one after the other.
     pub samples: Vec<Sampled>,
     pub sequences: Sequences,
@@ -52,7 +52,7 @@ pub struct Batch {
     pub rollout_s: f64,
 }
 
-impl Batch {
+impl ResponseBatch {
     /// Tokens of all responses.
     pub fn generated_tokens(&self) -> usize {
         self.samples.iter().map(|s| s.response.ids.len()).sum()
@@ -65,7 +65,7 @@ impl Batch {
 }
 
 /// What an iteration took, in seconds.
-pub struct Times {
+pub struct SamplingTimes {
     /// From the first prompt to the last score.
     pub asking_s: f64,
     pub rollout_s: f64,
@@ -73,8 +73,8 @@ pub struct Times {
     pub generated_tokens: usize,
 }
 
-impl Times {
-    pub fn describe(&self, record: Record) -> Record {
+impl SamplingTimes {
+    pub fn describe(&self, record: MetricsLine) -> MetricsLine {
         record
             .float("rollout_s", self.rollout_s)
             .float("score_s", self.asking_s - self.rollout_s)
@@ -112,7 +112,7 @@ pub struct Sampler {
 impl Sampler {
     /// Opens and checks all that the sections `data` and `generation` name, for a model of this shape.
     pub fn open(
-        data: &Data,
+        data: &PromptData,
         generation: &Generation,
         judge: Rc<RefCell<Judge>>,
         chat: Chat,
@@ -151,8 +151,8 @@ impl Sampler {
         };
         if let Some(key) = generation.distortion() {
             warn!(
-                "{key}: responses are drawn from another distribution than the one that is trained; ratios, KL and their \
-                 gradients are then those of tokens that the policy would not have drawn so"
+                "{key} changes the distribution that responses are sampled from; log-probabilities are those of the policy without \
+                 it, so ratios and KL are biased"
             );
         }
         Ok(Sampler { prompts, chat, generation: generation.clone(), judge, eos, truncate, seed })
@@ -177,7 +177,7 @@ impl Sampler {
         samples: usize,
         score: Option<Scorer>,
         world: &World,
-    ) -> Result<Batch> {
+    ) -> Result<ResponseBatch> {
         let started = Instant::now();
         let mine = world.mesh.data.share(count as usize);
         let numbers: Vec<u64> = mine.map(|i| first + i as u64).collect();
@@ -200,8 +200,8 @@ impl Sampler {
             gather: g.gather,
             ranks_of_host: world.local_world_size,
         };
-        let asked: Vec<Asked> =
-            numbers.iter().map(|n| Asked { number: *n, ids: &self.prompts.get(*n).ids }).collect();
+        let asked: Vec<PromptRequest> =
+            numbers.iter().map(|n| PromptRequest { number: *n, ids: &self.prompts.get(*n).ids }).collect();
         let responses = rollout.run(model, &asked)?;
         let rollout_s = started.elapsed().as_secs_f64();
         let numbers: Vec<u64> = numbers.iter().flat_map(|n| std::iter::repeat_n(*n, samples)).collect();
@@ -211,7 +211,7 @@ impl Sampler {
             prompts: samples.iter().map(|s| self.prompts.get(s.prompt).ids.clone()).collect(),
             responses: samples.iter().map(|s| s.response.ids.clone()).collect(),
         };
-        Ok(Batch { samples, sequences, rollout_s })
+        Ok(ResponseBatch { samples, sequences, rollout_s })
     }
 
     /// This rank's responses. Collective; its last part is not, so that a rank may fail alone.
@@ -262,7 +262,12 @@ impl Sampler {
     }
 
     /// The first responses of an iteration, where they are due, into samples.jsonl and TensorBoard.
-    pub fn log_samples<D: Serialize>(&self, batch: &Batch, c: &Samples, run: &mut Run<D>) -> Result<()> {
+    pub fn log_samples<D: Serialize>(
+        &self,
+        batch: &ResponseBatch,
+        c: &PromptSamples,
+        run: &mut Run<D>,
+    ) -> Result<()> {
         let step = run.progress.step;
         if c.every == 0 || !step.is_multiple_of(c.every as u64) {
             return Ok(());
@@ -275,11 +280,11 @@ impl Sampler {
     }
 
     /// A line of samples.jsonl, and its text for TensorBoard.
-    pub fn record(&self, sample: &Sampled, step: u64) -> Result<(Record, String)> {
+    pub fn record(&self, sample: &Sampled, step: u64) -> Result<(MetricsLine, String)> {
         let prompt = self.prompts.get(sample.prompt);
         let rendered = self.chat.render(&prompt.messages, true)?;
         let reward = sample.judgement.reward;
-        let record = Record::new("sample", step)
+        let record = MetricsLine::new("sample", step)
             .text("prompt", &rendered)
             .text("response", &sample.text)
             .json("reward", reward.into())

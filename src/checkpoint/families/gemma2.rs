@@ -4,12 +4,12 @@
 use serde_json::{Map, Value, json};
 
 use super::{Config, Description, Only, refused, same_place};
-use crate::checkpoint::gguf::form::{Form, OwnKeys, WINDOW};
+use crate::checkpoint::gguf::form::{GgufForm, OwnKeys, WINDOW};
 use crate::checkpoint::gguf::keys::Keys;
 use crate::checkpoint::hf_config::{COMMON, Defaults, common};
 use crate::config::shape::{Activation, Family, Features, LayerType, Norms, Shape};
 use crate::error::{Error, Result};
-use crate::gguf::{Array, Value as Entry};
+use crate::gguf::{MetadataArray, MetadataValue};
 
 pub static GEMMA2: Description = Description {
     architecture: "Gemma2ForCausalLM",
@@ -24,7 +24,7 @@ pub static GEMMA2: Description = Description {
         config.insert("attn_logit_softcapping".into(), json!(shape.features.attention_softcap));
     },
     place: same_place,
-    gguf: &Form {
+    gguf: &GgufForm {
         read: |keys, shape| {
             GGUF.read(keys, shape)?;
             shape.features.attention_softcap = Some(keys.positive(SOFTCAPS[0])?.unwrap_or(50.0));
@@ -36,7 +36,7 @@ pub static GEMMA2: Description = Description {
             let caps = [shape.features.attention_softcap, shape.features.logit_softcap];
             for (key, cap) in SOFTCAPS.into_iter().zip(caps) {
                 let cap = cap.ok_or_else(|| format!("a Gemma2 without {key}"))?;
-                own.push((key, Entry::Float(cap)));
+                own.push((key, MetadataValue::Float(cap)));
             }
             match shape.tie_word_embeddings {
                 true => Ok(own),
@@ -44,7 +44,7 @@ pub static GEMMA2: Description = Description {
             }
         },
         left_out: |shape| GGUF.left_out(shape),
-        ..Form::plain("gemma2", Family::Gemma2)
+        ..GgufForm::plain("gemma2", Family::Gemma2)
     },
 };
 
@@ -176,13 +176,13 @@ impl InGguf {
     pub(super) fn write(&self, shape: &Shape) -> Result<OwnKeys, String> {
         let slides = |layer| shape.window(layer).is_some();
         let mut own: OwnKeys =
-            shape.sliding_window.map(|n| (WINDOW, Entry::Integer(n))).into_iter().collect();
+            shape.sliding_window.map(|n| (WINDOW, MetadataValue::Integer(n))).into_iter().collect();
         let layers = 0..shape.num_hidden_layers;
         if layers.clone().any(|layer| slides(layer) != self.slides(layer)) {
-            own.push((PATTERN, Entry::Array(Array::Bools(layers.map(slides).collect()))));
+            own.push((PATTERN, MetadataValue::Array(MetadataArray::Bools(layers.map(slides).collect()))));
         }
         if self.left_out(shape).is_some() {
-            own.push((SCALE, Entry::Float(shape.attention_scale())));
+            own.push((SCALE, MetadataValue::Float(shape.attention_scale())));
         }
         Ok(own)
     }
@@ -215,11 +215,13 @@ impl InGguf {
         let list: Vec<bool> = match keys.value(PATTERN) {
             None => return Ok((0..layers).map(|layer| self.slides(layer)).collect()),
             // llama.cpp takes 0 for a window in all blocks.
-            Some(Entry::Integer(period)) if *period >= 0 => {
+            Some(MetadataValue::Integer(period)) if *period >= 0 => {
                 (1..=layers).map(|n| *period == 0 || n % period != 0).collect()
             }
-            Some(Entry::Array(Array::Bools(list))) => list.clone(),
-            Some(Entry::Array(Array::Integers(list))) => list.iter().map(|n| *n != 0).collect(),
+            Some(MetadataValue::Array(MetadataArray::Bools(list))) => list.clone(),
+            Some(MetadataValue::Array(MetadataArray::Integers(list))) => {
+                list.iter().map(|n| *n != 0).collect()
+            }
             Some(other) => return Err(keys.refused(PATTERN, other, "a list of truth values, or a number,")),
         };
         match list.len() as i64 == layers {

@@ -5,11 +5,11 @@ use serde_json::json;
 
 use super::gemma2::{InGguf, KEYS, read_gemma, write};
 use super::{Config, Description, Only, refused, same_place};
-use crate::checkpoint::gguf::form::{Form, WINDOW};
+use crate::checkpoint::gguf::form::{GgufForm, WINDOW};
 use crate::checkpoint::hf_config::COMMON;
 use crate::config::shape::{Family, LayerType, QkNorm, Shape};
 use crate::error::{Error, Result};
-use crate::gguf::Value as Entry;
+use crate::gguf::MetadataValue;
 
 pub static GEMMA3: Description = Description {
     architecture: "Gemma3ForCausalLM",
@@ -25,7 +25,7 @@ pub static GEMMA3: Description = Description {
         config.insert("rope_local_base_freq".into(), json!(shape.features.rope_local_theta));
     },
     place: same_place,
-    gguf: &Form {
+    gguf: &GgufForm {
         read: |keys, shape| {
             GGUF.read(keys, shape)?;
             let f = &mut shape.features;
@@ -41,12 +41,12 @@ pub static GEMMA3: Description = Description {
         write: |shape| {
             let mut own = GGUF.write(shape)?;
             let f = &shape.features;
-            own.extend(f.rope_local_theta.map(|theta| (LOCAL_BASE, Entry::Float(theta))));
-            own.extend(f.logit_softcap.map(|cap| (SOFTCAP, Entry::Float(cap))));
+            own.extend(f.rope_local_theta.map(|theta| (LOCAL_BASE, MetadataValue::Float(theta))));
+            own.extend(f.logit_softcap.map(|cap| (SOFTCAP, MetadataValue::Float(cap))));
             Ok(own)
         },
         left_out: |shape| GGUF.left_out(shape),
-        ..Form::plain("gemma3", Family::Gemma3)
+        ..GgufForm::plain("gemma3", Family::Gemma3)
     },
 };
 

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{Config, Description, Only, refused, same_place};
-use crate::checkpoint::gguf::form::Form;
+use crate::checkpoint::gguf::form::GgufForm;
 use crate::checkpoint::hf_config::{COMMON, Defaults, common};
 use crate::config::shape::{Family, Shape};
 use crate::error::Result;
@@ -20,7 +20,7 @@ pub static LLAMA: Description = Description {
         config.insert("mlp_bias".into(), json!(false));
     },
     place: same_place,
-    gguf: &Form { rotated_pairs: true, ..Form::plain("llama", Family::Llama) },
+    gguf: &GgufForm { rotated_pairs: true, ..GgufForm::plain("llama", Family::Llama) },
 };
 
 fn read(config: &Config) -> Result<Shape> {

@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::{Config, Description, Only, same_place};
-use crate::checkpoint::gguf::form::Form;
+use crate::checkpoint::gguf::form::GgufForm;
 use crate::checkpoint::hf_config::{COMMON, Defaults, common};
 use crate::config::shape::{Family, Shape};
 use crate::error::Result;
@@ -19,7 +19,7 @@ pub static MISTRAL: Description = Description {
         config.insert("sliding_window".into(), json!(shape.sliding_window));
     },
     place: same_place,
-    gguf: &Form { rotated_pairs: true, ..Form::windowed("llama", Family::Mistral) },
+    gguf: &GgufForm { rotated_pairs: true, ..GgufForm::windowed("llama", Family::Mistral) },
 };
 
 fn read(config: &Config) -> Result<Shape> {

@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::{Config, Description, Only, same_place};
-use crate::checkpoint::gguf::form::Form;
+use crate::checkpoint::gguf::form::GgufForm;
 use crate::checkpoint::hf_config::{COMMON, Defaults, common};
 use crate::config::shape::{Experts, Family, Shape};
 use crate::error::Result;
@@ -29,7 +29,7 @@ pub static MIXTRAL: Description = Description {
         }
     },
     place: same_place,
-    gguf: &Form { rotated_pairs: true, ..Form::windowed("llama", Family::Mixtral) },
+    gguf: &GgufForm { rotated_pairs: true, ..GgufForm::windowed("llama", Family::Mixtral) },
 };
 
 fn read(config: &Config) -> Result<Shape> {

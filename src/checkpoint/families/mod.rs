@@ -14,7 +14,7 @@ mod qwen3;
 
 use serde_json::{Map, Value};
 
-use crate::checkpoint::gguf::form::Form;
+use crate::checkpoint::gguf::form::GgufForm;
 use crate::config::shape::{Family, Head, Shape};
 use crate::error::{Error, Result};
 
@@ -38,7 +38,7 @@ pub struct Description {
     /// that it begins with. Tensors that share a name lie one after the other, and are all that is in there.
     pub place: fn(&str, &Shape) -> (String, i64),
     /// Its GGUF files.
-    pub gguf: &'static Form,
+    pub gguf: &'static GgufForm,
 }
 
 impl Description {

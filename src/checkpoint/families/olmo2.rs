@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::{Config, Description, Only, same_place};
-use crate::checkpoint::gguf::form::{Form, check_head_dim};
+use crate::checkpoint::gguf::form::{GgufForm, check_head_dim};
 use crate::checkpoint::hf_config::{COMMON, Defaults, common};
 use crate::config::shape::{Family, Shape};
 use crate::error::Result;
@@ -19,15 +19,15 @@ pub static OLMO2: Description = Description {
         config.insert("attention_bias".into(), json!(false));
     },
     place: same_place,
-    gguf: &Form {
+    gguf: &GgufForm {
         write: |shape| {
             check_head_dim(shape)?;
             if shape.tie_word_embeddings {
                 return Err("an Olmo2 whose LM head is tied to the embedding".into());
             }
-            (Form::plain("olmo2", Family::Olmo2).write)(shape)
+            (GgufForm::plain("olmo2", Family::Olmo2).write)(shape)
         },
-        ..Form::plain("olmo2", Family::Olmo2)
+        ..GgufForm::plain("olmo2", Family::Olmo2)
     },
 };
 

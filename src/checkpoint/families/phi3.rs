@@ -5,7 +5,7 @@
 use serde_json::json;
 
 use super::{Config, Description, Only};
-use crate::checkpoint::gguf::form::{Form, check_head_dim};
+use crate::checkpoint::gguf::form::{GgufForm, check_head_dim};
 use crate::checkpoint::hf_config::{COMMON, Defaults, common};
 use crate::config::shape::{Family, Shape};
 use crate::error::Result;
@@ -23,12 +23,12 @@ pub static PHI3: Description = Description {
         config.insert("sliding_window".into(), json!(shape.sliding_window));
     },
     place,
-    gguf: &Form {
+    gguf: &GgufForm {
         write: |shape| {
             check_head_dim(shape)?;
-            (Form::windowed("phi3", Family::Phi3).write)(shape)
+            (GgufForm::windowed("phi3", Family::Phi3).write)(shape)
         },
-        ..Form::windowed("phi3", Family::Phi3)
+        ..GgufForm::windowed("phi3", Family::Phi3)
     },
 };
 

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::{Config, Description, Only, refused, same_place};
-use crate::checkpoint::gguf::form::Form;
+use crate::checkpoint::gguf::form::GgufForm;
 use crate::checkpoint::hf_config::{COMMON, Defaults, common};
 use crate::config::shape::{Family, Shape};
 use crate::error::{Error, Result};
@@ -28,7 +28,7 @@ pub static QWEN2: Description = Description {
 };
 
 /// Its GGUF files, which are those of the first Qwen's models here, too.
-pub(super) static GGUF: Form = Form::plain("qwen2", Family::Qwen2);
+pub(super) static GGUF: GgufForm = GgufForm::plain("qwen2", Family::Qwen2);
 
 /// The keys of the sliding window.
 pub(super) const WINDOW: [&str; 4] =

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::qwen2::{WINDOW, read_window, write_window};
 use super::{Config, Description, Only, same_place};
-use crate::checkpoint::gguf::form::Form;
+use crate::checkpoint::gguf::form::GgufForm;
 use crate::checkpoint::hf_config::{COMMON, Defaults, common};
 use crate::config::shape::{Family, Shape};
 use crate::error::Result;
@@ -21,7 +21,7 @@ pub static QWEN3: Description = Description {
         write_window(shape, config);
     },
     place: same_place,
-    gguf: &Form::plain("qwen3", Family::Qwen3),
+    gguf: &GgufForm::plain("qwen3", Family::Qwen3),
 };
 
 fn read(config: &Config) -> Result<Shape> {

@@ -8,24 +8,24 @@ use super::names::is_norm;
 use super::quants::dequantize;
 use crate::checkpoint::source::TensorFile;
 use crate::error::{Error, Result};
-use crate::gguf::{Dtype, Gguf, Info};
+use crate::gguf::{Gguf, GgufDtype, Info};
 
 /// Blocks that are dequantized at once.
 const BLOCKS: usize = 256;
 
 /// A dtype of libtorch's that holds these numbers exactly.
-fn kind(dtype: Dtype) -> Kind {
+fn kind(dtype: GgufDtype) -> Kind {
     match dtype {
-        Dtype::F16 => Kind::Half,
-        Dtype::BF16 => Kind::BFloat16,
-        Dtype::F64 => Kind::Double,
+        GgufDtype::F16 => Kind::Half,
+        GgufDtype::BF16 => Kind::BFloat16,
+        GgufDtype::F64 => Kind::Double,
         _ => Kind::Float,
     }
 }
 
-pub(super) struct Reader(pub Gguf);
+pub(super) struct GgufReader(pub Gguf);
 
-impl Reader {
+impl GgufReader {
     fn tensor(&self, name: &str) -> Result<&Info> {
         self.0
             .tensors()
@@ -35,7 +35,7 @@ impl Reader {
     }
 }
 
-impl TensorFile for Reader {
+impl TensorFile for GgufReader {
     fn path(&self) -> &Path {
         self.0.path()
     }

@@ -1,14 +1,14 @@
-//! What one family's GGUF files have of their own. Each family's file in `checkpoint/families` has a [`Form`]; what all have in
+//! What one family's GGUF files have of their own. Each family's file in `checkpoint/families` has a [`GgufForm`]; what all have in
 //! common is in [`super::names`] and [`super::shape`].
 
 use super::keys::Keys;
 use crate::config::shape::{Family, Shape};
 use crate::error::Result;
-use crate::gguf::Value;
+use crate::gguf::MetadataValue;
 
 /// A family's GGUF files, as llama.cpp's converter writes them and its loaders read them (`conversion/`, `src/models/`).
 #[derive(Debug)]
-pub struct Form {
+pub struct GgufForm {
     /// `general.architecture`. Llama's is that of all families whose blocks are Llama's.
     pub architecture: &'static str,
     /// The family that is read, and written, in this form.
@@ -24,12 +24,12 @@ pub struct Form {
 }
 
 /// Keys without the architecture's name, with their values.
-pub type OwnKeys = Vec<(&'static str, Value)>;
+pub type OwnKeys = Vec<(&'static str, MetadataValue)>;
 
-impl Form {
+impl GgufForm {
     /// An architecture without keys of its own, and without a sliding window.
-    pub const fn plain(architecture: &'static str, family: Family) -> Form {
-        Form {
+    pub const fn plain(architecture: &'static str, family: Family) -> GgufForm {
+        GgufForm {
             architecture,
             family,
             rotated_pairs: false,
@@ -45,14 +45,14 @@ impl Form {
     }
 
     /// An architecture with a sliding window in all blocks, which llama.cpp leaves out.
-    pub const fn windowed(architecture: &'static str, family: Family) -> Form {
-        Form {
+    pub const fn windowed(architecture: &'static str, family: Family) -> GgufForm {
+        GgufForm {
             read: |keys, shape| {
                 shape.sliding_window = keys.integer(WINDOW)?.filter(|n| *n > 0);
                 Ok(())
             },
             write: |shape| {
-                Ok(shape.sliding_window.map(|n| (WINDOW, Value::Integer(n))).into_iter().collect())
+                Ok(shape.sliding_window.map(|n| (WINDOW, MetadataValue::Integer(n))).into_iter().collect())
             },
             left_out: |shape| {
                 let window = shape.sliding_window?;
@@ -61,7 +61,7 @@ impl Form {
                      model"
                 ))
             },
-            ..Form::plain(architecture, family)
+            ..GgufForm::plain(architecture, family)
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The keys of an architecture in the metadata: each is read, known to say nothing about the mathematics, refused, or told.
 
 use crate::error::{Error, Result};
-use crate::gguf::{Array, Metadata, Value};
+use crate::gguf::{Metadata, MetadataArray, MetadataValue};
 
 /// Keys of the architecture that say nothing about the mathematics, or what others say, too.
 const HARMLESS: [&str; 4] = [
@@ -65,7 +65,7 @@ impl<'a> Keys<'a> {
     }
 
     /// A value of any type.
-    pub fn value(&mut self, key: &str) -> Option<&'a Value> {
+    pub fn value(&mut self, key: &str) -> Option<&'a MetadataValue> {
         let key = self.key(key);
         self.metadata.get(&key)
     }
@@ -74,7 +74,7 @@ impl<'a> Keys<'a> {
     pub fn integer(&mut self, key: &str) -> Result<Option<i64>> {
         let key = self.key(key);
         match self.metadata.get(&key) {
-            Some(Value::Array(Array::Integers(list))) => match list.first() {
+            Some(MetadataValue::Array(MetadataArray::Integers(list))) => match list.first() {
                 Some(first) if list.iter().all(|n| n == first) => Ok(Some(*first)),
                 _ => Err(Error::data(format!("`{key}` has another value in each block, which is not built"))),
             },
@@ -129,9 +129,11 @@ impl<'a> Keys<'a> {
             };
             let value = self.metadata.get(name).expect("it is one of the keys");
             let (neutral, said) = match (only, value) {
-                (Neutral::Bool(only), Value::Bool(b)) => (b == only, only.to_string()),
-                (Neutral::Number(only), Value::Float(x)) => (x == only, format!("{only:?}")),
-                (Neutral::Number(only), Value::Integer(n)) => (*n as f64 == *only, format!("{only:?}")),
+                (Neutral::Bool(only), MetadataValue::Bool(b)) => (b == only, only.to_string()),
+                (Neutral::Number(only), MetadataValue::Float(x)) => (x == only, format!("{only:?}")),
+                (Neutral::Number(only), MetadataValue::Integer(n)) => {
+                    (*n as f64 == *only, format!("{only:?}"))
+                }
                 (Neutral::Absent, _) => (false, "models without it".to_string()),
                 (Neutral::Bool(_) | Neutral::Number(_), _) => (false, "models without it".to_string()),
             };

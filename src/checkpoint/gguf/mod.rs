@@ -15,9 +15,9 @@ use std::path::{Path, PathBuf};
 
 use tch::Kind;
 
-use self::file::{LessOne, Reader};
-use self::names::{Place, ROPE_FREQS};
-use super::source::{Block, Order, Source, TensorFile, View};
+use self::file::{GgufReader, LessOne};
+use self::names::{GgufSlice, ROPE_FREQS};
+use super::source::{RowOrder, TensorBlock, TensorFile, TensorSource, View};
 use super::unfit::Unfit;
 use crate::config::shape::Shape;
 use crate::error::{Context, Error, Result};
@@ -31,7 +31,7 @@ pub(super) use write::Plan;
 pub struct GgufModel {
     path: PathBuf,
     shape: Shape,
-    source: Source,
+    source: TensorSource,
 }
 
 impl GgufModel {
@@ -49,8 +49,8 @@ impl GgufModel {
         }
         let metadata = files[0].metadata.clone();
         let files: Vec<_> =
-            files.into_iter().map(|file| Box::new(Reader(file)) as Box<dyn TensorFile>).collect();
-        let mut source = Source::of_files(files);
+            files.into_iter().map(|file| Box::new(GgufReader(file)) as Box<dyn TensorFile>).collect();
+        let mut source = TensorSource::of_files(files);
         let read = shape::read(&metadata, &source).context(path.display())?;
         source = find_tensors(source, &read.shape).context(path.display())?;
         for warning in read.warnings {
@@ -68,11 +68,11 @@ impl GgufModel {
     }
 
     /// The tensors, under the model's names and in its order.
-    pub fn source(&self) -> &Source {
+    pub fn source(&self) -> &TensorSource {
         &self.source
     }
 
-    pub fn into_source(self) -> Source {
+    pub fn into_source(self) -> TensorSource {
         self.source
     }
 }
@@ -99,7 +99,7 @@ fn check_part(file: &Gguf, i: usize, count: usize) -> Result<()> {
 }
 
 /// Finds every tensor of the model in the files.
-fn find_tensors(files: Source, shape: &Shape) -> Result<Source> {
+fn find_tensors(files: TensorSource, shape: &Shape) -> Result<TensorSource> {
     let found: BTreeSet<String> = files.names().cloned().collect();
     let one_by_one = found.contains("blk.0.ffn_gate.0.weight");
     let mut wanted: BTreeMap<String, Vec<i64>> = BTreeMap::new();
@@ -126,7 +126,7 @@ fn find_tensors(files: Source, shape: &Shape) -> Result<Source> {
     let views = places
         .into_iter()
         .map(|(spec, place)| Ok((spec.name.clone(), view(&files, spec.shape, place, shape)?)));
-    let mut source = Source::default();
+    let mut source = TensorSource::default();
     source.views = views.collect::<Result<_>>()?;
     source.files = files.files;
     if shape.features.norm_offset {
@@ -136,14 +136,14 @@ fn find_tensors(files: Source, shape: &Shape) -> Result<Source> {
 }
 
 /// A tensor of this shape in the files.
-fn view(files: &Source, shape: Vec<i64>, place: Place, model: &Shape) -> Result<View> {
+fn view(files: &TensorSource, shape: Vec<i64>, place: GgufSlice, model: &Shape) -> Result<View> {
     let whole = files.view(&place.tensor)?;
     let (rows, width) = (shape[0], shape[1..].iter().product::<i64>());
     let order = match place.rotary {
-        true => Order::MetaRotary { head_dim: model.head_dim },
-        false => Order::Same,
+        true => RowOrder::MetaRotary { head_dim: model.head_dim },
+        false => RowOrder::Same,
     };
-    let block = Block {
+    let block = TensorBlock {
         file: whole.blocks[0].file,
         tensor: place.tensor,
         rows: 0..rows,

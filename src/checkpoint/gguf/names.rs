@@ -13,7 +13,7 @@ pub(super) const TOKEN_EMBEDDING: &str = "token_embd.weight";
 
 /// Where a tensor of the model lies.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Place {
+pub(super) struct GgufSlice {
     pub tensor: String,
     /// The row there that it begins with.
     pub row: i64,
@@ -32,7 +32,7 @@ pub(super) fn is_norm(tensor: &str) -> bool {
 
 /// The place of a tensor of the model; none where the format has no place for it. `one_by_one`: experts have tensors of
 /// their own, as in files from before April 2024.
-pub(super) fn place(name: &str, shape: &Shape, one_by_one: bool) -> Option<Place> {
+pub(super) fn place(name: &str, shape: &Shape, one_by_one: bool) -> Option<GgufSlice> {
     let family = families::of(shape.family);
     // llama.cpp's converter renames what a family's own files have, joined tensors included.
     let (stored, row) = (family.place)(name, shape);
@@ -40,7 +40,7 @@ pub(super) fn place(name: &str, shape: &Shape, one_by_one: bool) -> Option<Place
         let rotary =
             family.gguf.rotated_pairs && (tensor.contains(".attn_q.") || tensor.contains(".attn_k."));
         let plus_one = shape.features.norm_offset && is_norm(&tensor);
-        Some(Place { tensor, row, expert, rotary, plus_one })
+        Some(GgufSlice { tensor, row, expert, rotary, plus_one })
     };
     match stored.as_str() {
         EMBEDDING => return place(TOKEN_EMBEDDING.into(), None),

@@ -3,7 +3,7 @@
 
 use half::f16;
 
-use crate::gguf::Dtype;
+use crate::gguf::GgufDtype;
 
 /// Elements of a block of the types that are not K types.
 const SMALL: usize = 32;
@@ -13,19 +13,21 @@ fn half(bytes: &[u8], at: usize) -> f32 {
 }
 
 /// Numbers of whole blocks in float32. Floating-point types are no blocks, and are read as they are.
-pub(super) fn dequantize(dtype: Dtype, blocks: &[u8], to: &mut [f32]) {
+pub(super) fn dequantize(dtype: GgufDtype, blocks: &[u8], to: &mut [f32]) {
     let block: fn(&[u8], &mut [f32]) = match dtype {
-        Dtype::Q4_0 => q4_0,
-        Dtype::Q4_1 => q4_1,
-        Dtype::Q5_0 => q5_0,
-        Dtype::Q5_1 => q5_1,
-        Dtype::Q8_0 => q8_0,
-        Dtype::Q2_K => q2_k,
-        Dtype::Q3_K => q3_k,
-        Dtype::Q4_K => q4_k,
-        Dtype::Q5_K => q5_k,
-        Dtype::Q6_K => q6_k,
-        Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64 => unreachable!("{dtype} has no blocks"),
+        GgufDtype::Q4_0 => q4_0,
+        GgufDtype::Q4_1 => q4_1,
+        GgufDtype::Q5_0 => q5_0,
+        GgufDtype::Q5_1 => q5_1,
+        GgufDtype::Q8_0 => q8_0,
+        GgufDtype::Q2_K => q2_k,
+        GgufDtype::Q3_K => q3_k,
+        GgufDtype::Q4_K => q4_k,
+        GgufDtype::Q5_K => q5_k,
+        GgufDtype::Q6_K => q6_k,
+        GgufDtype::F32 | GgufDtype::F16 | GgufDtype::BF16 | GgufDtype::F64 => {
+            unreachable!("{dtype} has no blocks")
+        }
     };
     let (bytes, len) = (dtype.block_bytes(), dtype.block_len());
     for (from, to) in blocks.chunks_exact(bytes).zip(to.chunks_exact_mut(len)) {
@@ -159,11 +161,11 @@ fn q6_k(b: &[u8], to: &mut [f32]) {
 }
 
 /// Blocks of `dtype` (Q8_0, Q4_0 or Q4_1) of these numbers, added to `to`; their number must be a multiple of 32.
-pub(super) fn quantize(dtype: Dtype, numbers: &[f32], to: &mut Vec<u8>) {
+pub(super) fn quantize(dtype: GgufDtype, numbers: &[f32], to: &mut Vec<u8>) {
     let block: fn(&[f32], &mut Vec<u8>) = match dtype {
-        Dtype::Q8_0 => to_q8_0,
-        Dtype::Q4_0 => to_q4_0,
-        Dtype::Q4_1 => to_q4_1,
+        GgufDtype::Q8_0 => to_q8_0,
+        GgufDtype::Q4_0 => to_q4_0,
+        GgufDtype::Q4_1 => to_q4_1,
         _ => unreachable!("{dtype} is not written"),
     };
     numbers.chunks_exact(SMALL).for_each(|part| block(part, to));

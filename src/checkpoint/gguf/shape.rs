@@ -1,22 +1,22 @@
 //! A model's shape as the metadata has it: what it says about the mathematics is taken or refused, never passed over.
 
-use super::form::{Form, WINDOW};
+use super::form::{GgufForm, WINDOW};
 use super::keys::Keys;
 use super::names::{LONGROPE, OUTPUT, ROPE_FREQS, TOKEN_EMBEDDING};
 use crate::checkpoint::families::{self, FAMILIES};
-use crate::checkpoint::source::Source;
+use crate::checkpoint::source::TensorSource;
 use crate::config::shape::{Experts, Family, Head, Llama3RopeScaling, Shape};
 use crate::error::{Error, Result};
-use crate::gguf::{Metadata, Value};
+use crate::gguf::{Metadata, MetadataValue};
 use crate::model::llama::inverse_frequencies;
 
-pub(super) struct Read {
+pub(super) struct GgufShape {
     pub shape: Shape,
     pub warnings: Vec<String>,
 }
 
 /// The family and its shape. `files` has the tensors under their names in the files.
-pub(super) fn read(metadata: &Metadata, files: &Source) -> Result<Read> {
+pub(super) fn read(metadata: &Metadata, files: &TensorSource) -> Result<GgufShape> {
     let form = form(metadata)?;
     if let Some(name) = LONGROPE.iter().find(|name| files.views.contains_key(**name)) {
         return Err(Error::data(format!("`{name}`: rotary positions of type longrope are not built")));
@@ -56,12 +56,12 @@ pub(super) fn read(metadata: &Metadata, files: &Source) -> Result<Read> {
         let original = keys.integer("rope.scaling.original_context_length")?;
         shape.rope_scaling = scaling_of(files, &shape, original)?;
     }
-    Ok(Read { warnings: keys.rest()?.into_iter().collect(), shape })
+    Ok(GgufShape { warnings: keys.rest()?.into_iter().collect(), shape })
 }
 
 /// The form of the file. llama.cpp writes Mistral and Mixtral as llama: a sliding window is Mistral's, and transformers tells
 /// it by its name.
-fn form(metadata: &Metadata) -> Result<&'static Form> {
+fn form(metadata: &Metadata) -> Result<&'static GgufForm> {
     let Some(architecture) = metadata.text("general.architecture")? else {
         return Err(Error::data("`general.architecture` is missing in the metadata"));
     };
@@ -91,7 +91,7 @@ fn form(metadata: &Metadata) -> Result<&'static Form> {
 }
 
 /// The rows of the embedding, and what the metadata says of them.
-fn vocab_size(keys: &mut Keys, files: &Source) -> Result<i64> {
+fn vocab_size(keys: &mut Keys, files: &TensorSource) -> Result<i64> {
     let rows = files.view(TOKEN_EMBEDDING)?.shape.first().copied().unwrap_or(0);
     match keys.integer("vocab_size")?.filter(|n| *n != rows) {
         Some(n) => Err(Error::data(format!(
@@ -130,8 +130,8 @@ fn linear_factor(keys: &mut Keys) -> Result<Option<f64>> {
     let (new, old) = (keys.number("rope.scaling.factor")?, keys.number("rope.scale_linear")?);
     let named = match keys.value("rope.scaling.type") {
         None => false,
-        Some(Value::Text(kind)) if kind == "linear" => true,
-        Some(Value::Text(kind)) if kind == "none" => return Ok(None),
+        Some(MetadataValue::Text(kind)) if kind == "linear" => true,
+        Some(MetadataValue::Text(kind)) if kind == "none" => return Ok(None),
         Some(other) => {
             return Err(keys.refused(
                 "rope.scaling.type",
@@ -149,7 +149,7 @@ fn linear_factor(keys: &mut Keys) -> Result<Option<f64>> {
 }
 
 /// Refuses more blocks and experts than there can be, before anything is made for each.
-fn check_counts(shape: &Shape, files: &Source) -> Result<()> {
+fn check_counts(shape: &Shape, files: &TensorSource) -> Result<()> {
     let experts = shape.experts.as_ref().map_or(1, |e| e.num_local_experts);
     let tensors = files.names().count();
     if shape.num_hidden_layers <= tensors as i64 && experts <= 1 << 16 {
@@ -171,7 +171,11 @@ pub(super) fn rope_factors(shape: &Shape) -> Option<Vec<f32>> {
 
 /// The scaling that the table of factors stands for: the file does not say how it was computed. All of Meta's models have
 /// the same bounds.
-fn scaling_of(files: &Source, shape: &Shape, original: Option<i64>) -> Result<Option<Llama3RopeScaling>> {
+fn scaling_of(
+    files: &TensorSource,
+    shape: &Shape,
+    original: Option<i64>,
+) -> Result<Option<Llama3RopeScaling>> {
     let table: Vec<f32> = Vec::try_from(files.tensor(ROPE_FREQS)?.to_kind(tch::Kind::Float).view(-1))?;
     if table.iter().all(|factor| *factor == 1.0) {
         return Ok(None);
@@ -203,7 +207,8 @@ fn scaling_of(files: &Source, shape: &Shape, original: Option<i64>) -> Result<Op
 /// What of it the format, or llama.cpp, cannot express.
 pub(super) fn write(shape: &Shape, metadata: &mut Metadata) -> Result<(), String> {
     let form = families::of(shape.family).gguf;
-    let mut set = |key: &str, value: Value| metadata.set(format!("{}.{key}", form.architecture), value);
+    let mut set =
+        |key: &str, value: MetadataValue| metadata.set(format!("{}.{key}", form.architecture), value);
     for (key, n) in [
         ("block_count", shape.num_hidden_layers),
         ("context_length", shape.max_position_embeddings),
@@ -216,20 +221,23 @@ pub(super) fn write(shape: &Shape, metadata: &mut Metadata) -> Result<(), String
         ("rope.dimension_count", shape.head_dim),
         ("vocab_size", shape.vocab_size),
     ] {
-        set(key, Value::Integer(n));
+        set(key, MetadataValue::Integer(n));
     }
-    set("attention.layer_norm_rms_epsilon", Value::Float(shape.rms_norm_eps));
-    set("rope.freq_base", Value::Float(shape.rope_theta));
+    set("attention.layer_norm_rms_epsilon", MetadataValue::Float(shape.rms_norm_eps));
+    set("rope.freq_base", MetadataValue::Float(shape.rope_theta));
     if let Some(experts) = &shape.experts {
-        set("expert_count", Value::Integer(experts.num_local_experts));
-        set("expert_used_count", Value::Integer(experts.num_experts_per_tok));
+        set("expert_count", MetadataValue::Integer(experts.num_local_experts));
+        set("expert_used_count", MetadataValue::Integer(experts.num_experts_per_tok));
     }
     if let Some(scaling) = &shape.rope_scaling {
-        set("rope.scaling.original_context_length", Value::Integer(scaling.original_max_position_embeddings));
+        set(
+            "rope.scaling.original_context_length",
+            MetadataValue::Integer(scaling.original_max_position_embeddings),
+        );
     }
     if let Some(factor) = shape.features.rope_linear_factor {
-        set("rope.scaling.type", Value::Text("linear".into()));
-        set("rope.scaling.factor", Value::Float(factor));
+        set("rope.scaling.type", MetadataValue::Text("linear".into()));
+        set("rope.scaling.factor", MetadataValue::Float(factor));
     }
     (form.write)(shape)?.into_iter().for_each(|(key, value)| set(key, value));
     Ok(())

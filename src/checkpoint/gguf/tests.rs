@@ -4,17 +4,17 @@ use std::path::PathBuf;
 
 use tch::{Kind, Tensor};
 
-use super::file::Reader;
+use super::file::GgufReader;
 use super::quants::{dequantize, quantize};
 use crate::checkpoint::safetensors;
 use crate::checkpoint::source::TensorFile;
-use crate::gguf::{Dtype, Gguf};
+use crate::gguf::{Gguf, GgufDtype};
 
 fn fixture(name: &str) -> PathBuf {
     testing::golden::fixture("gguf").join(name)
 }
 
-fn expected(file: &safetensors::Reader, name: &str) -> Vec<f32> {
+fn expected(file: &safetensors::SafetensorsReader, name: &str) -> Vec<f32> {
     let (shape, _) = file.info(name).unwrap();
     let t = Tensor::zeros([shape.iter().product::<i64>()], (Kind::Float, tch::Device::Cpu));
     file.read(name, 0, &t).unwrap();
@@ -27,8 +27,8 @@ fn bits(numbers: &[f32]) -> Vec<u32> {
 
 #[test]
 fn every_type_gives_the_numbers_that_ggml_gives() {
-    let file = Reader(Gguf::open(&fixture("quants.gguf")).unwrap());
-    let wanted = safetensors::Reader::open(&fixture("quants.safetensors")).unwrap();
+    let file = GgufReader(Gguf::open(&fixture("quants.gguf")).unwrap());
+    let wanted = safetensors::SafetensorsReader::open(&fixture("quants.safetensors")).unwrap();
     for name in ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"] {
         let (shape, kind) = file.info(name).unwrap();
         let numel = shape.iter().product::<i64>() as usize;
@@ -49,8 +49,9 @@ fn every_type_gives_the_numbers_that_ggml_gives() {
 #[test]
 fn blocks_are_those_that_the_package_makes() {
     let file = Gguf::open(&fixture("quants.gguf")).unwrap();
-    let numbers = expected(&safetensors::Reader::open(&fixture("quants.safetensors")).unwrap(), "numbers");
-    for dtype in [Dtype::Q8_0, Dtype::Q4_0, Dtype::Q4_1] {
+    let numbers =
+        expected(&safetensors::SafetensorsReader::open(&fixture("quants.safetensors")).unwrap(), "numbers");
+    for dtype in [GgufDtype::Q8_0, GgufDtype::Q4_0, GgufDtype::Q4_1] {
         let info = file.tensors().iter().find(|t| t.name == format!("of {dtype}")).unwrap();
         let mut wanted = vec![0; dtype.bytes(info.numel()) as usize];
         file.read_blocks(info, 0, &mut wanted).unwrap();
@@ -62,7 +63,7 @@ fn blocks_are_those_that_the_package_makes() {
         dequantize(dtype, &blocks, &mut back);
         let most = |block: &[f32]| block.iter().fold(0f32, |m, x| m.max(x.abs()));
         for (block, back) in numbers.chunks(32).zip(back.chunks(32)) {
-            let step = most(block) * if dtype == Dtype::Q8_0 { 1.0 / 127.0 } else { 2.0 / 15.0 };
+            let step = most(block) * if dtype == GgufDtype::Q8_0 { 1.0 / 127.0 } else { 2.0 / 15.0 };
             let off = most(&block.iter().zip(back).map(|(a, b)| a - b).collect::<Vec<_>>());
             // Half a step, but for what Q4_0 cuts off at its upper end, and the scale in float16, whose smallest is 2^-24.
             assert!(off <= step * 1.01 + 127.0 * 2f32.powi(-24), "{dtype}: {off} with steps of {step}");

@@ -9,14 +9,14 @@ use tch::{Kind, Tensor};
 use super::names::{self, OUTPUT, ROPE_FREQS, TOKEN_EMBEDDING};
 use super::quants::{dequantize, quantize};
 use super::shape;
-use crate::checkpoint::convert::{Stored, to_meta_order};
+use crate::checkpoint::convert::{StoredAs, to_meta_order};
 use crate::checkpoint::families;
-use crate::checkpoint::source::{Source, for_chunks};
+use crate::checkpoint::source::{TensorSource, for_chunks};
 use crate::config::shape::Shape;
 use crate::data::tokenizer::{Tokenizer, gguf};
 use crate::error::{Error, Result};
 use crate::files::AtomicFile;
-use crate::gguf::{Dtype, Metadata, Value, Writer};
+use crate::gguf::{GgufDtype, GgufWriter, Metadata, MetadataValue};
 use crate::model::layout::layouts;
 
 /// ggml's number for the way in which blocks are laid out.
@@ -25,7 +25,7 @@ const QUANTIZATION_VERSION: i64 = 2;
 /// A tensor of the file.
 struct Planned {
     name: String,
-    dtype: Dtype,
+    dtype: GgufDtype,
     shape: Vec<i64>,
     /// The model's tensors that lie in it, one after the other.
     from: Vec<String>,
@@ -50,7 +50,7 @@ impl Plan {
     ///
     /// # Errors
     /// Of kind Data: what the format, or llama.cpp, cannot express.
-    pub fn new(shape: &Shape, source: &Source, stored: Option<Stored>) -> Result<Plan> {
+    pub fn new(shape: &Shape, source: &TensorSource, stored: Option<StoredAs>) -> Result<Plan> {
         shape.predicts().map_err(|e| e.context("GGUF has no place for a scalar head"))?;
         let refused = |what: String| Error::data(format!("GGUF cannot express this model: {what}"));
         let mut metadata = Metadata::default();
@@ -67,7 +67,7 @@ impl Plan {
                 None => {
                     let kind = source.view(&spec.name)?.kind;
                     tensors.push(Planned {
-                        dtype: dtype(&place.tensor, &spec.shape, stored.unwrap_or(Stored::Kind(kind))),
+                        dtype: dtype(&place.tensor, &spec.shape, stored.unwrap_or(StoredAs::Kind(kind))),
                         name: place.tensor,
                         shape: match place.expert {
                             Some(_) => [&[1], spec.shape.as_slice()].concat(),
@@ -86,12 +86,12 @@ impl Plan {
         let most = tensors
             .iter()
             .max_by_key(|t| tensors.iter().filter(|u| u.dtype == t.dtype).map(Planned::numel).sum::<i64>());
-        let file_type = match most.map_or(Dtype::F32, |t| t.dtype) {
-            Dtype::F16 => 1,
-            Dtype::Q4_0 => 2,
-            Dtype::Q4_1 => 3,
-            Dtype::Q8_0 => 7,
-            Dtype::BF16 => 32,
+        let file_type = match most.map_or(GgufDtype::F32, |t| t.dtype) {
+            GgufDtype::F16 => 1,
+            GgufDtype::Q4_0 => 2,
+            GgufDtype::Q4_1 => 3,
+            GgufDtype::Q8_0 => 7,
+            GgufDtype::BF16 => 32,
             _ => 0,
         };
         Ok(Plan { shape: shape.clone(), metadata, tensors, places, file_type })
@@ -131,33 +131,33 @@ impl Plan {
     pub fn write(
         &self,
         to: &Path,
-        source: &Source,
+        source: &TensorSource,
         tokenizer: Option<&Tokenizer>,
         name: &str,
         done: &AtomicU64,
-    ) -> Result<(AtomicFile, Option<gguf::Loss>)> {
+    ) -> Result<(AtomicFile, Option<gguf::GgufLimit>)> {
         let mut metadata = self.metadata.clone();
         let form = families::of(self.shape.family).gguf;
         for (key, value) in [
-            ("general.architecture", Value::Text(form.architecture.into())),
-            ("general.type", Value::Text("model".into())),
-            ("general.name", Value::Text(name.into())),
-            ("general.file_type", Value::Integer(self.file_type)),
-            ("general.quantization_version", Value::Integer(QUANTIZATION_VERSION)),
+            ("general.architecture", MetadataValue::Text(form.architecture.into())),
+            ("general.type", MetadataValue::Text("model".into())),
+            ("general.name", MetadataValue::Text(name.into())),
+            ("general.file_type", MetadataValue::Integer(self.file_type)),
+            ("general.quantization_version", MetadataValue::Integer(QUANTIZATION_VERSION)),
         ] {
             metadata.set(key, value);
         }
         let loss = match tokenizer {
             Some(tokenizer) => gguf::write(tokenizer, self.shape.vocab_size, &mut metadata)?,
             None => {
-                metadata.set("tokenizer.ggml.model", Value::Text("none".into()));
+                metadata.set("tokenizer.ggml.model", MetadataValue::Text("none".into()));
                 None
             }
         };
         let factors = shape::rope_factors(&self.shape).map(|factors| (vec![factors.len() as i64], factors));
-        let table = factors.iter().map(|(shape, _)| (ROPE_FREQS, Dtype::F32, shape.as_slice()));
+        let table = factors.iter().map(|(shape, _)| (ROPE_FREQS, GgufDtype::F32, shape.as_slice()));
         let tensors = self.tensors.iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice()));
-        let mut writer = Writer::create(to, &metadata, table.chain(tensors))?;
+        let mut writer = GgufWriter::create(to, &metadata, table.chain(tensors))?;
         if let Some((_, factors)) = &factors {
             let bytes: Vec<u8> = factors.iter().flat_map(|x| x.to_le_bytes()).collect();
             writer.tensor(|put| put(&bytes))?;
@@ -198,32 +198,32 @@ fn add_one(t: &Tensor) -> Result<Tensor> {
 }
 
 /// What a tensor of this name and shape is stored as.
-fn dtype(name: &str, shape: &[i64], stored: Stored) -> Dtype {
+fn dtype(name: &str, shape: &[i64], stored: StoredAs) -> GgufDtype {
     if shape.len() < 2 || name.ends_with(".ffn_gate_inp.weight") {
-        return Dtype::F32;
+        return GgufDtype::F32;
     }
     match stored {
-        Stored::Kind(Kind::Half) => Dtype::F16,
-        Stored::Kind(Kind::BFloat16) => Dtype::BF16,
-        Stored::Kind(_) => Dtype::F32,
-        Stored::Blocks(_) if shape[1] % Dtype::Q8_0.block_len() as i64 != 0 => Dtype::F16,
-        Stored::Blocks(_) if [OUTPUT, TOKEN_EMBEDDING].contains(&name) => Dtype::Q8_0,
-        Stored::Blocks(blocks) => blocks,
+        StoredAs::Kind(Kind::Half) => GgufDtype::F16,
+        StoredAs::Kind(Kind::BFloat16) => GgufDtype::BF16,
+        StoredAs::Kind(_) => GgufDtype::F32,
+        StoredAs::Blocks(_) if shape[1] % GgufDtype::Q8_0.block_len() as i64 != 0 => GgufDtype::F16,
+        StoredAs::Blocks(_) if [OUTPUT, TOKEN_EMBEDDING].contains(&name) => GgufDtype::Q8_0,
+        StoredAs::Blocks(blocks) => blocks,
     }
 }
 
 /// The dtype of libtorch's that is the same; none for blocks.
-fn kind(dtype: Dtype) -> Option<Kind> {
+fn kind(dtype: GgufDtype) -> Option<Kind> {
     match dtype {
-        Dtype::F32 => Some(Kind::Float),
-        Dtype::F16 => Some(Kind::Half),
-        Dtype::BF16 => Some(Kind::BFloat16),
+        GgufDtype::F32 => Some(Kind::Float),
+        GgufDtype::F16 => Some(Kind::Half),
+        GgufDtype::BF16 => Some(Kind::BFloat16),
         _ => None,
     }
 }
 
 /// Gives a tensor as blocks, in the order of its elements, a few megabytes at a time.
-fn blocks(t: &Tensor, dtype: Dtype, mut put: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+fn blocks(t: &Tensor, dtype: GgufDtype, mut put: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
     let mut bytes = Vec::new();
     for_chunks(t, Kind::Float, |part| {
         let numbers: Vec<f32> = part.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x)).collect();

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::SEQ_CLS;
 use super::joined::Patterns;
-use crate::config::trainable::{Base, Freeze, Lora, Targets};
+use crate::config::trainable::{BaseFormat, Freeze, Lora, Targets};
 use crate::model::Trainable;
 
 /// Keys that change the mathematics in a way that is not built, unless they are off.
@@ -108,14 +108,14 @@ pub(super) fn unread(config: &Map<String, Value>) -> Option<String> {
 }
 
 /// What a configuration describes.
-pub(super) struct Described {
+pub(super) struct DescribedAdapter {
     pub trainable: Trainable,
     /// The model that the adapter is for.
     pub base: Option<String>,
     pub patterns: Patterns,
 }
 
-pub(super) fn read_config(config: &Map<String, Value>) -> Result<Described, String> {
+pub(super) fn read_config(config: &Map<String, Value>) -> Result<DescribedAdapter, String> {
     let text = |key: &str| config.get(key).and_then(Value::as_str);
     if text("peft_type") != Some("LORA") {
         return Err(format!(
@@ -173,11 +173,11 @@ pub(super) fn read_config(config: &Map<String, Value>) -> Result<Described, Stri
         targets,
         rslora: config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
         modules_to_save: saved,
-        base: Base::None,
+        base: BaseFormat::None,
     };
     let base = text("base_model_name_or_path").filter(|b| !b.is_empty()).map(str::to_string);
     let trainable = Trainable { freeze: Freeze::default(), lora: Some(lora), layers };
-    Ok(Described { trainable, base, patterns: read_patterns(config)? })
+    Ok(DescribedAdapter { trainable, base, patterns: read_patterns(config)? })
 }
 
 /// Ranks and alphas of single modules.

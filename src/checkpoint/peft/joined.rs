@@ -10,8 +10,8 @@ use tch::{Kind, Tensor};
 
 use super::PREFIX;
 use crate::checkpoint::families;
-use crate::checkpoint::safetensors::Entry;
-use crate::checkpoint::source::{Block, Order, Source, View};
+use crate::checkpoint::safetensors::TensorEntry;
+use crate::checkpoint::source::{RowOrder, TensorBlock, TensorSource, View};
 use crate::config::shape::Shape;
 use crate::config::trainable::{Lora, Targets};
 use crate::distributed::plan::adapter_names;
@@ -48,10 +48,10 @@ impl Patterns {
 /// A linear layer of the files that is several of the model.
 pub(super) struct Joined {
     module: String,
-    parts: Vec<Part>,
+    parts: Vec<JoinedPart>,
 }
 
-struct Part {
+struct JoinedPart {
     module: String,
     /// Its rows in the joined layer.
     row: i64,
@@ -68,7 +68,7 @@ impl Joined {
             if stored == spec.name {
                 continue;
             }
-            let part = Part { module: module(&spec.name).into(), row, rows: spec.shape[0] };
+            let part = JoinedPart { module: module(&spec.name).into(), row, rows: spec.shape[0] };
             match all.iter_mut().rev().find(|joined| joined.module == module(&stored)) {
                 Some(joined) => joined.parts.push(part),
                 None => all.push(Joined { module: module(&stored).into(), parts: vec![part] }),
@@ -92,7 +92,7 @@ impl Joined {
 }
 
 /// A tensor of an adapter's file.
-pub(super) struct Stored {
+pub(super) struct JoinedTensor {
     /// As the family's own files have it.
     name: String,
     shape: Vec<i64>,
@@ -100,14 +100,14 @@ pub(super) struct Stored {
     parts: Vec<(String, i64, i64)>,
 }
 
-impl Stored {
+impl JoinedTensor {
     /// The tensors of a file for these of the model, whose adapters have this rank.
     pub(super) fn of(
         joined: &[Joined],
         rank: i64,
         tensors: impl Iterator<Item = (String, Vec<i64>)>,
-    ) -> Vec<Stored> {
-        let mut all: Vec<Stored> = Vec::new();
+    ) -> Vec<JoinedTensor> {
+        let mut all: Vec<JoinedTensor> = Vec::new();
         for (name, shape) in tensors {
             let stored = place(joined, rank, name, shape);
             match all.iter_mut().rev().find(|other| other.name == stored.name) {
@@ -123,8 +123,8 @@ impl Stored {
         &self.parts[0].0
     }
 
-    pub(super) fn entry(&self, kind: Kind) -> Entry {
-        Entry { name: format!("{PREFIX}{}", self.name), kind, shape: self.shape.clone() }
+    pub(super) fn entry(&self, kind: Kind) -> TensorEntry {
+        TensorEntry { name: format!("{PREFIX}{}", self.name), kind, shape: self.shape.clone() }
     }
 
     /// The tensor, of the model's.
@@ -144,19 +144,21 @@ impl Stored {
 }
 
 /// Where one tensor of the model lies.
-fn place(joined: &[Joined], rank: i64, name: String, shape: Vec<i64>) -> Stored {
+fn place(joined: &[Joined], rank: i64, name: String, shape: Vec<i64>) -> JoinedTensor {
     let found = joined.iter().find_map(|joined| {
         let i = joined.parts.iter().position(|part| adapter_names(&part.module).contains(&name))?;
         Some((joined, i))
     });
     let Some((joined, i)) = found else {
-        return Stored { parts: vec![(name.clone(), 0, 0)], name, shape };
+        return JoinedTensor { parts: vec![(name.clone(), 0, 0)], name, shape };
     };
     let (all, first, part) = (joined.parts.len() as i64 * rank, i as i64 * rank, &joined.parts[i]);
     let [a, b] = adapter_names(&joined.module);
     match adapter_names(&part.module)[0] == name {
-        true => Stored { name: a, shape: vec![all, shape[1]], parts: vec![(name, first, 0)] },
-        false => Stored { name: b, shape: vec![joined.rows(), all], parts: vec![(name, part.row, first)] },
+        true => JoinedTensor { name: a, shape: vec![all, shape[1]], parts: vec![(name, first, 0)] },
+        false => {
+            JoinedTensor { name: b, shape: vec![joined.rows(), all], parts: vec![(name, part.row, first)] }
+        }
     }
 }
 
@@ -164,7 +166,12 @@ fn place(joined: &[Joined], rank: i64, name: String, shape: Vec<i64>) -> Stored 
 ///
 /// # Errors
 /// Of kind Data: ranks, scales or tensors of an adapter that is no sum of one for each part with the others' rank.
-pub(super) fn split(source: &mut Source, lora: &mut Lora, patterns: Patterns, shape: &Shape) -> Result<()> {
+pub(super) fn split(
+    source: &mut TensorSource,
+    lora: &mut Lora,
+    patterns: Patterns,
+    shape: &Shape,
+) -> Result<()> {
     let all = Joined::all(shape);
     let named: BTreeSet<&str> = all.iter().map(|joined| last_part(&joined.module)).collect();
     let other =
@@ -204,7 +211,12 @@ pub(super) fn split(source: &mut Source, lora: &mut Lora, patterns: Patterns, sh
 }
 
 /// Splits one joined layer's adapter, if there is one; returns which parts have adapters.
-fn split_one(source: &mut Source, lora: &Lora, patterns: &Patterns, joined: &Joined) -> Result<Vec<usize>> {
+fn split_one(
+    source: &mut TensorSource,
+    lora: &Lora,
+    patterns: &Patterns,
+    joined: &Joined,
+) -> Result<Vec<usize>> {
     let [a, b] = adapter_names(&format!("{PREFIX}{}", joined.module));
     let (Some(view_a), Some(view_b)) = (source.views.get(&a).cloned(), source.views.get(&b).cloned()) else {
         return Ok(Vec::new());
@@ -237,14 +249,14 @@ fn split_one(source: &mut Source, lora: &Lora, patterns: &Patterns, joined: &Joi
 
 /// A matrix within a whole one of a file, from this element on.
 fn rectangle(whole: &View, tensor: &str, [rows, columns]: [i64; 2], first: i64) -> View {
-    let block = Block {
+    let block = TensorBlock {
         file: whole.blocks[0].file,
         tensor: tensor.into(),
         rows: 0..rows,
         cols: 0..columns,
         first,
         stride: whole.shape[1],
-        order: Order::Same,
+        order: RowOrder::Same,
     };
     View { shape: vec![rows, columns], kind: whole.kind, width: columns, blocks: vec![block] }
 }

@@ -1,7 +1,7 @@
 //! Checkpoints of a training that are saved, damaged and loaded.
 
 use super::*;
-use crate::checkpoint::sharded::{Piece, list, pieces};
+use crate::checkpoint::sharded::{TensorPiece, list, pieces};
 use crate::distributed::sharded::Slice;
 use crate::error::Result;
 
@@ -26,17 +26,18 @@ fn pieces_cover_a_range_exactly() {
         }
     }
     let two = [Slice { start: 0, len: 5 }, Slice { start: 5, len: 2 }];
-    let right = [Piece { rank: 0, from: 3, to: 0, len: 2 }, Piece { rank: 1, from: 0, to: 2, len: 1 }];
+    let right =
+        [TensorPiece { rank: 0, from: 3, to: 0, len: 2 }, TensorPiece { rank: 1, from: 0, to: 2, len: 1 }];
     assert_eq!(pieces(two.into_iter(), 3, 3), right);
 }
 
 #[test]
 fn checkpoints_load_at_every_world_size() {
     let cases = [
-        (1, Mode::Full, Kind::Float, true),
-        (2, Mode::Full, Kind::BFloat16, false),
-        (3, Mode::Full, Kind::Double, true),
-        (2, Mode::Replicate, Kind::Float, false),
+        (1, StorageMode::Full, Kind::Float, true),
+        (2, StorageMode::Full, Kind::BFloat16, false),
+        (3, StorageMode::Full, Kind::Double, true),
+        (2, StorageMode::Replicate, Kind::Float, false),
     ];
     for (n, mode, compute, tied) in cases {
         let (folder, shape) = (TestFolder::new("checkpoint"), tiny(tied));
@@ -44,13 +45,18 @@ fn checkpoints_load_at_every_world_size() {
         let checkpoint = latest(&folder.0).unwrap().unwrap();
         assert_eq!(checkpoint.dir(), step_dir(&folder.0, 10));
         assert_eq!(checkpoint.meta().world_size, n);
-        assert_eq!(checkpoint.meta().slices.len() as i64, if mode == Mode::Full { n } else { 1 });
-        for (ranks, mode) in [(1, Mode::Full), (2, Mode::Full), (2, Mode::Replicate), (5, Mode::Full)] {
+        assert_eq!(checkpoint.meta().slices.len() as i64, if mode == StorageMode::Full { n } else { 1 });
+        for (ranks, mode) in [
+            (1, StorageMode::Full),
+            (2, StorageMode::Full),
+            (2, StorageMode::Replicate),
+            (5, StorageMode::Full),
+        ] {
             on_ranks(ranks, |world| {
                 let mut params = params(&shape, &world, mode, compute);
                 let mut optim = optimizer(&params);
                 let state = checkpoint.load(&mut params, &mut optim).unwrap();
-                assert_eq!(state, State { step: 10, state: json!({"tokens": 7, "x": 0.1}) });
+                assert_eq!(state, TrainerState { step: 10, state: json!({"tokens": 7, "x": 0.1}) });
                 assert_trained(&params, &optim, &shape, &world, mode, compute);
             });
         }
@@ -59,10 +65,12 @@ fn checkpoints_load_at_every_world_size() {
             let weights = Weights::open(&path).unwrap();
             assert_eq!(weights.shape(), &shape);
             assert!(weights.tokenizer_dir().unwrap().is_some());
-            let mut params = params(&shape, &Group::solo(), Mode::Full, compute);
+            let mut params = params(&shape, &Group::solo(), StorageMode::Full, compute);
             weights.fill(&mut params).unwrap();
             assert!(
-                params.master(0).equal(&trained(&shape, &Group::solo(), Mode::Full, compute).0.master(0))
+                params
+                    .master(0)
+                    .equal(&trained(&shape, &Group::solo(), StorageMode::Full, compute).0.master(0))
             );
         }
     }
@@ -71,14 +79,14 @@ fn checkpoints_load_at_every_world_size() {
 #[test]
 fn a_checkpoint_takes_the_space_that_was_estimated() {
     let (folder, shape) = (TestFolder::new("checkpoint"), tiny(false));
-    save(&folder.0, &shape, 2, Mode::Full, Kind::Float, &[1]);
+    save(&folder.0, &shape, 2, StorageMode::Full, Kind::Float, &[1]);
     let shards: u64 = latest(&folder.0).unwrap().unwrap().meta().files[..2].iter().map(|f| f.bytes).sum();
     let estimate = bytes_per_checkpoint(&layouts(&shape), Kind::Float, MomentsIn::Float32);
     assert_eq!(estimate, shape.num_parameters() as u64 * 12);
     assert!(estimate <= shards && shards < estimate + 8000, "{estimate} {shards}");
 
     let folder = TestFolder::new("checkpoint");
-    save(&folder.0, &shape, 2, Mode::Full, Kind::BFloat16, &[1]);
+    save(&folder.0, &shape, 2, StorageMode::Full, Kind::BFloat16, &[1]);
     let shards: u64 = latest(&folder.0).unwrap().unwrap().meta().files[..2].iter().map(|f| f.bytes).sum();
     let estimate = bytes_per_checkpoint(&layouts(&shape), Kind::Float, MomentsIn::EightBit);
     assert!(estimate < shape.num_parameters() as u64 * 61 / 10, "6 bytes and 8 for each 256");
@@ -90,7 +98,7 @@ fn old_checkpoints_go_and_leftovers_of_killed_runs_too() {
     let (folder, shape) = (TestFolder::new("checkpoint"), tiny(true));
     let dir = folder.0.join("checkpoints");
     let steps = || list(&dir).unwrap().into_iter().map(|(s, _)| s).collect::<Vec<_>>();
-    save(&folder.0, &shape, 1, Mode::Full, Kind::Float, &[10, 20, 30, 40]);
+    save(&folder.0, &shape, 1, StorageMode::Full, Kind::Float, &[10, 20, 30, 40]);
     assert_eq!(steps(), [30, 40]);
     // Killed while saving, while removing, and while replacing a checkpoint.
     fs::create_dir(dir.join(".tmp-step-00000050")).unwrap();
@@ -102,9 +110,9 @@ fn old_checkpoints_go_and_leftovers_of_killed_runs_too() {
     assert_eq!(steps(), [30, 40]);
     assert_eq!(latest(&folder.0).unwrap().unwrap().meta().step, 40);
     // The same step once more; then a history that begins anew at an older step.
-    save(&folder.0, &shape, 1, Mode::Full, Kind::Float, &[40]);
+    save(&folder.0, &shape, 1, StorageMode::Full, Kind::Float, &[40]);
     assert_eq!(steps(), [30, 40]);
-    save(&folder.0, &shape, 1, Mode::Full, Kind::Float, &[35]);
+    save(&folder.0, &shape, 1, StorageMode::Full, Kind::Float, &[35]);
     assert_eq!(steps(), [30, 35]);
     assert_eq!(fs::read_dir(&dir).unwrap().count(), 2);
 }
@@ -114,7 +122,7 @@ fn a_damaged_newest_checkpoint_is_named_and_never_passed_over() {
     let (folder, shape) = (TestFolder::new("checkpoint"), tiny(true));
     let fresh = || {
         let _ = fs::remove_dir_all(folder.0.join("checkpoints"));
-        save(&folder.0, &shape, 1, Mode::Full, Kind::Float, &[1, 2]);
+        save(&folder.0, &shape, 1, StorageMode::Full, Kind::Float, &[1, 2]);
         step_dir(&folder.0, 2)
     };
     let advice = format!("--resume {}", step_dir(&folder.0, 1).display());
@@ -161,13 +169,13 @@ fn a_damaged_newest_checkpoint_is_named_and_never_passed_over() {
 #[test]
 fn damage_that_one_rank_sees_stops_all_ranks() {
     let (folder, shape) = (TestFolder::new("checkpoint"), tiny(false));
-    save(&folder.0, &shape, 2, Mode::Full, Kind::Float, &[1]);
+    save(&folder.0, &shape, 2, StorageMode::Full, Kind::Float, &[1]);
     let shard = "shard-00001-of-00002.safetensors";
     let path = step_dir(&folder.0, 1).join(shard);
     flip(&path, fs::metadata(&path).unwrap().len() - 1);
     let errors = on_ranks(2, |world| {
         let checkpoint = latest(&folder.0).unwrap().unwrap();
-        let mut params = params(&shape, &world, Mode::Full, Kind::Float);
+        let mut params = params(&shape, &world, StorageMode::Full, Kind::Float);
         let mut optim = optimizer(&params);
         checkpoint.load(&mut params, &mut optim).unwrap_err()
     });
@@ -181,7 +189,7 @@ fn a_failed_save_leaves_nothing_and_is_known_to_all_ranks() {
     let (folder, shape) = (TestFolder::new("checkpoint"), tiny(false));
     let dir = folder.0.join("checkpoints");
     let results: Vec<(Error, Result<Option<Saved>>)> = on_ranks(2, |world| {
-        let (params, optim) = trained(&shape, &world, Mode::Full, Kind::Float);
+        let (params, optim) = trained(&shape, &world, StorageMode::Full, Kind::Float);
         let mut saver = Saver::new(&folder.0, 3, run_info(), &world).unwrap();
         // The disk is full for rank 1 alone.
         if world.rank() == 1 {
@@ -226,11 +234,11 @@ fn further_models_lie_in_folders_of_their_own() {
     let (folder, shape) = (TestFolder::new("checkpoint"), tiny(false));
     let other = Shape { hidden_size: 2 * shape.hidden_size, ..shape.clone() };
     on_ranks(2, |world| {
-        let (params, optim) = trained(&shape, &world, Mode::Full, Kind::Float);
-        let (critic, of_critic) = trained(&other, &world, Mode::Full, Kind::Float);
+        let (params, optim) = trained(&shape, &world, StorageMode::Full, Kind::Float);
+        let (critic, of_critic) = trained(&other, &world, StorageMode::Full, Kind::Float);
         let mut saver = Saver::new(&folder.0, 3, run_info(), &world).unwrap();
         let part =
-            |name, shape, params, optim| Part { name, shape, base: None, scoring: None, params, optim };
+            |name, shape, params, optim| SavedPart { name, shape, base: None, scoring: None, params, optim };
         let models = [
             part("", &shape, &params, Some(&optim)),
             part("critic", &other, &critic, Some(&of_critic)),
@@ -243,7 +251,7 @@ fn further_models_lie_in_folders_of_their_own() {
     for (name, shape, moments) in [("critic", &other, true), ("ema", &shape, false)] {
         let part = checkpoint.part(name).unwrap();
         let world = Group::solo();
-        let (expected, of_expected) = trained(shape, &world, Mode::Full, Kind::Float);
+        let (expected, of_expected) = trained(shape, &world, StorageMode::Full, Kind::Float);
         let mut params = Sharded::new(layouts(shape), Sharding::solo(), Kind::Float, Device::Cpu);
         let mut optim = AdamW::new(&params, of_expected.hyper);
         match moments {

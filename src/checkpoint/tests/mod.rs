@@ -18,7 +18,7 @@ use testing::tolerance::{Quantity, allowed};
 
 use super::hf::HfModel;
 use super::saver::Saved;
-use super::sharded::State;
+use super::sharded::TrainerState;
 use super::*;
 use crate::config::sections::{MomentsIn, Optim};
 use crate::config::shape::{Experts, Family, Shape};
@@ -68,15 +68,15 @@ fn one_a_family() -> Vec<Shape> {
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Mode {
+enum StorageMode {
     Full,
     Replicate,
 }
 
-fn params(shape: &Shape, world: &Group, mode: Mode, compute: Kind) -> Sharded {
+fn params(shape: &Shape, world: &Group, mode: StorageMode, compute: Kind) -> Sharded {
     let sharding = match mode {
-        Mode::Full => Sharding::over(world.clone()),
-        Mode::Replicate => Sharding::replicated(world.clone()),
+        StorageMode::Full => Sharding::over(world.clone()),
+        StorageMode::Replicate => Sharding::replicated(world.clone()),
     };
     Sharded::new(layouts(shape), sharding, compute, Device::Cpu)
 }
@@ -91,7 +91,7 @@ fn optimizer(params: &Sharded) -> AdamW {
 }
 
 /// Parameters and moments whose every element depends on its place only, so that any slice can be checked.
-fn trained(shape: &Shape, world: &Group, mode: Mode, compute: Kind) -> (Sharded, AdamW) {
+fn trained(shape: &Shape, world: &Group, mode: StorageMode, compute: Kind) -> (Sharded, AdamW) {
     let mut params = params(shape, world, mode, compute);
     init::init(&mut params, shape, 5).unwrap();
     let mut optim = optimizer(&params);
@@ -113,7 +113,14 @@ fn trained(shape: &Shape, world: &Group, mode: Mode, compute: Kind) -> (Sharded,
 }
 
 /// Whether a rank has exactly the state of [`trained`].
-fn assert_trained(params: &Sharded, optim: &AdamW, shape: &Shape, world: &Group, mode: Mode, compute: Kind) {
+fn assert_trained(
+    params: &Sharded,
+    optim: &AdamW,
+    shape: &Shape,
+    world: &Group,
+    mode: StorageMode,
+    compute: Kind,
+) {
     let (right, right_optim) = trained(shape, world, mode, compute);
     assert_eq!(optim.step, 41);
     for i in 0..params.len() {
@@ -136,12 +143,12 @@ fn run_info() -> RunInfo {
 }
 
 /// A checkpoint of one model.
-fn only<'a>(shape: &'a Shape, params: &'a Sharded, optim: &'a AdamW) -> [Part<'a>; 1] {
-    [Part { name: "", shape, base: None, scoring: None, params, optim: Some(optim) }]
+fn only<'a>(shape: &'a Shape, params: &'a Sharded, optim: &'a AdamW) -> [SavedPart<'a>; 1] {
+    [SavedPart { name: "", shape, base: None, scoring: None, params, optim: Some(optim) }]
 }
 
 /// Saves the state of [`trained`] on `n` ranks as each of `steps`.
-fn save(dir: &Path, shape: &Shape, n: i64, mode: Mode, compute: Kind, steps: &[u64]) {
+fn save(dir: &Path, shape: &Shape, n: i64, mode: StorageMode, compute: Kind, steps: &[u64]) {
     on_ranks(n, |world| {
         let (params, optim) = trained(shape, &world, mode, compute);
         let mut saver = Saver::new(dir, 2, run_info(), &world).unwrap();
@@ -168,7 +175,7 @@ fn flip(path: &Path, at: u64) {
 }
 
 fn load_error(checkpoint: &Checkpoint, shape: &Shape) -> Error {
-    let mut params = params(shape, &Group::solo(), Mode::Full, Kind::Float);
+    let mut params = params(shape, &Group::solo(), StorageMode::Full, Kind::Float);
     let mut optim = optimizer(&params);
     checkpoint.load(&mut params, &mut optim).unwrap_err()
 }

@@ -1,9 +1,9 @@
 //! Files of tensors, and models that are read and exported.
 
 use super::*;
-use crate::checkpoint::safetensors::{Entry, Reader, Writer};
+use crate::checkpoint::safetensors::{SafetensorsReader, SafetensorsWriter, TensorEntry};
 use crate::checkpoint::source::TensorFile;
-use crate::error::Kind as ErrorKind;
+use crate::error::ErrorClass;
 use crate::model::layout::{EMBEDDING, LM_HEAD};
 
 #[test]
@@ -12,9 +12,10 @@ fn tensors_survive_files_in_every_dtype() {
     let path = folder.0.join("x.safetensors");
     let values = Tensor::randn([7, 300], (Kind::Double, Device::Cpu));
     for kind in [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Half] {
-        let entry = |name: &str, shape: &[i64]| Entry { name: name.into(), kind, shape: shape.to_vec() };
+        let entry =
+            |name: &str, shape: &[i64]| TensorEntry { name: name.into(), kind, shape: shape.to_vec() };
         let entries = [entry("a", &[7, 300]), entry("empty", &[0]), entry("b", &[300, 7])];
-        let mut writer = Writer::create(&path, &entries).unwrap();
+        let mut writer = SafetensorsWriter::create(&path, &entries).unwrap();
         writer.write(&values).unwrap();
         writer.write(&values.narrow(0, 0, 0)).unwrap();
         writer.write(&values.tr()).unwrap();
@@ -22,7 +23,7 @@ fn tensors_survive_files_in_every_dtype() {
         assert_eq!(written.bytes, fs::metadata(&path).unwrap().len());
         assert_eq!(written.crc32, crate::files::crc32(&path).unwrap());
 
-        let reader = Reader::open(&path).unwrap();
+        let reader = SafetensorsReader::open(&path).unwrap();
         assert_eq!(reader.metadata()["format"], "pt");
         assert_eq!(reader.info("b").unwrap(), (vec![300, 7], kind));
         for into in [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Half] {
@@ -43,8 +44,8 @@ fn tensors_survive_files_in_every_dtype() {
 fn damaged_safetensors_are_refused_by_name() {
     let folder = TestFolder::new("checkpoint");
     let path = folder.0.join("x.safetensors");
-    let entry = Entry { name: "weight".into(), kind: Kind::Float, shape: vec![4, 4] };
-    let mut writer = Writer::create(&path, &[entry]).unwrap();
+    let entry = TensorEntry { name: "weight".into(), kind: Kind::Float, shape: vec![4, 4] };
+    let mut writer = SafetensorsWriter::create(&path, &[entry]).unwrap();
     writer.write(&Tensor::ones([4, 4], (Kind::Float, Device::Cpu))).unwrap();
     writer.finish().unwrap();
     let good = fs::read(&path).unwrap();
@@ -67,13 +68,13 @@ fn damaged_safetensors_are_refused_by_name() {
     ];
     for (what, bytes, part) in cases {
         fs::write(&path, bytes).unwrap();
-        let e = Reader::open(&path).err().unwrap_or_else(|| panic!("{what} was accepted"));
-        assert_eq!(e.kind, ErrorKind::Data, "{what}");
+        let e = SafetensorsReader::open(&path).err().unwrap_or_else(|| panic!("{what} was accepted"));
+        assert_eq!(e.kind, ErrorClass::Data, "{what}");
         assert!(e.message.contains("x.safetensors") && e.message.contains(part), "{what}: {e}");
     }
     fs::write(&path, with_header(&header.replace("F32", "I32"))).unwrap();
     let dst = Tensor::zeros([16], (Kind::Float, Device::Cpu));
-    let e = Reader::open(&path).unwrap().read("weight", 0, &dst).unwrap_err();
+    let e = SafetensorsReader::open(&path).unwrap().read("weight", 0, &dst).unwrap_err();
     assert!(e.message.contains("`weight` has dtype I32"), "{e}");
 }
 
@@ -82,8 +83,8 @@ fn a_full_disk_is_one_clear_message() {
     let folder = TestFolder::new("checkpoint");
     let path = folder.0.join("x.safetensors");
     std::os::unix::fs::symlink("/dev/full", folder.0.join(".tmp-x.safetensors")).unwrap();
-    let entry = Entry { name: "weight".into(), kind: Kind::Float, shape: vec![1 << 20] };
-    let mut writer = Writer::create(&path, &[entry]).unwrap();
+    let entry = TensorEntry { name: "weight".into(), kind: Kind::Float, shape: vec![1 << 20] };
+    let mut writer = SafetensorsWriter::create(&path, &[entry]).unwrap();
     let e = writer.write(&Tensor::ones([1 << 20], (Kind::Float, Device::Cpu))).unwrap_err();
     assert_eq!(e.exit_code(), 1);
     assert!(e.message.contains("x.safetensors") && e.message.contains("GB are free"), "{e}");
@@ -106,7 +107,7 @@ fn golden_models_load_as_they_are() {
         }
         let tensors = std::sync::Mutex::new(tensors);
         on_ranks(3, |world| {
-            let mut params = params(model.shape(), &world, Mode::Full, Kind::Double);
+            let mut params = params(model.shape(), &world, StorageMode::Full, Kind::Double);
             model.source().fill(&mut params).unwrap();
             for i in 0..params.len() {
                 let full = params.gather_master(i).unwrap();
@@ -143,19 +144,19 @@ fn a_head_beside_a_tied_embedding_is_compared() {
             let kept = weights.iter().filter(|(name, _)| *with_embedding || name != EMBEDDING);
             let head_too = head.iter().map(|head| (LM_HEAD, head));
             let tensors: Vec<(&str, &Tensor)> = kept.map(|(n, t)| (n.as_str(), t)).chain(head_too).collect();
-            let entry = |(name, t): &(&str, &Tensor)| Entry {
+            let entry = |(name, t): &(&str, &Tensor)| TensorEntry {
                 name: name.to_string(),
                 kind: Kind::Float,
                 shape: t.size(),
             };
-            let entries: Vec<Entry> = tensors.iter().map(entry).collect();
+            let entries: Vec<TensorEntry> = tensors.iter().map(entry).collect();
             if bin {
                 let path = dir.join("pytorch_model.bin");
-                let mut writer = crate::checkpoint::torch_file::Writer::create(&path, &entries).unwrap();
+                let mut writer = crate::checkpoint::torch_file::TorchWriter::create(&path, &entries).unwrap();
                 tensors.iter().for_each(|(_, t)| writer.write(t).unwrap());
                 writer.finish().unwrap();
             } else {
-                let mut writer = Writer::create(&dir.join("model.safetensors"), &entries).unwrap();
+                let mut writer = SafetensorsWriter::create(&dir.join("model.safetensors"), &entries).unwrap();
                 tensors.iter().for_each(|(_, t)| writer.write(t).unwrap());
                 writer.finish().unwrap();
             }
@@ -234,7 +235,7 @@ fn an_export_is_an_import() {
         // The second export replaces the first.
         for _ in 0..2 {
             on_ranks(ranks, |world| {
-                let (params, _) = trained(&shape, &world, Mode::Full, Kind::Float);
+                let (params, _) = trained(&shape, &world, StorageMode::Full, Kind::Float);
                 let how =
                     Export { dtype: Kind::Float, max_shard_size, tokenizer: Some(&tokenizer), scoring: None };
                 export(&dir, &shape, &params, &how, &world).unwrap();
@@ -249,9 +250,9 @@ fn an_export_is_an_import() {
             serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap();
         assert_eq!(config["eos_token_id"], json!([593, 598]));
         assert_eq!(config["torch_dtype"], "float32");
-        let mut loaded = params(&shape, &Group::solo(), Mode::Full, Kind::Float);
+        let mut loaded = params(&shape, &Group::solo(), StorageMode::Full, Kind::Float);
         Weights::open(&folder.0).unwrap().fill(&mut loaded).unwrap();
-        let (right, _) = trained(&shape, &Group::solo(), Mode::Full, Kind::Float);
+        let (right, _) = trained(&shape, &Group::solo(), StorageMode::Full, Kind::Float);
         for i in 0..loaded.len() {
             assert!(loaded.master(i).equal(&right.master(i)));
         }
@@ -263,7 +264,7 @@ fn an_export_spares_what_is_not_its_own_and_fails_on_all_ranks() {
     let (folder, shape) = (TestFolder::new("checkpoint"), tiny(false));
     fs::write(folder.0.join("thesis.txt"), "precious").unwrap();
     let errors = on_ranks(2, |world| {
-        let (params, _) = trained(&shape, &world, Mode::Replicate, Kind::Float);
+        let (params, _) = trained(&shape, &world, StorageMode::Replicate, Kind::Float);
         let how = Export { dtype: Kind::BFloat16, max_shard_size: u64::MAX, tokenizer: None, scoring: None };
         let e = export(Path::new("."), &shape, &params, &how, &world).unwrap_err();
         assert!(e.message.contains("no name for a file or folder"), "{e}");
@@ -292,16 +293,17 @@ fn a_path_without_a_model_is_told_what_a_model_is() {
 fn new_rows_are_the_mean_of_the_old_ones() {
     for tied in [false, true] {
         let (folder, shape) = (TestFolder::new("checkpoint"), tiny(tied));
-        save(&folder.0, &shape, 2, Mode::Full, Kind::Float, &[1]);
-        let (old, _) = trained(&shape, &Group::solo(), Mode::Full, Kind::Float);
+        save(&folder.0, &shape, 2, StorageMode::Full, Kind::Float, &[1]);
+        let (old, _) = trained(&shape, &Group::solo(), StorageMode::Full, Kind::Float);
         let how = Export { dtype: Kind::Float, max_shard_size: u64::MAX, tokenizer: None, scoring: None };
         let model = folder.0.join("exported");
         export(&model, &shape, &old, &how, &Group::solo()).unwrap();
         let larger = Shape { vocab_size: 64, ..shape.clone() };
         for path in [model, step_dir(&folder.0, 1)] {
-            for (ranks, mode) in [(1, Mode::Full), (3, Mode::Full), (2, Mode::Replicate)] {
+            for (ranks, mode) in [(1, StorageMode::Full), (3, StorageMode::Full), (2, StorageMode::Replicate)]
+            {
                 on_ranks(ranks, |world| {
-                    let (old, _) = trained(&shape, &Group::solo(), Mode::Full, Kind::Float);
+                    let (old, _) = trained(&shape, &Group::solo(), StorageMode::Full, Kind::Float);
                     let mut grown = params(&larger, &world, mode, Kind::Float);
                     Weights::open(&path).unwrap().fill(&mut grown).unwrap();
                     for i in 0..grown.len() {

@@ -6,8 +6,8 @@ use std::time::Instant;
 use kernels::c10d::ReduceOp;
 use serde_json::{Value, json};
 
-use super::{Scratch, Training, Workload, median};
-use crate::checkpoint::{Part, RunInfo, Saver, latest};
+use super::{BenchTraining, Scratch, Workload, median};
+use crate::checkpoint::{RunInfo, SavedPart, Saver, latest};
 use crate::distributed::agree::agree;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
@@ -43,13 +43,13 @@ pub fn run(args: &Args, world: &World) -> Result<()> {
     )?;
     let run_dir = args.dir.join(format!("bench-{id}"));
 
-    let mut training = Training::new(&args.workload, world)?;
+    let mut training = BenchTraining::new(&args.workload, world)?;
     for _ in 0..args.warmup {
         training.step(world)?;
     }
     let info = RunInfo { config_hash: "bench".into(), tokenizer: None };
     let mut saver = Saver::new(&run_dir, 1, info, &world.group)?;
-    let mut times = Times::default();
+    let mut times = SaveTimes::default();
     let mut step = 0;
     for _ in 0..args.saves {
         let mut plain = Vec::new();
@@ -82,7 +82,7 @@ pub fn run(args: &Args, world: &World) -> Result<()> {
         times.write.push(begun.elapsed().as_secs_f64());
 
         let Some(checkpoint) = latest(&run_dir)? else {
-            return Err(Error::failed("the checkpoint that was saved is not there"));
+            return Err(Error::failed("the checkpoint that was saved is missing"));
         };
         world.group.barrier()?;
         let begun = Instant::now();
@@ -101,17 +101,21 @@ pub fn run(args: &Args, world: &World) -> Result<()> {
 }
 
 /// Starts a save; the seconds that training stands still, of the slowest rank.
-fn begin(saver: &mut Saver, step: u64, training: &Training, world: &World) -> Result<f64> {
+fn begin(saver: &mut Saver, step: u64, training: &BenchTraining, world: &World) -> Result<f64> {
     world.group.barrier()?;
     let begun = Instant::now();
     let (shape, params, optim) = (&training.shape, &training.model.params, Some(&training.optimizer));
-    saver.begin(step, &[Part { name: "", shape, base: None, scoring: None, params, optim }], Value::Null)?;
+    saver.begin(
+        step,
+        &[SavedPart { name: "", shape, base: None, scoring: None, params, optim }],
+        Value::Null,
+    )?;
     Ok(world.group.combine(&[begun.elapsed().as_secs_f64()], ReduceOp::Max)?[0])
 }
 
 /// Seconds.
 #[derive(Default)]
-struct Times {
+struct SaveTimes {
     /// Of steps with no save under way, and with one.
     plain: Vec<f64>,
     beside: Vec<f64>,
@@ -121,8 +125,8 @@ struct Times {
     load: Vec<f64>,
 }
 
-impl Times {
-    fn into_json(mut self, args: &Args, training: &Training, world: &World, bytes: u64) -> Value {
+impl SaveTimes {
+    fn into_json(mut self, args: &Args, training: &BenchTraining, world: &World, bytes: u64) -> Value {
         let (write_s, load_s) = (median(&mut self.write), median(&mut self.load));
         json!({
             "bench": "checkpoint", "preset": args.workload.preset, "params": training.shape.num_parameters(),

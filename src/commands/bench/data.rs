@@ -10,10 +10,10 @@ use serde_json::json;
 use super::{Scratch, median};
 use crate::checkpoint::locate_tokenizer;
 use crate::config::sections::OnError;
-use crate::data::loader::{Loader, Order, Source};
-use crate::data::synth::{self, Level};
+use crate::data::loader::{Loader, WeightedSource, WindowOrder};
+use crate::data::synth::{self, ProblemLevel};
 use crate::data::texts::Texts;
-use crate::data::tokenize::{self, Options};
+use crate::data::tokenize::{self, TokenizeOptions};
 use crate::data::tokenizer::{self, Tokenizer};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
@@ -60,7 +60,8 @@ pub fn run(args: &Args, world: &World) -> Result<()> {
     }
     let scratch = Scratch::create(&args.dir, std::process::id())?;
     let inputs = if args.input.is_empty() {
-        let options = synth::Options { seed: 1, count: SYNTHETIC, level: Level::Mix, wrong_answers: 0.0 };
+        let options =
+            synth::SynthOptions { seed: 1, count: SYNTHETIC, level: ProblemLevel::Mix, wrong_answers: 0.0 };
         synth::write(&scratch.0, &options)?;
         vec![scratch.0.join("pretrain.train.jsonl")]
     } else {
@@ -92,7 +93,7 @@ pub fn run(args: &Args, world: &World) -> Result<()> {
     };
 
     let output = scratch.0.join("tokens");
-    let options = Options {
+    let options = TokenizeOptions {
         inputs: inputs.clone(),
         text_key: args.text_key.clone(),
         on_error: OnError::Refuse,
@@ -111,8 +112,8 @@ pub fn run(args: &Args, world: &World) -> Result<()> {
         })
     );
 
-    let sources = [Source { path: output.join("train"), weight: None }];
-    let order = Order::Shuffled { seed: 1 };
+    let sources = [WeightedSource { path: output.join("train"), weight: None }];
+    let order = WindowOrder::Shuffled { seed: 1 };
     let open = || Loader::new(&sources, None, tokenizer.vocab_size(), args.sequence_length, order);
     let (loader, open_s) = measured(args.runs, open)?;
     let batches = (LOADED_TOKENS / (args.batch_size * args.sequence_length)).max(1);

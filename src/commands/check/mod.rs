@@ -10,29 +10,29 @@ use crate::algorithms::records;
 use crate::algorithms::rl::policy::Samplers;
 use crate::algorithms::run::{Resume, Start};
 use crate::checkpoint;
-use crate::commands::recipes::{Named, RecipeArgs};
+use crate::commands::recipes::{NamedRecipe, RecipeArgs};
 use crate::commands::training::ConfigArgs;
 use crate::commands::{Global, plan};
 use crate::config::common::Common;
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
 use crate::distributed::mesh::ShardingPlan;
-use crate::distributed::plan::{Plan, Role};
+use crate::distributed::plan::{GroupPlan, Role};
 use crate::error::{Context, Error, Result};
 use crate::model::{Trainable, compute_kind};
-use crate::plan::Target;
+use crate::plan::PlanTarget;
 use crate::warn;
 
 /// `corral check`
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
-    what: Named<OfRecipe>,
+    what: NamedRecipe<CheckArgs>,
 }
 
 /// Arguments for every recipe.
 #[derive(Debug, clap::Args)]
-pub struct OfRecipe {
+pub struct CheckArgs {
     #[command(flatten)]
     config: ConfigArgs,
     /// Ranks that the run will have
@@ -43,7 +43,7 @@ pub struct OfRecipe {
     example: usize,
 }
 
-impl RecipeArgs for OfRecipe {}
+impl RecipeArgs for CheckArgs {}
 
 /// Checks the configuration of a recipe; prints it, resolved, and what would be trained on.
 pub fn run(args: Args, global: &Global) -> Result<()> {
@@ -52,7 +52,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
 
 /// Loads and checks a configuration, opens what it names, refuses a folder that a run must not write, and shows what came of
 /// it: the resolved configuration, what is trained, the disk, the memory of several models, the data, an example.
-pub fn check<R: Recipe>(args: OfRecipe, global: &Global) -> Result<()> {
+pub fn check<R: Recipe>(args: CheckArgs, global: &Global) -> Result<()> {
     if args.nproc < 1 {
         return Err(Error::config("--nproc must be at least 1"));
     }
@@ -94,7 +94,7 @@ pub fn check<R: Recipe>(args: OfRecipe, global: &Global) -> Result<()> {
 }
 
 /// Shows the memory of a run of several models.
-fn memory<R: Recipe>(c: &R, target: &Target) -> Result<()> {
+fn memory<R: Recipe>(c: &R, target: &PlanTarget) -> Result<()> {
     if R::PLAN_FLAGS.contains(&"device_memory") {
         // One model: `corral plan` has more to tell than fits here.
         return Ok(());
@@ -114,7 +114,7 @@ fn conclude<C: Algorithm>(loaded: &Loaded<C>, models: &[(&str, &Shape, &Trainabl
     let mut lines = Vec::new();
     for (name, shape, trainable) in models {
         let plans = trainable.plans(shape)?;
-        let trained: Vec<_> = plans.iter().map(Plan::trained).collect();
+        let trained: Vec<_> = plans.iter().map(GroupPlan::trained).collect();
         checkpoint +=
             checkpoint::bytes_per_checkpoint(&trained, kernels::ops::accumulator(compute), c.optim.moments);
         let numel: u64 = trained.iter().map(|l| l.numel as u64).sum();

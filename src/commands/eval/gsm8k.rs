@@ -11,14 +11,14 @@ use crate::commands::Global;
 use crate::commands::inference;
 use crate::commands::intake::Intake;
 use crate::data::chat::Chat;
-use crate::data::conversation::{Prompt, conversation};
+use crate::data::conversation::{PromptForm, conversation};
 use crate::data::odd::{Odd, OrOdd, Reason};
 use crate::data::readers::{self, Record};
 use crate::distributed::exchange::gather_objects;
 use crate::error::{Error, Result};
-use crate::generate::engine::{Options, Request, generate};
+use crate::generate::engine::{EngineOptions, Request, generate};
 use crate::generate::{self as generation, Sampling};
-use crate::rewards::gsm8k::{self, Answer, Form, answer};
+use crate::rewards::gsm8k::{self, AnswerForm, NumberAnswer, answer};
 use crate::telemetry::progress::Bar;
 
 /// A question and the number that answers it.
@@ -28,7 +28,7 @@ struct Question {
     /// What the template is given and does not write.
     unwritten: Vec<String>,
     /// None: the reference has no number, so that nothing can be compared with it.
-    gold: Option<Answer>,
+    gold: Option<NumberAnswer>,
 }
 
 #[expect(clippy::too_many_lines, reason = "the steps of a measurement")]
@@ -70,7 +70,7 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     let mut model = opened.load(&world, args.ranks.mode)?;
     let mut eos = opened.eos_ids()?;
     eos.extend(chat.stop_ids().into_iter().map(i64::from));
-    let options = Options { sampling, batch_size: args.batch_size, eos: &eos, stop: None };
+    let options = EngineOptions { sampling, batch_size: args.batch_size, eos: &eos, stop: None };
 
     let mine: Vec<usize> = world.mesh.data.turns(requests.len()).collect();
     let my_requests: Vec<Request> = mine.iter().map(|i| requests[*i].clone()).collect();
@@ -87,10 +87,10 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     let texts: Vec<(usize, (String, usize, Value))> = texts.collect::<Result<_>>()?;
     let all: BTreeMap<usize, (String, usize, Value)> = gather_objects(&world, &texts)?.into_iter().collect();
 
-    let (mut total, mut groups) = (Tally::default(), BTreeMap::<String, Tally>::new());
+    let (mut total, mut groups) = (Gsm8kTally::default(), BTreeMap::<String, Gsm8kTally>::new());
     let mut lines = String::new();
     for (question, (text, num_tokens, finish)) in questions.into_iter().zip(all.into_values()) {
-        let found = answer(&text, Form::Strict);
+        let found = answer(&text, AnswerForm::Strict);
         let correct =
             question.gold.as_ref().map(|gold| found.as_ref().is_some_and(|a| a.number == gold.number));
         let ended = finish == "eos";
@@ -142,22 +142,22 @@ fn question(record: Record, chat: &Chat, positions: usize) -> Result<Question, O
     Ok(Question { line: record.fields, prompt, unwritten, gold: gsm8k::reference(&reference) })
 }
 
-fn reference_and_prompt(record: &Record) -> Result<(String, Prompt)> {
+fn reference_and_prompt(record: &Record) -> Result<(String, PromptForm)> {
     let reference = match record.fields.get("answer") {
         Some(Value::String(text)) => text.clone(),
         Some(Value::Number(number)) => format!("#### {number}"),
         _ => match conversation(record)?.pop() {
             Some(last) if last.role == "assistant" => {
-                return Ok((last.text().into_owned(), Prompt::read(record)?));
+                return Ok((last.text().into_owned(), PromptForm::read(record)?));
             }
             _ => return Err(Error::data(format!("{}: no key `answer`", record.place))),
         },
     };
-    Ok((reference, Prompt::read_with_prefill(record)?))
+    Ok((reference, PromptForm::read_with_prefill(record)?))
 }
 
 #[derive(Debug, Default, Clone, Copy)]
-struct Tally {
+struct Gsm8kTally {
     scored: u64,
     correct: u64,
     /// References without a number: left out of the accuracy.
@@ -168,7 +168,7 @@ struct Tally {
     all: u64,
 }
 
-impl Tally {
+impl Gsm8kTally {
     fn count(&mut self, correct: Option<bool>, parsed: bool, ended: bool) {
         self.all += 1;
         self.ended += u64::from(ended);

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::{Args, supervised};
 use crate::commands::Global;
-use crate::commands::inference::{self, Opened};
+use crate::commands::inference::{self, OpenedModel};
 use crate::commands::intake::Intake;
 use crate::commands::score;
 use crate::data::arrow;
@@ -57,11 +57,11 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     }
     let mut intake = Intake::new(args.on_error);
     let text_key = args.text_key.as_deref().unwrap_or(TEXT);
-    let open = |path: &PathBuf| Stream::open(path, text_key, &opened, &mut intake);
-    let streams: Vec<Stream> = args.input.iter().map(open).collect::<Result<_>>()?;
+    let open = |path: &PathBuf| TokenStream::open(path, text_key, &opened, &mut intake);
+    let streams: Vec<TokenStream> = args.input.iter().map(open).collect::<Result<_>>()?;
     intake.check()?;
-    let num_tokens: u64 = streams.iter().map(Stream::predictions).sum();
-    let num_bytes: u64 = streams.iter().map(Stream::num_bytes).sum();
+    let num_tokens: u64 = streams.iter().map(TokenStream::predictions).sum();
+    let num_bytes: u64 = streams.iter().map(TokenStream::num_bytes).sum();
     if num_tokens == 0 || num_bytes == 0 {
         return Err(Error::data("the input has no two tokens of text: there is nothing to measure"));
     }
@@ -114,18 +114,18 @@ fn holds_conversations(path: &Path, args: &Args) -> Result<bool> {
 }
 
 /// The tokens of an input, one document after the other.
-enum Stream {
+enum TokenStream {
     Text { ids: Vec<i64>, num_bytes: u64 },
     Shards(TokenSet),
 }
 
-impl Stream {
-    fn open(path: &Path, text_key: &str, opened: &Opened, intake: &mut Intake) -> Result<Stream> {
+impl TokenStream {
+    fn open(path: &Path, text_key: &str, opened: &OpenedModel, intake: &mut Intake) -> Result<TokenStream> {
         if is_token_shards(path)? {
             let set = TokenSet::open(path)?;
             let hash = opened.tokenizer().ok().map(Tokenizer::hash);
             set.check(hash, opened.shape().vocab_size as usize)?;
-            return Ok(Stream::Shards(set));
+            return Ok(TokenStream::Shards(set));
         }
         let tokenizer = opened.tokenizer()?;
         let (mut ids, mut num_bytes) = (Vec::new(), 0);
@@ -141,13 +141,13 @@ impl Stream {
             num_bytes += text.len() as u64;
             document(tokenizer, &text, &mut ids)?;
         }
-        Ok(Stream::Text { ids, num_bytes })
+        Ok(TokenStream::Text { ids, num_bytes })
     }
 
     fn num_tokens(&self) -> u64 {
         match self {
-            Stream::Text { ids, .. } => ids.len() as u64,
-            Stream::Shards(set) => set.num_tokens(),
+            TokenStream::Text { ids, .. } => ids.len() as u64,
+            TokenStream::Shards(set) => set.num_tokens(),
         }
     }
 
@@ -158,15 +158,15 @@ impl Stream {
 
     fn num_bytes(&self) -> u64 {
         match self {
-            Stream::Text { num_bytes, .. } => *num_bytes,
-            Stream::Shards(set) => set.text_bytes(),
+            TokenStream::Text { num_bytes, .. } => *num_bytes,
+            TokenStream::Shards(set) => set.text_bytes(),
         }
     }
 
     fn read(&self, start: u64, end: u64) -> Result<Vec<i64>> {
         match self {
-            Stream::Text { ids, .. } => Ok(ids[start as usize..end as usize].to_vec()),
-            Stream::Shards(set) => {
+            TokenStream::Text { ids, .. } => Ok(ids[start as usize..end as usize].to_vec()),
+            TokenStream::Shards(set) => {
                 let mut ids = Vec::with_capacity((end - start) as usize);
                 set.read(start, end, &mut ids)?;
                 Ok(ids)
@@ -189,8 +189,8 @@ fn document(tokenizer: &Tokenizer, text: &str, ids: &mut Vec<i64>) -> Result<()>
 }
 
 /// Windows of a stream that are read together.
-struct Batch<'a> {
-    stream: &'a Stream,
+struct WindowBatch<'a> {
+    stream: &'a TokenStream,
     /// The first of their tokens.
     at: u64,
     count: usize,
@@ -198,7 +198,7 @@ struct Batch<'a> {
     time: usize,
 }
 
-impl Batch<'_> {
+impl WindowBatch<'_> {
     /// The sum of the losses, in nats.
     fn loss(&self, model: &mut Llama) -> Result<f64> {
         let n = self.count * self.time;
@@ -216,14 +216,14 @@ impl Batch<'_> {
 
 /// The stream in windows of `window` predictions: a window begins with the last token of the one before it, so that every
 /// token but the stream's first is predicted once, from the tokens before it in its window.
-fn batches(stream: &Stream, window: usize) -> Vec<Batch<'_>> {
+fn batches(stream: &TokenStream, window: usize) -> Vec<WindowBatch<'_>> {
     let rows = (BATCH_TOKENS / window).max(1);
     let (mut at, mut batches) = (0, Vec::new());
     while at < stream.predictions() {
         // Whole windows together; what is left at the end is shorter.
         let left = (stream.predictions() - at) as usize;
         let (count, time) = if left < window { (1, left) } else { ((left / window).min(rows), window) };
-        batches.push(Batch { stream, at, count, time });
+        batches.push(WindowBatch { stream, at, count, time });
         at += (count * time) as u64;
     }
     batches
@@ -231,10 +231,10 @@ fn batches(stream: &Stream, window: usize) -> Vec<Batch<'_>> {
 
 /// The sum of the losses over all streams, in nats. Ranks take the batches in turn; the sum is in the batches' order, the
 /// same whatever the number of ranks.
-fn measure(model: &mut Llama, world: &World, streams: &[Stream], window: usize) -> Result<f64> {
-    let batches: Vec<Batch> = streams.iter().flat_map(|stream| batches(stream, window)).collect();
+fn measure(model: &mut Llama, world: &World, streams: &[TokenStream], window: usize) -> Result<f64> {
+    let batches: Vec<WindowBatch> = streams.iter().flat_map(|stream| batches(stream, window)).collect();
     let mut losses = vec![0.0; batches.len()];
-    let bar = Bar::new(streams.iter().map(Stream::predictions).sum(), "tokens", false);
+    let bar = Bar::new(streams.iter().map(TokenStream::predictions).sum(), "tokens", false);
     let (rank, ranks) = (world.mesh.data.rank as usize, world.mesh.data.size as usize);
     for first in (0..batches.len()).step_by(ranks) {
         match batches.get(first + rank) {

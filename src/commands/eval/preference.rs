@@ -10,7 +10,7 @@ use super::{Args, tell, write_answers};
 use crate::algorithms::interval::wilson;
 use crate::algorithms::scorer;
 use crate::commands::Global;
-use crate::commands::inference::{self, Opened};
+use crate::commands::inference::{self, OpenedModel};
 use crate::commands::intake::Intake;
 use crate::commands::score::{self, Sequence};
 use crate::data::examples::Encoded;
@@ -21,7 +21,7 @@ use crate::distributed::world::World;
 use crate::error::{Error, Result};
 
 /// A prompt's completions.
-struct Ranked {
+struct RankedRecord {
     line: Map<String, Value>,
     ranks: Vec<u32>,
 }
@@ -40,7 +40,7 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
         (Some(path), None) => Some(open_reference(path, &args, &opened)?),
     };
     let models = [("--model", Some(&opened)), ("--reference", reference.as_ref())];
-    let models: Vec<(&str, &Opened)> = models.into_iter().filter_map(|(o, m)| Some((o, m?))).collect();
+    let models: Vec<(&str, &OpenedModel)> = models.into_iter().filter_map(|(o, m)| Some((o, m?))).collect();
     let mut intake = Intake::new(args.on_error);
     let (ranked, sequences) = read(&args, &models, &mut intake)?;
     let world = inference::join_with(global, &models)?;
@@ -68,7 +68,7 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
 }
 
 /// Opens the reference, which must read the same tokens.
-fn open_reference(path: &Path, args: &Args, opened: &Opened) -> Result<Opened> {
+fn open_reference(path: &Path, args: &Args, opened: &OpenedModel) -> Result<OpenedModel> {
     let reference = args.model.open_beside(path).map_err(|e| e.context("--reference"))?;
     if !opened.tokenizer()?.knows_tokens_of(reference.tokenizer()?) {
         return Err(Error::data(format!(
@@ -81,7 +81,11 @@ fn open_reference(path: &Path, args: &Args, opened: &Opened) -> Result<Opened> {
 }
 
 /// The prompts of the input, and the sequences of their completions, one prompt's after the other's.
-fn read(args: &Args, models: &[(&str, &Opened)], intake: &mut Intake) -> Result<(Vec<Ranked>, Vec<Encoded>)> {
+fn read(
+    args: &Args,
+    models: &[(&str, &OpenedModel)],
+    intake: &mut Intake,
+) -> Result<(Vec<RankedRecord>, Vec<Encoded>)> {
     let chat = models[0].1.chat(&args.template)?;
     let read = |record: Record| {
         let example = preferences::read_and_encode(&record, &chat)?;
@@ -100,7 +104,7 @@ fn read(args: &Args, models: &[(&str, &Opened)], intake: &mut Intake) -> Result<
             let Some((example, line)) = intake.take(record?, read)? else { continue };
             intake.note(path, &example.leftovers.unwritten);
             sequences.extend(example.sequences);
-            ranked.push(Ranked { line, ranks: example.ranks });
+            ranked.push(RankedRecord { line, ranks: example.ranks });
         }
     }
     intake.check()?;
@@ -114,7 +118,7 @@ fn read(args: &Args, models: &[(&str, &Opened)], intake: &mut Intake) -> Result<
 }
 
 /// Why one of the models cannot judge the sequence.
-fn unfit(sequence: &Encoded, models: &[(&str, &Opened)]) -> Option<(Reason, String)> {
+fn unfit(sequence: &Encoded, models: &[(&str, &OpenedModel)]) -> Option<(Reason, String)> {
     let n = sequence.ids.len();
     models.iter().find_map(|(option, model)| {
         let (shape, dir) = (model.shape(), model.dir().display());
@@ -137,12 +141,12 @@ fn unfit(sequence: &Encoded, models: &[(&str, &Opened)]) -> Option<(Reason, Stri
 }
 
 /// What the rewards say of the pairs: the result, and the lines with their completions' rewards.
-fn tally(ranked: Vec<Ranked>, rewards: &[f64], by: Option<&str>) -> (Map<String, Value>, String) {
+fn tally(ranked: Vec<RankedRecord>, rewards: &[f64], by: Option<&str>) -> (Map<String, Value>, String) {
     let (mut all, mut best, mut groups) =
-        (Tally::default(), Tally::default(), BTreeMap::<String, Tally>::new());
+        (PreferenceTally::default(), PreferenceTally::default(), BTreeMap::<String, PreferenceTally>::new());
     let (mut chosen, mut rejected, mut lines) = (0.0, 0.0, String::new());
     let mut rest = rewards;
-    for Ranked { mut line, ranks } in ranked {
+    for RankedRecord { mut line, ranks } in ranked {
         let (mine, later) = rest.split_at(ranks.len());
         rest = later;
         for i in 0..ranks.len() {
@@ -184,7 +188,7 @@ fn tally(ranked: Vec<Ranked>, rewards: &[f64], by: Option<&str>) -> (Map<String,
 /// Sums of the log-probabilities of the completions' tokens by the first model, less those by the second, if there is one.
 /// Collective.
 fn log_probabilities(
-    models: &[(&str, &Opened)],
+    models: &[(&str, &OpenedModel)],
     args: &Args,
     world: &World,
     sequences: &[Encoded],
@@ -218,13 +222,13 @@ fn group(line: &Map<String, Value>, key: &str, worse: usize, completions: usize)
 
 /// Pairs; equal rewards are not right.
 #[derive(Debug, Default, Clone, Copy)]
-struct Tally {
+struct PreferenceTally {
     pairs: u64,
     right: u64,
     equal: u64,
 }
 
-impl Tally {
+impl PreferenceTally {
     fn count(&mut self, better: f64, worse: f64) {
         self.pairs += 1;
         self.right += u64::from(better > worse);

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::Args;
 use crate::commands::Global;
-use crate::commands::inference::{self, Opened};
+use crate::commands::inference::{self, OpenedModel};
 use crate::commands::intake::Intake;
 use crate::commands::score::{self, Sequence};
 use crate::data::fields::Leftovers;
@@ -16,7 +16,7 @@ use crate::data::supervised;
 use crate::error::{Error, Result};
 
 /// Measures the records of `args.input`, each as `corral sft` trains on it, in one piece of at most `most` tokens.
-pub(super) fn run(args: &Args, opened: &Opened, most: usize, global: &Global) -> Result<()> {
+pub(super) fn run(args: &Args, opened: &OpenedModel, most: usize, global: &Global) -> Result<()> {
     let chat = opened.chat(&args.template)?;
     let read = |record: Record| -> Result<(Sequence, Leftovers), Odd> {
         let mut example = supervised::example(&record, &chat, false)?;

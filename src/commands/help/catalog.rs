@@ -4,7 +4,7 @@ use serde_json::Value as Json;
 
 use crate::commands::recipes::RECIPES;
 use crate::config::changes::show;
-use crate::config::keys::{Class, Key, Kind, Limits, Section};
+use crate::config::keys::{Class, Key, KeyKind, Limits, Section};
 
 /// The keys of all recipes.
 pub struct Catalog {
@@ -23,7 +23,7 @@ pub struct Shared {
 }
 
 /// A dotted key and what it is in some recipes.
-pub struct Place {
+pub struct KeyPlace {
     pub name: String,
     pub recipes: Vec<&'static str>,
     pub key: Key,
@@ -64,15 +64,15 @@ impl Catalog {
     }
 
     /// Every dotted key, once for the recipes in which it is the same.
-    pub fn places(&self) -> Vec<Place> {
-        let mut places: Vec<Place> = Vec::new();
+    pub fn places(&self) -> Vec<KeyPlace> {
+        let mut places: Vec<KeyPlace> = Vec::new();
         for (recipe, keys) in &self.recipes {
             for (name, key) in keys.all() {
                 match places.iter_mut().find(|p| p.name == name && p.key == *key) {
                     Some(there) => there.recipes.push(recipe),
                     None => {
                         let class = keys.class_of(&name);
-                        places.push(Place { name, recipes: vec![recipe], key: key.clone(), class });
+                        places.push(KeyPlace { name, recipes: vec![recipe], key: key.clone(), class });
                     }
                 }
             }
@@ -102,10 +102,10 @@ pub fn default_of(key: &Key) -> String {
 }
 
 /// Whether a kind has nothing below it that is worth a table of its own.
-pub fn is_list(kind: &Kind) -> bool {
+pub fn is_list(kind: &KeyKind) -> bool {
     match kind {
-        Kind::List(..) => true,
-        Kind::Optional(kind) => is_list(kind),
+        KeyKind::List(..) => true,
+        KeyKind::Optional(kind) => is_list(kind),
         _ => false,
     }
 }

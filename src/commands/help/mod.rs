@@ -4,10 +4,10 @@ mod catalog;
 mod markdown;
 mod schema;
 
-use crate::config::keys::{Class, Key, Kind};
+use crate::config::keys::{Class, Key, KeyKind};
 use crate::config::nearest;
 use crate::error::{Error, Result};
-use catalog::{Catalog, Place, default_of, values_of};
+use catalog::{Catalog, KeyPlace, default_of, values_of};
 
 /// `corral help`
 #[derive(Debug, clap::Args)]
@@ -52,8 +52,8 @@ fn subcommand(program: &mut clap::Command, names: &[String]) -> Option<String> {
 /// What is known of a key, by its dotted name or the end of it.
 fn help_of_key(catalog: &Catalog, name: &str) -> Result<String> {
     let places = catalog.places();
-    let exact: Vec<&Place> = places.iter().filter(|p| p.name == name).collect();
-    let ends = |p: &&Place| p.name.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'));
+    let exact: Vec<&KeyPlace> = places.iter().filter(|p| p.name == name).collect();
+    let ends = |p: &&KeyPlace| p.name.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'));
     let found = if exact.is_empty() { places.iter().filter(ends).collect() } else { exact };
     if found.is_empty() {
         let names: Vec<&str> = places.iter().map(|p| p.name.as_str()).collect();
@@ -66,12 +66,12 @@ fn help_of_key(catalog: &Catalog, name: &str) -> Result<String> {
     Ok(found.iter().map(|place| describe(place)).collect::<Vec<_>>().join("\n"))
 }
 
-fn describe(place: &Place) -> String {
-    let Place { name, recipes, key, class } = place;
+fn describe(place: &KeyPlace) -> String {
+    let KeyPlace { name, recipes, key, class } = place;
     let mut text = format!("{name} (of {})\n  {}\n", recipes.join(", "), key.about);
     match key.kind.section() {
         Some(section) => {
-            if !matches!(&key.kind, Kind::Section(_)) {
+            if !matches!(&key.kind, KeyKind::Section(_)) {
                 text += &format!("  Values:   {}\n", values_of(key));
             }
             text += "  It has these keys:\n";

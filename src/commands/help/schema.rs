@@ -3,7 +3,7 @@
 use serde_json::{Map, Value as Json, json};
 
 use super::catalog::{Catalog, default_of};
-use crate::config::keys::{Key, Kind, Limits, Section};
+use crate::config::keys::{Key, KeyKind, Limits, Section};
 use crate::error::{Error, Result};
 
 /// The whole document: a definition for each recipe and for each section; a file is one of the recipes.
@@ -63,16 +63,16 @@ fn property(catalog: &Catalog, key: &Key) -> Json {
     schema
 }
 
-fn of_kind(catalog: &Catalog, kind: &Kind, limits: Limits) -> Json {
+fn of_kind(catalog: &Catalog, kind: &KeyKind, limits: Limits) -> Json {
     match kind {
-        Kind::Bool => json!({"type": "boolean"}),
-        Kind::Whole => numbers("integer", limits),
-        Kind::Number => numbers("number", limits),
+        KeyKind::Bool => json!({"type": "boolean"}),
+        KeyKind::Whole => numbers("integer", limits),
+        KeyKind::Number => numbers("number", limits),
         // Numbers and booleans serve as text, as they are spelled.
-        Kind::Text | Kind::Path => json!({"type": ["string", "number", "boolean"]}),
-        Kind::Form(_) => json!({"type": "string"}),
-        Kind::Choice(words) => json!({"enum": words.iter().map(|(word, _)| word).collect::<Vec<_>>()}),
-        Kind::List(item, length) => {
+        KeyKind::Text | KeyKind::Path => json!({"type": ["string", "number", "boolean"]}),
+        KeyKind::Form(_) => json!({"type": "string"}),
+        KeyKind::Choice(words) => json!({"enum": words.iter().map(|(word, _)| word).collect::<Vec<_>>()}),
+        KeyKind::List(item, length) => {
             let mut schema = json!({"type": "array", "items": of_kind(catalog, item, limits)});
             if let Some(n) = length {
                 schema["minItems"] = json!(n);
@@ -80,15 +80,15 @@ fn of_kind(catalog: &Catalog, kind: &Kind, limits: Limits) -> Json {
             }
             schema
         }
-        Kind::Optional(kind) => json!({"anyOf": [of_kind(catalog, kind, limits), {"type": "null"}]}),
-        Kind::OneOf(kinds) => {
+        KeyKind::Optional(kind) => json!({"anyOf": [of_kind(catalog, kind, limits), {"type": "null"}]}),
+        KeyKind::OneOf(kinds) => {
             json!({"anyOf": kinds.iter().map(|k| of_kind(catalog, k, limits)).collect::<Vec<_>>()})
         }
         // A section whose keys are all left out is an empty one.
-        Kind::Section(section) if section.keys.iter().all(|key| key.default.is_some()) => {
+        KeyKind::Section(section) if section.keys.iter().all(|key| key.default.is_some()) => {
             json!({"anyOf": [reference(&name_of(catalog.title(section))), {"type": "null"}]})
         }
-        Kind::Section(section) => reference(&name_of(catalog.title(section))),
+        KeyKind::Section(section) => reference(&name_of(catalog.title(section))),
     }
 }
 

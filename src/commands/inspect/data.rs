@@ -4,15 +4,15 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Depth, Report, is_there, names};
+use super::{Depth, InspectReport, is_there, names};
 use crate::data::shards::TokenSet;
 use crate::data::tokenizer::{Tokenizer, hex};
 use crate::error::Result;
 
 /// A folder of shards, or one.
-pub fn tokens(path: &Path, depth: Depth) -> Report {
+pub fn tokens(path: &Path, depth: Depth) -> InspectReport {
     let kind = if path.is_dir() { "token shards" } else { "token shard" };
-    let mut report = Report::new(kind, path);
+    let mut report = InspectReport::new(kind, path);
     let shards: Vec<_> = match path.is_dir() {
         true => names(path)
             .unwrap_or_default()
@@ -61,8 +61,8 @@ pub fn tokens(path: &Path, depth: Depth) -> Report {
 }
 
 /// What `corral tokenize` writes: `train`, `valid`, `tokenizer`.
-pub fn dataset(path: &Path, depth: Depth) -> Result<Report> {
-    let mut report = Report::new("tokenized text", path);
+pub fn dataset(path: &Path, depth: Depth) -> Result<InspectReport> {
+    let mut report = InspectReport::new("tokenized text", path);
     for name in ["train", "valid"] {
         if is_there(&path.join(name)) {
             report.parts.push(tokens(&path.join(name), depth));
@@ -88,15 +88,15 @@ pub fn dataset(path: &Path, depth: Depth) -> Result<Report> {
 }
 
 /// A folder with a tokenizer, or its `tokenizer.json`.
-pub fn tokenizer(path: &Path) -> Report {
-    let mut report = Report::new("tokenizer", path);
+pub fn tokenizer(path: &Path) -> InspectReport {
+    let mut report = InspectReport::new("tokenizer", path);
     if let Some(tokenizer) = report.noted(Tokenizer::load(path)) {
         describe(&mut report, &tokenizer);
     }
     report
 }
 
-fn describe(report: &mut Report, tokenizer: &Tokenizer) {
+fn describe(report: &mut InspectReport, tokenizer: &Tokenizer) {
     let token = |id: u32| match tokenizer.id_to_token(id) {
         Some(text) => Value::from(format!("{id} {text}")),
         None => json!(id),

@@ -5,9 +5,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::tensors::{Described, describe, list, parameters};
-use super::{Depth, Report, data, is_there, names};
-use crate::checkpoint::safetensors::Reader;
+use super::tensors::{TensorLine, describe, list, parameters};
+use super::{Depth, InspectReport, data, is_there, names};
+use crate::checkpoint::safetensors::SafetensorsReader;
 use crate::checkpoint::sharded::{self, META};
 use crate::checkpoint::{Checkpoint, ModelRecord, Weights, locate, read_object};
 use crate::data::tokenizer::{folder_has_tokenizer, gguf::has_tokenizer};
@@ -25,8 +25,8 @@ const WEIGHTS: [&str; 4] = [
 ];
 
 /// A folder in Hugging Face's or Meta's format.
-pub fn model(dir: &Path, depth: Depth) -> Result<Report> {
-    let mut report = Report::new("model", dir);
+pub fn model(dir: &Path, depth: Depth) -> Result<InspectReport> {
+    let mut report = InspectReport::new("model", dir);
     let files = if is_there(&dir.join("params.json")) && !is_there(&dir.join("config.json")) {
         report.fact("format", "meta");
         let params = report.noted(read_object(&dir.join("params.json")));
@@ -54,7 +54,7 @@ pub fn model(dir: &Path, depth: Depth) -> Result<Report> {
 }
 
 /// Notes the shape of a model, and its parameters by that.
-fn shape_of(report: &mut Report, path: &Path) {
+fn shape_of(report: &mut InspectReport, path: &Path) {
     // What is missing, superfluous or of another shape; files that are damaged or missing are told already.
     if report.problems.is_empty()
         && let Some(weights) = report.noted(Weights::open(path))
@@ -75,8 +75,8 @@ fn shape_of(report: &mut Report, path: &Path) {
 }
 
 /// A GGUF file, or the first of its parts.
-pub fn gguf(path: &Path, depth: Depth) -> Result<Report> {
-    let mut report = Report::new("model", path);
+pub fn gguf(path: &Path, depth: Depth) -> Result<InspectReport> {
+    let mut report = InspectReport::new("model", path);
     report.fact("format", "gguf");
     let files = report.noted(parts(path)).unwrap_or_else(|| vec![path.to_path_buf()]);
     let first = report.noted(Gguf::open(path));
@@ -99,7 +99,7 @@ pub fn gguf(path: &Path, depth: Depth) -> Result<Report> {
 }
 
 /// The files of a Hugging Face folder's weights that are there; those that its index misses are problems.
-fn hf_files(report: &mut Report, dir: &Path) -> Result<Vec<String>> {
+fn hf_files(report: &mut InspectReport, dir: &Path) -> Result<Vec<String>> {
     let all = names(dir)?;
     let Some(main) = WEIGHTS.into_iter().find(|name| is_there(&dir.join(name))) else {
         let weights = |n: &String| n.starts_with("model") && n.ends_with(".safetensors");
@@ -123,14 +123,14 @@ fn hf_files(report: &mut Report, dir: &Path) -> Result<Vec<String>> {
 }
 
 /// Adds the tokenizer that lies beside a model, and compares their vocabularies.
-fn tokenizer_beside(report: &mut Report, dir: &Path) {
+fn tokenizer_beside(report: &mut InspectReport, dir: &Path) {
     if report.noted(folder_has_tokenizer(dir)) == Some(true) {
         compare_tokenizer(report, dir);
     }
 }
 
 /// Adds a model's tokenizer, and compares their vocabularies.
-fn compare_tokenizer(report: &mut Report, path: &Path) {
+fn compare_tokenizer(report: &mut InspectReport, path: &Path) {
     let tokenizer = data::tokenizer(path);
     let size = |value: Option<&Value>| value.and_then(Value::as_u64);
     let model = size(report.facts.get("shape").and_then(|s| s.get("vocab_size")));
@@ -145,8 +145,8 @@ fn compare_tokenizer(report: &mut Report, path: &Path) {
 }
 
 /// A checkpoint of a run.
-pub fn checkpoint(dir: &Path, depth: Depth) -> Result<Report> {
-    let mut report = Report::new("checkpoint", dir);
+pub fn checkpoint(dir: &Path, depth: Depth) -> Result<InspectReport> {
+    let mut report = InspectReport::new("checkpoint", dir);
     let meta = report.noted(sharded::read_meta(dir));
     let mut files: Vec<String> =
         names(dir)?.into_iter().filter(|n| n.starts_with("shard-") && n.ends_with(".safetensors")).collect();
@@ -210,8 +210,8 @@ fn model_line(model: &ModelRecord) -> Value {
 }
 
 /// An adapter in PEFT's format.
-pub fn adapter(dir: &Path, depth: Depth) -> Report {
-    let mut report = Report::new("adapter", dir);
+pub fn adapter(dir: &Path, depth: Depth) -> InspectReport {
+    let mut report = InspectReport::new("adapter", dir);
     let config = report.noted(read_object(&dir.join("adapter_config.json"))).unwrap_or_default();
     for key in [
         "peft_type",
@@ -228,7 +228,7 @@ pub fn adapter(dir: &Path, depth: Depth) -> Report {
     let name = "adapter_model.safetensors".to_string();
     let tensors = describe(&mut report, dir, &[name]);
     report.fact("parameters", parameters(tensors.iter().map(|t| (t.name.as_str(), t.numel()))));
-    if Reader::open(&weights).is_ok() && config.get("peft_type") == Some(&json!("LORA")) {
+    if SafetensorsReader::open(&weights).is_ok() && config.get("peft_type") == Some(&json!("LORA")) {
         for problem in incomplete_lora(&config, &tensors) {
             report.problem(format!("{}: {problem}", weights.display()));
         }
@@ -240,7 +240,7 @@ pub fn adapter(dir: &Path, depth: Depth) -> Report {
 }
 
 /// What does not fit together in a LoRA: pairs, ranks, target modules.
-fn incomplete_lora(config: &serde_json::Map<String, Value>, tensors: &[Described]) -> Vec<String> {
+fn incomplete_lora(config: &serde_json::Map<String, Value>, tensors: &[TensorLine]) -> Vec<String> {
     let mut problems = Vec::new();
     // By module: the shapes of A [r, in] and B [out, r].
     let mut pairs: BTreeMap<&str, [Option<&[usize]>; 2]> = BTreeMap::new();

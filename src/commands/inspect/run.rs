@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::model::checkpoint;
-use super::{Depth, Report, inspect, is_there, names};
+use super::{Depth, InspectReport, inspect, is_there, names};
 use crate::algorithms::lock;
 use crate::checkpoint::Best;
 use crate::checkpoint::sharded::{checkpoints_dir, list};
@@ -15,8 +15,8 @@ use crate::error::{Error, Result};
 use crate::files::read_error;
 
 /// Configuration, last metrics, checkpoints, and the final models. A run is complete when its model is there.
-pub fn run(dir: &Path, depth: Depth) -> Result<Report> {
-    let mut report = Report::new("run", dir);
+pub fn run(dir: &Path, depth: Depth) -> Result<InspectReport> {
+    let mut report = InspectReport::new("run", dir);
     let path = dir.join("config.yaml");
     let config = report.noted(config(&path)).unwrap_or_default();
     if let Some(holder) = lock::holder(dir) {

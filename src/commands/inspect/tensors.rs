@@ -6,31 +6,31 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use tch::Kind;
 
-use super::Report;
-use crate::checkpoint::safetensors::Reader;
+use super::InspectReport;
+use crate::checkpoint::safetensors::SafetensorsReader;
 use crate::checkpoint::torch_file;
 use crate::error::Result;
 use crate::gguf::{self, Gguf, is_gguf};
 
 /// A tensor as a file describes it.
-pub struct Described {
+pub struct TensorLine {
     pub name: String,
     pub dtype: String,
     pub shape: Vec<usize>,
     pub bytes: u64,
 }
 
-impl Described {
+impl TensorLine {
     pub fn numel(&self) -> u64 {
         self.shape.iter().product::<usize>() as u64
     }
 }
 
 /// What a file of tensors describes: `torch.save`'s and GGUF by their names, else safetensors.
-fn open(path: &Path) -> Result<Vec<Described>> {
+fn open(path: &Path) -> Result<Vec<TensorLine>> {
     if is_gguf(path) {
         let file = Gguf::open(path)?;
-        let describe = |info: &gguf::Info| Described {
+        let describe = |info: &gguf::Info| TensorLine {
             name: info.name.clone(),
             dtype: info.dtype.to_string(),
             shape: info.shape.iter().map(|d| *d as usize).collect(),
@@ -39,17 +39,17 @@ fn open(path: &Path) -> Result<Vec<Described>> {
         return Ok(file.tensors().iter().map(describe).collect());
     }
     if is_torch_file(path) {
-        let reader = torch_file::Reader::open(path)?;
+        let reader = torch_file::TorchReader::open(path)?;
         let describe = |(name, kind, shape): (&str, Kind, &[i64])| {
             let shape: Vec<usize> = shape.iter().map(|d| *d as usize).collect();
             let bytes = (shape.iter().product::<usize>() * kind.elt_size_in_bytes()) as u64;
-            Described { name: name.to_string(), dtype: dtype_name(kind), shape, bytes }
+            TensorLine { name: name.to_string(), dtype: dtype_name(kind), shape, bytes }
         };
         return Ok(reader.tensors().map(describe).collect());
     }
-    let tensors = Reader::open(path)?.tensors().into_iter();
+    let tensors = SafetensorsReader::open(path)?.tensors().into_iter();
     Ok(tensors
-        .map(|(name, dtype, shape, bytes)| Described { name, dtype: dtype.to_string(), shape, bytes })
+        .map(|(name, dtype, shape, bytes)| TensorLine { name, dtype: dtype.to_string(), shape, bytes })
         .collect())
 }
 
@@ -76,7 +76,7 @@ fn dtype_name(kind: Kind) -> String {
 }
 
 /// Reads the headers of files of `dir`. Notes the files, their sum and their dtypes; those that are damaged are problems.
-pub fn describe(report: &mut Report, dir: &Path, names: &[String]) -> Vec<Described> {
+pub fn describe(report: &mut InspectReport, dir: &Path, names: &[String]) -> Vec<TensorLine> {
     let (mut files, mut tensors) = (Vec::new(), Vec::new());
     let mut total = 0;
     for name in names {
@@ -106,7 +106,7 @@ pub fn describe(report: &mut Report, dir: &Path, names: &[String]) -> Vec<Descri
 }
 
 /// Notes every tensor.
-pub fn list(report: &mut Report, tensors: &[Described]) {
+pub fn list(report: &mut InspectReport, tensors: &[TensorLine]) {
     let list: Vec<Value> =
         tensors.iter().map(|t| json!({"name": t.name, "dtype": t.dtype, "shape": t.shape})).collect();
     report.fact("tensors", list);
@@ -143,17 +143,18 @@ pub fn parameters<'a>(tensors: impl Iterator<Item = (&'a str, u64)>) -> Value {
 }
 
 /// A file by itself.
-pub fn file(path: &Path) -> Report {
-    let mut report = Report::new(if is_torch_file(path) { "torch file" } else { "safetensors file" }, path);
+pub fn file(path: &Path) -> InspectReport {
+    let mut report =
+        InspectReport::new(if is_torch_file(path) { "torch file" } else { "safetensors file" }, path);
     if !is_torch_file(path)
-        && let Ok(reader) = Reader::open(path)
+        && let Ok(reader) = SafetensorsReader::open(path)
     {
         report.fact("metadata", json!(reader.metadata().into_iter().collect::<BTreeMap<_, _>>()));
     }
     let dir = path.parent().unwrap_or(Path::new(""));
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let tensors = describe(&mut report, dir, &[name]);
-    report.fact("num_elements", tensors.iter().map(Described::numel).sum::<u64>());
+    report.fact("num_elements", tensors.iter().map(TensorLine::numel).sum::<u64>());
     list(&mut report, &tensors);
     report
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::Report;
+use super::InspectReport;
 use crate::error::Result;
 use crate::files::read_error;
 
@@ -25,8 +25,8 @@ const COLUMNS: [&str; 9] = [
 ];
 
 /// How many tokens of which steps there are, and those of the last step's samples: `tokens` is a table.
-pub fn trace(path: &Path) -> Result<Report> {
-    let mut report = Report::new("trace", path);
+pub fn trace(path: &Path) -> Result<InspectReport> {
+    let mut report = InspectReport::new("trace", path);
     let file = File::open(path).map_err(|e| read_error(path, &e))?;
     let (mut steps, mut last, mut count) = (BTreeSet::new(), Vec::<Map<String, Value>>::new(), 0u64);
     for (i, line) in BufReader::new(file).lines().enumerate() {

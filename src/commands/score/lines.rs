@@ -5,7 +5,7 @@ use std::ops::Range;
 use serde_json::Value;
 
 use super::Args;
-use crate::commands::inference::{self, Opened};
+use crate::commands::inference::{self, OpenedModel};
 use crate::config::shape::Shape;
 use crate::data::chat::Chat;
 use crate::data::examples::Encoded;
@@ -50,35 +50,35 @@ impl Sequence {
 }
 
 /// How lines are read for a model with an LM head.
-pub struct Reader<'a> {
-    opened: &'a Opened,
+pub struct LineReader<'a> {
+    opened: &'a OpenedModel,
     /// Texts of `prompt` and `completion` go into the chat template.
     chats: bool,
     chat: Option<Chat>,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> LineReader<'a> {
     /// The chat template is looked for where a line needs it.
-    pub fn new(args: &Args, lines: &[Result<Record>], opened: &'a Opened) -> Result<Reader<'a>> {
+    pub fn new(args: &Args, lines: &[Result<Record>], opened: &'a OpenedModel) -> Result<LineReader<'a>> {
         let chats = args.chat || args.template.chat_template.is_some();
-        let needed = lines.iter().flatten().any(|line| kind(line, chats) == Kind::Conversation);
+        let needed = lines.iter().flatten().any(|line| kind(line, chats) == LineKind::Conversation);
         let chat = needed.then(|| opened.chat(&args.template)).transpose()?;
         if let (None, Some(date)) = (&chat, args.template.template_date) {
             warn!("--template-date {} is not used: no line is a conversation", date.date);
         }
-        Ok(Reader { opened, chats, chat })
+        Ok(LineReader { opened, chats, chat })
     }
 
     /// A line's tokens, and what it gives to the template and the text lacks.
     pub fn read(&self, line: &Record) -> Result<(Sequence, Vec<String>), Odd> {
         let mut unwritten = Vec::new();
         let sequence = match (kind(line, self.chats), &self.chat) {
-            (Kind::Conversation, Some(chat)) => {
+            (LineKind::Conversation, Some(chat)) => {
                 let example = supervised::example(line, chat, false)?;
                 unwritten = example.leftovers.unwritten;
                 Sequence::supervised(&example.sequences[0])
             }
-            (Kind::Conversation, None) => {
+            (LineKind::Conversation, None) => {
                 return Err(Error::failed("a conversation needs a template")).or_odd(Reason::Format);
             }
             _ => self.plain(line).map_err(|e| placed(e, line)).or_odd(Reason::Format)?,
@@ -124,13 +124,13 @@ impl<'a> Reader<'a> {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum LineKind {
     Plain,
     Conversation,
 }
 
 /// Whether a line is scored as it is: `input_ids`, texts under `prompt` and `completion` (without `chats`), `text`.
-fn kind(line: &Record, chats: bool) -> Kind {
+fn kind(line: &Record, chats: bool) -> LineKind {
     let text = |key: &str| line.fields.get(key).is_none_or(|v| !v.is_array());
     let has = |key: &str| line.fields.get(key).is_some_and(|v| !v.is_null());
     let paired = has("prompt") || has("completion");
@@ -139,7 +139,7 @@ fn kind(line: &Record, chats: bool) -> Kind {
     let plain = has("input_ids")
         || paired && !chats && !other && text("prompt") && text("completion")
         || !paired && has("text");
-    if known && !plain { Kind::Conversation } else { Kind::Plain }
+    if known && !plain { LineKind::Conversation } else { LineKind::Plain }
 }
 
 /// The error with the line's place, unless it names that already.

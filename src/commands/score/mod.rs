@@ -20,9 +20,9 @@ use crate::distributed::agree::agree;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::files::AtomicFile;
-use crate::model::{Input, Llama, LmHead};
+use crate::model::{Llama, LmHead, ModelInput};
 use crate::telemetry::progress::Bar;
-use lines::Reader;
+use lines::LineReader;
 pub use lines::Sequence;
 
 /// Tokens, padding included, that one forward reads at most (one row may be longer).
@@ -61,13 +61,13 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
     if let Some(scoring) = opened.scoring()? {
         return reward::run(&args, lines, &opened, &scoring, global);
     }
-    let reader = Reader::new(&args, &lines, &opened)?;
+    let reader = LineReader::new(&args, &lines, &opened)?;
     let (lines, sequences, intake) = read(&args, lines, |line| reader.read(line))?;
     let world = inference::join(global, &opened)?;
     intake.warn(&world);
     let mut model = opened.load(&world, args.ranks.mode)?;
     let mut scored = score(&mut model, &world, &sequences)?.into_iter().zip(&sequences);
-    let write = |line: &mut Line| {
+    let write = |line: &mut ScoreLine| {
         let Some((logprobs, sequence)) = scored.next() else { return Ok(()) };
         if logprobs.iter().any(|x| !x.is_finite()) {
             return Err(Error::failed(format!(
@@ -87,7 +87,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
 }
 
 /// A line of the input: its keys, and why it is not scored, if so.
-struct Line {
+struct ScoreLine {
     fields: Map<String, Value>,
     place: String,
     error: Option<String>,
@@ -99,7 +99,7 @@ fn read<T: Send>(
     args: &Args,
     lines: Vec<Result<Record>>,
     tokens: impl Fn(&Record) -> Result<(T, Vec<String>), Odd> + Sync,
-) -> Result<(Vec<Line>, Vec<T>, Intake)> {
+) -> Result<(Vec<ScoreLine>, Vec<T>, Intake)> {
     let tokens = |line: Result<Record>| {
         let fields = line.as_ref().map(|line| line.fields.clone()).unwrap_or_default();
         let place = line.as_ref().map(|line| line.place.to_string()).unwrap_or_default();
@@ -116,7 +116,7 @@ fn read<T: Send>(
             }
             Err(error) => Some(error),
         };
-        lines.push(Line { fields, place, error });
+        lines.push(ScoreLine { fields, place, error });
     }
     intake.check()?;
     if all.is_empty() && !lines.is_empty() {
@@ -130,7 +130,11 @@ fn read<T: Send>(
 }
 
 /// Writes every line with what `add` adds to it, or with `error`.
-fn write_lines(path: &Path, lines: Vec<Line>, mut add: impl FnMut(&mut Line) -> Result<()>) -> Result<()> {
+fn write_lines(
+    path: &Path,
+    lines: Vec<ScoreLine>,
+    mut add: impl FnMut(&mut ScoreLine) -> Result<()>,
+) -> Result<()> {
     let mut file = AtomicFile::create(path)?;
     for mut line in lines {
         match line.error.take() {
@@ -201,7 +205,7 @@ fn score_batch(model: &mut Llama, sequences: &[Sequence], batch: &[usize]) -> Re
 pub fn logprobs(model: &mut Llama, ids: &[i64], labels: &[i64], time: usize) -> Result<Vec<f64>> {
     let device = model.params.device();
     let ids = Tensor::from_slice(ids).view([-1, time as i64]);
-    let hidden = model.hidden(&Input::new(ids))?;
+    let hidden = model.hidden(&ModelInput::new(ids))?;
     let labels = Tensor::from_slice(labels).to_device(device);
     let logprobs = LmHead::logprobs(model, &hidden, &labels, 1.0, false)?.logprobs;
     Ok(Vec::<f64>::try_from(logprobs.to_device(Device::Cpu).to_kind(tch::Kind::Double))?)

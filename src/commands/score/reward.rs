@@ -3,11 +3,11 @@
 use serde_json::json;
 
 use super::lines::{check, input_ids};
-use super::{Args, Line, read, write_lines};
+use super::{Args, ScoreLine, read, write_lines};
 use crate::algorithms::scorer;
 use crate::checkpoint::Scoring;
 use crate::commands::Global;
-use crate::commands::inference::{self, Opened};
+use crate::commands::inference::{self, OpenedModel};
 use crate::config::reward::Score;
 use crate::data::chat::Chat;
 use crate::data::conversation::answered;
@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 pub(super) fn run(
     args: &Args,
     lines: Vec<Result<Record>>,
-    opened: &Opened,
+    opened: &OpenedModel,
     scoring: &Scoring,
     global: &Global,
 ) -> Result<()> {
@@ -35,7 +35,7 @@ pub(super) fn run(
     let mut model = opened.load(&world, args.ranks.mode)?;
     let scores = scorer::scores_of_all(&mut model, &world, scoring.score, &sequences)?;
     let mut scored = scores.into_iter().zip(&sequences);
-    let write = |line: &mut Line| {
+    let write = |line: &mut ScoreLine| {
         let Some((score, sequence)) = scored.next() else { return Ok(()) };
         line.fields.insert("token_ids".into(), json!(sequence.ids));
         line.fields.insert("score".into(), json!(score));
@@ -48,7 +48,7 @@ pub(super) fn run(
 /// A line's tokens, of which the completion's are supervised, and what it gives to the template and the text lacks.
 fn sequence(
     line: &Record,
-    opened: &Opened,
+    opened: &OpenedModel,
     chat: Option<&Chat>,
     score: Score,
 ) -> Result<(Encoded, Vec<String>), Odd> {
@@ -62,7 +62,7 @@ fn sequence(
 }
 
 /// The ids of a line of tokens or of a plain text.
-fn plain(line: &Record, opened: &Opened, score: Score) -> Result<Option<Vec<u32>>> {
+fn plain(line: &Record, opened: &OpenedModel, score: Score) -> Result<Option<Vec<u32>>> {
     let ids = match input_ids(line)? {
         Some(ids) => ids,
         None if line.fields.contains_key("text") => {

@@ -15,10 +15,10 @@ use polars_arrow_format::ipc::{
 use serde_json::{Map, Value};
 
 /// Why a stream cannot be read.
-type Result<T> = std::result::Result<T, String>;
+type IpcResult<T> = std::result::Result<T, String>;
 
 /// Rows as JSON objects, of which the first error is the last.
-pub type Rows = Box<dyn Iterator<Item = Result<Map<String, Value>>> + Send>;
+pub type ArrowRows = Box<dyn Iterator<Item = IpcResult<Map<String, Value>>> + Send>;
 
 /// Nesting and number of columns beyond which a schema is taken for damaged.
 const MAX_DEPTH: usize = 32;
@@ -34,7 +34,7 @@ fn damaged(e: planus::Error) -> String {
 
 /// How a column's values lie in its buffers.
 #[derive(Debug, Clone, PartialEq)]
-enum Layout {
+enum ColumnLayout {
     Null,
     Bool,
     Int {
@@ -69,14 +69,14 @@ enum Layout {
 #[derive(Debug, Clone)]
 struct Column {
     name: String,
-    layout: Layout,
+    layout: ColumnLayout,
     children: Vec<Column>,
     /// The id of the dictionary that holds the values, and the layout of the indices into it.
-    dictionary: Option<(i64, Layout)>,
+    dictionary: Option<(i64, ColumnLayout)>,
 }
 
 impl Column {
-    fn all(schema: SchemaRef<'_>) -> Result<Vec<Column>> {
+    fn all(schema: SchemaRef<'_>) -> IpcResult<Vec<Column>> {
         if schema.endianness().map_err(damaged)? != Endianness::Little {
             return Err("big-endian Arrow data is not read".into());
         }
@@ -85,7 +85,7 @@ impl Column {
         fields.into_iter().flatten().map(|f| Column::new(f.map_err(damaged)?, 0, &mut count)).collect()
     }
 
-    fn new(field: FieldRef<'_>, depth: usize, count: &mut usize) -> Result<Column> {
+    fn new(field: FieldRef<'_>, depth: usize, count: &mut usize) -> IpcResult<Column> {
         *count += 1;
         if depth > MAX_DEPTH || *count > MAX_COLUMNS {
             return Err(corrupt("too many columns inside of columns"));
@@ -95,15 +95,16 @@ impl Column {
         let layout = layout(&kind, &name)?;
         let children = field.children().map_err(damaged)?.into_iter().flatten();
         let children: Vec<Column> =
-            children.map(|f| Column::new(f.map_err(damaged)?, depth + 1, count)).collect::<Result<_>>()?;
-        if matches!(layout, Layout::List { .. } | Layout::FixedList { .. }) && children.len() != 1 {
+            children.map(|f| Column::new(f.map_err(damaged)?, depth + 1, count)).collect::<IpcResult<_>>()?;
+        if matches!(layout, ColumnLayout::List { .. } | ColumnLayout::FixedList { .. }) && children.len() != 1
+        {
             return Err(corrupt(format!("column `{name}` is a list of {} columns", children.len())));
         }
         let dictionary = match field.dictionary().map_err(damaged)? {
             None => None,
             Some(dictionary) => {
                 let index = dictionary.index_type().map_err(damaged)?;
-                let index = index.map_or(Ok(Layout::Int { bytes: 4, signed: true }), int)?;
+                let index = index.map_or(Ok(ColumnLayout::Int { bytes: 4, signed: true }), int)?;
                 Some((dictionary.id().map_err(damaged)?, index))
             }
         };
@@ -119,45 +120,45 @@ impl Column {
     }
 }
 
-fn int(kind: IntRef<'_>) -> Result<Layout> {
+fn int(kind: IntRef<'_>) -> IpcResult<ColumnLayout> {
     let bits = kind.bit_width().map_err(damaged)?;
     match bits {
         8 | 16 | 32 | 64 => {
-            Ok(Layout::Int { bytes: bits as usize / 8, signed: kind.is_signed().map_err(damaged)? })
+            Ok(ColumnLayout::Int { bytes: bits as usize / 8, signed: kind.is_signed().map_err(damaged)? })
         }
         _ => Err(corrupt(format!("integers of {bits} bits"))),
     }
 }
 
-fn layout(kind: &TypeRef<'_>, name: &str) -> Result<Layout> {
+fn layout(kind: &TypeRef<'_>, name: &str) -> IpcResult<ColumnLayout> {
     let other = |kind: &str| {
         Err(format!(
             "column `{name}` has the Arrow type {kind}, which is not read: remove or cast the column"
         ))
     };
     Ok(match kind {
-        TypeRef::Null(_) => Layout::Null,
-        TypeRef::Bool(_) => Layout::Bool,
+        TypeRef::Null(_) => ColumnLayout::Null,
+        TypeRef::Bool(_) => ColumnLayout::Bool,
         TypeRef::Int(kind) => int(*kind)?,
         TypeRef::FloatingPoint(kind) => match kind.precision().map_err(damaged)? {
-            Precision::Half => Layout::Float { bytes: 2 },
-            Precision::Single => Layout::Float { bytes: 4 },
-            Precision::Double => Layout::Float { bytes: 8 },
+            Precision::Half => ColumnLayout::Float { bytes: 2 },
+            Precision::Single => ColumnLayout::Float { bytes: 4 },
+            Precision::Double => ColumnLayout::Float { bytes: 8 },
         },
-        TypeRef::Utf8(_) | TypeRef::Binary(_) => Layout::Text { offset: 4 },
-        TypeRef::LargeUtf8(_) | TypeRef::LargeBinary(_) => Layout::Text { offset: 8 },
-        TypeRef::List(_) => Layout::List { offset: 4 },
-        TypeRef::LargeList(_) => Layout::List { offset: 8 },
+        TypeRef::Utf8(_) | TypeRef::Binary(_) => ColumnLayout::Text { offset: 4 },
+        TypeRef::LargeUtf8(_) | TypeRef::LargeBinary(_) => ColumnLayout::Text { offset: 8 },
+        TypeRef::List(_) => ColumnLayout::List { offset: 4 },
+        TypeRef::LargeList(_) => ColumnLayout::List { offset: 8 },
         TypeRef::FixedSizeList(kind) => {
             let size = kind.list_size().map_err(damaged)?;
-            Layout::FixedList { size: size.try_into().map_err(|_| corrupt("a list of negative size"))? }
+            ColumnLayout::FixedList { size: size.try_into().map_err(|_| corrupt("a list of negative size"))? }
         }
-        TypeRef::Struct(_) => Layout::Struct,
+        TypeRef::Struct(_) => ColumnLayout::Struct,
         TypeRef::Date(kind) => match kind.unit().map_err(damaged)? {
-            DateUnit::Day => Layout::Date { bytes: 4 },
-            DateUnit::Millisecond => Layout::Date { bytes: 8 },
+            DateUnit::Day => ColumnLayout::Date { bytes: 4 },
+            DateUnit::Millisecond => ColumnLayout::Date { bytes: 8 },
         },
-        TypeRef::Timestamp(kind) => Layout::Timestamp {
+        TypeRef::Timestamp(kind) => ColumnLayout::Timestamp {
             per_second: per_second(kind.unit().map_err(damaged)?),
             zone: kind.timezone().map_err(damaged)?.is_some(),
         },
@@ -186,27 +187,27 @@ fn per_second(unit: TimeUnit) -> i64 {
 
 /// Bytes of a message's body.
 #[derive(Debug, Clone)]
-struct Buffer {
+struct BufferSpan {
     body: Arc<Vec<u8>>,
     range: Range<usize>,
 }
 
-impl Buffer {
+impl BufferSpan {
     fn bytes(&self) -> &[u8] {
         &self.body[self.range.clone()]
     }
 
     /// The `N` bytes of element `i`.
-    fn get<const N: usize>(&self, i: usize) -> Result<[u8; N]> {
+    fn get<const N: usize>(&self, i: usize) -> IpcResult<[u8; N]> {
         let bytes = i.checked_mul(N).and_then(|at| self.bytes().get(at..)?.first_chunk::<N>().copied());
         bytes.ok_or_else(|| corrupt("a value lies outside of its column"))
     }
 
-    fn bit(&self, i: usize) -> Result<bool> {
+    fn bit(&self, i: usize) -> IpcResult<bool> {
         Ok(self.get::<1>(i / 8)?[0] >> (i % 8) & 1 == 1)
     }
 
-    fn int(&self, i: usize, bytes: usize) -> Result<i64> {
+    fn int(&self, i: usize, bytes: usize) -> IpcResult<i64> {
         Ok(match bytes {
             1 => i8::from_le_bytes(self.get(i)?).into(),
             2 => i16::from_le_bytes(self.get(i)?).into(),
@@ -215,7 +216,7 @@ impl Buffer {
         })
     }
 
-    fn unsigned(&self, i: usize, bytes: usize) -> Result<u64> {
+    fn unsigned(&self, i: usize, bytes: usize) -> IpcResult<u64> {
         Ok(match bytes {
             1 => u8::from_le_bytes(self.get(i)?).into(),
             2 => u16::from_le_bytes(self.get(i)?).into(),
@@ -225,7 +226,7 @@ impl Buffer {
     }
 
     /// Where element `i` of a column with offsets lies.
-    fn span(&self, i: usize, offset: usize) -> Result<Range<usize>> {
+    fn span(&self, i: usize, offset: usize) -> IpcResult<Range<usize>> {
         let at = |i| self.int(i, offset).and_then(|n| usize::try_from(n).map_err(corrupt));
         let (begin, end) = (at(i)?, at(i + 1)?);
         if begin > end { Err(corrupt("an element ends before it begins")) } else { Ok(begin..end) }
@@ -234,22 +235,22 @@ impl Buffer {
 
 /// A column of a batch.
 #[derive(Debug)]
-struct Array {
+struct ColumnArray {
     name: String,
-    layout: Layout,
+    layout: ColumnLayout,
     length: usize,
     /// A bit for each value that is there; none where all are.
-    validity: Option<Buffer>,
-    buffers: Vec<Buffer>,
-    children: Vec<Array>,
+    validity: Option<BufferSpan>,
+    buffers: Vec<BufferSpan>,
+    children: Vec<ColumnArray>,
     dictionary: Option<Dictionary>,
 }
 
 /// The values of a dictionary: its first batch, and those that were added to it.
-type Dictionary = Vec<Arc<Array>>;
+type Dictionary = Vec<Arc<ColumnArray>>;
 
-impl Array {
-    fn value(&self, i: usize) -> Result<Value> {
+impl ColumnArray {
+    fn value(&self, i: usize) -> IpcResult<Value> {
         if i >= self.length {
             return Err(corrupt("a column is shorter than its batch"));
         }
@@ -261,49 +262,51 @@ impl Array {
         }
         let values = &self.buffers;
         Ok(match self.layout {
-            Layout::Null => Value::Null,
-            Layout::Bool => values[0].bit(i)?.into(),
-            Layout::Int { bytes, signed: true } => values[0].int(i, bytes)?.into(),
-            Layout::Int { bytes, signed: false } => values[0].unsigned(i, bytes)?.into(),
-            Layout::Float { bytes: 2 } => half::f16::from_le_bytes(values[0].get(i)?).to_f32().into(),
-            Layout::Float { bytes: 4 } => f32::from_le_bytes(values[0].get(i)?).into(),
-            Layout::Float { .. } => f64::from_le_bytes(values[0].get(i)?).into(),
-            Layout::Date { bytes } => {
+            ColumnLayout::Null => Value::Null,
+            ColumnLayout::Bool => values[0].bit(i)?.into(),
+            ColumnLayout::Int { bytes, signed: true } => values[0].int(i, bytes)?.into(),
+            ColumnLayout::Int { bytes, signed: false } => values[0].unsigned(i, bytes)?.into(),
+            ColumnLayout::Float { bytes: 2 } => half::f16::from_le_bytes(values[0].get(i)?).to_f32().into(),
+            ColumnLayout::Float { bytes: 4 } => f32::from_le_bytes(values[0].get(i)?).into(),
+            ColumnLayout::Float { .. } => f64::from_le_bytes(values[0].get(i)?).into(),
+            ColumnLayout::Date { bytes } => {
                 let n = values[0].int(i, bytes)?;
                 let seconds = if bytes == 4 { n.checked_mul(86_400) } else { Some(n.div_euclid(1_000)) };
                 time(seconds, 0, "%Y-%m-%d")?
             }
-            Layout::Timestamp { per_second, zone } => {
+            ColumnLayout::Timestamp { per_second, zone } => {
                 let n = values[0].int(i, 8)?;
                 let nanoseconds = n.rem_euclid(per_second) * (1_000_000_000 / per_second);
                 let format = if zone { "%Y-%m-%dT%H:%M:%S%.fZ" } else { "%Y-%m-%dT%H:%M:%S%.f" };
                 time(Some(n.div_euclid(per_second)), nanoseconds as u32, format)?
             }
-            Layout::Text { offset } => {
+            ColumnLayout::Text { offset } => {
                 let bytes = values[1].bytes().get(values[0].span(i, offset)?);
                 let bytes = bytes.ok_or_else(|| corrupt("a text lies outside of its column"))?;
                 let text = std::str::from_utf8(bytes);
                 text.map_err(|_| format!("column `{}` holds bytes that are not UTF-8 text", self.name))?
                     .into()
             }
-            Layout::List { offset } => {
+            ColumnLayout::List { offset } => {
                 let span = values[0].span(i, offset)?;
                 if span.end > self.children[0].length {
                     return Err(corrupt("a list lies outside of its column"));
                 }
-                Value::Array(span.map(|n| self.children[0].value(n)).collect::<Result<_>>()?)
+                Value::Array(span.map(|n| self.children[0].value(n)).collect::<IpcResult<_>>()?)
             }
-            Layout::FixedList { size } => {
+            ColumnLayout::FixedList { size } => {
                 let begin = i.checked_mul(size).filter(|n| n + size <= self.children[0].length);
                 let begin = begin.ok_or_else(|| corrupt("a list lies outside of its column"))?;
-                Value::Array((begin..begin + size).map(|n| self.children[0].value(n)).collect::<Result<_>>()?)
+                Value::Array(
+                    (begin..begin + size).map(|n| self.children[0].value(n)).collect::<IpcResult<_>>()?,
+                )
             }
-            Layout::Struct => Value::Object(row(&self.children, i)?),
+            ColumnLayout::Struct => Value::Object(row(&self.children, i)?),
         })
     }
 
-    fn look_up(&self, i: usize, dictionary: &Dictionary) -> Result<Value> {
-        let Layout::Int { bytes, .. } = self.layout else {
+    fn look_up(&self, i: usize, dictionary: &Dictionary) -> IpcResult<Value> {
+        let ColumnLayout::Int { bytes, .. } = self.layout else {
             return Err(corrupt("an index that is no integer"));
         };
         let mut index = usize::try_from(self.buffers[0].unsigned(i, bytes)?).map_err(corrupt)?;
@@ -317,17 +320,17 @@ impl Array {
     }
 }
 
-fn time(seconds: Option<i64>, nanoseconds: u32, format: &str) -> Result<Value> {
+fn time(seconds: Option<i64>, nanoseconds: u32, format: &str) -> IpcResult<Value> {
     let time = seconds.and_then(|seconds| chrono::DateTime::from_timestamp(seconds, nanoseconds));
     Ok(time.ok_or_else(|| corrupt("a time that is none"))?.format(format).to_string().into())
 }
 
-fn row(columns: &[Array], i: usize) -> Result<Map<String, Value>> {
+fn row(columns: &[ColumnArray], i: usize) -> IpcResult<Map<String, Value>> {
     columns.iter().map(|column| Ok((column.name.clone(), column.value(i)?))).collect()
 }
 
 /// Takes the columns of a batch out of its lists of nodes and buffers, which follow the schema depth first.
-struct Batch<'a> {
+struct BatchColumns<'a> {
     lengths: Box<dyn Iterator<Item = i64> + 'a>,
     buffers: Box<dyn Iterator<Item = (i64, i64)> + 'a>,
     codec: Option<CompressionType>,
@@ -335,16 +338,16 @@ struct Batch<'a> {
     dictionaries: &'a HashMap<i64, Dictionary>,
 }
 
-impl<'a> Batch<'a> {
+impl<'a> BatchColumns<'a> {
     fn new(
         batch: RecordBatchRef<'a>,
         body: Vec<u8>,
         dictionaries: &'a HashMap<i64, Dictionary>,
-    ) -> Result<Self> {
+    ) -> IpcResult<Self> {
         let nodes = batch.nodes().map_err(damaged)?;
         let buffers = batch.buffers().map_err(damaged)?;
         let codec = batch.compression().map_err(damaged)?;
-        Ok(Batch {
+        Ok(BatchColumns {
             lengths: Box::new(nodes.into_iter().flatten().map(|node| node.length())),
             buffers: Box::new(buffers.into_iter().flatten().map(|b| (b.offset(), b.length()))),
             codec: codec.map(|c| c.codec().map_err(damaged)).transpose()?,
@@ -355,7 +358,7 @@ impl<'a> Batch<'a> {
 
     /// A number of elements, which a damaged file cannot make larger than what its bytes may hold: at least a bit each, but
     /// for columns of nulls, of which a batch has few.
-    fn length(&self, length: i64) -> Result<usize> {
+    fn length(&self, length: i64) -> IpcResult<usize> {
         let most = self.body.len().saturating_mul(if self.codec.is_some() { 1 << 16 } else { 8 }) + (1 << 16);
         usize::try_from(length)
             .ok()
@@ -363,18 +366,18 @@ impl<'a> Batch<'a> {
             .ok_or_else(|| corrupt("a batch of impossible size"))
     }
 
-    fn buffer(&mut self) -> Result<Buffer> {
+    fn buffer(&mut self) -> IpcResult<BufferSpan> {
         let outside = || corrupt("a buffer lies outside of its batch");
         let (offset, length) = self.buffers.next().ok_or_else(|| corrupt("a buffer is missing"))?;
         let begin = usize::try_from(offset).map_err(|_| outside())?;
         let end = usize::try_from(length).ok().and_then(|n| begin.checked_add(n)).ok_or_else(outside)?;
         let bytes = self.body.get(begin..end).ok_or_else(outside)?;
         let Some((codec, (size, data))) = self.codec.zip(bytes.split_first_chunk::<8>()) else {
-            return Ok(Buffer { body: self.body.clone(), range: begin..end });
+            return Ok(BufferSpan { body: self.body.clone(), range: begin..end });
         };
         let size = i64::from_le_bytes(*size);
         if size == -1 {
-            return Ok(Buffer { body: self.body.clone(), range: begin + 8..end });
+            return Ok(BufferSpan { body: self.body.clone(), range: begin + 8..end });
         }
         let size = u64::try_from(size).map_err(corrupt)?;
         let mut body = Vec::new();
@@ -387,12 +390,12 @@ impl<'a> Batch<'a> {
             }
         };
         match read.map_err(corrupt)? as u64 == size {
-            true => Ok(Buffer { range: 0..body.len(), body: Arc::new(body) }),
+            true => Ok(BufferSpan { range: 0..body.len(), body: Arc::new(body) }),
             false => Err(corrupt("a compressed buffer is shorter than it says")),
         }
     }
 
-    fn array(&mut self, column: &Column) -> Result<Array> {
+    fn array(&mut self, column: &Column) -> IpcResult<ColumnArray> {
         let length = self.lengths.next().ok_or_else(|| corrupt("a column is missing"))?;
         let length = self.length(length)?;
         let dictionary = column.dictionary.as_ref().map(|(id, _)| self.dictionaries.get(id).cloned());
@@ -406,39 +409,39 @@ impl<'a> Batch<'a> {
             None => column.layout.clone(),
         };
         let validity = match layout {
-            Layout::Null => None,
+            ColumnLayout::Null => None,
             _ => Some(self.buffer()?).filter(|b| !b.range.is_empty()),
         };
         let buffers = match layout {
-            Layout::Null | Layout::Struct | Layout::FixedList { .. } => 0,
-            Layout::Text { .. } => 2,
+            ColumnLayout::Null | ColumnLayout::Struct | ColumnLayout::FixedList { .. } => 0,
+            ColumnLayout::Text { .. } => 2,
             _ => 1,
         };
-        let buffers = (0..buffers).map(|_| self.buffer()).collect::<Result<_>>()?;
+        let buffers = (0..buffers).map(|_| self.buffer()).collect::<IpcResult<_>>()?;
         // A dictionary's children are in its own batches.
         let children: &[Column] = if dictionary.is_some() { &[] } else { &column.children };
-        let children = children.iter().map(|child| self.array(child)).collect::<Result<_>>()?;
-        Ok(Array { name: column.name.clone(), layout, length, validity, buffers, children, dictionary })
+        let children = children.iter().map(|child| self.array(child)).collect::<IpcResult<_>>()?;
+        Ok(ColumnArray { name: column.name.clone(), layout, length, validity, buffers, children, dictionary })
     }
 }
 
 /// The next `size` bytes, or as many as there are.
-fn at_most(input: &mut impl Read, size: u64) -> Result<Vec<u8>> {
+fn at_most(input: &mut impl Read, size: u64) -> IpcResult<Vec<u8>> {
     let mut bytes = Vec::new();
     input.by_ref().take(size).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
     Ok(bytes)
 }
 
 /// A stream of messages.
-struct Stream<R> {
+struct MessageStream<R> {
     input: R,
     columns: Vec<Column>,
     dictionaries: HashMap<i64, Dictionary>,
 }
 
-impl<R: Read> Stream<R> {
+impl<R: Read> MessageStream<R> {
     /// The metadata and the body of the next message; none at the end.
-    fn message(&mut self) -> Result<Option<(Vec<u8>, Vec<u8>)>> {
+    fn message(&mut self) -> IpcResult<Option<(Vec<u8>, Vec<u8>)>> {
         let Some(mut size) = self.word()? else { return Ok(None) };
         // Since version 0.15 of Arrow a mark precedes the size.
         if size == u32::MAX {
@@ -455,7 +458,7 @@ impl<R: Read> Stream<R> {
     }
 
     /// None at the end of the stream.
-    fn word(&mut self) -> Result<Option<u32>> {
+    fn word(&mut self) -> IpcResult<Option<u32>> {
         let bytes = self.at_most(4)?;
         match bytes.as_slice() {
             [] => Ok(None),
@@ -464,25 +467,25 @@ impl<R: Read> Stream<R> {
         }
     }
 
-    fn at_most(&mut self, size: u64) -> Result<Vec<u8>> {
+    fn at_most(&mut self, size: u64) -> IpcResult<Vec<u8>> {
         at_most(&mut self.input, size)
     }
 
-    fn take(&mut self, size: u64) -> Result<Vec<u8>> {
+    fn take(&mut self, size: u64) -> IpcResult<Vec<u8>> {
         let bytes = self.at_most(size)?;
         if bytes.len() as u64 == size { Ok(bytes) } else { Err("the file is cut off".into()) }
     }
 
     /// The next batch's columns and its number of rows.
-    fn batch(&mut self) -> Result<Option<(Vec<Array>, usize)>> {
+    fn batch(&mut self) -> IpcResult<Option<(Vec<ColumnArray>, usize)>> {
         while let Some((metadata, body)) = self.message()? {
             let message = MessageRef::read_as_root(&metadata).map_err(damaged)?;
             match message.header().map_err(damaged)? {
                 Some(MessageHeaderRef::RecordBatch(batch)) => {
                     let rows = batch.length().map_err(damaged)?;
-                    let mut parts = Batch::new(batch, body, &self.dictionaries)?;
+                    let mut parts = BatchColumns::new(batch, body, &self.dictionaries)?;
                     let rows = parts.length(rows)?;
-                    let columns = self.columns.iter().map(|c| parts.array(c)).collect::<Result<_>>()?;
+                    let columns = self.columns.iter().map(|c| parts.array(c)).collect::<IpcResult<_>>()?;
                     return Ok(Some((columns, rows)));
                 }
                 Some(MessageHeaderRef::DictionaryBatch(batch)) => {
@@ -492,7 +495,7 @@ impl<R: Read> Stream<R> {
                     let column = Column { dictionary: None, ..column.clone() };
                     let data = batch.data().map_err(damaged)?;
                     let data = data.ok_or_else(|| corrupt("a dictionary without values"))?;
-                    let array = Batch::new(data, body, &self.dictionaries)?.array(&column)?;
+                    let array = BatchColumns::new(data, body, &self.dictionaries)?.array(&column)?;
                     let dictionary = self.dictionaries.entry(id).or_default();
                     if !batch.is_delta().map_err(damaged)? {
                         dictionary.clear();
@@ -507,14 +510,14 @@ impl<R: Read> Stream<R> {
 }
 
 /// The names of the columns of a stream (or of a file in Arrow's file format, which holds one), and its rows.
-pub fn rows(mut input: impl Read + Send + 'static) -> Result<(Vec<String>, Rows)> {
+pub fn rows(mut input: impl Read + Send + 'static) -> IpcResult<(Vec<String>, ArrowRows)> {
     // The file format puts its name, padded to 8 bytes, before the stream.
     let mut start = at_most(&mut input, 8)?;
     if start.starts_with(b"ARROW1") {
         start.clear();
     }
     let input = std::io::Cursor::new(start).chain(input);
-    let mut stream = Stream { input, columns: Vec::new(), dictionaries: HashMap::new() };
+    let mut stream = MessageStream { input, columns: Vec::new(), dictionaries: HashMap::new() };
     let (metadata, _) = stream.message()?.ok_or("the file is empty")?;
     let message = MessageRef::read_as_root(&metadata).map_err(damaged)?;
     let Some(MessageHeaderRef::Schema(schema)) = message.header().map_err(damaged)? else {
@@ -523,7 +526,7 @@ pub fn rows(mut input: impl Read + Send + 'static) -> Result<(Vec<String>, Rows)
     stream.columns = Column::all(schema)?;
     let names = stream.columns.iter().map(|c| c.name.clone()).collect();
     let batches = std::iter::from_fn(move || stream.batch().transpose());
-    let rows = batches.flat_map(|batch| -> Rows {
+    let rows = batches.flat_map(|batch| -> ArrowRows {
         match batch {
             Ok((columns, rows)) => Box::new((0..rows).map(move |i| row(&columns, i))),
             Err(e) => Box::new(std::iter::once(Err(e))),
@@ -541,7 +544,7 @@ mod tests {
         testing::golden::fixture("arrow").join(name)
     }
 
-    fn read(bytes: Vec<u8>) -> Result<Vec<Map<String, Value>>> {
+    fn read(bytes: Vec<u8>) -> IpcResult<Vec<Map<String, Value>>> {
         rows(std::io::Cursor::new(bytes))?.1.collect()
     }
 

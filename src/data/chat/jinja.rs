@@ -6,7 +6,7 @@ use chrono::NaiveTime;
 use serde_json::{Map, Value as Json};
 
 use crate::config::template_date::TemplateDate;
-use crate::data::jinja::{CLOSE, Dict, Failure, OPEN, Template, Value};
+use crate::data::jinja::{CLOSE, Dict, Failure, JinjaValue, OPEN, Template};
 use crate::data::tokenizer::ChatTemplate;
 use crate::error::{Error, Result};
 
@@ -56,7 +56,7 @@ impl Jinja {
         }
         // After the special tokens and the date, as what a record gives counts.
         for (name, value) in &dialogue {
-            variables.set_name(name, Value::from(value));
+            variables.set_name(name, JinjaValue::from(value));
         }
         let rendered = self.template.render(variables, date.and_time(NaiveTime::MIN));
         let rendered = rendered.map_err(|e| error(&self.place, e))?;

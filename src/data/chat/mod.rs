@@ -293,7 +293,7 @@ impl Chat {
 ///
 /// # Errors
 /// There is none; the section's template is no template (with place and line).
-pub fn configured(section: Option<&sections::Tokenizer>, model: Option<&Path>) -> Result<Tokenizer> {
+pub fn configured(section: Option<&sections::TokenizerSection>, model: Option<&Path>) -> Result<Tokenizer> {
     let tokenizer = match (section.and_then(|s| s.path.as_deref()), model) {
         (Some(path), _) => Tokenizer::load(path)?,
         (None, Some(model)) => Tokenizer::load(model)

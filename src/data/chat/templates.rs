@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::files::broken_link;
 use std::path::Path;
 
-struct BuiltIn {
+struct BuiltInTemplate {
     name: &'static str,
     source: &'static str,
     /// Tokens that it writes besides BOS and EOS.
@@ -14,32 +14,32 @@ struct BuiltIn {
     without_bos: bool,
 }
 
-const BUILT_IN: [BuiltIn; 5] = [
-    BuiltIn {
+const BUILT_IN: [BuiltInTemplate; 5] = [
+    BuiltInTemplate {
         name: "llama-2",
         source: include_str!("templates/llama-2.jinja"),
         tokens: &[],
         without_bos: false,
     },
-    BuiltIn {
+    BuiltInTemplate {
         name: "llama-3",
         source: include_str!("templates/llama-3.jinja"),
         tokens: &["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
         without_bos: false,
     },
-    BuiltIn {
+    BuiltInTemplate {
         name: "chatml",
         source: include_str!("templates/chatml.jinja"),
         tokens: &["<|im_start|>", "<|im_end|>"],
         without_bos: true,
     },
-    BuiltIn {
+    BuiltInTemplate {
         name: "mistral",
         source: include_str!("templates/mistral.jinja"),
         tokens: &[],
         without_bos: false,
     },
-    BuiltIn {
+    BuiltInTemplate {
         name: "human-assistant",
         source: include_str!("templates/human-assistant.jinja"),
         tokens: &[],
@@ -140,7 +140,7 @@ pub fn plain(template: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
         match (name, parts.len()) {
             ("prompt", 1) | ("completion", 2) => parts.push(String::new()),
             ("prompt" | "completion", _) => {
-                return Err(bad("`{prompt}` and then `{completion}` must be there once each".into()));
+                return Err(bad("it must have `{prompt}` and then `{completion}`, once each".into()));
             }
             _ => {
                 return Err(bad(format!(
@@ -154,7 +154,7 @@ pub fn plain(template: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
         *last += rest;
     }
     let Ok([before, between, after]) = <[String; 3]>::try_from(parts) else {
-        return Err(bad("`{prompt}` and then `{completion}` must be there once each".into()));
+        return Err(bad("it must have `{prompt}` and then `{completion}`, once each".into()));
     };
     if !has_eos(tokenizer) {
         return Err(Error::data(format!(

@@ -25,7 +25,7 @@ fn says(text: &str) -> Map<String, Value> {
 }
 
 /// The small trained tokenizer with further special tokens and a template.
-fn with(section: sections::Tokenizer) -> Result<Tokenizer> {
+fn with(section: sections::TokenizerSection) -> Result<Tokenizer> {
     let folder = TestFolder::new(&format!("chat-with-{:?}", std::thread::current().id()));
     small(300).save(&folder.0)?;
     configured(Some(&section), Some(&folder.0))
@@ -133,8 +133,10 @@ fn conversations() -> Vec<Vec<Message>> {
 
 #[test]
 fn no_token_joins_question_and_answer() {
-    let plain =
-        sections::Tokenizer { template: Some("Q: {prompt}\nA: {completion}\n".into()), ..Default::default() };
+    let plain = sections::TokenizerSection {
+        template: Some("Q: {prompt}\nA: {completion}\n".into()),
+        ..Default::default()
+    };
     for name in ["llama", "no_prefix", "symbols", "llama3", "qwen"] {
         let (folder, tokenizer) = load_fixture(name);
         let chatml = with_chat_template(
@@ -204,7 +206,7 @@ fn bos_is_never_there_twice() {
 #[test]
 fn plain_templates() {
     let section =
-        |template: &str| sections::Tokenizer { template: Some(template.into()), ..Default::default() };
+        |template: &str| sections::TokenizerSection { template: Some(template.into()), ..Default::default() };
     let t = with(section("Question: {prompt}\n\n\"{{A}}\"\\: {completion} .")).unwrap();
     let chat_ = Chat::new(&t).unwrap();
     let pair = chat(&[("user", "1 + 1?"), ("assistant", " 2")]);
@@ -237,7 +239,7 @@ fn plain_templates() {
 
 #[test]
 fn a_configured_tokenizer_is_saved_with_its_tokens_and_template() {
-    let section = sections::Tokenizer {
+    let section = sections::TokenizerSection {
         chat_template: Some("chatml".into()),
         add_tokens: vec!["<|im_start|>".into(), "<|im_end|>".into(), "</s>".into()],
         ..Default::default()
@@ -248,7 +250,7 @@ fn a_configured_tokenizer_is_saved_with_its_tokens_and_template() {
     assert_eq!(t.base_hash(), small(300).hash());
     let (rows, padded) = (
         |n| t.rows(n, Some(&section)).unwrap(),
-        sections::Tokenizer { pad_to_multiple_of: Some(64), ..section.clone() },
+        sections::TokenizerSection { pad_to_multiple_of: Some(64), ..section.clone() },
     );
     assert_eq!((rows(300), rows(302), rows(310)), (302, 302, 310));
     assert_eq!(t.rows(300, Some(&padded)).unwrap(), 320);
@@ -278,7 +280,7 @@ fn a_configured_tokenizer_is_saved_with_its_tokens_and_template() {
 
 #[test]
 fn turns_are_those_of_the_assistant() {
-    let t = with(sections::Tokenizer {
+    let t = with(sections::TokenizerSection {
         chat_template: Some("chatml".into()),
         add_tokens: vec!["<|im_start|>".into(), "<|im_end|>".into()],
         ..Default::default()

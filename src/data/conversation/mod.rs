@@ -18,7 +18,7 @@ use super::readers::Record;
 use crate::error::{Error, Result};
 pub(super) use completions::{common, split};
 pub use inputs::TemplateInputs;
-pub use prompt::Prompt;
+pub use prompt::PromptForm;
 
 /// Messages, and what else a template reads of their record.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

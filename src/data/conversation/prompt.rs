@@ -9,28 +9,28 @@ use crate::error::Result;
 
 /// What a response continues.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Prompt {
+pub enum PromptForm {
     /// A text, which no chat template goes around.
     Text(String),
     /// A conversation, which the chat template renders.
     Messages(Conversation),
 }
 
-impl Prompt {
+impl PromptForm {
     /// Reads `prompt` (a text or messages) or, where there is none, any format of [`super::conversation`], whose answer is left
     /// out. An instruction or a question needs none.
-    pub fn read(record: &Record) -> Result<Prompt> {
-        Prompt::of(&Fields::new(record)?, false)
+    pub fn read(record: &Record) -> Result<PromptForm> {
+        PromptForm::of(&Fields::new(record)?, false)
     }
 
-    /// [`Prompt::read`] of what a model is to go on with: a last turn of the assistant under `prompt`, `messages` or
+    /// [`PromptForm::read`] of what a model is to go on with: a last turn of the assistant under `prompt`, `messages` or
     /// `conversations` stays, as the beginning of the answer.
-    pub fn read_with_prefill(record: &Record) -> Result<Prompt> {
-        Prompt::of(&Fields::new(record)?, true)
+    pub fn read_with_prefill(record: &Record) -> Result<PromptForm> {
+        PromptForm::of(&Fields::new(record)?, true)
     }
 
-    /// Reads a record whose keys are watched; `prefill`: [`Prompt::read_with_prefill`].
-    pub fn of(fields: &Fields, prefill: bool) -> Result<Prompt> {
+    /// Reads a record whose keys are watched; `prefill`: [`PromptForm::read_with_prefill`].
+    pub fn of(fields: &Fields, prefill: bool) -> Result<PromptForm> {
         let listed = || ["messages", "conversations"].into_iter().find(|key| fields.has(key));
         let (mut said, text) = if fields.has("prompt") {
             match fields.get("prompt") {
@@ -62,22 +62,22 @@ impl Prompt {
         let turns = said.len();
         let asked = with_columns(fields, said)?;
         match text.filter(|_| asked.len() == turns && asked.inputs.is_empty()) {
-            Some(text) => Ok(Prompt::Text(text)),
-            None => Ok(Prompt::Messages(asked)),
+            Some(text) => Ok(PromptForm::Text(text)),
+            None => Ok(PromptForm::Messages(asked)),
         }
     }
 
     /// The turns; a text is one of the user's, or a dialogue of HH's.
     pub fn into_messages(self) -> Conversation {
         match self {
-            Prompt::Text(text) => hh::prompt_turns(&text).into(),
-            Prompt::Messages(conversation) => conversation,
+            PromptForm::Text(text) => hh::prompt_turns(&text).into(),
+            PromptForm::Messages(conversation) => conversation,
         }
     }
 
-    /// [`Prompt::into_messages`] without the answer that a dialogue of HH's may end with.
+    /// [`PromptForm::into_messages`] without the answer that a dialogue of HH's may end with.
     pub fn without_answer(self) -> Conversation {
-        let is_text = matches!(self, Prompt::Text(_));
+        let is_text = matches!(self, PromptForm::Text(_));
         let mut asked = self.into_messages();
         asked.pop_if(|m| is_text && m.role == "assistant");
         asked

@@ -58,8 +58,8 @@ fn a_dialogue_of_many_turns() {
 
 #[test]
 fn a_prompt_is_a_record_without_its_answer() {
-    let text = |t: &str| Prompt::Text(t.into());
-    let user = Prompt::Messages(chat(&[("user", "a")]).into());
+    let text = |t: &str| PromptForm::Text(t.into());
+    let user = PromptForm::Messages(chat(&[("user", "a")]).into());
     let cases = [
         (r#"{"prompt": "a", "completion": "b"}"#, text("a")),
         (r#"{"question": "a", "answer": "b"}"#, text("a")),
@@ -68,14 +68,14 @@ fn a_prompt_is_a_record_without_its_answer() {
         (r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}"#, user),
     ];
     for (line, wanted) in cases {
-        assert_eq!(Prompt::read(&record(line)).unwrap(), wanted, "{line}");
+        assert_eq!(PromptForm::read(&record(line)).unwrap(), wanted, "{line}");
     }
     for (line, wanted) in [
         (r#"{"messages": [{"role": "assistant", "content": "a"}]}"#, "nothing before the answer"),
         (r#"{"prompt": 3}"#, "`prompt` is a number"),
         (r#"{"x": 3}"#, "no known format"),
     ] {
-        let e = Prompt::read(&record(line)).unwrap_err();
+        let e = PromptForm::read(&record(line)).unwrap_err();
         assert!(e.message.contains(wanted) && e.message.contains("data.jsonl:1"), "{line}: {e}");
     }
 }
@@ -91,7 +91,7 @@ fn one_answer_is_left_out() {
         (r#"{"prompt": "\n\nHuman: a\n\nAssistant:"}"#.to_string(), chat(&[("user", "a")])),
     ];
     for (line, wanted) in cases {
-        assert_eq!(Prompt::read(&record(&line)).unwrap().without_answer().messages, wanted, "{line}");
+        assert_eq!(PromptForm::read(&record(&line)).unwrap().without_answer().messages, wanted, "{line}");
     }
 }
 

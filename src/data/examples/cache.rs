@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{Counts, Encoded, Example, Options};
+use super::{Encoded, Example, ExampleCounts, ExampleOptions};
 use crate::data::arrow;
 use crate::data::fields::{Leftovers, Unused};
 use crate::data::mapped::Mapped;
@@ -41,7 +41,7 @@ pub type Lengths = BTreeMap<usize, u64>;
 #[derive(Serialize, Deserialize)]
 struct Footer {
     key: String,
-    counts: Counts,
+    counts: ExampleCounts,
     lengths: Lengths,
     odd: OddRecords,
     left_out: LeftOut,
@@ -49,7 +49,7 @@ struct Footer {
     crc32: u32,
 }
 
-/// Where the first record lies that was left out for each reason, of the counters in [`Counts`].
+/// Where the first record lies that was left out for each reason, of the counters in [`ExampleCounts`].
 type LeftOut = BTreeMap<String, String>;
 
 /// The examples of one file, memory-mapped from the cache.
@@ -58,7 +58,7 @@ pub struct Examples {
     map: Mapped,
     /// The file of data.
     path: PathBuf,
-    counts: Counts,
+    counts: ExampleCounts,
     lengths: Lengths,
     odd: OddRecords,
     left_out: LeftOut,
@@ -71,11 +71,11 @@ pub struct Tokenization<'a> {
     /// The example of a record as it is, or why the record cannot be used.
     pub encode: &'a (dyn Fn(&Record) -> Result<Example, Odd> + Sync),
     /// The example as it is kept; none where it is left out, which is then counted.
-    pub fit: &'a (dyn Fn(Example, &mut Counts) -> Option<Example> + Sync),
+    pub fit: &'a (dyn Fn(Example, &mut ExampleCounts) -> Option<Example> + Sync),
     /// Tells tokenizer, template and whatever else `encode` and `fit` depend on, besides `options`, apart.
     pub key: String,
     pub eos: &'a [u32],
-    pub options: Options,
+    pub options: ExampleOptions,
     /// Where caches lie.
     pub cache: PathBuf,
 }
@@ -113,7 +113,7 @@ impl Tokenization<'_> {
             self.write(path, &cached, &key, &read)
         })?;
         Examples::open(&cached, &key, path)?.ok_or_else(|| {
-            Error::failed(format!("{}: it was just written and is not there", cached.display()))
+            Error::failed(format!("{}: is missing right after it was written", cached.display()))
         })
     }
 
@@ -131,7 +131,7 @@ impl Tokenization<'_> {
 
     fn write(&self, path: &Path, cached: &Path, key: &str, read: &Arc<AtomicU64>) -> Result<()> {
         let mut file = AtomicFile::create(cached)?;
-        let (mut counts, mut crc) = (Counts::default(), crc32fast::Hasher::new());
+        let (mut counts, mut crc) = (ExampleCounts::default(), crc32fast::Hasher::new());
         let (mut lengths, mut odd, mut left_out) = (Lengths::new(), OddRecords::default(), LeftOut::new());
         let mut unused = Unused::default();
         let (mut ends, mut example_ends, mut ranks) = (Vec::new(), Vec::new(), Vec::new());
@@ -201,7 +201,7 @@ impl Tokenization<'_> {
 
     fn tokenize(&self, record: Result<Record>) -> Result<Tokenized, Odd> {
         let record = record.or_odd(Reason::Unreadable)?;
-        let mut counts = Counts::default();
+        let mut counts = ExampleCounts::default();
         let example = (self.encode)(&record)?;
         let lengths = example.sequences.iter().map(|s| s.ids.len()).collect();
         let leftovers = example.leftovers.clone();
@@ -216,7 +216,7 @@ struct Tokenized {
     /// None: it is left out.
     example: Option<Example>,
     /// Of this record.
-    counts: Counts,
+    counts: ExampleCounts,
     /// Of its sequences before any was cut.
     lengths: Vec<usize>,
     /// What is said of each of its keys that nothing reads.
@@ -268,7 +268,7 @@ impl Examples {
                 .left_out
                 .get(key)
                 .map_or(String::new(), |at| format!(" (the first: {}{at})", self.path.display()));
-            format!("{} {}{first}", grouped(count), Counts::words(key))
+            format!("{} {}{first}", grouped(count), ExampleCounts::words(key))
         };
         let mut reasons: Vec<String> = self.counts.left_out().map(reason).collect();
         if self.odd.total() > 0 {
@@ -278,7 +278,7 @@ impl Examples {
         reasons.join(", ")
     }
 
-    pub fn counts(&self) -> &Counts {
+    pub fn counts(&self) -> &ExampleCounts {
         &self.counts
     }
 

@@ -4,23 +4,23 @@
 use std::rc::Rc;
 
 use super::functions::Function;
-use super::value::{Range, Value, defined};
-use super::{Outcome, fail, methods, text};
+use super::value::{JinjaValue, Range, defined};
+use super::{RenderResult, fail, methods, text};
 
 /// `object.name`
-pub fn attribute(object: &Value, name: &str) -> Outcome<Value> {
+pub fn attribute(object: &JinjaValue, name: &str) -> RenderResult<JinjaValue> {
     defined(object)?;
     if let Some(value) = python_attribute(object, name) {
         return Ok(value);
     }
-    Ok(match python_item(object, &Value::from(name))? {
+    Ok(match python_item(object, &JinjaValue::from(name))? {
         Some(value) => value,
-        None => missing(object, &Value::from(name)),
+        None => missing(object, &JinjaValue::from(name)),
     })
 }
 
 /// `object[key]`
-pub fn item(object: &Value, key: &Value) -> Outcome<Value> {
+pub fn item(object: &JinjaValue, key: &JinjaValue) -> RenderResult<JinjaValue> {
     defined(object)?;
     if let Some(value) = python_item(object, key)? {
         return Ok(value);
@@ -29,53 +29,55 @@ pub fn item(object: &Value, key: &Value) -> Outcome<Value> {
     Ok(value.unwrap_or_else(|| missing(object, key)))
 }
 
-fn missing(object: &Value, key: &Value) -> Value {
+fn missing(object: &JinjaValue, key: &JinjaValue) -> JinjaValue {
     let kind = match object {
-        Value::None => "None".to_string(),
-        Value::Namespace(_) => "jinja2.utils.Namespace object".into(),
+        JinjaValue::None => "None".to_string(),
+        JinjaValue::Namespace(_) => "jinja2.utils.Namespace object".into(),
         _ => format!("{} object", object.type_name()),
     };
-    Value::undefined(match key {
-        Value::Str(name) => format!("'{kind}' has no attribute {}", text::repr(name)),
+    JinjaValue::undefined(match key {
+        JinjaValue::Str(name) => format!("'{kind}' has no attribute {}", text::repr(name)),
         key => format!("{kind} has no element {}", key.repr().unwrap_or_else(|_| key.type_name().into())),
     })
 }
 
 /// `getattr(object, name)`, as far as the sandbox lets it.
-fn python_attribute(object: &Value, name: &str) -> Option<Value> {
+fn python_attribute(object: &JinjaValue, name: &str) -> Option<JinjaValue> {
     let unsafe_ = |kind: &str| {
-        Some(Value::undefined(format!("access to attribute '{name}' of '{kind}' object is unsafe.")))
+        Some(JinjaValue::undefined(format!("access to attribute '{name}' of '{kind}' object is unsafe.")))
     };
     match object {
-        Value::Namespace(dict) => return dict.borrow().name(name).cloned(),
-        Value::Loop(state) => return state.attribute(name),
-        Value::Group(items) if name == "grouper" || name == "list" => {
+        JinjaValue::Namespace(dict) => return dict.borrow().name(name).cloned(),
+        JinjaValue::Loop(state) => return state.attribute(name),
+        JinjaValue::Group(items) if name == "grouper" || name == "list" => {
             return items.get(usize::from(name == "list")).cloned();
         }
-        Value::Macro(value) => {
+        JinjaValue::Macro(value) => {
             return match name {
-                "name" => Some(Value::from(&value.node.name)),
-                "arguments" => Some(Value::tuple(value.node.params.iter().map(Value::from).collect())),
+                "name" => Some(JinjaValue::from(&value.node.name)),
+                "arguments" => {
+                    Some(JinjaValue::tuple(value.node.params.iter().map(JinjaValue::from).collect()))
+                }
                 "caller" => Some(value.node.caller.into()),
                 "catch_kwargs" => Some(value.node.kwargs.into()),
                 "catch_varargs" => Some(value.node.varargs.into()),
                 _ => None,
             };
         }
-        Value::Function(Function::Dict) if name == "fromkeys" => {
-            return Some(Value::Function(Function::FromKeys));
+        JinjaValue::Function(Function::Dict) if name == "fromkeys" => {
+            return Some(JinjaValue::Function(Function::FromKeys));
         }
-        Value::Cycler(state) if name == "current" => return state.0.get(state.1.get()).cloned(),
-        Value::Range(range) => match name {
-            "start" => return Some(Value::Int(range.start)),
-            "stop" => return Some(Value::Int(range.stop)),
-            "step" => return Some(Value::Int(range.step)),
+        JinjaValue::Cycler(state) if name == "current" => return state.0.get(state.1.get()).cloned(),
+        JinjaValue::Range(range) => match name {
+            "start" => return Some(JinjaValue::Int(range.start)),
+            "stop" => return Some(JinjaValue::Int(range.stop)),
+            "step" => return Some(JinjaValue::Int(range.step)),
             _ => {}
         },
-        Value::Int(_) | Value::Float(_) | Value::Bool(_) => match name {
+        JinjaValue::Int(_) | JinjaValue::Float(_) | JinjaValue::Bool(_) => match name {
             "real" | "numerator" => return Some(object.clone()),
-            "imag" => return Some(Value::Int(0)),
-            "denominator" => return Some(Value::Int(1)),
+            "imag" => return Some(JinjaValue::Int(0)),
+            "denominator" => return Some(JinjaValue::Int(1)),
             _ => {}
         },
         _ => {}
@@ -84,46 +86,50 @@ fn python_attribute(object: &Value, name: &str) -> Option<Value> {
     if methods::changes(object, name) {
         return unsafe_(kind);
     }
-    methods::names(object).contains(&name).then(|| Value::Method(Rc::new((object.clone(), name.into()))))
+    methods::names(object).contains(&name).then(|| JinjaValue::Method(Rc::new((object.clone(), name.into()))))
 }
 
 /// `object[key]`; none where Python finds none or the object has no items.
-fn python_item(object: &Value, key: &Value) -> Outcome<Option<Value>> {
+fn python_item(object: &JinjaValue, key: &JinjaValue) -> RenderResult<Option<JinjaValue>> {
     let place = |len: usize| {
         let index = key.as_int()?;
         let index = if index < 0 { index + len as i128 } else { index };
         usize::try_from(index).ok().filter(|i| *i < len)
     };
     Ok(match object {
-        Value::Dict(dict) => match dict.get(key) {
+        JinjaValue::Dict(dict) => match dict.get(key) {
             Ok(value) => value.cloned(),
             // Python raises a TypeError, which Jinja takes for nothing found.
             Err(_) => None,
         },
-        Value::List(items) | Value::Tuple(items) | Value::Group(items) => {
+        JinjaValue::List(items) | JinjaValue::Tuple(items) | JinjaValue::Group(items) => {
             place(items.len()).map(|i| items[i].clone())
         }
-        Value::Str(text) | Value::Markup(text) => {
+        JinjaValue::Str(text) | JinjaValue::Markup(text) => {
             let at = place(text.chars().count());
             at.and_then(|i| text.chars().nth(i)).map(|c| c.to_string().into())
         }
-        Value::Range(range) => {
-            place(range.len() as usize).map(|i| Value::Int(range.start + i as i128 * range.step))
+        JinjaValue::Range(range) => {
+            place(range.len() as usize).map(|i| JinjaValue::Int(range.start + i as i128 * range.step))
         }
         _ => None,
     })
 }
 
 /// `object[start:stop:step]`
-pub fn slice(object: &Value, parts: [Value; 3]) -> Outcome<Value> {
+pub fn slice(object: &JinjaValue, parts: [JinjaValue; 3]) -> RenderResult<JinjaValue> {
     defined(object)?;
     match object {
-        Value::Dict(_) => return fail("unhashable type: 'slice'"),
-        Value::Str(_) | Value::List(_) | Value::Tuple(_) | Value::Group(_) | Value::Range(_) => {}
-        Value::Markup(_) => return fail("a slice of text that is marked as HTML is not supported"),
+        JinjaValue::Dict(_) => return fail("unhashable type: 'slice'"),
+        JinjaValue::Str(_)
+        | JinjaValue::List(_)
+        | JinjaValue::Tuple(_)
+        | JinjaValue::Group(_)
+        | JinjaValue::Range(_) => {}
+        JinjaValue::Markup(_) => return fail("a slice of text that is marked as HTML is not supported"),
         _ => return fail(format!("'{}' object is not subscriptable", object.type_name())),
     }
-    if parts.iter().any(|part| !matches!(part, Value::None) && part.as_int().is_none()) {
+    if parts.iter().any(|part| !matches!(part, JinjaValue::None) && part.as_int().is_none()) {
         return fail("slice indices must be integers or None or have an __index__ method");
     }
     let [start, stop, step] = parts.map(|part| part.as_int());
@@ -137,18 +143,22 @@ pub fn slice(object: &Value, parts: [Value; 3]) -> Outcome<Value> {
         Range { start, stop, step }.numbers().filter_map(|i| usize::try_from(i).ok())
     };
     Ok(match object {
-        Value::Str(text) => {
+        JinjaValue::Str(text) => {
             let chars: Vec<char> = text.chars().collect();
             indices(chars.len()).map(|i| chars[i]).collect::<String>().into()
         }
-        Value::List(items) => Value::list(indices(items.len()).map(|i| items[i].clone()).collect()),
-        Value::Tuple(items) | Value::Group(items) => {
-            Value::tuple(indices(items.len()).map(|i| items[i].clone()).collect())
+        JinjaValue::List(items) => JinjaValue::list(indices(items.len()).map(|i| items[i].clone()).collect()),
+        JinjaValue::Tuple(items) | JinjaValue::Group(items) => {
+            JinjaValue::tuple(indices(items.len()).map(|i| items[i].clone()).collect())
         }
-        Value::Range(range) => {
+        JinjaValue::Range(range) => {
             let (from, to) = bounds(range.len() as usize);
             let place = |i: i128| range.start + i * range.step;
-            Value::Range(Range { start: place(from), stop: place(to), step: range.step.saturating_mul(step) })
+            JinjaValue::Range(Range {
+                start: place(from),
+                stop: place(to),
+                step: range.step.saturating_mul(step),
+            })
         }
         _ => return fail(format!("'{}' object is not subscriptable", object.type_name())),
     })

@@ -1,22 +1,26 @@
 //! The arguments of a call.
 
 use super::tree::Name;
-use super::value::Value;
-use super::{Outcome, fail};
+use super::value::JinjaValue;
+use super::{RenderResult, fail};
 
 #[derive(Default)]
-pub struct Args {
-    pub positional: Vec<Value>,
-    pub named: Vec<(Name, Value)>,
+pub struct CallArguments {
+    pub positional: Vec<JinjaValue>,
+    pub named: Vec<(Name, JinjaValue)>,
 }
 
-impl Args {
+impl CallArguments {
     pub fn is_empty(&self) -> bool {
         self.positional.is_empty() && self.named.is_empty()
     }
 
     /// The arguments of `what` by the names of its parameters.
-    pub fn bind<const N: usize>(self, what: &str, params: [&str; N]) -> Outcome<[Option<Value>; N]> {
+    pub fn bind<const N: usize>(
+        self,
+        what: &str,
+        params: [&str; N],
+    ) -> RenderResult<[Option<JinjaValue>; N]> {
         let mut bound = [const { None }; N];
         if self.positional.len() > N {
             return fail(format!("{what} takes at most {N} arguments, not {}", self.positional.len()));
@@ -36,27 +40,27 @@ impl Args {
     }
 
     /// Refuses arguments.
-    pub fn none(&self, what: &str) -> Outcome<()> {
+    pub fn none(&self, what: &str) -> RenderResult<()> {
         if self.is_empty() { Ok(()) } else { fail(format!("{what} takes no arguments")) }
     }
 }
 
 /// An argument that must be there.
-pub fn required(what: &str, name: &str, value: Option<Value>) -> Outcome<Value> {
+pub fn required(what: &str, name: &str, value: Option<JinjaValue>) -> RenderResult<JinjaValue> {
     match value {
         Some(value) => Ok(value),
         None => fail(format!("{what} needs the argument '{name}'")),
     }
 }
 
-pub fn int(what: &str, value: &Value) -> Outcome<i128> {
+pub fn int(what: &str, value: &JinjaValue) -> RenderResult<i128> {
     match value.as_int() {
         Some(n) => Ok(n),
         None => fail(format!("{what} needs a whole number, not '{}'", value.type_name())),
     }
 }
 
-pub fn text<'a>(what: &str, value: &'a Value) -> Outcome<&'a str> {
+pub fn text<'a>(what: &str, value: &'a JinjaValue) -> RenderResult<&'a str> {
     match value.as_str() {
         Some(text) => Ok(text),
         None => fail(format!("{what} needs a text, not '{}'", value.type_name())),

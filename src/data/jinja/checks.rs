@@ -1,9 +1,9 @@
 //! Jinja's tests: what follows `is`.
 
-use super::arguments::{Args, int, required};
+use super::arguments::{CallArguments, int, required};
 use super::tree::Comparison;
-use super::value::Value;
-use super::{Outcome, fail, filters, operators, text};
+use super::value::JinjaValue;
+use super::{RenderResult, fail, filters, operators, text};
 
 const NAMES: [&str; 39] = [
     "odd",
@@ -47,7 +47,7 @@ const NAMES: [&str; 39] = [
     "le",
 ];
 
-pub fn check(name: &str, value: &Value, args: Args) -> Outcome<bool> {
+pub fn check(name: &str, value: &JinjaValue, args: CallArguments) -> RenderResult<bool> {
     use Comparison::*;
     let comparison = match name {
         "==" | "eq" | "equalto" => Some(Eq),
@@ -74,36 +74,36 @@ pub fn check(name: &str, value: &Value, args: Args) -> Outcome<bool> {
     }
     args.none(&what())?;
     Ok(match name {
-        "odd" => remainder(value, &Value::Int(2))? == 1,
-        "even" => remainder(value, &Value::Int(2))? == 0,
+        "odd" => remainder(value, &JinjaValue::Int(2))? == 1,
+        "even" => remainder(value, &JinjaValue::Int(2))? == 0,
         "defined" => !value.is_undefined(),
         "undefined" => value.is_undefined(),
         "filter" => value.as_str().is_some_and(|name| filters::NAMES.contains(&name)),
         "test" => value.as_str().is_some_and(|name| NAMES.contains(&name)),
-        "none" => matches!(value, Value::None),
-        "boolean" => matches!(value, Value::Bool(_)),
-        "false" => matches!(value, Value::Bool(false)),
-        "true" => matches!(value, Value::Bool(true)),
-        "integer" => matches!(value, Value::Int(_)),
-        "float" => matches!(value, Value::Float(_)),
-        "number" => matches!(value, Value::Int(_) | Value::Float(_) | Value::Bool(_)),
+        "none" => matches!(value, JinjaValue::None),
+        "boolean" => matches!(value, JinjaValue::Bool(_)),
+        "false" => matches!(value, JinjaValue::Bool(false)),
+        "true" => matches!(value, JinjaValue::Bool(true)),
+        "integer" => matches!(value, JinjaValue::Int(_)),
+        "float" => matches!(value, JinjaValue::Float(_)),
+        "number" => matches!(value, JinjaValue::Int(_) | JinjaValue::Float(_) | JinjaValue::Bool(_)),
         "string" => value.as_str().is_some(),
-        "mapping" => matches!(value, Value::Dict(_)),
+        "mapping" => matches!(value, JinjaValue::Dict(_)),
         "sequence" => {
-            let iterates = matches!(value, Value::View(..) | Value::Iterator(..));
+            let iterates = matches!(value, JinjaValue::View(..) | JinjaValue::Iterator(..));
             value.is_iterable() && !iterates
         }
-        "iterable" => value.is_iterable() || matches!(value, Value::Loop(_)),
+        "iterable" => value.is_iterable() || matches!(value, JinjaValue::Loop(_)),
         "callable" => matches!(
             value,
-            Value::Macro(_)
-                | Value::Function(_)
-                | Value::Method(_)
-                | Value::Joiner(_)
-                | Value::Loop(_)
-                | Value::Undefined(_)
+            JinjaValue::Macro(_)
+                | JinjaValue::Function(_)
+                | JinjaValue::Method(_)
+                | JinjaValue::Joiner(_)
+                | JinjaValue::Loop(_)
+                | JinjaValue::Undefined(_)
         ),
-        "escaped" => matches!(value, Value::Markup(_)),
+        "escaped" => matches!(value, JinjaValue::Markup(_)),
         "lower" | "upper" => {
             let text = value.to_text()?;
             let mut cased = text.chars().filter(|c| text::is_cased(*c)).peekable();
@@ -115,9 +115,9 @@ pub fn check(name: &str, value: &Value, args: Args) -> Outcome<bool> {
 }
 
 /// `value % number`
-fn remainder(value: &Value, number: &Value) -> Outcome<i128> {
+fn remainder(value: &JinjaValue, number: &JinjaValue) -> RenderResult<i128> {
     match operators::binary(super::tree::Operator::Mod, value, number)? {
-        Value::Float(x) => Ok(if x == x.trunc() { x as i128 } else { -1 }),
+        JinjaValue::Float(x) => Ok(if x == x.trunc() { x as i128 } else { -1 }),
         other => int("the test", &other),
     }
 }

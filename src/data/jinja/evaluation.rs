@@ -2,39 +2,39 @@
 
 use std::rc::Rc;
 
-use super::arguments::Args;
+use super::arguments::CallArguments;
 use super::machine::Machine;
 use super::tree::*;
-use super::value::{Dict, Value};
-use super::{Outcome, access, checks, fail, filters, operators};
+use super::value::{Dict, JinjaValue};
+use super::{RenderResult, access, checks, fail, filters, operators};
 
 impl Machine {
-    pub(super) fn eval(&mut self, expr: &Expr) -> Outcome<Value> {
+    pub(super) fn eval(&mut self, expr: &Expr) -> RenderResult<JinjaValue> {
         Ok(match expr {
-            Expr::None => Value::None,
-            Expr::Bool(b) => Value::Bool(*b),
-            Expr::Int(n) => Value::Int(*n),
-            Expr::Float(x) => Value::Float(*x),
-            Expr::Str(text) => Value::from(text),
+            Expr::None => JinjaValue::None,
+            Expr::Bool(b) => JinjaValue::Bool(*b),
+            Expr::Int(n) => JinjaValue::Int(*n),
+            Expr::Float(x) => JinjaValue::Float(*x),
+            Expr::Str(text) => JinjaValue::from(text),
             Expr::Name(name) => self.lookup(name),
             _ => return self.deeper(|m| m.compound(expr)),
         })
     }
 
-    fn all(&mut self, items: &[Expr]) -> Outcome<Vec<Value>> {
+    fn all(&mut self, items: &[Expr]) -> RenderResult<Vec<JinjaValue>> {
         items.iter().map(|item| self.eval(item)).collect()
     }
 
-    fn compound(&mut self, expr: &Expr) -> Outcome<Value> {
+    fn compound(&mut self, expr: &Expr) -> RenderResult<JinjaValue> {
         Ok(match expr {
-            Expr::List(items) => Value::list(self.all(items)?),
-            Expr::Tuple(items) => Value::tuple(self.all(items)?),
+            Expr::List(items) => JinjaValue::list(self.all(items)?),
+            Expr::Tuple(items) => JinjaValue::tuple(self.all(items)?),
             Expr::Dict(items) => {
                 let mut dict = Dict::default();
                 for (key, value) in items {
                     dict.set(self.eval(key)?, self.eval(value)?)?;
                 }
-                Value::Dict(Rc::new(dict))
+                JinjaValue::Dict(Rc::new(dict))
             }
             Expr::Attribute(object, name) => access::attribute(&self.eval(object)?, name)?,
             Expr::Item(object, key) => {
@@ -43,7 +43,7 @@ impl Machine {
             }
             Expr::Slice(object, parts) => {
                 let object = self.eval(object)?;
-                let mut values = [const { Value::None }; 3];
+                let mut values = [const { JinjaValue::None }; 3];
                 for (value, part) in values.iter_mut().zip(parts.iter()) {
                     if let Some(part) = part {
                         *value = self.eval(part)?;
@@ -66,7 +66,7 @@ impl Machine {
                 let args = self.arguments(&test.args)?;
                 checks::check(&test.name, &value, args)?.into()
             }
-            Expr::Not(value) => Value::Bool(!self.eval(value)?.is_true()),
+            Expr::Not(value) => JinjaValue::Bool(!self.eval(value)?.is_true()),
             Expr::Negative(value) => operators::negative(&self.eval(value)?)?,
             Expr::Positive(value) => operators::positive(&self.eval(value)?)?,
             Expr::And(a, b) => {
@@ -97,7 +97,7 @@ impl Machine {
                 } else if let Some(otherwise) = otherwise {
                     self.eval(otherwise)?
                 } else {
-                    Value::undefined(format!(
+                    JinjaValue::undefined(format!(
                         "the inline if-expression on line {line} evaluated to false and no else section was defined."
                     ))
                 }
@@ -107,7 +107,7 @@ impl Machine {
     }
 
     /// `a + b + c ...`, without going deeper for each.
-    fn operators_in_a_row(&mut self, expr: &Expr) -> Outcome<Value> {
+    fn operators_in_a_row(&mut self, expr: &Expr) -> RenderResult<JinjaValue> {
         let (mut first, mut rest) = (expr, Vec::new());
         while let Expr::Binary(operator, left, right) = first {
             rest.push((*operator, right));
@@ -120,7 +120,7 @@ impl Machine {
         Ok(value)
     }
 
-    pub(super) fn arguments(&mut self, args: &Arguments) -> Outcome<Args> {
+    pub(super) fn arguments(&mut self, args: &Arguments) -> RenderResult<CallArguments> {
         let mut positional = self.all(&args.positional)?;
         let mut named = Vec::with_capacity(args.named.len());
         for (name, value) in &args.named {
@@ -130,7 +130,7 @@ impl Machine {
             positional.extend(self.eval(list)?.items()?);
         }
         if let Some(map) = &args.map {
-            let Value::Dict(dict) = self.eval(map)? else {
+            let JinjaValue::Dict(dict) = self.eval(map)? else {
                 return fail("the argument after ** must be a mapping");
             };
             for (key, value) in &dict.items {
@@ -138,10 +138,10 @@ impl Machine {
                 named.push((Name::from(name), value.clone()));
             }
         }
-        Ok(Args { positional, named })
+        Ok(CallArguments { positional, named })
     }
 
-    pub(super) fn filtered(&mut self, mut value: Value, filters: &[Filter]) -> Outcome<Value> {
+    pub(super) fn filtered(&mut self, mut value: JinjaValue, filters: &[Filter]) -> RenderResult<JinjaValue> {
         for filter in filters {
             let args = self.arguments(&filter.args)?;
             value = filters::apply(self, &filter.name, value, args)?;

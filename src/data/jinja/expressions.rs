@@ -1,13 +1,13 @@
 //! Expressions of a template, by jinja2's grammar: what binds loosest first.
 
-use super::Outcome;
+use super::RenderResult;
 use super::lexer::Token;
 use super::parser::{LONGEST, Parser};
 use super::tree::*;
 
 impl Parser {
     /// An expression, or several with commas.
-    pub(super) fn tuple(&mut self, conditional: bool, ends: &[&str]) -> Outcome<Expr> {
+    pub(super) fn tuple(&mut self, conditional: bool, ends: &[&str]) -> RenderResult<Expr> {
         let mut items = Vec::new();
         loop {
             let at_end = matches!(self.peek(), Some(Token::VariableEnd | Token::BlockEnd))
@@ -28,7 +28,7 @@ impl Parser {
         }
     }
 
-    pub(super) fn expression(&mut self) -> Outcome<Expr> {
+    pub(super) fn expression(&mut self) -> RenderResult<Expr> {
         self.deeper(|p| {
             let line = p.line();
             let mut value = p.or()?;
@@ -44,9 +44,9 @@ impl Parser {
     /// `operand (operator operand)*`, from the left.
     fn chain(
         &mut self,
-        operand: fn(&mut Self) -> Outcome<Expr>,
+        operand: fn(&mut Self) -> RenderResult<Expr>,
         operator: impl Fn(&mut Self) -> Option<fn(Box<Expr>, Box<Expr>) -> Expr>,
-    ) -> Outcome<Expr> {
+    ) -> RenderResult<Expr> {
         let mut left = operand(self)?;
         let mut count = 0;
         while let Some(join) = operator(self) {
@@ -59,22 +59,22 @@ impl Parser {
         Ok(left)
     }
 
-    pub(super) fn or(&mut self) -> Outcome<Expr> {
+    pub(super) fn or(&mut self) -> RenderResult<Expr> {
         self.chain(Self::and, |p| p.skip_word("or").then_some(Expr::Or as _))
     }
 
-    fn and(&mut self) -> Outcome<Expr> {
+    fn and(&mut self) -> RenderResult<Expr> {
         self.chain(Self::not, |p| p.skip_word("and").then_some(Expr::And as _))
     }
 
-    fn not(&mut self) -> Outcome<Expr> {
+    fn not(&mut self) -> RenderResult<Expr> {
         if self.skip_word("not") {
             return Ok(Expr::Not(Box::new(self.deeper(Self::not)?)));
         }
         self.compare()
     }
 
-    fn compare(&mut self) -> Outcome<Expr> {
+    fn compare(&mut self) -> RenderResult<Expr> {
         use Comparison::*;
         let first = self.sum()?;
         let mut more = Vec::new();
@@ -97,7 +97,7 @@ impl Parser {
         }
     }
 
-    fn sum(&mut self) -> Outcome<Expr> {
+    fn sum(&mut self) -> RenderResult<Expr> {
         self.chain(Self::concat, |p| {
             if p.skip_op("+") {
                 Some(|a, b| Expr::Binary(Operator::Add, a, b))
@@ -109,7 +109,7 @@ impl Parser {
         })
     }
 
-    fn concat(&mut self) -> Outcome<Expr> {
+    fn concat(&mut self) -> RenderResult<Expr> {
         let first = self.product()?;
         if !self.is_op("~") {
             return Ok(first);
@@ -121,7 +121,7 @@ impl Parser {
         Ok(Expr::Concat(parts))
     }
 
-    fn product(&mut self) -> Outcome<Expr> {
+    fn product(&mut self) -> RenderResult<Expr> {
         self.chain(Self::power, |p| {
             if p.skip_op("*") {
                 Some(|a, b| Expr::Binary(Operator::Mul, a, b))
@@ -137,11 +137,11 @@ impl Parser {
         })
     }
 
-    fn power(&mut self) -> Outcome<Expr> {
+    fn power(&mut self) -> RenderResult<Expr> {
         self.chain(|p| p.unary(true), |p| p.skip_op("**").then_some(|a, b| Expr::Binary(Operator::Pow, a, b)))
     }
 
-    fn unary(&mut self, with_filter: bool) -> Outcome<Expr> {
+    fn unary(&mut self, with_filter: bool) -> RenderResult<Expr> {
         let node = if self.skip_op("-") {
             Expr::Negative(Box::new(self.deeper(|p| p.unary(false))?))
         } else if self.skip_op("+") {
@@ -168,7 +168,7 @@ impl Parser {
         self.fail(format!("more than {LONGEST} filters in a row"))
     }
 
-    fn primary(&mut self) -> Outcome<Expr> {
+    fn primary(&mut self) -> RenderResult<Expr> {
         let Some(token) = self.peek().cloned() else { return self.fail("expected an expression") };
         match token {
             Token::Name(name) => {
@@ -213,7 +213,7 @@ impl Parser {
             }
             Token::Op("{") => {
                 self.at += 1;
-                let pair = |p: &mut Self| -> Outcome<(Expr, Expr)> {
+                let pair = |p: &mut Self| -> RenderResult<(Expr, Expr)> {
                     let key = p.expression()?;
                     p.expect_op(":")?;
                     Ok((key, p.expression()?))
@@ -225,7 +225,7 @@ impl Parser {
     }
 
     /// Items with commas between them, up to the bracket, which is taken.
-    fn items<T>(&mut self, end: &str, item: impl Fn(&mut Self) -> Outcome<T>) -> Outcome<Vec<T>> {
+    fn items<T>(&mut self, end: &str, item: impl Fn(&mut Self) -> RenderResult<T>) -> RenderResult<Vec<T>> {
         let mut items = Vec::new();
         while !self.is_op(end) {
             if !items.is_empty() {
@@ -240,7 +240,7 @@ impl Parser {
         Ok(items)
     }
 
-    fn postfix(&mut self, mut node: Expr) -> Outcome<Expr> {
+    fn postfix(&mut self, mut node: Expr) -> RenderResult<Expr> {
         for _ in 0..LONGEST {
             if self.skip_op(".") {
                 node = match self.peek() {
@@ -262,7 +262,7 @@ impl Parser {
         self.fail(format!("more than {LONGEST} accesses in a row"))
     }
 
-    fn subscript(&mut self, node: Expr) -> Outcome<Expr> {
+    fn subscript(&mut self, node: Expr) -> RenderResult<Expr> {
         let mut parts = [const { None::<Expr> }; 3];
         let mut colons = 0;
         loop {
@@ -298,7 +298,7 @@ impl Parser {
         })
     }
 
-    fn arguments(&mut self) -> Outcome<Arguments> {
+    fn arguments(&mut self) -> RenderResult<Arguments> {
         let mut args = Arguments::default();
         self.expect_op("(")?;
         let mut first = true;
@@ -339,7 +339,7 @@ impl Parser {
         Ok(args)
     }
 
-    fn dotted(&mut self) -> Outcome<Name> {
+    fn dotted(&mut self) -> RenderResult<Name> {
         let mut name = self.name()?.to_string();
         while self.skip_op(".") {
             name = format!("{name}.{}", self.name()?);
@@ -347,13 +347,13 @@ impl Parser {
         Ok(name.into())
     }
 
-    pub(super) fn filter(&mut self) -> Outcome<Filter> {
+    pub(super) fn filter(&mut self) -> RenderResult<Filter> {
         let name = self.dotted()?;
         let args = if self.is_op("(") { self.arguments()? } else { Arguments::default() };
         Ok(Filter { name, args })
     }
 
-    pub(super) fn filters(&mut self, mut filters: Vec<Filter>) -> Outcome<Vec<Filter>> {
+    pub(super) fn filters(&mut self, mut filters: Vec<Filter>) -> RenderResult<Vec<Filter>> {
         while self.skip_op("|") {
             filters.push(self.filter()?);
         }
@@ -361,7 +361,7 @@ impl Parser {
     }
 
     /// What follows `is`.
-    fn test(&mut self, node: Expr) -> Outcome<Expr> {
+    fn test(&mut self, node: Expr) -> RenderResult<Expr> {
         let negated = self.skip_word("not");
         let name = self.dotted()?;
         let mut args = Arguments::default();

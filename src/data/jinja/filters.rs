@@ -1,9 +1,9 @@
 //! Jinja's filters of single values; those of lists are in `lists`.
 
-use super::arguments::{Args, int, required, text};
+use super::arguments::{CallArguments, int, required, text};
 use super::machine::Machine;
-use super::value::{Value, defined};
-use super::{Outcome, access, fail, format, json, lists, numbers, operators, text as words};
+use super::value::{JinjaValue, defined};
+use super::{RenderResult, access, fail, format, json, lists, numbers, operators, text as words};
 
 /// All that jinja2 has.
 pub const NAMES: [&str; 54] = [
@@ -67,7 +67,12 @@ pub const NAMES: [&str; 54] = [
 const MISSING: [&str; 8] =
     ["filesizeformat", "pprint", "random", "striptags", "urlencode", "urlize", "wordwrap", "xmlattr"];
 
-pub fn apply(machine: &mut Machine, name: &str, value: Value, args: Args) -> Outcome<Value> {
+pub fn apply(
+    machine: &mut Machine,
+    name: &str,
+    value: JinjaValue,
+    args: CallArguments,
+) -> RenderResult<JinjaValue> {
     if !NAMES.contains(&name) {
         return fail(format!("unknown filter '{name}'"));
     }
@@ -82,15 +87,15 @@ pub fn apply(machine: &mut Machine, name: &str, value: Value, args: Args) -> Out
 }
 
 /// `str(value)`; text that is marked as HTML would have to stay so.
-fn plain(what: &str, value: &Value) -> Outcome<std::rc::Rc<str>> {
-    if matches!(value, Value::Markup(_)) {
+fn plain(what: &str, value: &JinjaValue) -> RenderResult<std::rc::Rc<str>> {
+    if matches!(value, JinjaValue::Markup(_)) {
         return fail(format!("{what} of text that is marked as HTML is not supported"));
     }
     value.to_text()
 }
 
 #[expect(clippy::too_many_lines, reason = "an arm for each filter")]
-fn single(name: &str, what: &str, value: Value, args: Args) -> Outcome<Value> {
+fn single(name: &str, what: &str, value: JinjaValue, args: CallArguments) -> RenderResult<JinjaValue> {
     Ok(match name {
         "d" | "default" => {
             let [default, boolean] = args.bind(what, ["default_value", "boolean"])?;
@@ -103,9 +108,11 @@ fn single(name: &str, what: &str, value: Value, args: Args) -> Outcome<Value> {
             let attribute = required(what, "name", attribute)?;
             let name = text(what, &attribute)?;
             // Items do not count.
-            let hidden = matches!(&value, Value::Dict(dict) if dict.name(name).is_some());
+            let hidden = matches!(&value, JinjaValue::Dict(dict) if dict.name(name).is_some());
             match hidden && !super::methods::names(&value).contains(&name) {
-                true => Value::undefined(format!("'dict object' has no attribute {}", words::repr(name))),
+                true => {
+                    JinjaValue::undefined(format!("'dict object' has no attribute {}", words::repr(name)))
+                }
                 false => access::attribute(&value, name)?,
             }
         }
@@ -114,10 +121,10 @@ fn single(name: &str, what: &str, value: Value, args: Args) -> Outcome<Value> {
                 return fail("can't handle positional and keyword arguments at the same time");
             }
             let values = match args.named.is_empty() {
-                true => Value::tuple(args.positional),
+                true => JinjaValue::tuple(args.positional),
                 false => {
-                    let items = args.named.iter().map(|(k, v)| (Value::from(k), v.clone())).collect();
-                    Value::Dict(std::rc::Rc::new(super::Dict { items }))
+                    let items = args.named.iter().map(|(k, v)| (JinjaValue::from(k), v.clone())).collect();
+                    JinjaValue::Dict(std::rc::Rc::new(super::Dict { items }))
                 }
             };
             format::printf(&plain(what, &value)?, &values)?.into()
@@ -127,19 +134,19 @@ fn single(name: &str, what: &str, value: Value, args: Args) -> Outcome<Value> {
             let [default] = args.bind(what, ["default"])?;
             defined(&value)?;
             let number = match &value {
-                Value::Float(x) => Some(*x),
-                Value::Str(text) | Value::Markup(text) => numbers::parse_float(text),
+                JinjaValue::Float(x) => Some(*x),
+                JinjaValue::Str(text) | JinjaValue::Markup(text) => numbers::parse_float(text),
                 other => other.as_int().map(|n| n as f64),
             };
-            number.map(Value::Float).or(default).unwrap_or(Value::Float(0.0))
+            number.map(JinjaValue::Float).or(default).unwrap_or(JinjaValue::Float(0.0))
         }
         "round" => round(what, &value, args)?,
         "abs" => {
             args.none(what)?;
             defined(&value)?;
             match (&value, value.as_int()) {
-                (Value::Float(x), _) => Value::Float(x.abs()),
-                (_, Some(n)) => Value::Int(n.abs()),
+                (JinjaValue::Float(x), _) => JinjaValue::Float(x.abs()),
+                (_, Some(n)) => JinjaValue::Int(n.abs()),
                 _ => return fail(format!("bad operand type for abs(): '{}'", value.type_name())),
             }
         }
@@ -147,7 +154,7 @@ fn single(name: &str, what: &str, value: Value, args: Args) -> Outcome<Value> {
             let [old, new, count] = args.bind(what, ["old", "new", "count"])?;
             let (old, new) = (required(what, "old", old)?, required(what, "new", new)?);
             let count = match count {
-                None | Some(Value::None) => usize::MAX,
+                None | Some(JinjaValue::None) => usize::MAX,
                 Some(n) => usize::try_from(int(what, &n)?).unwrap_or(usize::MAX),
             };
             value.to_text()?.replacen(&*old.to_text()?, &new.to_text()?, count).into()
@@ -156,7 +163,7 @@ fn single(name: &str, what: &str, value: Value, args: Args) -> Outcome<Value> {
             let [chars] = args.bind(what, ["chars"])?;
             let own = plain(what, &value)?;
             match chars {
-                None | Some(Value::None) => own.trim_matches(words::is_space).into(),
+                None | Some(JinjaValue::None) => own.trim_matches(words::is_space).into(),
                 Some(chars) => {
                     let chars = text(what, &chars)?;
                     own.trim_matches(|c| chars.contains(c)).into()
@@ -167,8 +174,9 @@ fn single(name: &str, what: &str, value: Value, args: Args) -> Outcome<Value> {
         "truncate" => truncate(what, &value, args)?,
         "center" => {
             let [width] = args.bind(what, ["width"])?;
-            let args = Args { positional: vec![width.unwrap_or(Value::Int(80))], named: Vec::new() };
-            super::methods::call(&Value::Str(plain(what, &value)?), "center", args)?
+            let args =
+                CallArguments { positional: vec![width.unwrap_or(JinjaValue::Int(80))], named: Vec::new() };
+            super::methods::call(&JinjaValue::Str(plain(what, &value)?), "center", args)?
         }
         _ => {
             args.none(what)?;
@@ -177,11 +185,11 @@ fn single(name: &str, what: &str, value: Value, args: Args) -> Outcome<Value> {
                 "lower" => plain(what, &value)?.to_lowercase().into(),
                 "capitalize" => words::capitalize(&plain(what, &value)?).into(),
                 "title" => words::title_words(&plain(what, &value)?).into(),
-                "string" if matches!(value, Value::Markup(_)) => value,
-                "string" => Value::Str(value.to_text()?),
-                "safe" => Value::Markup(value.to_text()?),
-                "e" | "escape" => Value::Markup(operators::escaped(&value)?),
-                "forceescape" => Value::Markup(words::escape(&value.to_text()?).into()),
+                "string" if matches!(value, JinjaValue::Markup(_)) => value,
+                "string" => JinjaValue::Str(value.to_text()?),
+                "safe" => JinjaValue::Markup(value.to_text()?),
+                "e" | "escape" => JinjaValue::Markup(operators::escaped(&value)?),
+                "forceescape" => JinjaValue::Markup(words::escape(&value.to_text()?).into()),
                 "wordcount" => {
                     let text = value.to_text()?;
                     text.split(|c| !words::is_word(c)).filter(|word| !word.is_empty()).count().into()
@@ -192,52 +200,52 @@ fn single(name: &str, what: &str, value: Value, args: Args) -> Outcome<Value> {
     })
 }
 
-fn to_int(what: &str, value: &Value, args: Args) -> Outcome<Value> {
+fn to_int(what: &str, value: &JinjaValue, args: CallArguments) -> RenderResult<JinjaValue> {
     let [default, base] = args.bind(what, ["default", "base"])?;
     defined(value)?;
     let base = base.map_or(Ok(10), |b| int(what, &b))?;
     let number = match value {
-        Value::Float(x) => numbers::truncate(*x),
-        Value::Str(text) | Value::Markup(text) => {
+        JinjaValue::Float(x) => numbers::truncate(*x),
+        JinjaValue::Str(text) | JinjaValue::Markup(text) => {
             let whole = u32::try_from(base).ok().and_then(|base| numbers::parse_int(text, base));
             whole.or_else(|| numbers::parse_float(text).and_then(numbers::truncate))
         }
         other => other.as_int(),
     };
-    Ok(number.map(Value::Int).or(default).unwrap_or(Value::Int(0)))
+    Ok(number.map(JinjaValue::Int).or(default).unwrap_or(JinjaValue::Int(0)))
 }
 
-fn round(what: &str, value: &Value, args: Args) -> Outcome<Value> {
+fn round(what: &str, value: &JinjaValue, args: CallArguments) -> RenderResult<JinjaValue> {
     let [precision, method] = args.bind(what, ["precision", "method"])?;
     defined(value)?;
     let precision = precision.map_or(Ok(0), |p| int(what, &p))?;
     let method = method.unwrap_or_else(|| "common".into());
     let float = match (value, value.as_int()) {
-        (Value::Float(x), _) => *x,
+        (JinjaValue::Float(x), _) => *x,
         (_, Some(n)) => n as f64,
         _ => return fail(format!("type {} doesn't define __round__ method", value.type_name())),
     };
     Ok(match (text(what, &method)?, value.as_int()) {
-        ("common", Some(n)) => Value::Int(numbers::round_int(n, precision)),
-        ("common", None) => Value::Float(numbers::round(float, precision)),
+        ("common", Some(n)) => JinjaValue::Int(numbers::round_int(n, precision)),
+        ("common", None) => JinjaValue::Float(numbers::round(float, precision)),
         (method @ ("ceil" | "floor"), _) => {
             let unit = 10f64.powi(precision.clamp(-400, 400) as i32);
             let scaled = float * unit;
-            Value::Float(if method == "ceil" { scaled.ceil() } else { scaled.floor() } / unit)
+            JinjaValue::Float(if method == "ceil" { scaled.ceil() } else { scaled.floor() } / unit)
         }
         _ => return fail("method must be common, ceil or floor"),
     })
 }
 
-fn indent(what: &str, value: &Value, args: Args) -> Outcome<Value> {
+fn indent(what: &str, value: &JinjaValue, args: CallArguments) -> RenderResult<JinjaValue> {
     let [width, first, blank] = args.bind(what, ["width", "first", "blank"])?;
     defined(value)?;
-    let (Value::Str(own), flag) = (value, |v: Option<Value>| v.is_some_and(|v| v.is_true())) else {
+    let (JinjaValue::Str(own), flag) = (value, |v: Option<JinjaValue>| v.is_some_and(|v| v.is_true())) else {
         return fail(format!("{what} needs a text, not '{}'", value.type_name()));
     };
     let indent = match width {
         None => " ".repeat(4),
-        Some(Value::Str(text)) => text.to_string(),
+        Some(JinjaValue::Str(text)) => text.to_string(),
         Some(n) => " ".repeat(int(what, &n)?.clamp(0, 10_000) as usize),
     };
     let (first, blank) = (flag(first), flag(blank));
@@ -255,14 +263,14 @@ fn indent(what: &str, value: &Value, args: Args) -> Outcome<Value> {
     Ok(out.into())
 }
 
-fn truncate(what: &str, value: &Value, args: Args) -> Outcome<Value> {
+fn truncate(what: &str, value: &JinjaValue, args: CallArguments) -> RenderResult<JinjaValue> {
     let [length, kill_words, end, leeway] = args.bind(what, ["length", "killwords", "end", "leeway"])?;
     defined(value)?;
     let own = text(what, value)?;
     let end = end.unwrap_or_else(|| "...".into());
     let end = text(what, &end)?;
-    let number = |value: Option<Value>, default: i128| match value {
-        None | Some(Value::None) => Ok(default),
+    let number = |value: Option<JinjaValue>, default: i128| match value {
+        None | Some(JinjaValue::None) => Ok(default),
         Some(n) => int(what, &n),
     };
     let (length, leeway) = (number(length, 255)?, number(leeway, 5)?);

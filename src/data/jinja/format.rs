@@ -1,13 +1,13 @@
 //! `str.format` and `text % values`.
 
 use super::access;
-use super::arguments::Args;
-use super::value::{Value, defined};
-use super::{Outcome, fail, numbers, text};
+use super::arguments::CallArguments;
+use super::value::{JinjaValue, defined};
+use super::{RenderResult, fail, numbers, text};
 
 /// `[[fill]align][sign][#][0][width][,][.precision][type]`
 #[derive(Default)]
-struct Spec {
+struct FormatSpec {
     fill: Option<char>,
     align: Option<char>,
     sign: Option<char>,
@@ -25,10 +25,10 @@ fn number(text: &str) -> Option<(usize, usize)> {
     Some((text[..len].parse().ok().filter(|n| *n <= WIDEST)?, len))
 }
 
-impl Spec {
-    fn parse(source: &str) -> Outcome<Spec> {
+impl FormatSpec {
+    fn parse(source: &str) -> RenderResult<FormatSpec> {
         let bad = || fail(format!("Invalid format specifier '{source}'"));
-        let mut spec = Spec::default();
+        let mut spec = FormatSpec::default();
         let mut chars = source.chars();
         let is_align = |c: char| "<>=^".contains(c);
         let mut rest = source;
@@ -114,30 +114,30 @@ impl Spec {
 }
 
 /// `format(value, spec)`
-fn format_value(value: &Value, source: &str) -> Outcome<String> {
+fn format_value(value: &JinjaValue, source: &str) -> RenderResult<String> {
     if source.is_empty() {
         return Ok(value.to_text()?.to_string());
     }
-    let spec = Spec::parse(source)?;
+    let spec = FormatSpec::parse(source)?;
     let unknown =
         |kind: char| fail(format!("Unknown format code '{kind}' for object of type '{}'", value.type_name()));
     if spec.separator.is_some() && spec.fill == Some('0') && spec.align == Some('=') {
         return fail("zeros before a number with separators are not supported");
     }
     match value {
-        Value::Str(own) | Value::Markup(own) => match spec.kind {
+        JinjaValue::Str(own) | JinjaValue::Markup(own) => match spec.kind {
             None | Some('s') if spec.align != Some('=') || spec.fill == Some('0') => {
                 let cut: String = own.chars().take(spec.precision.unwrap_or(usize::MAX)).collect();
-                let spec = Spec { align: spec.align.filter(|a| *a != '='), ..spec };
+                let spec = FormatSpec { align: spec.align.filter(|a| *a != '='), ..spec };
                 Ok(spec.pad("", &cut, '<'))
             }
             kind => unknown(kind.unwrap_or('=')),
         },
-        Value::Bool(b) if spec.kind.is_none() && !spec.alternate && spec.precision.is_none() => {
+        JinjaValue::Bool(b) if spec.kind.is_none() && !spec.alternate && spec.precision.is_none() => {
             // Python writes a bool with a width as a number.
             format_int(&spec, i128::from(*b))
         }
-        Value::Int(_) | Value::Bool(_) => {
+        JinjaValue::Int(_) | JinjaValue::Bool(_) => {
             let n = value.as_int().unwrap_or_default();
             match spec.kind {
                 None | Some('d' | 'b' | 'o' | 'x' | 'X' | 'c' | 'n') => format_int(&spec, n),
@@ -145,7 +145,7 @@ fn format_value(value: &Value, source: &str) -> Outcome<String> {
                 Some(kind) => unknown(kind),
             }
         }
-        Value::Float(x) => match spec.kind {
+        JinjaValue::Float(x) => match spec.kind {
             None | Some('e' | 'E' | 'f' | 'F' | 'g' | 'G' | '%') => format_float(&spec, *x),
             Some(kind) => unknown(kind),
         },
@@ -153,7 +153,7 @@ fn format_value(value: &Value, source: &str) -> Outcome<String> {
     }
 }
 
-fn format_int(spec: &Spec, n: i128) -> Outcome<String> {
+fn format_int(spec: &FormatSpec, n: i128) -> RenderResult<String> {
     if spec.precision.is_some() {
         return fail("Precision not allowed in integer format specifier");
     }
@@ -174,7 +174,7 @@ fn format_int(spec: &Spec, n: i128) -> Outcome<String> {
     Ok(spec.pad(&sign, &spec.group(&digits, every), '>'))
 }
 
-fn format_float(spec: &Spec, x: f64) -> Outcome<String> {
+fn format_float(spec: &FormatSpec, x: f64) -> RenderResult<String> {
     let abs = x.abs();
     let upper = matches!(spec.kind, Some('E' | 'F' | 'G'));
     let mut body = if !x.is_finite() {
@@ -229,12 +229,12 @@ fn general(abs: f64, precision: usize, keep_zeros: bool) -> String {
 }
 
 /// `pattern.format(...)`
-pub fn format(pattern: &str, args: &Args) -> Outcome<String> {
+pub fn format(pattern: &str, args: &CallArguments) -> RenderResult<String> {
     let mut automatic = 0;
     fill(pattern, args, &mut automatic, 2)
 }
 
-fn fill(pattern: &str, args: &Args, automatic: &mut usize, depth: usize) -> Outcome<String> {
+fn fill(pattern: &str, args: &CallArguments, automatic: &mut usize, depth: usize) -> RenderResult<String> {
     let mut out = String::new();
     let mut rest = pattern;
     while let Some(at) = rest.find(['{', '}']) {
@@ -268,7 +268,7 @@ fn fill(pattern: &str, args: &Args, automatic: &mut usize, depth: usize) -> Outc
         let value = field_value(name, args, automatic)?;
         let value = match conversion {
             None => value,
-            Some("s") => Value::Str(value.to_text()?),
+            Some("s") => JinjaValue::Str(value.to_text()?),
             Some("r") => value.repr()?.into(),
             Some(other) => return fail(format!("the conversion '!{other}' is not supported")),
         };
@@ -279,7 +279,7 @@ fn fill(pattern: &str, args: &Args, automatic: &mut usize, depth: usize) -> Outc
 }
 
 /// `name`, `0`, or neither, with `.attribute` and `[item]` behind it.
-fn field_value(name: &str, args: &Args, automatic: &mut usize) -> Outcome<Value> {
+fn field_value(name: &str, args: &CallArguments, automatic: &mut usize) -> RenderResult<JinjaValue> {
     let end = name.find(['.', '[']).unwrap_or(name.len());
     let (first, mut rest) = name.split_at(end);
     let index = match first {
@@ -308,7 +308,7 @@ fn field_value(name: &str, args: &Args, automatic: &mut usize) -> Outcome<Value>
         } else {
             let inside = rest.strip_prefix('[').and_then(|r| r.split_once(']'));
             let Some((key, after)) = inside else { return fail("Missing ']' in format string") };
-            let key = key.parse::<i128>().map_or_else(|_| Value::from(key), Value::Int);
+            let key = key.parse::<i128>().map_or_else(|_| JinjaValue::from(key), JinjaValue::Int);
             value = access::item(&value, &key)?;
             rest = after;
         }
@@ -317,11 +317,11 @@ fn field_value(name: &str, args: &Args, automatic: &mut usize) -> Outcome<Value>
 }
 
 /// `pattern % values`
-pub fn printf(pattern: &str, values: &Value) -> Outcome<String> {
+pub fn printf(pattern: &str, values: &JinjaValue) -> RenderResult<String> {
     let mut out = String::new();
     let single = [values.clone()];
     let list = match values {
-        Value::Tuple(items) | Value::Group(items) => items.as_slice(),
+        JinjaValue::Tuple(items) | JinjaValue::Group(items) => items.as_slice(),
         _ => &single[..],
     };
     let mut next = 0;
@@ -338,7 +338,7 @@ pub fn printf(pattern: &str, values: &Value) -> Outcome<String> {
         let flags = rest.len() - rest.trim_start_matches(['-', '+', ' ', '#', '0']).len();
         let (flags, after) = rest.split_at(flags);
         rest = after;
-        let mut spec = Spec { alternate: flags.contains('#'), ..Spec::default() };
+        let mut spec = FormatSpec { alternate: flags.contains('#'), ..FormatSpec::default() };
         spec.sign = ['+', ' '].into_iter().find(|c| flags.contains(*c));
         if rest.starts_with('*') || rest.starts_with(".*") {
             return fail("'*' in a format is not supported");
@@ -360,7 +360,7 @@ pub fn printf(pattern: &str, values: &Value) -> Outcome<String> {
             continue;
         }
         let value = match (key, values) {
-            (Some(key), Value::Dict(dict)) => match dict.name(key) {
+            (Some(key), JinjaValue::Dict(dict)) => match dict.name(key) {
                 Some(value) => value.clone(),
                 None => return fail(text::repr(key)),
             },
@@ -380,15 +380,17 @@ pub fn printf(pattern: &str, values: &Value) -> Outcome<String> {
     }
     // A dict or list that no field took is no error.
     let all_taken = next >= list.len()
-        || matches!(values, Value::Dict(_) | Value::List(_) | Value::Range(_) | Value::Undefined(_))
-            && next == 0;
+        || matches!(
+            values,
+            JinjaValue::Dict(_) | JinjaValue::List(_) | JinjaValue::Range(_) | JinjaValue::Undefined(_)
+        ) && next == 0;
     if !all_taken {
         return fail("not all arguments converted during string formatting");
     }
     Ok(out + rest)
 }
 
-fn printf_value(kind: char, mut spec: Spec, value: &Value) -> Outcome<String> {
+fn printf_value(kind: char, mut spec: FormatSpec, value: &JinjaValue) -> RenderResult<String> {
     spec.kind = Some(kind);
     match kind {
         's' | 'r' => {
@@ -399,7 +401,7 @@ fn printf_value(kind: char, mut spec: Spec, value: &Value) -> Outcome<String> {
         'd' | 'i' | 'u' | 'x' | 'X' | 'o' => {
             defined(value)?;
             let whole = match value {
-                Value::Float(x) if "diu".contains(kind) => numbers::truncate(*x),
+                JinjaValue::Float(x) if "diu".contains(kind) => numbers::truncate(*x),
                 other => other.as_int(),
             };
             let Some(n) = whole else {
@@ -416,7 +418,7 @@ fn printf_value(kind: char, mut spec: Spec, value: &Value) -> Outcome<String> {
         'e' | 'E' | 'f' | 'F' | 'g' | 'G' => {
             defined(value)?;
             let x = match value {
-                Value::Float(x) => Some(*x),
+                JinjaValue::Float(x) => Some(*x),
                 other => other.as_int().map(|n| n as f64),
             };
             match x {
@@ -425,8 +427,8 @@ fn printf_value(kind: char, mut spec: Spec, value: &Value) -> Outcome<String> {
             }
         }
         'c' => match value {
-            Value::Str(one) if one.chars().count() == 1 => Ok(spec.pad("", one, '>')),
-            Value::Int(n) => format_int(&spec, *n),
+            JinjaValue::Str(one) if one.chars().count() == 1 => Ok(spec.pad("", one, '>')),
+            JinjaValue::Int(n) => format_int(&spec, *n),
             _ => fail("%c requires int or char"),
         },
         _ => fail(format!("unsupported format character '{kind}'")),

@@ -7,9 +7,9 @@ use std::rc::Rc;
 use chrono::NaiveDateTime;
 use chrono::format::{Item, StrftimeItems};
 
-use super::arguments::{Args, int, required, text};
-use super::value::{Dict, Range, Value};
-use super::{Outcome, fail};
+use super::arguments::{CallArguments, int, required, text};
+use super::value::{Dict, JinjaValue, Range};
+use super::{RenderResult, fail};
 
 /// The time that a template is told.
 pub type Clock = NaiveDateTime;
@@ -46,7 +46,7 @@ impl Function {
     }
 }
 
-pub fn call(function: Function, args: Args, clock: Clock) -> Outcome<Value> {
+pub fn call(function: Function, args: CallArguments, clock: Clock) -> RenderResult<JinjaValue> {
     match function {
         Function::RaiseException => {
             let [message] = args.bind("raise_exception", ["message"])?;
@@ -57,7 +57,7 @@ pub fn call(function: Function, args: Args, clock: Clock) -> Outcome<Value> {
             strftime(text("strftime_now", &required("strftime_now", "format", format)?)?, clock)
         }
         Function::Range => range(args),
-        Function::Dict => Ok(Value::Dict(Rc::new(dict(args)?))),
+        Function::Dict => Ok(JinjaValue::Dict(Rc::new(dict(args)?))),
         Function::FromKeys => from_keys(args),
         Function::Namespace => {
             let dict = dict(args)?;
@@ -67,25 +67,25 @@ pub fn call(function: Function, args: Args, clock: Clock) -> Outcome<Value> {
                 let key = key.to_text()?;
                 return fail(format!("a namespace cannot hold '{key}', which begins with an underscore"));
             }
-            Ok(Value::Namespace(Rc::new(RefCell::new(dict))))
+            Ok(JinjaValue::Namespace(Rc::new(RefCell::new(dict))))
         }
         Function::Cycler if args.positional.is_empty() || !args.named.is_empty() => {
             fail("cycler needs items to cycle through")
         }
-        Function::Cycler => Ok(Value::Cycler(Rc::new((args.positional, Cell::new(0))))),
+        Function::Cycler => Ok(JinjaValue::Cycler(Rc::new((args.positional, Cell::new(0))))),
         Function::Joiner => {
             let [separator] = args.bind("joiner", ["sep"])?;
-            Ok(Value::Joiner(Rc::new((separator.unwrap_or_else(|| ", ".into()), Cell::new(false)))))
+            Ok(JinjaValue::Joiner(Rc::new((separator.unwrap_or_else(|| ", ".into()), Cell::new(false)))))
         }
         Function::Lipsum => fail("the function 'lipsum', which makes up text, is not supported"),
     }
 }
 
-fn range(args: Args) -> Outcome<Value> {
+fn range(args: CallArguments) -> RenderResult<JinjaValue> {
     if !args.named.is_empty() {
         return fail("range takes no named arguments");
     }
-    let numbers: Vec<i128> = args.positional.iter().map(|v| int("range", v)).collect::<Outcome<_>>()?;
+    let numbers: Vec<i128> = args.positional.iter().map(|v| int("range", v)).collect::<RenderResult<_>>()?;
     let range = match numbers[..] {
         [stop] => Range { start: 0, stop, step: 1 },
         [start, stop] => Range { start, stop, step: 1 },
@@ -96,23 +96,23 @@ fn range(args: Args) -> Outcome<Value> {
     if range.len() > LONGEST_RANGE {
         return fail(format!("a range has at most {LONGEST_RANGE} items"));
     }
-    Ok(Value::Range(range))
+    Ok(JinjaValue::Range(range))
 }
 
-pub fn from_keys(args: Args) -> Outcome<Value> {
+pub fn from_keys(args: CallArguments) -> RenderResult<JinjaValue> {
     let [keys, value] = args.bind("dict.fromkeys", ["iterable", "value"])?;
     let mut dict = Dict::default();
     for key in required("dict.fromkeys", "iterable", keys)?.items()? {
-        dict.set(key, value.clone().unwrap_or(Value::None))?;
+        dict.set(key, value.clone().unwrap_or(JinjaValue::None))?;
     }
-    Ok(Value::Dict(Rc::new(dict)))
+    Ok(JinjaValue::Dict(Rc::new(dict)))
 }
 
 /// `dict(pairs, name=value, ...)`
-fn dict(args: Args) -> Outcome<Dict> {
+fn dict(args: CallArguments) -> RenderResult<Dict> {
     let mut dict = match args.positional.as_slice() {
         [] => Dict::default(),
-        [Value::Dict(dict)] => (**dict).clone(),
+        [JinjaValue::Dict(dict)] => (**dict).clone(),
         [pairs] => {
             let mut dict = Dict::default();
             for pair in pairs.items()? {
@@ -130,7 +130,7 @@ fn dict(args: Args) -> Outcome<Dict> {
     Ok(dict)
 }
 
-fn strftime(format: &str, clock: Clock) -> Outcome<Value> {
+fn strftime(format: &str, clock: Clock) -> RenderResult<JinjaValue> {
     // Python's names for what chrono writes otherwise, or not of a time without a zone.
     let format = format.replace("%f", "%6f").replace("%Z", "").replace("%z", "");
     let items: Vec<Item> = StrftimeItems::new(&format).collect();

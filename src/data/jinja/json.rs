@@ -1,34 +1,34 @@
 //! The filter `tojson`: Python's `json.dumps` with the options that transformers gives it.
 
-use super::arguments::{Args, int, text};
-use super::value::{Dict, Value};
-use super::{Outcome, fail, numbers};
+use super::arguments::{CallArguments, int, text};
+use super::value::{Dict, JinjaValue};
+use super::{RenderResult, fail, numbers};
 
-pub fn dumps(value: &Value, args: Args) -> Outcome<String> {
+pub fn dumps(value: &JinjaValue, args: CallArguments) -> RenderResult<String> {
     let what = "tojson";
     let [ascii, indent, separators, sort_keys] =
         args.bind(what, ["ensure_ascii", "indent", "separators", "sort_keys"])?;
-    let flag = |value: Option<Value>| value.is_some_and(|v| v.is_true());
+    let flag = |value: Option<JinjaValue>| value.is_some_and(|v| v.is_true());
     let indent = match indent {
-        None | Some(Value::None) => None,
-        Some(Value::Str(text)) => Some(text.to_string()),
+        None | Some(JinjaValue::None) => None,
+        Some(JinjaValue::Str(text)) => Some(text.to_string()),
         Some(n) => Some(" ".repeat(int(what, &n)?.clamp(0, 1000) as usize)),
     };
     let (item, key) = match separators {
-        None | Some(Value::None) if indent.is_some() => (",".into(), ": ".into()),
-        None | Some(Value::None) => (", ".into(), ": ".into()),
+        None | Some(JinjaValue::None) if indent.is_some() => (",".into(), ": ".into()),
+        None | Some(JinjaValue::None) => (", ".into(), ": ".into()),
         Some(pair) => match &pair.items()?[..] {
             [item, key] => (text(what, item)?.to_string(), text(what, key)?.to_string()),
             _ => return fail("tojson: separators are two texts"),
         },
     };
     let mut json =
-        Writer { out: String::new(), ascii: flag(ascii), indent, sort_keys: flag(sort_keys), item, key };
+        JsonWriter { out: String::new(), ascii: flag(ascii), indent, sort_keys: flag(sort_keys), item, key };
     json.write(value, 1)?;
     Ok(json.out)
 }
 
-struct Writer {
+struct JsonWriter {
     out: String,
     ascii: bool,
     indent: Option<String>,
@@ -38,29 +38,29 @@ struct Writer {
     key: String,
 }
 
-impl Writer {
-    fn write(&mut self, value: &Value, depth: usize) -> Outcome<()> {
+impl JsonWriter {
+    fn write(&mut self, value: &JinjaValue, depth: usize) -> RenderResult<()> {
         if depth > 100 {
             return fail("tojson: a value is nested too deeply");
         }
         match value {
-            Value::None => self.out += "null",
-            Value::Bool(b) => self.out += if *b { "true" } else { "false" },
-            Value::Int(n) => self.out += &n.to_string(),
-            Value::Float(x) => self.out += &float(*x),
-            Value::Str(text) | Value::Markup(text) => self.string(text),
-            Value::List(items) | Value::Tuple(items) | Value::Group(items) => {
+            JinjaValue::None => self.out += "null",
+            JinjaValue::Bool(b) => self.out += if *b { "true" } else { "false" },
+            JinjaValue::Int(n) => self.out += &n.to_string(),
+            JinjaValue::Float(x) => self.out += &float(*x),
+            JinjaValue::Str(text) | JinjaValue::Markup(text) => self.string(text),
+            JinjaValue::List(items) | JinjaValue::Tuple(items) | JinjaValue::Group(items) => {
                 self.items(['[', ']'], depth, items, |json, item| json.write(item, depth + 1))?;
             }
-            Value::Dict(dict) => self.dict(dict, depth)?,
+            JinjaValue::Dict(dict) => self.dict(dict, depth)?,
             other => return fail(format!("Object of type {} is not JSON serializable", other.type_name())),
         }
         Ok(())
     }
 
-    fn dict(&mut self, dict: &Dict, depth: usize) -> Outcome<()> {
-        let mut items: Vec<(String, &Value)> = Vec::with_capacity(dict.items.len());
-        let mut keys: Vec<&Value> = dict.items.iter().map(|(key, _)| key).collect();
+    fn dict(&mut self, dict: &Dict, depth: usize) -> RenderResult<()> {
+        let mut items: Vec<(String, &JinjaValue)> = Vec::with_capacity(dict.items.len());
+        let mut keys: Vec<&JinjaValue> = dict.items.iter().map(|(key, _)| key).collect();
         if self.sort_keys {
             let mut failed = None;
             keys.sort_by(|a, b| {
@@ -77,11 +77,11 @@ impl Writer {
         }
         for key in keys {
             let name = match key {
-                Value::Str(text) | Value::Markup(text) => text.to_string(),
-                Value::None => "null".into(),
-                Value::Bool(b) => b.to_string(),
-                Value::Int(n) => n.to_string(),
-                Value::Float(x) => float(*x),
+                JinjaValue::Str(text) | JinjaValue::Markup(text) => text.to_string(),
+                JinjaValue::None => "null".into(),
+                JinjaValue::Bool(b) => b.to_string(),
+                JinjaValue::Int(n) => n.to_string(),
+                JinjaValue::Float(x) => float(*x),
                 other => {
                     let kind = other.type_name();
                     return fail(format!("keys must be str, int, float, bool or None, not {kind}"));
@@ -103,8 +103,8 @@ impl Writer {
         brackets: [char; 2],
         depth: usize,
         items: &[T],
-        mut write: impl FnMut(&mut Self, &T) -> Outcome<()>,
-    ) -> Outcome<()> {
+        mut write: impl FnMut(&mut Self, &T) -> RenderResult<()>,
+    ) -> RenderResult<()> {
         let newline = |json: &mut Self, depth: usize| {
             if let Some(indent) = json.indent.as_ref().filter(|_| !items.is_empty()) {
                 json.out.push('\n');

@@ -1,7 +1,7 @@
 //! A template's text as tokens: data, and what stands inside tags.
 
 use super::text::is_space;
-use super::{Failure, Outcome};
+use super::{Failure, RenderResult};
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Token {
@@ -24,7 +24,7 @@ const OPERATORS: [&str; 26] = [
 ];
 
 /// All tokens, each with its line.
-pub fn tokens(source: &str) -> Outcome<Vec<(usize, Token)>> {
+pub fn tokens(source: &str) -> RenderResult<Vec<(usize, Token)>> {
     // As jinja2 reads text: any line end is `\n`, and the last one is left out.
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let source = source.strip_suffix('\n').unwrap_or(&source);
@@ -58,11 +58,11 @@ impl<'a> Lexer<'a> {
         self.out.push((self.line, token));
     }
 
-    fn fail<T>(&self, message: impl std::fmt::Display) -> Outcome<T> {
+    fn fail<T>(&self, message: impl std::fmt::Display) -> RenderResult<T> {
         Err(Failure::at(self.line, format!("syntax error: {message}")))
     }
 
-    fn root(&mut self) -> Outcome<()> {
+    fn root(&mut self) -> RenderResult<()> {
         loop {
             let rest = self.rest();
             let Some(at) = ["{{", "{%", "{#"].iter().filter_map(|mark| rest.find(mark)).min() else {
@@ -114,7 +114,7 @@ impl<'a> Lexer<'a> {
         self.skip(len);
     }
 
-    fn comment(&mut self) -> Outcome<()> {
+    fn comment(&mut self) -> RenderResult<()> {
         let Some(end) = self.rest().find("#}") else { return self.fail("a comment has no end") };
         let sign = self.rest()[..end].chars().next_back().filter(|c| matches!(c, '-' | '+'));
         self.skip(end);
@@ -136,7 +136,7 @@ impl<'a> Lexer<'a> {
         }
     }
 
-    fn raw(&mut self) -> Outcome<()> {
+    fn raw(&mut self) -> RenderResult<()> {
         let Some((len, minus)) = raw_begin(self.rest()) else { return Ok(()) };
         self.skip(len);
         if minus {
@@ -154,7 +154,7 @@ impl<'a> Lexer<'a> {
     }
 
     /// The tokens of a tag, up to its end.
-    fn inside(&mut self, end: &str) -> Outcome<()> {
+    fn inside(&mut self, end: &str) -> RenderResult<()> {
         let mut open: Vec<&str> = Vec::new();
         loop {
             let rest = self.rest();
@@ -203,7 +203,7 @@ impl<'a> Lexer<'a> {
         }
     }
 
-    fn number(&mut self) -> Outcome<()> {
+    fn number(&mut self) -> RenderResult<()> {
         let rest = self.rest();
         let after_dot = self.source[..self.at].ends_with('.');
         if let Some(len) = float_len(rest).filter(|_| !after_dot) {
@@ -234,7 +234,7 @@ impl<'a> Lexer<'a> {
         Ok(())
     }
 
-    fn string(&mut self, quote: char) -> Outcome<()> {
+    fn string(&mut self, quote: char) -> RenderResult<()> {
         let rest = self.rest();
         let mut escaped = false;
         let end = rest.char_indices().skip(1).find(|(_, c)| {

@@ -4,11 +4,11 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::arguments::Args;
+use super::arguments::CallArguments;
 use super::functions::{self, Clock, Function};
 use super::tree::*;
-use super::value::{Dict, Value};
-use super::{CLOSE, Failure, OPEN, Outcome, fail, methods, operators};
+use super::value::{Dict, JinjaValue};
+use super::{CLOSE, Failure, OPEN, RenderResult, fail, methods, operators};
 
 /// Calls inside one another, and statements and operators inside these, at most: bounds the stack.
 const DEEPEST: usize = 200;
@@ -24,14 +24,14 @@ impl Scope {
         Rc::new(Scope { variables: RefCell::default(), parent: Some(parent.clone()) })
     }
 
-    fn get(&self, name: &str) -> Option<Value> {
+    fn get(&self, name: &str) -> Option<JinjaValue> {
         if let Some(value) = self.variables.borrow().name(name) {
             return Some(value.clone());
         }
         self.parent.as_ref()?.get(name)
     }
 
-    fn set(&self, name: &str, value: Value) {
+    fn set(&self, name: &str, value: JinjaValue) {
         self.variables.borrow_mut().set_name(name, value);
     }
 }
@@ -44,9 +44,9 @@ pub struct MacroValue {
 
 /// What `loop` is.
 pub struct LoopState {
-    items: Vec<Value>,
+    items: Vec<JinjaValue>,
     pub index: Cell<usize>,
-    changed: RefCell<Option<Vec<Value>>>,
+    changed: RefCell<Option<Vec<JinjaValue>>>,
 }
 
 impl LoopState {
@@ -54,33 +54,33 @@ impl LoopState {
         self.items.len()
     }
 
-    pub fn attribute(self: &Rc<Self>, name: &str) -> Option<Value> {
+    pub fn attribute(self: &Rc<Self>, name: &str) -> Option<JinjaValue> {
         let (i, n) = (self.index.get(), self.items.len());
         Some(match name {
-            "index" => Value::from(i + 1),
-            "index0" => Value::from(i),
-            "revindex" => Value::from(n - i),
-            "revindex0" => Value::from(n - i - 1),
-            "first" => Value::Bool(i == 0),
-            "last" => Value::Bool(i + 1 == n),
-            "length" => Value::from(n),
-            "depth" => Value::from(1),
-            "depth0" => Value::from(0),
+            "index" => JinjaValue::from(i + 1),
+            "index0" => JinjaValue::from(i),
+            "revindex" => JinjaValue::from(n - i),
+            "revindex0" => JinjaValue::from(n - i - 1),
+            "first" => JinjaValue::Bool(i == 0),
+            "last" => JinjaValue::Bool(i + 1 == n),
+            "length" => JinjaValue::from(n),
+            "depth" => JinjaValue::from(1),
+            "depth0" => JinjaValue::from(0),
             "previtem" => match i.checked_sub(1) {
                 Some(i) => self.items[i].clone(),
-                None => Value::undefined("there is no previous item"),
+                None => JinjaValue::undefined("there is no previous item"),
             },
             "nextitem" => match self.items.get(i + 1) {
                 Some(item) => item.clone(),
-                None => Value::undefined("there is no next item"),
+                None => JinjaValue::undefined("there is no next item"),
             },
-            "cycle" | "changed" => Value::Method(Rc::new((Value::Loop(self.clone()), name.into()))),
+            "cycle" | "changed" => JinjaValue::Method(Rc::new((JinjaValue::Loop(self.clone()), name.into()))),
             _ => return None,
         })
     }
 
     /// `loop.cycle(...)` and `loop.changed(...)`
-    pub fn call(&self, name: &str, args: Args) -> Outcome<Value> {
+    pub fn call(&self, name: &str, args: CallArguments) -> RenderResult<JinjaValue> {
         if !args.named.is_empty() {
             return fail(format!("loop.{name} takes no named arguments"));
         }
@@ -91,7 +91,7 @@ impl LoopState {
                 n => Ok(values[self.index.get() % n].clone()),
             };
         }
-        let same = |old: &Vec<Value>| {
+        let same = |old: &Vec<JinjaValue>| {
             old.len() == values.len() && old.iter().zip(&values).all(|(a, b)| operators::equal(a, b))
         };
         let changed = !self.changed.borrow().as_ref().is_some_and(same);
@@ -116,7 +116,7 @@ pub struct Machine {
 }
 
 /// The text that a template makes of the variables.
-pub fn run(body: &Body, variables: Dict, clock: Clock) -> Outcome<String> {
+pub fn run(body: &Body, variables: Dict, clock: Clock) -> RenderResult<String> {
     let context = Rc::new(Scope { variables: RefCell::new(variables), parent: None });
     let mut machine = Machine { scope: Scope::inside(&context), out: String::new(), clock, depth: 0 };
     machine.body(body)?;
@@ -124,7 +124,7 @@ pub fn run(body: &Body, variables: Dict, clock: Clock) -> Outcome<String> {
 }
 
 impl Machine {
-    pub(super) fn deeper<T>(&mut self, run: impl FnOnce(&mut Self) -> Outcome<T>) -> Outcome<T> {
+    pub(super) fn deeper<T>(&mut self, run: impl FnOnce(&mut Self) -> RenderResult<T>) -> RenderResult<T> {
         if self.depth >= DEEPEST {
             return fail(
                 "blocks, calls or operators are nested too deeply (a macro that calls itself for ever?)",
@@ -137,7 +137,11 @@ impl Machine {
     }
 
     /// Runs `run` with other variables in sight.
-    fn within<T>(&mut self, scope: Rc<Scope>, run: impl FnOnce(&mut Self) -> Outcome<T>) -> Outcome<T> {
+    fn within<T>(
+        &mut self,
+        scope: Rc<Scope>,
+        run: impl FnOnce(&mut Self) -> RenderResult<T>,
+    ) -> RenderResult<T> {
         let outside = std::mem::replace(&mut self.scope, scope);
         let result = self.deeper(run);
         self.scope = outside;
@@ -145,7 +149,7 @@ impl Machine {
     }
 
     /// The text that a body writes, with variables of its own.
-    fn capture(&mut self, scope: Rc<Scope>, body: &Body) -> Outcome<String> {
+    fn capture(&mut self, scope: Rc<Scope>, body: &Body) -> RenderResult<String> {
         let outside = std::mem::take(&mut self.out);
         let result = self.within(scope, |m| m.body(body));
         let text = std::mem::replace(&mut self.out, outside);
@@ -156,7 +160,7 @@ impl Machine {
         Scope::inside(&self.scope)
     }
 
-    fn body(&mut self, body: &Body) -> Outcome<Flow> {
+    fn body(&mut self, body: &Body) -> RenderResult<Flow> {
         for statement in body {
             let flow = self.statement(&statement.kind).map_err(|mut e| {
                 e.line.get_or_insert(statement.line);
@@ -169,16 +173,16 @@ impl Machine {
         Ok(Flow::Next)
     }
 
-    fn statement(&mut self, kind: &Kind) -> Outcome<Flow> {
+    fn statement(&mut self, kind: &NodeKind) -> RenderResult<Flow> {
         match kind {
-            Kind::Text(text) => self.out += text,
-            Kind::Print(values) => {
+            NodeKind::Text(text) => self.out += text,
+            NodeKind::Print(values) => {
                 for value in values {
                     let text = self.eval(value)?.to_text()?;
                     self.out += &text;
                 }
             }
-            Kind::If(branches, otherwise) => {
+            NodeKind::If(branches, otherwise) => {
                 for (condition, body) in branches {
                     if self.eval(condition)?.is_true() {
                         return self.deeper(|m| m.body(body));
@@ -186,17 +190,17 @@ impl Machine {
                 }
                 return self.deeper(|m| m.body(otherwise));
             }
-            Kind::For(node) => return self.for_loop(node),
-            Kind::Set(target, value) => {
+            NodeKind::For(node) => return self.for_loop(node),
+            NodeKind::Set(target, value) => {
                 let value = self.eval(value)?;
                 self.assign(target, value)?;
             }
-            Kind::SetBlock(target, filters, body) => {
+            NodeKind::SetBlock(target, filters, body) => {
                 let text = self.capture(self.inner_scope(), body)?;
                 let value = self.filtered(text.into(), filters)?;
                 self.assign(target, value)?;
             }
-            Kind::With(values, body) => {
+            NodeKind::With(values, body) => {
                 let scope = self.inner_scope();
                 for (target, value) in values {
                     let value = self.eval(value)?;
@@ -204,34 +208,34 @@ impl Machine {
                 }
                 return self.within(scope, |m| m.body(body));
             }
-            Kind::Macro(node) => {
+            NodeKind::Macro(node) => {
                 let value = MacroValue { node: node.clone(), scope: self.scope.clone() };
-                self.scope.set(&node.name, Value::Macro(Rc::new(value)));
+                self.scope.set(&node.name, JinjaValue::Macro(Rc::new(value)));
             }
-            Kind::Call(block) => {
+            NodeKind::Call(block) => {
                 let caller = MacroValue { node: block.body.clone(), scope: self.scope.clone() };
                 let callee = self.eval(&block.call.callee)?;
                 let mut args = self.arguments(&block.call.args)?;
-                args.named.push((Name::from("caller"), Value::Macro(Rc::new(caller))));
+                args.named.push((Name::from("caller"), JinjaValue::Macro(Rc::new(caller))));
                 let text = self.call(&callee, args)?.to_text()?;
                 self.out += &text;
             }
-            Kind::FilterBlock(filters, body) => {
+            NodeKind::FilterBlock(filters, body) => {
                 let text = self.capture(self.inner_scope(), body)?;
                 let text = self.filtered(text.into(), filters)?.to_text()?;
                 self.out += &text;
             }
-            Kind::Generation(body) => {
+            NodeKind::Generation(body) => {
                 let text = self.capture(self.inner_scope(), body)?;
                 self.out += &format!("{OPEN}{text}{CLOSE}");
             }
-            Kind::Break => return Ok(Flow::Break),
-            Kind::Continue => return Ok(Flow::Continue),
+            NodeKind::Break => return Ok(Flow::Break),
+            NodeKind::Continue => return Ok(Flow::Continue),
         }
         Ok(Flow::Next)
     }
 
-    fn for_loop(&mut self, node: &For) -> Outcome<Flow> {
+    fn for_loop(&mut self, node: &For) -> RenderResult<Flow> {
         let mut items = self.eval(&node.over)?.items()?;
         if let Some(condition) = &node.condition {
             let mut kept = Vec::with_capacity(items.len());
@@ -253,7 +257,7 @@ impl Machine {
         for i in 0..state.items.len() {
             state.index.set(i);
             let scope = self.inner_scope();
-            scope.set("loop", Value::Loop(state.clone()));
+            scope.set("loop", JinjaValue::Loop(state.clone()));
             let flow = self.within(scope, |m| {
                 m.assign(&node.target, state.items[i].clone())?;
                 m.body(&node.body)
@@ -271,27 +275,27 @@ impl Machine {
         self.within(scope, |m| m.body(&node.otherwise))
     }
 
-    fn assign(&mut self, target: &Target, value: Value) -> Outcome<()> {
+    fn assign(&mut self, target: &AssignTarget, value: JinjaValue) -> RenderResult<()> {
         // What is nested deeper could not be taken apart on the stack again.
         if !value.is_within(DEEPEST) {
             return fail(format!("a value has more than {DEEPEST} lists or dicts inside one another"));
         }
         match target {
-            Target::Name(name) => self.scope.set(name, value),
-            Target::Attribute(object, name) => match self.lookup(object) {
-                Value::Namespace(_) if name.starts_with('_') => {
+            AssignTarget::Name(name) => self.scope.set(name, value),
+            AssignTarget::Attribute(object, name) => match self.lookup(object) {
+                JinjaValue::Namespace(_) if name.starts_with('_') => {
                     return fail(format!(
                         "a namespace cannot hold '{name}', which begins with an underscore"
                     ));
                 }
-                Value::Namespace(dict) => dict.borrow_mut().set_name(name, value),
+                JinjaValue::Namespace(dict) => dict.borrow_mut().set_name(name, value),
                 _ => {
                     return fail(format!(
                         "cannot assign attribute '{name}' on '{object}', which is no namespace"
                     ));
                 }
             },
-            Target::Tuple(targets) => {
+            AssignTarget::Tuple(targets) => {
                 if !value.is_iterable() {
                     return fail(format!("cannot unpack non-iterable {} object", value.type_name()));
                 }
@@ -311,30 +315,30 @@ impl Machine {
         Ok(())
     }
 
-    pub(super) fn lookup(&self, name: &str) -> Value {
-        let value = self.scope.get(name).or_else(|| Function::named(name).map(Value::Function));
-        value.unwrap_or_else(|| Value::undefined(format!("'{name}' is undefined")))
+    pub(super) fn lookup(&self, name: &str) -> JinjaValue {
+        let value = self.scope.get(name).or_else(|| Function::named(name).map(JinjaValue::Function));
+        value.unwrap_or_else(|| JinjaValue::undefined(format!("'{name}' is undefined")))
     }
 
-    pub fn call(&mut self, callee: &Value, args: Args) -> Outcome<Value> {
+    pub fn call(&mut self, callee: &JinjaValue, args: CallArguments) -> RenderResult<JinjaValue> {
         match callee {
-            Value::Macro(value) => self.deeper(|m| m.call_macro(value, args)),
-            Value::Method(method) => methods::call(&method.0, &method.1, args),
-            Value::Function(function) => functions::call(*function, args, self.clock),
-            Value::Joiner(state) => {
+            JinjaValue::Macro(value) => self.deeper(|m| m.call_macro(value, args)),
+            JinjaValue::Method(method) => methods::call(&method.0, &method.1, args),
+            JinjaValue::Function(function) => functions::call(*function, args, self.clock),
+            JinjaValue::Joiner(state) => {
                 args.none("a joiner")?;
                 Ok(if state.1.replace(true) { state.0.clone() } else { "".into() })
             }
-            Value::Undefined(why) => Err(Failure::new(&**why)),
-            Value::Loop(_) => fail("a recursive loop is not supported; write a macro"),
+            JinjaValue::Undefined(why) => Err(Failure::new(&**why)),
+            JinjaValue::Loop(_) => fail("a recursive loop is not supported; write a macro"),
             _ => fail(format!("'{}' object is not callable", callee.type_name())),
         }
     }
 
-    fn call_macro(&mut self, value: &MacroValue, args: Args) -> Outcome<Value> {
+    fn call_macro(&mut self, value: &MacroValue, args: CallArguments) -> RenderResult<JinjaValue> {
         let node = &value.node;
         let scope = Scope::inside(&value.scope);
-        let Args { positional, mut named } = args;
+        let CallArguments { positional, mut named } = args;
         let mut take = |name: &str| named.iter().position(|(n, _)| &**n == name).map(|i| named.remove(i).1);
         let first_default = node.params.len() - node.defaults.len();
         let count = positional.len();
@@ -344,11 +348,11 @@ impl Machine {
             given.push(positional.next().or_else(|| take(param)));
         }
         if node.caller && !node.params.iter().any(|p| &**p == "caller") {
-            scope.set("caller", take("caller").unwrap_or_else(|| Value::undefined("No caller defined")));
+            scope.set("caller", take("caller").unwrap_or_else(|| JinjaValue::undefined("No caller defined")));
         }
-        let rest: Vec<Value> = positional.collect();
+        let rest: Vec<JinjaValue> = positional.collect();
         if node.varargs {
-            scope.set("varargs", Value::tuple(rest));
+            scope.set("varargs", JinjaValue::tuple(rest));
         } else if !rest.is_empty() {
             let most = node.params.len();
             return fail(format!(
@@ -357,8 +361,8 @@ impl Machine {
             ));
         }
         if node.kwargs {
-            let items = named.into_iter().map(|(name, value)| (Value::from(&name), value)).collect();
-            scope.set("kwargs", Value::Dict(Rc::new(Dict { items })));
+            let items = named.into_iter().map(|(name, value)| (JinjaValue::from(&name), value)).collect();
+            scope.set("kwargs", JinjaValue::Dict(Rc::new(Dict { items })));
         } else if let Some((name, _)) = named.first() {
             return fail(format!("macro '{}' takes no keyword argument '{name}'", node.name));
         }
@@ -367,13 +371,15 @@ impl Machine {
             let value = match (given, i.checked_sub(first_default)) {
                 (Some(value), _) => value,
                 (None, Some(default)) => self.eval(&node.defaults[default])?,
-                (None, None) => Value::undefined(format!("parameter '{}' was not provided", node.params[i])),
+                (None, None) => {
+                    JinjaValue::undefined(format!("parameter '{}' was not provided", node.params[i]))
+                }
             };
             scope.set(&node.params[i], value);
             Ok(())
         });
         self.scope = outside;
         bound?;
-        self.capture(scope, &node.body).map(Value::from)
+        self.capture(scope, &node.body).map(JinjaValue::from)
     }
 }

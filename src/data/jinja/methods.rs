@@ -2,9 +2,9 @@
 
 use std::rc::Rc;
 
-use super::arguments::{Args, int, required, text};
-use super::value::{Dict, Value};
-use super::{Outcome, fail, format, functions, operators, text as words};
+use super::arguments::{CallArguments, int, required, text};
+use super::value::{Dict, JinjaValue};
+use super::{RenderResult, fail, format, functions, operators, text as words};
 
 const STR: [&str; 47] = [
     "capitalize",
@@ -61,50 +61,50 @@ const INT: [&str; 5] = ["as_integer_ratio", "bit_count", "bit_length", "conjugat
 const FLOAT: [&str; 4] = ["as_integer_ratio", "conjugate", "hex", "is_integer"];
 
 /// The methods that a value has.
-pub fn names(value: &Value) -> &'static [&'static str] {
+pub fn names(value: &JinjaValue) -> &'static [&'static str] {
     match value {
-        Value::Str(_) | Value::Markup(_) => &STR,
-        Value::List(_) => &LIST,
-        Value::Tuple(_) | Value::Group(_) | Value::Range(_) => &LIST[1..],
-        Value::Dict(_) => &DICT,
-        Value::Int(_) | Value::Bool(_) => &INT,
-        Value::Float(_) => &FLOAT,
-        Value::Cycler(_) => &["next", "reset"],
+        JinjaValue::Str(_) | JinjaValue::Markup(_) => &STR,
+        JinjaValue::List(_) => &LIST,
+        JinjaValue::Tuple(_) | JinjaValue::Group(_) | JinjaValue::Range(_) => &LIST[1..],
+        JinjaValue::Dict(_) => &DICT,
+        JinjaValue::Int(_) | JinjaValue::Bool(_) => &INT,
+        JinjaValue::Float(_) => &FLOAT,
+        JinjaValue::Cycler(_) => &["next", "reset"],
         _ => &[],
     }
 }
 
 /// Whether a method changes a list or dict, which the sandbox forbids.
-pub fn changes(value: &Value, name: &str) -> bool {
+pub fn changes(value: &JinjaValue, name: &str) -> bool {
     match value {
-        Value::Dict(_) => ["clear", "pop", "popitem", "setdefault", "update"].contains(&name),
-        Value::List(_) => {
+        JinjaValue::Dict(_) => ["clear", "pop", "popitem", "setdefault", "update"].contains(&name),
+        JinjaValue::List(_) => {
             ["append", "clear", "pop", "reverse", "insert", "sort", "extend", "remove"].contains(&name)
         }
         _ => false,
     }
 }
 
-pub fn call(object: &Value, name: &str, args: Args) -> Outcome<Value> {
+pub fn call(object: &JinjaValue, name: &str, args: CallArguments) -> RenderResult<JinjaValue> {
     match object {
-        Value::Str(text) => of_text(text, name, args),
-        Value::Markup(text) => {
+        JinjaValue::Str(text) => of_text(text, name, args),
+        JinjaValue::Markup(text) => {
             let plain = of_text(text, name, args)?;
             match plain {
-                Value::Bool(_) | Value::Int(_) => Ok(plain),
+                JinjaValue::Bool(_) | JinjaValue::Int(_) => Ok(plain),
                 _ => fail(format!("the method '{name}' of text that is marked as HTML is not supported")),
             }
         }
-        Value::Dict(dict) => of_dict(dict, name, args),
-        Value::Loop(state) => state.call(name, args),
-        Value::Cycler(state) => {
+        JinjaValue::Dict(dict) => of_dict(dict, name, args),
+        JinjaValue::Loop(state) => state.call(name, args),
+        JinjaValue::Cycler(state) => {
             args.none(name)?;
             let at = state.1.get();
             let reset = name == "reset";
             state.1.set(if reset { 0 } else { (at + 1) % state.0.len() });
-            Ok(if reset { Value::None } else { state.0[at].clone() })
+            Ok(if reset { JinjaValue::None } else { state.0[at].clone() })
         }
-        Value::Float(x) if name == "is_integer" => {
+        JinjaValue::Float(x) if name == "is_integer" => {
             args.none(name)?;
             Ok((x.is_finite() && x.fract() == 0.0).into())
         }
@@ -113,15 +113,15 @@ pub fn call(object: &Value, name: &str, args: Args) -> Outcome<Value> {
     }
 }
 
-fn unsupported(object: &Value, name: &str) -> Outcome<Value> {
+fn unsupported(object: &JinjaValue, name: &str) -> RenderResult<JinjaValue> {
     fail(format!("the method '{name}' of '{}' is not supported in a chat template", object.type_name()))
 }
 
-fn of_list(object: &Value, name: &str, args: Args) -> Outcome<Value> {
+fn of_list(object: &JinjaValue, name: &str, args: CallArguments) -> RenderResult<JinjaValue> {
     let items = object.items()?;
     if name == "copy" {
         args.none(name)?;
-        return Ok(Value::list(items));
+        return Ok(JinjaValue::list(items));
     }
     let [value, start, stop] = args.bind(name, ["value", "start", "stop"])?;
     let value = required(name, "value", value)?;
@@ -137,10 +137,15 @@ fn of_list(object: &Value, name: &str, args: Args) -> Outcome<Value> {
 }
 
 /// The part of `len` items that optional bounds leave.
-fn bounds(what: &str, len: usize, start: Option<Value>, stop: Option<Value>) -> Outcome<(usize, usize)> {
-    let place = |at: Option<Value>, default: usize| -> Outcome<usize> {
+fn bounds(
+    what: &str,
+    len: usize,
+    start: Option<JinjaValue>,
+    stop: Option<JinjaValue>,
+) -> RenderResult<(usize, usize)> {
+    let place = |at: Option<JinjaValue>, default: usize| -> RenderResult<usize> {
         match at {
-            None | Some(Value::None) => Ok(default),
+            None | Some(JinjaValue::None) => Ok(default),
             Some(at) => {
                 let at = int(what, &at)?;
                 let at = if at < 0 { at.saturating_add(len as i128).max(0) } else { at };
@@ -152,14 +157,14 @@ fn bounds(what: &str, len: usize, start: Option<Value>, stop: Option<Value>) -> 
     Ok((start, stop))
 }
 
-fn of_dict(dict: &Rc<Dict>, name: &str, args: Args) -> Outcome<Value> {
+fn of_dict(dict: &Rc<Dict>, name: &str, args: CallArguments) -> RenderResult<JinjaValue> {
     if name == "get" {
         if !args.named.is_empty() {
             return fail("dict.get() takes no keyword arguments");
         }
         let [key, default] = args.bind("get", ["key", "default"])?;
         let value = dict.get(&required("get", "key", key)?)?.cloned();
-        return Ok(value.or(default).unwrap_or(Value::None));
+        return Ok(value.or(default).unwrap_or(JinjaValue::None));
     }
     if name == "fromkeys" {
         return functions::from_keys(args);
@@ -169,17 +174,17 @@ fn of_dict(dict: &Rc<Dict>, name: &str, args: Args) -> Outcome<Value> {
     let values = || dict.items.iter().map(|(_, value)| value.clone());
     Ok(match name {
         "items" => {
-            let pairs = keys().zip(values()).map(|(key, value)| Value::tuple(vec![key, value]));
-            Value::View("dict_items", Rc::new(pairs.collect()))
+            let pairs = keys().zip(values()).map(|(key, value)| JinjaValue::tuple(vec![key, value]));
+            JinjaValue::View("dict_items", Rc::new(pairs.collect()))
         }
-        "keys" => Value::View("dict_keys", Rc::new(keys().collect())),
-        "values" => Value::View("dict_values", Rc::new(values().collect())),
-        _ => Value::Dict(dict.clone()),
+        "keys" => JinjaValue::View("dict_keys", Rc::new(keys().collect())),
+        "values" => JinjaValue::View("dict_values", Rc::new(values().collect())),
+        _ => JinjaValue::Dict(dict.clone()),
     })
 }
 
 /// How often to split or replace: all where the number is negative or not given.
-fn count(what: &str, value: Option<Value>) -> Outcome<usize> {
+fn count(what: &str, value: Option<JinjaValue>) -> RenderResult<usize> {
     Ok(match value {
         None => usize::MAX,
         Some(n) => usize::try_from(int(what, &n)?).unwrap_or(usize::MAX),
@@ -187,14 +192,14 @@ fn count(what: &str, value: Option<Value>) -> Outcome<usize> {
 }
 
 #[expect(clippy::too_many_lines, reason = "an arm for each method")]
-fn of_text(own: &Rc<str>, name: &str, args: Args) -> Outcome<Value> {
-    let strings = |parts: Vec<String>| Value::list(parts.into_iter().map(Value::from).collect());
+fn of_text(own: &Rc<str>, name: &str, args: CallArguments) -> RenderResult<JinjaValue> {
+    let strings = |parts: Vec<String>| JinjaValue::list(parts.into_iter().map(JinjaValue::from).collect());
     Ok(match name {
         "strip" | "lstrip" | "rstrip" => {
             let [chars] = args.bind(name, ["chars"])?;
             let own = &**own;
             match chars {
-                None | Some(Value::None) => strip(own, name, words::is_space).into(),
+                None | Some(JinjaValue::None) => strip(own, name, words::is_space).into(),
                 Some(chars) => {
                     let chars = text(name, &chars)?;
                     strip(own, name, |c| chars.contains(c)).into()
@@ -203,7 +208,7 @@ fn of_text(own: &Rc<str>, name: &str, args: Args) -> Outcome<Value> {
         }
         "split" | "rsplit" => {
             let [separator, most] = args.bind(name, ["sep", "maxsplit"])?;
-            let separator = separator.filter(|s| !matches!(s, Value::None));
+            let separator = separator.filter(|s| !matches!(s, JinjaValue::None));
             let separator = separator.as_ref().map(|s| text(name, s)).transpose()?;
             if separator == Some("") {
                 return fail("empty separator");
@@ -217,7 +222,7 @@ fn of_text(own: &Rc<str>, name: &str, args: Args) -> Outcome<Value> {
         "splitlines" => {
             let [keep_ends] = args.bind(name, ["keepends"])?;
             let lines = words::lines(own, keep_ends.is_some_and(|k| k.is_true()));
-            Value::list(lines.into_iter().map(Value::from).collect())
+            JinjaValue::list(lines.into_iter().map(JinjaValue::from).collect())
         }
         "partition" | "rpartition" => {
             let [separator] = args.bind(name, ["sep"])?;
@@ -232,7 +237,7 @@ fn of_text(own: &Rc<str>, name: &str, args: Args) -> Outcome<Value> {
                 }
                 _ => own.rsplit_once(separator).map(|(a, b)| [a, separator, b]).unwrap_or(["", "", own]),
             };
-            Value::tuple(parts.map(Value::from).to_vec())
+            JinjaValue::tuple(parts.map(JinjaValue::from).to_vec())
         }
         "startswith" | "endswith" => affix(own, name, args)?.into(),
         "removeprefix" | "removesuffix" => {
@@ -266,18 +271,18 @@ fn of_text(own: &Rc<str>, name: &str, args: Args) -> Outcome<Value> {
         "format" => format::format(own, &args)?.into(),
         "format_map" => {
             let [map] = args.bind(name, ["mapping"])?;
-            let Value::Dict(dict) = required(name, "mapping", map)? else {
+            let JinjaValue::Dict(dict) = required(name, "mapping", map)? else {
                 return fail("format_map needs a dict");
             };
             let named =
                 dict.items.iter().filter_map(|(k, v)| Some((k.as_str()?.into(), v.clone()))).collect();
-            format::format(own, &Args { positional: Vec::new(), named })?.into()
+            format::format(own, &CallArguments { positional: Vec::new(), named })?.into()
         }
         _ => {
             if !name.starts_with("is")
                 && !["upper", "lower", "title", "capitalize", "swapcase"].contains(&name)
             {
-                return unsupported(&Value::Str(own.clone()), name);
+                return unsupported(&JinjaValue::Str(own.clone()), name);
             }
             args.none(name)?;
             match name {
@@ -338,9 +343,9 @@ fn property(own: &str, name: &str) -> bool {
 fn part<'a>(
     what: &str,
     own: &'a str,
-    start: Option<Value>,
-    stop: Option<Value>,
-) -> Outcome<Option<(usize, &'a str)>> {
+    start: Option<JinjaValue>,
+    stop: Option<JinjaValue>,
+) -> RenderResult<Option<(usize, &'a str)>> {
     if start.is_none() && stop.is_none() {
         return Ok(Some((0, own)));
     }
@@ -353,11 +358,11 @@ fn part<'a>(
     Ok(Some((start, &own[byte(start)..byte(stop)])))
 }
 
-fn affix(own: &str, name: &str, args: Args) -> Outcome<bool> {
+fn affix(own: &str, name: &str, args: CallArguments) -> RenderResult<bool> {
     let [affix, start, stop] = args.bind(name, ["prefix", "start", "end"])?;
     let affix = required(name, "prefix", affix)?;
     let affixes = match &affix {
-        Value::Tuple(items) => items.to_vec(),
+        JinjaValue::Tuple(items) => items.to_vec(),
         other => vec![other.clone()],
     };
     let part = part(name, own, start, stop)?;
@@ -375,7 +380,7 @@ fn affix(own: &str, name: &str, args: Args) -> Outcome<bool> {
     Ok(false)
 }
 
-fn find(own: &str, name: &str, args: Args) -> Outcome<Value> {
+fn find(own: &str, name: &str, args: CallArguments) -> RenderResult<JinjaValue> {
     let [sub, start, stop] = args.bind(name, ["sub", "start", "end"])?;
     let sub = required(name, "sub", sub)?;
     let sub = text(name, &sub)?;
@@ -389,12 +394,12 @@ fn find(own: &str, name: &str, args: Args) -> Outcome<Value> {
     });
     match found {
         Some(at) => Ok(at.into()),
-        None if name.ends_with("find") => Ok(Value::Int(-1)),
+        None if name.ends_with("find") => Ok(JinjaValue::Int(-1)),
         None => fail("substring not found"),
     }
 }
 
-fn pad(own: &str, name: &str, args: Args) -> Outcome<String> {
+fn pad(own: &str, name: &str, args: CallArguments) -> RenderResult<String> {
     let [width, fill] = args.bind(name, ["width", "fillchar"])?;
     let width = int(name, &required(name, "width", width)?)?.clamp(0, 1_000_000) as usize;
     let fill = match &fill {

@@ -28,7 +28,7 @@ mod value;
 use std::sync::Arc;
 
 pub use functions::Clock;
-pub use value::{Dict, Value};
+pub use value::{Dict, JinjaValue};
 
 /// What stands around the text of a `{% generation %}` block while it is rendered: no character of any text.
 pub const OPEN: &str = "\u{fdd0}generation\u{fdd1}";
@@ -51,10 +51,10 @@ impl Failure {
     }
 }
 
-type Outcome<T> = Result<T, Failure>;
+type RenderResult<T> = Result<T, Failure>;
 
 /// Shorthand for an error.
-fn fail<T>(message: impl Into<String>) -> Outcome<T> {
+fn fail<T>(message: impl Into<String>) -> RenderResult<T> {
     Err(Failure::new(message))
 }
 

@@ -5,8 +5,8 @@ use std::rc::Rc;
 
 use super::text;
 use super::tree::{Comparison, Operator};
-use super::value::{Value, defined, hashable};
-use super::{Outcome, fail, format, numbers};
+use super::value::{JinjaValue, defined, hashable};
+use super::{RenderResult, fail, format, numbers};
 
 /// The longest text or list that an operator makes.
 const LONGEST: usize = 100_000_000;
@@ -17,18 +17,18 @@ enum Number {
     Float(f64),
 }
 
-fn number(value: &Value) -> Option<Number> {
+fn number(value: &JinjaValue) -> Option<Number> {
     match value {
-        Value::Float(x) => Some(Number::Float(*x)),
+        JinjaValue::Float(x) => Some(Number::Float(*x)),
         _ => value.as_int().map(Number::Int),
     }
 }
 
-fn too_large<T>() -> Outcome<T> {
+fn too_large<T>() -> RenderResult<T> {
     fail("a whole number has more than 38 digits, which is not supported")
 }
 
-pub fn binary(operator: Operator, a: &Value, b: &Value) -> Outcome<Value> {
+pub fn binary(operator: Operator, a: &JinjaValue, b: &JinjaValue) -> RenderResult<JinjaValue> {
     defined(a)?;
     if operator == Operator::Mod && a.as_str().is_some() {
         return percent(a, b);
@@ -38,29 +38,33 @@ pub fn binary(operator: Operator, a: &Value, b: &Value) -> Outcome<Value> {
         return arithmetic(operator, x, y);
     }
     match (operator, a, b) {
-        (Operator::Add, Value::Markup(x), y) | (Operator::Add, y, Value::Markup(x))
+        (Operator::Add, JinjaValue::Markup(x), y) | (Operator::Add, y, JinjaValue::Markup(x))
             if y.as_str().is_some() =>
         {
-            let (a, b) = if matches!(a, Value::Markup(_)) {
+            let (a, b) = if matches!(a, JinjaValue::Markup(_)) {
                 (x.clone(), escaped(y)?)
             } else {
                 (escaped(y)?, x.clone())
             };
-            return Ok(Value::Markup(format!("{a}{b}").into()));
+            return Ok(JinjaValue::Markup(format!("{a}{b}").into()));
         }
-        (Operator::Add, Value::Str(x), Value::Str(y)) => return Ok(format!("{x}{y}").into()),
-        (Operator::Add, Value::List(x), Value::List(y)) => {
-            return Ok(Value::list(x.iter().chain(y.iter()).cloned().collect()));
+        (Operator::Add, JinjaValue::Str(x), JinjaValue::Str(y)) => return Ok(format!("{x}{y}").into()),
+        (Operator::Add, JinjaValue::List(x), JinjaValue::List(y)) => {
+            return Ok(JinjaValue::list(x.iter().chain(y.iter()).cloned().collect()));
         }
-        (Operator::Add, Value::Tuple(x) | Value::Group(x), Value::Tuple(y) | Value::Group(y)) => {
-            return Ok(Value::tuple(x.iter().chain(y.iter()).cloned().collect()));
+        (
+            Operator::Add,
+            JinjaValue::Tuple(x) | JinjaValue::Group(x),
+            JinjaValue::Tuple(y) | JinjaValue::Group(y),
+        ) => {
+            return Ok(JinjaValue::tuple(x.iter().chain(y.iter()).cloned().collect()));
         }
-        (Operator::Mul, Value::Int(_) | Value::Bool(_), _) => {
+        (Operator::Mul, JinjaValue::Int(_) | JinjaValue::Bool(_), _) => {
             if let Some(repeated) = repeat(b, a)? {
                 return Ok(repeated);
             }
         }
-        (Operator::Mul, _, Value::Int(_) | Value::Bool(_)) => {
+        (Operator::Mul, _, JinjaValue::Int(_) | JinjaValue::Bool(_)) => {
             if let Some(repeated) = repeat(a, b)? {
                 return Ok(repeated);
             }
@@ -83,25 +87,26 @@ pub fn binary(operator: Operator, a: &Value, b: &Value) -> Outcome<Value> {
 }
 
 /// A text or a list, as often as a number says.
-fn repeat(what: &Value, times: &Value) -> Outcome<Option<Value>> {
+fn repeat(what: &JinjaValue, times: &JinjaValue) -> RenderResult<Option<JinjaValue>> {
     let times = usize::try_from(times.as_int().unwrap_or(0).max(0)).unwrap_or(usize::MAX);
     let size = match what {
-        Value::Str(text) => text.len(),
+        JinjaValue::Str(text) => text.len(),
         _ => what.as_items().map_or(0, |items| items.len()),
     };
     if size.saturating_mul(times) > LONGEST {
         return fail("a repeated text or list is too long");
     }
-    let items = |items: &Rc<Vec<Value>>| (0..times).flat_map(|_| items.iter().cloned()).collect::<Vec<_>>();
+    let items =
+        |items: &Rc<Vec<JinjaValue>>| (0..times).flat_map(|_| items.iter().cloned()).collect::<Vec<_>>();
     Ok(match what {
-        Value::Str(text) => Some(text.repeat(times).into()),
-        Value::List(list) => Some(Value::list(items(list))),
-        Value::Tuple(list) => Some(Value::tuple(items(list))),
+        JinjaValue::Str(text) => Some(text.repeat(times).into()),
+        JinjaValue::List(list) => Some(JinjaValue::list(items(list))),
+        JinjaValue::Tuple(list) => Some(JinjaValue::tuple(items(list))),
         _ => None,
     })
 }
 
-fn arithmetic(operator: Operator, x: Number, y: Number) -> Outcome<Value> {
+fn arithmetic(operator: Operator, x: Number, y: Number) -> RenderResult<JinjaValue> {
     use Operator::*;
     if let (Number::Int(x), Number::Int(y)) = (&x, &y) {
         let (x, y) = (*x, *y);
@@ -125,7 +130,7 @@ fn arithmetic(operator: Operator, x: Number, y: Number) -> Outcome<Value> {
             Div | Pow => return arithmetic(operator, Number::Float(x as f64), Number::Float(y as f64)),
         };
         return match whole {
-            Some(n) => Ok(Value::Int(n)),
+            Some(n) => Ok(JinjaValue::Int(n)),
             None => too_large(),
         };
     }
@@ -151,7 +156,7 @@ fn arithmetic(operator: Operator, x: Number, y: Number) -> Outcome<Value> {
     if operator == Pow && x < 0.0 && y.fract() != 0.0 {
         return fail("complex numbers are not supported");
     }
-    Ok(Value::Float(match operator {
+    Ok(JinjaValue::Float(match operator {
         Add => x + y,
         Sub => x - y,
         Mul => x * y,
@@ -163,33 +168,33 @@ fn arithmetic(operator: Operator, x: Number, y: Number) -> Outcome<Value> {
 }
 
 /// `text % values`
-fn percent(text: &Value, values: &Value) -> Outcome<Value> {
-    let (Value::Str(pattern), values) = (text, values) else {
+fn percent(text: &JinjaValue, values: &JinjaValue) -> RenderResult<JinjaValue> {
+    let (JinjaValue::Str(pattern), values) = (text, values) else {
         return fail("'%' on text that is marked as HTML is not supported");
     };
-    format::printf(pattern, values).map(Value::from)
+    format::printf(pattern, values).map(JinjaValue::from)
 }
 
-pub fn negative(value: &Value) -> Outcome<Value> {
+pub fn negative(value: &JinjaValue) -> RenderResult<JinjaValue> {
     defined(value)?;
     match number(value) {
-        Some(Number::Int(n)) => Ok(Value::Int(-n)),
-        Some(Number::Float(x)) => Ok(Value::Float(-x)),
+        Some(Number::Int(n)) => Ok(JinjaValue::Int(-n)),
+        Some(Number::Float(x)) => Ok(JinjaValue::Float(-x)),
         None => fail(format!("bad operand type for unary -: '{}'", value.type_name())),
     }
 }
 
-pub fn positive(value: &Value) -> Outcome<Value> {
+pub fn positive(value: &JinjaValue) -> RenderResult<JinjaValue> {
     defined(value)?;
     match number(value) {
-        Some(Number::Int(n)) => Ok(Value::Int(n)),
-        Some(Number::Float(x)) => Ok(Value::Float(x)),
+        Some(Number::Int(n)) => Ok(JinjaValue::Int(n)),
+        Some(Number::Float(x)) => Ok(JinjaValue::Float(x)),
         None => fail(format!("bad operand type for unary +: '{}'", value.type_name())),
     }
 }
 
 /// `a ~ b ~ ...`
-pub fn concat(parts: &[Value]) -> Outcome<Value> {
+pub fn concat(parts: &[JinjaValue]) -> RenderResult<JinjaValue> {
     let mut out = String::new();
     for part in parts {
         out += &part.to_text()?;
@@ -198,34 +203,39 @@ pub fn concat(parts: &[Value]) -> Outcome<Value> {
 }
 
 /// A value as text of HTML.
-pub fn escaped(value: &Value) -> Outcome<Rc<str>> {
+pub fn escaped(value: &JinjaValue) -> RenderResult<Rc<str>> {
     Ok(match value {
-        Value::Markup(text) => text.clone(),
+        JinjaValue::Markup(text) => text.clone(),
         _ => text::escape(&value.to_text()?).into(),
     })
 }
 
 /// `a == b`
-pub fn equal(a: &Value, b: &Value) -> bool {
+pub fn equal(a: &JinjaValue, b: &JinjaValue) -> bool {
     if let (Some(x), Some(y)) = (number(a), number(b)) {
         return compare_numbers(x, y) == Some(Ordering::Equal);
     }
     if let (Some(x), Some(y)) = (a.as_str(), b.as_str()) {
         return x == y;
     }
-    let all = |x: &[Value], y: &[Value]| x.len() == y.len() && x.iter().zip(y).all(|(x, y)| equal(x, y));
+    let all =
+        |x: &[JinjaValue], y: &[JinjaValue]| x.len() == y.len() && x.iter().zip(y).all(|(x, y)| equal(x, y));
     match (a, b) {
-        (Value::Undefined(_), Value::Undefined(_)) | (Value::None, Value::None) => true,
-        (Value::List(x), Value::List(y)) => all(x, y),
-        (Value::Tuple(x) | Value::Group(x), Value::Tuple(y) | Value::Group(y)) => all(x, y),
-        (Value::Dict(x), Value::Dict(y)) => {
-            let same = |(key, value): &(Value, Value)| matches!(y.get(key), Ok(Some(v)) if equal(value, v));
+        (JinjaValue::Undefined(_), JinjaValue::Undefined(_)) | (JinjaValue::None, JinjaValue::None) => true,
+        (JinjaValue::List(x), JinjaValue::List(y)) => all(x, y),
+        (JinjaValue::Tuple(x) | JinjaValue::Group(x), JinjaValue::Tuple(y) | JinjaValue::Group(y)) => {
+            all(x, y)
+        }
+        (JinjaValue::Dict(x), JinjaValue::Dict(y)) => {
+            let same = |(key, value): &(JinjaValue, JinjaValue)| matches!(y.get(key), Ok(Some(v)) if equal(value, v));
             x.items.len() == y.items.len() && x.items.iter().all(same)
         }
-        (Value::Range(x), Value::Range(y)) => {
+        (JinjaValue::Range(x), JinjaValue::Range(y)) => {
             x.len() == y.len() && (x.len() == 0 || x.start == y.start && (x.len() == 1 || x.step == y.step))
         }
-        (Value::View(kind @ ("dict_keys" | "dict_items"), x), Value::View(other, y)) if kind == other => {
+        (JinjaValue::View(kind @ ("dict_keys" | "dict_items"), x), JinjaValue::View(other, y))
+            if kind == other =>
+        {
             x.len() == y.len() && x.iter().all(|x| y.iter().any(|y| equal(x, y)))
         }
         _ => same(a, b),
@@ -233,19 +243,19 @@ pub fn equal(a: &Value, b: &Value) -> bool {
 }
 
 /// `a is b`
-pub fn same(a: &Value, b: &Value) -> bool {
+pub fn same(a: &JinjaValue, b: &JinjaValue) -> bool {
     match (a, b) {
-        (Value::None, Value::None) => true,
-        (Value::Bool(x), Value::Bool(y)) => x == y,
-        (Value::Int(x), Value::Int(y)) => x == y,
-        (Value::Str(x), Value::Str(y)) => x == y,
-        (Value::List(x), Value::List(y)) => Rc::ptr_eq(x, y),
-        (Value::Tuple(x), Value::Tuple(y)) => Rc::ptr_eq(x, y) || x.is_empty() && y.is_empty(),
-        (Value::Dict(x), Value::Dict(y)) => Rc::ptr_eq(x, y),
-        (Value::Namespace(x), Value::Namespace(y)) => Rc::ptr_eq(x, y),
-        (Value::Macro(x), Value::Macro(y)) => Rc::ptr_eq(x, y),
-        (Value::Loop(x), Value::Loop(y)) => Rc::ptr_eq(x, y),
-        (Value::Function(x), Value::Function(y)) => x == y,
+        (JinjaValue::None, JinjaValue::None) => true,
+        (JinjaValue::Bool(x), JinjaValue::Bool(y)) => x == y,
+        (JinjaValue::Int(x), JinjaValue::Int(y)) => x == y,
+        (JinjaValue::Str(x), JinjaValue::Str(y)) => x == y,
+        (JinjaValue::List(x), JinjaValue::List(y)) => Rc::ptr_eq(x, y),
+        (JinjaValue::Tuple(x), JinjaValue::Tuple(y)) => Rc::ptr_eq(x, y) || x.is_empty() && y.is_empty(),
+        (JinjaValue::Dict(x), JinjaValue::Dict(y)) => Rc::ptr_eq(x, y),
+        (JinjaValue::Namespace(x), JinjaValue::Namespace(y)) => Rc::ptr_eq(x, y),
+        (JinjaValue::Macro(x), JinjaValue::Macro(y)) => Rc::ptr_eq(x, y),
+        (JinjaValue::Loop(x), JinjaValue::Loop(y)) => Rc::ptr_eq(x, y),
+        (JinjaValue::Function(x), JinjaValue::Function(y)) => x == y,
         _ => false,
     }
 }
@@ -271,7 +281,7 @@ fn compare_mixed(x: i128, y: f64) -> Option<Ordering> {
 }
 
 /// The order of two values; none with a NaN.
-pub fn order(sign: &str, a: &Value, b: &Value) -> Outcome<Option<Ordering>> {
+pub fn order(sign: &str, a: &JinjaValue, b: &JinjaValue) -> RenderResult<Option<Ordering>> {
     defined(a)?;
     defined(b)?;
     if let (Some(x), Some(y)) = (number(a), number(b)) {
@@ -281,8 +291,8 @@ pub fn order(sign: &str, a: &Value, b: &Value) -> Outcome<Option<Ordering>> {
         return Ok(Some(x.cmp(y)));
     }
     let (x, y) = match (a, b) {
-        (Value::List(x), Value::List(y)) => (x, y),
-        (Value::Tuple(x) | Value::Group(x), Value::Tuple(y) | Value::Group(y)) => (x, y),
+        (JinjaValue::List(x), JinjaValue::List(y)) => (x, y),
+        (JinjaValue::Tuple(x) | JinjaValue::Group(x), JinjaValue::Tuple(y) | JinjaValue::Group(y)) => (x, y),
         _ => {
             let (a, b) = (a.type_name(), b.type_name());
             return fail(format!("'{sign}' not supported between instances of '{a}' and '{b}'"));
@@ -294,7 +304,7 @@ pub fn order(sign: &str, a: &Value, b: &Value) -> Outcome<Option<Ordering>> {
     }
 }
 
-pub fn compare(comparison: Comparison, a: &Value, b: &Value) -> Outcome<bool> {
+pub fn compare(comparison: Comparison, a: &JinjaValue, b: &JinjaValue) -> RenderResult<bool> {
     use Comparison::*;
     Ok(match comparison {
         Eq => equal(a, b),
@@ -309,18 +319,18 @@ pub fn compare(comparison: Comparison, a: &Value, b: &Value) -> Outcome<bool> {
 }
 
 /// `value in container`
-pub fn contains(container: &Value, value: &Value) -> Outcome<bool> {
+pub fn contains(container: &JinjaValue, value: &JinjaValue) -> RenderResult<bool> {
     match container {
-        Value::Str(text) | Value::Markup(text) => match value.as_str() {
+        JinjaValue::Str(text) | JinjaValue::Markup(text) => match value.as_str() {
             Some(part) => Ok(text.contains(part)),
             None => fail(format!("'in <string>' requires string as left operand, not {}", value.type_name())),
         },
-        Value::Dict(dict) => Ok(dict.get(value)?.is_some()),
-        Value::View("dict_keys", items) => {
+        JinjaValue::Dict(dict) => Ok(dict.get(value)?.is_some()),
+        JinjaValue::View("dict_keys", items) => {
             hashable(value)?;
             Ok(items.iter().any(|item| equal(item, value)))
         }
-        Value::Iterator(_, rest) => Ok(rest.borrow_mut().by_ref().any(|item| equal(&item, value))),
+        JinjaValue::Iterator(_, rest) => Ok(rest.borrow_mut().by_ref().any(|item| equal(&item, value))),
         _ if container.is_iterable() => Ok(container.items()?.iter().any(|item| equal(item, value))),
         _ => fail(format!("argument of type '{}' is not iterable", container.type_name())),
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::lexer::{Token, tokens};
 use super::tree::*;
-use super::{Failure, Outcome};
+use super::{Failure, RenderResult};
 
 /// Nested expressions and blocks, and operators in a row, that a template has at most: bounds the stack.
 const DEEPEST: usize = 50;
@@ -16,7 +16,7 @@ pub struct Parsed {
     pub marks: bool,
 }
 
-pub fn parse(source: &str) -> Outcome<Parsed> {
+pub fn parse(source: &str) -> RenderResult<Parsed> {
     let mut parser =
         Parser { tokens: tokens(source)?, at: 0, depth: 0, loops: 0, marks: false, names: HashSet::new() };
     let (body, _) = parser.body(&[])?;
@@ -43,7 +43,7 @@ impl Parser {
         self.tokens.get(self.at).or(self.tokens.last()).map_or(1, |(line, _)| *line)
     }
 
-    pub(super) fn fail<T>(&self, message: impl std::fmt::Display) -> Outcome<T> {
+    pub(super) fn fail<T>(&self, message: impl std::fmt::Display) -> RenderResult<T> {
         Err(Failure::at(self.line(), format!("syntax error: {message}")))
     }
 
@@ -84,14 +84,14 @@ impl Parser {
         is
     }
 
-    pub(super) fn expect_op(&mut self, op: &str) -> Outcome<()> {
+    pub(super) fn expect_op(&mut self, op: &str) -> RenderResult<()> {
         if self.skip_op(op) {
             return Ok(());
         }
         self.fail(format!("expected '{op}', found {}", self.found()))
     }
 
-    fn expect(&mut self, token: Token, what: &str) -> Outcome<()> {
+    fn expect(&mut self, token: Token, what: &str) -> RenderResult<()> {
         if self.peek() == Some(&token) {
             self.at += 1;
             return Ok(());
@@ -99,7 +99,7 @@ impl Parser {
         self.fail(format!("expected '{what}', found {}", self.found()))
     }
 
-    pub(super) fn name(&mut self) -> Outcome<Name> {
+    pub(super) fn name(&mut self) -> RenderResult<Name> {
         if let Some(Token::Name(name)) = self.peek() {
             let name = Name::from(name.as_str());
             self.at += 1;
@@ -108,7 +108,7 @@ impl Parser {
         self.fail(format!("expected a name, found {}", self.found()))
     }
 
-    pub(super) fn deeper<T>(&mut self, parse: impl FnOnce(&mut Self) -> Outcome<T>) -> Outcome<T> {
+    pub(super) fn deeper<T>(&mut self, parse: impl FnOnce(&mut Self) -> RenderResult<T>) -> RenderResult<T> {
         if self.depth >= DEEPEST {
             return self.fail(format!("more than {DEEPEST} blocks or brackets inside one another"));
         }
@@ -121,7 +121,7 @@ impl Parser {
     // ---- statements ----
 
     /// Statements up to one of the words, which is taken; and that word.
-    fn body(&mut self, ends: &[&str]) -> Outcome<(Body, String)> {
+    fn body(&mut self, ends: &[&str]) -> RenderResult<(Body, String)> {
         let mut body = Vec::new();
         loop {
             let line = self.line();
@@ -129,7 +129,7 @@ impl Parser {
                 None if ends.is_empty() => return Ok((body, String::new())),
                 None => return self.fail(format!("the template ends before '{}'", ends.join("' or '"))),
                 Some(Token::Data(text)) => {
-                    let text = Kind::Text(Arc::from(text.as_str()));
+                    let text = NodeKind::Text(Arc::from(text.as_str()));
                     self.at += 1;
                     text
                 }
@@ -137,7 +137,7 @@ impl Parser {
                     self.at += 1;
                     let value = self.tuple(true, &[])?;
                     self.expect(Token::VariableEnd, "}}")?;
-                    Kind::Print(vec![value])
+                    NodeKind::Print(vec![value])
                 }
                 _ => {
                     self.expect(Token::BlockBegin, "{%")?;
@@ -155,13 +155,13 @@ impl Parser {
     }
 
     /// [`Parser::body`] behind a tag, which ends here.
-    fn block(&mut self, ends: &[&str]) -> Outcome<(Body, String)> {
+    fn block(&mut self, ends: &[&str]) -> RenderResult<(Body, String)> {
         self.skip_op(":");
         self.expect(Token::BlockEnd, "%}")?;
         self.body(ends)
     }
 
-    fn statement(&mut self) -> Outcome<Kind> {
+    fn statement(&mut self) -> RenderResult<NodeKind> {
         let tag = self.name()?;
         match &*tag {
             "if" => self.if_(),
@@ -173,14 +173,14 @@ impl Parser {
             "filter" => {
                 let first = self.filter()?;
                 let filters = self.filters(vec![first])?;
-                Ok(Kind::FilterBlock(filters, self.block(&["endfilter"])?.0))
+                Ok(NodeKind::FilterBlock(filters, self.block(&["endfilter"])?.0))
             }
             "generation" => {
                 self.marks = true;
                 let loops = std::mem::take(&mut self.loops);
                 let body = self.block(&["endgeneration"])?.0;
                 self.loops = loops;
-                Ok(Kind::Generation(body))
+                Ok(NodeKind::Generation(body))
             }
             "print" => {
                 let mut values = Vec::new();
@@ -190,11 +190,11 @@ impl Parser {
                     }
                     values.push(self.expression()?);
                 }
-                Ok(Kind::Print(values))
+                Ok(NodeKind::Print(values))
             }
             "break" | "continue" if self.loops == 0 => self.fail(format!("'{tag}' outside of a loop")),
-            "break" => Ok(Kind::Break),
-            "continue" => Ok(Kind::Continue),
+            "break" => Ok(NodeKind::Break),
+            "continue" => Ok(NodeKind::Continue),
             "include" | "extends" | "import" | "from" | "block" | "autoescape" => {
                 self.fail(format!("the statement '{tag}' is not supported in a chat template"))
             }
@@ -202,7 +202,7 @@ impl Parser {
         }
     }
 
-    fn if_(&mut self) -> Outcome<Kind> {
+    fn if_(&mut self) -> RenderResult<NodeKind> {
         let (mut branches, mut otherwise) = (Vec::new(), Vec::new());
         loop {
             let condition = self.tuple(false, &[])?;
@@ -213,11 +213,11 @@ impl Parser {
                 "else" => otherwise = self.block(&["endif"])?.0,
                 _ => {}
             }
-            return Ok(Kind::If(branches, otherwise));
+            return Ok(NodeKind::If(branches, otherwise));
         }
     }
 
-    fn for_(&mut self) -> Outcome<Kind> {
+    fn for_(&mut self) -> RenderResult<NodeKind> {
         let target = self.target(&["in"], false)?;
         if !self.skip_word("in") {
             return self.fail(format!("expected 'in', found {}", self.found()));
@@ -231,19 +231,19 @@ impl Parser {
         let (body, end) = self.block(&["endfor", "else"])?;
         self.loops -= 1;
         let otherwise = if end == "else" { self.block(&["endfor"])?.0 } else { Vec::new() };
-        Ok(Kind::For(Box::new(For { target, over, condition, body, otherwise })))
+        Ok(NodeKind::For(Box::new(For { target, over, condition, body, otherwise })))
     }
 
-    fn set(&mut self) -> Outcome<Kind> {
+    fn set(&mut self) -> RenderResult<NodeKind> {
         let target = self.target(&[], true)?;
         if self.skip_op("=") {
-            return Ok(Kind::Set(target, self.tuple(true, &[])?));
+            return Ok(NodeKind::Set(target, self.tuple(true, &[])?));
         }
         let filters = self.filters(Vec::new())?;
-        Ok(Kind::SetBlock(target, filters, self.block(&["endset"])?.0))
+        Ok(NodeKind::SetBlock(target, filters, self.block(&["endset"])?.0))
     }
 
-    fn with(&mut self) -> Outcome<Kind> {
+    fn with(&mut self) -> RenderResult<NodeKind> {
         let mut values = Vec::new();
         while self.peek() != Some(&Token::BlockEnd) {
             if !values.is_empty() {
@@ -253,13 +253,13 @@ impl Parser {
             self.expect_op("=")?;
             values.push((target, self.expression()?));
         }
-        Ok(Kind::With(values, self.block(&["endwith"])?.0))
+        Ok(NodeKind::With(values, self.block(&["endwith"])?.0))
     }
 
-    fn macro_(&mut self) -> Outcome<Kind> {
+    fn macro_(&mut self) -> RenderResult<NodeKind> {
         let name = self.name()?;
         let (params, defaults) = self.signature()?;
-        Ok(Kind::Macro(Arc::new(self.macro_body(name, params, defaults, "endmacro")?)))
+        Ok(NodeKind::Macro(Arc::new(self.macro_body(name, params, defaults, "endmacro")?)))
     }
 
     fn macro_body(
@@ -268,7 +268,7 @@ impl Parser {
         params: Vec<Name>,
         defaults: Vec<Expr>,
         end: &str,
-    ) -> Outcome<Macro> {
+    ) -> RenderResult<Macro> {
         let loops = std::mem::take(&mut self.loops);
         let outside = std::mem::take(&mut self.names);
         let body = self.block(&[end])?.0;
@@ -280,7 +280,7 @@ impl Parser {
         Ok(Macro { name, params, defaults, body, varargs, kwargs, caller })
     }
 
-    fn signature(&mut self) -> Outcome<(Vec<Name>, Vec<Expr>)> {
+    fn signature(&mut self) -> RenderResult<(Vec<Name>, Vec<Expr>)> {
         let (mut params, mut defaults) = (Vec::new(), Vec::new());
         self.expect_op("(")?;
         while !self.is_op(")") {
@@ -298,19 +298,19 @@ impl Parser {
         Ok((params, defaults))
     }
 
-    fn call_block(&mut self) -> Outcome<Kind> {
+    fn call_block(&mut self) -> RenderResult<NodeKind> {
         let (params, defaults) = if self.is_op("(") { self.signature()? } else { Default::default() };
         let Expr::Call(call) = self.expression()? else { return self.fail("expected a call") };
         let body = Arc::new(self.macro_body(Name::from("caller"), params, defaults, "endcall")?);
-        Ok(Kind::Call(Box::new(CallBlock { call, body })))
+        Ok(NodeKind::Call(Box::new(CallBlock { call, body })))
     }
 
-    fn target(&mut self, ends: &[&str], namespace: bool) -> Outcome<Target> {
+    fn target(&mut self, ends: &[&str], namespace: bool) -> RenderResult<AssignTarget> {
         let mut targets = Vec::new();
         loop {
             let ended = ends.iter().any(|end| self.is_word(end)) || self.is_op(")");
             if ended && !targets.is_empty() {
-                return Ok(Target::Tuple(targets));
+                return Ok(AssignTarget::Tuple(targets));
             }
             let target = self.deeper(|p| p.one_target(namespace))?;
             if !self.skip_op(",") {
@@ -318,13 +318,13 @@ impl Parser {
                     return Ok(target);
                 }
                 targets.push(target);
-                return Ok(Target::Tuple(targets));
+                return Ok(AssignTarget::Tuple(targets));
             }
             targets.push(target);
         }
     }
 
-    fn one_target(&mut self, namespace: bool) -> Outcome<Target> {
+    fn one_target(&mut self, namespace: bool) -> RenderResult<AssignTarget> {
         if self.skip_op("(") {
             let target = self.target(&[], namespace)?;
             self.expect_op(")")?;
@@ -337,8 +337,8 @@ impl Parser {
         if self.is_op(".") && namespace {
             self.at += 1;
             self.names.insert(name.to_string());
-            return Ok(Target::Attribute(name, self.name()?));
+            return Ok(AssignTarget::Attribute(name, self.name()?));
         }
-        Ok(Target::Name(name))
+        Ok(AssignTarget::Name(name))
     }
 }

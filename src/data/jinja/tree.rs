@@ -9,20 +9,20 @@ pub type Body = Vec<Statement>;
 #[derive(Debug, Clone)]
 pub struct Statement {
     pub line: usize,
-    pub kind: Kind,
+    pub kind: NodeKind,
 }
 
 #[derive(Debug, Clone)]
-pub enum Kind {
+pub enum NodeKind {
     Text(Arc<str>),
     Print(Vec<Expr>),
     /// Conditions with their bodies, and the body of `else`.
     If(Vec<(Expr, Body)>, Body),
     For(Box<For>),
-    Set(Target, Expr),
+    Set(AssignTarget, Expr),
     /// `{% set x | filter %}...{% endset %}`
-    SetBlock(Target, Vec<Filter>, Body),
-    With(Vec<(Target, Expr)>, Body),
+    SetBlock(AssignTarget, Vec<Filter>, Body),
+    With(Vec<(AssignTarget, Expr)>, Body),
     Macro(Arc<Macro>),
     Call(Box<CallBlock>),
     FilterBlock(Vec<Filter>, Body),
@@ -33,7 +33,7 @@ pub enum Kind {
 
 #[derive(Debug, Clone)]
 pub struct For {
-    pub target: Target,
+    pub target: AssignTarget,
     pub over: Expr,
     pub condition: Option<Expr>,
     pub body: Body,
@@ -61,11 +61,11 @@ pub struct Macro {
 }
 
 #[derive(Debug, Clone)]
-pub enum Target {
+pub enum AssignTarget {
     Name(Name),
     /// `namespace.attribute`
     Attribute(Name, Name),
-    Tuple(Vec<Target>),
+    Tuple(Vec<AssignTarget>),
 }
 
 #[derive(Debug, Clone)]

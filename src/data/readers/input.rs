@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crate::error::{Error, Result};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Format {
+pub(super) enum RecordFormat {
     Text,
     Json,
     JsonLines,
@@ -22,7 +22,7 @@ pub(super) enum Compression {
     Zstd,
 }
 
-pub(super) fn format_of(path: &Path) -> Result<(Format, Compression)> {
+pub(super) fn format_of(path: &Path) -> Result<(RecordFormat, Compression)> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
     let (stem, compression) = match name.rsplit_once('.') {
         Some((stem, "gz")) => (stem, Compression::Gzip),
@@ -30,10 +30,10 @@ pub(super) fn format_of(path: &Path) -> Result<(Format, Compression)> {
         _ => (name.as_str(), Compression::None),
     };
     let format = match stem.rsplit_once('.').map(|(_, extension)| extension) {
-        Some("txt" | "text" | "md") => Format::Text,
-        Some("jsonl" | "ndjson") => Format::JsonLines,
-        Some("json") => Format::Json,
-        Some("parquet") if compression == Compression::None => Format::Parquet,
+        Some("txt" | "text" | "md") => RecordFormat::Text,
+        Some("jsonl" | "ndjson") => RecordFormat::JsonLines,
+        Some("json") => RecordFormat::Json,
+        Some("parquet") if compression == Compression::None => RecordFormat::Parquet,
         _ => {
             return Err(Error::data(format!(
                 "{}: unknown kind of file; known are .txt, .text, .md, .json, .jsonl, .ndjson (each also with .gz \
@@ -106,4 +106,4 @@ impl<R: BufRead> Read for Gzip<R> {
 /// U+FEFF in UTF-8.
 pub(super) const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-pub(super) type Input = BufReader<Box<dyn Read + Send>>;
+pub(super) type RecordInput = BufReader<Box<dyn Read + Send>>;

@@ -9,13 +9,13 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use serde::de::{Deserializer as _, SeqAccess, Visitor};
 use serde_json::Value;
 
-use super::input::{BYTE_ORDER_MARK, Input};
-use super::{Place, Record, RecordsOrErrors, Unit, kind_of};
+use super::input::{BYTE_ORDER_MARK, RecordInput};
+use super::{Record, RecordPlace, RecordUnit, RecordsOrErrors, kind_of};
 use crate::error::{Error, Result};
 
 pub(super) fn json_lines(
     path: Arc<Path>,
-    mut input: Input,
+    mut input: RecordInput,
 ) -> impl Iterator<Item = Result<Result<Record>>> + Send {
     let mut number = 0;
     let mut line = Vec::new();
@@ -23,7 +23,7 @@ pub(super) fn json_lines(
         loop {
             line.clear();
             number += 1;
-            let place = Place { path: path.clone(), unit: Unit::Line, number };
+            let place = RecordPlace { path: path.clone(), unit: RecordUnit::Line, number };
             match input.read_until(b'\n', &mut line) {
                 Err(e) => return Some(Err(Error::data(format!("cannot read {place}: {e}")))),
                 Ok(0) => return None,
@@ -46,7 +46,7 @@ pub(super) fn json_lines(
     })
 }
 
-fn object(value: Value, place: Place) -> Result<Record> {
+fn object(value: Value, place: RecordPlace) -> Result<Record> {
     match value {
         Value::Object(fields) => Ok(Record { fields, place }),
         other => {
@@ -70,7 +70,7 @@ fn json_message(e: &serde_json::Error) -> String {
 }
 
 /// A `.json` file: one array of records, or records one after the other (which many call JSON too).
-pub(super) fn json(path: Arc<Path>, mut input: Input) -> Result<RecordsOrErrors> {
+pub(super) fn json(path: Arc<Path>, mut input: RecordInput) -> Result<RecordsOrErrors> {
     let mut start = Vec::new();
     while start.last().is_none_or(u8::is_ascii_whitespace) {
         let mut byte = [0];
@@ -136,7 +136,7 @@ impl Elements<'_> {
     /// Fails where nobody reads on.
     fn push<E: serde::de::Error>(&mut self, value: Value) -> std::result::Result<(), E> {
         self.number += 1;
-        let place = Place { path: self.path.clone(), unit: Unit::Record, number: self.number };
+        let place = RecordPlace { path: self.path.clone(), unit: RecordUnit::Record, number: self.number };
         self.stopped = self.sender.send(Ok(object(value, place))).is_err();
         if self.stopped { Err(E::custom("stopped")) } else { Ok(()) }
     }

@@ -19,39 +19,39 @@ use crate::content;
 use crate::data::arrow;
 use crate::error::{Error, Result};
 use crate::files::{is_dir, read_error};
-use input::{BYTE_ORDER_MARK, Compression, Counted, Format, Gzip, Input, format_of};
+use input::{BYTE_ORDER_MARK, Compression, Counted, Gzip, RecordFormat, RecordInput, format_of};
 use json::{json, json_lines};
 use tables::{arrow_rows, parquet_rows};
 
 /// Where a record stands, for messages: `data.jsonl:12` or `data.parquet, row 12`, counted from 1.
 #[derive(Debug, Clone)]
-pub struct Place {
+pub struct RecordPlace {
     path: Arc<Path>,
-    unit: Unit,
+    unit: RecordUnit,
     number: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Unit {
+enum RecordUnit {
     File,
     Line,
     Record,
     Row,
 }
 
-impl Place {
+impl RecordPlace {
     /// The place without the file's path: `:12` or `, row 12`.
     pub fn in_file(&self) -> String {
         match self.unit {
-            Unit::File => String::new(),
-            Unit::Line => format!(":{}", self.number),
-            Unit::Record => format!(", record {}", self.number),
-            Unit::Row => format!(", row {}", self.number),
+            RecordUnit::File => String::new(),
+            RecordUnit::Line => format!(":{}", self.number),
+            RecordUnit::Record => format!(", record {}", self.number),
+            RecordUnit::Row => format!(", row {}", self.number),
         }
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for RecordPlace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}{}", self.path.display(), self.in_file())
     }
@@ -61,7 +61,7 @@ impl fmt::Display for Place {
 #[derive(Debug, Clone)]
 pub struct Record {
     pub fields: Map<String, Value>,
-    pub place: Place,
+    pub place: RecordPlace,
 }
 
 impl Record {
@@ -102,7 +102,7 @@ pub type RecordsOrErrors = Box<dyn Iterator<Item = Result<Result<Record>>> + Sen
 
 /// Whether a file is one text, which has no keys.
 pub fn is_text(path: &Path) -> bool {
-    matches!(format_of(path), Ok((Format::Text, _)))
+    matches!(format_of(path), Ok((RecordFormat::Text, _)))
 }
 
 /// Opens a file of any known kind, or a folder by `save_to_disk`. `columns`: those that are wanted of a table (all where `None`).
@@ -126,7 +126,7 @@ pub fn records_or_errors(
     let (format, compression) = format_of(path)?;
     let file = File::open(path).map_err(cannot)?;
     let path: Arc<Path> = path.into();
-    if format == Format::Parquet {
+    if format == RecordFormat::Parquet {
         return parquet_rows(path, file, columns, bytes);
     }
     let counted = BufReader::with_capacity(1 << 18, Counted { inner: file, bytes: bytes.clone() });
@@ -145,7 +145,7 @@ pub fn records_or_errors(
         Ok(start) => start,
         Err(e) => return Err(content::unusable(&path, cannot(e))),
     };
-    if let Some(what) = content::mistaken(start, format == Format::Text) {
+    if let Some(what) = content::mistaken(start, format == RecordFormat::Text) {
         let inside = if compression == Compression::None { "is" } else { "contains" };
         return Err(Error::data(format!("{} {inside} {what}", path.display())));
     }
@@ -153,8 +153,8 @@ pub fn records_or_errors(
         input.consume(BYTE_ORDER_MARK.len());
     }
     match format {
-        Format::Text => Ok(Box::new(std::iter::once_with(move || whole_text(path, input).map(Ok)))),
-        Format::JsonLines => Ok(fused(json_lines(path, input))),
+        RecordFormat::Text => Ok(Box::new(std::iter::once_with(move || whole_text(path, input).map(Ok)))),
+        RecordFormat::JsonLines => Ok(fused(json_lines(path, input))),
         _ => json(path, input),
     }
 }
@@ -167,7 +167,7 @@ fn fused<T: 'static>(
     Box::new(records.take_while(move |record| !std::mem::replace(&mut failed, record.is_err())))
 }
 
-fn whole_text(path: Arc<Path>, mut input: Input) -> Result<Record> {
+fn whole_text(path: Arc<Path>, mut input: RecordInput) -> Result<Record> {
     let mut bytes = Vec::new();
     input.read_to_end(&mut bytes).map_err(|e| Error::data(format!("cannot read {}: {e}", path.display())))?;
     let text = String::from_utf8(bytes).map_err(|e| {
@@ -179,7 +179,7 @@ fn whole_text(path: Arc<Path>, mut input: Input) -> Result<Record> {
         ))
     })?;
     let fields = Map::from_iter([("text".to_string(), Value::String(text))]);
-    Ok(Record { fields, place: Place { path, unit: Unit::File, number: 1 } })
+    Ok(Record { fields, place: RecordPlace { path, unit: RecordUnit::File, number: 1 } })
 }
 
 /// Bytes on disk of all these files: the end of a progress bar.

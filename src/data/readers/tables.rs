@@ -12,7 +12,7 @@ use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
 use super::input::Counted;
-use super::{Place, Record, RecordsOrErrors, Unit, fused, missing_key};
+use super::{Record, RecordPlace, RecordUnit, RecordsOrErrors, fused, missing_key};
 use crate::content;
 use crate::data::arrow;
 use crate::error::{Error, Result};
@@ -41,7 +41,7 @@ pub(super) fn arrow_rows(
         }));
     }
     Ok(fused(parts.into_iter().flatten().zip(1u64..).map(move |(row, number)| {
-        let place = Place { path: path.clone(), unit: Unit::Row, number };
+        let place = RecordPlace { path: path.clone(), unit: RecordUnit::Row, number };
         Ok(Ok(Record { fields: row?, place }))
     })))
 }
@@ -87,7 +87,7 @@ pub(super) fn parquet_rows(
     };
     let bytes = bytes.clone();
     Ok(fused(std::iter::from_fn(next_row).zip(1u64..).map(move |(row, number)| {
-        let place = Place { path: path.clone(), unit: Unit::Row, number };
+        let place = RecordPlace { path: path.clone(), unit: RecordUnit::Row, number };
         let read = |rows: u64| (size as u128 * rows as u128 / num_rows) as u64;
         bytes.fetch_add(read(number) - read(number - 1), Relaxed);
         let row = row.map_err(|e| Error::data(format!("cannot read {place}: {e}")))?;

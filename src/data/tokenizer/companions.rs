@@ -90,7 +90,7 @@ impl Companions<'_> {
     /// # Errors
     /// A token with two ids, or an id with two tokens.
     pub fn merge(&self, inner: &tokenizers::Tokenizer, definition: &mut Value) -> Result<bool> {
-        let mut merged = Merged::new(inner, definition);
+        let mut merged = MergedTokens::new(inner, definition);
         let folder = crate::files::parent(self.main);
         let older = Added::of_files(&json!({}), self.added, folder)?;
         self.agree(inner, &older, "added_tokens.json")?;
@@ -195,7 +195,7 @@ impl Companions<'_> {
 }
 
 /// The list of added tokens while other files are merged into it.
-struct Merged<'a> {
+struct MergedTokens<'a> {
     inner: &'a tokenizers::Tokenizer,
     list: Vec<Value>,
     next_id: u32,
@@ -204,11 +204,11 @@ struct Merged<'a> {
     differences: Vec<String>,
 }
 
-impl<'a> Merged<'a> {
-    fn new(inner: &'a tokenizers::Tokenizer, definition: &Value) -> Merged<'a> {
+impl<'a> MergedTokens<'a> {
+    fn new(inner: &'a tokenizers::Tokenizer, definition: &Value) -> MergedTokens<'a> {
         let list = definition["added_tokens"].as_array().cloned().unwrap_or_default();
         let next_id = super::vocab_size(inner) as u32;
-        Merged { inner, list, next_id, changed: false, differences: Vec::new() }
+        MergedTokens { inner, list, next_id, changed: false, differences: Vec::new() }
     }
 
     fn place(&self, text: &str) -> Option<usize> {

@@ -113,8 +113,8 @@ pub(super) fn read(main: &Path) -> Result<(Contents, Value)> {
             files.insert(0, ("tokenizer.json".into(), bytes));
             return Ok((files, model));
         }
-        Some("tiktoken") => Some(tiktoken::Family::Qwen),
-        _ if tiktoken::is_tiktoken(&bytes) => Some(tiktoken::Family::Llama3),
+        Some("tiktoken") => Some(tiktoken::TiktokenFamily::Qwen),
+        _ if tiktoken::is_tiktoken(&bytes) => Some(tiktoken::TiktokenFamily::Llama3),
         _ => None,
     };
 

@@ -193,7 +193,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// Ids beyond the embedding that are not of the configuration's added tokens.
-    pub fn rows(&self, rows: i64, section: Option<&sections::Tokenizer>) -> Result<i64> {
+    pub fn rows(&self, rows: i64, section: Option<&sections::TokenizerSection>) -> Result<i64> {
         let Some(section) = section else { return self.check_fits(rows).map(|()| rows) };
         let added = |id: i64| {
             let token = u32::try_from(id).ok().and_then(|id| self.id_to_token(id));

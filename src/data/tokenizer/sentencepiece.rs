@@ -18,15 +18,15 @@ pub(super) const USER_DEFINED: u64 = 4;
 pub(super) const UNUSED: u64 = 5;
 pub(super) const BYTE: u64 = 6;
 
-pub(super) struct Piece<'a> {
+pub(super) struct VocabularyPiece<'a> {
     pub text: &'a str,
     pub score: f32,
     pub kind: u64,
 }
 
 /// What of `ModelProto` decides the ids, with the defaults of sentencepiece_model.proto.
-pub(super) struct Model<'a> {
-    pieces: Vec<Piece<'a>>,
+pub(super) struct SentencePieceModel<'a> {
+    pieces: Vec<VocabularyPiece<'a>>,
     model_type: u64,
     byte_fallback: bool,
     whitespace_as_suffix: bool,
@@ -50,7 +50,7 @@ pub(super) fn convert(
 ) -> Result<Converted, String> {
     let proto = ModelProto::decode(bytes)
         .map_err(|e| format!("not a SentencePiece model (no protobuf, or cut off): {e}"))?;
-    let model = Model::of(&proto)?;
+    let model = SentencePieceModel::of(&proto)?;
     model.check()?;
     define(&model, config, added)
 }
@@ -58,7 +58,7 @@ pub(super) fn convert(
 /// [`convert`] of a model that is read. Unused pieces are left out.
 #[expect(clippy::too_many_lines, reason = "a tokenizer.json, written down")]
 pub(super) fn define(
-    model: &Model,
+    model: &SentencePieceModel,
     config: &Map<String, Value>,
     added: &[Added],
 ) -> Result<Converted, String> {
@@ -74,7 +74,7 @@ pub(super) fn define(
     if model.byte_fallback
         && let Some(byte) = (0..=255).map(byte_piece).find(|name| !vocab.contains_key(name))
     {
-        return Err(format!("byte fallback needs the piece {byte}, which is not there"));
+        return Err(format!("byte fallback needs the piece {byte}, which is missing"));
     }
 
     let flag = |name: &str, default| config.get(name).and_then(Value::as_bool).unwrap_or(default);
@@ -184,7 +184,7 @@ pub(super) fn define(
 }
 
 /// Every way to make a piece of two others: those of the highest score first, then the longer left part first.
-fn merges(pieces: &[Piece]) -> Vec<[String; 2]> {
+fn merges(pieces: &[VocabularyPiece]) -> Vec<[String; 2]> {
     let normal: HashMap<&str, f32> =
         pieces.iter().filter(|p| p.kind == NORMAL).map(|p| (p.text, p.score)).collect();
     let lengths: HashSet<usize> = normal.keys().map(|text| text.len()).collect();
@@ -214,9 +214,9 @@ fn escape(text: &str) -> String {
     text.chars().flat_map(|c| special(c).then_some('\\').into_iter().chain([c])).collect()
 }
 
-impl Default for Model<'_> {
+impl Default for SentencePieceModel<'_> {
     fn default() -> Self {
-        Model {
+        SentencePieceModel {
             pieces: Vec::new(),
             model_type: 1,
             byte_fallback: false,
@@ -233,26 +233,37 @@ impl Default for Model<'_> {
     }
 }
 
-impl<'a> Model<'a> {
+impl<'a> SentencePieceModel<'a> {
     /// A model that is not in SentencePiece's own format, with the names of BOS, EOS and PAD.
-    pub(super) fn of_pieces(pieces: Vec<Piece<'a>>, [bos_piece, eos_piece, pad_piece]: [&'a str; 3]) -> Self {
+    pub(super) fn of_pieces(
+        pieces: Vec<VocabularyPiece<'a>>,
+        [bos_piece, eos_piece, pad_piece]: [&'a str; 3],
+    ) -> Self {
         let byte_fallback = pieces.iter().any(|p| p.kind == BYTE);
-        Model { pieces, byte_fallback, bos_piece, eos_piece, pad_piece, ..Model::default() }
+        SentencePieceModel {
+            pieces,
+            byte_fallback,
+            bos_piece,
+            eos_piece,
+            pad_piece,
+            ..SentencePieceModel::default()
+        }
     }
 
     fn of(proto: &'a ModelProto) -> Result<Self, String> {
-        let defaults = Model::default();
+        let defaults = SentencePieceModel::default();
         let trainer = proto.trainer_spec.as_ref();
         let normalizer = proto.normalizer_spec.as_ref();
         let text = |of: fn(&TrainerSpec) -> &Option<String>, default| {
             trainer.and_then(|t| of(t).as_deref()).unwrap_or(default)
         };
         let rule = |of: fn(&NormalizerSpec) -> Option<bool>| normalizer.and_then(of).unwrap_or(true);
-        let pieces: Vec<Piece> = proto.pieces.iter().map(Piece::of).collect::<Result<_, _>>()?;
+        let pieces: Vec<VocabularyPiece> =
+            proto.pieces.iter().map(VocabularyPiece::of).collect::<Result<_, _>>()?;
         if pieces.is_empty() {
             return Err("there are no pieces in it".into());
         }
-        Ok(Model {
+        Ok(SentencePieceModel {
             pieces,
             model_type: trainer.and_then(|t| t.model_type).map_or(defaults.model_type, number),
             byte_fallback: trainer.is_some_and(|t| t.byte_fallback()),
@@ -301,10 +312,13 @@ impl<'a> Model<'a> {
     }
 }
 
-impl<'a> Piece<'a> {
+impl<'a> VocabularyPiece<'a> {
     fn of(proto: &'a PieceProto) -> Result<Self, String> {
-        let piece =
-            Piece { text: proto.piece(), score: proto.score(), kind: proto.kind.map_or(NORMAL, number) };
+        let piece = VocabularyPiece {
+            text: proto.piece(),
+            score: proto.score(),
+            kind: proto.kind.map_or(NORMAL, number),
+        };
         if piece.text.is_empty() {
             return Err("a piece is empty".into());
         }

@@ -12,17 +12,17 @@ use std::collections::{HashMap, HashSet};
 
 /// What does not stand in the file: it is in the code that came with the model.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Family {
+pub(super) enum TiktokenFamily {
     /// The tokenizer of Llama 3.1 (its names are those of Hugging Face's `tokenizer.json`).
     Llama3,
     /// Qwen, first generation.
     Qwen,
 }
 
-impl Family {
+impl TiktokenFamily {
     /// How text is cut before anything is joined: up to three digits together, or each by itself.
     fn pattern(self) -> String {
-        let digits = if self == Family::Llama3 { r"\p{N}{1,3}" } else { r"\p{N}" };
+        let digits = if self == TiktokenFamily::Llama3 { r"\p{N}{1,3}" } else { r"\p{N}" };
         format!(
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         )
@@ -31,7 +31,7 @@ impl Family {
     /// The special tokens, whose ids follow those of the file.
     fn special_tokens(self) -> Vec<String> {
         match self {
-            Family::Llama3 => {
+            TiktokenFamily::Llama3 => {
                 let named = [
                     "begin_of_text",
                     "end_of_text",
@@ -53,7 +53,7 @@ impl Family {
                     .map(|name| format!("<|{name}|>"))
                     .collect()
             }
-            Family::Qwen => {
+            TiktokenFamily::Qwen => {
                 let named = ["endoftext", "im_start", "im_end"].map(String::from);
                 let extra = (0..205).map(|i| format!("extra_{i}"));
                 named.into_iter().chain(extra).map(|name| format!("<|{name}|>")).collect()
@@ -63,12 +63,12 @@ impl Family {
 
     fn names(self) -> Map<String, Value> {
         let names = match self {
-            Family::Llama3 => json!({
+            TiktokenFamily::Llama3 => json!({
                 "bos_token": "<|begin_of_text|>",
                 "eos_token": "<|end_of_text|>",
                 "pad_token": "<|finetune_right_pad_id|>",
             }),
-            Family::Qwen => json!({"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}),
+            TiktokenFamily::Qwen => json!({"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}),
         };
         names.as_object().cloned().unwrap_or_default()
     }
@@ -90,7 +90,7 @@ fn parse_line(line: &[u8]) -> Option<(Vec<u8>, usize)> {
 /// chat model (`chat_format`), which ends its turns with `<|im_end|>`.
 pub(super) fn convert(
     bytes: &[u8],
-    family: Family,
+    family: TiktokenFamily,
     config: &Map<String, Value>,
     generation: &Value,
     added: &[Added],
@@ -132,19 +132,19 @@ pub(super) fn convert(
         Some((text, id_of(text)?))
     };
     let flag = |name: &str, default| config.get(name).and_then(Value::as_bool).unwrap_or(default);
-    let begin = token("bos_token").filter(|_| flag("add_bos_token", family == Family::Llama3));
+    let begin = token("bos_token").filter(|_| flag("add_bos_token", family == TiktokenFamily::Llama3));
     let end = token("eos_token").filter(|_| flag("add_eos_token", false));
     // Meta's models stop at the end of a text, of a message and of a turn.
     let ends: &[&str] = match family {
-        Family::Llama3 => &["<|eom_id|>", "<|eot_id|>"],
-        Family::Qwen if generation["chat_format"] == "chatml" => &["<|im_end|>"],
-        Family::Qwen => &[],
+        TiktokenFamily::Llama3 => &["<|eom_id|>", "<|eot_id|>"],
+        TiktokenFamily::Qwen if generation["chat_format"] == "chatml" => &["<|im_end|>"],
+        TiktokenFamily::Qwen => &[],
     };
     let eos_ids =
         token("eos_token").map(|(_, id)| id).into_iter().chain(ends.iter().filter_map(|t| id_of(t)));
     let eos_ids = eos_ids.collect();
     let vocab: Map<String, Value> = ranks.iter().enumerate().map(|(i, t)| (name(t), json!(i))).collect();
-    let normalizer = if family == Family::Qwen { json!({"type": "NFC"}) } else { Value::Null };
+    let normalizer = if family == TiktokenFamily::Qwen { json!({"type": "NFC"}) } else { Value::Null };
     let definition = ByteLevel {
         added: &added_tokens,
         normalizer,

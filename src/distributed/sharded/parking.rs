@@ -86,10 +86,10 @@ fn in_host_memory(t: &Tensor, device: Device) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::distributed::frozen::FrozenValue;
     use crate::distributed::frozen::Storage;
-    use crate::distributed::frozen::Value;
     use crate::distributed::mesh::Sharding;
-    use crate::distributed::plan::Plan;
+    use crate::distributed::plan::GroupPlan;
     use crate::distributed::plan::Role;
     use crate::distributed::sharded::Layout;
 
@@ -98,7 +98,7 @@ mod tests {
     fn what_is_parked_comes_back() {
         for compute in [Kind::Float, Kind::BFloat16] {
             let layout = Layout::new("block", vec![("a".into(), vec![4, 8]), ("b".into(), vec![3])]);
-            let mut plan = Plan::from(layout);
+            let mut plan = GroupPlan::from(layout);
             plan.roles[0] = Role::Frozen(Storage::Dense);
             let mut params = Sharded::new([plan], Sharding::solo(), compute, Device::Cpu);
             params
@@ -112,8 +112,8 @@ mod tests {
                 let tensors = params.full(0).unwrap();
                 let all: Vec<Tensor> = (0..2)
                     .map(|k| match params.value(0, &tensors, &params.pieces(0, k..k + 1)[0]).unwrap() {
-                        Value::Dense(t) => t.to_kind(Kind::Double).copy(),
-                        Value::Quantized(_) => panic!("dense"),
+                        FrozenValue::Dense(t) => t.to_kind(Kind::Double).copy(),
+                        FrozenValue::Quantized(_) => panic!("dense"),
                     })
                     .collect();
                 params.release(0);

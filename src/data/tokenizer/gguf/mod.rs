@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 
 pub use read::has_tokenizer;
 pub(super) use read::read;
-pub use write::{Loss, write};
+pub use write::{GgufLimit, write};
 
 /// Texts in which tokenizers differ: digits, spaces, line breaks, contractions, scripts, marks, emoji, code.
 const PROBES: [&str; 16] = [
@@ -32,7 +32,7 @@ const PROBES: [&str; 16] = [
 ];
 
 /// Refuses two tokenizers that give other ids for the same text; `loss`: of texts that it does not speak of.
-pub fn check_same(a: &Tokenizer, b: &Tokenizer, loss: Option<Loss>) -> Result<()> {
+pub fn check_same(a: &Tokenizer, b: &Tokenizer, loss: Option<GgufLimit>) -> Result<()> {
     let spoken_of = |text: &str| loss.is_some() && (text.starts_with(' ') || text.contains("<s>"));
     for text in PROBES.into_iter().filter(|text| !spoken_of(text)) {
         let (x, y) = (a.encode(text, true)?, b.encode(text, true)?);

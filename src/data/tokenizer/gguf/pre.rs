@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 /// One step of a pre-tokenizer. The byte-level step without a pattern, which comes last, goes without saying.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Step {
+pub(super) enum PreTokenizerStep {
     /// What matches stands by itself.
     Split(String),
     /// Every digit stands by itself.
@@ -16,13 +16,13 @@ pub(super) enum Step {
     Gpt2,
 }
 
-use Step::{Digits, Gpt2};
+use PreTokenizerStep::{Digits, Gpt2};
 
 /// A pre-tokenizer, and what comes with it unless the file says otherwise.
 pub(super) struct Pre {
     /// All that stand for the same; the first is written.
     pub names: &'static [&'static str],
-    pub steps: Vec<Step>,
+    pub steps: Vec<PreTokenizerStep>,
     /// A word that is a token is taken as it is.
     pub ignore_merges: bool,
     pub add_bos: bool,
@@ -45,8 +45,9 @@ const GPT_2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}
 
 /// All that are built.
 pub(super) fn all() -> Vec<Pre> {
-    let split =
-        |patterns: &[&str]| patterns.iter().map(|p| Step::Split((*p).to_string())).collect::<Vec<_>>();
+    let split = |patterns: &[&str]| {
+        patterns.iter().map(|p| PreTokenizerStep::Split((*p).to_string())).collect::<Vec<_>>()
+    };
     let plain = |names, steps| Pre { names, steps, ignore_merges: false, add_bos: false, nfc: false };
     let default = split(&[r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", "[0-9][0-9][0-9]"]);
     vec![
@@ -86,7 +87,7 @@ impl Pre {
             .steps
             .iter()
             .map(|step| match step {
-                Step::Split(p) => {
+                PreTokenizerStep::Split(p) => {
                     json!({"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": false})
                 }
                 Digits => json!({"type": "Digits", "individual_digits": true}),
@@ -104,7 +105,7 @@ impl Pre {
 }
 
 /// The steps of a byte-level pre-tokenizer of a `tokenizer.json`; none where it is of another kind.
-pub(super) fn steps(definition: &Value) -> Option<Vec<Step>> {
+pub(super) fn steps(definition: &Value) -> Option<Vec<PreTokenizerStep>> {
     let all = match definition["type"].as_str()? {
         "Sequence" => definition["pretokenizers"].as_array()?.clone(),
         _ => vec![definition.clone()],
@@ -112,7 +113,7 @@ pub(super) fn steps(definition: &Value) -> Option<Vec<Step>> {
     let (last, before) = all.split_last()?;
     let mut steps = before.iter().map(|step| match step["type"].as_str()? {
         "Split" if step["behavior"] == "Isolated" && step["invert"] == false => {
-            Some(Step::Split(step["pattern"]["Regex"].as_str()?.to_string()))
+            Some(PreTokenizerStep::Split(step["pattern"]["Regex"].as_str()?.to_string()))
         }
         "Digits" if step["individual_digits"] == true => Some(Digits),
         _ => None,

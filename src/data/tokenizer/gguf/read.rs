@@ -9,7 +9,7 @@ use crate::data::tokenizer::convert::{Added, ByteLevel, Converted, overlay};
 use crate::data::tokenizer::files::Contents;
 use crate::data::tokenizer::invalid;
 use crate::data::tokenizer::sentencepiece::{
-    self, BYTE, CONTROL, Model, NORMAL, Piece, UNKNOWN, UNUSED, USER_DEFINED,
+    self, BYTE, CONTROL, NORMAL, SentencePieceModel, UNKNOWN, UNUSED, USER_DEFINED, VocabularyPiece,
 };
 use crate::error::{Error, Result};
 use crate::gguf::{Gguf, Metadata};
@@ -220,7 +220,7 @@ impl<'a> Vocabulary<'a> {
             let (left, right) = parts.ok_or_else(|| format!("the merge `{merge}` is no pair of tokens"))?;
             for token in [left, right, &format!("{left}{right}")] {
                 if !vocab.contains_key(token) {
-                    return Err(format!("the merge `{merge}` needs the token `{token}`, which is not there"));
+                    return Err(format!("the merge `{merge}` needs the token `{token}`, which is missing"));
                 }
             }
             merges.push([left.to_string(), right.to_string()]);
@@ -262,9 +262,9 @@ impl<'a> Vocabulary<'a> {
         let pieces = self.tokens.iter().zip(&self.types).zip(scores);
         let name =
             |key: &str, default: &'static str| named.get(key).and_then(Value::as_str).unwrap_or(default);
-        let pieces = pieces.map(|((text, kind), score)| Piece { text, score: *score, kind: *kind });
+        let pieces = pieces.map(|((text, kind), score)| VocabularyPiece { text, score: *score, kind: *kind });
         let names = [name("bos_token", "<s>"), name("eos_token", "</s>"), name("pad_token", "<pad>")];
-        let model = Model::of_pieces(pieces.collect(), names);
+        let model = SentencePieceModel::of_pieces(pieces.collect(), names);
         let mut with_names = config.clone();
         with_names.extend(named.clone());
         sentencepiece::define(&model, &with_names, &[])

@@ -10,11 +10,11 @@ use crate::data::tokenizer::sentencepiece::{
     BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, byte_piece,
 };
 use crate::error::{Error, Result};
-use crate::gguf::{Array, Metadata, Value as Entry};
+use crate::gguf::{Metadata, MetadataArray, MetadataValue};
 
 /// What a GGUF file cannot say of a tokenizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Loss {
+pub enum GgufLimit {
     /// A space is put before a text only where it does not begin with one, nor follows a special token (`legacy: false`).
     /// llama.cpp always puts one.
     SpaceBefore,
@@ -24,7 +24,7 @@ pub enum Loss {
 ///
 /// # Errors
 /// Of kind Data: a tokenizer that GGUF cannot express.
-pub fn write(tokenizer: &Tokenizer, rows: i64, metadata: &mut Metadata) -> Result<Option<Loss>> {
+pub fn write(tokenizer: &Tokenizer, rows: i64, metadata: &mut Metadata) -> Result<Option<GgufLimit>> {
     let refused = |what: String| {
         Error::data(format!("{}: GGUF cannot express this tokenizer: {what}", tokenizer.place()))
     };
@@ -39,7 +39,7 @@ pub fn write(tokenizer: &Tokenizer, rows: i64, metadata: &mut Metadata) -> Resul
     }
     let merges = merges(model).map_err(refused)?;
     let mut tokens = Tokens::new(&definition, rows).map_err(refused)?;
-    let mut set = |key: &str, value: Entry| metadata.set(format!("tokenizer.ggml.{key}"), value);
+    let mut set = |key: &str, value: MetadataValue| metadata.set(format!("tokenizer.ggml.{key}"), value);
     let mut loss = None;
     match pre::steps(&definition["pre_tokenizer"]) {
         Some(steps) => {
@@ -56,18 +56,18 @@ pub fn write(tokenizer: &Tokenizer, rows: i64, metadata: &mut Metadata) -> Resul
             let found = found.ok_or_else(|| {
                 refused("its pre-tokenizer is none of those that llama.cpp has a name for".into())
             })?;
-            set("model", Entry::Text("gpt2".into()));
-            set("pre", Entry::Text(found.names[0].into()));
+            set("model", MetadataValue::Text("gpt2".into()));
+            set("pre", MetadataValue::Text(found.names[0].into()));
             let joined = merges.iter().map(|[left, right]| format!("{left} {right}")).collect();
-            set("merges", Entry::Array(Array::Texts(joined)));
+            set("merges", MetadataValue::Array(MetadataArray::Texts(joined)));
         }
         None => {
             let prefix = spaces_as_pieces(&definition).map_err(refused)?;
             let first = &definition["pre_tokenizer"]["prepend_scheme"];
-            loss = (prefix && first == "first").then_some(Loss::SpaceBefore);
-            set("model", Entry::Text("llama".into()));
-            set("add_space_prefix", Entry::Bool(prefix));
-            set("scores", Entry::Array(Array::Floats(tokens.scores(&merges))));
+            loss = (prefix && first == "first").then_some(GgufLimit::SpaceBefore);
+            set("model", MetadataValue::Text("llama".into()));
+            set("add_space_prefix", MetadataValue::Bool(prefix));
+            set("scores", MetadataValue::Array(MetadataArray::Floats(tokens.scores(&merges))));
             tokens.mark_bytes();
             if let Some(unknown) = model["unk_token"].as_str() {
                 tokens.mark(unknown, UNKNOWN);
@@ -85,17 +85,17 @@ pub fn write(tokenizer: &Tokenizer, rows: i64, metadata: &mut Metadata) -> Resul
     ];
     for (key, id) in ids {
         if let Some(id) = id {
-            set(key, Entry::Integer(id.into()));
+            set(key, MetadataValue::Integer(id.into()));
         }
     }
     let text = tokenizer.encode("", true)?;
-    set("add_bos_token", Entry::Bool(bos.is_some() && text.first().copied() == bos));
-    set("add_eos_token", Entry::Bool(text.len() > 1 && text.last() == eos.first()));
+    set("add_bos_token", MetadataValue::Bool(bos.is_some() && text.first().copied() == bos));
+    set("add_eos_token", MetadataValue::Bool(text.len() > 1 && text.last() == eos.first()));
     let types = tokens.types.iter().map(|t| *t as i64).collect();
-    set("token_type", Entry::Array(Array::Integers(types)));
-    set("tokens", Entry::Array(Array::Texts(tokens.texts)));
+    set("token_type", MetadataValue::Array(MetadataArray::Integers(types)));
+    set("tokens", MetadataValue::Array(MetadataArray::Texts(tokens.texts)));
     if let Some(template) = tokenizer.chat_template() {
-        metadata.set("tokenizer.chat_template", Entry::Text(template.source.clone()));
+        metadata.set("tokenizer.chat_template", MetadataValue::Text(template.source.clone()));
     }
     Ok(loss)
 }

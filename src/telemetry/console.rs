@@ -135,6 +135,11 @@ pub fn error_line(message: &str) -> String {
     line.map_or(String::new(), |line| line + "\n")
 }
 
+/// A line of another program, as it is.
+pub fn write_error(line: &str) {
+    write_line(&mut console(), line);
+}
+
 /// A line of progress.
 pub(super) fn write_stderr(line: &str) {
     write_line(&mut console(), line);

@@ -5,7 +5,9 @@ pub mod console;
 pub(crate) mod metrics;
 pub(crate) mod progress;
 mod screen;
+mod shown;
 pub mod tensorboard;
+mod watch;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -13,10 +15,11 @@ use std::path::{Path, PathBuf};
 pub(crate) use metrics::MetricsLine;
 
 use crate::error::{Context, Result};
-use crate::warn;
+use crate::{info, warn};
 use metrics::MetricsWriter;
 use progress::Progress;
 use tensorboard::EventWriter;
+use watch::Watch;
 
 const METRICS: &str = "metrics.jsonl";
 /// Where generated samples go.
@@ -64,16 +67,30 @@ struct Logs {
     dir: PathBuf,
     events: EventWriter,
     progress: Progress,
+    watch: Watch,
+    /// The last validation, until it is told.
+    validation: Option<MetricsLine>,
+}
+
+/// What a log knows of its run beforehand.
+#[derive(Debug, Clone, Copy)]
+pub struct LogPlan {
+    /// Steps of the whole run.
+    pub steps: u64,
+    /// Steps between lines of metrics.
+    pub every: u64,
+    /// The norm at which gradients are clipped; 0: they are not.
+    pub clip: f64,
 }
 
 impl RunLog {
-    /// Opens the log in `dir`, which is made if it is missing, for a run of `total_steps`. A run that goes on from a
+    /// Opens the log in `dir`, which is made if it is missing. A run that goes on from a
     /// checkpoint says what is cut off first. Without a cut, all that is there is removed. What is cut or removed stays under
     /// the other names that a file has.
     ///
     /// # Errors
     /// The folder or its files cannot be made or rewritten.
-    pub fn create(dir: &Path, rank: i64, cut: Option<LogCut>, total_steps: u64) -> Result<Self> {
+    pub fn create(dir: &Path, rank: i64, cut: Option<LogCut>, plan: LogPlan) -> Result<Self> {
         if rank != 0 {
             return Ok(RunLog(None));
         }
@@ -81,7 +98,7 @@ impl RunLog {
         let metrics = MetricsWriter::open(&dir.join(METRICS), cut)?;
         tensorboard::truncate_after(dir, cut)?;
         let events = EventWriter::create(dir)?;
-        let progress = Progress::start(cut.map_or(0, |cut| cut.after), total_steps);
+        let progress = Progress::start(cut.map_or(0, |cut| cut.after), plan.steps, plan.every);
         let further = |name: &str| -> Result<Option<MetricsWriter>> {
             let path = dir.join(name);
             if cut.is_none() {
@@ -93,7 +110,8 @@ impl RunLog {
             }
         };
         let (samples, trace, dir) = (further(SAMPLES)?, further(TRACE)?, dir.to_path_buf());
-        Ok(RunLog(Some(Logs { metrics, samples, trace, dir, events, progress })))
+        let watch = Watch::new(plan.clip);
+        Ok(RunLog(Some(Logs { metrics, samples, trace, dir, events, progress, watch, validation: None })))
     }
 
     /// The last step of the training that was there when the log was opened; none on a rank that does not write.
@@ -108,15 +126,32 @@ impl RunLog {
         [metrics.file(), events.file()].into_iter().flatten().chain(further).collect()
     }
 
-    /// Writes a line of metrics and, as `KIND/KEY`, its finite numbers; a record of kind `train` also moves the
-    /// progress.
+    /// Writes a line of metrics with its time and, as `KIND/KEY`, its finite numbers; a record of kind `train` also moves the
+    /// progress. Warns of what looks wrong.
     pub fn log(&mut self, record: &MetricsLine) {
-        let Some(Logs { metrics, events, progress, .. }) = &mut self.0 else { return };
-        metrics.append(record);
+        let Some(Logs { metrics, events, progress, watch, validation, .. }) = &mut self.0 else { return };
+        metrics.append(&record.clone().text("time", &now()));
         let tagged = record.numbers().map(|(key, x)| (format!("{}/{key}", record.kind()), x));
         events.add_scalars(tagged, record.step());
-        if record.kind() == "train" {
-            progress.update(record.step(), record.get("loss"), record.get("tokens_per_s"));
+        match record.kind() {
+            "train" => progress.update(record),
+            "valid" => *validation = Some(record.clone()),
+            _ => {}
+        }
+        watch.note(record).iter().for_each(|warning| warn!("{warning}"));
+    }
+
+    /// Tells the validation that was logged last; `best`: it is the best so far.
+    pub fn tell_validation(&mut self, best: bool) {
+        let Some(line) = self.0.as_mut().and_then(|logs| logs.validation.take()) else { return };
+        let mark = if best { " (best)" } else { "" };
+        info!("valid step {}: {}{mark}", line.step(), shown::metrics(&line));
+    }
+
+    /// A line that stays above the bar of a terminal, and is left out where lines are counted.
+    pub fn tell_on_terminal(&self, text: impl FnOnce() -> String) {
+        if self.0.as_ref().is_some_and(|logs| logs.progress.is_on_terminal()) {
+            info!("{}", text());
         }
     }
 
@@ -132,6 +167,11 @@ impl RunLog {
         let Some(logs) = &mut self.0 else { return };
         append(&mut logs.trace, &logs.dir, TRACE, record);
     }
+}
+
+/// The time of day, as RFC 3339 has it.
+fn now() -> String {
+    chrono::Local::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, false)
 }
 
 /// Adds a line to a file of the run, which is opened for the first one.
@@ -203,6 +243,8 @@ mod tests {
 
     use super::*;
 
+    const PLAN: LogPlan = LogPlan { steps: 4, every: 1, clip: 0.0 };
+
     fn train(step: u64) -> MetricsLine {
         MetricsLine::new("train", step)
             .float32("loss", 1.0 / step as f32)
@@ -228,17 +270,22 @@ mod tests {
     fn a_run_and_its_resumption() {
         let dir = TestFolder::new("telemetry");
         let run = dir.path("new/run");
-        let mut log = RunLog::create(&run, 0, None, 4).unwrap();
+        let mut log = RunLog::create(&run, 0, None, PLAN).unwrap();
         (1..=3).for_each(|step| log.log(&train(step)));
         log.log(&MetricsLine::new("valid", 3).float("loss", 0.5));
         drop(log);
 
-        let mut log = RunLog::create(&run, 0, Some(LogCut { after: 2, validation: false }), 4).unwrap();
+        let mut log = RunLog::create(&run, 0, Some(LogCut { after: 2, validation: false }), PLAN).unwrap();
         log.log(&train(3));
         drop(log);
         let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-        let expected: String = (1..=3).map(|step| train(step).to_json() + "\n").collect();
-        assert_eq!(text, expected);
+        let lines: Vec<serde_json::Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert_eq!(lines.len(), 3);
+        for (step, mut line) in (1..).zip(lines) {
+            let time = line.as_object_mut().unwrap().remove("time").unwrap();
+            chrono::DateTime::parse_from_rfc3339(time.as_str().unwrap()).unwrap();
+            assert_eq!(line, serde_json::from_str::<serde_json::Value>(&train(step).to_json()).unwrap());
+        }
         let expected: Vec<_> = (1..=3)
             .flat_map(|step: u64| {
                 let loss = (step as i64, "train/loss".to_string(), 1.0 / step as f32);
@@ -247,7 +294,7 @@ mod tests {
             .collect();
         assert_eq!(scalars(&run), expected);
 
-        RunLog::create(&run, 0, None, 4).unwrap();
+        RunLog::create(&run, 0, None, PLAN).unwrap();
         assert_eq!(std::fs::read(run.join("metrics.jsonl")).unwrap(), b"");
         assert_eq!(scalars(&run), []);
     }
@@ -256,7 +303,7 @@ mod tests {
     fn other_ranks_write_nothing() {
         let dir = TestFolder::new("telemetry");
         let run = dir.path("run");
-        RunLog::create(&run, 1, None, 4).unwrap().log(&train(1));
+        RunLog::create(&run, 1, None, PLAN).unwrap().log(&train(1));
         assert!(!run.exists());
     }
 
@@ -264,7 +311,7 @@ mod tests {
     fn a_folder_that_cannot_be_made_is_told() {
         let dir = TestFolder::new("telemetry");
         std::fs::write(dir.path("file"), b"").unwrap();
-        let e = RunLog::create(&dir.path("file/run"), 0, None, 4).unwrap_err();
+        let e = RunLog::create(&dir.path("file/run"), 0, None, PLAN).unwrap_err();
         assert!(e.message.starts_with("cannot make the folder "), "{}", e.message);
     }
 

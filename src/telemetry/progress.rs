@@ -8,11 +8,16 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::console::{self, ConsoleSettings, LogFormat};
+use super::metrics::MetricsLine;
+use super::shown;
 
 use crate::env;
 
-/// Plain lines, and what `launch` draws, come at most this often.
-const LINE_INTERVAL: Duration = Duration::from_secs(1);
+/// Plain lines of a run, at most.
+const LINES: u64 = 1000;
+/// Steps that have a line in any case, so that a look at the beginning tells whether it runs.
+const FIRST: [u64; 4] = [1, 2, 5, 10];
+/// Bars, and what `launch` draws, come at most this often.
 const DRAW_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The progress of a training run on stderr, from rank 0.
@@ -20,6 +25,8 @@ const DRAW_INTERVAL: Duration = Duration::from_millis(100);
 pub struct Progress {
     display: Display,
     total: u64,
+    /// Steps between plain lines.
+    line_every: u64,
     /// The first update and its time: the rate that tells the time left leaves out what came before it.
     first: Option<(u64, Instant)>,
     printed: Option<Instant>,
@@ -50,8 +57,8 @@ impl Display {
 }
 
 impl Progress {
-    /// A run that has done `step` of `total` steps.
-    pub fn start(step: u64, total: u64) -> Self {
+    /// A run that has done `step` of `total` steps, and logs every `log_every`.
+    pub fn start(step: u64, total: u64, log_every: u64) -> Self {
         let launch_terminal = env::variable("CORRAL_TTY").is_some_and(|v| v == "1");
         let terminal = console::has_room_for_bar(false);
         let display = Display::choose(&console::settings(), terminal, launch_terminal);
@@ -60,53 +67,67 @@ impl Progress {
                 "",
                 step,
                 total,
-                &describe(step, total, None, None, None),
+                &describe(step, total, "", None, None),
                 console::columns(),
             ));
         }
-        Progress { display, total, first: None, printed: None, pending: None }
+        let line_every = log_every.max(total.div_ceil(LINES));
+        Progress { display, total, line_every, first: None, printed: None, pending: None }
     }
 
-    /// After a step: the loss in nats, and the rate over all ranks; what is not known is left out.
-    pub fn update(&mut self, step: u64, loss: Option<f64>, tokens_per_s: Option<f64>) {
-        let now = Instant::now();
+    /// Whether lines between the steps stay above a bar.
+    pub fn is_on_terminal(&self) -> bool {
+        matches!(self.display, Display::Bar | Display::Returns)
+    }
+
+    /// After a step: its metrics, and the rate over all ranks; what is not known is left out.
+    pub fn update(&mut self, line: &MetricsLine) {
+        let (now, step) = (Instant::now(), line.step());
         let left_s = self.left_s(step, now);
+        // Of responses the rate of all tokens says little, and their line is long.
+        let tokens_per_s = line.get("tokens_per_s").filter(|_| !shown::is_of_responses(line));
         let text = match &self.display {
             Display::Nothing => return,
             Display::Json => {
                 let rank = console::settings().rank;
-                json!({"level": "progress", "step": step, "total_steps": self.total, "loss": loss,
-                       "tokens_per_s": tokens_per_s, "left_s": left_s, "rank": rank})
-                .to_string()
+                let mut object = json!({"level": "progress", "step": step, "total_steps": self.total,
+                                        "loss": line.get("loss"), "tokens_per_s": tokens_per_s, "left_s": left_s,
+                                        "rank": rank});
+                line.numbers().for_each(|(key, x)| object[key] = x.into());
+                object.to_string()
             }
-            _ => describe(step, self.total, loss, tokens_per_s, left_s),
+            _ => describe(step, self.total, &shown::metrics(line), tokens_per_s, left_s),
         };
         match &self.display {
             Display::Bar => {
-                if self.is_due(DRAW_INTERVAL, step, now) {
+                if self.is_drawn(step, now) {
                     console::draw_bar(&with_bar("", step, self.total, &text, console::columns()));
                     self.printed = Some(now);
                 }
                 self.pending = Some(text);
             }
             Display::Returns => {
-                if self.is_due(DRAW_INTERVAL, step, now) {
+                if self.is_drawn(step, now) {
                     console::write_return(&text);
                     self.printed = Some(now);
                 }
                 self.pending = Some(text);
             }
-            _ if self.is_due(LINE_INTERVAL, step, now) => {
+            Display::Json => console::write_stderr(&text),
+            _ if self.has_line(step) => {
                 console::write_stderr(&text);
-                self.printed = Some(now);
                 self.pending = None;
             }
             _ => self.pending = Some(text),
         }
     }
 
-    fn is_due(&self, interval: Duration, step: u64, now: Instant) -> bool {
-        step >= self.total || self.printed.is_none_or(|printed| now - printed >= interval)
+    fn is_drawn(&self, step: u64, now: Instant) -> bool {
+        step >= self.total || self.printed.is_none_or(|printed| now - printed >= DRAW_INTERVAL)
+    }
+
+    fn has_line(&self, step: u64) -> bool {
+        step >= self.total || FIRST.contains(&step) || step.is_multiple_of(self.line_every)
     }
 
     fn left_s(&mut self, step: u64, now: Instant) -> Option<f64> {
@@ -129,16 +150,10 @@ impl Drop for Progress {
     }
 }
 
-fn describe(
-    step: u64,
-    total: u64,
-    loss: Option<f64>,
-    tokens_per_s: Option<f64>,
-    left_s: Option<f64>,
-) -> String {
+fn describe(step: u64, total: u64, metrics: &str, tokens_per_s: Option<f64>, left_s: Option<f64>) -> String {
     let mut text = format!("step {step:>width$}/{total}", width = total.to_string().len());
-    if let Some(loss) = loss {
-        text += &format!("  loss {loss:.4}");
+    if !metrics.is_empty() {
+        text += &format!("  {metrics}");
     }
     if let Some(rate) = tokens_per_s {
         text += &format!("  {rate:.0} tokens/s");
@@ -149,7 +164,8 @@ fn describe(
     text
 }
 
-fn duration(seconds: f64) -> String {
+/// Seconds as a person says them.
+pub fn duration(seconds: f64) -> String {
     let s = seconds.round() as u64;
     match s {
         0..60 => format!("{s} s"),
@@ -323,9 +339,9 @@ mod tests {
 
     #[test]
     fn what_it_says() {
-        let text = describe(7, 400, Some(2.34567), Some(12345.6), Some(185.2));
+        let text = describe(7, 400, "loss 2.3457", Some(12345.6), Some(185.2));
         assert_eq!(text, "step   7/400  loss 2.3457  12346 tokens/s  3 min 05 s left");
-        assert_eq!(describe(1, 9, None, None, None), "step 1/9");
+        assert_eq!(describe(1, 9, "", None, None), "step 1/9");
         assert_eq!(
             (duration(59.4), duration(59.6), duration(7322.0)),
             ("59 s".into(), "1 min 00 s".into(), "2 h 02 min".into())
@@ -369,15 +385,32 @@ mod tests {
     fn time_left_and_lines_that_are_due() {
         let start = Instant::now();
         let at = |s| start + Duration::from_millis(s);
-        let mut progress =
-            Progress { display: Display::Lines, total: 10, first: None, printed: None, pending: None };
+        let mut progress = Progress {
+            display: Display::Lines,
+            total: 10,
+            line_every: 4,
+            first: None,
+            printed: None,
+            pending: None,
+        };
         // The first step is no measure: it holds the warm-up.
         assert_eq!(progress.left_s(3, at(0)), None);
         assert_eq!(progress.left_s(5, at(4000)), Some(10.0));
-        assert!(progress.is_due(LINE_INTERVAL, 3, at(0)));
+        assert!(progress.is_drawn(3, at(0)));
         progress.printed = Some(at(0));
-        assert!(!progress.is_due(LINE_INTERVAL, 4, at(999)));
-        assert!(progress.is_due(LINE_INTERVAL, 4, at(1000)));
-        assert!(progress.is_due(LINE_INTERVAL, 10, at(1)));
+        assert!(!progress.is_drawn(4, at(99)));
+        assert!(progress.is_drawn(4, at(100)));
+        assert!(progress.is_drawn(10, at(1)));
+        let lines: Vec<u64> = (1..=10).filter(|step| progress.has_line(*step)).collect();
+        assert_eq!(lines, [1, 2, 4, 5, 8, 10]);
+    }
+
+    #[test]
+    fn a_long_run_has_few_lines() {
+        for (total, log_every) in [(100_000, 1), (1_000_000, 10), (999, 1), (5, 1)] {
+            let progress = Progress::start(0, total, log_every);
+            let lines = (1..=total).filter(|step| progress.has_line(*step)).count();
+            assert!(lines < 1100 && lines as u64 >= total.min(900), "{total}: {lines}");
+        }
     }
 }

@@ -18,10 +18,16 @@ section! {
         most: Option<i64> = None, COUNT => Mathematics;
         /// length: the tokens over which it falls from 0 to -1. Default: a quarter of `most`.
         buffer: Option<i64> = None, COUNT => Mathematics;
-        /// command: what the shell runs, once a rank.
+        /// command: the program that the shell runs.
         run: Option<String> = None => Mathematics;
-        /// command: the longest that one answer may take it. Default: 60.
+        /// http: the server's address, `http://HOST:PORT/PATH`.
+        url: Option<String> = None => Mathematics;
+        /// command, http: the longest that one answer may take, in seconds. Default: 60.
         timeout_s: Option<f64> = None, POSITIVE => Execution;
+        /// command, http: processes, or requests at once, of a rank. Default: 1.
+        workers: Option<i64> = None, COUNT => Execution;
+        /// command, http: all responses of a worker are asked in one array, and answered with one.
+        batch: Option<bool> = None => Execution;
     }
 }
 
@@ -38,6 +44,8 @@ choice! {
         Length = "length",
         /// The number that a program answers.
         Command = "command",
+        /// The number that a server answers.
+        Http = "http",
         /// The reward model's score.
         Model = "model",
     }
@@ -64,7 +72,10 @@ impl RewardTerm {
             most: None,
             buffer: None,
             run: None,
+            url: None,
             timeout_s: None,
+            workers: None,
+            batch: None,
         }
     }
 
@@ -78,15 +89,32 @@ impl RewardTerm {
             ("most", Length, self.most.is_some()),
             ("buffer", Length, self.buffer.is_some()),
             ("run", Command, self.run.is_some()),
-            ("timeout_s", Command, self.timeout_s.is_some()),
+            ("url", Http, self.url.is_some()),
         ];
         for (key, of, _) in keys.iter().filter(|(_, of, given)| *given && *of != self.kind) {
             found.add(*key, format!("is of the kind {}, and this one is {kind}", of.name()));
+        }
+        let of_programs = [
+            ("timeout_s", self.timeout_s.is_some()),
+            ("workers", self.workers.is_some()),
+            ("batch", self.batch.is_some()),
+        ];
+        for (key, _) in
+            of_programs.iter().filter(|(_, given)| *given && ![Command, Http].contains(&self.kind))
+        {
+            found.add(*key, format!("is of the kinds command and http, and this one is {kind}"));
+        }
+        if self.url.as_ref().is_some_and(|url| !url.starts_with("http://")) {
+            found.add(
+                "url",
+                "must begin with http:// (https is not built: put a proxy on this host in between)",
+            );
         }
         let missing = match self.kind {
             Format => self.pattern.is_none().then_some(("pattern", "what must occur in the response")),
             Length => self.most.is_none().then_some(("most", "the tokens that a response may have")),
             Command => self.run.is_none().then_some(("run", "the command")),
+            Http => self.url.is_none().then_some(("url", "the server's address")),
             Gsm8k | Math | Model => None,
         };
         if let Some((key, what)) = missing {

@@ -2,8 +2,10 @@
 
 mod command;
 pub mod gsm8k;
+mod http;
 mod keeper;
 pub mod math;
+mod protocol;
 
 use std::collections::BTreeMap;
 
@@ -16,6 +18,7 @@ use crate::config::rewards::{RewardKind, RewardTerm};
 use crate::error::{Error, Result};
 use command::CommandReward;
 use gsm8k::AnswerForm;
+use http::HttpReward;
 
 /// A response that is to be judged.
 #[derive(Debug, Clone, Copy)]
@@ -68,6 +71,7 @@ enum Rule {
     Format(Regex),
     Length { most: f64, buffer: f64 },
     Command(Box<CommandReward>),
+    Http(HttpReward),
     Model,
 }
 
@@ -104,7 +108,14 @@ impl Judge {
                     Rule::Length { most: most as f64, buffer: buffer as f64 }
                 }
                 RewardKind::Command => {
-                    Rule::Command(Box::new(CommandReward::start(&text(&reward.run), reward.timeout_s)?))
+                    let (run, batch) = (text(&reward.run), reward.batch.unwrap_or(false));
+                    let workers = reward.workers.unwrap_or(1) as usize;
+                    Rule::Command(Box::new(CommandReward::start(&run, reward.timeout_s, workers, batch)?))
+                }
+                RewardKind::Http => {
+                    let (url, batch) = (text(&reward.url), reward.batch.unwrap_or(false));
+                    let workers = reward.workers.unwrap_or(1) as usize;
+                    Rule::Http(HttpReward::new(&url, reward.timeout_s, workers, batch)?)
                 }
                 RewardKind::Model => Rule::Model,
             };
@@ -118,23 +129,37 @@ impl Judge {
 
     /// Whether a command is given the records whole.
     pub fn reads_records(&self) -> bool {
-        self.rules.iter().any(|(_, _, rule)| matches!(rule, Rule::Command(_)))
+        self.rules.iter().any(|(_, _, rule)| matches!(rule, Rule::Command(_) | Rule::Http(_)))
     }
 
+    /// Judges some responses.
+    ///
     /// # Errors
-    /// A command that fails: what it did not say is never taken for a reward.
-    pub fn judge(&mut self, answer: &Answer) -> Result<Judgement> {
-        let (mut sum, mut parts) = (Some(0.0), BTreeMap::new());
+    /// A command or server that fails: what it did not say is never taken for a reward.
+    pub fn judge(&mut self, answers: &[Answer]) -> Result<Vec<Judgement>> {
+        let new = || Judgement { reward: Some(0.0), parts: BTreeMap::new() };
+        let mut judgements: Vec<Judgement> = answers.iter().map(|_| new()).collect();
         for (name, weight, rule) in &mut self.rules {
-            let part = rule.judge(answer)?;
-            sum = sum.zip(part.reward).map(|(sum, reward)| sum + *weight * reward);
-            parts.insert(name.clone(), part);
+            for (judgement, part) in judgements.iter_mut().zip(rule.judge_all(answers)?) {
+                let sum = judgement.reward.zip(part.reward);
+                judgement.reward = sum.map(|(sum, reward)| sum + *weight * reward);
+                judgement.parts.insert(name.clone(), part);
+            }
         }
-        Ok(Judgement { reward: sum, parts })
+        Ok(judgements)
     }
 }
 
 impl Rule {
+    fn judge_all(&mut self, answers: &[Answer]) -> Result<Vec<RewardPart>> {
+        let asked = match self {
+            Rule::Command(command) => command.judge(answers)?,
+            Rule::Http(server) => server.judge(answers)?,
+            rule => return answers.iter().map(|answer| rule.judge(answer)).collect(),
+        };
+        Ok(asked.into_iter().map(RewardPart::of).collect())
+    }
+
     fn judge(&mut self, answer: &Answer) -> Result<RewardPart> {
         Ok(match self {
             Rule::Gsm8k(form) => {
@@ -160,7 +185,8 @@ impl Rule {
                 let excess = answer.num_tokens as f64 - (*most - *buffer);
                 RewardPart::of(Some(-(excess / *buffer).clamp(0.0, 1.0)))
             }
-            Rule::Command(command) => RewardPart::of(command.judge(answer)?),
+            // Asked for all responses at once, by `judge_all`.
+            Rule::Command(_) | Rule::Http(_) => RewardPart::of(None),
             Rule::Model => {
                 let score = answer.score.ok_or_else(|| Error::failed("the reward model gave no score"))?;
                 RewardPart::of(Some(score))
@@ -181,7 +207,8 @@ mod tests {
         let record = Map::new();
         let num_tokens = response.split_whitespace().count();
         let answer = Answer { prompt: "2 + 2?", response, reference, num_tokens, record: &record, score };
-        Judge::new(&rewards(yaml))?.judge(&answer)
+        let mut judged = Judge::new(&rewards(yaml))?.judge(&[answer])?;
+        Ok(judged.remove(0))
     }
 
     #[test]
@@ -231,6 +258,8 @@ mod tests {
             ("[{kind: math}, {kind: math, form: strict}]", "'rewards.1.form': is of the kind gsm8k"),
             ("[{kind: length, most: 3, buffer: 4}]", "more than the 3"),
             ("[{kind: command}]", "needs run"),
+            ("[{kind: http, url: 'https://x'}]", "must begin with http://"),
+            ("[{kind: math, workers: 2}]", "'rewards.0.workers': is of the kinds command and http"),
         ];
         for (yaml, why) in cases {
             let e = Judge::new(&rewards(yaml)).map(drop).unwrap_err();
@@ -248,9 +277,64 @@ mod tests {
         let mut ask = |response| {
             let (prompt, reference) = ("", None);
             let answer = Answer { prompt, response, reference, num_tokens: 1, record: &record, score: None };
-            judge.judge(&answer).unwrap().reward
+            judge.judge(&[answer]).unwrap()[0].reward
         };
         assert_eq!([ask("a\nb"), ask("skip"), ask("c")], [Some(1.0), None, Some(3.0)]);
+    }
+
+    fn rewards_of(yaml: &str, responses: &[&str]) -> Result<Vec<Option<f64>>> {
+        let record = Map::new();
+        let answer = |response: &&'static str| Answer {
+            prompt: "",
+            response,
+            reference: Some("a b"),
+            num_tokens: 1,
+            record: &record,
+            score: None,
+        };
+        let responses: Vec<&'static str> = responses.iter().map(|r| &*r.to_string().leak()).collect();
+        let answers: Vec<Answer> = responses.iter().map(answer).collect();
+        Ok(Judge::new(&rewards(yaml))?.judge(&answers)?.into_iter().map(|j| j.reward).collect())
+    }
+
+    #[test]
+    fn processes_take_turns_and_order_stays() {
+        // Each process counts its own questions.
+        let script = r#"echo starting up; n=0; while read -r line; do n=$((n+1)); echo $n; done"#;
+        let yaml = format!("[{{kind: command, run: '{script}', workers: 2}}]");
+        let got = rewards_of(&yaml, &["a", "b", "c", "d", "e"]).unwrap();
+        assert_eq!(got, [1.0, 1.0, 2.0, 2.0, 3.0].map(Some));
+        let e = rewards_of("[{kind: command, run: 'read line; exit 5', workers: 3}]", &["a"]).unwrap_err();
+        assert!(e.message.contains("(process 1 of 3) ended without an answer"), "{e}");
+    }
+
+    #[test]
+    fn a_batch_is_one_question() {
+        let script = r#"while read -r line; do echo "[1, null, {\"reward\": 3}]"; done"#;
+        let yaml = format!("[{{kind: command, run: '{script}', batch: true}}]");
+        assert_eq!(rewards_of(&yaml, &["a", "b", "c"]).unwrap(), [Some(1.0), None, Some(3.0)]);
+        let e = rewards_of(&yaml, &["a", "b"]).unwrap_err();
+        assert!(e.message.contains("3 rewards for 2 responses"), "{e}");
+    }
+
+    #[test]
+    fn the_examples_work() {
+        let root = env!("CARGO_MANIFEST_DIR");
+        let regex = format!("[{{kind: command, run: 'python3 {root}/configs/rewards/regex.py'}}]");
+        assert_eq!(rewards_of(&regex, &["no", "1"]).unwrap(), [Some(0.0), Some(1.0)]);
+        let run = format!("python3 {root}/configs/rewards/server.py --port 0");
+        let mut server = keeper::KeptProcess::start(&run).unwrap();
+        let mut line = String::new();
+        let stdout = server.child.stdout.take().unwrap();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line).unwrap();
+        let url = line.trim().trim_start_matches("judging at ");
+        for batch in [true, false] {
+            let yaml = format!("[{{kind: http, url: '{url}', workers: 2, batch: {batch}}}]");
+            assert_eq!(rewards_of(&yaml, &["A", "b a", "c"]).unwrap(), [Some(0.5), Some(1.0), Some(0.0)]);
+        }
+        drop(server);
+        let e = rewards_of(&format!("[{{kind: http, url: '{url}'}}]"), &["a"]).unwrap_err();
+        assert!(e.message.starts_with("the reward's server http://127.0.0.1:"), "{e}");
     }
 
     /// Whatever is blocked and ignored in the thread that starts it, which computes. (Above 31: those of the C library.)
@@ -264,7 +348,7 @@ mod tests {
             let record = Map::new();
             let (prompt, response, reference) = ("", "", None);
             let answer = Answer { prompt, response, reference, num_tokens: 1, record: &record, score: None };
-            Judge::new(&rewards(&yaml)).unwrap().judge(&answer).unwrap().reward
+            Judge::new(&rewards(&yaml)).unwrap().judge(&[answer]).unwrap()[0].reward
         });
         assert_eq!(asked.join().unwrap(), Some(0.0));
     }
@@ -279,7 +363,7 @@ mod tests {
         let record = Map::new();
         let answer =
             Answer { prompt: "", response: "", reference: None, num_tokens: 1, record: &record, score: None };
-        assert_eq!(judge.judge(&answer).unwrap().reward, Some(1.0));
+        assert_eq!(judge.judge(&[answer]).unwrap()[0].reward, Some(1.0));
         let begun = std::time::Instant::now();
         while sleepers() < before + 3 {
             assert!(begun.elapsed().as_secs() < 20, "{} of 3 have begun", sleepers() - before);
@@ -302,8 +386,9 @@ mod tests {
     fn a_command_that_fails_is_no_reward() {
         let cases = [
             ("read line; exit 3", "exit status: 3"),
-            ("read line; echo good", "is no JSON"),
-            ("read line; echo 1e999", "is no JSON"),
+            ("read line; echo good", "ended without an answer"),
+            ("read line; echo 1e999", "ended without an answer"),
+            ("read line; echo why >&2; exit 4", "its last lines on stderr:\n  why"),
             ("read line; echo true", "no number"),
             ("read line; sleep 20", "0.2 s"),
             ("echo 1; echo 2; read line; sleep 20", "before it was asked"),
@@ -325,7 +410,7 @@ mod tests {
             if script.starts_with("echo") {
                 std::thread::sleep(std::time::Duration::from_millis(300));
             }
-            let e = judge.judge(&answer).unwrap_err();
+            let e = judge.judge(&[answer]).unwrap_err();
             assert!(e.message.contains(why) && e.message.contains(script) && e.exit_code() == 1, "{e}");
         }
     }

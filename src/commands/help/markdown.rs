@@ -2,6 +2,8 @@
 
 use super::catalog::{Catalog, Shared, default_of, is_list, values_of};
 use super::effect;
+use crate::config::changes::show;
+use crate::config::defaults::STAGES;
 use crate::config::keys::{Class, Key, Section};
 
 const INTRODUCTION: &str = "\
@@ -40,6 +42,7 @@ pub fn document(catalog: &Catalog) -> String {
     for class in classes {
         text += &format!("- {}\n", effect(class));
     }
+    text += &defaults_by_stage();
     text += "\n## Recipes\n";
     for (name, keys) in &catalog.recipes {
         text += &format!("\n### {name}\n\n{}\n\n{}", keys.about, table(catalog, keys));
@@ -48,6 +51,26 @@ pub fn document(catalog: &Catalog) -> String {
     for shared in &catalog.sections {
         text += &format!("\n### {}\n\n{}\n\n{}\n\n", shared.title, shared.section.about, places(shared));
         text += &table(catalog, &shared.section);
+    }
+    text
+}
+
+/// The table of defaults that depend on the stage.
+fn defaults_by_stage() -> String {
+    let mut text = String::from(
+        "\n## Defaults by stage\n\nThese take the place of the defaults below where a configuration leaves them out; the run's first \
+         lines name them.\n\n| stage | `optim.lr` | with `lora` | `optim.weight_decay` | source |\n| --- | --- | --- | --- | --- |\n",
+    );
+    let number = |x: f64| show(&Some(x.into()));
+    for row in STAGES {
+        text += &format!(
+            "| {} | {} | {} | {} | {} |\n",
+            row.stage,
+            number(row.lr),
+            number(row.lr_of_adapters),
+            number(row.weight_decay),
+            row.source
+        );
     }
     text
 }

@@ -1,35 +1,70 @@
 //! `corral help`: subcommands, and the keys of configurations, for people and for editors.
 
 mod catalog;
+mod foreign;
 mod markdown;
 mod schema;
 
+use std::path::PathBuf;
+
+use crate::config::foreign::{KEYS, key_named};
 use crate::config::keys::{Class, Key, KeyKind};
 use crate::config::nearest;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
+use crate::files;
+use crate::telemetry::console;
 use catalog::{Catalog, KeyPlace, default_of, values_of};
 
 /// `corral help`
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A subcommand (`sft`, `bench step`), or a key of a configuration, whole or its end (`optim.lr`, `lr`)
+    /// A subcommand (`sft`, `bench step`), or a key of a configuration: whole, its end, or another trainer's name for it
+    /// (`optim.lr`, `lr`, `learning_rate`)
     #[arg(value_name = "SUBCOMMAND|KEY")]
     pub of: Vec<String>,
     /// A key, where a subcommand has the same name
     #[arg(long, conflicts_with_all = ["markdown", "schema"])]
     pub key: bool,
     /// All keys, in Markdown: docs/config.md
-    #[arg(long, conflicts_with_all = ["of", "schema"])]
+    #[arg(long, conflicts_with_all = ["of", "schema", "foreign"])]
     pub markdown: bool,
+    /// The names that other trainers have for keys, in Markdown: docs/names.md
+    #[arg(long, conflicts_with_all = ["of", "schema"])]
+    pub foreign: bool,
+    /// A man page of every command, into a folder
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["of", "schema", "markdown", "foreign"])]
+    pub man: Option<PathBuf>,
     /// A JSON Schema of configurations, for editors: docs/corral.schema.json
     #[arg(long, conflicts_with = "of")]
     pub schema: bool,
 }
 
+/// `corral completions`
+#[derive(Debug, clap::Args)]
+pub struct CompletionArgs {
+    /// The shell
+    #[arg(value_enum)]
+    shell: clap_complete::Shell,
+}
+
+/// Prints the completions of the command line for a shell.
+pub fn completions(args: &CompletionArgs, mut program: clap::Command) -> Result<()> {
+    let mut text = Vec::new();
+    clap_complete::generate(args.shell, &mut program, "corral", &mut text);
+    console::write_out(&text).context("cannot write to stdout")
+}
+
 /// Prints the help of a subcommand (`program` is the whole command line), of a key, or a document of all keys.
 pub fn run(args: &Args, mut program: clap::Command) -> Result<()> {
+    if let Some(dir) = &args.man {
+        files::create_dir(dir)?;
+        return clap_mangen::generate_to(program, dir)
+            .with_context(|| format!("cannot write man pages into {}", dir.display()));
+    }
     let text = if args.markdown {
         markdown::document(&Catalog::new())
+    } else if args.foreign {
+        foreign::document()
     } else if args.schema {
         schema::document(&Catalog::new())?
     } else {
@@ -49,9 +84,20 @@ fn subcommand(program: &mut clap::Command, names: &[String]) -> Option<String> {
     Some(command.render_long_help().to_string())
 }
 
-/// What is known of a key, by its dotted name or the end of it.
+/// The help of a key, by its dotted name, the end of it, or another trainer's name.
 fn help_of_key(catalog: &Catalog, name: &str) -> Result<String> {
     let places = catalog.places();
+    if let Some(foreign) = key_named(name) {
+        let advice = foreign.advice(|_| true).unwrap_or_default();
+        let mut text = match foreign.here.is_empty() {
+            true => format!("{name} (of {}): there is no such key here: {advice}\n", foreign.programs),
+            false => format!("{name} (of {}): here it is {advice}\n", foreign.programs),
+        };
+        for place in places.iter().filter(|place| foreign.here.contains(&place.name.as_str())) {
+            text += &format!("\n{}", describe(place));
+        }
+        return Ok(text);
+    }
     let exact: Vec<&KeyPlace> = places.iter().filter(|p| p.name == name).collect();
     let ends = |p: &&KeyPlace| p.name.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'));
     let found = if exact.is_empty() { places.iter().filter(ends).collect() } else { exact };
@@ -87,6 +133,14 @@ fn describe(place: &KeyPlace) -> String {
                 text += &format!("  A change: {}\n", effect(*class));
             }
         }
+    }
+    let elsewhere: Vec<String> = KEYS
+        .iter()
+        .filter(|foreign| foreign.here.contains(&name.as_str()))
+        .map(|foreign| format!("{} ({})", foreign.name, foreign.programs))
+        .collect();
+    if !elsewhere.is_empty() {
+        text += &format!("  Elsewhere: {}\n", elsewhere.join(", "));
     }
     text
 }

@@ -1,0 +1,55 @@
+//! Defaults that depend on the stage, and on whether adapters are trained or the whole model.
+
+use super::algorithm::Algorithm;
+use super::yaml::{Node, YamlValue};
+
+/// The defaults of a stage's optimizer.
+pub struct StageDefaults {
+    /// The subcommand.
+    pub stage: &'static str,
+    /// Peak learning rate of the whole model.
+    pub lr: f64,
+    /// Peak learning rate of adapters.
+    pub lr_of_adapters: f64,
+    pub weight_decay: f64,
+    /// Where the numbers come from.
+    pub source: &'static str,
+}
+
+const fn stage(
+    stage: &'static str,
+    [lr, lr_of_adapters]: [f64; 2],
+    weight_decay: f64,
+    source: &'static str,
+) -> StageDefaults {
+    StageDefaults { stage, lr, lr_of_adapters, weight_decay, source }
+}
+
+/// A row for every stage. TRL's documentation gives adapters ten times the rate of the whole model.
+pub const STAGES: &[StageDefaults] = &[
+    stage("pretrain", [3e-4, 3e-4], 0.1, "Llama 2 (Touvron et al. 2023)"),
+    stage("sft", [2e-5, 2e-4], 0.0, "TRL's SFTConfig; torchtune's LoRA recipes have 3e-4"),
+    stage("reward", [1e-5, 1e-4], 0.0, "TRL's examples of RewardTrainer; its RewardConfig has 1e-4"),
+    stage("dpo", [1e-6, 1e-5], 0.0, "TRL's DPOConfig"),
+    stage("kto", [1e-6, 1e-5], 0.0, "TRL's KTOConfig"),
+    stage("online-dpo", [5e-7, 5e-6], 0.0, "TRL's OnlineDPOConfig"),
+    stage("grpo", [1e-6, 1e-5], 0.0, "TRL's GRPOConfig"),
+    stage("ppo", [3e-6, 3e-5], 0.0, "TRL's PPOConfig"),
+];
+
+/// The defaults of a stage.
+pub fn of(stage: &str) -> Option<&'static StageDefaults> {
+    STAGES.iter().find(|row| row.stage == stage)
+}
+
+/// Sets the keys that a configuration leaves to its stage; returns them with their values.
+pub fn fill<T: Algorithm>(tree: &mut Node) -> Vec<(&'static str, f64)> {
+    let Some(stage) = of(T::SUBCOMMAND) else { return Vec::new() };
+    let given = |key: &str| tree.get(key).is_some_and(|node| node.value != YamlValue::Null);
+    let adapters = given("lora") || given("actor.lora");
+    let lr = if adapters { stage.lr_of_adapters } else { stage.lr };
+    let numbers = [("optim.lr", lr), ("optim.weight_decay", stage.weight_decay)];
+    let missing: Vec<(&'static str, f64)> = numbers.into_iter().filter(|(key, _)| !given(key)).collect();
+    missing.iter().for_each(|(key, number)| tree.set_default(key, *number));
+    missing
+}

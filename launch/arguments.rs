@@ -199,7 +199,11 @@ impl Plan {
         {
             return refuse(format!("--log-dir: cannot create {}: {error}", dir.display()));
         }
-        let Command::Corral(words) = arguments.command;
+        let Command::Corral(mut words) = arguments.command;
+        // `launch corral sft`, as torchrun names the program.
+        if words.len() > 1 && words[0] == "corral" {
+            words.remove(0);
+        }
         Ok(Self {
             program: environment::find_corral()?,
             words,

@@ -138,7 +138,12 @@ pub fn read_error(path: &Path, e: &io::Error) -> Error {
     if let Some(what) = broken_link(path) {
         return Error::data(format!("cannot read {}: {what}", path.display()));
     }
-    let error = Error::data(format!("cannot read {}: {e}", path.display()));
+    let is_pattern = e.kind() == io::ErrorKind::NotFound && path.to_string_lossy().contains(['*', '?']);
+    let advice = match is_pattern {
+        true => "; patterns are expanded by the shell, not here: leave the quotes out, or name the files",
+        false => "",
+    };
+    let error = Error::data(format!("cannot read {}: {e}{advice}", path.display()));
     // Not UTF-8, where text is expected.
     if e.kind() == io::ErrorKind::InvalidData { unusable(path, error) } else { error }
 }

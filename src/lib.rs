@@ -1,6 +1,6 @@
 //! Corral: a Llama trainer on libtorch.
 //!
-//! Dependencies point one way: [`commands`] -> [`algorithms`] -> [`generate`], [`checkpoint`] -> [`optim`], [`model`] ->
+//! Dependencies point one way: [`commands`] -> [`report`] -> [`algorithms`] -> [`generate`], [`checkpoint`] -> [`optim`], [`model`] ->
 //! [`distributed`], [`data`] -> `kernels`. [`config`] and [`telemetry`] know no algorithm; [`mod@error`],
 //! [`files`], [`content`], [`gguf`], [`random`] and [`signals`] are everywhere.
 //! `docs/architecture.md` says how it fits together and why.
@@ -21,6 +21,7 @@ pub mod model;
 pub mod optim;
 pub mod plan;
 mod random;
+pub mod report;
 mod rewards;
 pub mod signals;
 pub mod telemetry;

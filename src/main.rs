@@ -48,12 +48,22 @@ enum Command {
     Convert(commands::convert::Args),
     /// Merge an adapter into its model
     Merge(commands::merge::Args),
+    /// Write a configuration that fits a model, data and this machine
+    Init(commands::init::Args),
     /// Refuse what can be refused without a device, and show the resolved configuration
     Check(commands::check::Args),
     /// Say what memory a training takes, without a device
     Plan(commands::plan::Args),
+    /// Draw the curves of runs: one HTML page
+    Report(commands::report::Args),
+    /// List the runs below a folder: state, last and best value, age
+    Runs(commands::report::RunsArgs),
+    /// List the recipes that are built in, or show one
+    Recipes(commands::library::Args),
     /// Tell of a subcommand, or of a key of configurations
     Help(commands::help::Args),
+    /// Completions of the command line, for a shell
+    Completions(commands::help::CompletionArgs),
     /// Measure speed; one JSON object a measurement
     #[command(subcommand)]
     Bench(commands::bench::Command),
@@ -68,6 +78,11 @@ fn main() {
     });
     let cli = parsed.unwrap_or_else(|e| {
         let_rank_0_tell(true);
+        let words: Vec<String> = std::env::args().skip(1).collect();
+        if let Some(advice) = commands::slips::advice(&e, &words, &Cli::command()) {
+            corral::error!("{advice}");
+            exit(2)
+        }
         e.exit()
     });
     telemetry::console::init(cli.global.console());
@@ -118,9 +133,14 @@ fn execute(cli: Cli) -> Result<()> {
         Command::Get(args) => commands::get::run(args, global.single_device()?),
         Command::Merge(args) => commands::merge::run(args, global.single_device()?),
         Command::Inspect(args) => commands::inspect::run(args),
+        Command::Init(args) => commands::init::run(args, global),
         Command::Check(args) => commands::check::run(args, global),
         Command::Plan(args) => commands::plan::run(args, global),
+        Command::Report(args) => commands::report::report(&args),
+        Command::Runs(args) => commands::report::runs(&args),
+        Command::Recipes(args) => commands::library::run(&args, global),
         Command::Help(args) => commands::help::run(&args, Cli::command()),
+        Command::Completions(args) => commands::help::completions(&args, Cli::command()),
         Command::Bench(command) => commands::bench::run(command, global),
     }
 }

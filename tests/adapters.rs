@@ -34,7 +34,7 @@ const FAMILY: &str = "llama3";
 fn lora(base: BaseFormat, dropout: f64) -> Lora {
     Lora {
         rank: 3,
-        alpha: 6.0,
+        alpha: Some(6.0),
         dropout,
         targets: Targets::AllLinear,
         rslora: true,
@@ -609,7 +609,7 @@ fn moments_in_8_bits() {
 fn what_cannot_be_trained_is_refused() {
     let path = format!("model={{path: {}}}", base_model());
     for (i, (words, wanted)) in [
-        (&["lora={rank: 4, alpha: 8}"][..], "give model.path"),
+        (&["lora={rank: 4, alpha: 8}"][..], "need a pretrained model"),
         (&[&path, "lora={rank: 0, alpha: 8}"], "'lora.rank'"),
         (&[&path, "lora={rank: 4, alpha: 8, targets: [qproj]}"], "no linear layer 'qproj'; it has q_proj"),
         (&[&path, "lora={rank: 4, alpha: 8, targets: everything}"], "all-linear, attention, or a list"),

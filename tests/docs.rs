@@ -204,10 +204,15 @@ fn subcommands_are_described() {
     assert_eq!(different.len(), known.len(), "subcommands share a description: {known:#?}");
 }
 
-/// docs/config.md and docs/corral.schema.json are what the program makes of its keys.
+/// docs/config.md, docs/names.md and docs/corral.schema.json are what the program makes of its keys.
 #[test]
 fn keys_are_those_of_the_program() {
-    for (flag, file) in [("--markdown", "docs/config.md"), ("--schema", "docs/corral.schema.json")] {
+    let made = [
+        ("--markdown", "docs/config.md"),
+        ("--foreign", "docs/names.md"),
+        ("--schema", "docs/corral.schema.json"),
+    ];
+    for (flag, file) in made {
         let output = Command::new(corral()).args(["help", flag]).output().expect("corral help");
         assert!(output.status.success(), "corral help {flag}: {}", String::from_utf8_lossy(&output.stderr));
         let there = fs::read_to_string(root().join(file)).expect(file);

@@ -32,7 +32,15 @@ fn shape(preset: &str) -> Shape {
 
 fn lora(base: BaseFormat, dropout: f64) -> Option<Lora> {
     let targets = Targets::AllLinear;
-    Some(Lora { rank: 16, alpha: 32.0, dropout, targets, rslora: false, modules_to_save: Vec::new(), base })
+    Some(Lora {
+        rank: 16,
+        alpha: Some(32.0),
+        dropout,
+        targets,
+        rslora: false,
+        modules_to_save: Vec::new(),
+        base,
+    })
 }
 
 /// The most bytes that the tensors of a step take besides the parameters, and what the plan says.
@@ -280,36 +288,6 @@ fn the_largest_micro_batch_is_the_largest_that_fits() {
     assert!(peak(largest * 9 / 10) <= bytes && peak(largest * 11 / 10) > bytes, "{most}");
     let none = plan("sft", &run, 1, &["--device-memory", "1kB"]);
     assert!(none["largest_micro_batch_size"] == 0 && none["largest_of_batch"].is_null(), "{none}");
-}
-
-/// Every recipe is read, and fits together on the ranks that it is for.
-#[test]
-fn recipes_are_valid() {
-    use corral::commands::recipes::RECIPES;
-    let mut count = 0;
-    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
-    for folder in std::fs::read_dir(&root).unwrap() {
-        let folder = folder.unwrap().path();
-        if folder.ends_with("data") {
-            // What recipes train on.
-            continue;
-        }
-        for file in std::fs::read_dir(&folder).unwrap() {
-            let file = file.unwrap().path();
-            let text = std::fs::read_to_string(&file).unwrap();
-            let ranks = text.split_once("--nproc ").map_or(1, |(_, rest)| {
-                rest.split_whitespace().next().unwrap().parse().expect("a number of ranks")
-            });
-            println!("{} on {ranks}", file.display());
-            let name = folder.file_name().unwrap().to_str().unwrap();
-            let recipe = RECIPES.iter().find(|r| r.name().replace('-', "_") == name);
-            let recipe =
-                recipe.unwrap_or_else(|| panic!("configs/{name}: recipes of no algorithm that is known"));
-            recipe.validate(&file, ranks).unwrap();
-            count += 1;
-        }
-    }
-    assert!(count >= 12, "{count} recipes");
 }
 
 /// The recipes of PPO for large models, with presets in the models' places: what the plan says fits the cards they name, what is

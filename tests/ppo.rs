@@ -193,6 +193,22 @@ fn the_kl_weight_waits_for_the_actor() {
 
 /// A section without a path: the actor's trunk with an optimizer of its own, as if the path were given.
 #[test]
+fn the_weight_of_the_value_loss_scales_its_gradient() {
+    let first_step = |coef: &str| {
+        let run = ppo(&format!("value-coef-{coef}"));
+        let coef = format!("ppo.value_coef={coef}");
+        run.train(1, &[&coef, "ppo.epochs=1", "ppo.minibatch_size=16", "train.steps=1"]);
+        [run.numbers("train", "value_loss")[0], run.numbers("train", "critic_grad_norm")[0]]
+    };
+    let ([loss, norm], [same_loss, half_norm]) = (first_step("1.0"), first_step("0.5"));
+    let close = |a: f64, b: f64| {
+        relative(&Tensor::from(a), &Tensor::from(b)) < allowed(Quantity::Reduction, Kind::Float)
+    };
+    assert!(loss > 0.0 && close(loss, same_loss), "{loss} {same_loss}");
+    assert!(close(norm, 2.0 * half_norm), "{norm} {half_norm}");
+}
+
+#[test]
 fn a_critic_needs_no_path() {
     let base = ppo("critic-path");
     let text = fs::read_to_string(base.dir.join("config.yaml")).unwrap();

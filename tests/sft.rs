@@ -60,6 +60,38 @@ fn the_first_step_is_the_same_for_micro_batches() {
     }
 }
 
+/// An epoch has every row once: its last step is smaller, also where a rank has none of it.
+#[test]
+fn the_last_step_of_an_epoch_has_the_rows_that_are_left() {
+    let epoch = |name: &str, ranks: usize, words: &[&str]| {
+        let run = Run::sft(name);
+        let of_an_epoch = [
+            "train.steps=null",
+            "train.epochs=1",
+            "train.batch_size=64",
+            "data.packing=false",
+            "schedule.warmup_steps=0",
+        ];
+        run.train(ranks, &[&of_an_epoch, words].concat());
+        run
+    };
+    let dropped = epoch("epoch-dropped", 1, &["train.drop_last=true"]);
+    let whole = epoch("epoch-whole", 1, &[]);
+    assert_eq!(whole.step(), dropped.step() + 1, "the data must not fill the last step");
+    assert_eq!(whole.numbers("train", "epoch").last(), Some(&1.0));
+    assert!(*dropped.numbers("train", "epoch").last().unwrap() < 1.0);
+    let per_step = whole.numbers("train", "tokens");
+    assert!(per_step[per_step.len() - 1] - per_step[per_step.len() - 2] < per_step[0], "{per_step:?}");
+    for (ranks, micro) in
+        [(1, "train.micro_batch_size=16"), (2, "train.micro_batch_size=8"), (4, "train.micro_batch_size=16")]
+    {
+        let run = epoch(&format!("epoch-{ranks}"), ranks, &[micro]);
+        let loss = largest_relative(&run.numbers("train", "loss"), &whole.numbers("train", "loss"));
+        assert!(loss <= allowed(Quantity::SameLosses, Kind::Float), "{ranks} ranks: {loss:e}");
+        assert_eq!(run.numbers("train", "tokens"), per_step);
+    }
+}
+
 #[test]
 fn a_killed_run_resumes_bit_by_bit() {
     let whole = Run::sft("resume-whole");
@@ -89,7 +121,7 @@ fn the_best_checkpoint_stays_and_patience_ends_the_run() {
     assert!(ended.err.contains(&format!("best at step {best}")), "{ended}");
     let (lowest, at_end) = (losses[best as usize / 2 - 1], losses[losses.len() - 1]);
     let told = format!("best: step {best}, loss {lowest:.4} (exported); last: {at_end:.4}");
-    assert_eq!(ended.err.lines().last(), Some(told.as_str()), "{ended}");
+    assert!(ended.err.lines().any(|line| line == told), "{ended}");
     // What is exported is the best checkpoint.
     let out = run.dir.join("best").to_string_lossy().into_owned();
     let kept = run.checkpoints()[0].1.to_string_lossy().into_owned();
@@ -113,20 +145,20 @@ fn the_best_checkpoint_stays_and_patience_ends_the_run() {
     fs::remove_dir_all(run.output().join("model")).unwrap();
     let again = run.train(1, &words);
     assert_eq!(run.step(), last, "it went on after its end");
-    assert!(again.err.lines().last() == Some(told.as_str()) && run.model() == exported, "{again}");
+    assert!(again.err.lines().any(|line| line == told) && run.model() == exported, "{again}");
 
     // In another folder it goes on, with a best of its own.
     let next = Run::sft("best-next");
     let from = run.checkpoints()[1].1.to_string_lossy().into_owned();
     let ended = next.train(1, &[&words[..], &["--resume", &from]].concat());
-    assert!(next.step() > last && ended.err.lines().last() != Some(told.as_str()), "{ended}");
+    assert!(next.step() > last && ended.err.lines().all(|line| line != told), "{ended}");
     let forgotten =
         format!("the best validation so far (step {best}, loss {lowest:.4}) does not count from here on");
     assert!(ended.err.contains(&format!("{forgotten}: its checkpoint stays")), "{ended}");
     // Without the best checkpoint the last model is exported, with a warning.
     fs::remove_dir_all(&kept).unwrap();
     let ended = run.train(1, &words);
-    assert!(ended.err.contains(&forgotten) && ended.err.contains("is not there"), "{ended}");
+    assert!(ended.err.contains(&forgotten) && ended.err.contains("is missing"), "{ended}");
     assert!(run.model() != exported, "{ended}");
 }
 
@@ -141,7 +173,7 @@ fn the_last_model_is_exported_where_the_best_is_not_kept() {
     let best = losses.iter().enumerate().min_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i).unwrap();
     let (at, lowest, last) = (2 * (best + 1), losses[best], losses[losses.len() - 1]);
     let told = format!("best: step {at}, loss {lowest:.4}; last: {last:.4} (exported)");
-    assert_eq!(ended.err.lines().last(), Some(told.as_str()), "{ended}");
+    assert!(ended.err.lines().any(|line| line == told), "{ended}");
 }
 
 #[test]

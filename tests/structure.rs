@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The folders of `src`, lowest first: each imports only those before it.
-const LAYERS: [&str; 19] = [
+const LAYERS: [&str; 20] = [
     "env",
     "error",
     "content",
@@ -27,6 +27,7 @@ const LAYERS: [&str; 19] = [
     "checkpoint",
     "generate",
     "algorithms",
+    "report",
     "commands",
 ];
 

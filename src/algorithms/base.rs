@@ -4,10 +4,10 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::checkpoint::{ModelRecord, TensorHash, Weights, locate_tokenizer};
+use crate::checkpoint::{ModelRecord, TensorHash, Weights, locate, locate_tokenizer};
 use crate::config::Setting;
 use crate::config::model::Model;
-use crate::config::sections::{self, TrainSection};
+use crate::config::sections::{self, ScheduleSection, TrainSection};
 use crate::config::shape::{Head, Shape};
 use crate::config::template_date::TemplateDate;
 use crate::config::trainable::{Freeze, Lora};
@@ -128,10 +128,19 @@ pub fn path_or_preset(path: &Path) -> Model {
     }
 }
 
-/// The model; where its path is the name of a preset and nothing else, the preset: for plans.
-pub fn model_or_preset(model: &Model) -> Model {
+/// As [`path_or_preset`]; a hub id that is not in the local cache is the preset of its shape, too: for plans.
+pub fn planned_path(path: &Path) -> Model {
+    let known = path.to_str().and_then(Shape::preset_of_hub_id);
+    match known.filter(|_| locate(path).is_err()) {
+        Some(name) => Model::Preset(name.to_string()),
+        None => path_or_preset(path),
+    }
+}
+
+/// The model; where its path stands for a shape and nothing else, the preset: for plans.
+pub fn planned_model(model: &Model) -> Model {
     match model {
-        Model::Path(path) => path_or_preset(path),
+        Model::Path(path) => planned_path(path),
         other => other.clone(),
     }
 }
@@ -321,31 +330,109 @@ impl Base {
     }
 }
 
-/// The updates of a run over `samples` an epoch, which has at least `warmup_steps` of them.
-pub fn steps(train: &TrainSection, samples: u64, warmup_steps: u64) -> Result<u64> {
-    let steps = match (train.steps, train.epochs) {
-        (Some(steps), _) => steps as u64,
-        (None, epochs) => {
-            let samples = samples * epochs.unwrap_or(1) as u64;
-            match samples / train.batch_size as u64 {
-                0 => {
-                    return Err(Error::key(
-                        "train.epochs",
-                        format!(
-                            "the data gives {samples} samples, fewer than the {} of train.batch_size",
-                            train.batch_size
-                        ),
-                    ));
-                }
-                steps => steps,
+/// How long a run is.
+#[derive(Debug, Clone, Copy)]
+pub struct RunLength {
+    /// Updates.
+    pub steps: u64,
+    /// Rows of all steps, of which the last may have fewer than the others.
+    rows: u64,
+    /// Rows of a step.
+    batch: u64,
+    /// Rows of an epoch.
+    items: u64,
+}
+
+/// What becomes of the rows that are left when an epoch's last step is not full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LastStep {
+    /// A step of their own, unless `train.drop_last` says otherwise.
+    Kept,
+    /// They are left out: the algorithm divides a step's responses further.
+    Dropped,
+}
+
+impl RunLength {
+    /// Of a run over `items` rows an epoch.
+    ///
+    /// # Errors
+    /// Of kind Config: there is no step, or the warm-up is longer than the run.
+    pub fn new(
+        train: &TrainSection,
+        items: u64,
+        schedule: &ScheduleSection,
+        last: LastStep,
+    ) -> Result<RunLength> {
+        let batch = train.batch_size as u64;
+        let length = match (train.steps, train.epochs) {
+            (Some(steps), _) => RunLength { steps: steps as u64, rows: steps as u64 * batch, batch, items },
+            (None, epochs) => {
+                let rows = (items as f64 * epochs.unwrap_or(1.0)).round() as u64;
+                let dropped = train.drop_last || last == LastStep::Dropped;
+                let steps = if dropped { rows / batch } else { rows.div_ceil(batch) };
+                RunLength { steps, rows: rows.min(steps * batch), batch, items }
             }
+        };
+        if length.steps == 0 {
+            return Err(Error::key(
+                "train.epochs",
+                format!("the data gives {items} samples, fewer than the {batch} of train.batch_size"),
+            ));
         }
-    };
-    if warmup_steps > steps {
-        return Err(Error::key(
-            "schedule.warmup_steps",
-            format!("{warmup_steps} steps of warm-up are more than the {steps} steps of the run"),
-        ));
+        let warmup_steps = schedule.warmup(length.steps);
+        if warmup_steps > length.steps {
+            return Err(Error::key(
+                "schedule.warmup_steps",
+                format!(
+                    "{warmup_steps} steps of warm-up are more than the {} steps of the run",
+                    length.steps
+                ),
+            ));
+        }
+        Ok(length)
     }
-    Ok(steps)
+
+    /// The rows of the step that begins at row `next` of the run.
+    pub fn rows_at(&self, next: u64) -> u64 {
+        match self.rows.saturating_sub(next).min(self.batch) {
+            // A run that goes on behind its end, since its batches were larger before.
+            0 => self.batch,
+            rows => rows,
+        }
+    }
+
+    /// Epochs that are done after `steps`.
+    pub fn epochs(&self, steps: u64) -> f64 {
+        (steps * self.batch).min(self.rows) as f64 / self.items.max(1) as f64
+    }
+
+    /// Rows of all steps.
+    pub fn rows(&self) -> u64 {
+        self.rows
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn length(train: &str, items: u64) -> Result<RunLength> {
+        let train: TrainSection = crate::config::json::of_text(train).unwrap();
+        RunLength::new(&train, items, &ScheduleSection::default(), LastStep::Kept)
+    }
+
+    #[test]
+    fn the_last_step_has_the_rows_that_are_left() {
+        let all = length("{epochs: 2, batch_size: 8}", 11).unwrap();
+        assert_eq!((all.steps, all.rows_at(0), all.rows_at(16), all.rows()), (3, 8, 6, 22));
+        assert_eq!((all.epochs(1), all.epochs(3)), (8.0 / 11.0, 2.0));
+        let part = length("{epochs: 0.5, batch_size: 2}", 11).unwrap();
+        assert_eq!((part.steps, part.rows_at(4)), (3, 2));
+        let dropped = length("{epochs: 2, batch_size: 8, drop_last: true}", 11).unwrap();
+        assert_eq!((dropped.steps, dropped.rows_at(8)), (2, 8));
+        let steps = length("{steps: 5, batch_size: 8}", 11).unwrap();
+        assert_eq!((steps.steps, steps.rows_at(32)), (5, 8));
+        assert_eq!(length("{epochs: 1, batch_size: 16}", 11).unwrap().rows_at(0), 11);
+        assert!(length("{epochs: 1, batch_size: 16, drop_last: true}", 11).is_err());
+    }
 }

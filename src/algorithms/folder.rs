@@ -314,7 +314,7 @@ impl<'a> RunFolder<'a> {
                 }
                 files::write_file(&dir.join(CONFIG), changes::recorded(stage, &resolved).as_bytes())?;
             }
-            RunLog::create(&dir, world.rank, resumed_at.map(|step| progress.cut(step)), cadence.steps)
+            RunLog::create(&dir, world.rank, resumed_at.map(|step| progress.cut(step)), cadence.log_plan())
         };
         let log = agree(&world.group, open())?;
         if let Some(last) = log.last_step().filter(|last| found.own && *last < progress.logged) {
@@ -344,7 +344,6 @@ impl<'a> RunFolder<'a> {
             window: Window::begin(),
             signal: 0.0,
             last_save: Ok(()),
-            took_best: false,
         })
     }
 }

@@ -11,7 +11,7 @@ use kernels::c10d::{Group, ReduceOp};
 use kernels::ops;
 use tch::{Device, Kind, Tensor};
 
-use crate::algorithms::base::{self, Base, model_or_preset, shape_and_trainable};
+use crate::algorithms::base::{self, Base, LastStep, RunLength, planned_model, shape_and_trainable};
 use crate::algorithms::completions::Completions;
 use crate::algorithms::folder::RunFolder;
 use crate::algorithms::learner::Learner;
@@ -51,7 +51,7 @@ pub struct Inputs {
     valid: Option<RowLoader>,
     /// Another reference than the model itself.
     reference: Option<Base>,
-    steps: u64,
+    length: RunLength,
 }
 
 type Session<'a> = session::Session<'a, Learner<'a>, Position>;
@@ -66,11 +66,11 @@ impl Recipe for Kto {
         let trainable = base.trainable(&self.freeze, self.lora.as_ref())?;
         let chat = Chat::new(&base.tokenizer)?;
         let (train, valid) = feedback::open(&self.data, &chat, self.seed)?;
-        let steps = base::steps(&self.train, train.num_rows(), self.schedule.warmup_steps)?;
         let open =
             |r: &crate::config::dpo::ReferencePath| Reference::open_other(&r.path, tokenizer, length, &base);
         let reference = self.reference.as_ref().map(open).transpose()?;
-        Ok(Inputs { base, trainable, chat, train, valid, reference, steps })
+        let length = RunLength::new(&self.train, train.num_rows(), &self.schedule, LastStep::Kept)?;
+        Ok(Inputs { base, trainable, chat, train, valid, reference, length })
     }
 
     fn add_facts(inputs: &Inputs, facts: &mut Facts) -> Result<()> {
@@ -86,7 +86,7 @@ impl Recipe for Kto {
 
     fn data_line(&self, inputs: &Inputs) -> String {
         let (good, bad) = labels(&inputs.train);
-        let line = records::ranked_line(&inputs.train, self.train.batch_size, inputs.steps);
+        let line = records::ranked_line(&inputs.train, &inputs.length);
         format!("{good} good and {bad} bad completions: {line}")
     }
 
@@ -96,7 +96,7 @@ impl Recipe for Kto {
     }
 
     fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan> {
-        let (model, tokenizer) = (model_or_preset(&self.model), self.tokenizer.as_ref());
+        let (model, tokenizer) = (planned_model(&self.model), self.tokenizer.as_ref());
         let (length, lora) = (self.data.sequence_length, self.lora.as_ref());
         let (shape, trainable) =
             shape_and_trainable(&model, Head::Lm, tokenizer, length, &self.freeze, lora)?;
@@ -131,17 +131,20 @@ fn kto(loaded: &Loaded<Kto>, inputs: &Inputs, world: &World, start: &Start) -> R
     let progress = folder.restore_or_begin(&mut learner, &inputs.train)?;
     announce(c, inputs, world);
 
-    let (schedule, count) = (Schedule::new(&common, inputs.steps), c.train.batch_size as u64);
-    let mut session = Session::start(folder, progress, learner, &common, inputs.steps)?;
+    let schedule = Schedule::new(&common, inputs.length.steps);
+    let mut session = Session::start(folder, progress, learner, &common, &inputs.length)?;
     session.catch_up(|s| validation(c, inputs, &mut reference, s))?;
     while !session.run.done() {
         let (next, step) = (session.run.progress.data.next, session.run.progress.step);
-        let lr = schedule.rate(step);
+        let (lr, count) = (schedule.rate(step), inputs.length.rows_at(next));
         let rows = FeedbackRecords { c, data: &inputs.train, first: next, count };
         let model = &mut session.models.model;
-        let kl = rows.kl(model, &mut reference, step::division(&c.train, world), world)?;
+        // Beyond the end of a smaller step: a record that counts nothing.
+        let parts =
+            || step::division(&c.train, count, world).map(|(n, rows)| (if rows == 0 { 0 } else { n }, rows));
+        let kl = rows.kl(model, &mut reference, parts(), world)?;
         let mut batches: Vec<Feedback> =
-            step::division(&c.train, world).map(|part| rows.batch(part, Some(step), world.device)).collect();
+            parts().map(|part| rows.batch(part, Some(step), world.device)).collect();
         for batch in &mut batches {
             batch.reference = reference.with(model, |reference| batch.completions.logps(reference))?;
         }

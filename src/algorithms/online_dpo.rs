@@ -47,7 +47,6 @@ const REFERENCE: &str = "reference";
 
 impl Recipe for OnlineDpo {
     const ABOUT: &'static str = "Train a model to prefer the better of its own answers";
-    const PLAN_FLAGS: &'static [&'static str] = &[];
     type Inputs = Inputs;
 
     fn open(&self) -> Result<Inputs> {
@@ -66,7 +65,7 @@ impl Recipe for OnlineDpo {
     }
 
     fn data_line(&self, inputs: &Inputs) -> String {
-        inputs.opened.data_line(&inputs.samplers.train.prompts, self.train.batch_size)
+        inputs.opened.data_line(&inputs.samplers.train.prompts)
     }
 
     fn shown<'a>(&self, inputs: &'a Inputs) -> Shown<'a> {
@@ -177,16 +176,17 @@ fn online_dpo(
     let Samplers { train: mut sampler, mut valid } = samplers;
     let tokenizer = opened.tokenizer();
     let mut folder = RunFolder::open(loaded, start, &sections.paths(), tokenizer, world)?;
-    opened.announce(&sampler, valid.as_ref(), c.train.batch_size, world);
+    opened.announce(&sampler, valid.as_ref(), world);
     let mut policy = Policy::load(&sections, opened, world)?;
     folder.record(std::mem::take(&mut policy.records))?;
     let mut models = OnlineDpoModels { policy, moving: Moving { c, opened, model: None } };
     let progress = folder.restore_or_begin(&mut models, &sampler.prompts)?;
 
     let optim = c.actor.optim.as_ref().unwrap_or(&c.optim);
-    let schedule = Schedule::new(&Common { optim, ..common }, opened.steps);
+    let common = Common { optim, ..common };
+    let schedule = Schedule::new(&common, opened.length.steps);
     let (count, group) = (c.train.batch_size as u64, c.dpo.group_size as usize);
-    let mut session = Session::start(folder, progress, models, &common, opened.steps)?;
+    let mut session = Session::start(folder, progress, models, &common, &opened.length)?;
     let mut validation = |s: &mut Session<OnlineDpoModels, _>| {
         s.models.policy.validation(&mut valid, &c.valid, c.train.batch_size, &mut s.run, world)
     };

@@ -1,6 +1,8 @@
 //! Pretraining: next-token prediction on token shards, parameters sharded over the ranks.
 
-use crate::algorithms::base::{self, Base, shape_and_trainable};
+use std::ops::Range;
+
+use crate::algorithms::base::{self, Base, LastStep, RunLength, shape_and_trainable};
 use crate::algorithms::folder::RunFolder;
 use crate::algorithms::learner::Learner;
 use crate::algorithms::recipe::{Recipe, Shown};
@@ -32,7 +34,7 @@ pub struct Inputs {
     trainable: Trainable,
     train: Loader,
     valid: Option<Loader>,
-    steps: u64,
+    length: RunLength,
 }
 
 type Session<'a> = session::Session<'a, Learner<'a>, Position>;
@@ -61,8 +63,8 @@ impl Recipe for Pretrain {
             true => None,
             false => Some(open(&self.data.valid, WindowOrder::Sequential)?),
         };
-        let steps = base::steps(&self.train, train.num_windows(), self.schedule.warmup_steps)?;
-        Ok(Inputs { base, trainable: Trainable::default(), train, valid, steps })
+        let length = RunLength::new(&self.train, train.num_windows(), &self.schedule, LastStep::Kept)?;
+        Ok(Inputs { base, trainable: Trainable::default(), train, valid, length })
     }
 
     fn add_facts(inputs: &Inputs, facts: &mut Facts) -> Result<()> {
@@ -81,9 +83,9 @@ impl Recipe for Pretrain {
             "{} tokens, {windows} samples of {} an epoch; {} steps of {} are {:.2} epochs",
             inputs.train.num_tokens(),
             self.data.sequence_length,
-            inputs.steps,
+            inputs.length.steps,
             self.train.batch_size,
-            inputs.steps as f64 * self.train.batch_size as f64 / windows as f64,
+            inputs.length.epochs(inputs.length.steps),
         )
     }
 
@@ -116,23 +118,24 @@ fn pretrain(loaded: &Loaded<Pretrain>, inputs: &Inputs, world: &World, start: &S
     let progress = folder.restore_or_begin(&mut learner, &inputs.train)?;
     announce(c, inputs, &learner.model, world);
 
-    let schedule = Schedule::new(&common, inputs.steps);
+    let schedule = Schedule::new(&common, inputs.length.steps);
     let peak_flops = world.peak_flops(compute_kind(c.precision.compute))?;
     let aux_coef = inputs.base.shape.experts.as_ref().map(|e| e.router_aux_loss_coef);
-    // Windows of training data have a label at every position, so that no rank needs to ask the others.
-    let count = c.train.batch_size * c.data.sequence_length;
-    let mut session = Session::start(folder, progress, learner, &common, inputs.steps)?;
+    let mut session = Session::start(folder, progress, learner, &common, &inputs.length)?;
     session.catch_up(|s| validation(c, inputs, s))?;
     while !session.run.done() {
-        let lr = schedule.rate(session.run.progress.step);
-        let micro_batches = this_ranks_batches(c, &inputs.train, session.run.progress.data.next, world)?;
+        let (next, lr) = (session.run.progress.data.next, schedule.rate(session.run.progress.step));
+        let rows = inputs.length.rows_at(next);
+        // Windows of training data have a label at every position, so that no rank needs to ask the others.
+        let count = rows * c.data.sequence_length as u64;
+        let micro_batches = this_ranks_batches(c, &inputs.train, next..next + rows, world)?;
         let model = &mut session.models.model;
         let sums =
             step::accumulate_balanced(model, &micro_batches, count as f64, c.train.recompute, aux_coef)?;
         let update = session.models.apply(sums, lr, world)?;
 
-        session.run.progress.data.next += c.train.batch_size as u64;
-        let stepped = session.run.stepped(count as u64, &update, lr)?;
+        session.run.progress.data.next += rows;
+        let stepped = session.run.stepped(count, &update, lr)?;
         if let Some(mut record) = stepped.record {
             if let Some(aux_loss) = update.aux_loss {
                 record = record.float("aux_loss", aux_loss);
@@ -149,13 +152,19 @@ fn pretrain(loaded: &Loaded<Pretrain>, inputs: &Inputs, world: &World, start: &S
     session.finish(tokenizer)
 }
 
-/// This rank's part of the step that begins at global sample `first`.
-fn this_ranks_batches(c: &Pretrain, data: &Loader, first: u64, world: &World) -> Result<Vec<MicroBatch>> {
-    let micro_batch = |(offset, rows): (u64, u64)| {
-        let batch = data.batch(first + offset, rows as usize)?;
-        Ok(MicroBatch::from_rows(&batch.input_ids, &batch.labels, batch.columns as i64))
-    };
-    step::division(&c.train, world).map(micro_batch).collect()
+/// This rank's part of the step of some global samples.
+fn this_ranks_batches(c: &Pretrain, data: &Loader, of: Range<u64>, world: &World) -> Result<Vec<MicroBatch>> {
+    let parts = step::division(&c.train, of.end - of.start, world);
+    parts.map(|(offset, rows)| micro_batch(data, of.start + offset, rows)).collect()
+}
+
+/// `rows` windows of a loader; where there are none, one whose loss counts nothing.
+fn micro_batch(data: &Loader, first: u64, rows: u64) -> Result<MicroBatch> {
+    let mut batch = data.batch(if rows == 0 { 0 } else { first }, rows.max(1) as usize)?;
+    if rows == 0 {
+        batch.labels.fill(-100);
+    }
+    Ok(MicroBatch::from_rows(&batch.input_ids, &batch.labels, batch.columns as i64))
 }
 
 /// Validates, where that is due; whether the checkpoint is the best so far, to be saved.
@@ -183,13 +192,7 @@ fn validate(
     stop: StopCheck,
 ) -> Result<Option<f64>> {
     let windows = data.num_windows().min((c.valid.batches * c.train.batch_size) as u64);
-    let batches = step::rounds(windows, &c.train, world).map(|(first, rows)| {
-        let mut batch = data.batch(if rows == 0 { 0 } else { first }, rows.max(1) as usize)?;
-        if rows == 0 {
-            batch.labels.fill(-100);
-        }
-        Ok(MicroBatch::from_rows(&batch.input_ids, &batch.labels, batch.columns as i64))
-    });
+    let batches = step::rounds(windows, &c.train, world).map(|(first, rows)| micro_batch(data, first, rows));
     step::evaluate(model, world, batches, stop)
 }
 

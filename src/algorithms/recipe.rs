@@ -22,7 +22,7 @@ pub trait Recipe: Algorithm {
     const ABOUT: &'static str;
 
     /// The flags of `corral plan` that mean something for it, of those that not all have.
-    const PLAN_FLAGS: &'static [&'static str] = &["device_memory"];
+    const PLAN_FLAGS: &'static [&'static str] = &[];
 
     /// What a run reads before any rank talks to another: files are checked and tokenized, and errors told, before a group
     /// could hang.

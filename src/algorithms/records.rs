@@ -1,5 +1,6 @@
 //! What a run tells of the records that it trains on: those that are skipped, files that give no example, answers without an end.
 
+use crate::algorithms::base::RunLength;
 use crate::config::sections::OnError;
 use crate::data::chat::Chat;
 use crate::data::odd::{OddRecords, Reason};
@@ -61,10 +62,10 @@ fn never_ends(train: &RowLoader, chat: &Chat) -> Option<String> {
 }
 
 /// What ranked completions are as training data, in a line.
-pub fn ranked_line(train: &RowLoader, batch_size: i64, steps: u64) -> String {
+pub fn ranked_line(train: &RowLoader, length: &RunLength) -> String {
     let counts = train.counts();
     format!(
-        "{} prompts with {} completions, {} tokens; {} were truncated, {}; {} completions are another's copy; {steps} steps \
+        "{} prompts with {} completions, {} tokens; {} were truncated, {}; {} completions are another's copy; {} steps \
          are {:.2} epochs",
         counts.examples,
         counts.sequences,
@@ -72,7 +73,8 @@ pub fn ranked_line(train: &RowLoader, batch_size: i64, steps: u64) -> String {
         counts.truncated,
         counts.dropped_and_why(),
         counts.duplicates,
-        steps as f64 * batch_size as f64 / train.num_rows() as f64,
+        length.steps,
+        length.epochs(length.steps),
     )
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::algorithms::base::{Base, model_or_preset, path_or_preset, shape_to_ask};
+use crate::algorithms::base::{Base, planned_model, planned_path, shape_to_ask};
 use crate::algorithms::rl::place::{Where, frozen};
 use crate::checkpoint::ModelRecord;
 use crate::config::common::Common;
@@ -37,7 +37,7 @@ pub fn planned(
     c: &Common,
     target: &PlanTarget,
 ) -> Result<Option<Memory>> {
-    let origin = other.map_or_else(|| model_or_preset(model), path_or_preset);
+    let origin = other.map_or_else(|| planned_model(model), planned_path);
     let (shape, frozen) = shape_to_ask(&origin, tokenizer)?;
     if other.is_none() && lora.is_some() && frozen.lora.is_none() {
         return Ok(None);

@@ -1,12 +1,13 @@
 //! Reward models: a scalar head that learns to score better completions higher than worse ones.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::path::Path;
 
 use kernels::c10d::ReduceOp;
 use tch::{Kind, Tensor};
 
-use crate::algorithms::base::{self, Base, model_or_preset, shape_and_trainable};
+use crate::algorithms::base::{self, Base, LastStep, RunLength, planned_model, shape_and_trainable};
 use crate::algorithms::folder::RunFolder;
 use crate::algorithms::interval::wilson;
 use crate::algorithms::learner::Learner;
@@ -47,7 +48,7 @@ pub struct Inputs {
     valid: Option<RowLoader>,
     /// What the scores are normalised on.
     reference: NormalizationData,
-    steps: u64,
+    length: RunLength,
 }
 
 type Session<'a> = session::Session<'a, Learner<'a>, Position>;
@@ -62,7 +63,7 @@ struct NormalizationData {
 
 impl Recipe for Reward {
     const ABOUT: &'static str = "Train a reward model on ranked completions";
-    const PLAN_FLAGS: &'static [&'static str] = &["device_memory", "completions"];
+    const PLAN_FLAGS: &'static [&'static str] = &["completions"];
     type Inputs = Inputs;
 
     fn open(&self) -> Result<Inputs> {
@@ -75,9 +76,9 @@ impl Recipe for Reward {
         let trainable = base.trainable(&self.freeze, self.lora.as_ref())?;
         let chat = Chat::new(&base.tokenizer)?;
         let (train, valid) = preferences::open(&self.data, &chat, self.seed)?;
-        let steps = base::steps(&self.train, train.num_rows(), self.schedule.warmup_steps)?;
+        let length = RunLength::new(&self.train, train.num_rows(), &self.schedule, LastStep::Kept)?;
         let reference = NormalizationData::open(self, &chat, valid.as_ref().unwrap_or(&train))?;
-        Ok(Inputs { base, trainable, chat, score, train, valid, reference, steps })
+        Ok(Inputs { base, trainable, chat, score, train, valid, reference, length })
     }
 
     fn add_facts(inputs: &Inputs, facts: &mut Facts) -> Result<()> {
@@ -91,7 +92,7 @@ impl Recipe for Reward {
     }
 
     fn data_line(&self, inputs: &Inputs) -> String {
-        records::ranked_line(&inputs.train, self.train.batch_size, inputs.steps)
+        records::ranked_line(&inputs.train, &inputs.length)
     }
 
     fn shown<'a>(&self, inputs: &'a Inputs) -> Shown<'a> {
@@ -100,7 +101,7 @@ impl Recipe for Reward {
     }
 
     fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan> {
-        let (model, tokenizer) = (model_or_preset(&self.model), self.tokenizer.as_ref());
+        let (model, tokenizer) = (planned_model(&self.model), self.tokenizer.as_ref());
         let length = self.data.sequence_length;
         let (shape, trainable) =
             shape_and_trainable(&model, Head::Score, tokenizer, length, &self.freeze, self.lora.as_ref())?;
@@ -344,13 +345,13 @@ fn reward(loaded: &Loaded<Reward>, inputs: &Inputs, world: &World, start: &Start
     records::announce(&inputs.train, inputs.valid.as_ref(), &inputs.chat, world);
     records::announce_skipped("reward.normalize.data", &inputs.reference.odd, world);
 
-    let (schedule, batch) = (Schedule::new(&common, inputs.steps), c.train.batch_size as u64);
-    let mut session = Session::start(folder, progress, learner, &common, inputs.steps)?;
+    let schedule = Schedule::new(&common, inputs.length.steps);
+    let mut session = Session::start(folder, progress, learner, &common, &inputs.length)?;
     session.catch_up(|s| validation(c, inputs, s))?;
     while !session.run.done() {
         let (next, step) = (session.run.progress.data.next, session.run.progress.step);
-        let lr = schedule.rate(step);
-        let ranked = this_ranks_batches(c, inputs, next, step, &session.models.model, world);
+        let (lr, batch) = (schedule.rate(step), inputs.length.rows_at(next));
+        let ranked = this_ranks_batches(c, inputs, next..next + batch, step, &session.models.model, world);
         let tally = RefCell::new(RankingTally::default());
         let entry = |ranked| RankedScores::entry(ranked, &c.reward, batch, &tally);
         let mut entries: Vec<StepEntry> = ranked.iter().map(entry).collect();
@@ -372,26 +373,27 @@ fn reward(loaded: &Loaded<Reward>, inputs: &Inputs, world: &World, start: &Start
     session.finish(tokenizer)
 }
 
-/// This rank's part of the step that begins at prompt `first`.
+/// This rank's part of the step of some prompts.
 fn this_ranks_batches(
     c: &Reward,
     inputs: &Inputs,
-    first: u64,
+    of: Range<u64>,
     step: u64,
     model: &Llama,
     world: &World,
 ) -> Vec<RankedScores> {
     let dropout = c.lora.as_ref().is_some_and(|l| l.dropout > 0.0);
     let ranked = |(offset, prompts): (u64, u64)| {
-        let mut ranked = ranked(c, inputs.score, &inputs.train, first + offset, prompts, model);
+        let mut ranked = ranked(c, inputs.score, &inputs.train, of.start + offset, prompts, model);
         if dropout {
             // Rows are completions, of which prompts have different numbers.
-            let before = (first..first + offset).map(|i| inputs.train.example(i).ranks.len() as u64).sum();
+            let before =
+                (of.start..of.start + offset).map(|i| inputs.train.example(i).ranks.len() as u64).sum();
             ranked.batch.input.dropout = Some(DropoutPlace { seed: c.seed, step, first_row: before });
         }
         ranked
     };
-    step::division(&c.train, world).map(ranked).collect()
+    step::division(&c.train, of.end - of.start, world).map(ranked).collect()
 }
 
 /// Prompts `first..first + count` with their completions.

@@ -18,6 +18,7 @@
 
 use serde::Serialize;
 
+use crate::algorithms::base::RunLength;
 use crate::algorithms::folder::RunFolder;
 use crate::algorithms::learner::Learners;
 use crate::algorithms::training::{Cadence, Run, TrainingProgress};
@@ -34,16 +35,16 @@ pub struct Session<'a, M, D> {
 }
 
 impl<'a, M: Learners, D: Serialize> Session<'a, M, D> {
-    /// Starts the clock of a run of `steps`: from here on the folder holds this run. Collective.
+    /// Starts the clock of a run: from here on the folder holds this run. Collective.
     pub fn start(
         folder: RunFolder<'a>,
         progress: TrainingProgress<D>,
         models: M,
         c: &Common,
-        steps: u64,
+        length: &RunLength,
     ) -> Result<Self> {
         let world = folder.world();
-        let run = folder.start(progress, Cadence::new(c, steps))?;
+        let run = folder.start(progress, Cadence::new(c, *length))?;
         Ok(Session { models, run, world })
     }
 

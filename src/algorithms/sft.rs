@@ -1,6 +1,8 @@
 //! Supervised fine-tuning: next-token prediction on the assistant's turns of conversations.
 
-use crate::algorithms::base::{self, Base, shape_and_trainable};
+use std::ops::Range;
+
+use crate::algorithms::base::{self, Base, LastStep, RunLength, planned_model, shape_and_trainable};
 use crate::algorithms::folder::RunFolder;
 use crate::algorithms::learner::Learner;
 use crate::algorithms::recipe::{Recipe, Shown};
@@ -43,7 +45,7 @@ pub struct Inputs {
     valid: Option<RowLoader>,
     /// What samples answer: the first prompts of the validation data.
     prompts: Vec<SamplePrompt>,
-    steps: u64,
+    length: RunLength,
 }
 
 type Session<'a> = session::Session<'a, Learner<'a>, Position>;
@@ -72,10 +74,10 @@ impl Recipe for Sft {
         };
         let train = loader(train, WindowOrder::Shuffled { seed: self.seed })?;
         let valid = (!valid.is_empty()).then(|| loader(valid, WindowOrder::Sequential)).transpose()?;
-        let steps = base::steps(&self.train, train.num_rows(), self.schedule.warmup_steps)?;
+        let length = RunLength::new(&self.train, train.num_rows(), &self.schedule, LastStep::Kept)?;
         let prompts =
             if self.samples.every > 0 { sample_prompts(self, &chat, &base.shape)? } else { Vec::new() };
-        Ok(Inputs { base, trainable, chat, train, valid, prompts, steps })
+        Ok(Inputs { base, trainable, chat, train, valid, prompts, length })
     }
 
     fn add_facts(inputs: &Inputs, facts: &mut Facts) -> Result<()> {
@@ -100,8 +102,8 @@ impl Recipe for Sft {
             counts.dropped_and_why(),
             self.data.sequence_length,
             100.0 * inputs.train.padding(),
-            inputs.steps,
-            inputs.steps as f64 * self.train.batch_size as f64 / rows as f64,
+            inputs.length.steps,
+            inputs.length.epochs(inputs.length.steps),
         )
     }
 
@@ -112,8 +114,14 @@ impl Recipe for Sft {
 
     fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan> {
         let (tokenizer, length) = (self.tokenizer.as_ref(), self.data.sequence_length);
-        let (shape, trainable) =
-            shape_and_trainable(&self.model, Head::Lm, tokenizer, length, &self.freeze, self.lora.as_ref())?;
+        let (shape, trainable) = shape_and_trainable(
+            &planned_model(&self.model),
+            Head::Lm,
+            tokenizer,
+            length,
+            &self.freeze,
+            self.lora.as_ref(),
+        )?;
         let (plans, rows) = (trainable.plans(&shape)?, RowShape::of(length, self.data.packing));
         Ok(TrainingMemory::new(Self::SUBCOMMAND, &self.common(), shape, &plans, rows, target)?.into())
     }
@@ -188,20 +196,20 @@ fn sft(loaded: &Loaded<Sft>, inputs: &Inputs, world: &World, start: &Start) -> R
     announce(c, inputs, &learner.model.params);
     records::announce(&inputs.train, inputs.valid.as_ref(), &inputs.chat, world);
 
-    let (schedule, batch) = (Schedule::new(&common, inputs.steps), c.train.batch_size as u64);
-    let mut session = Session::start(folder, progress, learner, &common, inputs.steps)?;
+    let schedule = Schedule::new(&common, inputs.length.steps);
+    let mut session = Session::start(folder, progress, learner, &common, &inputs.length)?;
     session.catch_up(|s| validation(c, inputs, s))?;
     while !session.run.done() {
         let (next, step) = (session.run.progress.data.next, session.run.progress.step);
-        let lr = schedule.rate(step);
+        let (lr, rows) = (schedule.rate(step), inputs.length.rows_at(next));
         // Every rank counts for all: rows are known everywhere.
-        let (count, tokens) = inputs.train.count(next, batch);
-        let micro_batches = this_ranks_batches(c, &inputs.train, next, step, world);
+        let (count, tokens) = inputs.train.count(next, rows);
+        let micro_batches = this_ranks_batches(c, &inputs.train, next..next + rows, step, world);
         let model = &mut session.models.model;
         let sums = step::accumulate_gradients(model, &micro_batches, count as f64, c.train.recompute)?;
         let update = session.models.apply(sums, lr, world)?;
 
-        session.run.progress.data.next += batch;
+        session.run.progress.data.next += rows;
         if let Some(record) = session.run.stepped(tokens, &update, lr)?.record {
             session.run.log(&records::counted(record, &inputs.train, c.data.on_error));
         }
@@ -259,15 +267,31 @@ fn sample(c: &Sft, inputs: &Inputs, model: &mut Llama, run: &mut Run<Position>) 
     Ok(())
 }
 
-/// This rank's part of the step that begins at row `first`.
-fn this_ranks_batches(c: &Sft, data: &RowLoader, first: u64, step: u64, world: &World) -> Vec<MicroBatch> {
+/// This rank's part of the step of some rows.
+fn this_ranks_batches(
+    c: &Sft,
+    data: &RowLoader,
+    of: Range<u64>,
+    step: u64,
+    world: &World,
+) -> Vec<MicroBatch> {
     let dropout = c.lora.as_ref().is_some_and(|l| l.dropout > 0.0);
     let micro_batch = |(first_row, rows): (u64, u64)| {
-        let mut batch = micro_batch(data.rows(first + first_row, rows), c.data.packing);
+        let mut batch = micro_batch(rows_or_none(data, of.start + first_row, rows), c.data.packing);
         batch.input.dropout = dropout.then_some(DropoutPlace { seed: c.seed, step, first_row });
         batch
     };
-    step::division(&c.train, world).map(micro_batch).collect()
+    step::division(&c.train, of.end - of.start, world).map(micro_batch).collect()
+}
+
+/// `count` rows of a loader; where there are none, one whose loss counts nothing.
+fn rows_or_none(data: &RowLoader, first: u64, count: u64) -> Rows {
+    let mut rows = match count {
+        0 => Rows { labels: Vec::new(), ..data.rows(0, 1) },
+        n => data.rows(first, n),
+    };
+    rows.labels.resize(rows.input_ids.len(), crate::data::loader::IGNORE);
+    rows
 }
 
 /// Rows of one document each need neither positions nor starts: they begin at 0, and padding comes after them.
@@ -293,14 +317,8 @@ fn validate(
     stop: StopCheck,
 ) -> Result<Option<f64>> {
     let total = data.num_rows().min((c.valid.batches * c.train.batch_size) as u64);
-    let batches = step::rounds(total, &c.train, world).map(|(first, rows)| {
-        let mut rows = match rows {
-            0 => Rows { labels: Vec::new(), ..data.rows(0, 1) },
-            n => data.rows(first, n),
-        };
-        rows.labels.resize(rows.input_ids.len(), crate::data::loader::IGNORE);
-        Ok(micro_batch(rows, c.data.packing))
-    });
+    let batches = step::rounds(total, &c.train, world)
+        .map(|(first, rows)| Ok(micro_batch(rows_or_none(data, first, rows), c.data.packing)));
     step::evaluate(model, world, batches, stop)
 }
 

@@ -183,11 +183,12 @@ fn num_labels(batch: &MicroBatch) -> f64 {
 }
 
 /// The micro-batches of this rank in a step of `train.batch_size` rows, which are divided among the ranks in order, then into
-/// micro-batches in order: each one's first row within the step, and its rows.
-pub fn division(train: &TrainSection, world: &World) -> impl Iterator<Item = (u64, u64)> {
+/// micro-batches in order: each one's first row within the step, and its rows. In a step of fewer `rows` what is beyond them
+/// has 0 rows: all ranks have equally many micro-batches.
+pub fn division(train: &TrainSection, rows: u64, world: &World) -> impl Iterator<Item = (u64, u64)> {
     let micro = train.micro_batch_size(world.mesh.data.size) as usize;
     let mine = world.mesh.data.share(train.batch_size as usize);
-    mine.step_by(micro).map(move |first| (first as u64, micro as u64))
+    mine.step_by(micro).map(move |first| (first as u64, rows.saturating_sub(first as u64).min(micro as u64)))
 }
 
 /// The micro-batches of this rank in a pass over `total` rows: each one's first row, and its rows. All ranks get equally many,

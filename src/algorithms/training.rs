@@ -6,6 +6,7 @@ use std::time::Instant;
 use kernels::c10d::ReduceOp;
 use serde::{Deserialize, Serialize};
 
+use crate::algorithms::base::RunLength;
 use crate::algorithms::lock::RunLock;
 use crate::algorithms::step::{SkipGuard, Update};
 use crate::checkpoint::{Best, Checkpoint, Metric, SavedPart, Saver, sharded};
@@ -16,7 +17,7 @@ use crate::distributed::agree::agree;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::signals::Signals;
-use crate::telemetry::{LogCut, MetricsLine, RunLog};
+use crate::telemetry::{LogCut, LogPlan, MetricsLine, RunLog};
 use crate::{info, warn};
 
 /// What a checkpoint holds besides parameters and moments; `D` is the position in the data.
@@ -116,6 +117,10 @@ pub struct Cadence {
     pub keep_best: bool,
     /// Decides how losses are printed: in the precision that they were computed in.
     pub compute: Compute,
+    /// See [`LogPlan::clip`].
+    pub clip: f64,
+    /// Tells the epoch of a step.
+    pub length: RunLength,
 }
 
 /// A training run on this rank.
@@ -137,8 +142,6 @@ pub struct Run<'a, D> {
     pub(super) signal: f64,
     /// How the run's last save ended.
     pub(super) last_save: Result<()>,
-    /// The models are those of the best validation.
-    pub(super) took_best: bool,
 }
 
 /// What happened since the last line of metrics.
@@ -164,15 +167,21 @@ pub struct Stepped {
 }
 
 impl Cadence {
-    /// Of a run of `steps`.
-    pub fn new(c: &Common, steps: u64) -> Cadence {
+    /// Of a run of that length.
+    pub fn new(c: &Common, length: RunLength) -> Cadence {
         Cadence {
-            steps,
+            steps: length.steps,
+            clip: c.optim.clip,
+            length,
             log_every: c.log.every,
             checkpoint_every: c.checkpoint.every,
             keep_best: c.valid.keeps_best(),
             compute: c.precision.compute,
         }
+    }
+
+    pub(super) fn log_plan(&self) -> LogPlan {
+        LogPlan { steps: self.steps, every: self.log_every as u64, clip: self.clip }
     }
 }
 
@@ -182,9 +191,9 @@ impl<D: Serialize> Run<'_, D> {
         self.progress.ended || self.progress.step >= self.cadence.steps
     }
 
-    /// Whether something that is done every `every` steps, and after the last one, is due.
+    /// Whether something that is done every `every` steps, and after the last one, is due; 0: never.
     pub fn due(&self, every: i64) -> bool {
-        self.progress.step.is_multiple_of(every as u64) || self.done()
+        every > 0 && (self.progress.step.is_multiple_of(every as u64) || self.done())
     }
 
     /// Counts an update on `tokens` tokens of all ranks. The record that is due has the keys of every training step;
@@ -218,6 +227,7 @@ impl<D: Serialize> Run<'_, D> {
                 .with_loss(MetricsLine::new("train", self.progress.step), update.loss)
                 .float("lr", lr)
                 .float("grad_norm", update.grad_norm)
+                .float("epoch", self.cadence.length.epochs(self.progress.step))
                 .count("tokens", self.progress.tokens)
                 .float("tokens_per_s", tokens_per_s)
                 .float("step_s", seconds / self.window.steps as f64)
@@ -297,7 +307,9 @@ impl<D: Serialize> Run<'_, D> {
     pub fn note_validation(&mut self, metric: Metric, value: f64, valid: &Valid) -> bool {
         let (step, best) = (self.progress.step, &mut self.progress.best);
         best.keep(valid.keeps_best());
-        if best.note(step, metric, value) {
+        let is_best = best.note(step, metric, value);
+        self.log.tell_validation(is_best);
+        if is_best {
             if best.kept() {
                 self.saver.keep_best(step);
             }
@@ -342,7 +354,6 @@ impl<D: Serialize> Run<'_, D> {
         self.last_save = self.saver.finish().map(drop);
         let Some(step) = self.progress.best.step().filter(|_| self.cadence.keep_best) else { return Ok(()) };
         if step == self.progress.step {
-            self.took_best = true;
             return Ok(());
         }
         let path = sharded::checkpoints_dir(&self.dir).join(sharded::step_name(step));
@@ -355,7 +366,6 @@ impl<D: Serialize> Run<'_, D> {
             return Ok(());
         }
         load(&agree(&self.world.group, Checkpoint::open(&path))?)?;
-        self.took_best = true;
         Ok(())
     }
 
@@ -372,10 +382,6 @@ impl<D: Serialize> Run<'_, D> {
         self.saver.end(self.progress.step);
         drop(self.log);
         info!("the trained model is in {}", dir.display());
-        if let Some(best) = self.progress.best.text() {
-            let [of_best, of_last] = if self.took_best { [" (exported)", ""] } else { ["", " (exported)"] };
-            info!("best: {best}{of_best}; last: {}{of_last}", self.progress.best.last_text());
-        }
         Ok(())
     }
 }

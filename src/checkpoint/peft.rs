@@ -448,7 +448,7 @@ fn begin(dir: &Path, how: &AdapterExport) -> Result<AtomicFolder> {
             "base_model_name_or_path": how.base,
             "inference_mode": true,
             "r": lora.rank,
-            "lora_alpha": lora.alpha,
+            "lora_alpha": lora.alpha(),
             "lora_dropout": lora.dropout,
             "use_rslora": lora.rslora,
             "rank_pattern": patterns.ranks,

@@ -228,6 +228,10 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         _ => return Err(format!("`{unit}` is no unit of bytes: B, kB, MB, GB, TB, KiB, MiB, GiB, TiB")),
     };
     match number.parse::<f64>() {
+        // Nobody means 24 bytes.
+        Ok(n) if unit.is_empty() && n < 4096.0 => {
+            Err(format!("give a unit of bytes: {text}GiB, {text}GB or {text}MiB"))
+        }
         Ok(n) if n * factor >= 1.0 => Ok((n * factor) as u64),
         _ => Err("it must be a number of bytes, such as 5GB".into()),
     }

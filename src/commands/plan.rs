@@ -43,7 +43,7 @@ pub struct PlanArgs {
     /// Ranks that the run will have
     #[arg(long, value_name = "N", default_value_t = 1)]
     nproc: i64,
-    /// Memory of the device of a rank, such as 24GiB: the largest micro-batch that fits is told
+    /// Memory of the device of a rank, such as 24GiB: the largest micro-batch that fits, or the cheapest changes that make it fit
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     device_memory: Option<u64>,
     /// Completions of a prompt in the data, which is not opened
@@ -55,7 +55,7 @@ pub struct PlanArgs {
 }
 
 impl RecipeArgs for PlanArgs {
-    const OF_SOME: &'static [&'static str] = &["device_memory", "completions"];
+    const OF_SOME: &'static [&'static str] = &["completions"];
 }
 
 /// Prints what a training takes of memory, part by part.
@@ -67,7 +67,85 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
 pub fn plan<R: Recipe>(args: PlanArgs, global: &Global) -> Result<()> {
     let target = PlanTarget { completions: args.completions, ..target(global, args.nproc)? };
     let loaded = load::<R>(&args.config, args.nproc)?;
-    show(&loaded.config.plan(&target).map_err(|e| loaded.locate(e))?, args.device_memory, args.json)
+    let plan = loaded.config.plan(&target).map_err(|e| loaded.locate(e))?;
+    show(&plan, args.device_memory, args.json)?;
+    match args.device_memory {
+        Some(bytes) if !args.json && plan.bytes() > bytes as i64 => advise::<R>(&args, &target, bytes as i64),
+        _ => Ok(()),
+    }
+}
+
+/// A change that saves memory.
+struct Saving {
+    /// Overrides of the configuration.
+    overrides: &'static [&'static str],
+    /// In addition to what the command line says.
+    ranks: i64,
+    /// What it costs.
+    cost: &'static str,
+}
+
+const fn saving(overrides: &'static [&'static str], ranks: i64, cost: &'static str) -> Saving {
+    Saving { overrides, ranks, cost }
+}
+
+const MICRO: &str = "train.micro_batch_size=1";
+const FULL: &str = "train.recompute=full";
+
+/// The cheapest first.
+const SAVINGS: [Saving; 10] = [
+    saving(&[MICRO], 1, "no work; smaller products may be slower"),
+    saving(&[MICRO, "train.recompute=selective"], 1, "a few percent more work"),
+    saving(&[MICRO, FULL], 1, "a third more work: the forward twice"),
+    saving(&[MICRO, FULL, "optim.moments=8bit"], 1, "moments of 8 bits"),
+    saving(
+        &[MICRO, FULL, "optim.moments=8bit", "optim.offload=true"],
+        1,
+        "moments go to the host and back every step",
+    ),
+    saving(&[MICRO, FULL, "lora={rank: 16}"], 1, "adapters are trained, not the model"),
+    saving(&[MICRO, FULL, "lora={rank: 16, base: nf4}"], 1, "adapters over weights of 4 bits"),
+    saving(&[MICRO, FULL], 2, "twice the ranks"),
+    saving(&[MICRO, FULL], 4, "four times the ranks"),
+    saving(&[MICRO, FULL], 8, "eight times the ranks"),
+];
+
+/// Prints the cheapest changes that make a run fit, each with what it then takes and what it costs.
+fn advise<R: Recipe>(args: &PlanArgs, target: &PlanTarget, bytes: i64) -> Result<()> {
+    let mut fitting = Vec::new();
+    for Saving { overrides, ranks, cost } in &SAVINGS {
+        let nproc = args.nproc * ranks;
+        let mut config = args.config.clone();
+        // Adapters of policies are their own section's.
+        let own =
+            |text: &&str| text.replace("lora=", if R::MODEL == "model" { "lora=" } else { "actor.lora=" });
+        config.overrides.extend(overrides.iter().map(own));
+        // A change that the stage does not have, or that does not fit the others, is none.
+        let Ok(loaded) = load::<R>(&config, nproc) else { continue };
+        let Ok(plan) = loaded.config.plan(&PlanTarget { ranks: nproc, ..target.clone() }) else { continue };
+        if plan.bytes() <= bytes {
+            let of_ranks = if *ranks > 1 { format!(" --nproc {nproc}") } else { String::new() };
+            let words: Vec<String> = overrides.iter().map(own).map(|text| shell_quoted(&text)).collect();
+            fitting.push(format!("#   {}{of_ranks}: {}; {cost}", words.join(" "), size(plan.bytes() as u64)));
+        }
+        if fitting.len() == 3 {
+            break;
+        }
+    }
+    match fitting.is_empty() {
+        true => println!(
+            "# nothing that Corral has makes it fit on up to eight times the ranks; take a smaller model"
+        ),
+        false => println!(
+            "# it does not fit; the cheapest changes that make it fit (without the process itself):\n{}",
+            fitting.join("\n")
+        ),
+    }
+    Ok(())
+}
+
+fn shell_quoted(text: &str) -> String {
+    if text.contains(' ') { format!("'{text}'") } else { text.into() }
 }
 
 /// What a plan is made for: `ranks` on the device that the command line names.
@@ -98,7 +176,14 @@ pub fn show(plan: &MemoryPlan, device_memory: Option<u64>, as_json: bool) -> Res
             }
         }
         MemoryPlan::Models(models) if as_json => models_json(models),
-        MemoryPlan::Models(models) => models_table(models),
+        MemoryPlan::Models(models) => {
+            models_table(models);
+            if let Some(bytes) = device_memory {
+                let (most, of) = (plan.bytes().max(0) as u64, size(bytes));
+                let fits = if most <= bytes { "fits" } else { "does not fit" };
+                println!("# {of} a device: {fits}; the device that takes most takes {}", size(most));
+            }
+        }
     }
     Ok(())
 }

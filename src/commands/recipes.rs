@@ -6,10 +6,12 @@ use std::path::Path;
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Command, FromArgMatches, Subcommand};
+use serde_json::Value as Json;
 
 use crate::algorithms::recipe::Recipe;
-use crate::commands::{Global, check, plan, training};
+use crate::commands::{Global, check, init, plan, training};
 use crate::config;
+use crate::config::algorithm::BuiltInConfig;
 use crate::config::dpo::Dpo;
 use crate::config::grpo::Grpo;
 use crate::config::keys::Section;
@@ -19,7 +21,8 @@ use crate::config::ppo::Ppo;
 use crate::config::pretrain::Pretrain;
 use crate::config::reward::Reward;
 use crate::config::sft::Sft;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::plan::PlanTarget;
 
 /// All recipes, in the order of `corral --help`.
 pub static RECIPES: &[&dyn AnyRecipe] = &[
@@ -33,6 +36,33 @@ pub static RECIPES: &[&dyn AnyRecipe] = &[
     &RecipeOf::<Ppo>::NEW,
 ];
 
+/// The command whose built-in recipe writes its run into a folder: `corral sft`.
+pub fn maker_of(dir: &str) -> Option<String> {
+    let line = format!("output_dir: {dir}");
+    RECIPES.iter().find_map(|recipe| {
+        let built_in = recipe.built_in().iter().find(|b| b.text.lines().any(|l| l == line))?;
+        let of =
+            if built_in.name == "default" { String::new() } else { format!(" --config {}", built_in.name) };
+        Some(format!("corral {}{of}", recipe.name()))
+    })
+}
+
+/// Adds to an error that names a missing folder of a built-in recipe the command that makes it.
+pub fn with_maker(mut e: Error) -> Error {
+    let dirs: Vec<&str> = RECIPES
+        .iter()
+        .flat_map(|recipe| recipe.built_in())
+        .flat_map(|built_in| built_in.text.lines().filter_map(|line| line.strip_prefix("output_dir: ")))
+        .collect();
+    let words = e.message.split(|c: char| c.is_whitespace() || ",;:'`\"".contains(c));
+    let missing =
+        words.into_iter().find(|word| dirs.contains(word) && !Path::new(word).exists()).map(str::to_string);
+    if let Some((dir, maker)) = missing.and_then(|dir| Some((dir.clone(), maker_of(&dir)?))) {
+        e.message += &format!(" ({maker} makes {dir})");
+    }
+    e
+}
+
 /// A [`Recipe`] as the commands use it.
 pub trait AnyRecipe: Sync {
     /// The subcommand that runs it.
@@ -44,8 +74,12 @@ pub trait AnyRecipe: Sync {
     /// The flags of `corral plan` that mean something for it, of those that not all have.
     fn plan_flags(&self) -> &'static [&'static str];
 
-    /// The file in the source tree of the configuration that is compiled in.
-    fn default_file(&self) -> &'static str;
+    /// The configurations that are compiled in.
+    fn built_in(&self) -> &'static [BuiltInConfig];
+
+    /// One of the configurations that are compiled in, resolved, and what it takes of memory in bytes where its models are
+    /// known here.
+    fn describe(&self, built_in: &BuiltInConfig, target: &PlanTarget) -> Result<(Json, Option<i64>)>;
 
     /// The keys of its configuration.
     fn keys(&self) -> Section;
@@ -58,6 +92,9 @@ pub trait AnyRecipe: Sync {
 
     /// `corral check NAME`
     fn check(&self, args: check::CheckArgs, global: &Global) -> Result<()>;
+
+    /// `corral init NAME`
+    fn init(&self, args: init::InitArgs, global: &Global) -> Result<()>;
 
     /// `corral plan NAME`
     fn plan(&self, args: plan::PlanArgs, global: &Global) -> Result<()>;
@@ -82,8 +119,14 @@ impl<R: Recipe> AnyRecipe for RecipeOf<R> {
         R::PLAN_FLAGS
     }
 
-    fn default_file(&self) -> &'static str {
-        R::DEFAULT.file
+    fn built_in(&self) -> &'static [BuiltInConfig] {
+        R::BUILT_IN
+    }
+
+    fn describe(&self, built_in: &BuiltInConfig, target: &PlanTarget) -> Result<(Json, Option<i64>)> {
+        let loaded = config::load::<R>(Some(Path::new(built_in.file)), &[])?;
+        let bytes = loaded.config.plan(target).ok().map(|plan| plan.bytes());
+        Ok((loaded.config.write(), bytes))
     }
 
     fn keys(&self) -> Section {
@@ -100,6 +143,10 @@ impl<R: Recipe> AnyRecipe for RecipeOf<R> {
 
     fn check(&self, args: check::CheckArgs, global: &Global) -> Result<()> {
         check::check::<R>(args, global)
+    }
+
+    fn init(&self, args: init::InitArgs, global: &Global) -> Result<()> {
+        init::init::<R>(args, global)
     }
 
     fn plan(&self, args: plan::PlanArgs, global: &Global) -> Result<()> {
@@ -158,5 +205,37 @@ impl<A: RecipeArgs> Subcommand for NamedRecipe<A> {
 
     fn has_subcommand(name: &str) -> bool {
         RECIPES.iter().any(|r| r.name() == name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    /// Every file of `configs/STAGE/` is built in, and can be loaded.
+    #[test]
+    fn all_recipes_are_built_in() {
+        for recipe in RECIPES {
+            let folder =
+                format!("{}/configs/{}", env!("CARGO_MANIFEST_DIR"), recipe.name().replace('-', "_"));
+            let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+            let mut files: Vec<PathBuf> =
+                files.filter(|path| path.extension().is_some_and(|e| e == "yaml")).collect();
+            files.sort();
+            let mut names: Vec<&str> = recipe.built_in().iter().map(|b| b.name).collect();
+            assert_eq!(names[0], "default");
+            names.sort_unstable();
+            let there: Vec<String> =
+                files.iter().map(|path| path.file_stem().unwrap().to_string_lossy().into_owned()).collect();
+            assert_eq!(names, there, "{}", recipe.name());
+            for built_in in recipe.built_in() {
+                let ranks = crate::commands::library::ranks(built_in.text);
+                recipe
+                    .validate(Path::new(built_in.file), ranks)
+                    .unwrap_or_else(|e| panic!("{}: {e}", built_in.file));
+            }
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! What the subcommands that train share: arguments, and the way from them to a world of ranks.
 
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use chrono::{Datelike, NaiveDate};
 use kernels::c10d::ReduceOp;
@@ -11,19 +12,34 @@ use crate::algorithms::recipe::Recipe;
 use crate::algorithms::run::{Resume, Start};
 use crate::checkpoint::Checkpoint;
 use crate::commands::Global;
-use crate::commands::recipes::RecipeArgs;
+use crate::commands::init::{self, InitArgs};
+use crate::commands::plan::target;
+use crate::commands::recipes::{RecipeArgs, with_maker};
+use crate::commands::report::REPORT;
+use crate::config::changes::show;
+use crate::config::common::Common;
 use crate::config::{self, Algorithm, Loaded};
 use crate::distributed::agree::agree;
 use crate::distributed::environment::RankEnvironment;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
-use crate::info;
+use crate::files;
+use crate::report::page::page;
+use crate::report::run::RunRecord;
+use crate::report::summary;
+use crate::{info, warn};
 
 /// The arguments of every recipe's subcommand.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
+    /// Without a configuration: the model to train, by the one that corral init would write
+    #[arg(long, value_name = "DIR|ID", conflicts_with = "config", requires = "data")]
+    pub(crate) model: Option<String>,
+    /// With --model: training data; may be given several times
+    #[arg(long, value_name = "FILE", requires = "model")]
+    pub(crate) data: Vec<PathBuf>,
     /// Where to go on from: auto (the newest checkpoint of the run's folder), a checkpoint or another run's folder, or never
     #[arg(long, default_value = "auto", value_name = "auto|DIR|never")]
     pub(crate) resume: Resume,
@@ -35,9 +51,9 @@ pub struct Args {
 impl RecipeArgs for Args {}
 
 /// A configuration and what overrides it.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub struct ConfigArgs {
-    /// The recipe [default: configs/SUBCOMMAND/default.yaml, compiled in]
+    /// A file, or the name of a recipe (see corral recipes) [default: default]
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     /// Overrides, such as optim.lr=3e-4
@@ -50,7 +66,18 @@ impl ConfigArgs {
     pub fn load<C: Algorithm>(&self) -> Result<Loaded<C>> {
         let loaded = config::load::<C>(self.config.as_deref(), &self.overrides)?;
         if loaded.compiled_in {
-            info!("no --config given: taking the built-in recipe {}", loaded.source);
+            match self.config {
+                None => info!("no --config given: taking the built-in recipe {}", loaded.source),
+                Some(_) => info!("taking the built-in recipe {}", loaded.source),
+            }
+        }
+        let defaults: Vec<String> = loaded
+            .defaults
+            .iter()
+            .map(|(key, value)| format!("{key} {}", show(&Some((*value).into()))))
+            .collect();
+        if !defaults.is_empty() {
+            info!("defaults of {}: {}", C::SUBCOMMAND, defaults.join(", "));
         }
         Ok(loaded)
     }
@@ -61,7 +88,10 @@ pub fn run<R: Recipe>(args: Args, global: &Global) -> Result<()> {
     if args.overwrite && args.resume != Resume::Never {
         return Err(Error::config("--overwrite goes with --resume never"));
     }
-    let mut loaded = args.config.load::<R>()?;
+    let mut loaded = match &args.model {
+        None => args.config.load::<R>()?,
+        Some(model) => made::<R>(model, &args, global)?,
+    };
     let place = RankEnvironment::from_env()?;
     loaded.validate(place.as_ref().map_or(1, |p| p.world_size))?;
     // A world that was started again goes on with the run that its first attempt began, whatever its command said at
@@ -72,16 +102,65 @@ pub fn run<R: Recipe>(args: Args, global: &Global) -> Result<()> {
     // Here, before data is read and tokenized, and again once the folder is this run's.
     let dir = loaded.config.common().output_dir;
     RunLock::check_free(dir)?;
+    let before = RunRecord::changed_at(dir);
     let found = examine(&loaded, &start, &[])?;
     keep_date(&mut loaded.config, found.from.as_ref());
-    let inputs = loaded.config.open().map_err(|e| loaded.locate(e))?;
+    let inputs = loaded.config.open().map_err(|e| with_maker(loaded.locate(e)))?;
     let mut facts = global.facts();
     facts.add_configuration(&loaded.config.write());
     R::add_facts(&inputs, &mut facts)?;
     let world = World::from_global(global.device.as_deref(), loaded.config.common().parallel, &facts)?;
     info!("{}", world.choice);
     let inputs = with_first_ranks_date(&mut loaded.config, inputs, &world)?;
-    R::train(&loaded, inputs, &world, &start).map_err(|e| loaded.locate(e))
+    R::train(&loaded, inputs, &world, &start).map_err(|e| loaded.locate(e))?;
+    if world.is_main() {
+        let planned = target(global, world.mesh.data.size).and_then(|target| loaded.config.plan(&target));
+        summarize(&loaded.config.common(), planned.ok().map(|plan| plan.bytes()), before);
+    }
+    Ok(())
+}
+
+/// Says what a run came to, and draws its page, unless its metrics are still those of `before`: then it was over. What cannot
+/// be written does not make the run a failure.
+fn summarize(c: &Common, planned: Option<i64>, before: Option<SystemTime>) {
+    let run = match RunRecord::read(c.output_dir) {
+        Ok(run) => run,
+        Err(e) => return warn!("no summary: {e}"),
+    };
+    let best = run.best_and_last();
+    let is_new = run.changed != before;
+    if is_new {
+        info!("{}", summary::at_end(&run, planned));
+    }
+    if is_new && c.log.report {
+        let path = c.output_dir.join(REPORT);
+        match page(&[run], planned, false).and_then(|page| files::write_file(&path, page.as_bytes())) {
+            Ok(()) => info!("curves:    {}", path.display()),
+            Err(e) => warn!("no {REPORT}: {e}"),
+        }
+    }
+    if let Some(best) = best {
+        info!("{best}");
+    }
+}
+
+/// The configuration that `corral init` would write, with the overrides.
+fn made<R: Recipe>(model: &str, args: &Args, global: &Global) -> Result<Loaded<R>> {
+    let init = InitArgs {
+        model: model.into(),
+        data: args.data.clone(),
+        valid: Vec::new(),
+        reward_model: None,
+        device_memory: None,
+        output: None,
+    };
+    let text = init::text::<R>(&init, global)?;
+    info!(
+        "no --config given: taking the one that corral init {} writes:\n{}",
+        R::SUBCOMMAND,
+        text.trim_end()
+    );
+    config::load_text::<R>(&text, &args.config.overrides)
 }
 
 /// A resumed run's template goes on being told its date, unless the configuration gives one.

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::common::Common;
 use super::conflict::Conflicts;
+use super::defaults;
 use super::keys::Section;
 use super::problems::Problems;
 use super::setting::{At, Setting};
@@ -17,8 +18,11 @@ pub trait Algorithm: Setting {
     /// The subcommand that runs it.
     const SUBCOMMAND: &'static str;
 
-    /// What is taken where no file is named.
-    const DEFAULT: BuiltInConfig;
+    /// The recipes that are compiled in. The first is taken where none is named.
+    const BUILT_IN: &'static [BuiltInConfig];
+
+    /// The key that holds the trained model, and may be called `model`.
+    const MODEL: &'static str = "model";
 
     fn common(&self) -> Common<'_>;
 
@@ -43,47 +47,71 @@ pub struct Loaded<T> {
     pub config: T,
     /// The file, as it was named; for a compiled-in recipe its path in the source tree.
     pub source: String,
-    /// No file was named and the recipe that is compiled in was taken: the user should be told.
+    /// It is compiled in: no file was named, or one of [`Algorithm::BUILT_IN`]. The user should be told.
     pub compiled_in: bool,
+    /// Keys that the stage has given its own default, each with the value.
+    pub defaults: Vec<(&'static str, f64)>,
     tree: Node,
 }
 
-/// A configuration that is compiled in.
+/// A recipe that is compiled in.
 #[derive(Debug, Clone, Copy)]
 pub struct BuiltInConfig {
+    /// The file's name without its end.
+    pub name: &'static str,
     /// Its path in the source tree.
     pub file: &'static str,
     pub text: &'static str,
 }
 
-/// The [`BuiltInConfig`] of a folder of `configs/`: its `default.yaml`.
+/// The recipes of a folder of `configs/`, by their names.
 macro_rules! built_in {
-    ($folder:literal) => {
-        $crate::config::algorithm::BuiltInConfig {
-            file: concat!("configs/", $folder, "/default.yaml"),
-            text: include_str!(concat!("../../configs/", $folder, "/default.yaml")),
-        }
+    ($folder:literal: $($name:literal),+) => {
+        &[$($crate::config::algorithm::BuiltInConfig {
+            name: $name,
+            file: concat!("configs/", $folder, "/", $name, ".yaml"),
+            text: include_str!(concat!("../../configs/", $folder, "/", $name, ".yaml")),
+        }),+]
     };
 }
 pub(super) use built_in;
 
-/// Reads `file` (or the recipe that is compiled in), applies the overrides (`optim.lr=3e-4`, in order, values in YAML) and turns
+/// Reads `file`, which may be the name of a recipe that is compiled in (none: the first of these), applies the overrides (`optim.lr=3e-4`, in order, values in YAML) and turns
 /// the result into `T`.
 ///
 /// # Errors
 /// All of kind `Config`: an unreadable file, broken YAML, a duplicate or unknown key, a wrong type, a value out of
 /// range, each with its place.
 pub fn load<T: Algorithm>(file: Option<&Path>, overrides: &[String]) -> Result<Loaded<T>> {
-    let Some(file) = file else {
-        return parse(T::DEFAULT.text, T::DEFAULT.file.to_string(), true, overrides);
+    let named = match file {
+        None => T::BUILT_IN.first(),
+        Some(file) if file.exists() => None,
+        Some(file) => T::BUILT_IN.iter().find(|b| file == Path::new(b.name) || file == Path::new(b.file)),
     };
-    let source = file.display().to_string();
+    let (file, source) = match (named, file) {
+        (Some(built_in), _) => return parse(built_in.text, built_in.file.to_string(), true, overrides),
+        (None, Some(file)) => (file, file.display().to_string()),
+        (None, None) => return Err(Error::config("name a configuration: --config FILE")),
+    };
     let text = std::fs::read_to_string(file).map_err(|e| {
-        let why = broken_link(file).unwrap_or(format!("{e}; see --config"));
+        let names: Vec<&str> = T::BUILT_IN.iter().map(|b| b.name).collect();
+        let why = broken_link(file).unwrap_or(format!(
+            "{e}; the recipes of {} are {}",
+            T::SUBCOMMAND,
+            names.join(", ")
+        ));
         let e = format!("{source}: cannot read the configuration: {why}");
         crate::content::unusable(file, Error::config(e))
     })?;
     parse(&text, source, false, overrides)
+}
+
+/// Reads a configuration that was just made, and applies the overrides.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_text<T: Algorithm>(text: &str, overrides: &[String]) -> Result<Loaded<T>> {
+    parse(text, "the made configuration".into(), false, overrides)
 }
 
 pub(super) fn parse<T: Algorithm>(
@@ -93,10 +121,15 @@ pub(super) fn parse<T: Algorithm>(
     overrides: &[String],
 ) -> Result<Loaded<T>> {
     let mut tree = Node::parse_file(text, &source)?;
+    tree.rename("model", T::MODEL)?;
     for text in overrides {
-        tree.apply_override(text)?;
+        match text.strip_prefix("model").filter(|rest| T::MODEL != "model" && rest.starts_with(['.', '='])) {
+            Some(rest) => tree.apply_override(&format!("{}{rest}", T::MODEL))?,
+            None => tree.apply_override(text)?,
+        }
     }
-    let mut problems = Problems::default();
+    let defaults = defaults::fill::<T>(&mut tree);
+    let mut problems = Problems::of(T::keys().all().into_iter().map(|(name, _)| name).collect());
     let read = T::read(&At::root(&tree), &mut problems);
     // What does not fit is told too, where it cannot follow from what is wrong; one rank is what asks least.
     if let Some(config) = read.as_ref().filter(|_| !problems.is_empty()) {
@@ -109,7 +142,7 @@ pub(super) fn parse<T: Algorithm>(
         }
     }
     match (problems.into_error(), read) {
-        (None, Some(config)) => Ok(Loaded { config, source, compiled_in, tree }),
+        (None, Some(config)) => Ok(Loaded { config, source, compiled_in, defaults, tree }),
         (Some(e), _) => Err(e),
         (None, None) => Err(Error::config(format!("{source}: cannot be read"))),
     }

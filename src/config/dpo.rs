@@ -131,7 +131,7 @@ impl DpoSection {
 
 impl Algorithm for Dpo {
     const SUBCOMMAND: &'static str = "dpo";
-    const DEFAULT: BuiltInConfig = built_in!("dpo");
+    const BUILT_IN: &'static [BuiltInConfig] = built_in!("dpo": "default", "smollm2-hh", "ultrafeedback");
 
     fn common(&self) -> Common<'_> {
         self.sections()

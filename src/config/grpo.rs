@@ -149,7 +149,9 @@ impl Grpo {
 
 impl Algorithm for Grpo {
     const SUBCOMMAND: &'static str = "grpo";
-    const DEFAULT: BuiltInConfig = built_in!("grpo");
+    const MODEL: &'static str = "actor";
+    const BUILT_IN: &'static [BuiltInConfig] =
+        built_in!("grpo": "default", "gsm8k", "qwen2.5-0.5b-gsm8k", "qwen2.5-1.5b-gsm8k", "smollm2-sums");
 
     fn common(&self) -> Common<'_> {
         self.sections()

@@ -71,6 +71,8 @@ impl Limits {
     pub const BELOW_ONE: Limits = Limits { below_high: true, ..Limits::RATIO };
     /// At most what fits products of two such numbers into 64 bits.
     pub const COUNT: Limits = Limits { low: 1.0, high: 2147483648.0, ..Limits::NONE };
+    /// As [`Limits::COUNT`], and 0.
+    pub const WHOLE: Limits = Limits { low: 0.0, ..Limits::COUNT };
     /// Seconds; at most 115 days.
     pub const SECONDS: Limits = Limits { high: 1e7, ..Limits::POSITIVE };
 

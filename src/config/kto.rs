@@ -59,7 +59,7 @@ choice! {
 
 impl Algorithm for Kto {
     const SUBCOMMAND: &'static str = "kto";
-    const DEFAULT: BuiltInConfig = built_in!("kto");
+    const BUILT_IN: &'static [BuiltInConfig] = built_in!("kto": "default", "smollm2-hh");
 
     fn common(&self) -> Common<'_> {
         self.sections()

@@ -8,7 +8,9 @@ pub(crate) mod algorithm;
 pub(crate) mod changes;
 pub(crate) mod common;
 pub(crate) mod conflict;
+pub(crate) mod defaults;
 pub mod dpo;
+pub(crate) mod foreign;
 pub(crate) mod grpo;
 pub(crate) mod json;
 pub(crate) mod keys;
@@ -38,7 +40,7 @@ mod tests;
 pub mod trainable;
 mod yaml;
 
-pub(crate) use algorithm::{Algorithm, Loaded, load};
+pub(crate) use algorithm::{Algorithm, Loaded, load, load_text};
 pub(crate) use conflict::Conflicts;
 pub(crate) use problems::nearest;
 pub(crate) use setting::Setting;

@@ -74,7 +74,8 @@ impl OnlineDpo {
 
 impl Algorithm for OnlineDpo {
     const SUBCOMMAND: &'static str = "online-dpo";
-    const DEFAULT: BuiltInConfig = built_in!("online_dpo");
+    const MODEL: &'static str = "actor";
+    const BUILT_IN: &'static [BuiltInConfig] = built_in!("online_dpo": "default");
 
     fn common(&self) -> Common<'_> {
         self.sections()

@@ -47,6 +47,9 @@ section! {
         dual_clip: Option<f64> = None, ABOVE_ONE => Mathematics;
         /// How far a value may go from what it was; 0: any way.
         clip_value: f64 = 0.2, NOT_NEGATIVE => Mathematics;
+        /// Weight of the value loss. The critic has an optimizer of its own, which this changes only through `optim.clip` and
+        /// `optim.eps`; `critic.optim.lr` is the key for its speed.
+        value_coef: f64 = 1.0, POSITIVE => Mathematics;
         /// Discount of later rewards.
         gamma: f64 = 1.0, RATIO => Mathematics;
         /// Lambda of generalized advantage estimation (Schulman et al. 2016).
@@ -216,7 +219,8 @@ impl Ppo {
 
 impl Algorithm for Ppo {
     const SUBCOMMAND: &'static str = "ppo";
-    const DEFAULT: BuiltInConfig = built_in!("ppo");
+    const MODEL: &'static str = "actor";
+    const BUILT_IN: &'static [BuiltInConfig] = built_in!("ppo": "default", "llama-13b-8gpu", "llama-7b-one-gpu", "reward_model", "smollm2-hh", "smollm2-sums");
 
     fn common(&self) -> Common<'_> {
         self.sections()

@@ -36,7 +36,8 @@ section! {
 
 impl Algorithm for Pretrain {
     const SUBCOMMAND: &'static str = "pretrain";
-    const DEFAULT: BuiltInConfig = built_in!("pretrain");
+    const BUILT_IN: &'static [BuiltInConfig] =
+        built_in!("pretrain": "default", "llama-1b", "llama-8b", "shakespeare", "smollm2-shakespeare");
 
     fn common(&self) -> Common<'_> {
         self.sections()

@@ -1,11 +1,16 @@
 //! What is wrong with a configuration: every problem with its place, and the nearest key or word that is known.
 
+use super::foreign;
 use super::yaml::{ConfigPlace, join};
 use crate::error::Error;
 
-/// What was found so far.
+/// The problems of one configuration.
 #[derive(Debug, Default)]
-pub struct Problems(Vec<Problem>);
+pub struct Problems {
+    found: Vec<Problem>,
+    /// The dotted keys that the configuration may have, for advice.
+    keys: Vec<String>,
+}
 
 #[derive(Debug)]
 struct Problem {
@@ -15,8 +20,13 @@ struct Problem {
 }
 
 impl Problems {
+    /// Of a configuration that may have these dotted keys.
+    pub fn of(keys: Vec<String>) -> Problems {
+        Problems { found: Vec::new(), keys }
+    }
+
     fn add(&mut self, place: &ConfigPlace, key: String, message: String) {
-        self.0.push(Problem { place: place.clone(), key, message });
+        self.found.push(Problem { place: place.clone(), key, message });
     }
 
     /// The value of `key` does not fit.
@@ -28,15 +38,46 @@ impl Problems {
     /// There is no key `name` in the section `path`.
     pub fn unknown_key(&mut self, place: &ConfigPlace, path: &str, name: &str, known: &[&str]) {
         let key = join(path, name);
-        let message =
-            format!("unknown key '{key}'; {}(known here: {})", did_you_mean(name, known), known.join(", "));
+        let message = match self.elsewhere(name, known) {
+            Some(here) => format!("unknown key '{key}'; {here}"),
+            None => {
+                format!(
+                    "unknown key '{key}'; {}(known here: {})",
+                    did_you_mean(name, known),
+                    known.join(", ")
+                )
+            }
+        };
         self.add(place, key, message);
+    }
+
+    /// The keys that were meant by a name that is another program's, or that of another section.
+    fn elsewhere(&self, name: &str, known: &[&str]) -> Option<String> {
+        let has = |key: &str| self.keys.iter().any(|k| k == key);
+        if let Some(foreign) = foreign::key_named(name) {
+            return match foreign.here.is_empty() {
+                true => Some(format!("there is no such key: {}", foreign.note)),
+                false => Some(format!("here it is {}", foreign.advice(has)?)),
+            };
+        }
+        if nearest(name, known).is_some() {
+            return None;
+        }
+        let depth = |key: &&String| key.matches('.').count();
+        let named: Vec<&String> = self.keys.iter().filter(|key| last(key) == name).collect();
+        let least = named.iter().map(depth).min()?;
+        let meant: Vec<String> =
+            named.iter().filter(|key| depth(key) == least).map(|key| format!("`{key}`")).collect();
+        Some(format!("it is a key of another section: {}", meant.join(" or ")))
     }
 
     /// A word is none of those that `key` may have.
     pub fn unknown_choice(&mut self, place: &ConfigPlace, key: &str, word: &str, known: &[&str]) {
-        let why =
-            format!("unknown value '{word}'; {}(known: {})", did_you_mean(word, known), known.join(", "));
+        let meant = match foreign::value_named(key, word) {
+            Some(here) if known.contains(&here) => format!("here it is '{here}' "),
+            _ => did_you_mean(word, known),
+        };
+        let why = format!("unknown value '{word}'; {meant}(known: {})", known.join(", "));
         self.of_value(place, key, &why);
     }
 
@@ -48,12 +89,12 @@ impl Problems {
     }
 
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.found.is_empty()
     }
 
     /// Whether one of them is about a key below `path`.
     pub fn has_below(&self, path: &str) -> bool {
-        self.0.iter().any(|p| p.key.strip_prefix(path).is_some_and(|rest| rest.starts_with('.')))
+        self.found.iter().any(|p| p.key.strip_prefix(path).is_some_and(|rest| rest.starts_with('.')))
     }
 
     /// Whether what is said of `key` may follow from one of these problems: it is about the same key, one around or below it, or
@@ -61,7 +102,7 @@ impl Problems {
     pub fn may_cause(&self, key: &str, why: &str) -> bool {
         let within =
             |a: &str, b: &str| a.strip_prefix(b).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
-        self.0.iter().any(|p| within(key, &p.key) || within(&p.key, key) || why.contains(last(&p.key)))
+        self.found.iter().any(|p| within(key, &p.key) || within(&p.key, key) || why.contains(last(&p.key)))
     }
 
     /// One error, with a line for each problem, in the order of the file.
@@ -70,8 +111,8 @@ impl Problems {
             ConfigPlace::File { line, column, .. } => (line, column),
             ConfigPlace::Override(_) => (u64::MAX, u64::MAX),
         };
-        self.0.sort_by_key(line_and_column);
-        let lines: Vec<String> = self.0.iter().map(|p| format!("{}: {}", p.place, p.message)).collect();
+        self.found.sort_by_key(line_and_column);
+        let lines: Vec<String> = self.found.iter().map(|p| format!("{}: {}", p.place, p.message)).collect();
         (!lines.is_empty()).then(|| Error::config(lines.join("\n")))
     }
 }

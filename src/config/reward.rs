@@ -99,7 +99,7 @@ choice! {
 
 impl Algorithm for Reward {
     const SUBCOMMAND: &'static str = "reward";
-    const DEFAULT: BuiltInConfig = built_in!("reward");
+    const BUILT_IN: &'static [BuiltInConfig] = built_in!("reward": "default", "gsm8k", "smollm2-hh");
 
     fn common(&self) -> Common<'_> {
         self.sections()

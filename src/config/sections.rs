@@ -163,14 +163,24 @@ section! {
         kind: ScheduleKind = ScheduleKind::Cosine => Mathematics;
         /// Steps over which the learning rate rises linearly from 0 to its peak.
         warmup_steps: u64 = 0 => Mathematics;
+        /// The same as a share of the run's steps, in place of `warmup_steps`.
+        warmup_ratio: Option<f64> = None, RATIO => Mathematics;
         /// The learning rate at the end, as a share of its peak (cosine and linear).
         min_lr_ratio: f64 = 0.1, RATIO => Mathematics;
     }
 }
 
 impl ScheduleSection {
+    /// The steps of warm-up in a run of `steps`, rounded up as transformers does.
+    pub fn warmup(&self, steps: u64) -> u64 {
+        self.warmup_ratio.map_or(self.warmup_steps, |ratio| (ratio * steps as f64).ceil() as u64)
+    }
+
     /// What does not fit `train`.
     pub fn conflicts(&self, train: &TrainSection, found: &mut Conflicts) {
+        if self.warmup_ratio.is_some() && self.warmup_steps > 0 {
+            found.add("schedule.warmup_ratio", "schedule.warmup_steps is given too; keep one");
+        }
         if let Some(steps) = train.steps.filter(|steps| self.warmup_steps > *steps as u64) {
             let why =
                 format!("{} steps of warm-up are more than the {steps} of train.steps", self.warmup_steps);
@@ -197,7 +207,10 @@ section! {
         /// Updates; either this or `epochs`.
         steps: Option<i64> = None, COUNT => Length;
         /// Passes over the training data; either this or `steps`.
-        epochs: Option<i64> = None, COUNT => Length;
+        epochs: Option<f64> = None, POSITIVE => Length;
+        /// With `epochs`: leaves out the last rows where they do not fill a step, which else is a smaller one. ppo, grpo and
+        /// online-dpo always leave them out.
+        drop_last: bool = false => Length;
         /// Sequences of one step, over all ranks.
         batch_size: i64 = 32, COUNT => Mathematics;
         /// Sequences that one rank computes at once. Default: its whole share of the batch.
@@ -264,14 +277,16 @@ section! {
     pub struct Log {
         /// Steps between lines of metrics.
         every: i64 = 1, COUNT => Output;
+        /// Writes report.html into the run's folder at the end.
+        report: bool = true => Output;
     }
 }
 
 section! {
     /// Validation on `data.valid`.
     pub struct Valid {
-        /// Steps between validations.
-        every: i64 = 100, COUNT => Output;
+        /// Steps between validations; 0: none.
+        every: i64 = 100, WHOLE => Output;
         /// Batches of `train.batch_size` sequences that a validation takes at most.
         batches: i64 = 20, COUNT => Output;
         /// The checkpoint with the best validation stays besides the last `checkpoint.keep`, and is what the run exports.
@@ -290,6 +305,9 @@ impl Valid {
     /// What does not fit the validation data.
     pub fn conflicts(&self, data: &[DataSource], found: &mut Conflicts) {
         let key = if self.keep_best { "valid.keep_best" } else { "valid.patience" };
+        if self.keeps_best() && self.every == 0 {
+            found.add(key, "it needs validations: give valid.every");
+        }
         if self.keeps_best() && data.is_empty() {
             found.add(key, "it needs validation data: give data.valid");
         }

@@ -27,8 +27,8 @@ section! {
     pub struct Lora {
         /// r, the rows of A and the columns of B.
         rank: i64, COUNT => State;
-        /// B A is multiplied by alpha / r, or alpha / sqrt(r) with `rslora`.
-        alpha: f64, POSITIVE => Mathematics;
+        /// B A is multiplied by alpha / r, or alpha / sqrt(r) with `rslora`. Default: 2 r.
+        alpha: Option<f64> = None, POSITIVE => Mathematics;
         /// Share of A's inputs that is left out in training.
         dropout: f64 = 0.0, BELOW_ONE => Mathematics;
         /// The linear layers that have adapters.
@@ -39,6 +39,19 @@ section! {
         modules_to_save: Vec<String> = Vec::new() => State;
         /// How the linear layers' weights are kept.
         base: BaseFormat = BaseFormat::None => Mathematics;
+    }
+    check Lora::complete
+}
+
+impl Lora {
+    fn complete(&mut self) -> Result<(), String> {
+        self.alpha = Some(self.alpha());
+        Ok(())
+    }
+
+    /// The numerator of the scale.
+    pub fn alpha(&self) -> f64 {
+        self.alpha.unwrap_or(2.0 * self.rank as f64)
     }
 }
 

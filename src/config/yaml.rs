@@ -99,11 +99,53 @@ impl Node {
 
     /// Applies `optim.lr=3e-4`: the value is YAML; sections on the way are made where they are missing; a number
     /// indexes a list, and the index after the last appends.
+    /// Gives the key `from` at the top the name `to`.
+    ///
+    /// # Errors
+    /// Both are there.
+    pub fn rename(&mut self, from: &str, to: &str) -> Result<()> {
+        let YamlValue::Section(entries) = &mut self.value else { return Ok(()) };
+        let Some(at) = entries.iter().position(|e| e.key == from).filter(|_| from != to) else {
+            return Ok(());
+        };
+        if entries.iter().any(|e| e.key == to) {
+            let place = &entries[at].place;
+            return Err(Error::config(format!(
+                "{place}: '{from}': '{to}' is given too, and is the same; keep one"
+            )));
+        }
+        entries[at].key = to.to_string();
+        Ok(())
+    }
+
+    /// Sets a dotted key that is not there to a number; sections around it are made. `place` is said of it.
+    pub fn set_default(&mut self, key: &str, number: f64) {
+        let place = self.place.clone();
+        let (mut node, parts) = (self, key.split('.'));
+        for part in parts {
+            if node.value == YamlValue::Null {
+                node.value = YamlValue::Section(vec![]);
+            }
+            let YamlValue::Section(entries) = &mut node.value else { return };
+            let at = entries.iter().position(|e| e.key == part).unwrap_or_else(|| {
+                let node = Node::null(place.clone());
+                entries.push(YamlEntry { key: part.to_string(), place: place.clone(), node });
+                entries.len() - 1
+            });
+            node = &mut entries[at].node;
+        }
+        node.value = YamlValue::Float(number);
+    }
+
     pub fn apply_override(&mut self, text: &str) -> Result<()> {
         let place = ConfigPlace::Override(text.into());
         let fail = |message: String| Error::config(format!("{place}: {message}"));
         let Some((key, value)) = text.split_once('=') else {
-            return Err(fail("expected KEY=VALUE, such as optim.lr=3e-4".into()));
+            let is_file = text.ends_with(".yaml") || text.ends_with(".yml");
+            return Err(fail(match is_file {
+                true => format!("expected KEY=VALUE; a configuration is named with --config {text}"),
+                false => "expected KEY=VALUE, such as optim.lr=3e-4".into(),
+            }));
         };
         let parts: Vec<&str> = key.split('.').collect();
         if parts.iter().any(|part| part.is_empty() || part.contains(char::is_whitespace)) {

@@ -48,7 +48,7 @@ impl Lora {
     /// What B A is multiplied by.
     pub fn scale(&self) -> f64 {
         let rank = self.rank as f64;
-        self.alpha / if self.rslora { rank.sqrt() } else { rank }
+        self.alpha() / if self.rslora { rank.sqrt() } else { rank }
     }
 
     /// Whether a linear layer has an adapter: its name ends in one of the targets.
@@ -302,7 +302,7 @@ mod tests {
     fn lora(targets: Targets) -> Lora {
         Lora {
             rank: 4,
-            alpha: 8.0,
+            alpha: Some(8.0),
             dropout: 0.0,
             targets,
             rslora: false,

@@ -24,7 +24,7 @@ impl Schedule {
         Schedule {
             kind: c.schedule.kind,
             lr: c.optim.lr,
-            warmup_steps: c.schedule.warmup_steps,
+            warmup_steps: c.schedule.warmup(total_steps),
             total_steps,
             min_lr_ratio: c.schedule.min_lr_ratio,
         }

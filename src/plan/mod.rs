@@ -38,6 +38,19 @@ pub enum MemoryPlan {
     Models(ModelsMemory),
 }
 
+impl MemoryPlan {
+    /// Bytes of the device that takes most, without those of the process itself.
+    pub fn bytes(&self) -> i64 {
+        match self {
+            MemoryPlan::Training(t) => t.peak(t.micro_batch, 0),
+            MemoryPlan::Models(m) => {
+                let most = |on: &Vec<&models::ModelMemory>| models::peaks(on).into_iter().max().unwrap_or(0);
+                m.by_device().values().map(most).max().unwrap_or(0)
+            }
+        }
+    }
+}
+
 impl From<TrainingMemory> for MemoryPlan {
     fn from(training: TrainingMemory) -> MemoryPlan {
         MemoryPlan::Training(Box::new(training))

@@ -5,10 +5,11 @@ pub mod batch;
 mod reference;
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use kernels::c10d::ReduceOp;
 
-use crate::algorithms::base::{self, Base, model_or_preset, shape_and_trainable};
+use crate::algorithms::base::{self, Base, LastStep, RunLength, planned_model, shape_and_trainable};
 use crate::algorithms::folder::RunFolder;
 use crate::algorithms::learner::Learner;
 use crate::algorithms::recipe::{Recipe, Shown};
@@ -46,14 +47,14 @@ pub struct Inputs {
     valid: Option<RowLoader>,
     /// Another reference than the model itself.
     reference: Option<Base>,
-    steps: u64,
+    length: RunLength,
 }
 
 type Session<'a> = session::Session<'a, Learner<'a>, Position>;
 
 impl Recipe for Dpo {
     const ABOUT: &'static str = "Train a model to prefer the better of completions";
-    const PLAN_FLAGS: &'static [&'static str] = &["device_memory", "completions"];
+    const PLAN_FLAGS: &'static [&'static str] = &["completions"];
     type Inputs = Inputs;
 
     fn open(&self) -> Result<Inputs> {
@@ -63,12 +64,12 @@ impl Recipe for Dpo {
         let trainable = base.trainable(&self.freeze, self.lora.as_ref())?;
         let chat = Chat::new(&base.tokenizer)?;
         let (train, valid) = preferences::open(&self.data, &chat, self.seed)?;
-        let steps = base::steps(&self.train, train.num_rows(), self.schedule.warmup_steps)?;
         let open = |r: &crate::config::dpo::ReferencePath| {
             online::Reference::open_other(&r.path, self.tokenizer.as_ref(), length, &base)
         };
         let reference = self.reference.as_ref().map(open).transpose()?;
-        Ok(Inputs { base, trainable, chat, train, valid, reference, steps })
+        let length = RunLength::new(&self.train, train.num_rows(), &self.schedule, LastStep::Kept)?;
+        Ok(Inputs { base, trainable, chat, train, valid, reference, length })
     }
 
     fn add_facts(inputs: &Inputs, facts: &mut Facts) -> Result<()> {
@@ -83,7 +84,7 @@ impl Recipe for Dpo {
     }
 
     fn data_line(&self, inputs: &Inputs) -> String {
-        records::ranked_line(&inputs.train, self.train.batch_size, inputs.steps)
+        records::ranked_line(&inputs.train, &inputs.length)
     }
 
     fn shown<'a>(&self, inputs: &'a Inputs) -> Shown<'a> {
@@ -92,7 +93,7 @@ impl Recipe for Dpo {
     }
 
     fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan> {
-        let (model, tokenizer) = (model_or_preset(&self.model), self.tokenizer.as_ref());
+        let (model, tokenizer) = (planned_model(&self.model), self.tokenizer.as_ref());
         let length = self.data.sequence_length;
         let (shape, trainable) =
             shape_and_trainable(&model, Head::Lm, tokenizer, length, &self.freeze, self.lora.as_ref())?;
@@ -161,14 +162,14 @@ fn dpo(loaded: &Loaded<Dpo>, inputs: &Inputs, world: &World, start: &Start) -> R
     let is_new = folder.from().is_none();
     let mut reference = reference.ready(c, inputs, &mut learner, is_new, world)?;
 
-    let (schedule, count) = (Schedule::new(&common, inputs.steps), c.train.batch_size as u64);
-    let mut session = Session::start(folder, progress, learner, &common, inputs.steps)?;
+    let schedule = Schedule::new(&common, inputs.length.steps);
+    let mut session = Session::start(folder, progress, learner, &common, &inputs.length)?;
     session.catch_up(|s| validation(c, inputs, &mut reference, s))?;
     while !session.run.done() {
         let (next, step) = (session.run.progress.data.next, session.run.progress.step);
-        let lr = schedule.rate(step);
+        let (lr, count) = (schedule.rate(step), inputs.length.rows_at(next));
         let sft = sft_weight(c, &inputs.train, next, count);
-        let mut batches = this_ranks_batches(c, &inputs.train, next, step, world);
+        let mut batches = this_ranks_batches(c, &inputs.train, next..next + count, step, world);
         for batch in &mut batches {
             batch.reference = reference.logps(&mut session.models.model, batch, ReferenceOf::Train)?;
         }
@@ -197,18 +198,21 @@ fn describe(record: MetricsLine, sums: &PairSums, c: &Dpo) -> MetricsLine {
     if c.dpo.sft_weight == 0.0 { record } else { record.float("nll", sums.nll()) }
 }
 
-/// This rank's part of the step that begins at example `first`.
+/// This rank's part of the step of some examples.
 fn this_ranks_batches(
     c: &Dpo,
     data: &RowLoader,
-    first: u64,
+    of: Range<u64>,
     step: u64,
     world: &World,
 ) -> Vec<PreferenceBatch> {
     let dropout = c.lora.as_ref().is_some_and(|l| l.dropout > 0.0);
     let batch = |(row, count): (u64, u64)| {
-        let numbers: Vec<u64> = (first + row..first + row + count).collect();
-        let share = 1.0 / c.train.batch_size as f64;
+        let first = of.start;
+        let (numbers, share): (Vec<u64>, f64) = match count {
+            0 => (vec![first], 0.0),
+            n => ((first + row..first + row + n).collect(), 1.0 / (of.end - of.start) as f64),
+        };
         let mut batch = PreferenceBatch::new(c, data, &numbers, share, world.device);
         if dropout {
             let sequences = |n: u64| {
@@ -221,7 +225,7 @@ fn this_ranks_batches(
         }
         batch
     };
-    step::division(&c.train, world).map(batch).collect()
+    step::division(&c.train, of.end - of.start, world).map(batch).collect()
 }
 
 /// Examples that a validation takes.

@@ -82,7 +82,7 @@ impl ReferenceModel {
             LoadedReference::Cached(key) => key,
         };
         let mut train = open_cache(c, &inputs.train, &key, world)?;
-        let steps = inputs.steps * c.train.batch_size as u64;
+        let steps = inputs.length.rows();
         let missing = train.missing(&inputs.train, steps.min(inputs.train.num_rows()));
         let mut valid = match &inputs.valid {
             Some(rows) => Some(open_cache(c, rows, &key, world)?),

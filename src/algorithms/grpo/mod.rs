@@ -35,7 +35,6 @@ pub struct Inputs {
 
 impl Recipe for Grpo {
     const ABOUT: &'static str = "Train a model on its own answers by GRPO";
-    const PLAN_FLAGS: &'static [&'static str] = &[];
     type Inputs = Inputs;
 
     fn open(&self) -> Result<Inputs> {
@@ -53,7 +52,7 @@ impl Recipe for Grpo {
     }
 
     fn data_line(&self, inputs: &Inputs) -> String {
-        inputs.opened.data_line(&inputs.samplers.train.prompts, self.train.batch_size)
+        inputs.opened.data_line(&inputs.samplers.train.prompts)
     }
 
     fn shown<'a>(&self, inputs: &'a Inputs) -> Shown<'a> {
@@ -91,14 +90,15 @@ fn grpo(
     let tokenizer = opened.tokenizer();
     let mut folder = RunFolder::open(loaded, start, &sections.paths(), tokenizer, world)?;
     let Samplers { train: mut sampler, mut valid } = samplers;
-    opened.announce(&sampler, valid.as_ref(), c.train.batch_size, world);
+    opened.announce(&sampler, valid.as_ref(), world);
     let mut policy = Policy::load(&sections, opened, world)?;
     folder.record(std::mem::take(&mut policy.records))?;
     let progress = folder.restore_or_begin(&mut policy, &sampler.prompts)?;
 
     let optim = c.actor.optim.as_ref().unwrap_or(&c.optim);
-    let schedule = Schedule::new(&Common { optim, ..common }, opened.steps);
-    let mut session = Session::start(folder, progress, policy, &common, opened.steps)?;
+    let common = Common { optim, ..common };
+    let schedule = Schedule::new(&common, opened.length.steps);
+    let mut session = Session::start(folder, progress, policy, &common, &opened.length)?;
     let mut validation = |s: &mut Session<Policy, _>| {
         s.models.validation(&mut valid, &c.valid, c.train.batch_size, &mut s.run, world)
     };

@@ -56,7 +56,6 @@ pub struct Inputs {
 
 impl Recipe for Ppo {
     const ABOUT: &'static str = "Train a model on its own answers by PPO";
-    const PLAN_FLAGS: &'static [&'static str] = &[];
     type Inputs = Inputs;
 
     fn open(&self) -> Result<Inputs> {
@@ -98,7 +97,7 @@ impl Recipe for Ppo {
     }
 
     fn data_line(&self, inputs: &Inputs) -> String {
-        inputs.opened.data_line(&inputs.samplers.train.prompts, self.train.batch_size)
+        inputs.opened.data_line(&inputs.samplers.train.prompts)
     }
 
     fn shown<'a>(&self, inputs: &'a Inputs) -> Shown<'a> {
@@ -216,12 +215,14 @@ fn ppo(loaded: &Loaded<Ppo>, inputs: &Ready, samplers: Samplers, world: &World, 
     folder.record(models.critic.record("critic"))?;
     let data = PpoData { c, prompts: &sampler.prompts, ptx: inputs.ptx.as_ref() };
     let progress = folder.restore_or_begin(&mut models, &data)?;
-    inputs.opened.announce(&sampler, valid.as_ref(), c.train.batch_size, world);
+    inputs.opened.announce(&sampler, valid.as_ref(), world);
     let size = models.critic.model.shape.num_parameters() as f64 / 1e6;
     info!("critic: {size:.2}M parameters on {:?}", models.critic_world.device);
 
     let (mut stalled, count) = (Stalled::default(), c.train.batch_size as u64);
-    let mut session = Session::start(folder, progress, models, &common, inputs.opened.steps)?;
+    let optim = c.actor.optim.as_ref().unwrap_or(&c.optim);
+    let common = Common { optim, ..common };
+    let mut session = Session::start(folder, progress, models, &common, &inputs.opened.length)?;
     let mut validation = |s: &mut Session| {
         s.models.policy.validation(&mut valid, &c.valid, c.train.batch_size, &mut s.run, world)
     };

@@ -212,7 +212,9 @@ fn update_values(
             let values = values.view([-1, width]);
             let of = |t: &Tensor| Minibatch::part(t, rows, &values);
             let weights = of(&e.mask) / counts.tokens.max(1.0);
-            Ok((value_loss(&values, &of(&e.values), &of(&e.returns), clip) * weights).sum(values.kind()))
+            let loss =
+                (value_loss(&values, &of(&e.values), &of(&e.returns), clip) * weights).sum(values.kind());
+            Ok(loss * c.ppo.value_coef)
         };
         let entry = |(rows, batch): &'_ (Tensor, MicroBatch)| {
             let (rows, width, loss) = (rows.shallow_clone(), batch.input.ids.size()[1], &loss);
@@ -236,7 +238,8 @@ pub fn update(
     world: &World,
 ) -> Result<Updated> {
     let (common, step) = (c.common(), run.progress.step);
-    let rate = |optim: &Optim| Schedule::new(&Common { optim, ..common }, inputs.opened.steps).rate(step);
+    let rate =
+        |optim: &Optim| Schedule::new(&Common { optim, ..common }, inputs.opened.length.steps).rate(step);
     let critic_section = c.critic();
     let actor_rate = rate(c.actor.optim.as_ref().unwrap_or(&c.optim));
     let critic_rate = rate(critic_section.optim.as_ref().unwrap_or(&c.optim));
@@ -272,7 +275,7 @@ pub fn update(
         rate: if warming_up { 0.0 } else { actor_rate },
         policy: policy.sums,
         policy_loss,
-        value_loss,
+        value_loss: value_loss / c.ppo.value_coef,
         ptx_loss: (!ptx.is_empty()).then(|| ptx.iter().sum::<f64>() / ptx.len() as f64),
         critic_grad_norm: mean(&values, |u| u.grad_norm),
         critic_rate,

@@ -5,7 +5,7 @@ use std::path::Path;
 use kernels::ops::accumulator;
 use tch::{Device, Kind};
 
-use crate::algorithms::base::{path_or_preset, shape_and_trainable, shape_to_ask};
+use crate::algorithms::base::{path_or_preset, planned_path, shape_and_trainable, shape_to_ask};
 use crate::algorithms::scorer::BATCH_TOKENS;
 use crate::config::model::Model as Origin;
 use crate::config::models::{FrozenModel, Trained};
@@ -105,7 +105,7 @@ fn trained(
     let length = c.data.sequence_length;
     let head = if name == "critic" { Head::Score } else { Head::Lm };
     let (shape, trainable) =
-        shape_and_trainable(&path_or_preset(&m.path), head, c.tokenizer, length, &m.freeze, m.lora.as_ref())
+        shape_and_trainable(&planned_path(&m.path), head, c.tokenizer, length, &m.freeze, m.lora.as_ref())
             .map_err(context)?;
     let sharding = ShardingPlan::of(c.common.parallel, target.ranks)?;
     let plans = trainable.plans(&shape).map_err(context)?;
@@ -151,8 +151,7 @@ fn frozen(
     // A reward model reads its own tokens.
     let own_tokens = name == "reward_model";
     let tokenizer = c.tokenizer.filter(|_| !own_tokens);
-    let (mut shape, plans) =
-        shape_to_ask(&path_or_preset(&m.path), tokenizer).map_err(|e| e.context(name))?;
+    let (mut shape, plans) = shape_to_ask(&planned_path(&m.path), tokenizer).map_err(|e| e.context(name))?;
     if own_tokens {
         shape = shape.scored();
     }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
 
-use crate::algorithms::base::{self, Base};
+use crate::algorithms::base::{self, Base, LastStep, RunLength};
 use crate::algorithms::learner::{Learner, Learners};
 use crate::algorithms::records;
 use crate::algorithms::rl::checks::EqualRewards;
@@ -43,7 +43,7 @@ pub struct OpenedPolicy {
     /// None: the actor without its adapters, where it has any.
     reference: Option<Base>,
     reward_model: Option<reward_model::OpenedRewardModel>,
-    pub steps: u64,
+    pub length: RunLength,
 }
 
 /// Where responses come from.
@@ -100,8 +100,8 @@ impl OpenedPolicy {
         let mut odd = train.prompts.odd.clone();
         valid.iter().for_each(|valid| odd.merge(&valid.prompts.odd));
         odd.check(s.data.on_error)?;
-        let steps = base::steps(c.train, train.prompts.len() as u64, c.schedule.warmup_steps)?;
-        Ok((OpenedPolicy { actor, trainable, reference, reward_model, steps }, Samplers { train, valid }))
+        let length = RunLength::new(c.train, train.prompts.len() as u64, c.schedule, LastStep::Dropped)?;
+        Ok((OpenedPolicy { actor, trainable, reference, reward_model, length }, Samplers { train, valid }))
     }
 
     /// What all ranks must have of the models.
@@ -135,21 +135,21 @@ impl OpenedPolicy {
     }
 
     /// What the prompts are as training data, in a line.
-    pub fn data_line(&self, prompts: &Prompts, batch_size: i64) -> String {
+    pub fn data_line(&self, prompts: &Prompts) -> String {
         format!(
             "{} prompts, {} dropped for their length; {} iterations are {:.2} epochs",
             prompts.len(),
             prompts.dropped,
-            self.steps,
-            self.steps as f64 * batch_size as f64 / prompts.len() as f64
+            self.length.steps,
+            self.length.epochs(self.length.steps)
         )
     }
 
     /// What a run begins with, told.
-    pub fn announce(&self, train: &Sampler, valid: Option<&Sampler>, batch_size: i64, world: &World) {
+    pub fn announce(&self, train: &Sampler, valid: Option<&Sampler>, world: &World) {
         let prompts = &train.prompts;
         info!("actor: {:.2}M parameters", self.actor.shape.num_parameters() as f64 / 1e6);
-        info!("data: {}", self.data_line(prompts, batch_size));
+        info!("data: {}", self.data_line(prompts));
         records::announce_skipped("data.train", &prompts.odd, world);
         if let Some(valid) = valid {
             records::announce_skipped("data.valid", &valid.prompts.odd, world);

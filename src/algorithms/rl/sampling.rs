@@ -239,18 +239,18 @@ impl Sampler {
             })
             .collect();
         let scores = score.map(|score| score(&said)).transpose()?;
-        let mut judgements = Vec::with_capacity(said.len());
-        for (i, Said { prompt, ids, text, .. }) in said.iter().enumerate() {
-            let answer = Answer {
-                prompt: &prompt.question(),
-                response: text,
-                reference: prompt.reference.as_deref(),
-                num_tokens: ids.len(),
-                record: &prompt.record,
-                score: scores.as_ref().and_then(|s| s.get(i).copied()),
-            };
-            judgements.push(self.judge.borrow_mut().judge(&answer)?);
-        }
+        let questions: Vec<_> = said.iter().map(|said| said.prompt.question()).collect();
+        let answers = said.iter().zip(&questions).enumerate();
+        let answers = answers.map(|(i, (Said { prompt, ids, text, .. }, question))| Answer {
+            prompt: question,
+            response: text,
+            reference: prompt.reference.as_deref(),
+            num_tokens: ids.len(),
+            record: &prompt.record,
+            score: scores.as_ref().and_then(|s| s.get(i).copied()),
+        });
+        let answers: Vec<Answer> = answers.collect();
+        let judgements = self.judge.borrow_mut().judge(&answers)?;
         let all = numbers.iter().zip(responses).zip(texts).zip(judgements);
         let sampled = all.map(|(((prompt, response), text), judgement)| Sampled {
             prompt: *prompt,

@@ -168,7 +168,7 @@ pub(super) fn read_config(config: &Map<String, Value>) -> Result<DescribedAdapte
     }
     let lora = Lora {
         rank: rank as i64,
-        alpha: number("lora_alpha", 8.0)?,
+        alpha: Some(number("lora_alpha", 8.0)?),
         dropout: number("lora_dropout", 0.0)?,
         targets,
         rslora: config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),

@@ -32,14 +32,14 @@ impl Patterns {
         let (name, n) = (last_part(&joined.module), joined.parts.len());
         self.ranks.insert(name.into(), n as i64 * lora.rank);
         let n = n as f64;
-        self.alphas.insert(name.into(), lora.alpha * if lora.rslora { n.sqrt() } else { n });
+        self.alphas.insert(name.into(), lora.alpha() * if lora.rslora { n.sqrt() } else { n });
     }
 
     /// The adapters of a module, where it has others than `lora` says.
     fn of(&self, name: &str, lora: &Lora) -> Lora {
         Lora {
             rank: self.ranks.get(name).copied().unwrap_or(lora.rank),
-            alpha: self.alphas.get(name).copied().unwrap_or(lora.alpha),
+            alpha: self.alphas.get(name).copied().or(lora.alpha),
             ..lora.clone()
         }
     }

@@ -10,7 +10,7 @@ use crate::algorithms::records;
 use crate::algorithms::rl::policy::Samplers;
 use crate::algorithms::run::{Resume, Start};
 use crate::checkpoint;
-use crate::commands::recipes::{NamedRecipe, RecipeArgs};
+use crate::commands::recipes::{NamedRecipe, RecipeArgs, with_maker};
 use crate::commands::training::ConfigArgs;
 use crate::commands::{Global, plan};
 use crate::config::common::Common;
@@ -69,7 +69,7 @@ pub fn check<R: Recipe>(args: CheckArgs, global: &Global) -> Result<()> {
         );
         return memory(c, &target);
     }
-    let inputs = c.open().map_err(|e| loaded.locate(e))?;
+    let inputs = c.open().map_err(|e| with_maker(loaded.locate(e)))?;
     examine(&loaded, &start, &[])?;
     if let Shown::Windows { train, valid, .. } = c.shown(&inputs) {
         train.sets().chain(valid.iter().flat_map(|v| v.sets())).try_for_each(|set| set.verify())?;
@@ -95,7 +95,7 @@ pub fn check<R: Recipe>(args: CheckArgs, global: &Global) -> Result<()> {
 
 /// Shows the memory of a run of several models.
 fn memory<R: Recipe>(c: &R, target: &PlanTarget) -> Result<()> {
-    if R::PLAN_FLAGS.contains(&"device_memory") {
+    if R::MODEL == "model" {
         // One model: `corral plan` has more to tell than fits here.
         return Ok(());
     }

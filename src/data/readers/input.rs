@@ -34,6 +34,11 @@ pub(super) fn format_of(path: &Path) -> Result<(RecordFormat, Compression)> {
         Some("jsonl" | "ndjson") => RecordFormat::JsonLines,
         Some("json") => RecordFormat::Json,
         Some("parquet") if compression == Compression::None => RecordFormat::Parquet,
+        _ if ["-", "/dev/stdin"].contains(&path.to_string_lossy().as_ref()) => {
+            return Err(Error::data(
+                "standard input is not read here: write it to a file first, such as in.jsonl",
+            ));
+        }
         _ => {
             return Err(Error::data(format!(
                 "{}: unknown kind of file; known are .txt, .text, .md, .json, .jsonl, .ndjson (each also with .gz \

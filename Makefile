@@ -1,6 +1,6 @@
 # Thin: what each target does is in scripts/. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test parity interop bench bench-trl lint doc keys check gpu-check package clean
+.PHONY: help setup build demo test parity interop bench bench-trl lint doc site keys check gpu-check package install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -42,10 +42,14 @@ lint: setup ## format, dependencies, spelling (scripts/lint.sh), clippy
 doc: setup ## the code's documentation, private items too, target/doc/
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --release --workspace --no-deps --document-private-items --locked
 
-check: lint doc test interop ## all that CI checks
+site: ## docs/ as a searchable site, target/site/
+	scripts/site.sh
 
-keys: build ## docs/config.md and docs/corral.schema.json, made of the keys that the program knows
+check: lint doc site test interop ## all that CI checks
+
+keys: build ## docs/config.md, docs/names.md and docs/corral.schema.json, made of the keys that the program knows
 	target/release/corral help --markdown >docs/config.md
+	target/release/corral help --foreign >docs/names.md
 	target/release/corral help --schema >docs/corral.schema.json
 
 gpu-check: ## what needs a GPU: parity, NCCL, a short pretraining, benchmarks
@@ -54,6 +58,9 @@ gpu-check: ## what needs a GPU: parity, NCCL, a short pretraining, benchmarks
 package: setup ## binaries, libtorch and configs in one folder that can be moved (DIR=..., default dist/corral)
 	cargo build --profile dist --workspace --locked
 	scripts/package.sh $(or $(DIR),dist/corral)
+
+install: build ## corral and launch in ~/.local/bin (PREFIX=...), with completions and man pages
+	scripts/install.sh
 
 clean: ## the build (libtorch stays: `rm -rf .libtorch` removes it)
 	rm -rf target .interop dist gpu-check

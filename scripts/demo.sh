@@ -51,31 +51,32 @@ stage tokenizer "$bin/corral" tokenizer train --input runs/data/pretrain.train.j
 stage tokenize "$bin/corral" tokenize --input runs/data/pretrain.train.jsonl --tokenizer runs/data/tokenizer \
     --output runs/data/tokens
 
-stage pretrain "$bin/launch" --nproc 2 pretrain --config configs/pretrain/default.yaml $new $bf16 output_dir=runs/demo
-row pretrain "nats a token, validation" "$(metric runs/demo train loss head)" "$(metric runs/demo valid loss tail)"
+stage pretrain "$bin/launch" --nproc 2 pretrain --config configs/pretrain/default.yaml $new $bf16
+row pretrain "nats a token, validation" "$(metric runs/pretrain train loss head)" "$(metric runs/pretrain valid loss tail)"
 
-stage sft "$bin/corral" --threads 2 sft --config configs/sft/default.yaml $new $bf16 output_dir=runs/demo-sft model.path=runs/demo
+stage sft "$bin/corral" --threads 2 sft --config configs/sft/default.yaml $new $bf16
 # Problems whose numbers no training text has combined.
-head -n 4 runs/data/prompts.valid.jsonl >runs/demo-sft/prompts.jsonl
-"$bin/corral" generate --chat --model runs/demo-sft --input runs/demo-sft/prompts.jsonl --max-new-tokens 64 --temperature 0
-row sft "right answers, the most probable ones" - "$(right runs/demo-sft runs/demo-sft/eval.json 0)"
+head -n 4 runs/data/prompts.valid.jsonl >runs/sft/prompts.jsonl
+"$bin/corral" generate --chat --model runs/sft --input runs/sft/prompts.jsonl --max-new-tokens 64 --temperature 0
+row sft "right answers, the most probable ones" - "$(right runs/sft runs/sft/eval.json 0)"
 
-stage reward "$bin/corral" --threads 2 reward --config configs/reward/default.yaml $new $bf16 output_dir=runs/demo-reward \
-    model.path=runs/demo-sft
-row reward "wrong answers judged below the right one" "50 %" "$(judged runs/demo-reward)"
+stage reward "$bin/corral" --threads 2 reward --config configs/reward/default.yaml $new $bf16
+row reward "wrong answers judged below the right one" "50 %" "$(judged runs/reward)"
 
 # PPO corrects, by what the reward model thinks of its answers, a model whose teacher was wrong in 40 of 100.
-stage start "$bin/corral" --threads 2 sft --config configs/sft/noisy.yaml $new $bf16 output_dir=runs/demo-start model.path=runs/demo
-stage ppo "$bin/launch" --nproc 2 ppo --config configs/ppo/reward_model.yaml $new output_dir=runs/demo-ppo \
-    actor.path=runs/demo-start reward_model.path=runs/demo-reward
-row ppo "right answers, sampled" "$(right runs/demo-start runs/demo-start/sampled.json 1)" \
-    "$(right runs/demo-ppo runs/demo-ppo/sampled.json 1)"
-row ppo "right answers, the most probable ones" "$(right runs/demo-start runs/demo-start/greedy.json 0)" \
-    "$(right runs/demo-ppo runs/demo-ppo/greedy.json 0)"
+stage start "$bin/corral" --threads 2 sft --config configs/sft/noisy.yaml $new $bf16
+stage ppo "$bin/launch" --nproc 2 ppo --config configs/ppo/reward_model.yaml $new
+row ppo "right answers, sampled" "$(right runs/start runs/start/sampled.json 1)" \
+    "$(right runs/ppo-reward-model runs/ppo-reward-model/sampled.json 1)"
+row ppo "right answers, the most probable ones" "$(right runs/start runs/start/greedy.json 0)" \
+    "$(right runs/ppo-reward-model runs/ppo-reward-model/greedy.json 0)"
 
-printf '\nThe models are in runs/demo*/model (Hugging Face format), their metrics beside them in metrics.jsonl, every answer of the\n'
-printf 'evaluations in runs/demo-*/*.answers.jsonl. TensorBoard: tensorboard --logdir runs\n\n'
+printf '\nThe models are in runs/*/model (Hugging Face format); their metrics (metrics.jsonl) and curves (report.html) stand beside\n'
+printf 'them, every answer of the evaluations in runs/*/*.answers.jsonl.\n\n'
 printf '  %-12s %-50s %8s %8s %8s\n%s' stage metric before after time "$table"
 printf '\nWall time:\n%s  %-12s %4d s, evaluations included\n' "$times" total $(($(date +%s) - total))
-printf '\nThis was a small model on data of its own. A real one, and how it learns from your chats: README.md, "A real model"; it begins with\n'
-printf '  %s get smollm2-135m-instruct\n' "$bin/corral"
+printf '\nNext, each a command:\n'
+printf '  %s\n' "$bin/corral runs runs                         # the runs, their state and best value" \
+    "$bin/corral report runs/pretrain runs/sft    # their curves over one another, in a page" \
+    "$bin/corral chat --model runs/sft            # ask it a sum" \
+    "$bin/corral get smollm2-135m-instruct        # a real model; README.md, \"Your own chats\""

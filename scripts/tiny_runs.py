@@ -6,14 +6,14 @@ import sys
 
 STEPS = 10
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-# What no two runs share, besides seconds and rates (`elapsed_s`, `tokens_per_s`).
-OTHERS = {"peak_bytes", "failed_saves"}
+# What no two runs share, besides seconds and rates (`elapsed_s`, `tokens_per_s`); commits before November 2026 have no `epoch`.
+OTHERS = {"peak_bytes", "failed_saves", "time", "epoch"}
 
 
 def algorithms(data, start):
     """Subcommand and configuration by name; `start` is the folder of a model."""
     base = {
-        "optim": {"lr": 1e-2},
+        "optim": {"lr": 1e-2, "weight_decay": 0.1},
         "train": {"steps": STEPS, "batch_size": 4},
         "checkpoint": {"every": 1},
         "tokenizer": {"path": f"{data}/tokens/tokenizer", "template": "{prompt}\n{completion}"},
@@ -34,8 +34,8 @@ def algorithms(data, start):
         "sft": ("sft", {**base, "model": {"init": SHAPE}, "data": answers}),
         "lora": ("sft", {**base, "model": {"path": start}, "data": answers, "lora": lora}),
         "reward": ("reward", {**base, "model": {"path": start}, "data": pairs}),
-        "dpo": ("dpo", {**base, "model": {"path": start}, "data": pairs, "optim": {"lr": 1e-3}}),
-        "kto": ("kto", {**base, "model": {"path": start}, "data": pairs, "optim": {"lr": 1e-3}}),
+        "dpo": ("dpo", {**base, "model": {"path": start}, "data": pairs, "optim": {"lr": 1e-3, "weight_decay": 0.1}}),
+        "kto": ("kto", {**base, "model": {"path": start}, "data": pairs, "optim": {"lr": 1e-3, "weight_decay": 0.1}}),
         "online-dpo": ("online-dpo", own),
         "grpo": ("grpo", {**own, "grpo": {"group_size": 2}}),
         "ppo": ("ppo", {**own, "ppo": {"minibatch_size": 4}}),

@@ -158,7 +158,7 @@ fn the_best_checkpoint_stays_and_patience_ends_the_run() {
     // Without the best checkpoint the last model is exported, with a warning.
     fs::remove_dir_all(&kept).unwrap();
     let ended = run.train(1, &words);
-    assert!(ended.err.contains(&forgotten) && ended.err.contains("is missing"), "{ended}");
+    assert!(ended.err.contains(&forgotten) && ended.err.contains("is not there"), "{ended}");
     assert!(run.model() != exported, "{ended}");
 }
 

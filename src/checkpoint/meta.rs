@@ -59,7 +59,7 @@ pub(super) enum TensorCut {
 }
 
 /// A tensor of the model in Meta's files.
-pub(super) struct NamedShape {
+pub(super) struct MetaTensor {
     pub name: String,
     pub cut: TensorCut,
     /// Whether its rows are rotated pairs.
@@ -67,7 +67,7 @@ pub(super) struct NamedShape {
 }
 
 /// Meta's name for a tensor of the model; none where the format has no place for it.
-pub(super) fn named(model_name: &str) -> Option<NamedShape> {
+pub(super) fn named(model_name: &str) -> Option<MetaTensor> {
     let (name, cut) = match model_name {
         EMBEDDING => ("tok_embeddings.weight".to_string(), TensorCut::Embedding),
         FINAL_NORM => ("norm.weight".to_string(), TensorCut::Copy),
@@ -90,7 +90,7 @@ pub(super) fn named(model_name: &str) -> Option<NamedShape> {
         }
     };
     let rotary = name.ends_with("attention.wq.weight") || name.ends_with("attention.wk.weight");
-    Some(NamedShape { name, cut, rotary })
+    Some(MetaTensor { name, cut, rotary })
 }
 
 /// A model in Meta's format, checked and ready to be read.
@@ -174,10 +174,8 @@ fn open_parts(dir: &Path) -> Result<Vec<Box<dyn TensorFile>>> {
             return Err(Error::data(format!("{}: there is {name}, and no {}", dir.display(), part_name(i))));
         }
     }
-    names
-        .iter()
-        .map(|name| Ok(Box::new(TorchReader::open(&dir.join(name))?) as Box<dyn TensorFile>))
-        .collect()
+    let open = |name: &String| Ok(Box::new(TorchReader::open(&dir.join(name))?) as Box<dyn TensorFile>);
+    names.iter().map(open).collect()
 }
 
 /// The file of a model-parallel part.
@@ -341,7 +339,7 @@ fn find_tensors(source: &mut TensorSource, shape: &Shape) -> Result<()> {
 }
 
 /// Puts a tensor together from the parts.
-fn find(files: &[Box<dyn TensorFile>], named: &NamedShape, shape: &[i64], head_dim: i64) -> Result<View> {
+fn find(files: &[Box<dyn TensorFile>], named: &MetaTensor, shape: &[i64], head_dim: i64) -> Result<View> {
     let parts = files.len() as i64;
     let infos = files.iter().map(|f| f.info(&named.name)).collect::<Result<Vec<_>>>()?;
     let (found, kind) = &infos[0];

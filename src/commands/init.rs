@@ -11,6 +11,7 @@ use crate::commands::plan::target;
 use crate::commands::recipes::{NamedRecipe, RecipeArgs, with_maker};
 use crate::config::changes::show;
 use crate::config::model::Model;
+use crate::config::shape::Shape;
 use crate::config::{self, Loaded, defaults};
 use crate::data::examples::{Examples, Lengths};
 use crate::distributed::world::DeviceChoice;
@@ -254,7 +255,7 @@ fn draft<'a, R: Recipe>(args: &'a InitArgs, global: &Global) -> Result<Draft<'a>
     let mut draft = Draft {
         stage: R::SUBCOMMAND,
         args,
-        length: if R::SUBCOMMAND == "pretrain" { 128 } else { 512 },
+        length: positions::<R>(args)?.min(512),
         method: Method::Full,
         micro: 1,
         recompute: false,
@@ -270,6 +271,22 @@ fn draft<'a, R: Recipe>(args: &'a InitArgs, global: &Global) -> Result<Draft<'a>
     Ok(draft)
 }
 
+/// The positions of the model, at which a sequence ends.
+fn positions<R: Recipe>(args: &InitArgs) -> Result<i64> {
+    if R::SUBCOMMAND != "pretrain" {
+        let model = Model::Path(args.model.clone().into());
+        let base = Base::open(&model, None, 1).map_err(|e| Error { key: None, ..with_maker(e) })?;
+        return Ok(base.shape.max_position_embeddings);
+    }
+    check_shards(&args.data)?;
+    let shape = Shape::preset(&args.model);
+    let unknown = || {
+        let names = Shape::PRESETS.join(", ");
+        Error::config(format!("--model {}: a new model has the shape of a preset: {names}", args.model))
+    };
+    shape.map(|shape| shape.max_position_embeddings).ok_or_else(unknown)
+}
+
 /// Whether the processor has instructions that make products in bfloat16 faster than in float32.
 fn multiplies_bfloat16() -> bool {
     std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("amx_bf16"))
@@ -277,9 +294,6 @@ fn multiplies_bfloat16() -> bool {
 
 /// Opens the model and the data; takes the length of a sequence from them, and the epochs.
 fn look_at_data<R: Recipe>(draft: &mut Draft) -> Result<()> {
-    if R::SUBCOMMAND == "pretrain" {
-        check_shards(&draft.args.data)?;
-    }
     let (first, inputs) = open::<R>(draft)?;
     let Some((_, shape, _)) = R::trained(&inputs).into_iter().next() else {
         return Err(Error::failed("no model is trained"));

@@ -36,22 +36,22 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     }
 }
 
-type Found = (&'static dyn AnyRecipe, &'static BuiltInConfig);
+type ListedRecipe = (&'static dyn AnyRecipe, &'static BuiltInConfig);
 
-fn all() -> impl Iterator<Item = Found> {
+fn all() -> impl Iterator<Item = ListedRecipe> {
     RECIPES.iter().flat_map(|recipe| recipe.built_in().iter().map(move |built_in| (*recipe, built_in)))
 }
 
-fn name_of((recipe, built_in): &Found) -> String {
+fn name_of((recipe, built_in): &ListedRecipe) -> String {
     format!("{}/{}", recipe.name(), built_in.name)
 }
 
 /// A recipe by its whole name, or by its end where only one has it.
-fn find(name: &str) -> Result<Found> {
+fn find(name: &str) -> Result<ListedRecipe> {
     if let Some(found) = all().find(|found| name_of(found) == name || found.1.file == name) {
         return Ok(found);
     }
-    let ends: Vec<Found> = all().filter(|found| found.1.name == name).collect();
+    let ends: Vec<ListedRecipe> = all().filter(|found| found.1.name == name).collect();
     match ends.as_slice() {
         [found] => Ok(*found),
         [] => {
@@ -71,7 +71,7 @@ fn print(text: &str) -> Result<()> {
     console::write_out(text.as_bytes()).context("cannot write to stdout")
 }
 
-fn copy((recipe, built_in): Found, file: &PathBuf) -> Result<()> {
+fn copy((recipe, built_in): ListedRecipe, file: &PathBuf) -> Result<()> {
     if file.exists() {
         return Err(Error::config(format!("{} exists already", file.display())));
     }

@@ -130,7 +130,7 @@ fn path_alone(argument: &str, words: &[String], program: &clap::Command) -> Opti
             (command, _) = (below, names.push(word));
         }
     }
-    let options = ["model", "adapter", "from", "config", "input"];
+    let options = ["adapter", "model", "from", "config", "input"];
     let option = options.iter().find(|id| command.get_arguments().any(|a| a.get_id() == **id))?;
     Some(format!("name what {argument} is: {} --{option} {argument}", names.join(" ")))
 }

@@ -128,7 +128,7 @@ pub(super) fn parse<T: Algorithm>(
             None => tree.apply_override(text)?,
         }
     }
-    let defaults = defaults::fill::<T>(&mut tree);
+    let defaults = defaults::fill(T::SUBCOMMAND, &mut tree);
     let mut problems = Problems::of(T::keys().all().into_iter().map(|(name, _)| name).collect());
     let read = T::read(&At::root(&tree), &mut problems);
     // What does not fit is told too, where it cannot follow from what is wrong; one rank is what asks least.

@@ -1,6 +1,5 @@
 //! Defaults that depend on the stage, and on whether adapters are trained or the whole model.
 
-use super::algorithm::Algorithm;
 use super::yaml::{Node, YamlValue};
 
 /// The defaults of a stage's optimizer.
@@ -43,8 +42,8 @@ pub fn of(stage: &str) -> Option<&'static StageDefaults> {
 }
 
 /// Sets the keys that a configuration leaves to its stage; returns them with their values.
-pub fn fill<T: Algorithm>(tree: &mut Node) -> Vec<(&'static str, f64)> {
-    let Some(stage) = of(T::SUBCOMMAND) else { return Vec::new() };
+pub fn fill(stage: &str, tree: &mut Node) -> Vec<(&'static str, f64)> {
+    let Some(stage) = of(stage) else { return Vec::new() };
     let given = |key: &str| tree.get(key).is_some_and(|node| node.value != YamlValue::Null);
     let adapters = given("lora") || given("actor.lora");
     let lr = if adapters { stage.lr_of_adapters } else { stage.lr };

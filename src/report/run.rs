@@ -142,10 +142,13 @@ impl RunRecord {
         let checkpoints = list(&checkpoints_dir(&self.dir)).ok()?;
         let (newest, path) = checkpoints.last()?;
         let best = Best::of_checkpoint(&Checkpoint::open(path).ok()?)?;
-        // A best checkpoint that was taken away cannot be exported.
+        // A best checkpoint that was taken away was forgotten.
         let there =
             best.step().is_some_and(|step| step == *newest || checkpoints.iter().any(|(s, _)| *s == step));
-        let [of_best, of_last] = if best.kept() && there { [" (exported)", ""] } else { ["", " (exported)"] };
+        if best.kept() && !there {
+            return None;
+        }
+        let [of_best, of_last] = if best.kept() { [" (exported)", ""] } else { ["", " (exported)"] };
         Some(format!("best: {}{of_best}; last: {}{of_last}", best.text()?, best.last_text()))
     }
 

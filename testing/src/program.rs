@@ -57,6 +57,12 @@ impl Program {
         self
     }
 
+    /// Where it runs; else in the folder of the tests.
+    pub fn current_dir(mut self, dir: &Path) -> Program {
+        self.0.current_dir(dir);
+        self
+    }
+
     pub fn env(mut self, name: &str, value: &str) -> Program {
         self.0.env(name, value);
         self

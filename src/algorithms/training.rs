@@ -340,6 +340,7 @@ impl<D: Serialize> Run<'_, D> {
             let state = serde_json::to_value(&self.progress).map_err(|e| Error::failed(e.to_string()))?;
             self.saver.sync_with_next(self.log.files());
             self.saver.begin(step, models, state)?;
+            self.log.tell_on_terminal(|| format!("checkpoint step {step}"));
         }
         if self.signal > 0.0 && (!self.done() || self.progress.owes_validation) {
             self.saver.finish()?;

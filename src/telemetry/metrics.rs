@@ -82,6 +82,11 @@ impl MetricsLine {
         self.fields.get(key).and_then(Value::as_f64)
     }
 
+    /// The text of a key; empty where it has none.
+    pub fn text_of(&self, key: &str) -> &str {
+        self.fields.get(key).and_then(Value::as_str).unwrap_or("")
+    }
+
     /// The keys whose values are finite numbers, without `step`.
     pub fn numbers(&self) -> impl Iterator<Item = (&str, f64)> {
         self.fields.iter().filter_map(|(key, value)| Some((key.as_str(), value.as_f64()?)))

@@ -70,6 +70,8 @@ struct Logs {
     watch: Watch,
     /// The last validation, until it is told.
     validation: Option<MetricsLine>,
+    /// The step of the last sample: one of each step is told.
+    sampled: Option<u64>,
 }
 
 /// What a log knows of its run beforehand.
@@ -111,7 +113,17 @@ impl RunLog {
         };
         let (samples, trace, dir) = (further(SAMPLES)?, further(TRACE)?, dir.to_path_buf());
         let watch = Watch::new(plan.clip);
-        Ok(RunLog(Some(Logs { metrics, samples, trace, dir, events, progress, watch, validation: None })))
+        Ok(RunLog(Some(Logs {
+            metrics,
+            samples,
+            trace,
+            dir,
+            events,
+            progress,
+            watch,
+            validation: None,
+            sampled: None,
+        })))
     }
 
     /// The last step of the training that was there when the log was opened; none on a rank that does not write.
@@ -159,6 +171,10 @@ impl RunLog {
     pub fn log_sample(&mut self, record: &MetricsLine, tag: &str, text: &str) {
         let Some(logs) = &mut self.0 else { return };
         append(&mut logs.samples, &logs.dir, SAMPLES, record);
+        if logs.sampled != Some(record.step()) && logs.progress.is_on_terminal() {
+            info!("sample step {}: {}", record.step(), shown::sample(record));
+        }
+        logs.sampled = Some(record.step());
         logs.events.add_text(tag, text, record.step());
     }
 

@@ -73,9 +73,29 @@ pub fn metrics(line: &MetricsLine) -> String {
     parts.join("  ")
 }
 
+/// A sample on one line: the end of its prompt, and the beginning of its response.
+pub fn sample(line: &MetricsLine) -> String {
+    let words = |key: &str| line.text_of(key).split_whitespace().collect::<Vec<_>>().join(" ");
+    let (prompt, response) = (words("prompt"), words("response"));
+    let skipped = prompt.chars().count().saturating_sub(30);
+    let (before, end): (&str, String) =
+        (if skipped > 0 { "..." } else { "" }, prompt.chars().skip(skipped).collect());
+    let begin: String = response.chars().take(60).collect();
+    let after = if begin.len() < response.len() { "..." } else { "" };
+    format!("{before}{} -> {}{after}", end.trim_start(), begin.trim_end())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sample_is_one_short_line() {
+        let line = MetricsLine::new("sample", 3).text("prompt", "What is\n2 + 2?").text("response", "4\n");
+        assert_eq!(sample(&line), "What is 2 + 2? -> 4");
+        let line = line.text("prompt", &"a ".repeat(40)).text("response", &"b ".repeat(80));
+        assert!(sample(&line).starts_with("...a a") && sample(&line).ends_with("b..."), "{}", sample(&line));
+    }
 
     #[test]
     fn each_stage_shows_its_own() {

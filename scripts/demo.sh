@@ -26,21 +26,27 @@ row() { # row STAGE METRIC BEFORE AFTER: a row of the table, with the time of th
 metric() { # metric RUN KIND KEY head|tail
     grep "\"kind\":\"$2\"" "$1/metrics.jsonl" | "$4" -n 1 | sed "s/.*\"$3\":\([0-9.eE+-]*\).*/\1/" | cut -c1-6
 }
-# Right answers of a model to 1,000 held-out problems, in per cent.
+# Right answers of a model to 1,000 (or 500) held-out problems, in per cent.
 right() { # right MODEL OUTPUT TEMPERATURE
-    "$bin/corral" -q eval --task gsm8k --model "$1" --input runs/data/sft.valid.jsonl --limit 1000 --by level \
+    "$bin/corral" -q eval --task gsm8k --model "$1" --input runs/data/sft.valid.jsonl --limit $limit --by level \
         --max-new-tokens 64 --batch-size 128 --temperature "$3" --output "$2" |
         sed 's/^{"accuracy":\([0-9.]*\).*/\1/' | awk '{printf "%.1f %%", 100 * $1}'
 }
 # The share of wrong answers that a reward model puts below the right one, in per cent.
 judged() { # judged MODEL
-    "$bin/corral" -q eval --task preference --model "$1" --input runs/data/rankings.valid.jsonl --limit 1000 |
+    "$bin/corral" -q eval --task preference --model "$1" --input runs/data/rankings.valid.jsonl --limit $limit |
         sed 's/.*"best":{"accuracy":\([0-9.]*\).*/\1/' | awk '{printf "%.1f %%", 100 * $1}'
 }
 new="--resume never --overwrite"
 # Matrix products in bfloat16 are the faster ones where the processor has instructions for them, and slow elsewhere.
 bf16=
-if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then bf16=precision.compute=bfloat16; fi
+# Steps of the stages: without such instructions fewer, so that all of it takes some 14 minutes on two cores.
+less_pretrain= less_sft= less_reward= less_ppo= limit=1000
+if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
+    bf16=precision.compute=bfloat16
+else
+    less_pretrain=train.steps=800 less_sft=train.steps=400 less_reward=train.steps=300 less_ppo=train.steps=20 limit=500
+fi
 
 stage setup make --no-print-directory setup
 stage build cargo build --release --workspace
@@ -51,21 +57,21 @@ stage tokenizer "$bin/corral" tokenizer train --input runs/data/pretrain.train.j
 stage tokenize "$bin/corral" tokenize --input runs/data/pretrain.train.jsonl --tokenizer runs/data/tokenizer \
     --output runs/data/tokens
 
-stage pretrain "$bin/launch" --nproc 2 pretrain --config configs/pretrain/default.yaml $new $bf16
+stage pretrain "$bin/launch" --nproc 2 pretrain --config configs/pretrain/default.yaml $new $bf16 $less_pretrain
 row pretrain "nats a token, validation" "$(metric runs/pretrain train loss head)" "$(metric runs/pretrain valid loss tail)"
 
-stage sft "$bin/corral" --threads 2 sft --config configs/sft/default.yaml $new $bf16
+stage sft "$bin/corral" --threads 2 sft --config configs/sft/default.yaml $new $bf16 $less_sft
 # Problems whose numbers no training text has combined.
 head -n 4 runs/data/prompts.valid.jsonl >runs/sft/prompts.jsonl
 "$bin/corral" generate --chat --model runs/sft --input runs/sft/prompts.jsonl --max-new-tokens 64 --temperature 0
 row sft "right answers, the most probable ones" - "$(right runs/sft runs/sft/eval.json 0)"
 
-stage reward "$bin/corral" --threads 2 reward --config configs/reward/default.yaml $new $bf16
+stage reward "$bin/corral" --threads 2 reward --config configs/reward/default.yaml $new $bf16 $less_reward
 row reward "wrong answers judged below the right one" "50 %" "$(judged runs/reward)"
 
 # PPO corrects, by what the reward model thinks of its answers, a model whose teacher was wrong in 40 of 100.
 stage start "$bin/corral" --threads 2 sft --config configs/sft/noisy.yaml $new $bf16
-stage ppo "$bin/launch" --nproc 2 ppo --config configs/ppo/reward_model.yaml $new
+stage ppo "$bin/launch" --nproc 2 ppo --config configs/ppo/reward_model.yaml $new $less_ppo
 row ppo "right answers, sampled" "$(right runs/start runs/start/sampled.json 1)" \
     "$(right runs/ppo-reward-model runs/ppo-reward-model/sampled.json 1)"
 row ppo "right answers, the most probable ones" "$(right runs/start runs/start/greedy.json 0)" \

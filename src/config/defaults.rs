@@ -48,7 +48,9 @@ pub fn fill(stage: &str, tree: &mut Node) -> Vec<(&'static str, f64)> {
     let adapters = given("lora") || given("actor.lora");
     let lr = if adapters { stage.lr_of_adapters } else { stage.lr };
     let numbers = [("optim.lr", lr), ("optim.weight_decay", stage.weight_decay)];
-    let missing: Vec<(&'static str, f64)> = numbers.into_iter().filter(|(key, _)| !given(key)).collect();
+    // Where the actor has an optimizer of its own the common one is left as it is.
+    let left_out = |key: &str| !given(key) && !given(&format!("actor.{key}"));
+    let missing: Vec<(&'static str, f64)> = numbers.into_iter().filter(|(key, _)| left_out(key)).collect();
     missing.iter().for_each(|(key, number)| tree.set_default(key, *number));
     missing
 }

@@ -24,7 +24,7 @@ choice! {
 section! {
     /// A source of data with its share of the samples.
     pub struct SourceKeys {
-        /// A file, or a folder: of token shards for pretraining, else of Arrow files (`save_to_disk`).
+        /// A file, or a folder: of token shards for pretraining, else of files of any kind that is read, or of Arrow files (`save_to_disk`).
         path: PathBuf => Path;
         /// Share of this source in the samples, relative to the others' weights; given for all sources of a list or for
         /// none. Without weights the sources are shuffled together, each as large as it is.

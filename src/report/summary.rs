@@ -15,7 +15,9 @@ const ROWS: usize = 4;
 pub fn at_end(run: &RunRecord, planned: Option<i64>) -> String {
     let mut text = String::new();
     let (key, _) = run.aim();
-    let series = run.series("train", key);
+    // The first steps of a new model would take the whole height.
+    let mut series = run.series("train", key);
+    let series = series.split_off(series.len() / 20);
     if let Some(drawn) = curve::draw(&series, COLUMNS, ROWS) {
         text += &format!("{key} of steps {} to {}\n{drawn}\n", series[0].0, run.step());
     }

@@ -17,7 +17,6 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{Encoded, Example, ExampleCounts, ExampleOptions};
-use crate::data::arrow;
 use crate::data::fields::{Leftovers, Unused};
 use crate::data::mapped::Mapped;
 use crate::data::odd::{Odd, OddRecords, OrOdd, Reason};
@@ -118,7 +117,7 @@ impl Tokenization<'_> {
     }
 
     fn cache_key(&self, path: &Path) -> Result<String> {
-        let files = if files::is_dir(path)? { arrow::files(path)? } else { vec![path.to_path_buf()] };
+        let files = readers::files(path)?;
         let mut hash = Sha256::new();
         for path in &files {
             read_through(path, |bytes| hash.update(bytes))?;

@@ -105,7 +105,7 @@ pub fn is_text(path: &Path) -> bool {
     matches!(format_of(path), Ok((RecordFormat::Text, _)))
 }
 
-/// Opens a file of any known kind, or a folder by `save_to_disk`. `columns`: those that are wanted of a table (all where `None`).
+/// Opens a file of any known kind, a folder of such files, or one by `save_to_disk`. `columns`: those that are wanted of a table (all where `None`).
 /// `bytes` grows with what was read of the file on disk.
 pub fn records(path: &Path, columns: Option<&[&str]>, bytes: &Arc<AtomicU64>) -> Result<Records> {
     let records = records_or_errors(path, columns, bytes)?.map(Result::flatten);
@@ -120,8 +120,10 @@ pub fn records_or_errors(
     bytes: &Arc<AtomicU64>,
 ) -> Result<RecordsOrErrors> {
     let cannot = |e: io::Error| read_error(path, &e);
-    if is_dir(path)? {
-        return arrow_rows(path, columns, bytes);
+    match folder(path)? {
+        None => {}
+        Some(Folder::Arrow) => return arrow_rows(path, columns, bytes),
+        Some(Folder::Files(files)) => return Ok(fused(all_records(files, columns, bytes))),
     }
     let (format, compression) = format_of(path)?;
     let file = File::open(path).map_err(cannot)?;
@@ -159,6 +161,61 @@ pub fn records_or_errors(
     }
 }
 
+/// What a folder is read as.
+enum Folder {
+    /// A data set by `save_to_disk`.
+    Arrow,
+    /// The files in it, by their names.
+    Files(Vec<PathBuf>),
+}
+
+/// What a path that is a folder is read as. One without files of a known kind is taken for a data set, whose reader says what
+/// is missing.
+fn folder(path: &Path) -> Result<Option<Folder>> {
+    if !is_dir(path)? {
+        return Ok(None);
+    }
+    if ["state.json", "dataset_dict.json"].iter().any(|name| path.join(name).exists()) {
+        return Ok(Some(Folder::Arrow));
+    }
+    let entries = std::fs::read_dir(path).map_err(|e| read_error(path, &e))?;
+    let mut files = Vec::new();
+    for entry in entries {
+        let file = entry.map_err(|e| read_error(path, &e))?.path();
+        if file.is_file() && format_of(&file).is_ok() {
+            files.push(file);
+        }
+    }
+    files.sort();
+    Ok(Some(if files.is_empty() { Folder::Arrow } else { Folder::Files(files) }))
+}
+
+/// The files that a path is read from: itself, or those of a folder.
+pub fn files(path: &Path) -> Result<Vec<PathBuf>> {
+    match folder(path)? {
+        None => Ok(vec![path.to_path_buf()]),
+        Some(Folder::Arrow) => arrow::files(path),
+        Some(Folder::Files(files)) => Ok(files),
+    }
+}
+
+/// The records of files, one file after the other; each is opened when it is reached.
+fn all_records(
+    files: Vec<PathBuf>,
+    columns: Option<&[&str]>,
+    bytes: &Arc<AtomicU64>,
+) -> impl Iterator<Item = Result<Result<Record>>> + Send + 'static {
+    let columns: Option<Vec<String>> =
+        columns.map(|names| names.iter().map(|name| name.to_string()).collect());
+    let bytes = bytes.clone();
+    files.into_iter().flat_map(move |file| {
+        let names: Option<Vec<&str>> =
+            columns.as_ref().map(|names| names.iter().map(String::as_str).collect());
+        records_or_errors(&file, names.as_deref(), &bytes)
+            .unwrap_or_else(|e| Box::new(std::iter::once(Err(e))) as RecordsOrErrors)
+    })
+}
+
 /// Ends after the first error, after which a reader's state means nothing.
 fn fused<T: 'static>(
     records: impl Iterator<Item = Result<T>> + Send + 'static,
@@ -184,9 +241,11 @@ fn whole_text(path: Arc<Path>, mut input: RecordInput) -> Result<Record> {
 
 /// Bytes on disk of all these files: the end of a progress bar.
 pub fn total_bytes(paths: &[PathBuf]) -> u64 {
-    let of = |path: &PathBuf| match path.is_dir() {
-        true => arrow::bytes(path),
-        false => std::fs::metadata(path).map_or(0, |m| m.len()),
+    let size = |path: &PathBuf| std::fs::metadata(path).map_or(0, |m| m.len());
+    let of = |path: &PathBuf| match folder(path) {
+        Ok(Some(Folder::Arrow)) => arrow::bytes(path),
+        Ok(Some(Folder::Files(files))) => files.iter().map(size).sum(),
+        _ => size(path),
     };
     paths.iter().map(of).sum()
 }

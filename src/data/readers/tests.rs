@@ -138,7 +138,9 @@ fn errors_name_the_place_and_what_is_wrong() {
     assert!(error(&file("i.csv", b"")).starts_with("FILE: unknown kind of file; known are .txt"));
     assert!(error(&file("j.parquet", b"PAR1")).starts_with("cannot read FILE: "));
     assert!(error(&folder.0.join("missing.jsonl")).starts_with("cannot read FILE: No such file"));
-    assert!(error(&folder.0).starts_with("FILE is a folder, and no data set"));
+    let none = folder.0.join("none");
+    std::fs::create_dir(&none).unwrap();
+    assert!(error(&none).starts_with("FILE is a folder, and no data set"));
     folder.file("state.json", r#"{"_data_files": [{"filename": "a.arrow"}]}"#);
     assert!(error(&folder.0).contains("a.arrow: No such file"));
     folder.file("a.arrow", b"no Arrow at all");
@@ -218,4 +220,35 @@ fn a_corrupt_parquet_file_is_an_error_and_no_panic() {
         refused += read(&folder.file("b.parquet", bytes)).is_err() as usize;
     }
     assert!(refused > 20, "{refused} corruptions were noticed");
+}
+
+#[test]
+fn a_folder_is_read_file_by_file() {
+    let folder = TestFolder::new("readers-folder");
+    let dir = folder.path("many");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::write(dir.join("b.jsonl"), "{\"text\": \"2\"}\n{\"text\": \"3\"}\n").unwrap();
+    std::fs::write(dir.join("a.txt"), "1").unwrap();
+    std::fs::write(dir.join("notes.bin"), b"\x00\x01").unwrap();
+    let read = |path: &Path| -> Vec<String> {
+        let records = records(path, Some(&["text"]), &Arc::default()).unwrap();
+        records.map(|record| record.unwrap().fields["text"].as_str().unwrap().to_string()).collect()
+    };
+    assert_eq!(read(&dir), ["1", "2", "3"]);
+    assert_eq!(files(&dir).unwrap(), [dir.join("a.txt"), dir.join("b.jsonl")]);
+    assert_eq!(total_bytes(std::slice::from_ref(&dir)), 1 + 28);
+    // The first file that cannot be read ends them.
+    std::fs::write(dir.join("aa.jsonl"), "{\"text\": \n").unwrap();
+    let all: Vec<_> = records(&dir, None, &Arc::default()).unwrap().collect();
+    assert!(
+        all.len() == 2 && all[1].as_ref().is_err_and(|e| e.message.contains("aa.jsonl:1")),
+        "{}",
+        all.len()
+    );
+    // Without a file that can be read it is no data.
+    std::fs::remove_dir_all(&dir).unwrap();
+    std::fs::create_dir(&dir).unwrap();
+    assert!(
+        records(&dir, None, &Arc::default()).map(drop).unwrap_err().message.contains("name the files in it")
+    );
 }

@@ -308,7 +308,7 @@ impl<D: Serialize> Run<'_, D> {
         let (step, best) = (self.progress.step, &mut self.progress.best);
         best.keep(valid.keeps_best());
         let is_best = best.note(step, metric, value);
-        self.log.tell_validation(is_best);
+        self.log.report_validation(is_best);
         if is_best {
             if best.kept() {
                 self.saver.keep_best(step);
@@ -340,7 +340,7 @@ impl<D: Serialize> Run<'_, D> {
             let state = serde_json::to_value(&self.progress).map_err(|e| Error::failed(e.to_string()))?;
             self.saver.sync_with_next(self.log.files());
             self.saver.begin(step, models, state)?;
-            self.log.tell_on_terminal(|| format!("checkpoint step {step}"));
+            self.log.report_on_terminal(|| format!("checkpoint step {step}"));
         }
         if self.signal > 0.0 && (!self.done() || self.progress.owes_validation) {
             self.saver.finish()?;

@@ -92,6 +92,7 @@ fn list(as_json: bool, global: &Global) -> Result<()> {
             let line = json!({"recipe": name_of(&found), "file": built_in.file, "model": model, "method": method,
                               "ranks": ranks, "bytes": bytes, "about": about});
             print(&format!("{line}\n"))?;
+            continue;
         }
         let memory = bytes.map_or("-".into(), |bytes| size(bytes.max(0) as u64));
         rows.push([name_of(&found), model, method, memory, about]);

@@ -8,12 +8,9 @@ use serde_json::Value;
 
 use super::Answer;
 use super::keeper::KeptProcess;
-use super::protocol::{batch_of, question, reward_of, rewards_of, shown};
+use super::protocol::{batch_of, question, reward_of, rewards_of, shown, timeout};
 use crate::error::{Context, Error, Result};
 use crate::telemetry::console::warn_once;
-
-/// Seconds that an answer may take where the configuration does not say.
-pub const DEFAULT_TIMEOUT_S: f64 = 60.0;
 
 /// Processes of one program, which are asked in turns.
 pub struct CommandReward {
@@ -39,21 +36,20 @@ impl CommandReward {
     /// Starts `sh -c run` `workers` times. They end with this process, and so does what they start. `batch`: a process is
     /// given all its responses as one array, and answers with an array.
     pub fn start(run: &str, timeout_s: Option<f64>, workers: usize, batch: bool) -> Result<CommandReward> {
-        let timeout = Duration::try_from_secs_f64(timeout_s.unwrap_or(DEFAULT_TIMEOUT_S));
-        let timeout = timeout.map_err(|_| Error::key("rewards", "timeout_s is too long"))?;
+        let timeout = timeout(timeout_s)?;
         let workers = (0..workers.max(1)).map(|_| Worker::start(run)).collect::<Result<Vec<Worker>>>()?;
         Ok(CommandReward { run: run.to_string(), timeout, batch, workers })
     }
 
     /// The program's numbers for some answers; none where it says null.
-    pub fn judge(&mut self, answers: &[Answer]) -> Result<Vec<Option<f64>>> {
-        let ranks = self.workers.len();
+    pub fn score(&mut self, answers: &[Answer]) -> Result<Vec<Option<f64>>> {
+        let workers = self.workers.len();
         let mut rewards = vec![None; answers.len()];
         if self.batch {
-            let mine = |worker: usize| (worker..answers.len()).step_by(ranks).collect::<Vec<usize>>();
-            let asked: Vec<Vec<usize>> = (0..ranks).map(mine).filter(|mine| !mine.is_empty()).collect();
+            let mine = |worker: usize| (worker..answers.len()).step_by(workers).collect::<Vec<usize>>();
+            let asked: Vec<Vec<usize>> = (0..workers).map(mine).filter(|mine| !mine.is_empty()).collect();
             for (worker, mine) in asked.iter().enumerate() {
-                self.ask(worker, &batch_of(mine.iter().map(|i| &answers[*i])))?;
+                self.request(worker, &batch_of(mine.iter().map(|i| &answers[*i])))?;
             }
             for (worker, mine) in asked.iter().enumerate() {
                 let (line, value) = self.answer(worker)?;
@@ -62,20 +58,20 @@ impl CommandReward {
             }
             return Ok(rewards);
         }
-        for (round, some) in answers.chunks(ranks).enumerate() {
+        for (round, some) in answers.chunks(workers).enumerate() {
             for (worker, answer) in some.iter().enumerate() {
-                self.ask(worker, &question(answer))?;
+                self.request(worker, &question(answer))?;
             }
             for worker in 0..some.len() {
                 let (line, value) = self.answer(worker)?;
-                rewards[round * ranks + worker] =
+                rewards[round * workers + worker] =
                     reward_of(&value).map_err(|why| self.wrote(worker, &line, &why))?;
             }
         }
         Ok(rewards)
     }
 
-    fn ask(&mut self, worker: usize, question: &Value) -> Result<()> {
+    fn request(&mut self, worker: usize, question: &Value) -> Result<()> {
         while let Ok(line) = self.workers[worker].answers.try_recv() {
             if self.workers[worker].answered || serde_json::from_str::<Value>(&line).is_ok() {
                 return Err(

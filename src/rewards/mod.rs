@@ -140,7 +140,7 @@ impl Judge {
         let new = || Judgement { reward: Some(0.0), parts: BTreeMap::new() };
         let mut judgements: Vec<Judgement> = answers.iter().map(|_| new()).collect();
         for (name, weight, rule) in &mut self.rules {
-            for (judgement, part) in judgements.iter_mut().zip(rule.judge_all(answers)?) {
+            for (judgement, part) in judgements.iter_mut().zip(rule.score_all(answers)?) {
                 let sum = judgement.reward.zip(part.reward);
                 judgement.reward = sum.map(|(sum, reward)| sum + *weight * reward);
                 judgement.parts.insert(name.clone(), part);
@@ -151,10 +151,10 @@ impl Judge {
 }
 
 impl Rule {
-    fn judge_all(&mut self, answers: &[Answer]) -> Result<Vec<RewardPart>> {
+    fn score_all(&mut self, answers: &[Answer]) -> Result<Vec<RewardPart>> {
         let asked = match self {
-            Rule::Command(command) => command.judge(answers)?,
-            Rule::Http(server) => server.judge(answers)?,
+            Rule::Command(command) => command.score(answers)?,
+            Rule::Http(server) => server.score(answers)?,
             rule => return answers.iter().map(|answer| rule.judge(answer)).collect(),
         };
         Ok(asked.into_iter().map(RewardPart::of).collect())
@@ -185,7 +185,7 @@ impl Rule {
                 let excess = answer.num_tokens as f64 - (*most - *buffer);
                 RewardPart::of(Some(-(excess / *buffer).clamp(0.0, 1.0)))
             }
-            // Asked for all responses at once, by `judge_all`.
+            // Asked for all responses at once, by `score_all`.
             Rule::Command(_) | Rule::Http(_) => RewardPart::of(None),
             Rule::Model => {
                 let score = answer.score.ok_or_else(|| Error::failed("the reward model gave no score"))?;

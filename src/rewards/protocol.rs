@@ -1,8 +1,23 @@
 //! What programs and servers that judge are asked, and what they answer.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use super::Answer;
+use crate::error::{Error, Result as CheckedResult};
+
+/// Seconds that an answer may take where the configuration does not say.
+const DEFAULT_TIMEOUT_S: f64 = 60.0;
+
+/// The longest that an answer may take.
+///
+/// # Errors
+/// Of kind Config: more than a clock can tell.
+pub fn timeout(timeout_s: Option<f64>) -> CheckedResult<Duration> {
+    Duration::try_from_secs_f64(timeout_s.unwrap_or(DEFAULT_TIMEOUT_S))
+        .map_err(|_| Error::key("rewards", "timeout_s is too long"))
+}
 
 /// One response: `{"prompt", "response", "reference", "num_tokens", "record"}`.
 pub fn question(answer: &Answer) -> Value {

@@ -154,14 +154,14 @@ impl RunLog {
     }
 
     /// Tells the validation that was logged last; `best`: it is the best so far.
-    pub fn tell_validation(&mut self, best: bool) {
+    pub fn report_validation(&mut self, best: bool) {
         let Some(line) = self.0.as_mut().and_then(|logs| logs.validation.take()) else { return };
         let mark = if best { " (best)" } else { "" };
         info!("valid step {}: {}{mark}", line.step(), shown::metrics(&line));
     }
 
     /// A line that stays above the bar of a terminal, and is left out where lines are counted.
-    pub fn tell_on_terminal(&self, text: impl FnOnce() -> String) {
+    pub fn report_on_terminal(&self, text: impl FnOnce() -> String) {
         if self.0.as_ref().is_some_and(|logs| logs.progress.is_on_terminal()) {
             info!("{}", text());
         }

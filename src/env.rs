@@ -6,10 +6,10 @@
 //! | `RANK`, `WORLD_SIZE`, ..., `OMPI_COMM_WORLD_*`, `SLURM_*` | torchrun, mpirun, srun | which rank this is ([`distributed::environment`](crate::distributed::environment)) |
 //! | `CORRAL_RDZV`, `CORRAL_BACKEND` | the user | where ranks meet, and by which backend |
 //! | `CORRAL_RESTART_COUNT`, `CORRAL_TTY` | `launch` | the attempt of this world, the rank that draws the bar |
-//! | `CORRAL_HOME`, `XDG_CACHE_HOME`, `HF_HUB_CACHE`, `HF_HOME`, `HOME` | the user | folders of fetched models, token caches, the hub cache |
+//! | `CORRAL_HOME`, `XDG_CACHE_HOME`, `HF_HUB_CACHE`, `HF_HOME`, `HOME` | the user | folders of fetched models and measured rates, token caches, the hub cache |
 //! | `OMP_NUM_THREADS` | the user, `launch` | threads of this process |
 //! | `PYTHON` | the user | the interpreter whose pip downloads for `corral get` |
-//! | `TERM`, `COLUMNS` | the terminal | whether a bar can be drawn, and how wide |
+//! | `TERM`, `COLUMNS`, `NO_COLOR` | the terminal, the user | whether a bar and colours can be drawn, and how wide |
 //!
 //! `kernels` reads two more, CUDA_HOME and GLOO_SOCKET_IFNAME; `launch` has a function of its own.
 
@@ -35,4 +35,9 @@ pub(crate) fn parsed<T: std::str::FromStr>(name: &str) -> Option<T> {
 /// As [`variable`], as a path.
 pub(crate) fn path(name: &str) -> Option<PathBuf> {
     variable(name).map(PathBuf::from)
+}
+
+/// The folder of what commands keep for later ones: CORRAL_HOME, else `~/.cache/corral`; `None` without a home.
+pub(crate) fn corral_home() -> Option<PathBuf> {
+    path("CORRAL_HOME").or_else(|| Some(path("HOME")?.join(".cache/corral")))
 }

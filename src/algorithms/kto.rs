@@ -84,6 +84,10 @@ impl Recipe for Kto {
         vec![("model", &inputs.base.shape, &inputs.trainable)]
     }
 
+    fn steps(inputs: &Inputs) -> u64 {
+        inputs.length.steps
+    }
+
     fn data_line(&self, inputs: &Inputs) -> String {
         let (good, bad) = labels(&inputs.train);
         let line = records::ranked_line(&inputs.train, &inputs.length);

@@ -64,6 +64,10 @@ impl Recipe for OnlineDpo {
         vec![("actor", &inputs.opened.actor.shape, &inputs.opened.trainable)]
     }
 
+    fn steps(inputs: &Inputs) -> u64 {
+        inputs.opened.length.steps
+    }
+
     fn data_line(&self, inputs: &Inputs) -> String {
         inputs.opened.data_line(&inputs.samplers.train.prompts)
     }
@@ -82,6 +86,7 @@ impl Recipe for OnlineDpo {
             responses: self.train.batch_size * self.dpo.group_size / target.ranks,
             micro_batch: self.train.micro_batch_size.map_or(rows, |prompts| 2 * prompts),
             update: rows,
+            learned: rows * target.ranks,
         };
         let others = Others { critic: None, reference: true, average: false };
         memory::plan(Self::SUBCOMMAND, &self.sections_of_responses(), &others, work, target)

@@ -77,6 +77,10 @@ impl Recipe for Pretrain {
         vec![("model", &inputs.base.shape, &inputs.trainable)]
     }
 
+    fn steps(inputs: &Inputs) -> u64 {
+        inputs.length.steps
+    }
+
     fn data_line(&self, inputs: &Inputs) -> String {
         let windows = inputs.train.num_windows();
         format!(

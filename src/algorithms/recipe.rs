@@ -40,6 +40,9 @@ pub trait Recipe: Algorithm {
     /// The models that are trained: name in the run, shape, and what of it.
     fn trained(inputs: &Self::Inputs) -> Vec<(&'static str, &Shape, &Trainable)>;
 
+    /// The steps of a run over these data.
+    fn steps(inputs: &Self::Inputs) -> u64;
+
     /// What the training data are, in a line.
     fn data_line(&self, inputs: &Self::Inputs) -> String;
 

@@ -90,6 +90,10 @@ impl Recipe for Sft {
         vec![("model", &inputs.base.shape, &inputs.trainable)]
     }
 
+    fn steps(inputs: &Inputs) -> u64 {
+        inputs.length.steps
+    }
+
     fn data_line(&self, inputs: &Inputs) -> String {
         let (counts, rows) = (inputs.train.counts(), inputs.train.num_rows());
         format!(

@@ -47,8 +47,7 @@ pub fn known(name: &str) -> Option<&'static Known> {
 /// # Errors
 /// Of kind Config: neither CORRAL_HOME nor HOME is set.
 pub fn store() -> Result<PathBuf> {
-    let home = env::path("CORRAL_HOME").or_else(|| Some(env::path("HOME")?.join(".cache/corral")));
-    home.map(|home| home.join("models")).ok_or_else(|| {
+    env::corral_home().map(|home| home.join("models")).ok_or_else(|| {
         Error::config("neither CORRAL_HOME nor HOME is set, and so there is no place for models")
     })
 }

@@ -28,6 +28,7 @@ use crate::{telemetry, warn};
 
 mod checkpoint;
 mod data;
+mod rates;
 
 /// What is measured.
 #[derive(Debug, Subcommand)]
@@ -42,6 +43,8 @@ pub enum Command {
     Checkpoint(checkpoint::Args),
     /// Training a tokenizer, tokenizing, and reading the shards
     Data(data::Args),
+    /// This machine, in half a minute: `plan`, `recipes`, `check` and every run tell by it how long a training will take
+    Rates,
 }
 
 /// A preset's shape.
@@ -135,6 +138,7 @@ pub fn run(command: Command, global: &Global) -> Result<()> {
         Command::Collectives(args) => collectives(&args, &world),
         Command::Checkpoint(args) => checkpoint::run(&args, &world),
         Command::Data(args) => data::run(&args, &world),
+        Command::Rates => rates::run(&world),
     }
 }
 
@@ -146,6 +150,13 @@ fn default_batch(preset: &str) -> (i64, i64) {
         "llama-110m" => (2, 1024),
         _ => (1, 2048),
     }
+}
+
+/// Sequences a step of a rank, and at once; tokens of a sequence.
+struct BatchSize {
+    rows: i64,
+    micro: i64,
+    length: i64,
 }
 
 /// A model in training on random tokens.
@@ -179,15 +190,28 @@ impl BenchTraining {
             let most = shape.max_position_embeddings;
             return Err(Error::config(format!("--sequence-length must be from 1 to {most}")));
         }
-        let kind = compute_kind(args.precision);
+        let size = BatchSize { rows, micro, length };
+        BenchTraining::of(shape, args.precision, args.recompute, size, world)
+    }
+
+    /// Of any shape.
+    fn of(
+        shape: Shape,
+        compute: Compute,
+        recompute: Recompute,
+        size: BatchSize,
+        world: &World,
+    ) -> Result<BenchTraining> {
+        let BatchSize { rows, micro, length } = size;
+        let kind = compute_kind(compute);
         let mut params = Sharded::new(layout::layouts(&shape), world.sharding(), kind, world.device);
         init::init(&mut params, &shape, 0)?;
         let model = Llama::new(shape.clone(), params);
         let hyper = Hyper { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 };
         let optimizer = AdamW::new(&model.params, hyper);
         tch::manual_seed(1 + world.rank);
-        let count = (batch * length) as f64;
-        Ok(BenchTraining { shape, model, optimizer, recompute: args.recompute, rows, micro, length, count })
+        let count = (rows * world.mesh.data.size * length) as f64;
+        Ok(BenchTraining { shape, model, optimizer, recompute, rows, micro, length, count })
     }
 
     /// Seconds of a step, and its loss.

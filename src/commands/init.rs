@@ -14,10 +14,11 @@ use crate::config::model::Model;
 use crate::config::shape::Shape;
 use crate::config::{self, Loaded, defaults};
 use crate::data::examples::{Examples, Lengths};
+use crate::distributed::environment::RankEnvironment;
 use crate::distributed::world::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::plan::PlanTarget;
-use crate::telemetry::{console, free_bytes};
+use crate::telemetry::{console, free_bytes, total_bytes};
 use crate::{files, info};
 
 /// `corral init`
@@ -84,6 +85,10 @@ struct Draft<'a> {
     recompute: bool,
     compute: &'static str,
     epochs: i64,
+    /// Parameters of the model.
+    parameters: i64,
+    /// Ranks of the run.
+    ranks: i64,
     /// The token that pads, where the tokenizer's own one ends texts, too.
     pad_token: Option<&'static str>,
     /// What was found of model, data and machine, for the header.
@@ -96,13 +101,15 @@ impl Draft<'_> {
     }
 
     fn batch(&self) -> i64 {
-        if self.of_responses() { 8 } else { 16 }
+        // Whole shares for all ranks.
+        let rows = if self.of_responses() { 8 } else { 16 };
+        (rows + self.ranks - 1) / self.ranks * self.ranks
     }
 
-    /// The learning rate of the stage and method.
+    /// The learning rate of the stage, the method and the size.
     fn lr(&self) -> f64 {
         let row = defaults::of(self.stage);
-        row.map_or(1e-5, |row| if self.method == Method::Full { row.lr } else { row.lr_of_adapters })
+        row.map_or(1e-5, |row| defaults::lr_of_size(row, self.method != Method::Full, self.parameters))
     }
 
     fn output_dir(&self) -> String {
@@ -160,9 +167,10 @@ impl Draft<'_> {
         if self.of_responses() {
             text += &format!("generation: {{max_new_tokens: {MAX_NEW_TOKENS}, temperature: 1.0}}\n");
         }
+        let ppo = format!("ppo: {{epochs: 2, minibatch_size: {}, kl_coef: 0.05}}\n", self.batch());
         text += match stage {
             "grpo" => "grpo: {group_size: 8}\n",
-            "ppo" => "ppo: {epochs: 2, minibatch_size: 8, kl_coef: 0.05}\n",
+            "ppo" => &ppo,
             "dpo" => "dpo: {beta: 0.1}\n",
             "kto" => "kto: {beta: 0.1}\n",
             "online-dpo" => "dpo: {beta: 0.1}\n",
@@ -191,7 +199,7 @@ impl Draft<'_> {
 
     fn load<R: Recipe>(&self) -> Result<Loaded<R>> {
         let loaded = config::load_text::<R>(&self.yaml(), &[])?;
-        loaded.validate(1).map(|()| loaded)
+        loaded.validate(self.ranks).map(|()| loaded)
     }
 
     /// What the run takes of memory, in bytes of the device.
@@ -242,6 +250,8 @@ pub fn text<R: Recipe>(args: &InitArgs, global: &Global) -> Result<String> {
 
 /// Looks at model, data and machine.
 fn draft<'a, R: Recipe>(args: &'a InitArgs, global: &Global) -> Result<Draft<'a>> {
+    let place = RankEnvironment::from_env()?;
+    let ranks = place.as_ref().map_or(1, |place| place.world_size);
     let cuda = DeviceChoice::of(global.device.as_deref())? != DeviceChoice::Cpu;
     if cuda && args.device_memory.is_none() {
         return Err(Error::config(
@@ -261,11 +271,18 @@ fn draft<'a, R: Recipe>(args: &'a InitArgs, global: &Global) -> Result<Draft<'a>
         recompute: false,
         compute,
         epochs: 1,
+        parameters: 0,
+        ranks,
         pad_token: None,
         facts: Vec::new(),
     };
     look_at_data::<R>(&mut draft)?;
-    fit::<R>(&mut draft, &target(global, 1)?, args.device_memory)?;
+    // Ranks must come to the same: they share what the machine has.
+    let there = args.device_memory.unwrap_or_else(|| match place {
+        None => free_bytes(),
+        Some(place) => total_bytes() / place.local_world_size as u64,
+    });
+    fit::<R>(&mut draft, &target(global, ranks)?, there)?;
     // What is written must be what runs.
     draft.load::<R>()?;
     Ok(draft)
@@ -298,7 +315,8 @@ fn look_at_data<R: Recipe>(draft: &mut Draft) -> Result<()> {
     let Some((_, shape, _)) = R::trained(&inputs).into_iter().next() else {
         return Err(Error::failed("no model is trained"));
     };
-    let (parameters, most) = (shape.num_parameters() as f64 / 1e6, shape.max_position_embeddings);
+    draft.parameters = shape.num_parameters();
+    let (parameters, most) = (draft.parameters as f64 / 1e6, shape.max_position_embeddings);
     draft.facts.push(format!(
         "model: {}, {} of {parameters:.1}M parameters",
         draft.args.model,
@@ -404,8 +422,8 @@ fn percentile(lengths: &Lengths, share: f64) -> usize {
 }
 
 /// Takes the first method that fits the memory, and the largest micro-batch.
-fn fit<R: Recipe>(draft: &mut Draft, target: &PlanTarget, device_memory: Option<u64>) -> Result<()> {
-    let there = device_memory.unwrap_or_else(free_bytes) as i64;
+fn fit<R: Recipe>(draft: &mut Draft, target: &PlanTarget, there: u64) -> Result<()> {
+    let there = there as i64;
     let budget = ((there - PROCESS) as f64 * USABLE) as i64;
     let methods: &[Method] = if R::SUBCOMMAND == "pretrain" {
         &[Method::Full]
@@ -422,7 +440,7 @@ fn fit<R: Recipe>(draft: &mut Draft, target: &PlanTarget, device_memory: Option<
         }
         *draft = tried;
         let mut bytes = bytes;
-        while !draft.of_responses() && draft.micro * 2 <= draft.batch().min(8) {
+        while !draft.of_responses() && draft.micro * 2 <= (draft.batch() / draft.ranks).min(8) {
             let larger = Draft { micro: draft.micro * 2, ..draft.clone() };
             let more = larger.bytes::<R>(target)?;
             if more > budget {

@@ -7,11 +7,14 @@ use serde_json::{Value as Json, json};
 use crate::commands::Global;
 use crate::commands::check::size;
 use crate::commands::plan::target;
+use crate::commands::predict;
 use crate::commands::recipes::{AnyRecipe, RECIPES};
 use crate::config::algorithm::BuiltInConfig;
 use crate::config::nearest;
 use crate::error::{Context, Error, Result};
+use crate::plan::MemoryPlan;
 use crate::telemetry::console;
+use crate::telemetry::progress::duration;
 
 /// `corral recipes`
 #[derive(Debug, clap::Args)]
@@ -81,33 +84,43 @@ fn copy((recipe, built_in): ListedRecipe, file: &PathBuf) -> Result<()> {
 }
 
 fn list(as_json: bool, global: &Global) -> Result<()> {
-    let mut rows = vec![["recipe", "model", "method", "memory", "about"].map(str::to_string)];
+    let mut rows = vec![["recipe", "model", "method", "memory", "time", "about"].map(str::to_string)];
+    let rates = predict::rates(global, None)?;
     for found in all() {
         let (recipe, built_in) = found;
         let config = &built_in.text;
         let ranks = ranks(config);
-        let (resolved, bytes) = recipe.describe(built_in, &target(global, ranks)?)?;
+        let (resolved, plan) = recipe.describe(built_in, &target(global, ranks)?)?;
+        let bytes = plan.as_ref().map(MemoryPlan::bytes);
+        let time = plan.as_ref().zip(rates.as_ref()).and_then(|(plan, rates)| plan.work().predict(rates));
         let (model, method, about) = (model(&resolved), method(&resolved), about(config));
         if as_json {
             let line = json!({"recipe": name_of(&found), "file": built_in.file, "model": model, "method": method,
-                              "ranks": ranks, "bytes": bytes, "about": about});
+                              "ranks": ranks, "bytes": bytes, "predicted_step_s": time.map(|p| p.step_s),
+                              "predicted_s": time.and_then(|p| p.total_s), "about": about});
             print(&format!("{line}\n"))?;
             continue;
         }
         let memory = bytes.map_or("-".into(), |bytes| size(bytes.max(0) as u64));
-        rows.push([name_of(&found), model, method, memory, about]);
+        let time = time.map_or("-".into(), |p| match p.total_s {
+            Some(total_s) => duration(total_s),
+            None => format!("{} s/step", predict::short(p.step_s)),
+        });
+        rows.push([name_of(&found), model, method, memory, time, about]);
     }
     if as_json {
         return Ok(());
     }
     let width = |i: usize| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0);
-    let widths = [width(0), width(1), width(2), width(3)];
-    for [recipe, model, method, memory, about] in &rows {
-        let [a, b, c, d] = widths;
-        print(&format!("{recipe:a$}  {model:b$}  {method:c$}  {memory:>d$}  {about}\n"))?;
+    let widths = [width(0), width(1), width(2), width(3), width(4)];
+    for [recipe, model, method, memory, time, about] in &rows {
+        let [a, b, c, d, e] = widths;
+        print(&format!("{recipe:a$}  {model:b$}  {method:c$}  {memory:>d$}  {time:>e$}  {about}\n"))?;
     }
     print(
         "\nmemory: of a rank, by corral plan, without the process; -: the model is not here\n\
+         time: predicted here, where rows are full and all ranks are on this machine; -: corral bench rates was not run, or the \
+         model is not here\n\
          run one: corral sft --config smollm2-persona; show it: corral recipes sft/smollm2-persona; copy it: --write FILE\n",
     )
 }

@@ -30,6 +30,7 @@ pub mod library;
 mod limits;
 pub mod merge;
 pub mod plan;
+mod predict;
 pub mod recipes;
 pub mod report;
 pub mod score;

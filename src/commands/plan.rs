@@ -1,4 +1,4 @@
-//! `corral plan`: what memory a training takes on each rank, without a device.
+//! `corral plan`: what memory a training takes on each rank, and how long it takes, without a device.
 
 use std::collections::BTreeMap;
 
@@ -10,6 +10,7 @@ use crate::algorithms::step::{MicroBatch, accumulate_gradients};
 use crate::commands::Global;
 use crate::commands::check::size;
 use crate::commands::convert::parse_size;
+use crate::commands::predict;
 use crate::commands::recipes::{NamedRecipe, RecipeArgs};
 use crate::commands::training::ConfigArgs;
 use crate::config::Conflicts;
@@ -25,6 +26,7 @@ use crate::model::{Llama, ModelInput, init, layout};
 use crate::optim::AdamW;
 use crate::plan::memory::{BatchShape, Memory};
 use crate::plan::models::{PHASES, peaks};
+use crate::plan::rates::Rates;
 use crate::plan::{MemoryPlan, ModelsMemory, PlanTarget, TrainingMemory};
 use crate::telemetry;
 
@@ -46,6 +48,9 @@ pub struct PlanArgs {
     /// Memory of the device of a rank, such as 24GiB: the largest micro-batch that fits, or the cheapest changes that make it fit
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     device_memory: Option<u64>,
+    /// The GPU that the run will have, such as H100: the time is predicted by the peak of its data sheet
+    #[arg(long, value_name = "NAME")]
+    gpu: Option<String>,
     /// Completions of a prompt in the data, which is not opened
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(i64).range(2..))]
     completions: i64,
@@ -65,10 +70,15 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
 
 /// Loads a configuration, and shows its plan.
 pub fn plan<R: Recipe>(args: PlanArgs, global: &Global) -> Result<()> {
-    let target = PlanTarget { completions: args.completions, ..target(global, args.nproc)? };
+    let mut global = global.clone();
+    if args.gpu.is_some() && global.device.is_none() {
+        global.device = Some("cuda".into());
+    }
+    let target = PlanTarget { completions: args.completions, ..target(&global, args.nproc)? };
+    let rates = predict::rates(&global, args.gpu.as_deref())?;
     let loaded = load::<R>(&args.config, args.nproc)?;
     let plan = loaded.config.plan(&target).map_err(|e| loaded.locate(e))?;
-    show(&plan, args.device_memory, args.json)?;
+    show(&plan, args.device_memory, rates.as_ref(), args.json)?;
     match args.device_memory {
         Some(bytes) if !args.json && plan.bytes() > bytes as i64 => advise::<R>(&args, &target, bytes as i64),
         _ => Ok(()),
@@ -163,19 +173,29 @@ pub fn target(global: &Global, ranks: i64) -> Result<PlanTarget> {
 }
 
 /// Prints a plan, as a table or (`as_json`) as one JSON object.
-pub fn show(plan: &MemoryPlan, device_memory: Option<u64>, as_json: bool) -> Result<()> {
+pub fn show(
+    plan: &MemoryPlan,
+    device_memory: Option<u64>,
+    rates: Option<&Rates>,
+    as_json: bool,
+) -> Result<()> {
+    let work = plan.work();
+    let predicted = rates.and_then(|rates| work.predict(rates));
+    let time = json!({"step_flops": work.flops, "predicted_step_s": predicted.map(|p| p.step_s),
+                      "predicted_tokens_per_s": predicted.map(|p| p.tokens_per_s),
+                      "predicted_s": predicted.and_then(|p| p.total_s)});
     match plan {
         MemoryPlan::Training(training) => {
             let on_cpu = training.device == Device::Cpu;
             let process = if on_cpu { process_bytes(training.compute)? } else { 0 };
             let fit = device_memory.map(|bytes| Fit::new(training, bytes, process));
             if as_json {
-                training_json(training, process, fit)
+                training_json(training, process, fit, time);
             } else {
-                training_table(training, process, fit)
+                training_table(training, process, fit);
             }
         }
-        MemoryPlan::Models(models) if as_json => models_json(models),
+        MemoryPlan::Models(models) if as_json => models_json(models, time),
         MemoryPlan::Models(models) => {
             models_table(models);
             if let Some(bytes) = device_memory {
@@ -184,6 +204,9 @@ pub fn show(plan: &MemoryPlan, device_memory: Option<u64>, as_json: bool) -> Res
                 println!("# {of} a device: {fits}; the device that takes most takes {}", size(most));
             }
         }
+    }
+    if !as_json {
+        println!("# {}", predict::line(&work, rates));
     }
     Ok(())
 }
@@ -232,7 +255,7 @@ fn step_bytes(t: &TrainingMemory, process: i64) -> i64 {
     t.step(t.micro_batch).total() + t.stays() + process
 }
 
-fn training_json(t: &TrainingMemory, process: i64, fit: Option<Fit>) {
+fn training_json(t: &TrainingMemory, process: i64, fit: Option<Fit>, time: Value) {
     let (stays, asking) = (t.stays(), t.asking(t.micro_batch));
     let mut out = json!({
         "subcommand": t.subcommand,
@@ -260,7 +283,7 @@ fn training_json(t: &TrainingMemory, process: i64, fit: Option<Fit>) {
         out["largest_micro_batch_size"] = json!(largest);
         out["largest_of_batch"] = divides.map_or(Value::Null, Value::from);
     }
-    println!("{out}");
+    println!("{}", with(out, time));
 }
 
 fn training_table(t: &TrainingMemory, process: i64, fit: Option<Fit>) {
@@ -325,7 +348,15 @@ fn training_table(t: &TrainingMemory, process: i64, fit: Option<Fit>) {
     }
 }
 
-fn models_json(m: &ModelsMemory) {
+/// An object with the entries of another one.
+fn with(mut object: Value, other: Value) -> Value {
+    if let (Some(object), Value::Object(other)) = (object.as_object_mut(), other) {
+        object.extend(other);
+    }
+    object
+}
+
+fn models_json(m: &ModelsMemory, time: Value) {
     let models: Vec<Value> = m
         .models
         .iter()
@@ -335,11 +366,9 @@ fn models_json(m: &ModelsMemory) {
         })
         .collect();
     let devices: BTreeMap<&str, [i64; 3]> = m.by_device().iter().map(|(d, on)| (*d, peaks(on))).collect();
-    println!(
-        "{}",
-        json!({"subcommand": m.subcommand, "ranks": m.ranks, "phases": PHASES, "models": models,
-               "device_bytes": devices, "host_bytes": m.host()})
-    );
+    let out = json!({"subcommand": m.subcommand, "ranks": m.ranks, "phases": PHASES, "models": models,
+                     "device_bytes": devices, "host_bytes": m.host()});
+    println!("{}", with(out, time));
 }
 
 fn models_table(m: &ModelsMemory) {

@@ -22,7 +22,7 @@ use crate::config::pretrain::Pretrain;
 use crate::config::reward::Reward;
 use crate::config::sft::Sft;
 use crate::error::{Error, Result};
-use crate::plan::PlanTarget;
+use crate::plan::{MemoryPlan, PlanTarget};
 
 /// All recipes, in the order of `corral --help`.
 pub static RECIPES: &[&dyn AnyRecipe] = &[
@@ -77,9 +77,8 @@ pub trait AnyRecipe: Sync {
     /// The configurations that are compiled in.
     fn built_in(&self) -> &'static [BuiltInConfig];
 
-    /// One of the configurations that are compiled in, resolved, and what it takes of memory in bytes where its models are
-    /// known here.
-    fn describe(&self, built_in: &BuiltInConfig, target: &PlanTarget) -> Result<(Json, Option<i64>)>;
+    /// One of the configurations that are compiled in, resolved, and what it takes where its models are known here.
+    fn describe(&self, built_in: &BuiltInConfig, target: &PlanTarget) -> Result<(Json, Option<MemoryPlan>)>;
 
     /// The keys of its configuration.
     fn keys(&self) -> Section;
@@ -123,10 +122,9 @@ impl<R: Recipe> AnyRecipe for RecipeOf<R> {
         R::BUILT_IN
     }
 
-    fn describe(&self, built_in: &BuiltInConfig, target: &PlanTarget) -> Result<(Json, Option<i64>)> {
+    fn describe(&self, built_in: &BuiltInConfig, target: &PlanTarget) -> Result<(Json, Option<MemoryPlan>)> {
         let loaded = config::load::<R>(Some(Path::new(built_in.file)), &[])?;
-        let bytes = loaded.config.plan(target).ok().map(|plan| plan.bytes());
-        Ok((loaded.config.write(), bytes))
+        Ok((loaded.config.write(), loaded.config.plan(target).ok()))
     }
 
     fn keys(&self) -> Section {

@@ -14,6 +14,7 @@ use crate::checkpoint::Checkpoint;
 use crate::commands::Global;
 use crate::commands::init::{self, InitArgs};
 use crate::commands::plan::target;
+use crate::commands::predict;
 use crate::commands::recipes::{RecipeArgs, with_maker};
 use crate::commands::report::REPORT;
 use crate::config::changes::show;
@@ -24,6 +25,7 @@ use crate::distributed::environment::RankEnvironment;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::plan::MemoryPlan;
 use crate::report::page::page;
 use crate::report::run::RunRecord;
 use crate::report::summary;
@@ -96,7 +98,7 @@ pub fn run<R: Recipe>(args: Args, global: &Global) -> Result<()> {
     loaded.validate(place.as_ref().map_or(1, |p| p.world_size))?;
     // A world that was started again goes on with the run that its first attempt began, whatever its command said at
     // first; unless it did not come to that.
-    let again = place.is_some_and(|p| p.attempt > 0) && is_begun(&loaded)?;
+    let again = place.as_ref().is_some_and(|p| p.attempt > 0) && is_begun(&loaded)?;
     let resume = if again { Resume::Auto } else { args.resume };
     let start = Start { resume, overwrite: args.overwrite };
     // Here, before data is read and tokenized, and again once the folder is this run's.
@@ -112,12 +114,36 @@ pub fn run<R: Recipe>(args: Args, global: &Global) -> Result<()> {
     let world = World::from_global(global.device.as_deref(), loaded.config.common().parallel, &facts)?;
     info!("{}", world.choice);
     let inputs = with_first_ranks_date(&mut loaded.config, inputs, &world)?;
+    let planned = match world.is_main() {
+        true => target(global, world.mesh.data.size).and_then(|target| loaded.config.plan(&target)).ok(),
+        false => None,
+    };
+    if let Some(plan) = &planned {
+        tell_time(&loaded.config, &inputs, plan, place.as_ref(), global);
+    }
     R::train(&loaded, inputs, &world, &start).map_err(|e| loaded.locate(e))?;
     if world.is_main() {
-        let planned = target(global, world.mesh.data.size).and_then(|target| loaded.config.plan(&target));
-        summarize(&loaded.config.common(), planned.ok().map(|plan| plan.bytes()), before);
+        summarize(&loaded.config.common(), planned.map(|plan| plan.bytes()), before);
     }
     Ok(())
+}
+
+/// Says how long the run will take, where that is known: on one host.
+fn tell_time<R: Recipe>(
+    config: &R,
+    inputs: &R::Inputs,
+    plan: &MemoryPlan,
+    place: Option<&RankEnvironment>,
+    global: &Global,
+) {
+    let one_host = place.is_none_or(|place| place.local_world_size == place.world_size);
+    let work = predict::work(config, inputs, plan);
+    if let Ok(Some(rates)) = predict::rates(global, None)
+        && one_host
+        && work.predict(&rates).is_some()
+    {
+        info!("{}", predict::line(&work, Some(&rates)));
+    }
 }
 
 /// Says what a run came to, and draws its page, unless its metrics are still those of `before`: then it was over. What cannot

@@ -36,6 +36,22 @@ pub const STAGES: &[StageDefaults] = &[
     stage("ppo", [3e-6, 3e-5], 0.0, "TRL's PPOConfig"),
 ];
 
+/// Models from this many parameters on get half the rate: Llama 2 was pretrained with 3e-4 up to 13B and 1.5e-4 above, QLoRA's
+/// adapters (Dettmers et al. 2023) have 2e-4 up to 13B and 1e-4 from 33B on.
+pub const LARGE: i64 = 30_000_000_000;
+/// New models below get twice the rate: GPT-3's smallest (Brown et al. 2020), 125M, has 6e-4.
+pub const SMALL: i64 = 200_000_000;
+
+/// The learning rate that `corral init` writes for a model of so many parameters.
+pub fn lr_of_size(stage: &StageDefaults, adapters: bool, parameters: i64) -> f64 {
+    let lr = if adapters { stage.lr_of_adapters } else { stage.lr };
+    match parameters {
+        LARGE.. => lr / 2.0,
+        ..SMALL if stage.stage == "pretrain" => lr * 2.0,
+        _ => lr,
+    }
+}
+
 /// The defaults of a stage.
 pub fn of(stage: &str) -> Option<&'static StageDefaults> {
     STAGES.iter().find(|row| row.stage == stage)

@@ -402,11 +402,17 @@ impl Shape {
         self.vocab_size * c + head + self.num_hidden_layers * (attention + mlp + vectors) + c
     }
 
-    /// Floating-point operations of forward and backward for one token of a sequence of `length`: 6 for every weight of a
-    /// product that the token takes part in (of the experts: those that it goes to), and 12 for every channel of the heads
-    /// and position that a query sees on average, half of the sequence without a window. What is recomputed does not
-    /// count.
+    /// Floating-point operations of forward and backward for one token of a sequence of `length`: three times those of the
+    /// forward. What is recomputed does not count.
     pub fn flops_per_token(&self, length: i64) -> f64 {
+        let [products, attention] = self.forward_flops_per_token(length);
+        3.0 * (products + attention)
+    }
+
+    /// Floating-point operations of a forward for one token of a sequence of `length`: of the products with weights, 2 for every
+    /// weight that the token takes part in (of the experts: those that it goes to); and of attention, 4 for every channel of
+    /// the heads and position that a query sees on average, half of the sequence without a window.
+    pub fn forward_flops_per_token(&self, length: i64) -> [f64; 2] {
         let (attention, mlp) = self.matrices(self.experts.as_ref().map_or(1, |e| e.num_experts_per_tok));
         let products = self.num_hidden_layers * (attention + mlp) + self.head_rows() * self.hidden_size;
         let seen = |layer| {
@@ -414,6 +420,6 @@ impl Shape {
             w * (n - w / 2.0) / n
         };
         let seen: f64 = (0..self.num_hidden_layers).map(seen).sum();
-        6.0 * products as f64 + 12.0 * (self.num_attention_heads * self.head_dim) as f64 * seen
+        [2.0 * products as f64, 4.0 * (self.num_attention_heads * self.head_dim) as f64 * seen]
     }
 }

@@ -1,5 +1,6 @@
-//! What a training takes of memory, before anything of it is there: [`Memory`] is one model on one rank, [`TrainingMemory`] a run that
-//! trains one model, [`ModelsMemory`] a run of several, each on its device.
+//! What a training takes of memory and time, before anything of it is there: [`Memory`] is one model on one rank, [`TrainingMemory`] a run that
+//! trains one model, [`ModelsMemory`] a run of several, each on its device. [`StepWork`] is what a step computes, and how long that
+//! takes at known [`Rates`](rates::Rates).
 //!
 //! Which models a run has is said by its recipe (`Recipe::plan`).
 
@@ -8,14 +9,17 @@ mod layer;
 pub mod memory;
 pub(crate) mod models;
 mod parts;
+pub mod rates;
 pub(crate) mod training;
 mod walk;
+pub mod work;
 
 use tch::Device;
 
 pub use memory::Memory;
 pub(crate) use models::ModelsMemory;
 pub(crate) use training::TrainingMemory;
+use work::StepWork;
 
 /// What a plan is made for.
 #[derive(Debug, Clone)]
@@ -47,6 +51,16 @@ impl MemoryPlan {
                 let most = |on: &Vec<&models::ModelMemory>| models::peaks(on).into_iter().max().unwrap_or(0);
                 m.by_device().values().map(most).max().unwrap_or(0)
             }
+        }
+    }
+}
+
+impl MemoryPlan {
+    /// What a step computes.
+    pub fn work(&self) -> StepWork {
+        match self {
+            MemoryPlan::Training(t) => t.work,
+            MemoryPlan::Models(m) => m.work,
         }
     }
 }

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use tch::Kind;
 
+use super::work::StepWork;
+
 /// What such a run does one after the other in an iteration.
 pub const PHASES: [&str; 3] = ["sampling", "scoring", "learning"];
 
@@ -27,6 +29,14 @@ pub struct ModelMemory {
     pub at_work: [Option<i64>; 3],
     /// Moments that are in host memory.
     pub host: i64,
+    /// Floating-point operations for a token of a forward, and of forward and backward, 0 where it does not learn.
+    pub flops: [f64; 2],
+    /// What an update of it reads and writes; 0 where it does not learn.
+    pub update_bytes: f64,
+    /// Numbers of a hidden state.
+    pub hidden_size: i64,
+    /// Keys and values of a token that it samples.
+    pub cache_bytes: f64,
 }
 
 /// All models of a run.
@@ -37,6 +47,8 @@ pub struct ModelsMemory {
     pub ranks: i64,
     /// One a section of the configuration.
     pub models: Vec<ModelMemory>,
+    /// What an iteration computes.
+    pub work: StepWork,
 }
 
 impl ModelsMemory {

@@ -5,6 +5,7 @@ use tch::{Device, Kind};
 
 use super::PlanTarget;
 use super::memory::{BatchShape, Memory, Parts};
+use super::work::{self, StepWork};
 use crate::config::common::Common;
 use crate::config::sections::Recompute;
 use crate::config::shape::{Head, Shape};
@@ -69,6 +70,8 @@ pub struct TrainingMemory {
     reference: Option<ReferenceMemory>,
     /// Tokens of a forward that scores, by which a reward model is normalised at the end.
     scored: i64,
+    /// What a step computes.
+    pub work: StepWork,
     /// Ranks of the run.
     pub ranks: i64,
     /// The dtype of forward and backward.
@@ -95,6 +98,17 @@ impl TrainingMemory {
         let memory = Memory::new(&shape, plans, compute, ShardingPlan::of(c.parallel, ranks)?, device)?;
         let moments = memory.moments(c.optim.moments);
         let only_at_the_end = c.train.steps.is_some_and(|steps| steps <= c.checkpoint.every);
+        let tokens = (c.train.batch_size * each.sequences * each.length) as f64;
+        let work = StepWork {
+            tokens,
+            flops: tokens * work::forward_and_backward(&shape, plans, each.length, c.train.recompute),
+            read_bytes: work::update_bytes(plans),
+            samples: false,
+            hidden_size: shape.hidden_size,
+            compute: c.precision.compute,
+            steps: c.train.steps.map(|steps| steps as u64),
+            ranks,
+        };
         Ok(TrainingMemory {
             subcommand,
             moments,
@@ -107,6 +121,7 @@ impl TrainingMemory {
             reference: None,
             scored: 0,
             memory,
+            work,
             shape,
             ranks,
             compute,
@@ -116,7 +131,11 @@ impl TrainingMemory {
 
     /// With a frozen reference, which stays (`online`), or goes before the first step.
     pub fn with_reference(self, memory: Memory, online: bool) -> TrainingMemory {
-        TrainingMemory { reference: Some(ReferenceMemory { memory, online }), ..self }
+        let mut work = self.work;
+        if online {
+            work.flops += work.tokens * work::forward(&memory.shape, self.each.length);
+        }
+        TrainingMemory { reference: Some(ReferenceMemory { memory, online }), work, ..self }
     }
 
     /// With scores of at most `tokens` tokens at once, by which a reward model is normalised at the end.

@@ -65,6 +65,7 @@ fn data(run: &RunRecord, planned: Option<i64>) -> Result<Value> {
         "peak_bytes": run.last("train", "peak_bytes"),
         "planned_bytes": planned,
         "skipped_steps": run.last("train", "skipped_steps"),
+        "restarts": run.restarts(),
         "train": columns(run.of_kind("train")),
         "valid": columns(run.of_kind("valid")),
         "samples": last_of(run.samples()?, SAMPLES),
@@ -158,6 +159,25 @@ mod tests {
         assert_eq!(data[1]["best"], json!([2, 0.6]));
         assert_eq!(data[0]["config"]["optim.lr"], json!(0.001));
         assert_eq!(data[0]["samples"][0]["prompt"], "</script><b>{{DATA}}");
+    }
+
+    #[test]
+    fn restarts_are_where_a_new_file_of_events_was_begun() {
+        let folder = TestFolder::new("report");
+        let dir = folder.path("run");
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("config.yaml"), "train: {steps: 10}\n").unwrap();
+        let line = |(step, second): (u64, u64)| {
+            format!(
+                "{{\"kind\": \"train\", \"step\": {step}, \"time\": \"1970-01-01T00:00:{second}.500+00:00\"}}\n"
+            )
+        };
+        let text: String = [(1, 10), (2, 11), (3, 30), (4, 31)].map(line).concat();
+        std::fs::write(dir.join("metrics.jsonl"), text).unwrap();
+        for second in [9, 29, 50] {
+            std::fs::write(dir.join(format!("events.out.tfevents.{second}.host.1")), "").unwrap();
+        }
+        assert_eq!(RunRecord::read(&dir).unwrap().restarts(), [2]);
     }
 
     #[test]

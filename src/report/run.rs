@@ -14,6 +14,7 @@ use crate::checkpoint::sharded::{Checkpoint, checkpoints_dir, list};
 use crate::config::changes::noted_stage;
 use crate::error::{Error, Result};
 use crate::files::read_error;
+use crate::telemetry::tensorboard::starts;
 
 /// How far a run is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,6 +110,23 @@ impl RunRecord {
     /// The last value of a key in the lines of a kind.
     pub fn last(&self, kind: &str, key: &str) -> Option<f64> {
         self.of_kind(kind).iter().rev().find_map(|line| line.get(key)?.as_f64())
+    }
+
+    /// The steps after which the run was started again: each start has a file of TensorBoard's, and each step its time.
+    pub fn restarts(&self) -> Vec<u64> {
+        let timed = |line: &Map<String, Value>| {
+            let time = chrono::DateTime::parse_from_rfc3339(line.get("time")?.as_str()?).ok()?;
+            Some((time.timestamp(), line.get("step")?.as_u64()?))
+        };
+        let steps: Vec<(i64, u64)> = self.of_kind("train").iter().filter_map(timed).collect();
+        // Before a start there must be a step, and after it another one.
+        let after = |start: i64| {
+            let next = steps.iter().position(|(time, _)| *time >= start).filter(|next| *next > 0)?;
+            Some(steps[next - 1].1)
+        };
+        let mut restarts: Vec<u64> = starts(&self.dir).into_iter().skip(1).filter_map(after).collect();
+        restarts.dedup();
+        restarts
     }
 
     /// Steps done.

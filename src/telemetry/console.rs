@@ -98,8 +98,24 @@ pub(super) fn draw_bar(bar: &str) {
 /// where stderr is closed or full the message is lost.
 pub fn print(level: LogLevel, everywhere: bool, message: Arguments) {
     let mut console = console();
-    let Some(line) = console.settings.render(level, everywhere, message) else { return };
+    let Some(mut line) = console.settings.render(level, everywhere, message) else { return };
+    if console.settings.format == LogFormat::Pretty && console.screen().has_colours() {
+        line = with_colour(level, line);
+    }
     write_line(&mut console, &line);
+}
+
+/// A warning or an error with its first word in a colour.
+fn with_colour(level: LogLevel, line: String) -> String {
+    let colour = match level {
+        LogLevel::Error => Colour::Red,
+        LogLevel::Warn => Colour::Yellow,
+        LogLevel::Info | LogLevel::Detail => return line,
+    };
+    match line.split_once(':') {
+        Some((word, rest)) => format!("{}{rest}", colour.paint(&format!("{word}:"))),
+        None => line,
+    }
 }
 
 /// Writes an answer, or a part of one, to stdout.
@@ -133,6 +149,29 @@ pub fn warn_once(message: &str) {
 pub fn error_line(message: &str) -> String {
     let line = settings().render(LogLevel::Error, true, format_args!("{message}"));
     line.map_or(String::new(), |line| line + "\n")
+}
+
+/// A colour of text, as terminals number them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Colour {
+    Red = 31,
+    Green = 32,
+    Yellow = 33,
+}
+
+impl Colour {
+    fn paint(self, text: &str) -> String {
+        format!("\x1b[{}m{text}\x1b[0m", self as u8)
+    }
+}
+
+/// `text` in this colour where messages have colours.
+pub(super) fn coloured(colour: Colour, text: &str) -> String {
+    let mut console = console();
+    match console.settings.format == LogFormat::Pretty && console.screen().has_colours() {
+        true => colour.paint(text),
+        false => text.into(),
+    }
 }
 
 /// A line of another program, as it is.
@@ -276,6 +315,13 @@ mod tests {
         assert_eq!(render(&rank(1, true, false), LogLevel::Warn, true), text("warning (rank 1): "));
         assert_eq!(render(&rank(1, true, false), LogLevel::Error, true), text("error (rank 1): "));
         assert_eq!(render(&ALONE, LogLevel::Warn, true), text("warning: "));
+    }
+
+    #[test]
+    fn colours_are_on_the_first_word_only() {
+        let line = |level| with_colour(level, "warning: a: b".into());
+        assert_eq!(line(LogLevel::Warn), "\x1b[33mwarning:\x1b[0m a: b");
+        assert_eq!(line(LogLevel::Info), "warning: a: b");
     }
 
     #[test]

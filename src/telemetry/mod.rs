@@ -156,7 +156,7 @@ impl RunLog {
     /// Tells the validation that was logged last; `best`: it is the best so far.
     pub fn report_validation(&mut self, best: bool) {
         let Some(line) = self.0.as_mut().and_then(|logs| logs.validation.take()) else { return };
-        let mark = if best { " (best)" } else { "" };
+        let mark = if best { console::coloured(console::Colour::Green, " (best)") } else { String::new() };
         info!("valid step {}: {}{mark}", line.step(), shown::metrics(&line));
     }
 
@@ -188,6 +188,11 @@ impl RunLog {
 /// The time of day, as RFC 3339 has it.
 fn now() -> String {
     chrono::Local::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, false)
+}
+
+/// The day here, such as 2026-11-28.
+pub fn today() -> String {
+    chrono::Local::now().date_naive().to_string()
 }
 
 /// Adds a line to a file of the run, which is opened for the first one.
@@ -223,8 +228,17 @@ impl Drop for RunLog {
 
 /// Memory that the machine can still give, in bytes; 0 where the system does not tell.
 pub fn free_bytes() -> u64 {
+    meminfo("MemAvailable:")
+}
+
+/// All memory of the machine, in bytes; 0 where the system does not tell.
+pub fn total_bytes() -> u64 {
+    meminfo("MemTotal:")
+}
+
+fn meminfo(name: &str) -> u64 {
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.strip_suffix("kB"));
+    let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_suffix("kB"));
     line.and_then(|kib| kib.trim().parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 

@@ -72,6 +72,12 @@ impl Screen {
         self.err_is == StreamKind::Terminal && !dumb && !(answers && self.out_is == StreamKind::Pipe)
     }
 
+    /// Whether messages may have colours: stderr is a terminal that knows them, and NO_COLOR (<https://no-color.org>) is not set.
+    pub fn has_colours(&self) -> bool {
+        let dumb = env::variable("TERM").is_some_and(|term| term == "dumb");
+        self.err_is == StreamKind::Terminal && !dumb && env::variable("NO_COLOR").is_none()
+    }
+
     /// Columns of the terminal: COLUMNS, else what the terminal says, else 80.
     pub fn columns(&self) -> usize {
         let columns = env::parsed("COLUMNS").or_else(|| kernels::host::terminal_columns().map(usize::from));

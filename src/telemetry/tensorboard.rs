@@ -243,6 +243,17 @@ pub fn event_files(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// When each start of a run in `dir` opened its file, in seconds since 1970, in order.
+pub fn starts(dir: &Path) -> Vec<i64> {
+    let second = |path: PathBuf| {
+        let name = path.file_name()?.to_str()?.strip_prefix(PREFIX)?.to_string();
+        name.split('.').next()?.parse().ok()
+    };
+    let mut starts: Vec<i64> = event_files(dir).unwrap_or_default().into_iter().filter_map(second).collect();
+    starts.sort_unstable();
+    starts
+}
+
 /// The next event and its bytes; `None` at the end of the file.
 ///
 /// # Errors

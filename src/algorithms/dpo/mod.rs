@@ -83,6 +83,10 @@ impl Recipe for Dpo {
         vec![("model", &inputs.base.shape, &inputs.trainable)]
     }
 
+    fn steps(inputs: &Inputs) -> u64 {
+        inputs.length.steps
+    }
+
     fn data_line(&self, inputs: &Inputs) -> String {
         records::ranked_line(&inputs.train, &inputs.length)
     }

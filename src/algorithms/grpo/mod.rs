@@ -51,6 +51,10 @@ impl Recipe for Grpo {
         vec![("actor", &inputs.opened.actor.shape, &inputs.opened.trainable)]
     }
 
+    fn steps(inputs: &Inputs) -> u64 {
+        inputs.opened.length.steps
+    }
+
     fn data_line(&self, inputs: &Inputs) -> String {
         inputs.opened.data_line(&inputs.samplers.train.prompts)
     }
@@ -68,6 +72,7 @@ impl Recipe for Grpo {
             responses: self.num_responses() / target.ranks,
             micro_batch: self.micro_batch_size(target.ranks),
             update: self.minibatch_size() / target.ranks,
+            learned: self.num_updates() * self.minibatch_size(),
         };
         let others = Others { critic: None, reference: self.uses_reference(), average: false };
         memory::plan(Self::SUBCOMMAND, &self.sections_of_responses(), &others, work, target)

@@ -96,6 +96,10 @@ impl Recipe for Ppo {
         vec![("actor", &opened.actor.shape, &opened.trainable), ("critic", &critic.shape, of_critic)]
     }
 
+    fn steps(inputs: &Inputs) -> u64 {
+        inputs.opened.length.steps
+    }
+
     fn data_line(&self, inputs: &Inputs) -> String {
         inputs.opened.data_line(&inputs.samplers.train.prompts)
     }
@@ -113,6 +117,7 @@ impl Recipe for Ppo {
             responses: self.train.batch_size / target.ranks,
             micro_batch: self.micro_batch_size(target.ranks),
             update: self.ppo.minibatch_size / target.ranks,
+            learned: self.ppo.epochs * self.train.batch_size,
         };
         let critic = self.critic();
         let others = Others { critic: Some(&critic), reference: true, average: self.ppo.ema.is_some() };

@@ -18,6 +18,7 @@ use crate::generate::engine::PREFILL_TOKENS;
 use crate::model::compute_kind;
 use crate::plan::memory::{BatchShape, Memory};
 use crate::plan::models::{ModelMemory, ModelsMemory};
+use crate::plan::work::{StepWork, forward, forward_and_backward, update_bytes};
 use crate::plan::{MemoryPlan, PlanTarget};
 
 /// What is computed at once.
@@ -28,6 +29,8 @@ pub struct Work {
     /// Sequences that a rank computes at once, and those of an update on it.
     pub micro_batch: i64,
     pub update: i64,
+    /// Sequences of all updates of an iteration, over all ranks.
+    pub learned: i64,
 }
 
 /// The models besides the actor that the sections which all share do not tell.
@@ -76,9 +79,39 @@ pub fn plan(
         // Master values, which are never in a forward.
         let mut average = trained("average", c, c.actor, work, target)?;
         (average.at_work, average.offload, average.host) = ([None; 3], false, 0);
+        (average.flops, average.update_bytes) = ([0.0; 2], 0.0);
         models.push(average);
     }
-    Ok(MemoryPlan::Models(ModelsMemory { subcommand, ranks: target.ranks, models }))
+    let work = iteration(c, &models, others, work, target.ranks);
+    Ok(MemoryPlan::Models(ModelsMemory { subcommand, ranks: target.ranks, models, work }))
+}
+
+/// What an iteration computes: all responses as long as they may be.
+fn iteration(c: &OwnResponses, models: &[ModelMemory], others: &Others, work: Work, ranks: i64) -> StepWork {
+    let actor = &models[0];
+    let (length, responses) = (c.data.sequence_length as f64, (work.responses * ranks) as f64);
+    let new = c.generation.max_new_tokens.high.min(c.data.sequence_length as usize) as f64;
+    let slots = c.generation.batch_size.unwrap_or(work.responses).min(work.responses).max(1);
+    let forwards = ranks as f64 * (work.responses as f64 / slots as f64).ceil() * new;
+    // Each forward reads the parameters, and the keys and values of its rows, which are half as many on average.
+    let values = actor.parameters as f64 * actor.compute.elt_size_in_bytes() as f64;
+    let caches = slots as f64 * length / 2.0 * actor.cache_bytes;
+    let all = |of: fn(&ModelMemory) -> f64| models.iter().map(of).sum::<f64>();
+    // A reference that is the actor without its adapters is no model of its own.
+    let asked_twice = others.reference && !models.iter().any(|m| m.name == "reference");
+    let asked = all(|m| m.flops[0]) + if asked_twice { actor.flops[0] } else { 0.0 };
+    let updates = work.learned as f64 / (work.update * ranks).max(1) as f64;
+    StepWork {
+        tokens: work.learned as f64 * length,
+        flops: responses * (length * (actor.flops[0] + asked))
+            + work.learned as f64 * length * all(|m| m.flops[1]),
+        read_bytes: forwards * (values + caches) + updates * all(|m| m.update_bytes),
+        samples: true,
+        hidden_size: actor.hidden_size,
+        compute: c.actor.dtype.unwrap_or(c.common.precision.compute),
+        steps: c.common.train.steps.map(|steps| steps as u64),
+        ranks,
+    }
 }
 
 /// Whether one of the models, `critic` among them, is the name of a preset: it has a shape and no weights.
@@ -136,7 +169,22 @@ fn trained(
     });
     let at_work = [sampling, Some(scoring), Some(learning)];
     let (parameters, kept) = (shape.num_parameters(), memory.kept());
-    Ok(ModelMemory { name, parameters, compute, device, offload: m.offload, resident, kept, at_work, host })
+    let learning = forward_and_backward(&shape, &plans, length, c.common.train.recompute);
+    Ok(ModelMemory {
+        name,
+        parameters,
+        compute,
+        device,
+        offload: m.offload,
+        resident,
+        kept,
+        at_work,
+        host,
+        flops: [forward(&shape, length), learning],
+        update_bytes: update_bytes(&plans),
+        hidden_size: shape.hidden_size,
+        cache_bytes: cache_bytes(&shape, compute) as f64,
+    })
 }
 
 fn frozen(
@@ -178,6 +226,10 @@ fn frozen(
         kept,
         at_work,
         host: 0,
+        flops: [forward(&shape, c.data.sequence_length), 0.0],
+        update_bytes: 0.0,
+        hidden_size: shape.hidden_size,
+        cache_bytes: 0.0,
     })
 }
 
@@ -187,13 +239,17 @@ fn read_at_once(tokens: usize, length: i64) -> BatchShape {
     BatchShape { rows, length, micro_batches: 1, recompute: Default::default(), packed: false }
 }
 
+/// Keys and values of a token.
+fn cache_bytes(s: &Shape, compute: Kind) -> i64 {
+    2 * s.num_hidden_layers * s.num_key_value_heads * s.head_dim * compute.elt_size_in_bytes() as i64
+}
+
 /// What sampling takes besides the actor's values: the keys and values of all responses in work, and the logits of a step or what
 /// the reading of prompts takes (`prefill`), if that is more.
 fn sampling(c: &OwnResponses, s: &Shape, compute: Kind, work: Work, prefill: i64) -> i64 {
     let bytes = compute.elt_size_in_bytes() as i64;
     let slots = c.generation.batch_size.unwrap_or(work.responses).min(work.responses);
-    let cache =
-        2 * slots * c.data.sequence_length * s.num_hidden_layers * s.num_key_value_heads * s.head_dim * bytes;
+    let cache = slots * c.data.sequence_length * cache_bytes(s, compute);
     let logits = slots * s.vocab_size * (bytes + accumulator(compute).elt_size_in_bytes() as i64);
     cache + logits.max(prefill)
 }

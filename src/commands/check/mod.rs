@@ -12,7 +12,7 @@ use crate::algorithms::run::{Resume, Start};
 use crate::checkpoint;
 use crate::commands::recipes::{NamedRecipe, RecipeArgs, with_maker};
 use crate::commands::training::ConfigArgs;
-use crate::commands::{Global, plan};
+use crate::commands::{Global, plan, predict};
 use crate::config::common::Common;
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
@@ -21,6 +21,7 @@ use crate::distributed::plan::{GroupPlan, Role};
 use crate::error::{Context, Error, Result};
 use crate::model::{Trainable, compute_kind};
 use crate::plan::PlanTarget;
+use crate::plan::rates::Rates;
 use crate::warn;
 
 /// `corral check`
@@ -67,15 +68,21 @@ pub fn check<R: Recipe>(args: CheckArgs, global: &Global) -> Result<()> {
         println!(
             "# a model's path is a preset, a shape without weights: neither models nor data were opened"
         );
-        return memory(c, &target);
+        return memory(c, &target, None);
     }
+    let rates = predict::rates(global, None)?;
     let inputs = c.open().map_err(|e| with_maker(loaded.locate(e)))?;
     examine(&loaded, &start, &[])?;
     if let Shown::Windows { train, valid, .. } = c.shown(&inputs) {
         train.sets().chain(valid.iter().flat_map(|v| v.sets())).try_for_each(|set| set.verify())?;
     }
     conclude(&loaded, &R::trained(&inputs))?;
-    memory(c, &target)?;
+    memory(c, &target, rates.as_ref())?;
+    if R::MODEL == "model"
+        && let Ok(plan) = c.plan(&target)
+    {
+        println!("# {}", predict::line(&predict::work(c, &inputs, &plan), rates.as_ref()));
+    }
     println!("# data: {}", c.data_line(&inputs));
     match c.shown(&inputs) {
         Shown::Windows { train, tokenizer, .. } => examples::window(tokenizer, train, args.example),
@@ -94,14 +101,14 @@ pub fn check<R: Recipe>(args: CheckArgs, global: &Global) -> Result<()> {
 }
 
 /// Shows the memory of a run of several models.
-fn memory<R: Recipe>(c: &R, target: &PlanTarget) -> Result<()> {
+fn memory<R: Recipe>(c: &R, target: &PlanTarget, rates: Option<&Rates>) -> Result<()> {
     if R::MODEL == "model" {
         // One model: `corral plan` has more to tell than fits here.
         return Ok(());
     }
     match ShardingPlan::of(c.common().parallel, target.ranks) {
         Err(e) => println!("# memory: parallel.shard: {}", e.message),
-        Ok(_) => plan::show(&c.plan(target)?, None, false)?,
+        Ok(_) => plan::show(&c.plan(target)?, None, rates, false)?,
     }
     Ok(())
 }

@@ -1,0 +1,146 @@
+//! What a step computes, and how long that takes at a known rate.
+
+use super::rates::Rates;
+use crate::config::sections::{Compute, Recompute};
+use crate::config::shape::Shape;
+use crate::distributed::plan::{GroupPlan, Role};
+
+/// What AdamW reads and writes for a parameter: master value, gradient and two moments in float32, and a copy.
+const UPDATE_BYTES: f64 = 30.0;
+
+/// The work of a step, over all ranks. Rows count as full: what data really has is less.
+#[derive(Debug, Clone, Copy)]
+pub struct StepWork {
+    /// Tokens of the sequences that are trained on.
+    pub tokens: f64,
+    /// Floating-point operations.
+    pub flops: f64,
+    /// Bytes of parameters and caches that are read with little arithmetic: by updates, and by forwards of one token a row.
+    pub read_bytes: f64,
+    /// Whether responses are sampled.
+    pub samples: bool,
+    /// The trained model's, which products are the faster the larger it is.
+    pub hidden_size: i64,
+    /// The dtype of products.
+    pub compute: Compute,
+    /// Steps of the run, where the configuration tells.
+    pub steps: Option<u64>,
+    /// Ranks that share the work.
+    pub ranks: i64,
+}
+
+/// How long a run will take.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Prediction {
+    /// Seconds of a step.
+    pub step_s: f64,
+    /// Tokens that are trained on, a second.
+    pub tokens_per_s: f64,
+    /// Seconds of all steps, without validations and checkpoints, where their number is known.
+    pub total_s: Option<f64>,
+}
+
+impl StepWork {
+    /// The same with fewer tokens: `share` of the full rows.
+    pub fn with_tokens(self, share: f64) -> StepWork {
+        StepWork { tokens: self.tokens * share, flops: self.flops * share, ..self }
+    }
+
+    /// The same in a run of `steps`.
+    pub fn with_steps(self, steps: u64) -> StepWork {
+        StepWork { steps: Some(steps), ..self }
+    }
+
+    /// At these rates; none where they do not tell.
+    pub fn predict(&self, rates: &Rates) -> Option<Prediction> {
+        let computing_s = self.flops / rates.flops_per_s(self)?;
+        let reading_s = match rates.bytes_per_s(self) {
+            Some(rate) => self.read_bytes / rate,
+            // An update is short beside its step; sampling is not.
+            None if self.samples => return None,
+            None => 0.0,
+        };
+        let step_s = computing_s + reading_s;
+        let total_s = self.steps.map(|steps| step_s * steps as f64);
+        Some(Prediction { step_s, tokens_per_s: self.tokens / step_s, total_s })
+    }
+}
+
+/// Floating-point operations of a forward for a token.
+pub fn forward(shape: &Shape, length: i64) -> f64 {
+    shape.forward_flops_per_token(length).iter().sum()
+}
+
+/// Floating-point operations of forward and backward for a token of a model that is trained as `plans` say. The backward ends
+/// below the lowest block of which something is trained, and weights that are frozen get no gradient.
+pub fn forward_and_backward(shape: &Shape, plans: &[GroupPlan], length: i64, recompute: Recompute) -> f64 {
+    let [products, attention] = shape.forward_flops_per_token(length);
+    let trains = |plan: &GroupPlan| plan.roles.contains(&Role::Trained) || !plan.adapters.is_empty();
+    let blocks = plans.get(1..=shape.num_hidden_layers as usize).unwrap_or_default();
+    let first = if plans.first().is_some_and(trains) { Some(0) } else { blocks.iter().position(trains) };
+    let passed = first.map_or(0.0, |first| (blocks.len() - first) as f64 / blocks.len().max(1) as f64);
+    let (mut trained, mut all, mut adapters) = (0.0, 0.0, 0.0);
+    for plan in plans {
+        for (spec, role) in plan.layout.specs.iter().zip(&plan.roles).filter(|(spec, _)| spec.shape.len() > 1)
+        {
+            let numel = spec.shape.iter().product::<i64>() as f64;
+            all += numel;
+            trained += if *role == Role::Trained { numel } else { 0.0 };
+        }
+        let numel = |shape: Vec<i64>| shape.iter().product::<i64>() as f64;
+        adapters += plan.adapters.iter().flat_map(|a| a.shapes(&plan.layout)).map(numel).sum::<f64>();
+    }
+    let again = if recompute == Recompute::Full { passed } else { 0.0 };
+    products * (1.0 + passed + trained / all + again)
+        + attention * (1.0 + 2.0 * passed + again)
+        + 6.0 * adapters
+}
+
+/// Bytes that an update of what is trained reads and writes.
+pub fn update_bytes(plans: &[GroupPlan]) -> f64 {
+    plans.iter().map(|plan| plan.trained().numel as f64).sum::<f64>() * UPDATE_BYTES
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::trainable::{BaseFormat, Freeze, Lora, Targets};
+    use crate::model::{Trainable, layout};
+
+    fn shape() -> Shape {
+        Shape::preset("llama-15m").unwrap()
+    }
+
+    #[test]
+    fn a_whole_training_is_three_forwards() {
+        let plans: Vec<GroupPlan> = layout::layouts(&shape()).into_iter().map(GroupPlan::from).collect();
+        let whole = forward_and_backward(&shape(), &plans, 256, Recompute::None);
+        assert!((whole / shape().flops_per_token(256) - 1.0).abs() < 1e-12);
+        let again = forward_and_backward(&shape(), &plans, 256, Recompute::Full);
+        assert!((again / forward(&shape(), 256) - 4.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn adapters_save_the_gradients_of_weights() {
+        let lora = Lora {
+            rank: 8,
+            alpha: None,
+            dropout: 0.0,
+            targets: Targets::AllLinear,
+            rslora: false,
+            modules_to_save: Vec::new(),
+            base: BaseFormat::None,
+        };
+        let plans = Trainable::new(&Freeze::default(), Some(&lora)).plans(&shape()).unwrap();
+        let share = forward_and_backward(&shape(), &plans, 256, Recompute::None) / forward(&shape(), 256);
+        assert!((2.0..2.4).contains(&share), "{share}");
+    }
+
+    #[test]
+    fn frozen_blocks_below_save_their_backward() {
+        let freeze = Freeze { train_only: vec!["model.layers.5".into()], ..Freeze::default() };
+        let plans = Trainable::new(&freeze, None).plans(&shape()).unwrap();
+        let share = forward_and_backward(&shape(), &plans, 256, Recompute::None) / forward(&shape(), 256);
+        assert!((1.1..1.5).contains(&share), "{share}");
+    }
+}

@@ -50,6 +50,8 @@ fi
 
 stage setup make --no-print-directory setup
 stage build cargo build --release --workspace
+# How fast this machine is; each training then says first how long it will take.
+stage rates "$bin/corral" bench rates
 stage data "$bin/corral" data synth --output runs/data
 stage noisy "$bin/corral" data synth --output runs/data/noisy --wrong-answers 0.4
 stage tokenizer "$bin/corral" tokenizer train --input runs/data/pretrain.train.jsonl --vocab-size 400 \

@@ -7,7 +7,7 @@ use std::fs;
 
 use serde_json::Value;
 use testing::folder::folder;
-use testing::program::Program;
+use testing::program::{Program, launch};
 use testing::run::{Run, answers, data};
 
 #[test]
@@ -65,6 +65,37 @@ fn a_run_needs_no_configuration() {
     let ran = Program::corral(&words).current_dir(&dir).run(&dir, "run").expect_code(0);
     assert!(ran.err.contains("# sft, written by corral init"), "{ran}");
     assert!(dir.join("runs/sft/model/config.json").is_file() && dir.join("runs/sft/report.html").is_file());
+}
+
+#[test]
+fn ranks_need_no_configuration() {
+    let dir = folder("no-config-ranks");
+    let (model, train) =
+        (answers().display().to_string(), data().join("sft.train.jsonl").display().to_string());
+    let words =
+        ["--nproc", "3", "sft", "--model", &model, "--data", &train, "train.epochs=null", "train.steps=2"];
+    let ran = Program::new(launch()).args(&words).current_dir(&dir).run(&dir, "run").expect_code(0);
+    // A batch of 16 does not divide into three shares.
+    assert!(ran.err.contains("batch_size: 18"), "{ran}");
+    assert!(dir.join("runs/sft/model/config.json").is_file());
+}
+
+#[test]
+fn plans_predict_times_where_rates_are_known() {
+    let dir = folder("predicted");
+    let plan = |words: &[&str], name: &str| {
+        let plan = ["plan", "pretrain", "--config", "llama-8b", "--json"];
+        let home = dir.join("home").display().to_string();
+        let program = Program::corral(&plan).args(words).current_dir(&dir).env("CORRAL_HOME", &home);
+        serde_json::from_str::<Value>(&program.run(&dir, name).expect_code(0).out).unwrap()
+    };
+    let [one, eight] = [("1", "one"), ("8", "eight")].map(|(ranks, name)| {
+        plan(&["--gpu", "H100", "--nproc", ranks], name)["predicted_step_s"].as_f64().unwrap()
+    });
+    assert!((one / eight - 8.0).abs() < 1e-6, "{one} and {eight}");
+    // An unknown GPU, and a processor that was not measured.
+    assert!(plan(&["--gpu", "nothing"], "unknown")["predicted_s"].is_null());
+    assert!(plan(&["--device", "cpu"], "cpu")["predicted_step_s"].is_null());
 }
 
 /// Typical mistakes, each with a part of the one line that answers it.

@@ -440,7 +440,8 @@ fn fit<R: Recipe>(draft: &mut Draft, target: &PlanTarget, there: u64) -> Result<
         }
         *draft = tried;
         let mut bytes = bytes;
-        while !draft.of_responses() && draft.micro * 2 <= (draft.batch() / draft.ranks).min(8) {
+        let share = draft.batch() / draft.ranks;
+        while !draft.of_responses() && draft.micro * 2 <= 8 && share % (draft.micro * 2) == 0 {
             let larger = Draft { micro: draft.micro * 2, ..draft.clone() };
             let more = larger.bytes::<R>(target)?;
             if more > budget {

@@ -164,12 +164,16 @@ fn describe(step: u64, total: u64, metrics: &str, tokens_per_s: Option<f64>, lef
     text
 }
 
+const YEAR_S: u64 = 31_536_000;
+
 /// Seconds as a person says them.
 pub fn duration(seconds: f64) -> String {
     let s = seconds.round() as u64;
     match s {
         0..60 => format!("{s} s"),
         60..3600 => format!("{} min {:02} s", s / 60, s % 60),
+        YEAR_S.. => "over a year".into(),
+        172_800.. => format!("{} days", s / 86_400),
         _ => format!("{} h {:02} min", s / 3600, s % 3600 / 60),
     }
 }
@@ -343,8 +347,8 @@ mod tests {
         assert_eq!(text, "step   7/400  loss 2.3457  12346 tokens/s  3 min 05 s left");
         assert_eq!(describe(1, 9, "", None, None), "step 1/9");
         assert_eq!(
-            (duration(59.4), duration(59.6), duration(7322.0)),
-            ("59 s".into(), "1 min 00 s".into(), "2 h 02 min".into())
+            [59.4, 59.6, 7322.0, 200_000.0, 1e9].map(duration),
+            ["59 s", "1 min 00 s", "2 h 02 min", "2 days", "over a year"]
         );
     }
 

@@ -43,21 +43,21 @@ Example, two nodes of 8 GPUs; on the second one with --node-rank 1:
 )]
 struct Arguments {
     /// Ranks on this node, the same on every node; auto: one per visible NVIDIA GPU, else 1
-    #[arg(long, value_name = "N|auto", default_value = "auto")]
+    #[arg(long, value_name = "N|auto", default_value = "auto", aliases = ["nproc-per-node", "nproc_per_node"])]
     nproc: Nproc,
     /// Nodes; `launch` is started once on each
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65536))]
     nnodes: u32,
     /// Which of the nodes this is, from 0
-    #[arg(long, value_name = "I")]
+    #[arg(long, value_name = "I", alias = "node_rank")]
     node_rank: Option<u32>,
     /// Where rank 0 listens: an address of node 0, and a port that is free there; the same on every node.
     /// Restart K uses port PORT + K
-    #[arg(long, value_name = "HOST:PORT")]
+    #[arg(long, value_name = "HOST:PORT", aliases = ["rdzv-endpoint", "rdzv_endpoint"])]
     rdzv: Option<Rendezvous>,
     /// After a failure, start all ranks again, at most K times; exit codes 2, 3, 130 and 143 are final.
     /// The same on every node
-    #[arg(long, value_name = "K", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=10000))]
+    #[arg(long, value_name = "K", default_value_t = 0, alias = "max_restarts", value_parser = clap::value_parser!(u32).range(0..=10000))]
     max_restarts: u32,
     /// Communication between ranks (CORRAL_BACKEND for the ranks); default: what corral chooses
     #[arg(long, value_enum)]
@@ -66,7 +66,7 @@ struct Arguments {
     #[arg(long, value_name = "RANK,...", value_delimiter = ',')]
     rank_filter: Option<Vec<u32>>,
     /// Also write each rank's output, as it came, to DIR/attempt_K/rank_N/{stdout,stderr}.log
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", alias = "log_dir")]
     log_dir: Option<PathBuf>,
     /// Seconds between SIGTERM and SIGKILL for the ranks that are left after one has failed
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]

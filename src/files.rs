@@ -138,10 +138,15 @@ pub fn read_error(path: &Path, e: &io::Error) -> Error {
     if let Some(what) = broken_link(path) {
         return Error::data(format!("cannot read {}: {what}", path.display()));
     }
-    let is_pattern = e.kind() == io::ErrorKind::NotFound && path.to_string_lossy().contains(['*', '?']);
-    let advice = match is_pattern {
-        true => "; patterns are expanded by the shell, not here: leave the quotes out, or name the files",
-        false => "",
+    let name = path.to_string_lossy();
+    let advice = match e.kind() == io::ErrorKind::NotFound {
+        true if name == "-" => {
+            "; standard input is not read here: write it to a file first, such as in.jsonl"
+        }
+        true if name.contains(['*', '?']) => {
+            "; patterns are expanded by the shell, not here: leave the quotes out, or name the files"
+        }
+        _ => "",
     };
     let error = Error::data(format!("cannot read {}: {e}{advice}", path.display()));
     // Not UTF-8, where text is expected.

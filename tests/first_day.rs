@@ -102,7 +102,7 @@ fn plans_predict_times_where_rates_are_known() {
 #[test]
 fn mistakes_are_answered() {
     let dir = folder("mistakes");
-    let cases: [(&[&str], &str); 24] = [
+    let cases: [(&[&str], &str); 26] = [
         (&["finetune"], "type corral sft"),
         (&["train"], "corral pretrain, corral sft"),
         (&["online_dpo"], "type corral online-dpo"),
@@ -122,12 +122,15 @@ fn mistakes_are_answered() {
         (&["sft", "per_device_train_batch_size=1"], "here it is `train.micro_batch_size`"),
         (&["sft", "lora={r: 8}"], "here it is `lora.rank`"),
         (&["sft", "lora={rank: 8, base: 4bit}"], "here it is 'nf4'"),
+        (&["sft", "lora={rank:8}"], "a space after a colon: `rank: 8`"),
+        (&["sft", "--config", "tabs.yaml"], "spaces, not with tabs"),
         (&["sft", "precision.compute=bf16"], "here it is 'bfloat16'"),
         (&["sft", "parallel.mode=fsdp"], "here it is 'full'"),
         (&["ppo", "ppo.vf_coef=0.1"], "here it is `ppo.value_coef`"),
         (&["sft", "lr=1e-4"], "a key of another section: `optim.lr`"),
         (&["sft", "report_to=wandb"], "there is no such key: metrics.jsonl"),
     ];
+    fs::write(dir.join("tabs.yaml"), "model:\n\tpath: x\n").unwrap();
     for (i, (words, part)) in cases.iter().enumerate() {
         let ended = Program::corral(words).current_dir(&dir).run(&dir, &format!("mistake-{i}"));
         ended.expect_error(2, &[part]);
@@ -136,6 +139,26 @@ fn mistakes_are_answered() {
     let both = ["ppo", "model.path=a", "--config", "two.yaml"];
     fs::write(dir.join("two.yaml"), "model: {path: a}\nactor: {path: b}\noutput_dir: x\n").unwrap();
     Program::corral(&both).current_dir(&dir).run(&dir, "both").expect_error(2, &["'actor' is given too"]);
+    // A key under another name is not missing, too; a value that is not built is not listed.
+    for (i, words) in [["sft", "lora={r: 8}"], ["sft", "precision.compute=fp32"]].iter().enumerate() {
+        let err = Program::corral(words).current_dir(&dir).run(&dir, &format!("one-{i}")).expect_code(2).err;
+        assert!(!err.contains("is missing") && !err.contains("float8"), "{err}");
+    }
+    // Standard input, and the names of torchrun.
+    let model = format!("model.path={}", answers().display());
+    let template = ["tokenizer={chat_template: llama3}", "data.train=[x.jsonl]", &model];
+    Program::corral(&["sft"])
+        .args(&template)
+        .run(&dir, "template")
+        .expect_error(2, &["did you mean `llama-3`?"]);
+    let stdin = ["data.train.0=-", &model];
+    Program::corral(&["sft"])
+        .args(&stdin)
+        .run(&dir, "stdin")
+        .expect_error(3, &["standard input is not read"]);
+    let torchrun = ["--nproc_per_node", "2", "sft", "lr=1"];
+    let refused = Program::new(launch()).args(&torchrun).run(&dir, "torchrun").expect_code(2);
+    assert!(refused.err.contains("`optim.lr`"), "{refused}");
     Program::corral(&["help", "lora_r"]).run(&dir, "help").expect_code(0);
 }
 

@@ -10,6 +10,8 @@ pub struct Problems {
     found: Vec<Problem>,
     /// The dotted keys that the configuration may have, for advice.
     keys: Vec<String>,
+    /// Those that are meant by unknown ones.
+    meant: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -17,16 +19,18 @@ struct Problem {
     place: ConfigPlace,
     key: String,
     message: String,
+    /// The key is not there.
+    missing: bool,
 }
 
 impl Problems {
     /// Of a configuration that may have these dotted keys.
     pub fn of(keys: Vec<String>) -> Problems {
-        Problems { found: Vec::new(), keys }
+        Problems { found: Vec::new(), keys, meant: Vec::new() }
     }
 
     fn add(&mut self, place: &ConfigPlace, key: String, message: String) {
-        self.found.push(Problem { place: place.clone(), key, message });
+        self.found.push(Problem { place: place.clone(), key, message, missing: false });
     }
 
     /// The value of `key` does not fit.
@@ -39,6 +43,12 @@ impl Problems {
     pub fn unknown_key(&mut self, place: &ConfigPlace, path: &str, name: &str, known: &[&str]) {
         let key = join(path, name);
         let message = match self.elsewhere(name, known) {
+            // YAML reads `{rank:8}` as a key without a value.
+            _ if name.contains(':') => {
+                let (before, after) = name.split_once(':').unwrap_or_default();
+                self.meant.push(join(path, before));
+                format!("unknown key '{key}'; YAML needs a space after a colon: `{before}: {after}`")
+            }
             Some(here) => format!("unknown key '{key}'; {here}"),
             None => {
                 format!(
@@ -52,9 +62,10 @@ impl Problems {
     }
 
     /// The keys that were meant by a name that is another program's, or that of another section.
-    fn elsewhere(&self, name: &str, known: &[&str]) -> Option<String> {
+    fn elsewhere(&mut self, name: &str, known: &[&str]) -> Option<String> {
         let has = |key: &str| self.keys.iter().any(|k| k == key);
         if let Some(foreign) = foreign::key_named(name) {
+            self.meant.extend(foreign.here.iter().map(|key| key.to_string()));
             return match foreign.here.is_empty() {
                 true => Some(format!("there is no such key: {}", foreign.note)),
                 false => Some(format!("here it is {}", foreign.advice(has)?)),
@@ -85,7 +96,7 @@ impl Problems {
     pub fn missing_key(&mut self, place: &ConfigPlace, path: &str, name: &str) {
         let key = join(path, name);
         let message = format!("the key '{key}' is missing");
-        self.add(place, key, message);
+        self.found.push(Problem { place: place.clone(), key, message, missing: true });
     }
 
     pub fn is_empty(&self) -> bool {
@@ -111,6 +122,8 @@ impl Problems {
             ConfigPlace::File { line, column, .. } => (line, column),
             ConfigPlace::Override(_) => (u64::MAX, u64::MAX),
         };
+        // A key that is there under a wrong name is missing for no other reason.
+        self.found.retain(|p| !p.missing || !self.meant.contains(&p.key));
         self.found.sort_by_key(line_and_column);
         let lines: Vec<String> = self.found.iter().map(|p| format!("{}: {}", p.place, p.message)).collect();
         (!lines.is_empty()).then(|| Error::config(lines.join("\n")))

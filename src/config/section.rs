@@ -149,7 +149,7 @@ macro_rules! choice {
                 at: &$crate::config::setting::At<'_>,
                 problems: &mut $crate::config::problems::Problems,
             ) -> Option<Self> {
-                const KNOWN: &[&str] = &[$($word,)* $($($other,)*)?];
+                const KNOWN: &[&str] = &[$($word),*];
                 const REFUSED: &[(&str, &str)] = &[$($(($other, $why),)*)?];
                 let word = $crate::config::section::word(at, KNOWN, REFUSED, problems)?;
                 Self::of(word)

@@ -67,6 +67,12 @@ impl Node {
                 let at = e.location().map_or((1, 1), |l| (l.line().max(1), l.column().max(1)));
                 let formatter: &dyn serde_saphyr::MessageFormatter = &serde_saphyr::UserMessageFormatter;
                 let message = formatter.format_message(e.without_snippet());
+                let message = match message.as_ref() {
+                    text if text.starts_with("tabs disallowed") => {
+                        "YAML is indented with spaces, not with tabs"
+                    }
+                    text => text,
+                };
                 Err(Error::config(format!("{}: {message}", place(at.0, at.1))))
             }
         }
@@ -151,7 +157,11 @@ impl Node {
         if parts.iter().any(|part| part.is_empty() || part.contains(char::is_whitespace)) {
             return Err(fail(format!("'{key}' is not a key such as optim.lr")));
         }
-        let value = Node::parse(value, &|_, _| place.clone())?;
+        let value = match value {
+            // Standard input, as other programs name it; YAML would read a list of nothing.
+            "-" => Node { value: YamlValue::Text("-".into()), place: place.clone(), spelling: String::new() },
+            _ => Node::parse(value, &|_, _| place.clone())?,
+        };
 
         let mut node = self;
         for (depth, part) in parts.iter().enumerate() {

@@ -1,5 +1,6 @@
 //! Chat templates that are built in, and plain ones from a configuration.
 
+use crate::config::nearest;
 use crate::data::tokenizer::{ChatTemplate, Tokenizer};
 use crate::error::{Error, Result};
 use crate::files::broken_link;
@@ -83,12 +84,14 @@ pub fn find(what: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
     if let Some(why) = broken_link(Path::new(what)) {
         return Err(Error::key("tokenizer.chat_template", why));
     }
+    let known: Vec<&str> = BUILT_IN.iter().map(|t| t.name).collect();
     let source = std::fs::read_to_string(what).map_err(|e| {
         Error::key(
             "tokenizer.chat_template",
             format!(
-                "`{what}` is no built-in template ({}), no Jinja, and no file that can be read: {e}",
-                names()
+                "`{what}` is no built-in template ({}), no Jinja, and no file that can be read: {e}{}",
+                names(),
+                nearest(what, &known).map_or(String::new(), |near| format!("; did you mean `{near}`?"))
             ),
         )
     })?;

@@ -37,21 +37,31 @@ judged() { # judged MODEL
     "$bin/corral" -q eval --task preference --model "$1" --input runs/data/rankings.valid.jsonl --limit $limit |
         sed 's/.*"best":{"accuracy":\([0-9.]*\).*/\1/' | awk '{printf "%.1f %%", 100 * $1}'
 }
-new="--resume never --overwrite"
-# Matrix products in bfloat16 are the faster ones where the processor has instructions for them, and slow elsewhere.
-bf16=
-# Steps of the stages: without such instructions fewer, so that all of it takes some 14 minutes on two cores.
-less_pretrain= less_sft= less_reward= less_ppo= limit=1000
-if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
-    bf16=precision.compute=bfloat16
-else
-    less_pretrain=train.steps=800 less_sft=train.steps=400 less_reward=train.steps=300 less_ppo=train.steps=20 limit=500
-fi
-
+# SEED=2 make demo: other initial weights and orders, the same data.
+new="--resume never --overwrite seed=${SEED:-1}"
 stage setup make --no-print-directory setup
 stage build cargo build --release --workspace
 # How fast this machine is; each training then says first how long it will take.
-stage rates "$bin/corral" bench rates
+mkdir -p runs
+rates() {
+    "$bin/corral" bench rates >runs/rates.jsonl
+}
+stage rates rates
+# GFLOP/s of a step of a model of this size.
+rate() { # rate DTYPE
+    sed -n "s/.*\"training\":128,\"compute\":\"$1\",\"gflops\":\([0-9]*\).*/\1/p" runs/rates.jsonl
+}
+# Only some processors have instructions that make products in bfloat16 the faster ones.
+bf16= fastest=$(rate float32)
+if [ "$(rate bfloat16)" -gt "$fastest" ]; then
+    bf16=precision.compute=bfloat16 fastest=$(rate bfloat16)
+fi
+printf 'a model of this size trains here at %s GFLOP/s, in %s\n' "$fastest" "${bf16:-float32}"
+# A slow machine takes fewer steps, so that all of it takes some 14 minutes on two cores.
+less_pretrain= less_sft= less_reward= less_ppo= limit=1000
+if [ "$fastest" -lt 100 ]; then
+    less_pretrain=train.steps=800 less_sft=train.steps=400 less_reward=train.steps=300 less_ppo=train.steps=20 limit=500
+fi
 stage data "$bin/corral" data synth --output runs/data
 stage noisy "$bin/corral" data synth --output runs/data/noisy --wrong-answers 0.4
 stage tokenizer "$bin/corral" tokenizer train --input runs/data/pretrain.train.jsonl --vocab-size 400 \

@@ -9,7 +9,8 @@
 //! | `CORRAL_HOME`, `XDG_CACHE_HOME`, `HF_HUB_CACHE`, `HF_HOME`, `HOME` | the user | folders of fetched models and measured rates, token caches, the hub cache |
 //! | `OMP_NUM_THREADS` | the user, `launch` | threads of this process |
 //! | `PYTHON` | the user | the interpreter whose pip downloads for `corral get` |
-//! | `TERM`, `COLUMNS`, `NO_COLOR` | the terminal, the user | whether a bar and colours can be drawn, and how wide |
+//! | `TERM`, `COLUMNS` | the terminal | whether a bar can be drawn, and how wide |
+//! | `CLICOLOR`, `CLICOLOR_FORCE`, `NO_COLOR` | the user | whether messages have colours |
 //!
 //! `kernels` reads two more, CUDA_HOME and GLOO_SOCKET_IFNAME; `launch` has a function of its own.
 

@@ -159,6 +159,11 @@ fn mistakes_are_answered() {
     let torchrun = ["--nproc_per_node", "2", "sft", "lr=1"];
     let refused = Program::new(launch()).args(&torchrun).run(&dir, "torchrun").expect_code(2);
     assert!(refused.err.contains("`optim.lr`"), "{refused}");
+    let coloured = |name: &str, no: &str| {
+        let program = Program::corral(&["sft", "lr=1"]).env("CLICOLOR_FORCE", "1").env("NO_COLOR", no);
+        program.run(&dir, name).expect_code(2).err.contains("\u{1b}[31merror:\u{1b}[0m ")
+    };
+    assert!(coloured("colour", "") && !coloured("no-colour", "1"));
     Program::corral(&["help", "lora_r"]).run(&dir, "help").expect_code(0);
 }
 

@@ -72,10 +72,13 @@ impl Screen {
         self.err_is == StreamKind::Terminal && !dumb && !(answers && self.out_is == StreamKind::Pipe)
     }
 
-    /// Whether messages may have colours: stderr is a terminal that knows them, and NO_COLOR (<https://no-color.org>) is not set.
+    /// Whether messages have colours: where CLICOLOR asks for them and stderr is a terminal, or CLICOLOR_FORCE does
+    /// (<https://bixense.com/clicolors>), and NO_COLOR (<https://no-color.org>) does not forbid them.
     pub fn has_colours(&self) -> bool {
+        let set = |name: &str| env::text(name).is_some_and(|value| value != "0");
         let dumb = env::variable("TERM").is_some_and(|term| term == "dumb");
-        self.err_is == StreamKind::Terminal && !dumb && env::variable("NO_COLOR").is_none()
+        let on_terminal = set("CLICOLOR") && self.err_is == StreamKind::Terminal && !dumb;
+        env::variable("NO_COLOR").is_none() && (on_terminal || set("CLICOLOR_FORCE"))
     }
 
     /// Columns of the terminal: COLUMNS, else what the terminal says, else 80.

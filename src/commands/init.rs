@@ -40,7 +40,7 @@ pub struct InitArgs {
     /// Held-out data, to validate on
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub valid: Vec<PathBuf>,
-    /// The reward model that judges responses; grpo and online-dpo without one compare answers by rule
+    /// The reward model that scores responses; without one, grpo and online-dpo compare answers by rule
     #[arg(long, value_name = "DIR")]
     pub reward_model: Option<PathBuf>,
     /// Memory of the device of a rank, such as 24GiB [default: what this machine has free]

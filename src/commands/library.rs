@@ -22,7 +22,7 @@ pub struct Args {
     /// A recipe to show, such as sft/smollm2-persona; without it all are listed
     #[arg(value_name = "NAME")]
     name: Option<String>,
-    /// Copy the recipe into a file that is not there yet
+    /// Copy the recipe into a new file
     #[arg(long, value_name = "FILE", requires = "name")]
     write: Option<PathBuf>,
     /// One JSON object a recipe

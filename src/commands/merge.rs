@@ -31,7 +31,7 @@ pub struct Args {
     /// Dtype of the tensors [default: each as it is in the model]
     #[arg(long, value_enum)]
     dtype: Option<OutputDtype>,
-    /// Most bytes of tensors in a file, such as 5GB or 500MiB
+    /// Maximum bytes of tensors in a file, such as 5GB or 500MiB
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "5GB")]
     max_shard_size: u64,
 }

@@ -48,10 +48,10 @@ pub struct PlanArgs {
     /// Memory of the device of a rank, such as 24GiB: the largest micro-batch that fits, or the cheapest changes that make it fit
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     device_memory: Option<u64>,
-    /// The GPU that the run will have, such as H100: the time is predicted by the peak of its data sheet
+    /// The GPU that the run will have, such as H100: the time is predicted from the peak in its data sheet
     #[arg(long, value_name = "NAME")]
     gpu: Option<String>,
-    /// Completions of a prompt in the data, which is not opened
+    /// Completions per prompt in the data, which is not opened
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(i64).range(2..))]
     completions: i64,
     /// One JSON object

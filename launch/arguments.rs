@@ -36,7 +36,7 @@ impl Failure {
     after_help = "\
 Environment of a rank: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT,
 CORRAL_RESTART_COUNT, and OMP_NUM_THREADS (cores / ranks of this node) unless it is set already.
-CORRAL_BIN names the program to start; default: `corral` beside `launch`, else in PATH.
+CORRAL_BIN names the program to start; default: `corral` next to `launch`, else in PATH.
 
 Example, two nodes of 8 GPUs; on the second one with --node-rank 1:
   launch --nproc 8 --nnodes 2 --node-rank 0 --rdzv node0:29500 pretrain --config configs/pretrain/llama-1b.yaml"

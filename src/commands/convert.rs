@@ -159,7 +159,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     );
     if let [first, ..] = report.left_out.as_slice() {
         println!(
-            "left out, and not compared: {} tensors that are none of the model's, such as {first}",
+            "left out, and not compared: {} tensors that do not belong to the model, such as {first}",
             report.left_out.len()
         );
     }
@@ -175,11 +175,11 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     if report.loss == Some(GgufLimit::SpaceBefore) {
         warn!(
             "GGUF cannot say that this tokenizer puts no space before a text that begins with one, or after a special token: \
-             llama.cpp reads such texts with one more"
+             llama.cpp reads such texts with one more space"
         );
     }
     if let Some(positions) = report.positions {
-        warn!("Meta's format does not say max_position_embeddings: where it is read, {positions} is assumed");
+        warn!("Meta's format has no max_position_embeddings: readers assume {positions}");
     }
     if args.format == TargetFormat::Meta && !report.copied.iter().any(|name| name == "tokenizer.model") {
         warn!("{} has no tokenizer.model, which Meta's own programs need", args.from.display());

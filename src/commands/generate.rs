@@ -117,7 +117,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
             vec![Ok(PromptForm::Text(prompt.clone()))],
         ),
         (None, Some(path)) => read_lines(path)?,
-        (None, None) => return Err(Error::config("--prompt or --input says what to continue")),
+        (None, None) => return Err(Error::config("give --prompt or --input: the text to continue")),
     };
     let opened = args.model.open()?;
     let messages = prompts.iter().flatten().any(|p| matches!(p, PromptForm::Messages(_)));

@@ -69,8 +69,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
 pub fn tell(merged: &Merged, from: &Path) {
     if merged.base != BaseFormat::None {
         warn!(
-            "the adapter was trained on weights in {}: what was merged are those weights as they come back from there, not \
-             those of {}",
+            "the adapter was trained on weights in {}: it is merged into those weights, dequantized, not into those of {}",
             format!("{:?}", merged.base).to_lowercase(),
             from.display()
         );

@@ -69,8 +69,8 @@ impl ConfigArgs {
         let loaded = config::load::<C>(self.config.as_deref(), &self.overrides)?;
         if loaded.compiled_in {
             match self.config {
-                None => info!("no --config given: taking the built-in recipe {}", loaded.source),
-                Some(_) => info!("taking the built-in recipe {}", loaded.source),
+                None => info!("no --config given: using the built-in recipe {}", loaded.source),
+                Some(_) => info!("using the built-in recipe {}", loaded.source),
             }
         }
         let defaults: Vec<String> = loaded
@@ -181,11 +181,7 @@ fn made<R: Recipe>(model: &str, args: &Args, global: &Global) -> Result<Loaded<R
         output: None,
     };
     let text = init::text::<R>(&init, global)?;
-    info!(
-        "no --config given: taking the one that corral init {} writes:\n{}",
-        R::SUBCOMMAND,
-        text.trim_end()
-    );
+    info!("no --config given: using the one that corral init {} writes:\n{}", R::SUBCOMMAND, text.trim_end());
     config::load_text::<R>(&text, &args.config.overrides)
 }
 

@@ -24,7 +24,7 @@ impl Failure {
 
 /// Start `corral SUBCOMMAND ARGS` once per rank, and watch over all ranks.
 ///
-/// Everything from SUBCOMMAND on is handed to corral as it is. The exit code is 0 when all ranks are done, else that
+/// Everything from SUBCOMMAND on is passed to corral unchanged. The exit code is 0 when all ranks are done, else that
 /// of the first rank that failed (128 + N when signal N killed it). SIGINT and SIGTERM are passed on: the ranks
 /// finish their step, save and exit; a second signal kills them.
 #[derive(Parser)]
@@ -36,7 +36,7 @@ impl Failure {
     after_help = "\
 Environment of a rank: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT,
 CORRAL_RESTART_COUNT, and OMP_NUM_THREADS (cores / ranks of this node) unless it is set already.
-CORRAL_BIN names the program to start; default: `corral` beside `launch`, else in PATH.
+CORRAL_BIN names the program to start; default: `corral` next to `launch`, else in PATH.
 
 Example, two nodes of 8 GPUs; on the second one with --node-rank 1:
   launch --nproc 8 --nnodes 2 --node-rank 0 --rdzv node0:29500 pretrain --config configs/pretrain/llama-1b.yaml"
@@ -68,7 +68,7 @@ struct Arguments {
     /// Also write each rank's output, as it came, to DIR/attempt_K/rank_N/{stdout,stderr}.log
     #[arg(long, value_name = "DIR", alias = "log_dir")]
     log_dir: Option<PathBuf>,
-    /// Seconds between SIGTERM and SIGKILL for the ranks that are left after one has failed
+    /// Seconds between SIGTERM and SIGKILL for the remaining ranks after one has failed
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     grace: u32,
     #[command(subcommand)]

@@ -34,7 +34,7 @@ pub fn find_corral() -> Result<PathBuf, Failure> {
     candidates.into_iter().find(|program| is_program(program)).ok_or_else(|| {
         Failure::new(
             2,
-            "no `corral` beside `launch` nor in PATH: install both into one folder, or set CORRAL_BIN",
+            "no `corral` next to `launch` or in PATH: install both into one folder, or set CORRAL_BIN",
         )
     })
 }

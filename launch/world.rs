@@ -264,7 +264,7 @@ fn describe(status: ExitStatus) -> String {
     };
     match Signal::try_from(number) {
         Ok(Signal::SIGKILL) => {
-            format!("was killed by signal {number} (SIGKILL); `dmesg` tells whether the memory ran out")
+            format!("was killed by signal {number} (SIGKILL); `dmesg` shows whether memory ran out")
         }
         Ok(signal) => format!("was killed by signal {number} ({signal})"),
         Err(_) => format!("was killed by signal {number}"),

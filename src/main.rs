@@ -12,7 +12,7 @@ use corral::distributed::world;
 use corral::error::{ErrorClass, first_line};
 use corral::{Result, signals, telemetry};
 
-/// Trains Llama models: pretraining on sharded parameters and what belongs around it.
+/// Trains Llama models on sharded parameters, from pretraining to reinforcement learning.
 #[derive(Parser)]
 #[command(name = "corral", version, max_term_width = 100, disable_help_subcommand = true)]
 struct Cli {
@@ -34,13 +34,13 @@ enum Command {
     Train(NamedRecipe<commands::training::Args>),
     /// Continue prompts
     Generate(commands::generate::Args),
-    /// Talk with a model
+    /// Chat with a model
     Chat(commands::chat::Args),
     /// Log-probabilities of texts
     Score(commands::score::Args),
     /// Measure a model
     Eval(commands::eval::Args),
-    /// Say what a path holds (model, adapter, checkpoint, run, token shards, tokenizer) and whether it is complete
+    /// Show what a path holds (model, adapter, checkpoint, run, token shards, tokenizer) and whether it is complete
     Inspect(commands::inspect::Args),
     /// Fetch a small real model by its name
     Get(commands::get::Args),
@@ -50,17 +50,17 @@ enum Command {
     Merge(commands::merge::Args),
     /// Write a configuration that fits a model, data and this machine
     Init(commands::init::Args),
-    /// Refuse what can be refused without a device, and show the resolved configuration
+    /// Validate the configuration, data and paths without a device, and show the resolved configuration
     Check(commands::check::Args),
-    /// Say what memory a training takes, without a device
+    /// Estimate the memory of a training run, without a device
     Plan(commands::plan::Args),
     /// Draw the curves of runs: one HTML page
     Report(commands::report::Args),
     /// List the runs below a folder: state, last and best value, age
     Runs(commands::report::RunsArgs),
-    /// List the recipes that are built in, or show one
+    /// List the built-in recipes, or show one
     Recipes(commands::library::Args),
-    /// Tell of a subcommand, or of a key of configurations
+    /// Explain a subcommand, or a configuration key
     Help(commands::help::Args),
     /// Completions of the command line, for a shell
     Completions(commands::help::CompletionArgs),

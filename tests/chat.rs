@@ -107,7 +107,7 @@ fn commands_change_what_follows() {
     assert_eq!(out, format!("{with_system}\n{without}\n"));
     for told in [
         "temperature=0 top_k=0 top_p=0.95 seed=0 max_new_tokens=8\n",
-        "top_k: 'x' is no such number",
+        "top_k: 'x' is not a valid number",
         "temperature=0 top_k=0 top_p=0.95 seed=0 max_new_tokens=5\n",
         "no parameter 'size'; there are temperature",
         "/reset   ",

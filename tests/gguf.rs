@@ -611,5 +611,5 @@ fn fetched_models_go_by_their_names() {
     // What lies under that name in the folder comes first.
     fs::create_dir(dir.join(name)).unwrap();
     let (code, said) = corral(&["inspect", name]);
-    assert!(code == Some(3) && said.contains("nothing that is known"), "{said}");
+    assert!(code == Some(3) && said.contains("not recognized"), "{said}");
 }

@@ -334,8 +334,8 @@ fn a_run_and_its_checkpoints() {
 #[test]
 fn what_is_nothing_that_is_known() {
     let dir = folder("nothing");
-    inspect(&dir, &[]).expect_error(3, &["nothing that is known", "config.json"]);
+    inspect(&dir, &[]).expect_error(3, &["not recognized", "config.json"]);
     inspect(&dir.join("absent"), &[]).expect_error(3, &["there is no such folder"]);
     fs::write(dir.join("file.txt"), "text").unwrap();
-    inspect(&dir.join("file.txt"), &[]).expect_error(3, &["nothing that is known"]);
+    inspect(&dir.join("file.txt"), &[]).expect_error(3, &["not recognized"]);
 }

@@ -61,7 +61,7 @@ impl Base {
     pub fn dated(mut self, date: TemplateDate) -> Base {
         self.tokenizer = self.tokenizer.with_template_date(date);
         match self.tokenizer.told_date() {
-            Some(date) => detail!("the chat template is told the date {date} (data.template_date)"),
+            Some(date) => detail!("the chat template uses the date {date} (data.template_date)"),
             None if date.given => warn!(
                 "data.template_date {} is not used: the chat template asks for no date (strftime_now, date_string)",
                 date.date
@@ -241,7 +241,7 @@ impl Base {
                     "lora.modules_to_save",
                     format!(
                         "the tokenizer has {new} tokens that the model has no rows for, and an adapter \
-                     holds whole rows only of modules that it saves. Set lora.modules_to_save to [{}] to train and save them. \
+                     holds full rows only for modules that it saves. Set lora.modules_to_save to [{}] to train and save them. \
                      Or name tokens that the tokenizer has: tokenizer.pad_token takes one that no text uses.",
                         if head { "embed_tokens" } else { "embed_tokens, lm_head" },
                     ),
@@ -264,8 +264,8 @@ impl Base {
             if lora.is_none() || !plans.iter().map(trained).eq(theirs.iter().map(trained)) {
                 let theirs = there.lora.write();
                 return Err(Error::config(format!(
-                    "model.path is a model with an adapter, {theirs}: to train that further, lora must say the same; to \
-                     train something else, merge it first (corral merge)"
+                    "model.path is a model with an adapter, {theirs}: to train it further, lora must match; to train \
+                     something else, merge it first (corral merge)"
                 )));
             }
             trainable.layers = there.layers.clone();

@@ -57,7 +57,7 @@ pub struct Inputs {
 type Session<'a> = session::Session<'a, Learner<'a>, Position>;
 
 impl Recipe for Kto {
-    const ABOUT: &'static str = "Train a model on completions that were found good or bad";
+    const ABOUT: &'static str = "Train a model on completions that are labelled good or bad";
     type Inputs = Inputs;
 
     fn open(&self) -> Result<Inputs> {

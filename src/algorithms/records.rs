@@ -48,7 +48,7 @@ fn never_ends(train: &RowLoader, chat: &Chat) -> Option<String> {
     let tokens: Vec<String> =
         chat.stop_ids().iter().filter_map(|id| chat.tokenizer().id_to_token(*id)).collect();
     let why = match counts.truncated {
-        0 => "the chat template writes none behind an answer, or does not count it among the assistant's tokens; set \
+        0 => "the chat template writes none after an answer, or does not count it among the assistant's tokens; set \
               tokenizer.chat_template"
             .to_string(),
         n => format!("{n} of {} are cut at data.sequence_length", counts.examples),

@@ -321,7 +321,7 @@ impl<D: Serialize> Run<'_, D> {
                 Some(at) => {
                     info!("the validation was best at step {at}, {worse} validations ago: the run ends here");
                 }
-                None => info!("none of {worse} validations gave a number: the run ends here"),
+                None => info!("none of {worse} validations gave a finite value: the run ends here"),
             }
             // Told to the checkpoint, so that a restart does not go on.
             self.progress.ended = true;

@@ -38,7 +38,7 @@ pub fn find(
     let Some(mut file) = files::open(path)? else { return Ok(KeptLines::default()) };
     file.read_to_end(&mut bytes).map_err(|e| files::read_error(path, &e))?;
     let refuse = |what: String| {
-        Err(Error::config(format!("{what}; choose another --output, or start anew with --overwrite")))
+        Err(Error::config(format!("{what}; choose another --output, or start over with --overwrite")))
     };
     let end = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |i| i + 1);
     let bare = |line: &Map<String, Value>| {

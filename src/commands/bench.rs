@@ -39,11 +39,11 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Collectives of this world, by size
     Collectives(CollectivesArgs),
-    /// What saving costs a training run, and how long a checkpoint takes to load; under `launch`, sharded
+    /// The cost of saving for a training run, and how long a checkpoint takes to load; under `launch`, sharded
     Checkpoint(checkpoint::Args),
     /// Training a tokenizer, tokenizing, and reading the shards
     Data(data::Args),
-    /// This machine, in half a minute: `plan`, `recipes`, `check` and every run tell by it how long a training will take
+    /// This machine, in half a minute: from this, `plan`, `recipes`, `check` and every run predict training times
     Rates,
 }
 
@@ -85,7 +85,7 @@ pub struct TrainArgs {
     /// Steps that are measured
     #[arg(long, default_value_t = 12)]
     pub(crate) steps: usize,
-    /// Steps before
+    /// Warm-up steps
     #[arg(long, default_value_t = 3)]
     pub(crate) warmup: usize,
 }
@@ -110,7 +110,7 @@ pub struct GenerateArgs {
     /// Tokens that are generated for each prompt
     #[arg(long, default_value_t = 192)]
     pub(crate) new_tokens: usize,
-    /// Times that it is measured, after one that is not
+    /// Measured repetitions, after one that is not measured
     #[arg(long, default_value_t = 3)]
     pub(crate) runs: usize,
 }

@@ -31,7 +31,7 @@ pub struct Args {
     /// The system message to begin with
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// Tokens an answer may have
+    /// Maximum tokens of an answer
     #[arg(long, default_value_t = 1024, value_name = "N")]
     max_new_tokens: usize,
     /// 0 takes the most likely token
@@ -43,7 +43,7 @@ pub struct Args {
     /// Draw from the most likely tokens that together reach this probability
     #[arg(long, default_value_t = 0.95, value_name = "P")]
     top_p: f64,
-    /// Of the draws
+    /// Seed of the draws
     #[arg(long, default_value_t = 0, value_name = "S")]
     seed: u64,
 }
@@ -52,9 +52,9 @@ const HELP: &str = "\
 /reset                 forget the conversation (the system message stays)
 /system [TEXT]         set the system message, or remove it
 /params [NAME=X ...]   show or set temperature, top_k, top_p, seed, max_new_tokens
-/help                  this
-/exit                  leave, as Ctrl-D does
-Ctrl-C stops an answer; at the prompt, twice, it leaves";
+/help                  show this help
+/exit                  quit, like Ctrl-D
+Ctrl-C stops an answer; twice at the prompt, it quits";
 
 /// Opens the model, then reads turns from the terminal or from stdin until it ends.
 pub fn run(args: Args, global: &Global) -> Result<()> {
@@ -112,7 +112,7 @@ impl Params {
     fn with(mut self, assignment: &str) -> Result<Params> {
         let (name, value) = assignment.split_once('=').unwrap_or((assignment, ""));
         fn number<T: std::str::FromStr>(name: &str, value: &str) -> Result<T> {
-            value.parse().map_err(|_| Error::config(format!("{name}: '{value}' is no such number")))
+            value.parse().map_err(|_| Error::config(format!("{name}: '{value}' is not a valid number")))
         }
         match name {
             "temperature" => self.sampling.temperature = number(name, value)?,
@@ -246,7 +246,7 @@ impl Talk {
             info!("(stopped)");
         } else if completion.finish == Finish::Length {
             info!(
-                "(cut after {said} tokens; /params max_new_tokens=N allows more, as far as the model's positions go)"
+                "(cut after {said} tokens; /params max_new_tokens=N allows more, up to the model's positions)"
             );
         }
         Ok(())

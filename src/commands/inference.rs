@@ -32,7 +32,7 @@ pub struct ModelArgs {
     /// name that `corral get` fetched
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
-    /// What to compute in [default: float32 on a CPU, bfloat16 on a GPU]
+    /// Compute dtype [default: float32 on a CPU, bfloat16 on a GPU]
     #[arg(long, value_enum)]
     pub dtype: Option<Compute>,
 }
@@ -40,9 +40,9 @@ pub struct ModelArgs {
 /// How the ranks of a `launch` hold the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Spread {
-    /// Each rank a whole copy; nothing is communicated while they compute
+    /// A full copy on each rank; nothing is communicated while they compute
     Replicate,
-    /// Each rank a part, as in training; a block is gathered for its use
+    /// A part on each rank, as in training; a block is gathered when it is used
     Full,
 }
 
@@ -55,10 +55,10 @@ pub struct RanksArgs {
 
 #[derive(Debug, clap::Args)]
 pub struct TemplateArgs {
-    /// The chat template in place of the model's: the name of a built-in one, a file, or Jinja itself
+    /// The chat template to use instead of the model's: the name of a built-in one, a file, or Jinja itself
     #[arg(long, value_name = "NAME|FILE")]
     pub chat_template: Option<String>,
-    /// The date that the chat template is told, where it asks for one [default: today's]
+    /// The date for the chat template, if it asks for one [default: today's]
     #[arg(long, value_name = "YYYY-MM-DD")]
     pub template_date: Option<TemplateDate>,
 }

@@ -40,7 +40,7 @@ pub struct InitArgs {
     /// Held-out data, to validate on
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub valid: Vec<PathBuf>,
-    /// The reward model that judges responses; grpo and online-dpo without one compare answers by rule
+    /// The reward model that scores responses; without one, grpo and online-dpo compare answers by rule
     #[arg(long, value_name = "DIR")]
     pub reward_model: Option<PathBuf>,
     /// Memory of the device of a rank, such as 24GiB [default: what this machine has free]
@@ -255,7 +255,7 @@ fn draft<'a, R: Recipe>(args: &'a InitArgs, global: &Global) -> Result<Draft<'a>
     let cuda = DeviceChoice::of(global.device.as_deref())? != DeviceChoice::Cpu;
     if cuda && args.device_memory.is_none() {
         return Err(Error::config(
-            "name the memory of the GPU, which is not looked at: --device-memory 24GiB",
+            "give the memory of the GPU, which is not detected: --device-memory 24GiB",
         ));
     }
     if R::SUBCOMMAND == "ppo" && args.reward_model.is_none() {
@@ -346,7 +346,7 @@ fn look_at_data<R: Recipe>(draft: &mut Draft) -> Result<()> {
     draft.epochs = if count < 2000 && !draft.of_responses() { 3 } else { 1 };
     let what = if draft.of_responses() { "prompts" } else { "sequences" };
     draft.facts.push(format!(
-        "data: {count} {what} of {median} tokens (median), {high} (95 % are at most so long), {longest} (longest)"
+        "data: {count} {what} of {median} tokens (median), {high} (95 % are at most this long), {longest} (longest)"
     ));
     Ok(())
 }
@@ -455,14 +455,14 @@ fn fit<R: Recipe>(draft: &mut Draft, target: &PlanTarget, there: u64) -> Result<
             Method::Nf4 => "LoRA over 4-bit weights: 16-bit ones do not fit",
         };
         draft.facts.push(format!(
-            "memory: {} by plan, {} there; {how}",
+            "memory: {} by plan, {} available; {how}",
             size(bytes.max(0) as u64),
             size(there.max(0) as u64)
         ));
         return Ok(());
     }
     Err(Error::config(format!(
-        "it does not fit: the least is {} by plan, and {} are there; use more ranks (corral plan {} --nproc N), or a smaller model",
+        "it does not fit: the least is {} by plan, and {} are available; use more ranks (corral plan {} --nproc N), or a smaller model",
         size(least.max(0) as u64),
         size(there.max(0) as u64),
         R::SUBCOMMAND

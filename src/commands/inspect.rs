@@ -229,7 +229,7 @@ fn inspect(path: &Path, depth: Depth) -> Result<InspectReport> {
 
 fn unknown(path: &Path) -> Error {
     Error::data(format!(
-        "{}: nothing that is known; a model has config.json or params.json, an adapter adapter_config.json, a checkpoint \
+        "{}: not recognized; a model has config.json or params.json, an adapter adapter_config.json, a checkpoint \
          {}, a run config.yaml, a tokenizer tokenizer.json, token shards shard-*.tokens, and single files end in \
          .safetensors, .gguf, .pth, .bin or .tokens, or are a trace.jsonl",
         path.display(),

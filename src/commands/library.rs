@@ -22,7 +22,7 @@ pub struct Args {
     /// A recipe to show, such as sft/smollm2-persona; without it all are listed
     #[arg(value_name = "NAME")]
     name: Option<String>,
-    /// Copy the recipe into a file that is not there yet
+    /// Copy the recipe into a new file
     #[arg(long, value_name = "FILE", requires = "name")]
     write: Option<PathBuf>,
     /// One JSON object a recipe
@@ -65,7 +65,7 @@ fn find(name: &str) -> Result<ListedRecipe> {
         }
         several => {
             let names: Vec<String> = several.iter().map(name_of).collect();
-            Err(Error::config(format!("'{name}' are several recipes: {}", names.join(", "))))
+            Err(Error::config(format!("'{name}' matches several recipes: {}", names.join(", "))))
         }
     }
 }
@@ -119,7 +119,7 @@ fn list(as_json: bool, global: &Global) -> Result<()> {
     }
     print(
         "\nmemory: of a rank, by corral plan, without the process; -: the model is not here\n\
-         time: predicted here, where rows are full and all ranks are on this machine; -: corral bench rates was not run, or the \
+         time: predicted for full rows and all ranks on this machine; -: corral bench rates was not run, or the \
          model is not here\n\
          run one: corral sft --config smollm2-persona; show it: corral recipes sft/smollm2-persona; copy it: --write FILE\n",
     )

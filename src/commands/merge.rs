@@ -31,7 +31,7 @@ pub struct Args {
     /// Dtype of the tensors [default: each as it is in the model]
     #[arg(long, value_enum)]
     dtype: Option<OutputDtype>,
-    /// Most bytes of tensors in a file, such as 5GB or 500MiB
+    /// Maximum bytes of tensors in a file, such as 5GB or 500MiB
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "5GB")]
     max_shard_size: u64,
 }
@@ -69,8 +69,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
 pub fn tell(merged: &Merged, from: &Path) {
     if merged.base != BaseFormat::None {
         warn!(
-            "the adapter was trained on weights in {}: what was merged are those weights as they come back from there, not \
-             those of {}",
+            "the adapter was trained on weights in {}: it is merged into those weights, dequantized, not into those of {}",
             format!("{:?}", merged.base).to_lowercase(),
             from.display()
         );

@@ -48,7 +48,7 @@ pub struct Global {
     /// Where to compute: cpu, cuda (each rank its own GPU) or cuda:N [default: cuda if there is one, else cpu]
     #[arg(long, global = true, value_name = "DEVICE")]
     pub device: Option<String>,
-    /// How messages look
+    /// Format of messages
     #[arg(long, global = true, value_enum, default_value = "pretty")]
     pub log_format: console::LogFormat,
     /// Only warnings and errors

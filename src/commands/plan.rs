@@ -48,10 +48,10 @@ pub struct PlanArgs {
     /// Memory of the device of a rank, such as 24GiB: the largest micro-batch that fits, or the cheapest changes that make it fit
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     device_memory: Option<u64>,
-    /// The GPU that the run will have, such as H100: the time is predicted by the peak of its data sheet
+    /// The GPU that the run will have, such as H100: the time is predicted from the peak in its data sheet
     #[arg(long, value_name = "NAME")]
     gpu: Option<String>,
-    /// Completions of a prompt in the data, which is not opened
+    /// Completions per prompt in the data, which is not opened
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(i64).range(2..))]
     completions: i64,
     /// One JSON object
@@ -143,9 +143,7 @@ fn advise<R: Recipe>(args: &PlanArgs, target: &PlanTarget, bytes: i64) -> Result
         }
     }
     match fitting.is_empty() {
-        true => println!(
-            "# nothing that Corral has makes it fit on up to eight times the ranks; take a smaller model"
-        ),
+        true => println!("# no change makes it fit on up to eight times the ranks; use a smaller model"),
         false => println!(
             "# it does not fit; the cheapest changes that make it fit (without the process itself):\n{}",
             fitting.join("\n")
@@ -201,7 +199,7 @@ pub fn show(
             if let Some(bytes) = device_memory {
                 let (most, of) = (plan.bytes().max(0) as u64, size(bytes));
                 let fits = if most <= bytes { "fits" } else { "does not fit" };
-                println!("# {of} a device: {fits}; the device that takes most takes {}", size(most));
+                println!("# {of} a device: {fits}; the largest use of a device is {}", size(most));
             }
         }
     }
@@ -322,7 +320,9 @@ fn training_table(t: &TrainingMemory, process: i64, fit: Option<Fit>) {
         }
         Device::Cpu => {}
         _ => {
-            println!("# besides: what CUDA and its libraries take, and what the allocator cannot use");
+            println!(
+                "# in addition: memory of CUDA and its libraries, and memory that the allocator cannot use"
+            );
             if t.offload {
                 line("moments in host memory", t.moments);
             }
@@ -394,9 +394,11 @@ fn models_table(m: &ModelsMemory) {
         println!("  {:<48} {a:>12} {b:>12} {c:>12}", "together");
     }
     if m.host() > 0 {
-        println!("host memory of what is offloaded: {}", bytes(m.host()));
+        println!("host memory of offloaded tensors: {}", bytes(m.host()));
     }
-    println!("# besides: what the process and its libraries take, and what the allocator cannot use");
+    println!(
+        "# in addition: memory of the process and its libraries, and memory that the allocator cannot use"
+    );
 }
 
 /// What a training process takes besides its tensors: measured here, in a step of a model of some 80 MB, tensors included,

@@ -59,7 +59,7 @@ pub fn line(work: &StepWork, rates: Option<&Rates>) -> String {
         short(p.step_s),
         p.tokens_per_s,
         rates.basis(),
-        if work.samples { "; responses as long as they may be" } else { "" }
+        if work.samples { "; responses of maximum length" } else { "" }
     )
 }
 

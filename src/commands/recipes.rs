@@ -174,7 +174,7 @@ impl<A: RecipeArgs> FromArgMatches for NamedRecipe<A> {
         let given = |id: &&&str| matches.value_source(id) == Some(ValueSource::CommandLine);
         if let Some(flag) = A::OF_SOME.iter().filter(given).find(|id| !recipe.plan_flags().contains(id)) {
             let flag = flag.replace('_', "-");
-            let message = format!("--{flag} means nothing for {name}\n");
+            let message = format!("--{flag} does not apply to {name}\n");
             return Err(clap::Error::raw(ErrorKind::ArgumentConflict, message));
         }
         Ok(NamedRecipe { recipe: *recipe, args: A::from_arg_matches(matches)? })

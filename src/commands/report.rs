@@ -15,16 +15,16 @@ use crate::{info, warn};
 /// `corral report`
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The folders of runs, which are drawn over one another
+    /// Run folders, whose curves are overlaid
     #[arg(value_name = "RUN", required = true)]
     runs: Vec<PathBuf>,
     /// The page [default: report.html in the first run's folder]
     #[arg(long, value_name = "FILE.html")]
     output: Option<PathBuf>,
-    /// Serve the page at http://127.0.0.1:PORT, always as the runs are now
+    /// Serve the page at http://127.0.0.1:PORT, with the current state of the runs
     #[arg(long, conflicts_with = "output")]
     serve: bool,
-    /// With --serve; 0: any that is free
+    /// With --serve: the port; 0: any free one
     #[arg(long, value_name = "PORT", default_value_t = 0, requires = "serve")]
     port: u16,
 }
@@ -32,7 +32,7 @@ pub struct Args {
 /// `corral runs`
 #[derive(Debug, clap::Args)]
 pub struct RunsArgs {
-    /// The folder below which runs are looked for
+    /// The folder to search for runs
     #[arg(value_name = "DIR", default_value = "runs")]
     dir: PathBuf,
     /// One JSON object a run

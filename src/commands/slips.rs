@@ -86,7 +86,7 @@ fn unknown_argument(argument: &str, words: &[String], program: &clap::Command) -
     if OF_LAUNCH.contains(&argument) {
         let subcommand = subcommand.map_or("SUBCOMMAND", String::as_str);
         return Some(format!(
-            "{argument} is an option of launch, and stands before the subcommand: launch {argument} ... {subcommand}"
+            "{argument} is an option of launch: put it before the subcommand: launch {argument} ... {subcommand}"
         ));
     }
     let recipe = RECIPES.iter().find(|recipe| subcommand.is_some_and(|name| name == recipe.name()));
@@ -132,7 +132,7 @@ fn path_alone(argument: &str, words: &[String], program: &clap::Command) -> Opti
     }
     let options = ["adapter", "model", "from", "config", "input"];
     let option = options.iter().find(|id| command.get_arguments().any(|a| a.get_id() == **id))?;
-    Some(format!("name what {argument} is: {} --{option} {argument}", names.join(" ")))
+    Some(format!("say what {argument} is: {} --{option} {argument}", names.join(" ")))
 }
 
 #[cfg(test)]

@@ -38,7 +38,7 @@ struct TrainTokenizer {
     text_key: String,
     #[command(flatten)]
     on_error: OnErrorArgs,
-    /// Whether every digit is a token of its own, which arithmetic is learned better with
+    /// One token per digit, which helps arithmetic
     #[arg(long, default_value_t = true, default_missing_value = "true", num_args = 0..=1,
         action = clap::ArgAction::Set, value_name = "BOOL")]
     split_digits: bool,

@@ -36,13 +36,13 @@ use crate::{info, warn};
 pub struct Args {
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
-    /// Without a configuration: the model to train, by the one that corral init would write
+    /// Without --config: the model to train, with the configuration that corral init would write
     #[arg(long, value_name = "DIR|ID", conflicts_with = "config", requires = "data")]
     pub(crate) model: Option<String>,
     /// With --model: training data; may be given several times
     #[arg(long, value_name = "FILE", requires = "model")]
     pub(crate) data: Vec<PathBuf>,
-    /// Where to go on from: auto (the newest checkpoint of the run's folder), a checkpoint or another run's folder, or never
+    /// Where to resume from: auto (the newest checkpoint of the run's folder), a checkpoint or another run's folder, or never
     #[arg(long, default_value = "auto", value_name = "auto|DIR|never")]
     pub(crate) resume: Resume,
     /// With --resume never: replace the run that the folder holds
@@ -69,8 +69,8 @@ impl ConfigArgs {
         let loaded = config::load::<C>(self.config.as_deref(), &self.overrides)?;
         if loaded.compiled_in {
             match self.config {
-                None => info!("no --config given: taking the built-in recipe {}", loaded.source),
-                Some(_) => info!("taking the built-in recipe {}", loaded.source),
+                None => info!("no --config given: using the built-in recipe {}", loaded.source),
+                Some(_) => info!("using the built-in recipe {}", loaded.source),
             }
         }
         let defaults: Vec<String> = loaded
@@ -181,11 +181,7 @@ fn made<R: Recipe>(model: &str, args: &Args, global: &Global) -> Result<Loaded<R
         output: None,
     };
     let text = init::text::<R>(&init, global)?;
-    info!(
-        "no --config given: taking the one that corral init {} writes:\n{}",
-        R::SUBCOMMAND,
-        text.trim_end()
-    );
+    info!("no --config given: using the one that corral init {} writes:\n{}", R::SUBCOMMAND, text.trim_end());
     config::load_text::<R>(&text, &args.config.overrides)
 }
 

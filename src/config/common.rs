@@ -124,7 +124,7 @@ pub(super) fn conflicts_of_pretrained(
 ) {
     match model {
         Model::Path(_) => conflicts_of_inputs(model, tokenizer, train, found),
-        _ => found.add("model", "there must be a model whose completions are known: give model.path"),
+        _ => found.add("model", "a model whose completions are known is needed: give model.path"),
     }
 }
 

@@ -115,7 +115,7 @@ impl DpoSection {
         let smoothing = self.label_smoothing;
         match self.loss {
             DpoLoss::Sigmoid | DpoLoss::Robust if smoothing >= 0.5 => {
-                found.add(KEY, "below 0.5: at most half of the pairs may be the wrong way round");
+                found.add(KEY, "below 0.5: at most half of the pairs may be in the wrong order");
             }
             DpoLoss::ExoPair if !(smoothing > 0.0 && smoothing < 0.5) => {
                 found.add(KEY, "exo_pair needs a number above 0 and below 0.5");

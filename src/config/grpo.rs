@@ -165,7 +165,7 @@ impl Algorithm for Grpo {
         self.conflicts_of_sizes(world_size, found);
         self.grpo.conflicts(found);
         if !self.uses_reference() && self.reference.is_some() {
-            found.add("reference", "nothing asks it: set grpo.beta, or leave it out");
+            found.add("reference", "nothing uses it: set grpo.beta, or leave it out");
         }
         self.sections_of_responses().conflicts(world_size, found);
         self.valid.conflicts(&self.data.valid, found);

@@ -42,8 +42,8 @@ choice! {
 
 impl KlEstimator {
     /// Why `k1` is refused as a part of a loss.
-    pub const NO_LOSS: &str = "in the loss the gradient of k1 is 0 in expectation, so that nothing would hold the policy near \
-                               the reference: take k3 (unbiased value), k2 or k3+ (the gradient of the KL)";
+    pub const NO_LOSS: &str = "in the loss the gradient of k1 is 0 in expectation, so that nothing would keep the policy near \
+                               the reference: use k3 (unbiased value), k2 or k3+ (the gradient of the KL)";
 }
 
 choice! {
@@ -160,7 +160,7 @@ impl<'a> OwnResponses<'a> {
             found.add("rewards", "the kind model needs reward_model: {path: DIR}");
         }
         if self.reward_model.is_some() && !uses_model {
-            let why = "no reward of the kind model asks it; add {kind: model} to rewards, or leave it out";
+            let why = "no reward of the kind model uses it; add {kind: model} to rewards, or leave it out";
             found.add("reward_model", why);
         }
         for (i, reward) in self.rewards.iter().enumerate() {

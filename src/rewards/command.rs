@@ -74,9 +74,7 @@ impl CommandReward {
     fn request(&mut self, worker: usize, question: &Value) -> Result<()> {
         while let Ok(line) = self.workers[worker].answers.try_recv() {
             if self.workers[worker].answered || serde_json::from_str::<Value>(&line).is_ok() {
-                return Err(
-                    self.failed(worker, &format!("wrote a line before it was asked: {}", shown(&line)))
-                );
+                return Err(self.failed(worker, &format!("wrote a line without a request: {}", shown(&line))));
             }
             self.leave_out(&line);
         }
@@ -125,7 +123,7 @@ impl CommandReward {
     fn leave_out(&self, line: &str) {
         let run = &self.run;
         warn_once(&format!(
-            "the reward's command `{run}` wrote {} before its first answer: it is left out",
+            "the reward's command `{run}` wrote {} before its first answer: it is ignored",
             shown(line)
         ));
     }

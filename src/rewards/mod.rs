@@ -391,7 +391,7 @@ mod tests {
             ("read line; echo why >&2; exit 4", "its last lines on stderr:\n  why"),
             ("read line; echo true", "no number"),
             ("read line; sleep 20", "0.2 s"),
-            ("echo 1; echo 2; read line; sleep 20", "before it was asked"),
+            ("echo 1; echo 2; read line; sleep 20", "without a request"),
             ("/no/such/program", "exit status"),
         ];
         for (script, why) in cases {

@@ -42,7 +42,7 @@ impl AppendFile {
         if let Err(e) = self.try_append(record) {
             if self.lost == 0 {
                 let path = self.path.display();
-                warn!("cannot write {path}: {e}; the run goes on, what belongs there is lost until it can");
+                warn!("cannot write {path}: {e}; the run goes on, data for this file is lost until it can");
             }
             self.lost += 1;
         }

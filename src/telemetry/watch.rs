@@ -83,7 +83,7 @@ impl Watch {
             warn(
                 "kl",
                 format!(
-                    "the KL to the reference is {kl:.0} nats a response: the policy runs away from it; raise ppo.kl_coef or \
+                    "the KL to the reference is {kl:.0} nats a response: the policy moves too far from it; raise ppo.kl_coef or \
                      grpo.beta, or lower optim.lr"
                 ),
             );
@@ -124,8 +124,8 @@ impl Watch {
                 .windows(2)
                 .all(|pair| pair[1].0 > pair[0].0 && pair[1].1 < pair[0].1);
         let warning = format!(
-            "step {}: the validation has risen {RISING} times in a row while the training loss fell: the model learns its data \
-             by heart; fewer train.epochs, a lower optim.lr, or valid.keep_best: true",
+            "step {}: the validation has risen {RISING} times in a row while the training loss fell: the model overfits; \
+             fewer train.epochs, a lower optim.lr, or valid.keep_best: true",
             line.step()
         );
         if rising { vec![("overfit", warning)] } else { Vec::new() }

@@ -58,7 +58,8 @@ impl ReferenceModel {
             return Ok(ReferenceModel { record, state: LoadedReference::Online(online) });
         }
         let base = other.unwrap_or(&inputs.base);
-        let weights = base.weights.as_ref().ok_or_else(|| Error::failed("a new model is no reference"))?;
+        let weights =
+            base.weights.as_ref().ok_or_else(|| Error::failed("a new model cannot be the reference"))?;
         let kept = inputs.trainable.lora.as_ref().filter(|_| other.is_none()).map(|l| l.base);
         let hash = weights.hash(&base.shape, &world.group)?;
         let key = if other.is_some() { "reference.path" } else { "model.path" };

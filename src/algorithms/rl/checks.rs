@@ -29,7 +29,7 @@ pub fn ratios_are_one(distance: f64, compute: Kind, same_rows: bool) -> Result<(
     Err(Error::failed(format!(
         "self-check: before the first update the ratios of new to old probabilities must be 1; they are {distance:.2e} away \
          (allowed in {compute:?}: {allowed:.0e}). The old log-probabilities were not computed as the training computes them; \
-         ppo.self_check=false goes on all the same"
+         ppo.self_check=false continues anyway"
     )))
 }
 
@@ -42,7 +42,7 @@ pub fn kl_is_zero(distance: f64, compute: Kind) -> Result<()> {
     }
     Err(Error::failed(format!(
         "self-check: actor and reference begin with the same weights, but their log-probabilities differ by {distance:.2e} \
-         nats a token (allowed in {compute:?}: {allowed:.0e}); ppo.self_check=false goes on all the same"
+         nats a token (allowed in {compute:?}: {allowed:.0e}); ppo.self_check=false continues anyway"
     )))
 }
 
@@ -88,7 +88,7 @@ impl EqualRewards {
         if rank == 0 {
             warn!(
                 "step {step}: all {} rewards are {first}: nothing tells good responses from bad ones, and the policy cannot \
-                 learn from them; check the rewards or the reward model (told once)",
+                 learn from them; check the rewards or the reward model (reported once)",
                 rewards.len()
             );
         }

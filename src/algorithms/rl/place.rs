@@ -51,7 +51,7 @@ impl<'a> Where<'a> {
         }
         if trained && world.world_size > 1 {
             let why = format!(
-                "with several ranks a model that is trained is where they meet, on {:?}; leave it out, or set --device",
+                "with several ranks a trained model must be on their device, {:?}; leave it out, or set --device",
                 world.device
             );
             return Err(Error::key(&format!("{name}.device"), why));
@@ -101,7 +101,7 @@ pub fn check_offload(name: &str, offload: bool, world: &World) -> Result<()> {
     match offload && world.device == Device::Cpu {
         true => Err(Error::key(
             &format!("{name}.offload"),
-            "the model computes on the CPU, whose memory is the host's; leave it out",
+            "the model computes on the CPU and is already in host memory; leave it out",
         )),
         false => Ok(()),
     }

@@ -47,7 +47,7 @@ impl OpenedRewardModel {
             base.weights.as_ref().is_some_and(|w| w.shape().head == crate::config::shape::Head::Score);
         if !has_head {
             return Err(Error::data(format!(
-                "{}: the model has no scalar head: it is no reward model (see corral reward)",
+                "{}: the model has no scalar head: it is not a reward model (see corral reward)",
                 section.path.display()
             )));
         }

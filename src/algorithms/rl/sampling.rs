@@ -133,9 +133,7 @@ impl Sampler {
         prompts.warn_unused(judge.borrow().reads_records());
         let eos: Vec<i64> = chat.stop_ids().into_iter().map(i64::from).collect();
         if eos.is_empty() && generation.truncate_token.is_none() {
-            warn!(
-                "the tokenizer has no token that ends a response: every one has the most tokens that it may have"
-            );
+            warn!("the tokenizer has no token that ends a response: every response gets the maximum length");
         }
         let truncate = match &generation.truncate_token {
             None => None,

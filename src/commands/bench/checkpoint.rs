@@ -16,13 +16,13 @@ use crate::error::{Error, Result};
 pub struct Args {
     #[command(flatten)]
     pub workload: Workload,
-    /// Times that saving, with and without training beside it, and loading are measured
+    /// Measured repetitions of saving, with and without training at the same time, and of loading
     #[arg(long, default_value_t = 3)]
     pub saves: usize,
-    /// Steps without a save, before each
+    /// Steps without a save before each save
     #[arg(long, default_value_t = 6)]
     pub steps: usize,
-    /// Steps before all
+    /// Warm-up steps
     #[arg(long, default_value_t = 3)]
     pub warmup: usize,
     /// Folder on the disk that is measured, which all ranks share; nothing stays in it

@@ -30,7 +30,7 @@ pub fn show(chat: &Chat, data: &RowLoader, number: usize, most: i64) -> Result<(
     }
     all().enumerate().try_for_each(|(i, example)| one_bos(tokenizer, i + 1, &example))?;
     if data.counts().supervised_tokens == 0 {
-        return Err(Error::data("no token is supervised: the loss would count nothing"));
+        return Err(Error::data("no token is supervised: the loss would be empty"));
     }
     quality(chat, data, most);
     Ok(())
@@ -154,7 +154,7 @@ fn quality(chat: &Chat, data: &RowLoader, most: i64) {
     let tokenizer = chat.tokenizer();
     if let Some(pad) = tokenizer.pad_id().filter(|pad| chat.stop_ids().contains(pad)) {
         println!(
-            "# the pad token ({}) also ends a sequence; that does no harm here: what is padding is told by lengths, \
+            "# the pad token ({}) also ends a sequence; this does no harm here: padding is found by lengths, \
              never by token ids",
             tokenizer.id_to_token(pad).unwrap_or_default()
         );
@@ -163,8 +163,8 @@ fn quality(chat: &Chat, data: &RowLoader, most: i64) {
 
 fn legend() -> &'static str {
     match std::io::stdout().is_terminal() {
-        true => "what is supervised is green",
-        false => "what is supervised stands between ⟦ and ⟧",
+        true => "supervised tokens are green",
+        false => "supervised tokens are between ⟦ and ⟧",
     }
 }
 

@@ -52,7 +52,7 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     }
     intake.check()?;
     if questions.is_empty() {
-        return Err(Error::data(format!("there is nothing to ask: {}", intake.why_nothing())));
+        return Err(Error::data(format!("there are no questions: {}", intake.why_nothing())));
     }
     if !questions.iter().any(|q| q.gold.is_some()) {
         return Err(Error::data(

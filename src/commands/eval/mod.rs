@@ -37,50 +37,50 @@ pub struct Args {
     /// `question` (or another prompt) and `answer`; preference: ranked completions, as for `corral reward`
     #[arg(long, num_args = 1.., required = true, value_name = "FILE")]
     input: Vec<PathBuf>,
-    /// Where the result goes, besides stdout
+    /// File for the result, which is also printed
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// perplexity: tokens of a window [default: the model's positions, at most 1024]; of conversations the most tokens of one,
-    /// longer ones being left out and counted [default: the model's positions]
+    /// perplexity: tokens of a window [default: the model's positions, at most 1024]; for conversations the maximum tokens of
+    /// one; longer ones are left out and counted [default: the model's positions]
     #[arg(long, value_name = "N")]
     sequence_length: Option<usize>,
-    /// perplexity: key or column of the text [default: text; of records without it the conversation is measured]
+    /// perplexity: key or column of the text [default: text; records without it are measured as conversations]
     #[arg(long, value_name = "KEY")]
     text_key: Option<String>,
-    /// gsm8k, preference: questions that are asked, or prompts, the first of the input [default: all]
+    /// gsm8k, preference: number of questions or prompts, from the start of the input [default: all]
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
-    /// gsm8k: where every answer goes, a line each; preference: every line with its completions' `rewards`, those of a
-    /// language model being what it compares [default: beside --output]
+    /// gsm8k: file for all answers, a line each; preference: for every line with its completions' `rewards` (for a language
+    /// model, the values that it compares) [default: next to --output]
     #[arg(long, value_name = "FILE")]
     answers: Option<PathBuf>,
-    /// preference: a model with an LM head that --model's log-probabilities are compared with, as DPO does it
+    /// preference: a model with an LM head that --model's log-probabilities are compared with, as in DPO
     #[arg(long, value_name = "DIR")]
     reference: Option<PathBuf>,
-    /// gsm8k: tokens an answer may have
+    /// gsm8k: maximum tokens of an answer
     #[arg(long, default_value_t = 256, value_name = "N")]
     max_new_tokens: usize,
-    /// gsm8k: answers in work at once
+    /// gsm8k: answers generated at once
     #[arg(long, default_value_t = 64, value_name = "N")]
     batch_size: usize,
     /// gsm8k: 0 takes the most likely token, above it answers are drawn
     #[arg(long, default_value_t = 0.0, value_name = "X")]
     temperature: f64,
-    /// gsm8k: of the draws
+    /// gsm8k: seed of the draws
     #[arg(long, default_value_t = 0, value_name = "S")]
     seed: u64,
-    /// gsm8k: also the accuracy for each value of this key; preference: of the best completion against each other one, by
-    /// what the key says of that (in a list of one entry a completion) or of the prompt
+    /// gsm8k: also the accuracy for each value of this key; preference: that of the best completion against each other one,
+    /// by the other one's value (in a list of one entry per completion) or the prompt's value
     #[arg(long, value_name = "KEY")]
     by: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Task {
-    /// Loss in nats a token, perplexity, and bits a byte of text; of conversations the loss of supervised tokens
+    /// Loss in nats a token, perplexity, and bits a byte of text; for conversations the loss of supervised tokens
     Perplexity,
-    /// Share of pairs of ranked completions of which a model prefers the better one: by its reward; a language model by the
-    /// completion's log-probability, or, with --reference, by how much that has grown
+    /// Share of pairs of ranked completions in which the model prefers the better one: by its reward; for a language model by
+    /// the completion's log-probability or, with --reference, the increase of that
     Preference,
     /// Share of questions whose answer has the right number after its last `####`
     Gsm8k,

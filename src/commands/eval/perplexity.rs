@@ -50,8 +50,8 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
         Some(other) => {
             let (first, other) = (args.input[0].display(), args.input[other].display());
             return Err(Error::config(format!(
-                "--input: one of {first} and {other} holds texts and the other one conversations, of which different tokens \
-                 count; measure them by themselves"
+                "--input: one of {first} and {other} holds texts and the other one conversations, whose tokens count \
+                 differently; measure them separately"
             )));
         }
     }
@@ -63,7 +63,7 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     let num_tokens: u64 = streams.iter().map(TokenStream::predictions).sum();
     let num_bytes: u64 = streams.iter().map(TokenStream::num_bytes).sum();
     if num_tokens == 0 || num_bytes == 0 {
-        return Err(Error::data("the input has no two tokens of text: there is nothing to measure"));
+        return Err(Error::data("the input has fewer than two tokens of text: there is nothing to measure"));
     }
     let world = inference::join(global, &opened)?;
     intake.warn(&world);

@@ -18,11 +18,11 @@ use catalog::{Catalog, KeyPlace, default_of, values_of};
 /// `corral help`
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A subcommand (`sft`, `bench step`), or a key of a configuration: whole, its end, or another trainer's name for it
+    /// A subcommand (`sft`, `bench step`), or a configuration key: its full name, its end, or another trainer's name
     /// (`optim.lr`, `lr`, `learning_rate`)
     #[arg(value_name = "SUBCOMMAND|KEY")]
     pub of: Vec<String>,
-    /// A key, where a subcommand has the same name
+    /// A key, if a subcommand has the same name
     #[arg(long, conflicts_with_all = ["markdown", "schema"])]
     pub key: bool,
     /// All keys, in Markdown: docs/config.md

@@ -47,7 +47,7 @@ pub struct Args {
     input: PathBuf,
     /// The same lines with `token_ids`, `logprobs` (of every token but the first; with a prompt, of the completion's tokens;
     /// of a conversation, of the assistant's turns), `spans` (which of `token_ids` those are), `num_tokens` and
-    /// `sum_logprob`, in nats; of a reward model with `token_ids`, `score` and `reward`, the normalised score. A line that is
+    /// `sum_logprob`, in nats; for a reward model with `token_ids`, `score` and `reward`, the normalised score. A line that is
     /// skipped has `error` instead
     #[arg(long, value_name = "FILE")]
     output: PathBuf,

@@ -61,7 +61,8 @@ fn shape(hidden_size: i64, num_hidden_layers: i64) -> Result<Shape> {
     let preset = Shape::preset("llama-110m").ok_or_else(|| Error::failed("a preset is missing"))?;
     let heads = (hidden_size / 64).max(2);
     Ok(Shape {
-        vocab_size: 8192,
+        // Small models have small vocabularies.
+        vocab_size: if hidden_size < 256 { 512 } else { 8192 },
         hidden_size,
         intermediate_size: 8 * hidden_size / 3 / 32 * 32,
         num_hidden_layers,

@@ -69,7 +69,7 @@ pub fn find(what: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
             .collect();
         if !missing.is_empty() {
             return Err(Error::config(format!(
-                "the chat template {what} needs {}, which the tokenizer {} does not have; add it with tokenizer.add_tokens",
+                "the chat template {what} needs {}, which the tokenizer {} does not have: use tokenizer.add_tokens",
                 missing.join(", "),
                 tokenizer.place()
             )));

@@ -71,7 +71,7 @@ pub(in crate::data) fn common(
         if let Some(first) = answer.first().filter(|m| m.role != "assistant") {
             let (role, text) = (&first.role, shown(&first.text().into()));
             return Err(fields.bad(format!(
-                "the prompts differ: a completion begins with a turn of role `{role}`, {text}, which the others lack"
+                "the prompts differ: a completion begins with a turn of role `{role}`, {text}, which not all completions share"
             )));
         }
     }

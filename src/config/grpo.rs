@@ -179,7 +179,7 @@ impl Grpo {
             (self.num_responses(), self.minibatch_size(), self.micro_batch_size(world_size));
         if all % size != 0 {
             let why = format!(
-                "the {all} responses of train.batch_size x grpo.group_size are no multiple of {size}"
+                "the {all} responses of train.batch_size x grpo.group_size are not a multiple of {size}"
             );
             found.add("grpo.minibatch_size", why);
         }
@@ -187,7 +187,7 @@ impl Grpo {
             let given = self.grpo.minibatch_size.is_some();
             let key = if given { "grpo.minibatch_size" } else { "train.micro_batch_size" };
             let why = format!(
-                "the {size} responses of an update are no multiple of train.micro_batch_size x ranks = {micro} x \
+                "the {size} responses of an update are not a multiple of train.micro_batch_size x ranks = {micro} x \
                  {world_size}"
             );
             found.add(key, why);

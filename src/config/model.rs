@@ -142,7 +142,7 @@ impl Init {
         let (c, heads) = (self.hidden_size, self.num_attention_heads);
         if self.head_dim.is_none() && c % heads != 0 {
             return Err(format!(
-                "hidden_size ({c}) is no multiple of num_attention_heads ({heads}): change one, or give head_dim"
+                "hidden_size ({c}) is not a multiple of num_attention_heads ({heads}): change one, or give head_dim"
             ));
         }
         if let Family::Gemma2 | Family::Gemma3 = self.model_type {

@@ -261,11 +261,14 @@ impl Ppo {
         let micro = self.micro_batch_size(world_size);
         let unit = micro.max(1) * world_size;
         if ppo.minibatch_size % unit != 0 || micro < 1 {
-            let why =
-                format!("{} is no multiple of train.micro_batch_size x ranks = {unit}", ppo.minibatch_size);
+            let why = format!(
+                "{} is not a multiple of train.micro_batch_size x ranks = {unit}",
+                ppo.minibatch_size
+            );
             found.add("ppo.minibatch_size", why);
         } else if batch % ppo.minibatch_size != 0 {
-            let why = format!("train.batch_size, {batch} prompts, is no multiple of {}", ppo.minibatch_size);
+            let why =
+                format!("train.batch_size, {batch} prompts, is not a multiple of {}", ppo.minibatch_size);
             found.add("ppo.minibatch_size", why);
         }
         let Some(ptx) = &ppo.ptx else { return };
@@ -274,7 +277,7 @@ impl Ppo {
             found.add("ppo.ptx.data", "name at least one folder of token shards");
         }
         if rows % unit != 0 {
-            let why = format!("{rows} is no multiple of train.micro_batch_size x ranks = {unit}");
+            let why = format!("{rows} is not a multiple of train.micro_batch_size x ranks = {unit}");
             found.add("ppo.ptx.batch_size", why);
         }
     }

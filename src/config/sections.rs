@@ -246,7 +246,7 @@ impl TrainSection {
         };
         let (below, above) = (batch / unit * unit, (batch / unit + 1) * unit);
         let near = if below > 0 { format!("{below} or {above}") } else { above.to_string() };
-        found.add("train.batch_size", format!("{batch} is no multiple of {of}; {near} would be"));
+        found.add("train.batch_size", format!("{batch} is not a multiple of {of}; {near} would be"));
     }
 }
 

@@ -144,7 +144,7 @@ pub fn read_error(path: &Path, e: &io::Error) -> Error {
             "; standard input is not read here: write it to a file first, such as in.jsonl"
         }
         true if name.contains(['*', '?']) => {
-            "; patterns are expanded by the shell, not here: leave the quotes out, or name the files"
+            "; patterns are expanded by the shell, not here: remove the quotes, or name the files"
         }
         _ => "",
     };
@@ -166,7 +166,7 @@ pub fn sync_dir(path: &Path) -> Result<()> {
 fn temporary(path: &Path) -> Result<PathBuf> {
     match path.file_name() {
         Some(_) => Ok(beside(path, ".tmp-")),
-        None => Err(Error::config(format!("`{}` is no name for a file or folder", path.display()))),
+        None => Err(Error::config(format!("`{}` is not a name for a file or folder", path.display()))),
     }
 }
 
@@ -359,7 +359,7 @@ pub fn recover(path: &Path) -> Result<()> {
         }
         Ok(())
     };
-    clean().map_err(|e| Error::failed(format!("cannot clear what is left of {}: {e}", path.display())))
+    clean().map_err(|e| Error::failed(format!("cannot remove the remains of {}: {e}", path.display())))
 }
 
 /// Removes a folder that others may be looking at: it leaves its name at once. Of a link to a folder the target is emptied,

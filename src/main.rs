@@ -157,8 +157,7 @@ fn tell_panic(info: &PanicHookInfo) {
     let text = match text.split_once("Torch(\"") {
         Some((_, message)) => format!("libtorch: {}", message.split("\\n").next().unwrap_or(message)),
         None if text.contains("failed to spawn thread") => {
-            "cannot start a thread: raise the limit of processes (ulimit -u, or pids.max of the container), or compute with \
-             fewer --threads"
+            "cannot start a thread: raise the process limit (ulimit -u, or pids.max of the container), or use fewer --threads"
                 .to_string()
         }
         // What `println!` does where nobody reads any more.

@@ -127,7 +127,7 @@ fn a_rank_0_that_is_gone_is_named_though_it_kept_the_store() {
     let output = &ranks.outputs(&[1])[0];
     let error = error_of(output);
     assert!(error.contains("all-reduce #2 of group `world` failed on rank 1"), "{error}");
-    assert!(error.contains("missing: rank 0 (the store that it keeps"), "{error}");
+    assert!(error.contains("missing: rank 0 (the store that it serves"), "{error}");
 }
 
 #[test]

@@ -206,7 +206,7 @@ fn what_cannot_be_written_is_refused() {
     }
     let own = dir.join("own");
     convert(&model, &own, &["--format", "hf"]).expect_code(0);
-    convert(&own, &own, &["--format", "hf"]).expect_error(2, &["the model itself is there"]);
+    convert(&own, &own, &["--format", "hf"]).expect_error(2, &["the source model is in this folder"]);
 
     // Another's folder stays as it is.
     fs::create_dir(&out).unwrap();

@@ -50,7 +50,7 @@ fn a_wrong_configuration_is_refused() {
         (&["train.steps=many"], &["train.steps", "many"]),
         (&["optim.betas=[0.9, 1.5]"], &["betas", "1.5"]),
         (&["parallel.mode=hybrid", "parallel.shard=3"], &["parallel.shard", "3 must divide", "ranks, 1"]),
-        (&["train.micro_batch_size=3"], &["train.batch_size", "8 is no multiple of", "6 or 9 would be"]),
+        (&["train.micro_batch_size=3"], &["train.batch_size", "8 is not a multiple of", "6 or 9 would be"]),
         (&["data.sequence_length=64", "model.init.max_position_embeddings=48"], &["64", "48"]),
         (&["model.init.num_key_value_heads=3"], &["num_key_value_heads"]),
         (&["--config", &missing], &["the argument '--config <FILE>' cannot be used multiple times"]),
@@ -68,10 +68,10 @@ fn a_wrong_configuration_is_refused() {
 fn a_batch_that_does_not_divide_among_the_ranks_is_refused() {
     let run = Run::new("ranks");
     let ended = run.program(3, &[]).run(&run.dir, "pretrain").expect_code(2);
-    assert!(ended.err.contains("8 is no multiple of the number of ranks, 3; 6 or 9 would be"), "{ended}");
+    assert!(ended.err.contains("8 is not a multiple of the number of ranks, 3; 6 or 9 would be"), "{ended}");
     let words = ["check", "pretrain", "--nproc", "3", "--config"];
     let check = Program::corral(&words).arg(run.dir.join("config.yaml")).run(&run.dir, "check");
-    check.expect_error(2, &["config.yaml:", "8 is no multiple of the number of ranks, 3"]);
+    check.expect_error(2, &["config.yaml:", "8 is not a multiple of the number of ranks, 3"]);
 }
 
 #[test]

@@ -147,7 +147,7 @@ fn damaged_torch_files_are_refused() {
     fs::write(&path, &good[..good.len() / 2]).unwrap();
     refused(&dir, &["pytorch_model.bin", "the file is damaged"]);
     fs::write(&path, b"").unwrap();
-    refused(&dir, &["pytorch_model.bin", "no zip archive"]);
+    refused(&dir, &["pytorch_model.bin", "not a zip archive"]);
     fs::write(&path, b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.\x80\x02").unwrap();
     refused(&dir, &["pytorch_model.bin", "torch before version 1.6"]);
 
@@ -187,7 +187,7 @@ fn damaged_torch_files_are_refused() {
     rewrite(&path, &good, |name, bytes| (!is(name, "data/7")).then_some(bytes));
     refused(&dir, &["pytorch_model.bin", "there is no storage 7"]);
     rewrite(&path, &good, |name, bytes| (!is(name, "data.pkl")).then_some(bytes));
-    refused(&dir, &["pytorch_model.bin", "not one data.pkl"]);
+    refused(&dir, &["pytorch_model.bin", "not have one data.pkl"]);
     rewrite(&path, &good, |name, bytes| Some(if is(name, "byteorder") { b"big".to_vec() } else { bytes }));
     refused(&dir, &["pytorch_model.bin", "not little-endian"]);
 }
@@ -236,7 +236,7 @@ fn damaged_folders_of_hugging_face_are_refused() {
     refused_by_convert(&dir, &["the tensors do not fit its config.json"]);
     let other = config.replace("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 2000000000");
     fs::write(dir.join("config.json"), other).unwrap();
-    refused(&dir, &["num_hidden_layers 2000000000, and there are 21 tensors"]);
+    refused(&dir, &["num_hidden_layers 2000000000, but there are 21 tensors"]);
 }
 
 #[test]
@@ -255,13 +255,13 @@ fn damaged_models_of_meta_are_refused() {
     for (from, to, part) in [
         ("\"n_layers\": 2", "\"n_layers\": 1", "`layers.1.attention.wk.weight` belongs to no Llama"),
         ("\"n_layers\": 2", "\"n_layers\": 3", "there is no tensor `layers.2.attention.wq.weight`"),
-        ("\"n_layers\": 2", "\"n_layers\": 2000000000", "n_layers is 2000000000, and there are"),
+        ("\"n_layers\": 2", "\"n_layers\": 2000000000", "n_layers is 2000000000, but there are"),
         (
             "\"n_kv_heads\": 2",
             "\"n_kv_heads\": 4",
             "`layers.0.attention.wk.weight` is [4, 16], [4, 16] and should be [16, 16]",
         ),
-        ("\"vocab_size\": -1", "\"vocab_size\": 41", "vocab_size is 41, and output.weight has 40 rows"),
+        ("\"vocab_size\": -1", "\"vocab_size\": 41", "vocab_size is 41, but output.weight has 40 rows"),
         ("\"dim\": 16", "\"dim\": 16, \"sliding_window\": 4096", "sliding_window = 4096: not known"),
     ] {
         assert!(text.contains(from), "{text}");

@@ -561,7 +561,7 @@ fn fetched_models_go_by_their_names() {
     };
     let (code, said) = corral(&["inspect", name]);
     assert!(
-        code == Some(3) && said.contains("is not fetched: `corral get smollm2-135m-instruct` does it"),
+        code == Some(3) && said.contains("is not fetched: run `corral get smollm2-135m-instruct`"),
         "{said}"
     );
     // Another model in its place, which is small.

@@ -320,7 +320,7 @@ fn what_cannot_be_is_refused() {
     let cases: [(&'static str, &[&str], &str); 17] = [
         ("grpo", &["rewards=[]"], "nothing to learn from"),
         ("grpo", &["grpo.group_size=1"], "must be at least 2"),
-        ("grpo", &["grpo.minibatch_size=5"], "no multiple of 5"),
+        ("grpo", &["grpo.minibatch_size=5"], "not a multiple of 5"),
         ("grpo", &["train.micro_batch_size=5"], "train.micro_batch_size"),
         ("grpo", &["grpo.loss=sapo", "grpo.delta=4"], "no delta"),
         ("grpo", &["grpo.sapo_temperature_neg=2"], "a key of `loss: sapo`"),

@@ -290,7 +290,7 @@ fn what_fails_is_told() {
         run.start(1, words).wait().expect_error(code, parts);
     };
     fails(&["rewards=[]"], 2, &["there is nothing to learn from"]);
-    fails(&["ppo.minibatch_size=6"], 2, &["'ppo.minibatch_size'", "16 prompts, is no multiple of 6"]);
+    fails(&["ppo.minibatch_size=6"], 2, &["'ppo.minibatch_size'", "16 prompts, is not a multiple of 6"]);
     fails(&["generation.max_new_tokens=[9, 3]"], 2, &["9 to 3"]);
     fails(&["rewards=[{kind: length, pattern: x}]"], 2, &["'rewards.0.pattern': is of the kind format"]);
     fails(&["ppo.klcoef=1"], 2, &["klcoef"]);

@@ -1,10 +1,10 @@
-"""A reward by tests: the share of the record's tests that the response's Python code passes.
+"""A reward from unit tests: the share of the record's tests that the response's Python code passes.
 
 rewards: [{kind: command, run: "python3 configs/rewards/unit_tests.py", workers: 4, timeout_s: 120}]
 
-The code is the response's last block between ``` lines, else all of it; the tests are the strings under `tests` of the record, such as
-"assert add(1, 2) == 3". Each test is a process of its own in an empty folder, with limits of time, memory and files, and
-without a network where the kernel lets us take it away (unshare). This is no wall against code that means harm: run it in a container.
+The code is the response's last block between ``` lines, else the whole response; the tests are the strings under `tests` of the record,
+such as "assert add(1, 2) == 3". Each test is its own process in an empty folder, with limits on time, memory and files, and without a
+network if the kernel allows that (unshare). This does not protect against malicious code: run it in a container.
 """
 import json
 import re
@@ -26,10 +26,10 @@ def limit():
 
 
 def without_network():
-    """The words before a command that take its network away; none where that is not allowed."""
+    """The command prefix that disables the network; empty if that is not allowed."""
     words = ["unshare", "--user", "--net", "--map-root-user"]
-    there = shutil.which("unshare") and subprocess.run([*words, "true"], capture_output=True).returncode == 0
-    return words if there else []
+    works = shutil.which("unshare") and subprocess.run([*words, "true"], capture_output=True).returncode == 0
+    return words if works else []
 
 
 def code_of(response):
@@ -50,8 +50,8 @@ def passes(code, test, before):
 if __name__ == "__main__":
     before = without_network()
     for line in sys.stdin:
-        asked = json.loads(line)
-        tests = asked["record"].get("tests")
-        code = code_of(asked["response"])
+        request = json.loads(line)
+        tests = request["record"].get("tests")
+        code = code_of(request["response"])
         reward = sum(passes(code, test, before) for test in tests) / len(tests) if tests else None
         print(json.dumps(reward), flush=True)

@@ -131,7 +131,7 @@ impl Conversion {
             (stored, target)
         {
             return Err(Error::config(format!(
-                "{blocks} goes with --format gguf; other formats have no such blocks"
+                "{blocks} is only for --format gguf; other formats have no such blocks"
             )));
         }
         if let ConvertTarget::Meta { .. } = target {
@@ -178,16 +178,19 @@ impl Conversion {
         if let (Ok(from), Ok(to)) = (self.dir.canonicalize(), to.canonicalize())
             && from == to
         {
-            return Err(Error::config(format!("{}: the model itself is there", to.display())));
+            return Err(Error::config(format!(
+                "{}: the source model is in this folder; choose another one",
+                to.display()
+            )));
         }
         let mut begun = match self.target {
             ConvertTarget::Hf { max_shard_size } => self.write_hf(to, max_shard_size, done)?,
             ConvertTarget::Meta { parts } => self.write_meta(to, parts, done)?,
             ConvertTarget::Gguf => self.write_gguf(to, done)?,
         };
-        let report = self
-            .verify(&mut begun, done)
-            .with_context(|| format!("{}: what was written is not left there", to.display()))?;
+        let report = self.verify(&mut begun, done).with_context(|| {
+            format!("{}: the check failed, and the written files were removed", to.display())
+        })?;
         begun.unnamed.commit()?;
         Ok(report)
     }
@@ -334,7 +337,7 @@ impl Conversion {
             },
         };
         if read != expected {
-            return Err(Error::failed(format!("it is read as {read:?}, and the source is {shape:?}")));
+            return Err(Error::failed(format!("it is read back as {read:?}, but the source is {shape:?}")));
         }
         let back = Rc::new(weights.into_source()?);
         let (mut num_tensors, mut bytes, mut narrowed) = (0, 0, false);
@@ -343,7 +346,7 @@ impl Conversion {
             let (ours, theirs) = (back.tensor(&spec.name)?, source.tensor(&spec.name)?);
             let rounded = rounding(&spec.name, &theirs)?;
             if !same_bytes(&ours, &rounded)? {
-                return Err(Error::failed(format!("`{}` is another tensor when it is read back", spec.name)));
+                return Err(Error::failed(format!("`{}` differs when it is read back", spec.name)));
             }
             narrowed |= theirs.kind() != rounded.kind() || !rounded.f_equal(&theirs)?;
             let size = self.bytes_of(&spec)?;

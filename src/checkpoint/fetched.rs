@@ -47,9 +47,9 @@ pub fn known(name: &str) -> Option<&'static Known> {
 /// # Errors
 /// Of kind Config: neither CORRAL_HOME nor HOME is set.
 pub fn store() -> Result<PathBuf> {
-    env::corral_home().map(|home| home.join("models")).ok_or_else(|| {
-        Error::config("neither CORRAL_HOME nor HOME is set, and so there is no place for models")
-    })
+    env::corral_home()
+        .map(|home| home.join("models"))
+        .ok_or_else(|| Error::config("neither CORRAL_HOME nor HOME is set, so there is no folder for models"))
 }
 
 /// The folder of a model that was fetched; none for other names.
@@ -62,7 +62,7 @@ pub(super) fn fetched(path: &Path) -> Result<Option<PathBuf>> {
     match is_file(&folder.join("config.json"))? {
         true => Ok(Some(folder)),
         false => Err(Error::data(format!(
-            "{}: there is no such folder, and the model of that name is not fetched: `corral get {}` does it",
+            "{}: there is no such folder, and the model of that name is not fetched: run `corral get {}`",
             known.name, known.name
         ))),
     }

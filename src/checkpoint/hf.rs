@@ -96,7 +96,7 @@ fn find_tensors(
     if shape.num_hidden_layers * experts > found.len() as i64 {
         let of = if experts > 1 { format!(" of {experts} experts") } else { String::new() };
         return Err(Error::data(format!(
-            "config.json has num_hidden_layers {}{of}, and there are {} tensors",
+            "config.json has num_hidden_layers {}{of}, but there are {} tensors",
             shape.num_hidden_layers,
             found.len()
         )));
@@ -153,8 +153,8 @@ fn tied_embedding(
         (true, true) if !files.equal(&embedding, &head)? => {
             shape.tie_word_embeddings = false;
             warnings.push(format!(
-                "tie_word_embeddings is true, but `{head}` is another tensor than `{embedding}`: both are used and the model is \
-                 untied, as transformers does; set tie_word_embeddings to false"
+                "tie_word_embeddings is true, but `{head}` is another tensor than `{embedding}`: both are used and the model \
+                 is untied, as in transformers; set tie_word_embeddings to false"
             ));
             Ok(None)
         }
@@ -176,7 +176,7 @@ fn check_tables(files: &TensorSource, tables: &[String], shape: &Shape) -> Resul
     }
     Ok(other.first().map(|first| {
         format!(
-            "{} of {} tables of rotary frequencies (`{first}`) are not those of config.json; they are not used, as in transformers",
+            "{} of {} tables of rotary frequencies (`{first}`) differ from config.json and are not used, as in transformers",
             other.len(),
             tables.len()
         )
@@ -225,7 +225,7 @@ fn open_parts(dir: &Path, index: &Path) -> Result<TensorSource> {
         }
         if !files[file].1.contains(tensor) {
             return Err(Error::data(format!(
-                "{}: there is no tensor `{tensor}` in {file}, where the index has it",
+                "{}: there is no tensor `{tensor}` in {file}, although the index has it there",
                 index.display()
             )));
         }

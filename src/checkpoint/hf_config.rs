@@ -38,7 +38,7 @@ pub(super) const COMMON: [&str; 15] = [
 pub fn read_object(path: &Path) -> Result<Map<String, Value>> {
     let text = fs::read_to_string(path).map_err(|e| read_error(path, &e))?;
     serde_json::from_str(&text)
-        .map_err(|e| unusable(path, Error::data(format!("{}: no JSON object: {e}", path.display()))))
+        .map_err(|e| unusable(path, Error::data(format!("{}: not a JSON object: {e}", path.display()))))
 }
 
 /// What a `config.json` describes.
@@ -103,7 +103,7 @@ fn check_model_type(config: &Map<String, Value>, family: &Description) -> Result
     }
     match families::FAMILIES.iter().find(|f| f.model_type == model_type) {
         Some(other) => Err(Error::data(format!(
-            "architectures names a {}, and model_type \"{model_type}\" a {}: set the one that is wrong",
+            "architectures names a {}, and model_type \"{model_type}\" a {}: correct the wrong one",
             family.architecture, other.architecture
         ))),
         None => Ok(Some(format!(
@@ -165,7 +165,7 @@ pub(super) fn common(config: &Config, d: Defaults) -> Result<Shape> {
         None if heads > 0 && hidden_size % heads == 0 => hidden_size / heads,
         None => {
             return Err(Error::data(format!(
-                "hidden_size ({hidden_size}) does not divide by num_attention_heads ({heads})"
+                "hidden_size ({hidden_size}) is not divisible by num_attention_heads ({heads})"
             )));
         }
     };
@@ -349,7 +349,7 @@ mod tests {
                 json!({"rope_type": "default", "partial_rotary_factor": 0.5}),
                 "partial_rotary",
             ),
-            ("hidden_size", json!(290), "does not divide"),
+            ("hidden_size", json!(290), "is not divisible"),
             ("hidden_size", json!("288"), "integer"),
             ("vocab_size", Value::Null, "vocab_size is missing"),
             ("num_key_value_heads", json!(4), "multiple"),

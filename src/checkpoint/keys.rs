@@ -165,12 +165,14 @@ pub(super) fn unread(
         match there(key) {
             Some(counts) if equal(counts, value) => {}
             Some(counts) => {
-                warnings.push(format!("{name} is {value} and is not used: {key} counts, which is {counts}"));
+                warnings.push(format!(
+                    "{name} is {value} and is not used: {key} takes precedence, which is {counts}"
+                ));
             }
             None if reads => {
                 return Err(Error::data(format!(
-                    "{name} is {value}, and {key} is missing: a {} has the key under that name; rename it, or remove it to \
-                     have the default",
+                    "{name} is {value}, and {key} is missing: a {} has the key under that name; rename it, or remove it to use \
+                     the default",
                     family.model_type
                 )));
             }

@@ -253,7 +253,7 @@ impl Merge {
         };
         let distance = each.sum(Kind::Double).double_value(&[]) / p.size()[0] as f64;
         if !distance.is_finite() {
-            return Err(Error::data("what the merged model gives is not finite"));
+            return Err(Error::data("the merged model's outputs are not finite"));
         }
         let base = self.tensors.adapter.trainable().lora.as_ref().map_or(BaseFormat::None, |l| l.base);
         let scored = self.shape.head == Head::Score;

@@ -215,7 +215,7 @@ fn shape_of(params: &Map<String, Value>, output_rows: i64, ffn_rows: i64) -> Res
     };
     let (dim, heads) = (integer("dim", None)?, integer("n_heads", None)?);
     if dim < 1 || heads < 1 || dim % heads != 0 {
-        return Err(Error::data(format!("dim ({dim}) does not divide by n_heads ({heads})")));
+        return Err(Error::data(format!("dim ({dim}) is not divisible by n_heads ({heads})")));
     }
     let vocab_size = match integer("vocab_size", Some(-1))? {
         // Meta's programs take it from the tokenizer.
@@ -223,7 +223,7 @@ fn shape_of(params: &Map<String, Value>, output_rows: i64, ffn_rows: i64) -> Res
         size if size == output_rows => size,
         size => {
             return Err(Error::data(format!(
-                "vocab_size is {size}, and output.weight has {output_rows} rows"
+                "vocab_size is {size}, but output.weight has {output_rows} rows"
             )));
         }
     };
@@ -307,7 +307,7 @@ fn find_tensors(source: &mut TensorSource, shape: &Shape) -> Result<()> {
     let files = &source.files;
     if shape.num_hidden_layers > files[0].names().len() as i64 {
         let (layers, tensors) = (shape.num_hidden_layers, files[0].names().len());
-        return Err(Error::data(format!("n_layers is {layers}, and there are {tensors} tensors")));
+        return Err(Error::data(format!("n_layers is {layers}, but there are {tensors} tensors")));
     }
     const FREQS: &str = "rope.freqs";
     let (mut known, mut unfit) = (BTreeSet::new(), Unfit::default());
@@ -494,7 +494,7 @@ pub(super) fn check_parts(s: &Shape, parts: i64) -> Result<()> {
             let fit = |parts: &i64| cut.iter().all(|(_, n)| n % parts == 0);
             let fitting: Vec<String> = (1..=64).filter(fit).map(|n| n.to_string()).collect();
             Err(Error::config(format!(
-                "--model-parallel {parts}: {name} ({n}) does not divide by it; {} would do",
+                "--model-parallel {parts}: {name} ({n}) is not divisible by it; {} would do",
                 fitting.join(", ")
             )))
         }
@@ -574,7 +574,7 @@ mod tests {
         }
         let e = check_parts(&base, 3).unwrap_err();
         assert!(
-            e.message.ends_with("num_attention_heads (32) does not divide by it; 1, 2, 4, 8 would do"),
+            e.message.ends_with("num_attention_heads (32) is not divisible by it; 1, 2, 4, 8 would do"),
             "{e}"
         );
     }
@@ -587,8 +587,8 @@ mod tests {
         let cases = [
             ("moe", json!({"num_experts": 8}), "moe = {\"num_experts\":8}: not known"),
             ("vision_chunk_size", json!(560), "vision_chunk_size = 560"),
-            ("n_heads", json!(3), "does not divide by n_heads (3)"),
-            ("vocab_size", json!(601), "vocab_size is 601, and output.weight has 600 rows"),
+            ("n_heads", json!(3), "is not divisible by n_heads (3)"),
+            ("vocab_size", json!(601), "vocab_size is 601, but output.weight has 600 rows"),
             ("multiple_of", json!(256), "the feed-forward size is 256 by dim"),
             ("ffn_dim_multiplier", json!(1e300), "and w1 has 192 rows"),
             ("dim", json!(1u64 << 40), "dim is 1099511627776"),

@@ -42,8 +42,8 @@ impl ModelRecord {
             false => format!("the {} ({})", self.name.replace('_', " "), self.key),
         };
         Err(Error::data(format!(
-            "{what}: {} is another model than the one that the run of {} began with: {differs}; put that one back, or begin \
-             a new run from the weights alone (model.path or actor.path, in another output_dir)",
+            "{what}: {} is another model than the one that the run of {} began with: {differs}; restore that model, or start a \
+             new run from the weights alone (model.path or actor.path, in another output_dir)",
             self.path,
             dir.display()
         )))

@@ -151,7 +151,7 @@ impl PeftAdapter {
     pub fn base(&self) -> Result<PathBuf> {
         let base = self.base.as_ref().ok_or_else(|| {
             Error::data(format!(
-                "{}: base_model_name_or_path is empty, so that the model is not known; set it to the model's folder",
+                "{}: base_model_name_or_path is empty, so the base model is unknown; set it to the model's folder",
                 self.dir.join(CONFIG).display()
             ))
         })?;
@@ -169,7 +169,7 @@ impl PeftAdapter {
             true => e,
             false => Error {
                 message: format!(
-                    "{}; if it lies elsewhere now, name it: `corral merge --adapter {dir} --model DIR --output DIR`",
+                    "{}; if it has moved, name it: `corral merge --adapter {dir} --model DIR --output DIR`",
                     e.message
                 ),
                 ..e
@@ -228,7 +228,7 @@ impl PeftAdapter {
         ))?;
         if !forgotten.is_empty() {
             warn_once(&format!(
-                "{}: the model has no {}, and the adapter no tensors for that: not used",
+                "{}: the model has no {}, and the adapter has no tensors for it: not used",
                 self.dir.join(CONFIG).display(),
                 forgotten.join(", ")
             ));
@@ -307,11 +307,13 @@ impl PeftAdapter {
         if let (Ok(from), Ok(to)) = (self.dir.canonicalize(), to.canonicalize())
             && from == to
         {
-            return Err(Error::config(format!("{dir}: the adapter itself is there")));
+            return Err(Error::config(format!(
+                "{dir}: the source adapter is in this folder; choose another one"
+            )));
         }
         if self.trainable.lora.is_none() {
             return Err(Error::data(format!(
-                "{dir}: parts of the model were trained as a whole, without an adapter; write the model: --format hf"
+                "{dir}: parts of the model were trained in full, without an adapter; write the model: --format hf"
             )));
         }
         self.check(shape)?;
@@ -342,7 +344,7 @@ impl PeftAdapter {
         for (name, _) in &wanted {
             let right = self.tensor(name)?.f_to_kind(kind(name)?)?;
             if !read.tensor(name)?.f_equal(&right)? {
-                return Err(Error::failed(format!("`{name}` is another tensor when it is read back")));
+                return Err(Error::failed(format!("`{name}` differs when it is read back")));
             }
         }
         folder.commit()?;

@@ -117,8 +117,8 @@ fn global(module: &str, name: &str) -> Result<PickleGlobal, String> {
         ("torch", "BoolStorage") => PickleGlobal::Storage(Kind::Bool),
         _ => {
             return Err(format!(
-                "it imports `{}.{}`, which is no part of a tensor; pickles can run any program, so only tensors and \
-                 plain containers are read",
+                "it imports `{}.{}`, which is not part of a tensor; pickles can run arbitrary code, so only tensors and plain \
+                 containers are read",
                 clean(module),
                 clean(name)
             ));
@@ -281,7 +281,7 @@ impl<'a> PickleMachine<'a> {
                 [PickleValue::Str(module), PickleValue::Str(name)] => {
                     PickleValue::Global(global(module, name)?)
                 }
-                _ => return Err("a name to import is no text".into()),
+                _ => return Err("a name to import is not text".into()),
             },
             // BINPERSID, REDUCE, BUILD
             b'Q' => {
@@ -297,13 +297,11 @@ impl<'a> PickleMachine<'a> {
                 // The attributes of an ordered dictionary, such as `_metadata`, hold no tensors.
                 return match self.stack.last().and_then(|v| self.object(*v)) {
                     Some(Object::Dict(_)) => Ok(()),
-                    _ => Err("it sets the state of what is no dictionary".into()),
+                    _ => Err("it sets the state of an object that is not a dictionary".into()),
                 };
             }
             other => {
-                return Err(format!(
-                    "instruction 0x{other:02x} is none of those that tensors are written with"
-                ));
+                return Err(format!("instruction 0x{other:02x} is not used for tensors"));
             }
         };
         self.stack.push(value);
@@ -324,7 +322,7 @@ impl<'a> PickleMachine<'a> {
                 let storage = Object::Storage { key, kind: *kind, len: *len };
                 self.new_object(storage)
             }
-            _ => Err("a persistent id is no storage".into()),
+            _ => Err("a persistent id is not a storage".into()),
         }
     }
 
@@ -340,7 +338,7 @@ impl<'a> PickleMachine<'a> {
             // (data, requires_grad, hooks)
             (PickleValue::Global(PickleGlobal::RebuildParameter), [data, ..]) => match self.object(*data) {
                 Some(Object::Tensor(_)) => Ok(*data),
-                _ => Err("a parameter is no tensor".into()),
+                _ => Err("a parameter is not a tensor".into()),
             },
             // (storage, offset, shape, stride, requires_grad, hooks, and from torch 2.1 on metadata)
             (
@@ -421,9 +419,9 @@ impl<'a> PickleMachine<'a> {
                     list.extend(items);
                     Ok(())
                 }
-                _ => Err("it appends to what is no list".into()),
+                _ => Err("it appends to an object that is not a list".into()),
             },
-            _ => Err("it appends to what is no list".into()),
+            _ => Err("it appends to an object that is not a list".into()),
         }
     }
 
@@ -435,9 +433,9 @@ impl<'a> PickleMachine<'a> {
                     dict.extend(items);
                     Ok(())
                 }
-                _ => Err("it sets items of what is no dictionary".into()),
+                _ => Err("it sets items of an object that is not a dictionary".into()),
             },
-            _ => Err("it sets items of what is no dictionary".into()),
+            _ => Err("it sets items of an object that is not a dictionary".into()),
         }
     }
 
@@ -512,7 +510,7 @@ impl<'a> PickleMachine<'a> {
     }
 
     fn text(&mut self, len: usize) -> Result<PickleValue<'a>, String> {
-        let text = std::str::from_utf8(self.take(len)?).map_err(|_| "a text is no UTF-8")?;
+        let text = std::str::from_utf8(self.take(len)?).map_err(|_| "a text is not UTF-8")?;
         Ok(PickleValue::Str(text))
     }
 
@@ -521,7 +519,7 @@ impl<'a> PickleMachine<'a> {
         let rest = &self.input[self.at..];
         let len = rest.iter().position(|b| *b == b'\n').ok_or("a name has no end")?;
         let line = self.take(len + 1)?;
-        std::str::from_utf8(&line[..len]).map_err(|_| "a name is no UTF-8".into())
+        std::str::from_utf8(&line[..len]).map_err(|_| "a name is not UTF-8".into())
     }
 }
 

@@ -34,7 +34,7 @@ pub(super) fn read(config: &Map<String, Value>, default: f64) -> Result<Rope> {
         && own != beside
     {
         warnings.push(format!(
-            "rope_theta is {beside} and {key}.rope_theta {own}: {key} counts, as in transformers"
+            "rope_theta is {beside} and {key}.rope_theta {own}: {key} takes precedence, as in transformers"
         ));
     }
     if let (Some(_), Some((_, other))) = (scaling, parameters)

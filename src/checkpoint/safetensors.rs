@@ -38,7 +38,7 @@ impl SafetensorsReader {
         let file = File::open(path).map_err(|e| read_error(path, &e))?;
         let size = file.metadata().map_err(|e| read_error(path, &e))?.len();
         let damaged = |what: String| {
-            let what = format!("{what}; the file is damaged or no safetensors file: get it again");
+            let what = format!("{what}; the file is damaged or not a safetensors file: get it again");
             unusable(path, Error::data(format!("{}: {what}", path.display())))
         };
         let mut length = [0; 8];
@@ -233,7 +233,7 @@ impl SafetensorsWriter {
     /// was said.
     pub fn write(&mut self, t: &Tensor) -> Result<()> {
         let Some(entry) = self.missing.pop_front() else {
-            return Err(Error::failed(format!("{}: more tensors than were said", self.path.display())));
+            return Err(Error::failed(format!("{}: more tensors than announced", self.path.display())));
         };
         entry.check(t, &self.path)?;
         for_chunks(t, entry.kind, |bytes| self.put(bytes))

@@ -305,7 +305,7 @@ impl Saver {
         let mine = match job {
             SaveJob::Over(result) => result,
             SaveJob::Running(thread) => thread.join().unwrap_or_else(|_| {
-                Err(Error::failed(format!("the thread that wrote the checkpoint of step {step} broke down")))
+                Err(Error::failed(format!("the thread that wrote the checkpoint of step {step} panicked")))
             }),
         };
         let files = match agree(&self.world, mine) {
@@ -351,7 +351,7 @@ impl Saver {
         if self.world.rank() == 0
             && let Err(e) = self.tidy_up(step)
         {
-            warn!("old checkpoints stay: {e}");
+            warn!("old checkpoints were not removed: {e}");
         }
         let path = self.dir.join(step_name(step));
         Ok(SaveOutcome::Saved(Saved { step, path, elapsed_s: started.elapsed().as_secs_f64() }))

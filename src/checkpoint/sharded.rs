@@ -419,7 +419,7 @@ impl Checkpoint {
         let now = GroupMeta::of(params.layout(i));
         let Some((group, _)) = self.meta.groups.iter().enumerate().find(|(_, g)| **g == now) else {
             return Err(Error::data(format!(
-                "{}: the tensors of group `{}` lie otherwise there, and moments in 8 bits cannot be rearranged",
+                "{}: the tensors of group `{}` have another layout there, and 8-bit moments cannot be rearranged",
                 self.dir.display(),
                 now.name
             )));
@@ -642,7 +642,7 @@ fn with_advice(dir: &Path, e: Error) -> Error {
         .find(|(s, path)| step.is_some_and(|step| *s < step) && Checkpoint::open_alone(path).is_ok());
     let advice = match older {
         Some((_, path)) => {
-            format!("an older checkpoint is complete: to go on from there, give --resume {}", path.display())
+            format!("an older checkpoint is complete: to resume from it, pass --resume {}", path.display())
         }
         None => "no older checkpoint is complete".to_string(),
     };

@@ -58,13 +58,13 @@ impl TorchReader {
         let len = file.read_at(&mut magic, 0).map_err(|e| read_error(path, &e))?;
         if magic == OLD_MAGIC {
             return Err(damaged(
-                "in the format of torch before version 1.6, which is not read; load it with Python's torch.load and \
-                 save it again"
+                "in the format of torch before version 1.6, which is not supported; load it with Python's torch.load and save \
+                 it again"
                     .into(),
             ));
         }
         if !magic[..len].starts_with(b"PK") {
-            let e = damaged("no file of torch.save: it is no zip archive; get it again".into());
+            let e = damaged("not a file of torch.save: it is not a zip archive; get it again".into());
             return Err(unusable(path, e));
         }
         let entries =
@@ -72,7 +72,11 @@ impl TorchReader {
         let mut pickles = entries.keys().filter_map(|name| name.strip_suffix("data.pkl"));
         let prefix = match (pickles.next(), pickles.next()) {
             (Some(prefix), None) if prefix.is_empty() || prefix.ends_with('/') => prefix,
-            _ => return Err(damaged("no file of torch.save: the archive has not one data.pkl".into())),
+            _ => {
+                return Err(damaged(
+                    "not a file of torch.save: the archive does not have one data.pkl".into(),
+                ));
+            }
         };
         let read = |(start, len): ByteRange| {
             let mut bytes = vec![0; len as usize];
@@ -301,7 +305,7 @@ impl TorchWriter {
     /// was said.
     pub fn write(&mut self, t: &Tensor) -> Result<()> {
         let Some(entry) = self.missing.pop_front() else {
-            return Err(Error::failed(format!("{}: more tensors than were said", self.path.display())));
+            return Err(Error::failed(format!("{}: more tensors than announced", self.path.display())));
         };
         entry.check(t, &self.path)?;
         self.start(&format!("data/{}", self.written), entry.bytes())?;

@@ -41,7 +41,7 @@ macro_rules! configuration {
         $crate::config::section::section! {
             $(#[doc = $about])*
             pub struct $name {
-                /// Keys all that is random.
+                /// Random seed of the whole run.
                 seed: u64 = 1 => State;
                 /// The run's folder.
                 output_dir: std::path::PathBuf => Folder;
@@ -52,13 +52,13 @@ macro_rules! configuration {
                 precision: $crate::config::sections::Precision = Default::default();
                 /// The optimizer, AdamW.
                 optim: $crate::config::sections::Optim = Default::default();
-                /// The learning rate over the steps.
+                /// The learning-rate schedule.
                 schedule: $crate::config::sections::ScheduleSection = Default::default();
-                /// How much is trained, and in which pieces.
+                /// Training length and batch sizes.
                 train: $crate::config::sections::TrainSection;
-                /// When the run is saved.
+                /// When checkpoints are written.
                 checkpoint: $crate::config::sections::CheckpointSection = Default::default();
-                /// When a line of metrics is written.
+                /// When metrics are written.
                 log: $crate::config::sections::Log = Default::default();
             }
         }

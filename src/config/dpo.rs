@@ -27,7 +27,7 @@ configuration! {
         lora: Option<Lora> = None;
         /// The loss.
         dpo: DpoSection = DpoSection::default();
-        /// The reference model. Default: the model as it is at the start.
+        /// The reference model. Default: the model's initial weights.
         reference: Option<ReferencePath> = None;
         /// Validation on `data.valid`.
         valid: Valid = Valid::default();
@@ -35,19 +35,20 @@ configuration! {
 }
 
 section! {
-    /// The loss of a pair of completions, and which pairs there are.
+    /// The loss of a pair of completions, and which pairs are formed.
     pub struct DpoSection {
-        /// Which loss.
+        /// The loss function.
         loss: DpoLoss = DpoLoss::Sigmoid => Mathematics;
-        /// How strongly the reference holds.
+        /// How strongly the policy is held to the reference.
         beta: f64 = 0.1, POSITIVE => Mathematics;
-        /// The probability that a pair is the wrong way round (`sigmoid`, `robust`), or the other's share (`exo_pair`).
+        /// The probability that a pair's labels are swapped (`sigmoid`, `robust`), or the target share of the rejected completion
+        /// (`exo_pair`).
         label_smoothing: f64 = 0.0, NOT_NEGATIVE => Mathematics;
-        /// The weight of the cross-entropy of the best completions' tokens, besides.
+        /// Weight of an additional cross-entropy on the best completions' tokens.
         sft_weight: f64 = 0.0, NOT_NEGATIVE => Mathematics;
         /// Which completions of a prompt are compared.
         pairs: ComparedPairs = ComparedPairs::All => Mathematics;
-        /// How the reference's log-probabilities are had.
+        /// How the reference's log-probabilities are computed.
         reference: ReferenceFrom = ReferenceFrom::Cached => Mathematics;
     }
 }
@@ -57,15 +58,15 @@ choice! {
     pub enum DpoLoss {
         /// DPO (Rafailov et al. 2023); with `label_smoothing` cDPO (Mitchell 2023).
         Sigmoid = "sigmoid",
-        /// DPO of means over tokens.
+        /// DPO on means over tokens.
         SigmoidNorm = "sigmoid_norm",
-        /// IPO (Azar et al. 2023), of means over tokens, as its authors have it.
+        /// IPO (Azar et al. 2023) on means over tokens, as its authors do.
         Ipo = "ipo",
-        /// IPO of sums over tokens.
+        /// IPO on sums over tokens.
         IpoSum = "ipo_sum",
         /// SLiC (Zhao et al. 2023).
         Hinge = "hinge",
-        /// Without bias where `label_smoothing` of the pairs are the wrong way round (Chowdhury et al. 2024).
+        /// Unbiased if a share `label_smoothing` of the pairs has swapped labels (Chowdhury et al. 2024).
         Robust = "robust",
         /// APO-zero (D'Oosterlinck et al. 2024).
         ApoZero = "apo_zero",
@@ -73,7 +74,7 @@ choice! {
         ExoPair = "exo_pair",
         /// NCA (Chen et al. 2024).
         NcaPair = "nca_pair",
-        /// BCO (Jung et al. 2024), without its shift, as TRL has it.
+        /// BCO (Jung et al. 2024) without its shift, as in TRL.
         BcoPair = "bco_pair",
         /// SPPO (Wu et al. 2024).
         SppoHard = "sppo_hard",
@@ -83,7 +84,7 @@ choice! {
 choice! {
     /// Which completions of a prompt are compared.
     pub enum ComparedPairs {
-        /// Each with every worse one; a prompt's loss is the mean.
+        /// Each completion with every worse one; a prompt's loss is the mean.
         All = "all",
         /// The best with every worse one.
         Best = "best",
@@ -91,9 +92,9 @@ choice! {
 }
 
 choice! {
-    /// How the reference's log-probabilities are had.
+    /// How the reference's log-probabilities are computed.
     pub enum ReferenceFrom {
-        /// Computed once before the training, and kept in `data.cache`.
+        /// Computed once before the training, and cached in `data.cache`.
         Cached = "cached",
         /// Computed in every step: by the model without its adapters, else by a frozen copy of it.
         Online = "online",
@@ -101,7 +102,7 @@ choice! {
 }
 
 section! {
-    /// A model that is only read.
+    /// A frozen model.
     pub struct ReferencePath {
         /// Hugging Face folder, run folder, checkpoint of a run, adapter, or Meta folder.
         path: PathBuf => Path;

@@ -10,7 +10,7 @@ use super::sft::PromptSamples;
 use super::template_date::TemplateDate;
 
 policy_configuration! {
-    /// Group-relative policy optimization; `train.batch_size` counts prompts an iteration, `train.steps` iterations.
+    /// Group-relative policy optimization; `train.batch_size` counts prompts per iteration, `train.steps` counts iterations.
     pub struct Grpo {
         /// The loss and its groups.
         grpo: GrpoSection = GrpoSection::default();
@@ -28,13 +28,13 @@ section! {
         rewards: Vec<RewardKind> = Vec::new() => Mathematics;
         /// The baseline of a response's reward.
         advantages: Advantages = Advantages::Group => Mathematics;
-        /// How the losses of tokens are made, and become one.
+        /// The loss of a token, and its aggregation.
         loss: LossType = LossType::Grpo => Mathematics;
-        /// Whether ratios of new to old probabilities are taken of tokens or of whole responses (GSPO).
+        /// Whether ratios of new to old probabilities are per token or per response (GSPO).
         level: RatioLevel = RatioLevel::Token => Mathematics;
-        /// How far a ratio may go below 1, and above it.
+        /// Clip range of the ratio, below and above 1.
         epsilon: f64 = 0.2, POSITIVE => Mathematics;
-        /// How far above, where that differs. `cispo`: the largest ratio itself; default 5.
+        /// Clip range above 1, if different. `cispo`: the largest ratio itself; default 5.
         epsilon_high: Option<f64> = None, POSITIVE => Mathematics;
         /// `sapo`: steepness of its sigmoid for positive advantages (Gao et al. 2025).
         sapo_temperature_pos: f64 = SAPO_TEMPERATURES[0], POSITIVE => Mathematics;
@@ -42,22 +42,21 @@ section! {
         sapo_temperature_neg: f64 = SAPO_TEMPERATURES[1], POSITIVE => Mathematics;
         /// The largest ratio whatever the advantage's sign (two-sided clipping); above 1 + epsilon_high.
         delta: Option<f64> = None, POSITIVE => Mathematics;
-        /// The weight of the KL to the reference, in the loss; of `reinforce++` in the reward.
+        /// The weight of the KL to the reference, in the loss; for `reinforce++`, in the reward.
         beta: f64 = 0.0, NOT_NEGATIVE => Mathematics;
-        /// How the KL is estimated. Default: `k3`; of `reinforce++` it is always `k1`.
+        /// The KL estimator. Default: `k3`; for `reinforce++` always `k1`.
         kl_estimator: Option<KlEstimator> = None => Mathematics;
-        /// The KL to the reference is measured also where beta is 0, which takes a reference: a model in memory, and a forward
-        /// of it.
+        /// Measures the KL to the reference even if beta is 0, which costs a reference model in memory and its forward.
         measure_kl: bool = true => Output;
-        /// Passes over an iteration's responses, each in its own order.
+        /// Passes over an iteration's responses, each in a new order.
         epochs: i64 = 1, COUNT => Mathematics;
-        /// Responses of one update, over all ranks. Default: all of the iteration.
+        /// Responses per update, over all ranks. Default: all of the iteration.
         minibatch_size: Option<i64> = None, COUNT => Mathematics;
-        /// Treatment of truncated responses, which no stop token ended.
+        /// Treatment of truncated responses (without a stop token).
         truncated: Truncated = Truncated::Keep => Mathematics;
         /// The penalty that `truncated: penalize` subtracts from the reward.
         truncated_penalty: f64 = 1.0, NOT_NEGATIVE => Mathematics;
-        /// How often further prompts are asked in the place of groups without variance, at most (Yu et al. 2025).
+        /// How often, at most, groups without variance are replaced by those of new prompts (Yu et al. 2025).
         resample: u64 = 0 => Mathematics;
     }
 }
@@ -80,27 +79,28 @@ impl GrpoSection {
 choice! {
     /// The baseline of a response's reward.
     pub enum Advantages {
-        /// Its group's mean, in deviations of the group (Shao et al. 2024).
+        /// The group's mean; the difference is divided by the group's standard deviation (Shao et al. 2024).
         Group = "group",
-        /// Its group's mean, in deviations of the batch.
+        /// The group's mean; the difference is divided by the batch's standard deviation.
         Batch = "batch",
-        /// Its group's mean (Liu et al. 2025).
+        /// The group's mean (Liu et al. 2025).
         None = "none",
-        /// The mean of the others of its group (Ahmadian et al. 2024).
+        /// The mean of the group's other responses (Ahmadian et al. 2024).
         Rloo = "rloo",
-        /// The batch's mean, in deviations of the batch; the KL is a penalty on the reward (Hu et al. 2025).
+        /// The batch's mean; the difference is divided by the batch's standard deviation, and the KL is a penalty on the reward
+        /// (Hu et al. 2025).
         Reinforce = "reinforce++",
     }
 }
 
 choice! {
-    /// Treatment of truncated responses, which no stop token ended.
+    /// Treatment of truncated responses (without a stop token).
     pub enum Truncated {
-        /// They are as all others.
+        /// They are treated like all others.
         Keep = "keep",
         /// They are left out of the loss; their rewards count in their group.
         Mask = "mask",
-        /// Their reward is less by the penalty.
+        /// The penalty is subtracted from their reward.
         Penalize = "penalize",
     }
 }
@@ -179,7 +179,7 @@ impl Grpo {
             (self.num_responses(), self.minibatch_size(), self.micro_batch_size(world_size));
         if all % size != 0 {
             let why = format!(
-                "the {all} responses of train.batch_size x grpo.group_size are no multiple of {size}"
+                "the {all} responses of train.batch_size x grpo.group_size are not a multiple of {size}"
             );
             found.add("grpo.minibatch_size", why);
         }
@@ -187,7 +187,7 @@ impl Grpo {
             let given = self.grpo.minibatch_size.is_some();
             let key = if given { "grpo.minibatch_size" } else { "train.micro_batch_size" };
             let why = format!(
-                "the {size} responses of an update are no multiple of train.micro_batch_size x ranks = {micro} x \
+                "the {size} responses of an update are not a multiple of train.micro_batch_size x ranks = {micro} x \
                  {world_size}"
             );
             found.add(key, why);

@@ -26,7 +26,7 @@ configuration! {
         lora: Option<Lora> = None;
         /// The loss.
         kto: KtoSection = KtoSection::default();
-        /// The reference model. Default: the model as it is at the start.
+        /// The reference model. Default: the model's initial weights.
         reference: Option<ReferencePath> = None;
         /// Validation on `data.valid`.
         valid: Valid = Valid::default();
@@ -34,13 +34,13 @@ configuration! {
 }
 
 section! {
-    /// The loss of a completion that was found good or bad.
+    /// The loss of a completion that is labelled good or bad.
     pub struct KtoSection {
-        /// Which loss.
+        /// The loss function.
         loss: KtoLoss = KtoLoss::Kto => Mathematics;
-        /// How strongly the reference holds.
+        /// How strongly the policy is held to the reference.
         beta: f64 = 0.1, POSITIVE => Mathematics;
-        /// The weight of good completions; where there are d good and u bad ones, weight times number should be alike.
+        /// The weight of good completions; weight times number should be similar for good and bad ones.
         desirable_weight: f64 = 1.0, NOT_NEGATIVE => Mathematics;
         /// The weight of bad completions.
         undesirable_weight: f64 = 1.0, NOT_NEGATIVE => Mathematics;

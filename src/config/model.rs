@@ -25,7 +25,7 @@ pub enum Model {
 section! {
     /// Where the model comes from: exactly one of these.
     pub struct ModelKeys {
-        /// Weights to go on from: Hugging Face folder, folder in Meta's format, GGUF file, a name that `corral get` fetched, run
+        /// Weights to start from: Hugging Face folder, folder in Meta's format, GGUF file, a name that `corral get` fetched, run
         /// folder (its `model/`, else best or newest checkpoint), checkpoint, adapter, or a hub id that the local Hugging Face
         /// cache holds (nothing is downloaded).
         path: Option<PathBuf> = None => Path;
@@ -94,42 +94,41 @@ impl Setting for Model {
 }
 
 section! {
-    /// The shape of a new model under Hugging Face's names. Three numbers decide; the rest follows from them.
+    /// The shape of a new model under Hugging Face's names. Three numbers are required; the rest have defaults.
     pub struct Init {
         /// The family of the model.
         model_type: Family = Family::Llama => State;
         /// Default: the tokenizer's.
         vocab_size: Option<i64> = None, COUNT => State;
-        /// C, numbers of a hidden state.
+        /// C, the size of a hidden state.
         hidden_size: i64, COUNT => State;
-        /// F, rows of gate and up (of one expert, where there are several). Default: 8/3 of `hidden_size`, rounded up to a
-        /// multiple of 32.
+        /// F, rows of gate and up (of one expert in a mixture). Default: 8/3 of `hidden_size`, rounded up to a multiple of 32.
         intermediate_size: Option<i64> = None, COUNT => State;
         /// Blocks.
         num_hidden_layers: i64, COUNT => State;
-        /// H, heads of queries.
+        /// H, query heads.
         num_attention_heads: i64, COUNT => State;
-        /// K, heads of keys and values. Default: `num_attention_heads`.
+        /// K, key and value heads. Default: `num_attention_heads`.
         num_key_value_heads: Option<i64> = None, COUNT => State;
-        /// D, numbers of a head. Default: `hidden_size / num_attention_heads`.
+        /// D, the size of a head. Default: `hidden_size / num_attention_heads`.
         head_dim: Option<i64> = None, COUNT => State;
-        /// Most tokens of a sequence. Default: `data.sequence_length`.
+        /// Maximum tokens of a sequence. Default: `data.sequence_length`.
         max_position_embeddings: Option<i64> = None, COUNT => State;
         /// Added to the mean square in a norm.
         rms_norm_eps: f64 = 1e-5, POSITIVE => State;
-        /// Base of the rotary positions.
+        /// Base of the rotary embedding.
         rope_theta: f64 = 10000.0, POSITIVE => State;
         /// Rope scaling of type `llama3` (Llama 3.1 and later).
         rope_scaling: Option<Llama3RopeScaling> = None;
-        /// The head's weight is the embedding's.
+        /// Ties the head's weight to the embedding.
         tie_word_embeddings: bool = false => State;
         /// Standard deviation of the initial weights.
         initializer_range: f64 = 0.02, POSITIVE => State;
-        /// Positions that a position sees, itself included; none: all before it.
+        /// Positions that a token attends to, its own included; none: all before it.
         sliding_window: Option<i64> = None, COUNT => State;
         /// mixtral: the number of experts. Default: 8.
         num_local_experts: Option<i64> = None, COUNT => State;
-        /// mixtral: the experts that a token goes to. Default: 2.
+        /// mixtral: the number of experts per token. Default: 2.
         num_experts_per_tok: Option<i64> = None, COUNT => State;
         /// mixtral: weight of the load-balancing loss in pretraining. Default: 0.02.
         router_aux_loss_coef: Option<f64> = None, NOT_NEGATIVE => Mathematics;
@@ -143,7 +142,7 @@ impl Init {
         let (c, heads) = (self.hidden_size, self.num_attention_heads);
         if self.head_dim.is_none() && c % heads != 0 {
             return Err(format!(
-                "hidden_size ({c}) is no multiple of num_attention_heads ({heads}): change one, or give head_dim"
+                "hidden_size ({c}) is not a multiple of num_attention_heads ({heads}): change one, or give head_dim"
             ));
         }
         if let Family::Gemma2 | Family::Gemma3 = self.model_type {

@@ -15,11 +15,11 @@ section! {
     pub struct Trained {
         /// Hugging Face folder, run folder, checkpoint of a run, adapter, or Meta folder.
         path: PathBuf => Path;
-        /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: that of the command.
+        /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: the command's device.
         device: Option<String> = None => Rounding;
         /// The dtype of forward and backward. Default: `precision.compute`.
         dtype: Option<Compute> = None => Mathematics;
-        /// Its values are on the device only while it works, else in host memory.
+        /// Its weights are on the device only while it computes, otherwise in host memory.
         offload: bool = false => Execution;
         /// Parameters that are not trained.
         freeze: Freeze = Freeze::default();
@@ -31,15 +31,15 @@ section! {
 }
 
 section! {
-    /// A model that predicts returns: a trained one, but for its path, which may be another section's.
+    /// A model that predicts returns: as the other trained models, but its path may come from another section.
     pub struct Critic {
-        /// The weights to begin with. Default: the reward model's, or without one the actor's with a new head.
+        /// The initial weights. Default: the reward model's, or without one the actor's with a new head.
         path: Option<PathBuf> = None => Path;
-        /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: that of the command.
+        /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: the command's device.
         device: Option<String> = None => Rounding;
         /// The dtype of forward and backward. Default: `precision.compute`.
         dtype: Option<Compute> = None => Mathematics;
-        /// Its values are on the device only while it works, else in host memory.
+        /// Its weights are on the device only while it computes, otherwise in host memory.
         offload: bool = false => Execution;
         /// Parameters that are not trained.
         freeze: Freeze = Freeze::default();
@@ -64,11 +64,11 @@ section! {
     pub struct FrozenModel {
         /// Hugging Face folder, run folder, checkpoint of a run, adapter, or Meta folder.
         path: PathBuf => Path;
-        /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: that of the command.
+        /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: the command's device.
         device: Option<String> = None => Rounding;
         /// The dtype of its forward. Default: `precision.compute`.
         dtype: Option<Compute> = None => Mathematics;
-        /// Its values are on the device only while it works, else in host memory.
+        /// Its weights are on the device only while it computes, otherwise in host memory.
         offload: bool = false => Execution;
     }
 }

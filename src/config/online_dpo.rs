@@ -12,7 +12,7 @@ use super::sft::PromptSamples;
 use super::template_date::TemplateDate;
 
 policy_configuration! {
-    /// DPO on the model's own responses; `train.batch_size` counts prompts an iteration, `train.steps` iterations.
+    /// DPO on the model's own responses; `train.batch_size` counts prompts per iteration, `train.steps` counts iterations.
     pub struct OnlineDpo {
         /// The loss, and which responses are compared.
         dpo: OnlineDpoSection = OnlineDpoSection::default();
@@ -22,31 +22,31 @@ policy_configuration! {
 }
 
 section! {
-    /// The loss of a pair of responses, and which pairs there are.
+    /// The loss of a pair of responses, and which pairs are formed.
     pub struct OnlineDpoSection {
-        /// Which loss, as in `corral dpo`.
+        /// The loss function, as in `corral dpo`.
         loss: DpoLoss = DpoLoss::Sigmoid => Mathematics;
-        /// How strongly the reference holds.
+        /// How strongly the policy is held to the reference.
         beta: f64 = 0.1, POSITIVE => Mathematics;
         /// Label smoothing, as in `corral dpo`.
         label_smoothing: f64 = 0.0, NOT_NEGATIVE => Mathematics;
-        /// Responses to each prompt, of which the best and the worst are a pair.
+        /// Responses to each prompt; the best and the worst form a pair.
         group_size: i64 = 2, COUNT => Mathematics;
-        /// Treatment of truncated responses, which no stop token ended.
+        /// Treatment of truncated responses (without a stop token).
         truncated: Truncated = Truncated::Keep => Mathematics;
         /// The penalty that `truncated: penalize` subtracts from the reward.
         truncated_penalty: f64 = 1.0, NOT_NEGATIVE => Mathematics;
-        /// A reference that follows the policy (Gorbatovski et al. 2024); none: it stays.
+        /// A reference that follows the policy (Gorbatovski et al. 2024); none: it is fixed.
         moving_reference: Option<MovingReference> = None;
     }
 }
 
 section! {
-    /// How the reference follows.
+    /// How the reference follows the policy.
     pub struct MovingReference {
-        /// Iterations between its moves.
+        /// Iterations between updates of the reference.
         every: i64, COUNT => Mathematics;
-        /// The share of the way to the policy; 1: it becomes the policy.
+        /// The weight of the policy in an update; 1: the reference becomes the policy.
         rate: f64, RATIO => Mathematics;
     }
 }

@@ -14,11 +14,11 @@ section! {
     pub struct Parallel {
         /// The sharding mode.
         mode: Mode = Mode::Full => Rounding;
-        /// `hybrid`: over how many ranks one copy of the parameters lies; `auto`: those of a host.
+        /// `hybrid`: the ranks that share one copy of the parameters; `auto`: those of a host.
         shard: ShardSize = ShardSize::Auto => Rounding;
         /// Ranks that share every matrix (tensor parallelism). Only 1 is built.
         tensor: i64 = 1, COUNT => Rounding;
-        /// Seconds within which ranks must meet, and every collective must end.
+        /// Time limit in seconds of the rendezvous and of every collective.
         timeout_s: f64 = 600.0, SECONDS => Execution;
     }
 }

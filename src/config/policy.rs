@@ -17,11 +17,11 @@ choice! {
     pub enum Aggregation {
         /// The mean over all tokens.
         TokenMean = "token-mean",
-        /// The mean over responses of each one's mean over its tokens.
+        /// The mean over the tokens of each response, then over responses.
         SeqMeanTokenMean = "seq-mean-token-mean",
-        /// The mean over responses of each one's sum.
+        /// The sum over the tokens of each response, then the mean over responses.
         SeqMeanTokenSum = "seq-mean-token-sum",
-        /// The same divided by the longest response that may be: no length is favoured.
+        /// The same divided by the maximum response length: no length is favoured.
         SeqMeanTokenSumNorm = "seq-mean-token-sum-norm",
     }
 }
@@ -47,31 +47,31 @@ impl KlEstimator {
 }
 
 choice! {
-    /// How the losses of the tokens of GRPO's responses are made, and become one.
+    /// The loss of a token of GRPO's responses, and its aggregation.
     pub enum LossType {
-        /// The mean over answers of each one's mean over its tokens (Shao et al. 2024).
+        /// The mean over the tokens of each response, then over responses (Shao et al. 2024).
         Grpo = "grpo",
         /// The mean over the update's tokens.
         Bnpo = "bnpo",
         /// The mean over the rollout's tokens (Yu et al. 2025).
         Dapo = "dapo",
-        /// The sum over tokens, divided by answers and longest answer (Liu et al. 2025).
+        /// The sum over tokens, divided by the number of responses and the maximum response length (Liu et al. 2025).
         DrGrpo = "dr_grpo",
-        /// Ratios as constant weights, cut off above at `epsilon_high` (MiniMax 2025).
+        /// Ratios as constant weights, clipped above at `epsilon_high` (MiniMax 2025).
         Cispo = "cispo",
-        /// A sigmoid in the place of the clipping.
+        /// A sigmoid instead of clipping.
         Sapo = "sapo",
-        /// The mean over answers of each one's sum.
+        /// The sum over the tokens of each response, then the mean over responses.
         Luspo = "luspo",
     }
 }
 
 choice! {
-    /// Whether ratios are taken of tokens or of whole answers (GSPO, Zheng et al. 2025).
+    /// Whether ratios are per token or per response (GSPO, Zheng et al. 2025).
     pub enum RatioLevel {
-        /// Ratios of tokens.
+        /// One ratio per token.
         Token = "token",
-        /// The exponential of the mean log-ratio of an answer's tokens.
+        /// The exponential of the mean log-ratio of a response's tokens.
         Sequence = "sequence",
     }
 }
@@ -92,15 +92,15 @@ macro_rules! policy_configuration {
             pub struct $name {
                 /// The policy.
                 actor: $crate::config::models::Trained;
-                /// The reference policy. Default: the actor as it was; with adapters, the actor without them.
+                /// The reference policy. Default: the actor's initial weights; with adapters, the actor without them.
                 reference: Option<$crate::config::models::FrozenModel> = None;
                 /// The reward model, for rewards of the kind `model`.
                 reward_model: Option<$crate::config::models::FrozenModel> = None;
-                /// The tokenizer of the actor, and of models that have none.
+                /// The tokenizer of the actor, and of models without one.
                 tokenizer: Option<$crate::config::sections::TokenizerSection> = None;
                 /// Prompts.
                 data: $crate::config::prompts::PromptData;
-                /// The rewards of a response, of which the weighted sum counts.
+                /// The rewards of a response; their weighted sum is used.
                 rewards: Vec<$crate::config::rewards::RewardTerm> = Vec::new();
                 /// How responses are sampled.
                 generation: $crate::config::rollout::Generation = Default::default();

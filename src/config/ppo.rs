@@ -20,10 +20,10 @@ use super::trainable;
 use super::yaml::YamlValue;
 
 policy_configuration! {
-    /// Proximal policy optimization; `train.batch_size` counts prompts an iteration, `train.steps` iterations.
+    /// Proximal policy optimization; `train.batch_size` counts prompts per iteration, `train.steps` counts iterations.
     pub struct Ppo {
-        /// The critic, which predicts returns. Default: the reward model's weights, or without one the actor's with a new head. Keys
-        /// that are left out take their defaults, not the actor's values.
+        /// The critic, which predicts returns. Default: the reward model's weights, or without one the actor's with a new head.
+        /// Keys that are not set take their defaults, not the actor's values.
         critic: Option<Critic> = None;
         /// Losses and rewards.
         ppo: PpoSection = PpoSection::default();
@@ -35,20 +35,20 @@ policy_configuration! {
 section! {
     /// Losses and rewards.
     pub struct PpoSection {
-        /// Passes over an iteration's responses, each in its own order.
+        /// Passes over an iteration's responses, each in a new order.
         epochs: i64 = 4, COUNT => Mathematics;
-        /// Responses of one update, over all ranks.
+        /// Responses per update, over all ranks.
         minibatch_size: i64 = 8, COUNT => Mathematics;
-        /// How far a ratio may go from 1.
+        /// Clip range of the ratio around 1.
         clip: f64 = 0.2, POSITIVE => Mathematics;
-        /// How far upwards, where that differs.
+        /// Clip range above 1, if different.
         clip_high: Option<f64> = None, POSITIVE => Mathematics;
-        /// The largest loss of a negative advantage, in multiples of it.
+        /// Upper bound of the loss for a negative advantage, in multiples of the advantage.
         dual_clip: Option<f64> = None, ABOVE_ONE => Mathematics;
-        /// How far a value may go from what it was; 0: any way.
+        /// Clip range of a value around the old one; 0: no clipping.
         clip_value: f64 = 0.2, NOT_NEGATIVE => Mathematics;
-        /// Weight of the value loss. The critic has an optimizer of its own, which this changes only through `optim.clip` and
-        /// `optim.eps`; `critic.optim.lr` is the key for its speed.
+        /// Weight of the value loss. The critic has its own optimizer, so this acts only through `optim.clip` and `optim.eps`;
+        /// set its speed with `critic.optim.lr`.
         value_coef: f64 = 1.0, POSITIVE => Mathematics;
         /// Discount of later rewards.
         gamma: f64 = 1.0, RATIO => Mathematics;
@@ -56,39 +56,39 @@ section! {
         lambda: f64 = 0.95, RATIO => Mathematics;
         /// Advantages are normalised over the iteration.
         whiten_advantages: bool = true => Mathematics;
-        /// Rewards with the KL penalty are divided by their deviation.
+        /// Rewards with the KL penalty are divided by their standard deviation.
         whiten_rewards: bool = false => Mathematics;
-        /// How the losses of tokens become one.
+        /// How token losses are aggregated.
         aggregation: Aggregation = Aggregation::TokenMean => Mathematics;
-        /// Weight of the entropy, which is made larger.
+        /// Weight of the entropy bonus.
         entropy_coef: f64 = 0.0, NOT_NEGATIVE => Mathematics;
-        /// Weight of the KL to the reference; of adaptive control its first.
+        /// Weight of the KL to the reference; with `kl_target`, its initial value.
         kl_coef: f64 = 0.05, NOT_NEGATIVE => Mathematics;
-        /// How the KL is estimated. Default: `k1`, in the loss `k3`.
+        /// The KL estimator. Default: `k1`, in the loss `k3`.
         kl_estimator: Option<KlEstimator> = None => Mathematics;
         /// Whether the KL is a penalty on rewards or a part of the loss.
         kl_in: KlIn = KlIn::Reward => Mathematics;
-        /// Nats a response that the weight is controlled for; none: it stays.
+        /// Target KL of an adaptive weight, in nats per response; none: the weight is constant.
         kl_target: Option<f64> = None, POSITIVE => Mathematics;
-        /// Responses over which the weight follows an error by its size.
+        /// Horizon of the adaptive weight, in responses.
         kl_horizon: f64 = 10_000.0, POSITIVE => Mathematics;
-        /// An iteration's updates end where their mean approximate KL to the policy that generated is above this, nats a token.
+        /// Ends an iteration's updates when their mean approximate KL to the sampling policy is above this, in nats per token.
         stop_kl: Option<f64> = None, POSITIVE => Mathematics;
-        /// Scores are cut off at plus and minus this, before the KL penalty.
+        /// Scores are clipped at plus and minus this, before the KL penalty.
         reward_clip: Option<f64> = None, POSITIVE => Mathematics;
         /// Subtracted from every score: a number, or `batch`, the mean of the iteration's.
         reward_baseline: Baseline = Baseline::Number(0.0) => Mathematics;
-        /// Treatment of truncated responses, which no stop token ended.
+        /// Treatment of truncated responses (without a stop token).
         missing_eos: MissingEos = MissingEos::Keep => Mathematics;
-        /// The number that `missing_eos` takes.
+        /// The penalty of `missing_eos`.
         missing_eos_penalty: f64 = 1.0, NOT_NEGATIVE => Mathematics;
         /// Iterations in which only the critic is trained.
         value_warmup: u64 = 0 => Mathematics;
-        /// Decay of a moving average of the actor's weights, written to RUN_DIR/ema; none: there is none.
+        /// Decay of a moving average of the actor's weights, written to RUN_DIR/ema; none: no average.
         ema: Option<f64> = None, RATIO => State;
-        /// Pretraining data beside the rollouts (Ouyang et al. 2022).
+        /// Pretraining data used besides the rollouts (Ouyang et al. 2022).
         ptx: Option<Ptx> = None;
-        /// Checks at the start that ratio and KL are what they must be.
+        /// Checks at the start that ratios are 1 and that the KL is 0.
         self_check: bool = true => Execution;
     }
 }
@@ -98,11 +98,11 @@ section! {
     pub struct Ptx {
         /// Token shards, as for pretraining.
         data: Vec<DataSource>;
-        /// Weight of the mean loss of a token.
+        /// Weight of the mean loss per token.
         coef: f64, POSITIVE => Mathematics;
-        /// Tokens of one sequence.
+        /// Tokens per sequence.
         sequence_length: i64 = 512, COUNT => State;
-        /// Sequences of one update, over all ranks. Default: `ppo.minibatch_size`.
+        /// Sequences per update, over all ranks. Default: `ppo.minibatch_size`.
         batch_size: Option<i64> = None, COUNT => Mathematics;
     }
 }
@@ -163,13 +163,13 @@ impl Setting for Baseline {
 }
 
 choice! {
-    /// Treatment of truncated responses, which no stop token ended.
+    /// Treatment of truncated responses (without a stop token).
     pub enum MissingEos {
-        /// Their score stays.
+        /// Their score is kept.
         Keep = "keep",
-        /// Their score is minus the penalty.
+        /// Their score becomes minus the penalty.
         Replace = "replace",
-        /// The penalty is taken from their score.
+        /// The penalty is subtracted from their score.
         Subtract = "subtract",
         /// They are left out of the losses.
         Mask = "mask",
@@ -179,11 +179,11 @@ choice! {
 section! {
     /// Responses that are written to samples.jsonl and TensorBoard.
     pub struct ResponseSamples {
-        /// Iterations between samples; 0: there are none.
+        /// Iterations between samples; 0: no samples.
         every: u64 = 10 => Output;
-        /// How many responses of an iteration.
+        /// Number of responses per iteration.
         count: i64 = 4, COUNT => Output;
-        /// Every token of them, too, in trace.jsonl.
+        /// Also writes every token of them to trace.jsonl.
         trace: bool = false => Output;
     }
 }
@@ -261,11 +261,14 @@ impl Ppo {
         let micro = self.micro_batch_size(world_size);
         let unit = micro.max(1) * world_size;
         if ppo.minibatch_size % unit != 0 || micro < 1 {
-            let why =
-                format!("{} is no multiple of train.micro_batch_size x ranks = {unit}", ppo.minibatch_size);
+            let why = format!(
+                "{} is not a multiple of train.micro_batch_size x ranks = {unit}",
+                ppo.minibatch_size
+            );
             found.add("ppo.minibatch_size", why);
         } else if batch % ppo.minibatch_size != 0 {
-            let why = format!("train.batch_size, {batch} prompts, is no multiple of {}", ppo.minibatch_size);
+            let why =
+                format!("train.batch_size, {batch} prompts, is not a multiple of {}", ppo.minibatch_size);
             found.add("ppo.minibatch_size", why);
         }
         let Some(ptx) = &ppo.ptx else { return };
@@ -274,7 +277,7 @@ impl Ppo {
             found.add("ppo.ptx.data", "name at least one folder of token shards");
         }
         if rows % unit != 0 {
-            let why = format!("{rows} is no multiple of train.micro_batch_size x ranks = {unit}");
+            let why = format!("{rows} is not a multiple of train.micro_batch_size x ranks = {unit}");
             found.add("ppo.ptx.batch_size", why);
         }
     }

@@ -10,28 +10,29 @@ use super::template_date::TemplateDate;
 use super::trainable::Lora;
 
 section! {
-    /// Prompts with ranked completions, or with completions found good or bad: see the formats in docs/formats.md.
+    /// Prompts with ranked completions, or with completions labelled good or bad: see the formats in docs/formats.md.
     pub struct PreferenceData {
         /// Files to train on; at least one.
         train: Vec<DataSource>;
         /// Files to validate on; with none there is no validation.
         valid: Vec<DataSource> = Vec::new() => Output;
-        /// Most tokens of a prompt with one completion.
+        /// Maximum tokens of a prompt with one completion.
         sequence_length: i64 = 512, COUNT => State;
-        /// All completions of a micro-batch in one row, which do not see each other; else one a row, padded to the longest.
+        /// Packs all completions of a micro-batch into one row, without attention between them; else one per row, padded to the
+        /// longest.
         packing: bool = true => State;
-        /// Treatment of completions that are longer than `sequence_length` with their prompt; `truncate` cuts the
-        /// beginning of the prompt off.
+        /// Treatment of completions that are longer than `sequence_length` with their prompt; `truncate` cuts off the beginning
+        /// of the prompt.
         too_long: TooLong = TooLong::Truncate => State;
         /// Treatment of unusable records.
         on_error: OnError = OnError::Refuse => State;
-        /// Relative sizes of the parts of the training files for the stages fine-tuning, preferences (reward model, DPO) and
-        /// RL: this stage takes the second part. A record's part depends on its number in
-        /// its file alone. Empty: every stage takes all.
+        /// Relative sizes of the parts of the training files for the stages fine-tuning, preferences (reward model, DPO) and RL:
+        /// this stage takes the second part. A record's part depends only on its number in its file. Empty: every stage takes
+        /// all.
         split: Vec<f64> = Vec::new() => State;
-        /// The date that the chat template is told, where it asks for one. Default: today's when the run begins.
+        /// The date for chat templates that use one. Default: the day on which the run begins.
         template_date: TemplateDate = TemplateDate::default() => State;
-        /// Where tokenized data is kept. Default: `corral` in the user's cache folder.
+        /// Where tokenized data is cached. Default: `corral` in the user's cache folder.
         cache: Option<PathBuf> = None => Execution;
     }
 }

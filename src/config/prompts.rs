@@ -12,23 +12,21 @@ use super::template_date::TemplateDate;
 section! {
     /// Prompts: see the formats in docs/formats.md.
     pub struct PromptData {
-        /// Files to take prompts from, at least one: `prompt`, `messages`, or any format of conversations, whose completion is
-        /// left out.
+        /// Files of prompts, at least one: `prompt`, `messages`, or any format of conversations, whose completion is ignored.
         train: Vec<DataSource>;
         /// Files to validate on; with none there is no validation.
         valid: Vec<DataSource> = Vec::new() => Output;
-        /// Most tokens of a prompt with its response: prompts that leave no room for `generation.max_new_tokens` are left out
+        /// Maximum tokens of a prompt with its response: prompts that leave no room for `generation.max_new_tokens` are dropped
         /// and counted.
         sequence_length: i64 = 512, COUNT => State;
-        /// Examples with their answers that stand before every prompt.
+        /// Examples with their answers, put before every prompt.
         few_shot: Option<FewShot> = None;
         /// Treatment of unusable records.
         on_error: OnError = OnError::Refuse => State;
-        /// Relative sizes of the parts of the training files for the stages fine-tuning, preferences (reward model, DPO) and
-        /// RL: this stage takes the third part. A record's part depends on its number in
-        /// its file alone. Empty: every stage takes all.
+        /// Relative sizes of the parts of the training files for the stages fine-tuning, preferences (reward model, DPO) and RL:
+        /// this stage takes the third part. A record's part depends only on its number in its file. Empty: every stage takes all.
         split: Vec<f64> = Vec::new() => State;
-        /// The date that the chat template is told, where it asks for one. Default: today's when the run begins.
+        /// The date for chat templates that use one. Default: the day on which the run begins.
         template_date: TemplateDate = TemplateDate::default() => State;
     }
 }

@@ -38,11 +38,11 @@ section! {
     pub struct RewardSection {
         /// The loss on ranked completions.
         loss: RewardLoss = RewardLoss::Pairs => Mathematics;
-        /// How tokens' values become a score. Default: as in the model, if it is a reward model; else `last`.
+        /// How token values become a score. Default: as in the model, if it is a reward model; else `last`.
         score: Option<Score> = None => Mathematics;
         /// How much higher the better score must be (loss `pairs`).
         margin: f64 = 0.0, NOT_NEGATIVE => Mathematics;
-        /// Weight of the squared sum of the scores of each compared pair, which keeps scores around 0.
+        /// Weight of the squared sum of each compared pair's scores, which keeps scores around 0.
         center: f64 = 0.0, NOT_NEGATIVE => Mathematics;
         /// Standard deviation of a new head's weights. Default: 1 / sqrt(hidden_size + 1).
         init_std: Option<f64> = None, NOT_NEGATIVE => Mathematics;
@@ -64,9 +64,9 @@ choice! {
 }
 
 choice! {
-    /// How tokens' values become the score of a completion.
+    /// How token values become the score of a completion.
     pub enum Score {
-        /// The value of the last token: what transformers reads.
+        /// The value of the last token, as in transformers.
         Last = "last",
         /// The sum over the completion's tokens.
         Sum = "sum",
@@ -78,11 +78,11 @@ choice! {
 section! {
     /// Data on which the trained model's scores are measured, to normalise them to mean 0 and standard deviation 1.
     pub struct Normalize {
-        /// Completions that are scored, the first ones; 0: scores stay as they are.
+        /// Number of completions to score, from the first; 0: no normalisation.
         samples: u64 = 1000 => Output;
         /// Files of conversations or of ranked completions. Default: the validation data, else the training data.
         data: Vec<PathBuf> = Vec::new() => Output;
-        /// The ranked completions that are scored.
+        /// Which ranked completions are scored.
         of: Which = Which::All => Output;
     }
 }

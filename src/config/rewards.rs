@@ -10,23 +10,23 @@ section! {
         kind: RewardKind => Mathematics;
         /// Its weight in the sum.
         weight: f64 = 1.0 => Mathematics;
-        /// gsm8k: where the answer stands. Default: `strict`.
+        /// gsm8k: how the answer is found. Default: `strict`.
         form: Option<AnswerForm> = None => Mathematics;
-        /// format: what must occur in the response, a regular expression of the crate `regex`.
+        /// format: the regular expression (crate `regex`) that must match in the response.
         pattern: Option<String> = None => Mathematics;
-        /// length: the tokens at which the reward is -1.
+        /// length: number of tokens at which the reward is -1.
         most: Option<i64> = None, COUNT => Mathematics;
-        /// length: the tokens over which it falls from 0 to -1. Default: a quarter of `most`.
+        /// length: number of tokens over which it falls from 0 to -1. Default: a quarter of `most`.
         buffer: Option<i64> = None, COUNT => Mathematics;
         /// command: the program that the shell runs.
         run: Option<String> = None => Mathematics;
         /// http: the server's address, `http://HOST:PORT/PATH`.
         url: Option<String> = None => Mathematics;
-        /// command, http: the longest that one answer may take, in seconds. Default: 60.
+        /// command, http: time limit of one reply, in seconds. Default: 60.
         timeout_s: Option<f64> = None, POSITIVE => Execution;
-        /// command, http: processes, or requests at once, of a rank. Default: 1.
+        /// command, http: processes, or concurrent requests, per rank. Default: 1.
         workers: Option<i64> = None, COUNT => Execution;
-        /// command, http: all responses of a worker are asked in one array, and answered with one.
+        /// command, http: a worker sends all its responses in one array, and gets one array of rewards.
         batch: Option<bool> = None => Execution;
     }
 }
@@ -34,17 +34,17 @@ section! {
 choice! {
     /// The kind of a reward.
     pub enum RewardKind {
-        /// 1 where the answer after `####` is the reference's number, else 0.
+        /// 1 if the answer after `####` is the reference's number, else 0.
         Gsm8k = "gsm8k",
-        /// 1 where the last `\boxed{}` is the reference's answer, else 0.
+        /// 1 if the last `\boxed{}` is the reference's answer, else 0.
         Math = "math",
-        /// 1 where a regular expression matches, else 0.
+        /// 1 if a regular expression matches, else 0.
         Format = "format",
         /// 0 for short responses, falling to -1 (the soft overlong punishment of DAPO, Yu et al. 2025).
         Length = "length",
-        /// The number that a program answers.
+        /// The number that a program returns.
         Command = "command",
-        /// The number that a server answers.
+        /// The number that a server returns.
         Http = "http",
         /// The reward model's score.
         Model = "model",
@@ -52,9 +52,9 @@ choice! {
 }
 
 choice! {
-    /// How an answer of GSM8K's form is looked for.
+    /// How an answer of GSM8K's form is found.
     pub enum AnswerForm {
-        /// The number after the last `####` that one follows.
+        /// The number after the last `####` with a number after it.
         Strict = "strict",
         /// The last number of the text.
         Flexible = "flexible",

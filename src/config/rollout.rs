@@ -12,24 +12,24 @@ use super::yaml::YamlValue;
 section! {
     /// How responses are sampled while training.
     pub struct Generation {
-        /// Most tokens of a response: a number, or `[LOW, HIGH]`, of which every prompt draws its own.
+        /// Maximum tokens of a response: a number, or `[LOW, HIGH]`, from which every prompt draws its own.
         max_new_tokens: Length = Length { low: 256, high: 256 }, COUNT => Mathematics;
-        /// Tokens of a response before one that ends it may be chosen.
+        /// Minimum tokens of a response before a stop token may be sampled.
         min_new_tokens: usize = 0 => Mathematics;
-        /// Divides the logits: here and in every log-probability of the training.
+        /// Divides the logits, in sampling and in every log-probability of the training.
         temperature: f64 = 1.0, POSITIVE => Mathematics;
-        /// The most probable tokens that are drawn from; 0: all.
+        /// Samples only from this many most probable tokens; 0: all.
         top_k: usize = 0 => Mathematics;
-        /// The least share of the probability that the most probable tokens drawn from have.
+        /// Nucleus sampling: samples from the most probable tokens whose total probability reaches this.
         top_p: f64 = 1.0, SHARE => Mathematics;
         /// Texts that end a response, besides the tokens that end a turn.
         stop: Vec<String> = Vec::new() => Mathematics;
-        /// A token's text: no token ends a response, but it is cut after the first of these that has `truncate_after` tokens
-        /// before it (Ziegler et al. 2019).
+        /// A token's text: no token ends a response; it is cut after the first such token that has `truncate_after` tokens before
+        /// it (Ziegler et al. 2019).
         truncate_token: Option<String> = None => Mathematics;
         /// See `truncate_token`.
         truncate_after: usize = 0 => Mathematics;
-        /// Responses in work at once on a rank. Default: all of them.
+        /// Responses generated at once on a rank. Default: all of them.
         batch_size: Option<i64> = None, COUNT => Rounding;
         /// How sharded parameters are gathered while responses are sampled.
         gather: Gather = Gather::Auto => Execution;
@@ -39,9 +39,9 @@ section! {
 choice! {
     /// How sharded parameters are gathered while responses are sampled.
     pub enum Gather {
-        /// `whole` where every rank has room for twice the parameters, else `blocks`.
+        /// `whole` if every rank has memory for twice the parameters, else `blocks`.
         Auto = "auto",
-        /// All of them at once: nothing is communicated until the responses are there.
+        /// All of them at once: no communication until the responses are finished.
         Whole = "whole",
         /// One block after the other, for every token.
         Blocks = "blocks",

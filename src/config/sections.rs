@@ -14,7 +14,7 @@ use super::yaml::YamlValue;
 choice! {
     /// Treatment of unusable records: unreadable lines, no known format, messages that the chat template refuses.
     pub enum OnError {
-        /// Count all, name the first ten, and end before anything is computed
+        /// Count all, name the first ten, and stop before anything is computed
         Refuse = "refuse",
         /// Leave them out, and count them by reason
         Skip = "skip",
@@ -24,10 +24,10 @@ choice! {
 section! {
     /// A source of data with its share of the samples.
     pub struct SourceKeys {
-        /// A file, or a folder: of token shards for pretraining, else of files of any kind that is read, or of Arrow files (`save_to_disk`).
+        /// A file or a folder: token shards for pretraining, else files of any supported format, or Arrow files (`save_to_disk`).
         path: PathBuf => Path;
-        /// Share of this source in the samples, relative to the others' weights; given for all sources of a list or for
-        /// none. Without weights the sources are shuffled together, each as large as it is.
+        /// Share of this source in the samples, relative to the others' weights; set it for all sources of a list or for none.
+        /// Without weights the sources are shuffled together at their own sizes.
         weight: Option<f64> = None, POSITIVE => State;
     }
 }
@@ -63,21 +63,21 @@ impl Setting for DataSource {
 }
 
 section! {
-    /// The tokenizer, and how conversations are rendered. Without this section it is the model's as it is.
+    /// The tokenizer, and how conversations are rendered. Without this section: the model's, unchanged.
     pub struct TokenizerSection {
         /// A folder with a tokenizer, or its file. Default: the model's folder.
         path: Option<PathBuf> = None => Path;
-        /// A chat template in place of the tokenizer's: the name of a built-in one, a file, or Jinja itself.
+        /// A chat template that replaces the tokenizer's: the name of a built-in one, a file, or Jinja source.
         chat_template: Option<String> = None => Path;
-        /// A plain template in place of the tokenizer's, with `{prompt}` and `{completion}`.
+        /// A plain template that replaces the tokenizer's, with `{prompt}` and `{completion}`.
         template: Option<String> = None => State;
-        /// Special tokens that the tokenizer gets; their embeddings are new rows, each the mean of the model's rows.
+        /// Special tokens to add to the tokenizer; each gets a new embedding row, the mean of the model's rows.
         add_tokens: Vec<String> = Vec::new() => State;
-        /// The token that pads, a new one where the tokenizer does not have it (`'"[PAD]"'`: one in brackets in quotes; with
-        /// `lora`, `lora.modules_to_save` must have `embed_tokens`, and `lm_head` where there is one). Only files that others
-        /// read need one: nothing here looks at it.
+        /// The padding token, added if the tokenizer does not have it (`'"[PAD]"'`: quote one in brackets; with `lora`,
+        /// `lora.modules_to_save` must have `embed_tokens`, and `lm_head` if there is one). Only files for other programs need
+        /// one: Corral does not use it.
         pad_token: Option<String> = None => State;
-        /// The embeddings get as many rows that their number is a multiple of this.
+        /// Pads the number of embedding rows to a multiple of this.
         pad_to_multiple_of: Option<i64> = None, COUNT => State;
     }
 }
@@ -115,7 +115,7 @@ choice! {
     pub enum Compute {
         /// Single precision.
         Float32 = "float32",
-        /// Half the memory of activations, and faster where the processor has bfloat16 products.
+        /// Half the memory of activations, and faster on processors with bfloat16 matrix products.
         Bfloat16 = "bfloat16",
         /// For tests.
         Float64 = "float64",
@@ -130,18 +130,18 @@ section! {
     pub struct Optim {
         /// Peak learning rate.
         lr: f64 = 3e-4, POSITIVE => Mathematics;
-        /// Decay of the first and second moment.
+        /// Decay rates of the first and second moment.
         betas: [f64; 2] = [0.9, 0.95], BELOW_ONE => Mathematics;
         /// Added to the root of the second moment.
         eps: f64 = 1e-8, POSITIVE => Mathematics;
-        /// Decoupled decay, of matrices only.
+        /// Decoupled weight decay, of matrices only.
         weight_decay: f64 = 0.1, NOT_NEGATIVE => Mathematics;
-        /// Largest global norm of the gradient; 0: no clipping.
+        /// Maximum global gradient norm; 0: no clipping.
         clip: f64 = 1.0, NOT_NEGATIVE => Mathematics;
-        /// The format of the moments: 8 bytes a parameter, or 2.03 with `8bit`.
+        /// The format of the moments: 8 bytes per parameter, or 2.03 with `8bit`.
         moments: MomentsIn = MomentsIn::Float32 => State;
-        /// Moments lie in pinned host memory and come to the GPU in parts of 16M values when they are updated; refused on a CPU,
-        /// where there is nothing to gain.
+        /// Keeps moments in pinned host memory and copies them to the GPU in chunks of 16M values for the update; refused on a
+        /// CPU, where it gains nothing.
         offload: bool = false => Execution;
     }
 }
@@ -151,19 +151,19 @@ choice! {
     pub enum MomentsIn {
         /// Float32 (float64 in float64 compute).
         Float32 = "float32",
-        /// 8-bit codes, blocks of 256 with a scale each (Dettmers et al. 2022).
+        /// 8-bit codes, one scale per block of 256 (Dettmers et al. 2022).
         EightBit = "8bit",
     }
 }
 
 section! {
-    /// The learning rate over the steps.
+    /// The learning-rate schedule.
     pub struct ScheduleSection {
-        /// How it falls after the warm-up.
+        /// The shape of the decay after the warm-up.
         kind: ScheduleKind = ScheduleKind::Cosine => Mathematics;
         /// Steps over which the learning rate rises linearly from 0 to its peak.
         warmup_steps: u64 = 0 => Mathematics;
-        /// The same as a share of the run's steps, in place of `warmup_steps`.
+        /// The same as a share of the run's steps, instead of `warmup_steps`.
         warmup_ratio: Option<f64> = None, RATIO => Mathematics;
         /// The learning rate at the end, as a share of its peak (cosine and linear).
         min_lr_ratio: f64 = 0.1, RATIO => Mathematics;
@@ -190,32 +190,32 @@ impl ScheduleSection {
 }
 
 choice! {
-    /// How the learning rate falls after the warm-up.
+    /// The shape of the learning rate's decay after the warm-up.
     pub enum ScheduleKind {
-        /// Half a period of the cosine.
+        /// Half a cosine period.
         Cosine = "cosine",
         /// A line.
         Linear = "linear",
-        /// Not at all.
+        /// No decay.
         Constant = "constant",
     }
 }
 
 section! {
-    /// How much is trained, and in which pieces.
+    /// Training length and batch sizes.
     pub struct TrainSection {
-        /// Updates; either this or `epochs`.
+        /// Optimizer steps; either this or `epochs`.
         steps: Option<i64> = None, COUNT => Length;
         /// Passes over the training data; either this or `steps`.
         epochs: Option<f64> = None, POSITIVE => Length;
-        /// With `epochs`: leaves out the last rows where they do not fill a step, which else is a smaller one. ppo, grpo and
-        /// online-dpo always leave them out.
+        /// With `epochs`: drops the last rows if they do not fill a step; otherwise the last step is smaller. ppo, grpo and
+        /// online-dpo always drop them.
         drop_last: bool = false => Length;
-        /// Sequences of one step, over all ranks.
+        /// The global batch: sequences per step, over all ranks.
         batch_size: i64 = 32, COUNT => Mathematics;
-        /// Sequences that one rank computes at once. Default: its whole share of the batch.
+        /// Sequences that a rank computes at once. Default: its whole share of the batch.
         micro_batch_size: Option<i64> = None, COUNT => Rounding;
-        /// Which activations of a block are computed again in the backward.
+        /// Which activations of a block are recomputed in the backward.
         recompute: Recompute = Recompute::None => Execution;
     }
 }
@@ -246,16 +246,16 @@ impl TrainSection {
         };
         let (below, above) = (batch / unit * unit, (batch / unit + 1) * unit);
         let near = if below > 0 { format!("{below} or {above}") } else { above.to_string() };
-        found.add("train.batch_size", format!("{batch} is no multiple of {of}; {near} would be"));
+        found.add("train.batch_size", format!("{batch} is not a multiple of {of}; {near} would be"));
     }
 }
 
 choice! {
-    /// Which activations of a block are computed again in the backward instead of being kept.
+    /// Which activations of a block are recomputed in the backward instead of being kept.
     pub enum Recompute {
         /// Only the norms' outputs and SwiGLU's, which cost one pass over memory.
         None = "none",
-        /// Also the product of gate and up, the largest activation: 2F of the 2C + (2H + 2K) D + 2F numbers a token and block.
+        /// Also the product of gate and up, the largest activation: 2F of the 2C + (2H + 2K) D + 2F numbers per token and block.
         Selective = "selective",
         /// The whole block, from its input.
         Full = "full",
@@ -263,17 +263,17 @@ choice! {
 }
 
 section! {
-    /// When the run is saved.
+    /// When checkpoints are written.
     pub struct CheckpointSection {
         /// Steps between checkpoints; one is always written at the end.
         every: i64 = 100, COUNT => Output;
-        /// Checkpoints that stay.
+        /// Number of checkpoints to keep.
         keep: i64 = 3, COUNT => Output;
     }
 }
 
 section! {
-    /// When a line of metrics is written.
+    /// When metrics are written.
     pub struct Log {
         /// Steps between lines of metrics.
         every: i64 = 1, COUNT => Output;
@@ -287,11 +287,11 @@ section! {
     pub struct Valid {
         /// Steps between validations; 0: none.
         every: i64 = 100, WHOLE => Output;
-        /// Batches of `train.batch_size` sequences that a validation takes at most.
+        /// Maximum batches of `train.batch_size` sequences per validation.
         batches: i64 = 20, COUNT => Output;
-        /// The checkpoint with the best validation stays besides the last `checkpoint.keep`, and is what the run exports.
+        /// Keeps the checkpoint with the best validation, besides the last `checkpoint.keep`, and exports it.
         keep_best: bool = false => Output;
-        /// Validations in a row without a better one that end the run, which then keeps the best; 0: none do.
+        /// Ends the run after so many validations without improvement, and keeps the best; 0: never.
         patience: u64 = 0 => Output;
     }
 }

@@ -27,7 +27,7 @@ configuration! {
         lora: Option<Lora> = None;
         /// Validation on `data.valid`.
         valid: Valid = Valid::default();
-        /// Answers to the first prompts of the validation data, into samples.jsonl and TensorBoard.
+        /// Responses to the first prompts of the validation data, written to samples.jsonl and TensorBoard.
         samples: PromptSamples = PromptSamples::default();
         /// How the samples are generated.
         generation: SampleGeneration = SampleGeneration::default();
@@ -41,9 +41,9 @@ section! {
         train: Vec<DataSource>;
         /// Files to validate on; with none there is no validation.
         valid: Vec<DataSource> = Vec::new() => Output;
-        /// Most tokens of a row, T.
+        /// Maximum tokens of a row, T.
         sequence_length: i64 = 512, COUNT => State;
-        /// Several examples in a row, which do not see each other; else one example a row, padded to the longest.
+        /// Packs several examples into a row, without attention between them; else one per row, padded to the longest.
         packing: bool = true => State;
         /// Also trains on tokens that are not the assistant's.
         train_on_prompt: bool = false => State;
@@ -51,23 +51,22 @@ section! {
         too_long: TooLong = TooLong::Truncate => State;
         /// Treatment of unusable records.
         on_error: OnError = OnError::Refuse => State;
-        /// Relative sizes of the parts of the training files for the stages fine-tuning, reward model and RL: this stage
-        /// takes the first part. A record's part depends on its number in
-        /// its file alone. Empty: every stage takes all.
+        /// Relative sizes of the parts of the training files for the stages fine-tuning, reward model and RL: this stage takes
+        /// the first part. A record's part depends only on its number in its file. Empty: every stage takes all.
         split: Vec<f64> = Vec::new() => State;
-        /// The date that the chat template is told, where it asks for one. Default: today's when the run begins.
+        /// The date for chat templates that use one. Default: the day on which the run begins.
         template_date: TemplateDate = TemplateDate::default() => State;
-        /// Where tokenized data is kept. Default: `corral` in the user's cache folder.
+        /// Where tokenized data is cached. Default: `corral` in the user's cache folder.
         cache: Option<PathBuf> = None => Execution;
     }
 }
 
 section! {
-    /// Answers to the first prompts of the validation data, into samples.jsonl and TensorBoard.
+    /// Responses to the first prompts of the validation data, written to samples.jsonl and TensorBoard.
     pub struct PromptSamples {
-        /// Steps between samples; 0: there are none.
+        /// Steps between samples; 0: no samples.
         every: i64 = 0, NOT_NEGATIVE => Output;
-        /// How many prompts.
+        /// Number of prompts.
         count: i64 = 4, COUNT => Output;
     }
 }
@@ -75,13 +74,13 @@ section! {
 section! {
     /// How the samples are generated.
     pub struct SampleGeneration {
-        /// Most tokens of an answer.
+        /// Maximum tokens of a response.
         max_new_tokens: i64 = 256, COUNT => Output;
         /// Divides the logits; 0: always the most probable token.
         temperature: f64 = 1.0, NOT_NEGATIVE => Output;
-        /// The most probable tokens that are drawn from; 0: all.
+        /// Samples only from this many most probable tokens; 0: all.
         top_k: usize = 0 => Output;
-        /// The least share of the probability that the most probable tokens drawn from have.
+        /// Nucleus sampling: samples from the most probable tokens whose total probability reaches this.
         top_p: f64 = 1.0, SHARE => Output;
     }
 }

@@ -7,13 +7,13 @@ use super::section::{choice, section};
 use crate::error::{Error, Result};
 
 choice! {
-    /// Whose model it is: what the one Llama does differently, and how its `config.json` is written.
+    /// The model family: how it differs from Llama, and how its `config.json` is written.
     pub enum Family {
         /// Llama 1, 2 and 3.
         Llama = "llama",
         /// With a sliding window.
         Mistral = "mistral",
-        /// A mixture of experts in the place of each MLP.
+        /// A mixture of experts instead of each MLP.
         Mixtral = "mixtral",
         /// Qwen 1, 2 and 2.5: bias on q, k and v.
         Qwen2 = "qwen2",
@@ -23,9 +23,9 @@ choice! {
         Gemma2 = "gemma2",
         /// Text: windows in most blocks, with a rotary base of their own.
         Gemma3 = "gemma3",
-        /// Norms after attention and MLP alone; norms of whole queries and keys.
+        /// Norms only after attention and MLP; norms of whole queries and keys.
         Olmo2 = "olmo2",
-        /// A Llama with joined tensors.
+        /// A Llama with fused projections.
         Phi3 = "phi3",
     }
 }
@@ -151,16 +151,16 @@ impl Head {
 }
 
 section! {
-    /// Rope scaling of type `llama3` (Llama 3.1 and later): low frequencies are slowed down by `factor`.
+    /// Rope scaling of type `llama3` (Llama 3.1 and later): low frequencies are divided by `factor`.
     pub struct Llama3RopeScaling {
         /// The divisor of low frequencies.
         factor: f64, POSITIVE => State;
         /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are low frequencies.
         low_freq_factor: f64, POSITIVE => State;
-        /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are left alone; between the two it goes
-        /// gradually.
+        /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are unchanged; between the two it is
+        /// interpolated.
         high_freq_factor: f64, POSITIVE => State;
-        /// Positions that the model was trained on before.
+        /// Positions of the original training.
         original_max_position_embeddings: i64, COUNT => State;
     }
     check Llama3RopeScaling::ordered

@@ -11,7 +11,7 @@ use super::keys::KeyKind;
 use super::problems::Problems;
 use super::setting::{At, Setting};
 
-/// `data.template_date`: the date that a chat template asks for, `YYYY-MM-DD`. Default: today's, when the run begins; a
+/// `data.template_date`: the date that a chat template asks for, `YYYY-MM-DD`. Default: the day on which the run begins; a
 /// resumed run keeps its date.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TemplateDate {

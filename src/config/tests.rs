@@ -199,7 +199,7 @@ fn wrong_types_and_ranges_are_told_with_place() {
         (
             "{preset: llama-15m}",
             "{init: {hidden_size: 10, num_hidden_layers: 1, num_attention_heads: 4}}",
-            "c.yaml:3:15: 'model.init': hidden_size (10) is no multiple of num_attention_heads (4): change one, or give head_dim",
+            "c.yaml:3:15: 'model.init': hidden_size (10) is not a multiple of num_attention_heads (4): change one, or give head_dim",
         ),
     ] {
         assert_eq!(broken(from, to).lines().next(), Some(expected));
@@ -278,11 +278,11 @@ fn combinations_are_refused_with_place() {
     };
     assert_eq!(
         refused(&["train.micro_batch_size=3"], 2),
-        "c.yaml:10:32: 'train.batch_size': 8 is no multiple of train.micro_batch_size x ranks = 3 x 2 = 6; 6 or 12 would be"
+        "c.yaml:10:32: 'train.batch_size': 8 is not a multiple of train.micro_batch_size x ranks = 3 x 2 = 6; 6 or 12 would be"
     );
     assert_eq!(
         refused(&["train.batch_size=2"], 3),
-        "override 'train.batch_size=2': 'train.batch_size': 2 is no multiple of the number of ranks, 3; 3 would be"
+        "override 'train.batch_size=2': 'train.batch_size': 2 is not a multiple of the number of ranks, 3; 3 would be"
     );
     assert_eq!(
         refused(&["schedule.warmup_steps=11"], 1),

@@ -12,32 +12,32 @@ use super::yaml::YamlValue;
 section! {
     /// Parameters that are not trained: they have no gradients and no moments, and the backward ends at the lowest trainable block.
     pub struct Freeze {
-        /// The first blocks, so many.
+        /// Number of blocks to freeze, from the first.
         blocks: u64 = 0 => State;
-        /// The embedding, and with it the head, where they are tied.
+        /// Freezes the embedding, and the head if they are tied.
         embeddings: bool = false => State;
-        /// Only tensors with one of these in their name are trained: whole parts between dots (`q_proj`, `layers.3`), `*` for
-        /// anything. Empty: all that is not frozen otherwise.
+        /// Trains only tensors with one of these in their name: whole parts between dots (`q_proj`, `layers.3`), `*` matches
+        /// anything. Empty: all that are not frozen otherwise.
         train_only: Vec<String> = Vec::new() => State;
     }
 }
 
 section! {
-    /// Low-rank adapters (Hu et al. 2021): the weights stay, and B A is trained beside them.
+    /// Low-rank adapters (Hu et al. 2021): the weights are frozen, and B A is trained beside them.
     pub struct Lora {
         /// r, the rows of A and the columns of B.
         rank: i64, COUNT => State;
         /// B A is multiplied by alpha / r, or alpha / sqrt(r) with `rslora`. Default: 2 r.
         alpha: Option<f64> = None, POSITIVE => Mathematics;
-        /// Share of A's inputs that is left out in training.
+        /// Dropout probability of A's inputs in training.
         dropout: f64 = 0.0, BELOW_ONE => Mathematics;
         /// The linear layers that have adapters.
         targets: Targets = Targets::AllLinear => State;
-        /// Scaling that does not fall with the rank (Kalajdzievski 2023).
+        /// Rank-stabilised scaling (Kalajdzievski 2023).
         rslora: bool = false => Mathematics;
-        /// Trained as a whole besides: `embed_tokens`, `lm_head`.
+        /// Modules trained in full besides the adapters: `embed_tokens`, `lm_head`.
         modules_to_save: Vec<String> = Vec::new() => State;
-        /// How the linear layers' weights are kept.
+        /// Format of the linear layers' frozen weights.
         base: BaseFormat = BaseFormat::None => Mathematics;
     }
     check Lora::complete
@@ -102,11 +102,11 @@ impl Setting for Targets {
 }
 
 choice! {
-    /// How weights that adapters are added to are kept.
+    /// Format of the frozen weights that adapters are added to.
     pub enum BaseFormat {
         /// In the compute dtype.
         None = "none",
-        /// 8 bits, one scale a row.
+        /// 8 bits, one scale per row.
         Int8 = "int8",
         /// 4 bits, blocks of 64 with scales in 8 bits (QLoRA, Dettmers et al. 2023).
         Nf4 = "nf4",

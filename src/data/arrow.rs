@@ -53,7 +53,7 @@ pub fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     }
     let path = dir.join("state.json");
     if !exists(&path)? {
-        let what = "is a folder, and no data set that `save_to_disk` of Hugging Face's datasets wrote (there is no \
+        let what = "is a folder, but not a data set written by `save_to_disk` of Hugging Face's datasets (there is no \
                     state.json); name the files in it";
         return Err(Error::data(format!("{} {what}", dir.display())));
     }

@@ -93,7 +93,7 @@ impl Loader {
             let needed = if order == WindowOrder::Sequential { 2 } else { length + 1 };
             if set.num_tokens() < needed {
                 return Err(Error::data(format!(
-                    "{}: {} tokens are too few, a sample of sequence length {length} takes {needed}; give more text \
+                    "{}: {} tokens are too few: a sample of sequence length {length} needs {needed}; give more text \
                      or a shorter sequence length",
                     source.path.display(),
                     set.num_tokens()

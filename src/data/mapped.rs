@@ -29,7 +29,7 @@ impl Mapped {
     pub fn open(path: &Path) -> Result<Mapped> {
         let file = File::open(path).map_err(|e| read_error(path, &e))?;
         let lost = console::error_line(&format!(
-            "{}: it was shortened while it was in use; make it again",
+            "{}: it was truncated while in use; create it again",
             path.display()
         ));
         let bytes = map_file(&file, &lost).map_err(|e| read_error(path, &e))?;

@@ -199,8 +199,8 @@ fn supervised(fields: &Map<String, Value>, role: &str) -> Result<bool, String> {
         };
         if yes && key != "weight" && role != "assistant" {
             return Err(format!(
-                "a message of role `{role}` has `{key}` true; only turns of the assistant can be chosen \
-                 (data.train_on_prompt counts all else, too)"
+                "a message of role `{role}` has `{key}` true; only assistant turns can be selected (data.train_on_prompt \
+                 includes all others)"
             ));
         }
         supervised &= yes;
@@ -214,7 +214,7 @@ fn text_part(part: &Value) -> Result<Value, String> {
     match kind {
         Some("text") if part.get("text").is_some_and(Value::is_string) => Ok(without_nulls(part)),
         _ => Err(format!(
-            "a message has a part that is no text ({}): only texts can be trained on",
+            "a message has a part that is not text ({}): only text can be trained on",
             kind.map_or_else(|| shown(part), |kind| format!("type `{kind}`"))
         )),
     }

@@ -153,10 +153,10 @@ impl OddRecords {
     pub fn message(&self, remedy: &str) -> String {
         let (total, records) = (self.total(), grouped(self.records));
         if let (1, [only]) = (total, self.first.as_slice()) {
-            return format!("{only} (1 of {records} records; mend it, or {remedy})");
+            return format!("{only} (1 of {records} records; fix it, or {remedy})");
         }
         let head = format!("{} of {records} records cannot be used: {}", grouped(total), self.reasons());
-        format!("{}\nmend them, or {remedy}", self.listed(head))
+        format!("{}\nfix them, or {remedy}", self.listed(head))
     }
 
     /// What is told of them where they are skipped.

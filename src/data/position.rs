@@ -52,8 +52,8 @@ impl<T: Indexed> Positioned for T {
             return Ok(());
         }
         Err(Error::config(format!(
-            "the checkpoint stands at {} {} of other data ({}, here {}): {} have changed; set them as they were, or start a \
-             new run from the model",
+            "the checkpoint stands at {} {} of other data ({}, here {}): {} have changed; restore them, or start a new run \
+             from the model",
             T::ITEM,
             position.next,
             position.fingerprint,

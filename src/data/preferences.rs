@@ -51,13 +51,13 @@ impl Preference {
         let (all, ranks) = if fields.has("prompt") && fields.has("completions") {
             let list = fields.get("completions").and_then(Value::as_array).filter(|list| list.len() > 1);
             let list =
-                list.ok_or_else(|| fields.bad("`completions` is no list of at least two completions"))?;
+                list.ok_or_else(|| fields.bad("`completions` is not a list of at least two completions"))?;
             let ties = match fields.get("num_correct") {
                 None => 1,
                 Some(n) => n
                     .as_u64()
                     .filter(|n| *n <= list.len() as u64)
-                    .ok_or_else(|| fields.bad("`num_correct` is no number of completions"))?,
+                    .ok_or_else(|| fields.bad("`num_correct` is not a number of completions"))?,
             };
             let rank = |i: usize| (i as u32 + 1).saturating_sub(ties.max(1) as u32);
             (list.iter().map(|c| ("completions", c)).collect(), (0..list.len()).map(rank).collect())
@@ -83,7 +83,7 @@ impl Preference {
             return Err(fields.bad("there is nothing before the answers"));
         }
         if !completions.iter().all(|c: &Vec<Message>| c.iter().any(|m| m.role == "assistant")) {
-            return Err(fields.bad("an answer has no turn of the assistant"));
+            return Err(fields.bad("a completion has no assistant turn"));
         }
         let preference = Preference::new(prompt, completions);
         Ok(Preference { ranks, unused: fields.unused(), ..preference })
@@ -377,7 +377,7 @@ mod tests {
             (r#"{"prompt": [], "chosen": "a", "rejected": "b"}"#, "nothing before"),
             (
                 r#"{"prompt": "p", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"}"#,
-                "no turn of the assistant",
+                "no assistant turn",
             ),
         ];
         for (line, part) in cases {

@@ -230,7 +230,7 @@ fn shots_of(few: &FewShot) -> Result<(Vec<Message>, Unused)> {
     match read < few.count {
         true => Err(Error::key(
             "data.few_shot.count",
-            format!("{} are asked for, and {} has {read} records", few.count, few.path.display()),
+            format!("{} are requested, but {} has {read} records", few.count, few.path.display()),
         )),
         false => Ok((shots, unused)),
     }
@@ -328,7 +328,7 @@ mod tests {
         let few = format!(", few_shot: {{path: {}, count: 3}}", shots.display());
         let e = open(&folder, &lines, &few, 60, None).map(drop).unwrap_err();
         assert!(
-            e.to_string().contains("'data.few_shot.count': 3 are asked for") && e.exit_code() == 2,
+            e.to_string().contains("'data.few_shot.count': 3 are requested") && e.exit_code() == 2,
             "{e}"
         );
         assert!(e.message.contains("has 2 records"), "{e}");

@@ -131,7 +131,7 @@ impl Shard {
     fn read(&self, start: usize, end: usize, out: &mut Vec<i64>) -> Result<()> {
         let now = self.map.stamp().map_err(|e| read_error(&self.path, &e))?;
         if now != *self.known() {
-            self.verify().context("a token shard was written to while it was in use")?;
+            self.verify().context("a token shard was modified while in use")?;
         }
         self.tokens(start, end, out)
     }

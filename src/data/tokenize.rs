@@ -59,7 +59,7 @@ pub fn tokenize(
     }
     let Some(&eos) = tokenizer.eos_ids().first() else {
         return Err(Error::data(
-            "the tokenizer names no end of sequence; add \"eos_token\" to its tokenizer_config.json",
+            "the tokenizer has no end-of-sequence token; add \"eos_token\" to its tokenizer_config.json",
         ));
     };
     let folder = AtomicFolder::create(output, |name| ["train", "valid", "tokenizer"].contains(&name))?;

@@ -162,7 +162,7 @@ pub fn agree_on(watch: &Watch, facts: &Facts, timeout: Duration) -> Result<()> {
         let read = |bytes: &Vec<u8>| serde_json::from_slice::<Facts>(bytes);
         match all.iter().map(read).collect::<std::result::Result<Vec<_>, _>>() {
             Ok(all) => compare(&all),
-            Err(e) => Some(format!("ranks differ: what one of them says of itself cannot be read ({e})")),
+            Err(e) => Some(format!("ranks differ: the description of one rank cannot be read ({e})")),
         }
     })?;
     found.map_or(Ok(()), |what| Err(Error::config(what)))

@@ -138,7 +138,7 @@ fn mpirun(get: Get) -> Result<RankEnvironment> {
     }
     let Some(host) = host else {
         return Err(Error::config(
-            "mpirun does not tell where rank 0 is: set MASTER_ADDR to the first host (mpirun -x MASTER_ADDR=HOST), or \
+            "mpirun does not say where rank 0 is: set MASTER_ADDR to the first host (mpirun -x MASTER_ADDR=HOST), or \
              CORRAL_RDZV=HOST:PORT",
         ));
     };
@@ -176,7 +176,7 @@ fn srun(get: Get) -> Result<RankEnvironment> {
         Some(tasks) => {
             let node: usize = number(get, "SLURM_NODEID")?.unwrap_or(0);
             tasks_per_node(&tasks).and_then(|t| t.get(node).copied()).ok_or_else(|| {
-                Error::config(format!("SLURM_STEP_TASKS_PER_NODE {tasks:?} says nothing of node {node}"))
+                Error::config(format!("SLURM_STEP_TASKS_PER_NODE {tasks:?} has no entry for node {node}"))
             })?
         }
         None => world_size,

@@ -35,7 +35,7 @@ pub fn gather_objects<T: serde::Serialize + serde::de::DeserializeOwned>(
     let mut all = Vec::new();
     for bytes in gather_bytes(world, &bytes)? {
         let theirs: Vec<T> = serde_json::from_slice(&bytes)
-            .map_err(|e| Error::failed(format!("what another rank tells cannot be read: {e}")))?;
+            .map_err(|e| Error::failed(format!("the message of another rank cannot be read: {e}")))?;
         all.extend(theirs);
     }
     Ok(all)

@@ -135,8 +135,8 @@ impl ShardingPlan {
             (Mode::Hybrid, ShardSize::Auto) => {
                 return Err(Error::key(
                     "parallel.shard",
-                    "auto is the number of a host's ranks, which memory depends on and which is not known here; give it, such as \
-                     parallel.shard=8",
+                    "auto is the number of ranks per host, which is not known here and on which memory depends; set it, such \
+                     as parallel.shard=8",
                 ));
             }
         };

@@ -195,7 +195,7 @@ impl World {
             place.as_ref().map_or((0, 0, 1), |p| (p.rank, p.local_rank, p.local_world_size));
         if let (DeviceChoice::CudaIndex(n), 2..) = (device, world_size) {
             return Err(Error::config(format!(
-                "device cuda:{n} is for a single rank, and there are {world_size}: use --device cuda, which gives every \
+                "device cuda:{n} is for a single rank, but there are {world_size}: use --device cuda, which gives every \
                  local rank a GPU"
             )));
         }
@@ -312,7 +312,7 @@ fn choose_backend(
 ) -> Result<(Backend, String)> {
     let Device::Cuda(index) = device else { return Ok((Backend::Gloo, "ranks on CPU".into())) };
     if choice == BackendChoice::Gloo {
-        return Ok((Backend::Gloo, "as asked; tensors on GPUs are copied through the host".into()));
+        return Ok((Backend::Gloo, "as requested; tensors on GPUs are copied through the host".into()));
     }
     let store = watch.store();
     store.set(&format!("gpu/{}", watch.rank()), &cuda::load()?.device_info(index)?.uuid)?;

@@ -60,7 +60,7 @@ impl Request {
             )));
         }
         if n == 0 {
-            return Err(Error::data("the prompt has no tokens: there is nothing to continue"));
+            return Err(Error::data("the prompt has no tokens, so there is nothing to continue"));
         }
         if n >= positions {
             return Err(Error::data(format!(

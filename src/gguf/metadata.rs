@@ -59,7 +59,7 @@ impl Metadata {
         for _ in 0..num_keys {
             let length = cursor.u64()?;
             if length > MAX_KEY {
-                return Err(damaged(format!("a key of {length} bytes")));
+                return Err(damaged(format!("a key has {length} bytes")));
             }
             let key = cursor.text_of(length)?;
             let value = cursor
@@ -67,7 +67,7 @@ impl Metadata {
                 .and_then(|of| cursor.value(of, false))
                 .with_context(|| format!("key `{key}`"))?;
             if all.contains_key(&key) {
-                return Err(Error::data(format!("the key `{key}` is there twice")));
+                return Err(Error::data(format!("the key `{key}` appears twice")));
             }
             all.insert(key, value);
         }

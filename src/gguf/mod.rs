@@ -149,7 +149,7 @@ fn part_of(name: &str) -> Option<(&str, usize, usize)> {
 }
 
 fn damaged(what: impl std::fmt::Display) -> Error {
-    Error::data(format!("{what}; the file is damaged or was not downloaded whole: get it again"))
+    Error::data(format!("{what}; the file is damaged or incompletely downloaded: get it again"))
 }
 
 /// What lies before the tensors' data.
@@ -166,7 +166,7 @@ fn read_header(file: &File, size: u64) -> Result<(Metadata, Vec<Info>)> {
     }
     if !VERSIONS.contains(&version) {
         return Err(Error::data(format!(
-            "version {version} of GGUF is not known, only 2 and 3; convert the model again with a llama.cpp of today"
+            "version {version} of GGUF is not known, only 2 and 3; convert the model again with a current llama.cpp"
         )));
     }
     let (num_tensors, num_keys) = (cursor.u64()?, cursor.u64()?);
@@ -182,11 +182,11 @@ fn read_header(file: &File, size: u64) -> Result<(Metadata, Vec<Info>)> {
     for _ in 0..num_tensors {
         let (info, bytes) = read_info(&mut cursor)?;
         if !names.insert(info.name.clone()) {
-            return Err(Error::data(format!("the tensor `{}` is there twice", info.name)));
+            return Err(Error::data(format!("the tensor `{}` appears twice", info.name)));
         }
         if info.at != end {
             return Err(damaged(format!(
-                "the tensor `{}` begins at {}, and should at {end}",
+                "the tensor `{}` begins at {}, but should begin at {end}",
                 info.name, info.at
             )));
         }
@@ -201,7 +201,7 @@ fn read_header(file: &File, size: u64) -> Result<(Metadata, Vec<Info>)> {
     // The last tensor's padding may be left out.
     let needed = tensors.last().map_or(0, |t| t.at + t.dtype.bytes(t.numel()));
     if needed > size {
-        return Err(damaged(format!("it has {size} bytes, and its tensors end at {needed}")));
+        return Err(damaged(format!("it has {size} bytes, but its tensors end at {needed}")));
     }
     Ok((metadata, tensors))
 }

@@ -144,7 +144,7 @@ impl Trainable {
         let trained = |p: &GroupPlan| p.roles.contains(&Role::Trained) || !p.adapters.is_empty();
         match plans.iter().any(trained) {
             true => Ok(plans),
-            false => Err(Error::key("freeze", "it leaves nothing that is trained")),
+            false => Err(Error::key("freeze", "it leaves no trainable parameters")),
         }
     }
 
@@ -412,7 +412,7 @@ mod tests {
             Trainable::new(&freeze(0, &["qproj"]), None),
             "no tensor 'qproj'; it has embed_tokens, q_proj, k_proj",
         );
-        refused(Trainable::new(&freeze(3, &["q_proj"]), None), "nothing that is trained");
+        refused(Trainable::new(&freeze(3, &["q_proj"]), None), "no trainable parameters");
         let names = |n: &str| Some(lora(Targets::Names(vec![n.into()])));
         refused(
             Trainable::new(&Freeze::default(), names("lm_head").as_ref()),

@@ -69,7 +69,7 @@ pub enum Rates {
 fn place() -> Result<PathBuf> {
     let home = env::corral_home();
     home.map(|home| home.join("rates.json")).ok_or_else(|| {
-        Error::config("neither CORRAL_HOME nor HOME is set, and so there is no place for rates.json")
+        Error::config("neither CORRAL_HOME nor HOME is set, so there is no folder for rates.json")
     })
 }
 
@@ -146,7 +146,7 @@ impl Rates {
     /// What a prediction rests on, in words.
     pub fn basis(&self) -> String {
         match self {
-            Rates::Machine(m) => format!("as corral bench rates measured on {}", m.date),
+            Rates::Machine(m) => format!("measured by corral bench rates on {}", m.date),
             Rates::Gpu(name) => {
                 format!("assumed: {:.0} % of the peak of {name}, not measured", 100.0 * GPU_SHARE)
             }

@@ -36,7 +36,7 @@ pub fn at_end(run: &RunRecord, planned: Option<i64>) -> String {
     if let Some(peak) = run.last("train", "peak_bytes") {
         line += &format!("; peak memory {}", size(peak));
         if let Some(planned) = planned.filter(|bytes| *bytes > 0) {
-            line += &format!(" (planned {}, and the process)", size(planned as f64));
+            line += &format!(" (planned {}, plus the process)", size(planned as f64));
         }
     }
     text += &format!("{line}\n");

@@ -327,7 +327,7 @@ mod tests {
         let mut line = String::new();
         let stdout = server.child.stdout.take().unwrap();
         std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line).unwrap();
-        let url = line.trim().trim_start_matches("judging at ");
+        let url = line.trim().trim_start_matches("serving at ");
         for batch in [true, false] {
             let yaml = format!("[{{kind: http, url: '{url}', workers: 2, batch: {batch}}}]");
             assert_eq!(rewards_of(&yaml, &["A", "b a", "c"]).unwrap(), [Some(0.5), Some(1.0), Some(0.0)]);

@@ -37,7 +37,7 @@ pub(crate) fn bounded<T: Send + 'static>(
     let (tx, rx) = channel();
     thread::spawn(move || tx.send(body()));
     rx.recv_timeout(limit)
-        .unwrap_or_else(|_| Err(Error::new("the store does not answer: rank 0, which keeps it, hangs")))
+        .unwrap_or_else(|_| Err(Error::new("the store does not answer: rank 0, which serves it, hangs")))
 }
 
 /// What became of the members of a collective.
@@ -140,7 +140,9 @@ fn behind(beat: &str, call: &Call) -> Option<String> {
     });
     match last {
         None => Some("is alive, but has not joined the group".into()),
-        Some((0, _)) if call.seq > 0 => Some("is alive, but has called nothing in the group yet".into()),
+        Some((0, _)) if call.seq > 0 => {
+            Some("is alive, but has not called any collective of the group yet".into())
+        }
         Some((seq, op)) if seq < call.seq => {
             Some(format!("is alive, but got only to #{seq} ({op}) of the group"))
         }
@@ -176,13 +178,13 @@ impl Diagnosis {
             Ok(None) => {
                 let at = self.member.store.address();
                 return Error::new(format!(
-                    "{head}; missing: rank 0 (the store that it keeps at {at} is gone)"
+                    "{head}; missing: rank 0 (the store that it serves at {at} is gone)"
                 ));
             }
             Err(_) => {
                 let at = self.member.store.address();
                 return Error::new(format!(
-                    "{head}; missing: rank 0 (the store that it keeps at {at} does not answer)"
+                    "{head}; missing: rank 0 (the store that it serves at {at} does not answer)"
                 ));
             }
         };

@@ -146,7 +146,10 @@ fn backend_timeout(timeout: Duration) -> Duration {
 }
 
 fn gloo(store: &Store, rank: usize, size: usize, name: &str, timeout: Duration) -> Result<*mut BackendPtr> {
-    #[expect(clippy::disallowed_methods, reason = "the variable by which PyTorch's users choose the network")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the variable with which PyTorch's users choose the network"
+    )]
     let interface = std::env::var("GLOO_SOCKET_IFNAME").ok().filter(|s| !s.is_empty());
     let interface =
         interface.as_deref().map(|i| i.split(',').next().unwrap_or(i)).map(c_string).transpose()?;

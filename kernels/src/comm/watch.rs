@@ -182,7 +182,7 @@ impl Watch {
                     member.tell(&store, &call, &Seen { missing: seen, gave_up: Vec::new() })?;
                     let missing: Vec<_> = missing.iter().map(|r| format!("rank {r}")).collect();
                     let missing =
-                        if missing.is_empty() { "nobody, by now".into() } else { missing.join(", ") };
+                        if missing.is_empty() { "none any more".into() } else { missing.join(", ") };
                     return Err(Error::new(format!(
                         "the set-up of group `{name}` of {} ranks ended after {:.0} s without all of them; missing: \
                          {missing}",

@@ -56,9 +56,7 @@ fn open() -> Result<Cuda> {
     // SAFETY: `known` is written.
     check(unsafe { (api.corral_cuda_hooks)(&mut known) })?;
     if known == 0 {
-        return Err(Error::new(
-            "CUDA was loaded too late: libtorch was asked for it before kernels::cuda::load",
-        ));
+        return Err(Error::new("CUDA was loaded too late: libtorch used it before kernels::cuda::load"));
     }
     Ok(Cuda { api })
 }

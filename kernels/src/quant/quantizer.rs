@@ -53,7 +53,7 @@ impl Quantizer {
             [n, c] if c == columns && self.rows + n <= height => n,
             _ => {
                 return Err(Error::new(format!(
-                    "rows {:?} are not the next of a weight {:?} of which {} are there",
+                    "rows {:?} are not the next of a weight {:?} of which {} are done",
                     rows.size(),
                     self.shape,
                     self.rows

@@ -192,8 +192,8 @@ impl InGguf {
         let (ours, theirs) = (shape.features.query_pre_attn_scalar?, self.scalar(shape));
         (ours != theirs).then(|| {
             format!(
-                "llama.cpp leaves query_pre_attn_scalar {ours} out and takes {theirs}, which fits the published models: it \
-                 computes something else than this model"
+                "llama.cpp ignores query_pre_attn_scalar {ours} and uses {theirs}, which fits the published models: its \
+                 results differ from this model's"
             )
         })
     }

@@ -142,7 +142,7 @@ pub fn named(config: &Map<String, Value>) -> Result<(&'static Description, Head)
             let model_type = config.get("model_type").unwrap_or(&Value::Null);
             let family = FAMILIES.iter().find(|f| *model_type == f.model_type).copied().ok_or_else(|| {
                 Error::data(format!(
-                    "there is no architectures, and model_type is {model_type}; known architectures are: {}",
+                    "architectures is missing, and model_type is {model_type}; known architectures are: {}",
                     known()
                 ))
             })?;

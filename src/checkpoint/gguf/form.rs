@@ -57,8 +57,7 @@ impl GgufForm {
             left_out: |shape| {
                 let window = shape.sliding_window?;
                 Some(format!(
-                    "llama.cpp leaves the sliding window out: beyond {window} tokens it computes something else than this \
-                     model"
+                    "llama.cpp ignores the sliding window: beyond {window} tokens its results differ from this model's"
                 ))
             },
             ..GgufForm::plain(architecture, family)

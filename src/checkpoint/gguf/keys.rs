@@ -76,7 +76,9 @@ impl<'a> Keys<'a> {
         match self.metadata.get(&key) {
             Some(MetadataValue::Array(MetadataArray::Integers(list))) => match list.first() {
                 Some(first) if list.iter().all(|n| n == first) => Ok(Some(*first)),
-                _ => Err(Error::data(format!("`{key}` has another value in each block, which is not built"))),
+                _ => Err(Error::data(format!(
+                    "`{key}` has different values in the blocks, which is not built"
+                ))),
             },
             _ => self.metadata.integer(&key),
         }

@@ -156,7 +156,7 @@ fn check_counts(shape: &Shape, files: &TensorSource) -> Result<()> {
         return Ok(());
     }
     Err(Error::data(format!(
-        "block_count is {} and expert_count {experts}, and there are {tensors} tensors",
+        "block_count is {} and expert_count {experts}, but there are {tensors} tensors",
         shape.num_hidden_layers
     )))
 }

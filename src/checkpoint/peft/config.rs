@@ -128,14 +128,14 @@ pub(super) fn read_config(config: &Map<String, Value>) -> Result<DescribedAdapte
     }
     let number = |key: &str, default: f64| match config.get(key) {
         None | Some(Value::Null) => Ok(default),
-        Some(v) => v.as_f64().ok_or_else(|| format!("{key}: {v} is no number")),
+        Some(v) => v.as_f64().ok_or_else(|| format!("{key}: {v} is not a number")),
     };
     let names = |key: &str| -> Result<Option<Vec<String>>, String> {
         match config.get(key) {
             None | Some(Value::Null) => Ok(None),
             Some(v) => serde_json::from_value(v.clone())
                 .map(Some)
-                .map_err(|_| format!("{key}: {v} is no list of names")),
+                .map_err(|_| format!("{key}: {v} is not a list of names")),
         }
     };
     let targets = match text("target_modules") {
@@ -149,14 +149,15 @@ pub(super) fn read_config(config: &Map<String, Value>) -> Result<DescribedAdapte
     };
     let layers = match config.get("layers_to_transform") {
         None | Some(Value::Null) => None,
-        Some(Value::Number(n)) => Some(vec![n.as_i64().ok_or("layers_to_transform: no whole number")?]),
+        Some(Value::Number(n)) => Some(vec![n.as_i64().ok_or("layers_to_transform: not a whole number")?]),
         Some(v) => Some(
-            serde_json::from_value(v.clone()).map_err(|_| format!("layers_to_transform: {v} is no list"))?,
+            serde_json::from_value(v.clone())
+                .map_err(|_| format!("layers_to_transform: {v} is not a list"))?,
         ),
     };
     let rank = number("r", 8.0)?;
     if rank < 1.0 || rank.fract() != 0.0 {
-        return Err(format!("r: {rank} is no rank"));
+        return Err(format!("r: {rank} is not a valid rank"));
     }
     let mut saved = names("modules_to_save")?.unwrap_or_default();
     if text("task_type") == Some(SEQ_CLS) {
@@ -193,6 +194,6 @@ fn numbers<T: DeserializeOwned>(
     match config.get(key).filter(|v| !off(v)) {
         None => Ok(BTreeMap::new()),
         Some(v) => serde_json::from_value(v.clone())
-            .map_err(|_| format!("{key}: {v} is no object of names with numbers")),
+            .map_err(|_| format!("{key}: {v} is not an object of names with numbers")),
     }
 }

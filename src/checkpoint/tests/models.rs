@@ -267,7 +267,7 @@ fn an_export_spares_what_is_not_its_own_and_fails_on_all_ranks() {
         let (params, _) = trained(&shape, &world, StorageMode::Replicate, Kind::Float);
         let how = Export { dtype: Kind::BFloat16, max_shard_size: u64::MAX, tokenizer: None, scoring: None };
         let e = export(Path::new("."), &shape, &params, &how, &world).unwrap_err();
-        assert!(e.message.contains("no name for a file or folder"), "{e}");
+        assert!(e.message.contains("not a name for a file or folder"), "{e}");
         export(&folder.0, &shape, &params, &how, &world).unwrap_err()
     });
     for e in errors {

@@ -93,7 +93,7 @@ pub fn values_of(key: &Key) -> String {
 /// What is taken where a key is left out, as one writes it.
 pub fn default_of(key: &Key) -> String {
     match &key.default {
-        None => "none: it must be given".into(),
+        None => "none: required".into(),
         Some(Json::Null) => "not set".into(),
         Some(Json::Array(items)) if items.is_empty() => "[]".into(),
         Some(_) if key.kind.section().is_some() => String::new(),

@@ -159,14 +159,14 @@ fn words_of(key: &Key) -> String {
 fn effect(class: Class) -> &'static str {
     match class {
         Class::Mathematics => {
-            "mathematics: refused in the same folder; another run can go on from a checkpoint with it"
+            "mathematics: refused in the same folder; another run can continue from a checkpoint with it"
         }
-        Class::State => "state: refused; no checkpoint can go on with it",
-        Class::Length => "length: taken; the schedule is computed anew",
-        Class::Output => "output: taken; no bit of the training changes",
-        Class::Execution => "execution: taken; no bit of the training changes",
-        Class::Rounding => "rounding: taken; the same mathematics, rounded in another order",
-        Class::Path => "path: the same file under another spelling is no change, another one is refused",
-        Class::Folder => "folder: that of the run itself",
+        Class::State => "state: refused; no checkpoint can continue with it",
+        Class::Length => "length: accepted; the schedule is recomputed",
+        Class::Output => "output: accepted; no bit of the training changes",
+        Class::Execution => "execution: accepted; no bit of the training changes",
+        Class::Rounding => "rounding: accepted; the same mathematics, rounded in another order",
+        Class::Path => "path: another spelling of the same file is accepted, another file is refused",
+        Class::Folder => "folder: the run's own",
     }
 }

@@ -78,7 +78,7 @@ struct Column {
 impl Column {
     fn all(schema: SchemaRef<'_>) -> IpcResult<Vec<Column>> {
         if schema.endianness().map_err(damaged)? != Endianness::Little {
-            return Err("big-endian Arrow data is not read".into());
+            return Err("big-endian Arrow data is not supported".into());
         }
         let mut count = 0;
         let fields = schema.fields().map_err(damaged)?;
@@ -88,7 +88,7 @@ impl Column {
     fn new(field: FieldRef<'_>, depth: usize, count: &mut usize) -> IpcResult<Column> {
         *count += 1;
         if depth > MAX_DEPTH || *count > MAX_COLUMNS {
-            return Err(corrupt("too many columns inside of columns"));
+            return Err(corrupt("columns are nested too deeply"));
         }
         let name = field.name().map_err(damaged)?.unwrap_or_default().to_string();
         let kind = field.type_().map_err(damaged)?.ok_or_else(|| corrupt("a column without a type"))?;
@@ -133,7 +133,7 @@ fn int(kind: IntRef<'_>) -> IpcResult<ColumnLayout> {
 fn layout(kind: &TypeRef<'_>, name: &str) -> IpcResult<ColumnLayout> {
     let other = |kind: &str| {
         Err(format!(
-            "column `{name}` has the Arrow type {kind}, which is not read: remove or cast the column"
+            "column `{name}` has the Arrow type {kind}, which is not supported: remove or cast the column"
         ))
     };
     Ok(match kind {
@@ -307,7 +307,7 @@ impl ColumnArray {
 
     fn look_up(&self, i: usize, dictionary: &Dictionary) -> IpcResult<Value> {
         let ColumnLayout::Int { bytes, .. } = self.layout else {
-            return Err(corrupt("an index that is no integer"));
+            return Err(corrupt("an index that is not an integer"));
         };
         let mut index = usize::try_from(self.buffers[0].unsigned(i, bytes)?).map_err(corrupt)?;
         for part in dictionary {
@@ -322,7 +322,7 @@ impl ColumnArray {
 
 fn time(seconds: Option<i64>, nanoseconds: u32, format: &str) -> IpcResult<Value> {
     let time = seconds.and_then(|seconds| chrono::DateTime::from_timestamp(seconds, nanoseconds));
-    Ok(time.ok_or_else(|| corrupt("a time that is none"))?.format(format).to_string().into())
+    Ok(time.ok_or_else(|| corrupt("an invalid time"))?.format(format).to_string().into())
 }
 
 fn row(columns: &[ColumnArray], i: usize) -> IpcResult<Map<String, Value>> {
@@ -391,7 +391,7 @@ impl<'a> BatchColumns<'a> {
         };
         match read.map_err(corrupt)? as u64 == size {
             true => Ok(BufferSpan { range: 0..body.len(), body: Arc::new(body) }),
-            false => Err(corrupt("a compressed buffer is shorter than it says")),
+            false => Err(corrupt("a compressed buffer is shorter than announced")),
         }
     }
 
@@ -491,7 +491,7 @@ impl<R: Read> MessageStream<R> {
                 Some(MessageHeaderRef::DictionaryBatch(batch)) => {
                     let id = batch.id().map_err(damaged)?;
                     let column = Column::with_dictionary(&self.columns, id)
-                        .ok_or_else(|| corrupt("a dictionary of no column"))?;
+                        .ok_or_else(|| corrupt("a dictionary without a column"))?;
                     let column = Column { dictionary: None, ..column.clone() };
                     let data = batch.data().map_err(damaged)?;
                     let data = data.ok_or_else(|| corrupt("a dictionary without values"))?;
@@ -502,7 +502,7 @@ impl<R: Read> MessageStream<R> {
                     }
                     dictionary.push(Arc::new(array));
                 }
-                _ => return Err(corrupt("a message that is no batch")),
+                _ => return Err(corrupt("a message that is not a batch")),
             }
         }
         Ok(None)

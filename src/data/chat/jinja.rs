@@ -42,7 +42,7 @@ impl Jinja {
     /// Renders with the variables that a dialogue gives; `add_generation_prompt`: with the beginning of the answer to it.
     pub fn render(&self, dialogue: Map<String, Json>, add_generation_prompt: bool) -> Result<Rendered> {
         if self.marks && dialogue.values().any(has_mark) {
-            return Err(Error::data("a message has the code point U+FDD0, which is no character"));
+            return Err(Error::data("a message has the code point U+FDD0, which is not a character"));
         }
         let mut variables = Dict::default();
         for (name, text) in &self.tokens {

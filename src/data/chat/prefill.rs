@@ -95,8 +95,8 @@ impl Chat {
 
     fn not_as_it_is(&self) -> Error {
         Error::data(format!(
-            "{}: the last message is the assistant's and cannot be continued: the template does not write it as it is; end \
-             with a message of the user, or choose another template",
+            "{}: the last message is the assistant's and cannot be continued: the template does not write it unchanged; end \
+             with a user message, or choose another template",
             self.template.place
         ))
     }

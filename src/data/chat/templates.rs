@@ -69,7 +69,7 @@ pub fn find(what: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
             .collect();
         if !missing.is_empty() {
             return Err(Error::config(format!(
-                "the chat template {what} needs {}, which the tokenizer {} has not; tokenizer.add_tokens adds tokens",
+                "the chat template {what} needs {}, which the tokenizer {} does not have: use tokenizer.add_tokens",
                 missing.join(", "),
                 tokenizer.place()
             )));
@@ -89,7 +89,7 @@ pub fn find(what: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
         Error::key(
             "tokenizer.chat_template",
             format!(
-                "`{what}` is no built-in template ({}), no Jinja, and no file that can be read: {e}{}",
+                "`{what}` is not a built-in template ({}), not Jinja, and not a readable file: {e}{}",
                 names(),
                 nearest(what, &known).map_or(String::new(), |near| format!("; did you mean `{near}`?"))
             ),
@@ -138,7 +138,7 @@ pub fn plain(template: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
         }
         let name = rest.strip_prefix('{').and_then(|rest| rest.split_once('}'));
         let Some((name, after)) = name else {
-            return Err(bad("a brace stands alone; write `{{` or `}}` for a brace".into()));
+            return Err(bad("a single brace; write `{{` or `}}` for a brace".into()));
         };
         match (name, parts.len()) {
             ("prompt", 1) | ("completion", 2) => parts.push(String::new()),
@@ -161,7 +161,7 @@ pub fn plain(template: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
     };
     if !has_eos(tokenizer) {
         return Err(Error::data(format!(
-            "the tokenizer {} names no end of a text, which a completion ends with; add \"eos_token\" to its \
+            "the tokenizer {} has no end-of-sequence token, which completions end with; add \"eos_token\" to its \
              tokenizer_config.json",
             tokenizer.place()
         )));

@@ -97,7 +97,7 @@ fn a_model_without_a_template_is_refused_with_the_list() {
     assert_eq!(e.exit_code(), 2);
     for (what, part) in [
         ("chatml", "needs <|im_start|>, <|im_end|>"),
-        ("vicuna", "`vicuna` is no built-in template (llama-2"),
+        ("vicuna", "`vicuna` is not a built-in template (llama-2"),
     ] {
         let e = with_chat_template(small(300), what).err().unwrap();
         assert!(e.message.contains(part) && e.exit_code() == 2, "{e}");
@@ -229,8 +229,8 @@ fn plain_templates() {
         ("{completion}{prompt}", "once each"),
         ("{prompt}{prompt}{completion}", "once each"),
         ("{prompt}{answer}", "`{answer}` is not known"),
-        ("{prompt}{completion", "a brace stands alone"),
-        ("}{prompt}{completion}", "a brace stands alone"),
+        ("{prompt}{completion", "a single brace"),
+        ("}{prompt}{completion}", "a single brace"),
     ] {
         let e = with(section(text)).err().unwrap();
         assert!(e.message.contains(part) && e.exit_code() == 2, "{text}: {e}");

@@ -22,7 +22,7 @@ pub(in crate::data) fn split(
     for (key, value) in completions {
         let said = turns(value, "assistant", fields, key)?;
         if !said.iter().any(|m| m.role == "assistant") {
-            return Err(fields.bad(format!("`{key}`: an answer has no turn of the assistant")));
+            return Err(fields.bad(format!("`{key}`: a completion has no assistant turn")));
         }
         let (own, answer) = divided(&prompt, said).map_err(|theirs| {
             let shown = |turns: &[Message]| {
@@ -30,7 +30,7 @@ pub(in crate::data) fn split(
                 shown(&turns.join("; ").into())
             };
             let (ours, theirs) = (shown(&prompt), shown(&theirs));
-            fields.bad(format!("the prompts differ: the record's is {ours}, that of `{key}` {theirs}"))
+            fields.bad(format!("the prompts differ: {ours} in the record, {theirs} in `{key}`"))
         })?;
         prompts.push(own);
         answers.push(answer);
@@ -71,7 +71,7 @@ pub(in crate::data) fn common(
         if let Some(first) = answer.first().filter(|m| m.role != "assistant") {
             let (role, text) = (&first.role, shown(&first.text().into()));
             return Err(fields.bad(format!(
-                "the prompts differ: a completion begins with a turn of role `{role}`, {text}, which not all have"
+                "the prompts differ: a completion begins with a turn of role `{role}`, {text}, which not all completions share"
             )));
         }
     }

@@ -28,7 +28,7 @@ impl TemplateInputs {
             Some(Value::String(text)) if text.trim().is_empty() => Ok(None),
             Some(Value::String(text)) => serde_json::from_str(text)
                 .map(Some)
-                .map_err(|e| fields.bad(format!("`{key}` is a text, but not JSON: {e}"))),
+                .map_err(|e| fields.bad(format!("`{key}` is text, but not JSON: {e}"))),
             other => Ok(other.map(without_nulls)),
         };
         let tools = match parsed("tools")? {
@@ -39,7 +39,7 @@ impl TemplateInputs {
                 });
                 let tools: Vec<Value> = tools.collect();
                 if let Some(tool) = tools.iter().find(|tool| !tool.is_object()) {
-                    return Err(fields.bad(format!("`tools`: {} is no object", shown(tool))));
+                    return Err(fields.bad(format!("`tools`: {} is not an object", shown(tool))));
                 }
                 Some(Value::Array(tools))
             }

@@ -95,8 +95,7 @@ impl<R: BufRead> Read for Gzip<R> {
                     return Ok(0);
                 }
                 if !all && input.fill_buf()?.first() != Some(&0x1f) {
-                    let what =
-                        "after the end of the gzip data stands something that is neither gzip nor padding";
+                    let what = "the gzip data is followed by bytes that are neither gzip nor padding";
                     return Err(io::Error::new(io::ErrorKind::InvalidData, what));
                 }
                 if !all {

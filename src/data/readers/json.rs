@@ -31,8 +31,7 @@ pub(super) fn json_lines(
                 Ok(_) => {}
             }
             if line.starts_with(BYTE_ORDER_MARK) {
-                let what =
-                    "a byte order mark (U+FEFF) inside the file, as joining files leaves it: remove it";
+                let what = "a byte order mark (U+FEFF) inside the file, left by joining files: remove it";
                 return Some(Ok(Err(Error::data(format!("{place}: {what}")))));
             }
             let value = serde_json::from_slice(&line).map_err(|e| {
@@ -62,8 +61,8 @@ fn json_message(e: &serde_json::Error) -> String {
     match message {
         "lone leading surrogate in hex escape" | "unexpected end of hex escape" => {
             let what =
-                "half a surrogate pair (a \\ud800 to \\udfff that stands alone), which is no character";
-            format!("{what}: the text was cut inside a character; remove it or write the text anew")
+                "half a surrogate pair (a \\ud800 to \\udfff that stands alone), which is not a character";
+            format!("{what}: the text was cut inside a character; remove it or rewrite the text")
         }
         _ => message.to_string(),
     }

@@ -140,7 +140,7 @@ fn errors_name_the_place_and_what_is_wrong() {
     assert!(error(&folder.0.join("missing.jsonl")).starts_with("cannot read FILE: No such file"));
     let none = folder.0.join("none");
     std::fs::create_dir(&none).unwrap();
-    assert!(error(&none).starts_with("FILE is a folder, and no data set"));
+    assert!(error(&none).starts_with("FILE is a folder, but not a data set"));
     folder.file("state.json", r#"{"_data_files": [{"filename": "a.arrow"}]}"#);
     assert!(error(&folder.0).contains("a.arrow: No such file"));
     folder.file("a.arrow", b"no Arrow at all");

@@ -56,7 +56,7 @@ impl Companions<'_> {
         }
         let text = |token: Option<&str>| token.map_or("none".to_string(), |t| format!("`{t}`"));
         warn!(
-            "{}: {name} is {}, and in tokenizer_config.json {}: {} counts, as in transformers",
+            "{}: {name} is {}, and in tokenizer_config.json {}: {} is used, as in transformers",
             self.file("special_tokens_map.json"),
             text(map),
             text(config),
@@ -113,7 +113,7 @@ impl Companions<'_> {
             } else if !NEEDED.contains(&name) {
                 let file = self.file("tokenizer_config.json");
                 warn!(
-                    "{file}: {name} is `{text}`, which is not in the vocabulary: it is left out, and not needed here"
+                    "{file}: {name} is `{text}`, which is not in the vocabulary: it is ignored; Corral does not need it"
                 );
             }
         }
@@ -125,8 +125,8 @@ impl Companions<'_> {
             let left_out: Vec<&str> = older.iter().filter(left_out).map(|t| t.content.as_str()).collect();
             if let Some(first) = left_out.first() {
                 warn!(
-                    "{}: {} tokens, such as `{first}`, are left out: tokenizer_config.json has added_tokens_decoder, beside \
-                     which transformers does not read that file",
+                    "{}: {} tokens, such as `{first}`, are ignored: tokenizer_config.json has added_tokens_decoder, and then \
+                     transformers does not read that file",
                     self.file("added_tokens.json"),
                     left_out.len()
                 );
@@ -134,8 +134,7 @@ impl Companions<'_> {
         }
         if let Some(first) = merged.differences.first() {
             warn!(
-                "{}: {} added tokens are otherwise than in tokenizer.json: {first}; as in transformers, \
-                 added_tokens_decoder counts",
+                "{}: {} added tokens differ from tokenizer.json: {first}; added_tokens_decoder is used, as in transformers",
                 self.file("tokenizer_config.json"),
                 merged.differences.len()
             );
@@ -153,11 +152,11 @@ impl Companions<'_> {
         for token in tokens {
             let what = match (inner.token_to_id(&token.content), inner.id_to_token(token.id)) {
                 (Some(id), _) if id != token.id => {
-                    format!("gives `{}` the id {}, and tokenizer.json the id {id}", token.content, token.id)
+                    format!("gives `{}` the id {}, but tokenizer.json the id {id}", token.content, token.id)
                 }
                 (None, Some(other)) => {
                     format!(
-                        "gives the id {} to `{}`, and tokenizer.json to `{other}`",
+                        "gives the id {} to `{}`, but tokenizer.json to `{other}`",
                         token.id, token.content
                     )
                 }
@@ -165,7 +164,7 @@ impl Companions<'_> {
             };
             return Err(invalid(
                 self.main,
-                format!("{file} {what}; one of the two files is another model's"),
+                format!("{file} {what}; one of the two files belongs to another model"),
             ));
         }
         Ok(())
@@ -289,7 +288,9 @@ pub(super) fn ids(
         };
         match u32::try_from(number).ok().filter(|id| (*id as usize) < known) {
             Some(id) => ids.push(id),
-            None => warn!("{}: {name} {number} is no token of the tokenizer and is left out", path.display()),
+            None => {
+                warn!("{}: {name} {number} is not a token of the tokenizer and is ignored", path.display())
+            }
         }
     }
     Ok(ids)
@@ -299,7 +300,7 @@ pub(super) fn ids(
 pub(super) fn single_id(main: &Path, configs: [&Value; 2], name: &str, known: usize) -> Result<Option<u32>> {
     let ids = ids(main, configs, name, known)?;
     if let [first, _, ..] = ids[..] {
-        warn!("{}: {name} is the list {ids:?}, of which {first} is taken", main.display());
+        warn!("{}: {name} is the list {ids:?}, of which {first} is used", main.display());
     }
     Ok(ids.first().copied())
 }
@@ -312,7 +313,7 @@ pub(super) fn check_ids(inner: &tokenizers::Tokenizer, definition: &Value, main:
         let got = inner.token_to_id(content).map(u64::from);
         if got != Some(id) {
             let got = got.map_or("none".to_string(), |id| id.to_string());
-            let what = format!("the added token `{content}` should have the id {id}, and gets {got}");
+            let what = format!("the added token `{content}` should have the id {id}, but gets {got}");
             return Err(invalid(main, what));
         }
     }

@@ -44,7 +44,7 @@ impl Added {
         for (id, token) in config["added_tokens_decoder"].as_object().into_iter().flatten() {
             let parsed = id.parse().ok().zip(token["content"].as_str().filter(|content| !content.is_empty()));
             let (id, content) = parsed.ok_or_else(|| {
-                error("tokenizer_config.json", format!("added_tokens_decoder: `{id}` is no token"))
+                error("tokenizer_config.json", format!("added_tokens_decoder: `{id}` is not a token"))
             })?;
             let special = token["special"].as_bool().unwrap_or(false);
             let flag = |name| token[name].as_bool().unwrap_or(name == "normalized" && !special);

@@ -67,7 +67,7 @@ pub(super) fn main_file(path: &Path) -> Result<PathBuf> {
         }
         // Meta's downloads of Llama 1 and 2 have one tokenizer beside the folders of the models.
         Some(file) if path.join("params.json").is_file() => {
-            format!("; {} is there: copy it into the folder, or name it in tokenizer.path", file.display())
+            format!("; {} exists: copy it into the folder, or name it in tokenizer.path", file.display())
         }
         _ => String::new(),
     };

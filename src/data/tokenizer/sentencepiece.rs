@@ -65,12 +65,12 @@ pub(super) fn define(
     let mut vocab = Map::new();
     for (id, piece) in model.pieces.iter().enumerate().filter(|(_, piece)| piece.kind != UNUSED) {
         if vocab.insert(piece.text.to_string(), json!(id)).is_some() {
-            return Err(format!("the piece `{}` is there twice", piece.text));
+            return Err(format!("the piece `{}` appears twice", piece.text));
         }
     }
     let control = |name: &str| model.pieces.iter().find(|p| p.kind == CONTROL && p.text == name);
     let unknown =
-        model.pieces.iter().find(|p| p.kind == UNKNOWN).ok_or("there is no piece for the unknown")?;
+        model.pieces.iter().find(|p| p.kind == UNKNOWN).ok_or("the piece for unknown text is missing")?;
     if model.byte_fallback
         && let Some(byte) = (0..=255).map(byte_piece).find(|name| !vocab.contains_key(name))
     {

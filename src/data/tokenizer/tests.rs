@@ -248,7 +248,7 @@ fn what_cannot_be_converted_is_refused_with_the_reason() {
     assert!(error(&and(&[0x12, 2, 3 << 3, 3])).contains("a word model"));
     assert!(error(&and(&[0x1a, 3, 0x12, 1, b'x'])).contains("its normalizer `identity` maps characters"));
     assert!(error(&and(&[0x1a, 2, 4 << 3, 1])).contains("remove_extra_whitespaces"));
-    assert!(error(&and(&[0x0a, 5, 0x0a, 3, b'<', b's', b'>'])).contains("the piece `<s>` is there twice"));
+    assert!(error(&and(&[0x0a, 5, 0x0a, 3, b'<', b's', b'>'])).contains("the piece `<s>` appears twice"));
     assert!(error(&and(&[0x0a, 6, 0x0a, 2, 0xc3, 0x28, 0x18, 1])).contains("not UTF-8"));
     assert!(error(&and(&[0x0a, 2, 0x18, 1])).contains("a piece is empty"));
     assert!(error(&and(&[0x0a, 9, 0x0a])).contains("cut off"));
@@ -257,11 +257,11 @@ fn what_cannot_be_converted_is_refused_with_the_reason() {
 
     let ranks = std::fs::read_to_string(fixture("llama3.model")).unwrap();
     let (first, rest) = ranks.split_once('\n').unwrap();
-    assert!(error(rest.as_bytes()).contains("line 1: the rank 1 comes, and 0 is missing"));
-    assert!(error(format!("{ranks}{first}\n").as_bytes()).contains("line 601: the rank 0 is there twice"));
+    assert!(error(rest.as_bytes()).contains("line 1: the rank 1 follows, but 0 is missing"));
+    assert!(error(format!("{ranks}{first}\n").as_bytes()).contains("line 601: the rank 0 appears twice"));
     assert!(
         error(format!("{ranks}{} 600\n", first.split(' ').next().unwrap()).as_bytes())
-            .contains("token is there twice")
+            .contains("token appears twice")
     );
     assert!(error(format!("{ranks}x\n").as_bytes()).contains("line 601: not a token in base64 and its rank"));
     assert!(error(b"YWI= 0\n").contains("the byte 0x00 has no token"));
@@ -306,7 +306,7 @@ fn the_config_beside_a_vocabulary_counts() {
     assert!(Tokenizer::load(&folder.0).err().unwrap().message.contains("`[PAD]` has the id 7 of the piece"));
     folder.file("added_tokens.json", format!(r#"{{"[PAD]": {}}}"#, n + 5));
     let e = Tokenizer::load(&folder.0).err().unwrap();
-    assert!(e.message.contains(&format!("`[PAD]` should have the id {}, and gets {n}", n + 5)), "{e}");
+    assert!(e.message.contains(&format!("`[PAD]` should have the id {}, but gets {n}", n + 5)), "{e}");
     std::fs::remove_file(folder.0.join("added_tokens.json")).unwrap();
 
     // Only the beginning of a text gets a space.

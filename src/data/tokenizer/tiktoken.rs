@@ -174,12 +174,12 @@ fn read_ranks(bytes: &[u8]) -> Result<Vec<Vec<u8>>, String> {
     found.sort();
     if let Some((want, (rank, _, line))) = found.iter().enumerate().find(|(i, (rank, ..))| i != rank) {
         let what =
-            if *rank < want { "is there twice".into() } else { format!("comes, and {want} is missing") };
+            if *rank < want { "appears twice".into() } else { format!("follows, but {want} is missing") };
         return Err(format!("line {line}: the rank {rank} {what}"));
     }
     let mut seen = HashSet::new();
     if let Some((_, _, line)) = found.iter().find(|(_, token, _)| !seen.insert(token)) {
-        return Err(format!("line {line}: the token is there twice"));
+        return Err(format!("line {line}: the token appears twice"));
     }
     Ok(found.into_iter().map(|(_, token, _)| token).collect())
 }

@@ -24,7 +24,7 @@ pub fn train(
 ) -> Result<Tokenizer> {
     if vocab_size < MIN_VOCAB_SIZE {
         return Err(Error::config(format!(
-            "a vocabulary of {vocab_size} is too small for byte-level BPE: the 256 bytes and {} take {MIN_VOCAB_SIZE}",
+            "a vocabulary of {vocab_size} is too small for byte-level BPE: the 256 bytes and {} need {MIN_VOCAB_SIZE}",
             SPECIAL.join(", ")
         )));
     }

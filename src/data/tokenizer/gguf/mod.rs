@@ -38,7 +38,7 @@ pub fn check_same(a: &Tokenizer, b: &Tokenizer, loss: Option<GgufLimit>) -> Resu
         let (x, y) = (a.encode(text, true)?, b.encode(text, true)?);
         if x != y {
             return Err(Error::failed(format!(
-                "the tokenizer gives {y:?} for {text:?} when it is read back, and {x:?} before"
+                "for {text:?} the tokenizer gives {y:?} when read back, but {x:?} before"
             )));
         }
     }

@@ -108,8 +108,8 @@ fn pre_tokenizer(name: Option<&str>) -> Result<(Pre, Option<String>), String> {
     match name {
         None => {
             let default = of(&all, "default").expect("it is there");
-            let told = "tokenizer.ggml.pre is missing: text is cut as llama.cpp cuts it then, which may not be how the model \
-                        was trained; convert the model again with a llama.cpp of today";
+            let told = "tokenizer.ggml.pre is missing: text is split by llama.cpp's default, which may differ from the model's \
+                        training; convert the model again with a current llama.cpp";
             Ok((all.swap_remove(default), Some(told.into())))
         }
         Some(name) => match of(&all, name) {
@@ -171,7 +171,7 @@ impl<'a> Vocabulary<'a> {
         let Some(id) = self.metadata.integer(&key)? else { return Ok(None) };
         match usize::try_from(id).ok().and_then(|id| self.tokens.get(id)) {
             Some(token) => Ok(Some(token)),
-            None => Err(Error::data(format!("`{key}` is {id}, and there are {} tokens", self.tokens.len()))),
+            None => Err(Error::data(format!("`{key}` is {id}, but there are {} tokens", self.tokens.len()))),
         }
     }
 
@@ -207,7 +207,7 @@ impl<'a> Vocabulary<'a> {
         let mut vocab = Map::new();
         for (id, (token, kind)) in self.tokens.iter().zip(&self.types).enumerate() {
             if *kind != UNUSED && vocab.insert(token.clone(), json!(id)).is_some() {
-                return Err(format!("the token `{token}` is there twice"));
+                return Err(format!("the token `{token}` appears twice"));
             }
         }
         let list = self.metadata.texts("tokenizer.ggml.merges").map_err(|e| e.message)?;
@@ -217,7 +217,8 @@ impl<'a> Vocabulary<'a> {
             // A space may be the first part, or stand for itself.
             let cut = merge.char_indices().skip(1).find(|(_, c)| *c == ' ').map(|(i, _)| i);
             let parts = cut.map(|cut| (&merge[..cut], &merge[cut + 1..]));
-            let (left, right) = parts.ok_or_else(|| format!("the merge `{merge}` is no pair of tokens"))?;
+            let (left, right) =
+                parts.ok_or_else(|| format!("the merge `{merge}` is not a pair of tokens"))?;
             for token in [left, right, &format!("{left}{right}")] {
                 if !vocab.contains_key(token) {
                     return Err(format!("the merge `{merge}` needs the token `{token}`, which is missing"));

@@ -53,9 +53,7 @@ pub fn write(tokenizer: &Tokenizer, rows: i64, metadata: &mut Metadata) -> Resul
             // Of those that fit, best one that also looks up whole words as this one does.
             let ignore = model["ignore_merges"] == true;
             let found = all.iter().filter(fits).max_by_key(|pre| pre.ignore_merges == ignore);
-            let found = found.ok_or_else(|| {
-                refused("its pre-tokenizer is none of those that llama.cpp has a name for".into())
-            })?;
+            let found = found.ok_or_else(|| refused("llama.cpp has no name for its pre-tokenizer".into()))?;
             set("model", MetadataValue::Text("gpt2".into()));
             set("pre", MetadataValue::Text(found.names[0].into()));
             let joined = merges.iter().map(|[left, right]| format!("{left} {right}")).collect();
@@ -111,7 +109,7 @@ fn merges(model: &Value) -> Result<Vec<[String; 2]>, String> {
         },
         _ => None,
     };
-    list.iter().map(pair).collect::<Option<_>>().ok_or_else(|| "a merge is no pair of tokens".into())
+    list.iter().map(pair).collect::<Option<_>>().ok_or_else(|| "a merge is not a pair of tokens".into())
 }
 
 /// Whether a tokenizer in which `▁` stands for a space puts one before a text.

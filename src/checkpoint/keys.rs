@@ -165,9 +165,7 @@ pub(super) fn unread(
         match there(key) {
             Some(counts) if equal(counts, value) => {}
             Some(counts) => {
-                warnings.push(format!(
-                    "{name} is {value} and is not used: {key} takes precedence, which is {counts}"
-                ));
+                warnings.push(format!("{name} is {value} and is not used: {key} counts, which is {counts}"));
             }
             None if reads => {
                 return Err(Error::data(format!(

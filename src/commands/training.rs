@@ -25,7 +25,7 @@ use crate::distributed::environment::RankEnvironment;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::plan::MemoryPlan;
+use crate::plan::work::StepWork;
 use crate::report::page::page;
 use crate::report::run::RunRecord;
 use crate::report::summary;
@@ -118,8 +118,11 @@ pub fn run<R: Recipe>(args: Args, global: &Global) -> Result<()> {
         true => target(global, world.mesh.data.size).and_then(|target| loaded.config.plan(&target)).ok(),
         false => None,
     };
-    if let Some(plan) = &planned {
-        tell_time(&loaded.config, &inputs, plan, place.as_ref(), global);
+    let one_host = place.as_ref().is_none_or(|place| place.local_world_size == place.world_size);
+    if let Some(plan) = planned.as_ref().filter(|_| one_host) {
+        let done = found.from.as_ref().map_or(0, |from| from.meta().step);
+        let work = predict::work(&loaded.config, &inputs, plan);
+        report_time(work.with_steps(R::steps(&inputs).saturating_sub(done)), global);
     }
     R::train(&loaded, inputs, &world, &start).map_err(|e| loaded.locate(e))?;
     if world.is_main() {
@@ -128,18 +131,10 @@ pub fn run<R: Recipe>(args: Args, global: &Global) -> Result<()> {
     Ok(())
 }
 
-/// Says how long the run will take, where that is known: on one host.
-fn tell_time<R: Recipe>(
-    config: &R,
-    inputs: &R::Inputs,
-    plan: &MemoryPlan,
-    place: Option<&RankEnvironment>,
-    global: &Global,
-) {
-    let one_host = place.is_none_or(|place| place.local_world_size == place.world_size);
-    let work = predict::work(config, inputs, plan);
+/// Reports how long the remaining steps will take, where the rates of this machine are known.
+fn report_time(work: StepWork, global: &Global) {
     if let Ok(Some(rates)) = predict::rates(global, None)
-        && one_host
+        && work.steps != Some(0)
         && work.predict(&rates).is_some()
     {
         info!("{}", predict::line(&work, Some(&rates)));

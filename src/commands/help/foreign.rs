@@ -44,6 +44,34 @@ mod tests {
         assert!(KEYS.iter().all(|key| !(key.here.is_empty() && key.note.is_empty())));
     }
 
+    /// What a note puts after a key (`ppo.missing_eos: subtract`), or as the value of the only key, is one of its words.
+    #[test]
+    fn values_in_notes_are_those_of_their_keys() {
+        let places = Catalog::new().places();
+        let words = |key: &str| {
+            let of = places.iter().filter(|place| place.name == key);
+            of.flat_map(|place| place.key.kind.choice().unwrap_or_default())
+                .map(|(word, _)| word)
+                .collect::<Vec<_>>()
+        };
+        for key in KEYS {
+            for quoted in key.note.split('`').skip(1).step_by(2) {
+                let (name, value) = match (quoted.split_once(": "), key.here) {
+                    (Some((name, value)), _) => (name, value),
+                    (None, [only]) if key.note == format!("`{quoted}`") => (*only, quoted),
+                    _ => continue,
+                };
+                let known = words(name);
+                let is_word = value.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
+                assert!(
+                    known.is_empty() || !is_word || known.iter().any(|word| **word == value),
+                    "{}: {name}: {value}",
+                    key.name
+                );
+            }
+        }
+    }
+
     #[test]
     fn every_value_is_one_of_its_key() {
         let places = Catalog::new().places();

@@ -103,7 +103,7 @@ fn what_cannot_be_read_is_told_with_its_place() {
         (r#"{"messages": "x"}"#, "no list of messages"),
         (r#"{"messages": [{"content": "x"}]}"#, "no `role`"),
         (r#"{"messages": [{"role": "user"}]}"#, "no text `content`"),
-        (r#"{"messages": [{"role": "user", "content": [{"type": "image"}]}]}"#, "no text"),
+        (r#"{"messages": [{"role": "user", "content": [{"type": "image"}]}]}"#, "not text"),
         (r#"{"prompt": "a", "completion": 3}"#, "neither a text nor a list"),
         (r#"{"prompt": "a", "completions": []}"#, "no list with a completion"),
         (r#"{"question": "a", "answer": 3}"#, "`answer` is a number"),

@@ -10,7 +10,7 @@ use testing::compare::{largest_relative, largest_relative_at, relative};
 use testing::device::device;
 use testing::golden::{golden, golden_model, tensors};
 use testing::program::Program;
-use testing::run::{Run, beginner, data};
+use testing::run::{Run, beginner, check_small_last_step, data};
 use testing::tolerance::{Quantity, allowed};
 
 use common::load;
@@ -209,4 +209,9 @@ fn what_cannot_be_is_refused() {
     run.start(1, &[&source]).wait().expect_error(3, &["bad.jsonl:1: no preference"]);
     let none = Program::corral(&["dpo", "--config"]).arg(run.dir.join("none.yaml")).run(&run.dir, "none");
     none.expect_error(2, &["none.yaml"]);
+}
+
+#[test]
+fn the_last_step_of_an_epoch_has_the_rows_that_are_left() {
+    check_small_last_step(run, &["loss", "margin", "accuracy"]);
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 use testing::compare::{largest_relative_at, relative};
 use testing::device::device;
 use testing::golden::{golden, golden_model, tensors};
-use testing::run::{Run, answers, data};
+use testing::run::{Run, answers, check_small_last_step, data};
 use testing::tolerance::{Quantity, allowed};
 
 use common::load;
@@ -261,4 +261,9 @@ fn what_cannot_be_is_refused() {
         let source = format!("data.train=[{}]", bad.display());
         run.start(1, &[&source]).wait().expect_error(3, &["bad.jsonl:1", part]);
     }
+}
+
+#[test]
+fn the_last_step_of_an_epoch_has_the_rows_that_are_left() {
+    check_small_last_step(run, &["loss", "kl"]);
 }

@@ -10,7 +10,7 @@ use testing::compare::{largest_relative_at, relative, relative_number};
 use testing::folder::folder;
 use testing::golden::{json, tensors};
 use testing::program::{Ended, Program};
-use testing::run::{Run, beginner, data};
+use testing::run::{Run, beginner, check_small_last_step, data};
 use testing::tolerance::{Quantity, allowed};
 
 use serde_json::{Value, json};
@@ -382,4 +382,9 @@ fn ranks_fail_together_where_one_cannot_score() {
     assert!(ended.err.contains("cannot read seven"), "{ended}");
     // Not by calls of one rank that meet others of the other one.
     assert!(!ended.err.contains("terminate called") && !ended.err.contains("mismatch"), "{ended}");
+}
+
+#[test]
+fn the_last_step_of_an_epoch_has_the_rows_that_are_left() {
+    check_small_last_step(run, &["loss", "margin", "accuracy"]);
 }

@@ -229,6 +229,8 @@ struct RankedScores {
     places: Tensor,
     /// int64 [P, K], -1 where there is no completion.
     ranks: Tensor,
+    /// False: it stands for no prompt, so that all ranks compute equally many micro-batches.
+    counts: bool,
 }
 
 impl RankedScores {
@@ -251,6 +253,7 @@ impl RankedScores {
             pooling: scorer::pooling(batch, score, kind, device),
             places: table(places),
             ranks: table(ranks),
+            counts: true,
         }
     }
 
@@ -263,6 +266,9 @@ impl RankedScores {
     ) -> StepEntry<'a> {
         let loss = move |values: &Tensor| {
             let scores = self.scores(values);
+            if !self.counts {
+                return Ok(scores.sum(scores.kind()) * 0.0);
+            }
             tally.borrow_mut().add(&scores, self);
             Ok(self.loss(&scores, settings) / batch as f64)
         };
@@ -388,7 +394,10 @@ fn this_ranks_batches(
 ) -> Vec<RankedScores> {
     let dropout = c.lora.as_ref().is_some_and(|l| l.dropout > 0.0);
     let ranked = |(offset, prompts): (u64, u64)| {
-        let mut ranked = ranked(c, inputs.score, &inputs.train, of.start + offset, prompts, model);
+        // Beyond the end of a smaller step: a prompt that does not count.
+        let (first, count) = if prompts == 0 { (of.start, 1) } else { (of.start + offset, prompts) };
+        let mut ranked = ranked(c, inputs.score, &inputs.train, first, count, model);
+        ranked.counts = prompts > 0;
         if dropout {
             // Rows are completions, of which prompts have different numbers.
             let before =

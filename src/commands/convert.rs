@@ -31,7 +31,7 @@ pub struct Args {
     #[arg(long, value_enum)]
     format: TargetFormat,
     /// Model-parallel parts, with --format meta [default: 1]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..=100))]
+    #[arg(long, value_name = "N", aliases = ["shards", "parts", "tp"], value_parser = clap::value_parser!(i64).range(1..=100))]
     model_parallel: Option<i64>,
     /// Dtype of the tensors; the last three are for --format gguf only: blocks of 32 numbers share a scale [default: each
     /// unchanged, block formats as float32]

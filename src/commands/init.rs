@@ -89,8 +89,12 @@ struct Draft<'a> {
     parameters: i64,
     /// Ranks of the run.
     ranks: i64,
+    /// The longest response.
+    max_new_tokens: i64,
     /// The token that pads, where the tokenizer's own one ends texts, too.
     pad_token: Option<&'static str>,
+    /// Some records cannot be used, and are left out.
+    skips: bool,
     /// What was found of model, data and machine, for the header.
     facts: Vec<String>,
 }
@@ -164,8 +168,11 @@ impl Draft<'_> {
             true => text += "  # valid: [FILE]          # held-out data; with it the run validates\n",
         }
         text += &format!("  sequence_length: {}\n", self.length);
+        if self.skips {
+            text += "  on_error: skip   # records that cannot be used are left out and counted\n";
+        }
         if self.of_responses() {
-            text += &format!("generation: {{max_new_tokens: {MAX_NEW_TOKENS}, temperature: 1.0}}\n");
+            text += &format!("generation: {{max_new_tokens: {}, temperature: 1.0}}\n", self.max_new_tokens);
         }
         let ppo = format!("ppo: {{epochs: 2, minibatch_size: {}, kl_coef: 0.05}}\n", self.batch());
         text += match stage {
@@ -262,10 +269,13 @@ fn draft<'a, R: Recipe>(args: &'a InitArgs, global: &Global) -> Result<Draft<'a>
         info!("no --reward-model: rewards are by rule (kind gsm8k)");
     }
     let compute = if cuda || multiplies_bfloat16() { "bfloat16" } else { "float32" };
+    let positions = positions::<R>(args)?;
     let mut draft = Draft {
         stage: R::SUBCOMMAND,
         args,
-        length: positions::<R>(args)?.min(512),
+        length: positions.min(512),
+        // A prompt needs room, too.
+        max_new_tokens: MAX_NEW_TOKENS.min(positions / 2),
         method: Method::Full,
         micro: 1,
         recompute: false,
@@ -274,6 +284,7 @@ fn draft<'a, R: Recipe>(args: &'a InitArgs, global: &Global) -> Result<Draft<'a>
         parameters: 0,
         ranks,
         pad_token: None,
+        skips: false,
         facts: Vec::new(),
     };
     look_at_data::<R>(&mut draft)?;
@@ -340,7 +351,7 @@ fn look_at_data<R: Recipe>(draft: &mut Draft) -> Result<()> {
     }
     let (median, high, longest) =
         (percentile(&lengths, 0.5), percentile(&lengths, 0.95), percentile(&lengths, 1.0));
-    let room = if draft.of_responses() { MAX_NEW_TOKENS } else { 0 };
+    let room = if draft.of_responses() { draft.max_new_tokens } else { 0 };
     draft.length = ((high as i64 + room).max(64) as u64).next_multiple_of(64) as i64;
     draft.length = draft.length.min(most);
     draft.epochs = if count < 2000 && !draft.of_responses() { 3 } else { 1 };
@@ -349,6 +360,15 @@ fn look_at_data<R: Recipe>(draft: &mut Draft) -> Result<()> {
         "data: {count} {what} of {median} tokens (median), {high} (95 % are at most this long), {longest} (longest)"
     ));
     Ok(())
+}
+
+/// Whether an error says that some records cannot be used, at most a tenth of all: `2 of 634 records cannot be used: ...`.
+fn few_are_odd(message: &str) -> bool {
+    let count = |text: Option<&str>| text.and_then(|text| text.replace(',', "").parse::<u64>().ok());
+    let mut words = message.split_whitespace();
+    let (odd, all) = (count(words.next()), count(words.nth(1)));
+    let few = matches!((odd, all), (Some(odd), Some(all)) if odd * 10 <= all);
+    few && message.contains("data.on_error: skip")
 }
 
 /// Opens what a draft names. Where the tokenizer has no token that only pads, one of its unused ones is taken.
@@ -373,10 +393,15 @@ fn open<R: Recipe>(draft: &mut Draft) -> Result<(Loaded<R>, R::Inputs)> {
             Ok(inputs) => return Ok((loaded, inputs)),
             Err(e) => e,
         };
-        draft.pad_token = match e.message.contains("tokenizer.pad_token") {
-            true => Some(tokens.find(has).ok_or(e)?),
-            false => return Err(with_maker(loaded.locate(e))),
-        };
+        if e.message.contains("tokenizer.pad_token") {
+            draft.pad_token = Some(tokens.find(has).ok_or(e)?);
+        } else if !draft.skips && few_are_odd(&e.message) {
+            draft.skips = true;
+            let which: Vec<&str> = e.message.lines().filter(|line| !line.contains("data.on_error")).collect();
+            draft.facts.push(format!("data: {}; they are left out", which.join("; ").replace("  ", " ")));
+        } else {
+            return Err(with_maker(loaded.locate(e)));
+        }
     }
 }
 
@@ -478,6 +503,14 @@ mod tests {
         let lengths: Lengths = [(10, 90), (20, 9), (500, 1)].into();
         assert_eq!([0.5, 0.95, 1.0].map(|share| percentile(&lengths, share)), [10, 20, 500]);
         assert_eq!(percentile(&Lengths::new(), 0.5), 0);
+    }
+
+    #[test]
+    fn few_odd_records_are_left_out() {
+        let message =
+            |what: &str| format!("{what} records cannot be used: 2 unreadable\nset data.on_error: skip");
+        assert!(few_are_odd(&message("2 of 634")) && few_are_odd(&message("100 of 1,000")));
+        assert!(!few_are_odd(&message("101 of 1,000")) && !few_are_odd("2 of 634 records"));
     }
 
     #[test]

@@ -9,8 +9,10 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
+use crate::compare::largest_relative;
 use crate::folder::folder;
 use crate::program::{Ended, Program, Running, corral, launch, read};
+use crate::tolerance::{Quantity, allowed};
 
 /// What stays in a run whatever interrupted it; times and memory do not.
 const REPRODUCIBLE: [&str; 15] = [
@@ -237,6 +239,31 @@ valid: {{every: 10, batches: 3}}
         }
         assert_eq!(here.len(), there.len(), "lines of metrics of {}", self.dir.display());
         assert!(self.model() == reference.model(), "{}: another model", self.dir.display());
+    }
+}
+
+/// One epoch whose last step has few rows, of runs that `make` makes: however it is divided, also where a rank or a micro-batch
+/// has none of them, `keys` of training are equal.
+pub fn check_small_last_step(make: impl Fn(&str) -> Run, keys: &[&str]) {
+    let epoch = |name: &str, ranks: usize, words: &[&str]| {
+        let run = make(name);
+        let of_an_epoch = ["train.steps=null", "train.epochs=1", "train.batch_size=64", "valid.every=0"];
+        let exact = ["precision.compute=float64", "schedule.warmup_steps=0"];
+        run.train(ranks, &[&of_an_epoch[..], &exact, words].concat());
+        run
+    };
+    let whole = epoch("epoch-whole", 1, &[]);
+    assert_eq!(whole.numbers("train", "epoch").last(), Some(&1.0));
+    let tokens = whole.numbers("train", "tokens");
+    let last = tokens.len() - 1;
+    assert!(tokens[last] - tokens[last - 1] < 0.6 * tokens[0], "the last step must be small: {tokens:?}");
+    for (ranks, micro) in [(1, 8), (2, 16), (4, 16)] {
+        let run = epoch(&format!("epoch-{ranks}"), ranks, &[&format!("train.micro_batch_size={micro}")]);
+        for key in keys {
+            let apart = largest_relative(&run.numbers("train", key), &whole.numbers("train", key));
+            assert!(apart <= allowed(Quantity::SameLosses, Kind::Double), "{key}, {ranks} ranks: {apart:e}");
+        }
+        assert_eq!(run.numbers("train", "tokens"), tokens, "{ranks} ranks");
     }
 }
 

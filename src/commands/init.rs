@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 
 use crate::algorithms::base::Base;
 use crate::algorithms::recipe::{Recipe, Shown};
+use crate::checkpoint::Weights;
 use crate::commands::Global;
 use crate::commands::check::size;
 use crate::commands::convert::parse_size;
 use crate::commands::plan::target;
 use crate::commands::recipes::{NamedRecipe, RecipeArgs, with_maker};
+use crate::config::Setting;
 use crate::config::changes::show;
 use crate::config::model::Model;
 use crate::config::shape::Shape;
@@ -93,6 +95,8 @@ struct Draft<'a> {
     max_new_tokens: i64,
     /// The token that pads, where the tokenizer's own one ends texts, too.
     pad_token: Option<&'static str>,
+    /// The adapter of the reward model, which the critic begins as.
+    lora_of_critic: Option<String>,
     /// Some records cannot be used, and are left out.
     skips: bool,
     /// What was found of model, data and machine, for the header.
@@ -144,7 +148,7 @@ impl Draft<'_> {
                 text += "rewards: [{kind: gsm8k, form: flexible}]   # 1 where the answer has the data's number; corral help rewards.kind\n";
             }
             if stage == "ppo"
-                && let Some(lora) = lora
+                && let Some(lora) = self.lora_of_critic.as_deref().or(lora)
             {
                 text += &format!("critic: {{lora: {lora}}}\n");
             }
@@ -284,6 +288,7 @@ fn draft<'a, R: Recipe>(args: &'a InitArgs, global: &Global) -> Result<Draft<'a>
         parameters: 0,
         ranks,
         pad_token: None,
+        lora_of_critic: args.reward_model.as_deref().map(lora_of).transpose()?.flatten(),
         skips: false,
         facts: Vec::new(),
     };
@@ -360,6 +365,13 @@ fn look_at_data<R: Recipe>(draft: &mut Draft) -> Result<()> {
         "data: {count} {what} of {median} tokens (median), {high} (95 % are at most this long), {longest} (longest)"
     ));
     Ok(())
+}
+
+/// The section `lora` of a model that has an adapter.
+fn lora_of(model: &Path) -> Result<Option<String>> {
+    let weights = Weights::open(model).map_err(with_maker)?;
+    let lora = weights.lora().and_then(|trainable| trainable.lora.clone());
+    Ok(lora.map(|lora| lora.write().to_string()))
 }
 
 /// Whether an error says that some records cannot be used, at most a tenth of all: `2 of 634 records cannot be used: ...`.

@@ -40,7 +40,8 @@ impl Preference {
         Preference { prompt, completions, ranks, inputs, unused }
     }
 
-    /// Reads `completions` (best first; the first `num_correct` are equally good), or `chosen` and `rejected`, with a prompt
+    /// Reads `completions` (best first; the first `num_correct` are equally good), or `chosen` and `rejected` (in Stack
+    /// Exchange's data `response_j` and `response_k`), with a prompt
     /// (`prompt`, messages that end before the answer, `instruction` or `question`). Completions may be whole dialogues,
     /// which repeat the prompt; without a prompt, what they have in common is the prompt.
     ///
@@ -63,6 +64,9 @@ impl Preference {
             (list.iter().map(|c| ("completions", c)).collect(), (0..list.len()).map(rank).collect())
         } else if let (Some(chosen), Some(rejected)) = (fields.get("chosen"), fields.get("rejected")) {
             (vec![("chosen", chosen), ("rejected", rejected)], vec![0, 1])
+        } else if let (Some(better), Some(worse)) = (fields.get("response_j"), fields.get("response_k")) {
+            // The keys of Stack Exchange's paired answers, of which j is the better one.
+            (vec![("response_j", better), ("response_k", worse)], vec![0, 1])
         } else {
             let keys: Vec<&str> = record.fields.keys().map(String::as_str).collect();
             return Err(fields.bad(format!(
@@ -332,6 +336,7 @@ mod tests {
         let (a, b) = (says("a"), says("b"));
         let lines = [
             r#"{"prompt": "p", "chosen": "a", "rejected": "b"}"#.to_string(),
+            r#"{"question": "p", "response_j": "a", "response_k": "b"}"#.to_string(),
             format!(r#"{{"prompt": [{user}], "chosen": [{a}], "rejected": [{b}]}}"#),
             format!(r#"{{"prompt": "p", "chosen": [{user}, {a}], "rejected": [{user}, {b}]}}"#),
             format!(r#"{{"chosen": [{user}, {a}], "rejected": [{user}, {b}]}}"#),

@@ -29,7 +29,7 @@ use crate::telemetry::progress::with_bytes_bar;
 
 const MAGIC: &[u8; 8] = b"CORRALEX";
 /// Of the file format and of what is done to examples: part of every cache's key.
-const VERSION: u32 = 5;
+const VERSION: u32 = 6;
 const SUPERVISED: u32 = 1 << 31;
 /// Records that are read before they are tokenized together.
 const CHUNK: usize = 4096;

@@ -42,9 +42,9 @@ choice! {
         Format = "format",
         /// 0 for short responses, falling to -1 (the soft overlong punishment of DAPO, Yu et al. 2025).
         Length = "length",
-        /// The number that a program returns.
+        /// The number that the shell command in `run` prints.
         Command = "command",
-        /// The number that a server returns.
+        /// The number that the server at `url` returns.
         Http = "http",
         /// The reward model's score.
         Model = "model",

@@ -67,6 +67,36 @@ fn a_run_needs_no_configuration() {
     assert!(dir.join("runs/sft/model/config.json").is_file() && dir.join("runs/sft/report.html").is_file());
 }
 
+/// A few records that cannot be used stop nothing; a critic begins as a reward model with its adapter.
+#[test]
+fn a_configuration_is_made_for_data_and_models_as_they_are() {
+    let dir = folder("init-odd");
+    let corral =
+        |words: &[&str], name: &str| Program::corral(words).current_dir(&dir).run(&dir, name).expect_code(0);
+    let model = answers().display().to_string();
+    let good = "{\"prompt\": \"1 + 1?\", \"completion\": \"2\"}\n".repeat(30);
+    fs::write(dir.join("odd.jsonl"), format!("{good}{{\"prompt\": 1}}\n")).unwrap();
+    let made = corral(&["init", "sft", "--model", &model, "--data", "odd.jsonl"], "odd");
+    assert!(made.err.contains("(1 of 31 records); such records are left out"), "{made}");
+    corral(&["sft", "--config", "sft.yaml", "train={steps: 1, batch_size: 4}"], "odd-run");
+    // More than a tenth: the data are wrong.
+    fs::write(dir.join("wrong.jsonl"), "{\"prompt\": 1}\n".repeat(20)).unwrap();
+    let words = ["init", "sft", "--model", &model, "--data", "wrong.jsonl", "--output", "wrong.yaml"];
+    Program::corral(&words).current_dir(&dir).run(&dir, "wrong").expect_error(3, &["20 of 20 records"]);
+
+    let rankings = data().join("rankings.train.jsonl").display().to_string();
+    corral(&["init", "reward", "--model", &model, "--data", &rankings], "reward");
+    let few = ["reward", "--config", "reward.yaml", "lora={rank: 4}", "train={steps: 1, batch_size: 4}"];
+    corral(&few, "reward-run");
+    let prompts = data().join("prompts.train.jsonl").display().to_string();
+    corral(&["init", "ppo", "--model", &model, "--reward-model", "runs/reward", "--data", &prompts], "ppo");
+    let text = fs::read_to_string(dir.join("ppo.yaml")).unwrap();
+    assert!(text.contains("critic: {lora: {\"rank\":4"), "{text}");
+    let few =
+        ["ppo", "--config", "ppo.yaml", "train={steps: 1, batch_size: 8}", "generation.max_new_tokens=8"];
+    corral(&few, "ppo-run");
+}
+
 #[test]
 fn ranks_need_no_configuration() {
     let dir = folder("no-config-ranks");

@@ -1,6 +1,10 @@
 //! `corral init`: a commented configuration that fits a model, data and this machine.
 
+mod draft;
+
 use std::path::{Path, PathBuf};
+
+use draft::{Draft, Method};
 
 use crate::algorithms::base::Base;
 use crate::algorithms::recipe::{Recipe, Shown};
@@ -10,11 +14,10 @@ use crate::commands::check::size;
 use crate::commands::convert::parse_size;
 use crate::commands::plan::target;
 use crate::commands::recipes::{NamedRecipe, RecipeArgs, with_maker};
+use crate::config::Loaded;
 use crate::config::Setting;
-use crate::config::changes::show;
 use crate::config::model::Model;
 use crate::config::shape::Shape;
-use crate::config::{self, Loaded, defaults};
 use crate::data::examples::{Examples, Lengths};
 use crate::distributed::environment::RankEnvironment;
 use crate::distributed::world::DeviceChoice;
@@ -67,168 +70,6 @@ const LONGEST: i64 = 8192;
 /// Memory of a process besides its tensors, and the share of the rest that a plan may take.
 const PROCESS: i64 = 500 << 20;
 const USABLE: f64 = 0.9;
-
-/// How weights are trained, the most exact first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Method {
-    Full,
-    Lora,
-    Nf4,
-}
-
-/// A configuration before it is text.
-#[derive(Debug, Clone)]
-struct Draft<'a> {
-    stage: &'static str,
-    args: &'a InitArgs,
-    length: i64,
-    method: Method,
-    micro: i64,
-    recompute: bool,
-    compute: &'static str,
-    epochs: i64,
-    /// Parameters of the model.
-    parameters: i64,
-    /// Ranks of the run.
-    ranks: i64,
-    /// The longest response.
-    max_new_tokens: i64,
-    /// The token that pads, where the tokenizer's own one ends texts, too.
-    pad_token: Option<&'static str>,
-    /// The adapter of the reward model, which the critic begins as.
-    lora_of_critic: Option<String>,
-    /// Some records cannot be used, and are left out.
-    skips: bool,
-    /// What was found of model, data and machine, for the header.
-    facts: Vec<String>,
-}
-
-impl Draft<'_> {
-    fn of_responses(&self) -> bool {
-        ["online-dpo", "grpo", "ppo"].contains(&self.stage)
-    }
-
-    fn batch(&self) -> i64 {
-        // Whole shares for all ranks.
-        let rows = if self.of_responses() { 8 } else { 16 };
-        (rows + self.ranks - 1) / self.ranks * self.ranks
-    }
-
-    /// The learning rate of the stage, the method and the size.
-    fn lr(&self) -> f64 {
-        let row = defaults::of(self.stage);
-        row.map_or(1e-5, |row| defaults::lr_of_size(row, self.method != Method::Full, self.parameters))
-    }
-
-    fn output_dir(&self) -> String {
-        format!("runs/{}", self.stage)
-    }
-
-    fn yaml(&self) -> String {
-        let list = |paths: &[PathBuf]| {
-            let quoted: Vec<String> = paths.iter().map(|path| quoted(&path.to_string_lossy())).collect();
-            format!("[{}]", quoted.join(", "))
-        };
-        let stage = self.stage;
-        let mut text = format!("# {stage}, written by corral init.\n#\n");
-        self.facts.iter().for_each(|fact| text += &format!("#   {fact}\n"));
-        text += &format!("\noutput_dir: {}\n", self.output_dir());
-        let lora = match self.method {
-            Method::Full => None,
-            Method::Lora => Some("{rank: 16, alpha: 32, dropout: 0.0}"),
-            Method::Nf4 => Some("{rank: 16, alpha: 32, dropout: 0.0, base: nf4}"),
-        };
-        let model = quoted(&self.args.model);
-        if self.of_responses() {
-            text += &format!("actor:\n  path: {model}\n");
-            lora.iter().for_each(|lora| text += &format!("  lora: {lora}\n"));
-            if let Some(path) = &self.args.reward_model {
-                text += &format!("reward_model: {{path: {}}}\n", quoted(&path.to_string_lossy()));
-            } else {
-                text += "rewards: [{kind: gsm8k, form: flexible}]   # 1 where the answer has the data's number; corral help rewards.kind\n";
-            }
-            if stage == "ppo"
-                && let Some(lora) = self.lora_of_critic.as_deref().or(lora)
-            {
-                text += &format!("critic: {{lora: {lora}}}\n");
-            }
-        } else if stage == "pretrain" {
-            text += &format!("model: {{preset: {model}}}\n");
-            text += &format!(
-                "tokenizer: {{path: {}}}\n",
-                quoted(&tokenizer_beside(&self.args.data).to_string_lossy())
-            );
-        } else {
-            text += &format!("model: {{path: {model}}}\n");
-            if let Some(token) = self.pad_token {
-                text +=
-                    &format!("tokenizer: {{pad_token: {token:?}}}   # the model's own one ends texts, too\n");
-            }
-            lora.iter().for_each(|lora| text += &format!("lora: {lora}\n"));
-        }
-        text += &format!("data:\n  train: {}\n", list(&self.args.data));
-        match self.args.valid.is_empty() {
-            false => text += &format!("  valid: {}\n", list(&self.args.valid)),
-            true => text += "  # valid: [FILE]          # held-out data; with it the run validates\n",
-        }
-        text += &format!("  sequence_length: {}\n", self.length);
-        if self.skips {
-            text += "  on_error: skip   # records that cannot be used are left out and counted\n";
-        }
-        if self.of_responses() {
-            text += &format!("generation: {{max_new_tokens: {}, temperature: 1.0}}\n", self.max_new_tokens);
-        }
-        let ppo = format!("ppo: {{epochs: 2, minibatch_size: {}, kl_coef: 0.05}}\n", self.batch());
-        text += match stage {
-            "grpo" => "grpo: {group_size: 8}\n",
-            "ppo" => &ppo,
-            "dpo" => "dpo: {beta: 0.1}\n",
-            "kto" => "kto: {beta: 0.1}\n",
-            "online-dpo" => "dpo: {beta: 0.1}\n",
-            _ => "",
-        };
-        text += &format!("precision: {{compute: {}}}\n", self.compute);
-        let lr = show(&Some(self.lr().into()));
-        let decay = defaults::of(stage).map_or(0.0, |row| row.weight_decay);
-        text += &format!("optim: {{lr: {lr}, weight_decay: {decay:?}, clip: 1.0}}\n");
-        text += "schedule: {kind: cosine, warmup_ratio: 0.03, min_lr_ratio: 0.1}\n";
-        let length =
-            if stage == "pretrain" { "steps: 1000".to_string() } else { format!("epochs: {}", self.epochs) };
-        let micro =
-            if self.of_responses() { String::new() } else { format!(", micro_batch_size: {}", self.micro) };
-        let recompute = if self.recompute { ", recompute: full" } else { "" };
-        text += &format!("train: {{{length}, batch_size: {}{micro}{recompute}}}\n", self.batch());
-        text += "checkpoint: {every: 100, keep: 2}\n";
-        if !self.args.valid.is_empty() {
-            text += "valid: {every: 50, batches: 20}\n";
-        }
-        if self.of_responses() {
-            text += "samples: {every: 10, count: 4}\n";
-        }
-        text + "log: {every: 1}\nseed: 1\n"
-    }
-
-    fn load<R: Recipe>(&self) -> Result<Loaded<R>> {
-        let loaded = config::load_text::<R>(&self.yaml(), &[])?;
-        loaded.validate(self.ranks).map(|()| loaded)
-    }
-
-    /// What the run takes of memory, in bytes of the device.
-    fn bytes<R: Recipe>(&self, target: &PlanTarget) -> Result<i64> {
-        Ok(self.load::<R>()?.config.plan(target)?.bytes())
-    }
-}
-
-/// A text as YAML has it in a list.
-fn quoted(text: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+".contains(c);
-    if !text.is_empty() && text.chars().all(plain) { text.into() } else { format!("{text:?}") }
-}
-
-/// Where `corral tokenize` puts the tokenizer of the shards.
-fn tokenizer_beside(shards: &[PathBuf]) -> PathBuf {
-    shards.first().and_then(|path| path.parent()).unwrap_or(Path::new(".")).join("tokenizer")
-}
 
 /// Writes the configuration of a stage.
 pub fn init<R: Recipe>(args: InitArgs, global: &Global) -> Result<()> {
@@ -374,13 +215,27 @@ fn lora_of(model: &Path) -> Result<Option<String>> {
     Ok(lora.map(|lora| lora.write().to_string()))
 }
 
-/// Whether an error says that some records cannot be used, at most a tenth of all: `2 of 634 records cannot be used: ...`.
+/// Whether an error says that some records cannot be used, at most a tenth of all: `2 of 634 records`.
 fn few_are_odd(message: &str) -> bool {
-    let count = |text: Option<&str>| text.and_then(|text| text.replace(',', "").parse::<u64>().ok());
-    let mut words = message.split_whitespace();
-    let (odd, all) = (count(words.next()), count(words.nth(1)));
-    let few = matches!((odd, all), (Some(odd), Some(all)) if odd * 10 <= all);
-    few && message.contains("data.on_error: skip")
+    let number = |word: &str| word.trim_start_matches('(').replace(',', "").parse::<u64>().ok();
+    let words: Vec<&str> = message.split_whitespace().collect();
+    let counts = words.windows(4).find_map(|w| match (w[1], w[3].starts_with("records")) {
+        ("of", true) => Some((number(w[0])?, number(w[2])?)),
+        _ => None,
+    });
+    message.contains("data.on_error: skip") && counts.is_some_and(|(odd, all)| odd * 10 <= all)
+}
+
+/// What an error says of odd records, on a line.
+fn without_advice(message: &str) -> String {
+    let lines = message.lines().filter(|line| !line.contains("or set data.on_error") || line.contains(" ("));
+    let lines: Vec<String> = lines
+        .map(|line| match line.split_once("; fix it, or set data.on_error") {
+            Some((what, _)) => format!("{what})"),
+            None => line.trim().to_string(),
+        })
+        .collect();
+    lines.join("; ")
 }
 
 /// Opens what a draft names. Where the tokenizer has no token that only pads, one of its unused ones is taken.
@@ -409,8 +264,7 @@ fn open<R: Recipe>(draft: &mut Draft) -> Result<(Loaded<R>, R::Inputs)> {
             draft.pad_token = Some(tokens.find(has).ok_or(e)?);
         } else if !draft.skips && few_are_odd(&e.message) {
             draft.skips = true;
-            let which: Vec<&str> = e.message.lines().filter(|line| !line.contains("data.on_error")).collect();
-            draft.facts.push(format!("data: {}; they are left out", which.join("; ").replace("  ", " ")));
+            draft.facts.push(format!("data: {}; such records are left out", without_advice(&e.message)));
         } else {
             return Err(with_maker(loaded.locate(e)));
         }
@@ -478,7 +332,7 @@ fn fit<R: Recipe>(draft: &mut Draft, target: &PlanTarget, there: u64) -> Result<
         *draft = tried;
         let mut bytes = bytes;
         let share = draft.batch() / draft.ranks;
-        while !draft.of_responses() && draft.micro * 2 <= 8 && share % (draft.micro * 2) == 0 {
+        while !draft.of_responses() && share % (draft.micro * 2) == 0 {
             let larger = Draft { micro: draft.micro * 2, ..draft.clone() };
             let more = larger.bytes::<R>(target)?;
             if more > budget {
@@ -522,12 +376,14 @@ mod tests {
         let message =
             |what: &str| format!("{what} records cannot be used: 2 unreadable\nset data.on_error: skip");
         assert!(few_are_odd(&message("2 of 634")) && few_are_odd(&message("100 of 1,000")));
+        let advice = "fix them, or set data.on_error: skip to leave out";
+        assert_eq!(
+            without_advice(&format!("2 of 9 records\n  a:1: bad\n{advice}")),
+            "2 of 9 records; a:1: bad"
+        );
+        let one = "a:3: bad (1 of 31 records; fix it, or set data.on_error: skip to leave out)";
+        assert_eq!(without_advice(one), "a:3: bad (1 of 31 records)");
+        assert!(few_are_odd("a.jsonl:3: bad (1 of 31 records; fix it, or set data.on_error: skip)"));
         assert!(!few_are_odd(&message("101 of 1,000")) && !few_are_odd("2 of 634 records"));
-    }
-
-    #[test]
-    fn texts_are_quoted_where_yaml_needs_it() {
-        assert_eq!(quoted("a/b-c_1.jsonl"), "a/b-c_1.jsonl");
-        assert_eq!(quoted("a b: {c}"), "\"a b: {c}\"");
     }
 }

@@ -1,23 +1,23 @@
 //! Reward models: a scalar head that learns to score better completions higher than worse ones.
 
+mod ranked;
+
 use std::cell::RefCell;
 use std::ops::Range;
 use std::path::Path;
 
-use kernels::c10d::ReduceOp;
-use tch::{Kind, Tensor};
+use ranked::{RankedScores, RankingTally};
 
 use crate::algorithms::base::{self, Base, LastStep, RunLength, planned_model, shape_and_trainable};
 use crate::algorithms::folder::RunFolder;
 use crate::algorithms::interval::wilson;
 use crate::algorithms::learner::Learner;
-use crate::algorithms::losses::ranking::{PairCounts, Terms, losses};
 use crate::algorithms::recipe::{Recipe, Shown};
 use crate::algorithms::run::Start;
-use crate::algorithms::step::{self, MicroBatch, Objective, StepEntry, StopCheck};
+use crate::algorithms::step::{self, StepEntry, StopCheck};
 use crate::algorithms::{records, scorer, session};
 use crate::checkpoint::{Measured, Metric, Scoring};
-use crate::config::reward::{Reward, RewardSection, Score, Which};
+use crate::config::reward::{Reward, Score, Which};
 use crate::config::shape::{Head, Shape};
 use crate::config::{Algorithm, Loaded, common};
 use crate::data::chat::Chat;
@@ -218,125 +218,6 @@ fn reference_example(record: &readers::Record, chat: &Chat, longest: usize) -> R
     let (sequences, ranks) =
         example.sequences.into_iter().zip(example.ranks).filter(|(s, _)| fits(s)).unzip();
     Ok(Example { sequences, ranks, leftovers: example.leftovers })
-}
-
-/// Some prompts with their completions, ready for the model.
-struct RankedScores {
-    batch: MicroBatch,
-    /// [S, N] (see [`scorer::pooling`]).
-    pooling: Tensor,
-    /// Which score each completion of each prompt has, int64 [P, K]; 0 where there is none.
-    places: Tensor,
-    /// int64 [P, K], -1 where there is no completion.
-    ranks: Tensor,
-    /// False: it stands for no prompt, so that all ranks compute equally many micro-batches.
-    counts: bool,
-}
-
-impl RankedScores {
-    /// `kind`: that of the values.
-    fn new(batch: &SequenceBatch, score: Score, model: &Llama) -> RankedScores {
-        let device = model.params.device();
-        let kind = kernels::ops::accumulator(model.params.compute());
-        let most = batch.ranks.iter().map(Vec::len).max().unwrap_or(0);
-        let (mut places, mut ranks, mut next) = (Vec::new(), Vec::new(), 0);
-        for of_prompt in &batch.ranks {
-            for k in 0..most {
-                places.push(if k < of_prompt.len() { next + k as i64 } else { 0 });
-                ranks.push(of_prompt.get(k).map_or(-1, |rank| i64::from(*rank)));
-            }
-            next += of_prompt.len() as i64;
-        }
-        let table = |t: Vec<i64>| Tensor::from_slice(&t).view([-1, most as i64]).to_device(device);
-        RankedScores {
-            batch: MicroBatch { input: scorer::input(batch), labels: Tensor::from_slice(&batch.rows.labels) },
-            pooling: scorer::pooling(batch, score, kind, device),
-            places: table(places),
-            ranks: table(ranks),
-            counts: true,
-        }
-    }
-
-    /// As an entry of a step on `batch` prompts; what is counted of its scores is added to `tally`.
-    fn entry<'a>(
-        &'a self,
-        settings: &'a RewardSection,
-        batch: u64,
-        tally: &'a RefCell<RankingTally>,
-    ) -> StepEntry<'a> {
-        let loss = move |values: &Tensor| {
-            let scores = self.scores(values);
-            if !self.counts {
-                return Ok(scores.sum(scores.kind()) * 0.0);
-            }
-            tally.borrow_mut().add(&scores, self);
-            Ok(self.loss(&scores, settings) / batch as f64)
-        };
-        let objective = Objective::Values { loss: Box::new(loss) };
-        StepEntry { batch: &self.batch, objective, balance: None }
-    }
-
-    /// Scores [P, K] of the tokens' values `[N]`.
-    fn scores(&self, values: &Tensor) -> Tensor {
-        self.pooling.mv(values).index_select(0, &self.places.view([-1])).view_as(&self.places)
-    }
-
-    /// The sum of the prompts' losses.
-    fn loss(&self, scores: &Tensor, settings: &RewardSection) -> Tensor {
-        let margins = (settings.margin > 0.0)
-            .then(|| Tensor::full([scores.size()[0]], settings.margin, (scores.kind(), scores.device())));
-        losses(settings.loss, scores, &self.ranks, &Terms { margins, center: settings.center })
-            .sum(scores.kind())
-    }
-}
-
-/// What is counted of scores, over micro-batches and then over ranks.
-#[derive(Debug, Clone, Copy, Default)]
-struct RankingTally {
-    pairs: PairCounts,
-    loss: f64,
-    /// Of all completions' scores: how many, their sum, and the sum of their squares.
-    scores: [f64; 3],
-}
-
-impl RankingTally {
-    fn add(&mut self, scores: &Tensor, ranked: &RankedScores) {
-        self.pairs.add(PairCounts::of(scores, &ranked.ranks));
-        let there = ranked.ranks.ge(0).to_kind(Kind::Double);
-        let scores = scores.detach().to_kind(Kind::Double) * &there;
-        let sum = |t: &Tensor| t.sum(Kind::Double).double_value(&[]);
-        for (total, of_batch) in
-            self.scores.iter_mut().zip([sum(&there), sum(&scores), sum(&scores.square())])
-        {
-            *total += of_batch;
-        }
-    }
-
-    /// That of all ranks. Collective.
-    fn over_ranks(self, world: &World) -> Result<RankingTally> {
-        let RankingTally { pairs: p, loss, scores: [n, sum, squares] } = self;
-        let mine = [p.num_pairs, p.ties, p.right, p.chosen, p.rejected, loss, n, sum, squares];
-        let all = world.group.combine(&mine, ReduceOp::Sum)?;
-        let pairs =
-            PairCounts { num_pairs: all[0], ties: all[1], right: all[2], chosen: all[3], rejected: all[4] };
-        Ok(RankingTally { pairs, loss: all[5], scores: [all[6], all[7], all[8]] })
-    }
-
-    fn tell(&self, record: MetricsLine) -> MetricsLine {
-        let p = &self.pairs;
-        record
-            .float("accuracy", p.right / p.num_pairs)
-            .float("margin", (p.chosen - p.rejected) / p.num_pairs)
-            .float("reward_chosen", p.chosen / p.num_pairs)
-            .float("reward_rejected", p.rejected / p.num_pairs)
-    }
-
-    /// Mean and standard deviation (n - 1) of all scores.
-    fn mean_and_std(&self) -> (f64, f64) {
-        let [n, sum, squares] = self.scores;
-        let mean = sum / n;
-        (mean, ((squares - sum * mean) / (n - 1.0)).max(0.0).sqrt())
-    }
 }
 
 fn reward(loaded: &Loaded<Reward>, inputs: &Inputs, world: &World, start: &Start) -> Result<()> {

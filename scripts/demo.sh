@@ -82,7 +82,7 @@ stage reward "$bin/corral" --threads 2 reward --config configs/reward/default.ya
 row reward "wrong answers judged below the right one" "50 %" "$(judged runs/reward)"
 
 # PPO corrects, by what the reward model thinks of its answers, a model whose teacher was wrong in 40 of 100.
-stage start "$bin/corral" --threads 2 sft --config configs/sft/noisy.yaml $new $bf16
+stage start "$bin/corral" --threads 2 sft --config configs/sft/noisy.yaml $new $bf16 train.steps=400 checkpoint.every=400
 stage ppo "$bin/launch" --nproc 2 ppo --config configs/ppo/reward_model.yaml $new $less_ppo
 row ppo "right answers, sampled" "$(right runs/start runs/start/sampled.json 1)" \
     "$(right runs/ppo-reward-model runs/ppo-reward-model/sampled.json 1)"

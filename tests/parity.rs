@@ -122,6 +122,46 @@ fn logits_and_log_probabilities() {
     }
 }
 
+/// Rows without a mask take the fastest attention that there is (on a GPU flash attention), those with one another: whole models
+/// in bfloat16 give the same, forward and backward.
+#[test]
+fn attention_with_and_without_a_mask_is_the_same_in_bfloat16() {
+    // Which experts take a token may differ by a rounding.
+    for family in FAMILIES.iter().filter(|family| **family != "mixtral") {
+        let g = Golden::read(family);
+        let ids = &g.single["input_ids"];
+        let mut model = load(&golden_model(family), Kind::BFloat16);
+        let mut run = |input: ModelInput| {
+            let labels = shifted(ids).to_device(device());
+            let coef =
+                Tensor::full([labels.size()[0]], -1.0 / labels.numel() as f64, (Kind::Float, device()));
+            model.params.begin_step_gradients(1);
+            let (hidden, tape) = model.forward(&input, Recompute::None).unwrap();
+            let (logprobs, dhidden) = LmHead::linear_loss(&mut model, &hidden, &labels, &coef).unwrap();
+            model.backward(dhidden, tape).unwrap();
+            model.params.finish_step_gradients().unwrap();
+            let gradients = gradients(&model);
+            model.params.clear_gradients();
+            (logprobs, gradients)
+        };
+        let (plain, grads) = run(ModelInput::new(ids.shallow_clone()));
+        let (masked, others) = run(ModelInput::with_mask(ids.shallow_clone(), &ids.ones_like()));
+        let apart = relative(&plain, &masked);
+        assert!(apart <= allowed(Quantity::SameModel, Kind::BFloat16), "{family}: {apart:e}");
+        for (name, gradient) in &grads {
+            let own = g
+                .double
+                .get(&format!("grad.{name}"))
+                .map_or(0.0, |exact| relative(&g.single[&format!("grad.{name}")], exact));
+            let apart = relative(gradient, &others[name]);
+            assert!(
+                apart <= allowed_beside(Quantity::Gradient, Kind::BFloat16, own),
+                "{family} {name}: {apart:e}"
+            );
+        }
+    }
+}
+
 /// Gradients under the names of the family's files, some of which hold several tensors one after the other.
 fn joined(mut gradients: HashMap<String, Tensor>, g: &Golden) -> HashMap<String, Tensor> {
     let joint: [(&str, &[&str]); 2] =

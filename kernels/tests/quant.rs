@@ -203,6 +203,7 @@ fn adamw8_is_its_composition() {
             let new = || (Moment::zeros(n, device()), Moment::zeros(n, device()));
             let ((m1, v1), (m2, v2)) = (new(), new());
             let copy = Tensor::zeros([n], (Kind::BFloat16, device()));
+            let mut always_same = Tensor::ones([n], (Kind::Bool, device()));
             for number in 1..4 {
                 // Gradients over many powers of ten, some of them zero.
                 let g = randn(&[n]) * (randn(&[n]) * 3.0).exp() * randn(&[n]).gt(-1.5);
@@ -221,7 +222,13 @@ fn adamw8_is_its_composition() {
                         assert!(a.codes.equal(&b.codes) && a.absmax.equal(&b.absmax), "{n} in {kind:?}");
                     }
                 } else {
-                    // There products and sums may be contracted, and a code next to a boundary be its neighbour.
+                    // There products and sums may be contracted: few codes next to a boundary are their neighbours, and where
+                    // both moments have the same codes parameters are as near as on a CPU.
+                    let same = m1.codes.eq_tensor(&m2.codes) * v1.codes.eq_tensor(&v2.codes);
+                    let differ = 1.0 - same.to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
+                    assert!(differ < 1e-3 || n < 1000, "{differ} of {n} codes differ");
+                    always_same = always_same * same;
+                    let apart = ((&p1 - &p2) * &always_same).abs().max().double_value(&[]);
                     assert!(apart < allowed(Quantity::FusedUpdateOnGpu, Kind::Float), "p: {apart} apart");
                 }
             }

@@ -9,6 +9,12 @@ use crate::error::{Error, Result};
 use crate::ops::Composed;
 use crate::tensors::AdamW;
 
+/// The distance of neighbouring values in int8, by row. Divided by a tensor: on CUDA libtorch makes of a number a product with its
+/// reciprocal, which is an ulp away for many rows.
+fn steps_of(absmax: &Tensor) -> Tensor {
+    absmax / Tensor::full([1], 127.0, (absmax.kind(), absmax.device()))
+}
+
 impl QuantOps for Composed {
     fn nf4_quantize(&self, x: &Tensor, packed: &Tensor, absmax: &Tensor) -> Result<()> {
         let blocks = by_blocks(x, NF4_BLOCK);
@@ -26,7 +32,7 @@ impl QuantOps for Composed {
 
     fn int8_quantize(&self, x: &Tensor, q: &Tensor, absmax: &Tensor) -> Result<()> {
         let most = largest(x);
-        let scale = (&most / 127.0).unsqueeze(-1);
+        let scale = steps_of(&most).unsqueeze(-1);
         let scale = scale.where_self(&scale.gt(0.0), &scale.ones_like());
         q.shallow_clone().f_copy_(&(x / scale).round().clamp(-127.0, 127.0).view([-1]))?;
         absmax.shallow_clone().f_copy_(&most)?;
@@ -38,7 +44,7 @@ impl QuantOps for Composed {
         let n = rows * columns;
         let values = if w.scheme() == Scheme::Int8 {
             let Scales::Absmax(absmax) = w.scales() else { unreachable!("int8 has one scale a row") };
-            w.data().view([rows, columns]).to_kind(Kind::Float) * (absmax / 127.0).unsqueeze(-1)
+            w.data().view([rows, columns]).to_kind(Kind::Float) * steps_of(absmax).unsqueeze(-1)
         } else {
             let scales = match w.scales() {
                 Scales::Absmax(absmax) => absmax.shallow_clone(),

@@ -52,7 +52,7 @@ keys: build ## docs/config.md, docs/names.md and docs/corral.schema.json, made o
 	target/release/corral help --foreign >docs/names.md
 	target/release/corral help --schema >docs/corral.schema.json
 
-gpu-check: ## what needs a GPU: parity, NCCL, a short pretraining, benchmarks
+gpu-check: ## correctness and speed on a GPU, in stages (docs/gpu.md)
 	@scripts/gpu_check.sh
 
 package: setup ## binaries, libtorch and configs in one folder that can be moved (DIR=..., default dist/corral)
@@ -63,4 +63,4 @@ install: build ## corral and launch in ~/.local/bin (PREFIX=...), with completio
 	scripts/install.sh
 
 clean: ## the build (libtorch stays: `rm -rf .libtorch` removes it)
-	rm -rf target .interop dist gpu-check
+	rm -rf target .interop dist gpu-check gpu-check.tar.gz

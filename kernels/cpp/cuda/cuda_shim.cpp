@@ -133,7 +133,8 @@ char* corral_nccl(const StorePtr* store, int rank, int size, const char* name, i
     // c10d would end the process on an error, before ours can tell which rank is missing (kernels/src/comm/watch.rs).
     setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0", /*overwrite=*/0);
     c10::cuda::CUDAGuard guard(index(device));
-    auto options = c10d::ProcessGroupNCCL::Options::create();
+    // Of high priority, so that a gather begins between the blocks of a product that waits for nothing.
+    auto options = c10d::ProcessGroupNCCL::Options::create(/*is_high_priority_stream=*/true);
     options->timeout = milliseconds(timeout_ms);
     options->group_name = name;
     auto own = c10::make_intrusive<c10d::PrefixStore>(std::string("nccl/") + name, *store);

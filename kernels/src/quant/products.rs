@@ -7,9 +7,10 @@ use super::types::{NF4_BLOCK, Quantized};
 use crate::error::{Error, Result};
 use crate::ops;
 
-/// Values that are dequantized at once: enough rows or columns for a product to run at its full rate.
+/// Values that are dequantized at once: enough rows or columns for a product to run at its full rate. On a GPU whole matrices of
+/// a 7B model, 268 MB in bfloat16.
 fn panel_values(device: Device) -> i64 {
-    if device == Device::Cpu { 1 << 20 } else { 1 << 23 }
+    if device == Device::Cpu { 1 << 20 } else { 1 << 27 }
 }
 
 fn panel_rows(device: Device, columns: i64) -> i64 {

@@ -141,8 +141,11 @@ impl Progress {
 /// The bar goes; the last state stays as a line.
 impl Drop for Progress {
     fn drop(&mut self) {
-        if matches!(self.display, Display::Bar) {
-            console::draw_bar("");
+        match self.display {
+            Display::Bar => console::draw_bar(""),
+            // A blank bar takes `launch`'s away.
+            Display::Returns => console::write_return(" "),
+            Display::Nothing | Display::Lines | Display::Json => {}
         }
         if let Some(text) = self.pending.take() {
             console::write_stderr(&text);

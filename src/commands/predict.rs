@@ -29,7 +29,7 @@ pub fn work<R: Recipe>(config: &R, inputs: &R::Inputs, plan: &MemoryPlan) -> Ste
         Shown::Examples { train, .. } => {
             let a_row = train.counts().tokens as f64 / train.num_rows().max(1) as f64;
             let full = work.tokens / config.common().train.batch_size as f64;
-            work.with_tokens((a_row / full).min(1.0))
+            work.with_tokens(a_row / full)
         }
         Shown::Windows { .. } | Shown::Prompts(_) => work,
     }

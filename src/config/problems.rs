@@ -113,7 +113,10 @@ impl Problems {
     pub fn may_cause(&self, key: &str, why: &str) -> bool {
         let within =
             |a: &str, b: &str| a.strip_prefix(b).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
-        self.found.iter().any(|p| within(key, &p.key) || within(&p.key, key) || why.contains(last(&p.key)))
+        self.found
+            .iter()
+            .filter(|p| !p.key.is_empty())
+            .any(|p| within(key, &p.key) || within(&p.key, key) || why.contains(last(&p.key)))
     }
 
     /// One error, with a line for each problem, in the order of the file.

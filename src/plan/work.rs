@@ -72,28 +72,51 @@ pub fn forward(shape: &Shape, length: i64) -> f64 {
 }
 
 /// Floating-point operations of forward and backward for a token of a model that is trained as `plans` say. The backward ends
-/// below the lowest block of which something is trained, and weights that are frozen get no gradient.
+/// below the lowest block of which something is trained, weights that are frozen get no gradient, and blocks alone are computed
+/// again.
 pub fn forward_and_backward(shape: &Shape, plans: &[GroupPlan], length: i64, recompute: Recompute) -> f64 {
     let [products, attention] = shape.forward_flops_per_token(length);
+    let head = 2.0 * (shape.head_rows() * shape.hidden_size) as f64;
+    let layers = shape.num_hidden_layers as usize;
+    let blocks = plans.get(1..=layers).unwrap_or_default();
     let trains = |plan: &GroupPlan| plan.roles.contains(&Role::Trained) || !plan.adapters.is_empty();
-    let blocks = plans.get(1..=shape.num_hidden_layers as usize).unwrap_or_default();
     let first = if plans.first().is_some_and(trains) { Some(0) } else { blocks.iter().position(trains) };
+    // Shares of the blocks that the backward passes, of their weights that are trained, and of them that are computed again.
     let passed = first.map_or(0.0, |first| (blocks.len() - first) as f64 / blocks.len().max(1) as f64);
     let (mut trained, mut all, mut adapters) = (0.0, 0.0, 0.0);
-    for plan in plans {
+    for plan in blocks {
         for (spec, role) in plan.layout.specs.iter().zip(&plan.roles).filter(|(spec, _)| spec.shape.len() > 1)
         {
-            let numel = spec.shape.iter().product::<i64>() as f64;
-            all += numel;
-            trained += if *role == Role::Trained { numel } else { 0.0 };
+            let taken = share_of_tokens(shape, &spec.name) * numel(&spec.shape);
+            all += taken;
+            trained += if *role == Role::Trained { taken } else { 0.0 };
         }
-        let numel = |shape: Vec<i64>| shape.iter().product::<i64>() as f64;
-        adapters += plan.adapters.iter().flat_map(|a| a.shapes(&plan.layout)).map(numel).sum::<f64>();
+        for adapter in &plan.adapters {
+            let taken = share_of_tokens(shape, &plan.layout.specs[adapter.target].name);
+            adapters += taken * adapter.shapes(&plan.layout).iter().map(|shape| numel(shape)).sum::<f64>();
+        }
     }
+    let weights = if all > 0.0 { trained / all } else { 0.0 };
     let again = if recompute == Recompute::Full { passed } else { 0.0 };
-    products * (1.0 + passed + trained / all + again)
+    let head_group = if shape.tie_word_embeddings { 0 } else { layers + 1 };
+    let head_is_trained =
+        plans.get(head_group).is_some_and(|plan| plan.roles.first() == Some(&Role::Trained));
+    (products - head) * (1.0 + passed + weights + again)
         + attention * (1.0 + 2.0 * passed + again)
-        + 6.0 * adapters
+        + head * if head_is_trained { 3.0 } else { 2.0 }
+        + adapters * (6.0 + 2.0 * again)
+}
+
+fn numel(shape: &[i64]) -> f64 {
+    shape.iter().product::<i64>() as f64
+}
+
+/// The share of the tokens that go to an expert; 1 for weights that all tokens take.
+fn share_of_tokens(shape: &Shape, name: &str) -> f64 {
+    match &shape.experts {
+        Some(e) if name.contains(".experts.") => e.num_experts_per_tok as f64 / e.num_local_experts as f64,
+        _ => 1.0,
+    }
 }
 
 /// Bytes that an update of what is trained reads and writes.
@@ -117,7 +140,9 @@ mod tests {
         let whole = forward_and_backward(&shape(), &plans, 256, Recompute::None);
         assert!((whole / shape().flops_per_token(256) - 1.0).abs() < 1e-12);
         let again = forward_and_backward(&shape(), &plans, 256, Recompute::Full);
-        assert!((again / forward(&shape(), 256) - 4.0).abs() < 1e-12);
+        let head = 2.0 * (shape().head_rows() * shape().hidden_size) as f64;
+        let expected = 4.0 * forward(&shape(), 256) - head;
+        assert!((again / expected - 1.0).abs() < 1e-12, "blocks alone are computed again");
     }
 
     #[test]
@@ -140,7 +165,19 @@ mod tests {
     fn frozen_blocks_below_save_their_backward() {
         let freeze = Freeze { train_only: vec!["model.layers.5".into()], ..Freeze::default() };
         let plans = Trainable::new(&freeze, None).plans(&shape()).unwrap();
-        let share = forward_and_backward(&shape(), &plans, 256, Recompute::None) / forward(&shape(), 256);
-        assert!((1.1..1.5).contains(&share), "{share}");
+        let work = forward_and_backward(&shape(), &plans, 256, Recompute::None);
+        let [products, attention] = shape().forward_flops_per_token(256);
+        let head = 2.0 * (shape().head_rows() * shape().hidden_size) as f64;
+        // All of the forward; the head's input; the last of six blocks, its input and its weights.
+        let expected = products + attention + head + (products - head) / 3.0 + attention / 3.0;
+        assert!((work / expected - 1.0).abs() < 1e-9, "{work} and {expected}");
+    }
+
+    #[test]
+    fn an_expert_takes_a_share_of_the_tokens() {
+        let shape = Shape::preset("mixtral-8x7b").unwrap();
+        let plans: Vec<GroupPlan> = layout::layouts(&shape).into_iter().map(GroupPlan::from).collect();
+        let whole = forward_and_backward(&shape, &plans, 256, Recompute::None);
+        assert!((whole / shape.flops_per_token(256) - 1.0).abs() < 1e-9);
     }
 }

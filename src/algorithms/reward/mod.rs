@@ -84,6 +84,10 @@ impl Recipe for Reward {
     fn add_facts(inputs: &Inputs, facts: &mut Facts) -> Result<()> {
         let valid = inputs.valid.as_ref().map(|valid| valid.fingerprint());
         base::add_data(inputs.train.fingerprint(), valid, facts);
+        // Its scores are computed by all ranks together: as many on each.
+        let sequences = &inputs.reference.sequences;
+        let tokens: usize = sequences.iter().map(|s| s.ids.len()).sum();
+        facts.add_contents("reward.normalize", &format!("{} sequences of {tokens} tokens", sequences.len()));
         inputs.base.add_facts("model", facts)
     }
 
@@ -206,8 +210,8 @@ fn names(files: &[&Path]) -> String {
 
 /// A record's completions: ranked ones, or the answer of a conversation. What is too long is left out.
 fn reference_example(record: &readers::Record, chat: &Chat, longest: usize) -> Result<Example, Odd> {
-    let ranked =
-        ["completions", "rejected"].iter().any(|key| record.fields.get(*key).is_some_and(|v| !v.is_null()));
+    let has = |key: &&str| record.fields.get(*key).is_some_and(|v| !v.is_null());
+    let ranked = ["completions", "rejected", "response_k"].iter().any(has);
     let example = match ranked {
         true => preferences::read_and_encode(record, chat)?,
         false => Example::from(
@@ -358,7 +362,8 @@ fn normalized(inputs: &Inputs, model: &mut Llama, world: &World) -> Result<Scori
     let n = scores.len() as f64;
     let mean = scores.iter().sum::<f64>() / n;
     let std = (scores.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();
-    if std == 0.0 {
+    // NaN where there is only one.
+    if std.is_nan() || std == 0.0 {
         warn!("all {n} reference scores are {mean}: the reward is left as the score");
         return Ok(Scoring::raw(score));
     }

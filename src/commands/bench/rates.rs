@@ -12,10 +12,10 @@ use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::generate::engine::{self, EngineOptions, Request};
 use crate::generate::sampler::Sampling;
-use crate::info;
 use crate::model::{Llama, compute_kind, init, layout};
 use crate::plan::rates::{DecodingRate, MachineRates, TrainingRate, this_machine};
 use crate::telemetry;
+use crate::{info, warn};
 
 /// Widths of models of some 1M, 15M, 110M and 1B parameters.
 const WIDTHS: [i64; 4] = [128, 288, 768, 2048];
@@ -31,6 +31,13 @@ pub fn run(world: &World) -> Result<()> {
         return Err(Error::config("bench rates runs on one rank, with all cores"));
     }
     let (processor, cores) = this_machine();
+    let threads = tch::get_num_threads() as usize;
+    if threads != cores {
+        return Err(Error::config(format!(
+            "bench rates measures all {cores} cores, and this process has {threads} threads: leave out --threads and \
+             OMP_NUM_THREADS"
+        )));
+    }
     let (mut training, mut decoding) = (Vec::new(), Vec::new());
     for compute in [Compute::Float32, Compute::Bfloat16] {
         for hidden_size in WIDTHS {
@@ -51,8 +58,11 @@ pub fn run(world: &World) -> Result<()> {
         println!("{}", json!({"bench": "rates", "sampling": true, "compute": compute, "gb_per_s": gb}));
     }
     let date = telemetry::today();
-    let path = MachineRates { processor, cores, date, training, decoding }.keep()?;
-    info!("kept in {}", path.display());
+    // They are printed already: a home that cannot be written is no reason to fail.
+    match (MachineRates { processor, cores, date, training, decoding }).keep() {
+        Ok(path) => info!("kept in {}", path.display()),
+        Err(e) => warn!("not kept for predictions: {e}"),
+    }
     Ok(())
 }
 

@@ -44,9 +44,14 @@ pub struct Draft<'a> {
     pub facts: Vec<String>,
 }
 
+/// Whether a stage samples responses to prompts.
+pub fn is_of_responses(stage: &str) -> bool {
+    ["online-dpo", "grpo", "ppo"].contains(&stage)
+}
+
 impl Draft<'_> {
     pub fn of_responses(&self) -> bool {
-        ["online-dpo", "grpo", "ppo"].contains(&self.stage)
+        is_of_responses(self.stage)
     }
 
     pub fn batch(&self) -> i64 {
@@ -170,7 +175,12 @@ impl Draft<'_> {
 /// A text as YAML has it in a list.
 fn quoted(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+".contains(c);
-    if !text.is_empty() && text.chars().all(plain) { text.into() } else { format!("{text:?}") }
+    // YAML reads some plain words as numbers, booleans or nothing.
+    let is_word = matches!(text, "true" | "false" | "null" | "~" | "-") || text.parse::<f64>().is_ok();
+    match !text.is_empty() && text.chars().all(plain) && !is_word {
+        true => text.into(),
+        false => serde_json::Value::from(text).to_string(),
+    }
 }
 
 /// Where `corral tokenize` puts the tokenizer of the shards.
@@ -186,5 +196,6 @@ mod tests {
     fn texts_are_quoted_where_yaml_needs_it() {
         assert_eq!(quoted("a/b-c_1.jsonl"), "a/b-c_1.jsonl");
         assert_eq!(quoted("a b: {c}"), "\"a b: {c}\"");
+        assert_eq!([quoted("123"), quoted("true"), quoted("\u{e9}")], ["\"123\"", "\"true\"", "\"\u{e9}\""]);
     }
 }

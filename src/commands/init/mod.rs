@@ -4,7 +4,8 @@ mod draft;
 
 use std::path::{Path, PathBuf};
 
-use draft::{Draft, Method};
+use draft::{Draft, Method, is_of_responses};
+use kernels::cuda;
 
 use crate::algorithms::base::Base;
 use crate::algorithms::recipe::{Recipe, Shown};
@@ -104,12 +105,16 @@ pub fn text<R: Recipe>(args: &InitArgs, global: &Global) -> Result<String> {
 fn draft<'a, R: Recipe>(args: &'a InitArgs, global: &Global) -> Result<Draft<'a>> {
     let place = RankEnvironment::from_env()?;
     let ranks = place.as_ref().map_or(1, |place| place.world_size);
-    let cuda = DeviceChoice::of(global.device.as_deref())? != DeviceChoice::Cpu;
-    if cuda && args.device_memory.is_none() {
-        return Err(Error::config(
-            "give the memory of the GPU, which is not detected: --device-memory 24GiB",
-        ));
-    }
+    let device = DeviceChoice::of(global.device.as_deref())?;
+    let cuda = device != DeviceChoice::Cpu;
+    // Ranks must come to the same: they share what the machine has.
+    let there = match (args.device_memory, device, &place) {
+        (Some(bytes), ..) => bytes,
+        (None, DeviceChoice::CudaIndex(index), _) => memory_of_gpu(index)?,
+        (None, DeviceChoice::Cuda, _) => memory_of_gpu(0)?,
+        (None, DeviceChoice::Cpu, None) => free_bytes(),
+        (None, DeviceChoice::Cpu, Some(place)) => total_bytes() / place.local_world_size as u64,
+    };
     if R::SUBCOMMAND == "ppo" && args.reward_model.is_none() {
         info!("no --reward-model: rewards are by rule (kind gsm8k)");
     }
@@ -118,7 +123,8 @@ fn draft<'a, R: Recipe>(args: &'a InitArgs, global: &Global) -> Result<Draft<'a>
     let mut draft = Draft {
         stage: R::SUBCOMMAND,
         args,
-        length: positions.min(512),
+        // Prompts are kept where they leave room for a response.
+        length: positions.min(if is_of_responses(R::SUBCOMMAND) { LONGEST } else { 512 }),
         // A prompt needs room, too.
         max_new_tokens: MAX_NEW_TOKENS.min(positions / 2),
         method: Method::Full,
@@ -134,15 +140,19 @@ fn draft<'a, R: Recipe>(args: &'a InitArgs, global: &Global) -> Result<Draft<'a>
         facts: Vec::new(),
     };
     look_at_data::<R>(&mut draft)?;
-    // Ranks must come to the same: they share what the machine has.
-    let there = args.device_memory.unwrap_or_else(|| match place {
-        None => free_bytes(),
-        Some(place) => total_bytes() / place.local_world_size as u64,
-    });
     fit::<R>(&mut draft, &target(global, ranks)?, there)?;
     // What is written must be what runs.
     draft.load::<R>()?;
     Ok(draft)
+}
+
+/// All memory of a GPU of this machine.
+fn memory_of_gpu(index: usize) -> Result<u64> {
+    let info = cuda::load().and_then(|cuda| cuda.device_info(index));
+    let unknown = |e| {
+        Error::config(format!("the memory of the GPU is not known ({e}): give it with --device-memory 24GiB"))
+    };
+    info.map(|info| info.memory_bytes as u64).map_err(unknown)
 }
 
 /// The positions of the model, at which a sequence ends.

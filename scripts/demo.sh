@@ -44,7 +44,7 @@ stage build cargo build --release --workspace
 # How fast this machine is; each training then says first how long it will take.
 mkdir -p runs
 rates() {
-    "$bin/corral" --device cpu bench rates >runs/rates.jsonl
+    env -u OMP_NUM_THREADS "$bin/corral" --device cpu bench rates >runs/rates.jsonl
 }
 stage rates rates
 # GFLOP/s of a step of a model of this size.

@@ -57,7 +57,7 @@ if [ "$(rate bfloat16)" -gt "$fastest" ]; then
     bf16=precision.compute=bfloat16 fastest=$(rate bfloat16)
 fi
 printf 'a model of this size trains here at %s GFLOP/s, in %s\n' "$fastest" "${bf16:-float32}"
-# A slow machine takes fewer steps, so that all of it takes some 14 minutes on two cores.
+# A slow machine takes fewer steps: the aim is 14 minutes for all of it on two cores.
 less_pretrain= less_sft= less_reward= less_ppo= limit=1000
 if [ "$fastest" -lt 100 ]; then
     less_pretrain=train.steps=800 less_sft=train.steps=400 less_reward=train.steps=300 less_ppo=train.steps=20 limit=500

@@ -439,8 +439,7 @@ def main():
             sys.exit("no binaries and no cargo here: run `gpu_check.py --pack` where Corral is built, and bring gpu-check.tar.gz")
         collect(target)
     if args.list:
-        for part, name, needs, _ in Check.stages(argparse.Namespace(test=None, data=None, pretrain=None, sharded=None, resume=None,
-                                                                    generate=None, collectives=None, bf16=None)):
+        for part, name, needs, _ in object.__new__(Check).stages():  # nothing is set up for a list
             print(part, name, f"(after {', '.join(needs)})" if needs else "")
         return 0
     line = device_line(args.device)

@@ -7,7 +7,7 @@ use std::fs;
 
 use serde_json::Value;
 use testing::folder::folder;
-use testing::program::{Program, launch};
+use testing::program::{Program, corral, launch};
 use testing::run::{Run, answers, data};
 
 #[test]
@@ -116,13 +116,16 @@ fn plans_predict_times_where_rates_are_known() {
     let plan = |words: &[&str], name: &str| {
         let plan = ["plan", "pretrain", "--config", "llama-8b", "--json"];
         let home = dir.join("home").display().to_string();
-        let program = Program::corral(&plan).args(words).current_dir(&dir).env("CORRAL_HOME", &home);
+        let program =
+            Program::new(corral()).args(&plan).args(words).current_dir(&dir).env("CORRAL_HOME", &home);
         serde_json::from_str::<Value>(&program.run(&dir, name).expect_code(0).out).unwrap()
     };
     let [one, eight] = [("1", "one"), ("8", "eight")].map(|(ranks, name)| {
         plan(&["--gpu", "H100", "--nproc", ranks], name)["predicted_step_s"].as_f64().unwrap()
     });
     assert!((one / eight - 8.0).abs() < 1e-6, "{one} and {eight}");
+    let both = ["plan", "pretrain", "--config", "llama-8b", "--gpu", "H100"];
+    Program::corral(&both).run(&dir, "both").expect_error(2, &["leave out --device cpu"]);
     // An unknown GPU, and a processor that was not measured.
     assert!(plan(&["--gpu", "nothing"], "unknown")["predicted_s"].is_null());
     assert!(plan(&["--device", "cpu"], "cpu")["predicted_step_s"].is_null());

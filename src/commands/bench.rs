@@ -159,6 +159,13 @@ struct BatchSize {
     length: i64,
 }
 
+/// A model with the weights of an untrained one.
+fn random_model(shape: &Shape, sharding: Sharding, kind: Kind, world: &World) -> Result<Llama> {
+    let mut params = Sharded::new(layout::layouts(shape), sharding, kind, world.device);
+    init::init(&mut params, shape, 0)?;
+    Ok(Llama::new(shape.clone(), params))
+}
+
 /// A model in training on random tokens.
 struct BenchTraining {
     shape: Shape,
@@ -204,9 +211,7 @@ impl BenchTraining {
     ) -> Result<BenchTraining> {
         let BatchSize { rows, micro, length } = size;
         let kind = compute_kind(compute);
-        let mut params = Sharded::new(layout::layouts(&shape), world.sharding(), kind, world.device);
-        init::init(&mut params, &shape, 0)?;
-        let model = Llama::new(shape.clone(), params);
+        let model = random_model(&shape, world.sharding(), kind, world)?;
         let hyper = Hyper { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 };
         let optimizer = AdamW::new(&model.params, hyper);
         tch::manual_seed(1 + world.rank);
@@ -304,12 +309,7 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
     }
     let mut model = match &opened {
         Some(opened) => opened.load(world, Spread::Replicate)?,
-        None => {
-            let kind = compute_kind(args.precision);
-            let mut params = Sharded::new(layout::layouts(&shape), Sharding::solo(), kind, world.device);
-            init::init(&mut params, &shape, 0)?;
-            Llama::new(shape.clone(), params)
-        }
+        None => random_model(&shape, Sharding::solo(), compute_kind(args.precision), world)?,
     };
     tch::manual_seed(3);
     let prompts: Vec<Request> = (0..args.batch_size as u64)

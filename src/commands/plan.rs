@@ -71,8 +71,11 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
 /// Loads a configuration, and shows its plan.
 pub fn plan<R: Recipe>(args: PlanArgs, global: &Global) -> Result<()> {
     let mut global = global.clone();
-    if args.gpu.is_some() && global.device.is_none() {
-        global.device = Some("cuda".into());
+    if args.gpu.is_some() {
+        let device = global.device.get_or_insert_with(|| "cuda".into());
+        if device == "cpu" {
+            return Err(Error::config("--gpu plans for a GPU: leave out --device cpu"));
+        }
     }
     let target = PlanTarget { completions: args.completions, ..target(&global, args.nproc)? };
     let rates = predict::rates(&global, args.gpu.as_deref())?;

@@ -43,6 +43,14 @@ pub enum MemoryPlan {
 }
 
 impl MemoryPlan {
+    /// The work of a step.
+    pub fn work(&self) -> StepWork {
+        match self {
+            MemoryPlan::Training(t) => t.work,
+            MemoryPlan::Models(m) => m.work,
+        }
+    }
+
     /// Bytes of the device that takes most, without those of the process itself.
     pub fn bytes(&self) -> i64 {
         match self {
@@ -51,16 +59,6 @@ impl MemoryPlan {
                 let most = |on: &Vec<&models::ModelMemory>| models::peaks(on).into_iter().max().unwrap_or(0);
                 m.by_device().values().map(most).max().unwrap_or(0)
             }
-        }
-    }
-}
-
-impl MemoryPlan {
-    /// What a step computes.
-    pub fn work(&self) -> StepWork {
-        match self {
-            MemoryPlan::Training(t) => t.work,
-            MemoryPlan::Models(m) => m.work,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a step computes, and how long that takes at a known rate.
+//! The work of a training step, and its time at a known rate.
 
 use super::rates::Rates;
 use crate::config::sections::{Compute, Recompute};
@@ -8,7 +8,7 @@ use crate::distributed::plan::{GroupPlan, Role};
 /// What AdamW reads and writes for a parameter: master value, gradient and two moments in float32, and a copy.
 const UPDATE_BYTES: f64 = 30.0;
 
-/// The work of a step, over all ranks. Rows count as full: what data really has is less.
+/// The work of a step, over all ranks. An upper bound: rows count as full.
 #[derive(Debug, Clone, Copy)]
 pub struct StepWork {
     /// Tokens of the sequences that are trained on.
@@ -19,7 +19,7 @@ pub struct StepWork {
     pub read_bytes: f64,
     /// Whether responses are sampled.
     pub samples: bool,
-    /// The trained model's, which products are the faster the larger it is.
+    /// Of the trained model: products of wider models run at a higher rate.
     pub hidden_size: i64,
     /// The dtype of products.
     pub compute: Compute,
@@ -51,12 +51,12 @@ impl StepWork {
         StepWork { steps: Some(steps), ..self }
     }
 
-    /// At these rates; none where they do not tell.
+    /// The time at these rates; none where a rate is unknown.
     pub fn predict(&self, rates: &Rates) -> Option<Prediction> {
         let computing_s = self.flops / rates.flops_per_s(self)?;
         let reading_s = match rates.bytes_per_s(self) {
             Some(rate) => self.read_bytes / rate,
-            // An update is short beside its step; sampling is not.
+            // The update is a small part of a step, sampling is not.
             None if self.samples => return None,
             None => 0.0,
         };

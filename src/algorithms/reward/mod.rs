@@ -257,7 +257,7 @@ fn reward(loaded: &Loaded<Reward>, inputs: &Inputs, world: &World, start: &Start
         session.run.progress.data.next += batch;
         let tokens = inputs.train.count(next, batch).1;
         if let Some(record) = session.run.stepped(tokens, &update, lr)?.record {
-            let record = tally.tell(record).count("ties", tally.pairs.ties as u64);
+            let record = tally.add_to(record).count("ties", tally.pairs.ties as u64);
             let record = records::counted(record, &inputs.train, c.data.on_error);
             session.run.log(&record.count("duplicates", inputs.train.counts().duplicates));
         }
@@ -309,7 +309,7 @@ fn validation(c: &Reward, inputs: &Inputs, session: &mut Session) -> Result<bool
     let validated = validate(c, inputs.score, model, valid, session.world, &mut || run.interrupted())?;
     let Some((prompts, tally)) = validated else { return run.owe_validation() };
     let loss = tally.loss / prompts;
-    let record = tally.tell(run.with_loss(MetricsLine::new("valid", run.progress.step), loss));
+    let record = tally.add_to(run.with_loss(MetricsLine::new("valid", run.progress.step), loss));
     let (mean, std) = tally.mean_and_std();
     let [low, high] = wilson(tally.pairs.right as u64, tally.pairs.num_pairs as u64).unwrap_or([0.0, 1.0]);
     run.log(

@@ -85,7 +85,7 @@ impl RankedScores {
     }
 }
 
-/// What is counted of scores, over micro-batches and then over ranks.
+/// Counts and sums of scores: of the micro-batches of a step, then of all ranks.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RankingTally {
     pub pairs: PairCounts,
@@ -117,7 +117,7 @@ impl RankingTally {
         Ok(RankingTally { pairs, loss: all[5], scores: [all[6], all[7], all[8]] })
     }
 
-    pub fn tell(&self, record: MetricsLine) -> MetricsLine {
+    pub fn add_to(&self, record: MetricsLine) -> MetricsLine {
         let p = &self.pairs;
         record
             .float("accuracy", p.right / p.num_pairs)

@@ -86,7 +86,7 @@ pub fn plan(
     Ok(MemoryPlan::Models(ModelsMemory { subcommand, ranks: target.ranks, models, work }))
 }
 
-/// What an iteration computes: all responses as long as they may be.
+/// The work of an iteration, an upper bound: every response has the maximum length.
 fn iteration(c: &OwnResponses, models: &[ModelMemory], others: &Others, work: Work, ranks: i64) -> StepWork {
     let actor = &models[0];
     let (length, responses) = (c.data.sequence_length as f64, (work.responses * ranks) as f64);

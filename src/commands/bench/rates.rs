@@ -1,18 +1,17 @@
 //! How fast this machine trains and samples, by width and dtype: what predictions rest on.
 
 use serde_json::json;
-use tch::{Device, Kind, Tensor};
+use tch::Device;
 
-use super::{BatchSize, BenchTraining, median};
+use super::{BatchSize, BenchTraining, median, random_model};
 use crate::config::sections::{Compute, Recompute};
 use crate::config::shape::Shape;
 use crate::distributed::mesh::Sharding;
-use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::generate::engine::{self, EngineOptions, Request};
 use crate::generate::sampler::Sampling;
-use crate::model::{Llama, compute_kind, init, layout};
+use crate::model::compute_kind;
 use crate::plan::rates::{DecodingRate, MachineRates, TrainingRate, this_machine};
 use crate::telemetry;
 use crate::{info, warn};
@@ -105,13 +104,9 @@ fn decoding_rate(compute: Compute, world: &World) -> Result<f64> {
     const NEW: usize = 24;
     let shape = shape(768, 4)?;
     let kind = compute_kind(compute);
-    let mut params = Sharded::new(layout::layouts(&shape), Sharding::solo(), kind, world.device);
-    init::init(&mut params, &shape, 0)?;
-    let mut model = Llama::new(shape.clone(), params);
-    let ids = Tensor::arange_start(3, 11, (Kind::Int64, Device::Cpu));
-    let ids = Vec::<i64>::try_from(&ids)?;
+    let mut model = random_model(&shape, Sharding::solo(), kind, world)?;
     let prompts: Vec<Request> =
-        (0..ROWS as u64).map(|sample| Request::new(ids.clone(), sample, NEW)).collect();
+        (0..ROWS as u64).map(|sample| Request::new((3..11).collect(), sample, NEW)).collect();
     let options = EngineOptions { sampling: Sampling::GREEDY, batch_size: ROWS, eos: &[], stop: None };
     let mut seconds = Vec::new();
     for run in 0..4 {

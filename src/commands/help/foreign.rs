@@ -44,7 +44,7 @@ mod tests {
         assert!(KEYS.iter().all(|key| !(key.here.is_empty() && key.note.is_empty())));
     }
 
-    /// What a note puts after a key (`ppo.missing_eos: subtract`), or as the value of the only key, is one of its words.
+    /// A value in a note, as in `ppo.missing_eos: subtract`, is one that its key takes.
     #[test]
     fn values_in_notes_are_those_of_their_keys() {
         let places = Catalog::new().places();

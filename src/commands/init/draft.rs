@@ -40,7 +40,7 @@ pub struct Draft<'a> {
     pub lora_of_critic: Option<String>,
     /// Some records cannot be used, and are left out.
     pub skips: bool,
-    /// What was found of model, data and machine, for the header.
+    /// Lines of the header: the model, the data, the memory.
     pub facts: Vec<String>,
 }
 

@@ -8,6 +8,11 @@
 typedef __nv_bfloat16 bf16;
 typedef long long i64;
 
+// The launch's dynamic shared memory. The tests' emulator (testing/emulator) has its own.
+#ifndef DYNAMIC_SHARED
+#define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
+#endif
+
 #define INF __int_as_float(0x7f800000)
 #define QNAN __int_as_float(0x7fffffff)
 

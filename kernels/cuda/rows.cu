@@ -44,7 +44,7 @@ extern "C" __global__ void rms_apply(const T* x, const T* w, float offset, const
 // thread only ever touches its own columns. `residual` may be null.
 extern "C" __global__ void rms_backward(const T* dy, const T* x, const T* w, float offset, const float* rstd,
                                         const T* residual, T* dx, float* partial, i64 rows, int c, bool wide) {
-  extern __shared__ __align__(16) float dw[];
+  DYNAMIC_SHARED(float, dw);
   float g[W], a[W], b[W];
   for (int i = threadIdx.x * W; i < c; i += blockDim.x * W)
 #pragma unroll

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-/// CORRAL_TEST_DEVICE: cpu (the default) or cuda.
+/// CORRAL_TEST_DEVICE: cpu (the default), cuda, or emulated: the CPU with the GPU's kernels, see [`crate::emulator`].
 pub fn device() -> Device {
     match std::env::var("CORRAL_TEST_DEVICE").as_deref() {
         Err(_) | Ok("cpu") => Device::Cpu,
@@ -12,8 +12,22 @@ pub fn device() -> Device {
                 .expect("CORRAL_TEST_DEVICE=cuda needs a GPU");
             Device::Cuda(0)
         }
-        Ok(other) => panic!("CORRAL_TEST_DEVICE={other}: it must be cpu or cuda"),
+        Ok("emulated") => {
+            crate::emulator::install();
+            Device::Cpu
+        }
+        Ok(other) => panic!("CORRAL_TEST_DEVICE={other}: it must be cpu, cuda or emulated"),
     }
+}
+
+/// Whether the operations under test are a GPU's, on one or emulated.
+pub fn gpu_path() -> bool {
+    device() != Device::Cpu || emulated()
+}
+
+/// Whether CPU tensors take the GPU's path.
+pub fn emulated() -> bool {
+    device() == Device::Cpu && kernels::cuda::emulator::is_installed()
 }
 
 /// A copy on the device under test.

@@ -4,6 +4,7 @@
 //! - [`tolerance`]: how far a value may be from its reference, one table;
 //! - [`compare`]: distances of tensors and series;
 //! - [`device`]: the device under test;
+//! - [`emulator`]: CUDA's kernels on the CPU;
 //! - [`ranks`]: ranks as threads, and as processes;
 //! - [`folder`]: temporary folders;
 //! - [`program`]: runs of `corral` and `launch`;
@@ -15,6 +16,7 @@
 
 pub mod compare;
 pub mod device;
+pub mod emulator;
 pub mod folder;
 pub mod golden;
 pub mod program;

@@ -6,6 +6,7 @@ use std::sync::{Mutex, OnceLock};
 
 use tch::{Device, Kind, Tensor};
 
+use super::emulator;
 use super::modules::{Arg, Kernel, Module};
 use super::nvrtc;
 use super::shim::{Cuda, load};
@@ -25,6 +26,9 @@ fn index(x: &Tensor) -> Result<usize> {
 
 /// The compute capability of the tensor's device; asked for once.
 pub(crate) fn capability(x: &Tensor) -> Result<(i32, i32)> {
+    if x.device() == Device::Cpu && emulator::is_installed() {
+        return Ok((9, 0));
+    }
     const MOST: usize = 64;
     static KNOWN: [OnceLock<(i32, i32)>; MOST] = [const { OnceLock::new() }; MOST];
     let device = index(x)?;
@@ -61,11 +65,12 @@ fn by_kind(x: &Tensor, float: usize, bf16: usize) -> Result<usize> {
     }
 }
 
-/// What launches kernels: the current stream of a device, and the kernels of one source for it.
-pub(crate) struct Launcher {
-    stream: Stream,
-    device: usize,
-    kernels: &'static Kernels,
+/// What launches kernels of one source.
+pub(crate) enum Launcher {
+    /// On the current stream of a device.
+    Gpu { stream: Stream, device: usize, kernels: &'static Kernels },
+    /// In the tests' emulator: the source's place in [`SOURCES`].
+    Emulator(usize),
 }
 
 impl Launcher {
@@ -83,9 +88,12 @@ impl Launcher {
     }
 
     fn new(x: &Tensor, source: usize) -> Result<Launcher> {
+        if x.device() == Device::Cpu && emulator::is_installed() {
+            return Ok(Launcher::Emulator(source));
+        }
         let (cuda, device) = (load()?, index(x)?);
         let capability = capability(x)?;
-        Ok(Launcher {
+        Ok(Launcher::Gpu {
             stream: cuda.current_stream(device)?,
             device,
             kernels: compiled(cuda, source, capability)?,
@@ -106,15 +114,20 @@ impl Launcher {
             return Ok(());
         }
         let grid = i32::try_from(grid).map_err(|_| Error::new(format!("{name}: too many rows: {grid}")))?;
+        let (stream, device, kernels) = match *self {
+            Launcher::Gpu { stream, device, kernels } => (stream, device, kernels),
+            // SAFETY: the caller's promise.
+            Launcher::Emulator(source) => {
+                return unsafe { emulator::launch(source, name, grid as u32, block, shared_bytes, args) };
+            }
+        };
         let kernel =
-            self.kernels.get(name).ok_or_else(|| Error::new(format!("there is no CUDA kernel {name}")))?;
+            kernels.get(name).ok_or_else(|| Error::new(format!("there is no CUDA kernel {name}")))?;
         if shared_bytes > 48 << 10 {
-            kernel.allow_shared(self.device, shared_bytes)?;
+            kernel.allow_shared(device, shared_bytes)?;
         }
         // SAFETY: the caller's promise.
-        unsafe {
-            kernel.launch([grid as u32, 1, 1], [block[0], block[1], 1], shared_bytes, self.stream, args)
-        }
+        unsafe { kernel.launch([grid as u32, 1, 1], [block[0], block[1], 1], shared_bytes, stream, args) }
         .map_err(|e| e.context(format!("CUDA kernel {name}")))
     }
 }

@@ -22,6 +22,21 @@ pub(crate) enum Arg<'a> {
     F32(f32),
 }
 
+impl Arg<'_> {
+    /// The argument in eight bytes of its own: a kernel reads the first of those, as many as its parameter has. `address` says
+    /// where the kernel finds a tensor.
+    pub(super) fn bits(&self, address: impl FnOnce(&Tensor) -> u64) -> u64 {
+        match *self {
+            Arg::Tensor(t) => address(t),
+            Arg::Null => 0,
+            Arg::I32(v) => v as u32 as u64,
+            Arg::I64(v) => v as u64,
+            Arg::U64(v) => v,
+            Arg::F32(v) => v.to_bits() as u64,
+        }
+    }
+}
+
 fn on_cuda(t: &Tensor) -> Result<()> {
     match t.device() {
         Device::Cuda(_) => Ok(()),
@@ -108,23 +123,12 @@ impl Kernel<'_> {
         stream: Stream,
         args: &[Arg],
     ) -> Result<()> {
-        // Every value in eight bytes of its own; a kernel reads the first bytes of those, as many as its parameter has.
-        let mut values = args
-            .iter()
-            .map(|a| {
-                Ok(match *a {
-                    Arg::Tensor(t) => {
-                        on_cuda(t)?;
-                        t.data_ptr() as u64
-                    }
-                    Arg::Null => 0,
-                    Arg::I32(v) => v as u32 as u64,
-                    Arg::I64(v) => v as u64,
-                    Arg::U64(v) => v,
-                    Arg::F32(v) => v.to_bits() as u64,
-                })
-            })
-            .collect::<Result<Vec<u64>>>()?;
+        for a in args {
+            if let Arg::Tensor(t) = a {
+                on_cuda(t)?;
+            }
+        }
+        let mut values: Vec<u64> = args.iter().map(|a| a.bits(|t| t.data_ptr() as u64)).collect();
         let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|v| (v as *mut u64).cast()).collect();
         // SAFETY: a pointer to a value for each parameter, as the caller promises; they are read before the call returns.
         check(unsafe {

@@ -7,22 +7,23 @@ use super::cpu::Cpu;
 use super::gpu::Gpu;
 use super::rows::RowOps;
 use crate::abi::corral_fill_normal;
+use crate::cuda::takes_gpu_path;
 use crate::error::{Result, check};
 use crate::tensors::{AdamW, Gain, Heads, KeysValues, Rotation, raw};
 
 /// The implementation for a tensor's device and dtype.
 fn row_ops(x: &Tensor) -> &'static dyn RowOps {
-    match (x.device(), x.kind()) {
-        (Device::Cpu, _) => &Cpu,
-        (Device::Cuda(_), Kind::Float | Kind::BFloat16) => &Gpu,
+    match (takes_gpu_path(x.device()), x.kind()) {
+        (true, Kind::Float | Kind::BFloat16) => &Gpu,
+        (false, _) if x.device() == Device::Cpu => &Cpu,
         _ => &Composed,
     }
 }
 
 /// The same for attention: flash attention takes float16 as well, and looks at the dtype itself.
 fn attention_ops(qkv: &Tensor, h: Heads) -> &'static dyn RowOps {
-    match qkv.device() {
-        Device::Cuda(_) => &Gpu,
+    match takes_gpu_path(qkv.device()) {
+        true => &Gpu,
         _ if h.softcap.is_some() => &Composed,
         _ => row_ops(qkv),
     }

@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::coding::QuantOps;
 use super::types::{Moment, Quantized};
+use crate::cuda::takes_gpu_path;
 use crate::error::{Error, Result};
 use crate::ops::{Composed, Cpu, Gpu};
 use crate::tensors::AdamW;
@@ -29,9 +30,9 @@ impl Quantized {
 
 /// The implementation for a device; `kernels`: CUDA has kernels for the dtype.
 fn quant_ops(device: Device, kernels: bool) -> &'static dyn QuantOps {
-    match device {
-        Device::Cpu => &Cpu,
-        Device::Cuda(_) if kernels => &Gpu,
+    match takes_gpu_path(device) {
+        true if kernels => &Gpu,
+        false if device == Device::Cpu => &Cpu,
         _ => &Composed,
     }
 }

@@ -78,10 +78,12 @@ char* corral_embedding_backward(at::Tensor* dx, at::Tensor* ids, at::Tensor* dw)
 
 // libtorch's operations on CUDA: ops/gpu_ops.cpp.
 
-char* corral_flash_attention(at::Tensor* qkv, int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                             double scale, at::Tensor** out, at::Tensor** lse);
+char* corral_flash_attention(at::Tensor* qkv, at::Tensor* cum_seq, int64_t longest, int64_t window, int64_t batch,
+                             int64_t heads, int64_t kv_heads, int64_t head_dim, double scale, at::Tensor** out,
+                             at::Tensor** lse);
 char* corral_flash_attention_backward(at::Tensor* dout, at::Tensor* qkv, at::Tensor* out, at::Tensor* lse,
-                                      int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, double scale,
+                                      at::Tensor* cum_seq, int64_t longest, int64_t window, int64_t batch, int64_t heads,
+                                      int64_t kv_heads, int64_t head_dim, double scale, bool deterministic,
                                       at::Tensor** dqkv);
 char* corral_grad_weight(at::Tensor* dw, at::Tensor* dy, at::Tensor* x, bool add);
 

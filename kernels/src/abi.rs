@@ -162,6 +162,9 @@ unsafe extern "C" {
 unsafe extern "C" {
     pub(crate) fn corral_flash_attention(
         qkv: Raw,
+        cum_seq: Raw,
+        longest: i64,
+        window: i64,
         batch: i64,
         heads: i64,
         kv_heads: i64,
@@ -175,11 +178,15 @@ unsafe extern "C" {
         qkv: Raw,
         out: Raw,
         lse: Raw,
+        cum_seq: Raw,
+        longest: i64,
+        window: i64,
         batch: i64,
         heads: i64,
         kv_heads: i64,
         head_dim: i64,
         scale: f64,
+        deterministic: bool,
         dqkv: *mut Raw,
     ) -> *mut c_char;
     pub(crate) fn corral_grad_weight(dw: Raw, dy: Raw, x: Raw, add: bool) -> *mut c_char;

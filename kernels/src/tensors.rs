@@ -95,6 +95,8 @@ pub struct KeysValues<'a> {
     pub position: &'a Tensor,
     /// int64 `[B]`: the first position that the row sees; none: 0.
     pub first: Option<&'a Tensor>,
+    /// All positions are below it. On a GPU it decides the number of blocks, and a row beyond it gets NaN.
+    pub longest: i64,
 }
 
 /// One AdamW step (Loshchilov and Hutter 2019, algorithm 2; PyTorch's order of operations).

@@ -24,7 +24,11 @@ fn lists_of_kernels_are_complete() {
             .text
             .split("extern \"C\" __global__ void ")
             .skip(1)
-            .map(|rest| rest.trim_start_matches("__launch_bounds__(1024) ").split('(').next().unwrap_or(""))
+            .map(|rest| match rest.strip_prefix("__launch_bounds__(") {
+                Some(rest) => rest.split_once(") ").unwrap().1,
+                None => rest,
+            })
+            .map(|rest| rest.split('(').next().unwrap_or(""))
             .collect();
         assert_eq!(defined, source.kernels, "{}", source.name);
     }

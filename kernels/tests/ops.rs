@@ -239,27 +239,47 @@ fn what_does_not_fit_is_refused() {
     refused(ops::accumulate(&float(&[11]), &x, true), "dst must have 12 elements");
 
     let h = ops::Heads::new(1, 2, 1, 2);
+    let all = ops::Spans::rows();
     let (qkv, out, lse) = (float(&[3, 8]), float(&[3, 4]), float(&[1, 2, 3]));
     for wrong in [ops::Heads { kv_heads: 0, heads: 4, ..h }, ops::Heads { batch: 0, ..h }] {
-        refused(ops::attention(&qkv, None, wrong), "shapes do not fit");
+        refused(ops::attention(&qkv, &all, wrong), "shapes do not fit");
     }
-    refused(ops::attention(&qkv, Some(&ints(&[0; 2])), h), "start must have 3 elements");
+    let two = ops::Spans::new(Some(&[0; 2]), [1, 2], None, Device::Cpu).unwrap();
+    refused(ops::attention(&qkv, &two, h), "start must have 3 elements");
     refused(
-        ops::attention_backward(&float(&[2, 4]), &qkv, &out, &lse, None, h),
+        ops::attention_backward(&float(&[2, 4]), &qkv, &out, &lse, &all, h),
         "dout must have 12 elements",
     );
-    refused(ops::attention_backward(&out, &qkv, &out, &float(&[2, 2]), None, h), "lse must have 6 elements");
+    refused(ops::attention_backward(&out, &qkv, &out, &float(&[2, 2]), &all, h), "lse must have 6 elements");
 
     let (cache, one) = (float(&[2, 1, 5, 2]), ints(&[1]));
     let row = float(&[1, 8]);
     let decode = |cache: &Tensor, slot: &Tensor, position: &Tensor| {
-        ops::decode_attention(&row, cache, cache, slot, position, None, h)
+        let cache = KeysValues { keys: cache, values: cache, slot, position, first: None, longest: 5 };
+        ops::decode_attention(&row, cache, h)
     };
     drop(decode(&cache, &one, &one).unwrap());
     refused(decode(&double(&[2, 1, 5, 2]), &one, &one), "keys must have 20 elements of Float");
     refused(decode(&cache, &ints(&[1, 0]), &one), "slot must have 1 elements");
     refused(decode(&cache, &one, &one.to_kind(Kind::Int)), "position must have 1 elements of Long");
     refused(decode(&float(&[2, 0, 5, 2]), &one, &one), "shapes do not fit");
+}
+
+/// What positions may see: all, a window, rows with padding on the left, packed documents of which some are one token long, and
+/// both.
+fn spans_of(batch: i64, time: i64) -> Vec<(Option<Vec<i64>>, Option<i64>)> {
+    let starts = |begins: &[i64]| -> Vec<i64> {
+        let begin = |i: i64| begins.iter().copied().filter(|b| *b <= i).max().unwrap_or(0);
+        (0..batch * time).map(|i| begin(i % time)).collect()
+    };
+    let (padded, packed) = (starts(&[0, 9]), starts(&[0, 1, 2, 8, 31]));
+    vec![
+        (None, None),
+        (None, Some(8)),
+        (Some(padded), None),
+        (Some(packed.clone()), None),
+        (Some(packed), Some(5)),
+    ]
 }
 
 #[test]
@@ -275,21 +295,20 @@ fn attention() {
         ] {
             let h = ops::Heads::new(batch, heads, kv_heads, head_dim);
             let qkv = randn(&[batch * time, (heads + 2 * kv_heads) * head_dim], kind);
-            let at = Tensor::arange(time, (Kind::Int64, Device::Cpu)).repeat([batch]);
-            let window = (&at - 7i64).clamp_min(0);
-            let padded = at.minimum(&Tensor::full([batch * time], 9i64, (Kind::Int64, Device::Cpu)));
-            for start in [None, Some(&window), Some(&padded)] {
-                let (on_device, first) = (put(&qkv), start.map(put));
-                let (o, lse) = ops::attention(&on_device, first.as_ref(), h).unwrap();
-                let (o2, lse2) = Composed.attention(&exact(&qkv), start, h).unwrap();
+            for (starts, window) in spans_of(batch, time) {
+                let spans = |device| ops::Spans::new(starts.as_deref(), [batch, time], window, device).unwrap();
+                let (there, here) = (spans(device()), spans(Device::Cpu));
+                let on_device = put(&qkv);
+                let (o, lse) = ops::attention(&on_device, &there, h).unwrap();
+                let (o2, lse2) = Composed.attention(&exact(&qkv), &here, h).unwrap();
                 same("out", &o, &o2, kind);
                 same("lse", &lse, &lse2, statistics(kind));
                 let dout = randn(&[batch * time, heads * head_dim], kind);
                 let backward =
-                    || ops::attention_backward(&put(&dout), &on_device, &o, &lse, first.as_ref(), h).unwrap();
+                    || ops::attention_backward(&put(&dout), &on_device, &o, &lse, &there, h).unwrap();
                 let d = backward();
                 let d2 = Composed
-                    .attention_backward(&exact(&dout), &exact(&qkv), &exact(&o), &lse2, start, h)
+                    .attention_backward(&exact(&dout), &exact(&qkv), &exact(&o), &lse2, &here, h)
                     .unwrap();
                 let value =
                     if !gpu_path() { Quantity::Operation } else { Quantity::FlashBackward };
@@ -316,9 +335,11 @@ fn decode_attention() {
             let qkv = randn(&[batch, (heads + 2 * kv_heads) * head_dim], kind);
             let slot = Tensor::from_slice(&[3i64, 0, 4, 1]);
             let position = Tensor::from_slice(&[0i64, 40, 22, 7]);
-            let out =
-                ops::decode_attention(&put(&qkv), &k, &v, &put(&slot), &put(&position), None, h).unwrap();
-            let cache = KeysValues { keys: &k2, values: &v2, slot: &slot, position: &position, first: None };
+            let (s, p) = (put(&slot), put(&position));
+            let cache =
+                KeysValues { keys: &k, values: &v, slot: &s, position: &p, first: None, longest: capacity };
+            let out = ops::decode_attention(&put(&qkv), cache, h).unwrap();
+            let cache = KeysValues { keys: &k2, values: &v2, slot: &slot, position: &position, ..cache };
             let out2 = Composed.decode_attention(&exact(&qkv), cache, h).unwrap();
             same("out", &out, &out2, kind);
             assert!(
@@ -342,27 +363,85 @@ fn decode_attention() {
             let (slot, position) = (Tensor::from_slice(&[2i64]), Tensor::from_slice(&[time - 1]));
             let (all_see, window) = (Tensor::zeros([time], (Kind::Int64, Device::Cpu)), 6);
             let sees = (Tensor::arange(time, (Kind::Int64, Device::Cpu)) - (window - 1)).clamp_min(0);
-            for start in [None, Some(&all_see), Some(&sees)] {
+            for (start, seen) in [(None, None), (Some(&all_see), None), (Some(&sees), Some(window))] {
                 let first = start.map(|s| put(&s.narrow(0, time - 1, 1)));
+                let spans = ops::Spans::new(None, [1, time], seen, Device::Cpu).unwrap();
                 let (q, s, p) = (put(&last), put(&slot), put(&position));
-                let out = ops::decode_attention(&q, &k, &v, &s, &p, first.as_ref(), one).unwrap();
-                let all = Composed.attention(&exact(&row), start, one).unwrap().0;
-                same("last position", &out, &all.narrow(0, time - 1, 1), kind);
                 let (keys, values, first) = (&k, &v, first.as_ref());
-                let cache = KeysValues { keys, values, slot: &s, position: &p, first };
+                let cache = KeysValues { keys, values, slot: &s, position: &p, first, longest: time };
+                let out = ops::decode_attention(&q, cache, one).unwrap();
+                let all = Composed.attention(&exact(&row), &spans, one).unwrap().0;
+                same("last position", &out, &all.narrow(0, time - 1, 1), kind);
                 let out = Composed.decode_attention(&q, cache, one).unwrap();
                 same("last position, composed", &out, &all.narrow(0, time - 1, 1), kind);
             }
         }
     }
-    let cache = randn(&[2, 1, 3, 4], Kind::Float);
-    let h = ops::Heads::new(1, 1, 1, 4);
-    let (qkv, zero) = (randn(&[1, 12], Kind::Float), Tensor::from_slice(&[0i64]));
-    let one = Tensor::from_slice(&[1i64]);
-    let e = ops::decode_attention(&qkv, &cache, &cache, &zero, &(&one * 3), None, h).unwrap_err();
-    assert!(e.to_string().contains("position 3 is beyond the cache's 3"), "{e}");
-    let e = ops::decode_attention(&qkv, &cache, &cache, &zero, &one, Some(&(&one * 2)), h).unwrap_err();
-    assert!(e.to_string().contains("first 2 is not between 0 and the position"), "{e}");
+}
+
+/// On a GPU, which is not waited for, the row is NaN; the others are not.
+#[test]
+fn decoding_beyond_the_cache_is_an_error() {
+    let cache = put(&randn(&[2, 1, 3, 4], Kind::Float));
+    let h = ops::Heads::new(2, 1, 1, 4);
+    let qkv = put(&randn(&[2, 12], Kind::Float));
+    let slot = put(&Tensor::from_slice(&[0i64, 1]));
+    for (position, first, why) in [
+        ([1i64, 3], None, "position 3 is beyond the cache's 3"),
+        ([1, 1], Some([0i64, 2]), "first 2 is not between 0 and the position"),
+    ] {
+        let (position, first) = (put(&Tensor::from_slice(&position)), first.map(|f| put(&Tensor::from_slice(&f))));
+        let first = first.as_ref();
+        let cache =
+            KeysValues { keys: &cache, values: &cache, slot: &slot, position: &position, first, longest: 3 };
+        let out = ops::decode_attention(&qkv, cache, h);
+        if gpu_path() {
+            let finite = out.unwrap().isfinite().all_dim(1, false);
+            assert_eq!(Vec::<bool>::try_from(finite).unwrap(), [true, false]);
+        } else {
+            let e = out.unwrap_err().to_string();
+            assert!(e.contains(why), "{e}");
+        }
+    }
+}
+
+/// Rows over several chunks of the GPU's kernel, many queries a key, caps, and positions at chunks' ends.
+#[test]
+fn decode_attention_over_long_rows() {
+    for kind in [Kind::Float, Kind::BFloat16] {
+        for (heads, kv_heads, head_dim, softcap) in
+            [(14, 2, 64, None), (9, 1, 72, Some(3.0)), (2, 2, 256, None), (3, 1, 5, None)]
+        {
+            let (slots, capacity, batch) = (4, 400, 4);
+            let h = ops::Heads { softcap, ..ops::Heads::new(batch, heads, kv_heads, head_dim) };
+            let (k, v) = (
+                randn(&[slots, kv_heads, capacity, head_dim], kind),
+                randn(&[slots, kv_heads, capacity, head_dim], kind),
+            );
+            let qkv = randn(&[batch, (heads + 2 * kv_heads) * head_dim], kind);
+            let slot = put(&Tensor::from_slice(&[3i64, 0, 2, 1]));
+            let position = put(&Tensor::from_slice(&[127i64, 128, 399, 255]));
+            let first = put(&Tensor::from_slice(&[0i64, 128, 130, 250]));
+            for first in [None, Some(&first)] {
+                let ((k1, v1), (k2, v2)) = ((put(&k), put(&v)), (exact(&k), exact(&v)));
+                let cache = KeysValues {
+                    keys: &k1,
+                    values: &v1,
+                    slot: &slot,
+                    position: &position,
+                    first,
+                    longest: capacity,
+                };
+                let out = ops::decode_attention(&put(&qkv), cache, h).unwrap();
+                let [slot, position] = [&slot, &position].map(|t| t.to_device(Device::Cpu));
+                let first = first.map(|t| t.to_device(Device::Cpu));
+                let (slot, position, first) = (&slot, &position, first.as_ref());
+                let cache = KeysValues { keys: &k2, values: &v2, slot, position, first, longest: capacity };
+                same("out", &out, &Composed.decode_attention(&exact(&qkv), cache, h).unwrap(), kind);
+                assert!(exact(&k1).equal(&k2) && exact(&v1).equal(&v2));
+            }
+        }
+    }
 }
 
 #[test]
@@ -520,11 +599,12 @@ fn compositions_against_autograd() {
     for softcap in [None, Some(1.5)] {
         let h = ops::Heads { scale: 0.7, softcap, ..ops::Heads::new(2, 4, 2, 6) };
         let (qkv, dout) = (leaf(&[2 * 11, 8 * 6]), randn(&[2 * 11, 24], kind));
-        let start = Tensor::from_slice(&[0i64, 0, 0, 0, 4, 4, 4, 4, 4, 9, 9]).repeat([2]);
-        let (o, lse) = Composed.attention(&qkv, Some(&start), h).unwrap();
+        let starts = [0i64, 0, 0, 0, 4, 4, 4, 4, 4, 9, 9].repeat(2);
+        let spans = ops::Spans::new(Some(&starts), [2, 11], Some(3), Device::Cpu).unwrap();
+        let (o, lse) = Composed.attention(&qkv, &spans, h).unwrap();
         (&o * &dout).sum(kind).backward();
         let d = Composed
-            .attention_backward(&dout, &qkv.detach(), &o.detach(), &lse.detach(), Some(&start), h)
+            .attention_backward(&dout, &qkv.detach(), &o.detach(), &lse.detach(), &spans, h)
             .unwrap();
         check("attention", &d, &qkv.grad());
     }

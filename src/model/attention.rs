@@ -45,7 +45,7 @@ impl Attention<Linear> {
     /// The forward of block `i` up to what its backward needs, for x: T [N, C].
     pub(super) fn begin(&self, x: &Tensor, c: &BlockContext, i: usize) -> Result<AttentionSaved> {
         let (qkv, qk) = self.project(x, c, i)?;
-        let (out, lse) = ops::attention(&qkv, c.start(i), c.heads)?; // [N, H D], [B, H, T]
+        let (out, lse) = ops::attention(&qkv, c.spans(i), c.heads)?; // [N, H D], [B, H, T]
         Ok(AttentionSaved { qk, qkv, out, lse })
     }
 
@@ -88,7 +88,7 @@ impl Attention<Linear> {
     ) -> Result<Tensor> {
         let dout = self.o.backward(dy, &saved.out, &grad.o)?; // [N, H D]
         let AttentionSaved { qk, qkv, out, lse } = saved;
-        let dqkv = ops::attention_backward(&dout, &qkv, &out, &lse, c.start(i), c.heads)?; // [N, (H + 2K) D]
+        let dqkv = ops::attention_backward(&dout, &qkv, &out, &lse, c.spans(i), c.heads)?; // [N, (H + 2K) D]
         drop(dout);
         rotate(&dqkv, c, i, true)?; // R^T rotates back
         self.norm_heads_backward(grad, &dqkv, qk, c)?;

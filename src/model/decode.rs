@@ -9,7 +9,7 @@
 //!
 //! [`Sharded::hold`]: crate::distributed::sharded::Sharded::hold
 
-use kernels::ops::{self, Heads};
+use kernels::ops::{self, Heads, KeysValues};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -148,7 +148,7 @@ impl Llama {
         let last = self.read(ids, &context, |i, qkv| {
             let (keys, values) = &cache.blocks[i - 1];
             let row = |t: &Tensor| t.select(0, slot as i64).narrow(1, 0, past + new); // [K, past + N, D]
-            extend_attention(qkv, &row(keys), &row(values), past, context.start(i - 1), context.heads)
+            extend_attention(qkv, &row(keys), &row(values), past, context.first(i - 1), context.heads)
         })?; // [N, C]
         cache.lengths[slot] += new;
         Ok(last.narrow(0, new - 1, 1))
@@ -164,8 +164,10 @@ impl Llama {
         cache.reserve(longest);
         let context = self.decoding(position, longest);
         let hidden = self.read(ids, &context, |i, qkv| {
-            let ((keys, values), first) = (&cache.blocks[i - 1], context.start(i - 1));
-            Ok(ops::decode_attention(qkv, keys, values, &slot, &context.positions, first, context.heads)?)
+            let ((keys, values), first) = (&cache.blocks[i - 1], context.first(i - 1));
+            let position = &context.positions;
+            let cache = KeysValues { keys, values, slot: &slot, position, first, longest };
+            Ok(ops::decode_attention(qkv, cache, context.heads)?)
         })?;
         for slot in slots {
             cache.lengths[*slot] += 1;

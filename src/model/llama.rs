@@ -6,7 +6,7 @@
 //! A block is in [`super::block`]: norm, attention, norm, MLP. What other families do differently is asked of the [`Shape`]'s
 //! features.
 
-use kernels::ops::{self, Heads};
+use kernels::ops::{self, Heads, Spans};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::sections::Recompute;
@@ -26,8 +26,8 @@ pub struct ModelInput {
     pub ids: Tensor,
     /// Rotary positions, int64 `[N]`; none: 0 to T - 1 in every row.
     pub positions: Option<Tensor>,
-    /// The first position that each position sees, int64 `[N]` (see [`ops::attention`]); none: 0. A model's sliding window
-    /// comes on top.
+    /// Where in its row the segment of each position begins, int64 `[N]` on the CPU (see [`Spans::new`]): no position sees what
+    /// lies before; none: 0. A model's sliding window comes on top.
     pub start: Option<Tensor>,
     /// 1 = real, 0 = padding, int64 `[N]`; none: all are real. Only the statistics of experts ask for it.
     pub mask: Option<Tensor>,
@@ -53,13 +53,14 @@ impl ModelInput {
     }
 
     /// Rows with padding, given by a mask (int64 [B, T], 1 = real): positions count the real tokens, and no token sees
-    /// padding before it. Padding after a row's tokens needs nothing: causal attention never looks there.
+    /// padding before it, which is a segment of its own. Padding after a row's tokens needs nothing: causal attention never looks
+    /// there.
     pub fn with_mask(ids: Tensor, mask: &Tensor) -> ModelInput {
         let time = ids.size()[1];
         let positions = ((mask.cumsum(1, Kind::Int64) - 1i64) * mask).view([-1]);
         let first = mask.argmax(1, true);
         let at = Tensor::arange(time, (Kind::Int64, ids.device())).unsqueeze(0);
-        let start = first.minimum(&at).contiguous().view([-1]);
+        let start = (&first * at.ge_tensor(&first)).contiguous().view([-1]);
         let mask = Some(mask.contiguous().view([-1]));
         ModelInput { ids, positions: Some(positions.contiguous()), start: Some(start), mask, dropout: None }
     }
@@ -99,9 +100,10 @@ pub(super) struct BlockContext {
     pub(super) heads: Heads,
     pub(super) norm: RmsNorm,
     pub(super) positions: Tensor,
-    /// The first visible position of each position, without and with the sliding window.
-    start: Option<Tensor>,
-    window_start: Option<Tensor>,
+    /// What positions see, without and with the sliding window.
+    spans: [Spans; 2],
+    /// Of one more token of each row, the first position that it sees through a window, int64 `[B]`; none: all.
+    first: Option<Tensor>,
     /// Of each block whether it has a window.
     windowed: Vec<bool>,
     /// Rotary tables of blocks without and with a window.
@@ -122,17 +124,22 @@ impl BlockContext {
             heads: model.heads(batch),
             norm: RmsNorm::of(&model.shape),
             positions,
-            start: None,
-            window_start: first,
+            spans: Default::default(),
+            first,
             windowed: model.windowed(),
             rope,
             draws: None,
         }
     }
 
-    /// What the positions of block `i` see first.
-    pub(super) fn start(&self, i: usize) -> Option<&Tensor> {
-        if self.windowed[i] { self.window_start.as_ref() } else { self.start.as_ref() }
+    /// What the positions of block `i` see.
+    pub(super) fn spans(&self, i: usize) -> &Spans {
+        &self.spans[usize::from(self.windowed[i])]
+    }
+
+    /// What one more token of each row sees first in block `i`.
+    pub(super) fn first(&self, i: usize) -> Option<&Tensor> {
+        self.first.as_ref().filter(|_| self.windowed[i])
     }
 
     /// cos and sin of block `i`.
@@ -222,22 +229,15 @@ impl Llama {
             Some(p) => p.to_device(device),
             None => Tensor::arange(time, (Kind::Int64, device)).repeat([batch]),
         }; // [N]
-        let start = input.start.as_ref().map(|t| t.to_device(device)); // [N]
-        let window_start = match self.shape.sliding_window {
-            // A window counts places in the row, padding included.
-            Some(window) if window < time => {
-                let at = Tensor::arange(time, (Kind::Int64, device)).repeat([batch]);
-                let first = (at - (window - 1)).clamp_min(0);
-                Some(start.as_ref().map_or(first.shallow_clone(), |s| s.maximum(&first)))
-            }
-            _ => start.as_ref().map(Tensor::shallow_clone),
-        }; // [N]
+        let starts = input.start.as_ref().map(Vec::<i64>::try_from).transpose()?; // [N]
+        // A window counts places in the row, padding included.
+        let spans = |window| Ok::<_, Error>(Spans::new(starts.as_deref(), [batch, time], window, device)?);
         Ok(BlockContext {
             heads: self.heads(batch),
             norm: RmsNorm::of(&self.shape),
             positions,
-            start,
-            window_start,
+            spans: [spans(None)?, spans(self.shape.sliding_window)?],
+            first: None,
             windowed: self.windowed(),
             rope,
             draws: input.dropout.map(|place| {

@@ -2,8 +2,8 @@
 // products of bfloat16 with float32 results. They are reached through the dispatcher, so nothing of CUDA is linked here.
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/_scaled_dot_product_flash_attention.h>
-#include <ATen/ops/_scaled_dot_product_flash_attention_backward.h>
+#include <ATen/ops/_flash_attention_backward.h>
+#include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
@@ -18,35 +18,54 @@ namespace {
 
 // Flash attention's backward adds up the queries' gradients in whatever order its blocks end, unless libtorch is told to be
 // deterministic; then it may not fill every new tensor with NaN as well.
-struct Deterministic {
+struct Determinism {
   at::Context& context = at::globalContext();
   bool on = context.deterministicAlgorithms(), warn_only = context.deterministicAlgorithmsWarnOnly(),
        fill = context.deterministicFillUninitializedMemory();
-  Deterministic() {
-    context.setDeterministicAlgorithms(true, false);
+  explicit Determinism(bool wanted) {
+    context.setDeterministicAlgorithms(wanted, false);
     context.setDeterministicFillUninitializedMemory(false);
   }
-  ~Deterministic() {
+  ~Determinism() {
     context.setDeterministicFillUninitializedMemory(fill);
     context.setDeterministicAlgorithms(on, warn_only);
   }
 };
 
-// Views of some heads of qkv [B * T, (H + 2K) * D], [B, heads, T, D].
-struct Heads {
+// What flash attention takes: queries, keys and values as views of qkv [B * T, (H + 2K) * D]. With `cum_seq`, the tokens at which
+// segments begin and the last one ends (int32 [S + 1], over all rows), they are [B * T, heads, D], and none sees another
+// segment's; else [B, T, heads, D].
+struct Flash {
   at::Tensor q, k, v;
-  int64_t batch, time;
-  Heads(const at::Tensor& qkv, int64_t batch, int64_t heads, int64_t kv_heads, int64_t d) : batch(batch) {
-    TORCH_CHECK(qkv.is_cuda() && qkv.is_contiguous() && qkv.dim() == 2 && batch > 0 && qkv.size(0) % batch == 0 &&
+  std::optional<at::Tensor> cum_seq;
+  int64_t batch, time, heads, longest;
+  std::optional<int64_t> left, right;  // of a sliding window: how many tokens before and after its own a query sees
+
+  Flash(const at::Tensor& qkv, const at::Tensor* cum_seq, int64_t longest, int64_t window, int64_t batch, int64_t heads,
+        int64_t kv_heads, int64_t d)
+      : batch(batch), heads(heads), longest(longest) {
+    TORCH_CHECK(qkv.is_contiguous() && qkv.dim() == 2 && batch > 0 && kv_heads > 0 && qkv.size(0) % batch == 0 &&
                     qkv.size(1) == (heads + 2 * kv_heads) * d && heads % kv_heads == 0,
                 "attention: shapes do not fit");
     time = qkv.size(0) / batch;
-    auto all = qkv.view({batch, time, heads + 2 * kv_heads, d}).transpose(1, 2);
-    q = all.narrow(1, 0, heads), k = all.narrow(1, heads, kv_heads), v = all.narrow(1, heads + kv_heads, kv_heads);
+    if (cum_seq) this->cum_seq = *cum_seq;
+    if (!cum_seq) this->longest = time;
+    if (window > 0) left = window - 1, right = 0;
+    auto all = tokens(qkv, heads + 2 * kv_heads, d);
+    q = all.narrow(-2, 0, heads), k = all.narrow(-2, heads, kv_heads), v = all.narrow(-2, heads + kv_heads, kv_heads);
   }
-  // [B, heads, T, D] as [B * T, heads * D]: no copy where the heads of a position lie side by side.
-  at::Tensor rows(const at::Tensor& x) const {
-    return x.transpose(1, 2).reshape({batch * time, x.size(1) * x.size(3)});
+
+  at::Tensor tokens(const at::Tensor& x, int64_t heads, int64_t d) const {
+    return cum_seq ? x.view({batch * time, heads, d}) : x.view({batch, time, heads, d});
+  }
+  // [B * T, heads * D]: no copy where the heads of a token lie side by side.
+  at::Tensor rows(const at::Tensor& x) const { return x.reshape({batch * time, x.size(-2) * x.size(-1)}); }
+  // Flash attention's statistics are [H, B * T] with segments, else [B, H, T]; ours are [B, H, T], as a view.
+  at::Tensor statistics(const at::Tensor& x) const {
+    return cum_seq ? x.view({heads, batch, time}).transpose(0, 1) : x;
+  }
+  at::Tensor flash_statistics(const at::Tensor& x) const {
+    return cum_seq ? x.transpose(0, 1).reshape({heads, batch * time}) : x;
   }
 };
 
@@ -54,33 +73,36 @@ struct Heads {
 
 extern "C" {
 
-// Causal; out: [B * T, H * D], lse: float [B, H, T].
-char* corral_flash_attention(at::Tensor* qkv, int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                             double scale, at::Tensor** out, at::Tensor** lse) {
+// Causal. `cum_seq`: see Flash, null: rows alone divide the tokens; `longest`: tokens of the longest segment; `window`: how many
+// tokens a query sees, its own among them, 0: all before it. out: [B * T, H * D], lse: float [B, H, T].
+char* corral_flash_attention(at::Tensor* qkv, at::Tensor* cum_seq, int64_t longest, int64_t window, int64_t batch,
+                             int64_t heads, int64_t kv_heads, int64_t head_dim, double scale, at::Tensor** out,
+                             at::Tensor** lse) {
   return guarded([&] {
     at::AutoDispatchBelowAutograd no_autograd;
-    Heads h(*qkv, batch, heads, kv_heads, head_dim);
-    auto result = at::_scaled_dot_product_flash_attention(h.q, h.k, h.v, /*dropout_p=*/0.0, /*is_causal=*/true,
-                                                          /*return_debug_mask=*/false, scale);
-    auto o = h.rows(std::get<0>(result)), l = std::get<1>(result);
-    TORCH_CHECK(l.numel() == batch * heads * h.time, "attention: unexpected statistics of shape ", l.sizes());
-    *out = new at::Tensor(o.contiguous()), *lse = new at::Tensor(l.contiguous());
+    Flash f(*qkv, cum_seq, longest, window, batch, heads, kv_heads, head_dim);
+    auto result = at::_flash_attention_forward(f.q, f.k, f.v, f.cum_seq, f.cum_seq, f.longest, f.longest, /*dropout_p=*/0.0,
+                                               /*is_causal=*/true, /*return_debug_mask=*/false, scale, f.left, f.right);
+    auto o = f.rows(std::get<0>(result)), l = std::get<1>(result);
+    TORCH_CHECK(l.numel() == batch * heads * f.time, "attention: unexpected statistics of shape ", l.sizes());
+    *out = new at::Tensor(o.contiguous()), *lse = new at::Tensor(f.statistics(l));
   });
 }
 
 char* corral_flash_attention_backward(at::Tensor* dout, at::Tensor* qkv, at::Tensor* out, at::Tensor* lse,
-                                      int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, double scale,
+                                      at::Tensor* cum_seq, int64_t longest, int64_t window, int64_t batch, int64_t heads,
+                                      int64_t kv_heads, int64_t head_dim, double scale, bool deterministic,
                                       at::Tensor** dqkv) {
   return guarded([&] {
     at::AutoDispatchBelowAutograd no_autograd;
-    Deterministic deterministic;
-    Heads h(*qkv, batch, heads, kv_heads, head_dim);
-    auto split = [&](const at::Tensor& x) { return x.view({batch, h.time, heads, head_dim}).transpose(1, 2); };
-    at::Tensor none;  // lengths of packed sequences, state of dropout: there are none
-    auto d = at::_scaled_dot_product_flash_attention_backward(split(*dout), h.q, h.k, h.v, split(*out), *lse, none, none,
-                                                              h.time, h.time, /*dropout_p=*/0.0, /*is_causal=*/true, none,
-                                                              none, scale);
-    *dqkv = new at::Tensor(at::cat({h.rows(std::get<0>(d)), h.rows(std::get<1>(d)), h.rows(std::get<2>(d))}, 1));
+    Determinism determinism(deterministic);
+    Flash f(*qkv, cum_seq, longest, window, batch, heads, kv_heads, head_dim);
+    at::Tensor none, segments = f.cum_seq.value_or(none);  // no state of dropout
+    auto d = at::_flash_attention_backward(f.tokens(*dout, heads, head_dim), f.q, f.k, f.v, f.tokens(*out, heads, head_dim),
+                                           f.flash_statistics(*lse), segments, segments, f.longest, f.longest,
+                                           /*dropout_p=*/0.0, /*is_causal=*/true, none, none, scale, f.left, f.right);
+    // libtorch's form makes new tensors for the three: they are copied to lie side by side.
+    *dqkv = new at::Tensor(at::cat({f.rows(std::get<0>(d)), f.rows(std::get<1>(d)), f.rows(std::get<2>(d))}, 1));
   });
 }
 

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 
 use libloading::os::unix::{RTLD_LOCAL, RTLD_NOW};
@@ -26,14 +26,15 @@ type Launch = unsafe extern "C" fn(
 static LIBRARIES: OnceLock<Vec<Launch>> = OnceLock::new();
 
 /// Takes CPU tensors for a GPU's from now on. `libraries`: shared objects of [`SOURCES`], in their order, each of which defines
-/// `corral_emulate`.
+/// `corral_emulate`; `operations`: one that gives libtorch for the CPU what it has for CUDA alone.
 ///
 /// # Safety
 /// The libraries must be those that the tests' emulator built of these sources.
-pub unsafe fn install(libraries: &[PathBuf]) -> Result<()> {
+pub unsafe fn install(libraries: &[PathBuf], operations: &Path) -> Result<()> {
     if libraries.len() != SOURCES.len() {
         return Err(Error::new(format!("{} libraries for {} sources", libraries.len(), SOURCES.len())));
     }
+    std::mem::forget(dlopen(&operations.to_string_lossy(), RTLD_NOW | RTLD_LOCAL)?);
     let mut found = Vec::new();
     for path in libraries {
         let library = dlopen(&path.to_string_lossy(), RTLD_NOW | RTLD_LOCAL)?;

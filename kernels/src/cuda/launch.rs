@@ -10,7 +10,9 @@ use super::emulator;
 use super::modules::{Arg, Kernel, Module};
 use super::nvrtc;
 use super::shim::{Cuda, load};
-use super::sources::{OPTIM, QUANT_BF16, QUANT_FLOAT, ROWS_BF16, ROWS_FLOAT, SOURCES};
+use super::sources::{
+    DECODE_BF16, DECODE_FLOAT, OPTIM, QUANT_BF16, QUANT_FLOAT, ROWS_BF16, ROWS_FLOAT, SOURCES,
+};
 use crate::abi::Stream;
 use crate::error::{Error, Result};
 use crate::tensors::AdamW;
@@ -81,6 +83,10 @@ impl Launcher {
 
     pub(crate) fn quant(x: &Tensor) -> Result<Launcher> {
         Launcher::new(x, by_kind(x, QUANT_FLOAT, QUANT_BF16)?)
+    }
+
+    pub(crate) fn decode(x: &Tensor) -> Result<Launcher> {
+        Launcher::new(x, by_kind(x, DECODE_FLOAT, DECODE_BF16)?)
     }
 
     pub(crate) fn optim(x: &Tensor) -> Result<Launcher> {

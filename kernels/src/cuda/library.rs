@@ -10,7 +10,7 @@ use crate::abi::corral_libtorch_path;
 use crate::error::{Error, Result, check, take_string};
 
 /// The folder that libtorch was loaded from.
-pub(crate) fn libtorch_dir() -> Result<PathBuf> {
+pub fn libtorch_dir() -> Result<PathBuf> {
     let mut path = null_mut();
     // SAFETY: `path` is a malloc'ed string when there is no error.
     check(unsafe { corral_libtorch_path(&mut path) })?;

@@ -12,6 +12,7 @@ mod shim;
 pub mod sources;
 
 pub use devices::{DeviceInfo, Memory, peak_flops};
+pub use library::libtorch_dir;
 pub use shim::{Cuda, load};
 
 /// Whether a device's tensors take the GPU's path: CUDA's do, and the CPU's in tests with the [`emulator`].

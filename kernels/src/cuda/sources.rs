@@ -30,8 +30,11 @@ const ROW_KERNELS: &[&str] = &[
 const QUANT: &str = include_str!("../../cuda/quant.cu");
 const QUANT_KERNELS: &[&str] = &["nf4_quantize", "nf4_dequantize", "int8_quantize", "int8_dequantize"];
 
+const DECODE: &str = include_str!("../../cuda/decode.cu");
+const DECODE_KERNELS: &[&str] = &["decode_attention", "decode_combine"];
+
 /// All there is to compile.
-pub const SOURCES: [Source; 5] = [
+pub const SOURCES: [Source; 7] = [
     Source { name: "rows.cu", text: ROWS, options: &["-DDTYPE=float"], kernels: ROW_KERNELS },
     Source { name: "rows.cu", text: ROWS, options: &["-DDTYPE=bf16"], kernels: ROW_KERNELS },
     Source {
@@ -42,6 +45,8 @@ pub const SOURCES: [Source; 5] = [
     },
     Source { name: "quant.cu", text: QUANT, options: &["-DDTYPE=float"], kernels: QUANT_KERNELS },
     Source { name: "quant.cu", text: QUANT, options: &["-DDTYPE=bf16"], kernels: QUANT_KERNELS },
+    Source { name: "decode.cu", text: DECODE, options: &["-DDTYPE=float"], kernels: DECODE_KERNELS },
+    Source { name: "decode.cu", text: DECODE, options: &["-DDTYPE=bf16"], kernels: DECODE_KERNELS },
 ];
 
 // Positions in SOURCES.
@@ -50,3 +55,5 @@ pub(crate) const ROWS_BF16: usize = 1;
 pub(crate) const OPTIM: usize = 2;
 pub(crate) const QUANT_FLOAT: usize = 3;
 pub(crate) const QUANT_BF16: usize = 4;
+pub(crate) const DECODE_FLOAT: usize = 5;
+pub(crate) const DECODE_BF16: usize = 6;

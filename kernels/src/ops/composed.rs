@@ -3,6 +3,7 @@
 use tch::{Kind, Tensor};
 
 use super::rows::RowOps;
+use super::spans::Spans;
 use crate::error::Result;
 use crate::tensors::{AdamW, Gain, Heads, KeysValues, Rotation, accumulator};
 
@@ -67,9 +68,9 @@ impl RowOps for Composed {
         Ok(())
     }
 
-    fn attention(&self, qkv: &Tensor, start: Option<&Tensor>, h: Heads) -> Result<(Tensor, Tensor)> {
+    fn attention(&self, qkv: &Tensor, spans: &Spans, h: Heads) -> Result<(Tensor, Tensor)> {
         let (q, k, v) = split_heads(qkv, h); // [B, H, T, D]
-        let s = scores(&q, &k, start, h); // [B, H, T, T]
+        let s = scores(&q, &k, spans.start(), h); // [B, H, T, T]
         let lse = s.logsumexp([-1i64].as_slice(), false); // [B, H, T]
         let p = (s - lse.unsqueeze(-1)).exp(); // [B, H, T, T]
         Ok((merge_heads(&p.matmul(&v), qkv.kind()), lse))
@@ -85,7 +86,7 @@ impl RowOps for Composed {
         qkv: &Tensor,
         out: &Tensor,
         lse: &Tensor,
-        start: Option<&Tensor>,
+        spans: &Spans,
         h: Heads,
     ) -> Result<Tensor> {
         let (q, k, v) = split_heads(qkv, h); // [B, H, T, D]
@@ -93,7 +94,7 @@ impl RowOps for Composed {
         let rows =
             |t: &Tensor| t.to_kind(q.kind()).view([h.batch, time, h.heads, h.head_dim]).transpose(1, 2);
         let (g, o) = (rows(dout), rows(out)); // [B, H, T, D]
-        let s = scores(&q, &k, start, h); // [B, H, T, T]
+        let s = scores(&q, &k, spans.start(), h); // [B, H, T, T]
         let p = (&s - lse.unsqueeze(-1)).exp(); // [B, H, T, T]
         let delta = (&g * o).sum_dim_intlist([-1i64].as_slice(), true, None); // [B, H, T, 1]
         let mut ds = &p * (g.matmul(&v.transpose(-2, -1)) - delta) * h.scale; // [B, H, T, T]
@@ -115,7 +116,7 @@ impl RowOps for Composed {
     }
 
     fn decode_attention(&self, qkv: &Tensor, cache: KeysValues, h: Heads) -> Result<Tensor> {
-        let KeysValues { keys, values, slot, position, first } = cache;
+        let KeysValues { keys, values, slot, position, first, longest: _ } = cache;
         let (a, d, group) = (accumulator(qkv.kind()), h.head_dim, h.heads / h.kv_heads);
         let all = qkv.view([h.batch, h.heads + 2 * h.kv_heads, d]); // [B, H + 2K, D]
         for (cache, first) in [(keys, h.heads), (values, h.heads + h.kv_heads)] {

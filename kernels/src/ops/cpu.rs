@@ -5,6 +5,7 @@ use std::ptr::null_mut;
 use tch::Tensor;
 
 use super::rows::RowOps;
+use super::spans::Spans;
 use crate::abi::*;
 use crate::error::{Result, check};
 use crate::tensors::{AdamW, Gain, Heads, KeysValues, Rotation, own, raw, raw_opt};
@@ -60,13 +61,13 @@ impl RowOps for Cpu {
         check(unsafe { corral_rope(raw(x), raw(positions), raw(cos), raw(sin), heads, head_dim, inverse) })
     }
 
-    fn attention(&self, qkv: &Tensor, start: Option<&Tensor>, h: Heads) -> Result<(Tensor, Tensor)> {
+    fn attention(&self, qkv: &Tensor, spans: &Spans, h: Heads) -> Result<(Tensor, Tensor)> {
         let (mut out, mut lse) = (null_mut(), null_mut());
-        // SAFETY: as in rms_norm; the kernel clamps `start` to the row.
+        // SAFETY: as in rms_norm; the kernel clamps starts to the row.
         check(unsafe {
             corral_attention(
                 raw(qkv),
-                raw_opt(start),
+                raw_opt(spans.start()),
                 h.batch,
                 h.heads,
                 h.kv_heads,
@@ -85,7 +86,7 @@ impl RowOps for Cpu {
         qkv: &Tensor,
         out: &Tensor,
         lse: &Tensor,
-        start: Option<&Tensor>,
+        spans: &Spans,
         h: Heads,
     ) -> Result<Tensor> {
         let mut dqkv = null_mut();
@@ -96,7 +97,7 @@ impl RowOps for Cpu {
                 raw(qkv),
                 raw(out),
                 raw(lse),
-                raw_opt(start),
+                raw_opt(spans.start()),
                 h.batch,
                 h.heads,
                 h.kv_heads,
@@ -109,7 +110,7 @@ impl RowOps for Cpu {
     }
 
     fn decode_attention(&self, qkv: &Tensor, cache: KeysValues, h: Heads) -> Result<Tensor> {
-        let KeysValues { keys, values, slot, position, first } = cache;
+        let KeysValues { keys, values, slot, position, first, longest: _ } = cache;
         let mut out = null_mut();
         // SAFETY: as in rms_norm, and slots and positions are checked against the caches, which are written in place, each
         // slot by one row.

@@ -6,6 +6,7 @@ use super::composed::Composed;
 use super::cpu::Cpu;
 use super::gpu::Gpu;
 use super::rows::RowOps;
+use super::spans::Spans;
 use crate::abi::corral_fill_normal;
 use crate::cuda::takes_gpu_path;
 use crate::error::{Result, check};
@@ -78,14 +79,13 @@ pub fn rope(
 }
 
 /// Causal attention with grouped queries, exact. `qkv`: T `[B * T, (H + 2K) * D]`, query heads first, then key heads,
-/// then value heads. Position i of a row sees the positions `start[i]` to i of that row (`start`: int64 `[B * T]`; none:
-/// 0 to i), which says padding on the left, packed documents and sliding windows. Returns out: T `[B * T, H * D]` and
-/// the logarithm of the softmax's denominators: A `[B, H, T]`.
+/// then value heads. `spans` says what a position sees: padding on the left, packed documents and sliding windows. Returns out:
+/// T `[B * T, H * D]` and the logarithm of the softmax's denominators: A `[B, H, T]`.
 ///
-/// On CUDA, flash attention takes what it can: bfloat16 or float16 without `start`, D a multiple of 8 and at most 256. The
-/// rest is composed, with the `[B, H, T, T]` scores in memory; so is, on every device, attention with a `softcap`.
-pub fn attention(qkv: &Tensor, start: Option<&Tensor>, h: Heads) -> Result<(Tensor, Tensor)> {
-    attention_ops(qkv, h).attention(qkv, start, h)
+/// On CUDA, flash attention takes what it can: bfloat16 or float16, D a multiple of 8 and at most 256. The rest is composed,
+/// with the `[B, H, T, T]` scores in memory; so is, on every device, attention with a `softcap`.
+pub fn attention(qkv: &Tensor, spans: &Spans, h: Heads) -> Result<(Tensor, Tensor)> {
+    attention_ops(qkv, h).attention(qkv, spans, h)
 }
 
 /// Gradient of [`attention`] with respect to `qkv`.
@@ -94,26 +94,19 @@ pub fn attention_backward(
     qkv: &Tensor,
     out: &Tensor,
     lse: &Tensor,
-    start: Option<&Tensor>,
+    spans: &Spans,
     h: Heads,
 ) -> Result<Tensor> {
-    attention_ops(qkv, h).attention_backward(dout, qkv, out, lse, start, h)
+    attention_ops(qkv, h).attention_backward(dout, qkv, out, lse, spans, h)
 }
 
 /// Attention of one more token a row over cached keys and values. `qkv`: T `[B, (H + 2K) * D]`, rotated, in the order of
-/// [`attention`]; `keys`, `values`: T [slots, K, capacity, D]; `slot`, `position`: int64 `[B]`, no slot twice. The row's
-/// own key and value are written to its slot at its position; then its queries see positions `first` (int64 `[B]`; none: 0)
-/// to `position`. Returns T `[B, H * D]`.
-pub fn decode_attention(
-    qkv: &Tensor,
-    keys: &Tensor,
-    values: &Tensor,
-    slot: &Tensor,
-    position: &Tensor,
-    first: Option<&Tensor>,
-    h: Heads,
-) -> Result<Tensor> {
-    attention_ops(qkv, h).decode_attention(qkv, KeysValues { keys, values, slot, position, first }, h)
+/// [`attention`]; no slot of `cache` twice. The row's own key and value are written to its slot at its position; then its
+/// queries see what the cache says. Returns T `[B, H * D]`.
+///
+/// A slot or position that is not in the cache is an error on the CPU; on CUDA, which is not waited for, its row is NaN.
+pub fn decode_attention(qkv: &Tensor, cache: KeysValues, h: Heads) -> Result<Tensor> {
+    attention_ops(qkv, h).decode_attention(qkv, cache, h)
 }
 
 /// silu(g) * u (Shazeer 2020) for gu: T `[N, 2F]` = (g | u). Returns T `[N, F]`.

@@ -5,6 +5,7 @@ use tch::{Kind, Tensor};
 use super::composed::Composed;
 use super::flash;
 use super::rows::RowOps;
+use super::spans::Spans;
 use crate::cuda::launch::{Launcher, adamw_numbers, blocks, matrix, need, opt, pack, threads, wide};
 use crate::cuda::modules::Arg::{F32, I32, I64, Tensor as T, U64};
 use crate::error::{Error, Result};
@@ -12,6 +13,10 @@ use crate::tensors::{AdamW, Gain, Heads, KeysValues, Rotation};
 
 /// Columns beyond which rms_backward's shared memory, 4 bytes a column, might not fit.
 const RMS_BACKWARD_COLUMNS: i64 = 24 << 10;
+// Constants of cuda/decode.cu.
+const DECODE_CHUNK: i64 = 128;
+const DECODE_THREADS: i64 = 128;
+const DECODE_TILE: i64 = 4;
 
 /// CUDA's kernels, in float32 and bfloat16, and libtorch's flash attention. What has no kernel is composed.
 #[derive(Debug, Clone, Copy)]
@@ -144,10 +149,11 @@ impl RowOps for Gpu {
         unsafe { Launcher::rows(x)?.launch("rope", rows, block, 0, &args) }
     }
 
-    fn attention(&self, qkv: &Tensor, start: Option<&Tensor>, h: Heads) -> Result<(Tensor, Tensor)> {
-        match flash::fits(qkv, start, h)? {
-            true => flash::forward(qkv, h),
-            false => Composed.attention(qkv, start, h),
+    fn attention(&self, qkv: &Tensor, spans: &Spans, h: Heads) -> Result<(Tensor, Tensor)> {
+        check_attention(qkv, spans, h, None)?;
+        match flash::fits(qkv, h)? {
+            true => flash::forward(qkv, spans, h),
+            false => Composed.attention(qkv, spans, h),
         }
     }
 
@@ -157,17 +163,89 @@ impl RowOps for Gpu {
         qkv: &Tensor,
         out: &Tensor,
         lse: &Tensor,
-        start: Option<&Tensor>,
+        spans: &Spans,
         h: Heads,
     ) -> Result<Tensor> {
-        match flash::fits(qkv, start, h)? {
-            true => flash::backward(dout, qkv, out, lse, h),
-            false => Composed.attention_backward(dout, qkv, out, lse, start, h),
+        check_attention(qkv, spans, h, Some([dout, out, lse]))?;
+        match flash::fits(qkv, h)? {
+            true => flash::backward(dout, qkv, out, lse, spans, h),
+            false => Composed.attention_backward(dout, qkv, out, lse, spans, h),
         }
     }
 
     fn decode_attention(&self, qkv: &Tensor, cache: KeysValues, h: Heads) -> Result<Tensor> {
-        Composed.decode_attention(qkv, cache, h)
+        let KeysValues { keys, values, slot, position, first, longest } = cache;
+        let (kind, device, d) = (qkv.kind(), qkv.device(), h.head_dim);
+        let pack = pack(qkv);
+        if !matches!(kind, Kind::Float | Kind::BFloat16) || (d + pack - 1) / pack > DECODE_THREADS {
+            return Composed.decode_attention(qkv, cache, h);
+        }
+        let &[slots, kv_heads, capacity, _] = &keys.size()[..] else {
+            return Err(Error::new(format!("decode_attention: keys of {:?}", keys.size())));
+        };
+        if kv_heads != h.kv_heads || kv_heads < 1 || h.heads % kv_heads != 0 || h.batch < 1 {
+            return Err(Error::new(format!("decode_attention: {h:?} and keys of {:?} do not fit", keys.size())));
+        }
+        let cached = slots * kv_heads * capacity * d;
+        need(
+            "decode_attention",
+            &[
+                ("qkv", qkv, kind, h.batch * (h.heads + 2 * kv_heads) * d),
+                ("keys", keys, kind, cached),
+                ("values", values, kind, cached),
+                ("slot", slot, Kind::Int64, h.batch),
+                ("position", position, Kind::Int64, h.batch),
+                ("first", first.unwrap_or(position), Kind::Int64, h.batch),
+            ],
+        )?;
+        let chunks = (longest.clamp(1, capacity) + DECODE_CHUNK - 1) / DECODE_CHUNK;
+        let group = h.heads / kv_heads;
+        let out = Tensor::empty([h.batch, h.heads * d], (kind, device));
+        let float = |last| Tensor::empty([h.batch, h.heads, chunks, last], (Kind::Float, device));
+        let (partial, statistics) = (float(d), float(2));
+        let kernels = Launcher::decode(qkv)?;
+        let args = [
+            T(qkv),
+            T(keys),
+            T(values),
+            T(slot),
+            T(position),
+            opt(first),
+            T(&partial),
+            T(&statistics),
+            I64(slots),
+            I64(capacity),
+            I32(h.heads as i32),
+            I32(kv_heads as i32),
+            I32(d as i32),
+            I32(chunks as i32),
+            F32(h.scale as f32),
+            F32(h.softcap.unwrap_or(0.0) as f32),
+            wide(d, pack, &[qkv, keys, values]),
+        ];
+        let shared = 4 * (group * (d + DECODE_CHUNK) + DECODE_THREADS * DECODE_TILE * pack);
+        let block = [DECODE_THREADS as u32, 1];
+        // SAFETY: a block reads one row of qkv and writes one chunk of partial and statistics; slots and positions are compared
+        // with the caches' sizes, of which it reads and writes what lies in the row's slot.
+        unsafe {
+            kernels.launch("decode_attention", h.batch * kv_heads * chunks, block, shared as usize, &args)
+        }?;
+        let args = [
+            T(&partial),
+            T(&statistics),
+            T(slot),
+            T(position),
+            opt(first),
+            T(&out),
+            I64(slots),
+            I64(capacity),
+            I32(h.heads as i32),
+            I32(d as i32),
+            I32(chunks as i32),
+        ];
+        // SAFETY: a block reads the chunks of one row and head, as many as there are, and writes its d elements of out.
+        unsafe { kernels.launch("decode_combine", h.batch * h.heads, threads(d, 1), 0, &args) }?;
+        Ok(out)
     }
 
     fn swiglu(&self, gu: &Tensor) -> Result<Tensor> {
@@ -333,4 +411,22 @@ impl RowOps for Gpu {
         // with the v rows of dw, and each row of dw is written by one block.
         unsafe { Launcher::rows(dx)?.launch("embedding_backward", n, threads(c, pack(dx)), 0, &args) }
     }
+}
+
+/// Flash attention and compositions check little themselves. `backward`: dout, out and lse.
+fn check_attention(qkv: &Tensor, spans: &Spans, h: Heads, backward: Option<[&Tensor; 3]>) -> Result<()> {
+    let tokens = qkv.size()[0];
+    if h.batch < 1 || h.kv_heads < 1 || h.heads % h.kv_heads != 0 || tokens % h.batch != 0 {
+        return Err(Error::new(format!("attention: {h:?} and qkv of {:?} do not fit", qkv.size())));
+    }
+    let (kind, out) = (qkv.kind(), tokens * h.heads * h.head_dim);
+    let mut all = vec![("qkv", qkv, kind, tokens * (h.heads + 2 * h.kv_heads) * h.head_dim)];
+    all.extend(spans.start().map(|start| ("start", start, Kind::Int64, tokens)));
+    if let Some([dout, o, lse]) = backward {
+        all.extend([("dout", dout, kind, out), ("out", o, kind, out)]);
+        if lse.numel() as i64 != h.heads * tokens {
+            return Err(Error::new(format!("attention: lse of {:?} for {tokens} tokens", lse.size())));
+        }
+    }
+    need("attention", &all)
 }

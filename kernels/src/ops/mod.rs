@@ -18,6 +18,7 @@ mod flash;
 mod gpu;
 mod products;
 mod rows;
+mod spans;
 
 pub use crate::tensors::{AdamW, Gain, Heads, KeysValues, Rotation, accumulator};
 pub use composed::{Composed, geglu, geglu_backward};
@@ -25,4 +26,6 @@ pub use cpu::Cpu;
 pub use dispatch::*;
 pub use gpu::Gpu;
 pub use products::*;
+pub use flash::set_deterministic;
 pub use rows::RowOps;
+pub use spans::Spans;

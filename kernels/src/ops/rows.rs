@@ -2,6 +2,7 @@
 
 use tch::Tensor;
 
+use super::spans::Spans;
 use crate::error::Result;
 use crate::tensors::{AdamW, Gain, Heads, KeysValues, Rotation};
 
@@ -32,7 +33,7 @@ pub trait RowOps {
     fn rope(&self, x: &Tensor, r: Rotation) -> Result<()>;
 
     /// [`attention`](crate::ops::attention): out and the logarithms of the softmax's denominators.
-    fn attention(&self, qkv: &Tensor, start: Option<&Tensor>, h: Heads) -> Result<(Tensor, Tensor)>;
+    fn attention(&self, qkv: &Tensor, spans: &Spans, h: Heads) -> Result<(Tensor, Tensor)>;
 
     /// [`attention_backward`](crate::ops::attention_backward): the gradient of qkv.
     fn attention_backward(
@@ -41,7 +42,7 @@ pub trait RowOps {
         qkv: &Tensor,
         out: &Tensor,
         lse: &Tensor,
-        start: Option<&Tensor>,
+        spans: &Spans,
         h: Heads,
     ) -> Result<Tensor>;
 

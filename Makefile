@@ -15,8 +15,9 @@ build: setup ## the binaries, target/release/{corral,launch}
 demo: ## make data, train a tokenizer, pretrain on two ranks, print what the model writes
 	@scripts/demo.sh
 
-test: setup ## all tests
+test: setup ## all tests; then those of operations and models once more, on the GPU's kernels, emulated
 	cargo test --release --workspace
+	CORRAL_TEST_DEVICE=emulated cargo test --release --workspace --test ops --test quant --test parity --test parity_training
 
 parity: setup ## only the tests against golden data (CORRAL_GOLDEN=DIR: another set of it)
 	cargo test --release --test parity --test parity_training --test tokenizer

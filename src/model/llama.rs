@@ -231,12 +231,17 @@ impl Llama {
         }; // [N]
         let starts = input.start.as_ref().map(Vec::<i64>::try_from).transpose()?; // [N]
         // A window counts places in the row, padding included.
-        let spans = |window| Ok::<_, Error>(Spans::new(starts.as_deref(), [batch, time], window, device)?);
+        let spans = |window| Spans::new(starts.as_deref(), [batch, time], window, device);
+        let whole = spans(None)?;
+        let windowed = match self.shape.sliding_window.filter(|w| *w < time) {
+            Some(window) => spans(Some(window))?,
+            None => whole.clone(),
+        };
         Ok(BlockContext {
             heads: self.heads(batch),
             norm: RmsNorm::of(&self.shape),
             positions,
-            spans: [spans(None)?, spans(self.shape.sliding_window)?],
+            spans: [whole, windowed],
             first: None,
             windowed: self.windowed(),
             rope,

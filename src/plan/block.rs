@@ -10,9 +10,16 @@ use crate::config::sections::Recompute;
 use crate::config::shape::{Activation, Norms};
 use crate::model::mlp::{Dense, Mlp};
 
-/// Matrices of scores that the composed attention has at once.
-const SCORES_FORWARD: i64 = 4;
-const SCORES_BACKWARD: i64 = 5;
+/// Matrices of scores that the composed attention has at once, without a cap of scores and with one.
+const COMPOSED: i64 = 3;
+const CAPPED_FORWARD: i64 = 4;
+const CAPPED_BACKWARD: i64 = 5;
+/// Multiprocessors of an H100, over which flash attention divides its backward.
+const PROCESSORS: i64 = 132;
+
+fn blocks_of(n: i64, size: i64) -> i64 {
+    (n + size - 1) / size.max(1)
+}
 
 /// Bytes of what a block's forward makes for its backward (`RestMemory` there).
 #[derive(Clone, Copy)]
@@ -46,23 +53,34 @@ pub(super) struct BlockMemory {
 }
 
 impl Memory {
-    /// Scores, where the attention has no fused form: on CUDA, unless it is flash attention; everywhere with a softcap.
-    pub(super) fn scores(&self, batch: &BatchShape, backward: bool) -> i64 {
-        let scores = batch.rows * self.shape.num_attention_heads * batch.length * batch.length;
-        if self.shape.features.attention_softcap.is_some() {
+    /// What an attention takes besides its input and output. The composed form, on CUDA where flash attention does not fit and
+    /// with a softcap everywhere, has matrices of scores; flash attention's backward has its own gradients and partial sums.
+    pub(super) fn attention_work(&self, batch: &BatchShape, backward: bool) -> i64 {
+        let (n, s) = (batch.tokens(), &self.shape);
+        let scores = batch.rows * s.num_attention_heads * batch.length * batch.length;
+        let heads = s.num_attention_heads * s.head_dim * n;
+        if s.features.attention_softcap.is_some() {
             // Queries, and keys and values for each of them, in A; scores, their cap's and mask's copies, probabilities.
-            let heads = 3 * self.shape.num_attention_heads * self.shape.head_dim * batch.tokens();
-            let besides = if backward { 2 * heads } else { heads };
-            return self.sizes.a
-                * ((if backward { SCORES_BACKWARD } else { SCORES_FORWARD }) * scores + besides);
+            let besides = if backward { 6 * heads } else { 3 * heads };
+            let matrices = if backward { CAPPED_BACKWARD } else { CAPPED_FORWARD };
+            return self.sizes.a * (matrices * scores + besides);
         }
-        let windowed = self.shape.sliding_window.is_some_and(|w| w < batch.length);
-        let fused = self.sizes.device == Device::Cpu
-            || (self.sizes.compute == Kind::BFloat16
-                && !batch.packed
-                && !windowed
-                && self.shape.head_dim % 8 == 0);
-        if fused { 0 } else { 2 * scores * self.sizes.a }
+        if self.sizes.device == Device::Cpu {
+            return 0;
+        }
+        if self.sizes.compute != Kind::BFloat16 || s.head_dim % 8 != 0 || s.head_dim > 256 {
+            return COMPOSED * scores * self.sizes.a;
+        }
+        if !backward {
+            return 0;
+        }
+        // Gradients of queries, keys and values before they lie side by side; of keys and values for each query head, where heads
+        // share them; and the queries' sums, in float32, as many as it takes to keep the GPU busy.
+        let separate = heads + 2 * s.num_key_value_heads * s.head_dim * n;
+        let shared = if s.num_key_value_heads == s.num_attention_heads { 0 } else { 2 * heads };
+        let splits = blocks_of(PROCESSORS, batch.rows * s.num_attention_heads);
+        let padded = s.num_attention_heads * blocks_of(s.head_dim, 32) * 32 * blocks_of(n, 128) * 128;
+        self.sizes.values(separate + shared, 1) + 4 * splits * padded
     }
 
     /// `block_rest`: leaves what it made as work.
@@ -87,7 +105,7 @@ impl Memory {
             walk.pass(work, self.sizes.values(n, width));
         }
         keep(walk, self.sizes.values(n, q) + n * s.num_attention_heads * self.sizes.a);
-        walk.pass(work, self.scores(batch, false));
+        walk.pass(work, self.attention_work(batch, false));
         keep(walk, stream); // x2
         walk.pass(work, block.attention.o.forward(&self.sizes, n));
         if s.features.norms != Norms::Before {
@@ -261,7 +279,7 @@ impl Memory {
         walk.take(work, dout);
         walk.pass(work, block.attention.o.backward_input(&self.sizes, n));
         walk.take(work, self.sizes.values(n, block.attention.qkv.outputs));
-        walk.pass(work, self.scores(batch, true));
+        walk.pass(work, self.attention_work(batch, true));
         walk.give(work, dout);
         if s.qk_norm_sizes().is_some() {
             walk.pass(work, 2 * self.sizes.values(n, block.attention.o.inputs));

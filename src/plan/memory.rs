@@ -140,10 +140,10 @@ impl Memory {
         }
     }
 
-    /// `Context`: positions, and the first visible ones, where a window asks for them.
+    /// `Context`: positions, or where packed documents begin; and the first visible ones, where a window asks for them.
     fn context(&self, batch: &BatchShape) -> i64 {
         let windowed = self.shape.sliding_window.is_some_and(|w| w < batch.length);
-        8 * batch.tokens() * (i64::from(!batch.packed) + i64::from(windowed))
+        8 * batch.tokens() * (1 + i64::from(windowed))
     }
 
     /// `Llama::run`. Returns what each block keeps, from the lowest that is trained on.

@@ -86,6 +86,8 @@ char* corral_flash_attention_backward(at::Tensor* dout, at::Tensor* qkv, at::Ten
                                       int64_t kv_heads, int64_t head_dim, double scale, bool deterministic,
                                       at::Tensor** dqkv);
 char* corral_grad_weight(at::Tensor* dw, at::Tensor* dy, at::Tensor* x, bool add);
+char* corral_scaled_mm(at::Tensor* a, at::Tensor* b, at::Tensor* scale_a, at::Tensor* scale_b, bool float32, bool fast,
+                       at::Tensor** out);
 
 // Quantization on the CPU: quant/quant_ops.cpp.
 

@@ -190,6 +190,15 @@ unsafe extern "C" {
         dqkv: *mut Raw,
     ) -> *mut c_char;
     pub(crate) fn corral_grad_weight(dw: Raw, dy: Raw, x: Raw, add: bool) -> *mut c_char;
+    pub(crate) fn corral_scaled_mm(
+        a: Raw,
+        b: Raw,
+        scale_a: Raw,
+        scale_b: Raw,
+        float32: bool,
+        fast: bool,
+        out: *mut Raw,
+    ) -> *mut c_char;
 }
 
 // Quantization on the CPU.

@@ -296,7 +296,8 @@ fn attention() {
             let h = ops::Heads::new(batch, heads, kv_heads, head_dim);
             let qkv = randn(&[batch * time, (heads + 2 * kv_heads) * head_dim], kind);
             for (starts, window) in spans_of(batch, time) {
-                let spans = |device| ops::Spans::new(starts.as_deref(), [batch, time], window, device).unwrap();
+                let spans =
+                    |device| ops::Spans::new(starts.as_deref(), [batch, time], window, device).unwrap();
                 let (there, here) = (spans(device()), spans(Device::Cpu));
                 let on_device = put(&qkv);
                 let (o, lse) = ops::attention(&on_device, &there, h).unwrap();
@@ -310,8 +311,7 @@ fn attention() {
                 let d2 = Composed
                     .attention_backward(&exact(&dout), &exact(&qkv), &exact(&o), &lse2, &here, h)
                     .unwrap();
-                let value =
-                    if !gpu_path() { Quantity::Operation } else { Quantity::FlashBackward };
+                let value = if !gpu_path() { Quantity::Operation } else { Quantity::FlashBackward };
                 let distance = distance(&d, &d2);
                 assert!(distance <= allowed(value, kind), "dqkv in {kind:?}: differs by {distance:e}");
                 assert!(backward().equal(&d), "the same input gives the same bits");
@@ -390,7 +390,8 @@ fn decoding_beyond_the_cache_is_an_error() {
         ([1i64, 3], None, "position 3 is beyond the cache's 3"),
         ([1, 1], Some([0i64, 2]), "first 2 is not between 0 and the position"),
     ] {
-        let (position, first) = (put(&Tensor::from_slice(&position)), first.map(|f| put(&Tensor::from_slice(&f))));
+        let (position, first) =
+            (put(&Tensor::from_slice(&position)), first.map(|f| put(&Tensor::from_slice(&f))));
         let first = first.as_ref();
         let cache =
             KeysValues { keys: &cache, values: &cache, slot: &slot, position: &position, first, longest: 3 };
@@ -603,9 +604,8 @@ fn compositions_against_autograd() {
         let spans = ops::Spans::new(Some(&starts), [2, 11], Some(3), Device::Cpu).unwrap();
         let (o, lse) = Composed.attention(&qkv, &spans, h).unwrap();
         (&o * &dout).sum(kind).backward();
-        let d = Composed
-            .attention_backward(&dout, &qkv.detach(), &o.detach(), &lse.detach(), &spans, h)
-            .unwrap();
+        let d =
+            Composed.attention_backward(&dout, &qkv.detach(), &o.detach(), &lse.detach(), &spans, h).unwrap();
         check("attention", &d, &qkv.grad());
     }
 
@@ -656,4 +656,73 @@ fn linear() {
             }
         }
     }
+}
+
+/// Products in 8-bit floats against those of the rounded factors in float64, and the factors' rounding against the format's step.
+#[test]
+fn float8_products() {
+    let near = |what: &str, y: &Tensor, exact: &Tensor, step: f64| {
+        let size = exact.abs().max().double_value(&[]);
+        let d = largest_at(y, exact, size);
+        assert!(d < step && d > 0.0, "{what}: {d:e}");
+    };
+    for scales in [ops::Scales::Tensor, ops::Scales::Row] {
+        if scales == ops::Scales::Row && device() != Device::Cpu {
+            continue; // needs sm_90
+        }
+        let float8 = ops::Float8 { min_size: 0, scales };
+        for (n, i, o) in [(16, 32, 16), (48, 80, 112), (128, 64, 144)] {
+            let random = |size: [i64; 2], by: f64| randn(&size, Kind::Double) * by;
+            let [x, w, dy] = [random([n, i], 3.0), random([o, i], 0.02), random([n, o], 1e-6)]
+                .map(|t| put(&t.to_kind(Kind::BFloat16)));
+            assert!(float8.takes(&x, &w));
+            let before = ops::float8_products();
+            // e4m3 has 3 bits of mantissa, e5m2 has 2: of many terms the errors cancel.
+            near("y", &float8.linear(&x, &w).unwrap(), &exact(&x).mm(&exact(&w).tr()), 0.05);
+            near("dx", &float8.linear_backward(&dy, &w).unwrap(), &exact(&dy).mm(&exact(&w)), 0.1);
+            let start = randn(&[o, i], Kind::Float) * 1e-6;
+            for begun in [false, true] {
+                let dw = put(&start);
+                let grad = match begun {
+                    true => ops::WeightGrad::begun(dw.shallow_clone()),
+                    false => ops::WeightGrad::undefined(dw.shallow_clone()),
+                };
+                grad.add_float8_product(&dy, &x, float8).unwrap();
+                let product = exact(&dy).tr().mm(&exact(&x));
+                near("dw", &dw, &if begun { product + exact(&start) } else { product }, 0.1);
+            }
+            assert!(ops::float8_products() >= before + 4);
+            // Values that the formats hold, under a scale that is a power of two, are not rounded.
+            let few = put(
+                &(Tensor::randint_low(-4, 5, [n, i], (Kind::Int64, Device::Cpu))).to_kind(Kind::BFloat16)
+            );
+            let one = put(
+                &(Tensor::randint_low(-4, 5, [o, i], (Kind::Int64, Device::Cpu))).to_kind(Kind::BFloat16)
+            );
+            let _ = few.get(0).fill_(7.0);
+            let _ = one.get(0).fill_(7.0);
+            if scales == ops::Scales::Tensor {
+                let exactly = exact(&few).mm(&exact(&one).tr());
+                same_at(
+                    "integers",
+                    &float8.linear(&few, &one).unwrap(),
+                    &exactly,
+                    Kind::BFloat16,
+                    49.0 * i as f64,
+                );
+            }
+        }
+        let zero = put(&Tensor::zeros([16, 16], (Kind::BFloat16, Device::Cpu)));
+        assert_eq!(float8.linear(&zero, &zero).unwrap().abs().max().double_value(&[]), 0.0);
+        let _ = zero.get(1).fill_(f64::INFINITY);
+        let finite = float8.linear(&zero, &zero).unwrap().isfinite().all();
+        assert_eq!(finite.int64_value(&[]), 0, "what is not finite shows");
+    }
+    let x = put(&randn(&[24, 32], Kind::BFloat16));
+    let float8 = ops::Float8 { min_size: 32, scales: ops::Scales::Tensor };
+    assert!(
+        !float8.takes(&x, &put(&randn(&[32, 32], Kind::BFloat16))),
+        "24 is below 32, and no multiple of 16"
+    );
+    assert!(float8.linear(&x, &x).unwrap_err().to_string().contains("multiples of 16"));
 }

@@ -118,7 +118,9 @@ impl Moving<'_> {
             let params = &policy.actor.model.params;
             let OpenedPolicy { actor, trainable, .. } = self.opened;
             let average = average(actor, trainable, params, 0.0, self.c.seed)?;
-            self.model = Some(Llama::new(actor.shape.clone(), average.params));
+            let mut model = Llama::new(actor.shape.clone(), average.params);
+            model.float8 = policy.actor.model.float8;
+            self.model = Some(model);
         }
         Ok(())
     }

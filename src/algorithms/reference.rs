@@ -13,7 +13,7 @@ use crate::config::trainable::Lora;
 use crate::distributed::mesh::ShardingPlan;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
-use crate::model::{Llama, Trainable, compute_kind};
+use crate::model::{Llama, Trainable, compute_kind, float8};
 use crate::plan::{Memory, PlanTarget};
 
 /// The reference at work.
@@ -45,7 +45,8 @@ pub fn planned(
     let compute = compute_kind(c.precision.compute);
     let sharding = ShardingPlan::of(c.parallel, target.ranks)?;
     let plans = frozen.plans_for_inference(&shape)?;
-    Memory::new(&shape, &plans, compute, sharding, target.device).map(Some)
+    let float8 = float8(c.precision.compute, c.float8);
+    Ok(Some(Memory::new(&shape, &plans, compute, sharding, target.device)?.in_float8(float8)))
 }
 
 impl Reference {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use kernels::c10d::ReduceOp;
+use kernels::ops;
 use serde::{Deserialize, Serialize};
 
 use crate::algorithms::base::RunLength;
@@ -149,12 +150,14 @@ pub struct Window {
     started: Instant,
     tokens: u64,
     steps: u64,
+    /// Products in 8-bit floats that this process had taken before.
+    float8_products: u64,
 }
 
 impl Window {
     /// Begins now.
     pub fn begin() -> Window {
-        Window { started: Instant::now(), tokens: 0, steps: 0 }
+        Window { started: Instant::now(), tokens: 0, steps: 0, float8_products: ops::float8_products() }
     }
 }
 
@@ -234,6 +237,12 @@ impl<D: Serialize> Run<'_, D> {
                 .float("elapsed_s", self.progress.elapsed_s)
                 .count("peak_bytes", most[1] as u64)
                 .count("skipped_steps", self.guard.skipped_steps);
+            let record = match self.cadence.compute {
+                Compute::Float8 => {
+                    record.count("fp8_products", ops::float8_products() - self.window.float8_products)
+                }
+                _ => record,
+            };
             match self.saver.failed_saves() {
                 0 => record,
                 n => record.count("failed_saves", n),
@@ -278,7 +287,7 @@ impl<D: Serialize> Run<'_, D> {
     pub fn with_loss(&self, record: MetricsLine, loss: f64) -> MetricsLine {
         match self.cadence.compute {
             Compute::Float64 => record.float("loss", loss),
-            Compute::Float32 | Compute::Bfloat16 => record.float32("loss", loss as f32),
+            Compute::Float32 | Compute::Bfloat16 | Compute::Float8 => record.float32("loss", loss as f32),
         }
     }
 

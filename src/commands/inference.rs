@@ -163,7 +163,12 @@ impl OpenedModel {
     /// Loads the model, each rank what it holds. A collective call.
     pub fn load(&self, world: &World, spread: Spread) -> Result<Llama> {
         let on_cpu = if world.device == Device::Cpu { Compute::Float32 } else { Compute::Bfloat16 };
-        let compute = compute_kind(self.dtype.unwrap_or(on_cpu));
+        let compute = match self.dtype {
+            Some(Compute::Float8) => {
+                return Err(Error::config("--dtype float8: 8-bit floats are for training; choose bfloat16"));
+            }
+            other => compute_kind(other.unwrap_or(on_cpu)),
+        };
         let sharding = match spread {
             Spread::Replicate => Sharding::replicated(world.group.clone()),
             Spread::Full => Sharding::over(world.group.clone()),

@@ -124,6 +124,7 @@ pub fn run<R: Recipe>(args: Args, global: &Global) -> Result<()> {
         let work = predict::work(&loaded.config, &inputs, plan);
         report_time(work.with_steps(R::steps(&inputs).saturating_sub(done)), global);
     }
+    kernels::ops::set_deterministic(loaded.config.common().train.deterministic);
     R::train(&loaded, inputs, &world, &start).map_err(|e| loaded.locate(e))?;
     if world.is_main() {
         summarize(&loaded.config.common(), planned.map(|plan| plan.bytes()), before);

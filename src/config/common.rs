@@ -6,8 +6,8 @@ use super::conflict::Conflicts;
 use super::model::Model;
 use super::parallel::Parallel;
 use super::sections::{
-    CheckpointSection, DataSource, Log, Optim, Precision, ScheduleSection, TokenizerSection, TrainSection,
-    Valid,
+    CheckpointSection, Compute, DataSource, Float8Section, Log, Optim, Precision, ScheduleSection,
+    TokenizerSection, TrainSection, Valid,
 };
 
 /// The keys that every configuration has.
@@ -17,6 +17,7 @@ pub struct Common<'a> {
     pub output_dir: &'a Path,
     pub parallel: &'a Parallel,
     pub precision: &'a Precision,
+    pub float8: &'a Float8Section,
     pub optim: &'a Optim,
     pub schedule: &'a ScheduleSection,
     pub train: &'a TrainSection,
@@ -31,6 +32,12 @@ impl Common<'_> {
         self.train.conflicts(world_size, found);
         self.schedule.conflicts(self.train, found);
         self.parallel.conflicts(world_size, found);
+        if self.precision.compute != Compute::Float8 && *self.float8 != Float8Section::default() {
+            found.add(
+                "float8",
+                "is a section of `precision.compute: float8`; leave it out, or set precision.compute=float8",
+            );
+        }
     }
 }
 
@@ -50,6 +57,8 @@ macro_rules! configuration {
                 parallel: $crate::config::parallel::Parallel = Default::default();
                 /// Numeric precision.
                 precision: $crate::config::sections::Precision = Default::default();
+                /// Products in 8-bit floats, with `precision.compute: float8`.
+                float8: $crate::config::sections::Float8Section = Default::default();
                 /// The optimizer, AdamW.
                 optim: $crate::config::sections::Optim = Default::default();
                 /// The learning-rate schedule.
@@ -70,6 +79,7 @@ macro_rules! configuration {
                     output_dir: &self.output_dir,
                     parallel: &self.parallel,
                     precision: &self.precision,
+                    float8: &self.float8,
                     optim: &self.optim,
                     schedule: &self.schedule,
                     train: &self.train,

@@ -117,11 +117,33 @@ choice! {
         Float32 = "float32",
         /// Half the memory of activations, and faster on processors with bfloat16 matrix products.
         Bfloat16 = "bfloat16",
+        /// As bfloat16, with large products of the blocks in 8-bit floats (section `float8`): for GPUs that have them, from
+        /// compute capability 8.9 on.
+        Float8 = "float8",
         /// For tests.
         Float64 = "float64",
     }
-    refused {
-        "float8": "float8 is not built yet; choose bfloat16 or float32",
+}
+
+choice! {
+    /// How much of a factor one scale is for.
+    pub enum Float8Scales {
+        /// All of it.
+        Tensor = "tensor",
+        /// A row of the left factor, a column of the right one: more exact, and slower; from compute capability 9.0 on.
+        Row = "row",
+    }
+}
+
+section! {
+    /// `precision.compute: float8`: the products of linear layers in blocks, forward and backward, are taken in 8-bit floats: values
+    /// and weights in e4m3, gradients in e5m2, scaled by their largest magnitudes.
+    pub struct Float8Section {
+        /// Products with a side (tokens, inputs, outputs) below this stay in bfloat16, and so do those of which a side is no
+        /// multiple of 16.
+        min_size: i64 = 2048, WHOLE => Mathematics;
+        /// How much of a factor one scale is for.
+        scales: Float8Scales = Float8Scales::Tensor => Mathematics;
     }
 }
 
@@ -217,6 +239,8 @@ section! {
         micro_batch_size: Option<i64> = None, COUNT => Rounding;
         /// Which activations of a block are recomputed in the backward.
         recompute: Recompute = Recompute::None => Execution;
+        /// On a GPU: the same run gives the same bits. `false` takes flash attention's faster backward, which adds up in any order.
+        deterministic: bool = true => Rounding;
     }
 }
 

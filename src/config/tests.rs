@@ -265,8 +265,7 @@ fn what_is_not_built_is_refused() {
     let at = |text: &str| error(SMALL, &[text]);
     let tensor = load_text(SMALL, &["parallel.tensor=2"]).unwrap().validate(2).unwrap_err();
     assert!(tensor.message.ends_with("tensor parallelism over 2 ranks is not built yet; only 1 is"));
-    assert!(at("precision.compute=float8").ends_with("float8 is not built yet; choose bfloat16 or float32"));
-    assert!(at("precision.compute=fp32").contains("(known: float32, bfloat16, float64)"));
+    assert!(at("precision.compute=fp32").contains("(known: float32, bfloat16, float8, float64)"));
 }
 
 #[test]
@@ -276,6 +275,7 @@ fn combinations_are_refused_with_place() {
         assert_eq!(e.exit_code(), 2);
         e.message
     };
+    assert!(refused(&["float8.min_size=64"], 1).contains("is a section of `precision.compute: float8`"));
     assert_eq!(
         refused(&["train.micro_batch_size=3"], 2),
         "c.yaml:10:32: 'train.batch_size': 8 is not a multiple of train.micro_batch_size x ranks = 3 x 2 = 6; 6 or 12 would be"

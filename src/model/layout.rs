@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use kernels::ops;
+use kernels::ops::{self, Float8};
 use tch::Tensor;
 
 use crate::config::shape::{Head, Norms, Shape};
@@ -89,6 +89,9 @@ fn block(s: &Shape, i: i64) -> Layout {
     Layout::new(format!("block {i}"), tensors)
 }
 
+/// How the name of a router's weight ends.
+const ROUTER: &str = "block_sparse_moe.gate.weight";
+
 /// Hugging Face's names of a block's norms: those before attention and MLP, then those after them. What Llama calls the norm
 /// after the attention is the one before the MLP.
 fn norms(norms: Norms) -> &'static [&'static str] {
@@ -127,13 +130,15 @@ pub struct Draws {
 }
 
 impl BlockParts<Linear> {
-    /// The weights of block group `i`, T, with their adapters, if they are to act. Dropout acts where there are `draws`.
+    /// The weights of block group `i`, T, with their adapters, if they are to act. Dropout acts where there are `draws`. Of products in
+    /// 8-bit floats a router's is never one.
     pub fn weights(
         params: &mut Sharded,
         i: usize,
         s: &Shape,
         adapters: bool,
         draws: Option<&Draws>,
+        float8: Option<Float8>,
     ) -> Result<Self> {
         let full = params.full(i)?;
         let params = &*params;
@@ -165,7 +170,10 @@ impl BlockParts<Linear> {
                     false => Vec::new(),
                 };
                 let adapters = adapters.into_iter().map(|(k, first)| adapter(k, first));
-                Ok(Linear::new(parts, bias.map(joined).transpose()?, adapters.collect::<Result<_>>()?))
+                let bias = bias.map(joined).transpose()?;
+                let routes = params.plan(i).layout.specs[weights.start].name.ends_with(ROUTER);
+                Ok(Linear::new(parts, bias, adapters.collect::<Result<_>>()?)
+                    .in_float8(float8.filter(|_| !routes)))
             },
             joined,
         )

@@ -2,7 +2,7 @@
 //!
 //! Shapes: N tokens, I inputs, O outputs; T is the compute dtype, A that of gradients (see [`ops::accumulator`]).
 
-use kernels::ops::{self, WeightGrad};
+use kernels::ops::{self, Float8, WeightGrad};
 use kernels::quant;
 use tch::Tensor;
 
@@ -18,6 +18,8 @@ pub struct Linear {
     /// T `[O]`
     bias: Option<Tensor>,
     adapters: Vec<Adapter>,
+    /// What products with dense weights are taken in 8-bit floats; adapters' never are.
+    float8: Option<Float8>,
 }
 
 /// A low-rank addition to some rows of a weight.
@@ -95,7 +97,27 @@ impl Adapter {
 impl Linear {
     /// A layer of `parts`, whose rows follow each other: W is [O, I] in all. `bias`: T `[O]`.
     pub fn new(parts: Vec<FrozenValue>, bias: Option<Tensor>, adapters: Vec<Adapter>) -> Linear {
-        Linear { parts, bias, adapters }
+        Linear { parts, bias, adapters, float8: None }
+    }
+
+    /// With products in 8-bit floats.
+    pub fn in_float8(self, float8: Option<Float8>) -> Linear {
+        Linear { float8, ..self }
+    }
+
+    /// How a product with a dense weight is taken in 8-bit floats, if it is. x: T [N, I], or the output's gradient, T [N, O].
+    fn float8_for(&self, x: &Tensor, w: &Tensor) -> Option<Float8> {
+        self.float8.filter(|f| f.takes(x, w))
+    }
+
+    /// x W^T for a dense weight, plus `add` where there is one: T [N, O].
+    fn dense_product(&self, x: &Tensor, w: &Tensor, add: Option<&Tensor>) -> Result<Tensor> {
+        let Some(float8) = self.float8_for(x, w) else { return Ok(ops::linear(x, w, add)?) };
+        let mut y = float8.linear(x, w)?;
+        if let Some(add) = add {
+            let _ = y.f_add_(add)?;
+        }
+        Ok(y)
     }
 
     /// A weight T [O, I] as it is.
@@ -106,7 +128,7 @@ impl Linear {
     /// x: T [N, I]. Returns T [N, O].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = match self.parts.as_slice() {
-            [FrozenValue::Dense(w)] => ops::linear(x, w, self.bias.as_ref())?, // [N, O]
+            [FrozenValue::Dense(w)] => self.dense_product(x, w, self.bias.as_ref())?, // [N, O]
             _ => {
                 let mut y = self.product(x)?; // [N, O]
                 if let Some(bias) = &self.bias {
@@ -122,7 +144,7 @@ impl Linear {
     /// residual (T [N, O]) + [`Linear::forward`], in one pass where W is dense and there is no bias.
     pub fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
         let mut y = match self.parts.as_slice() {
-            [FrozenValue::Dense(w)] => ops::linear(x, w, Some(residual))?,
+            [FrozenValue::Dense(w)] => self.dense_product(x, w, Some(residual))?,
             _ => self.product(x)?.f_add_(residual)?,
         }; // [N, O]
         if let Some(bias) = &self.bias {
@@ -146,7 +168,7 @@ impl Linear {
         let mut products = Vec::with_capacity(runs.len());
         for run in runs {
             products.push(match run {
-                WeightSpan::Dense(w) => ops::linear(x, w, None)?,
+                WeightSpan::Dense(w) => self.dense_product(x, w, None)?,
                 WeightSpan::Quantized(parts) => quant::linear(&parts, x)?,
             }); // [N, rows of the run]
         }
@@ -192,8 +214,12 @@ impl Linear {
             let part = dy.narrow(1, first, n); // [N, rows of the run]
             first += n;
             dx = Some(match (run, dx) {
-                (WeightSpan::Dense(w), None) => part.f_mm(w)?,
-                (WeightSpan::Dense(w), Some(mut dx)) => dx.f_addmm_(&part, w)?,
+                (WeightSpan::Dense(w), dx) => match (self.float8_for(&part, w), dx) {
+                    (Some(float8), None) => float8.linear_backward(&part, w)?,
+                    (Some(float8), Some(mut dx)) => dx.f_add_(&float8.linear_backward(&part, w)?)?,
+                    (None, None) => part.f_mm(w)?,
+                    (None, Some(mut dx)) => dx.f_addmm_(&part, w)?,
+                },
                 (WeightSpan::Quantized(parts), None) => quant::linear_backward(&parts, &part)?,
                 (WeightSpan::Quantized(parts), Some(mut dx)) => {
                     dx.f_add_(&quant::linear_backward(&parts, &part)?)?
@@ -221,7 +247,15 @@ impl Linear {
         for (part, dw) in self.parts.iter().zip(&grad.weight) {
             let n = rows(part);
             if let Some(dw) = dw {
-                dw.add_product(&dy.narrow(1, first, n), x)?;
+                let dy = dy.narrow(1, first, n); // [N, rows of the part]
+                let float8 = match part {
+                    FrozenValue::Dense(w) => self.float8_for(x, w),
+                    FrozenValue::Quantized(_) => None,
+                };
+                match float8 {
+                    Some(float8) => dw.add_float8_product(&dy, x, float8)?,
+                    None => dw.add_product(&dy, x)?,
+                }
             }
             first += n;
         }

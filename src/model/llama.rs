@@ -6,7 +6,7 @@
 //! A block is in [`super::block`]: norm, attention, norm, MLP. What other families do differently is asked of the [`Shape`]'s
 //! features.
 
-use kernels::ops::{self, Heads, Spans};
+use kernels::ops::{self, Float8, Heads, Spans};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::sections::Recompute;
@@ -162,12 +162,14 @@ pub struct Llama {
     rope: Option<[RopeTables; 2]>,
     /// Whether adapters act; see [`Llama::without_adapters`].
     adapters: bool,
+    /// What products of a forward and backward over whole rows are taken in 8-bit floats. Those of generation never are.
+    pub float8: Option<Float8>,
 }
 
 impl Llama {
     /// A model of `shape` over parameters that were laid out for it (see [`layouts`](crate::model::layout::layouts)).
     pub fn new(shape: Shape, params: Sharded) -> Llama {
-        Llama { shape, params, rope: None, adapters: true }
+        Llama { shape, params, rope: None, adapters: true, float8: None }
     }
 
     /// Calls `f` with the model that the adapters were added to.
@@ -279,8 +281,9 @@ impl Llama {
         &mut self,
         group: usize,
         draws: Option<&Draws>,
+        float8: Option<Float8>,
     ) -> Result<BlockParts<Linear>> {
-        BlockParts::weights(&mut self.params, group, &self.shape, self.adapters, draws)
+        BlockParts::weights(&mut self.params, group, &self.shape, self.adapters, draws, float8)
     }
 
     /// The embedding's rows for ids (int64, any shape): T [numel, C]. Collective where it is sharded.
@@ -326,7 +329,7 @@ impl Llama {
             _ => None,
         };
         for i in 1..=layers {
-            let w = self.block_weights(i, context.draws.as_ref())?; // waits until they are gathered
+            let w = self.block_weights(i, context.draws.as_ref(), self.float8)?; // waits until they are gathered
             let next = if i < layers { i + 1 } else { self.head_group() };
             self.params.prefetch(next)?; // collective, overlaps block i
             let (y, rest) = w.forward(&x, &context, i - 1)?; // [N, C]
@@ -376,7 +379,7 @@ impl Llama {
         let lowest = self.params.first_trained();
         let mut dx = dhidden; // [N, C]
         for i in (lowest.max(1)..=layers).rev() {
-            let w = self.block_weights(i, tape.context.draws.as_ref())?; // waits until they are gathered
+            let w = self.block_weights(i, tape.context.draws.as_ref(), self.float8)?; // waits until they are gathered
             if i > lowest.max(1) {
                 self.params.prefetch(i - 1)?; // collective, overlaps block i
             }

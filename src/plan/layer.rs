@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use kernels::ops::Float8;
 use kernels::quant;
 use tch::{Device, Kind};
 
@@ -16,12 +17,21 @@ pub(super) struct Sizes {
     /// Bytes of a value in the compute dtype, and of statistics and gradients.
     pub t: i64,
     pub a: i64,
+    /// What products are taken in 8-bit floats.
+    pub float8: Option<Float8>,
 }
 
 impl Sizes {
     /// n rows of `width` values.
     pub fn values(&self, n: i64, width: i64) -> i64 {
         n * width * self.t
+    }
+
+    /// What a product in 8-bit floats takes besides its factors, of so many values, and its result: their 8-bit forms; on a CPU, where
+    /// they are composed, also float32 copies of one of them.
+    fn float8_product(&self, factors: [i64; 2]) -> i64 {
+        let largest = factors[0].max(factors[1]);
+        factors[0] + factors[1] + if self.device == Device::Cpu { 12 * largest } else { 0 }
     }
 
     /// bfloat16 products on the CPU are rounded before they are added to a gradient.
@@ -90,19 +100,33 @@ impl Layer {
         }
     }
 
+    /// The rows of the largest dense weight with which products over `n` rows are in 8-bit floats; 0: there is none.
+    fn float8_rows(&self, m: &Sizes, n: i64) -> i64 {
+        let dense = self.runs.iter().filter(|r| !r.quantized).map(|r| r.rows);
+        let takes = |rows: &i64| m.float8.is_some_and(|f| f.takes_sides([n, *rows, self.inputs]));
+        dense.filter(takes).max().unwrap_or(0)
+    }
+
     /// What a forward over `n` rows takes besides input and output.
     pub fn forward(&self, m: &Sizes, n: i64) -> i64 {
         let panel = |r: &SpanMemory| m.t * quant::forward_panel(m.device, r.most_rows, self.inputs);
         let scratch = self.runs.iter().filter(|r| r.quantized).map(panel).max().unwrap_or(0);
         let joined = if self.runs.len() > 1 { n * self.outputs * m.t } else { 0 };
         let adapter = |a: &AdapterMemory| m.t * n * (2 * a.rank + if a.dropout { self.inputs } else { 0 });
-        joined.max(scratch).max(self.adapters.iter().map(adapter).max().unwrap_or(0))
+        let float8 = match self.float8_rows(m, n) {
+            0 => 0,
+            rows => m.float8_product([n * self.inputs, rows * self.inputs]),
+        };
+        joined.max(scratch).max(float8).max(self.adapters.iter().map(adapter).max().unwrap_or(0))
     }
 
     /// What the input's gradient takes besides itself and the output's.
     pub fn backward_input(&self, m: &Sizes, n: i64) -> i64 {
         let run = |(i, r): (usize, &SpanMemory)| match (r.quantized, i) {
-            (false, _) => 0,
+            (false, _) => match self.float8_rows(m, n) {
+                0 => 0,
+                rows => m.float8_product([n * rows, rows * self.inputs]),
+            },
             (true, i) => {
                 m.t * (quant::backward_panel(m.device, r.rows, self.inputs)
                     + i.min(1) as i64 * n * self.inputs)
@@ -120,7 +144,10 @@ impl Layer {
             true => m.t * n * (2 * a.rank + if a.dropout { self.inputs } else { 0 }),
             false => 0,
         };
-        let weight = m.rounded_product(self.trained_rows, self.inputs);
+        let weight = match self.float8_rows(m, n) {
+            0 => m.rounded_product(self.trained_rows, self.inputs),
+            rows => m.float8_product([n * rows, n * self.inputs]) + 4 * self.trained_rows * self.inputs,
+        };
         weight.max(self.adapters.iter().map(adapter).max().unwrap_or(0))
     }
 }

@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 
 use kernels::moments::Moment;
-use kernels::ops::accumulator;
+use kernels::ops::{Float8, accumulator};
 use tch::{Device, Kind, Tensor};
 
 use super::block::BlockMemory;
@@ -63,8 +63,15 @@ impl Memory {
                 compute,
                 t: compute.elt_size_in_bytes() as i64,
                 a: accumulator(compute).elt_size_in_bytes() as i64,
+                float8: None,
             },
         })
+    }
+
+    /// With products in 8-bit floats.
+    pub fn in_float8(mut self, float8: Option<Float8>) -> Memory {
+        self.sizes.float8 = float8;
+        self
     }
 
     /// What stays for the whole run, moments left out.

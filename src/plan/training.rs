@@ -12,7 +12,7 @@ use crate::config::shape::{Head, Shape};
 use crate::distributed::mesh::ShardingPlan;
 use crate::distributed::plan::GroupPlan;
 use crate::error::Result;
-use crate::model::compute_kind;
+use crate::model::{compute_kind, float8};
 
 /// What the rows are that `train.batch_size` counts.
 #[derive(Debug, Clone, Copy)]
@@ -95,7 +95,8 @@ impl TrainingMemory {
     ) -> Result<TrainingMemory> {
         let (ranks, device) = (target.ranks, target.device);
         let compute = compute_kind(c.precision.compute);
-        let memory = Memory::new(&shape, plans, compute, ShardingPlan::of(c.parallel, ranks)?, device)?;
+        let memory = Memory::new(&shape, plans, compute, ShardingPlan::of(c.parallel, ranks)?, device)?
+            .in_float8(float8(c.precision.compute, c.float8));
         let moments = memory.moments(c.optim.moments);
         let only_at_the_end = c.train.steps.is_some_and(|steps| steps <= c.checkpoint.every);
         let tokens = (c.train.batch_size * each.sequences * each.length) as f64;

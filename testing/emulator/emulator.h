@@ -21,7 +21,7 @@
 #define __device__
 #define __constant__ static
 #define __forceinline__ inline
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(n)
 #define __shared__ static  // blocks run one after the other: one copy is enough
 #define DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(emulator::shared())
@@ -199,6 +199,12 @@ inline int __float_as_int(float x) {
 // Rounded, never contracted with what comes after.
 __attribute__((noinline)) inline float __fmul_rn(float a, float b) { return a * b; }
 __attribute__((noinline)) inline float __fadd_rn(float a, float b) { return a + b; }
+
+inline int atomicMax(int* at, int x) {
+  const int before = *at;
+  *at = std::max(before, x);
+  return before;
+}
 
 using std::max;
 using std::min;

@@ -37,9 +37,15 @@ fn kernels_of(root: &Path, folder: &Path, source: &sources::Source) -> PathBuf {
         source.name
     );
     // Products and sums are contracted, as NVRTC does.
-    let mut options = vec!["-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-strict-aliasing"];
+    let mut options =
+        vec!["-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-strict-aliasing"];
     options.extend(source.options);
-    let headers = ["testing/emulator/emulator.h", "testing/emulator/cuda_bf16.h", "kernels/cuda/common.cuh"];
+    let headers = [
+        "testing/emulator/emulator.h",
+        "testing/emulator/cuda_bf16.h",
+        "testing/emulator/cuda_fp8.h",
+        "kernels/cuda/common.cuh",
+    ];
     let read = |file: &&str| std::fs::read_to_string(root.join(file)).unwrap();
     let parts: String = headers.iter().map(read).collect();
     let includes = ["testing/emulator", "kernels/cuda"].map(|dir| root.join(dir));

@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/_flash_attention_backward.h>
 #include <ATen/ops/_flash_attention_forward.h>
+#include <ATen/ops/_scaled_mm.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
@@ -114,6 +115,16 @@ char* corral_grad_weight(at::Tensor* dw, at::Tensor* dy, at::Tensor* x, bool add
       at::addmm_out(*dw, *dw, dy->t(), *x, at::kFloat);
     else
       at::mm_out(*dw, dy->t(), *x, at::kFloat);
+  });
+}
+
+// a b in 8-bit floats, times the scales of both, in bfloat16 or float. a: [M, K], b: [K, N] with columns in one piece.
+char* corral_scaled_mm(at::Tensor* a, at::Tensor* b, at::Tensor* scale_a, at::Tensor* scale_b, bool float32, bool fast,
+                       at::Tensor** out) {
+  return guarded([&] {
+    at::AutoDispatchBelowAutograd no_autograd;
+    *out = new at::Tensor(at::_scaled_mm(*a, *b, *scale_a, *scale_b, /*bias=*/{}, /*scale_result=*/{},
+                                         float32 ? at::kFloat : at::kBFloat16, fast));
   });
 }
 

@@ -11,7 +11,7 @@ use super::modules::{Arg, Kernel, Module};
 use super::nvrtc;
 use super::shim::{Cuda, load};
 use super::sources::{
-    DECODE_BF16, DECODE_FLOAT, OPTIM, QUANT_BF16, QUANT_FLOAT, ROWS_BF16, ROWS_FLOAT, SOURCES,
+    DECODE_BF16, DECODE_FLOAT, FLOAT8, OPTIM, QUANT_BF16, QUANT_FLOAT, ROWS_BF16, ROWS_FLOAT, SOURCES,
 };
 use crate::abi::Stream;
 use crate::error::{Error, Result};
@@ -89,6 +89,14 @@ impl Launcher {
         Launcher::new(x, by_kind(x, DECODE_FLOAT, DECODE_BF16)?)
     }
 
+    /// For bfloat16 alone.
+    pub(crate) fn float8(x: &Tensor) -> Result<Launcher> {
+        match x.kind() {
+            Kind::BFloat16 => Launcher::new(x, FLOAT8),
+            other => Err(Error::new(format!("no 8-bit floats of dtype {other:?}"))),
+        }
+    }
+
     pub(crate) fn optim(x: &Tensor) -> Result<Launcher> {
         Launcher::new(x, OPTIM)
     }
@@ -134,7 +142,7 @@ impl Launcher {
         }
         // SAFETY: the caller's promise.
         unsafe { kernel.launch([grid as u32, 1, 1], [block[0], block[1], 1], shared_bytes, stream, args) }
-        .map_err(|e| e.context(format!("CUDA kernel {name}")))
+            .map_err(|e| e.context(format!("CUDA kernel {name}")))
     }
 }
 

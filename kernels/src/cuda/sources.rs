@@ -34,7 +34,7 @@ const DECODE: &str = include_str!("../../cuda/decode.cu");
 const DECODE_KERNELS: &[&str] = &["decode_attention", "decode_combine"];
 
 /// All there is to compile.
-pub const SOURCES: [Source; 7] = [
+pub const SOURCES: [Source; 8] = [
     Source { name: "rows.cu", text: ROWS, options: &["-DDTYPE=float"], kernels: ROW_KERNELS },
     Source { name: "rows.cu", text: ROWS, options: &["-DDTYPE=bf16"], kernels: ROW_KERNELS },
     Source {
@@ -47,6 +47,12 @@ pub const SOURCES: [Source; 7] = [
     Source { name: "quant.cu", text: QUANT, options: &["-DDTYPE=bf16"], kernels: QUANT_KERNELS },
     Source { name: "decode.cu", text: DECODE, options: &["-DDTYPE=float"], kernels: DECODE_KERNELS },
     Source { name: "decode.cu", text: DECODE, options: &["-DDTYPE=bf16"], kernels: DECODE_KERNELS },
+    Source {
+        name: "float8.cu",
+        text: include_str!("../../cuda/float8.cu"),
+        options: &[],
+        kernels: &["float8_amax", "float8_cast"],
+    },
 ];
 
 // Positions in SOURCES.
@@ -57,3 +63,4 @@ pub(crate) const QUANT_FLOAT: usize = 3;
 pub(crate) const QUANT_BF16: usize = 4;
 pub(crate) const DECODE_FLOAT: usize = 5;
 pub(crate) const DECODE_BF16: usize = 6;
+pub(crate) const FLOAT8: usize = 7;

@@ -184,7 +184,10 @@ impl RowOps for Gpu {
             return Err(Error::new(format!("decode_attention: keys of {:?}", keys.size())));
         };
         if kv_heads != h.kv_heads || kv_heads < 1 || h.heads % kv_heads != 0 || h.batch < 1 {
-            return Err(Error::new(format!("decode_attention: {h:?} and keys of {:?} do not fit", keys.size())));
+            return Err(Error::new(format!(
+                "decode_attention: {h:?} and keys of {:?} do not fit",
+                keys.size()
+            )));
         }
         let cached = slots * kv_heads * capacity * d;
         need(

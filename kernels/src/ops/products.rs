@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::dispatch::accumulate;
 use super::flash;
+use super::float8::Float8;
 use crate::abi::{corral_few_rows, corral_set_float32_onednn};
 use crate::error::{Result, check};
 use crate::tensors::{own, raw, raw_opt};
@@ -84,5 +85,10 @@ impl WeightGrad {
             _ => accumulate(&sum, &dy.tr().f_mm(x)?, add)?,
         }
         Ok(())
+    }
+
+    /// [`WeightGrad::add_product`] in 8-bit floats.
+    pub fn add_float8_product(&self, dy: &Tensor, x: &Tensor, float8: Float8) -> Result<()> {
+        float8.grad_weight(&self.sum, dy, x, self.begun.replace(true))
     }
 }

@@ -25,10 +25,10 @@ pub(crate) struct Segments {
 
 impl Clone for Spans {
     fn clone(&self) -> Spans {
-        let segments = self.segments.as_ref().map(|s| Segments {
-            cum_seq: s.cum_seq.shallow_clone(),
-            longest: s.longest,
-        });
+        let segments = self
+            .segments
+            .as_ref()
+            .map(|s| Segments { cum_seq: s.cum_seq.shallow_clone(), longest: s.longest });
         Spans { start: self.start.as_ref().map(Tensor::shallow_clone), segments, window: self.window }
     }
 }
@@ -121,12 +121,16 @@ mod tests {
         let window = Spans::new(None, [2, 3], Some(2), Device::Cpu).unwrap();
         assert_eq!(Vec::<i64>::try_from(window.start().unwrap()).unwrap(), [0, 0, 1, 0, 0, 1]);
         assert!(window.segments().is_none());
-        assert!(Spans::new(None, [2, 3], Some(3), Device::Cpu).unwrap().start().is_none(), "as wide as a row");
+        assert!(
+            Spans::new(None, [2, 3], Some(3), Device::Cpu).unwrap().start().is_none(),
+            "as wide as a row"
+        );
     }
 
     #[test]
     fn starts_that_are_no_segments_are_refused() {
-        for (starts, size) in [(&[1i64, 1][..], [1, 2]), (&[0, 0, 1], [1, 3]), (&[0, 0, 0], [1, 2]), (&[0, 2], [1, 2])]
+        for (starts, size) in
+            [(&[1i64, 1][..], [1, 2]), (&[0, 0, 1], [1, 3]), (&[0, 0, 0], [1, 2]), (&[0, 2], [1, 2])]
         {
             assert!(of(starts, size, None).is_err(), "{starts:?}");
         }

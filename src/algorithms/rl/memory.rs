@@ -15,7 +15,7 @@ use crate::config::shape::{Head, Shape};
 use crate::distributed::mesh::ShardingPlan;
 use crate::error::{Error, Result};
 use crate::generate::engine::PREFILL_TOKENS;
-use crate::model::compute_kind;
+use crate::model::{compute_kind, float8};
 use crate::plan::memory::{BatchShape, Memory};
 use crate::plan::models::{ModelMemory, ModelsMemory};
 use crate::plan::work::{StepWork, forward, forward_and_backward, update_bytes};
@@ -133,7 +133,8 @@ fn trained(
     target: &PlanTarget,
 ) -> Result<ModelMemory> {
     let device = m.device.clone().unwrap_or_else(|| target.device_name.clone());
-    let compute = compute_kind(m.dtype.unwrap_or(c.common.precision.compute));
+    let dtype = m.dtype.unwrap_or(c.common.precision.compute);
+    let compute = compute_kind(dtype);
     let context = |e: Error| e.context(name);
     let length = c.data.sequence_length;
     let head = if name == "critic" { Head::Score } else { Head::Lm };
@@ -142,7 +143,8 @@ fn trained(
             .map_err(context)?;
     let sharding = ShardingPlan::of(c.common.parallel, target.ranks)?;
     let plans = trainable.plans(&shape).map_err(context)?;
-    let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?;
+    let float8 = float8(dtype, c.common.float8);
+    let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?.in_float8(float8);
     let optim = m.optim.as_ref().unwrap_or(c.common.optim);
     let moments = if name == "average" { 0 } else { memory.moments(optim.moments) };
     let (there, host) = if optim.offload { (0, moments) } else { (moments, 0) };
@@ -195,7 +197,8 @@ fn frozen(
     target: &PlanTarget,
 ) -> Result<ModelMemory> {
     let device = m.device.clone().unwrap_or_else(|| target.device_name.clone());
-    let compute = compute_kind(m.dtype.unwrap_or(c.common.precision.compute));
+    let dtype = m.dtype.unwrap_or(c.common.precision.compute);
+    let compute = compute_kind(dtype);
     // A reward model reads its own tokens.
     let own_tokens = name == "reward_model";
     let tokenizer = c.tokenizer.filter(|_| !own_tokens);
@@ -208,7 +211,8 @@ fn frozen(
     let sharding =
         if alone { ShardingPlan::solo() } else { ShardingPlan::of(c.common.parallel, target.ranks)? };
     let plans = plans.plans_for_inference(&shape)?;
-    let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?;
+    let float8 = float8(dtype, c.common.float8);
+    let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?.in_float8(float8);
     let batch = match own_tokens {
         true => read_at_once(BATCH_TOKENS, c.data.sequence_length),
         false => BatchShape { rows: work.micro_batch, ..read_at_once(0, c.data.sequence_length) },

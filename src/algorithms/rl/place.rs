@@ -12,8 +12,8 @@ use crate::distributed::mesh::Sharding;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Error, Result};
-use crate::model::compute_kind;
 use crate::model::{Llama, Trainable};
+use crate::model::{compute_kind, float8_on};
 use crate::optim::Average;
 
 /// The world that a model computes in: the run's, or one of this rank alone on another device.
@@ -74,10 +74,12 @@ pub fn frozen(base: &Base, c: &Common, dtype: Option<Compute>, world: &Where) ->
     };
     let trainable = base.weights.as_ref().and_then(|w| w.lora().cloned()).unwrap_or_default();
     let plans = trainable.plans_for_inference(&base.shape)?;
-    let compute = compute_kind(dtype.unwrap_or(c.precision.compute));
-    let mut params = Sharded::new(plans, sharding, compute, world.device);
+    let compute = dtype.unwrap_or(c.precision.compute);
+    let mut params = Sharded::new(plans, sharding, compute_kind(compute), world.device);
     let hash = base.fill(&mut params, c.seed)?;
-    Ok((Llama::new(base.shape.clone(), params), hash))
+    let mut model = Llama::new(base.shape.clone(), params);
+    model.float8 = float8_on(compute, c.float8, world.device)?;
+    Ok((model, hash))
 }
 
 /// Lets a model work: its values are on its device meanwhile, and with `offload` only then.

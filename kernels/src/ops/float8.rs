@@ -1,0 +1,214 @@
+//! Products of bfloat16 tensors in 8-bit floats (Micikevicius et al. 2022): values and weights in e4m3, gradients in e5m2, each scaled
+//! so that its largest magnitude is the format's largest number; sums in float32. Scales are dynamic: those of the tensors at hand.
+
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tch::{Device, Kind, Tensor};
+
+use super::dispatch::accumulate;
+use crate::abi::corral_scaled_mm;
+use crate::cuda::launch::Launcher;
+use crate::cuda::modules::Arg::{I32, I64, Tensor as T};
+use crate::cuda::takes_gpu_path;
+use crate::error::{Error, Result, check};
+use crate::tensors::{own, raw};
+
+/// What a scale is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scales {
+    /// The whole tensor.
+    Tensor,
+    /// Each row of the left factor, and each column of the right one.
+    Row,
+}
+
+/// Which products are taken in 8-bit floats, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Float8 {
+    /// Products with a shorter side stay in bfloat16.
+    pub min_size: i64,
+    /// How much one scale is for.
+    pub scales: Scales,
+}
+
+/// The multiple that all sides of a product in 8-bit floats must be.
+const SIDE: i64 = 16;
+
+static PRODUCTS: AtomicU64 = AtomicU64::new(0);
+
+/// Products in 8-bit floats that this process has taken.
+pub fn float8_products() -> u64 {
+    PRODUCTS.load(Ordering::Relaxed)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Format {
+    /// 4 bits of exponent and 3 of mantissa, up to 448.
+    E4m3,
+    /// 5 and 2, up to 57,344.
+    E5m2,
+}
+
+impl Format {
+    fn kind(self) -> Kind {
+        match self {
+            Format::E4m3 => Kind::Float8e4m3fn,
+            Format::E5m2 => Kind::Float8e5m2,
+        }
+    }
+
+    fn largest(self) -> f64 {
+        match self {
+            Format::E4m3 => 448.0,
+            Format::E5m2 => 57344.0,
+        }
+    }
+}
+
+/// A factor of a product: `values` [rows, inner], to be multiplied by `scale`, float `[1]` or [rows, 1].
+struct Factor {
+    values: Tensor,
+    scale: Tensor,
+    format: Format,
+}
+
+impl Factor {
+    /// x, bfloat16 [rows, inner], or of a tensor [inner, rows] its transpose.
+    fn of(x: &Tensor, transposed: bool, format: Format, scales: Scales) -> Result<Factor> {
+        match scales {
+            Scales::Tensor if takes_gpu_path(x.device()) => Factor::fused(x, transposed, format),
+            _ => Factor::composed(x, transposed, format, scales),
+        }
+    }
+
+    fn composed(x: &Tensor, transposed: bool, format: Format, scales: Scales) -> Result<Factor> {
+        let x = if transposed { x.tr() } else { x.shallow_clone() }; // [rows, inner]
+        let largest = match scales {
+            Scales::Tensor => x.f_abs()?.f_max()?.view([1]),
+            Scales::Row => x.f_abs()?.f_amax([1i64].as_slice(), true)?,
+        };
+        let factor = largest.to_kind(Kind::Float).f_clamp_min(1e-12)?.f_reciprocal()? * format.largest();
+        let scaled = (x.to_kind(Kind::Float) * &factor).f_clamp(-format.largest(), format.largest())?;
+        let values = scaled.to_kind(format.kind()).contiguous();
+        Ok(Factor { values, scale: factor.f_reciprocal()?, format })
+    }
+
+    fn fused(x: &Tensor, transposed: bool, format: Format) -> Result<Factor> {
+        let x = match (x.stride(), x.data_ptr() as usize % 16) {
+            (stride, 0) if stride[1] == 1 && stride[0] % 8 == 0 => x.shallow_clone(),
+            _ => x.contiguous(),
+        };
+        let (rows, columns, stride) = (x.size()[0], x.size()[1], x.stride()[0]);
+        let on = |kind| (kind, x.device());
+        let amax = Tensor::zeros([1], on(Kind::Int));
+        let scale = Tensor::empty([1], on(Kind::Float));
+        let size = if transposed { [columns, rows] } else { [rows, columns] };
+        let values = Tensor::empty(size, on(format.kind()));
+        let kernels = Launcher::float8(&x)?;
+        let blocks = ((rows * columns / 8 + 255) / 256).min(2048);
+        let args = [T(&x), T(&amax), I64(rows), I64(columns), I64(stride)];
+        // SAFETY: it reads packs of 8 of the rows of x, whose columns are a multiple of 16, and changes amax.
+        unsafe { kernels.launch("float8_amax", blocks, [256, 1], 0, &args) }?;
+        let tiles = ((rows + 63) / 64) * ((columns + 63) / 64);
+        let args = [
+            T(&x),
+            T(&amax),
+            T(&values),
+            T(&scale),
+            I64(rows),
+            I64(columns),
+            I64(stride),
+            I32(transposed as i32),
+            I32((format == Format::E5m2) as i32),
+        ];
+        // SAFETY: a block reads and writes what lies in both its tile and the tensors.
+        unsafe { kernels.launch("float8_cast", tiles, [256, 1], 0, &args) }?;
+        Ok(Factor { values, scale, format })
+    }
+}
+
+/// a b^T, [rows of a, rows of b], in bfloat16 or float32. `fast`: sums may be kept in fewer bits, as tensor cores do.
+fn product(a: &Factor, b: &Factor, float32: bool, fast: bool) -> Result<Tensor> {
+    let [m, k] = [a.values.size()[0], a.values.size()[1]];
+    let [n, inner] = [b.values.size()[0], b.values.size()[1]];
+    if a.format == Format::E5m2 && b.format == Format::E5m2 {
+        return Err(Error::new("float8: there is no product of two factors in e5m2"));
+    }
+    if k != inner || [m, n, k].iter().any(|side| side % SIDE != 0) {
+        return Err(Error::new(format!(
+            "float8: [{m}, {k}] times [{n}, {inner}]^T: all sides must be multiples of {SIDE}"
+        )));
+    }
+    PRODUCTS.fetch_add(1, Ordering::Relaxed);
+    if a.scale.numel() > 1 && a.values.device() == Device::Cpu {
+        // libtorch's product on the CPU takes one scale a tensor.
+        let wide = |f: &Factor| f.values.to_kind(Kind::Float) * &f.scale;
+        let y = wide(a).f_mm(&wide(b).tr())?;
+        return Ok(if float32 { y } else { y.to_kind(Kind::BFloat16) });
+    }
+    let (right, scale) =
+        (b.values.tr(), if b.scale.numel() > 1 { b.scale.tr() } else { b.scale.shallow_clone() });
+    let mut y = null_mut();
+    // SAFETY: libtorch checks shapes, dtypes and devices; the result is a new tensor.
+    check(unsafe {
+        corral_scaled_mm(raw(&a.values), raw(&right), raw(&a.scale), raw(&scale), float32, fast, &mut y)
+    })?;
+    Ok(own(y))
+}
+
+impl Float8 {
+    /// Whether products of x [N, I] or dy [N, O] with a weight [O, I] are taken in 8-bit floats.
+    pub fn takes(&self, x: &Tensor, w: &Tensor) -> bool {
+        x.kind() == Kind::BFloat16 && self.takes_sides([x.size()[0], w.size()[0], w.size()[1]])
+    }
+
+    /// The same of bfloat16 products with these sides: N, O and I.
+    pub fn takes_sides(&self, sides: [i64; 3]) -> bool {
+        sides.iter().all(|s| *s >= self.min_size.max(1) && s % SIDE == 0)
+    }
+
+    /// x w^T: bfloat16 `[N, O]`, for x: bfloat16 `[N, I]`, w: bfloat16 `[O, I]`.
+    ///
+    /// # Errors
+    /// Sides that are not multiples of 16; so for all products here.
+    pub fn linear(&self, x: &Tensor, w: &Tensor) -> Result<Tensor> {
+        let factor = |t| Factor::of(t, false, Format::E4m3, self.scales);
+        product(&factor(x)?, &factor(w)?, false, true)
+    }
+
+    /// dy w, the gradient of x: bfloat16 `[N, I]`, for dy: bfloat16 `[N, O]`.
+    pub fn linear_backward(&self, dy: &Tensor, w: &Tensor) -> Result<Tensor> {
+        let dy = Factor::of(dy, false, Format::E5m2, self.scales)?;
+        product(&dy, &Factor::of(w, true, Format::E4m3, self.scales)?, false, false)
+    }
+
+    /// dw (float32 `[O, I]`) = or += dy^T x.
+    pub(super) fn grad_weight(&self, dw: &Tensor, dy: &Tensor, x: &Tensor, add: bool) -> Result<()> {
+        let dy = Factor::of(dy, true, Format::E5m2, self.scales)?;
+        let x = Factor::of(x, true, Format::E4m3, self.scales)?;
+        // Products with a scale for each row are in bfloat16 alone.
+        let float32 = self.scales == Scales::Tensor;
+        accumulate(dw, &product(&dy, &x, float32, false)?, add)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_tensor_cores_do_not_have_is_refused() {
+        let x = Tensor::ones([32, 48], (Kind::BFloat16, Device::Cpu));
+        let of = |t: &Tensor, format| Factor::of(t, false, format, Scales::Tensor).unwrap();
+        let y = product(&of(&x, Format::E5m2), &of(&x, Format::E4m3), false, false).unwrap();
+        assert_eq!((y.size(), y.double_value(&[3, 5])), (vec![32, 32], 48.0));
+        let e = product(&of(&x, Format::E5m2), &of(&x, Format::E5m2), false, false).unwrap_err();
+        assert!(e.to_string().contains("two factors in e5m2"), "{e}");
+        for (rows, columns) in [(24, 48), (32, 40)] {
+            let part = x.narrow(0, 0, rows).narrow(1, 0, columns).contiguous();
+            let e = product(&of(&part, Format::E4m3), &of(&part, Format::E4m3), true, false).unwrap_err();
+            assert!(e.to_string().contains("multiples of 16"), "{e}");
+        }
+    }
+}

@@ -85,6 +85,7 @@ char* corral_flash_attention_backward(at::Tensor* dout, at::Tensor* qkv, at::Ten
                                       at::Tensor* cum_seq, int64_t longest, int64_t window, int64_t batch, int64_t heads,
                                       int64_t kv_heads, int64_t head_dim, double scale, bool deterministic,
                                       at::Tensor** dqkv);
+char* corral_pin(at::Tensor* t, at::Tensor** out);
 char* corral_grad_weight(at::Tensor* dw, at::Tensor* dy, at::Tensor* x, bool add);
 char* corral_scaled_mm(at::Tensor* a, at::Tensor* b, at::Tensor* scale_a, at::Tensor* scale_b, bool float32, bool fast,
                        at::Tensor** out);

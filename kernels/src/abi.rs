@@ -189,6 +189,7 @@ unsafe extern "C" {
         deterministic: bool,
         dqkv: *mut Raw,
     ) -> *mut c_char;
+    pub(crate) fn corral_pin(t: Raw, out: *mut Raw) -> *mut c_char;
     pub(crate) fn corral_grad_weight(dw: Raw, dy: Raw, x: Raw, add: bool) -> *mut c_char;
     pub(crate) fn corral_scaled_mm(
         a: Raw,

@@ -2,7 +2,7 @@
 
 use kernels::c10d::ReduceOp;
 use kernels::ops;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::config::sections::TrainSection;
 use crate::distributed::world::World;
@@ -76,40 +76,40 @@ pub enum Objective<'a> {
     },
 }
 
-/// A scalar function's value at `leaves` and its gradients there; none for leaves that it does not depend on.
+/// A scalar function's value at `leaves`, and its gradients there; none for leaves that it does not depend on.
 pub fn differentiate(
     leaves: &[&Tensor],
     f: impl FnOnce(&[Tensor]) -> Result<Tensor>,
-) -> Result<(f64, Vec<Option<Tensor>>)> {
+) -> Result<(Tensor, Vec<Option<Tensor>>)> {
     let leaves: Vec<Tensor> = leaves.iter().map(|t| t.detach().set_requires_grad(true)).collect();
     let value = tch::with_grad(|| f(&leaves))?;
     if value.requires_grad() {
         value.f_backward()?;
     }
     let gradient = |leaf: &Tensor| Some(leaf.grad()).filter(Tensor::defined);
-    // host sync
-    Ok((value.detach().double_value(&[]), leaves.iter().map(gradient).collect()))
+    Ok((value.detach(), leaves.iter().map(gradient).collect()))
 }
 
 /// Forward and backward of the sum of `entries`. Leaves the gradients in the parameters' slices; returns each entry's loss,
 /// and the load-balancing losses, each times its share. Collective where parameters are sharded: all ranks give equally many
-/// entries.
+/// entries. The host waits for the device once, at the end, for what the losses themselves do not read.
 pub fn accumulate(
     model: &mut Llama,
     entries: &mut [StepEntry],
     recompute: Recompute,
 ) -> Result<(Vec<f64>, Option<f64>)> {
-    let (mut losses, mut aux_loss) = (Vec::new(), None);
+    let (mut losses, mut aux_losses) = (Vec::new(), Vec::new()); // scalars on the device
     model.params.begin_step_gradients(entries.len());
-    for entry in entries {
+    for entry in entries.iter_mut() {
+        // Before the forward is queued: a copy after it would wait for it.
+        let labels = ops::upload(&entry.batch.labels, model.params.device())?; // [N]
         let (hidden, mut tape) = model.forward(&entry.batch.input, recompute)?; // [N, C]; collective
-        let labels = entry.batch.labels.to_device(hidden.device()); // [N]
         let (loss, dhidden) = match &mut entry.objective {
             Objective::CrossEntropy { weight } => {
                 let kind = ops::accumulator(hidden.kind());
                 let coefs = Tensor::full([labels.size()[0]], -*weight, (kind, hidden.device())); // [N]
                 let (logprobs, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coefs)?; // [N], [N, C]
-                (-*weight * logprobs.sum(Kind::Double).double_value(&[]), dhidden) // host sync
+                (logprobs.sum(Kind::Double) * -*weight, dhidden)
             }
             Objective::LogProbs { temperature, entropies, loss } => {
                 let out = LmHead::logprobs(model, &hidden, &labels, *temperature, *entropies)?; // [N] each
@@ -137,14 +137,27 @@ pub fn accumulate(
         };
         drop(hidden);
         if let Some((weight, share)) = entry.balance {
-            // host sync
-            *aux_loss.get_or_insert(0.0) += share * tape.balance_loss(weight * share).unwrap_or(0.0);
+            aux_losses.extend(tape.balance_loss(weight * share).map(|loss| loss * share));
         }
         model.backward(dhidden, tape)?; // collective: gathers and reductions overlap it
         losses.push(loss);
     }
     model.params.finish_step_gradients()?;
-    Ok((losses, aux_loss))
+    let num_losses = losses.len();
+    losses.extend(aux_losses);
+    let mut values = numbers(&losses)?;
+    let aux_losses = values.split_off(num_losses);
+    let balanced = entries.iter().any(|entry| entry.balance.is_some());
+    Ok((values, balanced.then(|| aux_losses.iter().sum())))
+}
+
+/// The values of scalars that lie on a device, in one copy.
+fn numbers(scalars: &[Tensor]) -> Result<Vec<f64>> {
+    if scalars.is_empty() {
+        return Ok(Vec::new());
+    }
+    let wide: Vec<Tensor> = scalars.iter().map(|t| t.to_kind(Kind::Double).view([1])).collect();
+    Ok(Vec::try_from(Tensor::f_cat(&wide, 0)?.to_device(Device::Cpu))?) // host sync
 }
 
 /// Forward and backward of the mean cross-entropy over `count` labelled tokens (of all ranks and micro-batches). Leaves
@@ -307,7 +320,7 @@ pub fn evaluate(
         }
         let batch = batch?;
         let hidden = model.hidden(&batch.input)?; // [N, C]; collective
-        let labels = batch.labels.to_device(hidden.device()); // [N]
+        let labels = ops::upload(&batch.labels, hidden.device())?; // [N]
         let (sum, n) = LmHead::loss_sum(model, &hidden, &labels)?; // collective, host sync
         loss_sum += sum;
         count += n as f64;
@@ -329,12 +342,12 @@ mod tests {
         let [a, b] = [2.0, 3.0].map(|x| Tensor::from_slice(&[x]));
         let read = differentiate(&[&a, &b], |leaves| Ok((&leaves[0] * leaves[1].detach()).sum(Kind::Double)));
         let (value, gradients) = read.unwrap();
-        assert_eq!((value, gradients[1].is_none()), (6.0, true));
+        assert_eq!((value.double_value(&[]), gradients[1].is_none()), (6.0, true));
         assert_eq!(gradients[0].as_ref().map(|g| g.double_value(&[0])), Some(3.0));
         // Nor has anything where nothing is differentiated.
         let (value, gradients) =
             differentiate(&[&a], |leaves| Ok(leaves[0].detach().sum(Kind::Double))).unwrap();
-        assert_eq!((value, gradients[0].is_none()), (2.0, true));
+        assert_eq!((value.double_value(&[]), gradients[0].is_none()), (2.0, true));
     }
 
     #[test]

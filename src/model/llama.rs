@@ -83,7 +83,7 @@ pub struct Tape {
 impl Tape {
     /// The load-balancing loss of a mixture of experts over this forward; none for other models. The backward then
     /// differentiates `weight` times it, too.
-    pub fn balance_loss(&mut self, weight: f64) -> Option<f64> {
+    pub fn balance_loss(&mut self, weight: f64) -> Option<Tensor> {
         Some(self.balance.as_mut()?.loss(weight))
     }
 
@@ -228,7 +228,7 @@ impl Llama {
         };
         let rope = self.rope_tables(length);
         let positions = match &input.positions {
-            Some(p) => p.to_device(device),
+            Some(p) => ops::upload(p, device)?,
             None => Tensor::arange(time, (Kind::Int64, device)).repeat([batch]),
         }; // [N]
         let starts = input.start.as_ref().map(Vec::<i64>::try_from).transpose()?; // [N]
@@ -310,7 +310,7 @@ impl Llama {
 
     fn run(&mut self, input: &ModelInput, recompute: Option<Recompute>) -> Result<(Tensor, Option<Tape>)> {
         let context = self.context(input)?;
-        let ids = input.ids.to_device(self.params.device()).contiguous().view([-1]); // [N]
+        let ids = ops::upload(&input.ids.contiguous(), self.params.device())?.view([-1]); // [N]
         let layers = self.num_blocks();
         let lowest = self.params.first_trained();
         let keep_embedding = self.shape.tie_word_embeddings && layers <= 1;

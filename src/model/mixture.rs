@@ -234,11 +234,11 @@ impl Balance {
 
     /// The loss over the blocks that were counted. From here on the backward differentiates `weight` times it, too; the
     /// numbers of tokens are constants there: d loss / dp = E f_e / (tokens of all blocks) for every real token.
-    pub(super) fn loss(&mut self, weight: f64) -> f64 {
+    pub(super) fn loss(&mut self, weight: f64) -> Tensor {
         let experts = self.assigned.size()[0] as f64;
         let scale = experts / (self.rows * self.rows).max(1.0);
         self.gradient = Some(&self.assigned * (weight * scale)); // [E]
-        (&self.assigned * &self.probability).sum(Kind::Double).double_value(&[]) * scale // host sync
+        (&self.assigned * &self.probability).sum(Kind::Double) * scale
     }
 
     /// The gradient of the probabilities of one block's router, A [N, E] or broadcast to it.

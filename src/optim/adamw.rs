@@ -151,9 +151,7 @@ impl AdamW {
                 "optim.offload",
                 "on a CPU the optimizer's state is in host memory anyway; leave it out",
             )),
-            (true, device) => {
-                AdamW::offloaded(params, hyper, c.moments, STREAMED, |t| Ok(t.f_pin_memory(device)?))
-            }
+            (true, _) => AdamW::offloaded(params, hyper, c.moments, STREAMED, |t| Ok(ops::pin(&t)?)),
         }
     }
 

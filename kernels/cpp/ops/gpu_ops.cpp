@@ -107,6 +107,11 @@ char* corral_flash_attention_backward(at::Tensor* dout, at::Tensor* qkv, at::Ten
   });
 }
 
+// A copy in pinned host memory, which the GPU reads and writes by itself.
+char* corral_pin(at::Tensor* t, at::Tensor** out) {
+  return guarded([&] { *out = new at::Tensor(t->pin_memory()); });
+}
+
 // dw (float) = or += dy^T x, for dy [N, O], x [N, I] in bfloat16 or float16; summed in float, rounded never.
 char* corral_grad_weight(at::Tensor* dw, at::Tensor* dy, at::Tensor* x, bool add) {
   return guarded([&] {

@@ -1,7 +1,8 @@
 //! What each position of a forward's rows sees of the positions before it.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
+use super::products::upload;
 use crate::error::{Error, Result};
 
 /// What positions of B rows of T see: position i of a row sees its segment's positions up to i, of a sliding window at most the
@@ -60,7 +61,7 @@ impl Spans {
             starts.map_or(0, |s| s[i]).max(window.map_or(0, |w| at - w + 1))
         };
         let start: Vec<i64> = (0..(batch * time) as usize).map(first).collect();
-        Ok(Spans { start: Some(Tensor::from_slice(&start).to_device(device)), segments, window })
+        Ok(Spans { start: Some(upload(&Tensor::from_slice(&start), device)?), segments, window })
     }
 
     pub(crate) fn start(&self) -> Option<&Tensor> {
@@ -95,11 +96,13 @@ fn segments(starts: &[i64], [batch, time]: [i64; 2], device: Device) -> Result<S
     }
     cum_seq.push(starts.len() as i32);
     let longest = cum_seq.windows(2).map(|w| i64::from(w[1] - w[0])).max().unwrap_or(0);
-    Ok(Segments { cum_seq: Tensor::from_slice(&cum_seq).to_kind(Kind::Int).to_device(device), longest })
+    Ok(Segments { cum_seq: upload(&Tensor::from_slice(&cum_seq), device)?, longest })
 }
 
 #[cfg(test)]
 mod tests {
+    use tch::Kind;
+
     use super::*;
 
     fn of(starts: &[i64], size: [i64; 2], window: Option<i64>) -> Result<(Vec<i64>, Vec<i64>, i64)> {

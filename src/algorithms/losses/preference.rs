@@ -130,6 +130,7 @@ mod tests {
                     Ok(losses(&section, &pairs(&leaves[0])).mean(kind))
                 })
                 .unwrap();
+                let value = value.double_value(&[]);
                 let what = format!("{name}, beta {}, {kind:?}", section.beta);
                 let wanted = case["loss"].as_f64().unwrap();
                 assert!(

@@ -80,7 +80,7 @@ impl FlatGroup {
 /// A copy in host memory, from where a GPU reads it directly.
 fn in_host_memory(t: &Tensor, device: Device) -> Result<Tensor> {
     let copy = t.f_to_device_(Device::Cpu, t.kind(), false, true)?; // host sync
-    Ok(if device.is_cuda() { copy.f_pin_memory(device)? } else { copy })
+    Ok(if device.is_cuda() { kernels::ops::pin(&copy)? } else { copy })
 }
 
 #[cfg(test)]

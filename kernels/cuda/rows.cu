@@ -283,32 +283,69 @@ extern "C" __global__ void accumulate(float* dst, const T* src, i64 n, bool add,
   store(dst, i, n, wide, x);
 }
 
+constexpr int RUN = 128;  // tokens of an id that one block adds up
+
+// The sum of dx[order[k], i .. i + W] over k in [first, end), added to `sum`, in order.
+__device__ __forceinline__ void add_rows(const T* dx, const i64* order, i64 first, i64 end, int i, int c, bool wide,
+                                         float (&sum)[W]) {
+  float x[4][W];
+  i64 k = first;
+  for (; k + 4 <= end; k += 4) {  // four loads under way
+#pragma unroll
+    for (int u = 0; u < 4; u++) load(dx + order[k + u] * c, i, c, wide, x[u]);
+#pragma unroll
+    for (int u = 0; u < 4; u++)
+#pragma unroll
+      for (int j = 0; j < W; j++) sum[j] += x[u][j];
+  }
+  for (; k < end; k++) {
+    load(dx + order[k] * c, i, c, wide, x[0]);
+#pragma unroll
+    for (int j = 0; j < W; j++) sum[j] += x[0][j];
+  }
+}
+
+// Where in partial the sum of an id's tokens from the k-th of all on lies, which is a multiple of RUN after its first. Of two such places
+// within RUN of each other one is an id's first.
+__device__ __forceinline__ i64 partial_row(i64 k, bool first) { return k / RUN * 2 + (first ? 1 : 0); }
+
 // dw[id, :] += the sum of dx[order[k], :] over the k with sorted[k] == id. `sorted` are the ids in ascending order, `order`
-// where they came from; equal ids keep their order, so every sum has one order. The block of an id's first k does it all.
-// Ids outside of dw's v rows are left out.
-extern "C" __global__ void embedding_backward(const T* dx, const i64* sorted, const i64* order, float* dw, i64 n, i64 v,
-                                              int c, bool wide) {
+// where they came from; equal ids keep their order, so every sum has one order. An id's tokens are divided into runs of RUN, each the
+// work of the block of its first token. Of an id with one run it goes into dw, of others into a row of partial [2 * ceil(n / RUN), c],
+// which add_runs adds up. Ids outside of dw's v rows are left out.
+extern "C" __global__ void embedding_backward(const T* dx, const i64* sorted, const i64* order, float* dw, float* partial,
+                                              i64 n, i64 v, int c, bool wide) {
   const i64 first = blockIdx.x, id = sorted[first];
-  if ((first > 0 && sorted[first - 1] == id) || id < 0 || id >= v) return;
+  if (id < 0 || id >= v) return;
+  i64 low = 0, high = first;  // where the id begins
+  while (low < high) {
+    const i64 middle = (low + high) / 2;
+    if (sorted[middle] < id) low = middle + 1;
+    else high = middle;
+  }
+  if ((first - low) % RUN != 0) return;
   i64 end = first + 1;
-  while (end < n && sorted[end] == id) end++;
-  float sum[W], x[4][W];
+  while (end < n && end < first + RUN && sorted[end] == id) end++;
+  const bool one = first == low && (end == n || sorted[end] != id);
+  float* to = one ? dw + id * c : partial + partial_row(first, first == low) * c;
+  float sum[W];
   for (int i = threadIdx.x * W; i < c; i += blockDim.x * W) {
-    load(dw + id * c, i, c, wide, sum);
-    i64 k = first;
-    for (; k + 4 <= end; k += 4) {  // four loads under way
 #pragma unroll
-      for (int u = 0; u < 4; u++) load(dx + order[k + u] * c, i, c, wide, x[u]);
-#pragma unroll
-      for (int u = 0; u < 4; u++)
-#pragma unroll
-        for (int j = 0; j < W; j++) sum[j] += x[u][j];
-    }
-    for (; k < end; k++) {
-      load(dx + order[k] * c, i, c, wide, x[0]);
-#pragma unroll
-      for (int j = 0; j < W; j++) sum[j] += x[0][j];
-    }
-    store(dw + id * c, i, c, wide, sum);
+    for (int j = 0; j < W; j++) sum[j] = 0;
+    if (one) load(to, i, c, wide, sum);
+    add_rows(dx, order, first, end, i, c, wide, sum);
+    store(to, i, c, wide, sum);
+  }
+}
+
+// dw[id, :] += the rows of partial that embedding_backward left for an id, in order. The block of an id's first token does it.
+extern "C" __global__ void add_runs(const i64* sorted, const float* partial, float* dw, i64 n, i64 v, int c) {
+  const i64 first = blockIdx.x, id = sorted[first];
+  if (id < 0 || id >= v || (first > 0 && sorted[first - 1] == id)) return;
+  if (first + RUN >= n || sorted[first + RUN] != id) return;  // it has one run
+  for (int i = threadIdx.x; i < c; i += blockDim.x) {
+    float sum = dw[id * c + i];
+    for (i64 k = first; k < n && sorted[k] == id; k += RUN) sum += partial[partial_row(k, k == first) * c + i];
+    dw[id * c + i] = sum;
   }
 }

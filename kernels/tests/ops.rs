@@ -485,7 +485,7 @@ fn adamw_and_sums() {
 #[test]
 fn embedding_and_accumulate() {
     for kind in KINDS {
-        for (n, v, c) in [(50, 11, 130), (300, 3, 256), (1, 5, 8)] {
+        for (n, v, c) in [(50, 11, 130), (700, 3, 256), (1, 5, 8), (1025, 2, 24), (256, 1, 3), (128, 1, 8)] {
             let (dx, ids) = (randn(&[n, c], kind), Tensor::randint(v, [n], (Kind::Int64, Device::Cpu)));
             let start = randn(&[v, c], ops::accumulator(kind));
             let (dw, dw2) = (put(&start), exact(&start));

@@ -25,6 +25,7 @@ const ROW_KERNELS: &[&str] = &[
     "dropout",
     "accumulate",
     "embedding_backward",
+    "add_runs",
 ];
 
 const QUANT: &str = include_str!("../../cuda/quant.cu");

@@ -13,6 +13,8 @@ use crate::tensors::{AdamW, Gain, Heads, KeysValues, Rotation};
 
 /// Columns beyond which rms_backward's shared memory, 4 bytes a column, might not fit.
 const RMS_BACKWARD_COLUMNS: i64 = 24 << 10;
+/// RUN of cuda/rows.cu.
+const EMBEDDING_RUN: i64 = 128;
 // Constants of cuda/decode.cu.
 const DECODE_CHUNK: i64 = 128;
 const DECODE_THREADS: i64 = 128;
@@ -400,19 +402,28 @@ impl RowOps for Gpu {
             &[("dx", dx, dx.kind(), n * c), ("ids", ids, Kind::Int64, n), ("dw", dw, Kind::Float, v * c)],
         )?;
         let (sorted, order) = ids.view([-1]).f_sort_stable(true, 0, false)?;
+        // Ids that occur often are the work of several blocks.
+        let runs = 2 * ((n + EMBEDDING_RUN - 1) / EMBEDDING_RUN);
+        let partial = Tensor::empty([runs, c], (Kind::Float, dx.device()));
         let args = [
             T(dx),
             T(&sorted),
             T(&order),
             T(dw),
+            T(&partial),
             I64(n),
             I64(v),
             I32(c as i32),
-            wide(c, pack(dx), &[dx, dw]),
+            wide(c, pack(dx), &[dx, dw, &partial]),
         ];
+        let kernels = Launcher::rows(dx)?;
         // SAFETY: sorted and order, which is a permutation of 0..n, have n elements, dx is [n, c]; ids are compared
-        // with the v rows of dw, and each row of dw is written by one block.
-        unsafe { Launcher::rows(dx)?.launch("embedding_backward", n, threads(c, pack(dx)), 0, &args) }
+        // with the v rows of dw, and each row of dw and partial, of which there are two for every EMBEDDING_RUN tokens, is
+        // written by one block.
+        unsafe { kernels.launch("embedding_backward", n, threads(c, pack(dx)), 0, &args) }?;
+        let args = [T(&sorted), T(&partial), T(dw), I64(n), I64(v), I32(c as i32)];
+        // SAFETY: as before; a block reads the rows of partial of one id, and writes the id's row of dw.
+        unsafe { kernels.launch("add_runs", n, threads(c, 1), 0, &args) }
     }
 }
 

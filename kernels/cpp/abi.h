@@ -4,7 +4,7 @@
 //
 // A function that returns char* returns null, or a message that the caller frees with corral_free. Tensors are borrowed;
 // those that are returned (at::Tensor**) are made with new and the caller's. Null stands for an optional tensor that is
-// left out. Handles (StorePtr, BackendPtr, WorkPtr) are made with new and freed by their own functions.
+// left out. Handles (StorePtr, BackendPtr, WorkPtr, GraphPtr) are made with new and freed by their own functions.
 #pragma once
 #include <c10/util/intrusive_ptr.h>
 
@@ -23,6 +23,9 @@ class Work;
 using StorePtr = c10::intrusive_ptr<c10d::Store>;
 using BackendPtr = c10::intrusive_ptr<c10d::Backend>;
 using WorkPtr = c10::intrusive_ptr<c10d::Work>;
+
+// A captured CUDA graph.
+struct GraphPtr;
 
 // What cudaLibrary_t and cudaKernel_t point to.
 struct CUlib_st;
@@ -138,6 +141,16 @@ char* corral_cuda_set_device(int device);
 char* corral_cuda_synchronize(int device);
 char* corral_cuda_memory(int device, int64_t* out);
 char* corral_cuda_stream_current(int device, Stream* out);
+char* corral_cuda_stream_new(int device, Stream* out);
+char* corral_cuda_stream_wait(Stream waits, Stream other);
+char* corral_cuda_stream_synchronize(Stream stream);
+char* corral_cuda_copy(at::Tensor* to, at::Tensor* from, Stream stream);
+char* corral_cuda_pinned(int64_t bytes, at::Tensor** out);
+char* corral_cuda_empty_cache();
+char* corral_cuda_graph_begin(int device, GraphPtr** out);
+char* corral_cuda_graph_end(GraphPtr* graph);
+char* corral_cuda_graph_replay(GraphPtr* graph);
+char* corral_cuda_graph_free(GraphPtr* graph);
 char* corral_cuda_module_load(const void* image, CUlib_st** out);
 char* corral_cuda_module_unload(CUlib_st* module);
 char* corral_cuda_kernel(CUlib_st* module, const char* name, CUkern_st** out);

@@ -24,6 +24,10 @@ pub(crate) struct BackendPtr([u8; 0]);
 #[repr(C)]
 pub(crate) struct WorkPtr([u8; 0]);
 
+/// A captured CUDA graph.
+#[repr(C)]
+pub(crate) struct GraphPtr([u8; 0]);
+
 /// Compiled kernels that CUDA has loaded (`*mut CUlib_st` is a `cudaLibrary_t`).
 #[repr(C)]
 #[allow(non_camel_case_types)]
@@ -373,6 +377,16 @@ shim! {
     fn corral_cuda_synchronize(device: c_int) -> *mut c_char;
     fn corral_cuda_memory(device: c_int, out: *mut i64) -> *mut c_char;
     fn corral_cuda_stream_current(device: c_int, out: *mut Stream) -> *mut c_char;
+    fn corral_cuda_stream_new(device: c_int, out: *mut Stream) -> *mut c_char;
+    fn corral_cuda_stream_wait(waits: Stream, other: Stream) -> *mut c_char;
+    fn corral_cuda_stream_synchronize(stream: Stream) -> *mut c_char;
+    fn corral_cuda_copy(to: Raw, from: Raw, stream: Stream) -> *mut c_char;
+    fn corral_cuda_pinned(bytes: i64, out: *mut Raw) -> *mut c_char;
+    fn corral_cuda_empty_cache() -> *mut c_char;
+    fn corral_cuda_graph_begin(device: c_int, out: *mut *mut GraphPtr) -> *mut c_char;
+    fn corral_cuda_graph_end(graph: *mut GraphPtr) -> *mut c_char;
+    fn corral_cuda_graph_replay(graph: *mut GraphPtr) -> *mut c_char;
+    fn corral_cuda_graph_free(graph: *mut GraphPtr) -> *mut c_char;
     fn corral_cuda_module_load(image: *const c_void, out: *mut *mut CUlib_st) -> *mut c_char;
     fn corral_cuda_module_unload(module: *mut CUlib_st) -> *mut c_char;
     fn corral_cuda_kernel(module: *mut CUlib_st, name: *const c_char, out: *mut *mut CUkern_st) -> *mut c_char;

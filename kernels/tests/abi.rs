@@ -8,7 +8,7 @@ use std::path::Path;
 type Functions = BTreeMap<String, (String, Vec<String>)>;
 
 /// Rust's types and those that C++ has for them.
-const TYPES: [(&str, &str); 18] = [
+const TYPES: [(&str, &str); 19] = [
     ("()", "void"),
     ("bool", "bool"),
     ("c_char", "char"),
@@ -25,6 +25,7 @@ const TYPES: [(&str, &str); 18] = [
     ("StorePtr", "StorePtr"),
     ("BackendPtr", "BackendPtr"),
     ("WorkPtr", "WorkPtr"),
+    ("GraphPtr", "GraphPtr"),
     ("CUlib_st", "CUlib_st"),
     ("CUkern_st", "CUkern_st"),
 ];

@@ -154,6 +154,8 @@ impl ShardingPlan {
 pub struct Sharding {
     /// The ranks that slices lie over.
     pub shard: Group,
+    /// The same ranks, for the reductions of gradients.
+    pub reduce: Group,
     /// The ranks that hold equal slices.
     pub replicate: Group,
     /// What a rank keeps whole.
@@ -168,12 +170,12 @@ impl Sharding {
 
     /// In slices over all ranks of `group`.
     pub fn over(group: Group) -> Sharding {
-        Sharding { shard: group, replicate: Group::solo(), keep: Keep::Nothing }
+        Sharding { shard: group.clone(), reduce: group, replicate: Group::solo(), keep: Keep::Nothing }
     }
 
     /// Whole on every rank of `group`.
     pub fn replicated(group: Group) -> Sharding {
-        Sharding { shard: Group::solo(), replicate: group, keep: Keep::Nothing }
+        Sharding { replicate: group, ..Sharding::solo() }
     }
 }
 

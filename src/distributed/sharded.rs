@@ -15,6 +15,7 @@
 
 pub mod gradients;
 mod parking;
+use parking::HostCopies;
 
 use std::collections::HashSet;
 
@@ -66,8 +67,8 @@ struct FlatGroup {
     gathering: Option<Work>,
     /// The gradient over all values, between backward and reduction: of one micro-batch, or of all so far where gradients are kept.
     full_grad: Option<Tensor>,
-    /// Host memory of what is parked, once it was: the values, and what is frozen.
-    parked: Option<[Tensor; 2]>,
+    /// Host memory of what is parked, once it was.
+    parked: Option<HostCopies>,
 }
 
 /// Gives all values of a group, in any dtype: `[numel]`.

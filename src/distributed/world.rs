@@ -113,6 +113,8 @@ pub struct World {
     pub group: Group,
     /// How they divide the work.
     pub mesh: Mesh,
+    /// See [`World::reducing`].
+    reduce: Group,
     keep: Keep,
     /// Which backend was chosen, and why: one line to print.
     pub choice: String,
@@ -150,7 +152,8 @@ impl World {
     /// How the parameters of the models that are trained lie over the ranks.
     pub fn sharding(&self) -> Sharding {
         let group = |axis: &Axis| axis.group.clone();
-        Sharding { shard: group(&self.mesh.shard), replicate: group(&self.mesh.replicate), keep: self.keep }
+        let (shard, replicate) = (group(&self.mesh.shard), group(&self.mesh.replicate));
+        Sharding { shard, reduce: self.reduce.clone(), replicate, keep: self.keep }
     }
 
     /// Waits until this rank's device has done all that was asked of it.
@@ -211,6 +214,7 @@ impl World {
             device,
             group: Group::solo(),
             mesh: Mesh::solo(),
+            reduce: Group::solo(),
             keep: Keep::of(parallel.mode),
             choice: "communication: none (one rank)".into(),
             backend: Backend::Gloo,
@@ -242,6 +246,7 @@ impl World {
         world.choice = format!("communication: {} ({why})", chosen.name());
         world.watch = Some(watch);
         world.mesh = world.divide(parallel)?;
+        world.reduce = world.reducing()?;
         Ok(world)
     }
 
@@ -267,6 +272,18 @@ impl World {
             }
         };
         Ok(Mesh { data: all(), shard, replicate, ..Mesh::solo() })
+    }
+
+    /// The ranks of the shard axis, for reductions. NCCL works off the collectives of a group one after the other: with a group of
+    /// their own, reductions do not wait for gathers, nor gathers for reductions.
+    fn reducing(&self) -> Result<Group> {
+        let shard = &self.mesh.shard;
+        if self.backend != Backend::Nccl || shard.size == 1 {
+            return Ok(shard.group.clone());
+        }
+        let first = self.rank - shard.rank;
+        let ranks: Vec<i64> = (first..first + shard.size).collect();
+        self.new_group(&format!("reduce/{first}"), &ranks)
     }
 
     /// The group `name` (unique in the run) of these world ranks, which all of them and only they must ask for. A group of
@@ -300,6 +317,9 @@ fn open_device(choice: DeviceChoice, local_rank: i64) -> Result<Device> {
         return Err(Error::config(format!("--device cuda:{index}: there are {count} GPUs, counted from 0")));
     }
     cuda.set_device(index)?;
+    if let Some(home) = crate::env::corral_home() {
+        cuda::nvrtc::keep_in(home.join("kernels"));
+    }
     Ok(Device::Cuda(index))
 }
 

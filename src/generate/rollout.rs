@@ -74,6 +74,8 @@ impl Rollout<'_> {
         if hold {
             model.params.let_go();
         }
+        // What sampling had of a GPU's memory has other shapes than what comes next.
+        kernels::cuda::empty_cache(model.params.device())?;
         let response = |c: crate::generate::Completion| {
             let (mut ids, mut sampler_logprobs, mut finish) = (c.ids, c.sampler_logprobs, c.finish);
             if let Some((token, after)) = self.truncate {

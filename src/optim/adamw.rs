@@ -4,6 +4,9 @@
 //! Moments may lie in host memory (offload): an update then takes them to the device in parts and back, and computes what it
 //! would compute without.
 
+use std::cell::RefCell;
+
+use kernels::cuda::{CopyStream, Pinned};
 use kernels::moments::{self, Moment};
 use kernels::ops;
 use kernels::quant::CODE_BLOCK;
@@ -103,12 +106,10 @@ impl Moments {
         }
     }
 
-    /// Sets the values to those of `from`, which may lie on another device.
-    fn set(&self, from: &Moments) -> Result<()> {
-        for ((_, to), (_, from)) in self.tensors().into_iter().zip(from.tensors()) {
-            to.shallow_clone().f_copy_(from)?;
-        }
-        Ok(())
+    /// Queues copies of the values to those of `to`, on another device.
+    fn copy_to(&self, to: &Moments, stream: &CopyStream) -> Result<()> {
+        let both = self.tensors().into_iter().zip(to.tensors());
+        both.into_iter().try_for_each(|((_, from), (_, to))| Ok(stream.copy(to, from)?))
     }
 }
 
@@ -123,8 +124,28 @@ pub struct AdamW {
     pub moments: Vec<Moments>,
     /// Updates so far, by which the moments' bias is corrected.
     pub step: i64,
-    /// Values of an update for which moments are brought to the device; none: the moments are there.
-    streamed: Option<i64>,
+    /// How moments in host memory are brought to the device; none: they are there.
+    streaming: Option<Streaming>,
+}
+
+/// Ways of moments between host memory and the device.
+struct Streaming {
+    /// Values whose moments are on their way at once.
+    values: i64,
+    fetch: CopyStream,
+    store: CopyStream,
+}
+
+/// A part of an update: values, and their moments in host memory.
+struct StreamedPart {
+    values: Values,
+    moments: Moments,
+    decayed: i64,
+}
+
+/// What moments in host memory, of so many bytes, take on the device during an update: two parts.
+pub fn streamed_bytes(moments: i64) -> i64 {
+    moments.min(2 * STREAMED * 8)
 }
 
 impl AdamW {
@@ -136,7 +157,7 @@ impl AdamW {
     fn kept(params: &Sharded, hyper: Hyper, kept: MomentsIn) -> AdamW {
         let kind = ops::accumulator(params.compute());
         let moments = |i| Moments::zeros(params.slice(i).len, kind, kept, params.device());
-        AdamW { hyper, moments: (0..params.len()).map(moments).collect(), step: 0, streamed: None }
+        AdamW { hyper, moments: (0..params.len()).map(moments).collect(), step: 0, streaming: None }
     }
 
     /// As a configuration says.
@@ -151,23 +172,33 @@ impl AdamW {
                 "optim.offload",
                 "on a CPU the optimizer's state is in host memory anyway; leave it out",
             )),
-            (true, _) => AdamW::offloaded(params, hyper, c.moments, STREAMED, |t| Ok(ops::pin(&t)?)),
+            (true, _) => AdamW::offloaded(params, hyper, c.moments, STREAMED),
         }
     }
 
-    /// With moments in host memory, where `pin` gives a tensor its place; an update brings those of `streamed` values (a
-    /// multiple of 256) to the parameters' device at a time.
-    fn offloaded(
-        params: &Sharded,
-        hyper: Hyper,
-        kept: MomentsIn,
-        streamed: i64,
-        pin: impl Fn(&Tensor) -> Result<Tensor>,
-    ) -> Result<AdamW> {
-        let kind = ops::accumulator(params.compute());
-        let moments = |i| Moments::zeros(params.slice(i).len, kind, kept, Device::Cpu).map(&pin);
-        let moments = (0..params.len()).map(moments).collect::<Result<_>>()?;
-        Ok(AdamW { hyper, moments, step: 0, streamed: Some(streamed) })
+    /// With moments in host memory; an update brings those of `values` values (a multiple of 256) to the parameters' device at a time.
+    fn offloaded(params: &Sharded, hyper: Hyper, kept: MomentsIn, values: i64) -> Result<AdamW> {
+        let (kind, device) = (ops::accumulator(params.compute()), params.device());
+        // Group by group: the zeros of all would take the host memory twice.
+        let zeros = |i| Moments::zeros(params.slice(i).len, kind, kept, Device::Cpu);
+        let bytes = |t: &Tensor| (t.numel() * t.kind().elt_size_in_bytes()) as i64;
+        let sizes = (0..params.len())
+            .flat_map(|i| zeros(i).tensors().into_iter().map(|(_, t)| bytes(t)).collect::<Vec<_>>());
+        let pinned = RefCell::new(Pinned::for_sizes(sizes, device)?);
+        let placed = |t: &Tensor| {
+            let mut place = pinned.borrow_mut().take(&t.size(), t.kind())?;
+            place.f_copy_(t)?;
+            Ok(place)
+        };
+        let moments = (0..params.len()).map(|i| zeros(i).map(placed)).collect::<Result<_>>()?;
+        let streaming =
+            Streaming { values, fetch: CopyStream::new(device)?, store: CopyStream::new(device)? };
+        Ok(AdamW { hyper, moments, step: 0, streaming: Some(streaming) })
+    }
+
+    /// Waits until moments in host memory are those of the last update: they come there while the device goes on.
+    pub fn settle(&self) -> Result<()> {
+        self.streaming.as_ref().map_or(Ok(()), |s| Ok(s.store.wait()?))
     }
 
     /// The sum of squares of the gradient over this rank's slices, in float64.
@@ -194,30 +225,57 @@ impl AdamW {
             step: self.step,
             grad_scale,
         };
+        let mut parts = Vec::new();
         for i in 0..params.len() {
             let Some(grad) = params.slice_grad(i) else { continue };
             let (slice, num_decayed) = (params.slice(i), params.layout(i).num_decayed);
             let values = Values { master: params.master(i), grad, copy: params.copy(i) };
             let decayed = (num_decayed - slice.start).clamp(0, slice.len);
-            let Some(streamed) = self.streamed else {
+            let Some(streaming) = &self.streaming else {
                 update(&values, &self.moments[i], decayed, step)?;
                 continue;
             };
-            for first in (0..slice.len).step_by(streamed as usize) {
-                let len = streamed.min(slice.len - first);
-                let host = self.moments[i].part(first, len);
-                let near = host.map(|t| {
-                    let mut near = Tensor::f_empty(t.size(), (t.kind(), params.device()))?;
-                    near.f_copy_(t)?; // host sync
-                    Ok(near)
-                })?;
-                update(&values.part(first, len), &near, (decayed - first).clamp(0, len), step)?;
-                host.set(&near)?; // host sync
+            for first in (0..slice.len).step_by(streaming.values as usize) {
+                let len = streaming.values.min(slice.len - first);
+                let decayed = (decayed - first).clamp(0, len);
+                let (values, moments) = (values.part(first, len), self.moments[i].part(first, len));
+                parts.push(StreamedPart { values, moments, decayed });
             }
+        }
+        if let Some(streaming) = &self.streaming {
+            streaming.update(&parts, params.device(), step)?;
         }
         params.clear_gradients();
         params.drop_gathered();
         Ok(())
+    }
+}
+
+impl Streaming {
+    /// Updates parts one after the other, in two places on the device: while one is computed, the next one's moments come and the last
+    /// one's go.
+    fn update(&self, parts: &[StreamedPart], device: Device, step: ops::AdamW) -> Result<()> {
+        let len = |part: &StreamedPart| part.values.master.numel() as i64;
+        let Some(largest) = parts.iter().max_by_key(|part| len(part)) else { return Ok(()) };
+        let near = || largest.moments.map(|t| Ok(Tensor::f_empty(t.size(), (t.kind(), device))?));
+        let places = [near()?, near()?];
+        let place = |k: usize| places[k % 2].part(0, len(&parts[k]));
+        // Their memory may be that of tensors which the device still computes with.
+        self.fetch.after_computing()?;
+        self.fetch.after(&self.store)?;
+        parts[0].moments.copy_to(&place(0), &self.fetch)?;
+        for (k, part) in parts.iter().enumerate() {
+            self.fetch.before_computing()?;
+            if let Some(next) = parts.get(k + 1) {
+                self.fetch.after(&self.store)?; // its place is free
+                next.moments.copy_to(&place(k + 1), &self.fetch)?;
+            }
+            update(&part.values, &place(k), part.decayed, step)?;
+            self.store.after_computing()?;
+            place(k).copy_to(&part.moments, &self.store)?;
+        }
+        // What takes the places' memory next waits for the copies.
+        Ok(self.store.before_computing()?)
     }
 }
 
@@ -288,8 +346,7 @@ mod tests {
                 };
                 let (mut a, mut b) = (params(), params());
                 let mut plain = AdamW::kept(&a, hyper, kept);
-                let copied = |t: &Tensor| Ok(t.copy());
-                let mut offloaded = AdamW::offloaded(&b, hyper, kept, 1024, copied).unwrap();
+                let mut offloaded = AdamW::offloaded(&b, hyper, kept, 1024).unwrap();
                 for step in 0..3 {
                     for params in [&mut a, &mut b] {
                         for i in 0..params.len() {

@@ -4,8 +4,8 @@ pub(crate) mod adamw;
 pub(crate) mod average;
 pub(crate) mod schedule;
 
-pub(crate) use adamw::Moments;
 pub use adamw::{AdamW, Hyper};
+pub(crate) use adamw::{Moments, streamed_bytes};
 pub(crate) use average::Average;
 pub use schedule::Schedule;
 

@@ -13,6 +13,7 @@ use crate::distributed::mesh::ShardingPlan;
 use crate::distributed::plan::GroupPlan;
 use crate::error::Result;
 use crate::model::{compute_kind, float8};
+use crate::optim::streamed_bytes;
 
 /// What the rows are that `train.batch_size` counts.
 #[derive(Debug, Clone, Copy)]
@@ -155,7 +156,7 @@ impl TrainingMemory {
 
     /// Moments that are on the device.
     fn moments_there(&self) -> i64 {
-        if self.offload { 0 } else { self.moments }
+        if self.offload { streamed_bytes(self.moments) } else { self.moments }
     }
 
     /// The peak of a step with micro-batches of `rows`, by what it is for.

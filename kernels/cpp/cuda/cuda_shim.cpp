@@ -7,6 +7,9 @@
 
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContext.h>
+#include <ATen/cuda/CUDAEvent.h>
+#include <ATen/cuda/CUDAGraph.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
@@ -40,7 +43,12 @@ extern "C" {
 // Whether libtorch's CPU part knows of its CUDA part. It looks once, at the first call that asks for it (a random seed,
 // say): if that was before libtorch_cuda was loaded, CUDA stays unknown to this process.
 char* corral_cuda_hooks(int* known) {
-  return guarded([&] { *known = at::detail::getCUDAHooks().hasCUDART(); });
+  return guarded([&] {
+    *known = at::detail::getCUDAHooks().hasCUDART();
+    // Segments that grow leave no holes between the shapes of sampling and of training. PyTorch's own settings win.
+    if (!std::getenv("PYTORCH_ALLOC_CONF") && !std::getenv("PYTORCH_CUDA_ALLOC_CONF"))
+      c10::CachingAllocator::setAllocatorSettings("expandable_segments:True");
+  });
 }
 
 // Throws, with the driver's reason, where there is no usable device.
@@ -91,6 +99,111 @@ char* corral_cuda_stream_current(int device, Stream* out) {
   return guarded([&] { *out = pack(c10::cuda::getCurrentCUDAStream(index(device))); });
 }
 
+// One of libtorch's pool.
+char* corral_cuda_stream_new(int device, Stream* out) {
+  return guarded([&] { *out = pack(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, index(device))); });
+}
+
+// What is queued on `waits` from here on begins when what is queued on `other` now is done.
+char* corral_cuda_stream_wait(Stream waits, Stream other) {
+  return guarded([&] {
+    at::cuda::CUDAEvent event;
+    event.record(unpack(other));
+    event.block(unpack(waits));
+  });
+}
+
+char* corral_cuda_stream_synchronize(Stream stream) {
+  return guarded([&] { unpack(stream).synchronize(); });
+}
+
+// Queues a copy, between a device and pinned memory; the caller keeps both tensors until the stream has done it.
+char* corral_cuda_copy(at::Tensor* to, at::Tensor* from, Stream stream) {
+  return guarded([&] {
+    c10::cuda::CUDAStreamGuard guard(unpack(stream));
+    at::NoGradGuard no_grad;
+    to->copy_(*from, /*non_blocking=*/true);
+  });
+}
+
+// Bytes of pinned memory, exactly as many: libtorch's own pinned memory is rounded up to a power of two.
+char* corral_cuda_pinned(int64_t bytes, at::Tensor** out) {
+  return guarded([&] {
+    at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);
+    const size_t page = 4096, size = (static_cast<size_t>(bytes) + page - 1) / page * page + page;
+    void* memory = std::aligned_alloc(page, size);
+    TORCH_CHECK(memory, "no host memory for ", bytes, " bytes");
+    const auto error = cudaHostRegister(memory, size, cudaHostRegisterPortable);
+    if (error != cudaSuccess) {
+      std::free(memory);
+      C10_CUDA_CHECK(error);
+    }
+    auto release = [](void* memory) {
+      // At the end of the process the driver may be gone already; the memory goes with it.
+      (void)cudaHostUnregister(memory);
+      std::free(memory);
+    };
+    *out = new at::Tensor(at::from_blob(memory, {bytes}, release, at::TensorOptions().dtype(at::kByte)));
+  });
+}
+
+char* corral_cuda_empty_cache() {
+  return guarded([&] { allocator::emptyCache(); });
+}
+
+} // extern "C"
+
+// A graph, and the stream that was current before it was captured.
+struct GraphPtr {
+  at::cuda::CUDAGraph graph;
+  c10::cuda::CUDAStream before;
+};
+
+extern "C" {
+
+// From here to the end what this thread queues is captured, not run: on a stream of its own, which is current meanwhile.
+char* corral_cuda_graph_begin(int device, GraphPtr** out) {
+  return guarded([&] {
+    const auto before = c10::cuda::getCurrentCUDAStream(index(device));
+    const auto own = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, before.device_index());
+    at::cuda::CUDAEvent event;
+    event.record(before);
+    event.block(own);
+    auto graph = std::unique_ptr<GraphPtr>(new GraphPtr{{}, before});
+    c10::cuda::setCurrentCUDAStream(own);
+    try {
+      // Other threads, NCCL's watchdog among them, may go on calling CUDA.
+      graph->graph.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+    } catch (...) {
+      c10::cuda::setCurrentCUDAStream(before);
+      throw;
+    }
+    *out = graph.release();
+  });
+}
+
+char* corral_cuda_graph_end(GraphPtr* graph) {
+  return guarded([&] {
+    const auto before = graph->before;
+    try {
+      graph->graph.capture_end();
+    } catch (...) {
+      c10::cuda::setCurrentCUDAStream(before);
+      throw;
+    }
+    c10::cuda::setCurrentCUDAStream(before);
+  });
+}
+
+// On the current stream.
+char* corral_cuda_graph_replay(GraphPtr* graph) {
+  return guarded([&] { graph->graph.replay(); });
+}
+
+char* corral_cuda_graph_free(GraphPtr* graph) {
+  return guarded([&] { delete graph; });
+}
+
 // A cubin or PTX (NUL-terminated). Loaded for all devices, when first used.
 char* corral_cuda_module_load(const void* image, cudaLibrary_t* out) {
   return guarded([&] {
@@ -132,6 +245,9 @@ char* corral_nccl(const StorePtr* store, int rank, int size, const char* name, i
   return guarded([&] {
     // c10d would end the process on an error, before ours can tell which rank is missing (kernels/src/comm/watch.rs).
     setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0", /*overwrite=*/0);
+    // Gathers and reductions have a communicator each: NCCL keeps their kernels in the order in which the host launched them, which is
+    // the same on all ranks, so that none waits for a peer that waits for it.
+    setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "1", /*overwrite=*/0);
     c10::cuda::CUDAGuard guard(index(device));
     // Of high priority, so that a gather begins between the blocks of a product that waits for nothing.
     auto options = c10d::ProcessGroupNCCL::Options::create(/*is_high_priority_stream=*/true);

@@ -52,7 +52,8 @@ fn compiled(cuda: &'static Cuda, source: usize, capability: (i32, i32)) -> Resul
     }
     let s = &SOURCES[source];
     let arch = format!("sm_{}{}", capability.0, capability.1);
-    let module = Box::leak(Box::new(Module::load(cuda, &nvrtc::compile(s.name, s.text, &arch, s.options)?)?));
+    let module =
+        Box::leak(Box::new(Module::load(cuda, &nvrtc::compiled(s.name, s.text, &arch, s.options)?)?));
     let kernels: Result<Kernels> = s.kernels.iter().map(|name| Ok((*name, module.kernel(name)?))).collect();
     let kernels: &'static Kernels = Box::leak(Box::new(kernels?));
     cache.insert((source, capability), kernels);

@@ -10,10 +10,12 @@ pub(crate) mod modules;
 pub mod nvrtc;
 mod shim;
 pub mod sources;
+mod streams;
 
 pub use devices::{DeviceInfo, Memory, peak_flops};
 pub use library::libtorch_dir;
 pub use shim::{Cuda, load};
+pub use streams::{CopyStream, Graph, Pinned, empty_cache};
 
 /// Whether a device's tensors take the GPU's path: CUDA's do, and the CPU's in tests with the [`emulator`].
 pub(crate) fn takes_gpu_path(device: tch::Device) -> bool {

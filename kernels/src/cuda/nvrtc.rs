@@ -15,6 +15,8 @@ const COMMON: (&str, &str) = ("common.cuh", include_str!("../../cuda/common.cuh"
 /// (name, text) of what a kernel may include: `cuda_bf16.h`, `cuda_fp16.h`, `cuda_fp8.h` and what those need.
 const HEADERS: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/nvrtc_headers.rs"));
 
+const NVRTC_SONAME: &str = "libnvrtc.so.13";
+
 type Program = *mut c_void;
 
 struct Nvrtc {
@@ -47,7 +49,7 @@ fn open() -> Result<Nvrtc> {
     #[expect(clippy::disallowed_methods, reason = "where CUDA is, on a machine with its toolkit")]
     let cuda_home = std::env::var("CUDA_HOME").unwrap_or("/usr/local/cuda".into());
     places.push(Path::new(&cuda_home).join("lib64"));
-    let place = places.into_iter().find(|p| p.join("libnvrtc.so.13").exists());
+    let place = places.into_iter().find(|p| p.join(NVRTC_SONAME).exists());
     if let Some(place) = &place {
         // NVRTC opens its builtins by name alone and would not find them there: they must be loaded before.
         let entries =
@@ -58,7 +60,7 @@ fn open() -> Result<Nvrtc> {
             }
         }
     }
-    let path = place.map_or("libnvrtc.so.13".into(), |p| p.join("libnvrtc.so.13"));
+    let path = place.map_or(NVRTC_SONAME.into(), |p| p.join(NVRTC_SONAME));
     let library = dlopen(&path.to_string_lossy(), RTLD_NOW | RTLD_GLOBAL).map_err(|e| {
         e.context("NVRTC, which compiles the CUDA kernels, is missing (it comes with libtorch for CUDA 13)")
     })?;
@@ -86,6 +88,44 @@ unsafe fn symbol<T: Copy>(library: &Library, name: &str) -> Result<T> {
     let found =
         unsafe { library.get::<T>(name.as_bytes()) }.map_err(|e| Error::new(format!("NVRTC: {e}")))?;
     Ok(*found)
+}
+
+/// Where compiled kernels are kept from process to process.
+static CACHE: OnceLock<PathBuf> = OnceLock::new();
+
+/// Keeps compiled kernels in a folder, from which later processes take them: compiling takes seconds. The first call counts.
+pub fn keep_in(folder: PathBuf) {
+    CACHE.get_or_init(|| folder);
+}
+
+/// [`compile`], or what the folder of [`keep_in`] holds of the same source, headers, options, architecture and compiler. A folder that
+/// cannot be read or written changes nothing.
+pub fn compiled(name: &str, source: &str, arch: &str, options: &[&str]) -> Result<Vec<u8>> {
+    let Some(folder) = CACHE.get() else { return compile(name, source, arch, options) };
+    let version = env!("CARGO_PKG_VERSION");
+    let headers = HEADERS.iter().chain([&COMMON]).flat_map(|(name, text)| [*name, *text]);
+    let parts =
+        [version, NVRTC_SONAME, source, arch].into_iter().chain(options.iter().copied()).chain(headers);
+    // FNV-1a, of each part with its length.
+    let hash = parts.fold(0xcbf2_9ce4_8422_2325_u64, |h, part| {
+        let bytes = (part.len() as u64).to_le_bytes().into_iter().chain(part.bytes());
+        bytes.fold(h, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
+    });
+    let stem = name.trim_end_matches(".cu");
+    let file = folder.join(format!("{stem}-{arch}-{hash:016x}.cubin"));
+    if let Ok(cubin) = std::fs::read(&file)
+        && cubin.starts_with(b"\x7fELF")
+    {
+        return Ok(cubin);
+    }
+    let cubin = compile(name, source, arch, options)?;
+    // Renamed when it is complete: ranks begin together.
+    let unfinished = folder.join(format!("{stem}-{hash:016x}.{}", std::process::id()));
+    let written = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&unfinished, &cubin));
+    if written.and_then(|()| std::fs::rename(&unfinished, &file)).is_err() {
+        let _ = std::fs::remove_file(&unfinished);
+    }
+    Ok(cubin)
 }
 
 /// Compiles `source` (called `name` in messages) for `arch`, such as `sm_90`; `options` as nvcc's, such as `-DN=4`.
@@ -166,6 +206,30 @@ mod tests {
             assert_eq!(&cubin[..4], b"\x7fELF", "{arch}");
             assert!(cubin.windows(5).any(|w| w == b"twice"), "{arch}: the kernel's name is in the cubin");
         }
+    }
+
+    #[test]
+    fn compiled_kernels_are_kept() {
+        let folder = std::env::temp_dir().join(format!("corral-nvrtc-{}", std::process::id()));
+        keep_in(folder.clone());
+        let get = |options: &[&str]| compiled("twice.cu", DOUBLE, "sm_90", options).unwrap();
+        let files = || {
+            let mut files: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|f| f.unwrap().path()).collect();
+            files.sort();
+            files
+        };
+        let first = get(&["-DFACTOR=2.f"]);
+        let [file] = &files()[..] else { panic!("{:?}", files()) };
+        assert_eq!(first, get(&["-DFACTOR=2.f"]));
+        // It is what is read.
+        std::fs::write(file, b"\x7fELF and so on").unwrap();
+        assert_eq!(get(&["-DFACTOR=2.f"]), b"\x7fELF and so on");
+        // What is no machine code is made again; other options are another file.
+        std::fs::write(file, b"half").unwrap();
+        assert_eq!(first, get(&["-DFACTOR=2.f"]));
+        assert_ne!(first, get(&["-DFACTOR=3.f"]));
+        assert_eq!(files().len(), 2);
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 
     #[test]

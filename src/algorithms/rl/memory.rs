@@ -16,6 +16,7 @@ use crate::distributed::mesh::ShardingPlan;
 use crate::error::{Error, Result};
 use crate::generate::engine::PREFILL_TOKENS;
 use crate::model::{compute_kind, float8};
+use crate::optim::streamed_bytes;
 use crate::plan::memory::{BatchShape, Memory};
 use crate::plan::models::{ModelMemory, ModelsMemory};
 use crate::plan::work::{StepWork, forward, forward_and_backward, update_bytes};
@@ -147,7 +148,7 @@ fn trained(
     let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?.in_float8(float8);
     let optim = m.optim.as_ref().unwrap_or(c.common.optim);
     let moments = if name == "average" { 0 } else { memory.moments(optim.moments) };
-    let (there, host) = if optim.offload { (0, moments) } else { (moments, 0) };
+    let (there, host) = if optim.offload { (streamed_bytes(moments), moments) } else { (moments, 0) };
     let batch = BatchShape {
         rows: work.micro_batch,
         length,

@@ -60,9 +60,12 @@ impl<'a> Where<'a> {
             DeviceChoice::Cuda => DeviceChoice::CudaIndex(world.local_rank as usize),
             other => other,
         };
-        World::solo(choice)
-            .map(|own| Where::Own(Box::new(own)))
-            .map_err(|e| e.context(format!("{name}.device")))
+        let own = World::solo(choice).map_err(|e| e.context(format!("{name}.device")))?;
+        // Opening a GPU makes it this thread's: the run's is that again.
+        if let Device::Cuda(index) = world.device {
+            kernels::cuda::load()?.set_device(index)?;
+        }
+        Ok(Where::Own(Box::new(own)))
     }
 }
 

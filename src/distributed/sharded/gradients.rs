@@ -102,7 +102,7 @@ impl Sharded {
         if let Some(full_grad) = g.full_grad.take() {
             let out = Tensor::empty([g.shard_len], (full_grad.kind(), self.device));
             // collective, overlaps the backward of the groups below
-            let work = self.sharding.shard.reduce_scatter(&out, &full_grad, ReduceOp::Sum)?;
+            let work = self.sharding.reduce.reduce_scatter(&out, &full_grad, ReduceOp::Sum)?;
             self.reductions.push(Reduction { group: i, work, out: Some(out) });
         }
         if last && self.sharding.replicate.size() > 1 {

@@ -1,5 +1,6 @@
 //! Parameters that are on their device only while they are used.
 
+use kernels::cuda::{CopyStream, Pinned};
 use tch::{Device, Kind, Tensor};
 
 use super::{FlatGroup, Sharded};
@@ -12,13 +13,29 @@ impl Sharded {
         if self.away {
             return Ok(());
         }
-        let device = self.device;
         self.clear_gradients();
+        if self.groups.iter().any(|g| g.parked.is_none()) {
+            let bytes = |t: &Tensor| (t.numel() * t.kind().elt_size_in_bytes()) as i64;
+            let sizes = self.groups.iter().flat_map(|g| [bytes(&g.master), bytes(g.frozen.local())]);
+            let mut pinned = Pinned::for_sizes(sizes, self.device)?;
+            for g in &mut self.groups {
+                let mut place = |t: &Tensor| pinned.take(&t.size(), t.kind());
+                g.parked = Some(HostCopies {
+                    values: place(&g.master)?,
+                    frozen: place(g.frozen.local())?,
+                    filled: false,
+                });
+            }
+        }
+        let stream = CopyStream::new(self.device)?;
+        stream.after_computing()?;
         for g in &mut self.groups {
             g.full = None;
             g.frozen.release();
-            g.park(device)?;
+            g.park(&stream)?;
         }
+        // What takes the device's memory next must not come before the copies.
+        stream.wait()?;
         self.away = true;
         Ok(())
     }
@@ -34,53 +51,64 @@ impl Sharded {
             return Ok(());
         }
         let (compute, device) = (self.compute, self.device);
-        self.groups.iter_mut().try_for_each(|g| g.unpark(compute, device))?;
+        let stream = CopyStream::new(device)?;
+        stream.after_computing()?; // the new tensors may have memory that the device still computes with
+        self.groups.iter_mut().try_for_each(|g| g.unpark(device, &stream))?;
+        stream.before_computing()?; // the host does not wait
+        self.groups.iter_mut().try_for_each(|g| g.make_local(compute))?;
         self.away = false;
         Ok(())
     }
 }
 
+/// Host memory of what is parked.
+pub(super) struct HostCopies {
+    values: Tensor,
+    /// What is not trained, in bytes, and whether it was copied: it does not change.
+    frozen: Tensor,
+    filled: bool,
+}
+
 impl FlatGroup {
-    /// Moves the values to host memory.
-    fn park(&mut self, device: Device) -> Result<()> {
+    /// Queues copies of the values to host memory.
+    fn park(&mut self, stream: &CopyStream) -> Result<()> {
         let aliased = self.local.kind() == self.master.kind();
-        let [values, frozen] = match self.parked.take() {
-            Some([values, frozen]) => {
-                tch::no_grad(|| values.shallow_clone().f_copy_(&self.master))?; // host sync
-                // What is not trained has not changed.
-                [values, frozen]
-            }
-            None => [in_host_memory(&self.master, device)?, in_host_memory(self.frozen.local(), device)?],
-        };
-        self.master = values;
+        let Some(host) = &mut self.parked else { return Ok(()) };
+        stream.copy(&host.values, &self.master)?;
+        if !std::mem::replace(&mut host.filled, true) {
+            stream.copy(&host.frozen, self.frozen.local())?;
+        }
+        self.master = host.values.shallow_clone();
+        self.frozen.set_local(host.frozen.shallow_clone());
         self.local = match aliased {
             true => self.master.shallow_clone(),
             // Made of the values again.
             false => Tensor::empty([0], (self.local.kind(), Device::Cpu)),
         };
+        Ok(())
+    }
+
+    /// Queues copies of the values back to the device, and keeps the host memory.
+    fn unpark(&mut self, device: Device, stream: &CopyStream) -> Result<()> {
+        let back = |t: &Tensor| -> Result<Tensor> {
+            let there = Tensor::f_empty(t.size(), (t.kind(), device))?;
+            stream.copy(&there, t)?;
+            Ok(there)
+        };
+        self.master = back(&self.master)?;
+        let frozen = back(self.frozen.local())?;
         self.frozen.set_local(frozen);
         Ok(())
     }
 
-    /// Moves the values back to the device, and keeps the host memory.
-    fn unpark(&mut self, compute: Kind, device: Device) -> Result<()> {
-        let (values, frozen) = (self.master.shallow_clone(), self.frozen.local().shallow_clone());
-        // A CPU's "device memory" must be other memory, too.
-        self.master = values.f_to_device_(device, values.kind(), false, true)?;
-        self.frozen.set_local(frozen.f_to_device_(device, Kind::Uint8, false, true)?);
+    /// The slice in the compute dtype, once the values are there.
+    fn make_local(&mut self, compute: Kind) -> Result<()> {
         self.local = match self.master.kind() == compute {
             true => self.master.shallow_clone(),
             false => self.master.f_to_kind(compute)?,
         };
-        self.parked = Some([values, frozen]);
         Ok(())
     }
-}
-
-/// A copy in host memory, from where a GPU reads it directly.
-fn in_host_memory(t: &Tensor, device: Device) -> Result<Tensor> {
-    let copy = t.f_to_device_(Device::Cpu, t.kind(), false, true)?; // host sync
-    Ok(if device.is_cuda() { kernels::ops::pin(&copy)? } else { copy })
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ demo: ## make data, train a tokenizer, pretrain on two ranks, print what the mod
 
 test: setup ## all tests; then those of operations and models once more, on the GPU's kernels, emulated
 	cargo test --release --workspace
-	CORRAL_TEST_DEVICE=emulated cargo test --release --workspace --test ops --test quant --test parity --test parity_training
+	CORRAL_TEST_DEVICE=emulated cargo test --release --workspace --test ops --test quant --test parity --test parity_training --test generate
 
 parity: setup ## only the tests against golden data (CORRAL_GOLDEN=DIR: another set of it)
 	cargo test --release --test parity --test parity_training --test tokenizer

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Checks Corral on a GPU in stages, each with a time limit of its own, and prints a table.
 
-    gpu_check.py                 all stages: correctness (A), then PyTorch next to Corral (B)
+    gpu_check.py                 correctness (A), then PyTorch next to Corral (B), each within a lease of some minutes
+    gpu_check.py --part C        figures of other systems to be reached, row by row (TARGETS)
     gpu_check.py --stage NAME    one or more stages and what they need; --list names all
-    gpu_check.py --device cpu    A's commands on a CPU with a small model: proves paths and arguments
+    gpu_check.py --device cpu    the commands of A and C on a CPU with a small model: proves paths and arguments
     gpu_check.py --pack          on a machine with the build: writes gpu-check.tar.gz, which can be carried alone
-    gpu_check.py --prove         packs, unpacks in an empty folder, and runs A's commands on the CPU there
+    gpu_check.py --prove         packs, unpacks in an empty folder, and runs those commands on the CPU there
 
 The archive unpacks on a machine that has only a GPU and a Python with torch 2.11 (`LIBTORCH` names another libtorch). A stage that fails does
 not stop the others. Runs go into ./runs-gpu-check; the folder OUT (default: gpu-check-out) gets at most six files: the table, one log, and the
@@ -27,11 +28,33 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 TESTS = ["ops", "quant", "parity", "parity_training"]
 ARCHIVE = "gpu-check.tar.gz"
-#: Of one H100; they are printed next to what was measured.
+#: Of one H100: a key of the measurement and what it should reach; they are printed next to what was measured. Tokens a second of Qwen2.5 are
+#: llm.q's, those of LoRA surogate's, the better one of what others publish (docs/gpu.md).
 TARGETS = {
-    "train-llama-1b": "MFU 50 %",
-    "peers-llama-1b": "1.10 of torch.compile",
+    "train-llama-1b": ("mfu", 0.5),
+    "train-llama-1b-8": ("mfu", 0.5),
+    "peers-llama-1b": ("ratio", 1.1),
+    "qwen2.5-0.5b": ("tokens_per_s", 149e3),
+    "qwen2.5-1.5b": ("tokens_per_s", 59e3),
+    "qwen2.5-3b": ("tokens_per_s", 31e3),
+    "qwen2.5-7b": ("tokens_per_s", 14e3),
+    "qwen2.5-0.5b-float8": ("tokens_per_s", 164e3),
+    "qwen2.5-1.5b-float8": ("tokens_per_s", 73e3),
+    "qwen2.5-3b-float8": ("tokens_per_s", 40e3),
+    "qwen2.5-7b-float8": ("tokens_per_s", 19e3),
+    "lora-qwen3-0.6b": ("tokens_per_s", 53.9e3),
+    "lora-qwen3-1.7b": ("tokens_per_s", 32.8e3),
+    "lora-qwen3-4b": ("tokens_per_s", 15.9e3),
+    "lora-qwen3-8b": ("tokens_per_s", 10.2e3),
+    "qlora-qwen3-8b": ("tokens_per_s", 10e3),
+    "decode-llama-1b-1": ("memory_share", 0.75),
+    "decode-llama-1b-64": ("memory_share", 0.75),
+    "decode-llama-2-7b-1": ("memory_share", 0.75),
+    "decode-llama-2-7b-64": ("memory_share", 0.75),
+    "checkpoint-stall": ("stall_bytes_per_s", 20e9),
 }
+#: What QLoRA's row may take of the GPU's memory.
+QLORA_BYTES = 7.4 * 2**30
 #: The largest relative difference of a float32 loss between a GPU, two ranks on it, and the CPU, over the first steps.
 LOSSES_DIFFER = 1e-3
 
@@ -192,10 +215,15 @@ class Check:
         out = self.run(self.corral("bench", *words), limit)
         result = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
         self.measured.append(result)
+        self.values = result
         if result["bench"] == "generate":
-            return f"{result['new_tokens_per_s']:,.0f} new tokens/s"
+            share = "" if result.get("memory_share") is None else f", {100 * result['memory_share']:.0f} % of the memory's rate"
+            return f"{result['new_tokens_per_s']:,.0f} new tokens/s{share}"
+        if result["bench"] == "checkpoint":
+            return f"training stands still for {result['stall_s']:.2f} s, {result['stall_bytes_per_s'] / 1e9:.1f} GB/s"
         mfu = "" if result.get("mfu") is None else f", MFU {100 * result['mfu']:.1f} %"
-        return f"{result['tokens_per_s']:,.0f} tokens/s{mfu}, peak {result['peak_bytes'] / 1e9:.1f} GB"
+        light = f", {100 * result['speed_of_light_share']:.0f} % of the speed of light"
+        return f"{result['tokens_per_s']:,.0f} tokens/s{mfu}{light}, peak {result['peak_bytes'] / 1e9:.1f} GB"
 
     def bench_train(self, preset, batch):
         if self.cpu:
@@ -203,8 +231,43 @@ class Check:
         steps = ["--steps", "2", "--warmup", "1"] if self.cpu else ["--steps", "20", "--warmup", "5"]
         return self.bench("train", "--preset", preset, "--precision", self.bf16(), "--batch-size", batch, "--micro-batch-size", batch, *steps)
 
-    def bench_generate(self, rows):
+    def row(self, preset, *words, rows, micro, length, precision=None):
+        """A row of part C: training of a published model's shape with random weights."""
+        precision = precision or self.bf16()
+        if self.cpu:
+            preset, rows, micro, length = self.substitute(preset, "llama-15m"), 2, 1, 32
+        steps = ["--steps", "2", "--warmup", "1"] if self.cpu else ["--steps", "10", "--warmup", "3"]
+        return self.bench("train", "--preset", preset, "--precision", precision, "--batch-size", rows, "--micro-batch-size", micro,
+                          "--sequence-length", length, *words, *steps, limit=150)
+
+    def qlora(self):
+        text = self.row("qwen3-8b", "--lora", "16", "--base", "nf4", "--recompute", "full", rows=2, micro=2, length=2048)
+        if not self.cpu and not self.values["peak_bytes"] <= QLORA_BYTES:
+            raise Failed(f"{text}: more than {QLORA_BYTES / 1e9:.1f} GB")
+        return text
+
+    def checkpoint(self):
         preset = self.substitute("llama-1b", "llama-15m")
+        return self.bench("checkpoint", "--preset", preset, "--precision", self.bf16(), "--saves", "1" if self.cpu else "2", "--steps", "2",
+                          limit=150)
+
+    def grpo(self):
+        """Eight prompts with eight samples each, of a model of Qwen3-0.6B's shape with random weights; all samples are as long as they may."""
+        preset, new = self.substitute("qwen3-0.6b", "llama-15m"), 8 if self.cpu else 256
+        vocabulary = 32000 if self.cpu else 151936
+        words = self.recipe("pretrain", "pretrain/default", "runs/random", 1, f"model={{preset: {preset}}}",
+                            f"tokenizer.pad_to_multiple_of={vocabulary}", f"precision.compute={self.bf16()}", "train.batch_size=1")
+        self.run([self.bin / "corral", *words], 120)
+        out = self.train("grpo", "grpo/default", "runs/grpo-random", 4, "actor.path=runs/random", "train.batch_size=8", "grpo.group_size=8",
+                         f"generation.max_new_tokens={new}", f"generation.min_new_tokens={new}", f"precision.compute={self.bf16()}")
+        lines = [json.loads(line) for line in open(self.work / "runs/grpo-random/metrics.jsonl")]
+        last = [line for line in lines if line["kind"] == "train"][-1]
+        rollout, score, step = last["rollout_s"], last["score_s"], last["step_s"]
+        self.measured.append({"bench": "grpo", "preset": preset, **{key: last[key] for key in ("rollout_s", "score_s", "step_s")}})
+        return f"rollout {rollout:.2f} s, scores {score:.2f} s, update {step - rollout - score:.2f} s; {out}"
+
+    def bench_generate(self, rows, preset="llama-1b"):
+        preset = self.substitute(preset, "llama-15m")
         sizes = ["--prompt-tokens", "16", "--new-tokens", "8", "--runs", "1"] if self.cpu else \
             ["--prompt-tokens", "128", "--new-tokens", "256", "--runs", "2"]
         return self.bench("generate", "--preset", preset, "--precision", self.bf16(), "--batch-size", min(rows, 2) if self.cpu else rows, *sizes)
@@ -225,6 +288,7 @@ class Check:
         mine = max(r["tokens_per_s"] for r in rows if r["impl"] == "corral")
         if best is None:
             raise Failed(f"{mine:,.0f} tokens/s, and no peer ran")
+        self.values = {"ratio": mine / best}
         return f"{mine:,.0f} tokens/s, {mine / best:.2f} of the fastest peer"
 
     def collectives(self):
@@ -237,6 +301,9 @@ class Check:
         lora = "lora={rank: 8, alpha: 16}"
         model, sft = "model.path=runs/pretrain", "model.path=runs/sft"
         bf16 = lambda: f"precision.compute={self.bf16()}"
+        # llm.q's rows have sequences of 1,024 tokens; of a 7B model moments in float32 do not fit on one GPU.
+        qwen = {"0.5b": (16, 16), "1.5b": (16, 8), "3b": (16, 4), "7b": (8, 2)}
+        moments = lambda size: ["--moments", "8bit", "--recompute", "full"] if size == "7b" else []
         return [
             *[("A", name, [], lambda name=name, limit=limit: self.test(name, limit))
               for name, limit in zip(TESTS, (90, 60, 120, 120))],
@@ -260,13 +327,27 @@ class Check:
             ("A", "train-llama-110m", [], lambda: self.bench_train("llama-110m", 16)),
             ("A", "decode-llama-1b-64", [], lambda: self.bench_generate(64)),
             ("A", "decode-llama-1b-1", [], lambda: self.bench_generate(1)),
+            ("A", "train-float8", ["data"], lambda: self.train("pretrain", "pretrain/default", "runs/float8", 20, "precision.compute=float8",
+                                                              "float8.min_size=0")),
+            ("B", "train-llama-1b-8", [], lambda: self.bench_train("llama-1b", 8)),
             ("B", "peers-llama-1b", [], lambda: self.peers("llama-1b", 4)),
             ("B", "peers-llama-110m", [], lambda: self.peers("llama-110m", 16)),
             ("B", "collectives", [], self.collectives),
+            *[("C", f"qwen2.5-{size}", [], lambda size=size, batch=batch: self.row(
+                f"qwen2.5-{size}", *moments(size), rows=batch[0], micro=batch[1], length=1024)) for size, batch in qwen.items()],
+            *[("C", f"qwen2.5-{size}-float8", [], lambda size=size, batch=batch: self.row(
+                f"qwen2.5-{size}", "--float8-min-size", "512", *moments(size), rows=batch[0], micro=batch[1], length=1024,
+                precision="float8")) for size, batch in qwen.items()],
+            *[("C", f"lora-qwen3-{size}", [], lambda size=size: self.row(
+                f"qwen3-{size}", "--lora", "16", rows=8, micro=2, length=2048)) for size in ("0.6b", "1.7b", "4b", "8b")],
+            ("C", "qlora-qwen3-8b", [], self.qlora),
+            *[("C", f"decode-llama-2-7b-{rows}", [], lambda rows=rows: self.bench_generate(rows, "llama-2-7b")) for rows in (1, 64)],
+            ("C", "checkpoint-stall", [], self.checkpoint),
+            ("C", "grpo-qwen3-0.6b", ["data"], self.grpo),
         ]
 
     def stage(self, name, do):
-        begun = time.time()
+        begun, self.values = time.time(), {}
         self.log.write(f"\n== {name}\n")
         try:
             passed, text = True, do()
@@ -274,8 +355,12 @@ class Check:
             passed, text = False, str(e)
         except Exception as e:  # a stage must not stop the others
             passed, text = False, f"{type(e).__name__}: {e}"
-        if name in TARGETS and not self.cpu:
-            text += f" (target: {TARGETS[name]})"
+        key, target = TARGETS.get(name, (None, None))
+        if key and not self.cpu:
+            reached = self.values.get(key)
+            unit = {"mfu": "MFU", "ratio": "of torch.compile", "tokens_per_s": "tokens/s", "memory_share": "of the memory's rate",
+                    "stall_bytes_per_s": "bytes/s"}[key]
+            text += f" (target: {target:,.10g} {unit}" + (f", {reached / target:.2f} of it)" if reached else ")")
         row = (name, "ok" if passed else "FAILED", time.time() - begun, text)
         self.rows.append(row)
         print(f"{row[0]:<20} {row[1]:<7} {row[2]:6.1f} s  {row[3]}", flush=True)
@@ -425,7 +510,7 @@ def main():
     parser.add_argument("--prove", action="store_true", help="try the archive on this machine's CPU")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--stage", action="append", default=[], metavar="NAME", help="run this stage, and those that it needs")
-    parser.add_argument("--part", choices=["A", "B"], help="correctness, or the peers")
+    parser.add_argument("--part", choices=["A", "B", "C"], help="correctness, the peers, or rows of targets")
     parser.add_argument("--list", action="store_true", help="name the stages")
     args = parser.parse_args()
     target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
@@ -446,8 +531,9 @@ def main():
     check = Check(args, line)
     print(line, flush=True)
     stages = check.stages()
-    if args.device == "cpu" or args.part:
-        stages = [stage for stage in stages if stage[0] == (args.part or "A")]
+    # On a CPU the commands of C are tried, too: none of them needs other programs.
+    parts = args.part or ("AC" if args.device == "cpu" else "AB")
+    stages = [stage for stage in stages if stage[0] in parts]
     if args.stage:
         stages = needed(check.stages(), args.stage)
     for _, name, _, do in stages:

@@ -14,6 +14,10 @@ pub fn hash(x: u64) -> u64 {
     mix(x.wrapping_add(GAMMA))
 }
 
+fn joined(key: u64, part: u64) -> u64 {
+    mix(key.wrapping_add(GAMMA) ^ mix(part.wrapping_add(GAMMA)))
+}
+
 /// A stream of random numbers for (seed, purpose, index): splitmix64 (Steele, Lea, Flood 2014), whose n-th
 /// number is a function of the key and n alone.
 #[derive(Debug, Clone)]
@@ -24,13 +28,15 @@ pub struct Rng {
 impl Rng {
     /// `purpose` names the use (`"sft.train"`, `"dropout"`); `index` is the item's number within it.
     pub fn new(seed: u64, purpose: &str, index: u64) -> Self {
+        Rng { state: joined(Rng::key(seed, purpose), index) }
+    }
+
+    /// What a stream's key is but for the index: kernels/cuda/sample.cu goes on from it.
+    pub fn key(seed: u64, purpose: &str) -> u64 {
         let purpose = purpose
             .bytes()
             .fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ b as u64).wrapping_mul(0x100_0000_01b3));
-        let key = [seed, purpose, index].iter().fold(0x243f_6a88_85a3_08d3, |k: u64, &part| {
-            mix(k.wrapping_add(GAMMA) ^ mix(part.wrapping_add(GAMMA)))
-        });
-        Rng { state: key }
+        joined(joined(0x243f_6a88_85a3_08d3, seed), purpose)
     }
 
     /// The next 64 random bits.

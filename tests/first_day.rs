@@ -172,11 +172,9 @@ fn mistakes_are_answered() {
     let both = ["ppo", "model.path=a", "--config", "two.yaml"];
     fs::write(dir.join("two.yaml"), "model: {path: a}\nactor: {path: b}\noutput_dir: x\n").unwrap();
     Program::corral(&both).current_dir(&dir).run(&dir, "both").expect_error(2, &["'actor' is given too"]);
-    // A key under another name is not missing, too; a value that is not built is not listed.
-    for (i, words) in [["sft", "lora={r: 8}"], ["sft", "precision.compute=fp32"]].iter().enumerate() {
-        let err = Program::corral(words).current_dir(&dir).run(&dir, &format!("one-{i}")).expect_code(2).err;
-        assert!(!err.contains("is missing") && !err.contains("float8"), "{err}");
-    }
+    // A key under another name is not missing, too.
+    let err = Program::corral(&["sft", "lora={r: 8}"]).current_dir(&dir).run(&dir, "one").expect_code(2).err;
+    assert!(!err.contains("is missing"), "{err}");
     // Standard input, and the names of torchrun.
     let model = format!("model.path={}", answers().display());
     let template = ["tokenizer={chat_template: llama3}", "data.train=[x.jsonl]", &model];

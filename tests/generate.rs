@@ -8,6 +8,7 @@ mod common;
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use testing::compare::largest;
+use testing::device::put;
 use testing::golden::{FAMILIES, golden, golden_model, tensors};
 use testing::ranks::on_ranks;
 use testing::tolerance::{Quantity, allowed};
@@ -247,8 +248,7 @@ fn draws_follow_the_distribution() {
     let n = 20_000u64;
     let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 9 };
     let many = logits.repeat([n as i64, 1]);
-    let draws: Vec<Draw> =
-        (0..n).map(|i| Draw { sample: i / 100, position: i % 100, may_end: true }).collect();
+    let draws: Vec<Draw> = (0..n).map(|i| Draw { sample: i / 100, position: i % 100, least: 0 }).collect();
     let choices = choose(&many, &draws, &[], &sampling).unwrap();
     for (id, p) in probabilities.iter().enumerate() {
         let share = choices.iter().filter(|c| c.id == id as i64).count() as f64 / n as f64;
@@ -278,7 +278,10 @@ fn draws_follow_the_distribution() {
         );
     }
     // Rows that may not end do not choose what ends them, greedily or drawn.
-    let kept = draws.iter().map(|d| Draw { may_end: d.sample % 2 == 0, ..*d }).collect::<Vec<_>>();
+    let kept = draws
+        .iter()
+        .map(|d| Draw { least: if d.sample % 2 == 0 { 0 } else { 1000 }, ..*d })
+        .collect::<Vec<_>>();
     for (sampling, first) in [(Sampling::GREEDY, 1), (sampling, 1)] {
         let choices = choose(&many, &kept, &[0, 99], &sampling).unwrap();
         let ends =
@@ -289,6 +292,56 @@ fn draws_follow_the_distribution() {
     let e = choose(&Tensor::full([1, 4], f64::NAN, (Kind::Double, Device::Cpu)), &draws[..1], &[], &sampling)
         .unwrap_err();
     assert!(e.message.contains("not finite"), "{e}");
+}
+
+/// Choices in float32 and bfloat16, on a GPU by a kernel, against those in float64: over one tile of the kernel and several, with ties,
+/// with tokens that cannot be chosen, with every way to leave tokens out.
+#[test]
+fn choices_are_those_in_float64() {
+    for (kind, vocab_size) in
+        [(Kind::Float, 11), (Kind::Float, 4103), (Kind::BFloat16, 8197), (Kind::BFloat16, 300)]
+    {
+        let rows = 12;
+        let logits = (Tensor::randn([rows, vocab_size], (Kind::Float, Device::Cpu)) * 2.0).to_kind(kind);
+        let _ = logits.narrow(1, 3, 1).fill_(f64::NEG_INFINITY);
+        // Ties at the top, and a likeliest token that ends rows.
+        let _ = logits.narrow(1, 5, 2).fill_(6.0);
+        let _ = logits.narrow(1, 1, 1).fill_(8.0);
+        let draws: Vec<Draw> = (0..rows as u64)
+            .map(|i| Draw { sample: i, position: i % 7, least: if i % 2 == 0 { 0 } else { 9 } })
+            .collect();
+        for (temperature, top_k, top_p) in [
+            (0.0, 0, 1.0),
+            (1.0, 0, 1.0),
+            (0.7, 0, 1.0),
+            (1.5, 4, 1.0),
+            (1.0, 0, 0.9),
+            (2.0, 0, 0.2),
+            (0.9, 6, 0.8),
+        ] {
+            let sampling = Sampling { temperature, top_k, top_p, seed: 5 };
+            let exact = logits.to_kind(Kind::Double);
+            let expected = choose(&exact, &draws, &[1, vocab_size - 1], &sampling).unwrap();
+            let got = choose(&put(&logits), &draws, &[1, vocab_size - 1], &sampling).unwrap();
+            let what = format!("{kind:?}, {vocab_size}, {sampling:?}");
+            let mut others = 0;
+            for (row, (a, b)) in got.iter().zip(&expected).enumerate() {
+                assert!(row % 2 == 0 || (a.id != 1 && a.id != vocab_size - 1), "{what}: {a:?}");
+                // A number on the border of two tokens' shares may fall on either side.
+                if a.id != b.id {
+                    others += 1;
+                    continue;
+                }
+                for (x, y) in [(a.logprob, b.logprob), (a.sampler_logprob, b.sampler_logprob)] {
+                    assert!((x - y).abs() < allowed(Quantity::Scores, Kind::Float), "{what}: {a:?} {b:?}");
+                }
+            }
+            assert!(others <= i64::from(temperature > 0.0), "{what}: {others} other tokens");
+        }
+        let _ = logits.get(2).narrow(0, 0, 1).fill_(f64::NAN);
+        let e = choose(&put(&logits), &draws, &[], &Sampling::GREEDY).unwrap_err();
+        assert!(e.message.contains("not finite"), "{e}");
+    }
 }
 
 /// A vocabulary whose nucleus is larger than the sampler looks at first.

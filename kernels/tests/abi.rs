@@ -194,7 +194,7 @@ fn what_differs_is_found() {
         ("uint64_t first", "int64_t first", "corral_fill_normal"),
         ("double eps, at::Tensor** y", "float eps, at::Tensor** y", "corral_rms_norm"),
         ("const char* host, uint16_t", "char* host, uint16_t", "corral_store_tcp"),
-        ("Stream stream", "Stream* stream", "corral_cuda_launch"),
+        ("Stream stream", "Stream* stream", "corral_cuda_stream_synchronize"),
     ] {
         let found = found(from, to);
         assert!(found.iter().any(|line| line.contains(name)), "{from} as {to}: {found:?}");

@@ -22,6 +22,7 @@ pub mod safetensors;
 mod saver;
 pub mod sharded;
 pub mod source;
+mod staging;
 mod tensor_hash;
 #[cfg(test)]
 mod tests;

@@ -10,18 +10,17 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use kernels::c10d::{Group, ReduceOp};
-use kernels::cuda::{CopyStream, Pinned};
 use serde_json::Value;
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use super::hf::write_tokenizer;
 use super::model_record::ModelRecord;
 use super::ours::Scoring;
 use super::safetensors::{SafetensorsWriter, TensorEntry};
 use super::sharded::{
-    BaseMeta, FileMeta, GroupMeta, MASTER, META, Meta, checkpoints_dir, list, shard_name, step_name,
-    tensor_name,
+    BaseMeta, FileMeta, GroupMeta, META, Meta, checkpoints_dir, list, shard_name, step_name,
 };
+use super::staging::Staging;
 use crate::config::shape::Shape;
 use crate::config::template_date::TemplateDate;
 use crate::data::tokenizer::Tokenizer;
@@ -83,7 +82,7 @@ pub struct Saver {
     models: Vec<ModelRecord>,
     pending: Option<Pending>,
     /// Where copies from a GPU lie while they are written.
-    staging: Option<Pinned>,
+    staging: Staging,
     failed_saves: u64,
     /// The best step, whose checkpoint stays once it is complete, and until then the one before, which is.
     next_best: Option<u64>,
@@ -171,7 +170,7 @@ impl Saver {
             models: Vec::new(),
             pending: None,
             failed_saves: 0,
-            staging: None,
+            staging: Staging::default(),
             next_best: None,
             best: None,
             first: None,
@@ -218,24 +217,6 @@ impl Saver {
         self.next_best = Some(step);
     }
 
-    /// Makes room for copies of the models from a GPU: pinned memory, which is kept from save to save. On a CPU the copies have their
-    /// own, and give it back as they are written. Returns the stream for them.
-    fn stage(&mut self, models: &[SavedPart]) -> Result<CopyStream> {
-        let device = models.iter().map(|m| m.params.device()).find(|d| d.is_cuda());
-        let Some(device) = device else { return Ok(CopyStream::new(Device::Cpu)?) };
-        let writes = models.iter().filter(|m| m.params.replica_group().rank() == 0);
-        let bytes = |(_, t): &(String, Tensor)| (t.numel() * t.kind().elt_size_in_bytes()) as i64;
-        let sizes: Vec<i64> =
-            writes.flat_map(|m| saved_tensors(m.params, m.optim)).map(|t| bytes(&t)).collect();
-        match &mut self.staging {
-            Some(pinned) if pinned.fits(sizes.iter().copied()) => pinned.clear(),
-            staging => *staging = Some(Pinned::for_sizes(sizes, device)?),
-        }
-        let stream = CopyStream::new(device)?;
-        stream.after_computing()?;
-        Ok(stream)
-    }
-
     /// Copies the state to host memory and starts writing it. A save that is still under way is waited for first; if
     /// that one fails, a warning says so. `state` is the trainer's own, equal on all ranks. Collective if a save is
     /// under way.
@@ -244,7 +225,7 @@ impl Saver {
         let started = Instant::now();
         let names: Vec<String> = models.iter().skip(1).map(|m| m.name.to_string()).collect();
         let mut parts = Vec::new();
-        let stream = self.stage(models)?;
+        self.staging.begin(models)?;
         let mut jobs = Ok(Vec::new());
         for (i, model) in models.iter().enumerate() {
             let params = model.params;
@@ -273,7 +254,7 @@ impl Saver {
             jobs = jobs.and_then(|mut jobs: Vec<Option<ToWrite>>| {
                 jobs.push(match writes {
                     true => {
-                        let copies = host_copies(params, model.optim, &mut self.staging, &stream)?;
+                        let copies = self.staging.copies(params, model.optim)?;
                         Some(ToWrite { path, copies, tokenizer })
                     }
                     false => None,
@@ -282,7 +263,7 @@ impl Saver {
             });
             parts.push(PendingPart { name, meta, rank, size, slices: writes.then_some(slices) });
         }
-        let jobs = jobs.and_then(|jobs| stream.wait().map(|()| jobs).map_err(Error::from));
+        let jobs = jobs.and_then(|jobs| self.staging.wait().map(|()| jobs));
         let logs = std::mem::take(&mut self.logs);
         let job = match jobs {
             Ok(jobs) => {
@@ -451,42 +432,6 @@ impl Saver {
         self.world.barrier()?;
         Ok(SaveOutcome::Failed { step, error })
     }
-}
-
-/// What a checkpoint holds of a model on this rank, by name in the file.
-fn saved_tensors(params: &Sharded, optim: Option<&AdamW>) -> Vec<(String, Tensor)> {
-    let mut tensors = Vec::with_capacity(params.len() * 3);
-    for i in 0..params.len() {
-        let moments = optim.into_iter().flat_map(|o| o.moments[i].tensors());
-        let named = |part: &str, t: &Tensor| (tensor_name(&params.layout(i).name, part), t.shallow_clone());
-        tensors.push(named(MASTER, &params.master(i)));
-        tensors.extend(moments.map(|(part, t)| named(part, t)));
-    }
-    tensors
-}
-
-/// Copies in host memory, which are complete once `stream` was waited for: in `staging`, if there is some, else each in its own.
-fn host_copies(
-    params: &Sharded,
-    optim: Option<&AdamW>,
-    staging: &mut Option<Pinned>,
-    stream: &CopyStream,
-) -> Result<Vec<(TensorEntry, Tensor)>> {
-    if let Some(optim) = optim {
-        optim.settle()?;
-    }
-    let copy = |(name, t): (String, Tensor)| {
-        let copy = match staging {
-            Some(pinned) => pinned.take(&t.size(), t.kind())?,
-            None => Tensor::f_empty(t.size(), (t.kind(), Device::Cpu))?,
-        };
-        match t.device() == stream.device() {
-            true => stream.copy(&copy, &t)?,
-            false => drop(tch::no_grad(|| copy.shallow_clone().f_copy_(&t))?),
-        }
-        Ok((TensorEntry { name, kind: t.kind(), shape: t.size() }, copy))
-    };
-    saved_tensors(params, optim).into_iter().map(copy).collect()
 }
 
 /// This rank's shard of a part, and on rank 0 the tokenizer.

@@ -13,21 +13,24 @@ use crate::algorithms::step::{MicroBatch, accumulate_gradients, apply_gradients}
 use crate::commands::Global;
 use crate::commands::inference::{ModelArgs, Spread};
 use crate::config::parallel::{Mode, Parallel};
-use crate::config::sections::{Compute, Recompute};
+use crate::config::sections::{Compute, Float8Section, MomentsIn, Optim, Recompute};
 use crate::config::shape::Shape;
+use crate::config::trainable::{BaseFormat, Lora, Targets};
 use crate::distributed::mesh::Sharding;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::{Context, Error, Result};
-use crate::generate::engine::{self, EngineOptions, Request};
 use crate::generate::sampler::Sampling;
-use crate::model::compute_kind;
-use crate::model::{Llama, ModelInput, init, layout};
+use crate::generate::{EngineOptions, Request, engine};
+use crate::model::{Llama, ModelInput, Trainable, compute_kind, float8_on, init, layout};
 use crate::optim::{AdamW, Hyper};
+use crate::plan::work::{forward_and_backward, update_bytes};
 use crate::{telemetry, warn};
 
 mod checkpoint;
+mod collectives;
 mod data;
+mod limits;
 mod rates;
 
 /// What is measured.
@@ -38,7 +41,7 @@ pub enum Command {
     /// New tokens a second, greedily, from random prompts; each prompt gets as many tokens
     Generate(GenerateArgs),
     /// Collectives of this world, by size
-    Collectives(CollectivesArgs),
+    Collectives(collectives::Args),
     /// The cost of saving for a training run, and how long a checkpoint takes to load; under `launch`, sharded
     Checkpoint(checkpoint::Args),
     /// Training a tokenizer, tokenizing, and reading the shards
@@ -57,11 +60,23 @@ pub fn shape(preset: &str) -> Result<Shape> {
 /// What is trained.
 #[derive(Debug, clap::Args)]
 pub struct Workload {
-    /// llama-15m, llama-42m, llama-110m or llama-1b
+    /// A preset's shape with random weights, such as llama-110m or qwen2.5-1.5b (corral help model lists all)
     #[arg(long, default_value = "llama-15m")]
     pub(crate) preset: String,
     #[arg(long, value_enum, default_value = "float32")]
     pub(crate) precision: Compute,
+    /// Trains adapters of this rank on all linear layers, in place of the weights
+    #[arg(long, value_name = "RANK")]
+    pub(crate) lora: Option<i64>,
+    /// With --lora: the format of the frozen weights
+    #[arg(long, value_enum, default_value = "none", requires = "lora")]
+    pub(crate) base: BaseFormat,
+    /// With --precision float8: products with a shorter side stay in bfloat16 [default: 2048]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) float8_min_size: Option<i64>,
+    /// How AdamW's moments are kept
+    #[arg(long, value_enum, default_value = "float32")]
+    pub(crate) moments: MomentsIn,
     /// Sequences a step over all ranks [default: the preset's]
     #[arg(long)]
     pub(crate) batch_size: Option<i64>,
@@ -93,7 +108,7 @@ pub struct TrainArgs {
 /// `corral bench generate`
 #[derive(Debug, clap::Args)]
 pub struct GenerateArgs {
-    /// llama-15m, llama-42m, llama-110m or llama-1b, with random weights
+    /// A preset's shape with random weights, such as llama-110m or qwen2.5-1.5b (corral help model lists all)
     #[arg(long, default_value = "llama-15m")]
     pub(crate) preset: String,
     /// A model in place of a preset
@@ -115,14 +130,6 @@ pub struct GenerateArgs {
     pub(crate) runs: usize,
 }
 
-/// `corral bench collectives`
-#[derive(Debug, clap::Args)]
-pub struct CollectivesArgs {
-    /// Largest tensor, in MiB of float32
-    #[arg(long, default_value_t = 64)]
-    pub(crate) max_mib: usize,
-}
-
 /// Runs one measurement on all ranks; rank 0 prints a JSON object for each result.
 pub fn run(command: Command, global: &Global) -> Result<()> {
     let mode = match &command {
@@ -135,7 +142,7 @@ pub fn run(command: Command, global: &Global) -> Result<()> {
     match command {
         Command::Train(args) => train(&args, &world),
         Command::Generate(args) => generate(&args, &world),
-        Command::Collectives(args) => collectives(&args, &world),
+        Command::Collectives(args) => collectives::run(&args, &world),
         Command::Checkpoint(args) => checkpoint::run(&args, &world),
         Command::Data(args) => data::run(&args, &world),
         Command::Rates => rates::run(&world),
@@ -162,8 +169,23 @@ struct BatchSize {
 /// A model with the weights of an untrained one.
 fn random_model(shape: &Shape, sharding: Sharding, kind: Kind, world: &World) -> Result<Llama> {
     let mut params = Sharded::new(layout::layouts(shape), sharding, kind, world.device);
-    init::init(&mut params, shape, 0)?;
+    fill(&mut params, shape)?;
     Ok(Llama::new(shape.clone(), params))
+}
+
+/// Initial weights: on a CPU those of a training; on a GPU its own random numbers, since a lent one is paid by the second.
+fn fill(params: &mut Sharded, shape: &Shape) -> Result<()> {
+    if params.device() == tch::Device::Cpu {
+        return init::init(params, shape, 0);
+    }
+    params.fill(|spec, _, values| {
+        let mut values = values.shallow_clone();
+        let _ = match spec.shape.len() {
+            1 => values.f_fill_(1.0)?,
+            _ => values.f_normal_(0.0, shape.initializer_range)?,
+        };
+        Ok(())
+    })
 }
 
 /// A model in training on random tokens.
@@ -178,6 +200,10 @@ struct BenchTraining {
     length: i64,
     /// Tokens a step over all ranks.
     count: f64,
+    /// Of forward and backward; what is recomputed does not count.
+    flops_per_token: f64,
+    /// What the update of all parameters reads and writes.
+    update_bytes: f64,
 }
 
 impl BenchTraining {
@@ -198,25 +224,59 @@ impl BenchTraining {
             return Err(Error::config(format!("--sequence-length must be from 1 to {most}")));
         }
         let size = BatchSize { rows, micro, length };
-        BenchTraining::of(shape, args.precision, args.recompute, size, world)
+        let lora = |rank| Lora {
+            rank,
+            alpha: None,
+            dropout: 0.0,
+            targets: Targets::AllLinear,
+            rslora: false,
+            modules_to_save: Vec::new(),
+            base: args.base,
+        };
+        let trainable = Trainable { lora: args.lora.map(lora), ..Trainable::default() };
+        let mut training = BenchTraining::of(shape, &trainable, args.precision, args.recompute, size, world)?;
+        let defaults = Float8Section::default();
+        let optim = Optim { moments: args.moments, ..Optim::default() };
+        training.optimizer = AdamW::configured(&training.model.params, &optim)?;
+        let float8 =
+            Float8Section { min_size: args.float8_min_size.unwrap_or(defaults.min_size), ..defaults };
+        training.model.float8 = float8_on(args.precision, &float8, world.device)?;
+        Ok(training)
     }
 
     /// Of any shape.
     fn of(
         shape: Shape,
+        trainable: &Trainable,
         compute: Compute,
         recompute: Recompute,
         size: BatchSize,
         world: &World,
     ) -> Result<BenchTraining> {
         let BatchSize { rows, micro, length } = size;
-        let kind = compute_kind(compute);
-        let model = random_model(&shape, world.sharding(), kind, world)?;
+        let plans = trainable.plans(&shape)?;
+        let flops_per_token = forward_and_backward(&shape, &plans, length, Recompute::None);
+        let update_bytes = update_bytes(&plans);
+        let mut params = Sharded::new(plans, world.sharding(), compute_kind(compute), world.device);
+        fill(&mut params, &shape)?;
+        init::init_adapters(&mut params, 0)?;
+        let model = Llama::new(shape.clone(), params);
         let hyper = Hyper { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 };
         let optimizer = AdamW::new(&model.params, hyper);
         tch::manual_seed(1 + world.rank);
         let count = (rows * world.mesh.data.size * length) as f64;
-        Ok(BenchTraining { shape, model, optimizer, recompute, rows, micro, length, count })
+        Ok(BenchTraining {
+            shape,
+            model,
+            optimizer,
+            recompute,
+            rows,
+            micro,
+            length,
+            count,
+            flops_per_token,
+            update_bytes,
+        })
     }
 
     /// Seconds of a step, and its loss.
@@ -263,13 +323,17 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
     if !world.is_main() {
         return Ok(());
     }
-    let BenchTraining { shape, rows, micro, length, count, .. } = training;
+    let BenchTraining { shape, rows, micro, length, count, flops_per_token, update_bytes, .. } = training;
     let kind = compute_kind(workload.precision);
     let step_s = median(&mut seconds);
     let tokens_per_s = count / step_s;
-    let matmul = matmul_flops_per_s(micro * length, &shape, kind, world.device);
-    let flops_per_s = shape.flops_per_token(length) * tokens_per_s / world.world_size as f64;
+    let matmul = limits::matmul_flops_per_s(micro * length, &shape, kind, world.device)?;
+    let memory = limits::memory_bytes_per_s(world.device)?;
+    let flops_per_s = flops_per_token * tokens_per_s / world.world_size as f64;
     let share = flops_per_s / matmul;
+    // What products and the update's memory take at their measured rates: a step can be no faster.
+    let ranks = world.world_size as f64;
+    let least_s = flops_per_token * count / ranks / matmul + update_bytes / ranks / memory;
     let mfu = world.peak_flops(kind)?.map(|peak| flops_per_s / peak);
     println!(
         "{}",
@@ -282,7 +346,9 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
             "steps": args.steps,
             "tokens_per_s": tokens_per_s, "step_s": step_s,
             "first_step_s": first_step_s, "peak_bytes": peak as u64, "last_loss": loss,
+            "lora": workload.lora, "base": workload.base, "moments": workload.moments,
             "matmul_gflops": matmul / 1e9, "matmul_share": share, "mfu": mfu,
+            "memory_gb_per_s": memory / 1e9, "speed_of_light_share": least_s / step_s,
             "threads": tch::get_num_threads(), "device": format!("{:?}", world.device),
         })
     );
@@ -325,17 +391,34 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
         .collect::<Result<_>>()?;
     let options =
         EngineOptions { sampling: Sampling::GREEDY, batch_size: args.batch_size, eos: &[], stop: None };
-    let mut seconds = Vec::new();
+    let (mut seconds, mut decoding) = (Vec::new(), Vec::new());
     for run in 0..=args.runs {
         let begun = Instant::now();
-        engine::generate(&mut model, &prompts, options.clone(), |_, _| Ok(()))?;
+        // All prompts have been read when a row has its second token.
+        let mut read = None;
+        engine::generate(&mut model, &prompts, options.clone(), |completion, _| {
+            if completion.ids.len() == 2 && read.is_none() {
+                read = Some(Instant::now());
+            }
+            Ok(())
+        })?;
         world.synchronize()?;
         if run > 0 {
             seconds.push(begun.elapsed().as_secs_f64());
+            decoding.extend(read.map(|read| read.elapsed().as_secs_f64()));
         }
     }
     let total_s = median(&mut seconds);
     let tokens = (args.batch_size * args.new_tokens) as f64;
+    // What a step reads at least: every weight, and the keys and values of what its rows have read.
+    let element = compute_kind(args.precision).elt_size_in_bytes() as f64;
+    let weights = (shape.num_parameters() - shape.num_unread_parameters()) as f64 * element;
+    let read = args.prompt_tokens as f64 + args.new_tokens as f64 / 2.0;
+    let cached = (2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim) as f64 * element;
+    let step_bytes = weights + args.batch_size as f64 * read * cached;
+    let memory = limits::memory_bytes_per_s(world.device)?;
+    let step_s = (args.new_tokens > 2 && !decoding.is_empty())
+        .then(|| median(&mut decoding) / (args.new_tokens - 2) as f64);
     println!(
         "{}",
         json!({
@@ -343,6 +426,8 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
             "model": args.model.as_ref().map(|model| model.display().to_string()), "precision": args.precision,
             "batch_size": args.batch_size, "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens,
             "runs": args.runs, "total_s": total_s, "new_tokens_per_s": tokens / total_s,
+            "decode_step_s": step_s, "decode_gb_per_s": step_s.map(|s| step_bytes / s / 1e9),
+            "memory_gb_per_s": memory / 1e9, "memory_share": step_s.map(|s| step_bytes / s / memory),
             "peak_bytes": world.peak_bytes()?, "threads": tch::get_num_threads(),
             "device": format!("{:?}", world.device),
         })
@@ -350,69 +435,10 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
     Ok(())
 }
 
-/// The rate of the products of a step, forward shape of gate and up: what the step's share is measured against.
-fn matmul_flops_per_s(rows: i64, s: &Shape, kind: Kind, device: tch::Device) -> f64 {
-    let x = Tensor::randn([rows, s.hidden_size], (Kind::Float, device)).to_kind(kind);
-    let w = Tensor::randn([2 * s.intermediate_size, s.hidden_size], (Kind::Float, device)).to_kind(kind);
-    let flops = 2.0 * rows as f64 * (s.hidden_size * 2 * s.intermediate_size) as f64;
-    let run = || {
-        let begun = Instant::now();
-        let y = x.mm(&w.tr());
-        if device != tch::Device::Cpu {
-            let _ = y.narrow(0, 0, 1).sum(Kind::Float).double_value(&[]);
-        }
-        begun.elapsed().as_secs_f64()
-    };
-    run();
-    let mut seconds: Vec<f64> = (0..15).map(|_| run()).collect();
-    flops / median(&mut seconds)
-}
-
 fn median(x: &mut [f64]) -> f64 {
     x.sort_by(f64::total_cmp);
     let middle = x.len() / 2;
     if x.len() % 2 == 1 { x[middle] } else { (x[middle - 1] + x[middle]) / 2.0 }
-}
-
-fn collectives(args: &CollectivesArgs, world: &World) -> Result<()> {
-    let ranks = world.world_size;
-    let mut mib = 1;
-    while mib <= args.max_mib {
-        for kind in [Kind::Float, Kind::BFloat16] {
-            let n = (mib as i64 * (1 << 18)) / ranks * ranks;
-            let whole = Tensor::ones([n], (kind, world.device));
-            let slice = Tensor::ones([n / ranks], (kind, world.device));
-            for op in ["all_reduce", "all_gather", "reduce_scatter"] {
-                let mut seconds = Vec::new();
-                for _ in 0..6 {
-                    world.group.barrier()?;
-                    let begun = Instant::now();
-                    match op {
-                        "all_reduce" => world.group.all_reduce(&whole, ReduceOp::Max)?,
-                        "all_gather" => world.group.all_gather(&whole, &slice)?,
-                        _ => world.group.reduce_scatter(&slice, &whole, ReduceOp::Max)?,
-                    }
-                    .wait()?;
-                    world.synchronize()?;
-                    seconds.push(begun.elapsed().as_secs_f64());
-                }
-                let median = median(&mut seconds[1..]);
-                let bytes = n as f64 * if kind == Kind::Float { 4.0 } else { 2.0 };
-                if world.is_main() {
-                    println!(
-                        "{}",
-                        json!({
-                            "bench": "collectives", "op": op, "dtype": if kind == Kind::Float { "float32" } else { "bfloat16" },
-                            "bytes": bytes as u64, "world_size": ranks, "backend": world.group.backend_name(),
-                            "median_s": median, "gb_per_s": bytes / median / 1e9,
-                        })
-                    );
-                }
-            }
-        }
-        mib *= 4;
-    }
-    Ok(())
 }
 
 /// A folder for what a measurement writes, removed at the end.

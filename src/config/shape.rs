@@ -402,6 +402,11 @@ impl Shape {
         self.vocab_size * c + head + self.num_hidden_layers * (attention + mlp + vectors) + c
     }
 
+    /// Parameters that a step of generation does not read: the embedding, of which it takes a row a token, unless it is the head, too.
+    pub fn num_unread_parameters(&self) -> i64 {
+        if self.tie_word_embeddings { 0 } else { self.vocab_size * self.hidden_size }
+    }
+
     /// Floating-point operations of forward and backward for one token of a sequence of `length`: three times those of the
     /// forward. What is recomputed does not count.
     pub fn flops_per_token(&self, length: i64) -> f64 {

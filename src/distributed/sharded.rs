@@ -15,7 +15,6 @@
 
 pub mod gradients;
 mod parking;
-use parking::HostCopies;
 
 use std::collections::HashSet;
 
@@ -68,7 +67,7 @@ struct FlatGroup {
     /// The gradient over all values, between backward and reduction: of one micro-batch, or of all so far where gradients are kept.
     full_grad: Option<Tensor>,
     /// Host memory of what is parked, once it was.
-    parked: Option<HostCopies>,
+    parked: Option<parking::HostCopies>,
 }
 
 /// Gives all values of a group, in any dtype: `[numel]`.

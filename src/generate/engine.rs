@@ -9,142 +9,14 @@ use std::collections::VecDeque;
 use kernels::c10d::ReduceOp;
 use tch::Tensor;
 
-use crate::config::shape::Shape;
 use crate::error::{Error, Result};
-use crate::generate::sampler::{self, Choice, Draw, Sampling};
-use crate::generate::stop::Stop;
+use crate::generate::device::{DeviceRow, DeviceSteps, Flight, StepTokens};
+use crate::generate::request::{Completion, EngineOptions, Request};
+use crate::generate::sampler::{self, Choice, Draw};
 use crate::model::{KvCache, Llama};
 
 /// Prompt tokens, padding included, that one forward reads at most: bounds the memory of activations.
 pub const PREFILL_TOKENS: usize = 8192;
-
-/// How an [`Engine`] samples, and when it ends a row.
-#[derive(Debug, Clone)]
-pub struct EngineOptions<'a> {
-    /// Temperature, truncation and seed of the draws.
-    pub sampling: Sampling,
-    /// Rows in work at once.
-    pub batch_size: usize,
-    /// Any of these ids ends a row.
-    pub eos: &'a [i64],
-    /// Any of these texts ends a row; the tokenizer tells where one is complete.
-    pub stop: Option<Stop<'a>>,
-}
-
-/// A prompt and what is wanted of it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Request {
-    /// Token ids, at least one.
-    pub prompt: Vec<i64>,
-    /// A completion for each. The numbers key the random draws: equal numbers with equal seeds draw equally.
-    pub samples: Vec<u64>,
-    /// Tokens that a completion has at least before a token that ends it is chosen; stop texts end it all the same.
-    pub min_new_tokens: usize,
-    /// Tokens of the response at most.
-    pub max_new_tokens: usize,
-}
-
-impl Request {
-    /// One completion.
-    pub fn new(prompt: Vec<i64>, sample: u64, max_new_tokens: usize) -> Request {
-        Request { prompt, samples: vec![sample], min_new_tokens: 0, max_new_tokens }
-    }
-
-    /// Refuses what a model of this shape cannot continue.
-    pub fn check(&self, shape: &Shape) -> Result<()> {
-        let (n, positions) = (self.prompt.len(), shape.max_position_embeddings as usize);
-        if self.max_new_tokens == 0 || self.min_new_tokens > self.max_new_tokens {
-            return Err(Error::config(format!(
-                "max-new-tokens is {}; it must be at least 1, and at least min-new-tokens ({})",
-                self.max_new_tokens, self.min_new_tokens
-            )));
-        }
-        if n == 0 {
-            return Err(Error::data("the prompt has no tokens, so there is nothing to continue"));
-        }
-        if n >= positions {
-            return Err(Error::data(format!(
-                "the prompt has {n} tokens; the model's {positions} positions (max_position_embeddings) leave no room \
-                 for a completion: shorten it"
-            )));
-        }
-        if let Some(id) = self.prompt.iter().find(|id| !(0..shape.vocab_size).contains(*id)) {
-            return Err(Error::data(format!(
-                "token id {id} is not in the model's vocabulary of {}; is the tokenizer the model's?",
-                shape.vocab_size
-            )));
-        }
-        Ok(())
-    }
-
-    /// Whether the newest of `ids` ends a completion.
-    pub(super) fn finish(
-        &self,
-        ids: &[i64],
-        options: &EngineOptions,
-        positions: usize,
-    ) -> Result<Option<Finish>> {
-        if ids.last().is_some_and(|id| options.eos.contains(id)) {
-            return Ok(Some(Finish::Eos));
-        }
-        if let Some(stop) = &options.stop
-            && stop.is_complete(ids)?
-        {
-            return Ok(Some(Finish::Stop));
-        }
-        let most = self.max_new_tokens.min(positions - self.prompt.len());
-        Ok((ids.len() >= most).then_some(Finish::Length))
-    }
-
-    /// What the next token of a completion is drawn for.
-    pub(super) fn draw(&self, completion: &Completion) -> Draw {
-        let position = completion.ids.len() as u64;
-        let sample = self.samples[completion.sample];
-        Draw { sample, position, may_end: position + 1 >= self.min_new_tokens as u64 }
-    }
-}
-
-/// What ended a completion.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Finish {
-    /// A token that ends a sequence.
-    Eos,
-    /// A stop text.
-    Stop,
-    /// `max_new_tokens`, or the model's last position.
-    Length,
-}
-
-/// A finished row: the prompt's number, the response and how it ended.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Completion {
-    /// Which request, by the number that [`Engine::add`] gave it.
-    pub request: usize,
-    /// Which of its samples.
-    pub sample: usize,
-    /// The tokens that were chosen, with the one that ended it.
-    pub ids: Vec<i64>,
-    /// The log-probability of each, in nats, under the model itself (at temperature 1, with nothing cut off).
-    pub logprobs: Vec<f64>,
-    /// The same under the distribution that the token was drawn from; 0 where the choice was greedy.
-    pub sampler_logprobs: Vec<f64>,
-    /// What ended it; `Length` while it is in work.
-    pub finish: Finish,
-}
-
-impl Completion {
-    pub(super) fn begin(request: usize, sample: usize) -> Completion {
-        let (ids, logprobs, sampler_logprobs) = Default::default();
-        Completion { request, sample, ids, logprobs, sampler_logprobs, finish: Finish::Length }
-    }
-
-    pub(super) fn push(&mut self, choice: Choice) {
-        self.ids.push(choice.id);
-        self.logprobs.push(choice.logprob);
-        self.sampler_logprobs.push(choice.sampler_logprob);
-    }
-}
 
 /// A request of which not all samples have a slot yet.
 struct Waiting {
@@ -162,6 +34,14 @@ struct EngineRow {
     completion: Completion,
 }
 
+/// What a forward gave.
+enum Forward {
+    /// The hidden states, T [rows, C], of the rows from this place on.
+    Hidden(usize, Tensor),
+    /// All rows' next tokens are under way on the device.
+    Flight(Flight),
+}
+
 /// Generates for any number of requests, which may be added at any time. The model's values must stay as they are while
 /// rows are in work.
 pub struct Engine<'a> {
@@ -174,6 +54,10 @@ pub struct Engine<'a> {
     waiting: VecDeque<Waiting>,
     rows: Vec<EngineRow>,
     finished: Vec<Completion>,
+    /// Steps that stay on a GPU, where they can.
+    on_device: Option<DeviceSteps>,
+    /// One that was queued and not read yet.
+    flight: Option<Flight>,
 }
 
 impl<'a> Engine<'a> {
@@ -192,6 +76,8 @@ impl<'a> Engine<'a> {
             waiting: VecDeque::new(),
             rows: Vec::new(),
             finished: Vec::new(),
+            on_device: DeviceSteps::new(model, slots, options.eos, &options.sampling)?,
+            flight: None,
             options,
         })
     }
@@ -249,16 +135,35 @@ impl<'a> Engine<'a> {
         if !busy {
             return Ok(anywhere);
         }
-        let (first, hidden) = self.forward(model)?;
+        if let Some(flight) = self.flight.take() {
+            return self.land(model, flight, on_token);
+        }
+        let (first, hidden) = match self.forward(model)? {
+            Forward::Hidden(first, hidden) => (first, hidden),
+            Forward::Flight(flight) => return self.land(model, flight, on_token),
+        };
         let logits = model.next_token_logits(&hidden)?;
-        let (requests, options) = (&self.requests, &self.options);
-        let stepped = &mut self.rows[first..];
+        let requests = &self.requests;
         let draws: Vec<Draw> =
-            stepped.iter().map(|r| requests[r.completion.request].draw(&r.completion)).collect();
-        let choices = sampler::choose(&logits, &draws, options.eos, &options.sampling)?;
+            self.rows[first..].iter().map(|r| requests[r.completion.request].draw(&r.completion)).collect();
+        let choices = sampler::choose(&logits, &draws, self.options.eos, &self.options.sampling)?;
+        let rows = (first..self.rows.len()).zip(choices).collect();
+        self.take_choices(model, rows, &mut on_token)?;
+        Ok(true)
+    }
+
+    /// Adds tokens to rows, by their places among them, and takes those out that have ended.
+    fn take_choices(
+        &mut self,
+        model: &Llama,
+        chosen: Vec<(usize, Choice)>,
+        on_token: &mut impl FnMut(&Completion, bool) -> Result<()>,
+    ) -> Result<()> {
+        let (requests, options) = (&self.requests, &self.options);
         let positions = model.shape.max_position_embeddings as usize;
         let mut ended = Vec::new();
-        for (row, choice) in stepped.iter_mut().zip(choices) {
+        for (i, choice) in chosen {
+            let row = &mut self.rows[i];
             row.completion.push(choice);
             let finish = requests[row.completion.request].finish(&row.completion.ids, options, positions)?;
             if let Some(finish) = finish {
@@ -267,24 +172,85 @@ impl<'a> Engine<'a> {
             }
             on_token(&row.completion, finish.is_some())?;
         }
-        for row in self.rows.extract_if(first.., |r| ended.contains(&r.slot)) {
+        for row in self.rows.extract_if(.., |r| ended.contains(&r.slot)) {
             // The prompt stays in the slot, for further samples of it.
             self.cache.truncate(row.slot, requests[row.completion.request].prompt.len());
             self.free.push(row.slot);
             self.finished.push(row.completion);
         }
+        Ok(())
+    }
+
+    /// Reads the tokens of a step that is under way on the device, after the next step was queued of the rows that will go on for all the
+    /// host knows. Those that turn out to have ended leave a token there that nobody reads.
+    fn land(
+        &mut self,
+        model: &mut Llama,
+        flight: Flight,
+        mut on_token: impl FnMut(&Completion, bool) -> Result<()>,
+    ) -> Result<bool> {
+        let Some(mut steps) = self.on_device.take() else {
+            return Err(Error::failed("a step is under way on no device"));
+        };
+        // Waiting prompts come before the rows' next tokens, once slots are free for them.
+        let next = match self.waiting.is_empty() || self.free.is_empty() {
+            true => self.launch_after(model, &mut steps, &flight),
+            false => Ok(None),
+        };
+        let choices = next.and_then(|next| {
+            self.flight = next;
+            steps.read(&flight)
+        });
+        self.on_device = Some(steps);
+        let rows = flight.rows.iter().zip(choices?);
+        let chosen = rows.filter_map(|(row, choice)| Some((self.place(row.of)?, choice))).collect();
+        self.take_choices(model, chosen, &mut on_token)?;
+        if self.rows.is_empty() {
+            self.flight = None;
+        }
         Ok(true)
     }
 
+    /// The row of a request's sample, while it is in work.
+    fn place(&self, of: (usize, usize)) -> Option<usize> {
+        self.rows.iter().position(|r| (r.completion.request, r.completion.sample) == of)
+    }
+
+    /// Queues the step after `flight`, of its rows that are in work and do not end with its tokens because of their number.
+    fn launch_after(
+        &mut self,
+        model: &mut Llama,
+        steps: &mut DeviceSteps,
+        flight: &Flight,
+    ) -> Result<Option<Flight>> {
+        let positions = model.shape.max_position_embeddings as usize;
+        let (mut going, mut rows) = (Vec::new(), Vec::new());
+        for (i, row) in flight.rows.iter().enumerate() {
+            let request = &self.requests[row.of.0];
+            let tokens = row.draw.position as usize + 1;
+            let most = request.max_new_tokens.min(positions - request.prompt.len());
+            if self.place(row.of).is_some() && tokens < most {
+                let draw = Draw { position: row.draw.position + 1, ..row.draw };
+                rows.push(DeviceRow { length: row.length + 1, draw, ..*row });
+                going.push(i);
+            }
+        }
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        let tokens = StepTokens::Before(&going);
+        steps.launch(model, &mut self.cache, rows, tokens, Some(flight)).map(Some)
+    }
+
     /// Reads waiting prompts, where there are slots for them, else the newest token of every row; and begins what rows
-    /// can be begun. Returns the hidden states, T [rows, C], of the rows from the returned number on.
-    fn forward(&mut self, model: &mut Llama) -> Result<(usize, Tensor)> {
+    /// can be begun.
+    fn forward(&mut self, model: &mut Llama) -> Result<Forward> {
         let first = self.rows.len();
         // Further samples of a prompt that was read.
         let mut begun = self.begin_rows()?;
         if self.read_prompts(model)? {
             begun.extend(self.begin_rows()?);
-            return Ok((first, Tensor::cat(&begun, 0)));
+            return Ok(Forward::Hidden(first, Tensor::cat(&begun, 0)));
         }
         let rows = &self.rows[..first];
         if rows.is_empty() {
@@ -294,9 +260,20 @@ impl<'a> Engine<'a> {
         } else {
             let ids: Vec<i64> = rows.iter().filter_map(|r| r.completion.ids.last().copied()).collect();
             let slots: Vec<usize> = rows.iter().map(|r| r.slot).collect();
+            if let (Some(steps), true) = (&mut self.on_device, begun.is_empty()) {
+                let row = |r: &EngineRow| DeviceRow {
+                    of: (r.completion.request, r.completion.sample),
+                    slot: r.slot,
+                    length: self.cache.len(r.slot) as i64,
+                    draw: self.requests[r.completion.request].draw(&r.completion),
+                };
+                let rows = rows.iter().map(row).collect();
+                let flight = steps.launch(model, &mut self.cache, rows, StepTokens::Ids(&ids), None)?;
+                return Ok(Forward::Flight(flight));
+            }
             begun.insert(0, model.decode(&ids, &slots, &mut self.cache)?);
         }
-        Ok((0, Tensor::cat(&begun, 0)))
+        Ok(Forward::Hidden(0, Tensor::cat(&begun, 0)))
     }
 
     /// Reads prompts from the front of those that wait: as many as their samples have slots for, and one forward may

@@ -3,10 +3,14 @@
 //! A draw depends on (seed, sample, position) and the row's logits alone, never on the rows beside it. All is computed on
 //! the logits' device, all rows together; what comes back is a few numbers a row.
 
+use kernels::ops::{self, SampleOptions, SampleRows};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::random::{Rng, mix};
+
+/// What the random numbers are for, see [`Rng`].
+const PURPOSE: &str = "generate";
 
 /// How tokens are chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -48,8 +52,19 @@ pub struct Draw {
     pub sample: u64,
     /// Tokens of the completion so far.
     pub position: u64,
+    /// Tokens that the completion has at least: before, none of those that end a row is chosen.
+    pub least: u64,
+}
+
+impl Draw {
     /// Whether one of the tokens that end a row may be chosen.
-    pub may_end: bool,
+    fn may_end(&self) -> bool {
+        self.position + 1 >= self.least
+    }
+
+    pub(super) fn least_i64(&self) -> i64 {
+        self.least.min(i64::MAX as u64) as i64
+    }
 }
 
 /// A chosen token with its log-probabilities, in nats.
@@ -63,11 +78,14 @@ pub struct Choice {
     pub sampler_logprob: f64,
 }
 
-/// Chooses a token a row. `logits`: T [rows, V]; `eos`: what a row whose `may_end` is false does not choose.
+/// Chooses a token a row. `logits`: T [rows, V]; `eos`: what a row with fewer than `least` tokens does not choose.
 ///
 /// # Errors
 /// Logits that are not finite.
 pub fn choose(logits: &Tensor, draws: &[Draw], eos: &[i64], sampling: &Sampling) -> Result<Vec<Choice>> {
+    if ops::samples(logits) {
+        return choose_on_gpu(logits, draws, eos, sampling);
+    }
     let logits = logits.to_kind(kernels::ops::accumulator(logits.kind()));
     let normalizers = logits.logsumexp([-1i64].as_slice(), true);
     let allowed = without_ends(&logits, draws, eos);
@@ -83,7 +101,16 @@ pub fn choose(logits: &Tensor, draws: &[Draw], eos: &[i64], sampling: &Sampling)
     let logprobs = logits.gather(-1, &ids, false).to_kind(Kind::Double) - &normalizers.to_kind(Kind::Double);
     // One transfer for all; ids are exact in float64.
     let table = Tensor::cat(&[ids.to_kind(Kind::Double), logprobs, sampler_logprobs, normalizers], -1);
-    let table = Vec::<f64>::try_from(table.to_device(Device::Cpu).to_kind(Kind::Double).view([-1]))?;
+    choices(&table.to_device(Device::Cpu))
+}
+
+/// Rows of choices, their log-probabilities under the model and under what they were drawn from, and the logarithm of the softmax's
+/// denominator: [rows, 4] on the CPU.
+///
+/// # Errors
+/// Logits that were not finite.
+pub(super) fn choices(table: &Tensor) -> Result<Vec<Choice>> {
+    let table = Vec::<f64>::try_from(table.to_kind(Kind::Double).reshape([-1]))?;
     if table.chunks(4).any(|row| !row[3].is_finite()) {
         return Err(Error::failed(
             "the model's logits are not finite: its weights may be damaged, or have diverged",
@@ -93,14 +120,39 @@ pub fn choose(logits: &Tensor, draws: &[Draw], eos: &[i64], sampling: &Sampling)
     Ok(table.chunks(4).map(choice).collect())
 }
 
+/// As the kernel of a GPU takes it.
+pub(super) fn gpu_options(sampling: &Sampling) -> SampleOptions {
+    let Sampling { temperature, top_k, top_p, seed } = *sampling;
+    SampleOptions { key: Rng::key(seed, PURPOSE), temperature, top_k, top_p }
+}
+
+/// [`choose`] in one kernel, in float32.
+fn choose_on_gpu(logits: &Tensor, draws: &[Draw], eos: &[i64], sampling: &Sampling) -> Result<Vec<Choice>> {
+    let (rows, device) = (draws.len() as i64, logits.device());
+    let numbers: Vec<i64> = draws
+        .iter()
+        .map(|d| d.sample as i64)
+        .chain(draws.iter().map(|d| d.position as i64))
+        .chain(draws.iter().map(Draw::least_i64))
+        .collect();
+    let numbers = ops::upload(&Tensor::from_slice(&numbers).view([3, rows]), device)?;
+    let [sample, position, least] = [0, 1, 2].map(|i| numbers.select(0, i));
+    let ids = Tensor::empty([rows], (Kind::Int64, device));
+    let table = Tensor::empty([rows, 4], (Kind::Float, device));
+    let rows = SampleRows { sample: &sample, position: &position, least: &least };
+    let ends = ops::upload(&Tensor::from_slice(eos), device)?;
+    ops::sample(&logits.contiguous(), &rows, &ends, gpu_options(sampling), [&ids, &table], false)?;
+    choices(&table.to_device(Device::Cpu)) // host sync
+}
+
 /// The logits, with -inf for `eos` in the rows that may not end.
 fn without_ends(logits: &Tensor, draws: &[Draw], eos: &[i64]) -> Tensor {
     let ends: Vec<i64> = eos.iter().copied().filter(|id| (0..logits.size()[1]).contains(id)).collect();
-    if ends.is_empty() || draws.iter().all(|d| d.may_end) {
+    if ends.is_empty() || draws.iter().all(Draw::may_end) {
         return logits.shallow_clone();
     }
     let device = logits.device();
-    let keeps: Vec<bool> = draws.iter().map(|d| !d.may_end).collect();
+    let keeps: Vec<bool> = draws.iter().map(|d| !d.may_end()).collect();
     let rows = Tensor::from_slice(&keeps).to_device(device).unsqueeze(1);
     let mut columns = Tensor::zeros([1, logits.size()[1]], (Kind::Bool, device));
     let _ = columns.index_fill_(1, &Tensor::from_slice(&ends).to_device(device), 1);
@@ -137,7 +189,7 @@ pub fn probabilities(logits: &Tensor, sampling: &Sampling) -> Tensor {
 
 /// The token at each row's uniform number in the cumulative distribution by rising id: int64 [rows, 1].
 fn draw(probabilities: &Tensor, draws: &[Draw], seed: u64) -> Tensor {
-    let uniform = |d: &Draw| Rng::new(seed, "generate", mix(d.sample ^ mix(!d.position))).uniform();
+    let uniform = |d: &Draw| Rng::new(seed, PURPOSE, mix(d.sample ^ mix(!d.position))).uniform();
     let uniform: Vec<f64> = draws.iter().map(uniform).collect();
     let uniform = Tensor::from_slice(&uniform).to_device(probabilities.device()).unsqueeze(1);
     let cumulative = probabilities.cumsum(-1, Kind::Double);

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use crate::error::{Error, Result};
-use crate::generate::engine::{Completion, EngineOptions, Request};
+use crate::generate::request::{Completion, EngineOptions, Request};
 use crate::generate::sampler;
 use crate::model::{KvCache, Llama};
 

@@ -68,6 +68,17 @@ impl KvCache {
         Ok(())
     }
 
+    /// One more token in each of `slots`, whose rows are then `longest` tokens long at most.
+    pub(crate) fn grow(&mut self, slots: &[usize], longest: i64) {
+        self.reserve(longest);
+        slots.iter().for_each(|slot| self.lengths[*slot] += 1);
+    }
+
+    /// Tokens that a slot has room for, without moving what is there.
+    pub(crate) fn capacity(&self) -> i64 {
+        self.capacity
+    }
+
     /// Makes room for rows of `length` tokens; at least doubles what was there, so that growing costs little overall.
     fn reserve(&mut self, length: i64) {
         if length <= self.capacity {
@@ -113,7 +124,8 @@ impl Llama {
         cache.reserve(time);
         let ends = lengths.iter().enumerate().map(|(r, n)| r as i64 * time + n - 1);
         let ends = integers(ends).to_device(device); // [rows]
-        let last = self.through_blocks(&ids, |i, w, x| {
+        let x = self.embed_checked(&ids)?; // [rows T, C]
+        let last = self.through_blocks(x, |i, w, x| {
             let (x, rest) = w.forward(x, &context, i - 1)?; // [rows T, C]
             let qkv = rest.attention.qkv.view([rows, time, heads + 2 * kv_heads, head_dim]); // [rows, T, H + 2K, D]
             let (keys, values) = &cache.blocks[i - 1];
@@ -145,7 +157,8 @@ impl Llama {
         cache.reserve(past + new);
         let position = Tensor::arange_start(past, past + new, (Kind::Int64, self.params.device()));
         let context = self.decoding(position, past + new);
-        let last = self.read(ids, &context, |i, qkv| {
+        let x = self.embed_checked(ids)?; // [N, C]
+        let last = self.read(x, &context, |i, qkv| {
             let (keys, values) = &cache.blocks[i - 1];
             let row = |t: &Tensor| t.select(0, slot as i64).narrow(1, 0, past + new); // [K, past + N, D]
             extend_attention(qkv, &row(keys), &row(values), past, context.first(i - 1), context.heads)
@@ -159,26 +172,40 @@ impl Llama {
         let device = self.params.device();
         let lengths = || slots.iter().map(|s| cache.lengths[*s]);
         let longest = lengths().max().unwrap_or(0) + 1;
-        let position = integers(lengths()).to_device(device); // [rows]
-        let slot = integers(slots.iter().map(|s| *s as i64)).to_device(device); // [rows]
-        cache.reserve(longest);
+        let position = ops::upload(&integers(lengths()), device)?; // [rows]
+        let slot = ops::upload(&integers(slots.iter().map(|s| *s as i64)), device)?; // [rows]
+        self.check_ids(ids)?;
+        let ids = ops::upload(&Tensor::from_slice(ids), device)?; // [rows]
+        cache.grow(slots, longest);
+        self.decode_at(&ids, position, &slot, longest, cache)
+    }
+
+    /// [`Llama::decode`] for tokens that the device knows already: `ids`, `position` and `slot` are int64 `[rows]` there, all positions
+    /// below `longest`, for which the cache has room and has counted the tokens (see [`KvCache::grow`]). A row without a slot (-1) reads and
+    /// writes nothing, and its hidden state is NaN.
+    pub(crate) fn decode_at(
+        &mut self,
+        ids: &Tensor,
+        position: Tensor,
+        slot: &Tensor,
+        longest: i64,
+        cache: &KvCache,
+    ) -> Result<Tensor> {
         let context = self.decoding(position, longest);
-        let hidden = self.read(ids, &context, |i, qkv| {
+        let x = self.embed(ids)?; // [rows, C]
+        self.read(x, &context, |i, qkv| {
             let ((keys, values), first) = (&cache.blocks[i - 1], context.first(i - 1));
             let position = &context.positions;
-            let cache = KeysValues { keys, values, slot: &slot, position, first, longest };
+            let cache = KeysValues { keys, values, slot, position, first, longest };
             Ok(ops::decode_attention(qkv, cache, context.heads)?)
-        })?;
-        for slot in slots {
-            cache.lengths[*slot] += 1;
-        }
-        Ok(hidden)
+        })
     }
 
     /// A forward of a rank that has nothing to read while others read: it gathers what they gather. Returns a hidden
     /// state without meaning, T [1, C], for [`Llama::next_token_logits`].
     pub fn idle(&mut self) -> Result<Tensor> {
-        self.through_blocks(&[0], |_, _, x| Ok(x.shallow_clone()))
+        let x = self.embed_checked(&[0])?;
+        self.through_blocks(x, |_, _, x| Ok(x.shallow_clone()))
     }
 
     /// Logits of the next token, T [rows, V], for hidden states T [rows, C].
@@ -198,15 +225,15 @@ impl Llama {
         BlockContext::decoding(self, position.numel() as i64, position, first, tables)
     }
 
-    /// Hidden states after the final norm, T [N, C], of N tokens. `attend` takes the block's number and the rotated
+    /// Hidden states after the final norm, T [N, C], of N embedded tokens x, T [N, C]. `attend` takes the block's number and the rotated
     /// queries, keys and values, T [N, (H + 2K) * D], and returns T [N, H * D].
     fn read(
         &mut self,
-        ids: &[i64],
+        x: Tensor,
         context: &BlockContext,
         mut attend: impl FnMut(usize, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        self.through_blocks(ids, |i, w, x| {
+        self.through_blocks(x, |i, w, x| {
             let x = w.cached(x, context, i - 1, |qkv| attend(i, qkv))?;
             match &w.final_norm {
                 Some(norm) => Ok(context.norm.forward(&x, norm)?.0),
@@ -215,14 +242,13 @@ impl Llama {
         })
     }
 
-    /// The tokens' embeddings through `block(number, weights, x)` of every block, numbers from 1. Each group is gathered
+    /// Embedded tokens x, T [N, C], through `block(number, weights, x)` of every block, numbers from 1. Each group is gathered
     /// for its use, while the one before computes, and dropped.
     fn through_blocks(
         &mut self,
-        ids: &[i64],
+        mut x: Tensor,
         mut block: impl FnMut(usize, &BlockParts<Linear>, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let mut x = self.embed_checked(ids)?; // [N, C]
         self.params.prefetch(1)?; // collective
         self.params.release(0);
         let layers = self.num_blocks();
@@ -238,14 +264,19 @@ impl Llama {
     }
 
     fn embed_checked(&mut self, ids: &[i64]) -> Result<Tensor> {
+        self.check_ids(ids)?;
+        let ids = ops::upload(&Tensor::from_slice(ids), self.params.device())?;
+        self.embed(&ids)
+    }
+
+    fn check_ids(&self, ids: &[i64]) -> Result<()> {
         if let Some(id) = ids.iter().find(|id| !(0..self.shape.vocab_size).contains(*id)) {
             return Err(Error::data(format!(
                 "token id {id} is not in the model's vocabulary of {}; is the tokenizer the model's?",
                 self.shape.vocab_size
             )));
         }
-        let ids = Tensor::from_slice(ids).to_device(self.params.device());
-        self.embed(&ids)
+        Ok(())
     }
 }
 

@@ -11,7 +11,8 @@ use super::modules::{Arg, Kernel, Module};
 use super::nvrtc;
 use super::shim::{Cuda, load};
 use super::sources::{
-    DECODE_BF16, DECODE_FLOAT, FLOAT8, OPTIM, QUANT_BF16, QUANT_FLOAT, ROWS_BF16, ROWS_FLOAT, SOURCES,
+    DECODE_BF16, DECODE_FLOAT, FLOAT8, OPTIM, QUANT_BF16, QUANT_FLOAT, ROWS_BF16, ROWS_FLOAT, SAMPLE_BF16,
+    SAMPLE_FLOAT, SOURCES,
 };
 use crate::abi::Stream;
 use crate::error::{Error, Result};
@@ -90,6 +91,10 @@ impl Launcher {
         Launcher::new(x, by_kind(x, DECODE_FLOAT, DECODE_BF16)?)
     }
 
+    pub(crate) fn sample(x: &Tensor) -> Result<Launcher> {
+        Launcher::new(x, by_kind(x, SAMPLE_FLOAT, SAMPLE_BF16)?)
+    }
+
     /// For bfloat16 alone.
     pub(crate) fn float8(x: &Tensor) -> Result<Launcher> {
         match x.kind() {
@@ -131,8 +136,8 @@ impl Launcher {
         let grid = i32::try_from(grid).map_err(|_| Error::new(format!("{name}: too many rows: {grid}")))?;
         let (stream, device, kernels) = match *self {
             Launcher::Gpu { stream, device, kernels } => (stream, device, kernels),
-            // SAFETY: the caller's promise.
             Launcher::Emulator(source) => {
+                // SAFETY: the caller's promise.
                 return unsafe { emulator::launch(source, name, grid as u32, block, shared_bytes, args) };
             }
         };

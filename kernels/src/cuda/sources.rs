@@ -34,8 +34,10 @@ const QUANT_KERNELS: &[&str] = &["nf4_quantize", "nf4_dequantize", "int8_quantiz
 const DECODE: &str = include_str!("../../cuda/decode.cu");
 const DECODE_KERNELS: &[&str] = &["decode_attention", "decode_combine"];
 
+const SAMPLE: &str = include_str!("../../cuda/sample.cu");
+
 /// All there is to compile.
-pub const SOURCES: [Source; 8] = [
+pub const SOURCES: [Source; 10] = [
     Source { name: "rows.cu", text: ROWS, options: &["-DDTYPE=float"], kernels: ROW_KERNELS },
     Source { name: "rows.cu", text: ROWS, options: &["-DDTYPE=bf16"], kernels: ROW_KERNELS },
     Source {
@@ -54,6 +56,8 @@ pub const SOURCES: [Source; 8] = [
         options: &[],
         kernels: &["float8_amax", "float8_cast"],
     },
+    Source { name: "sample.cu", text: SAMPLE, options: &["-DDTYPE=float"], kernels: &["sample"] },
+    Source { name: "sample.cu", text: SAMPLE, options: &["-DDTYPE=bf16"], kernels: &["sample"] },
 ];
 
 // Positions in SOURCES.
@@ -65,3 +69,5 @@ pub(crate) const QUANT_BF16: usize = 4;
 pub(crate) const DECODE_FLOAT: usize = 5;
 pub(crate) const DECODE_BF16: usize = 6;
 pub(crate) const FLOAT8: usize = 7;
+pub(crate) const SAMPLE_FLOAT: usize = 8;
+pub(crate) const SAMPLE_BF16: usize = 9;

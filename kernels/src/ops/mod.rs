@@ -19,7 +19,9 @@ mod float8;
 mod gpu;
 mod products;
 mod rows;
+mod sample;
 mod spans;
+mod upload;
 
 pub use crate::tensors::{AdamW, Gain, Heads, KeysValues, Rotation, accumulator};
 pub use composed::{Composed, geglu, geglu_backward};
@@ -30,4 +32,6 @@ pub use float8::{Float8, Scales, float8_products};
 pub use gpu::Gpu;
 pub use products::*;
 pub use rows::RowOps;
+pub use sample::{SampleOptions, SampleRows, sample, samples};
 pub use spans::Spans;
+pub use upload::upload;

@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 use super::dispatch::accumulate;
 use super::flash;
 use super::float8::Float8;
-use crate::abi::{corral_few_rows, corral_pin, corral_set_float32_onednn};
+use crate::abi::{corral_few_rows, corral_set_float32_onednn};
 use crate::error::{Result, check};
 use crate::tensors::{own, raw, raw_opt};
 
@@ -16,23 +16,6 @@ use crate::tensors::{own, raw, raw_opt};
 pub fn set_float32_onednn(on: bool) -> Result<()> {
     // SAFETY: sets a flag of libtorch's global context.
     check(unsafe { corral_set_float32_onednn(on) })
-}
-
-/// A copy in pinned host memory, from and to which a GPU copies without the host. Needs CUDA.
-pub fn pin(t: &Tensor) -> Result<Tensor> {
-    let mut pinned = null_mut();
-    // SAFETY: a live tensor; the result is a new one.
-    check(unsafe { corral_pin(raw(t), &mut pinned) })?;
-    Ok(own(pinned))
-}
-
-/// t on a device, for work that is queued there afterwards: the host does not wait for the copy.
-pub fn upload(t: &Tensor, device: Device) -> Result<Tensor> {
-    if t.device() == device || !matches!(device, Device::Cuda(_)) || t.device() != Device::Cpu {
-        return Ok(t.f_to_device(device)?);
-    }
-    // The pinned memory is not used again before the copy is over: libtorch's allocator waits for it.
-    Ok(pin(t)?.f_to_device_(device, t.kind(), true, false)?)
 }
 
 /// Rows up to which [`linear`] has a product of its own on a CPU: where it was no slower than the library's with weights

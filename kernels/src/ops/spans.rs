@@ -2,7 +2,7 @@
 
 use tch::{Device, Tensor};
 
-use super::products::upload;
+use super::upload::upload;
 use crate::error::{Error, Result};
 
 /// What positions of B rows of T see: position i of a row sees its segment's positions up to i, of a sliding window at most the

@@ -17,7 +17,7 @@ use crate::distributed::agree::agree;
 use crate::distributed::exchange::gather_objects;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
-use crate::generate::engine::Finish;
+use crate::generate::Finish;
 use crate::generate::rollout::{PromptRequest, Response, Rollout, Sequences};
 use crate::generate::{self as generation, Sampling, Stop};
 use crate::model::Llama;

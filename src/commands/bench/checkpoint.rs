@@ -128,11 +128,12 @@ struct SaveTimes {
 impl SaveTimes {
     fn into_json(mut self, args: &Args, training: &BenchTraining, world: &World, bytes: u64) -> Value {
         let (write_s, load_s) = (median(&mut self.write), median(&mut self.load));
+        let stall_s = median(&mut self.stall);
         json!({
             "bench": "checkpoint", "preset": args.workload.preset, "params": training.shape.num_parameters(),
             "precision": args.workload.precision, "mode": args.workload.mode, "world_size": world.world_size,
             "saves": args.saves, "bytes": bytes,
-            "stall_s": median(&mut self.stall),
+            "stall_s": stall_s, "stall_bytes_per_s": bytes as f64 / world.world_size as f64 / stall_s,
             "step_s": median(&mut self.plain), "step_s_while_writing": median(&mut self.beside),
             "steps_while_writing": self.beside.len() as f64 / args.saves as f64,
             "cost_s": median(&mut self.cost),

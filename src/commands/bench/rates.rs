@@ -9,9 +9,9 @@ use crate::config::shape::Shape;
 use crate::distributed::mesh::Sharding;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
-use crate::generate::engine::{self, EngineOptions, Request};
 use crate::generate::sampler::Sampling;
-use crate::model::compute_kind;
+use crate::generate::{EngineOptions, Request, engine};
+use crate::model::{Trainable, compute_kind};
 use crate::plan::rates::{DecodingRate, MachineRates, TrainingRate, this_machine};
 use crate::telemetry;
 use crate::{info, warn};
@@ -88,7 +88,8 @@ fn training_rate(hidden_size: i64, compute: Compute, world: &World) -> Result<(f
     let (rows, length) = if hidden_size < 1024 { (8, 256) } else { (2, 256) };
     let flops = shape.flops_per_token(length) * (rows * length) as f64;
     let size = BatchSize { rows, micro: rows, length };
-    let mut training = BenchTraining::of(shape, compute, Recompute::None, size, world)?;
+    let mut training =
+        BenchTraining::of(shape, &Trainable::default(), compute, Recompute::None, size, world)?;
     let (first_s, _) = training.step(world)?;
     let mut seconds = vec![first_s];
     if first_s <= LONG_S {

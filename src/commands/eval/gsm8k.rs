@@ -16,8 +16,8 @@ use crate::data::odd::{Odd, OrOdd, Reason};
 use crate::data::readers::{self, Record};
 use crate::distributed::exchange::gather_objects;
 use crate::error::{Error, Result};
-use crate::generate::engine::{EngineOptions, Request, generate};
 use crate::generate::{self as generation, Sampling};
+use crate::generate::{EngineOptions, Request, generate};
 use crate::rewards::gsm8k::{self, AnswerForm, NumberAnswer, answer};
 use crate::telemetry::progress::Bar;
 

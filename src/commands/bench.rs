@@ -416,7 +416,7 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
     let read = args.prompt_tokens as f64 + args.new_tokens as f64 / 2.0;
     let cached = (2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim) as f64 * element;
     let step_bytes = weights + args.batch_size as f64 * read * cached;
-    let memory = limits::memory_bytes_per_s(world.device)?;
+    let (peak_bytes, memory) = (world.peak_bytes()?, limits::memory_bytes_per_s(world.device)?);
     let step_s = (args.new_tokens > 2 && !decoding.is_empty())
         .then(|| median(&mut decoding) / (args.new_tokens - 2) as f64);
     println!(
@@ -428,7 +428,7 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
             "runs": args.runs, "total_s": total_s, "new_tokens_per_s": tokens / total_s,
             "decode_step_s": step_s, "decode_gb_per_s": step_s.map(|s| step_bytes / s / 1e9),
             "memory_gb_per_s": memory / 1e9, "memory_share": step_s.map(|s| step_bytes / s / memory),
-            "peak_bytes": world.peak_bytes()?, "threads": tch::get_num_threads(),
+            "peak_bytes": peak_bytes, "threads": tch::get_num_threads(),
             "device": format!("{:?}", world.device),
         })
     );

@@ -11,7 +11,7 @@ use tch::Tensor;
 use crate::config::sections::Recompute;
 use crate::error::Result;
 use crate::model::layout::BlockParts;
-use crate::model::linear::{Linear, LinearGrad};
+use crate::model::linear::{KeptInner, Linear, LinearGrad};
 use crate::model::llama::BlockContext;
 use crate::model::norm::RmsNorm;
 use crate::model::{attention, mlp};
@@ -38,11 +38,18 @@ pub(super) struct BlockSaved {
     pub(super) rest: Option<BlockRest>,
     /// The experts that the tokens went to, int64 [N, k]: kept under recomputation, too.
     experts: Option<Tensor>,
+    /// What each adapter keeps.
+    pub(super) inner: Vec<KeptInner>,
 }
 
 impl BlockSaved {
     /// Drops what is to be computed again.
-    pub(super) fn new(x: &Tensor, mut rest: BlockRest, recompute: Recompute) -> BlockSaved {
+    pub(super) fn new(
+        x: &Tensor,
+        mut rest: BlockRest,
+        inner: Vec<KeptInner>,
+        recompute: Recompute,
+    ) -> BlockSaved {
         let experts = rest.mlp.routed().map(|r| r.experts.shallow_clone());
         let rest = match recompute {
             Recompute::None => Some(rest),
@@ -50,9 +57,12 @@ impl BlockSaved {
                 rest.mlp.drop_gate_up();
                 Some(rest)
             }
-            Recompute::Full => None,
+            Recompute::Full => {
+                inner.iter().for_each(|kept| drop(kept.take()));
+                None
+            }
         };
-        BlockSaved { x: x.shallow_clone(), rest, experts }
+        BlockSaved { x: x.shallow_clone(), rest, experts, inner }
     }
 }
 

@@ -253,7 +253,7 @@ impl Llama {
         self.params.release(0);
         let layers = self.num_blocks();
         for i in 1..=layers {
-            let w = self.block_weights(i, None, None)?; // waits until they are gathered
+            let w = self.block_weights(i, None, None, &[])?; // waits until they are gathered
             let next = if i < layers { i + 1 } else { self.head_group() };
             self.params.prefetch(next)?; // collective, overlaps block i
             x = block(i, &w, &x)?; // [N, C]; after the last block of `prefill` [rows, C]

@@ -15,7 +15,7 @@ use crate::distributed::sharded::gradients::FlatGrad;
 use crate::distributed::sharded::{Layout, Sharded};
 use crate::error::{Error, Result};
 use crate::model::attention::Attention;
-use crate::model::linear::{self, Dropout, Linear, LinearGrad};
+use crate::model::linear::{self, Dropout, KeptInner, Linear, LinearGrad};
 use crate::model::mixture::Mixture;
 use crate::model::mlp::{Dense, Mlp};
 use crate::random::hash;
@@ -131,7 +131,7 @@ pub struct Draws {
 
 impl BlockParts<Linear> {
     /// The weights of block group `i`, T, with their adapters, if they are to act. Dropout acts where there are `draws`. Of products in
-    /// 8-bit floats a router's is never one.
+    /// 8-bit floats a router's is never one. `inner`: where each adapter of the group keeps what its backward needs; empty: nowhere.
     pub fn weights(
         params: &mut Sharded,
         i: usize,
@@ -139,6 +139,7 @@ impl BlockParts<Linear> {
         adapters: bool,
         draws: Option<&Draws>,
         float8: Option<Float8>,
+        inner: &[KeptInner],
     ) -> Result<Self> {
         let full = params.full(i)?;
         let params = &*params;
@@ -157,7 +158,7 @@ impl BlockParts<Linear> {
                 rows: d.rows.shallow_clone(),
             });
             let (a, b) = (params.dense(i, &full, &a)?, params.dense(i, &full, &b)?);
-            Ok(linear::Adapter { first, a, b, scale: spec.scale, dropout })
+            Ok(linear::Adapter { first, a, b, scale: spec.scale, dropout, inner: inner.get(k).cloned() })
         };
         Self::of(
             s,

@@ -2,6 +2,9 @@
 //!
 //! Shapes: N tokens, I inputs, O outputs; T is the compute dtype, A that of gradients (see [`ops::accumulator`]).
 
+use std::cell::RefCell;
+use std::rc::Rc;
+
 use kernels::ops::{self, Float8, WeightGrad};
 use kernels::quant;
 use tch::Tensor;
@@ -34,7 +37,12 @@ pub struct Adapter {
     pub scale: f64,
     /// None: all inputs are used, as outside of training.
     pub dropout: Option<Dropout>,
+    /// Where a forward leaves scale * A dropout(x) for the backward, which else computes it again; none: it does not.
+    pub inner: Option<KeptInner>,
 }
+
+/// A place for what an adapter's forward keeps: T [N, r].
+pub type KeptInner = Rc<RefCell<Option<Tensor>>>;
 
 /// Which of an adapter's inputs are left out.
 pub struct Dropout {
@@ -84,8 +92,18 @@ impl Adapter {
 
     /// Adds to the output.
     fn add_to(&self, y: &Tensor, x: &Tensor) -> Result<()> {
-        let _ = self.columns(y).f_addmm_(&self.inner(x)?, &self.b.tr())?;
+        let inner = self.inner(x)?;
+        let _ = self.columns(y).f_addmm_(&inner, &self.b.tr())?;
+        if let Some(kept) = &self.inner {
+            kept.replace(Some(inner));
+        }
         Ok(())
+    }
+
+    /// What the forward kept, or the same again.
+    fn kept_inner(&self, x: &Tensor) -> Result<Tensor> {
+        let kept = self.inner.as_ref().and_then(|kept| kept.take());
+        kept.map_or_else(|| self.inner(x), Ok)
     }
 
     /// The gradient of A dropout(x), from the output's: scale * dy B, T [N, r].
@@ -266,7 +284,7 @@ impl Linear {
         }
         for (adapter, grads) in self.adapters.iter().zip(&grad.adapters) {
             if let Some([da, db]) = grads {
-                db.add_product(&adapter.columns(dy), &adapter.inner(x)?)?;
+                db.add_product(&adapter.columns(dy), &adapter.kept_inner(x)?)?;
                 da.add_product(&adapter.inner_gradient(dy)?, &adapter.drop(x)?)?;
             }
         }
@@ -349,6 +367,7 @@ mod tests {
                     scale: 1.5,
                     dropout: Some(Dropout { p, key: 7 + first as u64, rows: token.shallow_clone() })
                         .filter(|d| d.p > 0.0),
+                    inner: (first == 0).then(KeptInner::default),
                 };
                 let adapters =
                     if with_adapters { vec![adapter(0, 4, 0.0), adapter(6, 3, 0.4)] } else { Vec::new() };

@@ -15,7 +15,7 @@ use crate::distributed::sharded::Sharded;
 use crate::error::{Error, Result};
 use crate::model::block::BlockSaved;
 use crate::model::layout::{BlockParts, Draws};
-use crate::model::linear::Linear;
+use crate::model::linear::{KeptInner, Linear};
 use crate::model::mixture::Balance;
 use crate::model::norm::RmsNorm;
 use crate::random::hash;
@@ -282,8 +282,9 @@ impl Llama {
         group: usize,
         draws: Option<&Draws>,
         float8: Option<Float8>,
+        inner: &[KeptInner],
     ) -> Result<BlockParts<Linear>> {
-        BlockParts::weights(&mut self.params, group, &self.shape, self.adapters, draws, float8)
+        BlockParts::weights(&mut self.params, group, &self.shape, self.adapters, draws, float8, inner)
     }
 
     /// The embedding's rows for ids (int64, any shape): T [numel, C]. Collective where it is sharded.
@@ -329,7 +330,10 @@ impl Llama {
             _ => None,
         };
         for i in 1..=layers {
-            let w = self.block_weights(i, context.draws.as_ref(), self.float8)?; // waits until they are gathered
+            let keeps = recompute.is_some() && i >= lowest;
+            let adapters = if keeps { self.params.plan(i).adapters.len() } else { 0 };
+            let inner: Vec<KeptInner> = (0..adapters).map(|_| KeptInner::default()).collect();
+            let w = self.block_weights(i, context.draws.as_ref(), self.float8, &inner)?; // waits until they are gathered
             let next = if i < layers { i + 1 } else { self.head_group() };
             self.params.prefetch(next)?; // collective, overlaps block i
             let (y, rest) = w.forward(&x, &context, i - 1)?; // [N, C]
@@ -337,8 +341,8 @@ impl Llama {
                 if let (Some(balance), Some(routed)) = (&mut balance, rest.mlp.routed()) {
                     balance.add(routed);
                 }
-                if i >= lowest {
-                    blocks.push(BlockSaved::new(&x, rest, r));
+                if keeps {
+                    blocks.push(BlockSaved::new(&x, rest, inner, r));
                 }
             }
             x = y;
@@ -379,7 +383,9 @@ impl Llama {
         let lowest = self.params.first_trained();
         let mut dx = dhidden; // [N, C]
         for i in (lowest.max(1)..=layers).rev() {
-            let w = self.block_weights(i, tape.context.draws.as_ref(), self.float8)?; // waits until they are gathered
+            let saved = tape.blocks.pop().ok_or_else(|| Error::failed("a tape is used once"))?;
+            let draws = tape.context.draws.as_ref();
+            let w = self.block_weights(i, draws, self.float8, &saved.inner)?; // waits until they are gathered
             if i > lowest.max(1) {
                 self.params.prefetch(i - 1)?; // collective, overlaps block i
             }
@@ -389,7 +395,6 @@ impl Llama {
                 let (x, rstd) = tape.last.take().ok_or_else(|| Error::failed("a tape is used once"))?;
                 dx = tape.context.norm.backward(&dx, &x, norm, &rstd, None, dnorm)?; // [N, C]
             }
-            let saved = tape.blocks.pop().ok_or_else(|| Error::failed("a tape is used once"))?;
             let balance = tape.balance.as_ref().and_then(Balance::gradient); // [N, E], or broadcast to it
             let before = w.backward(&g, dx, saved, &tape.context, i - 1, balance.as_ref())?;
             // The first norm's gradient is a by-product of the input's.

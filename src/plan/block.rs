@@ -93,6 +93,7 @@ impl Memory {
             walk.take(work, bytes);
             attention += bytes;
         };
+        keep(walk, self.inner(n, i));
         // A norm's statistics, and what it gives: only where there is one before.
         let (rstd, h) = if s.features.norms == Norms::After { (0, 0) } else { (n * self.sizes.a, stream) };
         keep(walk, rstd);
@@ -117,6 +118,20 @@ impl Memory {
         let (routing, gate_up) = self.begin(walk, n, i);
         walk.give(work, h);
         RestMemory { attention, routing, gate_up }
+    }
+
+    /// What a block's adapters keep.
+    fn inner(&self, n: i64, i: usize) -> i64 {
+        let block = &self.blocks[i - 1];
+        let of = |net: &Dense<Layer>, n| net.gate_up.inner(&self.sizes, n) + net.down.inner(&self.sizes, n);
+        let mlp = match &block.mlp {
+            Mlp::Dense(net) => of(net, n),
+            Mlp::Mixture(m) => {
+                let pairs = n * m.per_token / m.experts.len().max(1) as i64;
+                m.experts.iter().map(|net| of(net, pairs)).sum()
+            }
+        };
+        block.attention.qkv.inner(&self.sizes, n) + block.attention.o.inner(&self.sizes, n) + mlp
     }
 
     /// `Mlp::begin`: routing and products of gate and up, which stay as work.

@@ -100,6 +100,11 @@ impl Layer {
         }
     }
 
+    /// What its adapters keep of a forward over `n` rows for their backward.
+    pub fn inner(&self, m: &Sizes, n: i64) -> i64 {
+        self.adapters.iter().map(|a| m.values(n, a.rank)).sum()
+    }
+
     /// The rows of the largest dense weight with which products over `n` rows are in 8-bit floats; 0: there is none.
     fn float8_rows(&self, m: &Sizes, n: i64) -> i64 {
         let dense = self.runs.iter().filter(|r| !r.quantized).map(|r| r.rows);

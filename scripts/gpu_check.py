@@ -256,7 +256,7 @@ class Check:
         preset, new = self.substitute("qwen3-0.6b", "llama-15m"), 8 if self.cpu else 256
         vocabulary = 32000 if self.cpu else 151936
         words = self.recipe("pretrain", "pretrain/default", "runs/random", 1, f"model={{preset: {preset}}}",
-                            f"tokenizer.pad_to_multiple_of={vocabulary}", f"precision.compute={self.bf16()}", "train.batch_size=1")
+                            f"tokenizer.pad_to_multiple_of={vocabulary}", 'tokenizer.template="{prompt}\\n{completion}"', f"precision.compute={self.bf16()}", "train.batch_size=1")
         self.run([self.bin / "corral", *words], 120)
         out = self.train("grpo", "grpo/default", "runs/grpo-random", 4, "actor.path=runs/random", "train.batch_size=8", "grpo.group_size=8",
                          f"generation.max_new_tokens={new}", f"generation.min_new_tokens={new}", f"precision.compute={self.bf16()}")

@@ -15,6 +15,7 @@ use crate::algorithms::base::{self, Base, LastStep, RunLength, planned_model, sh
 use crate::algorithms::completions::Completions;
 use crate::algorithms::folder::RunFolder;
 use crate::algorithms::learner::Learner;
+use crate::algorithms::losses::sums_of;
 use crate::algorithms::losses::unpaired::{losses, reference_point};
 use crate::algorithms::recipe::{Recipe, Shown};
 use crate::algorithms::reference::{self, Reference};
@@ -286,16 +287,18 @@ impl Feedback {
         let ratios = self.completions.sums(logprobs) - &self.reference; // [S]
         let losses = losses(section, &ratios, &self.desirable, kl); // [S]
         if self.share > 0.0 {
-            let total = |t: Tensor| t.sum(Kind::Double).double_value(&[]);
             let (now, good) = (ratios.detach(), &self.desirable);
             let bad: Tensor = 1.0 - good;
             let (above, below) = (now.gt(kl).to_kind(now.kind()), now.lt(kl).to_kind(now.kind()));
+            let right = above * good + below * &bad;
+            let [num_good, num_bad, of_good, of_bad, right] =
+                sums_of([good.shallow_clone(), bad.shallow_clone(), &now * good, &now * &bad, right]);
             counted.add(&FeedbackSums {
-                good: total(good.shallow_clone()),
-                bad: total(bad.shallow_clone()),
-                rewards_good: section.beta * total(&now * good),
-                rewards_bad: section.beta * total(&now * &bad),
-                right: total(above * good + below * &bad),
+                good: num_good,
+                bad: num_bad,
+                rewards_good: section.beta * of_good,
+                rewards_bad: section.beta * of_bad,
+                right,
             });
         }
         losses.sum(losses.kind()) * self.share

@@ -2,8 +2,9 @@
 
 use kernels::c10d::ReduceOp;
 use kernels::ops;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
+use crate::algorithms::losses::read_scalars;
 use crate::config::sections::TrainSection;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
@@ -145,19 +146,10 @@ pub fn accumulate(
     model.params.finish_step_gradients()?;
     let num_losses = losses.len();
     losses.extend(aux_losses);
-    let mut values = numbers(&losses)?;
+    let mut values = read_scalars(&losses)?;
     let aux_losses = values.split_off(num_losses);
     let balanced = entries.iter().any(|entry| entry.balance.is_some());
     Ok((values, balanced.then(|| aux_losses.iter().sum())))
-}
-
-/// The values of scalars that lie on a device, in one copy.
-fn numbers(scalars: &[Tensor]) -> Result<Vec<f64>> {
-    if scalars.is_empty() {
-        return Ok(Vec::new());
-    }
-    let wide: Vec<Tensor> = scalars.iter().map(|t| t.to_kind(Kind::Double).view([1])).collect();
-    Ok(Vec::try_from(Tensor::f_cat(&wide, 0)?.to_device(Device::Cpu))?) // host sync
 }
 
 /// Forward and backward of the mean cross-entropy over `count` labelled tokens (of all ranks and micro-batches). Leaves

@@ -310,6 +310,7 @@ impl Llama {
     }
 
     fn run(&mut self, input: &ModelInput, recompute: Option<Recompute>) -> Result<(Tensor, Option<Tape>)> {
+        self.params.prefetch(0)?; // collective, overlaps the preparation of the inputs
         let context = self.context(input)?;
         let ids = ops::upload(&input.ids.contiguous(), self.params.device())?.view([-1]); // [N]
         let layers = self.num_blocks();

@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::algorithms::completions::Completions;
 use crate::algorithms::losses::preference::{PairLogRatios, losses};
+use crate::algorithms::losses::sums_of;
 use crate::algorithms::step::{Objective, StepEntry};
 use crate::config::dpo::{ComparedPairs, Dpo, DpoSection};
 use crate::data::examples::Example;
@@ -111,19 +112,37 @@ impl PreferenceBatch {
         if sft > 0.0 {
             loss -= (&sums * &self.best).sum(kind) * sft;
         }
-        let total = |t: Tensor| t.detach().sum(Kind::Double).double_value(&[]);
-        let weighted = |t: &Tensor| total(t.detach() * &self.weights);
+        let weighted = |t: &Tensor| t.detach() * &self.weights;
         let (beta, margin) = (section.beta, &pairs.chosen - &pairs.rejected);
         let logp = |which: &Tensor| sums.detach().index_select(0, which);
+        let [
+            rewards_chosen,
+            rewards_rejected,
+            accuracy,
+            margin,
+            logps_chosen,
+            logps_rejected,
+            best,
+            best_tokens,
+        ] = sums_of([
+            weighted(&pairs.chosen),
+            weighted(&pairs.rejected),
+            weighted(&margin.gt(0.0).to_kind(kind)),
+            weighted(&margin),
+            weighted(&logp(&self.chosen)),
+            weighted(&logp(&self.rejected)),
+            &sums * &self.best,
+            tokens * &self.best,
+        ]);
         counted.add(&PairSums {
-            rewards_chosen: weighted(&pairs.chosen) * beta,
-            rewards_rejected: weighted(&pairs.rejected) * beta,
-            accuracy: weighted(&margin.gt(0.0).to_kind(kind)),
-            margin: weighted(&margin) * beta,
-            logps_chosen: weighted(&logp(&self.chosen)),
-            logps_rejected: weighted(&logp(&self.rejected)),
-            best_nll: -total(&sums * &self.best),
-            best_tokens: total(tokens * &self.best),
+            rewards_chosen: rewards_chosen * beta,
+            rewards_rejected: rewards_rejected * beta,
+            accuracy,
+            margin: margin * beta,
+            logps_chosen,
+            logps_rejected,
+            best_nll: -best,
+            best_tokens,
         });
         loss
     }

@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 use super::{advantages, rewards};
 use crate::algorithms::losses::ClipCounts;
 use crate::algorithms::losses::grpo::{GroupAdvantages, GrpoLoss, LossType};
+use crate::algorithms::losses::sums_of;
 use crate::algorithms::rl::experience::SamplerDistance;
 use crate::algorithms::rl::policy::{Policy, logprobs, share_of};
 use crate::algorithms::rl::sampling::ResponseBatch;
@@ -298,14 +299,12 @@ impl<'a> MinibatchUpdate<'a> {
             let responses = rows.iter().map(|i| (*i, &self.batch.samples[*i].response));
             self.apart.borrow_mut().add(&self.batch.sequences, responses, &now.to_device(Device::Cpu));
         }
-        let sum = |t: &Tensor, mask: &Tensor| (t * mask).sum(Kind::Double).double_value(&[]);
         let (low, high) = self.objective.clipped(&now, &before, &advantages, &mask);
-        self.sums.borrow_mut().add(GrpoSums {
-            tokens: sum(&mask.ones_like(), &mask),
-            clipped: low + high,
-            entropy: out.entropies.as_ref().map_or(0.0, |e| sum(&e.detach().view([-1, width]), &all)),
-            kl: reference.as_ref().map_or(0.0, |r| sum(&(&now - r), &all)),
-        });
+        let none = || Tensor::zeros([1], (kind, device));
+        let entropy = out.entropies.as_ref().map_or_else(none, |e| e.detach().view([-1, width]) * &all);
+        let kl = reference.as_ref().map_or_else(none, |r| (&now - r) * &all);
+        let [tokens, entropy, kl] = sums_of([mask.shallow_clone(), entropy, kl]);
+        self.sums.borrow_mut().add(GrpoSums { tokens, clipped: low + high, entropy, kl });
         let loss = self.objective.per_token(&logprobs, &before, reference.as_ref(), &advantages, &mask);
         (loss * self.objective.weights(&mask, &self.counts, self.longest)).sum(kind)
     }

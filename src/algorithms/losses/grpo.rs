@@ -6,6 +6,7 @@ use tch::Tensor;
 
 use super::kl::KlEstimator;
 use super::policy::{Aggregation, ClipCounts, lengths, log_ratio};
+use super::sums::sums_of;
 pub use crate::config::policy::{LossType, RatioLevel};
 
 /// What the distance of a reward from its group's mean is divided by.
@@ -169,14 +170,18 @@ impl GrpoLoss {
     pub fn clipped(&self, logprobs: &Tensor, old: &Tensor, advantages: &Tensor, mask: &Tensor) -> (f64, f64) {
         let ratio = self.ratio(&logprobs.detach(), old, mask);
         let a = advantages.unsqueeze(1);
-        let count = |t: Tensor| (t.to_kind(mask.kind()) * mask).sum(tch::Kind::Double).double_value(&[]);
+        let there = |t: Tensor| t.to_kind(mask.kind()) * mask;
         match self.loss {
             LossType::Sapo => (0.0, 0.0),
-            LossType::Cispo => (0.0, count(ratio.gt(self.epsilon_high))),
+            LossType::Cispo => {
+                let [high] = sums_of([there(ratio.gt(self.epsilon_high))]);
+                (0.0, high)
+            }
             _ => {
                 let low = ratio.lt(1.0 - self.epsilon_low).logical_and(&a.lt(0.0));
                 let high = ratio.gt(1.0 + self.epsilon_high).logical_and(&a.gt(0.0));
-                (count(low), count(high))
+                let [low, high] = sums_of([there(low), there(high)]);
+                (low, high)
             }
         }
     }

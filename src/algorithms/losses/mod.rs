@@ -11,6 +11,7 @@ pub(crate) mod kl;
 pub(crate) mod policy;
 pub mod preference;
 pub mod ranking;
+mod sums;
 pub mod unpaired;
 
 #[cfg(test)]
@@ -19,3 +20,4 @@ mod tests;
 pub(crate) use advantages::{MaskedMoments, gae, token_rewards, whiten};
 pub(crate) use kl::KlController;
 pub(crate) use policy::{Clip, ClipCounts, PolicySums};
+pub(crate) use sums::{read_scalars, sums_of};

@@ -4,6 +4,7 @@ use kernels::c10d::{Group, ReduceOp};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use super::sums::sums_of;
 pub use crate::config::policy::Aggregation;
 use crate::error::Result;
 
@@ -111,17 +112,28 @@ impl PolicySums {
         mask: &Tensor,
     ) {
         let mask = mask.to_kind(Kind::Double);
-        let sum = |t: &Tensor| (t * &mask).sum(Kind::Double).double_value(&[]);
         let log_ratio = log_ratio(&logprobs.detach(), old).to_kind(Kind::Double);
         let ratio = log_ratio.exp();
         let free = -advantages * &ratio;
         let clipped = -advantages * ratio.clamp(1.0 - clip.low, 1.0 + clip.high);
-        self.tokens += sum(&mask.ones_like());
-        self.clipped += sum(&clipped.gt_tensor(&free).to_kind(Kind::Double));
-        self.approx_kl += sum(&(&log_ratio * &log_ratio * 0.5));
-        self.ratio += sum(&ratio);
-        self.ratio_distance += sum(&(&ratio - 1.0).abs());
-        self.entropy += entropies.map_or(0.0, |e| sum(&e.detach().to_kind(Kind::Double)));
+        let entropy = entropies.map_or_else(|| mask.zeros_like(), |e| e.detach().to_kind(Kind::Double));
+        let [tokens, clipped, approx_kl, ratio_sum, distance, entropy] = sums_of(
+            [
+                mask.ones_like(),
+                clipped.gt_tensor(&free).to_kind(Kind::Double),
+                &log_ratio * &log_ratio * 0.5,
+                ratio.shallow_clone(),
+                (&ratio - 1.0).abs(),
+                entropy,
+            ]
+            .map(|t| t * &mask),
+        );
+        self.tokens += tokens;
+        self.clipped += clipped;
+        self.approx_kl += approx_kl;
+        self.ratio += ratio_sum;
+        self.ratio_distance += distance;
+        self.entropy += entropy;
     }
 
     /// Over all ranks. A collective call.

@@ -6,6 +6,7 @@
 
 use tch::{Kind, Tensor};
 
+use super::sums::sums_of;
 use crate::config::reward::RewardLoss;
 
 /// What is added to the loss proper.
@@ -95,17 +96,15 @@ impl PairCounts {
     pub fn of(scores: &Tensor, ranks: &Tensor) -> PairCounts {
         let scores = scores.detach().to_kind(Kind::Double);
         let better = better(ranks, Kind::Double);
-        let sum = |t: Tensor| (t * &better).sum(Kind::Double).double_value(&[]);
-        let num_pairs = better.sum(Kind::Double).double_value(&[]);
         let there = ranks.ge(0).sum_dim_intlist([1].as_slice(), false, Kind::Double);
-        let all = (&there * (&there - 1.0)).sum(Kind::Double).double_value(&[]) / 2.0;
-        PairCounts {
-            num_pairs,
-            ties: all - num_pairs,
-            right: sum(pairs(&scores, 1.0).gt(0.0).to_kind(Kind::Double)),
-            chosen: sum(scores.unsqueeze(2).expand_as(&better)),
-            rejected: sum(scores.unsqueeze(1).expand_as(&better)),
-        }
+        let [num_pairs, twice_all, right, chosen, rejected] = sums_of([
+            better.shallow_clone(),
+            &there * (&there - 1.0),
+            pairs(&scores, 1.0).gt(0.0).to_kind(Kind::Double) * &better,
+            scores.unsqueeze(2).expand_as(&better) * &better,
+            scores.unsqueeze(1).expand_as(&better) * &better,
+        ]);
+        PairCounts { num_pairs, ties: twice_all / 2.0 - num_pairs, right, chosen, rejected }
     }
 
     /// Adds the sums of other pairs.

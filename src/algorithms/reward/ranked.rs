@@ -6,6 +6,7 @@ use kernels::c10d::ReduceOp;
 use tch::{Kind, Tensor};
 
 use crate::algorithms::losses::ranking::{PairCounts, Terms, losses};
+use crate::algorithms::losses::sums_of;
 use crate::algorithms::scorer;
 use crate::algorithms::step::{MicroBatch, Objective, StepEntry};
 use crate::config::reward::{RewardSection, Score};
@@ -99,10 +100,8 @@ impl RankingTally {
         self.pairs.add(PairCounts::of(scores, &ranked.ranks));
         let there = ranked.ranks.ge(0).to_kind(Kind::Double);
         let scores = scores.detach().to_kind(Kind::Double) * &there;
-        let sum = |t: &Tensor| t.sum(Kind::Double).double_value(&[]);
-        for (total, of_batch) in
-            self.scores.iter_mut().zip([sum(&there), sum(&scores), sum(&scores.square())])
-        {
+        let squares = scores.square();
+        for (total, of_batch) in self.scores.iter_mut().zip(sums_of([there, scores, squares])) {
             *total += of_batch;
         }
     }

@@ -1,6 +1,7 @@
 //! A run on this rank: where it stands, its metrics, checkpoints and end.
 
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 use std::time::Instant;
 
 use kernels::c10d::ReduceOp;
@@ -161,6 +162,9 @@ impl Window {
     }
 }
 
+/// Tells once that 8-bit floats were asked for and not used.
+static NO_FLOAT8: Once = Once::new();
+
 /// What follows from a step.
 pub struct Stepped {
     /// A line of metrics is due; the keys that every training step has.
@@ -239,7 +243,16 @@ impl<D: Serialize> Run<'_, D> {
                 .count("skipped_steps", self.guard.skipped_steps);
             let record = match self.cadence.compute {
                 Compute::Float8 => {
-                    record.count("fp8_products", ops::float8_products() - self.window.float8_products)
+                    let products = ops::float8_products() - self.window.float8_products;
+                    if products == 0 {
+                        NO_FLOAT8.call_once(|| {
+                            warn!(
+                                "precision.compute is float8, but no product was taken in 8-bit floats: each has a side below \
+                                 float8.min_size, or one that is no multiple of 16"
+                            );
+                        });
+                    }
+                    record.count("fp8_products", products)
                 }
                 _ => record,
             };

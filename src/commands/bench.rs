@@ -23,7 +23,7 @@ use crate::error::{Context, Error, Result};
 use crate::generate::sampler::Sampling;
 use crate::generate::{EngineOptions, Request, engine};
 use crate::model::{Llama, ModelInput, Trainable, compute_kind, float8_on, init, layout};
-use crate::optim::{AdamW, Hyper};
+use crate::optim::AdamW;
 use crate::plan::work::{forward_and_backward, update_bytes};
 use crate::{telemetry, warn};
 
@@ -66,13 +66,13 @@ pub struct Workload {
     #[arg(long, value_enum, default_value = "float32")]
     pub(crate) precision: Compute,
     /// Trains adapters of this rank on all linear layers, in place of the weights
-    #[arg(long, value_name = "RANK")]
+    #[arg(long, value_name = "RANK", value_parser = clap::value_parser!(i64).range(1..))]
     pub(crate) lora: Option<i64>,
     /// With --lora: the format of the frozen weights
     #[arg(long, value_enum, default_value = "none", requires = "lora")]
     pub(crate) base: BaseFormat,
     /// With --precision float8: products with a shorter side stay in bfloat16 [default: 2048]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", value_parser = clap::value_parser!(i64).range(0..))]
     pub(crate) float8_min_size: Option<i64>,
     /// How AdamW's moments are kept
     #[arg(long, value_enum, default_value = "float32")]
@@ -173,7 +173,7 @@ fn random_model(shape: &Shape, sharding: Sharding, kind: Kind, world: &World) ->
     Ok(Llama::new(shape.clone(), params))
 }
 
-/// Initial weights: on a CPU those of a training; on a GPU its own random numbers, since a lent one is paid by the second.
+/// Initial weights: on a CPU those of a training; on a GPU its own random numbers, since the host's are slow for large models.
 fn fill(params: &mut Sharded, shape: &Shape) -> Result<()> {
     if params.device() == tch::Device::Cpu {
         return init::init(params, shape, 0);
@@ -223,6 +223,9 @@ impl BenchTraining {
             let most = shape.max_position_embeddings;
             return Err(Error::config(format!("--sequence-length must be from 1 to {most}")));
         }
+        if args.float8_min_size.is_some() && args.precision != Compute::Float8 {
+            return Err(Error::config("--float8-min-size needs --precision float8"));
+        }
         let size = BatchSize { rows, micro, length };
         let lora = |rank| Lora {
             rank,
@@ -234,10 +237,10 @@ impl BenchTraining {
             base: args.base,
         };
         let trainable = Trainable { lora: args.lora.map(lora), ..Trainable::default() };
-        let mut training = BenchTraining::of(shape, &trainable, args.precision, args.recompute, size, world)?;
-        let defaults = Float8Section::default();
         let optim = Optim { moments: args.moments, ..Optim::default() };
-        training.optimizer = AdamW::configured(&training.model.params, &optim)?;
+        let (compute, recompute) = (args.precision, args.recompute);
+        let mut training = BenchTraining::of(shape, &trainable, &optim, compute, recompute, size, world)?;
+        let defaults = Float8Section::default();
         let float8 =
             Float8Section { min_size: args.float8_min_size.unwrap_or(defaults.min_size), ..defaults };
         training.model.float8 = float8_on(args.precision, &float8, world.device)?;
@@ -248,6 +251,7 @@ impl BenchTraining {
     fn of(
         shape: Shape,
         trainable: &Trainable,
+        optim: &Optim,
         compute: Compute,
         recompute: Recompute,
         size: BatchSize,
@@ -261,8 +265,7 @@ impl BenchTraining {
         fill(&mut params, &shape)?;
         init::init_adapters(&mut params, 0)?;
         let model = Llama::new(shape.clone(), params);
-        let hyper = Hyper { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 };
-        let optimizer = AdamW::new(&model.params, hyper);
+        let optimizer = AdamW::configured(&model.params, optim)?;
         tch::manual_seed(1 + world.rank);
         let count = (rows * world.mesh.data.size * length) as f64;
         Ok(BenchTraining {
@@ -323,11 +326,14 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
     if !world.is_main() {
         return Ok(());
     }
-    let BenchTraining { shape, rows, micro, length, count, flops_per_token, update_bytes, .. } = training;
+    let BenchTraining { shape, model, rows, micro, length, count, flops_per_token, update_bytes, .. } =
+        training;
+    let float8 = model.float8;
+    drop(model);
     let kind = compute_kind(workload.precision);
     let step_s = median(&mut seconds);
     let tokens_per_s = count / step_s;
-    let matmul = limits::matmul_flops_per_s(micro * length, &shape, kind, world.device)?;
+    let matmul = limits::matmul_flops_per_s(micro * length, &shape, kind, float8, world.device)?;
     let memory = limits::memory_bytes_per_s(world.device)?;
     let flops_per_s = flops_per_token * tokens_per_s / world.world_size as f64;
     let share = flops_per_s / matmul;
@@ -361,6 +367,11 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
     let shape = opened.as_ref().map_or_else(|| shape(&args.preset), |opened| Ok(opened.shape().clone()))?;
     if world.world_size > 1 {
         return Err(Error::config("bench generate runs on one rank"));
+    }
+    if args.precision == Compute::Float8 {
+        let why =
+            "--precision float8 is for bench train and bench checkpoint: generation computes in bfloat16";
+        return Err(Error::config(format!("{why}; choose bfloat16")));
     }
     if args.batch_size == 0 || args.prompt_tokens == 0 || args.new_tokens == 0 || args.runs == 0 {
         return Err(Error::config(
@@ -416,6 +427,7 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
     let read = args.prompt_tokens as f64 + args.new_tokens as f64 / 2.0;
     let cached = (2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim) as f64 * element;
     let step_bytes = weights + args.batch_size as f64 * read * cached;
+    drop(model);
     let (peak_bytes, memory) = (world.peak_bytes()?, limits::memory_bytes_per_s(world.device)?);
     let step_s = (args.new_tokens > 2 && !decoding.is_empty())
         .then(|| median(&mut decoding) / (args.new_tokens - 2) as f64);

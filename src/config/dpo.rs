@@ -148,6 +148,6 @@ impl Algorithm for Dpo {
         self.dpo.conflicts(found);
         self.common().conflicts(world_size, found);
         self.valid.conflicts(&self.data.valid, found);
-        trainable::conflicts(&self.freeze, self.lora.as_ref(), found);
+        trainable::conflicts(&self.freeze, self.lora.as_ref(), self.precision.compute, found);
     }
 }

@@ -82,6 +82,6 @@ impl Algorithm for Kto {
         self.data.conflicts(self.lora.as_ref(), found);
         self.common().conflicts(world_size, found);
         self.valid.conflicts(&self.data.valid, found);
-        trainable::conflicts(&self.freeze, self.lora.as_ref(), found);
+        trainable::conflicts(&self.freeze, self.lora.as_ref(), self.precision.compute, found);
     }
 }

@@ -86,6 +86,16 @@ pub fn of_model(section: &str, e: Error) -> Error {
     }
 }
 
+/// 8-bit floats are chosen for all models together; the key is `dtype`.
+pub(super) fn conflicts_of_dtype(dtype: Option<Compute>, compute: Compute, found: &mut Conflicts) {
+    if dtype == Some(Compute::Float8) && compute != Compute::Float8 {
+        found.add(
+            "dtype",
+            "float8 is chosen with precision.compute: float8; models may then have dtype: bfloat16",
+        );
+    }
+}
+
 /// A device with a number of its own, where there are several ranks; the key is `device`.
 pub(super) fn conflicts_of_device(device: Option<&String>, world_size: i64, found: &mut Conflicts) {
     if world_size > 1 && device.is_some_and(|d| d.starts_with("cuda:")) {

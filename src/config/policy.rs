@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::common::Common;
 use super::conflict::Conflicts;
-use super::models::{FrozenModel, Trained, conflicts_of_device};
+use super::models::{FrozenModel, Trained, conflicts_of_device, conflicts_of_dtype};
 use super::prompts::PromptData;
 use super::rewards::{RewardKind, RewardTerm};
 use super::rollout::Generation;
@@ -178,8 +178,21 @@ impl<'a> OwnResponses<'a> {
         for (model, device) in devices {
             found.within(model, |found| conflicts_of_device(device, world_size, found));
         }
+        let dtypes = [
+            ("actor", self.actor.dtype),
+            ("reference", self.reference.and_then(|m| m.dtype)),
+            ("reward_model", self.reward_model.and_then(|m| m.dtype)),
+        ];
+        for (model, dtype) in dtypes {
+            found.within(model, |found| conflicts_of_dtype(dtype, self.common.precision.compute, found));
+        }
         found.within("actor", |found| {
-            trainable::conflicts(&self.actor.freeze, self.actor.lora.as_ref(), found)
+            trainable::conflicts(
+                &self.actor.freeze,
+                self.actor.lora.as_ref(),
+                self.common.precision.compute,
+                found,
+            )
         });
         let what = "the log-probabilities that ratios are computed from";
         if let Some(why) = no_dropout(self.actor.lora.as_ref(), what) {

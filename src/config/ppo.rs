@@ -8,7 +8,7 @@ use super::algorithm::{Algorithm, BuiltInConfig, built_in};
 use super::common::Common;
 use super::conflict::Conflicts;
 use super::keys::KeyKind;
-use super::models::{Critic, Trained, conflicts_of_device};
+use super::models::{Critic, Trained, conflicts_of_device, conflicts_of_dtype};
 use super::policy::{Aggregation, KlEstimator, no_dropout, policy_configuration};
 use super::problems::Problems;
 use super::rewards::{RewardKind, RewardTerm};
@@ -242,7 +242,8 @@ impl Algorithm for Ppo {
         if let Some(critic) = &self.critic {
             found.within("critic", |found| {
                 conflicts_of_device(critic.device.as_ref(), world_size, found);
-                trainable::conflicts(&critic.freeze, critic.lora.as_ref(), found);
+                conflicts_of_dtype(critic.dtype, self.precision.compute, found);
+                trainable::conflicts(&critic.freeze, critic.lora.as_ref(), self.precision.compute, found);
             });
             let what = "the values that returns are compared with";
             if let Some(why) = no_dropout(critic.lora.as_ref(), what) {

@@ -119,7 +119,7 @@ impl Algorithm for Reward {
         conflicts_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train, found);
         self.data.conflicts(self.lora.as_ref(), found);
         self.valid.conflicts(&self.data.valid, found);
-        trainable::conflicts(&self.freeze, self.lora.as_ref(), found);
+        trainable::conflicts(&self.freeze, self.lora.as_ref(), self.precision.compute, found);
         self.common().conflicts(world_size, found);
     }
 }

@@ -106,6 +106,6 @@ impl Algorithm for Sft {
         conflicts_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train, found);
         self.common().conflicts(world_size, found);
         self.valid.conflicts(&self.data.valid, found);
-        trainable::conflicts(&self.freeze, self.lora.as_ref(), found);
+        trainable::conflicts(&self.freeze, self.lora.as_ref(), self.precision.compute, found);
     }
 }

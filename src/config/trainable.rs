@@ -6,6 +6,7 @@ use super::conflict::Conflicts;
 use super::keys::KeyKind;
 use super::problems::Problems;
 use super::section::{choice, section};
+use super::sections::Compute;
 use super::setting::{At, Setting};
 use super::yaml::YamlValue;
 
@@ -114,8 +115,15 @@ choice! {
 }
 
 /// What does not fit together.
-pub fn conflicts(freeze: &Freeze, lora: Option<&Lora>, found: &mut Conflicts) {
+pub fn conflicts(freeze: &Freeze, lora: Option<&Lora>, compute: Compute, found: &mut Conflicts) {
     let Some(lora) = lora else { return };
+    if compute == Compute::Float8 && lora.base != BaseFormat::None {
+        let why = format!(
+            "products with {} weights are in bfloat16, so that precision.compute: float8 would do nothing; keep one",
+            lora.base.name()
+        );
+        found.add("lora.base", why);
+    }
     if !freeze.train_only.is_empty() {
         let why = "with lora only adapters are trained; say where with lora.targets, and what besides with \
                    lora.modules_to_save";

@@ -144,8 +144,12 @@ struct StreamedPart {
 }
 
 /// What moments in host memory, of so many bytes, take on the device during an update: two parts.
-pub fn streamed_bytes(moments: i64) -> i64 {
-    moments.min(2 * STREAMED * 8)
+pub fn streamed_bytes(moments: i64, kept: MomentsIn) -> i64 {
+    let each = match kept {
+        MomentsIn::Float32 => 2 * 4 * STREAMED,
+        MomentsIn::EightBit => 2 * Moment::bytes(STREAMED),
+    };
+    moments.min(2 * each)
 }
 
 impl AdamW {

@@ -11,9 +11,12 @@ use crate::config::shape::{Activation, Norms};
 use crate::model::mlp::{Dense, Mlp};
 
 /// Matrices of scores that the composed attention has at once, without a cap of scores and with one.
-const COMPOSED: i64 = 3;
+const COMPOSED_FORWARD: i64 = 2;
+const COMPOSED_BACKWARD: i64 = 4;
 const CAPPED_FORWARD: i64 = 4;
 const CAPPED_BACKWARD: i64 = 5;
+/// Documents of a packed row that flash attention's memory is planned for.
+const DOCUMENTS: i64 = 8;
 /// Multiprocessors of an H100, over which flash attention divides its backward.
 const PROCESSORS: i64 = 132;
 
@@ -59,17 +62,19 @@ impl Memory {
         let (n, s) = (batch.tokens(), &self.shape);
         let scores = batch.rows * s.num_attention_heads * batch.length * batch.length;
         let heads = s.num_attention_heads * s.head_dim * n;
+        // Queries, and keys and values for each of them, in A; scores, their cap's and mask's copies, probabilities.
+        let composed = |forward, both| {
+            let (matrices, besides) = if backward { (both, 6 * heads) } else { (forward, 3 * heads) };
+            self.sizes.a * (matrices * scores + besides)
+        };
         if s.features.attention_softcap.is_some() {
-            // Queries, and keys and values for each of them, in A; scores, their cap's and mask's copies, probabilities.
-            let besides = if backward { 6 * heads } else { 3 * heads };
-            let matrices = if backward { CAPPED_BACKWARD } else { CAPPED_FORWARD };
-            return self.sizes.a * (matrices * scores + besides);
+            return composed(CAPPED_FORWARD, CAPPED_BACKWARD);
         }
         if self.sizes.device == Device::Cpu {
             return 0;
         }
         if self.sizes.compute != Kind::BFloat16 || s.head_dim % 8 != 0 || s.head_dim > 256 {
-            return COMPOSED * scores * self.sizes.a;
+            return composed(COMPOSED_FORWARD, COMPOSED_BACKWARD);
         }
         if !backward {
             return 0;
@@ -79,7 +84,9 @@ impl Memory {
         let separate = heads + 2 * s.num_key_value_heads * s.head_dim * n;
         let shared = if s.num_key_value_heads == s.num_attention_heads { 0 } else { 2 * heads };
         let splits = blocks_of(PROCESSORS, batch.rows * s.num_attention_heads);
-        let padded = s.num_attention_heads * blocks_of(s.head_dim, 32) * 32 * blocks_of(n, 128) * 128;
+        // Each segment's rows are rounded up; how many documents lie in a packed row is not known here.
+        let segments = batch.rows * if batch.packed { DOCUMENTS } else { 1 };
+        let padded = s.num_attention_heads * blocks_of(s.head_dim, 32) * 32 * (n + 128 * segments);
         self.sizes.values(separate + shared, 1) + 4 * splits * padded
     }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use kernels::ops::Float8;
+use kernels::ops::{Float8, Scales};
 use kernels::quant;
 use tch::{Device, Kind};
 
@@ -17,7 +17,7 @@ pub(super) struct Sizes {
     /// Bytes of a value in the compute dtype, and of statistics and gradients.
     pub t: i64,
     pub a: i64,
-    /// What products are taken in 8-bit floats.
+    /// Products in 8-bit floats; none: all in the compute dtype.
     pub float8: Option<Float8>,
 }
 
@@ -27,11 +27,12 @@ impl Sizes {
         n * width * self.t
     }
 
-    /// What a product in 8-bit floats takes besides its factors, of so many values, and its result: their 8-bit forms; on a CPU, where
-    /// they are composed, also float32 copies of one of them.
+    /// What a product in 8-bit floats takes besides its factors, of so many values, and its result: their 8-bit forms; where these are
+    /// composed (on a CPU, and with one scale a row), also float32 copies of the larger factor.
     fn float8_product(&self, factors: [i64; 2]) -> i64 {
-        let largest = factors[0].max(factors[1]);
-        factors[0] + factors[1] + if self.device == Device::Cpu { 12 * largest } else { 0 }
+        let by_rows = self.float8.is_some_and(|f| f.scales == Scales::Row);
+        let copies = if self.device == Device::Cpu || by_rows { 12 } else { 0 };
+        factors[0] + factors[1] + copies * factors[0].max(factors[1])
     }
 
     /// bfloat16 products on the CPU are rounded before they are added to a gradient.

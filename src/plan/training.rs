@@ -7,7 +7,7 @@ use super::PlanTarget;
 use super::memory::{BatchShape, Memory, Parts};
 use super::work::{self, StepWork};
 use crate::config::common::Common;
-use crate::config::sections::Recompute;
+use crate::config::sections::{MomentsIn, Recompute};
 use crate::config::shape::{Head, Shape};
 use crate::distributed::mesh::ShardingPlan;
 use crate::distributed::plan::GroupPlan;
@@ -59,6 +59,8 @@ pub struct TrainingMemory {
     pub moments: i64,
     /// Moments are in host memory.
     pub offload: bool,
+    /// How they are kept.
+    kept: MomentsIn,
     /// Host memory of a checkpoint while it is written; 0 where the only one is written after the last step.
     pub checkpoint: i64,
     recompute: Recompute,
@@ -115,6 +117,7 @@ impl TrainingMemory {
             subcommand,
             moments,
             offload: c.optim.offload,
+            kept: c.optim.moments,
             checkpoint: if only_at_the_end { 0 } else { memory.masters() + moments },
             recompute: c.train.recompute,
             each,
@@ -156,7 +159,7 @@ impl TrainingMemory {
 
     /// Moments that are on the device.
     fn moments_there(&self) -> i64 {
-        if self.offload { streamed_bytes(self.moments) } else { self.moments }
+        if self.offload { streamed_bytes(self.moments, self.kept) } else { self.moments }
     }
 
     /// The peak of a step with micro-batches of `rows`, by what it is for.

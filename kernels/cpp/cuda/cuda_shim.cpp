@@ -172,8 +172,10 @@ char* corral_cuda_graph_begin(int device, GraphPtr** out) {
     auto graph = std::unique_ptr<GraphPtr>(new GraphPtr{{}, before});
     c10::cuda::setCurrentCUDAStream(own);
     try {
-      // Other threads, NCCL's watchdog among them, may go on calling CUDA.
-      graph->graph.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+      // One pool for all: graphs run one after the other, and what outlives one is not in it. Other threads, NCCL's watchdog among
+      // them, may go on calling CUDA.
+      static const auto pool = at::cuda::graph_pool_handle();
+      graph->graph.capture_begin(pool, cudaStreamCaptureModeThreadLocal);
     } catch (...) {
       c10::cuda::setCurrentCUDAStream(before);
       throw;

@@ -148,7 +148,8 @@ fn trained(
     let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?.in_float8(float8);
     let optim = m.optim.as_ref().unwrap_or(c.common.optim);
     let moments = if name == "average" { 0 } else { memory.moments(optim.moments) };
-    let (there, host) = if optim.offload { (streamed_bytes(moments), moments) } else { (moments, 0) };
+    let (there, host) =
+        if optim.offload { (streamed_bytes(moments, optim.moments), moments) } else { (moments, 0) };
     let batch = BatchShape {
         rows: work.micro_batch,
         length,

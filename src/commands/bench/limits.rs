@@ -1,8 +1,9 @@
-//! What the machine can do at most, measured beside what is measured: the rate of its products, and of its memory.
+//! Rates of this machine, measured in the same process: matrix products and memory.
 
 use std::time::Instant;
 
 use kernels::cuda;
+use kernels::ops::Float8;
 use tch::{Device, Kind, Tensor};
 
 use super::median;
@@ -32,11 +33,22 @@ fn seconds(device: Device, repetitions: usize, work: impl Fn() -> Result<()>) ->
 }
 
 /// The rate of the products of a step, forward shape of gate and up, in floating-point operations a second.
-pub fn matmul_flops_per_s(rows: i64, s: &Shape, kind: Kind, device: Device) -> Result<f64> {
+/// `float8`: in 8-bit floats, where a step would take it so.
+pub fn matmul_flops_per_s(
+    rows: i64,
+    s: &Shape,
+    kind: Kind,
+    float8: Option<Float8>,
+    device: Device,
+) -> Result<f64> {
     let random = |rows| Tensor::randn([rows, s.hidden_size], (Kind::Float, device)).to_kind(kind);
     let (x, w) = (random(rows), random(2 * s.intermediate_size));
     let flops = 2.0 * rows as f64 * (s.hidden_size * 2 * s.intermediate_size) as f64;
-    Ok(flops / seconds(device, 15, || Ok(x.f_mm(&w.tr()).map(drop)?))?)
+    let product = || match float8.filter(|f| f.takes(&x, &w)) {
+        Some(float8) => Ok(drop(float8.linear(&x, &w)?)),
+        None => Ok(x.f_mm(&w.tr()).map(drop)?),
+    };
+    Ok(flops / seconds(device, 15, product)?)
 }
 
 /// The rate at which a large copy reads and writes memory, in bytes a second.

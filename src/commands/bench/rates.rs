@@ -4,7 +4,7 @@ use serde_json::json;
 use tch::Device;
 
 use super::{BatchSize, BenchTraining, median, random_model};
-use crate::config::sections::{Compute, Recompute};
+use crate::config::sections::{Compute, Optim, Recompute};
 use crate::config::shape::Shape;
 use crate::distributed::mesh::Sharding;
 use crate::distributed::world::World;
@@ -88,8 +88,15 @@ fn training_rate(hidden_size: i64, compute: Compute, world: &World) -> Result<(f
     let (rows, length) = if hidden_size < 1024 { (8, 256) } else { (2, 256) };
     let flops = shape.flops_per_token(length) * (rows * length) as f64;
     let size = BatchSize { rows, micro: rows, length };
-    let mut training =
-        BenchTraining::of(shape, &Trainable::default(), compute, Recompute::None, size, world)?;
+    let mut training = BenchTraining::of(
+        shape,
+        &Trainable::default(),
+        &Optim::default(),
+        compute,
+        Recompute::None,
+        size,
+        world,
+    )?;
     let (first_s, _) = training.step(world)?;
     let mut seconds = vec![first_s];
     if first_s <= LONG_S {

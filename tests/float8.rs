@@ -1,5 +1,6 @@
 //! Training in 8-bit floats, on the CPU: near bfloat16, and not the same. Speed is for GPUs.
 
+use testing::program::Program;
 use testing::run::{Run, beginner, data};
 use testing::tolerance::{Quantity, allowed};
 
@@ -59,6 +60,12 @@ fn small_products_stay_in_bfloat16() {
     assert_eq!(small.numbers("train", "fp8_products"), [0.0; 4]);
     let refused = Run::new("float8-refused");
     refused.expect_refused(&["float8.min_size=0"], 2, "is a section of `precision.compute: float8`");
+    let refused = Run::sft("float8-nf4");
+    let words = ["precision.compute=float8", "lora={rank: 2, base: nf4}"];
+    refused.expect_refused(&words, 2, "products with nf4 weights are in bfloat16");
+    let model = beginner().to_string_lossy().into_owned();
+    let words = ["generate", "--model", &model, "--prompt", "2+2=", "--dtype", "float8"];
+    Program::corral(&words).run(&refused.dir, "generate").expect_error(2, &["8-bit floats are for training"]);
 }
 
 /// An adapter on a base whose products are in 8-bit floats: the base has no gradient, adapters stay in bfloat16.

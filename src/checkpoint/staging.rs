@@ -43,7 +43,7 @@ impl Staging {
     /// Queues copies of a model, by name in the file; they are complete after [`Staging::wait`].
     pub fn copies(&mut self, params: &Sharded, optim: Option<&AdamW>) -> Result<Vec<(TensorEntry, Tensor)>> {
         if let Some(optim) = optim {
-            optim.settle()?;
+            optim.synchronize()?;
         }
         let copy = |(name, t): (String, Tensor)| {
             let copy = match &mut self.pinned {

@@ -118,7 +118,7 @@ choice! {
         /// Half the memory of activations, and faster on processors with bfloat16 matrix products.
         Bfloat16 = "bfloat16",
         /// As bfloat16, with large products of the blocks in 8-bit floats (section `float8`): for GPUs that have them, from
-        /// compute capability 8.9 on.
+        /// compute capability 8.9 on; on a CPU only for tests, slower than bfloat16.
         Float8 = "float8",
         /// For tests.
         Float64 = "float64",
@@ -136,11 +136,10 @@ choice! {
 }
 
 section! {
-    /// `precision.compute: float8`: the products of linear layers in blocks, forward and backward, are taken in 8-bit floats: values
-    /// and weights in e4m3, gradients in e5m2, scaled by their largest magnitudes.
+    /// Products in 8-bit floats, with `precision.compute: float8`: those of the blocks' linear layers, forward and backward. Activations
+    /// and weights are in e4m3, gradients in e5m2, each scaled by its largest magnitude.
     pub struct Float8Section {
-        /// Products with a side (tokens, inputs, outputs) below this stay in bfloat16, and so do those of which a side is no
-        /// multiple of 16.
+        /// Products with a side (tokens, inputs or outputs) below this, or not a multiple of 16, stay in bfloat16.
         min_size: i64 = 2048, WHOLE => Mathematics;
         /// How much of a factor one scale is for.
         scales: Float8Scales = Float8Scales::Tensor => Mathematics;
@@ -239,7 +238,8 @@ section! {
         micro_batch_size: Option<i64> = None, COUNT => Rounding;
         /// Which activations of a block are recomputed in the backward.
         recompute: Recompute = Recompute::None => Execution;
-        /// On a GPU: the same run gives the same bits. `false` takes flash attention's faster backward, which adds up in any order.
+        /// On a GPU: flash attention's backward adds in a fixed order, so that the same run gives the same bits; `false`: in any order,
+        /// faster. On a CPU the same run always gives the same bits.
         deterministic: bool = true => Rounding;
     }
 }

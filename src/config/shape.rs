@@ -402,7 +402,7 @@ impl Shape {
         self.vocab_size * c + head + self.num_hidden_layers * (attention + mlp + vectors) + c
     }
 
-    /// Parameters that a step of generation does not read: the embedding, of which it takes a row a token, unless it is the head, too.
+    /// Parameters that a decoding step does not read: an untied embedding, of which it takes one row a token.
     pub fn num_unread_parameters(&self) -> i64 {
         if self.tie_word_embeddings { 0 } else { self.vocab_size * self.hidden_size }
     }

@@ -15,9 +15,9 @@ use crate::model::{KvCache, Llama};
 use crate::warn;
 
 /// Numbers that a row has in [`Buffers`], besides its token.
-const NUMBERS: i64 = 5;
+const INPUTS_PER_ROW: i64 = 5;
 /// Lengths for which a graph serves differ by at most so many tokens.
-const LENGTHS: i64 = 256;
+const LENGTH_BUCKET: i64 = 256;
 
 /// A row that gets one more token.
 #[derive(Debug, Clone, Copy)]
@@ -25,7 +25,7 @@ pub(super) struct DeviceRow {
     /// The number of the request, and of its sample.
     pub of: (usize, usize),
     pub slot: usize,
-    /// StepTokens that its slot holds, before that which the step reads.
+    /// Tokens that its slot holds, without the one that the step reads.
     pub length: i64,
     /// What the next token is drawn for.
     pub draw: Draw,
@@ -43,7 +43,7 @@ pub(super) enum StepTokens<'a> {
 struct Buffers {
     rows: i64,
     ids: Tensor,
-    /// All but the ids, [NUMBERS, rows].
+    /// All but the ids, [INPUTS_PER_ROW, rows].
     numbers: Tensor,
     /// float32 [rows, 4]
     table: Tensor,
@@ -52,7 +52,7 @@ struct Buffers {
 impl Buffers {
     fn new(rows: i64, device: Device) -> Buffers {
         let ids = Tensor::zeros([rows], (Kind::Int64, device));
-        let numbers = Tensor::zeros([NUMBERS, rows], (Kind::Int64, device));
+        let numbers = Tensor::zeros([INPUTS_PER_ROW, rows], (Kind::Int64, device));
         Buffers { rows, ids, numbers, table: Tensor::zeros([rows, 4], (Kind::Float, device)) }
     }
 
@@ -71,11 +71,11 @@ impl Buffers {
 }
 
 /// A step that was queued.
-pub(super) struct Flight {
+pub(super) struct QueuedStep {
     /// Its rows, in order.
     pub rows: Vec<DeviceRow>,
     /// Which of the two places of the host's its table goes to.
-    turn: usize,
+    host_buffer: usize,
     bucket: i64,
 }
 
@@ -93,7 +93,7 @@ pub(super) struct DeviceSteps {
     captures: bool,
     streams: [CopyStream; 2],
     host: [Tensor; 2],
-    turn: usize,
+    host_buffer: usize,
 }
 
 impl DeviceSteps {
@@ -123,7 +123,7 @@ impl DeviceSteps {
             captures: device.is_cuda() && model.shape.experts.is_none(),
             streams: [CopyStream::new(device)?, CopyStream::new(device)?],
             host,
-            turn: 0,
+            host_buffer: 0,
         }))
     }
 
@@ -134,8 +134,8 @@ impl DeviceSteps {
         cache: &mut KvCache,
         rows: Vec<DeviceRow>,
         tokens: StepTokens,
-        before: Option<&Flight>,
-    ) -> Result<Flight> {
+        before: Option<&QueuedStep>,
+    ) -> Result<QueuedStep> {
         let slots: Vec<usize> = rows.iter().map(|row| row.slot).collect();
         let longest = rows.iter().map(|row| row.length + 1).max().unwrap_or(1);
         cache.grow(&slots, longest);
@@ -147,19 +147,19 @@ impl DeviceSteps {
             self.fill(&rows, bucket, tokens, before)?;
         }
         self.run(model, cache, bucket, longest)?;
-        let turn = self.turn;
-        self.turn = 1 - turn;
-        let (stream, table) = (&self.streams[turn], &self.buffers[&bucket].table);
+        let host_buffer = self.host_buffer;
+        self.host_buffer = 1 - host_buffer;
+        let (stream, table) = (&self.streams[host_buffer], &self.buffers[&bucket].table);
         stream.after_computing()?;
-        stream.copy(&self.host[turn].narrow(0, 0, bucket), table)?;
+        stream.copy(&self.host[host_buffer].narrow(0, 0, bucket), table)?;
         stream.before_computing()?; // the next step writes the table again
-        Ok(Flight { rows, turn, bucket })
+        Ok(QueuedStep { rows, host_buffer, bucket })
     }
 
     /// What the rows of a step chose. The host waits for it.
-    pub fn read(&self, flight: &Flight) -> Result<Vec<Choice>> {
-        self.streams[flight.turn].wait()?;
-        sampler::choices(&self.host[flight.turn].narrow(0, 0, flight.rows.len() as i64))
+    pub fn read(&self, queued: &QueuedStep) -> Result<Vec<Choice>> {
+        self.streams[queued.host_buffer].wait()?;
+        sampler::choices(&self.host[queued.host_buffer].narrow(0, 0, queued.rows.len() as i64))
     }
 
     fn fill(
@@ -167,7 +167,7 @@ impl DeviceSteps {
         rows: &[DeviceRow],
         bucket: i64,
         tokens: StepTokens,
-        before: Option<&Flight>,
+        before: Option<&QueuedStep>,
     ) -> Result<()> {
         let n = rows.len() as i64;
         let ids = match (tokens, before) {
@@ -180,7 +180,7 @@ impl DeviceSteps {
             (StepTokens::Before(_), None) => return Err(crate::error::Error::failed("no step was before")),
         };
         // Rows beyond n have no slot.
-        let mut numbers = vec![0i64; (NUMBERS * bucket) as usize];
+        let mut numbers = vec![0i64; (INPUTS_PER_ROW * bucket) as usize];
         numbers[bucket as usize..2 * bucket as usize].fill(-1);
         for (i, row) in rows.iter().enumerate() {
             let of = [
@@ -192,7 +192,7 @@ impl DeviceSteps {
             ];
             of.into_iter().enumerate().for_each(|(k, number)| numbers[k * bucket as usize + i] = number);
         }
-        let numbers = ops::upload(&Tensor::from_slice(&numbers).view([NUMBERS, bucket]), self.device)?;
+        let numbers = ops::upload(&Tensor::from_slice(&numbers).view([INPUTS_PER_ROW, bucket]), self.device)?;
         let device = self.device;
         let buffers = self.buffers.entry(bucket).or_insert_with(|| Buffers::new(bucket, device));
         buffers.numbers.f_copy_(&numbers)?;
@@ -201,15 +201,15 @@ impl DeviceSteps {
         Ok(())
     }
 
-    /// Queues the work of a step: its graph, which is captured the second time that one like it is wanted, since what a first step
-    /// prepares cannot be captured.
+    /// Queues the work of a step: its graph, if there is one. The first step of its kind runs without, since it compiles kernels and
+    /// makes workspaces, which cannot be captured; its graph is captured right after it, for the next.
     fn run(&mut self, model: &mut Llama, cache: &KvCache, bucket: i64, longest: i64) -> Result<()> {
         if self.capacity != cache.capacity() {
             // Graphs know where the cache lay.
             self.graphs.clear();
             self.capacity = cache.capacity();
         }
-        let longest = ((longest + LENGTHS - 1) / LENGTHS * LENGTHS).min(cache.capacity());
+        let longest = ((longest + LENGTH_BUCKET - 1) / LENGTH_BUCKET * LENGTH_BUCKET).min(cache.capacity());
         let (key, buffers) = ((bucket, longest), &self.buffers[&bucket]);
         let (ends, options) = (&self.ends, self.options);
         if let Some(graph) = self.graphs.get(&key) {

@@ -10,7 +10,7 @@ use kernels::c10d::ReduceOp;
 use tch::Tensor;
 
 use crate::error::{Error, Result};
-use crate::generate::device::{DeviceRow, DeviceSteps, Flight, StepTokens};
+use crate::generate::device::{DeviceRow, DeviceSteps, QueuedStep, StepTokens};
 use crate::generate::request::{Completion, EngineOptions, Request};
 use crate::generate::sampler::{self, Choice, Draw};
 use crate::model::{KvCache, Llama};
@@ -39,7 +39,7 @@ enum Forward {
     /// The hidden states, T [rows, C], of the rows from this place on.
     Hidden(usize, Tensor),
     /// All rows' next tokens are under way on the device.
-    Flight(Flight),
+    Queued(QueuedStep),
 }
 
 /// Generates for any number of requests, which may be added at any time. The model's values must stay as they are while
@@ -57,7 +57,7 @@ pub struct Engine<'a> {
     /// Steps that stay on a GPU, where they can.
     on_device: Option<DeviceSteps>,
     /// One that was queued and not read yet.
-    flight: Option<Flight>,
+    queued: Option<QueuedStep>,
 }
 
 impl<'a> Engine<'a> {
@@ -77,7 +77,7 @@ impl<'a> Engine<'a> {
             rows: Vec::new(),
             finished: Vec::new(),
             on_device: DeviceSteps::new(model, slots, options.eos, &options.sampling)?,
-            flight: None,
+            queued: None,
             options,
         })
     }
@@ -135,12 +135,12 @@ impl<'a> Engine<'a> {
         if !busy {
             return Ok(anywhere);
         }
-        if let Some(flight) = self.flight.take() {
-            return self.land(model, flight, on_token);
+        if let Some(queued) = self.queued.take() {
+            return self.finish_step(model, queued, on_token);
         }
         let (first, hidden) = match self.forward(model)? {
             Forward::Hidden(first, hidden) => (first, hidden),
-            Forward::Flight(flight) => return self.land(model, flight, on_token),
+            Forward::Queued(queued) => return self.finish_step(model, queued, on_token),
         };
         let logits = model.next_token_logits(&hidden)?;
         let requests = &self.requests;
@@ -181,12 +181,12 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    /// Reads the tokens of a step that is under way on the device, after the next step was queued of the rows that will go on for all the
-    /// host knows. Those that turn out to have ended leave a token there that nobody reads.
-    fn land(
+    /// Reads the tokens of a queued step, after queuing the next one for all rows that may go on. A row that has just ended leaves one
+    /// token that nobody reads.
+    fn finish_step(
         &mut self,
         model: &mut Llama,
-        flight: Flight,
+        queued: QueuedStep,
         mut on_token: impl FnMut(&Completion, bool) -> Result<()>,
     ) -> Result<bool> {
         let Some(mut steps) = self.on_device.take() else {
@@ -194,19 +194,19 @@ impl<'a> Engine<'a> {
         };
         // Waiting prompts come before the rows' next tokens, once slots are free for them.
         let next = match self.waiting.is_empty() || self.free.is_empty() {
-            true => self.launch_after(model, &mut steps, &flight),
+            true => self.launch_after(model, &mut steps, &queued),
             false => Ok(None),
         };
         let choices = next.and_then(|next| {
-            self.flight = next;
-            steps.read(&flight)
+            self.queued = next;
+            steps.read(&queued)
         });
         self.on_device = Some(steps);
-        let rows = flight.rows.iter().zip(choices?);
+        let rows = queued.rows.iter().zip(choices?);
         let chosen = rows.filter_map(|(row, choice)| Some((self.place(row.of)?, choice))).collect();
         self.take_choices(model, chosen, &mut on_token)?;
         if self.rows.is_empty() {
-            self.flight = None;
+            self.queued = None;
         }
         Ok(true)
     }
@@ -216,16 +216,16 @@ impl<'a> Engine<'a> {
         self.rows.iter().position(|r| (r.completion.request, r.completion.sample) == of)
     }
 
-    /// Queues the step after `flight`, of its rows that are in work and do not end with its tokens because of their number.
+    /// Queues the step after `queued`, of its rows that are in work and do not end with its tokens because of their number.
     fn launch_after(
         &mut self,
         model: &mut Llama,
         steps: &mut DeviceSteps,
-        flight: &Flight,
-    ) -> Result<Option<Flight>> {
+        queued: &QueuedStep,
+    ) -> Result<Option<QueuedStep>> {
         let positions = model.shape.max_position_embeddings as usize;
         let (mut going, mut rows) = (Vec::new(), Vec::new());
-        for (i, row) in flight.rows.iter().enumerate() {
+        for (i, row) in queued.rows.iter().enumerate() {
             let request = &self.requests[row.of.0];
             let tokens = row.draw.position as usize + 1;
             let most = request.max_new_tokens.min(positions - request.prompt.len());
@@ -239,7 +239,7 @@ impl<'a> Engine<'a> {
             return Ok(None);
         }
         let tokens = StepTokens::Before(&going);
-        steps.launch(model, &mut self.cache, rows, tokens, Some(flight)).map(Some)
+        steps.launch(model, &mut self.cache, rows, tokens, Some(queued)).map(Some)
     }
 
     /// Reads waiting prompts, where there are slots for them, else the newest token of every row; and begins what rows
@@ -268,8 +268,8 @@ impl<'a> Engine<'a> {
                     draw: self.requests[r.completion.request].draw(&r.completion),
                 };
                 let rows = rows.iter().map(row).collect();
-                let flight = steps.launch(model, &mut self.cache, rows, StepTokens::Ids(&ids), None)?;
-                return Ok(Forward::Flight(flight));
+                let queued = steps.launch(model, &mut self.cache, rows, StepTokens::Ids(&ids), None)?;
+                return Ok(Forward::Queued(queued));
             }
             begun.insert(0, model.decode(&ids, &slots, &mut self.cache)?);
         }

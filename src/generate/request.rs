@@ -1,4 +1,4 @@
-//! What an [`Engine`](super::Engine) is asked, and what it answers.
+//! Requests to an [`Engine`](super::Engine), and completions.
 
 use crate::config::shape::Shape;
 use crate::error::{Error, Result};
@@ -25,9 +25,9 @@ pub struct Request {
     pub prompt: Vec<i64>,
     /// A completion for each. The numbers key the random draws: equal numbers with equal seeds draw equally.
     pub samples: Vec<u64>,
-    /// StepTokens that a completion has at least before a token that ends it is chosen; stop texts end it all the same.
+    /// Tokens that a completion has at least before a token that ends it is chosen; stop texts end it all the same.
     pub min_new_tokens: usize,
-    /// StepTokens of the response at most.
+    /// Tokens of the response at most.
     pub max_new_tokens: usize,
 }
 

@@ -130,8 +130,8 @@ pub struct Draws {
 }
 
 impl BlockParts<Linear> {
-    /// The weights of block group `i`, T, with their adapters, if they are to act. Dropout acts where there are `draws`. Of products in
-    /// 8-bit floats a router's is never one. `inner`: where each adapter of the group keeps what its backward needs; empty: nowhere.
+    /// The weights of block group `i`, T, with their adapters, if they are to act. Dropout acts where there are `draws`. Routers never
+    /// use 8-bit floats. `inner`: where each adapter of the group keeps what its backward needs; empty: nowhere.
     pub fn weights(
         params: &mut Sharded,
         i: usize,

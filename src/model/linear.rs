@@ -21,7 +21,7 @@ pub struct Linear {
     /// T `[O]`
     bias: Option<Tensor>,
     adapters: Vec<Adapter>,
-    /// What products with dense weights are taken in 8-bit floats; adapters' never are.
+    /// Products with dense weights in 8-bit floats; none: all in the compute dtype, as adapters' always are.
     float8: Option<Float8>,
 }
 

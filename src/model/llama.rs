@@ -162,7 +162,7 @@ pub struct Llama {
     rope: Option<[RopeTables; 2]>,
     /// Whether adapters act; see [`Llama::without_adapters`].
     adapters: bool,
-    /// What products of a forward and backward over whole rows are taken in 8-bit floats. Those of generation never are.
+    /// Products in 8-bit floats, of a forward and backward over whole rows; none: all in the compute dtype, as those of generation.
     pub float8: Option<Float8>,
 }
 

@@ -22,7 +22,7 @@ pub use trainable::Trainable;
 
 pub use crate::config::sections::Recompute;
 
-use kernels::ops::{Float8, Scales};
+use kernels::ops::{Float8, Granularity};
 use tch::{Device, Kind};
 
 use crate::config::sections::{Compute, Float8Scales, Float8Section};
@@ -38,19 +38,19 @@ pub fn compute_kind(c: Compute) -> Kind {
     }
 }
 
-/// What products in 8-bit floats a configuration asks for, of a model whose dtype is `compute`.
+/// The products that a configuration wants in 8-bit floats, of a model whose dtype is `compute`.
 pub fn float8(compute: Compute, c: &Float8Section) -> Option<Float8> {
     let scales = match c.scales {
-        Float8Scales::Tensor => Scales::Tensor,
-        Float8Scales::Row => Scales::Row,
+        Float8Scales::Tensor => Granularity::Tensor,
+        Float8Scales::Row => Granularity::Row,
     };
     (compute == Compute::Float8).then_some(Float8 { min_size: c.min_size, scales })
 }
 
-/// [`float8`], on its device.
+/// [`float8`] of a model on `device`.
 ///
 /// # Errors
-/// A GPU that has none.
+/// A GPU whose compute capability is too low: 8.9, and 9.0 with one scale a row.
 pub fn float8_on(compute: Compute, c: &Float8Section, device: Device) -> Result<Option<Float8>> {
     let float8 = float8(compute, c);
     let needed = if c.scales == Float8Scales::Row { (9, 0) } else { (8, 9) };
@@ -58,8 +58,9 @@ pub fn float8_on(compute: Compute, c: &Float8Section, device: Device) -> Result<
         let info = kernels::cuda::load()?.device_info(index)?;
         if info.capability < needed {
             let ((major, minor), (a, b)) = (info.capability, needed);
+            let tensor = if info.capability >= (8, 9) { "set float8.scales=tensor, or " } else { "" };
             let why = format!(
-                "{} has compute capability {major}.{minor}; float8 with one scale a {} needs {a}.{b}: choose bfloat16",
+                "{} has compute capability {major}.{minor}; with float8.scales: {} it needs {a}.{b}: {tensor}choose bfloat16",
                 info.name,
                 c.scales.name()
             );

@@ -201,7 +201,7 @@ impl AdamW {
     }
 
     /// Waits until moments in host memory are those of the last update: they come there while the device goes on.
-    pub fn settle(&self) -> Result<()> {
+    pub fn synchronize(&self) -> Result<()> {
         self.streaming.as_ref().map_or(Ok(()), |s| Ok(s.store.wait()?))
     }
 

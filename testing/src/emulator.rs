@@ -37,8 +37,10 @@ fn kernels_of(root: &Path, folder: &Path, source: &sources::Source) -> PathBuf {
         source.name
     );
     // Products and sums are contracted, as NVRTC does.
-    let mut options =
-        vec!["-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-strict-aliasing"];
+    let mut options = vec!["-O2", "-ffp-contract=fast", "-fno-math-errno", "-fno-strict-aliasing"];
+    if std::is_x86_feature_detected!("fma") {
+        options.push("-mfma");
+    }
     options.extend(source.options);
     let headers = [
         "testing/emulator/emulator.h",

@@ -49,10 +49,6 @@ pub enum Quantity {
     KlEstimate,
     /// Losses of a training with products in 8-bit floats against those in bfloat16.
     Float8Loss,
-    /// Products in 8-bit floats whose factors are rounded once.
-    Float8Product,
-    /// The same of gradients, which have a bit less.
-    Float8Gradient,
     /// Losses of single pairs, absolute.
     PairLosses,
     /// A formula with a few terms against its result by hand or by another order, absolute.
@@ -130,7 +126,7 @@ const D: Kind = Kind::Double;
 const F: Kind = Kind::Float;
 const B: Kind = Kind::BFloat16;
 
-pub const TABLE: [Tolerance; 73] = [
+pub const TABLE: [Tolerance; 71] = [
     fixed(Operation, D, 1e-13, "some hundred roundings of 1e-16"),
     fixed(Operation, F, 1e-5, "logits of 25 are rounded by 1e-6, and so are their exponentials"),
     fixed(Operation, B, 8e-3, "one rounding"),
@@ -181,8 +177,6 @@ pub const TABLE: [Tolerance; 73] = [
     fixed(KlEstimate, D, 1e-8, "a difference of sums of log-probabilities over rows"),
     fixed(KlEstimate, F, 1e-3, "the same in float32"),
     fixed(Float8Loss, B, 1e-2, "factors with 3 bits of mantissa, gradients with 2; sums cancel most of it"),
-    fixed(Float8Product, B, 1.25e-1, "2^-4 for each factor, of which a sum of many terms cancels most"),
-    fixed(Float8Gradient, B, 1.9e-1, "2^-3 for gradients, and 2^-4"),
     fixed(PairLosses, D, 1e-9, "ten times their mean's"),
     fixed(PairLosses, F, 1e-4, "the same in float32"),
     fixed(Formula, D, 1e-14, "a few roundings of 1e-16"),

@@ -1,5 +1,5 @@
 //! Products of bfloat16 tensors in 8-bit floats (Micikevicius et al. 2022): values and weights in e4m3, gradients in e5m2, each scaled
-//! so that its largest magnitude is the format's largest number; sums in float32. Scales are dynamic: those of the tensors at hand.
+//! so that its largest magnitude is the format's largest number; sums in float32. Granularity are dynamic: those of the tensors at hand.
 
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,9 +14,9 @@ use crate::cuda::takes_gpu_path;
 use crate::error::{Error, Result, check};
 use crate::tensors::{own, raw};
 
-/// What a scale is for.
+/// How many values share a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Scales {
+pub enum Granularity {
     /// The whole tensor.
     Tensor,
     /// Each row of the left factor, and each column of the right one.
@@ -29,7 +29,7 @@ pub struct Float8 {
     /// Products with a shorter side stay in bfloat16.
     pub min_size: i64,
     /// How much one scale is for.
-    pub scales: Scales,
+    pub scales: Granularity,
 }
 
 /// The multiple that all sides of a product in 8-bit floats must be.
@@ -75,20 +75,22 @@ struct Factor {
 
 impl Factor {
     /// x, bfloat16 [rows, inner], or of a tensor [inner, rows] its transpose.
-    fn of(x: &Tensor, transposed: bool, format: Format, scales: Scales) -> Result<Factor> {
+    fn of(x: &Tensor, transposed: bool, format: Format, scales: Granularity) -> Result<Factor> {
         match scales {
-            Scales::Tensor if takes_gpu_path(x.device()) => Factor::fused(x, transposed, format),
+            Granularity::Tensor if takes_gpu_path(x.device()) => Factor::fused(x, transposed, format),
             _ => Factor::composed(x, transposed, format, scales),
         }
     }
 
-    fn composed(x: &Tensor, transposed: bool, format: Format, scales: Scales) -> Result<Factor> {
+    fn composed(x: &Tensor, transposed: bool, format: Format, scales: Granularity) -> Result<Factor> {
         let x = if transposed { x.tr() } else { x.shallow_clone() }; // [rows, inner]
         let largest = match scales {
-            Scales::Tensor => x.f_abs()?.f_max()?.view([1]),
-            Scales::Row => x.f_abs()?.f_amax([1i64].as_slice(), true)?,
+            Granularity::Tensor => x.f_abs()?.f_max()?.view([1]),
+            Granularity::Row => x.f_abs()?.f_amax([1i64].as_slice(), true)?,
         };
-        let factor = largest.to_kind(Kind::Float).f_clamp_min(1e-12)?.f_reciprocal()? * format.largest();
+        // A quotient of tensors: by a number a GPU multiplies with its reciprocal, which rounds twice.
+        let most = Tensor::from(format.largest() as f32).to_device(x.device());
+        let factor = most / largest.to_kind(Kind::Float).f_clamp_min(1e-12)?;
         let scaled = (x.to_kind(Kind::Float) * &factor).f_clamp(-format.largest(), format.largest())?;
         let values = scaled.to_kind(format.kind()).contiguous();
         Ok(Factor { values, scale: factor.f_reciprocal()?, format })
@@ -188,7 +190,7 @@ impl Float8 {
         let dy = Factor::of(dy, true, Format::E5m2, self.scales)?;
         let x = Factor::of(x, true, Format::E4m3, self.scales)?;
         // Products with a scale for each row are in bfloat16 alone.
-        let float32 = self.scales == Scales::Tensor;
+        let float32 = self.scales == Granularity::Tensor;
         accumulate(dw, &product(&dy, &x, float32, false)?, add)
     }
 }
@@ -200,7 +202,7 @@ mod tests {
     #[test]
     fn what_tensor_cores_do_not_have_is_refused() {
         let x = Tensor::ones([32, 48], (Kind::BFloat16, Device::Cpu));
-        let of = |t: &Tensor, format| Factor::of(t, false, format, Scales::Tensor).unwrap();
+        let of = |t: &Tensor, format| Factor::of(t, false, format, Granularity::Tensor).unwrap();
         let y = product(&of(&x, Format::E5m2), &of(&x, Format::E4m3), false, false).unwrap();
         assert_eq!((y.size(), y.double_value(&[3, 5])), (vec![32, 32], 48.0));
         let e = product(&of(&x, Format::E5m2), &of(&x, Format::E5m2), false, false).unwrap_err();

@@ -28,7 +28,7 @@ pub use composed::{Composed, geglu, geglu_backward};
 pub use cpu::Cpu;
 pub use dispatch::*;
 pub use flash::set_deterministic;
-pub use float8::{Float8, Scales, float8_products};
+pub use float8::{Float8, Granularity, float8_products};
 pub use gpu::Gpu;
 pub use products::*;
 pub use rows::RowOps;

@@ -54,6 +54,50 @@ fn checkpoint() {
     }
 }
 
+/// Weights, adapters on quantized weights, 8-bit moments, 8-bit floats; and decoding.
+#[test]
+fn training_and_generation() {
+    let logs = folder("train");
+    let small = ["--steps", "1", "--warmup", "1", "--batch-size", "2", "--sequence-length", "16"];
+    let train = |name: &str, words: &[&str]| {
+        let words = [&["bench", "train"], &small[..], words].concat();
+        Program::corral(&words).run(&logs, name)
+    };
+    let cases: [&[&str]; 4] = [
+        &[],
+        &["--lora", "2", "--base", "nf4"],
+        &["--moments", "8bit", "--recompute", "full"],
+        &["--precision", "float8", "--float8-min-size", "16"],
+    ];
+    for (i, words) in cases.into_iter().enumerate() {
+        let found = measurements(&train(&format!("train-{i}"), words).expect_code(0));
+        let [found] = found.as_slice() else { panic!("{found:?}") };
+        positive(
+            found,
+            &["tokens_per_s", "matmul_gflops", "memory_gb_per_s", "speed_of_light_share", "peak_bytes"],
+        );
+    }
+    for (i, (words, why)) in [
+        (&["--lora", "0"][..], "0 is not in 1.."),
+        (&["--float8-min-size", "16"], "--float8-min-size needs --precision float8"),
+        (&["--lora", "2", "--base", "int8", "--precision", "float8"], "products with quantized weights"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        train(&format!("refused-{i}"), words).expect_error(2, &[why]);
+    }
+    let generate = |name: &str, words: &[&str]| {
+        let words =
+            [&["bench", "generate", "--new-tokens", "6", "--runs", "1", "--batch-size", "2"], words].concat();
+        Program::corral(&words).run(&logs, name)
+    };
+    let found = measurements(&generate("generate", &[]).expect_code(0));
+    positive(&found[0], &["new_tokens_per_s", "decode_step_s", "decode_gb_per_s", "memory_share"]);
+    generate("generate-float8", &["--precision", "float8"])
+        .expect_error(2, &["generation computes in bfloat16"]);
+}
+
 #[test]
 fn data_reading() {
     let (logs, disk) = (folder("data-logs"), folder("data-disk"));

@@ -294,8 +294,8 @@ fn draws_follow_the_distribution() {
     assert!(e.message.contains("not finite"), "{e}");
 }
 
-/// Choices in float32 and bfloat16, on a GPU by a kernel, against those in float64: over one tile of the kernel and several, with ties,
-/// with tokens that cannot be chosen, with every way to leave tokens out.
+/// Choices in float32 and bfloat16, on a GPU by a kernel, against those in float64: over one tile of the kernel and several,
+/// with ties, with tokens that cannot be chosen, with every way to leave tokens out.
 #[test]
 fn choices_are_those_in_float64() {
     for (kind, vocab_size) in

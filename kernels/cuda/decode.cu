@@ -1,6 +1,6 @@
-// Attention of one more token a row over cached keys and values, compiled for each dtype: DTYPE is float or bf16. The cache is read
-// once, in its own dtype, and only where a row has tokens. A row's positions are divided into chunks that lie at fixed places,
-// so that a row's result does not depend on the rows beside it; decode_combine adds up what the chunks found.
+// Attention of one more token a row over cached keys and values, compiled for each dtype: DTYPE is float or bf16. The cache
+// is read once, in its own dtype, and only where a row has tokens. A row's positions are divided into chunks that lie at
+// fixed places, so that a row's result does not depend on the rows beside it; decode_combine adds up what the chunks found.
 #include "common.cuh"
 
 typedef DTYPE T;
@@ -22,9 +22,9 @@ __device__ __forceinline__ float warp_sum(float x, int lanes = 32) {
   return x;
 }
 
-// One block for each row, key-value head and chunk. The block whose chunk has the row's new position writes its key and value.
-// partial [B, H, chunks, d]: sums of e^(s - max) v; statistics [B, H, chunks, 2]: max and the sum of e^(s - max). `cap`, unless 0,
-// makes a score s cap * tanh(s / cap). Shared memory: group * (d + CHUNK) + THREADS * TILE * W floats.
+// One block for each row, key-value head and chunk. The block whose chunk has the row's new position writes its key and
+// value. partial [B, H, chunks, d]: sums of e^(s - max) v; statistics [B, H, chunks, 2]: max and the sum of e^(s - max).
+// `cap`, unless 0, makes a score s cap * tanh(s / cap). Shared memory: group * (d + CHUNK) + THREADS * TILE * W floats.
 extern "C" __global__ void __launch_bounds__(128) decode_attention(const T* qkv, T* keys, T* values, const i64* slot,
                                                                const i64* position, const i64* first, float* partial,
                                                                float* statistics, i64 slots, i64 capacity, int heads,
@@ -134,7 +134,7 @@ extern "C" __global__ void decode_combine(const float* partial, const float* sta
   const float* stats = statistics + blockIdx.x * i64(chunks) * 2;
   const float* parts = partial + blockIdx.x * i64(chunks) * d;
   float most = -INF, total = 0;
-  const int c0 = int(from / CHUNK), c1 = known ? int(at / CHUNK) : -1;
+  const int c0 = known ? int(from / CHUNK) : 0, c1 = known ? int(at / CHUNK) : -1;
   for (int c = c0; c <= c1; c++) most = fmaxf(most, stats[2 * c]);
   for (int c = c0; c <= c1; c++) total += expf(stats[2 * c] - most) * stats[2 * c + 1];
   for (int i = threadIdx.x; i < d; i += blockDim.x) {

@@ -5,8 +5,8 @@
 constexpr int W = 8;      // elements of a pack
 constexpr int TILE = 64;  // of a transposition
 
-// *amax = the largest of it and the magnitudes of x [rows, columns], whose rows lie `stride` apart, as bits: their order is that of the
-// numbers, and a NaN is above all. Packs of 8.
+// *amax = the largest of it and the magnitudes of x [rows, columns], whose rows lie `stride` apart, as bits: their order is
+// that of the numbers, and a NaN is above all. Packs of 8.
 extern "C" __global__ void float8_amax(const bf16* x, int* amax, i64 rows, i64 columns, i64 stride) {
   const i64 packs = columns / W, n = rows * packs;
   int most = 0;

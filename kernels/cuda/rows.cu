@@ -305,14 +305,14 @@ __device__ __forceinline__ void add_rows(const T* dx, const i64* order, i64 firs
   }
 }
 
-// Where in partial the sum of an id's tokens from the k-th of all on lies, which is a multiple of RUN after its first. Of two such places
-// within RUN of each other one is an id's first.
+// Where in partial the sum of an id's tokens from the k-th of all on lies, which is a multiple of RUN after its first. Of two
+// such places within RUN of each other one is an id's first.
 __device__ __forceinline__ i64 partial_row(i64 k, bool first) { return k / RUN * 2 + (first ? 1 : 0); }
 
 // dw[id, :] += the sum of dx[order[k], :] over the k with sorted[k] == id. `sorted` are the ids in ascending order, `order`
-// where they came from; equal ids keep their order, so every sum has one order. An id's tokens are divided into runs of RUN, each the
-// work of the block of its first token. Of an id with one run it goes into dw, of others into a row of partial [2 * ceil(n / RUN), c],
-// which add_runs adds up. Ids outside of dw's v rows are left out.
+// where they came from; equal ids keep their order, so every sum has one order. An id's tokens are divided into runs of RUN,
+// each the work of the block of its first token. Of an id with one run it goes into dw, of others into a row of partial [2 *
+// ceil(n / RUN), c], which add_runs adds up. Ids outside of dw's v rows are left out.
 extern "C" __global__ void embedding_backward(const T* dx, const i64* sorted, const i64* order, float* dw, float* partial,
                                               i64 n, i64 v, int c, bool wide) {
   const i64 first = blockIdx.x, id = sorted[first];

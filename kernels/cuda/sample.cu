@@ -1,5 +1,6 @@
 // The next token of each row, compiled for each dtype of the logits: DTYPE is float or bf16. Computed in float. It does what
-// src/generate/sampler.rs composes: greedy, or drawn after temperature, top-k and top-p. One block of 1024 threads works on one row.
+// src/generate/sampler.rs composes: greedy, or drawn after temperature, top-k and top-p. One block of 1024 threads works on
+// one row.
 #include "common.cuh"
 
 typedef DTYPE T;
@@ -60,7 +61,8 @@ struct Row {
   }
 };
 
-// The largest threshold at which `measure`, which falls as thresholds rise, is at least `goal` for the sum over the row: bit by bit.
+// The largest threshold at which `measure`, which falls as thresholds rise, is at least `goal` for the sum over the row: bit
+// by bit.
 template <class M>
 __device__ __forceinline__ unsigned threshold(const Row& row, float goal, M measure) {
   unsigned found = 0;
@@ -79,10 +81,11 @@ __device__ __forceinline__ unsigned threshold(const Row& row, float goal, M meas
   return found;
 }
 
-// ids[row] = the choice; table[row] = the choice again, its log-probability at temperature 1 with nothing left out, that under the distribution that it was
-// drawn from (0 where temperature is 0), and the logarithm of the softmax's denominator, which is not finite where a logit is not.
-// `position`: tokens of the row's completion so far; `least`: below so many, none of `ends` is chosen. With `next`, ids and position are
-// what the next step begins with: position[row] goes up by one. top_k 0 and top_p 1 leave nothing out.
+// ids[row] = the choice; table[row] = the choice again, its log-probability at temperature 1 with nothing left out, that
+// under the distribution that it was drawn from (0 where temperature is 0), and the logarithm of the softmax's denominator,
+// which is not finite where a logit is not. `position`: tokens of the row's completion so far; `least`: below so many, none
+// of `ends` is chosen. With `next`, ids and position are what the next step begins with: position[row] goes up by one. top_k
+// 0 and top_p 1 leave nothing out.
 extern "C" __global__ void __launch_bounds__(1024) sample(const T* logits, const i64* sample, i64* position, const i64* least,
                                                       const i64* ends, i64* ids, float* table, u64 key, float temperature,
                                                       float top_p, int top_k, int num_ends, int v, bool next, bool wide) {

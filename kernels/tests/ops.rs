@@ -659,7 +659,8 @@ fn linear() {
     }
 }
 
-/// x as 8-bit floats of one scale for all of it, or for each row, say: rounded to `kind`, whose largest number is `most`; float64.
+/// x as 8-bit floats of one scale for all of it, or for each row, say: rounded to `kind`, whose largest number is `most`;
+/// float64.
 fn in_float8(x: &Tensor, kind: Kind, most: f32, rows: bool) -> Tensor {
     let x = exact(x).to_kind(Kind::Float);
     let largest = if rows { x.abs().amax([1i64].as_slice(), true) } else { x.abs().max() };

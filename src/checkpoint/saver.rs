@@ -263,7 +263,9 @@ impl Saver {
             });
             parts.push(PendingPart { name, meta, rank, size, slices: writes.then_some(slices) });
         }
-        let jobs = jobs.and_then(|jobs| self.staging.wait().map(|()| jobs));
+        // Also where a copy failed: others are under way.
+        let waited = self.staging.wait();
+        let jobs = jobs.and_then(|jobs| waited.map(|()| jobs));
         let logs = std::mem::take(&mut self.logs);
         let job = match jobs {
             Ok(jobs) => {

@@ -10,8 +10,8 @@ use crate::distributed::sharded::Sharded;
 use crate::error::Result;
 use crate::optim::AdamW;
 
-/// Where the copies lie. From a GPU they go to pinned memory, at the rate of the bus, which is kept from save to save; on a CPU each has
-/// its own memory, and gives it back once it is written.
+/// Where the copies lie. From a GPU they go to pinned memory, at the rate of the bus, which is kept from save to save; on a
+/// CPU each has its own memory, and gives it back once it is written.
 #[derive(Default)]
 pub(super) struct Staging {
     pinned: Option<Pinned>,

@@ -226,6 +226,11 @@ impl BenchTraining {
         if args.float8_min_size.is_some() && args.precision != Compute::Float8 {
             return Err(Error::config("--float8-min-size needs --precision float8"));
         }
+        if args.base != BaseFormat::None && args.precision == Compute::Float8 {
+            return Err(Error::config(
+                "--base: products with quantized weights are in bfloat16, not in float8",
+            ));
+        }
         let size = BatchSize { rows, micro, length };
         let lora = |rank| Lora {
             rank,

@@ -136,8 +136,8 @@ choice! {
 }
 
 section! {
-    /// Products in 8-bit floats, with `precision.compute: float8`: those of the blocks' linear layers, forward and backward. Activations
-    /// and weights are in e4m3, gradients in e5m2, each scaled by its largest magnitude.
+    /// Products in 8-bit floats, with `precision.compute: float8`: those of the blocks' linear layers, forward and backward.
+    /// Activations and weights are in e4m3, gradients in e5m2, each scaled by its largest magnitude.
     pub struct Float8Section {
         /// Products with a side (tokens, inputs or outputs) below this, or not a multiple of 16, stay in bfloat16.
         min_size: i64 = 2048, WHOLE => Mathematics;
@@ -238,8 +238,8 @@ section! {
         micro_batch_size: Option<i64> = None, COUNT => Rounding;
         /// Which activations of a block are recomputed in the backward.
         recompute: Recompute = Recompute::None => Execution;
-        /// On a GPU: flash attention's backward adds in a fixed order, so that the same run gives the same bits; `false`: in any order,
-        /// faster. On a CPU the same run always gives the same bits.
+        /// On a GPU: flash attention's backward adds in a fixed order, so that the same run gives the same bits; `false`: in
+        /// any order, faster. On a CPU the same run always gives the same bits.
         deterministic: bool = true => Rounding;
     }
 }

@@ -11,7 +11,8 @@ use super::setting::{At, Setting};
 use super::yaml::YamlValue;
 
 section! {
-    /// Parameters that are not trained: they have no gradients and no moments, and the backward ends at the lowest trainable block.
+    /// Parameters that are not trained: they have no gradients and no moments, and the backward ends at the lowest trainable
+    /// block.
     pub struct Freeze {
         /// Number of blocks to freeze, from the first.
         blocks: u64 = 0 => State;

@@ -274,8 +274,8 @@ impl World {
         Ok(Mesh { data: all(), shard, replicate, ..Mesh::solo() })
     }
 
-    /// The ranks of the shard axis, for reductions. NCCL works off the collectives of a group one after the other: with a group of
-    /// their own, reductions do not wait for gathers, nor gathers for reductions.
+    /// The ranks of the shard axis, for reductions. NCCL works off the collectives of a group one after the other: with a
+    /// group of their own, reductions do not wait for gathers, nor gathers for reductions.
     fn reducing(&self) -> Result<Group> {
         let shard = &self.mesh.shard;
         if self.backend != Backend::Nccl || shard.size == 1 {

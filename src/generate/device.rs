@@ -1,9 +1,11 @@
-//! Steps of generation that stay on a GPU: it reads its own tokens, and the host those of the step before, while the next one runs.
+//! Steps of generation that stay on a GPU: it reads its own tokens, and the host those of the step before, while the next one
+//! runs.
 //!
-//! A step is queued as a whole, as a CUDA graph where it can be captured. On the CPU, where tests run it with the emulated kernels,
-//! it is the same work, done at once.
+//! A step is queued as a whole, as a CUDA graph where it can be captured. On the CPU, where tests run it with the emulated
+//! kernels, it is the same work, done at once.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kernels::cuda::{CopyStream, Graph, Pinned};
 use kernels::ops::{self, SampleOptions, SampleRows};
@@ -11,9 +13,12 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
 use crate::generate::sampler::{self, Choice, Draw, Sampling};
+use crate::model::llama::RopeTables;
 use crate::model::{KvCache, Llama};
 use crate::warn;
 
+/// What the kernel of decoding takes in every dtype.
+const LARGEST_HEAD: i64 = 512;
 /// Numbers that a row has in [`Buffers`], besides its token.
 const INPUTS_PER_ROW: i64 = 5;
 /// Lengths for which a graph serves differ by at most so many tokens.
@@ -30,6 +35,9 @@ pub(super) struct DeviceRow {
     /// What the next token is drawn for.
     pub draw: Draw,
 }
+
+/// Whether steps can be captured in this process; a capture that has failed would fail again.
+static CAPTURES: AtomicBool = AtomicBool::new(true);
 
 /// Where the tokens come from that a step reads.
 pub(super) enum StepTokens<'a> {
@@ -86,7 +94,8 @@ pub(super) struct DeviceSteps {
     device: Device,
     /// By the number of rows.
     buffers: HashMap<i64, Buffers>,
-    graphs: HashMap<(i64, i64), Graph>,
+    /// With the rotary tables that they read: a model makes larger ones as rows grow.
+    graphs: HashMap<(i64, i64), (Graph, [RopeTables; 2])>,
     /// The cache's capacity that the graphs were captured with.
     capacity: i64,
     /// Whether steps are captured.
@@ -97,8 +106,8 @@ pub(super) struct DeviceSteps {
 }
 
 impl DeviceSteps {
-    /// Steps of at most `batch_size` rows; none where the model's logits are not sampled on the device, or where its forwards gather
-    /// values from other ranks.
+    /// Steps of at most `batch_size` rows; none where the model's logits are not sampled on the device, or where its forwards
+    /// gather values from other ranks.
     pub fn new(
         model: &Llama,
         batch_size: usize,
@@ -106,7 +115,9 @@ impl DeviceSteps {
         sampling: &Sampling,
     ) -> Result<Option<DeviceSteps>> {
         let (device, kind) = (model.params.device(), model.params.compute());
-        if model.params.gathers() || !ops::samples(&Tensor::empty([0], (kind, device))) {
+        // Heads that the decoding kernel does not take are composed, and know no rows without a slot.
+        let composed = model.shape.head_dim > LARGEST_HEAD;
+        if composed || model.params.gathers() || !ops::samples(&Tensor::empty([0], (kind, device))) {
             return Ok(None);
         }
         let most = bucket(batch_size);
@@ -162,6 +173,15 @@ impl DeviceSteps {
         sampler::choices(&self.host[queued.host_buffer].narrow(0, 0, queued.rows.len() as i64))
     }
 
+    /// Waits for all steps.
+    fn wait(&self) {
+        for stream in &self.streams {
+            if let Err(e) = stream.wait() {
+                warn!("generation: {e}");
+            }
+        }
+    }
+
     fn fill(
         &mut self,
         rows: &[DeviceRow],
@@ -201,35 +221,43 @@ impl DeviceSteps {
         Ok(())
     }
 
-    /// Queues the work of a step: its graph, if there is one. The first step of its kind runs without, since it compiles kernels and
-    /// makes workspaces, which cannot be captured; its graph is captured right after it, for the next.
+    /// Queues the work of a step: its graph, if there is one. The first step of its kind runs without, since it compiles
+    /// kernels and makes workspaces, which cannot be captured; its graph is captured right after it, for the next.
     fn run(&mut self, model: &mut Llama, cache: &KvCache, bucket: i64, longest: i64) -> Result<()> {
         if self.capacity != cache.capacity() {
-            // Graphs know where the cache lay.
+            // Graphs know where the cache lay; none may run when it is freed.
+            self.wait();
             self.graphs.clear();
             self.capacity = cache.capacity();
         }
         let longest = ((longest + LENGTH_BUCKET - 1) / LENGTH_BUCKET * LENGTH_BUCKET).min(cache.capacity());
         let (key, buffers) = ((bucket, longest), &self.buffers[&bucket]);
         let (ends, options) = (&self.ends, self.options);
-        if let Some(graph) = self.graphs.get(&key) {
+        if let Some((graph, _)) = self.graphs.get(&key) {
             return Ok(graph.replay()?);
         }
         step(model, cache, buffers, ends, options, longest)?;
-        if self.captures {
+        if self.captures && CAPTURES.load(Ordering::Relaxed) {
             let work = || {
                 step(model, cache, buffers, ends, options, longest)
                     .map_err(|e| kernels::Error::new(e.message))
             };
             match Graph::capture(self.device, work) {
-                Ok((graph, ())) => drop(self.graphs.insert(key, graph)),
+                Ok((graph, ())) => drop(self.graphs.insert(key, (graph, model.rope_tables(longest)))),
                 Err(e) => {
                     warn!("steps of generation are not captured as CUDA graphs, which is slower: {e}");
-                    self.captures = false;
+                    CAPTURES.store(false, Ordering::Relaxed);
                 }
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for DeviceSteps {
+    /// The last step may still run, and nobody read it: its graph and the host's memory must outlive it.
+    fn drop(&mut self) {
+        self.wait();
     }
 }
 

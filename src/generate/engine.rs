@@ -181,8 +181,8 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    /// Reads the tokens of a queued step, after queuing the next one for all rows that may go on. A row that has just ended leaves one
-    /// token that nobody reads.
+    /// Reads the tokens of a queued step, after queuing the next one for all rows that may go on. A row that has just ended
+    /// leaves one token that nobody reads.
     fn finish_step(
         &mut self,
         model: &mut Llama,

@@ -71,6 +71,8 @@ impl Rollout<'_> {
         if hold {
             model.params.hold()?;
         }
+        // Graphs of steps have memory of their own, for which the allocator must have given back what it does not use.
+        kernels::cuda::empty_cache(model.params.device())?;
         let completions = generate(model, &requests, options, |_, _| Ok(()));
         if hold {
             model.params.let_go();

@@ -104,11 +104,10 @@ pub fn choose(logits: &Tensor, draws: &[Draw], eos: &[i64], sampling: &Sampling)
     choices(&table.to_device(Device::Cpu))
 }
 
-/// Rows of choices, their log-probabilities under the model and under what they were drawn from, and the logarithm of the softmax's
-/// denominator: [rows, 4] on the CPU.
+/// Rows of choices, their log-probabilities under the model and under what they were drawn from, and the logarithm of the
+/// softmax's denominator: [rows, 4] on the CPU.
 ///
-/// # Errors
-/// Logits that were not finite.
+/// # Errors Logits that were not finite.
 pub(super) fn choices(table: &Tensor) -> Result<Vec<Choice>> {
     let table = Vec::<f64>::try_from(table.to_kind(Kind::Double).reshape([-1]))?;
     if table.chunks(4).any(|row| !row[3].is_finite()) {

@@ -101,7 +101,8 @@ impl Attention<Linear> {
         self.qkv.backward_input(dqkv)
     }
 
-    /// Normalises queries and keys in place, where the model does, in pieces of their weights' sizes. Returns what they were, and the statistics.
+    /// Normalises queries and keys in place, where the model does, in pieces of their weights' sizes. Returns what they were,
+    /// and the statistics.
     fn norm_heads(&self, qkv: &Tensor, c: &BlockContext) -> Result<Option<QkNormSaved>> {
         let Some(norms) = &self.qk_norm else { return Ok(None) };
         let [q, k] = queries_and_keys(qkv, c.heads);

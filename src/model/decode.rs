@@ -180,9 +180,9 @@ impl Llama {
         self.decode_at(&ids, position, &slot, longest, cache)
     }
 
-    /// [`Llama::decode`] for tokens that the device knows already: `ids`, `position` and `slot` are int64 `[rows]` there, all positions
-    /// below `longest`, for which the cache has room and has counted the tokens (see [`KvCache::grow`]). A row without a slot (-1) reads and
-    /// writes nothing, and its hidden state is NaN.
+    /// [`Llama::decode`] for tokens that the device knows already: `ids`, `position` and `slot` are int64 `[rows]` there, all
+    /// positions below `longest`, for which the cache has room and has counted the tokens (see [`KvCache::grow`]). A row
+    /// without a slot (-1) reads and writes nothing, and its hidden state is NaN.
     pub(crate) fn decode_at(
         &mut self,
         ids: &Tensor,
@@ -225,8 +225,8 @@ impl Llama {
         BlockContext::decoding(self, position.numel() as i64, position, first, tables)
     }
 
-    /// Hidden states after the final norm, T [N, C], of N embedded tokens x, T [N, C]. `attend` takes the block's number and the rotated
-    /// queries, keys and values, T [N, (H + 2K) * D], and returns T [N, H * D].
+    /// Hidden states after the final norm, T [N, C], of N embedded tokens x, T [N, C]. `attend` takes the block's number and
+    /// the rotated queries, keys and values, T [N, (H + 2K) * D], and returns T [N, H * D].
     fn read(
         &mut self,
         x: Tensor,

@@ -1,8 +1,8 @@
 //! The groups of a model's parameters, under Hugging Face's names, matrices before vectors.
 //!
-//! Group 0 is the embedding, 1 to L are the blocks (the last one carries the final norm), L + 1 is the LM head where
-//! it is not tied to the embedding, or the scalar head. q, k, v lie one after the other, and gate and up, so that each is one product. Experts lie in
-//! their block's group.
+//! Group 0 is the embedding, 1 to L are the blocks (the last one carries the final norm), L + 1 is the LM head where it is
+//! not tied to the embedding, or the scalar head. q, k, v lie one after the other, and gate and up, so that each is one
+//! product. Experts lie in their block's group.
 
 use std::ops::Range;
 
@@ -130,8 +130,9 @@ pub struct Draws {
 }
 
 impl BlockParts<Linear> {
-    /// The weights of block group `i`, T, with their adapters, if they are to act. Dropout acts where there are `draws`. Routers never
-    /// use 8-bit floats. `inner`: where each adapter of the group keeps what its backward needs; empty: nowhere.
+    /// The weights of block group `i`, T, with their adapters, if they are to act. Dropout acts where there are `draws`.
+    /// Routers never use 8-bit floats. `inner`: where each adapter of the group keeps what its backward needs; empty:
+    /// nowhere.
     pub fn weights(
         params: &mut Sharded,
         i: usize,

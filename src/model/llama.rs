@@ -149,7 +149,7 @@ impl BlockContext {
 }
 
 /// cos and sin of rotary positions: A [P, D / 2] each.
-pub(super) type RopeTables = (Tensor, Tensor);
+pub(crate) type RopeTables = (Tensor, Tensor);
 
 /// The trunk of a model: embedding, blocks and final norm. Its heads are [`LmHead`](crate::model::LmHead) and
 /// [`ScoreHead`](crate::model::ScoreHead).
@@ -162,7 +162,8 @@ pub struct Llama {
     rope: Option<[RopeTables; 2]>,
     /// Whether adapters act; see [`Llama::without_adapters`].
     adapters: bool,
-    /// Products in 8-bit floats, of a forward and backward over whole rows; none: all in the compute dtype, as those of generation.
+    /// Products in 8-bit floats, of a forward and backward over whole rows; none: all in the compute dtype, as those of
+    /// generation.
     pub float8: Option<Float8>,
 }
 
@@ -189,8 +190,8 @@ impl Llama {
         if self.shape.tie_word_embeddings { 0 } else { self.num_blocks() + 1 }
     }
 
-    /// Rotary tables for positions below `length`, of blocks without and with a window. Angles are computed in float32, also where
-    /// the model computes in bfloat16, as transformers and Meta's programs do: at position 2,000 their rounding moves
+    /// Rotary tables for positions below `length`, of blocks without and with a window. Angles are computed in float32, also
+    /// where the model computes in bfloat16, as transformers and Meta's programs do: at position 2,000 their rounding moves
     /// log-probabilities by 2e-4, and models have learned with it. In float64 they are exact.
     pub(crate) fn rope_tables(&mut self, length: i64) -> [RopeTables; 2] {
         let copies = |tables: &[RopeTables; 2]| {

@@ -28,8 +28,8 @@ use tch::{Device, Kind};
 use crate::config::sections::{Compute, Float8Scales, Float8Section};
 use crate::error::{Error, Result};
 
-/// libtorch's name of a dtype that the configuration names. Of 8-bit floats there are only factors of products: what a model keeps is
-/// bfloat16.
+/// libtorch's name of a dtype that the configuration names. Of 8-bit floats there are only factors of products: what a model
+/// keeps is bfloat16.
 pub fn compute_kind(c: Compute) -> Kind {
     match c {
         Compute::Float32 => Kind::Float,

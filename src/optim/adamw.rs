@@ -180,7 +180,8 @@ impl AdamW {
         }
     }
 
-    /// With moments in host memory; an update brings those of `values` values (a multiple of 256) to the parameters' device at a time.
+    /// With moments in host memory; an update brings those of `values` values (a multiple of 256) to the parameters' device
+    /// at a time.
     fn offloaded(params: &Sharded, hyper: Hyper, kept: MomentsIn, values: i64) -> Result<AdamW> {
         let (kind, device) = (ops::accumulator(params.compute()), params.device());
         // Group by group: the zeros of all would take the host memory twice.
@@ -255,9 +256,16 @@ impl AdamW {
     }
 }
 
+impl Drop for Streaming {
+    /// The moments' memory must outlive the copies.
+    fn drop(&mut self) {
+        let _ = (self.fetch.wait(), self.store.wait());
+    }
+}
+
 impl Streaming {
-    /// Updates parts one after the other, in two places on the device: while one is computed, the next one's moments come and the last
-    /// one's go.
+    /// Updates parts one after the other, in two places on the device: while one is computed, the next one's moments come and
+    /// the last one's go.
     fn update(&self, parts: &[StreamedPart], device: Device, step: ops::AdamW) -> Result<()> {
         let len = |part: &StreamedPart| part.values.master.numel() as i64;
         let Some(largest) = parts.iter().max_by_key(|part| len(part)) else { return Ok(()) };

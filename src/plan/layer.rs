@@ -27,8 +27,8 @@ impl Sizes {
         n * width * self.t
     }
 
-    /// What a product in 8-bit floats takes besides its factors, of so many values, and its result: their 8-bit forms; where these are
-    /// composed (on a CPU, and with one scale a row), also float32 copies of the larger factor.
+    /// What a product in 8-bit floats takes besides its factors, of so many values, and its result: their 8-bit forms; where
+    /// these are composed (on a CPU, and with one scale a row), also float32 copies of the larger factor.
     fn float8_product(&self, factors: [i64; 2]) -> i64 {
         let by_rows = self.float8.is_some_and(|f| f.scales == Granularity::Row);
         let copies = if self.device == Device::Cpu || by_rows { 12 } else { 0 };

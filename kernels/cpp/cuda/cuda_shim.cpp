@@ -8,13 +8,16 @@
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAEvent.h>
-#include <ATen/cuda/CUDAGraph.h>
+#include <ATen/cuda/CUDAGraph.h>  // graph_pool_handle alone
 #include <ATen/ops/from_blob.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <array>
+#include <mutex>
+#include <optional>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 
@@ -139,7 +142,8 @@ char* corral_cuda_pinned(int64_t bytes, at::Tensor** out) {
       C10_CUDA_CHECK(error);
     }
     auto release = [](void* memory) {
-      // At the end of the process the driver may be gone already; the memory goes with it.
+      // No copy may be under way. At the end of the process the driver may be gone already; the memory goes with it.
+      (void)cudaDeviceSynchronize();
       (void)cudaHostUnregister(memory);
       std::free(memory);
     };
@@ -153,57 +157,103 @@ char* corral_cuda_empty_cache() {
 
 } // extern "C"
 
-// A graph, and the stream that was current before it was captured.
+namespace {
+
+// Where a device's graphs are captured, one at a time: one stream for all, so that libraries keep one workspace, and one pool
+// of memory while there are graphs, since they run one after the other and what outlives a run is not in it.
+struct Capturing {
+  std::optional<c10::cuda::CUDAStream> stream, before;
+  c10::cuda::MempoolId_t pool{0, 0};
+  int graphs = 0;  // that the pool has memory for
+  std::mutex mutex;
+};
+Capturing& capturing(c10::DeviceIndex device) {
+  static std::array<Capturing, 64> all;
+  return all.at(device);
+}
+
+} // namespace
+
 struct GraphPtr {
-  at::cuda::CUDAGraph graph;
-  c10::cuda::CUDAStream before;
+  c10::DeviceIndex device;
+  cudaGraphExec_t exec = nullptr;
+
+  // libtorch's own CUDAGraph is not used: where a capture fails, it leaves the allocator and the generator capturing.
+  void release() {
+    auto& c = capturing(device);
+    if (exec) C10_CUDA_CHECK_WARN(cudaGraphExecDestroy(std::exchange(exec, nullptr)));
+    allocator::releasePool(device, c.pool);
+    c.graphs--;
+  }
 };
 
 extern "C" {
 
-// From here to the end what this thread queues is captured, not run: on a stream of its own, which is current meanwhile.
+// From here to the end what this thread queues is captured, not run: on a stream of its own, which is current meanwhile. No
+// random number may be drawn.
 char* corral_cuda_graph_begin(int device, GraphPtr** out) {
   return guarded([&] {
-    const auto before = c10::cuda::getCurrentCUDAStream(index(device));
-    const auto own = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, before.device_index());
+    c10::cuda::CUDAGuard guard(index(device));
+    auto graph = std::make_unique<GraphPtr>(GraphPtr{index(device)});
+    auto& c = capturing(graph->device);
+    std::lock_guard lock(c.mutex);
+    TORCH_CHECK(!c.before, "a graph is being captured already");
+    if (!c.stream) c.stream = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, graph->device);
+    if (c.graphs == 0) c.pool = at::cuda::graph_pool_handle();
+    const auto before = c10::cuda::getCurrentCUDAStream(graph->device);
     at::cuda::CUDAEvent event;
     event.record(before);
-    event.block(own);
-    auto graph = std::unique_ptr<GraphPtr>(new GraphPtr{{}, before});
-    c10::cuda::setCurrentCUDAStream(own);
-    try {
-      // One pool for all: graphs run one after the other, and what outlives one is not in it. Other threads, NCCL's watchdog among
-      // them, may go on calling CUDA.
-      static const auto pool = at::cuda::graph_pool_handle();
-      graph->graph.capture_begin(pool, cudaStreamCaptureModeThreadLocal);
-    } catch (...) {
-      c10::cuda::setCurrentCUDAStream(before);
-      throw;
+    event.block(*c.stream);
+    allocator::beginAllocateToPool(graph->device, c.pool, [own = c.stream->stream()](cudaStream_t s) { return s == own; });
+    c.graphs++;
+    // Other threads, NCCL's watchdog among them, may go on calling CUDA.
+    const auto error = cudaStreamBeginCapture(c.stream->stream(), cudaStreamCaptureModeThreadLocal);
+    if (error != cudaSuccess) {
+      allocator::endAllocateToPool(graph->device, c.pool);
+      graph->release();
+      C10_CUDA_CHECK(error);
     }
+    c.before = before;
+    c10::cuda::setCurrentCUDAStream(*c.stream);
     *out = graph.release();
   });
 }
 
+// Whatever the capture came to, libtorch is as it was before; the graph is to be freed.
 char* corral_cuda_graph_end(GraphPtr* graph) {
   return guarded([&] {
-    const auto before = graph->before;
-    try {
-      graph->graph.capture_end();
-    } catch (...) {
-      c10::cuda::setCurrentCUDAStream(before);
-      throw;
-    }
-    c10::cuda::setCurrentCUDAStream(before);
+    c10::cuda::CUDAGuard guard(graph->device);
+    auto& c = capturing(graph->device);
+    std::lock_guard lock(c.mutex);
+    TORCH_CHECK(c.before, "no graph is being captured");
+    cudaGraph_t captured = nullptr;
+    const auto error = cudaStreamEndCapture(c.stream->stream(), &captured);
+    allocator::endAllocateToPool(graph->device, c.pool);
+    c10::cuda::setCurrentCUDAStream(*std::exchange(c.before, std::nullopt));
+    C10_CUDA_CHECK(error);
+    TORCH_CHECK(captured, "nothing was captured");
+    const auto instantiated = cudaGraphInstantiate(&graph->exec, captured, 0);
+    C10_CUDA_CHECK_WARN(cudaGraphDestroy(captured));
+    C10_CUDA_CHECK(instantiated);
   });
 }
 
 // On the current stream.
 char* corral_cuda_graph_replay(GraphPtr* graph) {
-  return guarded([&] { graph->graph.replay(); });
+  return guarded([&] {
+    c10::cuda::CUDAGuard guard(graph->device);
+    C10_CUDA_CHECK(cudaGraphLaunch(graph->exec, c10::cuda::getCurrentCUDAStream(graph->device).stream()));
+  });
 }
 
+// Not while it runs.
 char* corral_cuda_graph_free(GraphPtr* graph) {
-  return guarded([&] { delete graph; });
+  return guarded([&] {
+    std::unique_ptr<GraphPtr> owned(graph);
+    c10::cuda::CUDAGuard guard(graph->device);
+    std::lock_guard lock(capturing(graph->device).mutex);
+    graph->release();
+  });
 }
 
 // A cubin or PTX (NUL-terminated). Loaded for all devices, when first used.
@@ -247,8 +297,8 @@ char* corral_nccl(const StorePtr* store, int rank, int size, const char* name, i
   return guarded([&] {
     // c10d would end the process on an error, before ours can tell which rank is missing (kernels/src/comm/watch.rs).
     setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0", /*overwrite=*/0);
-    // Gathers and reductions have a communicator each: NCCL keeps their kernels in the order in which the host launched them, which is
-    // the same on all ranks, so that none waits for a peer that waits for it.
+    // Gathers and reductions have a communicator each: NCCL keeps their kernels in the order in which the host launched them,
+    // which is the same on all ranks, so that none waits for a peer that waits for it.
     setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "1", /*overwrite=*/0);
     c10::cuda::CUDAGuard guard(index(device));
     // Of high priority, so that a gather begins between the blocks of a product that waits for nothing.

@@ -98,8 +98,8 @@ pub fn keep_in(folder: PathBuf) {
     CACHE.get_or_init(|| folder);
 }
 
-/// [`compile`], or what the folder of [`keep_in`] holds of the same source, headers, options, architecture and compiler. A folder that
-/// cannot be read or written changes nothing.
+/// [`compile`], or what the folder of [`keep_in`] holds of the same source, headers, options, architecture and compiler. A
+/// folder that cannot be read or written changes nothing.
 pub fn compiled(name: &str, source: &str, arch: &str, options: &[&str]) -> Result<Vec<u8>> {
     let Some(folder) = CACHE.get() else { return compile(name, source, arch, options) };
     let version = env!("CARGO_PKG_VERSION");

@@ -73,8 +73,8 @@ impl CopyStream {
     }
 }
 
-/// Host memory that a GPU reads and writes by itself, of exactly the size that is asked for, in which tensors take their places one after
-/// the other.
+/// Host memory that a GPU reads and writes by itself, of exactly the size that is asked for, in which tensors take their
+/// places one after the other.
 pub struct Pinned {
     memory: Tensor,
     used: i64,

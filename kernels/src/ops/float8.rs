@@ -1,5 +1,6 @@
-//! Products of bfloat16 tensors in 8-bit floats (Micikevicius et al. 2022): values and weights in e4m3, gradients in e5m2, each scaled
-//! so that its largest magnitude is the format's largest number; sums in float32. Granularity are dynamic: those of the tensors at hand.
+//! Products of bfloat16 tensors in 8-bit floats (Micikevicius et al. 2022): values and weights in e4m3, gradients in e5m2,
+//! each scaled so that its largest magnitude is the format's largest number; sums in float32. Granularity are dynamic: those
+//! of the tensors at hand.
 
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -99,7 +100,7 @@ impl Factor {
     fn fused(x: &Tensor, transposed: bool, format: Format) -> Result<Factor> {
         let x = match (x.stride(), x.data_ptr() as usize % 16) {
             (stride, 0) if stride[1] == 1 && stride[0] % 8 == 0 => x.shallow_clone(),
-            _ => x.contiguous(),
+            _ => x.f_contiguous()?.copy(), // new memory is aligned
         };
         let (rows, columns, stride) = (x.size()[0], x.size()[1], x.stride()[0]);
         let on = |kind| (kind, x.device());

@@ -36,13 +36,12 @@ pub fn samples(logits: &Tensor) -> bool {
     takes_gpu_path(logits.device()) && matches!(logits.kind(), Kind::Float | Kind::BFloat16)
 }
 
-/// Chooses a token a row, without waiting for the device. `logits`: float32 or bfloat16 [rows, V]; `ends`: int64, what a row with too
-/// few tokens does not choose. `ids` (int64 `[rows]`) becomes the choices, `table` (float32 [rows, 4]) them, their log-probabilities
-/// under the model, under what they were drawn from (0 where greedy), and the logarithm of the softmax's denominator. With `next`, the rows'
-/// positions go up by one.
+/// Chooses a token a row, without waiting for the device. `logits`: float32 or bfloat16 [rows, V]; `ends`: int64, what a row
+/// with too few tokens does not choose. `ids` (int64 `[rows]`) becomes the choices, `table` (float32 [rows, 4]) them, their
+/// log-probabilities under the model, under what they were drawn from (0 where greedy), and the logarithm of the softmax's
+/// denominator. With `next`, the rows' positions go up by one.
 ///
-/// # Errors
-/// Tensors that do not fit, and those that [`samples`] does not take.
+/// # Errors Tensors that do not fit, and those that [`samples`] does not take.
 pub fn sample(
     logits: &Tensor,
     rows: &SampleRows,
@@ -85,7 +84,7 @@ pub fn sample(
         I32(next as i32),
         wide(v, pack(logits), &[logits]),
     ];
-    // SAFETY: block r reads row r of logits and element r of the rows' tensors, and writes element r of ids and position and row r of
-    // table; ids of `ends` are only compared.
+    // SAFETY: block r reads row r of logits and element r of the rows' tensors, and writes element r of ids and position and
+    // row r of table; ids of `ends` are only compared.
     unsafe { Launcher::sample(logits)?.launch("sample", n, [1024, 1], 0, &args) }
 }

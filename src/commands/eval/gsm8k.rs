@@ -122,8 +122,8 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     tell(&args, &world, &Value::Object(result))
 }
 
-/// A record's question in tokens, and its answer. A last turn of the assistant in `messages` or `prompt` is the answer, or, beside
-/// `answer`, the beginning of the model's.
+/// A record's question in tokens, and its answer. A last turn of the assistant in `messages` or `prompt` is the answer, or,
+/// beside `answer`, the beginning of the model's.
 fn question(record: Record, chat: &Chat, positions: usize) -> Result<Question, Odd> {
     let (reference, prompt) = reference_and_prompt(&record).or_odd(Reason::Format)?;
     let messages = prompt.into_messages();

@@ -366,6 +366,15 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
     Ok(())
 }
 
+/// What a step of generation reads at least: every weight, and the keys and values of what its rows have read.
+fn step_bytes(shape: &Shape, args: &GenerateArgs) -> f64 {
+    let element = compute_kind(args.precision).elt_size_in_bytes() as f64;
+    let weights = (shape.num_parameters() - shape.num_unread_parameters()) as f64 * element;
+    let read = args.prompt_tokens as f64 + args.new_tokens as f64 / 2.0;
+    let cached = (2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim) as f64 * element;
+    weights + args.batch_size as f64 * read * cached
+}
+
 fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
     let model = args.model.clone().map(|model| ModelArgs { model, dtype: Some(args.precision) });
     let opened = model.map(|model| model.open()).transpose()?;
@@ -426,12 +435,7 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
     }
     let total_s = median(&mut seconds);
     let tokens = (args.batch_size * args.new_tokens) as f64;
-    // What a step reads at least: every weight, and the keys and values of what its rows have read.
-    let element = compute_kind(args.precision).elt_size_in_bytes() as f64;
-    let weights = (shape.num_parameters() - shape.num_unread_parameters()) as f64 * element;
-    let read = args.prompt_tokens as f64 + args.new_tokens as f64 / 2.0;
-    let cached = (2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim) as f64 * element;
-    let step_bytes = weights + args.batch_size as f64 * read * cached;
+    let step_bytes = step_bytes(&shape, args);
     drop(model);
     let (peak_bytes, memory) = (world.peak_bytes()?, limits::memory_bytes_per_s(world.device)?);
     let step_s = (args.new_tokens > 2 && !decoding.is_empty())

@@ -19,13 +19,13 @@ fn settle(device: Device) -> Result<()> {
 }
 
 /// Median seconds of some repetitions, after one that is not measured.
-fn seconds(device: Device, repetitions: usize, work: impl Fn() -> Result<()>) -> Result<f64> {
-    work()?;
+fn seconds<T>(device: Device, repetitions: usize, work: impl Fn() -> Result<T>) -> Result<f64> {
+    drop(work()?);
     settle(device)?;
     let mut times = Vec::with_capacity(repetitions);
     for _ in 0..repetitions {
         let begun = Instant::now();
-        work()?;
+        drop(work()?);
         settle(device)?;
         times.push(begun.elapsed().as_secs_f64());
     }
@@ -45,8 +45,8 @@ pub fn matmul_flops_per_s(
     let (x, w) = (random(rows), random(2 * s.intermediate_size));
     let flops = 2.0 * rows as f64 * (s.hidden_size * 2 * s.intermediate_size) as f64;
     let product = || match float8.filter(|f| f.takes(&x, &w)) {
-        Some(float8) => Ok(drop(float8.linear(&x, &w)?)),
-        None => Ok(x.f_mm(&w.tr()).map(drop)?),
+        Some(float8) => Ok(float8.linear(&x, &w)?),
+        None => Ok(x.f_mm(&w.tr())?),
     };
     Ok(flops / seconds(device, 15, product)?)
 }
@@ -57,5 +57,5 @@ pub fn memory_bytes_per_s(device: Device) -> Result<f64> {
     let bytes = if device == Device::Cpu { 256 << 20 } else { 2 << 30 };
     let from = Tensor::zeros([bytes], (Kind::Uint8, device));
     let to = from.zeros_like();
-    Ok(2.0 * bytes as f64 / seconds(device, 7, || Ok(to.shallow_clone().f_copy_(&from).map(drop)?))?)
+    Ok(2.0 * bytes as f64 / seconds(device, 7, || Ok(to.shallow_clone().f_copy_(&from)?))?)
 }

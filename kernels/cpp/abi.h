@@ -90,6 +90,7 @@ char* corral_flash_attention_backward(at::Tensor* dout, at::Tensor* qkv, at::Ten
                                       at::Tensor** dqkv);
 char* corral_pin(at::Tensor* t, at::Tensor** out);
 char* corral_grad_weight(at::Tensor* dw, at::Tensor* dy, at::Tensor* x, bool add);
+char* corral_grouped_mm(at::Tensor* a, at::Tensor* b, at::Tensor* ends, at::Tensor** out);
 char* corral_scaled_mm(at::Tensor* a, at::Tensor* b, at::Tensor* scale_a, at::Tensor* scale_b, bool float32, bool fast,
                        at::Tensor** out);
 

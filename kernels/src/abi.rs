@@ -195,6 +195,7 @@ unsafe extern "C" {
     ) -> *mut c_char;
     pub(crate) fn corral_pin(t: Raw, out: *mut Raw) -> *mut c_char;
     pub(crate) fn corral_grad_weight(dw: Raw, dy: Raw, x: Raw, add: bool) -> *mut c_char;
+    pub(crate) fn corral_grouped_mm(a: Raw, b: Raw, ends: Raw, out: *mut Raw) -> *mut c_char;
     pub(crate) fn corral_scaled_mm(
         a: Raw,
         b: Raw,

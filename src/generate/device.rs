@@ -130,7 +130,7 @@ impl DeviceSteps {
             buffers: HashMap::new(),
             graphs: HashMap::new(),
             capacity: 0,
-            // The tokens of a mixture's experts are counted by the host.
+            // The host may count the tokens of a mixture's experts.
             captures: device.is_cuda() && model.shape.experts.is_none(),
             streams: [CopyStream::new(device)?, CopyStream::new(device)?],
             host,

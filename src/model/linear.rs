@@ -65,6 +65,16 @@ pub struct LinearGrad {
     pub adapters: Vec<Option<[WeightGrad; 2]>>,
 }
 
+impl LinearGrad {
+    /// Where the gradient of a weight in one piece goes; none where it is frozen.
+    pub fn plain_weight(&self) -> Option<&WeightGrad> {
+        match self.weight.as_slice() {
+            [Some(weight)] => Some(weight),
+            _ => None,
+        }
+    }
+}
+
 fn rows(part: &FrozenValue) -> i64 {
     match part {
         FrozenValue::Dense(w) => w.size()[0],
@@ -116,6 +126,14 @@ impl Linear {
     /// A layer of `parts`, whose rows follow each other: W is [O, I] in all. `bias`: T `[O]`.
     pub fn new(parts: Vec<FrozenValue>, bias: Option<Tensor>, adapters: Vec<Adapter>) -> Linear {
         Linear { parts, bias, adapters, float8: None }
+    }
+
+    /// The weight, T [O, I], of a layer that is nothing else: dense, in one piece, without bias, adapters and 8-bit floats.
+    pub fn plain_weight(&self) -> Option<&Tensor> {
+        match self.parts.as_slice() {
+            [FrozenValue::Dense(w)] if self.bias.is_none() && self.adapters.is_empty() && self.float8.is_none() => Some(w),
+            _ => None,
+        }
     }
 
     /// With products in 8-bit floats.

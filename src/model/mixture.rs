@@ -9,10 +9,11 @@
 //! Pairs of a token and one of its experts are sorted by expert, so that each expert sees its tokens in one piece; the
 //! outputs are put back in the tokens' order before they are added, so that the same input gives the same bits.
 
-use kernels::ops;
+use kernels::ops::{self, GroupedWeights, WeightGrad};
 use tch::{Kind, Tensor};
 
-use crate::error::Result;
+use crate::config::shape::Activation;
+use crate::error::{Error, Result};
 use crate::model::linear::{Linear, LinearGrad};
 use crate::model::mlp::{Dense, gated, gated_backward};
 
@@ -33,10 +34,17 @@ pub(super) struct Routed {
     /// Pairs (numbered token by token) in the order of their experts, and the place of each pair in there, int64 `[N k]`
     order: Tensor,
     place: Tensor,
-    /// Pairs of each expert
-    counts: Vec<i64>,
-    /// Each expert's product of gate and up, T [pairs, 2F]; none where it is computed again
+    division: Division,
+    /// The products of gate and up, T [pairs, 2F], of each expert or of all together; none where they are computed again
     pub(super) gate_up: Option<Vec<Tensor>>,
+}
+
+/// How the sorted pairs are divided among the experts.
+enum Division {
+    /// Pairs of each expert, which the host knows: products go expert by expert.
+    Counts(Vec<i64>),
+    /// Where each expert's pairs end, int32 `[E]`, which only the device knows: products are grouped, and the host does not wait.
+    Ends(Tensor),
 }
 
 impl Routed {
@@ -73,11 +81,19 @@ impl Routed {
         }
     }
 
-    /// (expert, its first pair, its number of pairs)
-    fn pieces(&self) -> impl Iterator<Item = (usize, i64, i64)> {
-        let first = |e: usize| self.counts[..e].iter().sum();
-        self.counts.iter().enumerate().map(move |(e, n)| (e, first(e), *n))
-    }
+}
+
+/// (expert, its first pair, its number of pairs)
+fn pieces(counts: &[i64]) -> impl Iterator<Item = (usize, i64, i64)> {
+    let first = |e: usize| counts[..e].iter().sum();
+    counts.iter().enumerate().map(move |(e, n)| (e, first(e), *n))
+}
+
+/// All experts' weights, T [E, 2F, C] and [E, C, F].
+struct GroupedExperts {
+    gate_up: GroupedWeights,
+    down: GroupedWeights,
+    activation: Activation,
 }
 
 impl Mixture<Linear> {
@@ -92,27 +108,54 @@ impl Mixture<Linear> {
         let order = flat.argsort_stable(true, 0, false); // [N k]
         let pairs = Tensor::arange(flat.size()[0], (Kind::Int64, flat.device())); // [N k]
         let place = order.empty_like().scatter(0, &order, &pairs); // [N k], the inverse of `order`
-        let counts = flat.bincount::<Tensor>(None, self.experts.len() as i64); // [E]
-        let counts = Vec::<i64>::try_from(counts)?; // host sync
-        let mut routed = Routed { logits, experts, order, place, counts, gate_up: None };
+        let division = match self.grouped() {
+            Some(_) => {
+                let numbers = Tensor::arange(self.experts.len() as i64, (Kind::Int64, flat.device())); // [E]
+                let sorted = flat.index_select(0, &order); // [N k]
+                Division::Ends(numbers.f_searchsorted(&sorted, true, true, "right", None::<Tensor>)?)
+            }
+            None => {
+                let counts = flat.bincount::<Tensor>(None, self.experts.len() as i64); // [E]
+                Division::Counts(Vec::try_from(counts)?) // host sync
+            }
+        };
+        let mut routed = Routed { logits, experts, order, place, division, gate_up: None };
         routed.gate_up = Some(self.gate_up(&x.index_select(0, &routed.tokens()), &routed)?);
         Ok(routed)
     }
 
-    /// The experts' products of gate and up, T [pairs, 2F] each, for the sorted pairs, T [N k, C].
+    /// The experts' weights together, where their products can be grouped.
+    fn grouped(&self) -> Option<GroupedExperts> {
+        let all = |of: fn(&Dense<Linear>) -> &Linear| {
+            let weights: Option<Vec<&Tensor>> = self.experts.iter().map(|e| of(e).plain_weight()).collect();
+            GroupedWeights::of(&weights?)
+        };
+        let activation = self.experts.first()?.activation;
+        Some(GroupedExperts { gate_up: all(|e| &e.gate_up)?, down: all(|e| &e.down)?, activation })
+    }
+
+    /// The experts' products of gate and up, T [pairs, 2F] each, or all in one, for the sorted pairs, T [N k, C].
     fn gate_up(&self, pairs: &Tensor, routed: &Routed) -> Result<Vec<Tensor>> {
         let product =
             |(e, first, n): (usize, i64, i64)| self.experts[e].gate_up.forward(&pairs.narrow(0, first, n));
-        routed.pieces().map(product).collect()
+        match (&routed.division, self.grouped()) {
+            (Division::Counts(counts), _) => pieces(counts).map(product).collect(),
+            (Division::Ends(ends), Some(all)) => Ok(vec![all.gate_up.linear(pairs, ends)?]),
+            (Division::Ends(_), None) => Err(Error::failed("experts' weights lie apart now")),
+        }
     }
 
     /// The output, T [N, C], plus a residual.
     pub(super) fn finish(&self, routed: &Routed, residual: Option<&Tensor>) -> Result<Tensor> {
         let gate_up = routed.gate_up.as_ref().expect("begin() made it");
         let mut outputs = Vec::with_capacity(gate_up.len());
-        for (expert, gate_up) in self.experts.iter().zip(gate_up) {
-            if gate_up.size()[0] > 0 {
-                outputs.push(expert.down.forward(&gated(gate_up, expert.activation)?)?); // [pairs, C]
+        if let (Division::Ends(ends), Some(all)) = (&routed.division, self.grouped()) {
+            outputs.push(all.down.linear(&gated(&gate_up[0], all.activation)?, ends)?); // [N k, C]
+        } else {
+            for (expert, gate_up) in self.experts.iter().zip(gate_up) {
+                if gate_up.size()[0] > 0 {
+                    outputs.push(expert.down.forward(&gated(gate_up, expert.activation)?)?); // [pairs, C]
+                }
             }
         }
         let (weights, _) = routed.weights(&routed.probabilities()); // [N, k]
@@ -145,13 +188,43 @@ impl Mixture<Linear> {
             None => self.gate_up(&x_pairs, &routed)?,
         }; // [n, 2F] for each expert's n pairs
 
-        // Through the experts: the gradients of their inputs, and of the weights that their outputs are added with.
+        let sorted = SortedPairs { x: x_pairs, dy: dy_pairs, w: w_pairs };
+        let (dweights, dx_pairs) = match (&routed.division, self.grouped()) {
+            (Division::Ends(ends), Some(all)) => all.backward(&sorted, gate_up, ends, grad)?,
+            (Division::Counts(counts), _) => self.experts_backward(&sorted, gate_up, counts, grad)?,
+            (Division::Ends(_), None) => return Err(Error::failed("experts' weights lie apart now")),
+        };
+        let dx = routed.add_pairs(&dx_pairs, None, None); // [N, C]
+
+        // Through the router: w_i = p_i / sum of the chosen p, and the softmax.
+        let dweights = dweights.index_select(0, &routed.place).view_as(&weights); // [N, k]
+        let total = |t: Tensor| t.sum_dim_intlist([1i64].as_slice(), true, None); // [N, 1]
+        let dchosen = (&dweights - total(&dweights * &weights)) / sums; // [N, k]
+        let mut dp = probabilities.zeros_like().scatter(1, &routed.experts, &dchosen); // [N, E]
+        if let Some(balance) = balance {
+            dp += balance;
+        }
+        let dlogits = &probabilities * (&dp - total(&dp * &probabilities)); // [N, E]
+        let drouter = self.router.backward(&dlogits.to_kind(kind), x, &grad.router)?; // [N, C]
+        Ok(dx + drouter)
+    }
+
+    /// Through the experts, one by one: the gradients of the weights that their outputs are added with, A `[N k]`, and of the pairs'
+    /// inputs, T [N k, C].
+    fn experts_backward(
+        &self,
+        pairs: &SortedPairs,
+        gate_up: Vec<Tensor>,
+        counts: &[i64],
+        grad: &Mixture<LinearGrad>,
+    ) -> Result<(Tensor, Tensor)> {
+        let (kind, a) = (pairs.dy.kind(), ops::accumulator(pairs.dy.kind()));
         let mut dweights = Vec::new();
         let mut dx_pairs = Vec::new();
-        for ((e, first, n), gate_up) in routed.pieces().zip(gate_up) {
+        for ((e, first, n), gate_up) in pieces(counts).zip(gate_up) {
             let (expert, grad) = (&self.experts[e], &grad.experts[e]);
             let part = |t: &Tensor| t.narrow(0, first, n);
-            let (x, dy, w) = (part(&x_pairs), part(&dy_pairs), part(&w_pairs)); // [n, C], [n, C], [n, 1]
+            let (x, dy, w) = (part(&pairs.x), part(&pairs.dy), part(&pairs.w)); // [n, C], [n, C], [n, 1]
             let weighted = (&dy * &w).to_kind(kind); // [n, C]
             if n == 0 {
                 // No token came here: the gradients are zero, and may not have begun.
@@ -168,19 +241,45 @@ impl Mixture<Linear> {
             expert.down.backward_weight(&weighted, &a, &grad.down)?;
             dx_pairs.push(expert.gate_up.backward(&dgate_up, &x, &grad.gate_up)?);
         }
-        let dx = routed.add_pairs(&Tensor::cat(&dx_pairs, 0), None, None); // [N, C]
+        Ok((Tensor::cat(&dweights, 0), Tensor::cat(&dx_pairs, 0)))
+    }
+}
 
-        // Through the router: w_i = p_i / sum of the chosen p, and the softmax.
-        let dweights = Tensor::cat(&dweights, 0).index_select(0, &routed.place).view_as(&weights); // [N, k]
-        let total = |t: Tensor| t.sum_dim_intlist([1i64].as_slice(), true, None); // [N, 1]
-        let dchosen = (&dweights - total(&dweights * &weights)) / sums; // [N, k]
-        let mut dp = probabilities.zeros_like().scatter(1, &routed.experts, &dchosen); // [N, E]
-        if let Some(balance) = balance {
-            dp += balance;
+/// In the order of their experts: inputs and output gradients, T [N k, C], and the weights that outputs are added with, A [N k, 1].
+struct SortedPairs {
+    x: Tensor,
+    dy: Tensor,
+    w: Tensor,
+}
+
+impl GroupedExperts {
+    /// [`Mixture::experts_backward`], of all experts together.
+    fn backward(
+        &self,
+        pairs: &SortedPairs,
+        gate_up: Vec<Tensor>,
+        ends: &Tensor,
+        grad: &Mixture<LinearGrad>,
+    ) -> Result<(Tensor, Tensor)> {
+        let (kind, a) = (pairs.dy.kind(), ops::accumulator(pairs.dy.kind()));
+        let gate_up = &gate_up[0]; // [N k, 2F]
+        let weighted = (&pairs.dy * &pairs.w).to_kind(kind); // [N k, C]
+        let da = self.down.linear_backward(&pairs.dy, ends)?; // [N k, F], without the weight
+        let product = da.to_kind(a) * gated(gate_up, self.activation)?; // [N k, F]
+        let dweights = product.sum_dim_intlist([1i64].as_slice(), false, None); // [N k]
+        let da = (da * &pairs.w).to_kind(kind); // [N k, F]
+        gated_backward(gate_up, &da, self.activation)?;
+        let (dgate_up, a) = (gate_up, da); // [N k, 2F], [N k, F], in the same memory
+        let sums = |of: fn(&Dense<LinearGrad>) -> &LinearGrad| {
+            grad.experts.iter().map(|e| of(e).plain_weight()).collect::<Option<Vec<&WeightGrad>>>()
+        };
+        if let Some(sums) = sums(|e| &e.down) {
+            ops::add_grouped_products(&sums, &weighted, &a, ends)?;
         }
-        let dlogits = &probabilities * (&dp - total(&dp * &probabilities)); // [N, E]
-        let drouter = self.router.backward(&dlogits.to_kind(kind), x, &grad.router)?; // [N, C]
-        Ok(dx + drouter)
+        if let Some(sums) = sums(|e| &e.gate_up) {
+            ops::add_grouped_products(&sums, dgate_up, &pairs.x, ends)?;
+        }
+        Ok((dweights, self.gate_up.linear_backward(dgate_up, ends)?))
     }
 }
 

@@ -275,15 +275,26 @@ impl Memory {
                 // Inputs and output gradients of the pairs; the inputs' gradients, which come together at the end. The
                 // products of gate and up go expert by expert.
                 walk.take(work, 2 * pair_rows + if selective { kept.rest.gate_up } else { 0 });
+                let inside = |of: i64| {
+                    of * f * (2 * self.sizes.a + 2 * self.sizes.t) + self.sizes.values(of, s.hidden_size)
+                };
                 let expert = |e: &Dense<Layer>| {
                     let of = pairs / mixture.experts.len().max(1) as i64;
-                    let inside =
-                        of * f * (2 * self.sizes.a + 2 * self.sizes.t) + self.sizes.values(of, s.hidden_size);
-                    inside
+                    inside(of)
                         .max(e.gate_up.backward_weight(&self.sizes, of))
                         .max(e.down.backward_weight(&self.sizes, of))
                 };
-                walk.pass(work, largest(&mixture.experts, expert));
+                // On a GPU those of all experts together, whose gradients come in the compute dtype first.
+                let plain = mixture.experts.iter().all(|e| e.gate_up.is_plain() && e.down.is_plain());
+                let grouped = self.sizes.device != Device::Cpu && self.sizes.compute != Kind::Double && plain;
+                let most = match grouped {
+                    true => {
+                        let weights = mixture.experts.len() as i64 * 2 * f * s.hidden_size;
+                        inside(pairs) + self.sizes.values(weights, 1)
+                    }
+                    false => largest(&mixture.experts, expert),
+                };
+                walk.pass(work, most);
                 walk.give(work, kept.rest.gate_up);
                 walk.take(work, 2 * pair_rows);
                 self.add_pairs(walk, pairs, false);

@@ -101,6 +101,11 @@ impl Layer {
         }
     }
 
+    /// Whether it is one dense weight and nothing else, as products of experts together need it.
+    pub fn is_plain(&self) -> bool {
+        self.adapters.is_empty() && self.runs.len() == 1 && !self.runs[0].quantized
+    }
+
     /// What its adapters keep of a forward over `n` rows for their backward.
     pub fn inner(&self, m: &Sizes, n: i64) -> i64 {
         self.adapters.iter().map(|a| m.values(n, a.rank)).sum()

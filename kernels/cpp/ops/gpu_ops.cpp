@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/_flash_attention_backward.h>
 #include <ATen/ops/_flash_attention_forward.h>
+#include <ATen/ops/_grouped_mm.h>
 #include <ATen/ops/_scaled_mm.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
@@ -120,6 +121,15 @@ char* corral_grad_weight(at::Tensor* dw, at::Tensor* dy, at::Tensor* x, bool add
       at::addmm_out(*dw, *dw, dy->t(), *x, at::kFloat);
     else
       at::mm_out(*dw, dy->t(), *x, at::kFloat);
+  });
+}
+
+// Rows a[ends[e - 1] .. ends[e]] times b[e], for a [M, K], b [E, K, N]: [M, N]; or, for b [M, N] and a [K, M], the products of columns of a
+// and rows of b between the ends: [E, K, N].
+char* corral_grouped_mm(at::Tensor* a, at::Tensor* b, at::Tensor* ends, at::Tensor** out) {
+  return guarded([&] {
+    at::AutoDispatchBelowAutograd no_autograd;
+    *out = new at::Tensor(at::_grouped_mm(*a, *b, *ends));
   });
 }
 

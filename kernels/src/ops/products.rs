@@ -60,6 +60,15 @@ impl WeightGrad {
         WeightGrad { sum, begun: Cell::new(true) }
     }
 
+    pub(super) fn memory(&self) -> &Tensor {
+        &self.sum
+    }
+
+    /// Whether the sum had begun; it has from now on.
+    pub(super) fn begin(&self) -> bool {
+        self.begun.replace(true)
+    }
+
     /// The sum, A `[O, I]`, for additions that are no products: zeros where it has not begun.
     pub fn sum(&self) -> Result<&Tensor> {
         if !self.begun.replace(true) {

@@ -131,7 +131,11 @@ impl Linear {
     /// The weight, T [O, I], of a layer that is nothing else: dense, in one piece, without bias, adapters and 8-bit floats.
     pub fn plain_weight(&self) -> Option<&Tensor> {
         match self.parts.as_slice() {
-            [FrozenValue::Dense(w)] if self.bias.is_none() && self.adapters.is_empty() && self.float8.is_none() => Some(w),
+            [FrozenValue::Dense(w)]
+                if self.bias.is_none() && self.adapters.is_empty() && self.float8.is_none() =>
+            {
+                Some(w)
+            }
             _ => None,
         }
     }

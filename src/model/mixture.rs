@@ -80,7 +80,6 @@ impl Routed {
             None => sum.to_kind(kind),
         }
     }
-
 }
 
 /// (expert, its first pair, its number of pairs)
@@ -177,7 +176,7 @@ impl Mixture<Linear> {
         grad: &Mixture<LinearGrad>,
         balance: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let (kind, a) = (dy.kind(), ops::accumulator(dy.kind()));
+        let kind = dy.kind();
         let probabilities = routed.probabilities(); // [N, E]
         let (weights, sums) = routed.weights(&probabilities); // [N, k], [N, 1]
         let tokens = routed.tokens(); // [N k]

@@ -673,7 +673,7 @@ fn in_float8(x: &Tensor, kind: Kind, most: f32, rows: bool) -> Tensor {
 fn float8_products() {
     for scales in [ops::Granularity::Tensor, ops::Granularity::Row] {
         let rows = scales == ops::Granularity::Row;
-        let needed = if rows { (9, 0) } else { (8, 9) };
+        let needed = ops::float8_capability(scales);
         if let Device::Cuda(index) = device()
             && kernels::cuda::load().unwrap().device_info(index).unwrap().capability < needed
         {

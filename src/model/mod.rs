@@ -22,7 +22,7 @@ pub use trainable::Trainable;
 
 pub use crate::config::sections::Recompute;
 
-use kernels::ops::{Float8, Granularity};
+use kernels::ops::{self, Float8, Granularity};
 use tch::{Device, Kind};
 
 use crate::config::sections::{Compute, Float8Scales, Float8Section};
@@ -53,19 +53,39 @@ pub fn float8(compute: Compute, c: &Float8Section) -> Option<Float8> {
 /// A GPU whose compute capability is too low: 8.9, and 9.0 with one scale a row.
 pub fn float8_on(compute: Compute, c: &Float8Section, device: Device) -> Result<Option<Float8>> {
     let float8 = float8(compute, c);
-    let needed = if c.scales == Float8Scales::Row { (9, 0) } else { (8, 9) };
-    if let (Device::Cuda(index), true) = (device, float8.is_some()) {
+    if let (Device::Cuda(index), Some(float8)) = (device, float8) {
         let info = kernels::cuda::load()?.device_info(index)?;
-        if info.capability < needed {
-            let ((major, minor), (a, b)) = (info.capability, needed);
-            let tensor = if info.capability >= (8, 9) { "set float8.scales=tensor, or " } else { "" };
-            let why = format!(
-                "{} has compute capability {major}.{minor}; with float8.scales: {} it needs {a}.{b}: {tensor}choose bfloat16",
-                info.name,
-                c.scales.name()
-            );
+        if let Some(why) = lacks_float8(&info.name, info.capability, float8.scales) {
             return Err(Error::key("precision.compute", why));
         }
     }
     Ok(float8)
+}
+
+/// Why a GPU cannot take such products, if it cannot.
+fn lacks_float8(name: &str, capability: (i32, i32), scales: Granularity) -> Option<String> {
+    let ((major, minor), (a, b)) = (capability, ops::float8_capability(scales));
+    let by_tensor = capability >= ops::float8_capability(Granularity::Tensor);
+    let instead = if by_tensor { "set float8.scales=tensor, or " } else { "" };
+    (capability < (a, b)).then(|| {
+        format!("{name} has compute capability {major}.{minor}, and these products need {a}.{b}: {instead}choose bfloat16")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gpus_without_8_bit_floats_are_refused() {
+        let lacks = |capability, scales| lacks_float8("a GPU", capability, scales);
+        assert!(lacks((9, 0), Granularity::Row).is_none() && lacks((8, 9), Granularity::Tensor).is_none());
+        let why = lacks((8, 9), Granularity::Row).unwrap();
+        assert!(
+            why.contains("8.9") && why.contains("need 9.0: set float8.scales=tensor, or choose"),
+            "{why}"
+        );
+        let why = lacks((8, 0), Granularity::Tensor).unwrap();
+        assert!(why.ends_with("need 8.9: choose bfloat16"), "{why}");
+    }
 }

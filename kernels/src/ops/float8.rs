@@ -33,6 +33,14 @@ pub struct Float8 {
     pub scales: Granularity,
 }
 
+/// The compute capability from which on a GPU has such products.
+pub fn float8_capability(scales: Granularity) -> (i32, i32) {
+    match scales {
+        Granularity::Tensor => (8, 9),
+        Granularity::Row => (9, 0),
+    }
+}
+
 /// The multiple that all sides of a product in 8-bit floats must be.
 const SIDE: i64 = 16;
 

@@ -9,7 +9,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 fn launch(options: &[&str], words: &[&str]) -> Command {
-    let mut command = Command::new(testing::program::launch());
+    // Under nohup the tests ignore SIGHUP, and so would launch, as it must.
+    let mut command = Command::new("env");
+    command.arg("--default-signal=HUP").arg(testing::program::launch());
     for inherited in
         ["CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "CORRAL_BACKEND", "CORRAL_TTY", "MASTER_ADDR"]
     {

@@ -1,10 +1,23 @@
 //! Training in 8-bit floats, on the CPU: near bfloat16, and not the same. Speed is for GPUs.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
+use corral::algorithms::step::{MicroBatch, accumulate_gradients};
+use corral::config::sections::Recompute;
+use corral::config::shape::{Family, Shape};
+use corral::distributed::frozen::FrozenValue;
+use corral::distributed::mesh::{Keep, Sharding};
+use corral::distributed::sharded::gathered::Form;
+use corral::distributed::sharded::{Sharded, TensorSpec};
+use corral::model::{Llama, ModelInput, Trainable};
+use kernels::c10d::Group;
+use kernels::ops::{Float8, Granularity};
 use testing::program::Program;
+use testing::ranks::on_ranks;
 use testing::run::{Run, beginner, data};
 use testing::tolerance::{Quantity, allowed};
 
-use tch::Kind;
+use tch::{Device, Kind, Tensor};
 
 /// The losses of a run's steps.
 fn losses(run: &Run, ranks: usize, words: &[&str]) -> Vec<f64> {
@@ -90,4 +103,120 @@ fn adapters() {
     near("LoRA", &float8, &bfloat16);
     let products = run.numbers("train", "fp8_products");
     assert!(products.iter().all(|n| *n > 0.0), "{products:?}");
+}
+
+/// A model whose values are equal in every run, over the ranks of `world`.
+fn model(shape: &Shape, world: Group, keep: Keep) -> Llama {
+    let plans = Trainable::default().plans(shape).unwrap();
+    let sharding = Sharding { keep, ..Sharding::over(world) };
+    let mut params = Sharded::new(plans, sharding, Kind::BFloat16, Device::Cpu);
+    params
+        .fill(|spec: &TensorSpec, first, values| {
+            let at = Tensor::arange(values.numel() as i64, (Kind::Double, Device::Cpu)) + first;
+            let start = spec.name.bytes().map(f64::from).sum::<f64>();
+            let around = if spec.shape.len() > 1 { 0.0 } else { 1.0 };
+            values.shallow_clone().copy_(&((at * 1.7 + start).sin() * 0.1 + around));
+            Ok(())
+        })
+        .unwrap();
+    let mut model = Llama::new(shape.clone(), params);
+    model.set_float8(Some(Float8 { min_size: 32, scales: Granularity::Tensor })).unwrap();
+    model
+}
+
+/// Losses and gradients of rows of `length` tokens.
+fn gradients(model: &mut Llama, length: i64, recompute: Recompute) -> (f64, Vec<Vec<f32>>) {
+    let ids = Tensor::arange(2 * length, (Kind::Int64, Device::Cpu)).view([2, length]).remainder(61);
+    let batch = || MicroBatch { input: ModelInput::new(ids.shallow_clone()), labels: ids.view([-1]).copy() };
+    let count = 4.0 * length as f64;
+    let sums = accumulate_gradients(model, &[batch(), batch()], count, recompute).unwrap();
+    let gradients = (0..model.params.len())
+        .map(|i| Vec::try_from(model.params.slice_grad(i).unwrap()).unwrap())
+        .collect();
+    model.params.clear_gradients();
+    (sums.loss, gradients)
+}
+
+/// Makes all values three times as large.
+fn tripled(model: &mut Llama) {
+    (0..model.params.len()).for_each(|i| drop(model.params.master(i).g_mul_scalar_(3.0)));
+    model.params.refresh();
+}
+
+/// What ranks gather in 8-bit floats gives the bits that each computes of bfloat16 values, whatever the slices cut. All ranks
+/// have the same rows here, so that their sum is exact for two and four.
+#[test]
+fn gathered_in_8_bits() {
+    let llama = Shape {
+        vocab_size: 61,
+        hidden_size: 64,
+        intermediate_size: 96,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 16,
+        ..Shape::preset("llama-15m").unwrap()
+    };
+    let qwen = |family: Family| Shape { features: family.features(), ..llama.clone() };
+    // Two of these have products that stay in bfloat16, gate and up of another width, and a router.
+    let narrow = Shape { num_attention_heads: 1, num_key_value_heads: 1, ..llama.clone() };
+    let experts = Shape { experts: Shape::preset("mixtral-8x7b").unwrap().experts, ..llama.clone() };
+    for (name, shape) in
+        [("llama", &llama), ("qwen2", &qwen(Family::Qwen2)), ("narrow", &narrow), ("mixtral", &experts)]
+    {
+        for (ranks, keep) in [(2, Keep::Nothing), (4, Keep::Nothing), (2, Keep::Values)] {
+            let mut whole = model(shape, Group::solo(), Keep::Nothing);
+            let (loss, expected) = gradients(&mut whole, 32, Recompute::Selective);
+            tripled(&mut whole);
+            let (other_loss, _) = gradients(&mut whole, 32, Recompute::Selective);
+            assert_ne!(other_loss, loss);
+            on_ranks(ranks, |world| {
+                let mut model = model(shape, world, keep);
+                let full = model.params.full_as(1, Form::Float8).unwrap();
+                let value = |k| model.params.value(1, &full, &model.params.pieces(1, k)[0]).unwrap();
+                let down = if shape.experts.is_some() { 7..8 } else { 6..7 };
+                for (what, tensors) in [("q, k, v", 0..3), ("down", down)] {
+                    assert!(matches!(value(tensors), FrozenValue::Float8(_)), "{name}: {what}");
+                }
+                drop(full);
+                model.params.release(1);
+                for recompute in [Recompute::Selective, Recompute::Full] {
+                    let (sharded, gradients) = self::gradients(&mut model, 32, recompute);
+                    if shape.experts.is_some() {
+                        // Experts have any number of rows, and products of few stay in bfloat16 on one rank.
+                        assert!(
+                            (sharded - loss).abs() < allowed(Quantity::Float8Loss, Kind::BFloat16) * loss
+                        );
+                        continue;
+                    }
+                    assert_eq!(sharded, loss, "{name} on {ranks} ranks");
+                    for (i, (gradient, expected)) in gradients.iter().zip(&expected).enumerate() {
+                        // Vectors are summed in another order.
+                        let (slice, matrices) = (model.params.slice(i), model.params.layout(i).num_decayed);
+                        let of_matrices = (matrices - slice.start).clamp(0, slice.len) as usize;
+                        let expected = expected[slice.start as usize..].iter().map(|g| g * ranks as f32);
+                        assert!(
+                            expected.take(of_matrices).eq(gradient[..of_matrices].iter().copied()),
+                            "{name} on {ranks} ranks: gradient of group {i}"
+                        );
+                    }
+                }
+                // Rows that are no multiple of 16 take the same products.
+                let (short, _) = gradients(&mut model, 5, Recompute::None);
+                assert!(short.is_finite());
+                // What is held is in bfloat16, for generation.
+                model.params.hold().unwrap();
+                let full = model.params.full_as(1, Form::Float8).unwrap();
+                let piece = &model.params.pieces(1, 0..3)[0];
+                assert!(matches!(model.params.value(1, &full, piece).unwrap(), FrozenValue::Dense(_)));
+                model.params.let_go();
+                // Other values have other scales.
+                tripled(&mut model);
+                let (other, _) = self::gradients(&mut model, 32, Recompute::None);
+                if shape.experts.is_none() {
+                    assert_eq!(other, other_loss, "{name} on {ranks} ranks");
+                }
+            });
+        }
+    }
 }

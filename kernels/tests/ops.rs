@@ -2,6 +2,7 @@
 //! the compositions' backwards against libtorch's autograd, in float64. On the CPU, or with CORRAL_TEST_DEVICE=cuda on a GPU.
 
 #![allow(clippy::disallowed_methods, reason = "the tests' own variables, CORRAL_TEST_* among them")]
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
 use kernels::ops::{self, Composed, KeysValues, Rotation, RowOps};
 use tch::{Device, Kind, Tensor};
@@ -668,6 +669,27 @@ fn in_float8(x: &Tensor, kind: Kind, most: f32, rows: bool) -> Tensor {
     (&x * &factor).to_kind(kind).to_kind(Kind::Double) / factor.to_kind(Kind::Double)
 }
 
+/// Products with a weight that was cast before, in parts, are those with the weight; any number of rows has them.
+fn weights_that_are_there_in_float8(float8: ops::Float8, x: &Tensor, w: &Tensor, dy: &Tensor) {
+    let factor = ops::float8_factors(&w.abs().max().view([1])).unwrap();
+    let (flat, cut) = (w.view([-1]), w.numel() as i64 / 3);
+    let parts = [(0, cut), (cut, w.numel() as i64 - cut)].map(|(first, n)| {
+        ops::to_float8(&flat.narrow(0, first, n), &factor).unwrap().view_dtype(Kind::Uint8)
+    });
+    let values = Tensor::cat(&parts, 0).view_dtype(Kind::Float8e4m3fn).view(w.size().as_slice());
+    let weight = ops::Float8Weight::new(values, factor.reciprocal());
+    assert_eq!(weight.shape().as_slice(), w.size());
+    let (y, dx) = (weight.linear(x).unwrap(), weight.linear_backward(dy).unwrap());
+    assert!(y.equal(&float8.linear(x, w).unwrap()), "y of {x:?}");
+    assert!(dx.equal(&float8.linear_backward(dy, w).unwrap()), "dx of {dy:?}");
+    // As many rows as have the largest magnitudes, and none.
+    let at = x.abs().amax([1i64].as_slice(), false).argmax(0, false).int64_value(&[]);
+    for n in [at + 1, 0] {
+        let rows = weight.linear(&x.narrow(0, 0, n)).unwrap();
+        assert!(rows.equal(&y.narrow(0, 0, n)), "{n} rows of {x:?}");
+    }
+}
+
 /// Products in 8-bit floats against those of the rounded factors in float64.
 #[test]
 fn float8_products() {
@@ -707,6 +729,9 @@ fn float8_products() {
                 near("dw", &dw, &want, if rows { Kind::BFloat16 } else { Kind::Float });
             }
             assert!(ops::float8_products() >= before + 4);
+            if !rows {
+                weights_that_are_there_in_float8(float8, &x, &w, &dy);
+            }
         }
         let zero = put(&Tensor::zeros([16, 16], (Kind::BFloat16, Device::Cpu)));
         assert_eq!(float8.linear(&zero, &zero).unwrap().abs().max().double_value(&[]), 0.0);

@@ -77,7 +77,7 @@ impl<'a> Learner<'a> {
         let plans = trainable.plans(&base.shape)?;
         let params = Sharded::new(plans, world.sharding(), compute, world.device);
         let mut model = Llama::new(base.shape.clone(), params);
-        model.float8 = float8_on(c.precision.compute, c.float8, world.device)?;
+        model.set_float8(float8_on(c.precision.compute, c.float8, world.device)?)?;
         let origin = origin.unwrap_or_default();
         let frozen = model.params.frozen_bytes() > 0;
         let frozen = frozen.then(|| BaseMeta { path: origin.clone(), trainable: trainable.clone() });

@@ -119,7 +119,7 @@ impl Moving<'_> {
             let OpenedPolicy { actor, trainable, .. } = self.opened;
             let average = average(actor, trainable, params, 0.0, self.c.seed)?;
             let mut model = Llama::new(actor.shape.clone(), average.params);
-            model.float8 = policy.actor.model.float8;
+            model.set_float8(policy.actor.model.float8())?;
             self.model = Some(model);
         }
         Ok(())

@@ -46,7 +46,8 @@ pub fn planned(
     let sharding = ShardingPlan::of(c.parallel, target.ranks)?;
     let plans = frozen.plans_for_inference(&shape)?;
     let float8 = float8(c.precision.compute, c.float8);
-    Ok(Some(Memory::new(&shape, &plans, compute, sharding, target.device)?.in_float8(float8)))
+    let memory = Memory::new(&shape, &plans, compute, sharding, target.device)?;
+    Ok(Some(memory.in_float8(&plans, float8)?))
 }
 
 impl Reference {

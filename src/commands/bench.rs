@@ -248,7 +248,7 @@ impl BenchTraining {
         let defaults = Float8Section::default();
         let float8 =
             Float8Section { min_size: args.float8_min_size.unwrap_or(defaults.min_size), ..defaults };
-        training.model.float8 = float8_on(args.precision, &float8, world.device)?;
+        training.model.set_float8(float8_on(args.precision, &float8, world.device)?)?;
         Ok(training)
     }
 
@@ -333,7 +333,7 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
     }
     let BenchTraining { shape, model, rows, micro, length, count, flops_per_token, update_bytes, .. } =
         training;
-    let float8 = model.float8;
+    let float8 = model.float8();
     drop(model);
     let kind = compute_kind(workload.precision);
     let step_s = median(&mut seconds);

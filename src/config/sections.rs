@@ -139,7 +139,8 @@ section! {
     /// Products in 8-bit floats, with `precision.compute: float8`: those of the blocks' linear layers, forward and backward.
     /// Activations and weights are in e4m3, gradients in e5m2, each scaled by its largest magnitude.
     pub struct Float8Section {
-        /// Products with a side (tokens, inputs or outputs) below this, or not a multiple of 16, stay in bfloat16.
+        /// Products with a side (tokens, inputs or outputs) below this, or not a multiple of 16, stay in bfloat16. Where
+        /// weights are gathered in 8-bit floats (sharded parameters, `scales: tensor`), the number of tokens does not count.
         min_size: i64 = 2048, WHOLE => Mathematics;
         /// How much of a factor one scale is for.
         scales: Float8Scales = Float8Scales::Tensor => Mathematics;

@@ -2,6 +2,7 @@
 //! in one flat buffer of bytes, in the compute dtype or quantized, of which a rank owns a slice.
 
 use kernels::c10d::{Group, Work};
+use kernels::ops::Float8Weight;
 use kernels::quant::{Quantized, Quantizer, Scheme};
 use tch::{Device, Kind, Tensor};
 
@@ -24,6 +25,8 @@ pub enum FrozenValue {
     Dense(Tensor),
     /// Codes and scales, which products read without a dense copy.
     Quantized(Quantized),
+    /// In 8-bit floats, for products that are taken in them.
+    Float8(Float8Weight),
 }
 
 /// Every buffer begins at a multiple of this, so that its elements are aligned and none lies in two slices.

@@ -4,6 +4,7 @@ pub(crate) mod agree;
 pub(crate) mod agreement;
 pub mod environment;
 pub(crate) mod exchange;
+mod float8_runs;
 pub mod frozen;
 pub(crate) mod layout;
 pub mod mesh;

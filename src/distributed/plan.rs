@@ -1,10 +1,12 @@
 //! What becomes of a group's tensors: which are trained, which are frozen, and which have adapters.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use kernels::ops::accumulator;
 use tch::{Kind, Tensor};
 
+use crate::distributed::float8_runs::{Float8Runs, owned};
 use crate::distributed::frozen::{self, Storage};
 use crate::distributed::layout::{Layout, TensorSpec, padded_slice};
 
@@ -101,6 +103,18 @@ impl GroupPlan {
             gradient: slice * a,
             whole_gradient: shared * slice * a,
         }
+    }
+
+    /// What [`GroupBytes::gathered`] is where these runs of what is trained are gathered in 8-bit floats, the rest in bfloat16:
+    /// with this rank's part, which is made for it.
+    pub fn gathered_in_float8(&self, runs: Vec<Range<i64>>, ranks: i64) -> i64 {
+        let placed = self.place();
+        let numel = placed.layout.numel;
+        let slice = padded_slice(numel, ranks);
+        let rest = Float8Runs::new(runs, 0, (0..ranks).map(|rank| owned(rank, slice, numel))).rest_len;
+        let frozen = frozen::slice_bytes(placed.frozen.into_iter(), Kind::BFloat16, ranks);
+        let sent = slice + Kind::BFloat16.elt_size_in_bytes() as i64 * rest;
+        (ranks + 1) * sent + ranks * frozen
     }
 
     pub(super) fn place(&self) -> Placed {

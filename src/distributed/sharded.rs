@@ -13,28 +13,24 @@
 //! slices' gradients are summed over `replicate` (ZeRO-3: a group of one; DDP: all ranks; HSDP: the others). A group of one
 //! sends nothing, so one rank alone runs the same code on its own buffers, without copies.
 
+pub mod gathered;
 pub mod gradients;
 mod parking;
 
 use std::collections::HashSet;
 
-use kernels::c10d::{Group, Work};
+use kernels::c10d::Group;
 use tch::{Device, Kind, Tensor};
 
+use crate::distributed::float8_runs::{Float8Runs, len};
 use crate::distributed::frozen::{Frozen, FrozenValue};
 use crate::distributed::layout::padded_slice;
 pub use crate::distributed::layout::{Layout, TensorSpec};
 use crate::distributed::mesh::Sharding;
-use crate::distributed::plan::{GroupPlan, Home, Piece, Placed, is_adapter};
+use crate::distributed::plan::{GroupPlan, Home, Placed, is_adapter};
 use crate::error::{Error, Result};
+use gathered::{Full, Gathered, Gathering, RunScales};
 use gradients::Reduction;
-
-/// All values of a group in the compute dtype: of what is trained, T `[numel + padding]`, and of what is frozen, in
-/// bytes; none where there is nothing of it.
-pub struct Full {
-    trained: Option<Tensor>,
-    frozen: Option<Tensor>,
-}
 
 /// A slice of a group: which elements of its flat buffer this rank owns (padding excluded).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,9 +57,11 @@ struct FlatGroup {
     local: Tensor,
     /// The sum of the gradients of the step so far, over the slice.
     grad: Option<Tensor>,
-    /// All values in the compute dtype, while they are in use, held or kept.
-    full: Option<Tensor>,
-    gathering: Option<Work>,
+    /// All values, while they are in use, held or kept.
+    full: Option<Gathered>,
+    gathering: Gathering,
+    /// What is gathered in 8-bit floats.
+    float8: Float8Runs,
     /// The gradient over all values, between backward and reduction: of one micro-batch, or of all so far where gradients are kept.
     full_grad: Option<Tensor>,
     /// Host memory of what is parked, once it was.
@@ -86,6 +84,8 @@ pub struct Sharded {
     device: Device,
     /// Gathered values stay until [`Sharded::let_go`].
     held: bool,
+    /// Of what is gathered in 8-bit floats; none where values have changed since.
+    scales: Option<RunScales>,
     /// The values are in host memory (see [`Sharded::park`]).
     away: bool,
 }
@@ -112,6 +112,7 @@ impl Sharded {
             compute,
             device,
             held: false,
+            scales: None,
             away: false,
         }
     }
@@ -135,6 +136,7 @@ impl Sharded {
             compute,
             device,
             held: false,
+            scales: None,
             away: false,
         }
     }
@@ -217,8 +219,8 @@ impl Sharded {
     /// Which elements of group `i` this rank owns.
     pub fn slice(&self, i: usize) -> Slice {
         let g = &self.groups[i];
-        let start = (self.sharding.shard.rank() * g.shard_len).min(g.layout.numel);
-        Slice { start, len: g.shard_len.min(g.layout.numel - start) }
+        let owned = g.owned(self.sharding.shard.rank());
+        Slice { start: owned.start, len: len(&owned) }
     }
 
     /// This rank's slice of the master values: A `[n]`, n the length of its [`Sharded::slice`].
@@ -300,141 +302,6 @@ impl Sharded {
         }
     }
 
-    /// Starts gathering group `i`, if it is not there.
-    pub fn prefetch(&mut self, i: usize) -> Result<()> {
-        let size = self.sharding.shard.size();
-        let g = &mut self.groups[i];
-        g.frozen.prefetch(&self.sharding.shard)?;
-        if g.full.is_some() || g.layout.numel == 0 {
-            return Ok(());
-        }
-        if let Some(load) = &self.load {
-            g.full = Some(load(&g.layout)?.f_to_device(self.device)?.f_to_kind(self.compute)?);
-            return Ok(());
-        }
-        if size == 1 {
-            g.full = Some(g.local.shallow_clone());
-            return Ok(());
-        }
-        let full = Tensor::empty([g.shard_len * size], (self.compute, self.device));
-        g.gathering = Some(self.sharding.shard.all_gather(&full, &g.local)?); // collective, overlaps what follows
-        g.full = Some(full);
-        Ok(())
-    }
-
-    /// All values of group `i`. Held until [`Sharded::release`].
-    pub fn full(&mut self, i: usize) -> Result<Full> {
-        self.prefetch(i)?;
-        let g = &mut self.groups[i];
-        if let Some(work) = g.gathering.take() {
-            work.wait()?; // of the host on a CPU, of the stream on a GPU
-        }
-        Ok(Full {
-            trained: g.full.as_ref().map(Tensor::shallow_clone),
-            frozen: g.frozen.full(&self.sharding.shard)?,
-        })
-    }
-
-    /// Drops the gathered values of group `i`, unless they are held or kept.
-    pub fn release(&mut self, i: usize) {
-        if !self.held && !self.sharding.keep.values() {
-            let g = &mut self.groups[i];
-            g.gathering = None;
-            g.full = None;
-            g.frozen.release();
-        }
-    }
-
-    /// Says that values have changed: what was gathered of them is no longer theirs.
-    pub fn drop_gathered(&mut self) {
-        for g in &mut self.groups {
-            g.gathering = None;
-            g.full = None;
-        }
-    }
-
-    /// Gathers all groups and keeps them until [`Sharded::let_go`]: forwards then communicate nothing. A collective
-    /// call. For what reads the same values many times, where a rank has room for all of them.
-    pub fn hold(&mut self) -> Result<()> {
-        self.held = true;
-        (0..self.len()).try_for_each(|i| self.full(i).map(drop))
-    }
-
-    /// Ends [`Sharded::hold`]; values that change later need this first. What is kept anyway stays until then.
-    pub fn let_go(&mut self) {
-        self.held = false;
-        (0..self.len()).for_each(|i| self.release(i));
-    }
-
-    /// Whether a forward may be a collective call: values are gathered from other ranks where they are not there.
-    pub fn gathers(&self) -> bool {
-        self.sharding.shard.size() > 1 && !self.held
-    }
-
-    /// Tensors `first..end` of group `i`, which have equal rows, in as few pieces as they lie in.
-    pub fn pieces(&self, i: usize, tensors: std::ops::Range<usize>) -> Vec<Piece> {
-        let g = &self.groups[i];
-        let mut pieces: Vec<Piece> = Vec::new();
-        for k in tensors {
-            let size = g.plan.layout.specs[k].shape.clone();
-            if let Some(last) = pieces.last_mut() {
-                let joined = match (last.home, g.homes[k]) {
-                    (Home::Trained(offset), Home::Trained(next)) => {
-                        offset + last.size.iter().product::<i64>() == next
-                    }
-                    (Home::Frozen(_), Home::Frozen(next)) => g.frozen.follows(next),
-                    _ => false,
-                };
-                if joined {
-                    last.size[0] += size[0];
-                    continue;
-                }
-            }
-            pieces.push(Piece { home: g.homes[k], size });
-        }
-        pieces
-    }
-
-    /// A and B of adapter `k` of group `i`.
-    pub fn adapter_pieces(&self, i: usize, k: usize) -> [Piece; 2] {
-        let g = &self.groups[i];
-        let adapter = &g.plan.adapters[k];
-        let [a, b] = adapter.shapes(&g.plan.layout);
-        let [home_a, home_b] = g.adapter_homes[k];
-        [Piece { home: home_a, size: a }, Piece { home: home_b, size: b }]
-    }
-
-    /// A piece of group `i` as a view of its values.
-    pub fn value(&self, i: usize, full: &Full, piece: &Piece) -> Result<FrozenValue> {
-        let gathered = |t: &Option<Tensor>| match t {
-            Some(t) => Ok(t.shallow_clone()),
-            None => Err(Error::failed(format!("the values of group {i} are not there"))),
-        };
-        match piece.home {
-            Home::Trained(_) => {
-                let view = piece.of_trained(&gathered(&full.trained)?);
-                Ok(FrozenValue::Dense(view.ok_or_else(|| Error::failed("what is trained is dense"))?))
-            }
-            Home::Frozen(index) => self.groups[i].frozen.value(index, &piece.size, &gathered(&full.frozen)?),
-        }
-    }
-
-    /// [`Sharded::value`] of what is never quantized.
-    pub fn dense(&self, i: usize, full: &Full, piece: &Piece) -> Result<Tensor> {
-        match self.value(i, full, piece)? {
-            FrozenValue::Dense(t) => Ok(t),
-            FrozenValue::Quantized(_) => {
-                Err(Error::failed(format!("group {i}: a dense tensor is quantized")))
-            }
-        }
-    }
-
-    /// The one tensor of a group that has only one (the embedding, the head): T.
-    pub fn single(&mut self, i: usize) -> Result<Tensor> {
-        let full = self.full(i)?;
-        self.dense(i, &full, &self.pieces(i, 0..1)[0])
-    }
-
     /// All master values of group `i`, unpadded: A `[numel]`, gathered over the shard group (a collective call).
     pub fn gather_master(&self, i: usize) -> Result<Tensor> {
         let g = &self.groups[i];
@@ -456,13 +323,16 @@ impl Sharded {
         mut f: impl FnMut(&TensorSpec, Tensor) -> Result<()>,
     ) -> Result<()> {
         let frozen = self.groups[i].frozen.gather(&self.sharding.shard)?;
-        let full = Full { trained: Some(self.gather_master(i)?), frozen };
+        let full = Full { trained: Some(Gathered::Compute(self.gather_master(i)?)), frozen };
         for (k, spec) in self.groups[i].plan.layout.specs.iter().enumerate() {
             let value = match self.value(i, &full, &self.pieces(i, k..k + 1)[0])? {
                 FrozenValue::Dense(t) => t,
                 FrozenValue::Quantized(q) => {
                     let [rows, columns] = q.shape();
                     q.dequantize(0..rows, 0..columns, Kind::Float)?
+                }
+                FrozenValue::Float8(_) => {
+                    return Err(Error::failed("masters are never in 8-bit floats"));
                 }
             };
             f(spec, value)?;
@@ -499,7 +369,8 @@ impl FlatGroup {
             layout,
             grad: None,
             full: None,
-            gathering: None,
+            gathering: Gathering::default(),
+            float8: Float8Runs::default(),
             full_grad: None,
             parked: None,
         }

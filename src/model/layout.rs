@@ -4,6 +4,7 @@
 //! not tied to the embedding, or the scalar head. q, k, v lie one after the other, and gate and up, so that each is one
 //! product. Experts lie in their block's group.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use kernels::ops::{self, Float8};
@@ -11,6 +12,7 @@ use tch::Tensor;
 
 use crate::config::shape::{Head, Norms, Shape};
 use crate::distributed::plan::{AdapterPlan, GroupPlan, Piece};
+use crate::distributed::sharded::gathered::Form;
 use crate::distributed::sharded::gradients::FlatGrad;
 use crate::distributed::sharded::{Layout, Sharded};
 use crate::error::{Error, Result};
@@ -142,7 +144,8 @@ impl BlockParts<Linear> {
         float8: Option<Float8>,
         inner: &[KeptInner],
     ) -> Result<Self> {
-        let full = params.full(i)?;
+        let form = if float8.is_some() { Form::Float8 } else { Form::Compute };
+        let full = params.full_as(i, form)?;
         let params = &*params;
         let joined = |tensors: Range<usize>| -> Result<Tensor> {
             let pieces = params.pieces(i, tensors);
@@ -180,6 +183,47 @@ impl BlockParts<Linear> {
             joined,
         )
     }
+}
+
+/// The matrices of a model laid out in `plans` that ranks may send each other in 8-bit floats: of each group, elements of
+/// its flat buffer of what is trained, a range for each factor of a product, in order.
+pub fn float8_runs<'a>(
+    s: &Shape,
+    plans: impl Iterator<Item = &'a GroupPlan>,
+    float8: Float8,
+) -> Result<Vec<Vec<Range<i64>>>> {
+    let blocks = 1..=s.num_hidden_layers as usize;
+    let of = |(i, plan)| match blocks.contains(&i) {
+        true => block_float8_runs(s, plan, float8),
+        false => Ok(Vec::new()),
+    };
+    plans.enumerate().map(of).collect()
+}
+
+fn block_float8_runs(s: &Shape, plan: &GroupPlan, float8: Float8) -> Result<Vec<Range<i64>>> {
+    let trained = plan.trained();
+    let (specs, roles) = (&plan.layout.specs, &plan.roles);
+    let runs = RefCell::new(Vec::new());
+    let linear = |weights: Range<usize>, _| {
+        if specs[weights.start].name.ends_with(ROUTER) {
+            return Ok(());
+        }
+        // Trained tensors that follow each other are one factor.
+        for tensors in weights.collect::<Vec<_>>().chunk_by(|a, b| roles[*a] == roles[*b]) {
+            let Some(first) = trained.specs.iter().find(|t| t.name == specs[tensors[0]].name) else {
+                continue;
+            };
+            let (rows, columns) = (tensors.iter().map(|k| specs[*k].shape[0]).sum::<i64>(), first.shape[1]);
+            if float8.gathers([rows, columns]) {
+                runs.borrow_mut().push(first.offset..first.offset + rows * columns);
+            }
+        }
+        Ok(())
+    };
+    BlockParts::of(s, specs.len(), linear, |_| Ok(Tensor::new()))?;
+    let mut runs = runs.into_inner();
+    runs.sort_by_key(|run| run.start);
+    Ok(runs)
 }
 
 impl BlockParts<LinearGrad> {

@@ -5,7 +5,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use kernels::ops::{self, Float8, WeightGrad};
+use kernels::ops::{self, Float8, Float8Weight, WeightGrad};
 use kernels::quant;
 use tch::Tensor;
 
@@ -16,7 +16,7 @@ use crate::error::Result;
 /// input lie in one another's rows (q, k, v; gate, up), so that they are one product, where all of them are dense, or
 /// quantized.
 pub struct Linear {
-    /// W's rows one above the other, dense (T) or quantized: [O, I] together.
+    /// W's rows one above the other, dense (T), quantized or in 8-bit floats: [O, I] together.
     parts: Vec<FrozenValue>,
     /// T `[O]`
     bias: Option<Tensor>,
@@ -79,6 +79,7 @@ fn rows(part: &FrozenValue) -> i64 {
     match part {
         FrozenValue::Dense(w) => w.size()[0],
         FrozenValue::Quantized(q) => q.shape()[0],
+        FrozenValue::Float8(w) => w.shape()[0],
     }
 }
 
@@ -210,6 +211,7 @@ impl Linear {
             products.push(match run {
                 WeightSpan::Dense(w) => self.dense_product(x, w, None)?,
                 WeightSpan::Quantized(parts) => quant::linear(&parts, x)?,
+                WeightSpan::Float8(w) => w.linear(x)?,
             }); // [N, rows of the run]
         }
         Ok(if products.len() == 1 { products.remove(0) } else { Tensor::f_cat(&products, 1)? })
@@ -223,6 +225,7 @@ impl Linear {
                 (FrozenValue::Dense(w), _) => runs.push(WeightSpan::Dense(w)),
                 (FrozenValue::Quantized(q), Some(WeightSpan::Quantized(parts))) => parts.push(q),
                 (FrozenValue::Quantized(q), _) => runs.push(WeightSpan::Quantized(vec![q])),
+                (FrozenValue::Float8(w), _) => runs.push(WeightSpan::Float8(w)),
             }
         }
         runs
@@ -250,6 +253,7 @@ impl Linear {
             let n = match &run {
                 WeightSpan::Dense(w) => w.size()[0],
                 WeightSpan::Quantized(parts) => parts.iter().map(|p| p.shape()[0]).sum(),
+                WeightSpan::Float8(w) => w.shape()[0],
             };
             let part = dy.narrow(1, first, n); // [N, rows of the run]
             first += n;
@@ -260,6 +264,8 @@ impl Linear {
                     (None, None) => part.f_mm(w)?,
                     (None, Some(mut dx)) => dx.f_addmm_(&part, w)?,
                 },
+                (WeightSpan::Float8(w), None) => w.linear_backward(&part)?,
+                (WeightSpan::Float8(w), Some(mut dx)) => dx.f_add_(&w.linear_backward(&part)?)?,
                 (WeightSpan::Quantized(parts), None) => quant::linear_backward(&parts, &part)?,
                 (WeightSpan::Quantized(parts), Some(mut dx)) => {
                     dx.f_add_(&quant::linear_backward(&parts, &part)?)?
@@ -290,6 +296,10 @@ impl Linear {
                 let dy = dy.narrow(1, first, n); // [N, rows of the part]
                 let float8 = match part {
                     FrozenValue::Dense(w) => self.float8_for(x, w),
+                    FrozenValue::Float8(w) => {
+                        let [outputs, inputs] = w.shape();
+                        self.float8.filter(|f| f.takes_sides([x.size()[0], outputs, inputs]))
+                    }
                     FrozenValue::Quantized(_) => None,
                 };
                 match float8 {
@@ -317,6 +327,7 @@ impl Linear {
 enum WeightSpan<'a> {
     Dense(&'a Tensor),
     Quantized(Vec<&'a quant::Quantized>),
+    Float8(&'a Float8Weight),
 }
 
 #[cfg(test)]

@@ -12,9 +12,10 @@ use tch::{Device, Kind, Tensor};
 use crate::config::sections::Recompute;
 use crate::config::shape::Shape;
 use crate::distributed::sharded::Sharded;
+use crate::distributed::sharded::gathered::Form;
 use crate::error::{Error, Result};
 use crate::model::block::BlockSaved;
-use crate::model::layout::{BlockParts, Draws};
+use crate::model::layout::{BlockParts, Draws, float8_runs};
 use crate::model::linear::{KeptInner, Linear};
 use crate::model::mixture::Balance;
 use crate::model::norm::RmsNorm;
@@ -162,15 +163,38 @@ pub struct Llama {
     rope: Option<[RopeTables; 2]>,
     /// Whether adapters act; see [`Llama::without_adapters`].
     adapters: bool,
-    /// Products in 8-bit floats, of a forward and backward over whole rows; none: all in the compute dtype, as those of
-    /// generation.
-    pub float8: Option<Float8>,
+    /// See [`Llama::set_float8`].
+    float8: Option<Float8>,
 }
 
 impl Llama {
     /// A model of `shape` over parameters that were laid out for it (see [`layouts`](crate::model::layout::layouts)).
     pub fn new(shape: Shape, params: Sharded) -> Llama {
         Llama { shape, params, rope: None, adapters: true, float8: None }
+    }
+
+    /// From now on products of a forward and backward over whole rows are in 8-bit floats; none: all in the compute dtype, as
+    /// those of generation always are. Ranks then send each other in 8-bit floats what products take in them.
+    pub fn set_float8(&mut self, float8: Option<Float8>) -> Result<()> {
+        self.float8 = float8;
+        let groups = self.params.len();
+        let runs = match float8 {
+            Some(float8) => float8_runs(&self.shape, (0..groups).map(|i| self.params.plan(i)), float8)?,
+            None => vec![Vec::new(); groups],
+        };
+        self.params.gather_in_float8(runs);
+        Ok(())
+    }
+
+    /// What [`Llama::set_float8`] was told.
+    pub fn float8(&self) -> Option<Float8> {
+        self.float8
+    }
+
+    /// Starts gathering a group for a forward or backward over whole rows.
+    fn prefetch(&mut self, group: usize) -> Result<()> {
+        let form = if self.float8.is_some() { Form::Float8 } else { Form::Compute };
+        self.params.prefetch_as(group, form)
     }
 
     /// Calls `f` with the model that the adapters were added to.
@@ -311,14 +335,14 @@ impl Llama {
     }
 
     fn run(&mut self, input: &ModelInput, recompute: Option<Recompute>) -> Result<(Tensor, Option<Tape>)> {
-        self.params.prefetch(0)?; // collective, overlaps the preparation of the inputs
+        self.prefetch(0)?; // collective, overlaps the preparation of the inputs
         let context = self.context(input)?;
         let ids = ops::upload(&input.ids.contiguous(), self.params.device())?.view([-1]); // [N]
         let layers = self.num_blocks();
         let lowest = self.params.first_trained();
         let keep_embedding = self.shape.tie_word_embeddings && layers <= 1;
         let mut x = self.embed(&ids)?; // [N, C]
-        self.params.prefetch(1)?; // collective
+        self.prefetch(1)?; // collective
         if !keep_embedding {
             self.params.release(0);
         }
@@ -337,7 +361,7 @@ impl Llama {
             let inner: Vec<KeptInner> = (0..adapters).map(|_| KeptInner::default()).collect();
             let w = self.block_weights(i, context.draws.as_ref(), self.float8, &inner)?; // waits until they are gathered
             let next = if i < layers { i + 1 } else { self.head_group() };
-            self.params.prefetch(next)?; // collective, overlaps block i
+            self.prefetch(next)?; // collective, overlaps block i
             let (y, rest) = w.forward(&x, &context, i - 1)?; // [N, C]
             if let Some(r) = recompute {
                 if let (Some(balance), Some(routed)) = (&mut balance, rest.mlp.routed()) {
@@ -389,7 +413,7 @@ impl Llama {
             let draws = tape.context.draws.as_ref();
             let w = self.block_weights(i, draws, self.float8, &saved.inner)?; // waits until they are gathered
             if i > lowest.max(1) {
-                self.params.prefetch(i - 1)?; // collective, overlaps block i
+                self.prefetch(i - 1)?; // collective, overlaps block i
             }
             let flat = self.params.grad(i);
             let g = BlockParts::gradients(&self.params, i, flat.as_ref(), &self.shape)?;

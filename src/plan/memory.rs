@@ -20,12 +20,14 @@ use crate::distributed::mesh::{Keep, ShardingPlan};
 use crate::distributed::plan::{GroupBytes, GroupPlan};
 use crate::error::Result;
 use crate::model::head;
-use crate::model::layout::BlockParts;
+use crate::model::layout::{BlockParts, float8_runs};
 
 /// A model on one rank.
 pub struct Memory {
     pub(super) shape: Shape,
     keep: Keep,
+    /// That slices lie over.
+    ranks: i64,
     groups: Vec<GroupBytes>,
     pub(super) blocks: Vec<BlockParts<Layer>>,
     /// Outputs of the head.
@@ -55,6 +57,7 @@ impl Memory {
             shape: shape.clone(),
             lowest: groups.iter().position(|g| g.num_trained > 0).unwrap_or(groups.len()),
             keep: sharding.keep,
+            ranks: sharding.ranks,
             groups,
             blocks: plans[1..=layers].iter().map(block).collect::<Result<_>>()?,
             vocab_size: plans[head].layout.specs[0].shape[0],
@@ -68,10 +71,21 @@ impl Memory {
         })
     }
 
-    /// With products in 8-bit floats.
-    pub fn in_float8(mut self, float8: Option<Float8>) -> Memory {
+    /// With products in 8-bit floats. `plans`: those that it was made of.
+    pub fn in_float8(mut self, plans: &[GroupPlan], float8: Option<Float8>) -> Result<Memory> {
         self.sizes.float8 = float8;
-        self
+        if let Some(float8) = float8
+            && self.ranks > 1
+            && self.sizes.compute == Kind::BFloat16
+        {
+            let runs = float8_runs(&self.shape, plans.iter(), float8)?;
+            for ((group, plan), runs) in self.groups.iter_mut().zip(plans).zip(runs) {
+                if !runs.is_empty() {
+                    group.gathered = plan.gathered_in_float8(runs, self.ranks);
+                }
+            }
+        }
+        Ok(self)
     }
 
     /// What stays for the whole run, moments left out.

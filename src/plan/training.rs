@@ -99,7 +99,7 @@ impl TrainingMemory {
         let (ranks, device) = (target.ranks, target.device);
         let compute = compute_kind(c.precision.compute);
         let memory = Memory::new(&shape, plans, compute, ShardingPlan::of(c.parallel, ranks)?, device)?
-            .in_float8(float8(c.precision.compute, c.float8));
+            .in_float8(plans, float8(c.precision.compute, c.float8))?;
         let moments = memory.moments(c.optim.moments);
         let only_at_the_end = c.train.steps.is_some_and(|steps| steps <= c.checkpoint.every);
         let tokens = (c.train.batch_size * each.sequences * each.length) as f64;

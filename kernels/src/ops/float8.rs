@@ -1,6 +1,6 @@
 //! Products of bfloat16 tensors in 8-bit floats (Micikevicius et al. 2022): values and weights in e4m3, gradients in e5m2,
-//! each scaled so that its largest magnitude is the format's largest number; sums in float32. Granularity are dynamic: those
-//! of the tensors at hand.
+//! each scaled so that its largest magnitude is the format's largest number; sums in float32. Scales are dynamic: those of the
+//! tensors at hand.
 
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -73,6 +73,19 @@ impl Format {
             Format::E5m2 => 57344.0,
         }
     }
+
+    /// What values whose largest magnitude is `largest` are multiplied by: float, of the same size.
+    fn factor(self, largest: &Tensor) -> Result<Tensor> {
+        // A quotient of tensors: by a number a GPU multiplies with its reciprocal, which rounds twice.
+        let largest = largest.to_kind(Kind::Float).f_clamp_min(1e-12)?;
+        Ok(Tensor::full_like(&largest, self.largest()) / largest)
+    }
+
+    /// x times `factor`, in this format.
+    fn cast(self, x: &Tensor, factor: &Tensor) -> Result<Tensor> {
+        let mut scaled = x.f_mul(factor)?; // float, by promotion
+        Ok(scaled.f_clamp_(-self.largest(), self.largest())?.to_kind(self.kind()))
+    }
 }
 
 /// A factor of a product: `values` [rows, inner], to be multiplied by `scale`, float `[1]` or [rows, 1].
@@ -97,11 +110,8 @@ impl Factor {
             Granularity::Tensor => x.f_abs()?.f_max()?.view([1]),
             Granularity::Row => x.f_abs()?.f_amax([1i64].as_slice(), true)?,
         };
-        // A quotient of tensors: by a number a GPU multiplies with its reciprocal, which rounds twice.
-        let most = Tensor::from(format.largest() as f32).to_device(x.device());
-        let factor = most / largest.to_kind(Kind::Float).f_clamp_min(1e-12)?;
-        let scaled = (x.to_kind(Kind::Float) * &factor).f_clamp(-format.largest(), format.largest())?;
-        let values = scaled.to_kind(format.kind()).contiguous();
+        let factor = format.factor(&largest)?;
+        let values = format.cast(&x, &factor)?.contiguous();
         Ok(Factor { values, scale: factor.f_reciprocal()?, format })
     }
 
@@ -136,6 +146,67 @@ impl Factor {
         // SAFETY: a block reads and writes what lies in both its tile and the tensors.
         unsafe { kernels.launch("float8_cast", tiles, [256, 1], 0, &args) }?;
         Ok(Factor { values, scale, format })
+    }
+}
+
+/// What tensors are multiplied by in e4m3, for their largest magnitudes: float, of the same size.
+pub fn float8_factors(largest: &Tensor) -> Result<Tensor> {
+    Format::E4m3.factor(largest)
+}
+
+/// x (bfloat16, of any size) times `factor` (float `[1]`, of [`float8_factors`]) in e4m3.
+pub fn to_float8(x: &Tensor, factor: &Tensor) -> Result<Tensor> {
+    Format::E4m3.cast(x, factor)
+}
+
+/// A weight that is there in 8-bit floats, with one scale. Its products equal those of [`Float8`] with the weight that it was
+/// cast from; their rows may be any number, since zeros are added to them.
+#[derive(Debug)]
+pub struct Float8Weight {
+    /// e4m3 [O, I]
+    values: Tensor,
+    /// float `[1]`
+    scale: Tensor,
+}
+
+impl Float8Weight {
+    /// Of values that [`to_float8`] gave: e4m3 [O, I]. `scale`: 1 divided by their factor, float `[1]`.
+    pub fn new(values: Tensor, scale: Tensor) -> Float8Weight {
+        Float8Weight { values, scale }
+    }
+
+    /// [O, I]
+    pub fn shape(&self) -> [i64; 2] {
+        [self.values.size()[0], self.values.size()[1]]
+    }
+
+    /// x w^T: bfloat16 `[N, O]`, for x: bfloat16 `[N, I]`.
+    ///
+    /// # Errors
+    /// O or I that are not multiples of 16; so for the gradient.
+    pub fn linear(&self, x: &Tensor) -> Result<Tensor> {
+        self.product(x, Format::E4m3, self.values.shallow_clone(), true)
+    }
+
+    /// dy w, the gradient of x: bfloat16 `[N, I]`, for dy: bfloat16 `[N, O]`.
+    pub fn linear_backward(&self, dy: &Tensor) -> Result<Tensor> {
+        let transposed = self.values.f_view_dtype(Kind::Uint8)?.tr().f_contiguous()?;
+        self.product(dy, Format::E5m2, transposed.f_view_dtype(Kind::Float8e4m3fn)?, false)
+    }
+
+    /// x values^T
+    fn product(&self, x: &Tensor, format: Format, values: Tensor, fast: bool) -> Result<Tensor> {
+        let rows = x.size()[0];
+        if rows == 0 {
+            return Ok(Tensor::zeros([0, values.size()[0]], (x.kind(), x.device())));
+        }
+        let x = match rows % SIDE {
+            0 => x.shallow_clone(),
+            over => x.f_constant_pad_nd([0, 0, 0, SIDE - over])?,
+        };
+        let x = Factor::of(&x, false, format, Granularity::Tensor)?;
+        let w = Factor { values, scale: self.scale.shallow_clone(), format: Format::E4m3 };
+        Ok(product(&x, &w, false, fast)?.f_narrow(0, 0, rows)?)
     }
 }
 
@@ -176,7 +247,17 @@ impl Float8 {
 
     /// The same of bfloat16 products with these sides: N, O and I.
     pub fn takes_sides(&self, sides: [i64; 3]) -> bool {
-        sides.iter().all(|s| *s >= self.min_size.max(1) && s % SIDE == 0)
+        sides.iter().all(|side| self.takes_side(*side))
+    }
+
+    fn takes_side(&self, side: i64) -> bool {
+        side >= self.min_size.max(1) && side % SIDE == 0
+    }
+
+    /// Whether a weight [O, I] may be gathered in 8-bit floats: with one scale each, and none that depends on its rows or
+    /// columns.
+    pub fn gathers(&self, shape: [i64; 2]) -> bool {
+        self.scales == Granularity::Tensor && shape.iter().all(|side| self.takes_side(*side))
     }
 
     /// x w^T: bfloat16 `[N, O]`, for x: bfloat16 `[N, I]`, w: bfloat16 `[O, I]`.

@@ -29,7 +29,9 @@ pub use composed::{Composed, geglu, geglu_backward};
 pub use cpu::Cpu;
 pub use dispatch::*;
 pub use flash::set_deterministic;
-pub use float8::{Float8, Granularity, float8_capability, float8_products};
+pub use float8::{
+    Float8, Float8Weight, Granularity, float8_capability, float8_factors, float8_products, to_float8,
+};
 pub use gpu::Gpu;
 pub use grouped::{GroupedWeights, add_grouped_products};
 pub use products::*;

@@ -173,7 +173,7 @@ fn update_policy(
         if step == ppo.value_warmup && done.updates.is_empty() && ppo.self_check {
             let distance = sums.ratio_distance / sums.tokens.max(1.0);
             let same_rows = parts.len() == 1 && ppo.minibatch_size == e.sequences.len() as i64;
-            let (compute, float8) = (actor.model.params.compute(), actor.model.float8.is_some());
+            let (compute, float8) = (actor.model.params.compute(), actor.model.float8().is_some());
             checks::ratios_are_one(distance, compute, float8, same_rows)?;
         }
         if ppo.stop_kl.is_some_and(|most| sums.approx_kl() > most) {

@@ -145,7 +145,8 @@ fn trained(
     let sharding = ShardingPlan::of(c.common.parallel, target.ranks)?;
     let plans = trainable.plans(&shape).map_err(context)?;
     let float8 = float8(dtype, c.common.float8);
-    let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?.in_float8(float8);
+    let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?;
+    let memory = memory.in_float8(&plans, float8)?;
     let optim = m.optim.as_ref().unwrap_or(c.common.optim);
     let moments = if name == "average" { 0 } else { memory.moments(optim.moments) };
     let (there, host) =
@@ -214,7 +215,8 @@ fn frozen(
         if alone { ShardingPlan::solo() } else { ShardingPlan::of(c.common.parallel, target.ranks)? };
     let plans = plans.plans_for_inference(&shape)?;
     let float8 = float8(dtype, c.common.float8);
-    let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?.in_float8(float8);
+    let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?;
+    let memory = memory.in_float8(&plans, float8)?;
     let batch = match own_tokens {
         true => read_at_once(BATCH_TOKENS, c.data.sequence_length),
         false => BatchShape { rows: work.micro_batch, ..read_at_once(0, c.data.sequence_length) },

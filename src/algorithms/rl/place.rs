@@ -81,7 +81,7 @@ pub fn frozen(base: &Base, c: &Common, dtype: Option<Compute>, world: &Where) ->
     let mut params = Sharded::new(plans, sharding, compute_kind(compute), world.device);
     let hash = base.fill(&mut params, c.seed)?;
     let mut model = Llama::new(base.shape.clone(), params);
-    model.float8 = float8_on(compute, c.float8, world.device)?;
+    model.set_float8(float8_on(compute, c.float8, world.device)?)?;
     Ok((model, hash))
 }
 

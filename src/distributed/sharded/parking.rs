@@ -30,7 +30,7 @@ impl Sharded {
         let stream = CopyStream::new(self.device)?;
         stream.after_computing()?;
         for g in &mut self.groups {
-            g.full = None;
+            g.drop_gathered();
             g.frozen.release();
             g.park(&stream)?;
         }
@@ -141,7 +141,7 @@ mod tests {
                 let all: Vec<Tensor> = (0..2)
                     .map(|k| match params.value(0, &tensors, &params.pieces(0, k..k + 1)[0]).unwrap() {
                         FrozenValue::Dense(t) => t.to_kind(Kind::Double).copy(),
-                        FrozenValue::Quantized(_) => panic!("dense"),
+                        FrozenValue::Quantized(_) | FrozenValue::Float8(_) => panic!("dense"),
                     })
                     .collect();
                 params.release(0);

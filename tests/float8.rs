@@ -210,6 +210,13 @@ fn gathered_in_8_bits() {
                 let piece = &model.params.pieces(1, 0..3)[0];
                 assert!(matches!(model.params.value(1, &full, piece).unwrap(), FrozenValue::Dense(_)));
                 model.params.let_go();
+                // What was done between does not show: neither that, nor host memory.
+                if shape.experts.is_none() {
+                    assert_eq!(gradients(&mut model, 32, Recompute::None).0, loss, "{name} on {ranks} ranks");
+                    model.params.park().unwrap();
+                    model.params.unpark().unwrap();
+                    assert_eq!(gradients(&mut model, 32, Recompute::None).0, loss, "{name} on {ranks} ranks");
+                }
                 // Other values have other scales.
                 tripled(&mut model);
                 let (other, _) = self::gradients(&mut model, 32, Recompute::None);

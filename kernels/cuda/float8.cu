@@ -29,6 +29,34 @@ __device__ __forceinline__ unsigned char to_float8(float x, bool e5m2) {
   return e5m2 ? __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E5M2) : __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
 }
 
+// Writes a block's tile, transposed, to out [columns, rows].
+__device__ __forceinline__ void store_transposed(const unsigned char (*tile)[TILE + 16], unsigned char* out, i64 row0, i64 column0,
+                                                 i64 rows, i64 columns) {
+  for (int i = threadIdx.x; i < TILE * TILE / 16; i += blockDim.x) {
+    const int c = i / (TILE / 16), r = i % (TILE / 16) * 16;
+    if (column0 + c >= columns || row0 + r >= rows) continue;
+    *reinterpret_cast<Pack<unsigned char, 16>*>(out + (column0 + c) * rows + row0 + r) =
+        *reinterpret_cast<const Pack<unsigned char, 16>*>(&tile[c][r]);
+  }
+}
+
+// out [columns, rows] = the transpose of x [rows, columns], of bytes. Rows and columns are multiples of 16, x is aligned to 16 bytes.
+// A block of 256 threads works on a tile of 64 x 64.
+extern "C" __global__ void float8_transpose(const unsigned char* x, unsigned char* out, i64 rows, i64 columns) {
+  __shared__ __align__(16) unsigned char tile[TILE][TILE + 16];
+  const i64 across = (columns + TILE - 1) / TILE, row0 = blockIdx.x / across * TILE, column0 = blockIdx.x % across * TILE;
+  for (int i = threadIdx.x; i < TILE * TILE / 16; i += blockDim.x) {
+    const int r = i / (TILE / 16), c = i % (TILE / 16) * 16;
+    if (row0 + r >= rows || column0 + c >= columns) continue;
+    const Pack<unsigned char, 16> y =
+        *reinterpret_cast<const Pack<unsigned char, 16>*>(x + (row0 + r) * columns + column0 + c);
+#pragma unroll
+    for (int j = 0; j < 16; j++) tile[c + j][r] = y.v[j];
+  }
+  __syncthreads();
+  store_transposed(tile, out, row0, column0, rows, columns);
+}
+
 // out = x * factor, in e4m3 or e5m2: [rows, columns], or, transposed, [columns, rows]; *scale = 1 / factor. Rows and columns are
 // multiples of 16. A block of 256 threads works on a tile of 64 x 64.
 extern "C" __global__ void float8_cast(const bf16* x, const int* amax, unsigned char* out, float* scale, i64 rows, i64 columns,
@@ -54,10 +82,5 @@ extern "C" __global__ void float8_cast(const bf16* x, const int* amax, unsigned 
   }
   if (!transposed) return;
   __syncthreads();
-  for (int i = threadIdx.x; i < TILE * TILE / 16; i += blockDim.x) {
-    const int c = i / (TILE / 16), r = i % (TILE / 16) * 16;
-    if (column0 + c >= columns || row0 + r >= rows) continue;
-    *reinterpret_cast<Pack<unsigned char, 16>*>(out + (column0 + c) * rows + row0 + r) =
-        *reinterpret_cast<const Pack<unsigned char, 16>*>(&tile[c][r]);
-  }
+  store_transposed(tile, out, row0, column0, rows, columns);
 }

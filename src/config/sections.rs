@@ -140,7 +140,8 @@ section! {
     /// Activations and weights are in e4m3, gradients in e5m2, each scaled by its largest magnitude.
     pub struct Float8Section {
         /// Products with a side (tokens, inputs or outputs) below this, or not a multiple of 16, stay in bfloat16. Where
-        /// weights are gathered in 8-bit floats (sharded parameters, `scales: tensor`), the number of tokens does not count.
+        /// weights are gathered in 8-bit floats (sharded parameters, `scales: tensor`), the number of tokens counts for
+        /// gradients of weights only.
         min_size: i64 = 2048, WHOLE => Mathematics;
         /// How much of a factor one scale is for.
         scales: Float8Scales = Float8Scales::Tensor => Mathematics;

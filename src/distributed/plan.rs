@@ -105,16 +105,14 @@ impl GroupPlan {
         }
     }
 
-    /// What [`GroupBytes::gathered`] is where these runs of what is trained are gathered in 8-bit floats, the rest in bfloat16:
-    /// with this rank's part, which is made for it.
-    pub fn gathered_in_float8(&self, runs: Vec<Range<i64>>, ranks: i64) -> i64 {
-        let placed = self.place();
-        let numel = placed.layout.numel;
+    /// [`GroupPlan::bytes`] in bfloat16, `bytes`, where these runs of what is trained are gathered in 8-bit floats and the rest
+    /// as it is. A rank keeps what it sends until an update.
+    pub fn in_float8(&self, bytes: GroupBytes, runs: Vec<Range<i64>>, ranks: i64) -> GroupBytes {
+        let numel = bytes.num_trained;
         let slice = padded_slice(numel, ranks);
         let rest = Float8Runs::new(runs, 0, (0..ranks).map(|rank| owned(rank, slice, numel))).rest_len;
-        let frozen = frozen::slice_bytes(placed.frozen.into_iter(), Kind::BFloat16, ranks);
         let sent = slice + Kind::BFloat16.elt_size_in_bytes() as i64 * rest;
-        (ranks + 1) * sent + ranks * frozen
+        GroupBytes { copy: bytes.copy + sent, gathered: ranks * (sent + bytes.frozen), ..bytes }
     }
 
     pub(super) fn place(&self) -> Placed {

@@ -29,7 +29,7 @@ pub use crate::distributed::layout::{Layout, TensorSpec};
 use crate::distributed::mesh::Sharding;
 use crate::distributed::plan::{GroupPlan, Home, Placed, is_adapter};
 use crate::error::{Error, Result};
-use gathered::{Full, Gathered, Gathering, RunScales};
+use gathered::{Full, Gathered, Gathering, OwnBytes, RunScales};
 use gradients::Reduction;
 
 /// A slice of a group: which elements of its flat buffer this rank owns (padding excluded).
@@ -62,6 +62,8 @@ struct FlatGroup {
     gathering: Gathering,
     /// What is gathered in 8-bit floats.
     float8: Float8Runs,
+    /// What this rank sends of it; none where values have changed since.
+    own_bytes: Option<OwnBytes>,
     /// The gradient over all values, between backward and reduction: of one micro-batch, or of all so far where gradients are kept.
     full_grad: Option<Tensor>,
     /// Host memory of what is parked, once it was.
@@ -371,6 +373,7 @@ impl FlatGroup {
             full: None,
             gathering: Gathering::default(),
             float8: Float8Runs::default(),
+            own_bytes: None,
             full_grad: None,
             parked: None,
         }

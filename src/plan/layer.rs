@@ -19,6 +19,8 @@ pub(super) struct Sizes {
     pub a: i64,
     /// Products in 8-bit floats; none: all in the compute dtype.
     pub float8: Option<Float8>,
+    /// Whether weights are gathered in them.
+    pub gathers_float8: bool,
 }
 
 impl Sizes {
@@ -111,11 +113,19 @@ impl Layer {
         self.adapters.iter().map(|a| m.values(n, a.rank)).sum()
     }
 
-    /// The rows of the largest dense weight with which products over `n` rows are in 8-bit floats; 0: there is none.
+    /// The rows of the largest dense weight that takes part in a product over `n` rows in 8-bit floats; 0: there is none.
     fn float8_rows(&self, m: &Sizes, n: i64) -> i64 {
         let dense = self.runs.iter().filter(|r| !r.quantized).map(|r| r.rows);
         let takes = |rows: &i64| m.float8.is_some_and(|f| f.takes_sides([n, *rows, self.inputs]));
         dense.filter(takes).max().unwrap_or(0)
+    }
+
+    /// The same of a product with the weight itself: one that is gathered in 8-bit floats is so whatever `n` is.
+    fn float8_factor_rows(&self, m: &Sizes, n: i64) -> i64 {
+        let dense = self.runs.iter().filter(|r| !r.quantized).map(|r| r.rows);
+        let gathered =
+            |rows: &i64| m.gathers_float8 && m.float8.is_some_and(|f| f.gathers([*rows, self.inputs]));
+        dense.filter(gathered).max().unwrap_or(0).max(self.float8_rows(m, n))
     }
 
     /// What a forward over `n` rows takes besides input and output.
@@ -124,7 +134,7 @@ impl Layer {
         let scratch = self.runs.iter().filter(|r| r.quantized).map(panel).max().unwrap_or(0);
         let joined = if self.runs.len() > 1 { n * self.outputs * m.t } else { 0 };
         let adapter = |a: &AdapterMemory| m.t * n * (2 * a.rank + if a.dropout { self.inputs } else { 0 });
-        let float8 = match self.float8_rows(m, n) {
+        let float8 = match self.float8_factor_rows(m, n) {
             0 => 0,
             rows => m.float8_product([n * self.inputs, rows * self.inputs]),
         };
@@ -134,7 +144,7 @@ impl Layer {
     /// What the input's gradient takes besides itself and the output's.
     pub fn backward_input(&self, m: &Sizes, n: i64) -> i64 {
         let run = |(i, r): (usize, &SpanMemory)| match (r.quantized, i) {
-            (false, _) => match self.float8_rows(m, n) {
+            (false, _) => match self.float8_factor_rows(m, n) {
                 0 => 0,
                 rows => m.float8_product([n * rows, rows * self.inputs]),
             },

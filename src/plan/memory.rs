@@ -29,6 +29,8 @@ pub struct Memory {
     /// That slices lie over.
     ranks: i64,
     groups: Vec<GroupBytes>,
+    /// All values in the compute dtype, gathered.
+    whole: i64,
     pub(super) blocks: Vec<BlockParts<Layer>>,
     /// Outputs of the head.
     vocab_size: i64,
@@ -58,6 +60,7 @@ impl Memory {
             lowest: groups.iter().position(|g| g.num_trained > 0).unwrap_or(groups.len()),
             keep: sharding.keep,
             ranks: sharding.ranks,
+            whole: groups.iter().map(|g| g.gathered).sum(),
             groups,
             blocks: plans[1..=layers].iter().map(block).collect::<Result<_>>()?,
             vocab_size: plans[head].layout.specs[0].shape[0],
@@ -67,6 +70,7 @@ impl Memory {
                 t: compute.elt_size_in_bytes() as i64,
                 a: accumulator(compute).elt_size_in_bytes() as i64,
                 float8: None,
+                gathers_float8: false,
             },
         })
     }
@@ -74,14 +78,16 @@ impl Memory {
     /// With products in 8-bit floats. `plans`: those that it was made of.
     pub fn in_float8(mut self, plans: &[GroupPlan], float8: Option<Float8>) -> Result<Memory> {
         self.sizes.float8 = float8;
+        self.sizes.gathers_float8 = false;
         if let Some(float8) = float8
             && self.ranks > 1
             && self.sizes.compute == Kind::BFloat16
         {
+            self.sizes.gathers_float8 = true;
             let runs = float8_runs(&self.shape, plans.iter(), float8)?;
             for ((group, plan), runs) in self.groups.iter_mut().zip(plans).zip(runs) {
                 if !runs.is_empty() {
-                    group.gathered = plan.gathered_in_float8(runs, self.ranks);
+                    *group = plan.in_float8(*group, runs, self.ranks);
                 }
             }
         }
@@ -97,6 +103,11 @@ impl Memory {
     /// Gathered values that stay after their first use, until an update changes them.
     pub fn kept(&self) -> i64 {
         if self.keep.values() { self.groups.iter().map(|g| g.gathered).sum() } else { 0 }
+    }
+
+    /// All values in the compute dtype, as generation holds them.
+    pub fn whole(&self) -> i64 {
+        self.whole
     }
 
     /// Slices of the master values, as a checkpoint holds them.

@@ -95,10 +95,10 @@ impl Launcher {
         Launcher::new(x, by_kind(x, SAMPLE_FLOAT, SAMPLE_BF16)?)
     }
 
-    /// For bfloat16 alone.
+    /// For bfloat16, and for bytes.
     pub(crate) fn float8(x: &Tensor) -> Result<Launcher> {
         match x.kind() {
-            Kind::BFloat16 => Launcher::new(x, FLOAT8),
+            Kind::BFloat16 | Kind::Uint8 => Launcher::new(x, FLOAT8),
             other => Err(Error::new(format!("no 8-bit floats of dtype {other:?}"))),
         }
     }

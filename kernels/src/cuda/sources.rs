@@ -54,7 +54,7 @@ pub const SOURCES: [Source; 10] = [
         name: "float8.cu",
         text: include_str!("../../cuda/float8.cu"),
         options: &[],
-        kernels: &["float8_amax", "float8_cast"],
+        kernels: &["float8_amax", "float8_transpose", "float8_cast"],
     },
     Source { name: "sample.cu", text: SAMPLE, options: &["-DDTYPE=float"], kernels: &["sample"] },
     Source { name: "sample.cu", text: SAMPLE, options: &["-DDTYPE=bf16"], kernels: &["sample"] },

@@ -170,9 +170,11 @@ pub struct Float8Weight {
 }
 
 impl Float8Weight {
-    /// Of values that [`to_float8`] gave: e4m3 [O, I]. `scale`: 1 divided by their factor, float `[1]`.
+    /// Of values that [`to_float8`] gave: e4m3 [O, I], contiguous. `scale`: 1 divided by their factor, float `[1]`.
     pub fn new(values: Tensor, scale: Tensor) -> Float8Weight {
-        Float8Weight { values, scale }
+        // Tensor cores read aligned packs; in a flat buffer a matrix may begin anywhere.
+        let aligned = (values.data_ptr() as usize).is_multiple_of(16);
+        Float8Weight { values: if aligned { values } else { values.copy() }, scale }
     }
 
     /// [O, I]
@@ -190,8 +192,23 @@ impl Float8Weight {
 
     /// dy w, the gradient of x: bfloat16 `[N, I]`, for dy: bfloat16 `[N, O]`.
     pub fn linear_backward(&self, dy: &Tensor) -> Result<Tensor> {
-        let transposed = self.values.f_view_dtype(Kind::Uint8)?.tr().f_contiguous()?;
-        self.product(dy, Format::E5m2, transposed.f_view_dtype(Kind::Float8e4m3fn)?, false)
+        self.product(dy, Format::E5m2, self.transposed()?, false)
+    }
+
+    /// e4m3 [I, O]
+    fn transposed(&self) -> Result<Tensor> {
+        let [rows, columns] = self.shape();
+        let bytes = self.values.f_view_dtype(Kind::Uint8)?;
+        let tiled = takes_gpu_path(bytes.device()) && rows % SIDE == 0 && columns % SIDE == 0;
+        if !tiled {
+            return Ok(bytes.tr().f_contiguous()?.f_view_dtype(Kind::Float8e4m3fn)?);
+        }
+        let out = Tensor::empty([columns, rows], (Kind::Uint8, bytes.device()));
+        let blocks = ((rows + 63) / 64) * ((columns + 63) / 64);
+        let args = [T(&bytes), T(&out), I64(rows), I64(columns)];
+        // SAFETY: packs of 16 of an aligned tensor whose sides are multiples of 16; a block stays in its tile of both.
+        unsafe { Launcher::float8(&bytes)?.launch("float8_transpose", blocks, [256, 1], 0, &args) }?;
+        Ok(out.f_view_dtype(Kind::Float8e4m3fn)?)
     }
 
     /// x values^T

@@ -164,12 +164,8 @@ fn trained(
     let sampling = (name == "actor").then(|| {
         let forward = memory.forward(&read_at_once(PREFILL_TOKENS, length));
         let prefill = forward.total() - memory.resident().total() - memory.kept();
-        let whole = match memory.kept() {
-            0 if sharding.ranks > 1 && c.generation.gather != Gather::Blocks => {
-                shape.num_parameters() * compute.elt_size_in_bytes() as i64
-            }
-            kept => kept,
-        };
+        let held = memory.kept() > 0 || c.generation.gather != Gather::Blocks;
+        let whole = if held { memory.whole() } else { 0 };
         resident + whole + sampling(c, &shape, compute, work, prefill)
     });
     let at_work = [sampling, Some(scoring), Some(learning)];

@@ -2,7 +2,7 @@
 //!
 //! In bfloat16 compute, matrices whose products are taken in 8-bit floats may be gathered in them ([`Form::Float8`]), which
 //! is half of the bytes: after an update the ranks agree on the largest magnitude of each such matrix (one all-reduce for
-//! all of them), every rank casts what it owns, and products take the bytes as they come. That is what each rank would
+//! all of them), every rank casts what it owns, once, and products take the bytes as they come. That is what each rank would
 //! compute of the gathered bfloat16 values. The rest of a group (norms, biases, small matrices) is gathered beside it.
 
 use std::ops::Range;
@@ -17,12 +17,15 @@ use crate::distributed::frozen::FrozenValue;
 use crate::distributed::plan::{Home, Piece};
 use crate::error::{Error, Result};
 
+/// Values that are cast at once: in between they are in float32.
+const CAST_AT_ONCE: i64 = 1 << 22;
+
 /// In what form a group's values are asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
     /// In the compute dtype.
     Compute,
-    /// Matrices of which [`Sharded::gather_in_float8`] says so in 8-bit floats, unless they are there in the compute dtype.
+    /// Matrices of which [`Sharded::gather_in_float8`] says so in 8-bit floats, unless values are held.
     Float8,
 }
 
@@ -47,6 +50,14 @@ pub(super) struct GatheredBytes {
     rest: Tensor,
     /// Of each run: float `[runs]`.
     scales: Tensor,
+}
+
+/// What this rank owns of a group as it is sent, cast once after an update.
+pub(super) struct OwnBytes {
+    /// uint8 `[slice, padding included]`: zeros outside of runs.
+    bytes: Tensor,
+    /// T `[rest_len]`
+    rest: Tensor,
 }
 
 /// What the [`Float8Runs`] of all groups are multiplied by in e4m3, and the reciprocals: float `[runs of all groups]`.
@@ -108,7 +119,13 @@ impl Sharded {
         let float8 = form == Form::Float8 && !self.held && !self.groups[i].float8.runs.is_empty();
         let g = &mut self.groups[i];
         g.frozen.prefetch(&self.sharding.shard)?;
-        if matches!(g.full, Some(Gathered::Float8(_))) && !float8 {
+        // What an earlier request left in another form: products must not depend on it.
+        let other_form = match &g.full {
+            Some(Gathered::Float8(_)) => !float8,
+            Some(Gathered::Compute(_)) => float8,
+            None => false,
+        };
+        if other_form {
             g.drop_gathered();
         }
         if g.full.is_some() || g.layout.numel == 0 {
@@ -148,7 +165,8 @@ impl Sharded {
                     true => Tensor::zeros([], (Kind::Float, self.device)),
                     false => {
                         let values = g.local.narrow(0, part.start - slice.start, len(&part));
-                        values.f_abs()?.f_max()?.f_to_kind(Kind::Float)?
+                        let (least, most) = values.f_aminmax(None, false)?;
+                        least.f_neg()?.f_maximum(&most)?.f_to_kind(Kind::Float)?
                     }
                 });
             }
@@ -187,7 +205,10 @@ impl Sharded {
     /// Says that values have changed: what was gathered of them is no longer theirs.
     pub fn drop_gathered(&mut self) {
         self.scales = None;
-        self.groups.iter_mut().for_each(FlatGroup::drop_gathered);
+        for g in &mut self.groups {
+            g.drop_gathered();
+            g.own_bytes = None;
+        }
     }
 
     /// Gathers all groups and keeps them until [`Sharded::let_go`]: forwards then communicate nothing. A collective
@@ -290,33 +311,45 @@ impl FlatGroup {
     /// Starts gathering with runs in e4m3.
     fn gather_bytes(&mut self, shard: &Group, scales: &RunScales) -> Result<()> {
         let Float8Runs { runs, first, rest_len } = &self.float8;
-        let on = |kind| (kind, self.local.device());
-        let slice = self.owned(shard.rank());
-        let part = |range: &Range<i64>| self.local.narrow(0, range.start - slice.start, len(range));
         let of_group = |t: &Tensor| t.narrow(0, *first as i64, runs.len() as i64);
-        let (factors, scales) = (of_group(&scales.factors), of_group(&scales.scales));
-        let own = Tensor::zeros([self.shard_len], on(Kind::Uint8));
-        for (k, run) in runs.iter().map(|run| shared(run, &slice)).enumerate() {
-            if !run.is_empty() {
-                let values = to_float8(&part(&run), &factors.narrow(0, k as i64, 1))?;
-                let mut place = own.narrow(0, run.start - slice.start, len(&run));
-                place.f_copy_(&values.f_view_dtype(Kind::Uint8)?)?;
-            }
-        }
+        let own = match self.own_bytes.take() {
+            Some(own) => own,
+            None => self.cast_own(shard.rank(), &of_group(&scales.factors))?,
+        };
+        let on = |kind| (kind, self.local.device());
         let bytes = Tensor::empty([shard.size() * self.shard_len], on(Kind::Uint8));
-        self.gathering.0.push(shard.all_gather(&bytes, &own)?); // collective, overlaps what follows
+        self.gathering.0.push(shard.all_gather(&bytes, &own.bytes)?); // collective, overlaps what follows
         let rest = Tensor::empty([shard.size(), *rest_len], on(self.local.kind()));
         if *rest_len > 0 {
-            let own = Tensor::zeros([*rest_len], on(self.local.kind()));
-            let mut at = 0;
-            for range in self.float8.rest_of(&slice) {
-                own.narrow(0, at, len(&range)).f_copy_(&part(&range))?;
-                at += len(&range);
-            }
-            self.gathering.0.push(shard.all_gather(&rest, &own)?); // collective, overlaps what follows
+            self.gathering.0.push(shard.all_gather(&rest, &own.rest)?); // collective, overlaps what follows
         }
+        let scales = of_group(&scales.scales);
         self.full = Some(Gathered::Float8(GatheredBytes { bytes, rest, scales }));
+        self.own_bytes = Some(own);
         Ok(())
+    }
+
+    /// What a rank owns, with runs in e4m3: times these factors, float `[runs]`.
+    fn cast_own(&self, rank: i64, factors: &Tensor) -> Result<OwnBytes> {
+        let on = |kind| (kind, self.local.device());
+        let slice = self.owned(rank);
+        let part = |range: &Range<i64>| self.local.narrow(0, range.start - slice.start, len(range));
+        let bytes = Tensor::zeros([self.shard_len], on(Kind::Uint8));
+        for (k, run) in self.float8.runs.iter().map(|run| shared(run, &slice)).enumerate() {
+            let factor = factors.narrow(0, k as i64, 1);
+            for from in run.clone().step_by(CAST_AT_ONCE as usize) {
+                let panel = from..(from + CAST_AT_ONCE).min(run.end);
+                let values = to_float8(&part(&panel), &factor)?.f_view_dtype(Kind::Uint8)?;
+                bytes.narrow(0, from - slice.start, len(&panel)).f_copy_(&values)?;
+            }
+        }
+        let rest = Tensor::zeros([self.float8.rest_len], on(self.local.kind()));
+        let mut at = 0;
+        for range in self.float8.rest_of(&slice) {
+            rest.narrow(0, at, len(&range)).f_copy_(&part(&range))?;
+            at += len(&range);
+        }
+        Ok(OwnBytes { bytes, rest })
     }
 
     /// What begins at element `offset`.

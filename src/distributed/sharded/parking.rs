@@ -31,6 +31,7 @@ impl Sharded {
         stream.after_computing()?;
         for g in &mut self.groups {
             g.drop_gathered();
+            g.own_bytes = None;
             g.frozen.release();
             g.park(&stream)?;
         }

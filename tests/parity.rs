@@ -539,7 +539,7 @@ fn rotary_frequencies() {
     for family in FAMILIES {
         let g = Golden::read(family);
         let model = load(&golden_model(family), Kind::Double);
-        let ours = Tensor::from_slice(&corral::model::llama::inverse_frequencies(&model.shape));
+        let ours = Tensor::from_slice(&corral::model::rotary::inverse_frequencies(&model.shape));
         g.near("rope_inv_freq", &ours, Kind::Double);
     }
 }

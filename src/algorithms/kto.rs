@@ -158,7 +158,7 @@ fn kto(loaded: &Loaded<Kto>, inputs: &Inputs, world: &World, start: &Start) -> R
             batches.iter().map(|batch| batch.entry(&c.kto, kl, &sums)).collect();
         let update = session.models.update(&mut entries, lr, world)?;
         drop(entries);
-        let sums = sums.into_inner().over_ranks(&world.group)?;
+        let sums = sums.into_inner().over_ranks(&world.mesh.data.group)?;
 
         session.run.progress.data.next += count;
         let tokens = inputs.train.count(next, count).1;
@@ -229,7 +229,7 @@ impl FeedbackRecords<'_> {
                 mine[1] += ratios.size()[0] as f64;
             }
         }
-        let all = world.group.combine(&mine, ReduceOp::Sum)?;
+        let all = world.mesh.data.group.combine(&mine, ReduceOp::Sum)?;
         Ok(reference_point(self.c.kto.loss, all[0], all[1]))
     }
 
@@ -386,8 +386,8 @@ fn validate(
         let logprobs = batch.completions.logprobs(model)?;
         loss += batch.loss(&logprobs, &c.kto, kl, &mut sums).double_value(&[]);
     }
-    let loss = world.group.combine(&[loss], ReduceOp::Sum)?[0];
-    Ok(Some((loss, kl, sums.over_ranks(&world.group)?)))
+    let loss = world.mesh.data.group.combine(&[loss], ReduceOp::Sum)?[0];
+    Ok(Some((loss, kl, sums.over_ranks(&world.mesh.data.group)?)))
 }
 
 /// Good and bad completions of all sources.

@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::checkpoint::sharded::{checkpoints_dir, list, read_meta};
+use crate::checkpoint::manifest::read_meta;
+use crate::checkpoint::sharded::{checkpoints_dir, list};
 use crate::error::{Context, Error, Result};
 use crate::files::{self, AtomicFolder, beside, read_error, write_error};
 use crate::telemetry::log_files;

@@ -235,8 +235,10 @@ pub fn apply_gradients(
 ) -> Result<Update> {
     // Ranks that hold equal slices each count a part of theirs: one sum over all ranks, so that all have the same bits.
     let squares = AdamW::sum_squares(&model.params)? / model.params.replica_group().size() as f64; // host sync
-    let mut values = vec![sums.loss, squares];
-    values.extend(sums.aux_loss);
+    // Ranks that share every matrix have the same rows, and the same losses: those of the first count.
+    let counts = if world.mesh.tensor.rank == 0 { 1.0 } else { 0.0 };
+    let mut values = vec![counts * sums.loss, squares];
+    values.extend(sums.aux_loss.map(|loss| counts * loss));
     let values = world.group.combine(&values, ReduceOp::Sum)?; // collective, host sync
     let (loss, grad_norm) = (values[0], values[1].sqrt());
     let aux_loss = sums.aux_loss.map(|_| values[2]);
@@ -317,7 +319,7 @@ pub fn evaluate(
         loss_sum += sum;
         count += n as f64;
     }
-    let total = world.group.combine(&[loss_sum, count], ReduceOp::Sum)?; // collective, host sync
+    let total = world.mesh.data.group.combine(&[loss_sum, count], ReduceOp::Sum)?; // collective, host sync
     Ok(Some(total[0] / total[1]))
 }
 

@@ -21,7 +21,7 @@ use crate::distributed::sharded::{Sharded, TensorSpec};
 use crate::error::{Context, Error, Result};
 use crate::files::{AtomicFolder, exists, is_file, write_file};
 use crate::model::layout::{EMBEDDING, LM_HEAD, layouts};
-use crate::model::llama::inverse_frequencies;
+use crate::model::rotary::inverse_frequencies;
 use crate::telemetry::console::warn_once;
 use kernels::c10d::Group;
 
@@ -260,7 +260,7 @@ pub fn export(dir: &Path, shape: &Shape, params: &Sharded, how: &Export, world: 
     let writes = world.rank() == 0;
     let specs = (0..params.len()).flat_map(|i| &params.plan(i).layout.specs);
     let entry =
-        |s: &TensorSpec| TensorEntry { name: s.name.clone(), kind: how.dtype, shape: s.shape.clone() };
+        |s: &TensorSpec| TensorEntry { name: s.name.clone(), kind: how.dtype, shape: s.whole().shape };
     let plan = plan(as_stored(shape, specs.map(entry)), how.max_shard_size);
     let started = match writes {
         true => (|| {

@@ -6,9 +6,10 @@ use std::sync::{Mutex, PoisonError};
 
 use super::best::checkpoint_of_run;
 use super::fetched::fetched;
+use super::manifest::META;
 use super::meta::PARAMS;
 use super::peft;
-use super::sharded::{META, checkpoints_dir};
+use super::sharded::checkpoints_dir;
 use super::weights::in_hub_cache;
 use crate::data::tokenizer::{folder_has_tokenizer, gguf::has_tokenizer};
 use crate::error::{Error, Result};

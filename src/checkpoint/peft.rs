@@ -4,11 +4,11 @@
 mod config;
 mod joined;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use self::config::{DescribedAdapter, read_config, unread};
 use self::joined::{Joined, JoinedTensor, Patterns};
@@ -377,7 +377,7 @@ pub fn export_adapter(dir: &Path, params: &Sharded, how: &AdapterExport, world: 
         JoinedTensor::of(
             &joined,
             rank,
-            params.layout(i).specs.iter().map(|s| (s.name.clone(), s.shape.clone())),
+            params.layout(i).specs.iter().map(|s| (s.name.clone(), s.whole().shape)),
         )
     };
     let started = match world.rank() {
@@ -395,11 +395,10 @@ pub fn export_adapter(dir: &Path, params: &Sharded, how: &AdapterExport, world: 
         if params.replica_group().rank() != 0 {
             break;
         }
-        let flat = params.gather_master(i)?;
+        let trained: HashMap<String, Tensor> = params.gather_trained(i)?.into_iter().collect();
         if let (Some((_, writer)), Ok(())) = (&mut output, &status) {
-            let specs = &params.layout(i).specs;
-            let tensor = |name: &str| match specs.iter().find(|spec| spec.name == name) {
-                Some(spec) => Ok(spec.view(&flat)),
+            let tensor = |name: &str| match trained.get(name) {
+                Some(tensor) => Ok(tensor.shallow_clone()),
                 None => Err(Error::failed(format!("`{name}` is not in its group"))),
             };
             status = stored(i).iter().try_for_each(|t| writer.write(&t.assemble(tensor)?));

@@ -14,12 +14,11 @@ use serde_json::Value;
 use tch::Tensor;
 
 use super::hf::write_tokenizer;
+use super::manifest::{BaseMeta, FileMeta, GroupMeta, META, Meta};
 use super::model_record::ModelRecord;
 use super::ours::Scoring;
 use super::safetensors::{SafetensorsWriter, TensorEntry};
-use super::sharded::{
-    BaseMeta, FileMeta, GroupMeta, META, Meta, checkpoints_dir, list, shard_name, step_name,
-};
+use super::sharded::{checkpoints_dir, list, shard_name, step_name};
 use super::staging::Staging;
 use crate::config::shape::Shape;
 use crate::config::template_date::TemplateDate;
@@ -229,7 +228,10 @@ impl Saver {
         let mut jobs = Ok(Vec::new());
         for (i, model) in models.iter().enumerate() {
             let params = model.params;
-            let (rank, size) = (params.shard_group().rank() as usize, params.shard_group().size() as usize);
+            // As `Meta::slices` has them.
+            let (shard, tensor) = (params.shard_group(), &params.sharding().tensor);
+            let rank = (shard.rank() * tensor.size + tensor.rank) as usize;
+            let size = (shard.size() * tensor.size) as usize;
             let writes = params.replica_group().rank() == 0;
             let slices = (0..params.len()).map(|i| params.slice(i)).map(|s| (s.start, s.len)).collect();
             let meta = Meta {
@@ -239,6 +241,7 @@ impl Saver {
                 shape: model.shape.clone(),
                 config_hash: self.run.config_hash.clone(),
                 groups: (0..params.len()).map(|i| GroupMeta::of(params.layout(i))).collect(),
+                tensor: tensor.size as usize,
                 slices: Vec::new(),
                 files: Vec::new(),
                 base: model.base.cloned(),

@@ -9,6 +9,9 @@
 //! ```
 //! Tensors are found by name and element range, so that a checkpoint loads at any world size, bit by bit the same. The
 //! folder is on a file system that all nodes share.
+//!
+//! Where tensor-parallel ranks have parts of tensors (`super::rectangles`), each of them has slices of its own: file
+//! `slice * T + t` is rank t's.
 
 use std::cell::RefCell;
 use std::collections::btree_map::Entry;
@@ -19,35 +22,25 @@ use std::sync::OnceLock;
 
 use kernels::moments::Moment;
 use kernels::quant::CODE_BLOCK;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use super::grow::stored;
-use super::model_record::ModelRecord;
-use super::ours::Scoring;
+use super::manifest::{GroupMeta, META, Meta, TensorMeta, read_meta};
 use super::safetensors::SafetensorsReader;
 use super::source::{RowOrder, TensorBlock, TensorFile, TensorSource, View};
 use super::tensor_hash::TensorHash;
 use crate::config::sections::MomentsIn;
-use crate::config::shape::Shape;
-use crate::config::template_date::TemplateDate;
 use crate::distributed::agree::agree_over;
 use crate::distributed::plan::is_adapter;
 use crate::distributed::sharded::{Layout, Sharded, Slice, TensorSpec};
 use crate::error::{Error, Result};
 use crate::files::{crc32, is_dir, read_error};
-use crate::model::Trainable;
 use crate::model::layout::{LM_HEAD, SCORE};
 use crate::optim::{AdamW, Moments};
 
 /// The part of a shard that holds a group's values; its moments lie beside it.
 pub const MASTER: &str = "master";
-
-/// The file that makes a checkpoint complete: it is written last.
-pub const META: &str = "meta.json";
-const FORMAT: &str = "corral checkpoint";
-const VERSION: u64 = 1;
 
 /// Bytes of a checkpoint of these parameters, without headers and tokenizer: master values and two moments.
 /// `master`: float32, or float64 in float64 compute.
@@ -60,163 +53,7 @@ pub fn bytes_per_checkpoint(layouts: &[Layout], master: Kind, moments: MomentsIn
     layouts.iter().map(|l| of(l.numel as u64)).sum()
 }
 
-/// `meta.json`, inside its envelope.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Meta {
-    /// Updates before the checkpoint.
-    pub step: u64,
-    /// Ranks of the run that wrote it.
-    pub world_size: i64,
-    /// Updates that AdamW has made.
-    pub optimizer_step: i64,
-    /// Of the model, by which its tensors are known.
-    pub shape: Shape,
-    /// Hash of the resolved configuration, as the trainer gave it.
-    pub config_hash: String,
-    /// The trained tensors, in the order of the forward.
-    pub groups: Vec<GroupMeta>,
-    /// First element and length of each shard rank's slice of each group: `[rank][group]`.
-    pub slices: Vec<Vec<(i64, i64)>>,
-    /// All files of the checkpoint but `meta.json`.
-    pub files: Vec<FileMeta>,
-    /// Where what was not trained comes from; none where all was trained.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub base: Option<BaseMeta>,
-    /// Of a reward model.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub scoring: Option<Scoring>,
-    /// The models that the run began with.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub models: Vec<ModelRecord>,
-    /// Further models of the run, each a checkpoint in a folder of this name.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub parts: Vec<String>,
-    /// The date that the chat template is told, which a resumed run keeps; none where it asks for none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub template_date: Option<TemplateDate>,
-    /// What the trainer gave: data position, counters, randomness.
-    pub state: Value,
-}
-
-/// The model that a run began with, of which a part was not trained.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct BaseMeta {
-    /// Its path, or its hub id.
-    pub path: String,
-    /// Which tensors were trained, and which adapters there are.
-    pub trainable: Trainable,
-}
-
-/// A group's trained tensors in its flat buffer.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct GroupMeta {
-    /// Such as `block 0`.
-    pub name: String,
-    /// In the order of the buffer.
-    pub tensors: Vec<TensorMeta>,
-}
-
-/// A tensor in its group's flat buffer.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct TensorMeta {
-    /// As in Hugging Face checkpoints.
-    pub name: String,
-    /// From the outermost dimension.
-    pub shape: Vec<i64>,
-    /// Its first element in the flat buffer.
-    pub offset: i64,
-}
-
-/// A file, by which damage is found.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileMeta {
-    /// Relative to the checkpoint's folder.
-    pub name: String,
-    /// Its size.
-    pub bytes: u64,
-    /// CRC-32 of its content.
-    pub crc32: u32,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Envelope {
-    format: String,
-    version: u64,
-    /// CRC-32 of `checkpoint` as serde_json prints it without blanks.
-    crc32: u32,
-    checkpoint: Value,
-}
-
-impl GroupMeta {
-    /// Of the trained tensors of a group.
-    pub fn of(layout: &Layout) -> GroupMeta {
-        let tensor =
-            |s: &TensorSpec| TensorMeta { name: s.name.clone(), shape: s.shape.clone(), offset: s.offset };
-        GroupMeta { name: layout.name.clone(), tensors: layout.specs.iter().map(tensor).collect() }
-    }
-
-    fn numel(&self) -> i64 {
-        self.tensors.iter().map(|t| t.offset + t.shape.iter().product::<i64>()).max().unwrap_or(0)
-    }
-}
-
-impl Meta {
-    /// As the text of `meta.json`.
-    pub fn to_text(&self) -> Result<String> {
-        let describe = |e: serde_json::Error| Error::failed(format!("{META}: {e}"));
-        let checkpoint = serde_json::to_value(self).map_err(describe)?;
-        let crc32 = crc32fast::hash(checkpoint.to_string().as_bytes());
-        let envelope = Envelope { format: FORMAT.into(), version: VERSION, crc32, checkpoint };
-        serde_json::to_string_pretty(&envelope).map_err(describe)
-    }
-
-    /// Reads `meta.json`; the error says what is wrong with it.
-    fn parse(text: &str) -> Result<Meta, String> {
-        let envelope: Envelope = serde_json::from_str(text).map_err(|e| e.to_string())?;
-        if envelope.format != FORMAT {
-            return Err(format!("format is `{}`, not `{FORMAT}`", envelope.format));
-        }
-        if envelope.version != VERSION {
-            return Err(format!(
-                "version {} of the format; this program reads version {VERSION}",
-                envelope.version
-            ));
-        }
-        if crc32fast::hash(envelope.checkpoint.to_string().as_bytes()) != envelope.crc32 {
-            return Err("its contents do not match its checksum".into());
-        }
-        let mut meta: Meta = serde_json::from_value(envelope.checkpoint).map_err(|e| e.to_string())?;
-        meta.shape.complete();
-        for rank in &meta.slices {
-            if rank.len() != meta.groups.len() {
-                return Err("slices and groups do not match".into());
-            }
-        }
-        for (g, group) in meta.groups.iter().enumerate() {
-            let mut next = 0;
-            for slices in &meta.slices {
-                let (start, len) = slices[g];
-                if start != next || len < 0 {
-                    return Err(format!(
-                        "the slices of group `{}` have a gap or overlap at {next}",
-                        group.name
-                    ));
-                }
-                next += len;
-            }
-            if next != group.numel() {
-                return Err(format!(
-                    "the slices of group `{}` end at {next} of {}",
-                    group.name,
-                    group.numel()
-                ));
-            }
-        }
-        Ok(meta)
-    }
-}
-
-/// The file of one shard rank.
+/// The file of one slice.
 pub fn shard_name(rank: usize, size: usize) -> String {
     format!("shard-{rank:05}-of-{size:05}.safetensors")
 }
@@ -255,13 +92,6 @@ fn step_of(path: &Path) -> Option<u64> {
     path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
 }
 
-/// Reads and checks a checkpoint's `meta.json`, and no other file.
-pub fn read_meta(dir: &Path) -> Result<Meta> {
-    let path = dir.join(META);
-    let text = fs::read_to_string(&path).map_err(|e| read_error(&path, &e))?;
-    Meta::parse(&text).map_err(|e| Error::data(format!("{}: {e}", path.display())))
-}
-
 /// The newest checkpoint of a run, none where there is none.
 ///
 /// Folders get their name when they are complete. So a newest one that is damaged is an error (kind Data), which names
@@ -275,8 +105,8 @@ pub fn latest(run_dir: &Path) -> Result<Option<Checkpoint>> {
 pub struct Checkpoint {
     dir: PathBuf,
     meta: Meta,
-    /// Group, first element and shape of every tensor.
-    places: HashMap<String, (usize, i64, Vec<i64>)>,
+    /// Group and place of every tensor.
+    places: HashMap<String, (usize, TensorMeta)>,
 }
 
 /// What a trainer goes on from.
@@ -313,7 +143,7 @@ impl Checkpoint {
         }
         let mut places = HashMap::new();
         for (g, group) in meta.groups.iter().enumerate() {
-            places.extend(group.tensors.iter().map(|t| (t.name.clone(), (g, t.offset, t.shape.clone()))));
+            places.extend(group.tensors.iter().map(|t| (t.name.clone(), (g, t.clone()))));
         }
         Ok(Checkpoint { dir: dir.to_path_buf(), meta, places })
     }
@@ -350,6 +180,7 @@ impl Checkpoint {
     /// checkpoint's (see [`super::grow`]). Of a checkpoint that holds the whole model. Returns the hash of what is not trained.
     pub fn fill_weights(&self, params: &mut Sharded) -> Result<TensorHash> {
         let all = (0..params.len()).flat_map(|i| params.plan(i).tensors()).filter(|s| !is_adapter(&s.name));
+        let all = all.map(|spec| spec.whole());
         let checked = self.check_tensors(all, self.meta.shape.vocab_size).and_then(|()| self.source());
         agree_over(params, checked.map_err(|e| with_advice(&self.dir, e)))?.fill(params)
     }
@@ -357,7 +188,7 @@ impl Checkpoint {
     /// Sets what is trained, and nothing else: the values of another step of the run that these parameters are of.
     pub fn load_values(&self, params: &mut Sharded) -> Result<()> {
         let shards = Shards { checkpoint: self, open: RefCell::default() };
-        let trained = (0..params.len()).flat_map(|i| params.layout(i).specs.clone());
+        let trained = (0..params.len()).flat_map(|i| params.layout(i).specs.iter().map(TensorSpec::whole));
         let mine = self.check_tensors(trained, i64::MAX).and_then(|()| {
             params.fill_trained(|spec, first, values| shards.read(MASTER, spec, first, values))
         });
@@ -370,21 +201,26 @@ impl Checkpoint {
         let shards = (0..self.meta.slices.len()).map(|rank| CheckedShard::open(self, rank));
         let shards = shards.collect::<Result<Vec<_>>>().map_err(|e| with_advice(&self.dir, e))?;
         let mut source = TensorSource::default();
-        for (name, (group, offset, shape)) in &self.places {
+        for (name, (group, place)) in &self.places {
             let tensor = tensor_name(&self.meta.groups[*group].name, MASTER);
-            let numel = shape.iter().product();
-            let block = |piece: TensorPiece| TensorBlock {
-                file: piece.rank,
-                tensor: tensor.clone(),
-                rows: 0..1,
-                cols: piece.to..piece.to + piece.len,
-                first: piece.from,
-                stride: numel,
-                order: RowOrder::Same,
-            };
-            let kind = shards[0].info(&tensor)?.1;
-            let blocks = pieces(self.slices(*group), *offset, numel).into_iter().map(block).collect();
-            source.views.insert(name.clone(), View { shape: shape.clone(), kind, width: numel, blocks });
+            let (kind, divided) = (shards[0].info(&tensor)?.1, place.divided());
+            let mut blocks = Vec::new();
+            for rank in divided.tensor_ranks() {
+                for piece in self.pieces(*group, rank, place.offset, divided.rectangle_numel()) {
+                    let places = divided.places(rank, piece.to..piece.to + piece.len);
+                    blocks.extend(places.into_iter().map(|(rows, cols, at, stride)| TensorBlock {
+                        file: piece.rank,
+                        tensor: tensor.clone(),
+                        rows,
+                        cols,
+                        first: piece.from + at - piece.to,
+                        stride,
+                        order: RowOrder::Same,
+                    }));
+                }
+            }
+            let (shape, width) = (place.shape.clone(), divided.width());
+            source.views.insert(name.clone(), View { shape, kind, width, blocks });
         }
         source.files = shards.into_iter().map(|s| Box::new(s) as Box<dyn TensorFile>).collect();
         Ok(source)
@@ -392,7 +228,7 @@ impl Checkpoint {
 
     fn read(&self, params: &mut Sharded, optim: &AdamW) -> Result<()> {
         let shards = Shards { checkpoint: self, open: RefCell::default() };
-        let trained = (0..params.len()).flat_map(|i| params.layout(i).specs.clone());
+        let trained = (0..params.len()).flat_map(|i| params.layout(i).specs.iter().map(TensorSpec::whole));
         // A run that goes on must be as it was.
         self.check_tensors(trained, i64::MAX)?;
         params.fill_trained(|spec, first, values| shards.read(MASTER, spec, first, values))?;
@@ -406,7 +242,10 @@ impl Checkpoint {
                 for spec in &params.layout(i).specs {
                     if let Some((first, len)) = overlap(slice, spec) {
                         let values = moments.f_narrow(0, first - slice.start, len)?;
-                        shards.read(part, spec, first - spec.offset, &values)?;
+                        let mut read = |whole: &TensorSpec, first, values: &Tensor| {
+                            shards.read(part, whole, first, values)
+                        };
+                        spec.fill(first - spec.offset, &values, &mut read)?;
                     }
                 }
             }
@@ -425,16 +264,17 @@ impl Checkpoint {
             )));
         };
         let slice = params.slice(i);
+        let tensor_rank = params.sharding().tensor.rank as usize % self.meta.tensor;
         let blocks =
             |s: Slice| Slice { start: s.start / CODE_BLOCK, len: (s.len + CODE_BLOCK - 1) / CODE_BLOCK };
         for (part, t) in moments.tensors() {
             let whole = |s: Slice| if t.kind() == Kind::Uint8 { s } else { blocks(s) };
-            let (mine, theirs) = (whole(slice), self.slices(group).map(whole));
+            let (mine, theirs) = (whole(slice), self.slices(group, tensor_rank).map(whole));
             // A rank beyond the end has nothing, wherever that would begin.
             let theirs = theirs.filter(|s| s.len > 0);
             for piece in pieces(theirs, mine.start, mine.len) {
                 shards.read_bytes(
-                    piece.rank,
+                    piece.rank * self.meta.tensor + tensor_rank,
                     &tensor_name(&now.name, part),
                     piece.from,
                     &t.narrow(0, piece.to, piece.len),
@@ -458,7 +298,7 @@ impl Checkpoint {
             }
             match self.places.get(&spec.name) {
                 None => wrong.push(format!("`{}` is not in the checkpoint", spec.name)),
-                Some((_, _, shape))
+                Some((_, TensorMeta { shape, .. }))
                     if *shape != stored(&spec, rows).unwrap_or_else(|| spec.clone()).shape =>
                 {
                     wrong.push(format!(
@@ -499,8 +339,17 @@ impl Checkpoint {
         }
     }
 
-    fn slices(&self, group: usize) -> impl Iterator<Item = Slice> {
-        self.meta.slices.iter().map(move |rank| Slice { start: rank[group].0, len: rank[group].1 })
+    /// A tensor-parallel rank's slices of a group.
+    fn slices(&self, group: usize, tensor_rank: usize) -> impl Iterator<Item = Slice> {
+        let slices = self.meta.slices.iter().skip(tensor_rank).step_by(self.meta.tensor);
+        slices.map(move |file| Slice { start: file[group].0, len: file[group].1 })
+    }
+
+    /// Where elements `first..first + len` of a tensor-parallel rank's group lie; ranks are those of files.
+    fn pieces(&self, group: usize, tensor_rank: usize, first: i64, len: i64) -> Vec<TensorPiece> {
+        let mut pieces = pieces(self.slices(group, tensor_rank), first, len);
+        pieces.iter_mut().for_each(|piece| piece.rank = piece.rank * self.meta.tensor + tensor_rank);
+        pieces
     }
 }
 
@@ -560,11 +409,13 @@ struct Shards<'a> {
 impl Shards<'_> {
     /// Fills `values` with elements `first..` of a tensor.
     fn read(&self, part: &str, spec: &TensorSpec, first: i64, values: &Tensor) -> Result<()> {
-        let (group, offset, _) = &self.checkpoint.places[&spec.name];
+        let (group, place) = &self.checkpoint.places[&spec.name];
         let name = tensor_name(&self.checkpoint.meta.groups[*group].name, part);
-        for piece in pieces(self.checkpoint.slices(*group), offset + first, values.numel() as i64) {
-            let values = values.f_narrow(0, piece.to, piece.len)?;
-            self.with(piece.rank, |shard| shard.read(&name, piece.from, &values))?;
+        for run in place.divided().runs(first..first + values.numel() as i64) {
+            for piece in self.checkpoint.pieces(*group, run.tensor_rank, place.offset + run.from, run.len) {
+                let values = values.f_narrow(0, run.to + piece.to, piece.len)?;
+                self.with(piece.rank, |shard| shard.read(&name, piece.from, &values))?;
+            }
         }
         Ok(())
     }

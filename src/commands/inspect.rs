@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::check::size;
-use crate::checkpoint::{locate, sharded};
+use crate::checkpoint::locate;
+use crate::checkpoint::manifest::META;
 use crate::data::tokenizer::folder_has_tokenizer;
 use crate::error::{Error, Result};
 use crate::files::{is_dir, read_error};
@@ -209,7 +210,7 @@ fn inspect(path: &Path, depth: Depth) -> Result<InspectReport> {
     let names = names(path)?;
     let any = |start: &str, end: &str| names.iter().any(|n| n.starts_with(start) && n.ends_with(end));
     Ok(match () {
-        () if has(sharded::META) || any("shard-", ".safetensors") => model::checkpoint(path, depth)?,
+        () if has(META) || any("shard-", ".safetensors") => model::checkpoint(path, depth)?,
         () if has("adapter_config.json") || has("adapter_model.safetensors") => model::adapter(path, depth),
         () if has("config.yaml") || has("checkpoints") || has("metrics.jsonl") => run::run(path, depth)?,
         () if has("config.json")
@@ -233,7 +234,7 @@ fn unknown(path: &Path) -> Error {
          {}, a run config.yaml, a tokenizer tokenizer.json, token shards shard-*.tokens, and single files end in \
          .safetensors, .gguf, .pth, .bin or .tokens, or are a trace.jsonl",
         path.display(),
-        sharded::META
+        META
     ))
 }
 

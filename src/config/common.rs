@@ -29,7 +29,7 @@ pub struct Common<'a> {
 impl Common<'_> {
     /// What does not fit on `world_size` ranks.
     pub fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
-        self.train.conflicts(world_size, found);
+        self.train.conflicts(self.parallel.data_ranks(world_size), found);
         self.schedule.conflicts(self.train, found);
         self.parallel.conflicts(world_size, found);
         if self.precision.compute != Compute::Float8 && *self.float8 != Float8Section::default() {

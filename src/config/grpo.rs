@@ -162,7 +162,7 @@ impl Algorithm for Grpo {
     }
 
     fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
-        self.conflicts_of_sizes(world_size, found);
+        self.conflicts_of_sizes(self.parallel.data_ranks(world_size), found);
         self.grpo.conflicts(found);
         if !self.uses_reference() && self.reference.is_some() {
             found.add("reference", "nothing uses it: set grpo.beta, or leave it out");
@@ -174,21 +174,20 @@ impl Algorithm for Grpo {
 
 impl Grpo {
     /// What does not fit among responses, updates and micro-batches.
-    fn conflicts_of_sizes(&self, world_size: i64, found: &mut Conflicts) {
-        let (all, size, micro) =
-            (self.num_responses(), self.minibatch_size(), self.micro_batch_size(world_size));
+    fn conflicts_of_sizes(&self, ranks: i64, found: &mut Conflicts) {
+        let (all, size, micro) = (self.num_responses(), self.minibatch_size(), self.micro_batch_size(ranks));
         if all % size != 0 {
             let why = format!(
                 "the {all} responses of train.batch_size x grpo.group_size are not a multiple of {size}"
             );
             found.add("grpo.minibatch_size", why);
         }
-        if micro < 1 || size % (micro * world_size) != 0 {
+        if micro < 1 || size % (micro * ranks) != 0 {
             let given = self.grpo.minibatch_size.is_some();
             let key = if given { "grpo.minibatch_size" } else { "train.micro_batch_size" };
             let why = format!(
                 "the {size} responses of an update are not a multiple of train.micro_batch_size x ranks = {micro} x \
-                 {world_size}"
+                 {ranks}"
             );
             found.add(key, why);
         }

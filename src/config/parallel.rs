@@ -16,7 +16,8 @@ section! {
         mode: Mode = Mode::Full => Rounding;
         /// `hybrid`: the ranks that share one copy of the parameters; `auto`: those of a host.
         shard: ShardSize = ShardSize::Auto => Rounding;
-        /// Ranks that share every matrix (tensor parallelism). Only 1 is built.
+        /// Ranks that share every matrix (tensor parallelism), neighbours, which divide the ranks of the run; the others have
+        /// different rows of a batch.
         tensor: i64 = 1, COUNT => Rounding;
         /// Time limit in seconds of the rendezvous and of every collective.
         timeout_s: f64 = 600.0, SECONDS => Execution;
@@ -24,12 +25,18 @@ section! {
 }
 
 impl Parallel {
+    /// Ranks of `world_size` that have different rows of a batch.
+    pub fn data_ranks(&self, world_size: i64) -> i64 {
+        (world_size / self.tensor).max(1)
+    }
+
     /// What does not fit on `world_size` ranks.
     pub fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
-        if self.tensor > 1 {
-            let why = format!("tensor parallelism over {} ranks is not built yet; only 1 is", self.tensor);
+        if world_size % self.tensor != 0 {
+            let why = format!("{} must divide the number of ranks, {world_size}", self.tensor);
             found.add("parallel.tensor", why);
         }
+        let ranks = self.data_ranks(world_size);
         match self.shard {
             ShardSize::Auto => {}
             ShardSize::Ranks(_) if self.mode != Mode::Hybrid => {
@@ -38,8 +45,12 @@ impl Parallel {
                     "is a key of `mode: hybrid`; leave it out, or set parallel.mode=hybrid",
                 );
             }
-            ShardSize::Ranks(n) if world_size % n != 0 => {
-                found.add("parallel.shard", format!("{n} must divide the number of ranks, {world_size}"));
+            ShardSize::Ranks(n) if ranks % n != 0 => {
+                let of = match self.tensor {
+                    1 => "the number of ranks",
+                    _ => "the number of ranks divided by parallel.tensor",
+                };
+                found.add("parallel.shard", format!("{n} must divide {of}, {ranks}"));
             }
             ShardSize::Ranks(_) => {}
         }

@@ -231,7 +231,7 @@ impl Algorithm for Ppo {
     }
 
     fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
-        self.conflicts_of_sizes(world_size, found);
+        self.conflicts_of_sizes(self.parallel.data_ranks(world_size), found);
         self.ppo.conflicts(found);
         if self.rewards.is_empty() && self.reward_model.is_none() {
             let why = "there is nothing to learn from: give reward_model, or rewards by rule such as [{kind: gsm8k}]";
@@ -257,10 +257,10 @@ impl Algorithm for Ppo {
 
 impl Ppo {
     /// What does not fit among responses, updates and micro-batches.
-    fn conflicts_of_sizes(&self, world_size: i64, found: &mut Conflicts) {
+    fn conflicts_of_sizes(&self, ranks: i64, found: &mut Conflicts) {
         let (ppo, batch) = (&self.ppo, self.train.batch_size);
-        let micro = self.micro_batch_size(world_size);
-        let unit = micro.max(1) * world_size;
+        let micro = self.micro_batch_size(ranks);
+        let unit = micro.max(1) * ranks;
         if ppo.minibatch_size % unit != 0 || micro < 1 {
             let why = format!(
                 "{} is not a multiple of train.micro_batch_size x ranks = {unit}",

@@ -56,7 +56,8 @@ pub fn agree<T>(group: &Group, mine: Result<T>) -> Result<T> {
 
 /// [`agree`] among all ranks that hold these parameters.
 pub fn agree_over<T>(params: &Sharded, mine: Result<T>) -> Result<T> {
-    // Every replica group has a member in each shard group, so that the second round reaches all ranks.
+    // Every group of one kind has a member in each group of the kinds before, so that the last round reaches all ranks.
     let mine = agree(params.shard_group(), mine);
-    agree(params.replica_group(), mine)
+    let mine = agree(params.replica_group(), mine);
+    agree(&params.sharding().tensor.group, mine)
 }

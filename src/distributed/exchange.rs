@@ -26,11 +26,13 @@ pub fn gather_bytes(world: &World, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
     Ok(all.chunks(longest).zip(sizes).map(|(bytes, size)| bytes[..size as usize].to_vec()).collect())
 }
 
-/// What every rank has, by rank, as JSON on the way. A collective call.
+/// What the ranks have of their rows, by rank, as JSON on the way. Ranks that share every matrix have the same rows, and the first
+/// of them says for all what it has. A collective call.
 pub fn gather_objects<T: serde::Serialize + serde::de::DeserializeOwned>(
     world: &World,
     mine: &[T],
 ) -> Result<Vec<T>> {
+    let mine = if world.mesh.tensor.rank == 0 { mine } else { &[] };
     let bytes = serde_json::to_vec(mine).map_err(|e| Error::failed(e.to_string()))?;
     let mut all = Vec::new();
     for bytes in gather_bytes(world, &bytes)? {
@@ -41,7 +43,7 @@ pub fn gather_objects<T: serde::Serialize + serde::de::DeserializeOwned>(
     Ok(all)
 }
 
-/// The rows of all ranks, each of which gives `[n, W]` on the CPU: `[ranks * n, W]`. A collective call.
+/// The rows of all ranks that have different ones, each of which gives `[n, W]` on the CPU: `[ranks * n, W]`. A collective call.
 pub fn gather_rows(world: &World, mine: &Tensor) -> Result<Tensor> {
     if world.mesh.data.size == 1 {
         return Ok(mine.shallow_clone());

@@ -168,10 +168,10 @@ impl Frozen {
 
     /// The tensors of which a hash of all ranks' reads in [`Frozen::fill`] is to count those of this rank: of a dense one every
     /// rank reads its own part, a quantized one is read whole by each that has some of it.
-    pub fn counted(&self, rank: i64) -> impl Iterator<Item = &str> {
+    pub fn counted(&self, rank: i64) -> impl Iterator<Item = &TensorSpec> {
         let slice = rank * self.shard_len..(rank + 1) * self.shard_len;
         let counts = move |e: &&FrozenTensor| e.storage == Storage::Dense || slice.contains(&e.spec.offset);
-        self.entries.iter().filter(counts).map(|e| e.spec.name.as_str())
+        self.entries.iter().filter(counts).map(|e| &e.spec)
     }
 
     /// Sets the values of the tensors that are `wanted`: `f(spec, first, values)` fills `values` (in any float dtype, `[n]`) with elements `first..first + n`

@@ -31,6 +31,11 @@ impl Axis {
         Axis::of(Group::solo())
     }
 
+    /// This rank's place on the axis.
+    pub fn place(&self) -> Place {
+        Place { rank: self.rank, size: self.size }
+    }
+
     /// This rank's part of `n` things, which lie over the axis in order and in equal parts; where `n` does not divide, the last
     /// parts are smaller.
     pub fn share(&self, n: usize) -> Range<usize> {
@@ -43,6 +48,15 @@ impl Axis {
     }
 }
 
+/// A place on an axis, without the axis.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// From 0.
+    pub rank: i64,
+    /// Places on the axis.
+    pub size: i64,
+}
+
 /// The part of rank `rank` of `ranks`.
 fn share(n: usize, rank: usize, ranks: usize) -> Range<usize> {
     let part = n.div_ceil(ranks);
@@ -53,7 +67,7 @@ fn share(n: usize, rank: usize, ranks: usize) -> Range<usize> {
 pub struct Mesh {
     /// Ranks that compute different rows of a batch.
     pub data: Axis,
-    /// Ranks that one copy of the parameters lies over.
+    /// Ranks that one copy of the parameters, or of a tensor-parallel rank's part of them, lies over.
     pub shard: Axis,
     /// Ranks that hold equal parts of the parameters, and sum their gradients.
     pub replicate: Axis,
@@ -158,6 +172,8 @@ pub struct Sharding {
     pub reduce: Group,
     /// The ranks that hold equal slices.
     pub replicate: Group,
+    /// The ranks that share every matrix: all the others are about what one of these holds.
+    pub tensor: Axis,
     /// What a rank keeps whole.
     pub keep: Keep,
 }
@@ -170,7 +186,8 @@ impl Sharding {
 
     /// In slices over all ranks of `group`.
     pub fn over(group: Group) -> Sharding {
-        Sharding { shard: group.clone(), reduce: group, replicate: Group::solo(), keep: Keep::Nothing }
+        let (replicate, tensor) = (Group::solo(), Axis::solo());
+        Sharding { shard: group.clone(), reduce: group, replicate, tensor, keep: Keep::Nothing }
     }
 
     /// Whole on every rank of `group`.

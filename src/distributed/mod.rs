@@ -2,6 +2,7 @@
 
 pub(crate) mod agree;
 pub(crate) mod agreement;
+pub mod cut;
 pub mod environment;
 pub(crate) mod exchange;
 mod float8_runs;

@@ -6,6 +6,7 @@ use std::ops::Range;
 use kernels::ops::accumulator;
 use tch::{Kind, Tensor};
 
+use crate::distributed::cut::Share;
 use crate::distributed::float8_runs::{Float8Runs, owned};
 use crate::distributed::frozen::{self, Storage};
 use crate::distributed::layout::{Layout, TensorSpec, padded_slice};
@@ -66,9 +67,12 @@ impl GroupPlan {
     pub fn tensors(&self) -> Vec<TensorSpec> {
         let mut specs = self.layout.specs.clone();
         for adapter in &self.adapters {
-            let names = adapter_names(&self.layout.specs[adapter.target].name);
-            let new = names.into_iter().zip(adapter.shapes(&self.layout));
-            specs.extend(new.map(|(name, shape)| TensorSpec { name, shape, offset: 0 }));
+            let target = &self.layout.specs[adapter.target];
+            let new = adapter_names(&target.name).into_iter().zip(adapter.shapes(&self.layout));
+            let new = new.zip(adapter_shares(target.share));
+            specs.extend(
+                new.map(|((name, shape), share)| TensorSpec { share, ..TensorSpec::new(name, shape) }),
+            );
         }
         specs
     }
@@ -125,9 +129,9 @@ impl GroupPlan {
             let of = move |(spec, role): &(&TensorSpec, &Role)| {
                 **role == Role::Trained && (spec.shape.len() > 1) == matrix
             };
-            all().filter(of).map(|(spec, _)| (spec.name.clone(), spec.shape.clone()))
+            all().filter(of).map(|(spec, _)| spec.clone())
         };
-        let layout = Layout::new(self.layout.name.clone(), trained(true).chain(trained(false)).collect());
+        let layout = Layout::of(self.layout.name.clone(), trained(true).chain(trained(false)));
         let offsets: HashMap<&str, i64> = layout.specs.iter().map(|s| (s.name.as_str(), s.offset)).collect();
         let mut frozen = Vec::new();
         let mut homes = Vec::with_capacity(tensors.len());
@@ -175,6 +179,16 @@ pub(super) struct Placed {
     /// Of the plan's tensors, and of A and B of each adapter.
     pub homes: Vec<Home>,
     pub adapter_homes: Vec<[Home; 2]>,
+}
+
+/// What a tensor-parallel rank has of A and B, by what it has of the weight: A reads the weight's columns, B gives its rows, and
+/// the other one of both has its gradient in parts.
+fn adapter_shares(weight: Share) -> [Share; 2] {
+    match weight {
+        Share::Cut(cut) if cut.dim == 0 => [Share::Summed, weight],
+        Share::Cut(_) => [weight, Share::Summed],
+        _ => [weight; 2],
+    }
 }
 
 /// The names of an adapter's A and B, for a weight `NAME.weight`.

@@ -12,10 +12,14 @@
 //! Two process groups say what is done: slices lie over `shard` (ZeRO-3: all ranks; DDP: a group of one; HSDP: some), and the
 //! slices' gradients are summed over `replicate` (ZeRO-3: a group of one; DDP: all ranks; HSDP: the others). A group of one
 //! sends nothing, so one rank alone runs the same code on its own buffers, without copies.
+//!
+//! All this is about what one of the ranks of `tensor` holds, which may be parts of tensors (`super::cut`): those ranks' layouts
+//! are equal, and so are their slices' places.
 
 pub mod gathered;
 pub mod gradients;
 mod parking;
+mod parts;
 
 use std::collections::HashSet;
 
@@ -173,10 +177,16 @@ impl Sharded {
         (0..self.len()).find(|i| self.trains(*i)).unwrap_or(self.len())
     }
 
+    /// Numbers that are trained, over all ranks.
+    pub fn num_trained(&self) -> i64 {
+        let numel = |specs: &[TensorSpec]| specs.iter().map(|s| s.whole().numel()).sum::<i64>();
+        self.groups.iter().map(|g| numel(&g.layout.specs)).sum()
+    }
+
     /// Numbers that are not trained, over all ranks.
     pub fn num_frozen(&self) -> i64 {
-        let of = |g: &FlatGroup| g.plan.tensors().iter().map(TensorSpec::numel).sum::<i64>() - g.layout.numel;
-        self.groups.iter().map(of).sum()
+        let numel = |g: &FlatGroup| g.plan.tensors().iter().map(|s| s.whole().numel()).sum::<i64>();
+        self.groups.iter().map(numel).sum::<i64>() - self.num_trained()
     }
 
     /// Bytes of this rank's slices of what is not trained.
@@ -242,7 +252,8 @@ impl Sharded {
     }
 
     /// Sets the values of the model's tensors, trained or not: `f(spec, first, values)` fills `values` (in any float
-    /// dtype, `[n]`) with elements `first..first + n` of the flattened tensor `spec`.
+    /// dtype, `[n]`) with elements `first..first + n` of the flattened tensor `spec`, which is whole, also where this rank has
+    /// a part of it.
     pub fn fill(&mut self, mut f: impl FnMut(&TensorSpec, i64, &Tensor) -> Result<()>) -> Result<()> {
         self.fill_where(|spec| !is_adapter(&spec.name), true, &mut f)
     }
@@ -275,12 +286,13 @@ impl Sharded {
                 let end = (slice.start + slice.len).min(spec.offset + spec.numel());
                 if first < end {
                     let values = group.master.narrow(0, first - slice.start, end - first);
-                    f(spec, first - spec.offset, &values)?;
+                    spec.fill(first - spec.offset, &values, f)?;
                 }
             }
             if frozen {
                 group.frozen.release();
-                group.frozen.fill(self.sharding.shard.rank(), &wanted, &mut *f)?;
+                let part = |spec: &TensorSpec, first, values: &Tensor| spec.fill(first, values, f);
+                group.frozen.fill(self.sharding.shard.rank(), &wanted, part)?;
             }
         }
         self.refresh();
@@ -291,7 +303,8 @@ impl Sharded {
     /// [`Frozen::counted`]).
     pub fn counted(&self) -> HashSet<String> {
         let rank = self.sharding.shard.rank();
-        self.groups.iter().flat_map(|g| g.frozen.counted(rank)).map(str::to_string).collect()
+        let counted = self.groups.iter().flat_map(|g| g.frozen.counted(rank));
+        counted.filter(|spec| self.counts(spec)).map(|spec| spec.name.clone()).collect()
     }
 
     /// Brings the compute copies up to the master values.
@@ -317,8 +330,15 @@ impl Sharded {
         Ok(full.narrow(0, 0, g.layout.numel))
     }
 
-    /// Gives the model's tensors of group `i` to `f`, in the plan's order: masters of what is trained, values in the compute
-    /// dtype of what is not, quantized ones in float32. A collective call over the shard group.
+    /// What is trained of group `i`, by name, as whole tensors: A. A collective call over the ranks that one copy lies on.
+    pub fn gather_trained(&self, i: usize) -> Result<Vec<(String, Tensor)>> {
+        let flat = self.gather_master(i)?;
+        let specs = self.groups[i].layout.specs.iter();
+        specs.map(|spec| Ok((spec.name.clone(), self.join(spec, spec.view(&flat))?))).collect()
+    }
+
+    /// Gives the model's tensors of group `i` to `f`, whole and in the plan's order: masters of what is trained, values in the
+    /// compute dtype of what is not, quantized ones in float32. A collective call over the ranks that one copy lies on.
     pub fn gather_tensors(
         &self,
         i: usize,
@@ -337,7 +357,7 @@ impl Sharded {
                     return Err(Error::failed("masters are never in 8-bit floats"));
                 }
             };
-            f(spec, value)?;
+            f(&spec.whole(), self.join(spec, value)?)?;
         }
         Ok(())
     }

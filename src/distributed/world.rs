@@ -10,6 +10,7 @@ use kernels::c10d::{Backend, Group, Store};
 use kernels::cuda;
 use kernels::watch::Watch;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -153,7 +154,8 @@ impl World {
     pub fn sharding(&self) -> Sharding {
         let group = |axis: &Axis| axis.group.clone();
         let (shard, replicate) = (group(&self.mesh.shard), group(&self.mesh.replicate));
-        Sharding { shard, reduce: self.reduce.clone(), replicate, keep: self.keep }
+        let tensor = self.mesh.tensor.clone();
+        Sharding { shard, reduce: self.reduce.clone(), replicate, tensor, keep: self.keep }
     }
 
     /// Waits until this rank's device has done all that was asked of it.
@@ -252,38 +254,58 @@ impl World {
 
     /// The axes of this world. All ranks ask together.
     fn divide(&self, parallel: &Parallel) -> Result<Mesh> {
-        let all = || Axis::of(self.group.clone());
+        let tensor = parallel.tensor;
+        let place = self.rank % tensor;
+        // Ranks of this rank's place on the tensor axis, by their places on the data axis.
+        let at = |data: Range<i64>| data.map(|d| d * tensor + place).collect::<Vec<i64>>();
+        let (rank, size) = (self.rank / tensor, self.world_size / tensor);
+        let data = self.axis("data", at(0..size))?;
         let (shard, replicate) = match parallel.mode {
-            Mode::Full | Mode::Grads | Mode::Optimizer => (all(), Axis::solo()),
-            Mode::Replicate => (Axis::solo(), all()),
+            Mode::Full | Mode::Grads | Mode::Optimizer => (data.clone(), Axis::solo()),
+            Mode::Replicate => (Axis::solo(), data.clone()),
             Mode::Hybrid => {
-                let size = match parallel.shard {
-                    ShardSize::Auto => self.local_world_size,
+                let shards = match parallel.shard {
+                    ShardSize::Auto => (self.local_world_size / tensor).max(1),
                     ShardSize::Ranks(n) => n,
                 };
+                if size % shards != 0 {
+                    return Err(Error::key(
+                        "parallel.shard",
+                        format!(
+                            "auto is {shards} here, of a host's {} ranks, which does not divide the {size} ranks that have \
+                             different rows; set it",
+                            self.local_world_size
+                        ),
+                    ));
+                }
                 // Neighbours share a copy: they are on one host.
-                let first = self.rank - self.rank % size;
-                let shard: Vec<i64> = (first..first + size).collect();
-                let replicate: Vec<i64> =
-                    (0..self.world_size).filter(|r| r % size == self.rank % size).collect();
-                let shard = self.new_group(&format!("shard/{first}"), &shard)?;
-                let replicate = self.new_group(&format!("replicate/{}", self.rank % size), &replicate)?;
-                (Axis::of(shard), Axis::of(replicate))
+                let first = rank - rank % shards;
+                let replicas = (rank % shards..size).step_by(shards as usize);
+                let replicas = replicas.map(|d| d * tensor + place).collect();
+                (self.axis("shard", at(first..first + shards))?, self.axis("replicate", replicas)?)
             }
         };
-        Ok(Mesh { data: all(), shard, replicate, ..Mesh::solo() })
+        let first = self.rank - place;
+        let tensor = self.axis("tensor", (first..first + tensor).collect())?;
+        Ok(Mesh { data, shard, replicate, tensor, ..Mesh::solo() })
+    }
+
+    /// The axis of these world ranks, this one among them; each axis of this name has other ones.
+    fn axis(&self, name: &str, ranks: Vec<i64>) -> Result<Axis> {
+        if ranks.len() as i64 == self.world_size {
+            return Ok(Axis::of(self.group.clone()));
+        }
+        Ok(Axis::of(self.new_group(&format!("{name}/{}", ranks[0]), &ranks)?))
     }
 
     /// The ranks of the shard axis, for reductions. NCCL works off the collectives of a group one after the other: with a
     /// group of their own, reductions do not wait for gathers, nor gathers for reductions.
     fn reducing(&self) -> Result<Group> {
-        let shard = &self.mesh.shard;
-        if self.backend != Backend::Nccl || shard.size == 1 {
-            return Ok(shard.group.clone());
+        let shard = &self.mesh.shard.group;
+        if self.backend != Backend::Nccl || shard.size() == 1 {
+            return Ok(shard.clone());
         }
-        let first = self.rank - shard.rank;
-        let ranks: Vec<i64> = (first..first + shard.size).collect();
-        self.new_group(&format!("reduce/{first}"), &ranks)
+        self.new_group(&format!("reduce/{}", shard.ranks()[0]), shard.ranks())
     }
 
     /// The group `name` (unique in the run) of these world ranks, which all of them and only they must ask for. A group of

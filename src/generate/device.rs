@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
 use crate::generate::sampler::{self, Choice, Draw, Sampling};
-use crate::model::llama::RopeTables;
+use crate::model::rotary::RopeTables;
 use crate::model::{KvCache, Llama};
 use crate::warn;
 

@@ -21,7 +21,7 @@ use crate::model::llama::{BlockContext, Llama, ModelInput};
 /// Elements of the scores that [`Llama::extend`] has in memory at once.
 const SCORES: i64 = 16 << 20;
 
-/// Keys and values of what the slots' rows have read, T [slots, K, capacity, D] a block.
+/// Keys and values of what the slots' rows have read, T [slots, K, capacity, D] a block; K: this rank's key-value heads.
 pub struct KvCache {
     /// (keys, values)
     blocks: Vec<(Tensor, Tensor)>,
@@ -35,7 +35,8 @@ impl KvCache {
     pub fn new(model: &Llama, slots: usize) -> KvCache {
         let s = &model.shape;
         let kind = (model.params.compute(), model.params.device());
-        let empty = || Tensor::empty([slots as i64, s.num_key_value_heads, 0, s.head_dim], kind);
+        let [_, kv_heads] = model.local_heads();
+        let empty = || Tensor::empty([slots as i64, kv_heads, 0, s.head_dim], kind);
         let blocks = (0..s.num_hidden_layers).map(|_| (empty(), empty())).collect();
         KvCache { blocks, lengths: vec![0; slots], capacity: 0 }
     }
@@ -213,7 +214,11 @@ impl Llama {
         let group = self.head_group();
         let logits = ops::linear(hidden, &self.params.single(group)?, None)?; // [rows, V]; collective
         self.params.release(group);
-        Ok(capped(logits, self.shape.features.logit_softcap))
+        let logits = capped(logits, self.shape.features.logit_softcap);
+        match self.vocabulary() {
+            part if part.is_whole() => Ok(logits),
+            part => part.join(&logits),
+        }
     }
 
     /// For a token each at `position` (int64 `[N]`, all below `length`) of rows that begin at position 0, so that a sliding

@@ -5,6 +5,7 @@ use kernels::ops;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
+use crate::model::linear::sum_over;
 use crate::model::llama::Llama;
 
 /// Elements of a chunk of logits: some 16 MB in float32 on a CPU, where it stays near the cache; 0.5 GB in bfloat16 on a GPU, since
@@ -41,7 +42,7 @@ impl LmHead {
     /// Rows of a chunk, for `n` rows: at least 512, since every chunk reads the weight and adds to its whole gradient, and
     /// all of nearly one size.
     fn chunk(model: &Llama, n: i64) -> i64 {
-        chunk(model.params.device(), model.shape.vocab_size, n)
+        chunk(model.params.device(), model.vocabulary().rows, n)
     }
 
     /// Log-probabilities of labels (and entropies, in nats) of softmax(logits / temperature). Keeps nothing: see
@@ -54,7 +55,7 @@ impl LmHead {
         entropies: bool,
     ) -> Result<LogProbs> {
         let (weight, softcap) = (Self::weight(model)?, model.shape.features.logit_softcap);
-        let n = hidden.size()[0];
+        let (n, vocabulary) = (hidden.size()[0], model.vocabulary());
         let chunk = Self::chunk(model, n);
         let new = || Tensor::zeros([n], (ops::accumulator(hidden.kind()), hidden.device()));
         let out = LogProbs { logprobs: new(), entropies: entropies.then(new) };
@@ -62,7 +63,11 @@ impl LmHead {
             let part = |t: &Tensor| t.narrow(0, first, chunk.min(n - first));
             let logits = logits(&part(hidden), &weight, softcap, temperature); // [chunk, V]
             let entropy = out.entropies.as_ref().map(part); // [chunk]
-            ops::log_softmax(&logits, &part(labels), None, &part(&out.logprobs), entropy.as_ref())?;
+            let (labels, logprobs, entropy) = (part(labels), part(&out.logprobs), entropy.as_ref());
+            match vocabulary.is_whole() {
+                true => ops::log_softmax(&logits, &labels, None, &logprobs, entropy)?,
+                false => vocabulary.log_softmax(&logits, &labels, None, &logprobs, entropy)?,
+            }
         }
         let group = model.head_group();
         model.params.release(group);
@@ -115,7 +120,7 @@ impl LmHead {
         let group = model.head_group();
         let (weight, softcap) = (Self::weight(model)?, model.shape.features.logit_softcap);
         let dweight = model.params.single_grad(group);
-        let n = hidden.size()[0];
+        let (n, vocabulary) = (hidden.size()[0], model.vocabulary());
         let chunk = Self::chunk(model, n);
         let logprobs = Tensor::zeros([n], (coef.kind(), hidden.device())); // [N]
         let dhidden = Tensor::empty_like(hidden); // [N, C]
@@ -125,16 +130,26 @@ impl LmHead {
             let mut logits = logits(&h, &weight, softcap, temperature); // [chunk, V]
             // 1 - tanh^2, [chunk, V], of logits that the loss's gradient overwrites.
             let slope = softcap.map(|c| 1.0 - (&logits * (temperature / c)).square());
-            let of_entropy = entropies.map(|g| entropy_backward(&logits, &part(g))); // [chunk, V]
-            ops::log_softmax(&logits, &part(labels), Some(&part(coef)), &part(&logprobs), None)?;
-            if let Some(d) = of_entropy {
-                logits += d;
+            let (labels, coef, logprobs) = (part(labels), part(coef), part(&logprobs));
+            let entropies = entropies.map(part);
+            if vocabulary.is_whole() {
+                let of_entropy = entropies.map(|g| entropy_backward(&logits, &g)); // [chunk, V]
+                ops::log_softmax(&logits, &labels, Some(&coef), &logprobs, None)?;
+                if let Some(d) = of_entropy {
+                    logits += d;
+                }
+            } else {
+                let gradients = Some((&coef, entropies.as_ref()));
+                vocabulary.log_softmax(&logits, &labels, gradients, &logprobs, None)?;
             }
             let dlogits = match slope {
                 Some(slope) => logits * slope,
                 None => logits,
             }; // [chunk, V]
-            let _ = dlogits.f_mm_out(&part(&dhidden), &weight)?;
+            match vocabulary.is_whole() {
+                true => drop(dlogits.f_mm_out(&part(&dhidden), &weight)?),
+                false => part(&dhidden).f_copy_(&sum_over(&vocabulary.tensor, dlogits.f_mm(&weight)?)?)?,
+            }
             if let Some(dweight) = &dweight {
                 dweight.add_product(&dlogits, &h)?;
             }
@@ -172,7 +187,7 @@ fn logits(hidden: &Tensor, weight: &Tensor, softcap: Option<f64>, temperature: f
 }
 
 /// The gradient of sum(g * entropy): of H = -sum(p log p) it is -p (log p + H).
-fn entropy_backward(logits: &Tensor, g: &Tensor) -> Tensor {
+pub(super) fn entropy_backward(logits: &Tensor, g: &Tensor) -> Tensor {
     let logp = logits.log_softmax(-1, g.kind()); // [n, V]
     let p = logp.exp(); // [n, V]
     let entropy = -(&p * &logp).sum_dim_intlist([-1i64].as_slice(), true, None); // [n, 1]

@@ -11,13 +11,15 @@ use kernels::ops::{self, Float8};
 use tch::Tensor;
 
 use crate::config::shape::{Head, Norms, Shape};
+use crate::distributed::cut::Share;
+use crate::distributed::mesh::Axis;
 use crate::distributed::plan::{AdapterPlan, GroupPlan, Piece};
 use crate::distributed::sharded::gathered::Form;
 use crate::distributed::sharded::gradients::FlatGrad;
 use crate::distributed::sharded::{Layout, Sharded};
 use crate::error::{Error, Result};
 use crate::model::attention::Attention;
-use crate::model::linear::{self, Dropout, KeptInner, Linear, LinearGrad};
+use crate::model::linear::{self, Dropout, KeptInner, Linear, LinearGrad, Side};
 use crate::model::mixture::Mixture;
 use crate::model::mlp::{Dense, Mlp};
 use crate::random::hash;
@@ -90,6 +92,9 @@ fn block(s: &Shape, i: i64) -> Layout {
     }
     Layout::new(format!("block {i}"), tensors)
 }
+
+/// What the names of experts' weights have in common.
+const EXPERTS: &str = "block_sparse_moe.experts.";
 
 /// How the name of a router's weight ends.
 const ROUTER: &str = "block_sparse_moe.gate.weight";
@@ -164,7 +169,13 @@ impl BlockParts<Linear> {
             let (a, b) = (params.dense(i, &full, &a)?, params.dense(i, &full, &b)?);
             Ok(linear::Adapter { first, a, b, scale: spec.scale, dropout, inner: inner.get(k).cloned() })
         };
-        Self::of(
+        let axis = &params.sharding().tensor;
+        let side = |tensors: &Range<usize>| match params.plan(i).layout.specs[tensors.start].share {
+            Share::Cut(cut) if cut.dim == 0 => Side::Outputs(axis.clone()),
+            Share::Cut(_) => Side::Inputs(axis.clone()),
+            Share::Whole | Share::Summed => Side::Whole,
+        };
+        let mut block = Self::of(
             s,
             params.plan(i).layout.specs.len(),
             |weights, bias| {
@@ -176,12 +187,18 @@ impl BlockParts<Linear> {
                 };
                 let adapters = adapters.into_iter().map(|(k, first)| adapter(k, first));
                 let bias = bias.map(joined).transpose()?;
-                let routes = params.plan(i).layout.specs[weights.start].name.ends_with(ROUTER);
-                Ok(Linear::new(parts, bias, adapters.collect::<Result<_>>()?)
-                    .in_float8(float8.filter(|_| !routes)))
+                let name = &params.plan(i).layout.specs[weights.start].name;
+                let linear = Linear::new(parts, bias, adapters.collect::<Result<_>>()?);
+                let linear = linear.in_float8(float8.filter(|_| !name.ends_with(ROUTER)));
+                // What experts give is summed for all of them together.
+                Ok(if name.contains(EXPERTS) { linear } else { linear.on(side(&weights)) })
             },
             joined,
-        )
+        )?;
+        if let Mlp::Mixture(mixture) = &mut block.mlp {
+            mixture.tensor = axis.clone();
+        }
+        Ok(block)
     }
 }
 
@@ -309,7 +326,12 @@ impl<L> BlockParts<L> {
                 let router = linear(take(1), None)?;
                 let experts =
                     (0..e.num_local_experts).map(|_| dense(take(2), take(1))).collect::<Result<_>>()?;
-                Mlp::Mixture(Mixture { router, experts, per_token: e.num_experts_per_tok })
+                Mlp::Mixture(Mixture {
+                    router,
+                    experts,
+                    per_token: e.num_experts_per_tok,
+                    tensor: Axis::solo(),
+                })
             }
         };
         let bias = s.features.attention_bias.then(|| take(3));

@@ -7,7 +7,7 @@
 //! features.
 
 use kernels::ops::{self, Float8, Heads, Spans};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::config::sections::Recompute;
 use crate::config::shape::Shape;
@@ -19,6 +19,8 @@ use crate::model::layout::{BlockParts, Draws, float8_runs};
 use crate::model::linear::{KeptInner, Linear};
 use crate::model::mixture::Balance;
 use crate::model::norm::RmsNorm;
+use crate::model::rotary::RopeTables;
+use crate::model::vocabulary::VocabularyPart;
 use crate::random::hash;
 
 /// Token ids and what positions mean.
@@ -149,9 +151,6 @@ impl BlockContext {
     }
 }
 
-/// cos and sin of rotary positions: A [P, D / 2] each.
-pub(crate) type RopeTables = (Tensor, Tensor);
-
 /// The trunk of a model: embedding, blocks and final norm. Its heads are [`LmHead`](crate::model::LmHead) and
 /// [`ScoreHead`](crate::model::ScoreHead).
 pub struct Llama {
@@ -160,7 +159,7 @@ pub struct Llama {
     /// The parameters, this rank's slices of them; a head's, too.
     pub params: Sharded,
     /// Rotary tables of blocks without and with a window, grown as positions need.
-    rope: Option<[RopeTables; 2]>,
+    pub(super) rope: Option<[RopeTables; 2]>,
     /// Whether adapters act; see [`Llama::without_adapters`].
     adapters: bool,
     /// See [`Llama::set_float8`].
@@ -214,36 +213,6 @@ impl Llama {
         if self.shape.tie_word_embeddings { 0 } else { self.num_blocks() + 1 }
     }
 
-    /// Rotary tables for positions below `length`, of blocks without and with a window. Angles are computed in float32, also
-    /// where the model computes in bfloat16, as transformers and Meta's programs do: at position 2,000 their rounding moves
-    /// log-probabilities by 2e-4, and models have learned with it. In float64 they are exact.
-    pub(crate) fn rope_tables(&mut self, length: i64) -> [RopeTables; 2] {
-        let copies = |tables: &[RopeTables; 2]| {
-            tables.each_ref().map(|(cos, sin)| (cos.shallow_clone(), sin.shallow_clone()))
-        };
-        if let Some(tables) = self.rope.as_ref().filter(|tables| tables[0].0.size()[0] >= length) {
-            return copies(tables);
-        }
-        let length = (length as u64).next_power_of_two() as i64;
-        let all = self.tables_of(&self.shape, length);
-        let of_windows = match self.shape.of_windows() {
-            Some(shape) => self.tables_of(&shape, length),
-            None => (all.0.shallow_clone(), all.1.shallow_clone()),
-        };
-        copies(self.rope.insert([all, of_windows]))
-    }
-
-    fn tables_of(&self, shape: &Shape, length: i64) -> RopeTables {
-        let (kind, device) = (ops::accumulator(self.params.compute()), self.params.device());
-        let inverse = match kind {
-            Kind::Double => Tensor::from_slice(&inverse_frequencies(shape)),
-            _ => rounded_inverse_frequencies(shape),
-        };
-        let angles = Tensor::arange(length, (inverse.kind(), Device::Cpu)).outer(&inverse); // [length, D / 2]
-        let table = |t: Tensor| t.to_kind(kind).to_device(device);
-        (table(angles.cos()), table(angles.sin()))
-    }
-
     pub(super) fn context(&mut self, input: &ModelInput) -> Result<BlockContext> {
         let (batch, time) = (input.ids.size()[0], input.ids.size()[1]);
         let device = self.params.device();
@@ -284,11 +253,23 @@ impl Llama {
 
     fn heads(&self, batch: i64) -> Heads {
         let s = &self.shape;
+        let [heads, kv_heads] = self.local_heads();
         Heads {
             scale: s.attention_scale(),
             softcap: s.features.attention_softcap,
-            ..Heads::new(batch, s.num_attention_heads, s.num_key_value_heads, s.head_dim)
+            ..Heads::new(batch, heads, kv_heads, s.head_dim)
         }
+    }
+
+    /// Query and key-value heads that this rank computes; of the latter at least one.
+    pub(crate) fn local_heads(&self) -> [i64; 2] {
+        let ranks = self.params.sharding().tensor.size;
+        [self.shape.num_attention_heads / ranks, (self.shape.num_key_value_heads / ranks).max(1)]
+    }
+
+    /// What this rank has of the vocabulary.
+    pub(super) fn vocabulary(&self) -> VocabularyPart {
+        VocabularyPart::new(&self.params.sharding().tensor, self.shape.vocab_size)
     }
 
     fn windowed(&self) -> Vec<bool> {
@@ -314,7 +295,11 @@ impl Llama {
 
     /// The embedding's rows for ids (int64, any shape): T [numel, C]. Collective where it is sharded.
     pub(crate) fn embed(&mut self, ids: &Tensor) -> Result<Tensor> {
-        let rows = self.params.single(0)?.index_select(0, &ids.view([-1]));
+        let (weight, vocabulary, ids) = (self.params.single(0)?, self.vocabulary(), ids.view([-1]));
+        let rows = match vocabulary.is_whole() {
+            true => weight.index_select(0, &ids),
+            false => vocabulary.embed(&weight, &ids)?,
+        };
         Ok(match self.embedding_scale() {
             Some(scale) => rows * scale,
             None => rows,
@@ -443,55 +428,10 @@ impl Llama {
         if let Some(scale) = self.embedding_scale() {
             dx *= scale;
         }
-        ops::embedding_backward(&dx, ids, dweight.sum()?)?;
+        match self.vocabulary() {
+            part if part.is_whole() => ops::embedding_backward(&dx, ids, dweight.sum()?)?,
+            part => part.embed_backward(&dx, ids, dweight.sum()?)?,
+        }
         self.params.reduce(0) // collective
     }
-}
-
-/// Inverse frequencies of the rotary positions, float64 [D / 2]; with llama3 scaling, wavelengths longer than the
-/// original context are stretched by `factor`, with a smooth passage (transformers `modeling_rope_utils.py`).
-pub fn inverse_frequencies(s: &Shape) -> Vec<f64> {
-    let d = s.head_dim as f64;
-    let plain = (0..s.head_dim / 2).map(|i| s.rope_theta.powf(-2.0 * i as f64 / d));
-    let linear = s.features.rope_linear_factor.unwrap_or(1.0);
-    let plain = plain.map(|f| f / linear);
-    let Some(r) = &s.rope_scaling else {
-        return plain.collect();
-    };
-    let original = r.original_max_position_embeddings as f64;
-    plain
-        .map(|f| {
-            let wavelength = std::f64::consts::TAU / f;
-            if wavelength < original / r.high_freq_factor {
-                f
-            } else if wavelength > original / r.low_freq_factor {
-                f / r.factor
-            } else {
-                let smooth =
-                    (original / wavelength - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor);
-                (1.0 - smooth) * f / r.factor + smooth * f
-            }
-        })
-        .collect()
-}
-
-/// [`inverse_frequencies`] computed in float32, step by step as transformers does, so that they are rounded alike.
-fn rounded_inverse_frequencies(s: &Shape) -> Tensor {
-    let exponents =
-        Tensor::arange_start_step(0, s.head_dim, 2, (Kind::Int64, Device::Cpu)).to_kind(Kind::Float);
-    let plain = Tensor::pow_scalar(s.rope_theta, &(exponents / s.head_dim as f64)).reciprocal();
-    let plain = match s.features.rope_linear_factor {
-        Some(factor) => plain / factor,
-        None => plain,
-    };
-    let Some(r) = &s.rope_scaling else { return plain };
-    let original = r.original_max_position_embeddings as f64;
-    let wavelength = plain.reciprocal() * std::f64::consts::TAU;
-    let (longest, shortest) = (original / r.low_freq_factor, original / r.high_freq_factor);
-    let slow = (&plain / r.factor).where_self(&wavelength.gt(longest), &plain);
-    let smooth: Tensor =
-        (wavelength.reciprocal() * original - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor);
-    let between: Tensor = (1.0 - &smooth) * &slow / r.factor + &smooth * &slow;
-    let is_between = wavelength.ge(shortest).logical_and(&wavelength.le(longest));
-    between.where_self(&is_between, &slow)
 }

@@ -13,8 +13,9 @@ use kernels::ops::{self, GroupedWeights, WeightGrad};
 use tch::{Kind, Tensor};
 
 use crate::config::shape::Activation;
+use crate::distributed::mesh::Axis;
 use crate::error::{Error, Result};
-use crate::model::linear::{Linear, LinearGrad};
+use crate::model::linear::{Linear, LinearGrad, sum_over};
 use crate::model::mlp::{Dense, gated, gated_backward};
 
 pub struct Mixture<L> {
@@ -23,6 +24,8 @@ pub struct Mixture<L> {
     pub experts: Vec<Dense<L>>,
     /// k: experts that a token goes to
     pub per_token: i64,
+    /// Ranks that share every expert: each has some of its F.
+    pub tensor: Axis,
 }
 
 /// Where the tokens of a forward went, and what the backward needs besides.
@@ -158,7 +161,15 @@ impl Mixture<Linear> {
             }
         }
         let (weights, _) = routed.weights(&routed.probabilities()); // [N, k]
-        Ok(routed.add_pairs(&Tensor::cat(&outputs, 0), Some(&weights), residual))
+        let outputs = Tensor::cat(&outputs, 0); // [N k, C]
+        if self.tensor.size == 1 {
+            return Ok(routed.add_pairs(&outputs, Some(&weights), residual));
+        }
+        let mut y = sum_over(&self.tensor, routed.add_pairs(&outputs, Some(&weights), None))?; // [N, C]
+        if let Some(residual) = residual {
+            let _ = y.f_add_(residual)?;
+        }
+        Ok(y)
     }
 
     /// See [`crate::model::mlp::Mlp::backward`]. For a token's experts i of probabilities p_i, s their sum:
@@ -193,7 +204,8 @@ impl Mixture<Linear> {
             (Division::Counts(counts), _) => self.experts_backward(&sorted, gate_up, counts, grad)?,
             (Division::Ends(_), None) => return Err(Error::failed("experts' weights lie apart now")),
         };
-        let dx = routed.add_pairs(&dx_pairs, None, None); // [N, C]
+        let dx = sum_over(&self.tensor, routed.add_pairs(&dx_pairs, None, None))?; // [N, C]
+        let dweights = sum_over(&self.tensor, dweights)?; // [N k]
 
         // Through the router: w_i = p_i / sum of the chosen p, and the softmax.
         let dweights = dweights.index_select(0, &routed.place).view_as(&weights); // [N, k]

@@ -2,6 +2,7 @@
 
 pub(crate) mod attention;
 mod block;
+pub mod cuts;
 pub(crate) mod decode;
 pub mod head;
 pub(crate) mod init;
@@ -11,8 +12,10 @@ pub mod llama;
 mod mixture;
 pub(crate) mod mlp;
 mod norm;
+pub mod rotary;
 pub(crate) mod score;
 pub mod trainable;
+mod vocabulary;
 
 pub use decode::KvCache;
 pub use head::LmHead;

@@ -206,10 +206,10 @@ impl AdamW {
         self.streaming.as_ref().map_or(Ok(()), |s| Ok(s.store.wait()?))
     }
 
-    /// The sum of squares of the gradient over this rank's slices, in float64.
+    /// The sum of squares of the gradient over this rank's slices, in float64: what several tensor-parallel ranks have counts
+    /// on one of them.
     pub fn sum_squares(params: &Sharded) -> Result<f64> {
-        let grads: Vec<Tensor> = (0..params.len()).filter_map(|i| params.slice_grad(i)).collect();
-        Ok(ops::sum_squares_of_all(&grads)?) // host sync
+        Ok(ops::sum_squares_of_all(&params.counted_gradients())?) // host sync
     }
 
     /// What to multiply gradients by so that their norm is at most `max` (0: no clipping), as PyTorch's

@@ -91,7 +91,7 @@ pub fn update(
         for minibatch in order.chunks(c.minibatch_size() as usize) {
             let update = MinibatchUpdate::new(c, batch, &e, minibatch, temperature, world);
             updates.push(update.run(policy, lr)?);
-            sums.add(update.sums.into_inner().over_ranks(&world.group)?);
+            sums.add(update.sums.into_inner().over_ranks(&world.mesh.data.group)?);
             apart = update.apart.into_inner();
         }
     }
@@ -102,7 +102,7 @@ pub fn update(
             apart
         }
         // One update had all responses.
-        None => apart.combine(&world.group)?,
+        None => apart.combine(&world.mesh.data.group)?,
     };
     let record = apart.describe(describe(&e, &sums, batch, updates.len(), step)?);
     let mean = |f: fn(&Update) -> f64| updates.iter().map(f).sum::<f64>() / updates.len().max(1) as f64;

@@ -169,7 +169,7 @@ fn update_policy(
         let mut entries: Vec<StepEntry> = ours.chain(theirs).collect();
         let losses = actor.accumulate(&mut entries)?;
         drop(entries);
-        let sums = sums.borrow().combine(&world.group)?;
+        let sums = sums.borrow().combine(&world.mesh.data.group)?;
         if step == ppo.value_warmup && done.updates.is_empty() && ppo.self_check {
             let distance = sums.ratio_distance / sums.tokens.max(1.0);
             let same_rows = parts.len() == 1 && ppo.minibatch_size == e.sequences.len() as i64;
@@ -184,7 +184,7 @@ fn update_policy(
         done.sums = done.sums.plus(&sums);
         let (ours, theirs) = losses.split_at(parts.len());
         if !theirs.is_empty() {
-            let sum = world.group.combine(&[theirs.iter().sum()], ReduceOp::Sum)?[0];
+            let sum = world.mesh.data.group.combine(&[theirs.iter().sum()], ReduceOp::Sum)?[0];
             done.ptx_losses.push(sum / ppo.ptx.as_ref().map_or(1.0, |p| p.coef));
         }
         let loss = Sums { loss: ours.iter().sum(), aux_loss: None };

@@ -212,7 +212,8 @@ impl Sampler {
         Ok(ResponseBatch { samples, sequences, rollout_s })
     }
 
-    /// This rank's responses. Collective; its last part is not, so that a rank may fail alone.
+    /// This rank's responses; of ranks that have the same, those of the first. Collective; its last part is not, so that a
+    /// rank may fail alone.
     fn judge(
         &mut self,
         numbers: &[u64],
@@ -237,6 +238,10 @@ impl Sampler {
             })
             .collect();
         let scores = score.map(|score| score(&said)).transpose()?;
+        // A judge may answer otherwise the second time.
+        if world.mesh.tensor.rank > 0 {
+            return Ok(Vec::new());
+        }
         let questions: Vec<_> = said.iter().map(|said| said.prompt.question()).collect();
         let answers = said.iter().zip(&questions).enumerate();
         let answers = answers.map(|(i, (Said { prompt, ids, text, .. }, question))| Answer {

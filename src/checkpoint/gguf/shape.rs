@@ -8,7 +8,7 @@ use crate::checkpoint::source::TensorSource;
 use crate::config::shape::{Experts, Family, Head, Llama3RopeScaling, Shape};
 use crate::error::{Error, Result};
 use crate::gguf::{Metadata, MetadataValue};
-use crate::model::llama::inverse_frequencies;
+use crate::model::rotary::inverse_frequencies;
 
 pub(super) struct GgufShape {
     pub shape: Shape,

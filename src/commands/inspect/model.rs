@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use super::tensors::{TensorLine, describe, list, parameters};
 use super::{Depth, InspectReport, data, is_there, names};
+use crate::checkpoint::manifest::{META, read_meta};
 use crate::checkpoint::safetensors::SafetensorsReader;
-use crate::checkpoint::sharded::{self, META};
 use crate::checkpoint::{Checkpoint, ModelRecord, Weights, locate, read_object};
 use crate::data::tokenizer::{folder_has_tokenizer, gguf::has_tokenizer};
 use crate::error::{Context, Result};
@@ -147,7 +147,7 @@ fn compare_tokenizer(report: &mut InspectReport, path: &Path) {
 /// A checkpoint of a run.
 pub fn checkpoint(dir: &Path, depth: Depth) -> Result<InspectReport> {
     let mut report = InspectReport::new("checkpoint", dir);
-    let meta = report.noted(sharded::read_meta(dir));
+    let meta = report.noted(read_meta(dir));
     let mut files: Vec<String> =
         names(dir)?.into_iter().filter(|n| n.starts_with("shard-") && n.ends_with(".safetensors")).collect();
     if let Some(meta) = &meta {

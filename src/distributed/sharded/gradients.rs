@@ -141,7 +141,8 @@ impl Sharded {
         Ok(())
     }
 
-    /// Waits for all reductions: the slices then hold the step's gradient.
+    /// Waits for all reductions, and sums what tensor-parallel ranks have parts of: the slices then hold the step's gradient.
+    /// Collective.
     ///
     /// # Errors
     /// Micro-batches of the step are missing.
@@ -155,7 +156,7 @@ impl Sharded {
         while !self.reductions.is_empty() {
             self.finish_oldest_reduction()?;
         }
-        Ok(())
+        self.sum_over_tensor_ranks()
     }
 
     /// Forgets the step's gradients.

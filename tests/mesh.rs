@@ -1,0 +1,274 @@
+//! The mesh: a model whose matrices, rows or blocks are divided among ranks computes what it computes on one.
+
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
+use std::collections::BTreeMap;
+
+use corral::algorithms::step::{MicroBatch, accumulate_gradients};
+use corral::config::sections::Recompute;
+use corral::config::shape::{Family, Shape};
+use corral::config::trainable::{BaseFormat, Freeze, Lora, Targets};
+use corral::distributed::mesh::{Axis, Sharding};
+use corral::distributed::sharded::{Sharded, TensorSpec};
+use corral::model::cuts::cut;
+use corral::model::{KvCache, Llama, LmHead, ModelInput, Trainable};
+use corral::optim::{AdamW, Hyper};
+use kernels::c10d::Group;
+use tch::{Device, Kind, Tensor};
+use testing::compare::{largest, largest_relative, relative_number};
+use testing::program::Program;
+use testing::ranks::on_ranks;
+use testing::run::Run;
+use testing::tolerance::{Quantity, allowed};
+
+/// A small model of a family, with 4 query heads and 2 key-value heads, and a vocabulary that nothing divides.
+fn small(family: Family) -> Shape {
+    Shape {
+        vocab_size: 61,
+        hidden_size: 24,
+        intermediate_size: 40,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 8,
+        features: family.features(),
+        ..Shape::preset("llama-15m").unwrap()
+    }
+}
+
+/// A model whose values are those of its tensors' names and places, on the ranks of `tensor`.
+fn model(shape: &Shape, trainable: &Trainable, tensor: Group, kind: Kind) -> Llama {
+    let tensor = Axis::of(tensor);
+    let plans = cut(trainable.plans(shape).unwrap(), shape, tensor.place()).unwrap();
+    let mut params = Sharded::new(plans, Sharding { tensor, ..Sharding::solo() }, kind, Device::Cpu);
+    let value = |spec: &TensorSpec, first: i64, values: &Tensor| {
+        let at = Tensor::arange(values.numel() as i64, (Kind::Double, Device::Cpu)) + first;
+        let start = spec.name.bytes().map(f64::from).sum::<f64>();
+        let around = if spec.shape.len() > 1 { 0.0 } else { 1.0 };
+        values.shallow_clone().copy_(&((at * 1.7 + start).sin() * 0.2 + around));
+        Ok(())
+    };
+    params.fill(value).unwrap();
+    params.fill_adapters(value).unwrap();
+    Llama::new(shape.clone(), params)
+}
+
+/// What a model computed.
+#[derive(Default)]
+struct Computed {
+    losses: Vec<f64>,
+    norms: Vec<f64>,
+    /// As numbers, since tensors do not go from thread to thread.
+    tensors: BTreeMap<String, Vec<f64>>,
+    entropies: Vec<f64>,
+    logits: Vec<f64>,
+}
+
+fn numbers(t: &Tensor) -> Vec<f64> {
+    Vec::try_from(t.to_kind(Kind::Double).view([-1])).unwrap()
+}
+
+/// Three updates with two micro-batches each; entropies, and logits of a row that is read token by token.
+fn computed(model: &mut Llama, recompute: Recompute) -> Computed {
+    let (rows, length) = (2, 12);
+    let hyper = Hyper { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1 };
+    let mut optimizer = AdamW::new(&model.params, hyper);
+    let ids = |first: i64| {
+        let ids = Tensor::arange(rows * length, (Kind::Int64, Device::Cpu)) * 7 + first;
+        ids.remainder(61).view([rows, length])
+    };
+    let batch =
+        |first| MicroBatch { input: ModelInput::new(ids(first)), labels: ids(first + 7).view([-1]).copy() };
+    let mut all = Computed::default();
+    for step in 0..3 {
+        let batches = [batch(step), batch(step + 30)];
+        let count = (2 * rows * length) as f64;
+        all.losses.push(accumulate_gradients(model, &batches, count, recompute).unwrap().loss);
+        let squares = AdamW::sum_squares(&model.params).unwrap();
+        let axis = &model.params.sharding().tensor;
+        let squares = axis.group.combine(&[squares], kernels::c10d::ReduceOp::Sum).unwrap()[0];
+        all.norms.push(squares.sqrt());
+        optimizer.update(&mut model.params, 1e-2, AdamW::clip_scale(squares.sqrt(), 1.0)).unwrap();
+    }
+    for i in 0..model.params.len() {
+        model
+            .params
+            .gather_tensors(i, |spec, value| {
+                all.tensors.insert(spec.name.clone(), numbers(&value));
+                Ok(())
+            })
+            .unwrap();
+        for (name, value) in model.params.gather_trained(i).unwrap() {
+            all.tensors.insert(name, numbers(&value));
+        }
+    }
+    let hidden = model.hidden(&ModelInput::new(ids(3))).unwrap();
+    let told = LmHead::logprobs(model, &hidden, &ids(4).view([-1]), 0.7, true).unwrap();
+    all.entropies = numbers(&told.entropies.unwrap());
+    let mut cache = KvCache::new(model, 1);
+    let mut last = model.prefill(&[&[5, 6, 7]], &[0], &mut cache).unwrap();
+    for id in [8, 60, 2] {
+        all.logits.extend(numbers(&model.next_token_logits(&last).unwrap()));
+        last = model.decode(&[id], &[0], &mut cache).unwrap();
+    }
+    all
+}
+
+#[track_caller]
+fn near(what: &str, quantity: Quantity, kind: Kind, a: &[f64], b: &[f64]) {
+    let (a, b) = (Tensor::from_slice(a), Tensor::from_slice(b));
+    let d = largest(&a, &b) / b.abs().max().double_value(&[]).max(1e-30);
+    assert!(d < allowed(quantity, kind), "{what}: {d:e}");
+}
+
+#[track_caller]
+fn equal(name: &str, kind: Kind, parts: &Computed, whole: &Computed) {
+    for (step, (a, b)) in parts.losses.iter().zip(&whole.losses).enumerate() {
+        let d = relative_number(*a, *b);
+        assert!(d < allowed(Quantity::SameLosses, kind), "{name}, loss of step {step}: {a}, {b}, {d:e}");
+    }
+    near(&format!("{name}, norms"), Quantity::SameNorms, kind, &parts.norms, &whole.norms);
+    assert_eq!(parts.tensors.len(), whole.tensors.len(), "{name}");
+    for (tensor, b) in &whole.tensors {
+        near(&format!("{name}, {tensor}"), Quantity::SameParameters, kind, &parts.tensors[tensor], b);
+    }
+    near(&format!("{name}, entropies"), Quantity::SameParameters, kind, &parts.entropies, &whole.entropies);
+    near(&format!("{name}, logits"), Quantity::SameParameters, kind, &parts.logits, &whole.logits);
+}
+
+fn lora(targets: Targets, modules_to_save: &[&str]) -> Trainable {
+    let modules_to_save = modules_to_save.iter().map(|m| m.to_string()).collect();
+    let lora = Lora {
+        rank: 3,
+        alpha: Some(6.0),
+        dropout: 0.0,
+        targets,
+        rslora: false,
+        modules_to_save,
+        base: BaseFormat::None,
+    };
+    Trainable::new(&Freeze::default(), Some(&lora))
+}
+
+/// Losses, norms of gradients, values after three updates, entropies and logits of a model over 2 and 4 ranks are those of one.
+#[test]
+fn tensor_parallel_models() {
+    let llama = small(Family::Llama);
+    let all = Trainable::default();
+    let frozen = Freeze { embeddings: true, ..Freeze::default() };
+    let experts = Shape { experts: Shape::preset("mixtral-8x7b").unwrap().experts, ..llama.clone() };
+    let one_head = Shape { num_key_value_heads: 1, ..llama.clone() };
+    let tied = |shape: Shape| Shape { tie_word_embeddings: true, ..shape };
+    let cases = [
+        ("llama", llama.clone(), all.clone()),
+        ("tied", tied(llama.clone()), all.clone()),
+        ("qwen2", small(Family::Qwen2), all.clone()),
+        ("qwen3", tied(small(Family::Qwen3)), all.clone()),
+        ("gemma2", tied(small(Family::Gemma2)), all.clone()),
+        ("one key-value head", Shape { features: Family::Qwen2.features(), ..one_head.clone() }, all.clone()),
+        ("mixtral", experts, all),
+        ("frozen embeddings", llama.clone(), Trainable::new(&frozen, None)),
+        ("LoRA", llama, lora(Targets::AllLinear, &["lm_head"])),
+        ("LoRA, one key-value head", one_head, lora(Targets::Attention, &[])),
+    ];
+    for (i, (name, shape, trainable)) in cases.iter().enumerate() {
+        for kind in [Kind::Double, Kind::Float] {
+            let recompute = [Recompute::None, Recompute::Selective, Recompute::Full][i % 3];
+            let whole = computed(&mut model(shape, trainable, Group::solo(), kind), Recompute::None);
+            for ranks in [2, 4] {
+                on_ranks(ranks, |tensor| {
+                    let parts = computed(&mut model(shape, trainable, tensor, kind), recompute);
+                    equal(&format!("{name} over {ranks}"), kind, &parts, &whole);
+                });
+            }
+        }
+    }
+}
+
+/// The curve of a run, and its model, are those of the run on one rank.
+#[track_caller]
+fn same_run(run: &Run, whole: &Run) {
+    let name = run.dir.display();
+    for (kind, key, quantity) in [
+        ("train", "loss", Quantity::SameLosses),
+        ("valid", "loss", Quantity::SameLosses),
+        ("train", "grad_norm", Quantity::SameNorms),
+    ] {
+        let apart = largest_relative(&run.numbers(kind, key), &whole.numbers(kind, key));
+        assert!(apart < allowed(quantity, Kind::Double), "{name}: {key} of {kind}: {apart:e}");
+    }
+    let apart = largest(&run.parameters(), &whole.parameters());
+    assert!(apart < allowed(Quantity::SameParameters, Kind::Double), "{name}: parameters: {apart:e}");
+}
+
+/// Pretraining over tensor-parallel ranks alone, and with data ranks in every mode.
+#[test]
+fn runs_on_meshes() {
+    let exact = ["precision.compute=float64", "valid.every=5"];
+    let whole = Run::new("mesh-one");
+    whole.train(1, &exact);
+    for (i, (ranks, words)) in [
+        (2, &["parallel.tensor=2", "train.micro_batch_size=4"][..]),
+        (4, &["parallel.tensor=4", "train.recompute=selective"]),
+        (4, &["parallel.tensor=2"]),
+        (4, &["parallel.tensor=2", "parallel.mode=grads", "train.micro_batch_size=2"]),
+        (4, &["parallel.tensor=2", "parallel.mode=optimizer", "train.micro_batch_size=2"]),
+        (4, &["parallel.tensor=2", "parallel.mode=replicate", "train.recompute=full"]),
+        (8, &["parallel.tensor=2", "parallel.mode=hybrid", "parallel.shard=2"]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let run = Run::new(&format!("mesh-{i}"));
+        run.train(ranks, &[&exact[..], words].concat());
+        same_run(&run, &whole);
+    }
+}
+
+/// A run goes on at the same mesh as if it had never ended, and at another one up to rounding.
+#[test]
+fn resumed_at_another_mesh() {
+    let words = |tensor: i64| {
+        let tensor = format!("parallel.tensor={tensor}");
+        [
+            "precision.compute=float64".to_string(),
+            "checkpoint.every=10".into(),
+            "valid.every=5".into(),
+            tensor,
+        ]
+    };
+    let train = |run: &Run, ranks: usize, tensor: i64| {
+        let words = words(tensor);
+        run.train(ranks, &words.each_ref().map(String::as_str));
+    };
+    let whole = Run::new("mesh-resume-whole");
+    train(&whole, 4, 2);
+    for (ranks, tensor) in [(4, 2), (2, 2), (4, 4), (2, 1), (1, 1)] {
+        let run = Run::new(&format!("mesh-resume-{ranks}-{tensor}"));
+        train(&run, 4, 2);
+        let last = run.checkpoints().pop().unwrap();
+        assert_eq!(last.0, 20);
+        std::fs::remove_dir_all(last.1).unwrap();
+        std::fs::remove_dir_all(run.output().join("model")).unwrap();
+        train(&run, ranks, tensor);
+        match (ranks, tensor) {
+            (4, 2) => run.expect_equal(&whole),
+            _ => same_run(&run, &whole),
+        }
+        // The checkpoint is a model: its tensors are those that were exported.
+        let (step, _) = run.checkpoints().pop().unwrap();
+        let from = run.output().join(format!("checkpoints/step-{step:08}")).display().to_string();
+        let to = run.dir.join("converted");
+        let words = ["convert", "--from", &from, "--to", &to.display().to_string(), "--format", "hf"];
+        Program::corral(&words).run(&run.dir, "convert").expect_code(0);
+        assert_eq!(std::fs::read(to.join("model.safetensors")).unwrap(), run.model());
+    }
+}
+
+/// What a model cannot be divided into is refused before anything is written.
+#[test]
+fn meshes_that_do_not_fit() {
+    let run = Run::new("mesh-refused");
+    run.expect_refused(&["parallel.tensor=2"], 2, "'parallel.tensor': 2 must divide the number of ranks, 1");
+    run.expect_refused(&["parallel.tensor=0"], 2, "parallel.tensor");
+}

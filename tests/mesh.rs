@@ -10,7 +10,7 @@ use corral::config::shape::{Family, Shape};
 use corral::config::trainable::{BaseFormat, Freeze, Lora, Targets};
 use corral::distributed::mesh::{Axis, Sharding};
 use corral::distributed::sharded::{Sharded, TensorSpec};
-use corral::model::cuts::cut;
+use corral::model::cuts::cut_for;
 use corral::model::{KvCache, Llama, LmHead, ModelInput, Trainable};
 use corral::optim::{AdamW, Hyper};
 use kernels::c10d::Group;
@@ -37,10 +37,11 @@ fn small(family: Family) -> Shape {
 }
 
 /// A model whose values are those of its tensors' names and places, on the ranks of `tensor`.
-fn model(shape: &Shape, trainable: &Trainable, tensor: Group, kind: Kind) -> Llama {
+fn model(shape: &Shape, trainable: &Trainable, tensor: Group, sequence: bool, kind: Kind) -> Llama {
     let tensor = Axis::of(tensor);
-    let plans = cut(trainable.plans(shape).unwrap(), shape, tensor.place()).unwrap();
-    let mut params = Sharded::new(plans, Sharding { tensor, ..Sharding::solo() }, kind, Device::Cpu);
+    let sharding = Sharding { tensor, sequence, ..Sharding::solo() };
+    let plans = cut_for(trainable.plans(shape).unwrap(), shape, &sharding).unwrap();
+    let mut params = Sharded::new(plans, sharding, kind, Device::Cpu);
     let value = |spec: &TensorSpec, first: i64, values: &Tensor| {
         let at = Tensor::arange(values.numel() as i64, (Kind::Double, Device::Cpu)) + first;
         let start = spec.name.bytes().map(f64::from).sum::<f64>();
@@ -179,12 +180,15 @@ fn tensor_parallel_models() {
     for (i, (name, shape, trainable)) in cases.iter().enumerate() {
         for kind in [Kind::Double, Kind::Float] {
             let recompute = [Recompute::None, Recompute::Selective, Recompute::Full][i % 3];
-            let whole = computed(&mut model(shape, trainable, Group::solo(), kind), Recompute::None);
+            let whole = computed(&mut model(shape, trainable, Group::solo(), true, kind), Recompute::None);
             for ranks in [2, 4] {
-                on_ranks(ranks, |tensor| {
-                    let parts = computed(&mut model(shape, trainable, tensor, kind), recompute);
-                    equal(&format!("{name} over {ranks}"), kind, &parts, &whole);
-                });
+                for sequence in [true, false] {
+                    on_ranks(ranks, |tensor| {
+                        let parts = computed(&mut model(shape, trainable, tensor, sequence, kind), recompute);
+                        let name = format!("{name} over {ranks}, rows divided: {sequence}");
+                        equal(&name, kind, &parts, &whole);
+                    });
+                }
             }
         }
     }
@@ -214,7 +218,7 @@ fn runs_on_meshes() {
     whole.train(1, &exact);
     for (i, (ranks, words)) in [
         (2, &["parallel.tensor=2", "train.micro_batch_size=4"][..]),
-        (4, &["parallel.tensor=4", "train.recompute=selective"]),
+        (4, &["parallel.tensor=4", "train.recompute=selective", "parallel.sequence=false"]),
         (4, &["parallel.tensor=2"]),
         (4, &["parallel.tensor=2", "parallel.mode=grads", "train.micro_batch_size=2"]),
         (4, &["parallel.tensor=2", "parallel.mode=optimizer", "train.micro_batch_size=2"]),

@@ -14,7 +14,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::Result;
-use crate::model::cuts::cut;
+use crate::model::cuts::cut_for;
 use crate::model::{Llama, Trainable, compute_kind, float8_on};
 use crate::optim::AdamW;
 
@@ -75,8 +75,9 @@ impl<'a> Learner<'a> {
         world: &World,
     ) -> Result<Learner<'a>> {
         let compute = compute_kind(c.precision.compute);
-        let plans = cut(trainable.plans(&base.shape)?, &base.shape, world.mesh.tensor.place())?;
-        let params = Sharded::new(plans, world.sharding(), compute, world.device);
+        let sharding = world.sharding();
+        let plans = cut_for(trainable.plans(&base.shape)?, &base.shape, &sharding)?;
+        let params = Sharded::new(plans, sharding, compute, world.device);
         let mut model = Llama::new(base.shape.clone(), params);
         model.set_float8(float8_on(c.precision.compute, c.float8, world.device)?)?;
         let origin = origin.unwrap_or_default();

@@ -19,6 +19,9 @@ section! {
         /// Ranks that share every matrix (tensor parallelism), neighbours, which divide the ranks of the run; the others have
         /// different rows of a batch.
         tensor: i64 = 1, COUNT => Rounding;
+        /// Ranks that share every matrix divide the tokens between attention and MLP (sequence parallelism): less memory, and
+        /// no more is sent.
+        sequence: bool = true => Rounding;
         /// Time limit in seconds of the rendezvous and of every collective.
         timeout_s: f64 = 600.0, SECONDS => Execution;
     }

@@ -174,6 +174,8 @@ pub struct Sharding {
     pub replicate: Group,
     /// The ranks that share every matrix: all the others are about what one of these holds.
     pub tensor: Axis,
+    /// Ranks of `tensor` divide the rows of activations between attention and MLP.
+    pub sequence: bool,
     /// What a rank keeps whole.
     pub keep: Keep,
 }
@@ -187,7 +189,8 @@ impl Sharding {
     /// In slices over all ranks of `group`.
     pub fn over(group: Group) -> Sharding {
         let (replicate, tensor) = (Group::solo(), Axis::solo());
-        Sharding { shard: group.clone(), reduce: group, replicate, tensor, keep: Keep::Nothing }
+        let (sequence, keep) = (false, Keep::Nothing);
+        Sharding { shard: group.clone(), reduce: group, replicate, tensor, sequence, keep }
     }
 
     /// Whole on every rank of `group`.

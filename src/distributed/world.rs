@@ -117,6 +117,8 @@ pub struct World {
     /// See [`World::reducing`].
     reduce: Group,
     keep: Keep,
+    /// Tensor-parallel ranks divide rows.
+    sequence: bool,
     /// Which backend was chosen, and why: one line to print.
     pub choice: String,
     backend: Backend,
@@ -155,7 +157,8 @@ impl World {
         let group = |axis: &Axis| axis.group.clone();
         let (shard, replicate) = (group(&self.mesh.shard), group(&self.mesh.replicate));
         let tensor = self.mesh.tensor.clone();
-        Sharding { shard, reduce: self.reduce.clone(), replicate, tensor, keep: self.keep }
+        let (reduce, sequence, keep) = (self.reduce.clone(), self.sequence, self.keep);
+        Sharding { shard, reduce, replicate, tensor, sequence, keep }
     }
 
     /// Waits until this rank's device has done all that was asked of it.
@@ -218,6 +221,7 @@ impl World {
             mesh: Mesh::solo(),
             reduce: Group::solo(),
             keep: Keep::of(parallel.mode),
+            sequence: parallel.sequence,
             choice: "communication: none (one rank)".into(),
             backend: Backend::Gloo,
             timeout,

@@ -49,7 +49,7 @@ impl Attention<Linear> {
         Ok(AttentionSaved { qk, qkv, out, lse })
     }
 
-    /// The rest of the forward: the output, T [N, C], plus a residual.
+    /// The rest of the forward: the output, T [N, C], plus a residual; a tensor-parallel rank's part of the output.
     pub(super) fn finish(&self, saved: &AttentionSaved, residual: Option<&Tensor>) -> Result<Tensor> {
         self.o.forward_onto(&saved.out, residual)
     }
@@ -68,8 +68,8 @@ impl Attention<Linear> {
         self.o.forward_onto(&attend(&qkv)?, residual)
     }
 
-    /// Given the output's gradient dy (T [N, C]), adds to the gradients. Returns that of the projections, T [N, (H + 2K) D], of
-    /// which [`Attention::backward_input`] makes the input's. `x` makes the input again.
+    /// Given the output's gradient dy (T [N, C]), adds to the gradients but for those of q, k and v. Returns the projections'
+    /// gradient, T [N, (H + 2K) D]: the output's gradient of `self.qkv`.
     ///
     /// ```text
     /// y = out Wo^T            dout  = dy Wo,      dWo += dy^T out
@@ -80,7 +80,6 @@ impl Attention<Linear> {
     pub(super) fn backward(
         &self,
         dy: &Tensor,
-        x: impl FnOnce() -> Result<Tensor>,
         saved: AttentionSaved,
         grad: &Attention<LinearGrad>,
         c: &BlockContext,
@@ -92,13 +91,7 @@ impl Attention<Linear> {
         drop(dout);
         rotate(&dqkv, c, i, true)?; // R^T rotates back
         self.norm_heads_backward(grad, &dqkv, qk, c)?;
-        self.qkv.backward_weight(&dqkv, &x()?, &grad.qkv)?;
         Ok(dqkv)
-    }
-
-    /// The input's gradient, T [N, C], from what [`Attention::backward`] returned.
-    pub(super) fn backward_input(&self, dqkv: &Tensor) -> Result<Tensor> {
-        self.qkv.backward_input(dqkv)
     }
 
     /// Normalises queries and keys in place, where the model does, in pieces of their weights' sizes. Returns what they were,

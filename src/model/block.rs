@@ -5,6 +5,8 @@
 //! x2 = x  + after1(attention(before1(x)))
 //! y  = x2 + after2(mlp(before2(x2)))
 //! ```
+//!
+//! Attention and MLP take all N rows; the stream and its norms are of this rank's n, see [`super::shared_rows`].
 
 use tch::Tensor;
 
@@ -66,17 +68,6 @@ impl BlockSaved {
     }
 }
 
-/// Where a block's backward stands before the gradient of its input, which not every caller needs.
-pub(super) struct BeforeInput {
-    /// The gradient of the projections, T [N, (H + 2K) D]
-    dqkv: Tensor,
-    /// The gradient of the stream after the attention, T [N, C]
-    dx2: Tensor,
-    /// The block's input, T [N, C], and its statistics, A `[N]`
-    x: Tensor,
-    rstd1: Option<Tensor>,
-}
-
 /// x normalised by a weight (x itself without one), and the statistics.
 fn before(norm: RmsNorm, x: &Tensor, w: Option<&Tensor>) -> Result<(Tensor, Option<Tensor>)> {
     match w {
@@ -111,16 +102,16 @@ fn before_backward(
 }
 
 /// residual + the output, normalised where there is a weight. `output(residual)` gives the output, plus the residual if there is
-/// one: without a norm both are one product.
+/// one: without a norm both are one product. Of tensor-parallel ranks each gives a part of the output, [N, C], of all rows.
 fn after(
-    norm: RmsNorm,
+    c: &BlockContext,
     residual: &Tensor,
     w: Option<&Tensor>,
     output: impl FnOnce(Option<&Tensor>) -> Result<Tensor>,
 ) -> Result<(Tensor, Option<After>)> {
-    let Some(w) = w else { return Ok((output(Some(residual))?, None)) };
-    let out = output(None)?; // [N, C]
-    let (y, rstd) = norm.forward(&out, w)?; // [N, C], [N]
+    let Some(w) = w else { return Ok((c.rows.sum_onto(residual, output)?, None)) };
+    let out = c.rows.sum(output(None)?)?; // [n, C]
+    let (y, rstd) = c.norm.forward(&out, w)?; // [n, C], [n]
     Ok((residual + y, Some((out, rstd))))
 }
 
@@ -139,28 +130,27 @@ fn after_backward(
 }
 
 impl BlockParts<Linear> {
-    /// Block `i`'s forward up to what its backward needs, for x: T [N, C]. `experts`: where the tokens went in an earlier
+    /// Block `i`'s forward up to what its backward needs, for x: T [n, C]. `experts`: where the tokens went in an earlier
     /// forward of it.
     fn begin(&self, x: &Tensor, c: &BlockContext, i: usize, experts: Option<Tensor>) -> Result<BlockRest> {
-        let (h1, rstd1) = before(c.norm, x, self.before(0))?; // [N, C], [N]
-        let attention = self.attention.begin(&h1, c, i)?;
-        drop(h1);
+        let (h1, rstd1) = before(c.norm, x, self.before(0))?; // [n, C], [n]
+        let attention = self.attention.begin(&c.rows.gather(h1)?, c, i)?;
         let output = |residual: Option<&Tensor>| self.attention.finish(&attention, residual);
-        let (x2, after1) = after(c.norm, x, self.after(0), output)?; // [N, C]
-        let (h2, rstd2) = before(c.norm, &x2, self.before(1))?; // [N, C], [N]
-        let mlp = self.mlp.begin(&h2, experts)?;
+        let (x2, after1) = after(c, x, self.after(0), output)?; // [n, C]
+        let (h2, rstd2) = before(c.norm, &x2, self.before(1))?; // [n, C], [n]
+        let mlp = self.mlp.begin(&c.rows.gather(h2)?, experts)?;
         Ok(BlockRest { before: [rstd1, rstd2], attention, x2, mlp, after: [after1, None] })
     }
 
-    /// The rest of the forward: the block's output, T [N, C].
+    /// The rest of the forward: the block's output, T [n, C].
     fn finish(&self, rest: &mut BlockRest, c: &BlockContext) -> Result<Tensor> {
         let output = |residual: Option<&Tensor>| self.mlp.finish(&rest.mlp, residual);
-        let (y, after2) = after(c.norm, &rest.x2, self.after(1), output)?; // [N, C]
+        let (y, after2) = after(c, &rest.x2, self.after(1), output)?; // [n, C]
         rest.after[1] = after2;
         Ok(y)
     }
 
-    /// Block `i`'s output [N, C], and what its backward needs.
+    /// Block `i`'s output [n, C], and what its backward needs.
     pub(super) fn forward(&self, x: &Tensor, c: &BlockContext, i: usize) -> Result<(Tensor, BlockRest)> {
         let mut rest = self.begin(x, c, i, None)?;
         let y = self.finish(&mut rest, c)?;
@@ -178,15 +168,15 @@ impl BlockParts<Linear> {
     ) -> Result<Tensor> {
         let h1 = before(c.norm, x, self.before(0))?.0; // [N, C]
         let output = |residual: Option<&Tensor>| self.attention.cached(&h1, c, i, residual, attend);
-        let x2 = after(c.norm, x, self.after(0), output)?.0; // [N, C]
+        let x2 = after(c, x, self.after(0), output)?.0; // [N, C]
         let h2 = before(c.norm, &x2, self.before(1))?.0; // [N, C]
         let mlp = self.mlp.begin(&h2, None)?;
-        Ok(after(c.norm, &x2, self.after(1), |residual| self.mlp.finish(&mlp, residual))?.0)
+        Ok(after(c, &x2, self.after(1), |residual| self.mlp.finish(&mlp, residual))?.0)
     }
 
-    /// Given the output's gradient dy (T [N, C]) of block `i`, adds to `grad` all but the gradient of the first norm.
-    /// [`BlockParts::backward_input`] adds that one and gives the input's gradient. `balance`: the gradient of the router's
-    /// probabilities, A [N, E], that does not come from `dy`.
+    /// Given the output's gradient dy (T [n, C]) of block `i`, adds to `grad` and returns the input's gradient, T [n, C]; if that
+    /// is not `needed`, nothing, and the first norm has no gradient either, which is a by-product. `balance`: the gradient of the
+    /// router's probabilities, A [N, E], that does not come from `dy`.
     ///
     /// Each residual passes its gradient on; f' is the product with f's transposed Jacobian:
     ///
@@ -194,6 +184,7 @@ impl BlockParts<Linear> {
     /// dx2 = dy  + before2'(mlp'(after2'(dy)))
     /// dx  = dx2 + before1'(attention'(after1'(dx2)))
     /// ```
+    #[expect(clippy::too_many_arguments, reason = "the block, its gradients, and where it stands")]
     pub(super) fn backward(
         &self,
         grad: &BlockParts<LinearGrad>,
@@ -202,7 +193,8 @@ impl BlockParts<Linear> {
         c: &BlockContext,
         i: usize,
         balance: Option<&Tensor>,
-    ) -> Result<BeforeInput> {
+        needed: bool,
+    ) -> Result<Option<Tensor>> {
         let x = saved.x;
         let rest = match saved.rest {
             Some(rest) => rest,
@@ -215,28 +207,24 @@ impl BlockParts<Linear> {
             }
         };
         let BlockRest { before: [rstd1, rstd2], attention, x2, mlp, after: [after1, after2] } = rest;
-        let dm = after_backward(c.norm, &dy, after2, self.after(1), grad.after(1))?; // [N, C]
-        let h2 = again(c.norm, &x2, self.before(1), &rstd2)?; // [N, C]
-        let dh2 = self.mlp.backward(&dm, h2, mlp, &grad.mlp, balance)?; // [N, C]
-        drop(dm);
-        let dx2 = before_backward(c.norm, &dh2, &x2, &rstd2, &dy, self.before(1), grad.before(1))?; // [N, C]
+        let dm = after_backward(c.norm, &dy, after2, self.after(1), grad.after(1))?; // [n, C]
+        let h2 = c.rows.gather(again(c.norm, &x2, self.before(1), &rstd2)?)?; // [N, C]
+        let dh2 = self.mlp.backward(&c.rows.gather(dm)?, h2, mlp, &grad.mlp, balance, &c.rows)?; // [n, C]
+        let dx2 = before_backward(c.norm, &dh2, &x2, &rstd2, &dy, self.before(1), grad.before(1))?; // [n, C]
         drop((dh2, dy, x2));
-        let da = after_backward(c.norm, &dx2, after1, self.after(0), grad.after(0))?; // [N, C]
-        let h1 = || again(c.norm, &x, self.before(0), &rstd1); // [N, C]
-        let dqkv = self.attention.backward(&da, h1, attention, &grad.attention, c, i)?; // [N, (H + 2K) D]
-        Ok(BeforeInput { dqkv, dx2, x, rstd1 })
-    }
-
-    /// The input's gradient, T [N, C]; adds to that of the first norm.
-    pub(super) fn backward_input(
-        &self,
-        grad: &BlockParts<LinearGrad>,
-        before: BeforeInput,
-        c: &BlockContext,
-    ) -> Result<Tensor> {
-        let BeforeInput { dqkv, dx2, x, rstd1 } = before;
-        let dh1 = self.attention.backward_input(&dqkv)?; // [N, C]
+        let da = after_backward(c.norm, &dx2, after1, self.after(0), grad.after(0))?; // [n, C]
+        let dqkv = self.attention.backward(&c.rows.gather(da)?, attention, &grad.attention, c, i)?; // [N, (H + 2K) D]
+        let qkv = &self.attention.qkv;
+        let of_weights = || {
+            let h1 = c.rows.gather(again(c.norm, &x, self.before(0), &rstd1)?)?; // [N, C]
+            qkv.backward_weight(&dqkv, &h1, &grad.attention.qkv)
+        };
+        if !needed {
+            of_weights()?;
+            return Ok(None);
+        }
+        let dh1 = c.rows.sum_during(|| qkv.backward_input(&dqkv), of_weights)?; // [n, C]
         drop(dqkv);
-        before_backward(c.norm, &dh1, &x, &rstd1, &dx2, self.before(0), grad.before(0)) // [N, C]
+        before_backward(c.norm, &dh1, &x, &rstd1, &dx2, self.before(0), grad.before(0)).map(Some)
     }
 }

@@ -4,7 +4,7 @@
 use crate::config::shape::Shape;
 use crate::distributed::cut::{Cut, Share};
 use crate::distributed::frozen::Storage;
-use crate::distributed::mesh::Place;
+use crate::distributed::mesh::{Place, Sharding};
 use crate::distributed::plan::{GroupPlan, Role};
 use crate::distributed::sharded::{Layout, TensorSpec};
 use crate::error::{Error, Result};
@@ -13,16 +13,21 @@ use crate::model::layout::{EMBEDDING, LM_HEAD};
 /// The key that all this is about.
 const KEY: &str = "parallel.tensor";
 
-/// A model's groups as they are on the rank at this place.
+/// A model's groups as they are on the rank at this place. `sequence`: norms see a part of the rows on each rank.
 ///
 /// # Errors
 /// Of kind Config: a shape that is not divided by so many ranks.
-pub fn cut(plans: Vec<GroupPlan>, shape: &Shape, tensor: Place) -> Result<Vec<GroupPlan>> {
+pub fn cut(plans: Vec<GroupPlan>, shape: &Shape, tensor: Place, sequence: bool) -> Result<Vec<GroupPlan>> {
     if tensor.size == 1 {
         return Ok(plans);
     }
     check(shape, tensor.size)?;
-    plans.into_iter().map(|plan| cut_group(plan, shape, tensor)).collect()
+    plans.into_iter().map(|plan| cut_group(plan, shape, tensor, sequence)).collect()
+}
+
+/// [`cut`] for a rank of this sharding.
+pub fn cut_for(plans: Vec<GroupPlan>, shape: &Shape, sharding: &Sharding) -> Result<Vec<GroupPlan>> {
+    cut(plans, shape, sharding.tensor.place(), sharding.sequence)
 }
 
 /// What a number of ranks must divide.
@@ -49,7 +54,7 @@ fn check(s: &Shape, ranks: i64) -> Result<()> {
     Ok(())
 }
 
-fn cut_group(plan: GroupPlan, shape: &Shape, tensor: Place) -> Result<GroupPlan> {
+fn cut_group(plan: GroupPlan, shape: &Shape, tensor: Place, sequence: bool) -> Result<GroupPlan> {
     // Scales are of whole rows (int8), or made of all scales of a weight (nf4): a part quantized by itself has other ones.
     if plan.roles.iter().any(|role| matches!(role, Role::Frozen(Storage::Quantized(_)))) {
         let why = format!(
@@ -58,7 +63,7 @@ fn cut_group(plan: GroupPlan, shape: &Shape, tensor: Place) -> Result<GroupPlan>
         );
         return Err(Error::key(KEY, why));
     }
-    let specs = plan.layout.specs.iter().map(|spec| cut_tensor(spec, shape, tensor));
+    let specs = plan.layout.specs.iter().map(|spec| cut_tensor(spec, shape, tensor, sequence));
     let layout = Layout::of(plan.layout.name.clone(), specs);
     let columns = |share| matches!(share, Share::Cut(Cut { dim: 1, .. }));
     if plan.adapters.iter().any(|a| a.dropout > 0.0 && columns(layout.specs[a.target].share)) {
@@ -71,7 +76,7 @@ fn cut_group(plan: GroupPlan, shape: &Shape, tensor: Place) -> Result<GroupPlan>
     Ok(GroupPlan { layout, ..plan })
 }
 
-fn cut_tensor(spec: &TensorSpec, s: &Shape, tensor: Place) -> TensorSpec {
+fn cut_tensor(spec: &TensorSpec, s: &Shape, tensor: Place, sequence: bool) -> TensorSpec {
     let Place { rank, size } = tensor;
     // `n` rows (0) or columns (1), the `at`-th part of them, of which `copies` ranks have each.
     let part = |dim: usize, n: i64, at: i64, copies: i64| {
@@ -93,6 +98,8 @@ fn cut_tensor(spec: &TensorSpec, s: &Shape, tensor: Place) -> TensorSpec {
         }
         // Each rank's heads are a part of what the gradient is a sum over.
         Some("q_norm" | "k_norm") => TensorSpec { share: Share::Summed, ..spec.clone() },
+        // The other vectors are norms of the stream.
+        _ if sequence && spec.shape.len() == 1 => TensorSpec { share: Share::Summed, ..spec.clone() },
         _ => spec.clone(),
     }
 }
@@ -104,7 +111,7 @@ mod tests {
 
     fn rows(shape: &Shape, ranks: i64, rank: i64, name: &str) -> (Vec<i64>, Share) {
         let plans = layouts(shape).into_iter().map(GroupPlan::from).collect();
-        let plans = cut(plans, shape, Place { rank, size: ranks }).unwrap();
+        let plans = cut(plans, shape, Place { rank, size: ranks }, false).unwrap();
         let mut specs = plans.iter().flat_map(|p| &p.layout.specs);
         let spec = specs.find(|s| s.name.ends_with(name)).unwrap();
         (spec.shape.clone(), spec.share)

@@ -119,7 +119,7 @@ impl Llama {
         }
         let device = self.params.device();
         let input = ModelInput::new(Tensor::from_slice(&ids).view([rows, time]).to_device(device));
-        let context = self.context(&input)?;
+        let context = self.context(&input, false)?;
         let Heads { heads, kv_heads, head_dim, .. } = context.heads;
         let index = integers(slots.iter().map(|s| *s as i64)).to_device(device); // [rows]
         cache.reserve(time);

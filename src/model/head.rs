@@ -5,8 +5,8 @@ use kernels::ops;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
-use crate::model::linear::sum_over;
 use crate::model::llama::Llama;
+use crate::model::shared_rows::SharedRows;
 
 /// Elements of a chunk of logits: some 16 MB in float32 on a CPU, where it stays near the cache; 0.5 GB in bfloat16 on a GPU, since
 /// every chunk reads and writes the whole gradient of the weight. Large vocabularies take more (see `chunk`).
@@ -121,6 +121,7 @@ impl LmHead {
         let (weight, softcap) = (Self::weight(model)?, model.shape.features.logit_softcap);
         let dweight = model.params.single_grad(group);
         let (n, vocabulary) = (hidden.size()[0], model.vocabulary());
+        let rows = SharedRows::whole(&model.params.sharding().tensor);
         let chunk = Self::chunk(model, n);
         let logprobs = Tensor::zeros([n], (coef.kind(), hidden.device())); // [N]
         let dhidden = Tensor::empty_like(hidden); // [N, C]
@@ -148,7 +149,7 @@ impl LmHead {
             }; // [chunk, V]
             match vocabulary.is_whole() {
                 true => drop(dlogits.f_mm_out(&part(&dhidden), &weight)?),
-                false => part(&dhidden).f_copy_(&sum_over(&vocabulary.tensor, dlogits.f_mm(&weight)?)?)?,
+                false => part(&dhidden).f_copy_(&rows.sum(dlogits.f_mm(&weight)?)?)?,
             }
             if let Some(dweight) = &dweight {
                 dweight.add_product(&dlogits, &h)?;

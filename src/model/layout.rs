@@ -11,7 +11,6 @@ use kernels::ops::{self, Float8};
 use tch::Tensor;
 
 use crate::config::shape::{Head, Norms, Shape};
-use crate::distributed::cut::Share;
 use crate::distributed::mesh::Axis;
 use crate::distributed::plan::{AdapterPlan, GroupPlan, Piece};
 use crate::distributed::sharded::gathered::Form;
@@ -19,7 +18,7 @@ use crate::distributed::sharded::gradients::FlatGrad;
 use crate::distributed::sharded::{Layout, Sharded};
 use crate::error::{Error, Result};
 use crate::model::attention::Attention;
-use crate::model::linear::{self, Dropout, KeptInner, Linear, LinearGrad, Side};
+use crate::model::linear::{self, Dropout, KeptInner, Linear, LinearGrad};
 use crate::model::mixture::Mixture;
 use crate::model::mlp::{Dense, Mlp};
 use crate::random::hash;
@@ -92,9 +91,6 @@ fn block(s: &Shape, i: i64) -> Layout {
     }
     Layout::new(format!("block {i}"), tensors)
 }
-
-/// What the names of experts' weights have in common.
-const EXPERTS: &str = "block_sparse_moe.experts.";
 
 /// How the name of a router's weight ends.
 const ROUTER: &str = "block_sparse_moe.gate.weight";
@@ -169,12 +165,6 @@ impl BlockParts<Linear> {
             let (a, b) = (params.dense(i, &full, &a)?, params.dense(i, &full, &b)?);
             Ok(linear::Adapter { first, a, b, scale: spec.scale, dropout, inner: inner.get(k).cloned() })
         };
-        let axis = &params.sharding().tensor;
-        let side = |tensors: &Range<usize>| match params.plan(i).layout.specs[tensors.start].share {
-            Share::Cut(cut) if cut.dim == 0 => Side::Outputs(axis.clone()),
-            Share::Cut(_) => Side::Inputs(axis.clone()),
-            Share::Whole | Share::Summed => Side::Whole,
-        };
         let mut block = Self::of(
             s,
             params.plan(i).layout.specs.len(),
@@ -189,14 +179,12 @@ impl BlockParts<Linear> {
                 let bias = bias.map(joined).transpose()?;
                 let name = &params.plan(i).layout.specs[weights.start].name;
                 let linear = Linear::new(parts, bias, adapters.collect::<Result<_>>()?);
-                let linear = linear.in_float8(float8.filter(|_| !name.ends_with(ROUTER)));
-                // What experts give is summed for all of them together.
-                Ok(if name.contains(EXPERTS) { linear } else { linear.on(side(&weights)) })
+                Ok(linear.in_float8(float8.filter(|_| !name.ends_with(ROUTER))))
             },
             joined,
         )?;
         if let Mlp::Mixture(mixture) = &mut block.mlp {
-            mixture.tensor = axis.clone();
+            mixture.tensor = params.sharding().tensor.clone();
         }
         Ok(block)
     }

@@ -5,18 +5,19 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use kernels::c10d::ReduceOp;
 use kernels::ops::{self, Float8, Float8Weight, WeightGrad};
 use kernels::quant;
 use tch::Tensor;
 
 use crate::distributed::frozen::FrozenValue;
-use crate::distributed::mesh::Axis;
 use crate::error::{Error, Result};
 
 /// y = x W^T + b, and for every adapter `y[rows]` += scale * B A dropout(x) (Hu et al. 2021). Layers that read the same
 /// input lie in one another's rows (q, k, v; gate, up), so that they are one product, where all of them are dense, or
 /// quantized.
+///
+/// A tensor-parallel rank may have some of the inputs: y is then a part of a sum over ranks. Or some of the outputs: then the input's
+/// gradient is.
 pub struct Linear {
     /// W's rows one above the other, dense (T), quantized or in 8-bit floats: [O, I] together.
     parts: Vec<FrozenValue>,
@@ -25,29 +26,6 @@ pub struct Linear {
     adapters: Vec<Adapter>,
     /// Products with dense weights in 8-bit floats; none: all in the compute dtype, as adapters' always are.
     float8: Option<Float8>,
-    side: Side,
-}
-
-/// What a layer has of its weight, of which tensor-parallel ranks have parts.
-#[derive(Clone)]
-pub enum Side {
-    /// All of it.
-    Whole,
-    /// Some outputs: x is equal on all ranks, and its gradient a sum over them.
-    Outputs(Axis),
-    /// Some inputs: y is a sum over all ranks.
-    Inputs(Axis),
-}
-
-/// The sum of T `[N, C]` over tensor-parallel ranks, in A. Collective.
-pub(super) fn sum_over(axis: &Axis, part: Tensor) -> Result<Tensor> {
-    if axis.size == 1 {
-        return Ok(part);
-    }
-    let kind = part.kind();
-    let sum = part.f_to_kind(ops::accumulator(kind))?;
-    axis.group.all_reduce(&sum, ReduceOp::Sum)?.wait()?; // collective
-    Ok(sum.f_to_kind(kind)?)
 }
 
 /// A low-rank addition to some rows of a weight.
@@ -151,12 +129,7 @@ impl Adapter {
 impl Linear {
     /// A layer of `parts`, whose rows follow each other: W is [O, I] in all. `bias`: T `[O]`.
     pub fn new(parts: Vec<FrozenValue>, bias: Option<Tensor>, adapters: Vec<Adapter>) -> Linear {
-        Linear { parts, bias, adapters, float8: None, side: Side::Whole }
-    }
-
-    /// Of which this rank has a part.
-    pub fn on(self, side: Side) -> Linear {
-        Linear { side, ..self }
+        Linear { parts, bias, adapters, float8: None }
     }
 
     /// The weight, T [O, I], of a layer that is nothing else: dense, in one piece, without bias, adapters and 8-bit floats.
@@ -196,17 +169,8 @@ impl Linear {
         Linear::new(vec![FrozenValue::Dense(weight)], bias, Vec::new())
     }
 
-    /// x: T [N, I]. Returns T [N, O]. Collective where inputs are divided.
+    /// x: T [N, I]. Returns T [N, O].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.forward_part(x)?;
-        match &self.side {
-            Side::Inputs(axis) => sum_over(axis, y),
-            Side::Whole | Side::Outputs(_) => Ok(y),
-        }
-    }
-
-    /// [`Linear::forward`] of what this rank has.
-    fn forward_part(&self, x: &Tensor) -> Result<Tensor> {
         let y = match self.parts.as_slice() {
             [FrozenValue::Dense(w)] => self.dense_product(x, w, self.bias.as_ref())?, // [N, O]
             _ => {
@@ -223,9 +187,6 @@ impl Linear {
 
     /// residual (T [N, O]) + [`Linear::forward`], in one pass where W is dense and there is no bias.
     pub fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        if let Side::Inputs(_) = self.side {
-            return Ok(self.forward(x)?.f_add_(residual)?);
-        }
         let mut y = match self.parts.as_slice() {
             [FrozenValue::Dense(w)] => self.dense_product(x, w, Some(residual))?,
             _ => self.product(x)?.f_add_(residual)?,
@@ -287,17 +248,8 @@ impl Linear {
         self.backward_input(dy)
     }
 
-    /// The half of [`Linear::backward`] that gives the input's gradient. Collective where outputs are divided.
+    /// The half of [`Linear::backward`] that gives the input's gradient.
     pub fn backward_input(&self, dy: &Tensor) -> Result<Tensor> {
-        let dx = self.backward_input_part(dy)?;
-        match &self.side {
-            Side::Outputs(axis) => sum_over(axis, dx),
-            Side::Whole | Side::Inputs(_) => Ok(dx),
-        }
-    }
-
-    /// [`Linear::backward_input`] from what this rank has.
-    fn backward_input_part(&self, dy: &Tensor) -> Result<Tensor> {
         let mut dx: Option<Tensor> = None;
         let mut first = 0;
         for run in self.runs() {

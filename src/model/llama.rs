@@ -20,6 +20,7 @@ use crate::model::linear::{KeptInner, Linear};
 use crate::model::mixture::Balance;
 use crate::model::norm::RmsNorm;
 use crate::model::rotary::RopeTables;
+use crate::model::shared_rows::SharedRows;
 use crate::model::vocabulary::VocabularyPart;
 use crate::random::hash;
 
@@ -102,6 +103,7 @@ impl Tape {
 pub(super) struct BlockContext {
     pub(super) heads: Heads,
     pub(super) norm: RmsNorm,
+    pub(super) rows: SharedRows,
     pub(super) positions: Tensor,
     /// What positions see, without and with the sliding window.
     spans: [Spans; 2],
@@ -126,6 +128,7 @@ impl BlockContext {
         BlockContext {
             heads: model.heads(batch),
             norm: RmsNorm::of(&model.shape),
+            rows: SharedRows::whole(&model.params.sharding().tensor),
             positions,
             spans: Default::default(),
             first,
@@ -213,7 +216,8 @@ impl Llama {
         if self.shape.tie_word_embeddings { 0 } else { self.num_blocks() + 1 }
     }
 
-    pub(super) fn context(&mut self, input: &ModelInput) -> Result<BlockContext> {
+    /// What the blocks of a forward share. `divided`: tensor-parallel ranks may divide the rows between attention and MLP.
+    pub(super) fn context(&mut self, input: &ModelInput, divided: bool) -> Result<BlockContext> {
         let (batch, time) = (input.ids.size()[0], input.ids.size()[1]);
         let device = self.params.device();
         let length = match &input.positions {
@@ -236,6 +240,7 @@ impl Llama {
         Ok(BlockContext {
             heads: self.heads(batch),
             norm: RmsNorm::of(&self.shape),
+            rows: self.shared_rows(batch * time, divided),
             positions,
             spans: [whole, windowed],
             first: None,
@@ -267,6 +272,15 @@ impl Llama {
         [self.shape.num_attention_heads / ranks, (self.shape.num_key_value_heads / ranks).max(1)]
     }
 
+    /// `rows` rows, of which tensor-parallel ranks have different ones if they are to be `divided`.
+    fn shared_rows(&self, rows: i64, divided: bool) -> SharedRows {
+        let sharding = self.params.sharding();
+        match divided && sharding.sequence {
+            true => SharedRows::divided(&sharding.tensor, rows),
+            false => SharedRows::whole(&sharding.tensor),
+        }
+    }
+
     /// What this rank has of the vocabulary.
     pub(super) fn vocabulary(&self) -> VocabularyPart {
         VocabularyPart::new(&self.params.sharding().tensor, self.shape.vocab_size)
@@ -295,10 +309,16 @@ impl Llama {
 
     /// The embedding's rows for ids (int64, any shape): T [numel, C]. Collective where it is sharded.
     pub(crate) fn embed(&mut self, ids: &Tensor) -> Result<Tensor> {
+        let rows = self.shared_rows(ids.numel() as i64, false);
+        self.embed_rows(ids, &rows)
+    }
+
+    /// [`Llama::embed`], of this rank's rows.
+    fn embed_rows(&mut self, ids: &Tensor, rows: &SharedRows) -> Result<Tensor> {
         let (weight, vocabulary, ids) = (self.params.single(0)?, self.vocabulary(), ids.view([-1]));
         let rows = match vocabulary.is_whole() {
             true => weight.index_select(0, &ids),
-            false => vocabulary.embed(&weight, &ids)?,
+            false => rows.sum(vocabulary.embed(&weight, &ids)?)?,
         };
         Ok(match self.embedding_scale() {
             Some(scale) => rows * scale,
@@ -321,12 +341,12 @@ impl Llama {
 
     fn run(&mut self, input: &ModelInput, recompute: Option<Recompute>) -> Result<(Tensor, Option<Tape>)> {
         self.prefetch(0)?; // collective, overlaps the preparation of the inputs
-        let context = self.context(input)?;
+        let context = self.context(input, true)?;
         let ids = ops::upload(&input.ids.contiguous(), self.params.device())?.view([-1]); // [N]
         let layers = self.num_blocks();
         let lowest = self.params.first_trained();
         let keep_embedding = self.shape.tie_word_embeddings && layers <= 1;
-        let mut x = self.embed(&ids)?; // [N, C]
+        let mut x = self.embed_rows(&ids, &context.rows)?; // [n, C]
         self.prefetch(1)?; // collective
         if !keep_embedding {
             self.params.release(0);
@@ -336,7 +356,7 @@ impl Llama {
         let mut hidden = None;
         let mut balance = match &self.shape.experts {
             Some(e) if recompute.is_some() => {
-                Some(Balance::new(e.num_local_experts, &x, input.mask.as_ref()))
+                Some(Balance::new(e.num_local_experts, &ids, x.kind(), input.mask.as_ref()))
             }
             _ => None,
         };
@@ -368,6 +388,7 @@ impl Llama {
             }
         }
         let hidden = hidden.ok_or_else(|| Error::failed("a model needs at least one block"))?;
+        let hidden = context.rows.gather(hidden)?; // [N, C]
         let tape = recompute.map(|_| Tape { context, ids, blocks, passed: lowest.max(1) - 1, last, balance });
         Ok((hidden, tape))
     }
@@ -382,7 +403,7 @@ impl Llama {
     /// ```
     pub fn backward(&mut self, dhidden: Tensor, mut tape: Tape) -> Result<()> {
         if let Some(dx) = self.backward_blocks(dhidden, &mut tape)? {
-            self.embed_backward(dx, &tape.ids)?;
+            self.embed_backward(tape.context.rows.gather(dx)?, &tape.ids)?;
         }
         self.params.end_micro_batch()
     }
@@ -392,7 +413,7 @@ impl Llama {
     fn backward_blocks(&mut self, dhidden: Tensor, tape: &mut Tape) -> Result<Option<Tensor>> {
         let layers = self.num_blocks();
         let lowest = self.params.first_trained();
-        let mut dx = dhidden; // [N, C]
+        let mut dx = tape.context.rows.own(dhidden)?; // [n, C]
         for i in (lowest.max(1)..=layers).rev() {
             let saved = tape.blocks.pop().ok_or_else(|| Error::failed("a tape is used once"))?;
             let draws = tape.context.draws.as_ref();
@@ -407,10 +428,9 @@ impl Llama {
                 dx = tape.context.norm.backward(&dx, &x, norm, &rstd, None, dnorm)?; // [N, C]
             }
             let balance = tape.balance.as_ref().and_then(Balance::gradient); // [N, E], or broadcast to it
-            let before = w.backward(&g, dx, saved, &tape.context, i - 1, balance.as_ref())?;
             // The first norm's gradient is a by-product of the input's.
             let needed = i > lowest || self.params.plan(i).trains("input_layernorm.weight");
-            let d = needed.then(|| w.backward_input(&g, before, &tape.context)).transpose()?; // [N, C]
+            let d = w.backward(&g, dx, saved, &tape.context, i - 1, balance.as_ref(), needed)?; // [n, C]
             drop(w);
             self.params.release(i);
             if flat.is_some() {

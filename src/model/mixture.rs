@@ -9,13 +9,14 @@
 //! Pairs of a token and one of its experts are sorted by expert, so that each expert sees its tokens in one piece; the
 //! outputs are put back in the tokens' order before they are added, so that the same input gives the same bits.
 
+use kernels::c10d::ReduceOp;
 use kernels::ops::{self, GroupedWeights, WeightGrad};
 use tch::{Kind, Tensor};
 
 use crate::config::shape::Activation;
 use crate::distributed::mesh::Axis;
 use crate::error::{Error, Result};
-use crate::model::linear::{Linear, LinearGrad, sum_over};
+use crate::model::linear::{Linear, LinearGrad};
 use crate::model::mlp::{Dense, gated, gated_backward};
 
 pub struct Mixture<L> {
@@ -161,15 +162,7 @@ impl Mixture<Linear> {
             }
         }
         let (weights, _) = routed.weights(&routed.probabilities()); // [N, k]
-        let outputs = Tensor::cat(&outputs, 0); // [N k, C]
-        if self.tensor.size == 1 {
-            return Ok(routed.add_pairs(&outputs, Some(&weights), residual));
-        }
-        let mut y = sum_over(&self.tensor, routed.add_pairs(&outputs, Some(&weights), None))?; // [N, C]
-        if let Some(residual) = residual {
-            let _ = y.f_add_(residual)?;
-        }
-        Ok(y)
+        Ok(routed.add_pairs(&Tensor::cat(&outputs, 0), Some(&weights), residual))
     }
 
     /// See [`crate::model::mlp::Mlp::backward`]. For a token's experts i of probabilities p_i, s their sum:
@@ -204,8 +197,9 @@ impl Mixture<Linear> {
             (Division::Counts(counts), _) => self.experts_backward(&sorted, gate_up, counts, grad)?,
             (Division::Ends(_), None) => return Err(Error::failed("experts' weights lie apart now")),
         };
-        let dx = sum_over(&self.tensor, routed.add_pairs(&dx_pairs, None, None))?; // [N, C]
-        let dweights = sum_over(&self.tensor, dweights)?; // [N k]
+        let dx = routed.add_pairs(&dx_pairs, None, None); // [N, C]
+        // Each rank has seen a part of what every expert gives.
+        self.tensor.group.all_reduce(&dweights, ReduceOp::Sum)?.wait()?; // collective; [N k]
 
         // Through the router: w_i = p_i / sum of the chosen p, and the softmax.
         let dweights = dweights.index_select(0, &routed.place).view_as(&weights); // [N, k]
@@ -217,7 +211,8 @@ impl Mixture<Linear> {
         }
         let dlogits = &probabilities * (&dp - total(&dp * &probabilities)); // [N, E]
         let drouter = self.router.backward(&dlogits.to_kind(kind), x, &grad.router)?; // [N, C]
-        Ok(dx + drouter)
+        // Parts of a sum: the router is whole on every rank.
+        Ok(if self.tensor.rank == 0 { dx + drouter } else { dx })
     }
 
     /// Through the experts, one by one: the gradients of the weights that their outputs are added with, A `[N k]`, and of the pairs'
@@ -315,13 +310,13 @@ pub(super) struct Balance {
 }
 
 impl Balance {
-    /// Over no block yet, of activations like x (T [N, C]). `mask`: int64 `[N]`, 1 = real; none: all are.
-    pub(super) fn new(num_experts: i64, x: &Tensor, mask: Option<&Tensor>) -> Balance {
-        let (a, device) = (ops::accumulator(x.kind()), x.device());
+    /// Over no block yet, of tokens `ids` (`[N]`) and activations in T, `kind`. `mask`: int64 `[N]`, 1 = real; none: all are.
+    pub(super) fn new(num_experts: i64, ids: &Tensor, kind: Kind, mask: Option<&Tensor>) -> Balance {
+        let (a, device) = (ops::accumulator(kind), ids.device());
         let zeros = || Tensor::zeros([num_experts], (a, device));
         let tokens = match mask {
             Some(mask) => mask.sum(Kind::Int64).int64_value(&[]), // host sync, if it lies on a GPU
-            None => x.size()[0],
+            None => ids.size()[0],
         } as f64;
         let mask = mask.map(|m| m.to_device(device).to_kind(a).view([-1, 1]));
         Balance { assigned: zeros(), probability: zeros(), tokens, rows: 0.0, mask, gradient: None }

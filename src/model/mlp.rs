@@ -7,6 +7,7 @@ use crate::config::shape::Activation;
 use crate::error::Result;
 use crate::model::linear::{Linear, LinearGrad};
 use crate::model::mixture::{Mixture, Routed};
+use crate::model::shared_rows::SharedRows;
 
 pub enum Mlp<L> {
     Dense(Dense<L>),
@@ -73,7 +74,7 @@ impl Mlp<Linear> {
         })
     }
 
-    /// The rest of the forward: the output, T [N, C], plus a residual.
+    /// The rest of the forward: the output, T [N, C], plus a residual; a tensor-parallel rank's part of the output.
     pub(super) fn finish(&self, saved: &MlpSaved, residual: Option<&Tensor>) -> Result<Tensor> {
         match (self, saved) {
             (Mlp::Dense(net), MlpSaved::Dense(Some(gate_up))) => {
@@ -84,8 +85,8 @@ impl Mlp<Linear> {
         }
     }
 
-    /// Given the output's gradient dy (T [N, C]) and the input x, adds to the gradients and returns the input's.
-    /// `balance`: A [N, E], the gradient of the routers' probabilities that does not come from dy.
+    /// Given the output's gradient dy (T [N, C]) and the input x, adds to the gradients and returns the input's, T of this
+    /// rank's rows. Collective over tensor-parallel ranks. `balance`: A [N, E], the gradient of the routers' probabilities that does not come from dy.
     ///
     /// ```text
     /// (g | u) = x Wgu^T              dWgu += (dg | du)^T x,        dx = (dg | du) Wgu
@@ -99,6 +100,7 @@ impl Mlp<Linear> {
         saved: MlpSaved,
         grad: &Mlp<LinearGrad>,
         balance: Option<&Tensor>,
+        rows: &SharedRows,
     ) -> Result<Tensor> {
         match (self, saved, grad) {
             (Mlp::Dense(net), MlpSaved::Dense(gate_up), Mlp::Dense(grad)) => {
@@ -111,12 +113,15 @@ impl Mlp<Linear> {
                 let (dgate_up, a) = (gate_up, da); // [N, 2F], [N, F], in the same memory
                 net.down.backward_weight(dy, &a, &grad.down)?;
                 drop(a);
-                net.gate_up.backward_weight(&dgate_up, &x, &grad.gate_up)?;
-                drop(x);
-                net.gate_up.backward_input(&dgate_up) // [N, C]
+                let dx = || net.gate_up.backward_input(&dgate_up); // [N, C]
+                rows.sum_during(dx, || {
+                    net.gate_up.backward_weight(&dgate_up, &x, &grad.gate_up)?;
+                    drop(x);
+                    Ok(())
+                })
             }
             (Mlp::Mixture(mixture), MlpSaved::Mixture(routed), Mlp::Mixture(grad)) => {
-                mixture.backward(dy, &x, routed, grad, balance)
+                rows.sum(mixture.backward(dy, &x, routed, grad, balance)?)
             }
             _ => unreachable!("weights, gradients and what was saved are of one kind"),
         }

@@ -14,6 +14,7 @@ pub(crate) mod mlp;
 mod norm;
 pub mod rotary;
 pub(crate) mod score;
+mod shared_rows;
 pub mod trainable;
 mod vocabulary;
 

@@ -15,7 +15,7 @@ use crate::error::Result;
 /// This rank's rows of the vocabulary.
 pub(super) struct VocabularyPart {
     /// All ranks that have some.
-    pub(super) tensor: Axis,
+    tensor: Axis,
     /// The first, and how many there are on each rank, padding included.
     first: i64,
     pub(super) rows: i64,
@@ -56,13 +56,11 @@ impl VocabularyPart {
         (rows * &here, here)
     }
 
-    /// The embedding's rows of ids (int64 `[N]`): T [N, C], of `weight`, T [rows, C]. Collective.
+    /// This rank's part of the embedding's rows of ids (int64 `[N]`): T [N, C], of `weight`, T [rows, C]; zeros where another
+    /// rank has an id.
     pub fn embed(&self, weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
         let (rows, here) = self.local(ids);
-        let x = weight.f_index_select(0, &rows)? * here.unsqueeze(-1); // [N, C]
-        // All but one are zero.
-        self.tensor.group.all_reduce(&x, ReduceOp::Sum)?.wait()?; // collective
-        Ok(x)
+        Ok(weight.f_index_select(0, &rows)? * here.unsqueeze(-1))
     }
 
     /// The backward of [`VocabularyPart::embed`]: adds dx (T [N, C]) to the rows of `dweight`, A [rows, C].
@@ -157,6 +155,7 @@ mod tests {
 
     use super::*;
     use crate::model::head::entropy_backward;
+    use crate::model::shared_rows::SharedRows;
 
     #[track_caller]
     fn near(what: &str, a: &Tensor, b: &Tensor) {
@@ -198,7 +197,8 @@ mod tests {
                     padded.narrow(0, part.first, part.rows)
                 };
                 let own = rows(&weight);
-                near("embedding", &part.embed(&own, &ids).unwrap(), &weight.index_select(0, &ids));
+                let embedded = SharedRows::whole(&axis).sum(part.embed(&own, &ids).unwrap()).unwrap();
+                near("embedding", &embedded, &weight.index_select(0, &ids));
                 let own_gradient = own.zeros_like();
                 part.embed_backward(&dx, &ids, &own_gradient).unwrap();
                 near("its gradient", &own_gradient, &rows(&dweight));

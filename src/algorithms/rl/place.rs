@@ -12,7 +12,7 @@ use crate::distributed::mesh::Sharding;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::{DeviceChoice, World};
 use crate::error::{Error, Result};
-use crate::model::cuts::cut;
+use crate::model::cuts::cut_for;
 use crate::model::{Llama, Trainable, compute_kind, float8_on};
 use crate::optim::Average;
 
@@ -76,7 +76,7 @@ pub fn frozen(base: &Base, c: &Common, dtype: Option<Compute>, world: &Where) ->
         Where::Own(_) => Sharding::solo(),
     };
     let trainable = base.weights.as_ref().and_then(|w| w.lora().cloned()).unwrap_or_default();
-    let plans = cut(trainable.plans_for_inference(&base.shape)?, &base.shape, sharding.tensor.place())?;
+    let plans = cut_for(trainable.plans_for_inference(&base.shape)?, &base.shape, &sharding)?;
     let compute = dtype.unwrap_or(c.precision.compute);
     let mut params = Sharded::new(plans, sharding, compute_kind(compute), world.device);
     let hash = base.fill(&mut params, c.seed)?;
@@ -114,7 +114,7 @@ pub fn check_offload(name: &str, offload: bool, world: &World) -> Result<()> {
 
 /// A moving average of a model that `base` opened; it begins as the model is. Collective.
 pub fn average(base: &Base, trainable: &Trainable, of: &Sharded, decay: f64, seed: u64) -> Result<Average> {
-    let plans = cut(trainable.plans(&base.shape)?, &base.shape, of.sharding().tensor.place())?;
+    let plans = cut_for(trainable.plans(&base.shape)?, &base.shape, of.sharding())?;
     let mut params = Sharded::new(plans, of.sharding().clone(), of.compute(), of.device());
     base.fill(&mut params, seed)?;
     Ok(Average::new(params, of, decay))

@@ -1,0 +1,155 @@
+//! Rows of activations between tensor-parallel ranks. In attention, MLP and head every rank has all N rows and a part of the matrices.
+//! Between these, each has all rows, too, or with sequence parallelism (Korthikanti et al. 2022) its n = N / T of them.
+
+use kernels::c10d::{ReduceOp, Work};
+use kernels::ops;
+use tch::{Kind, Tensor};
+
+use crate::distributed::mesh::Axis;
+use crate::error::Result;
+
+/// The rows of a forward.
+#[derive(Clone)]
+pub(super) struct SharedRows {
+    tensor: Axis,
+    /// N, where ranks have different rows between the parts of a block; none: all have all.
+    divided: Option<i64>,
+}
+
+/// A sum over ranks that is under way.
+struct PendingSum {
+    work: Work,
+    /// A [rows of this rank, C]
+    sum: Tensor,
+    kind: Kind,
+}
+
+impl PendingSum {
+    fn finish(self) -> Result<Tensor> {
+        self.work.wait()?;
+        Ok(self.sum.f_to_kind(self.kind)?)
+    }
+}
+
+impl SharedRows {
+    /// All rows on every rank of `tensor`.
+    pub fn whole(tensor: &Axis) -> SharedRows {
+        SharedRows { tensor: tensor.clone(), divided: None }
+    }
+
+    /// `rows` rows, divided among the ranks of `tensor`.
+    pub fn divided(tensor: &Axis, rows: i64) -> SharedRows {
+        SharedRows { tensor: tensor.clone(), divided: (tensor.size > 1).then_some(rows) }
+    }
+
+    /// Whether there is one rank, which has everything.
+    pub fn is_alone(&self) -> bool {
+        self.tensor.size == 1
+    }
+
+    /// Rows of each rank where they are divided; the last ranks' may be padding.
+    fn part(&self, rows: i64) -> i64 {
+        (rows + self.tensor.size - 1) / self.tensor.size
+    }
+
+    /// With rows of zeros up to equal parts: [T n, C].
+    fn padded(&self, t: Tensor, rows: i64) -> Result<Tensor> {
+        match self.part(rows) * self.tensor.size - rows {
+            0 => Ok(t),
+            more => Ok(t.f_constant_pad_nd([0, 0, 0, more])?),
+        }
+    }
+
+    /// This rank's rows of t: T [N, C], which all ranks have.
+    pub fn own(&self, t: Tensor) -> Result<Tensor> {
+        let Some(rows) = self.divided else { return Ok(t) };
+        let part = self.part(rows);
+        Ok(self.padded(t, rows)?.f_narrow(0, self.tensor.rank * part, part)?)
+    }
+
+    /// All rows, T [N, C], of this rank's. Collective where they are divided.
+    pub fn gather(&self, own: Tensor) -> Result<Tensor> {
+        let Some(rows) = self.divided else { return Ok(own) };
+        let columns = own.size()[1];
+        let all = Tensor::f_empty([self.part(rows) * self.tensor.size, columns], (own.kind(), own.device()))?;
+        self.tensor.group.all_gather(&all, &own.contiguous())?.wait()?; // collective
+        Ok(all.f_narrow(0, 0, rows)?)
+    }
+
+    /// This rank's rows of the sum of all ranks' `part`, T [N, C], taken in A. Collective.
+    pub fn sum(&self, part: Tensor) -> Result<Tensor> {
+        if self.is_alone() { Ok(part) } else { self.begin_sum(part)?.finish() }
+    }
+
+    fn begin_sum(&self, part: Tensor) -> Result<PendingSum> {
+        let (kind, group) = (part.kind(), &self.tensor.group);
+        let part = part.f_to_kind(ops::accumulator(kind))?;
+        let Some(rows) = self.divided else {
+            let work = group.all_reduce(&part, ReduceOp::Sum)?; // collective
+            return Ok(PendingSum { work, sum: part, kind });
+        };
+        let part = self.padded(part, rows)?.contiguous();
+        let sum = Tensor::f_empty([self.part(rows), part.size()[1]], (part.kind(), part.device()))?;
+        let work = group.reduce_scatter(&sum, &part, ReduceOp::Sum)?; // collective
+        Ok(PendingSum { work, sum, kind })
+    }
+
+    /// [`SharedRows::sum`] of what `part` gives; meanwhile `during` is computed. On one rank `during` comes first.
+    pub fn sum_during(
+        &self,
+        part: impl FnOnce() -> Result<Tensor>,
+        during: impl FnOnce() -> Result<()>,
+    ) -> Result<Tensor> {
+        if self.is_alone() {
+            during()?;
+            return part();
+        }
+        let pending = self.begin_sum(part()?)?;
+        during()?;
+        pending.finish()
+    }
+
+    /// The sum of what `output` gives, plus the residual, T of this rank's rows: one rank gives it to `output`, to add it in its
+    /// product. Collective.
+    pub fn sum_onto(
+        &self,
+        residual: &Tensor,
+        output: impl FnOnce(Option<&Tensor>) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        match self.is_alone() {
+            true => output(Some(residual)),
+            false => Ok(self.sum(output(None)?)?.f_add_(residual)?),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+    use testing::ranks::on_ranks;
+
+    use super::*;
+
+    /// What is divided comes back, and sums are those of all ranks, also where the rows do not divide.
+    #[test]
+    fn rows_go_and_come() {
+        for (rows, ranks) in [(8, 2), (7, 2), (5, 4), (2, 4)] {
+            on_ranks(ranks, |group| {
+                let axis = Axis::of(group);
+                let all = Tensor::arange(rows * 3, (Kind::Float, Device::Cpu)).view([rows, 3]);
+                let part = &all * (axis.rank + 1);
+                let factor = ranks * (ranks + 1) / 2;
+                for shared in [SharedRows::whole(&axis), SharedRows::divided(&axis, rows)] {
+                    let own = shared.own(all.shallow_clone()).unwrap();
+                    assert_eq!(shared.gather(own.shallow_clone()).unwrap(), all);
+                    let sum = shared.sum(part.copy()).unwrap();
+                    assert_eq!(shared.gather(sum).unwrap(), &all * factor);
+                    let with = shared.sum_onto(&own, |_| Ok(part.copy())).unwrap();
+                    assert_eq!(shared.gather(with).unwrap(), &all * (factor + 1));
+                    let during = shared.sum_during(|| Ok(part.copy()), || Ok(())).unwrap();
+                    assert_eq!(shared.gather(during).unwrap(), &all * factor);
+                }
+            });
+        }
+    }
+}

@@ -121,7 +121,9 @@ fn pairs_are_learnt_and_ranks_micro_batches_and_packing_change_nothing() {
     for key in KEYS {
         assert_eq!(whole.numbers("valid", key).len(), 2);
     }
-    let cases: [(&str, usize, &[&str]); 7] = [
+    let cases: [(&str, usize, &[&str]); 9] = [
+        ("tensor", 2, &["parallel.tensor=2", "train.micro_batch_size=1"]),
+        ("tensor-data", 4, &["parallel.tensor=2", "dpo.reference=online", "data.packing=false"]),
         ("two", 2, &["data.packing=false"]),
         ("micro", 1, &["train.micro_batch_size=1", "data.packing=false"]),
         ("packed", 2, &["train.micro_batch_size=1"]),

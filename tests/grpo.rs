@@ -59,8 +59,10 @@ fn ranks_and_micro_batches_change_nothing() {
     );
     assert!(whole.numbers("train", "kl")[5].abs() > 1e-6, "the policy moves");
     assert_eq!(whole.numbers("valid", "reward").len(), 2);
-    let cases: [(&str, usize, &[&str]); 4] = [
+    let cases: [(&str, usize, &[&str]); 6] = [
         ("micro", 1, &["train.micro_batch_size=2"]),
+        ("tensor", 2, &["parallel.tensor=2"]),
+        ("tensor-data", 4, &["parallel.tensor=2", "train.micro_batch_size=2"]),
         ("two", 2, &[]),
         ("replicated", 2, &["parallel.mode=replicate", "train.micro_batch_size=4"]),
         ("optimizer", 2, &["parallel.mode=optimizer", "train.micro_batch_size=2"]),
@@ -275,8 +277,11 @@ fn online_dpo_drops_ties_and_ranks_change_nothing() {
     let pairs = whole.numbers("train", "pairs");
     assert!(ties.iter().zip(&pairs).all(|(t, p)| t + p == 4.0), "{ties:?} {pairs:?}");
     assert!(whole.numbers("train", "margin")[0].abs() < allowed(Quantity::TwoWays, Kind::Double));
-    let cases: [(&str, usize, &[&str]); 2] =
-        [("online-micro", 1, &["train.micro_batch_size=1"]), ("online-two", 2, &[])];
+    let cases: [(&str, usize, &[&str]); 3] = [
+        ("online-micro", 1, &["train.micro_batch_size=1"]),
+        ("online-two", 2, &[]),
+        ("online-tensor", 2, &["parallel.tensor=2"]),
+    ];
     for (name, ranks, more) in cases {
         let other = run("online-dpo", name);
         other.train(ranks, &[&words[..], more].concat());

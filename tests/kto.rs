@@ -172,7 +172,8 @@ fn feedback_is_learnt_and_ranks_micro_batches_and_packing_change_nothing() {
         assert!(valid[1] < valid[0], "{valid:?}");
         let kl = whole.numbers("train", "kl");
         assert!(kl.iter().all(|kl| *kl >= 0.0) && other_loss == kl.iter().all(|kl| *kl == 0.0), "{kl:?}");
-        let cases: [(&str, usize, &[&str]); 5] = [
+        let cases: [(&str, usize, &[&str]); 6] = [
+            ("tensor", 2, &["parallel.tensor=2"]),
             ("two", 2, &["data.packing=false"]),
             ("micro", 1, &["train.micro_batch_size=1", "data.packing=false"]),
             ("packed", 2, &["train.micro_batch_size=2"]),

@@ -129,6 +129,8 @@ fn ranks_and_micro_batches_change_nothing_in_float64() {
         (2, &["parallel.mode=replicate"]),
         (2, &["parallel.mode=grads", "train.micro_batch_size=2"]),
         (4, &["parallel.mode=hybrid", "parallel.shard=2"]),
+        (2, &["parallel.tensor=2", "train.micro_batch_size=2"]),
+        (4, &["parallel.tensor=2", "generation.gather=blocks"]),
     ] {
         let run = ppo(&format!("division-{ranks}-{}", words.join("-")));
         run.train(ranks, &[&base[..], words].concat());

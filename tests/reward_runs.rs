@@ -62,12 +62,13 @@ fn rankings_are_learnt_and_ranks_micro_batches_and_packing_change_nothing() {
         let normalized = ours(&whole.output().join("model"));
         assert_eq!(normalized["score"], json!(score));
         assert_eq!(normalized["measured"]["samples"], json!(20));
-        let cases: [(&str, usize, &[&str]); 3] = [
+        let cases: [(&str, usize, &[&str]); 4] = [
+            ("tensor", 2, &["parallel.tensor=2"]),
             ("two", 2, &["data.packing=false"]),
             ("micro", 2, &["train.micro_batch_size=1"]),
             ("replicated", 2, &["parallel.mode=replicate", "data.packing=false"]),
         ];
-        for (name, ranks, more) in cases.into_iter().take(if score == "sum" { 3 } else { 1 }) {
+        for (name, ranks, more) in cases.into_iter().take(if score == "sum" { 4 } else { 2 }) {
             let other = run(&format!("{name}-{score}"));
             other.train(ranks, &words(&options, more));
             for key in [&["loss"], &KEYS[..]].concat() {

@@ -15,15 +15,26 @@ fn same_updates(name: &str, words: &[&str], kind: Kind) {
     reference.train(1, words);
     let expected = (reference.numbers("train", "loss"), reference.parameters());
     assert!(expected.0[19] < 0.7 * expected.0[0], "the loss falls: {:?}", expected.0);
-    for (ranks, mode, micro) in [(1, "full", 2), (2, "full", 4), (2, "full", 1), (2, "replicate", 2)] {
-        let run = Run::sft(&format!("{name}-{ranks}-{mode}-{micro}"));
-        let divided = [format!("parallel.mode={mode}"), format!("train.micro_batch_size={micro}")];
+    for (ranks, mode, micro, tensor) in [
+        (1, "full", 2, 1),
+        (2, "full", 4, 1),
+        (2, "full", 1, 1),
+        (2, "replicate", 2, 1),
+        (2, "full", 4, 2),
+        (4, "full", 2, 2),
+    ] {
+        let run = Run::sft(&format!("{name}-{ranks}-{mode}-{micro}-{tensor}"));
+        let divided = [
+            format!("parallel.mode={mode}"),
+            format!("train.micro_batch_size={micro}"),
+            format!("parallel.tensor={tensor}"),
+        ];
         let divided: Vec<&str> = divided.iter().map(String::as_str).chain(words.iter().copied()).collect();
         run.train(ranks, &divided);
         let loss = largest_relative(&run.numbers("train", "loss"), &expected.0);
         let update = relative(&run.parameters(), &expected.1);
         println!(
-            "{name}: {ranks} ranks, {mode}, micro-batch {micro}: loss {loss:.1e}, parameters {update:.1e}"
+            "{name}: {ranks} ranks, {mode}, tensor {tensor}, micro-batch {micro}: loss {loss:.1e}, parameters {update:.1e}"
         );
         assert!(loss <= allowed(Quantity::SameLosses, kind), "{loss:e}");
         assert!(update <= allowed(Quantity::SameParameters, kind), "{update:e}");

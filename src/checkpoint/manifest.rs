@@ -16,6 +16,9 @@ use crate::error::{Error, Result};
 use crate::files::read_error;
 use crate::model::Trainable;
 
+/// The part of a shard that holds a group's values; its moments lie beside it.
+pub const MASTER: &str = "master";
+
 /// The file that makes a checkpoint complete: it is written last.
 pub const META: &str = "meta.json";
 const FORMAT: &str = "corral checkpoint";
@@ -223,6 +226,16 @@ impl Meta {
         }
         Ok(())
     }
+}
+
+/// The file of one slice.
+pub fn shard_name(rank: usize, size: usize) -> String {
+    format!("shard-{rank:05}-of-{size:05}.safetensors")
+}
+
+/// The name of a tensor in a shard.
+pub fn tensor_name(group: &str, part: &str) -> String {
+    format!("{group}.{part}")
 }
 
 /// Reads and checks a checkpoint's `meta.json`, and no other file.

@@ -14,11 +14,11 @@ use serde_json::Value;
 use tch::Tensor;
 
 use super::hf::write_tokenizer;
-use super::manifest::{BaseMeta, FileMeta, GroupMeta, META, Meta};
+use super::manifest::{BaseMeta, FileMeta, GroupMeta, META, Meta, shard_name};
 use super::model_record::ModelRecord;
 use super::ours::Scoring;
 use super::safetensors::{SafetensorsWriter, TensorEntry};
-use super::sharded::{checkpoints_dir, list, shard_name, step_name};
+use super::sharded::{checkpoints_dir, list, step_name};
 use super::staging::Staging;
 use crate::config::shape::Shape;
 use crate::config::template_date::TemplateDate;

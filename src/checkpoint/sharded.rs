@@ -26,7 +26,7 @@ use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use super::grow::stored;
-use super::manifest::{GroupMeta, META, Meta, TensorMeta, read_meta};
+use super::manifest::{GroupMeta, MASTER, META, Meta, TensorMeta, read_meta, shard_name, tensor_name};
 use super::safetensors::SafetensorsReader;
 use super::source::{RowOrder, TensorBlock, TensorFile, TensorSource, View};
 use super::tensor_hash::TensorHash;
@@ -39,9 +39,6 @@ use crate::files::{crc32, is_dir, read_error};
 use crate::model::layout::{LM_HEAD, SCORE};
 use crate::optim::{AdamW, Moments};
 
-/// The part of a shard that holds a group's values; its moments lie beside it.
-pub const MASTER: &str = "master";
-
 /// Bytes of a checkpoint of these parameters, without headers and tokenizer: master values and two moments.
 /// `master`: float32, or float64 in float64 compute.
 pub fn bytes_per_checkpoint(layouts: &[Layout], master: Kind, moments: MomentsIn) -> u64 {
@@ -51,16 +48,6 @@ pub fn bytes_per_checkpoint(layouts: &[Layout], master: Kind, moments: MomentsIn
         MomentsIn::EightBit => n * value + 2 * Moment::bytes(n as i64) as u64,
     };
     layouts.iter().map(|l| of(l.numel as u64)).sum()
-}
-
-/// The file of one slice.
-pub fn shard_name(rank: usize, size: usize) -> String {
-    format!("shard-{rank:05}-of-{size:05}.safetensors")
-}
-
-/// The name of a tensor in a shard.
-pub fn tensor_name(group: &str, part: &str) -> String {
-    format!("{group}.{part}")
 }
 
 /// The folder of a step's checkpoint.

@@ -3,9 +3,9 @@
 use kernels::cuda::{CopyStream, Pinned};
 use tch::{Device, Tensor};
 
+use super::manifest::{MASTER, tensor_name};
 use super::safetensors::TensorEntry;
 use super::saver::SavedPart;
-use super::sharded::{MASTER, tensor_name};
 use crate::distributed::sharded::Sharded;
 use crate::error::Result;
 use crate::optim::AdamW;

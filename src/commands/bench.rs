@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 
 use crate::algorithms::step::{MicroBatch, accumulate_gradients, apply_gradients};
 use crate::commands::Global;
-use crate::commands::inference::{ModelArgs, Spread};
+use crate::commands::inference::{ModelArgs, RanksArgs};
 use crate::config::parallel::{Mode, Parallel};
 use crate::config::sections::{Compute, Float8Section, MomentsIn, Optim, Recompute};
 use crate::config::shape::Shape;
@@ -399,7 +399,7 @@ fn generate(args: &GenerateArgs, world: &World) -> Result<()> {
         )));
     }
     let mut model = match &opened {
-        Some(opened) => opened.load(world, Spread::Replicate)?,
+        Some(opened) => opened.load(world, RanksArgs::REPLICATE)?,
         None => random_model(&shape, Sharding::solo(), compute_kind(args.precision), world)?,
     };
     tch::manual_seed(3);

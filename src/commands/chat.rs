@@ -10,7 +10,7 @@ use rustyline::error::ReadlineError;
 use signal_hook::consts::SIGINT;
 
 use crate::commands::Global;
-use crate::commands::inference::{ModelArgs, OpenedModel, Spread, TemplateArgs};
+use crate::commands::inference::{ModelArgs, OpenedModel, RanksArgs, TemplateArgs};
 use crate::data::chat::Chat;
 use crate::data::conversation::Message;
 use crate::distributed::environment::RankEnvironment;
@@ -74,7 +74,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
     let opened = args.model.open()?;
     let chat = opened.chat(&args.template)?;
     let world = World::solo(DeviceChoice::of(global.device.as_deref())?)?;
-    let model = opened.load(&world, Spread::Replicate)?;
+    let model = opened.load(&world, RanksArgs::REPLICATE)?;
     let mut talk = Talk::new(&opened, chat, model, params)?;
     talk.set_system(args.system.as_deref().unwrap_or_default());
     let mut input = ChatInput::open()?;

@@ -128,7 +128,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
         Some(path) if !args.overwrite => answers::find(path, &lines, &ADDED, &settings)?,
         _ => KeptLines::default(),
     };
-    let world = inference::join(global, &opened)?;
+    let world = inference::join(global, &opened, args.ranks)?;
     intake.warn(&world);
     let known = if world.is_main() { kept.lines } else { 0 };
     let kept_lines = world.group.combine(&[known as f64], ReduceOp::Max)?[0] as usize;
@@ -136,7 +136,7 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
         let (all, path) = (lines.len(), args.output.as_deref().unwrap_or(Path::new("")).display());
         info!("{path}: {kept_lines} of {all} lines are there already (--overwrite starts anew)");
     }
-    let model = if kept_lines < lines.len() { Some(opened.load(&world, args.ranks.mode)?) } else { None };
+    let model = if kept_lines < lines.len() { Some(opened.load(&world, args.ranks)?) } else { None };
     let answers = match &args.output {
         _ if !world.is_main() => Ok(None),
         Some(path) => Answers::write(path, kept, &settings).map(Some),
@@ -234,7 +234,8 @@ impl GenerateJob<'_> {
                     engine.add(model, window.iter().map(|(_, request)| (*request).clone()))?;
                     added += window.len();
                 }
-                let shows = self.args.streams();
+                // Ranks that share every matrix all have it.
+                let shows = self.args.streams() && self.world.is_main();
                 let stepped = engine.step(model, |completion, ended| match shows {
                     true => show(&mut stream, &mut held, completion, ended),
                     false => Ok(()),
@@ -278,7 +279,7 @@ impl GenerateJob<'_> {
         if self.world.world_size == 1 {
             return Ok((done, left));
         }
-        let left = self.world.group.combine(&[left as f64], ReduceOp::Sum)?[0] as usize;
+        let left = self.world.mesh.data.group.combine(&[left as f64], ReduceOp::Sum)?[0] as usize;
         Ok((gather_objects(self.world, &done)?, left))
     }
 }

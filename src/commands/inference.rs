@@ -20,6 +20,7 @@ use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::files::{self, identity};
 use crate::model::compute_kind;
+use crate::model::cuts::cut_for;
 use crate::model::{Llama, Trainable};
 use crate::{detail, warn};
 
@@ -46,11 +47,19 @@ pub enum Spread {
     Full,
 }
 
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, Copy, clap::Args)]
 pub struct RanksArgs {
     /// How the ranks of `launch` hold the model; either way they divide the input among themselves
     #[arg(long, value_enum, default_value = "replicate")]
     pub mode: Spread,
+    /// Neighbouring ranks that share every matrix and have the same input (tensor parallelism)
+    #[arg(long, value_name = "RANKS", default_value_t = 1, value_parser = clap::value_parser!(i64).range(1..))]
+    pub tensor: i64,
+}
+
+impl RanksArgs {
+    /// A copy on each rank.
+    pub const REPLICATE: RanksArgs = RanksArgs { mode: Spread::Replicate, tensor: 1 };
 }
 
 #[derive(Debug, clap::Args)]
@@ -161,7 +170,7 @@ impl OpenedModel {
     }
 
     /// Loads the model, each rank what it holds. A collective call.
-    pub fn load(&self, world: &World, spread: Spread) -> Result<Llama> {
+    pub fn load(&self, world: &World, ranks: RanksArgs) -> Result<Llama> {
         let on_cpu = if world.device == Device::Cpu { Compute::Float32 } else { Compute::Bfloat16 };
         let compute = match self.dtype {
             Some(Compute::Float8) => {
@@ -169,15 +178,19 @@ impl OpenedModel {
             }
             other => compute_kind(other.unwrap_or(on_cpu)),
         };
-        let sharding = match spread {
-            Spread::Replicate => Sharding::replicated(world.group.clone()),
-            Spread::Full => Sharding::over(world.group.clone()),
+        let (data, tensor) = (world.mesh.data.group.clone(), world.mesh.tensor.clone());
+        let sharding = match ranks.mode {
+            Spread::Replicate => Sharding::replicated(data),
+            Spread::Full => Sharding::over(data),
         };
+        let sharding = Sharding { tensor, sequence: true, ..sharding };
         let shape = self.shape().clone();
         let plans = match self.weights.lora() {
             Some(trainable) => trainable.plans_for_inference(&shape)?,
             None => Trainable::default().plans_for_inference(&shape)?,
         };
+        let plans = cut_for(plans, &shape, &sharding)
+            .map_err(|e| Error::config(format!("--tensor: {}", e.message)))?;
         let mut params = Sharded::new(plans, sharding, compute, world.device);
         self.weights.fill(&mut params)?;
         Ok(Llama::new(shape, params))
@@ -185,14 +198,19 @@ impl OpenedModel {
 }
 
 /// Meets the other ranks, which must have the same model and inputs: what can be refused must have been refused before.
-pub fn join(global: &Global, opened: &OpenedModel) -> Result<World> {
-    join_with(global, &[("--model", opened)])
+pub fn join(global: &Global, opened: &OpenedModel, ranks: RanksArgs) -> Result<World> {
+    join_with(global, &[("--model", opened)], ranks)
 }
 
 /// [`join`] with several models, each with the option that names it.
-pub fn join_with(global: &Global, models: &[(&str, &OpenedModel)]) -> Result<World> {
+pub fn join_with(global: &Global, models: &[(&str, &OpenedModel)], ranks: RanksArgs) -> Result<World> {
     let mut facts = global.facts();
-    if RankEnvironment::from_env()?.is_some_and(|place| place.world_size > 1) {
+    let world_size = RankEnvironment::from_env()?.map_or(1, |place| place.world_size);
+    if world_size % ranks.tensor != 0 {
+        let why = format!("--tensor {}: it must divide the number of ranks, {world_size}", ranks.tensor);
+        return Err(Error::config(why));
+    }
+    if world_size > 1 {
         for (option, opened) in models {
             facts.add_contents(option, &opened.weights.identity()?);
         }
@@ -200,7 +218,7 @@ pub fn join_with(global: &Global, models: &[(&str, &OpenedModel)]) -> Result<Wor
             facts.add_contents("--input", &identity(Path::new(path))?);
         }
     }
-    let parallel = Parallel { timeout_s: TIMEOUT_S, ..Parallel::default() };
+    let parallel = Parallel { timeout_s: TIMEOUT_S, tensor: ranks.tensor, ..Parallel::default() };
     let world = World::from_global(global.device.as_deref(), &parallel, &facts)?;
     detail!("{}", world.choice);
     Ok(world)

@@ -263,8 +263,6 @@ fn missing_keys_and_broken_yaml() {
 #[test]
 fn what_is_not_built_is_refused() {
     let at = |text: &str| error(SMALL, &[text]);
-    let tensor = load_text(SMALL, &["parallel.tensor=2"]).unwrap().validate(2).unwrap_err();
-    assert!(tensor.message.ends_with("tensor parallelism over 2 ranks is not built yet; only 1 is"));
     assert!(at("precision.compute=fp32").contains("(known: float32, bfloat16, float8, float64)"));
 }
 
@@ -276,6 +274,11 @@ fn combinations_are_refused_with_place() {
         e.message
     };
     assert!(refused(&["float8.min_size=64"], 1).contains("is a section of `precision.compute: float8`"));
+    assert!(refused(&["parallel.tensor=3"], 4).contains("3 must divide the number of ranks, 4"));
+    // Ranks that share every matrix have the same rows.
+    assert!(refused(&["parallel.tensor=2", "train.micro_batch_size=3"], 4).contains("3 x 2 = 6"));
+    let shard = ["parallel={mode: hybrid, shard: 4, tensor: 2}"];
+    assert!(refused(&shard, 4).contains("the number of ranks divided by parallel.tensor, 2"));
     assert_eq!(
         refused(&["train.micro_batch_size=3"], 2),
         "c.yaml:10:32: 'train.batch_size': 8 is not a multiple of train.micro_batch_size x ranks = 3 x 2 = 6; 6 or 12 would be"

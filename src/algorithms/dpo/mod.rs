@@ -182,7 +182,7 @@ fn dpo(loaded: &Loaded<Dpo>, inputs: &Inputs, world: &World, start: &Start) -> R
             batches.iter().map(|batch| batch.entry(&c.dpo, sft, &sums)).collect();
         let update = session.models.update(&mut entries, lr, world)?;
         drop(entries);
-        let sums = sums.into_inner().over_ranks(&world.group)?;
+        let sums = sums.into_inner().over_ranks(&world.mesh.data.group)?;
 
         session.run.progress.data.next += count;
         let tokens = inputs.train.count(next, count).1;
@@ -283,8 +283,8 @@ fn validate(
         let logprobs = batch.completions.logprobs(model)?;
         loss += batch.loss(&logprobs, &c.dpo, sft, &mut sums).double_value(&[]);
     }
-    let loss = world.group.combine(&[loss], ReduceOp::Sum)?[0];
-    Ok(Some((loss, sums.over_ranks(&world.group)?)))
+    let loss = world.mesh.data.group.combine(&[loss], ReduceOp::Sum)?[0];
+    Ok(Some((loss, sums.over_ranks(&world.mesh.data.group)?)))
 }
 
 fn announce(c: &Dpo, inputs: &Inputs) {

@@ -65,9 +65,9 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
         .map(|(i, q)| Request::new(q.prompt.clone(), i as u64, args.max_new_tokens))
         .collect();
     requests.iter().try_for_each(|r| r.check(opened.shape()))?;
-    let world = inference::join(global, &opened)?;
+    let world = inference::join(global, &opened, args.ranks)?;
     intake.warn(&world);
-    let mut model = opened.load(&world, args.ranks.mode)?;
+    let mut model = opened.load(&world, args.ranks)?;
     let mut eos = opened.eos_ids()?;
     eos.extend(chat.stop_ids().into_iter().map(i64::from));
     let options = EngineOptions { sampling, batch_size: args.batch_size, eos: &eos, stop: None };

@@ -65,9 +65,9 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     if num_tokens == 0 || num_bytes == 0 {
         return Err(Error::data("the input has fewer than two tokens of text: there is nothing to measure"));
     }
-    let world = inference::join(global, &opened)?;
+    let world = inference::join(global, &opened, args.ranks)?;
     intake.warn(&world);
-    let mut model = opened.load(&world, args.ranks.mode)?;
+    let mut model = opened.load(&world, args.ranks)?;
     let sum = measure(&mut model, &world, &streams, window)?;
     let loss = sum / num_tokens as f64;
     if !loss.is_finite() {
@@ -246,5 +246,5 @@ fn measure(model: &mut Llama, world: &World, streams: &[TokenStream], window: us
         bar.inc(round.iter().map(|b| (b.count * b.time) as u64).sum());
     }
     drop(bar);
-    Ok(world.group.combine(&losses, ReduceOp::Sum)?.iter().sum())
+    Ok(world.mesh.data.group.combine(&losses, ReduceOp::Sum)?.iter().sum())
 }

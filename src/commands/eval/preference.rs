@@ -43,11 +43,11 @@ pub(super) fn run(args: Args, global: &Global) -> Result<()> {
     let models: Vec<(&str, &OpenedModel)> = models.into_iter().filter_map(|(o, m)| Some((o, m?))).collect();
     let mut intake = Intake::new(args.on_error);
     let (ranked, sequences) = read(&args, &models, &mut intake)?;
-    let world = inference::join_with(global, &models)?;
+    let world = inference::join_with(global, &models, args.ranks)?;
     intake.warn(&world);
     let rewards: Vec<f64> = match &scoring {
         Some(scoring) => {
-            let mut model = opened.load(&world, args.ranks.mode)?;
+            let mut model = opened.load(&world, args.ranks)?;
             let scores = scorer::scores_of_all(&mut model, &world, scoring.score, &sequences)?;
             scores.into_iter().map(|score| scoring.reward(score)).collect()
         }
@@ -196,7 +196,7 @@ fn log_probabilities(
     let sequences: Vec<Sequence> = sequences.iter().map(Sequence::supervised).collect();
     let mut sums = vec![0.0; sequences.len()];
     for ((_, opened), sign) in models.iter().zip([1.0, -1.0]) {
-        let mut model = opened.load(world, args.ranks.mode)?;
+        let mut model = opened.load(world, args.ranks)?;
         for (sum, logprobs) in sums.iter_mut().zip(score::score(&mut model, world, &sequences)?) {
             *sum += sign * logprobs.iter().sum::<f64>();
         }

@@ -48,9 +48,9 @@ pub(super) fn run(args: &Args, opened: &OpenedModel, most: usize, global: &Globa
             intake.why_nothing()
         )));
     }
-    let world = inference::join(global, opened)?;
+    let world = inference::join(global, opened, args.ranks)?;
     intake.warn(&world);
-    let mut model = opened.load(&world, args.ranks.mode)?;
+    let mut model = opened.load(&world, args.ranks)?;
     let logprobs = score::score(&mut model, &world, &sequences)?.concat();
     let loss = -logprobs.iter().sum::<f64>() / logprobs.len() as f64;
     if !loss.is_finite() {

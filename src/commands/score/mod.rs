@@ -63,9 +63,9 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
     }
     let reader = LineReader::new(&args, &lines, &opened)?;
     let (lines, sequences, intake) = read(&args, lines, |line| reader.read(line))?;
-    let world = inference::join(global, &opened)?;
+    let world = inference::join(global, &opened, args.ranks)?;
     intake.warn(&world);
-    let mut model = opened.load(&world, args.ranks.mode)?;
+    let mut model = opened.load(&world, args.ranks)?;
     let mut scored = score(&mut model, &world, &sequences)?.into_iter().zip(&sequences);
     let write = |line: &mut ScoreLine| {
         let Some((logprobs, sequence)) = scored.next() else { return Ok(()) };
@@ -180,7 +180,7 @@ pub fn score(model: &mut Llama, world: &World, sequences: &[Sequence]) -> Result
         bar.inc(round.iter().map(|batch| batch.len() as u64).sum());
     }
     drop(bar);
-    let scores = world.group.combine(&scores, ReduceOp::Sum)?;
+    let scores = world.mesh.data.group.combine(&scores, ReduceOp::Sum)?;
     Ok(begins.windows(2).map(|part| scores[part[0]..part[1]].to_vec()).collect())
 }
 

@@ -30,9 +30,9 @@ pub(super) fn run(
     let chat = templated.then(|| opened.chat(&args.template)).transpose()?;
     let sequence = |line: &Record| sequence(line, opened, chat.as_ref(), scoring.score);
     let (lines, sequences, intake) = read(args, lines, sequence)?;
-    let world = inference::join(global, opened)?;
+    let world = inference::join(global, opened, args.ranks)?;
     intake.warn(&world);
-    let mut model = opened.load(&world, args.ranks.mode)?;
+    let mut model = opened.load(&world, args.ranks)?;
     let scores = scorer::scores_of_all(&mut model, &world, scoring.score, &sequences)?;
     let mut scored = scores.into_iter().zip(&sequences);
     let write = |line: &mut ScoreLine| {

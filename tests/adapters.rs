@@ -318,6 +318,35 @@ fn ranks_divide_the_training_of_adapters() {
         let d = largest_relative(&two.numbers("train", "loss"), &losses);
         assert!(d < allowed(Quantity::SameModel, Kind::Double), "{mode}: {d:e}");
     }
+    // 16 columns of a matrix on each rank are no block of nf4.
+    let config = one.dir.join("config.yaml").display().to_string();
+    let check = ["check", "sft", "--config", &config, "--nproc", "2", "parallel.tensor=2"];
+    let refused: Vec<&str> = check.into_iter().chain(words.iter().map(String::as_str)).collect();
+    Program::corral(&refused).run(&one.dir, "refused").expect_error(2, &["which is in nf4"]);
+    // Ranks that share every matrix, with a base in the compute dtype.
+    let plain = "lora={rank: 4, alpha: 8, dropout: 0.1, modules_to_save: [lm_head]}";
+    let (one, words) = adapter_run("tensor-1", &["precision.compute=float64", plain]);
+    train(&one, 1, &words);
+    for (ranks, tensor) in [(2, 2), (4, 2), (4, 4)] {
+        let (run, words) = adapter_run(
+            &format!("tensor-{ranks}-{tensor}"),
+            &["precision.compute=float64", plain, &format!("parallel.tensor={tensor}")],
+        );
+        train(&run, ranks, &words);
+        let d = largest_relative(&run.numbers("train", "loss"), &one.numbers("train", "loss"));
+        assert!(d < allowed(Quantity::MeshLosses, Kind::Double), "{ranks} ranks: {d:e}");
+        let adapter = |run: &Run| {
+            let file = run.output().join("model/adapter_model.safetensors");
+            let mut tensors = Tensor::read_safetensors(file).unwrap();
+            tensors.sort_by(|a, b| a.0.cmp(&b.0));
+            tensors
+        };
+        for ((name, a), (other, b)) in adapter(&run).iter().zip(&adapter(&one)) {
+            assert_eq!(name, other);
+            let d = relative(a, b);
+            assert!(d < allowed(Quantity::SameParameters, Kind::Float), "{name}: {d:e}");
+        }
+    }
 }
 
 /// Stopped, resumed, used, merged, trained further.

@@ -75,7 +75,8 @@ char* corral_adamw(at::Tensor* p, at::Tensor* g, at::Tensor* m, at::Tensor* v, a
                    double beta1, double beta2, double eps, double decay, double correction1, double correction2,
                    double grad_scale);
 char* corral_sum_squares(at::Tensor* x, double* out);
-char* corral_dropout(at::Tensor* x, at::Tensor* rows, uint64_t key, uint32_t threshold, double scale, at::Tensor** y);
+char* corral_dropout(at::Tensor* x, at::Tensor* rows, uint64_t key, uint32_t threshold, double scale, uint32_t first,
+                     at::Tensor** y);
 char* corral_accumulate(at::Tensor* dst, at::Tensor* src, bool add);
 char* corral_embedding_backward(at::Tensor* dx, at::Tensor* ids, at::Tensor* dw);
 

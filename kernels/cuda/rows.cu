@@ -254,9 +254,9 @@ __device__ __forceinline__ unsigned mix(unsigned x) {  // lowbias32 of hash-pros
   return x ^ (x >> 16);
 }
 
-// y = x * scale where an element's bits, a hash of (key, rows[row], column), are at least `threshold`, else 0.
+// y = x * scale where an element's bits, a hash of (key, rows[row], first + column), are at least `threshold`, else 0.
 extern "C" __global__ void dropout(const T* x, const i64* rows, T* y, unsigned long long key, unsigned threshold,
-                                   float scale, int c, bool wide) {
+                                   float scale, unsigned first, int c, bool wide) {
   const i64 at = blockIdx.x * i64(c);
   const unsigned long long h = mix(key ^ mix((unsigned long long)rows[blockIdx.x]));
   const unsigned low = unsigned(h), high = unsigned(h >> 32);
@@ -264,7 +264,7 @@ extern "C" __global__ void dropout(const T* x, const i64* rows, T* y, unsigned l
   for (int i = threadIdx.x * W; i < c; i += blockDim.x * W) {
     load(x + at, i, c, wide, a);
 #pragma unroll
-    for (int j = 0; j < W; j++) a[j] = mix(mix(unsigned(i + j) ^ low) + high) >= threshold ? a[j] * scale : 0.f;
+    for (int j = 0; j < W; j++) a[j] = mix(mix((first + unsigned(i + j)) ^ low) + high) >= threshold ? a[j] * scale : 0.f;
     store(y + at, i, c, wide, a);
   }
 }

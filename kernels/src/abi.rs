@@ -156,6 +156,7 @@ unsafe extern "C" {
         key: u64,
         threshold: u32,
         scale: f64,
+        first: u32,
         y: *mut Raw,
     ) -> *mut c_char;
     pub(crate) fn corral_accumulate(dst: Raw, src: Raw, add: bool) -> *mut c_char;

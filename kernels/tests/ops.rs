@@ -512,22 +512,26 @@ fn dropout() {
             let (x, rows) =
                 (randn(&[n, c], kind), Tensor::arange(n, (Kind::Int64, Device::Cpu)) * (5 << 32) + 3);
             for p in [0.0, 0.1, 0.75] {
-                let y = ops::dropout(&put(&x), &put(&rows), 0xfeed_0000_0001_beef, p).unwrap();
+                let y = ops::dropout(&put(&x), &put(&rows), 0xfeed_0000_0001_beef, p, 0).unwrap();
                 let (threshold, scale) = ((p * 2f64.powi(32)) as u32, 1.0 / (1.0 - p));
-                let twin = Composed.dropout(&x, &rows, 0xfeed_0000_0001_beef, threshold, scale).unwrap();
+                let twin = Composed.dropout(&x, &rows, 0xfeed_0000_0001_beef, threshold, scale, 0).unwrap();
                 same("y", &y, &twin, kind);
                 let zero = |t: &Tensor| t.to_device(Device::Cpu).eq(0.0);
                 assert!(zero(&y).equal(&zero(&twin)), "the same elements are left out");
                 let (first, n) = ((n / 3).min(n - 1), n - (n / 3).min(n - 1));
                 let part = |t: &Tensor| put(&t.narrow(0, first, n));
-                let again = ops::dropout(&part(&x), &part(&rows), 0xfeed_0000_0001_beef, p).unwrap();
+                let again = ops::dropout(&part(&x), &part(&rows), 0xfeed_0000_0001_beef, p, 0).unwrap();
                 assert!(again.equal(&y.narrow(0, first, n)), "a row's mask is its own");
+                let (first, n) = (c / 3, c - c / 3);
+                let part = put(&x.narrow(1, first, n).contiguous());
+                let again = ops::dropout(&part, &put(&rows), 0xfeed_0000_0001_beef, p, first as u32).unwrap();
+                assert!(again.equal(&y.narrow(1, first, n)), "a column's mask is its own");
             }
         }
     }
     let ones = Tensor::ones([500, 400], (Kind::Float, device()));
     let rows = put(&Tensor::arange(500, (Kind::Int64, Device::Cpu)));
-    let kept = |key| ops::dropout(&ones, &rows, key, 0.3).unwrap().ne(0.0).to_kind(Kind::Double);
+    let kept = |key| ops::dropout(&ones, &rows, key, 0.3, 0).unwrap().ne(0.0).to_kind(Kind::Double);
     let (a, b) = (kept(1), kept(2));
     // 0.7, and 0.49 for two masks together; standard errors 0.001.
     assert!((a.mean(Kind::Double).double_value(&[]) - 0.7).abs() < 5e-3);

@@ -112,6 +112,27 @@ fn panels_give_the_same_weight() {
     }
 }
 
+/// Parts have the values of the whole, by rows and by columns.
+#[test]
+fn parts_have_the_same_values() {
+    let whole = weight(12, 256);
+    for scheme in [Scheme::Nf4, Scheme::Nf4Double, Scheme::Int8] {
+        let q = Quantized::quantize(&whole, scheme).unwrap();
+        let values = q.dequantize(0..12, 0..256, Kind::Float).unwrap();
+        for (rows, columns) in [(0..12, 0..256), (4..8, 0..256), (0..12, 64..192), (3..9, 192..256)] {
+            let part = q.part(rows.clone(), columns.clone()).unwrap();
+            let [n, width] = part.shape();
+            let expected = values.narrow(0, rows.start, n).narrow(1, columns.start, width);
+            assert!(equal(&part.dequantize(0..n, 0..width, Kind::Float).unwrap(), &expected), "{scheme:?}");
+        }
+        let between = q.part(0..12, 32..96);
+        assert_eq!(between.is_err(), scheme != Scheme::Int8, "{scheme:?}");
+    }
+    assert!(Quantized::has_parts(Scheme::Nf4, [8, 48], 4, 48));
+    assert!(!Quantized::has_parts(Scheme::Nf4, [6, 48], 3, 48));
+    assert!(!Quantized::has_parts(Scheme::Nf4, [6, 96], 6, 48));
+}
+
 #[test]
 fn bytes_of_a_value() {
     for (scheme, limit) in [(Scheme::Nf4Double, 0.55), (Scheme::Int8, 1.05)] {

@@ -81,12 +81,13 @@ impl Recipe for OnlineDpo {
     }
 
     fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan> {
-        let rows = 2 * self.train.batch_size / target.ranks;
+        let ranks = self.parallel.data_ranks(target.ranks);
+        let rows = 2 * self.train.batch_size / ranks;
         let work = Work {
-            responses: self.train.batch_size * self.dpo.group_size / target.ranks,
+            responses: self.train.batch_size * self.dpo.group_size / ranks,
             micro_batch: self.train.micro_batch_size.map_or(rows, |prompts| 2 * prompts),
             update: rows,
-            learned: rows * target.ranks,
+            learned: rows * ranks,
         };
         let others = Others { critic: None, reference: true, average: false };
         memory::plan(Self::SUBCOMMAND, &self.sections_of_responses(), &others, work, target)

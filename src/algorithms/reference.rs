@@ -47,7 +47,7 @@ pub fn planned(
     let plans = frozen.plans_for_inference(&shape)?;
     let float8 = float8(c.precision.compute, c.float8);
     let memory = Memory::new(&shape, &plans, compute, sharding, target.device)?;
-    Ok(Some(memory.in_float8(&plans, float8)?))
+    Ok(Some(memory.in_float8(float8)?))
 }
 
 impl Reference {

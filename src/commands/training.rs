@@ -25,6 +25,7 @@ use crate::distributed::environment::RankEnvironment;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::model::cuts::check_mesh;
 use crate::plan::work::StepWork;
 use crate::report::page::page;
 use crate::report::run::RunRecord;
@@ -108,6 +109,10 @@ pub fn run<R: Recipe>(args: Args, global: &Global) -> Result<()> {
     let found = examine(&loaded, &start, &[])?;
     keep_date(&mut loaded.config, found.from.as_ref());
     let inputs = loaded.config.open().map_err(|e| with_maker(loaded.locate(e)))?;
+    for (_, shape, trainable) in R::trained(&inputs) {
+        check_mesh(trainable.plans(shape)?, shape, loaded.config.common().parallel)
+            .map_err(|e| loaded.locate(e))?;
+    }
     let mut facts = global.facts();
     facts.add_configuration(&loaded.config.write());
     R::add_facts(&inputs, &mut facts)?;
@@ -115,7 +120,7 @@ pub fn run<R: Recipe>(args: Args, global: &Global) -> Result<()> {
     info!("{}", world.choice);
     let inputs = with_first_ranks_date(&mut loaded.config, inputs, &world)?;
     let planned = match world.is_main() {
-        true => target(global, world.mesh.data.size).and_then(|target| loaded.config.plan(&target)).ok(),
+        true => target(global, world.world_size).and_then(|target| loaded.config.plan(&target)).ok(),
         false => None,
     };
     let one_host = place.as_ref().is_none_or(|place| place.local_world_size == place.world_size);

@@ -6,6 +6,7 @@ use kernels::ops::Float8Weight;
 use kernels::quant::{Quantized, Quantizer, Scheme};
 use tch::{Device, Kind, Tensor};
 
+use crate::distributed::cut::Share;
 use crate::distributed::layout::{TensorSpec, padded_slice};
 use crate::error::Result;
 
@@ -41,8 +42,28 @@ type BufferSpec = (Kind, i64, i64);
 struct FrozenTensor {
     /// Its offset is the first byte.
     spec: TensorSpec,
+    /// Of the whole tensor; see [`FrozenTensor::kept`].
     storage: Storage,
     buffers: Vec<BufferSpec>,
+}
+
+impl FrozenTensor {
+    /// How it lies here: a part of a quantized weight may be stored otherwise than the whole.
+    fn kept(&self) -> Storage {
+        kept(&self.spec, self.storage)
+    }
+
+    /// Whether it is read as a whole, on every rank that has a part of it.
+    fn is_read_whole(&self) -> bool {
+        self.storage != Storage::Dense && matches!(self.spec.share, Share::Cut(_))
+    }
+}
+
+fn kept(spec: &TensorSpec, storage: Storage) -> Storage {
+    match (storage, spec.share) {
+        (Storage::Quantized(scheme), Share::Cut(_)) => Storage::Quantized(Quantized::scheme_of_part(scheme)),
+        _ => storage,
+    }
 }
 
 /// The tensors of a group that are not trained.
@@ -154,7 +175,7 @@ impl Frozen {
             let bytes = full.f_narrow(0, first, n * kind.elt_size_in_bytes() as i64)?;
             if kind == Kind::Uint8 { Ok(bytes) } else { bytes.f_view_dtype(kind) }
         };
-        Ok(match (entry.storage, entry.spec.shape[..].try_into()) {
+        Ok(match (entry.kept(), entry.spec.shape[..].try_into()) {
             (Storage::Quantized(scheme), Ok(shape)) => {
                 let buffers = entry.buffers.iter().map(view).collect::<Result<_, _>>()?;
                 FrozenValue::Quantized(Quantized::from_buffers(scheme, shape, buffers)?)
@@ -168,10 +189,11 @@ impl Frozen {
 
     /// The tensors of which a hash of all ranks' reads in [`Frozen::fill`] is to count those of this rank: of a dense one every
     /// rank reads its own part, a quantized one is read whole by each that has some of it.
-    pub fn counted(&self, rank: i64) -> impl Iterator<Item = &TensorSpec> {
+    /// With it, whether tensor-parallel ranks read it as a whole, each for its part.
+    pub fn counted(&self, rank: i64) -> impl Iterator<Item = (&TensorSpec, bool)> {
         let slice = rank * self.shard_len..(rank + 1) * self.shard_len;
         let counts = move |e: &&FrozenTensor| e.storage == Storage::Dense || slice.contains(&e.spec.offset);
-        self.entries.iter().filter(counts).map(|e| &e.spec)
+        self.entries.iter().filter(counts).map(|e| (&e.spec, e.is_read_whole()))
     }
 
     /// Sets the values of the tensors that are `wanted`: `f(spec, first, values)` fills `values` (in any float dtype, `[n]`) with elements `first..first + n`
@@ -196,10 +218,20 @@ impl Frozen {
                 continue;
             }
             match (entry.storage, entry.spec.shape[..].try_into()) {
-                (Storage::Quantized(scheme), Ok(shape)) => {
-                    let weight = quantize(scheme, shape, self.device, |row, values| {
-                        f(&entry.spec, row * shape[1], values)
+                (Storage::Quantized(scheme), Ok::<[i64; 2], _>(shape)) => {
+                    // The scales of a part are those that its values have in the whole.
+                    let whole = entry.spec.whole();
+                    let whole_shape = [whole.shape[0], whole.shape[1]];
+                    let mut weight = quantize(scheme, whole_shape, self.device, |row, values| {
+                        f(&whole, row * whole_shape[1], values)
                     })?;
+                    if let Share::Cut(cut) = entry.spec.share {
+                        let own = cut.first..cut.first + shape[cut.dim];
+                        weight = match cut.dim {
+                            0 => weight.part(own, 0..shape[1])?,
+                            _ => weight.part(0..shape[0], own)?,
+                        };
+                    }
                     for (part, buffer) in parts.iter().zip(weight.buffers()) {
                         let Some((to, from, n)) = *part else { continue };
                         let bytes = buffer.f_view_dtype(Kind::Uint8)?.f_narrow(0, from, n)?;
@@ -224,7 +256,7 @@ fn lay_out(tensors: impl Iterator<Item = (TensorSpec, Storage)>, compute: Kind) 
     let mut end = 0;
     let entries = tensors.map(|(mut spec, storage)| {
         spec.offset = end;
-        let parts = match (storage, spec.shape[..].try_into()) {
+        let parts = match (kept(&spec, storage), spec.shape[..].try_into()) {
             (Storage::Quantized(scheme), Ok(shape)) => scheme.buffers(shape),
             _ => vec![(compute, spec.numel())],
         };

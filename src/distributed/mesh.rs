@@ -94,6 +94,127 @@ impl Mesh {
     }
 }
 
+/// The axes of a mesh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AxisName {
+    /// See [`Mesh::tensor`].
+    Tensor,
+    /// See [`Mesh::context`].
+    Context,
+    /// See [`Mesh::data`].
+    Data,
+    /// See [`Mesh::shard`].
+    Shard,
+    /// See [`Mesh::replicate`].
+    Replicate,
+    /// See [`Mesh::pipeline`].
+    Pipeline,
+}
+
+impl AxisName {
+    /// As it is called in groups and tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            AxisName::Tensor => "tensor",
+            AxisName::Context => "context",
+            AxisName::Data => "data",
+            AxisName::Shard => "shard",
+            AxisName::Replicate => "replicate",
+            AxisName::Pipeline => "pipeline",
+        }
+    }
+}
+
+/// The sizes of a mesh, by which every rank knows who shares what with whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MeshPlan {
+    /// Stages.
+    pub pipeline: i64,
+    /// Ranks with different rows.
+    pub data: i64,
+    /// Ranks that share every sequence.
+    pub context: i64,
+    /// Ranks that share every matrix.
+    pub tensor: i64,
+    /// Ranks, of those on the data and context axes together, that one copy of the parameters lies over.
+    pub shard: i64,
+}
+
+impl MeshPlan {
+    /// Of a run on `ranks` ranks, of which each host has `ranks_of_host`; none: that is not known.
+    ///
+    /// # Errors
+    /// Of kind Config, about `parallel.shard`: `mode: hybrid` where the number of ranks of a host counts and is not known, or
+    /// does not divide the others.
+    pub fn of(parallel: &Parallel, ranks: i64, ranks_of_host: Option<i64>) -> Result<MeshPlan> {
+        let (tensor, data) = (parallel.tensor, parallel.data_ranks(ranks));
+        let (context, pipeline) = (1, 1);
+        let copies = data * context;
+        let shard = match (parallel.mode, parallel.shard) {
+            (Mode::Full | Mode::Grads | Mode::Optimizer, _) => copies,
+            (Mode::Replicate, _) => 1,
+            (Mode::Hybrid, ShardSize::Ranks(n)) => n,
+            (Mode::Hybrid, ShardSize::Auto) if copies == 1 => 1,
+            (Mode::Hybrid, ShardSize::Auto) => {
+                let Some(of_host) = ranks_of_host else {
+                    return Err(Error::key(
+                        "parallel.shard",
+                        "auto is the number of ranks per host, which is not known here and on which memory depends; set it, \
+                         such as parallel.shard=8",
+                    ));
+                };
+                let shard = (of_host / tensor).max(1);
+                if copies % shard != 0 {
+                    return Err(Error::key(
+                        "parallel.shard",
+                        format!(
+                            "auto is {shard} here, of a host's {of_host} ranks, which does not divide the {copies} ranks that \
+                             have different rows; set it"
+                        ),
+                    ));
+                }
+                shard
+            }
+        };
+        Ok(MeshPlan { pipeline, data, context, tensor, shard })
+    }
+
+    /// All ranks.
+    pub fn ranks(&self) -> i64 {
+        self.pipeline * self.data * self.context * self.tensor
+    }
+
+    /// The ranks of an axis that has this rank on it, ascending.
+    pub fn axis(&self, axis: AxisName, rank: i64) -> Vec<i64> {
+        let copies = self.data * self.context;
+        let (t, rest) = (rank % self.tensor, rank / self.tensor);
+        let (copy, p) = (rest % copies, rest / copies);
+        let (x, d) = (copy % self.context, copy / self.context);
+        let of_copy = |copy: i64| (p * copies + copy) * self.tensor + t;
+        let first = copy - copy % self.shard;
+        match axis {
+            AxisName::Tensor => (0..self.tensor).map(|i| rank - t + i).collect(),
+            AxisName::Context => (0..self.context).map(|i| of_copy(d * self.context + i)).collect(),
+            AxisName::Data => (0..self.data).map(|i| of_copy(i * self.context + x)).collect(),
+            AxisName::Shard => (first..first + self.shard).map(of_copy).collect(),
+            AxisName::Replicate => {
+                (copy % self.shard..copies).step_by(self.shard as usize).map(of_copy).collect()
+            }
+            AxisName::Pipeline => (0..self.pipeline).map(|i| (i * copies + copy) * self.tensor + t).collect(),
+        }
+    }
+
+    /// All groups of an axis, each once, by their first ranks.
+    pub fn groups(&self, axis: AxisName) -> Vec<Vec<i64>> {
+        (0..self.ranks())
+            .map(|rank| self.axis(axis, rank))
+            .enumerate()
+            .filter(|(rank, g)| g[0] == *rank as i64)
+            .map(|(_, g)| g)
+            .collect()
+    }
+}
+
 /// What a rank keeps whole, between its uses, of what it owns a slice of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Keep {
@@ -126,13 +247,17 @@ impl Keep {
     }
 }
 
-/// [`Sharding`] without its groups, for planning.
+/// [`Sharding`] without its groups, for planning: of the first tensor-parallel rank, which has no padding.
 #[derive(Debug, Clone, Copy)]
 pub struct ShardingPlan {
     /// Ranks that slices lie over.
     pub ranks: i64,
     /// What a rank keeps whole.
     pub keep: Keep,
+    /// Ranks that share every matrix.
+    pub tensor: i64,
+    /// Whether these divide the rows between attention and MLP.
+    pub sequence: bool,
 }
 
 impl ShardingPlan {
@@ -141,25 +266,14 @@ impl ShardingPlan {
     /// # Errors
     /// Of kind Config, about `parallel.shard`: `mode: hybrid` where the number of ranks of a host counts, which is not known.
     pub fn of(parallel: &Parallel, ranks: i64) -> Result<ShardingPlan> {
-        let ranks = match (parallel.mode, parallel.shard) {
-            (Mode::Full | Mode::Grads | Mode::Optimizer, _) => ranks,
-            (Mode::Replicate, _) => 1,
-            (Mode::Hybrid, ShardSize::Ranks(n)) => n,
-            (Mode::Hybrid, ShardSize::Auto) if ranks == 1 => 1,
-            (Mode::Hybrid, ShardSize::Auto) => {
-                return Err(Error::key(
-                    "parallel.shard",
-                    "auto is the number of ranks per host, which is not known here and on which memory depends; set it, such \
-                     as parallel.shard=8",
-                ));
-            }
-        };
-        Ok(ShardingPlan { ranks, keep: Keep::of(parallel.mode) })
+        let ranks = MeshPlan::of(parallel, ranks, None)?.shard;
+        let (keep, tensor, sequence) = (Keep::of(parallel.mode), parallel.tensor, parallel.sequence);
+        Ok(ShardingPlan { ranks, keep, tensor, sequence })
     }
 
     /// One rank, which has everything.
     pub fn solo() -> ShardingPlan {
-        ShardingPlan { ranks: 1, keep: Keep::Nothing }
+        ShardingPlan { ranks: 1, keep: Keep::Nothing, tensor: 1, sequence: false }
     }
 }
 
@@ -208,6 +322,42 @@ mod tests {
         let axis = |rank| Axis { rank, size: 3, group: Group::solo() };
         let turns: Vec<Vec<usize>> = (0..3).map(|rank| axis(rank).turns(5).collect()).collect();
         assert_eq!(turns, [vec![0, 3], vec![1, 4], vec![2]]);
+    }
+
+    /// Groups of an axis are all ranks, each once; tensor-parallel ranks are neighbours, then those of a context.
+    #[test]
+    fn axes_divide_the_ranks() {
+        let all = [
+            AxisName::Tensor,
+            AxisName::Context,
+            AxisName::Data,
+            AxisName::Shard,
+            AxisName::Replicate,
+            AxisName::Pipeline,
+        ];
+        for (pipeline, data, context, tensor, shard) in
+            [(1, 4, 1, 2, 4), (1, 4, 1, 2, 2), (2, 2, 2, 2, 4), (2, 2, 2, 1, 1), (3, 2, 1, 2, 2)]
+        {
+            let mesh = MeshPlan { pipeline, data, context, tensor, shard };
+            for axis in all {
+                let groups = mesh.groups(axis);
+                let mut ranks: Vec<i64> = groups.iter().flatten().copied().collect();
+                ranks.sort_unstable();
+                assert_eq!(ranks, (0..mesh.ranks()).collect::<Vec<_>>(), "{axis:?} of {mesh:?}");
+                for group in &groups {
+                    assert!(
+                        group.iter().all(|rank| mesh.axis(axis, *rank) == *group),
+                        "{axis:?} of {mesh:?}"
+                    );
+                }
+            }
+        }
+        let mesh = MeshPlan { pipeline: 2, data: 2, context: 2, tensor: 2, shard: 4 };
+        assert_eq!(mesh.axis(AxisName::Tensor, 5), [4, 5]);
+        assert_eq!(mesh.axis(AxisName::Context, 5), [5, 7]);
+        assert_eq!(mesh.axis(AxisName::Data, 5), [1, 5]);
+        assert_eq!(mesh.axis(AxisName::Shard, 5), [1, 3, 5, 7]);
+        assert_eq!(mesh.axis(AxisName::Pipeline, 5), [5, 13]);
     }
 
     #[test]

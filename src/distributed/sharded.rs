@@ -304,7 +304,11 @@ impl Sharded {
     pub fn counted(&self) -> HashSet<String> {
         let rank = self.sharding.shard.rank();
         let counted = self.groups.iter().flat_map(|g| g.frozen.counted(rank));
-        counted.filter(|spec| self.counts(spec)).map(|spec| spec.name.clone()).collect()
+        let counts = |spec: &TensorSpec, whole: bool| match whole {
+            true => self.sharding.tensor.rank == 0,
+            false => self.counts(spec),
+        };
+        counted.filter(|(spec, whole)| counts(spec, *whole)).map(|(spec, _)| spec.name.clone()).collect()
     }
 
     /// Brings the compute copies up to the master values.

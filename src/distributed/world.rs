@@ -2,7 +2,7 @@
 
 use super::agreement::{Facts, agree_on};
 use super::environment::RankEnvironment;
-use super::mesh::{Axis, Keep, Mesh, Sharding};
+use super::mesh::{Axis, AxisName, Keep, Mesh, MeshPlan, Sharding};
 use crate::config::parallel::{Mode, Parallel, ShardSize};
 use crate::env;
 use crate::{Context, Error, Result};
@@ -10,7 +10,6 @@ use kernels::c10d::{Backend, Group, Store};
 use kernels::cuda;
 use kernels::watch::Watch;
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -258,48 +257,27 @@ impl World {
 
     /// The axes of this world. All ranks ask together.
     fn divide(&self, parallel: &Parallel) -> Result<Mesh> {
-        let tensor = parallel.tensor;
-        let place = self.rank % tensor;
-        // Ranks of this rank's place on the tensor axis, by their places on the data axis.
-        let at = |data: Range<i64>| data.map(|d| d * tensor + place).collect::<Vec<i64>>();
-        let (rank, size) = (self.rank / tensor, self.world_size / tensor);
-        let data = self.axis("data", at(0..size))?;
-        let (shard, replicate) = match parallel.mode {
-            Mode::Full | Mode::Grads | Mode::Optimizer => (data.clone(), Axis::solo()),
-            Mode::Replicate => (Axis::solo(), data.clone()),
-            Mode::Hybrid => {
-                let shards = match parallel.shard {
-                    ShardSize::Auto => (self.local_world_size / tensor).max(1),
-                    ShardSize::Ranks(n) => n,
-                };
-                if size % shards != 0 {
-                    return Err(Error::key(
-                        "parallel.shard",
-                        format!(
-                            "auto is {shards} here, of a host's {} ranks, which does not divide the {size} ranks that have \
-                             different rows; set it",
-                            self.local_world_size
-                        ),
-                    ));
-                }
-                // Neighbours share a copy: they are on one host.
-                let first = rank - rank % shards;
-                let replicas = (rank % shards..size).step_by(shards as usize);
-                let replicas = replicas.map(|d| d * tensor + place).collect();
-                (self.axis("shard", at(first..first + shards))?, self.axis("replicate", replicas)?)
-            }
+        let plan = MeshPlan::of(parallel, self.world_size, Some(self.local_world_size))?;
+        let data = self.axis(&plan, AxisName::Data)?;
+        // The same ranks need one group.
+        let shard = match plan.context {
+            1 if plan.shard == plan.data => data.clone(),
+            _ => self.axis(&plan, AxisName::Shard)?,
         };
-        let first = self.rank - place;
-        let tensor = self.axis("tensor", (first..first + tensor).collect())?;
-        Ok(Mesh { data, shard, replicate, tensor, ..Mesh::solo() })
+        let replicate = match plan.context {
+            1 if plan.shard == 1 => data.clone(),
+            _ => self.axis(&plan, AxisName::Replicate)?,
+        };
+        Ok(Mesh { data, shard, replicate, tensor: self.axis(&plan, AxisName::Tensor)?, ..Mesh::solo() })
     }
 
-    /// The axis of these world ranks, this one among them; each axis of this name has other ones.
-    fn axis(&self, name: &str, ranks: Vec<i64>) -> Result<Axis> {
+    /// This rank's axis of this name.
+    fn axis(&self, plan: &MeshPlan, axis: AxisName) -> Result<Axis> {
+        let ranks = plan.axis(axis, self.rank);
         if ranks.len() as i64 == self.world_size {
             return Ok(Axis::of(self.group.clone()));
         }
-        Ok(Axis::of(self.new_group(&format!("{name}/{}", ranks[0]), &ranks)?))
+        Ok(Axis::of(self.new_group(&format!("{}/{}", axis.name(), ranks[0]), &ranks)?))
     }
 
     /// The ranks of the shard axis, for reductions. NCCL works off the collectives of a group one after the other: with a

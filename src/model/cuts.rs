@@ -1,6 +1,9 @@
 //! Which part of every tensor a tensor-parallel rank has (Shoeybi et al. 2019): q, k, v, gate and up give a part of their outputs,
 //! o and down read a part of their inputs, embedding and LM head have a part of the vocabulary.
 
+use kernels::quant::Quantized;
+
+use crate::config::parallel::Parallel;
 use crate::config::shape::Shape;
 use crate::distributed::cut::{Cut, Share};
 use crate::distributed::frozen::Storage;
@@ -54,24 +57,27 @@ fn check(s: &Shape, ranks: i64) -> Result<()> {
     Ok(())
 }
 
+/// Refuses, before ranks meet, a model that `parallel` cannot divide.
+///
+/// # Errors
+/// Those of [`cut`].
+pub fn check_mesh(plans: Vec<GroupPlan>, shape: &Shape, parallel: &Parallel) -> Result<()> {
+    cut(plans, shape, Place { rank: 0, size: parallel.tensor }, parallel.sequence).map(drop)
+}
+
 fn cut_group(plan: GroupPlan, shape: &Shape, tensor: Place, sequence: bool) -> Result<GroupPlan> {
-    // Scales are of whole rows (int8), or made of all scales of a weight (nf4): a part quantized by itself has other ones.
-    if plan.roles.iter().any(|role| matches!(role, Role::Frozen(Storage::Quantized(_)))) {
-        let why = format!(
-            "{}: weights in int8 or nf4 are not divided yet; set it to 1, or leave lora.base out",
-            tensor.size
-        );
-        return Err(Error::key(KEY, why));
-    }
     let specs = plan.layout.specs.iter().map(|spec| cut_tensor(spec, shape, tensor, sequence));
     let layout = Layout::of(plan.layout.name.clone(), specs);
-    let columns = |share| matches!(share, Share::Cut(Cut { dim: 1, .. }));
-    if plan.adapters.iter().any(|a| a.dropout > 0.0 && columns(layout.specs[a.target].share)) {
-        let why = format!(
-            "{}: dropout of adapters on o_proj and down_proj, whose inputs are divided, is not built yet; set lora.dropout to 0",
-            tensor.size
-        );
-        return Err(Error::key(KEY, why));
+    for ((spec, whole), role) in layout.specs.iter().zip(&plan.layout.specs).zip(&plan.roles) {
+        let Role::Frozen(Storage::Quantized(scheme)) = role else { continue };
+        if !Quantized::has_parts(*scheme, [whole.shape[0], whole.shape[1]], spec.shape[0], spec.shape[1]) {
+            let why = format!(
+                "{} ranks have {:?} each of `{}`, which is in nf4: columns must be a multiple of 64, or all columns times the \
+                 rows",
+                tensor.size, spec.shape, spec.name
+            );
+            return Err(Error::key(KEY, why));
+        }
     }
     Ok(GroupPlan { layout, ..plan })
 }

@@ -11,6 +11,7 @@ use kernels::ops::{self, Float8};
 use tch::Tensor;
 
 use crate::config::shape::{Head, Norms, Shape};
+use crate::distributed::cut::Share;
 use crate::distributed::mesh::Axis;
 use crate::distributed::plan::{AdapterPlan, GroupPlan, Piece};
 use crate::distributed::sharded::gathered::Form;
@@ -161,6 +162,10 @@ impl BlockParts<Linear> {
                 p: spec.dropout,
                 key: hash(d.key ^ hash((i as u64) << 32 | k as u64)),
                 rows: d.rows.shallow_clone(),
+                first: match params.plan(i).layout.specs[spec.target].share {
+                    Share::Cut(cut) if cut.dim == 1 => cut.first as u32,
+                    _ => 0,
+                },
             });
             let (a, b) = (params.dense(i, &full, &a)?, params.dense(i, &full, &b)?);
             Ok(linear::Adapter { first, a, b, scale: spec.scale, dropout, inner: inner.get(k).cloned() })

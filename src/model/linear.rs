@@ -55,6 +55,8 @@ pub struct Dropout {
     pub key: u64,
     /// int64 `[N]`, a number for each token
     pub rows: Tensor,
+    /// The first of the inputs that this rank has.
+    pub first: u32,
 }
 
 /// Where the gradients of a [`Linear`] go; what is none gets no gradient.
@@ -94,7 +96,7 @@ impl Adapter {
 
     fn drop(&self, x: &Tensor) -> Result<Tensor> {
         Ok(match &self.dropout {
-            Some(d) => ops::dropout(x, &d.rows, d.key, d.p)?,
+            Some(d) => ops::dropout(x, &d.rows, d.key, d.p, d.first)?,
             None => x.shallow_clone(),
         })
     }
@@ -401,8 +403,13 @@ mod tests {
                     a: random(&[2, i]),
                     b: random(&[rows, 2]),
                     scale: 1.5,
-                    dropout: Some(Dropout { p, key: 7 + first as u64, rows: token.shallow_clone() })
-                        .filter(|d| d.p > 0.0),
+                    dropout: Some(Dropout {
+                        p,
+                        key: 7 + first as u64,
+                        rows: token.shallow_clone(),
+                        first: 0,
+                    })
+                    .filter(|d| d.p > 0.0),
                     inner: (first == 0).then(KeptInner::default),
                 };
                 let adapters =

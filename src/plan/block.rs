@@ -59,7 +59,7 @@ impl Memory {
     /// What an attention takes besides its input and output. The composed form, on CUDA where flash attention does not fit and
     /// with a softcap everywhere, has matrices of scores; flash attention's backward has its own gradients and partial sums.
     pub(super) fn attention_work(&self, batch: &BatchShape, backward: bool) -> i64 {
-        let (n, s) = (batch.tokens(), &self.shape);
+        let (n, s) = (batch.tokens(), &self.local);
         let scores = batch.rows * s.num_attention_heads * batch.length * batch.length;
         let heads = s.num_attention_heads * s.head_dim * n;
         // Queries, and keys and values for each of them, in A; scores, their cap's and mask's copies, probabilities.
@@ -92,8 +92,9 @@ impl Memory {
 
     /// `block_rest`: leaves what it made as work.
     pub(super) fn block_rest(&self, walk: &mut Walk, batch: &BatchShape, i: usize) -> RestMemory {
-        let (s, n, block) = (&self.shape, batch.tokens(), &self.blocks[i - 1]);
-        let stream = self.sizes.values(n, s.hidden_size);
+        let (s, n, block) = (&self.local, batch.tokens(), &self.blocks[i - 1]);
+        let (stream, full) = (self.stream(n), self.sizes.values(n, s.hidden_size));
+        let own = self.sizes.own_rows(n);
         let (q, k) = (s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim);
         let mut attention = 0;
         let mut keep = |walk: &mut Walk, bytes: i64| {
@@ -102,9 +103,12 @@ impl Memory {
         };
         keep(walk, self.inner(n, i));
         // A norm's statistics, and what it gives: only where there is one before.
-        let (rstd, h) = if s.features.norms == Norms::After { (0, 0) } else { (n * self.sizes.a, stream) };
+        let before = s.features.norms != Norms::After;
+        let rstd = if before { own * self.sizes.a } else { 0 };
+        let h = if before || self.sizes.sequence { full } else { 0 };
         keep(walk, rstd);
         walk.take(work, h); // h1
+        walk.pass(work, self.gathered(n));
         keep(walk, self.sizes.values(n, block.attention.qkv.outputs));
         walk.pass(work, block.attention.qkv.forward(&self.sizes, n));
         walk.give(work, h);
@@ -115,16 +119,22 @@ impl Memory {
         keep(walk, self.sizes.values(n, q) + n * s.num_attention_heads * self.sizes.a);
         walk.pass(work, self.attention_work(batch, false));
         keep(walk, stream); // x2
-        walk.pass(work, block.attention.o.forward(&self.sizes, n));
+        walk.pass(work, block.attention.o.forward(&self.sizes, n).max(self.sum(n)));
         if s.features.norms != Norms::Before {
-            keep(walk, stream + n * self.sizes.a); // the attention's output
+            keep(walk, stream + own * self.sizes.a); // the attention's output
             walk.pass(work, stream);
         }
         keep(walk, rstd);
         walk.take(work, h); // h2
+        walk.pass(work, self.gathered(n));
         let (routing, gate_up) = self.begin(walk, n, i);
         walk.give(work, h);
         RestMemory { attention, routing, gate_up }
+    }
+
+    /// What a rank has of rows while they are gathered.
+    fn gathered(&self, n: i64) -> i64 {
+        if self.sizes.sequence { self.stream(n) } else { 0 }
     }
 
     /// What a block's adapters keep.
@@ -143,7 +153,7 @@ impl Memory {
 
     /// `Mlp::begin`: routing and products of gate and up, which stay as work.
     pub(super) fn begin(&self, walk: &mut Walk, n: i64, i: usize) -> (i64, i64) {
-        let f = self.shape.intermediate_size;
+        let f = self.local.intermediate_size;
         match &self.blocks[i - 1].mlp {
             Mlp::Dense(net) => {
                 let gate_up = self.sizes.values(n, 2 * f);
@@ -166,13 +176,13 @@ impl Memory {
 
     /// `Mlp::finish`: the block's output stays as work.
     pub(super) fn finish(&self, walk: &mut Walk, n: i64, i: usize) {
-        let (c, f) = (self.shape.hidden_size, self.shape.intermediate_size);
+        let (c, f) = (self.local.hidden_size, self.local.intermediate_size);
         match &self.blocks[i - 1].mlp {
             Mlp::Dense(net) => {
                 walk.take(work, self.sizes.values(n, f));
                 walk.pass(work, self.composed_gate(n, false));
-                walk.take(work, self.sizes.values(n, c));
-                walk.pass(work, net.down.forward(&self.sizes, n));
+                walk.take(work, self.stream(n));
+                walk.pass(work, net.down.forward(&self.sizes, n).max(self.sum(n)));
                 walk.give(work, self.sizes.values(n, f));
             }
             Mlp::Mixture(mixture) => {
@@ -182,7 +192,8 @@ impl Memory {
                 walk.pass(work, outputs + self.sizes.values(pairs, f));
                 walk.take(work, 2 * outputs);
                 self.add_pairs(walk, pairs, true);
-                walk.take(work, self.sizes.values(n, c));
+                walk.pass(work, self.sum(n));
+                walk.take(work, self.stream(n));
                 walk.give(work, 2 * outputs);
             }
         }
@@ -199,7 +210,7 @@ impl Memory {
             (false, false) => 4,
             (false, true) => 6,
         };
-        copies * n * self.shape.intermediate_size * self.sizes.a
+        copies * n * self.local.intermediate_size * self.sizes.a
     }
 
     /// What stays of an MLP's output where a norm comes after it, as work.
@@ -207,10 +218,10 @@ impl Memory {
         if self.shape.features.norms == Norms::Before {
             return 0;
         }
-        let stream = self.sizes.values(n, self.shape.hidden_size);
-        walk.take(work, stream + n * self.sizes.a);
+        let (stream, rstd) = (self.stream(n), self.sizes.own_rows(n) * self.sizes.a);
+        walk.take(work, stream + rstd);
         walk.pass(work, stream);
-        stream + n * self.sizes.a
+        stream + rstd
     }
 
     /// `Routed::add_pairs`, up to the sum: rows in the tokens' order, in A, and with weights.
@@ -229,8 +240,9 @@ impl Memory {
     /// `block_backward`: the output's gradient is there before it, the input's after it. What the forward kept goes.
     #[expect(clippy::too_many_lines, reason = "the order in which memory is taken and given back")]
     pub(super) fn block_backward(&self, walk: &mut Walk, batch: &BatchShape, i: usize, kept: BlockMemory) {
-        let (s, n, block) = (&self.shape, batch.tokens(), &self.blocks[i - 1]);
-        let stream = self.sizes.values(n, s.hidden_size);
+        let (s, n, block) = (&self.local, batch.tokens(), &self.blocks[i - 1]);
+        let (stream, full) = (self.stream(n), self.sizes.values(n, s.hidden_size));
+        let gathered = if self.sizes.sequence { full } else { 0 };
         // From here on all of it is work.
         walk.give(activations, kept.bytes);
         match batch.recompute {
@@ -248,8 +260,10 @@ impl Memory {
         if s.features.norms != Norms::Before {
             walk.pass(work, stream); // the gradient of the MLP's output, in the place of that
         }
-        let h = if s.features.norms == Norms::After { 0 } else { stream };
+        let h = if s.features.norms == Norms::After && !self.sizes.sequence { 0 } else { full };
         walk.take(work, h); // h2
+        walk.pass(work, self.gathered(n));
+        walk.take(work, gathered); // all rows of the output's gradient
         match &block.mlp {
             Mlp::Dense(net) => {
                 if batch.recompute == Recompute::Selective {
@@ -263,6 +277,7 @@ impl Memory {
                 walk.pass(work, net.down.backward_weight(&self.sizes, n));
                 walk.give(work, a);
                 walk.pass(work, net.gate_up.backward_weight(&self.sizes, n));
+                walk.pass(work, self.sum(n));
                 walk.give(work, h); // h2
                 walk.take(work, stream); // its gradient
                 walk.pass(work, net.gate_up.backward_input(&self.sizes, n));
@@ -299,25 +314,28 @@ impl Memory {
                 walk.take(work, 2 * pair_rows);
                 self.add_pairs(walk, pairs, false);
                 walk.give(work, 4 * pair_rows);
-                walk.take(work, stream);
-                walk.pass(work, stream);
-                walk.give(work, kept.rest.routing + stream);
+                walk.take(work, full);
+                walk.pass(work, full);
+                walk.give(work, kept.rest.routing + full);
             }
         }
+        walk.give(work, gathered);
         walk.take(work, stream); // dx2
         walk.give(work, stream); // dh2
         walk.give(activations, stream); // dy
         let dout = self.sizes.values(n, block.attention.o.inputs);
+        walk.take(work, gathered); // all rows of the attention's gradient
         walk.pass(work, block.attention.o.backward_weight(&self.sizes, n));
         walk.take(work, dout);
         walk.pass(work, block.attention.o.backward_input(&self.sizes, n));
         walk.take(work, self.sizes.values(n, block.attention.qkv.outputs));
         walk.pass(work, self.attention_work(batch, true));
-        walk.give(work, dout);
+        walk.give(work, dout + gathered);
         if s.qk_norm_sizes().is_some() {
             walk.pass(work, 2 * self.sizes.values(n, block.attention.o.inputs));
         }
         walk.take(work, h); // h1
+        walk.pass(work, self.gathered(n).max(self.sum(n)));
         walk.pass(work, block.attention.qkv.backward_weight(&self.sizes, n));
         walk.give(work, h);
         walk.take(work, stream); // dh1

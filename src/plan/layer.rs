@@ -21,9 +21,17 @@ pub(super) struct Sizes {
     pub float8: Option<Float8>,
     /// Whether weights are gathered in them.
     pub gathers_float8: bool,
+    /// Ranks that share every matrix, and whether they divide the rows of the stream.
+    pub tensor: i64,
+    pub sequence: bool,
 }
 
 impl Sizes {
+    /// Of `n` rows those that a rank has between attention and MLP.
+    pub fn own_rows(&self, n: i64) -> i64 {
+        if self.sequence { (n + self.tensor - 1) / self.tensor } else { n }
+    }
+
     /// n rows of `width` values.
     pub fn values(&self, n: i64, width: i64) -> i64 {
         n * width * self.t

@@ -16,15 +16,19 @@ pub use super::parts::{BatchShape, Parts};
 use super::walk::{Walk, activations, logits, work};
 use crate::config::sections::{MomentsIn, Recompute};
 use crate::config::shape::Shape;
-use crate::distributed::mesh::{Keep, ShardingPlan};
+use crate::distributed::mesh::{Keep, Place, ShardingPlan};
 use crate::distributed::plan::{GroupBytes, GroupPlan};
 use crate::error::Result;
+use crate::model::cuts::cut;
 use crate::model::head;
 use crate::model::layout::{BlockParts, float8_runs};
 
 /// A model on one rank.
 pub struct Memory {
     pub(super) shape: Shape,
+    /// With the heads and the width of an MLP that a rank computes.
+    pub(super) local: Shape,
+    plans: Vec<GroupPlan>,
     keep: Keep,
     /// That slices lie over.
     ranks: i64,
@@ -49,6 +53,8 @@ impl Memory {
         device: Device,
     ) -> Result<Memory> {
         let layers = shape.num_hidden_layers as usize;
+        let place = Place { rank: 0, size: sharding.tensor };
+        let plans = cut(plans.to_vec(), shape, place, sharding.sequence)?;
         let block = |plan: &GroupPlan| {
             let linear = |weights, _| Ok(Layer::new(plan, weights));
             BlockParts::of(shape, plan.layout.specs.len(), linear, |_| Ok(Tensor::new()))
@@ -57,6 +63,12 @@ impl Memory {
         let head = if shape.tie_word_embeddings { 0 } else { layers + 1 };
         Ok(Memory {
             shape: shape.clone(),
+            local: Shape {
+                num_attention_heads: shape.num_attention_heads / sharding.tensor,
+                num_key_value_heads: (shape.num_key_value_heads / sharding.tensor).max(1),
+                intermediate_size: shape.intermediate_size / sharding.tensor,
+                ..shape.clone()
+            },
             lowest: groups.iter().position(|g| g.num_trained > 0).unwrap_or(groups.len()),
             keep: sharding.keep,
             ranks: sharding.ranks,
@@ -64,6 +76,7 @@ impl Memory {
             groups,
             blocks: plans[1..=layers].iter().map(block).collect::<Result<_>>()?,
             vocab_size: plans[head].layout.specs[0].shape[0],
+            plans,
             sizes: Sizes {
                 device,
                 compute,
@@ -71,12 +84,14 @@ impl Memory {
                 a: accumulator(compute).elt_size_in_bytes() as i64,
                 float8: None,
                 gathers_float8: false,
+                tensor: sharding.tensor,
+                sequence: sharding.sequence && sharding.tensor > 1,
             },
         })
     }
 
-    /// With products in 8-bit floats. `plans`: those that it was made of.
-    pub fn in_float8(mut self, plans: &[GroupPlan], float8: Option<Float8>) -> Result<Memory> {
+    /// With products in 8-bit floats.
+    pub fn in_float8(mut self, float8: Option<Float8>) -> Result<Memory> {
         self.sizes.float8 = float8;
         self.sizes.gathers_float8 = false;
         if let Some(float8) = float8
@@ -84,8 +99,8 @@ impl Memory {
             && self.sizes.compute == Kind::BFloat16
         {
             self.sizes.gathers_float8 = true;
-            let runs = float8_runs(&self.shape, plans.iter(), float8)?;
-            for ((group, plan), runs) in self.groups.iter_mut().zip(plans).zip(runs) {
+            let runs = float8_runs(&self.shape, self.plans.iter(), float8)?;
+            for ((group, plan), runs) in self.groups.iter_mut().zip(&self.plans).zip(runs) {
                 if !runs.is_empty() {
                     *group = plan.in_float8(*group, runs, self.ranks);
                 }
@@ -155,6 +170,26 @@ impl Memory {
         walk.peak
     }
 
+    /// The stream between attention and MLP.
+    pub(super) fn stream(&self, n: i64) -> i64 {
+        self.sizes.values(self.sizes.own_rows(n), self.shape.hidden_size)
+    }
+
+    /// What a sum over tensor-parallel ranks takes besides its result: a rank's part, in both dtypes.
+    pub(super) fn sum(&self, n: i64) -> i64 {
+        if self.sizes.tensor == 1 {
+            return 0;
+        }
+        let wide = if self.sizes.a == self.sizes.t { 0 } else { n * self.shape.hidden_size * self.sizes.a };
+        self.sizes.values(n, self.shape.hidden_size) + wide
+    }
+
+    /// What the softmax of logits of a part of the vocabulary takes besides them.
+    fn vocabulary_work(&self, rows: i64) -> i64 {
+        // Shifted logits, exponentials, probabilities, and the product that becomes the gradient.
+        if self.sizes.tensor == 1 { 0 } else { 4 * rows * self.vocab_size * self.sizes.a }
+    }
+
     fn head_group(&self) -> usize {
         if self.shape.tie_word_embeddings { 0 } else { self.blocks.len() + 1 }
     }
@@ -181,9 +216,10 @@ impl Memory {
     /// `Llama::run`. Returns what each block keeps, from the lowest that is trained on.
     fn trunk(&self, walk: &mut Walk, batch: &BatchShape, recompute: Option<Recompute>) -> Vec<BlockMemory> {
         let (n, layers) = (batch.tokens(), self.blocks.len());
-        let stream = self.sizes.values(n, self.shape.hidden_size);
+        let stream = self.stream(n);
         walk.take(activations, self.context(batch));
         self.gather(walk, 0);
+        walk.pass(work, self.sum(n));
         walk.take(activations, stream);
         self.gather(walk, 1);
         let keep_embedding = self.shape.tie_word_embeddings && layers <= 1;
@@ -216,9 +252,11 @@ impl Memory {
             }
         }
         // The hidden states; the last block's output stays for the final norm's backward.
-        walk.take(activations, stream + n * self.sizes.a);
+        let rstd = self.sizes.own_rows(n) * self.sizes.a;
+        walk.pass(work, stream);
+        walk.take(activations, self.sizes.values(n, self.shape.hidden_size) + rstd);
         if recompute.is_none() {
-            walk.give(activations, stream + n * self.sizes.a + self.context(batch));
+            walk.give(activations, stream + rstd + self.context(batch));
         }
         kept
     }
@@ -234,7 +272,7 @@ impl Memory {
         let chunk_bytes = copies * self.sizes.values(chunk, self.vocab_size);
         let Some(gradients) = gradients else {
             walk.take(logits, n * self.sizes.a);
-            walk.pass(logits, chunk_bytes);
+            walk.pass(logits, chunk_bytes + self.vocabulary_work(chunk));
             walk.give(logits, n * self.sizes.a);
             walk.give(activations, hidden);
             self.release(walk, group);
@@ -247,6 +285,7 @@ impl Memory {
         }
         walk.take(activations, hidden); // its gradient
         walk.take(logits, chunk_bytes);
+        walk.pass(logits, self.vocabulary_work(chunk));
         if trains {
             walk.pass(logits, self.sizes.rounded_product(self.vocab_size, self.shape.hidden_size));
         }
@@ -267,7 +306,9 @@ impl Memory {
         gradients: &mut Gradients,
     ) {
         let (n, layers) = (batch.tokens(), self.blocks.len());
-        let stream = self.sizes.values(n, self.shape.hidden_size);
+        let stream = self.stream(n);
+        // This rank's rows of the hidden states' gradient.
+        walk.give(activations, self.sizes.values(n, self.shape.hidden_size) - stream);
         for i in (self.lowest.max(1)..=layers).rev() {
             if i > self.lowest.max(1) {
                 self.gather(walk, i - 1);
@@ -279,7 +320,7 @@ impl Memory {
             if i == layers {
                 // The final norm's input and statistics.
                 walk.pass(work, stream);
-                walk.give(activations, stream + n * self.sizes.a);
+                walk.give(activations, stream + self.sizes.own_rows(n) * self.sizes.a);
             }
             if let Some(kept) = kept.pop() {
                 self.block_backward(walk, batch, i, kept);

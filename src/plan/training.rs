@@ -97,9 +97,10 @@ impl TrainingMemory {
         target: &PlanTarget,
     ) -> Result<TrainingMemory> {
         let (ranks, device) = (target.ranks, target.device);
+        let data_ranks = c.parallel.data_ranks(ranks);
         let compute = compute_kind(c.precision.compute);
         let memory = Memory::new(&shape, plans, compute, ShardingPlan::of(c.parallel, ranks)?, device)?
-            .in_float8(plans, float8(c.precision.compute, c.float8))?;
+            .in_float8(float8(c.precision.compute, c.float8))?;
         let moments = memory.moments(c.optim.moments);
         let only_at_the_end = c.train.steps.is_some_and(|steps| steps <= c.checkpoint.every);
         let tokens = (c.train.batch_size * each.sequences * each.length) as f64;
@@ -121,8 +122,8 @@ impl TrainingMemory {
             checkpoint: if only_at_the_end { 0 } else { memory.masters() + moments },
             recompute: c.train.recompute,
             each,
-            micro_batch: c.train.micro_batch_size(ranks),
-            rows: c.train.batch_size / ranks,
+            micro_batch: c.train.micro_batch_size(data_ranks),
+            rows: c.train.batch_size / data_ranks,
             reference: None,
             scored: 0,
             memory,

@@ -63,6 +63,10 @@ pub enum Quantity {
     LearningRate,
     /// Losses of a training on ranks and micro-batches divided otherwise.
     SameLosses,
+    /// The loss before the first update, of matrices, rows or blocks divided otherwise.
+    MeshFirstLoss,
+    /// Losses and norms after updates.
+    MeshLosses,
     /// Norms of its gradients.
     SameNorms,
     /// Its parameters.
@@ -126,7 +130,7 @@ const D: Kind = Kind::Double;
 const F: Kind = Kind::Float;
 const B: Kind = Kind::BFloat16;
 
-pub const TABLE: [Tolerance; 71] = [
+pub const TABLE: [Tolerance; 75] = [
     fixed(Operation, D, 1e-13, "some hundred roundings of 1e-16"),
     fixed(Operation, F, 1e-5, "logits of 25 are rounded by 1e-6, and so are their exponentials"),
     fixed(Operation, B, 8e-3, "one rounding"),
@@ -188,6 +192,10 @@ pub const TABLE: [Tolerance; 71] = [
     fixed(LearningRate, D, 1e-15, "a cosine and a product"),
     fixed(SameLosses, D, 1e-12, "sums of gradients in another order, through 20 updates"),
     fixed(SameLosses, F, 1e-5, "the same in float32"),
+    fixed(MeshFirstLoss, D, 1e-12, "sums in another order"),
+    fixed(MeshFirstLoss, F, 1e-6, "the same in float32"),
+    fixed(MeshLosses, D, 1e-12, "as those of ranks"),
+    fixed(MeshLosses, F, 1e-4, "AdamW follows the sign of gradients that are nearly nothing"),
     fixed(SameNorms, D, 1e-11, "ten times the losses'"),
     fixed(SameNorms, F, 1e-4, "ten times the losses'"),
     fixed(SameParameters, D, 1e-12, "as the losses"),

@@ -224,15 +224,15 @@ inline uint32_t mix(uint32_t x) {  // lowbias32 of hash-prospector
 }
 
 template <class T>
-void dropout_t(const T* x, T* y, const int64_t* row, uint64_t key, uint32_t threshold, double scale, int64_t rows,
-               int64_t c) {
+void dropout_t(const T* x, T* y, const int64_t* row, uint64_t key, uint32_t threshold, double scale, uint32_t first,
+               int64_t rows, int64_t c) {
   using A = typename acc<T>::type;
   for (int64_t r = 0; r < rows; r++, x += c, y += c) {
     uint64_t h = mix(key ^ mix(uint64_t(row[r])));
     uint32_t low = uint32_t(h), high = uint32_t(h >> 32);
 #pragma omp simd
     for (int64_t i = 0; i < c; i++) {
-      uint32_t bits = mix(mix(uint32_t(i) ^ low) + high);
+      uint32_t bits = mix(mix((first + uint32_t(i)) ^ low) + high);
       store(y + i, bits >= threshold ? load(x[i]) * A(scale) : A(0));
     }
   }
@@ -331,8 +331,8 @@ double sum_squares(Type t, const void* x, int64_t n) {
   return t == Type::Double ? sum_squares_t((const double*)x, n) : sum_squares_t((const float*)x, n);
 }
 void dropout(Type t, const void* x, void* y, const int64_t* row, uint64_t key, uint32_t threshold, double scale,
-             int64_t rows, int64_t c) {
-  BY_TYPE(t, (void)sizeof(A); dropout_t((const T*)x, (T*)y, row, key, threshold, scale, rows, c))
+             uint32_t first, int64_t rows, int64_t c) {
+  BY_TYPE(t, (void)sizeof(A); dropout_t((const T*)x, (T*)y, row, key, threshold, scale, first, rows, c))
 }
 void accumulate(Type t, void* dst, const void* src, int64_t n, bool add) {
   BY_TYPE(t, accumulate_t((A*)dst, (const T*)src, n, add))

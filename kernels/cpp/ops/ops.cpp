@@ -330,7 +330,8 @@ char* corral_sum_squares(at::Tensor* x, double* out) {
   });
 }
 
-char* corral_dropout(at::Tensor* x, at::Tensor* rows, uint64_t key, uint32_t threshold, double scale, at::Tensor** y) {
+char* corral_dropout(at::Tensor* x, at::Tensor* rows, uint64_t key, uint32_t threshold, double scale, uint32_t first,
+                     at::Tensor** y) {
   return guarded([&] {
     need(*x, "x");
     TORCH_CHECK(x->dim() == 2, "dropout: x must be [N, C]");
@@ -340,7 +341,7 @@ char* corral_dropout(at::Tensor* x, at::Tensor* rows, uint64_t key, uint32_t thr
     Type t = type_of(*x);
     at::parallel_for(0, n, grain(c), [&](int64_t a, int64_t b) {
       row_kernels().dropout(t, at_row(*x, a, c), at_row(out, a, c), rows->data_ptr<int64_t>() + a, key, threshold, scale,
-                            b - a, c);
+                            first, b - a, c);
     });
     *y = new at::Tensor(out);
   });

@@ -213,10 +213,18 @@ impl RowOps for Composed {
         Ok(tensors.iter().map(one).sum())
     }
 
-    fn dropout(&self, x: &Tensor, rows: &Tensor, key: u64, threshold: u32, scale: f64) -> Result<Tensor> {
+    fn dropout(
+        &self,
+        x: &Tensor,
+        rows: &Tensor,
+        key: u64,
+        threshold: u32,
+        scale: f64,
+        first: u32,
+    ) -> Result<Tensor> {
         let h = mix64(&mix64(rows).bitwise_xor(key as i64)).unsqueeze(-1); // [N, 1]
         let (low, high) = (h.bitwise_and(0xffff_ffff), shifted(&h, 32));
-        let columns = Tensor::arange(x.size()[1], (Kind::Int64, x.device())); // [C]
+        let columns = Tensor::arange(x.size()[1], (Kind::Int64, x.device())) + i64::from(first); // [C]
         // [N, C]
         let bits = mix32(&(mix32(&low.bitwise_xor_tensor(&columns)) + high).bitwise_and(0xffff_ffff));
         let a = accumulator(x.kind());

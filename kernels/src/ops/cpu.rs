@@ -196,10 +196,18 @@ impl RowOps for Cpu {
         tensors.iter().map(one).sum()
     }
 
-    fn dropout(&self, x: &Tensor, rows: &Tensor, key: u64, threshold: u32, scale: f64) -> Result<Tensor> {
+    fn dropout(
+        &self,
+        x: &Tensor,
+        rows: &Tensor,
+        key: u64,
+        threshold: u32,
+        scale: f64,
+        first: u32,
+    ) -> Result<Tensor> {
         let mut y = null_mut();
         // SAFETY: as in rms_norm.
-        check(unsafe { corral_dropout(raw(x), raw(rows), key, threshold, scale, &mut y) })?;
+        check(unsafe { corral_dropout(raw(x), raw(rows), key, threshold, scale, first, &mut y) })?;
         Ok(own(y))
     }
 

@@ -152,11 +152,11 @@ pub fn sum_squares_of_all(tensors: &[Tensor]) -> Result<f64> {
 }
 
 /// Dropout (Srivastava et al. 2014) whose mask is a function of what it is for: element i of row n is 0 with probability
-/// `p`, else x / (1 - p), decided by a hash of (`key`, `rows[n]`, i). x: T `[N, C]`, `rows`: int64 `[N]`, p in [0, 1). Of the
-/// output's gradient it gives the input's.
-pub fn dropout(x: &Tensor, rows: &Tensor, key: u64, p: f64) -> Result<Tensor> {
+/// `p`, else x / (1 - p), decided by a hash of (`key`, `rows[n]`, `first` + i). x: T `[N, C]`, `rows`: int64 `[N]`, p in [0, 1). Of
+/// the output's gradient it gives the input's. `first`: where these columns begin in wider rows.
+pub fn dropout(x: &Tensor, rows: &Tensor, key: u64, p: f64, first: u32) -> Result<Tensor> {
     let (threshold, scale) = ((p * 2f64.powi(32)) as u32, 1.0 / (1.0 - p));
-    row_ops(x).dropout(x, rows, key, threshold, scale)
+    row_ops(x).dropout(x, rows, key, threshold, scale, first)
 }
 
 /// dst (A) += src (T), or = if not `add`.

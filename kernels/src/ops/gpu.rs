@@ -367,7 +367,15 @@ impl RowOps for Gpu {
         Ok(out.f_double_value(&[0])?)
     }
 
-    fn dropout(&self, x: &Tensor, rows: &Tensor, key: u64, threshold: u32, scale: f64) -> Result<Tensor> {
+    fn dropout(
+        &self,
+        x: &Tensor,
+        rows: &Tensor,
+        key: u64,
+        threshold: u32,
+        scale: f64,
+        first: u32,
+    ) -> Result<Tensor> {
         let (n, c) = matrix("dropout", x)?;
         need("dropout", &[("x", x, x.kind(), n * c), ("rows", rows, Kind::Int64, n)])?;
         let y = x.empty_like();
@@ -378,6 +386,7 @@ impl RowOps for Gpu {
             U64(key),
             I32(threshold as i32),
             F32(scale as f32),
+            I32(first as i32),
             I32(c as i32),
             wide(c, pack(x), &[x, &y]),
         ];

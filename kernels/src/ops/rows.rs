@@ -80,7 +80,15 @@ pub trait RowOps {
     fn sum_squares(&self, tensors: &[&Tensor]) -> Result<f64>;
 
     /// [`dropout`](crate::ops::dropout): an element is 0 where its 32 random bits are below `threshold`, else x times `scale`.
-    fn dropout(&self, x: &Tensor, rows: &Tensor, key: u64, threshold: u32, scale: f64) -> Result<Tensor>;
+    fn dropout(
+        &self,
+        x: &Tensor,
+        rows: &Tensor,
+        key: u64,
+        threshold: u32,
+        scale: f64,
+        first: u32,
+    ) -> Result<Tensor>;
 
     /// [`accumulate`](crate::ops::accumulate): `dst` is added to, or becomes `src`.
     fn accumulate(&self, dst: &Tensor, src: &Tensor, add: bool) -> Result<()>;

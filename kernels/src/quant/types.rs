@@ -1,5 +1,7 @@
 //! What is stored: weights in 4 and 8 bits with their scales, and AdamW's moments in 8 bits.
 
+use std::ops::Range;
+
 use tch::{Device, Kind, Tensor};
 
 use super::dynamic::{self, CODE_BLOCK, blocks};
@@ -112,6 +114,61 @@ impl Quantized {
     /// What it takes of memory.
     pub fn bytes(&self) -> usize {
         self.buffers().iter().map(|t| t.numel() * t.kind().elt_size_in_bytes()).sum()
+    }
+
+    /// How a part of it is stored: nf4's scales stay float32, since their codes belong to those of the whole weight.
+    pub fn scheme_of_part(scheme: Scheme) -> Scheme {
+        match scheme {
+            Scheme::Nf4Double => Scheme::Nf4,
+            other => other,
+        }
+    }
+
+    /// Whether a part of a weight `[O, I]` of `rows` whole rows, or of `columns` columns, begins and ends with a scale's values.
+    pub fn has_parts(scheme: Scheme, shape: [i64; 2], rows: i64, columns: i64) -> bool {
+        let by_rows = columns == shape[1] && rows * columns % NF4_BLOCK == 0;
+        scheme == Scheme::Int8 || by_rows || columns % NF4_BLOCK == 0 && shape[1] % NF4_BLOCK == 0
+    }
+
+    /// Rows `rows` and columns `columns` of the weight, with the same values.
+    ///
+    /// # Errors
+    /// A part that [`Quantized::has_parts`] excludes.
+    pub fn part(&self, rows: Range<i64>, columns: Range<i64>) -> Result<Quantized> {
+        let shape = [rows.end - rows.start, columns.end - columns.start];
+        let [_, width] = self.shape;
+        let begins = match columns == (0..width) {
+            true => Quantized::has_parts(self.scheme, self.shape, rows.start, width),
+            false => self.scheme == Scheme::Int8 || columns.start % NF4_BLOCK == 0,
+        };
+        if !(begins && Quantized::has_parts(self.scheme, self.shape, shape[0], shape[1])) {
+            return Err(Error::new(format!(
+                "rows {rows:?} and columns {columns:?} of a weight {:?} do not end with a block of {NF4_BLOCK} values",
+                self.shape
+            )));
+        }
+        // Of a matrix of so many numbers per `each` values of a row.
+        let cut = |t: &Tensor, each: i64| -> Result<Tensor> {
+            if columns == (0..width) {
+                let (first, n) = (rows.start * width / each, shape[0] * width / each);
+                return Ok(t.f_narrow(0, first, n)?.copy());
+            }
+            let part = t.f_view([-1, width / each])?.f_narrow(0, rows.start, shape[0])?;
+            let part = part.f_narrow(1, columns.start / each, shape[1] / each)?;
+            Ok(part.f_reshape([-1])?.copy())
+        };
+        let scheme = Quantized::scheme_of_part(self.scheme);
+        let (data, absmax) = match &self.scales {
+            Scales::Absmax(absmax) if self.scheme == Scheme::Int8 => {
+                (cut(&self.data, 1)?, absmax.f_narrow(0, rows.start, shape[0])?.copy())
+            }
+            Scales::Absmax(absmax) => (cut(&self.data, 2)?, cut(absmax, NF4_BLOCK)?),
+            Scales::Double { codes, absmax, offset } => {
+                let all = dynamic::dequantize_dynamic(codes, absmax) + offset;
+                (cut(&self.data, 2)?, cut(&all, NF4_BLOCK)?)
+            }
+        };
+        Ok(Quantized { scheme, shape, data, scales: Scales::Absmax(absmax) })
     }
 
     /// The tensors that it consists of, in the order of [`Scheme::buffers`].

@@ -68,10 +68,11 @@ impl Recipe for Grpo {
     }
 
     fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan> {
+        let ranks = self.parallel.data_ranks(target.ranks);
         let work = Work {
-            responses: self.num_responses() / target.ranks,
-            micro_batch: self.micro_batch_size(target.ranks),
-            update: self.minibatch_size() / target.ranks,
+            responses: self.num_responses() / ranks,
+            micro_batch: self.micro_batch_size(ranks),
+            update: self.minibatch_size() / ranks,
             learned: self.num_updates() * self.minibatch_size(),
         };
         let others = Others { critic: None, reference: self.uses_reference(), average: false };

@@ -113,10 +113,11 @@ impl Recipe for Ppo {
     }
 
     fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan> {
+        let ranks = self.parallel.data_ranks(target.ranks);
         let work = Work {
-            responses: self.train.batch_size / target.ranks,
-            micro_batch: self.micro_batch_size(target.ranks),
-            update: self.ppo.minibatch_size / target.ranks,
+            responses: self.train.batch_size / ranks,
+            micro_batch: self.micro_batch_size(ranks),
+            update: self.ppo.minibatch_size / ranks,
             learned: self.ppo.epochs * self.train.batch_size,
         };
         let critic = self.critic();

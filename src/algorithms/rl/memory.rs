@@ -88,8 +88,14 @@ pub fn plan(
 }
 
 /// The work of an iteration, an upper bound: every response has the maximum length.
-fn iteration(c: &OwnResponses, models: &[ModelMemory], others: &Others, work: Work, ranks: i64) -> StepWork {
-    let actor = &models[0];
+fn iteration(
+    c: &OwnResponses,
+    models: &[ModelMemory],
+    others: &Others,
+    work: Work,
+    all_ranks: i64,
+) -> StepWork {
+    let (actor, ranks) = (&models[0], c.common.parallel.data_ranks(all_ranks));
     let (length, responses) = (c.data.sequence_length as f64, (work.responses * ranks) as f64);
     let new = c.generation.max_new_tokens.high.min(c.data.sequence_length as usize) as f64;
     let slots = c.generation.batch_size.unwrap_or(work.responses).min(work.responses).max(1);
@@ -111,7 +117,7 @@ fn iteration(c: &OwnResponses, models: &[ModelMemory], others: &Others, work: Wo
         hidden_size: actor.hidden_size,
         compute: c.actor.dtype.unwrap_or(c.common.precision.compute),
         steps: c.common.train.steps.map(|steps| steps as u64),
-        ranks,
+        ranks: all_ranks,
     }
 }
 
@@ -146,7 +152,7 @@ fn trained(
     let plans = trainable.plans(&shape).map_err(context)?;
     let float8 = float8(dtype, c.common.float8);
     let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?;
-    let memory = memory.in_float8(&plans, float8)?;
+    let memory = memory.in_float8(float8)?;
     let optim = m.optim.as_ref().unwrap_or(c.common.optim);
     let moments = if name == "average" { 0 } else { memory.moments(optim.moments) };
     let (there, host) =
@@ -212,7 +218,7 @@ fn frozen(
     let plans = plans.plans_for_inference(&shape)?;
     let float8 = float8(dtype, c.common.float8);
     let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?;
-    let memory = memory.in_float8(&plans, float8)?;
+    let memory = memory.in_float8(float8)?;
     let batch = match own_tokens {
         true => read_at_once(BATCH_TOKENS, c.data.sequence_length),
         false => BatchShape { rows: work.micro_batch, ..read_at_once(0, c.data.sequence_length) },
@@ -253,7 +259,10 @@ fn cache_bytes(s: &Shape, compute: Kind) -> i64 {
 fn sampling(c: &OwnResponses, s: &Shape, compute: Kind, work: Work, prefill: i64) -> i64 {
     let bytes = compute.elt_size_in_bytes() as i64;
     let slots = c.generation.batch_size.unwrap_or(work.responses).min(work.responses);
-    let cache = slots * c.data.sequence_length * cache_bytes(s, compute);
+    // A tensor-parallel rank has its heads', at least one.
+    let heads = s.num_key_value_heads;
+    let own = (heads / c.common.parallel.tensor).max(1);
+    let cache = slots * c.data.sequence_length * cache_bytes(s, compute) * own / heads;
     let logits = slots * s.vocab_size * (bytes + accumulator(compute).elt_size_in_bytes() as i64);
     cache + logits.max(prefill)
 }

@@ -1,6 +1,7 @@
 //! `corral check`: all that can be refused without a device.
 
 mod examples;
+mod mesh;
 
 use std::path::Path;
 
@@ -19,6 +20,7 @@ use crate::config::{Algorithm, Loaded};
 use crate::distributed::mesh::ShardingPlan;
 use crate::distributed::plan::{GroupPlan, Role};
 use crate::error::{Context, Error, Result};
+use crate::model::cuts::check_mesh;
 use crate::model::{Trainable, compute_kind};
 use crate::plan::PlanTarget;
 use crate::plan::rates::Rates;
@@ -39,6 +41,9 @@ pub struct CheckArgs {
     /// Ranks that the run will have
     #[arg(long, value_name = "N", default_value_t = 1)]
     nproc: i64,
+    /// Hosts that these ranks are on, in equal numbers
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    nodes: i64,
     /// The training example, prompt or window of tokens to show, from 1
     #[arg(long, value_name = "N", default_value_t = 1)]
     example: usize,
@@ -56,6 +61,9 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
 pub fn check<R: Recipe>(args: CheckArgs, global: &Global) -> Result<()> {
     if args.nproc < 1 {
         return Err(Error::config("--nproc must be at least 1"));
+    }
+    if args.nodes < 1 || args.nproc % args.nodes != 0 {
+        return Err(Error::config("--nodes must divide --nproc, the ranks of all nodes"));
     }
     let loaded = args.config.load::<R>()?;
     loaded.validate(args.nproc)?;
@@ -77,6 +85,7 @@ pub fn check<R: Recipe>(args: CheckArgs, global: &Global) -> Result<()> {
         train.sets().chain(valid.iter().flat_map(|v| v.sets())).try_for_each(|set| set.verify())?;
     }
     conclude(&loaded, &R::trained(&inputs))?;
+    mesh::show(c.common().parallel, args.nproc, args.nodes)?;
     memory(c, &target, rates.as_ref())?;
     if R::MODEL == "model"
         && let Ok(plan) = c.plan(&target)
@@ -121,6 +130,7 @@ fn conclude<C: Algorithm>(loaded: &Loaded<C>, models: &[(&str, &Shape, &Trainabl
     let mut lines = Vec::new();
     for (name, shape, trainable) in models {
         let plans = trainable.plans(shape)?;
+        check_mesh(plans.clone(), shape, c.parallel).map_err(|e| loaded.locate(e))?;
         let trained: Vec<_> = plans.iter().map(GroupPlan::trained).collect();
         checkpoint +=
             checkpoint::bytes_per_checkpoint(&trained, kernels::ops::accumulator(compute), c.optim.moments);

@@ -13,7 +13,7 @@ use corral::distributed::sharded::{Sharded, TensorSpec};
 use corral::model::cuts::cut_for;
 use corral::model::{DropoutPlace, KvCache, Llama, LmHead, ModelInput, Trainable};
 use corral::optim::{AdamW, Hyper};
-use kernels::c10d::Group;
+use kernels::c10d::{Group, ReduceOp};
 use tch::{Device, Kind, Tensor};
 use testing::compare::{largest, largest_relative, relative_number};
 use testing::program::Program;
@@ -41,10 +41,22 @@ fn small(family: Family) -> Shape {
     }
 }
 
-/// A model whose values are those of its tensors' names and places, on the ranks of `tensor`.
-fn model(shape: &Shape, trainable: &Trainable, tensor: Group, sequence: bool, kind: Kind) -> Llama {
-    let tensor = Axis::of(tensor);
-    let sharding = Sharding { tensor, sequence, ..Sharding::solo() };
+/// What the ranks of a group share.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Shared {
+    /// Every matrix, and the rows between attention and MLP or not.
+    Matrices { rows: bool },
+    /// Every sequence.
+    Sequences,
+}
+
+/// A model whose values are those of its tensors' names and places, on the ranks of `group`.
+fn model(shape: &Shape, trainable: &Trainable, group: Group, shared: Shared, kind: Kind) -> Llama {
+    let axis = Axis::of(group.clone());
+    let sharding = match shared {
+        Shared::Matrices { rows } => Sharding { tensor: axis, sequence: rows, ..Sharding::solo() },
+        Shared::Sequences => Sharding { context: axis, ..Sharding::replicated(group) },
+    };
     let plans = cut_for(trainable.plans(shape).unwrap(), shape, &sharding).unwrap();
     let mut params = Sharded::new(plans, sharding, kind, Device::Cpu);
     let value = |spec: &TensorSpec, first: i64, values: &Tensor| {
@@ -79,7 +91,7 @@ fn numbers(t: &Tensor) -> Vec<f64> {
 
 /// Three updates with two micro-batches each; entropies, and logits of a row that is read token by token.
 fn computed(model: &mut Llama, recompute: Recompute) -> Computed {
-    let (rows, length) = (2, 12);
+    let (rows, length) = (2, 16);
     // A large eps: else the sign of a gradient that is nothing but rounding would count.
     let hyper = Hyper { betas: [0.9, 0.95], eps: 1e-2, weight_decay: 0.1 };
     let mut optimizer = AdamW::new(&model.params, hyper);
@@ -96,10 +108,12 @@ fn computed(model: &mut Llama, recompute: Recompute) -> Computed {
     for step in 0..3 {
         let batches = [batch(step), batch(step + 30)];
         let count = (2 * rows * length) as f64;
-        all.losses.push(accumulate_gradients(model, &batches, count, recompute).unwrap().loss);
+        let loss = accumulate_gradients(model, &batches, count, recompute).unwrap().loss;
+        let context = &model.params.sharding().context.group;
+        all.losses.push(context.combine(&[loss], ReduceOp::Sum).unwrap()[0]);
         let squares = AdamW::sum_squares(&model.params).unwrap();
         let axis = &model.params.sharding().tensor;
-        let squares = axis.group.combine(&[squares], kernels::c10d::ReduceOp::Sum).unwrap()[0];
+        let squares = axis.group.combine(&[squares], ReduceOp::Sum).unwrap()[0];
         all.norms.push(squares.sqrt());
         optimizer.update(&mut model.params, 1e-2, AdamW::clip_scale(squares.sqrt(), 1.0)).unwrap();
     }
@@ -116,8 +130,10 @@ fn computed(model: &mut Llama, recompute: Recompute) -> Computed {
         }
     }
     let hidden = model.hidden(&ModelInput::new(ids(3))).unwrap();
-    let told = LmHead::logprobs(model, &hidden, &ids(4).view([-1]), 0.7, true).unwrap();
-    all.entropies = numbers(&told.entropies.unwrap());
+    let labels = model.own_tokens(&ids(4).view([-1]), &ids(4)).unwrap();
+    let told = LmHead::logprobs(model, &hidden, &labels, 0.7, true).unwrap();
+    let sum = told.entropies.unwrap().sum(Kind::Double).double_value(&[]);
+    all.entropies = model.params.sharding().context.group.combine(&[sum], ReduceOp::Sum).unwrap();
     let mut cache = KvCache::new(model, 1);
     let mut last = model.prefill(&[&[5, 6, 7]], &[0], &mut cache).unwrap();
     for id in [8, 60, 2] {
@@ -162,7 +178,7 @@ fn lora(targets: Targets, modules_to_save: &[&str], base: BaseFormat, dropout: f
 
 /// Losses, norms of gradients, values after three updates, entropies and logits of a model over 2 and 4 ranks are those of one.
 #[test]
-fn tensor_parallel_models() {
+fn models_on_ranks() {
     let llama = small(Family::Llama);
     let all = Trainable::default();
     let frozen = Freeze { embeddings: true, ..Freeze::default() };
@@ -188,19 +204,26 @@ fn tensor_parallel_models() {
     for (i, (name, shape, trainable)) in cases.iter().enumerate() {
         for kind in [Kind::Double, Kind::Float] {
             let recompute = [Recompute::None, Recompute::Selective, Recompute::Full][i % 3];
-            let whole = computed(&mut model(shape, trainable, Group::solo(), true, kind), Recompute::None);
+            let whole = computed(
+                &mut model(shape, trainable, Group::solo(), Shared::Sequences, kind),
+                Recompute::None,
+            );
             // Each case with each number of ranks, and both ways of dividing rows; all of them with all.
             let even = i % 2 == 0;
-            let chosen = |ranks, sequence| match kind {
-                Kind::Double => (ranks == 2) == (sequence == even),
-                _ => ranks == 2 && sequence != even,
+            let chosen = |ranks, shared| match (kind, shared) {
+                (Kind::Double, Shared::Matrices { rows }) => (ranks == 2) == (rows == even),
+                (Kind::Double, Shared::Sequences) => (ranks == 2) == even,
+                (_, Shared::Matrices { rows }) => ranks == 2 && rows != even,
+                (_, Shared::Sequences) => ranks == 2 && even,
             };
-            let all = [(2, true), (2, false), (4, true), (4, false)];
-            for (ranks, sequence) in all.into_iter().filter(|(r, s)| everything() || chosen(*r, *s)) {
-                on_ranks(ranks, |tensor| {
-                    let parts = computed(&mut model(shape, trainable, tensor, sequence, kind), recompute);
-                    let name = format!("{name} over {ranks}, rows divided: {sequence}");
-                    equal(&name, kind, &parts, &whole);
+            let ways = [Shared::Matrices { rows: true }, Shared::Matrices { rows: false }, Shared::Sequences];
+            for (ranks, shared) in [2, 4].into_iter().flat_map(|ranks| ways.map(|shared| (ranks, shared))) {
+                if !everything() && !chosen(ranks, shared) {
+                    continue;
+                }
+                on_ranks(ranks, |group| {
+                    let parts = computed(&mut model(shape, trainable, group, shared, kind), recompute);
+                    equal(&format!("{name} over {ranks}, {shared:?}"), kind, &parts, &whole);
                 });
             }
         }
@@ -237,6 +260,10 @@ fn runs_on_meshes() {
         (4, &["parallel.tensor=2", "parallel.mode=optimizer", "train.micro_batch_size=2"]),
         (4, &["parallel.tensor=2", "parallel.mode=replicate", "train.recompute=full"]),
         (8, &["parallel.tensor=2", "parallel.mode=hybrid", "parallel.shard=2"]),
+        (2, &["parallel.context=2", "train.micro_batch_size=4"]),
+        (4, &["parallel.context=2", "parallel.tensor=2", "parallel.mode=grads"]),
+        (4, &["parallel.context=2", "parallel.mode=replicate", "train.recompute=full"]),
+        (4, &["parallel.context=4", "parallel.mode=optimizer", "train.micro_batch_size=2"]),
     ]
     .into_iter()
     .enumerate()
@@ -293,4 +320,10 @@ fn meshes_that_do_not_fit() {
     let run = Run::new("mesh-refused");
     run.expect_refused(&["parallel.tensor=2"], 2, "'parallel.tensor': 2 must divide the number of ranks, 1");
     run.expect_refused(&["parallel.tensor=0"], 2, "parallel.tensor");
+    run.expect_refused(&["parallel.context=3", "data.sequence_length=32"], 2, "32 is not a multiple of 6");
+    run.expect_refused(
+        &["parallel.context=2"],
+        2,
+        "'parallel.context': 2 must divide the number of ranks, 1",
+    );
 }

@@ -103,7 +103,8 @@ pub fn accumulate(
     model.params.begin_step_gradients(entries.len());
     for entry in entries.iter_mut() {
         // Before the forward is queued: a copy after it would wait for it.
-        let labels = ops::upload(&entry.batch.labels, model.params.device())?; // [N]
+        let labels = model.own_tokens(&entry.batch.labels, &entry.batch.input.ids)?; // [N]
+        let labels = ops::upload(&labels, model.params.device())?;
         let (hidden, mut tape) = model.forward(&entry.batch.input, recompute)?; // [N, C]; collective
         let (loss, dhidden) = match &mut entry.objective {
             Objective::CrossEntropy { weight } => {
@@ -138,7 +139,7 @@ pub fn accumulate(
         };
         drop(hidden);
         if let Some((weight, share)) = entry.balance {
-            aux_losses.extend(tape.balance_loss(weight * share).map(|loss| loss * share));
+            aux_losses.extend(tape.balance_loss(weight * share)?.map(|loss| loss * share));
         }
         model.backward(dhidden, tape)?; // collective: gathers and reductions overlap it
         losses.push(loss);
@@ -236,9 +237,11 @@ pub fn apply_gradients(
     // Ranks that hold equal slices each count a part of theirs: one sum over all ranks, so that all have the same bits.
     let squares = AdamW::sum_squares(&model.params)? / model.params.replica_group().size() as f64; // host sync
     // Ranks that share every matrix have the same rows, and the same losses: those of the first count.
-    let counts = if world.mesh.tensor.rank == 0 { 1.0 } else { 0.0 };
-    let mut values = vec![counts * sums.loss, squares];
-    values.extend(sums.aux_loss.map(|loss| counts * loss));
+    let once = |counts: bool| if counts { 1.0 } else { 0.0 };
+    let first = world.mesh.tensor.rank == 0;
+    let mut values = vec![once(first) * sums.loss, squares];
+    // Those that share the sequences have parts of the loss; of experts' load each has counted all.
+    values.extend(sums.aux_loss.map(|loss| once(first && world.mesh.context.rank == 0) * loss));
     let values = world.group.combine(&values, ReduceOp::Sum)?; // collective, host sync
     let (loss, grad_norm) = (values[0], values[1].sqrt());
     let aux_loss = sums.aux_loss.map(|_| values[2]);
@@ -314,12 +317,15 @@ pub fn evaluate(
         }
         let batch = batch?;
         let hidden = model.hidden(&batch.input)?; // [N, C]; collective
-        let labels = ops::upload(&batch.labels, hidden.device())?; // [N]
+        let labels = model.own_tokens(&batch.labels, &batch.input.ids)?; // [N]
+        let labels = ops::upload(&labels, hidden.device())?;
         let (sum, n) = LmHead::loss_sum(model, &hidden, &labels)?; // collective, host sync
         loss_sum += sum;
         count += n as f64;
     }
-    let total = world.mesh.data.group.combine(&[loss_sum, count], ReduceOp::Sum)?; // collective, host sync
+    // Ranks that share every matrix have the same tokens: those of the first count.
+    let counts = if world.mesh.tensor.rank == 0 { 1.0 } else { 0.0 };
+    let total = world.group.combine(&[counts * loss_sum, counts * count], ReduceOp::Sum)?; // collective, host sync
     Ok(Some(total[0] / total[1]))
 }
 

@@ -24,6 +24,9 @@ pub trait Algorithm: Setting {
     /// The key that holds the trained model, and may be called `model`.
     const MODEL: &'static str = "model";
 
+    /// Whether ranks may share sequences (`parallel.context`).
+    const SHARES_SEQUENCES: bool = false;
+
     fn common(&self) -> Common<'_>;
 
     /// What does not fit on `world_size` (at least 1) ranks; touches no file and no device.
@@ -182,6 +185,13 @@ impl<T: Algorithm> Loaded<T> {
     pub fn validate(&self, world_size: i64) -> Result<()> {
         let mut found = Conflicts::default();
         self.config.conflicts(world_size, &mut found);
+        if !T::SHARES_SEQUENCES && self.config.common().parallel.context > 1 {
+            let why = format!(
+                "{} does not share sequences among ranks; pretrain and sft do. Set it to 1",
+                T::SUBCOMMAND
+            );
+            found.add("parallel.context", why);
+        }
         self.refuse(&found)
     }
 

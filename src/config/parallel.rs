@@ -22,6 +22,8 @@ section! {
         /// Ranks that share every matrix divide the tokens between attention and MLP (sequence parallelism): less memory, and
         /// no more is sent.
         sequence: bool = true => Rounding;
+        /// Ranks that share every sequence (context parallelism), of pretrain and sft.
+        context: i64 = 1, COUNT => Rounding;
         /// Time limit in seconds of the rendezvous and of every collective.
         timeout_s: f64 = 600.0, SECONDS => Execution;
     }
@@ -30,7 +32,19 @@ section! {
 impl Parallel {
     /// Ranks of `world_size` that have different rows of a batch.
     pub fn data_ranks(&self, world_size: i64) -> i64 {
-        (world_size / self.tensor).max(1)
+        (world_size / (self.tensor * self.context)).max(1)
+    }
+
+    /// What of rows of so many tokens, the same of every row, ranks cannot share.
+    pub fn conflicts_of_length(&self, length: i64, found: &mut Conflicts) {
+        let unit = 2 * self.context;
+        if self.context > 1 && length % unit != 0 {
+            let why = format!(
+                "{length} is not a multiple of {unit}: each of parallel.context = {} ranks has two equal chunks of a row",
+                self.context
+            );
+            found.add("data.sequence_length", why);
+        }
     }
 
     /// What does not fit on `world_size` ranks.
@@ -39,7 +53,18 @@ impl Parallel {
             let why = format!("{} must divide the number of ranks, {world_size}", self.tensor);
             found.add("parallel.tensor", why);
         }
-        let ranks = self.data_ranks(world_size);
+        if self.context > 1 && world_size % (self.tensor * self.context) != 0 {
+            let why = match self.tensor {
+                1 => format!("{} must divide the number of ranks, {world_size}", self.context),
+                tensor => format!(
+                    "{} must divide the number of ranks divided by parallel.tensor, {world_size} / {tensor}",
+                    self.context
+                ),
+            };
+            found.add("parallel.context", why);
+        }
+        // Slices lie over ranks that share sequences, too.
+        let ranks = self.data_ranks(world_size) * self.context;
         match self.shard {
             ShardSize::Auto => {}
             ShardSize::Ranks(_) if self.mode != Mode::Hybrid => {

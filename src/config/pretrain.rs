@@ -39,6 +39,8 @@ impl Algorithm for Pretrain {
     const BUILT_IN: &'static [BuiltInConfig] =
         built_in!("pretrain": "default", "llama-1b", "llama-8b", "shakespeare", "smollm2-shakespeare");
 
+    const SHARES_SEQUENCES: bool = true;
+
     fn common(&self) -> Common<'_> {
         self.sections()
     }
@@ -56,6 +58,7 @@ impl Algorithm for Pretrain {
         }
         conflicts_of_validation(&self.data.valid, found);
         conflicts_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train, found);
+        self.parallel.conflicts_of_length(length, found);
         self.common().conflicts(world_size, found);
         self.valid.conflicts(&self.data.valid, found);
     }

@@ -89,6 +89,8 @@ impl Algorithm for Sft {
     const SUBCOMMAND: &'static str = "sft";
     const BUILT_IN: &'static [BuiltInConfig] = built_in!("sft": "default", "gsm8k", "llama-3.1-8b-chats-qlora", "llama-3.2-1b-chats-lora", "llama-7b-full", "llama-7b-lora", "llama-7b-qlora", "mistral-7b-chats-qlora", "noisy", "qwen2.5-0.5b-chats-lora", "qwen2.5-7b-chats-qlora", "qwen3-4b-chats-lora", "smollm2-gsm8k", "smollm2-persona", "tiny");
 
+    const SHARES_SEQUENCES: bool = true;
+
     fn common(&self) -> Common<'_> {
         self.sections()
     }
@@ -104,6 +106,11 @@ impl Algorithm for Sft {
             found.add("samples.every", "the prompts are the validation data's: give data.valid");
         }
         conflicts_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train, found);
+        self.parallel.conflicts_of_length(self.data.sequence_length, found);
+        if self.parallel.context > 1 && !self.data.packing {
+            let why = "rows of one document each are as long as their longest, which ranks cannot share; set it to true";
+            found.add("data.packing", why);
+        }
         self.common().conflicts(world_size, found);
         self.valid.conflicts(&self.data.valid, found);
         trainable::conflicts(&self.freeze, self.lora.as_ref(), self.precision.compute, found);

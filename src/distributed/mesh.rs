@@ -148,7 +148,7 @@ impl MeshPlan {
     /// does not divide the others.
     pub fn of(parallel: &Parallel, ranks: i64, ranks_of_host: Option<i64>) -> Result<MeshPlan> {
         let (tensor, data) = (parallel.tensor, parallel.data_ranks(ranks));
-        let (context, pipeline) = (1, 1);
+        let (context, pipeline) = (parallel.context, 1);
         let copies = data * context;
         let shard = match (parallel.mode, parallel.shard) {
             (Mode::Full | Mode::Grads | Mode::Optimizer, _) => copies,
@@ -290,6 +290,8 @@ pub struct Sharding {
     pub tensor: Axis,
     /// Ranks of `tensor` divide the rows of activations between attention and MLP.
     pub sequence: bool,
+    /// The ranks that share every sequence; slices lie over them, too.
+    pub context: Axis,
     /// What a rank keeps whole.
     pub keep: Keep,
 }
@@ -303,8 +305,8 @@ impl Sharding {
     /// In slices over all ranks of `group`.
     pub fn over(group: Group) -> Sharding {
         let (replicate, tensor) = (Group::solo(), Axis::solo());
-        let (sequence, keep) = (false, Keep::Nothing);
-        Sharding { shard: group.clone(), reduce: group, replicate, tensor, sequence, keep }
+        let (sequence, context, keep) = (false, Axis::solo(), Keep::Nothing);
+        Sharding { shard: group.clone(), reduce: group, replicate, tensor, sequence, context, keep }
     }
 
     /// Whole on every rank of `group`.

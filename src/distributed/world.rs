@@ -157,7 +157,8 @@ impl World {
         let (shard, replicate) = (group(&self.mesh.shard), group(&self.mesh.replicate));
         let tensor = self.mesh.tensor.clone();
         let (reduce, sequence, keep) = (self.reduce.clone(), self.sequence, self.keep);
-        Sharding { shard, reduce, replicate, tensor, sequence, keep }
+        let context = self.mesh.context.clone();
+        Sharding { shard, reduce, replicate, tensor, sequence, context, keep }
     }
 
     /// Waits until this rank's device has done all that was asked of it.
@@ -268,7 +269,8 @@ impl World {
             1 if plan.shard == 1 => data.clone(),
             _ => self.axis(&plan, AxisName::Replicate)?,
         };
-        Ok(Mesh { data, shard, replicate, tensor: self.axis(&plan, AxisName::Tensor)?, ..Mesh::solo() })
+        let (tensor, context) = (self.axis(&plan, AxisName::Tensor)?, self.axis(&plan, AxisName::Context)?);
+        Ok(Mesh { data, shard, replicate, tensor, context, ..Mesh::solo() })
     }
 
     /// This rank's axis of this name.

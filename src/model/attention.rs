@@ -45,7 +45,13 @@ impl Attention<Linear> {
     /// The forward of block `i` up to what its backward needs, for x: T [N, C].
     pub(super) fn begin(&self, x: &Tensor, c: &BlockContext, i: usize) -> Result<AttentionSaved> {
         let (qkv, qk) = self.project(x, c, i)?;
-        let (out, lse) = ops::attention(&qkv, c.spans(i), c.heads)?; // [N, H D], [B, H, T]
+        let (out, lse) = match c.own(i) {
+            None => ops::attention(&qkv, c.spans(i), c.heads)?, // [N, H D], [B, H, T]
+            Some(own) => {
+                let [q, kv] = queries_and_rest(&qkv, c.heads);
+                ops::attention_of(&q, &c.sequence.gather(&kv)?, own, c.heads)?
+            }
+        };
         Ok(AttentionSaved { qk, qkv, out, lse })
     }
 
@@ -87,7 +93,15 @@ impl Attention<Linear> {
     ) -> Result<Tensor> {
         let dout = self.o.backward(dy, &saved.out, &grad.o)?; // [N, H D]
         let AttentionSaved { qk, qkv, out, lse } = saved;
-        let dqkv = ops::attention_backward(&dout, &qkv, &out, &lse, c.spans(i), c.heads)?; // [N, (H + 2K) D]
+        let dqkv = match c.own(i) {
+            None => ops::attention_backward(&dout, &qkv, &out, &lse, c.spans(i), c.heads)?, // [N, (H + 2K) D]
+            Some(own) => {
+                let [q, kv] = queries_and_rest(&qkv, c.heads);
+                let kv = c.sequence.gather(&kv)?; // once more, rather than kept
+                let (dq, dkv) = ops::attention_of_backward(&dout, &q, &kv, [&out, &lse], own, c.heads)?;
+                Tensor::f_cat(&[dq, c.sequence.sum(&dkv)?.f_to_kind(qkv.kind())?], 1)?
+            }
+        };
         drop(dout);
         rotate(&dqkv, c, i, true)?; // R^T rotates back
         self.norm_heads_backward(grad, &dqkv, qk, c)?;
@@ -140,4 +154,10 @@ fn rotate(qkv: &Tensor, c: &BlockContext, i: usize, inverse: bool) -> Result<()>
 fn queries_and_keys(qkv: &Tensor, h: Heads) -> [Tensor; 2] {
     let (q, k) = (h.heads * h.head_dim, h.kv_heads * h.head_dim);
     [qkv.narrow(1, 0, q), qkv.narrow(1, q, k)] // [N, H D], [N, K D]
+}
+
+/// The queries, T [N, H D], and the keys and values, T [N, 2K D], of projections.
+fn queries_and_rest(qkv: &Tensor, h: Heads) -> [Tensor; 2] {
+    let (q, rest) = (h.heads * h.head_dim, 2 * h.kv_heads * h.head_dim);
+    [qkv.narrow(1, 0, q).contiguous(), qkv.narrow(1, q, rest).contiguous()]
 }

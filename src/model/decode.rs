@@ -12,11 +12,13 @@
 use kernels::ops::{self, Heads, KeysValues};
 use tch::{Kind, Tensor};
 
+use crate::distributed::mesh::Axis;
 use crate::error::{Error, Result};
 use crate::model::head::capped;
 use crate::model::layout::BlockParts;
 use crate::model::linear::Linear;
 use crate::model::llama::{BlockContext, Llama, ModelInput};
+use crate::model::shared_sequence::SharedSequence;
 
 /// Elements of the scores that [`Llama::extend`] has in memory at once.
 const SCORES: i64 = 16 << 20;
@@ -157,7 +159,7 @@ impl Llama {
         let new = ids.len() as i64;
         cache.reserve(past + new);
         let position = Tensor::arange_start(past, past + new, (Kind::Int64, self.params.device()));
-        let context = self.decoding(position, past + new);
+        let context = self.decoding(position, past + new)?;
         let x = self.embed_checked(ids)?; // [N, C]
         let last = self.read(x, &context, |i, qkv| {
             let (keys, values) = &cache.blocks[i - 1];
@@ -192,7 +194,7 @@ impl Llama {
         longest: i64,
         cache: &KvCache,
     ) -> Result<Tensor> {
-        let context = self.decoding(position, longest);
+        let context = self.decoding(position, longest)?;
         let x = self.embed(ids)?; // [rows, C]
         self.read(x, &context, |i, qkv| {
             let ((keys, values), first) = (&cache.blocks[i - 1], context.first(i - 1));
@@ -223,11 +225,13 @@ impl Llama {
 
     /// For a token each at `position` (int64 `[N]`, all below `length`) of rows that begin at position 0, so that a sliding
     /// window's first position is never in padding.
-    fn decoding(&mut self, position: Tensor, length: i64) -> BlockContext {
+    fn decoding(&mut self, position: Tensor, length: i64) -> Result<BlockContext> {
         let tables = self.rope_tables(length);
         let window = self.shape.sliding_window.filter(|w| *w < length);
         let first = window.map(|window| (&position - (window - 1)).clamp_min(0)); // [N]
-        BlockContext::decoding(self, position.numel() as i64, position, first, tables)
+        let rows = position.numel() as i64;
+        let alone = SharedSequence::new(&Axis::solo(), [rows, 1])?;
+        Ok(BlockContext::decoding(self, rows, position, first, tables, alone))
     }
 
     /// Hidden states after the final norm, T [N, C], of N embedded tokens x, T [N, C]. `attend` takes the block's number and

@@ -6,11 +6,12 @@
 //! A block is in [`super::block`]: norm, attention, norm, MLP. What other families do differently is asked of the [`Shape`]'s
 //! features.
 
-use kernels::ops::{self, Float8, Heads, Spans};
+use kernels::ops::{self, Float8, Heads, OwnPositions, Spans};
 use tch::{Kind, Tensor};
 
 use crate::config::sections::Recompute;
 use crate::config::shape::Shape;
+use crate::distributed::mesh::Axis;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::sharded::gathered::Form;
 use crate::error::{Error, Result};
@@ -21,6 +22,7 @@ use crate::model::mixture::Balance;
 use crate::model::norm::RmsNorm;
 use crate::model::rotary::RopeTables;
 use crate::model::shared_rows::SharedRows;
+use crate::model::shared_sequence::SharedSequence;
 use crate::model::vocabulary::VocabularyPart;
 use crate::random::hash;
 
@@ -87,8 +89,8 @@ pub struct Tape {
 impl Tape {
     /// The load-balancing loss of a mixture of experts over this forward; none for other models. The backward then
     /// differentiates `weight` times it, too.
-    pub fn balance_loss(&mut self, weight: f64) -> Option<Tensor> {
-        Some(self.balance.as_mut()?.loss(weight))
+    pub fn balance_loss(&mut self, weight: f64) -> Result<Option<Tensor>> {
+        self.balance.as_mut().map(|balance| balance.loss(weight)).transpose()
     }
 
     /// Where the tokens went in block `i` of a mixture of experts: the router's output T [N, E] and the chosen experts,
@@ -104,9 +106,12 @@ pub(super) struct BlockContext {
     pub(super) heads: Heads,
     pub(super) norm: RmsNorm,
     pub(super) rows: SharedRows,
+    pub(super) sequence: SharedSequence,
     pub(super) positions: Tensor,
     /// What positions see, without and with the sliding window.
     spans: [Spans; 2],
+    /// The same where ranks share the sequences.
+    own: Option<[OwnPositions; 2]>,
     /// Of one more token of each row, the first position that it sees through a window, int64 `[B]`; none: all.
     first: Option<Tensor>,
     /// Of each block whether it has a window.
@@ -124,13 +129,16 @@ impl BlockContext {
         positions: Tensor,
         first: Option<Tensor>,
         rope: [RopeTables; 2],
+        sequence: SharedSequence,
     ) -> BlockContext {
         BlockContext {
             heads: model.heads(batch),
             norm: RmsNorm::of(&model.shape),
             rows: SharedRows::whole(&model.params.sharding().tensor),
+            sequence,
             positions,
             spans: Default::default(),
+            own: None,
             first,
             windowed: model.windowed(),
             rope,
@@ -141,6 +149,11 @@ impl BlockContext {
     /// What the positions of block `i` see.
     pub(super) fn spans(&self, i: usize) -> &Spans {
         &self.spans[usize::from(self.windowed[i])]
+    }
+
+    /// What the positions that this rank has see in block `i`, where ranks share the sequences.
+    pub(super) fn own(&self, i: usize) -> Option<&OwnPositions> {
+        self.own.as_ref().map(|own| &own[usize::from(self.windowed[i])])
     }
 
     /// What one more token of each row sees first in block `i`.
@@ -216,7 +229,7 @@ impl Llama {
         if self.shape.tie_word_embeddings { 0 } else { self.num_blocks() + 1 }
     }
 
-    /// What the blocks of a forward share. `divided`: tensor-parallel ranks may divide the rows between attention and MLP.
+    /// What the blocks of a forward share. `divided`: ranks may divide the sequences, and the rows between attention and MLP.
     pub(super) fn context(&mut self, input: &ModelInput, divided: bool) -> Result<BlockContext> {
         let (batch, time) = (input.ids.size()[0], input.ids.size()[1]);
         let device = self.params.device();
@@ -225,9 +238,13 @@ impl Llama {
             None => time,
         };
         let rope = self.rope_tables(length);
+        let sequence = match divided {
+            true => self.shared_sequence([batch, time])?,
+            false => SharedSequence::new(&Axis::solo(), [batch, time])?,
+        };
         let positions = match &input.positions {
-            Some(p) => ops::upload(p, device)?,
-            None => Tensor::arange(time, (Kind::Int64, device)).repeat([batch]),
+            Some(p) => ops::upload(&sequence.own(p), device)?,
+            None => Tensor::from_slice(&sequence.at()).to_device(device).repeat([batch]),
         }; // [N]
         let starts = input.start.as_ref().map(Vec::<i64>::try_from).transpose()?; // [N]
         // A window counts places in the row, padding included.
@@ -237,12 +254,15 @@ impl Llama {
             Some(window) => spans(Some(window))?,
             None => whole.clone(),
         };
+        let own = |spans: &Spans| OwnPositions::new(sequence.at(), spans.start().map(|s| sequence.own(s)));
+        let own = (!sequence.is_alone()).then(|| [own(&whole), own(&windowed)]);
         Ok(BlockContext {
             heads: self.heads(batch),
             norm: RmsNorm::of(&self.shape),
-            rows: self.shared_rows(batch * time, divided),
+            rows: self.shared_rows(sequence.tokens(), divided),
             positions,
             spans: [whole, windowed],
+            own,
             first: None,
             windowed: self.windowed(),
             rope,
@@ -251,9 +271,22 @@ impl Llama {
                 let row = Tensor::arange(batch, (Kind::Int64, device)) + place.first_row as i64; // [B]
                 let at = Tensor::arange(time, (Kind::Int64, device)); // [T]
                 let token = row.unsqueeze(1) * (1i64 << 32) + at; // [B, T]
-                Draws { key: hash(place.seed ^ hash(place.step)), rows: token.view([-1]) }
+                let rows = sequence.own(&token.contiguous().view([-1]));
+                Draws { key: hash(place.seed ^ hash(place.step)), rows }
             }),
+            sequence,
         })
+    }
+
+    /// Rows [B, T] of a forward over whole rows, of which ranks may have different tokens.
+    fn shared_sequence(&self, size: [i64; 2]) -> Result<SharedSequence> {
+        SharedSequence::new(&self.params.sharding().context, size)
+    }
+
+    /// Of a number for each token of rows `ids` (int64 [B, T]), `[B * T]`, those of the tokens that this rank's forward gives
+    /// hidden states of: all, unless ranks share the sequences.
+    pub fn own_tokens(&self, all: &Tensor, ids: &Tensor) -> Result<Tensor> {
+        Ok(self.shared_sequence([ids.size()[0], ids.size()[1]])?.own(all))
     }
 
     fn heads(&self, batch: i64) -> Heads {
@@ -342,7 +375,8 @@ impl Llama {
     fn run(&mut self, input: &ModelInput, recompute: Option<Recompute>) -> Result<(Tensor, Option<Tape>)> {
         self.prefetch(0)?; // collective, overlaps the preparation of the inputs
         let context = self.context(input, true)?;
-        let ids = ops::upload(&input.ids.contiguous(), self.params.device())?.view([-1]); // [N]
+        let ids = context.sequence.own(&input.ids.contiguous().view([-1])); // [N]
+        let ids = ops::upload(&ids, self.params.device())?;
         let layers = self.num_blocks();
         let lowest = self.params.first_trained();
         let keep_embedding = self.shape.tie_word_embeddings && layers <= 1;
@@ -356,7 +390,9 @@ impl Llama {
         let mut hidden = None;
         let mut balance = match &self.shape.experts {
             Some(e) if recompute.is_some() => {
-                Some(Balance::new(e.num_local_experts, &ids, x.kind(), input.mask.as_ref()))
+                let mask = input.mask.as_ref().map(|mask| context.sequence.own(mask));
+                let sharing = self.params.sharding().context.group.clone();
+                Some(Balance::new(e.num_local_experts, &ids, x.kind(), mask.as_ref(), sharing))
             }
             _ => None,
         };

@@ -9,7 +9,7 @@
 //! Pairs of a token and one of its experts are sorted by expert, so that each expert sees its tokens in one piece; the
 //! outputs are put back in the tokens' order before they are added, so that the same input gives the same bits.
 
-use kernels::c10d::ReduceOp;
+use kernels::c10d::{Group, ReduceOp};
 use kernels::ops::{self, GroupedWeights, WeightGrad};
 use tch::{Kind, Tensor};
 
@@ -307,11 +307,19 @@ pub(super) struct Balance {
     mask: Option<Tensor>,
     /// What each router's probabilities get in the backward: A `[E]` for a real token
     gradient: Option<Tensor>,
+    sharing: Group,
 }
 
 impl Balance {
     /// Over no block yet, of tokens `ids` (`[N]`) and activations in T, `kind`. `mask`: int64 `[N]`, 1 = real; none: all are.
-    pub(super) fn new(num_experts: i64, ids: &Tensor, kind: Kind, mask: Option<&Tensor>) -> Balance {
+    /// `sharing`: the ranks that have the other tokens of the same rows.
+    pub(super) fn new(
+        num_experts: i64,
+        ids: &Tensor,
+        kind: Kind,
+        mask: Option<&Tensor>,
+        sharing: Group,
+    ) -> Balance {
         let (a, device) = (ops::accumulator(kind), ids.device());
         let zeros = || Tensor::zeros([num_experts], (a, device));
         let tokens = match mask {
@@ -319,7 +327,7 @@ impl Balance {
             None => ids.size()[0],
         } as f64;
         let mask = mask.map(|m| m.to_device(device).to_kind(a).view([-1, 1]));
-        Balance { assigned: zeros(), probability: zeros(), tokens, rows: 0.0, mask, gradient: None }
+        Balance { assigned: zeros(), probability: zeros(), tokens, rows: 0.0, mask, gradient: None, sharing }
     }
 
     /// Counts a block.
@@ -339,11 +347,20 @@ impl Balance {
 
     /// The loss over the blocks that were counted. From here on the backward differentiates `weight` times it, too; the
     /// numbers of tokens are constants there: d loss / dp = E f_e / (tokens of all blocks) for every real token.
-    pub(super) fn loss(&mut self, weight: f64) -> Tensor {
+    /// Collective over the ranks that share the sequences.
+    pub(super) fn loss(&mut self, weight: f64) -> Result<Tensor> {
+        if self.sharing.size() > 1 {
+            let rows = Tensor::full([1], self.rows, (self.assigned.kind(), self.assigned.device()));
+            let all = Tensor::f_cat(&[&self.assigned, &self.probability, &rows], 0)?; // [2 E + 1]
+            self.sharing.all_reduce(&all, ReduceOp::Sum)?.wait()?; // collective
+            let experts = self.assigned.size()[0];
+            (self.assigned, self.probability) = (all.narrow(0, 0, experts), all.narrow(0, experts, experts));
+            self.rows = all.double_value(&[2 * experts]); // host sync
+        }
         let experts = self.assigned.size()[0] as f64;
         let scale = experts / (self.rows * self.rows).max(1.0);
         self.gradient = Some(&self.assigned * (weight * scale)); // [E]
-        (&self.assigned * &self.probability).sum(Kind::Double) * scale
+        Ok((&self.assigned * &self.probability).sum(Kind::Double) * scale)
     }
 
     /// The gradient of the probabilities of one block's router, A [N, E] or broadcast to it.

@@ -15,6 +15,7 @@ mod norm;
 pub mod rotary;
 pub(crate) mod score;
 mod shared_rows;
+mod shared_sequence;
 pub mod trainable;
 mod vocabulary;
 

@@ -21,6 +21,7 @@ mod grouped;
 mod products;
 mod rows;
 mod sample;
+mod shared_sequence;
 mod spans;
 mod upload;
 
@@ -37,5 +38,6 @@ pub use grouped::{GroupedWeights, add_grouped_products};
 pub use products::*;
 pub use rows::RowOps;
 pub use sample::{SampleOptions, SampleRows, sample, samples};
+pub use shared_sequence::{OwnPositions, attention_of, attention_of_backward};
 pub use spans::Spans;
 pub use upload::upload;

@@ -64,7 +64,8 @@ impl Spans {
         Ok(Spans { start: Some(upload(&Tensor::from_slice(&start), device)?), segments, window })
     }
 
-    pub(crate) fn start(&self) -> Option<&Tensor> {
+    /// The first position of its row that each position sees, int64 `[B * T]`; none: 0.
+    pub fn start(&self) -> Option<&Tensor> {
         self.start.as_ref()
     }
 

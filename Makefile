@@ -1,6 +1,6 @@
 # Thin: what each target does is in scripts/. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test parity interop bench bench-trl lint doc site keys check gpu-check package install clean
+.PHONY: help setup build demo test test-mesh parity interop bench bench-trl lint doc site keys check gpu-check package install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -23,6 +23,9 @@ parity: setup ## only the tests against golden data (CORRAL_GOLDEN=DIR: another 
 	cargo test --release --test parity --test parity_training --test tokenizer
 	cargo test --release --test dpo --test kto trls
 	cargo test --release --lib algorithms::
+
+test-mesh: setup ## models over ranks in every combination (`make test` has a selection)
+	CORRAL_MESH_ALL=1 cargo test --release --test mesh
 
 interop: build ## the files we write, read by transformers, safetensors and TensorBoard
 	@scripts/interop.sh

@@ -149,7 +149,8 @@ fn native_bfloat16() -> bool {
 fn a_plan_is_what_a_run_measures() {
     let shape = "{hidden_size: 512, intermediate_size: 1408, num_hidden_layers: 4, num_attention_heads: 8}";
     let model = format!("model={{init: {shape}}}");
-    let cases: [(&str, usize, &[&str]); 10] = [
+    let cases: [(&str, usize, &[&str]); 11] = [
+        ("context", 2, &["parallel.context=2", "data.packing=true"]),
         ("tensor", 2, &["train.micro_batch_size=4", "parallel.tensor=2"]),
         ("tensor-whole", 2, &["train.micro_batch_size=4", "parallel.tensor=2", "parallel.sequence=false"]),
         ("tensor-data", 4, &["parallel.tensor=2", "parallel.mode=replicate", "train.recompute=selective"]),

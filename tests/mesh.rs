@@ -18,7 +18,7 @@ use tch::{Device, Kind, Tensor};
 use testing::compare::{largest, largest_relative, relative_number};
 use testing::program::Program;
 use testing::ranks::on_ranks;
-use testing::run::Run;
+use testing::run::{Run, beginner};
 use testing::tolerance::{Quantity, allowed};
 
 /// Whether every combination is tested (`make test-mesh`), not only a selection in which each value meets each other one.
@@ -271,6 +271,33 @@ fn runs_on_meshes() {
         let run = Run::new(&format!("mesh-{i}"));
         run.train(ranks, &[&exact[..], words].concat());
         same_run(&run, &whole);
+    }
+}
+
+/// Packed rows of fine-tuning, and adapters whose dropout goes by a token's place.
+#[test]
+fn packed_rows_on_meshes() {
+    let dropout = ["lora={rank: 4, alpha: 8, dropout: 0.2}", "optim.lr=5.0e-3"];
+    for (name, words) in [("full", &[][..]), ("lora", &dropout)] {
+        let exact = ["precision.compute=float64", "data.packing=true", "valid.every=10"];
+        let base = format!("model={{path: {}}}", beginner().display());
+        let words = [&exact[..], &[base.as_str()], words].concat();
+        let whole = Run::sft(&format!("mesh-packed-{name}"));
+        whole.train(1, &words);
+        for (ranks, mesh) in [
+            (2, &["parallel.context=2"][..]),
+            (2, &["parallel.tensor=2", "train.micro_batch_size=4"]),
+            (4, &["parallel.context=2", "parallel.tensor=2", "train.recompute=full"]),
+            (4, &["parallel.context=2", "parallel.mode=hybrid", "parallel.shard=2"]),
+        ] {
+            let run = Run::sft(&format!("mesh-packed-{name}-{}", mesh.join("-")));
+            run.train(ranks, &[&words[..], mesh].concat());
+            for (kind, key) in [("train", "loss"), ("valid", "loss"), ("train", "grad_norm")] {
+                let apart = largest_relative(&run.numbers(kind, key), &whole.numbers(kind, key));
+                let most = allowed(Quantity::SameNorms, Kind::Double);
+                assert!(apart < most, "{name}, {mesh:?}: {key} of {kind}: {apart:e}");
+            }
+        }
     }
 }
 

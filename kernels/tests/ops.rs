@@ -322,6 +322,61 @@ fn attention() {
     }
 }
 
+/// Two ranks with two chunks of every row each: their outputs are those of whole rows, and so are the sums of their gradients.
+#[test]
+fn attention_of_some_positions() {
+    for kind in KINDS {
+        for (batch, chunk, heads, kv_heads, head_dim, softcap) in
+            [(2, 5, 4, 2, 16, None), (1, 33, 3, 3, 48, None), (2, 8, 8, 1, 64, Some(20.0))]
+        {
+            let time = 4 * chunk;
+            let h = ops::Heads { softcap, ..ops::Heads::new(batch, heads, kv_heads, head_dim) };
+            let qkv = randn(&[batch * time, (heads + 2 * kv_heads) * head_dim], kind);
+            let dout = randn(&[batch * time, heads * head_dim], kind);
+            let (q, kv) = (
+                qkv.narrow(1, 0, heads * head_dim),
+                qkv.narrow(1, heads * head_dim, 2 * kv_heads * head_dim),
+            );
+            for (starts, window) in spans_of(batch, time) {
+                let spans = ops::Spans::new(starts.as_deref(), [batch, time], window, Device::Cpu).unwrap();
+                let (all, all_lse) = Composed.attention(&exact(&qkv), &spans, h).unwrap();
+                let expected = Composed
+                    .attention_backward(&exact(&dout), &exact(&qkv), &all, &all_lse, &spans, h)
+                    .unwrap();
+                let [dq2, dkv2] = [(0, heads), (heads, 2 * kv_heads)]
+                    .map(|(first, n)| expected.narrow(1, first * head_dim, n * head_dim));
+                let mut dkv_sum: Option<Tensor> = None;
+                for chunks in [[0, 3], [1, 2]] {
+                    let at: Vec<i64> = chunks.into_iter().flat_map(|c| c * chunk..(c + 1) * chunk).collect();
+                    let places: Vec<i64> =
+                        (0..batch).flat_map(|b| at.iter().map(move |at| b * time + at)).collect();
+                    let places = Tensor::from_slice(&places);
+                    let part = |t: &Tensor| t.index_select(0, &places);
+                    let start = spans.start().map(|s| put(&part(s)));
+                    let own = ops::OwnPositions::new(at.clone(), start);
+                    let (q, dout, kv) = (put(&part(&q)), put(&part(&dout)), put(&kv.contiguous()));
+                    let (out, lse) = ops::attention_of(&q, &kv, &own, h).unwrap();
+                    same("out", &out, &part(&all), kind);
+                    let rows = Tensor::from_slice(&at);
+                    same("lse", &lse, &all_lse.index_select(2, &rows), statistics(kind));
+                    let (dq, dkv) =
+                        ops::attention_of_backward(&dout, &q, &kv, [&out, &lse], &own, h).unwrap();
+                    let d = distance(&dq, &part(&dq2));
+                    assert!(d <= allowed(Quantity::FlashBackward, kind), "dq in {kind:?}: {d:e}");
+                    dkv_sum = Some(dkv_sum.map_or_else(|| dkv.copy(), |sum| sum + &dkv));
+                }
+                let d = distance(&dkv_sum.unwrap(), &dkv2);
+                assert!(d <= allowed(Quantity::FlashBackward, kind), "dkv in {kind:?}: {d:e}");
+            }
+        }
+    }
+    let own = ops::OwnPositions::new(vec![0, 5], None);
+    let h = ops::Heads::new(1, 2, 1, 4);
+    let (q, kv) = (randn(&[2, 8], Kind::Float), randn(&[5, 8], Kind::Float));
+    let why = ops::attention_of(&q, &kv, &own, h).unwrap_err().to_string();
+    assert!(why.contains("do not fit"), "{why}");
+}
+
 #[test]
 fn decode_attention() {
     for kind in KINDS {

@@ -258,6 +258,8 @@ pub struct ShardingPlan {
     pub tensor: i64,
     /// Whether these divide the rows between attention and MLP.
     pub sequence: bool,
+    /// Ranks that share every sequence.
+    pub context: i64,
 }
 
 impl ShardingPlan {
@@ -268,12 +270,12 @@ impl ShardingPlan {
     pub fn of(parallel: &Parallel, ranks: i64) -> Result<ShardingPlan> {
         let ranks = MeshPlan::of(parallel, ranks, None)?.shard;
         let (keep, tensor, sequence) = (Keep::of(parallel.mode), parallel.tensor, parallel.sequence);
-        Ok(ShardingPlan { ranks, keep, tensor, sequence })
+        Ok(ShardingPlan { ranks, keep, tensor, sequence, context: parallel.context })
     }
 
     /// One rank, which has everything.
     pub fn solo() -> ShardingPlan {
-        ShardingPlan { ranks: 1, keep: Keep::Nothing, tensor: 1, sequence: false }
+        ShardingPlan { ranks: 1, keep: Keep::Nothing, tensor: 1, sequence: false, context: 1 }
     }
 }
 

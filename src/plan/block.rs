@@ -60,6 +60,9 @@ impl Memory {
     /// with a softcap everywhere, has matrices of scores; flash attention's backward has its own gradients and partial sums.
     pub(super) fn attention_work(&self, batch: &BatchShape, backward: bool) -> i64 {
         let (n, s) = (batch.tokens(), &self.local);
+        if self.context > 1 {
+            return self.shared_attention(batch, backward);
+        }
         let scores = batch.rows * s.num_attention_heads * batch.length * batch.length;
         let heads = s.num_attention_heads * s.head_dim * n;
         // Queries, and keys and values for each of them, in A; scores, their cap's and mask's copies, probabilities.
@@ -88,6 +91,19 @@ impl Memory {
         let segments = batch.rows * if batch.packed { DOCUMENTS } else { 1 };
         let padded = s.num_attention_heads * blocks_of(s.head_dim, 32) * 32 * (n + 128 * segments);
         self.sizes.values(separate + shared, 1) + 4 * splits * padded
+    }
+
+    /// [`Memory::attention_work`] where ranks share sequences: keys and values of whole rows, in both dtypes and with their
+    /// gradients, and the scores of some queries.
+    fn shared_attention(&self, batch: &BatchShape, backward: bool) -> i64 {
+        let (n, s) = (batch.tokens(), &self.local);
+        let kv = 2 * s.num_key_value_heads * s.head_dim * n * self.context;
+        let gathered = 2 * self.sizes.values(kv, 1);
+        let scores = batch.rows * s.num_attention_heads * batch.length * batch.length * self.context;
+        let most = if self.sizes.device == Device::Cpu { 16 << 20 } else { 256 << 20 };
+        let (matrices, wide) = if backward { (4, 3) } else { (3, 1) };
+        let queries = self.sizes.values(s.num_attention_heads * s.head_dim * n, 1);
+        gathered + self.sizes.a * (matrices * scores.min(most) + wide * kv) + queries
     }
 
     /// `block_rest`: leaves what it made as work.

@@ -32,6 +32,8 @@ pub struct Memory {
     keep: Keep,
     /// That slices lie over.
     ranks: i64,
+    /// That share every sequence.
+    pub(super) context: i64,
     groups: Vec<GroupBytes>,
     /// All values in the compute dtype, gathered.
     whole: i64,
@@ -72,6 +74,7 @@ impl Memory {
             lowest: groups.iter().position(|g| g.num_trained > 0).unwrap_or(groups.len()),
             keep: sharding.keep,
             ranks: sharding.ranks,
+            context: sharding.context,
             whole: groups.iter().map(|g| g.gathered).sum(),
             groups,
             blocks: plans[1..=layers].iter().map(block).collect::<Result<_>>()?,
@@ -141,6 +144,7 @@ impl Memory {
 
     /// What a forward over a batch takes at its peak, and the log-probabilities of its tokens; what stays included.
     pub fn forward(&self, batch: &BatchShape) -> Parts {
+        let batch = &batch.shared_by(self.context);
         let now = self.resident();
         let mut walk = Walk::from(now);
         self.trunk(&mut walk, batch, None);
@@ -150,15 +154,16 @@ impl Memory {
 
     /// What an update takes at its peak; what stays included, moments left out.
     pub fn step(&self, batch: &BatchShape) -> Parts {
+        let (whole, batch) = (batch, &batch.shared_by(self.context));
         let now = self.resident();
         let mut walk = Walk::from(now);
         // Ids and labels of all micro-batches, positions and first visible positions.
-        let inputs = if batch.packed { 4 } else { 2 } * 8 * batch.tokens();
+        let inputs = if batch.packed { 4 } else { 2 } * 8 * whole.tokens();
         walk.take(activations, batch.micro_batches * inputs);
         // The rotary tables.
         walk.take(
             activations,
-            (batch.length as u64).next_power_of_two() as i64 * self.shape.head_dim * self.sizes.a,
+            (whole.length as u64).next_power_of_two() as i64 * self.shape.head_dim * self.sizes.a,
         );
         // From the second one on all are alike.
         let mut gradients = Gradients::of_step(batch.micro_batches.min(2));

@@ -65,6 +65,11 @@ pub struct BatchShape {
 }
 
 impl BatchShape {
+    /// What one of `ranks` ranks computes of it where they share every row.
+    pub fn shared_by(&self, ranks: i64) -> BatchShape {
+        BatchShape { length: self.length / ranks, ..*self }
+    }
+
     pub(super) fn tokens(&self) -> i64 {
         self.rows * self.length
     }

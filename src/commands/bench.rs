@@ -9,19 +9,22 @@ use kernels::c10d::ReduceOp;
 use serde_json::json;
 use tch::{Kind, Tensor};
 
+use self::workload::Workload;
 use crate::algorithms::step::{MicroBatch, accumulate_gradients, apply_gradients};
 use crate::commands::Global;
 use crate::commands::inference::{ModelArgs, RanksArgs};
-use crate::config::parallel::{Mode, Parallel};
-use crate::config::sections::{Compute, Float8Section, MomentsIn, Optim, Recompute};
+use crate::config::parallel::Parallel;
+use crate::config::sections::{Compute, Float8Section, Optim, Recompute};
 use crate::config::shape::Shape;
 use crate::config::trainable::{BaseFormat, Lora, Targets};
+use crate::distributed::environment::RankEnvironment;
 use crate::distributed::mesh::Sharding;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::{Context, Error, Result};
 use crate::generate::sampler::Sampling;
 use crate::generate::{EngineOptions, Request, engine};
+use crate::model::cuts::cut_for;
 use crate::model::{Llama, ModelInput, Trainable, compute_kind, float8_on, init, layout};
 use crate::optim::AdamW;
 use crate::plan::work::{forward_and_backward, update_bytes};
@@ -32,6 +35,7 @@ mod collectives;
 mod data;
 mod limits;
 mod rates;
+mod workload;
 
 /// What is measured.
 #[derive(Debug, Subcommand)]
@@ -55,41 +59,6 @@ pub fn shape(preset: &str) -> Result<Shape> {
     Shape::preset(preset).ok_or_else(|| {
         Error::config(format!("--preset '{preset}' is not known; there are {}", Shape::PRESETS.join(", ")))
     })
-}
-
-/// What is trained.
-#[derive(Debug, clap::Args)]
-pub struct Workload {
-    /// A preset's shape with random weights, such as llama-110m or qwen2.5-1.5b (corral help model lists all)
-    #[arg(long, default_value = "llama-15m")]
-    pub(crate) preset: String,
-    #[arg(long, value_enum, default_value = "float32")]
-    pub(crate) precision: Compute,
-    /// Trains adapters of this rank on all linear layers, in place of the weights
-    #[arg(long, value_name = "RANK", value_parser = clap::value_parser!(i64).range(1..))]
-    pub(crate) lora: Option<i64>,
-    /// With --lora: the format of the frozen weights
-    #[arg(long, value_enum, default_value = "none", requires = "lora")]
-    pub(crate) base: BaseFormat,
-    /// With --precision float8: products with a shorter side stay in bfloat16 [default: 2048]
-    #[arg(long, value_name = "SIZE", value_parser = clap::value_parser!(i64).range(0..))]
-    pub(crate) float8_min_size: Option<i64>,
-    /// How AdamW's moments are kept
-    #[arg(long, value_enum, default_value = "float32")]
-    pub(crate) moments: MomentsIn,
-    /// Sequences a step over all ranks [default: the preset's]
-    #[arg(long)]
-    pub(crate) batch_size: Option<i64>,
-    /// Sequences computed at once [default: a rank's share]
-    #[arg(long)]
-    pub(crate) micro_batch_size: Option<i64>,
-    /// Tokens of a sequence [default: the preset's]
-    #[arg(long)]
-    pub(crate) sequence_length: Option<i64>,
-    #[arg(long, value_enum, default_value = "none")]
-    pub(crate) recompute: Recompute,
-    #[arg(long, value_enum, default_value = "full")]
-    pub(crate) mode: Mode,
 }
 
 /// `corral bench train`
@@ -132,12 +101,15 @@ pub struct GenerateArgs {
 
 /// Runs one measurement on all ranks; rank 0 prints a JSON object for each result.
 pub fn run(command: Command, global: &Global) -> Result<()> {
-    let mode = match &command {
-        Command::Train(args) => args.workload.mode,
-        Command::Checkpoint(args) => args.workload.mode,
-        _ => Mode::Full,
+    let parallel = match &command {
+        Command::Train(args) => args.workload.parallel(),
+        Command::Checkpoint(args) => args.workload.parallel(),
+        _ => Parallel::default(),
     };
-    let parallel = Parallel { mode, ..Parallel::default() };
+    let ranks = RankEnvironment::from_env()?.map_or(1, |place| place.world_size);
+    if ranks % (parallel.tensor * parallel.context) != 0 {
+        return Err(Error::config(format!("--tensor times --context must divide the {ranks} ranks")));
+    }
     let world = World::from_global(global.device.as_deref(), &parallel, &global.facts())?;
     match command {
         Command::Train(args) => train(&args, &world),
@@ -223,6 +195,12 @@ impl BenchTraining {
             let most = shape.max_position_embeddings;
             return Err(Error::config(format!("--sequence-length must be from 1 to {most}")));
         }
+        if args.context > 1 && length % (2 * args.context) != 0 {
+            let unit = 2 * args.context;
+            return Err(Error::config(format!(
+                "--sequence-length {length} is not a multiple of {unit}: see --context"
+            )));
+        }
         if args.float8_min_size.is_some() && args.precision != Compute::Float8 {
             return Err(Error::config("--float8-min-size needs --precision float8"));
         }
@@ -266,12 +244,16 @@ impl BenchTraining {
         let plans = trainable.plans(&shape)?;
         let flops_per_token = forward_and_backward(&shape, &plans, length, Recompute::None);
         let update_bytes = update_bytes(&plans);
-        let mut params = Sharded::new(plans, world.sharding(), compute_kind(compute), world.device);
+        let sharding = world.sharding();
+        let plans = cut_for(plans, &shape, &sharding)
+            .map_err(|e| Error::config(format!("--tensor: {}", e.message)))?;
+        let mut params = Sharded::new(plans, sharding, compute_kind(compute), world.device);
         fill(&mut params, &shape)?;
         init::init_adapters(&mut params, 0)?;
         let model = Llama::new(shape.clone(), params);
         let optimizer = AdamW::configured(&model.params, optim)?;
-        tch::manual_seed(1 + world.rank);
+        // Ranks that share matrices or sequences have the same rows.
+        tch::manual_seed(1 + world.mesh.data.rank);
         let count = (rows * world.mesh.data.size * length) as f64;
         Ok(BenchTraining {
             shape,
@@ -351,9 +333,9 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
         json!({
             "bench": "train", "preset": workload.preset, "params": shape.num_parameters(),
             "precision": workload.precision, "world_size": world.world_size,
-            "mode": workload.mode,
+            "mode": workload.mode, "tensor": workload.tensor, "context": workload.context,
             "recompute": workload.recompute,
-            "batch_size": rows * world.world_size, "micro_batch_size": micro, "sequence_length": length,
+            "batch_size": rows * world.mesh.data.size, "micro_batch_size": micro, "sequence_length": length,
             "steps": args.steps,
             "tokens_per_s": tokens_per_s, "step_s": step_s,
             "first_step_s": first_step_s, "peak_bytes": peak as u64, "last_loss": loss,

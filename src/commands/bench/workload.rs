@@ -1,0 +1,53 @@
+//! What `corral bench train` and `corral bench checkpoint` train.
+
+use crate::config::parallel::{Mode, Parallel};
+use crate::config::sections::{Compute, MomentsIn, Recompute};
+use crate::config::trainable::BaseFormat;
+
+/// What is trained.
+#[derive(Debug, clap::Args)]
+pub struct Workload {
+    /// A preset's shape with random weights, such as llama-110m or qwen2.5-1.5b (corral help model lists all)
+    #[arg(long, default_value = "llama-15m")]
+    pub preset: String,
+    #[arg(long, value_enum, default_value = "float32")]
+    pub precision: Compute,
+    /// Trains adapters of this rank on all linear layers, in place of the weights
+    #[arg(long, value_name = "RANK", value_parser = clap::value_parser!(i64).range(1..))]
+    pub lora: Option<i64>,
+    /// With --lora: the format of the frozen weights
+    #[arg(long, value_enum, default_value = "none", requires = "lora")]
+    pub base: BaseFormat,
+    /// With --precision float8: products with a shorter side stay in bfloat16 [default: 2048]
+    #[arg(long, value_name = "SIZE", value_parser = clap::value_parser!(i64).range(0..))]
+    pub float8_min_size: Option<i64>,
+    /// How AdamW's moments are kept
+    #[arg(long, value_enum, default_value = "float32")]
+    pub moments: MomentsIn,
+    /// Sequences a step over all ranks [default: the preset's]
+    #[arg(long)]
+    pub batch_size: Option<i64>,
+    /// Sequences computed at once [default: a rank's share]
+    #[arg(long)]
+    pub micro_batch_size: Option<i64>,
+    /// Tokens of a sequence [default: the preset's]
+    #[arg(long)]
+    pub sequence_length: Option<i64>,
+    #[arg(long, value_enum, default_value = "none")]
+    pub recompute: Recompute,
+    #[arg(long, value_enum, default_value = "full")]
+    pub mode: Mode,
+    /// Ranks that share every matrix
+    #[arg(long, value_name = "RANKS", default_value_t = 1, value_parser = clap::value_parser!(i64).range(1..))]
+    pub tensor: i64,
+    /// Ranks that share every sequence
+    #[arg(long, value_name = "RANKS", default_value_t = 1, value_parser = clap::value_parser!(i64).range(1..))]
+    pub context: i64,
+}
+
+impl Workload {
+    /// How the ranks divide it.
+    pub fn parallel(&self) -> Parallel {
+        Parallel { mode: self.mode, tensor: self.tensor, context: self.context, ..Parallel::default() }
+    }
+}

@@ -105,27 +105,37 @@ fn the_script_of_kills_finds_no_difference() {
 
 #[test]
 fn a_killed_world_resumes_bit_by_bit() {
-    let reference = Run::new("kill-2-reference");
-    reference.train(2, &WORDS);
-    for seed in 1..=2 {
-        let (run, mut random) = (Run::new(&format!("kill-2-{seed}")), Random(100 + seed));
-        for who in ["rank 0", "launch", "rank 1"] {
-            let mut running = run.start(2, &WORDS);
-            let ranks = [running.rank(0), running.rank(1)];
-            reach_some_step(&run, &mut running, &mut random);
-            if who == "launch" {
-                kill_and_wait(running);
-                ranks.into_iter().for_each(wait_until_gone);
-                continue;
-            }
-            let rank = usize::from(who == "rank 1");
-            kill(ranks[rank], Signal::SIGKILL).expect("the rank is there");
-            let ended = running.wait().expect_code(137);
-            assert!(ended.err.contains(&format!("launch: rank {rank} (pid {})", ranks[rank])), "{ended}");
+    // Ranks with different rows; that share every matrix; that share every sequence.
+    for (mesh, seeds) in [("tensor=1", 1..=2), ("tensor=2", 3..=3), ("context=2", 4..=4)] {
+        let key = format!("parallel.{mesh}");
+        let words = [&WORDS[..], &[key.as_str()]].concat();
+        let reference = Run::new(&format!("kill-2-reference-{mesh}"));
+        reference.train(2, &words);
+        for seed in seeds {
+            killed_two_ranks(seed, &words, &reference);
         }
-        run.train(2, &WORDS);
-        run.expect_equal(&reference);
     }
+}
+
+/// Kills a run of two ranks three times, a rank or `launch`, and lets it end.
+fn killed_two_ranks(seed: u64, words: &[&str], reference: &Run) {
+    let (run, mut random) = (Run::new(&format!("kill-2-{seed}")), Random(100 + seed));
+    for who in ["rank 0", "launch", "rank 1"] {
+        let mut running = run.start(2, words);
+        let ranks = [running.rank(0), running.rank(1)];
+        reach_some_step(&run, &mut running, &mut random);
+        if who == "launch" {
+            kill_and_wait(running);
+            ranks.into_iter().for_each(wait_until_gone);
+            continue;
+        }
+        let rank = usize::from(who == "rank 1");
+        kill(ranks[rank], Signal::SIGKILL).expect("the rank is there");
+        let ended = running.wait().expect_code(137);
+        assert!(ended.err.contains(&format!("launch: rank {rank} (pid {})", ranks[rank])), "{ended}");
+    }
+    run.train(2, words);
+    run.expect_equal(reference);
 }
 
 #[test]

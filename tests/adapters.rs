@@ -322,7 +322,9 @@ fn ranks_divide_the_training_of_adapters() {
     let config = one.dir.join("config.yaml").display().to_string();
     let check = ["check", "sft", "--config", &config, "--nproc", "2", "parallel.tensor=2"];
     let refused: Vec<&str> = check.into_iter().chain(words.iter().map(String::as_str)).collect();
-    Program::corral(&refused).run(&one.dir, "refused").expect_error(2, &["which is in nf4"]);
+    Program::corral(&refused)
+        .run(&one.dir, "refused")
+        .expect_error(2, &["in nf4 cannot be cut into 2 parts of 16 columns"]);
     // Ranks that share every matrix, with a base in the compute dtype.
     let plain = "lora={rank: 4, alpha: 8, dropout: 0.1, modules_to_save: [lm_head]}";
     let (one, words) = adapter_run("tensor-1", &["precision.compute=float64", plain]);

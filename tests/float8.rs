@@ -56,6 +56,16 @@ fn losses_are_near_those_of_bfloat16() {
     near("one scale a row", &row, &bfloat16);
     near("rows against tensors", &row, &tensor);
     near("two ranks", &of("float8-two", 2, &[]), &bfloat16);
+    for (name, ranks, mesh) in [
+        ("float8-tensor-2", 2, &["parallel.tensor=2"][..]),
+        ("float8-tensor-4", 4, &["parallel.tensor=2", "train.micro_batch_size=4"]),
+        ("float8-context", 2, &["parallel.context=2"]),
+    ] {
+        let run = Run::new(name);
+        let words = [&["precision.compute=float8", "float8.min_size=0"], mesh].concat();
+        near(name, &losses(&run, ranks, &words), &bfloat16);
+        assert!(run.numbers("train", "fp8_products").iter().all(|n| *n > 0.0));
+    }
     // What is recomputed gives the same bits.
     let run = Run::new("float8-recompute");
     let words = ["precision.compute=float8", "float8.min_size=0", "train.recompute=full"];

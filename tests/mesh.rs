@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use corral::algorithms::step::{MicroBatch, accumulate_gradients};
+use corral::algorithms::step::{MicroBatch, accumulate_balanced};
 use corral::config::sections::Recompute;
 use corral::config::shape::{Family, Shape};
 use corral::config::trainable::{BaseFormat, Freeze, Lora, Targets};
@@ -16,9 +16,10 @@ use corral::optim::{AdamW, Hyper};
 use kernels::c10d::{Group, ReduceOp};
 use tch::{Device, Kind, Tensor};
 use testing::compare::{largest, largest_relative, relative_number};
-use testing::program::Program;
+use testing::folder::folder;
+use testing::program::{Program, launch};
 use testing::ranks::on_ranks;
-use testing::run::{Run, beginner};
+use testing::run::{Run, answers, beginner, json_lines};
 use testing::tolerance::{Quantity, allowed};
 
 /// Whether every combination is tested (`make test-mesh`), not only a selection in which each value meets each other one.
@@ -79,6 +80,7 @@ fn model(shape: &Shape, trainable: &Trainable, group: Group, shared: Shared, kin
 struct Computed {
     losses: Vec<f64>,
     norms: Vec<f64>,
+    balance: Vec<f64>,
     /// As numbers, since tensors do not go from thread to thread.
     tensors: BTreeMap<String, Vec<f64>>,
     entropies: Vec<f64>,
@@ -108,9 +110,11 @@ fn computed(model: &mut Llama, recompute: Recompute) -> Computed {
     for step in 0..3 {
         let batches = [batch(step), batch(step + 30)];
         let count = (2 * rows * length) as f64;
-        let loss = accumulate_gradients(model, &batches, count, recompute).unwrap().loss;
+        // Also the balance of experts, which other models have none of.
+        let sums = accumulate_balanced(model, &batches, count, recompute, Some(0.1)).unwrap();
+        all.balance.push(sums.aux_loss.unwrap());
         let context = &model.params.sharding().context.group;
-        all.losses.push(context.combine(&[loss], ReduceOp::Sum).unwrap()[0]);
+        all.losses.push(context.combine(&[sums.loss], ReduceOp::Sum).unwrap()[0]);
         let squares = AdamW::sum_squares(&model.params).unwrap();
         let axis = &model.params.sharding().tensor;
         let squares = axis.group.combine(&[squares], ReduceOp::Sum).unwrap()[0];
@@ -152,6 +156,12 @@ fn near(what: &str, quantity: Quantity, kind: Kind, a: &[f64], b: &[f64]) {
 
 #[track_caller]
 fn equal(name: &str, kind: Kind, parts: &Computed, whole: &Computed) {
+    if kind == Kind::BFloat16 {
+        let d = relative_number(parts.losses[0], whole.losses[0]);
+        assert!(d < allowed(Quantity::SameModel, kind), "{name}: {d:e}");
+        return;
+    }
+    near(&format!("{name}, balance"), Quantity::MeshLosses, kind, &parts.balance, &whole.balance);
     for (step, (a, b)) in parts.losses.iter().zip(&whole.losses).enumerate() {
         let d = relative_number(*a, *b);
         let quantity = if step == 0 { Quantity::MeshFirstLoss } else { Quantity::MeshLosses };
@@ -202,7 +212,7 @@ fn models_on_ranks() {
         ("int8", wide, lora(Targets::AllLinear, &["embed_tokens", "lm_head"], BaseFormat::Int8, 0.1)),
     ];
     for (i, (name, shape, trainable)) in cases.iter().enumerate() {
-        for kind in [Kind::Double, Kind::Float] {
+        for kind in [Kind::Double, Kind::Float, Kind::BFloat16] {
             let recompute = [Recompute::None, Recompute::Selective, Recompute::Full][i % 3];
             let whole = computed(
                 &mut model(shape, trainable, Group::solo(), Shared::Sequences, kind),
@@ -299,6 +309,62 @@ fn packed_rows_on_meshes() {
             }
         }
     }
+}
+
+/// Ranks that share every matrix write and score what one rank does, also where a rank has nothing to write.
+#[test]
+fn inference_on_meshes() {
+    let dir = folder("mesh-inference");
+    let model = answers().display().to_string();
+    let lines: Vec<String> = (1..4)
+        .map(|i| serde_json::json!({"prompt": format!("{i} + {} = ", i + 1), "completion": "3"}).to_string())
+        .collect();
+    std::fs::write(dir.join("three.jsonl"), lines.join("\n")).unwrap();
+    std::fs::write(dir.join("one.jsonl"), &lines[0]).unwrap();
+    let run = |name: &str, ranks: usize, words: &[&str]| {
+        let number = ranks.to_string();
+        let program = match ranks {
+            1 => Program::corral(words),
+            _ => Program::new(launch())
+                .args(&["--nproc", &number, "--"])
+                .args(words)
+                .args(&["--device", "cpu"]),
+        };
+        program.run(&dir, name).expect_code(0)
+    };
+    for input in ["one", "three"] {
+        let from = dir.join(format!("{input}.jsonl")).display().to_string();
+        let written = |name: &str, ranks: usize, more: &[&str]| {
+            let to = dir.join(format!("{name}.jsonl"));
+            let words = ["generate", "--model", &model, "--input", &from, "--output", to.to_str().unwrap()];
+            let sampled =
+                ["--max-new-tokens", "12", "--temperature", "0.8", "--seed", "3", "--dtype", "float64"];
+            run(name, ranks, &[&words[..], &sampled, more].concat());
+            std::fs::read_to_string(to).unwrap()
+        };
+        let whole = written(&format!("{input}-1"), 1, &[]);
+        assert_eq!(written(&format!("{input}-2"), 2, &["--tensor", "2"]), whole);
+        assert_eq!(written(&format!("{input}-4"), 4, &["--tensor", "2", "--mode", "full"]), whole);
+    }
+    let from = dir.join("three.jsonl").display().to_string();
+    let scored = |name: &str, ranks: usize, more: &[&str]| -> Vec<f64> {
+        let to = dir.join(format!("{name}.jsonl"));
+        let words = ["score", "--model", &model, "--input", &from, "--output", to.to_str().unwrap()];
+        run(name, ranks, &[&words[..], &["--dtype", "float64"], more].concat());
+        json_lines(&to).iter().map(|line| line["sum_logprob"].as_f64().unwrap()).collect()
+    };
+    let whole = scored("score-1", 1, &[]);
+    for (name, ranks, more) in [("score-2", 2, &["--tensor", "2"][..]), ("score-4", 4, &["--tensor", "4"])] {
+        let d = largest_relative(&scored(name, ranks, more), &whole);
+        assert!(d < allowed(Quantity::SameModel, Kind::Double), "{name}: {d:e}");
+    }
+    let one =
+        run("prompt-1", 1, &["generate", "--model", &model, "--prompt", "1 + 2 = ", "--dtype", "float64"]);
+    let words =
+        ["generate", "--model", &model, "--prompt", "1 + 2 = ", "--dtype", "float64", "--tensor", "2"];
+    let two = run("prompt-2", 2, &words);
+    assert_eq!(two.out.trim_start_matches("[0] "), one.out, "printed once");
+    std::fs::remove_dir_all(&dir).unwrap();
 }
 
 /// A run goes on at the same mesh as if it had never ended, and at another one up to rounding.

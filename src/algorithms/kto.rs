@@ -7,7 +7,6 @@
 
 use std::cell::RefCell;
 
-use kernels::c10d::{Group, ReduceOp};
 use kernels::ops;
 use tch::{Device, Kind, Tensor};
 
@@ -158,7 +157,7 @@ fn kto(loaded: &Loaded<Kto>, inputs: &Inputs, world: &World, start: &Start) -> R
             batches.iter().map(|batch| batch.entry(&c.kto, kl, &sums)).collect();
         let update = session.models.update(&mut entries, lr, world)?;
         drop(entries);
-        let sums = sums.into_inner().over_ranks(&world.mesh.data.group)?;
+        let sums = sums.into_inner().over_ranks(world)?;
 
         session.run.progress.data.next += count;
         let tokens = inputs.train.count(next, count).1;
@@ -229,7 +228,7 @@ impl FeedbackRecords<'_> {
                 mine[1] += ratios.size()[0] as f64;
             }
         }
-        let all = world.mesh.data.group.combine(&mine, ReduceOp::Sum)?;
+        let all = world.sum_rows(&mine)?;
         Ok(reference_point(self.c.kto.loss, all[0], all[1]))
     }
 
@@ -327,9 +326,9 @@ impl FeedbackSums {
     }
 
     /// Those of all ranks. Collective.
-    fn over_ranks(self, group: &Group) -> Result<FeedbackSums> {
+    fn over_ranks(self, world: &World) -> Result<FeedbackSums> {
         let mine = [self.good, self.bad, self.rewards_good, self.rewards_bad, self.right];
-        let all = group.combine(&mine, ReduceOp::Sum)?;
+        let all = world.sum_rows(&mine)?;
         let [good, bad, rewards_good, rewards_bad, right] = std::array::from_fn(|i| all[i]);
         Ok(FeedbackSums { good, bad, rewards_good, rewards_bad, right })
     }
@@ -386,8 +385,8 @@ fn validate(
         let logprobs = batch.completions.logprobs(model)?;
         loss += batch.loss(&logprobs, &c.kto, kl, &mut sums).double_value(&[]);
     }
-    let loss = world.mesh.data.group.combine(&[loss], ReduceOp::Sum)?[0];
-    Ok(Some((loss, kl, sums.over_ranks(&world.mesh.data.group)?)))
+    let loss = world.sum_rows(&[loss])?[0];
+    Ok(Some((loss, kl, sums.over_ranks(world)?)))
 }
 
 /// Good and bad completions of all sources.

@@ -315,5 +315,5 @@ fn update(
     let mut entries: Vec<StepEntry> = batches.iter().map(|batch| batch.entry(&section, 0.0, &sums)).collect();
     let update = policy.actor.update(&mut entries, lr, &policy.actor_world)?;
     drop(entries);
-    Ok((update, sums.into_inner().over_ranks(&world.mesh.data.group)?))
+    Ok((update, sums.into_inner().over_ranks(world)?))
 }

@@ -201,21 +201,30 @@ fn validate(
 }
 
 fn announce(c: &Pretrain, inputs: &Inputs, model: &Llama, world: &World) {
+    let [data, context, tensor] =
+        [&world.mesh.data, &world.mesh.context, &world.mesh.tensor].map(|axis| axis.size);
+    let (copies, mesh) = match data * context == world.world_size {
+        true if context == 1 => ("all ranks".to_string(), String::new()),
+        _ => (
+            format!("{} of them", data * context),
+            format!(" (data {data} x context {context} x tensor {tensor})"),
+        ),
+    };
     let mode = match c.parallel.mode {
         _ if world.world_size == 1 => "one rank".to_string(),
-        Mode::Full => "parameters, gradients and optimizer sharded over all ranks".into(),
-        Mode::Grads => "gradients and optimizer sharded over all ranks".into(),
-        Mode::Optimizer => "optimizer sharded over all ranks".into(),
+        Mode::Full => format!("parameters, gradients and optimizer sharded over {copies}"),
+        Mode::Grads => format!("gradients and optimizer sharded over {copies}"),
+        Mode::Optimizer => format!("optimizer sharded over {copies}"),
         Mode::Hybrid => {
             let (shard, replicate) = (world.mesh.shard.size, world.mesh.replicate.size);
             format!(
                 "{replicate} copies of parameters, gradients and optimizer, each sharded over {shard} ranks"
             )
         }
-        Mode::Replicate => "replicated on every rank".into(),
+        Mode::Replicate => format!("replicated on {copies}"),
     };
     info!(
-        "model: {:.2}M parameters, {} blocks, {:?} compute; {} rank(s), {mode}",
+        "model: {:.2}M parameters, {} blocks, {:?} compute; {} rank(s){mesh}, {mode}",
         inputs.base.shape.num_parameters() as f64 / 1e6,
         inputs.base.shape.num_hidden_layers,
         model.params.compute(),

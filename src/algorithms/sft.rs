@@ -328,7 +328,7 @@ fn validate(
 
 fn announce(c: &Sft, inputs: &Inputs, params: &Sharded) {
     let total = inputs.base.shape.num_parameters();
-    let trained: i64 = (0..params.len()).map(|i| params.layout(i).numel).sum();
+    let trained = params.num_trained();
     match params.frozen_bytes() {
         0 => info!("model: {:.2}M parameters", total as f64 / 1e6),
         bytes => info!(

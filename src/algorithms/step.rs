@@ -323,9 +323,7 @@ pub fn evaluate(
         loss_sum += sum;
         count += n as f64;
     }
-    // Ranks that share every matrix have the same tokens: those of the first count.
-    let counts = if world.mesh.tensor.rank == 0 { 1.0 } else { 0.0 };
-    let total = world.group.combine(&[counts * loss_sum, counts * count], ReduceOp::Sum)?; // collective, host sync
+    let total = world.sum_rows(&[loss_sum, count])?; // collective, host sync
     Ok(Some(total[0] / total[1]))
 }
 

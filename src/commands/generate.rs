@@ -279,7 +279,7 @@ impl GenerateJob<'_> {
         if self.world.world_size == 1 {
             return Ok((done, left));
         }
-        let left = self.world.mesh.data.group.combine(&[left as f64], ReduceOp::Sum)?[0] as usize;
+        let left = self.world.sum_rows(&[left as f64])?[0] as usize;
         Ok((gather_objects(self.world, &done)?, left))
     }
 }

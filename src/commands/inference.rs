@@ -41,7 +41,7 @@ pub struct ModelArgs {
 /// How the ranks of a `launch` hold the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Spread {
-    /// A full copy on each rank; nothing is communicated while they compute
+    /// A full copy on each rank (with --tensor on each of its groups), which computes on its own
     Replicate,
     /// A part on each rank, as in training; a block is gathered when it is used
     Full,
@@ -49,7 +49,7 @@ pub enum Spread {
 
 #[derive(Debug, Clone, Copy, clap::Args)]
 pub struct RanksArgs {
-    /// How the ranks of `launch` hold the model; either way they divide the input among themselves
+    /// How the ranks of `launch` hold the model; either way they divide the input among themselves (see --tensor)
     #[arg(long, value_enum, default_value = "replicate")]
     pub mode: Spread,
     /// Neighbouring ranks that share every matrix and have the same input (tensor parallelism)

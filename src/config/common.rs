@@ -6,7 +6,7 @@ use super::conflict::Conflicts;
 use super::model::Model;
 use super::parallel::Parallel;
 use super::sections::{
-    CheckpointSection, Compute, DataSource, Float8Section, Log, Optim, Precision, ScheduleSection,
+    CheckpointSection, Compute, DataSource, Float8Section, Log, MomentsIn, Optim, Precision, ScheduleSection,
     TokenizerSection, TrainSection, Valid,
 };
 
@@ -32,6 +32,11 @@ impl Common<'_> {
         self.train.conflicts(self.parallel.data_ranks(world_size), found);
         self.schedule.conflicts(self.train, found);
         self.parallel.conflicts(world_size, found);
+        if self.parallel.tensor > 1 && self.optim.moments == MomentsIn::EightBit {
+            let why = "blocks of moments in 8 bits would hold different values on ranks that share a matrix; set it to float32, or \
+                       parallel.tensor to 1";
+            found.add("optim.moments", why);
+        }
         if self.precision.compute != Compute::Float8 && *self.float8 != Float8Section::default() {
             found.add(
                 "float8",

@@ -19,8 +19,8 @@ section! {
         /// Ranks that share every matrix (tensor parallelism), neighbours, which divide the ranks of the run; the others have
         /// different rows of a batch.
         tensor: i64 = 1, COUNT => Rounding;
-        /// Ranks that share every matrix divide the tokens between attention and MLP (sequence parallelism): less memory, and
-        /// no more is sent.
+        /// Ranks that share every matrix divide the tokens between attention and MLP (sequence parallelism), which takes less
+        /// memory.
         sequence: bool = true => Rounding;
         /// Ranks that share every sequence (context parallelism), of pretrain and sft.
         context: i64 = 1, COUNT => Rounding;
@@ -35,7 +35,7 @@ impl Parallel {
         (world_size / (self.tensor * self.context)).max(1)
     }
 
-    /// What of rows of so many tokens, the same of every row, ranks cannot share.
+    /// Refuses rows of so many tokens that ranks cannot share.
     pub fn conflicts_of_length(&self, length: i64, found: &mut Conflicts) {
         let unit = 2 * self.context;
         if self.context > 1 && length % unit != 0 {

@@ -141,7 +141,7 @@ section! {
     pub struct Float8Section {
         /// Products with a side (tokens, inputs or outputs) below this, or not a multiple of 16, stay in bfloat16. Where
         /// weights are gathered in 8-bit floats (sharded parameters, `scales: tensor`), the number of tokens counts for
-        /// gradients of weights only.
+        /// gradients of weights only. Sides are those of a rank's part, with `parallel.tensor` and `parallel.context`.
         min_size: i64 = 2048, WHOLE => Mathematics;
         /// How much of a factor one scale is for.
         scales: Float8Scales = Float8Scales::Tensor => Mathematics;

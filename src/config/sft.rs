@@ -108,7 +108,7 @@ impl Algorithm for Sft {
         conflicts_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train, found);
         self.parallel.conflicts_of_length(self.data.sequence_length, found);
         if self.parallel.context > 1 && !self.data.packing {
-            let why = "rows of one document each are as long as their longest, which ranks cannot share; set it to true";
+            let why = "parallel.context needs rows of one length; set data.packing to true";
             found.add("data.packing", why);
         }
         self.common().conflicts(world_size, found);

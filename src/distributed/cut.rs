@@ -1,4 +1,4 @@
-//! What a tensor-parallel rank holds of a tensor: all of it, or a rectangle.
+//! The part of a tensor that a tensor-parallel rank holds: all of it, or a rectangle.
 //!
 //! A rectangle is whole rows, or whole columns, of a matrix, or a part of a vector. All ranks hold rectangles of equal size: what lies
 //! beyond the tensor's end is padding, and where there are more ranks than parts, neighbours hold copies.

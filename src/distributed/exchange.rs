@@ -26,13 +26,14 @@ pub fn gather_bytes(world: &World, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
     Ok(all.chunks(longest).zip(sizes).map(|(bytes, size)| bytes[..size as usize].to_vec()).collect())
 }
 
-/// What the ranks have of their rows, by rank, as JSON on the way. Ranks that share every matrix have the same rows, and the first
-/// of them says for all what it has. A collective call.
+/// What the ranks have of their rows, by rank, as JSON on the way. Ranks that share matrices or sequences have the same rows, and
+/// the first of them says what they have. A collective call.
 pub fn gather_objects<T: serde::Serialize + serde::de::DeserializeOwned>(
     world: &World,
     mine: &[T],
 ) -> Result<Vec<T>> {
-    let mine = if world.mesh.tensor.rank == 0 { mine } else { &[] };
+    let first = world.mesh.tensor.rank == 0 && world.mesh.context.rank == 0;
+    let mine = if first { mine } else { &[] };
     let bytes = serde_json::to_vec(mine).map_err(|e| Error::failed(e.to_string()))?;
     let mut all = Vec::new();
     for bytes in gather_bytes(world, &bytes)? {

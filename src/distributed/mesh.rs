@@ -163,13 +163,13 @@ impl MeshPlan {
                          such as parallel.shard=8",
                     ));
                 };
-                let shard = (of_host / tensor).max(1);
-                if copies % shard != 0 {
+                let shard = of_host / tensor;
+                if of_host % tensor != 0 || copies % shard != 0 {
                     return Err(Error::key(
                         "parallel.shard",
                         format!(
-                            "auto is {shard} here, of a host's {of_host} ranks, which does not divide the {copies} ranks that \
-                             have different rows; set it"
+                            "auto is the ranks of a host divided by parallel.tensor, {of_host} / {tensor} here, which must divide the \
+                             {copies} data and context ranks; set it"
                         ),
                     ));
                 }

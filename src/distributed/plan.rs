@@ -153,7 +153,7 @@ impl GroupPlan {
 /// What a group takes of a rank's memory; bytes, but for the two counts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct GroupBytes {
-    /// Numbers that are trained, over all ranks.
+    /// Numbers that are trained, over all ranks with equal rectangles.
     pub num_trained: i64,
     /// Numbers of the largest slice of them, for which there are moments.
     pub slice_len: i64,

@@ -13,8 +13,8 @@
 //! slices' gradients are summed over `replicate` (ZeRO-3: a group of one; DDP: all ranks; HSDP: the others). A group of one
 //! sends nothing, so one rank alone runs the same code on its own buffers, without copies.
 //!
-//! All this is about what one of the ranks of `tensor` holds, which may be parts of tensors (`super::cut`): those ranks' layouts
-//! are equal, and so are their slices' places.
+//! A tensor-parallel rank's tensors may be parts of others (`super::cut`). The layouts of these ranks are equal, and so are the
+//! places of their slices.
 
 pub mod gathered;
 pub mod gradients;

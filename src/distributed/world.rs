@@ -6,7 +6,7 @@ use super::mesh::{Axis, AxisName, Keep, Mesh, MeshPlan, Sharding};
 use crate::config::parallel::{Mode, Parallel, ShardSize};
 use crate::env;
 use crate::{Context, Error, Result};
-use kernels::c10d::{Backend, Group, Store};
+use kernels::c10d::{Backend, Group, ReduceOp, Store};
 use kernels::cuda;
 use kernels::watch::Watch;
 use std::collections::BTreeMap;
@@ -161,6 +161,15 @@ impl World {
         Sharding { shard, reduce, replicate, tensor, sequence, context, keep }
     }
 
+    /// Numbers that are sums over rows, added up over the ranks that have different rows. One sum over all ranks, so that all have
+    /// the same bits: of those that share every matrix, and so have the same rows, the first counts. Collective.
+    pub fn sum_rows(&self, mine: &[f64]) -> Result<Vec<f64>> {
+        match self.mesh.tensor.rank {
+            0 => Ok(self.group.combine(mine, ReduceOp::Sum)?),
+            _ => Ok(self.group.combine(&vec![0.0; mine.len()], ReduceOp::Sum)?),
+        }
+    }
+
     /// Waits until this rank's device has done all that was asked of it.
     pub fn synchronize(&self) -> Result<()> {
         match self.device {
@@ -242,6 +251,10 @@ impl World {
             if rank % local_world_size != local_rank {
                 facts.add(HOST_RANKS, format!("(rank {rank} is number {local_rank} of its host)"));
             }
+        }
+        if parallel.tensor > 1 {
+            // Gradients of what all of them have must be equal to the bit.
+            facts.add("threads a rank, for parallel.tensor", tch::get_num_threads().to_string());
         }
         agree_on(&watch, &facts, timeout)?;
         let (chosen, why) = choose_backend(&watch, backend, device, timeout)?;

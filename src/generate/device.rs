@@ -130,8 +130,10 @@ impl DeviceSteps {
             buffers: HashMap::new(),
             graphs: HashMap::new(),
             capacity: 0,
-            // The host may count the tokens of a mixture's experts.
-            captures: device.is_cuda() && model.shape.experts.is_none(),
+            // The host may count the tokens of a mixture's experts, and it watches collectives.
+            captures: device.is_cuda()
+                && model.shape.experts.is_none()
+                && model.params.sharding().tensor.size == 1,
             streams: [CopyStream::new(device)?, CopyStream::new(device)?],
             host,
             host_buffer: 0,

@@ -115,7 +115,9 @@ impl Rollout<'_> {
             Gather::Blocks => false,
             Gather::Auto => {
                 let room = free_bytes(params, self.ranks_of_host)? / params.whole_bytes() as f64;
-                params.shard_group().combine(&[room], ReduceOp::Min)?[0] >= 2.0
+                let room = params.shard_group().combine(&[room], ReduceOp::Min)?;
+                // Ranks that share every matrix take every forward together.
+                params.sharding().tensor.group.combine(&room, ReduceOp::Min)?[0] >= 2.0
             }
         })
     }

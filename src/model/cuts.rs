@@ -51,7 +51,7 @@ fn check(s: &Shape, ranks: i64) -> Result<()> {
     // A norm over one head is computed where the head is.
     if s.qk_norm_sizes().is_some_and(|sizes| sizes[0] != s.head_dim) {
         return refuse(format!(
-            "{ranks}: the model normalizes all heads' queries together; only 1 is built for it"
+            "{ranks} is not built for a model that normalizes all heads' queries together; set it to 1"
         ));
     }
     Ok(())
@@ -71,11 +71,19 @@ fn cut_group(plan: GroupPlan, shape: &Shape, tensor: Place, sequence: bool) -> R
     for ((spec, whole), role) in layout.specs.iter().zip(&plan.layout.specs).zip(&plan.roles) {
         let Role::Frozen(Storage::Quantized(scheme)) = role else { continue };
         if !Quantized::has_parts(*scheme, [whole.shape[0], whole.shape[1]], spec.shape[0], spec.shape[1]) {
-            let why = format!(
-                "{} ranks have {:?} each of `{}`, which is in nf4: columns must be a multiple of 64, or all columns times the \
-                 rows",
-                tensor.size, spec.shape, spec.name
-            );
+            let name = &spec.name;
+            let why = match spec.share {
+                Share::Cut(Cut { dim: 1, .. }) => format!(
+                    "`{name}` in nf4 cannot be cut into {} parts of {} columns: parts need a multiple of 64. Set it to 1, or \
+                     lora.base to int8",
+                    tensor.size, spec.shape[1]
+                ),
+                _ => format!(
+                    "`{name}` in nf4 cannot be cut into {} parts of {} x {} values: parts need a multiple of 64. Set it to 1, or \
+                     lora.base to int8",
+                    tensor.size, spec.shape[0], spec.shape[1]
+                ),
+            };
             return Err(Error::key(KEY, why));
         }
     }

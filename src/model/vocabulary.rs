@@ -60,7 +60,8 @@ impl VocabularyPart {
     /// rank has an id.
     pub fn embed(&self, weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
         let (rows, here) = self.local(ids);
-        Ok(weight.f_index_select(0, &rows)? * here.unsqueeze(-1))
+        let beyond = ids.lt(0).logical_or(&ids.ge(self.whole)).unsqueeze(-1);
+        Ok((weight.f_index_select(0, &rows)? * here.unsqueeze(-1)).f_masked_fill(&beyond, f64::NAN)?)
     }
 
     /// The backward of [`VocabularyPart::embed`]: adds dx (T [N, C]) to the rows of `dweight`, A [rows, C].
@@ -86,8 +87,9 @@ impl VocabularyPart {
         let sum_of = |t: &Tensor| t.f_sum_dim_intlist([1i64].as_slice(), true, None); // [n, 1]
         let (rows, here) = self.local(labels);
         let label = shifted.f_gather(1, &rows.unsqueeze(1), false)?; // [n, 1]
-        // No product: what another rank's row 0 has may be -inf.
+        // No product: what another rank's row 0 has may be -inf. A label beyond the vocabulary is no number, as in a whole one.
         let label = label.f_where_self(&here.unsqueeze(1), &label.zeros_like())?;
+        let label = label.f_masked_fill(&labels.ge(self.whole).unsqueeze(1), f64::NAN)?;
         let mut sums = vec![sum_of(&exp)?, label];
         if entropies {
             // Where nothing is left of a probability, nothing is left of its logarithm's share.
@@ -212,6 +214,10 @@ mod tests {
                 part.log_softmax(&own_logits, &labels, gradients, &p, None).unwrap();
                 near("log-probabilities with gradients", &p, &logprobs);
                 near("gradients", &own_logits, &rows(&d.tr()).tr());
+                let beyond = Tensor::from_slice(&[v]).repeat([n]);
+                part.log_softmax(&hidden.mm(&own.tr()), &beyond, None, &p, None).unwrap();
+                assert!(bool::try_from(p.isnan().all()).unwrap(), "a label beyond the vocabulary");
+                assert!(bool::try_from(part.embed(&own, &beyond).unwrap().isnan().all()).unwrap());
             });
         }
     }

@@ -170,6 +170,9 @@ impl AdamW {
     /// Of kind Config: `optim.offload` where the parameters are in host memory themselves.
     pub fn configured(params: &Sharded, c: &Optim) -> Result<AdamW> {
         let hyper = Hyper { betas: c.betas, eps: c.eps, weight_decay: c.weight_decay };
+        if c.moments == MomentsIn::EightBit && params.sharding().tensor.size > 1 {
+            return Err(Error::key("optim.moments", "8bit and parallel.tensor above 1 do not go together"));
+        }
         match (c.offload, params.device()) {
             (false, _) => Ok(AdamW::kept(params, hyper, c.moments)),
             (true, Device::Cpu) => Err(Error::key(

@@ -3,7 +3,6 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use kernels::c10d::{Group, ReduceOp};
 use kernels::ops;
 use tch::{Device, Kind, Tensor};
 
@@ -15,6 +14,7 @@ use crate::config::dpo::{ComparedPairs, Dpo, DpoSection};
 use crate::data::examples::Example;
 use crate::data::preferences::SequenceBatch;
 use crate::data::rows::RowLoader;
+use crate::distributed::world::World;
 use crate::error::Result;
 use crate::model::compute_kind;
 use crate::model::head::LogProbs;
@@ -184,8 +184,8 @@ impl PairSums {
     }
 
     /// Those of all ranks. Collective.
-    pub fn over_ranks(mut self, group: &Group) -> Result<PairSums> {
-        let all = group.combine(&self.fields().map(|x| *x), ReduceOp::Sum)?;
+    pub fn over_ranks(mut self, world: &World) -> Result<PairSums> {
+        let all = world.sum_rows(&self.fields().map(|x| *x))?;
         self.fields().into_iter().zip(all).for_each(|(sum, x)| *sum = x);
         Ok(self)
     }

@@ -7,8 +7,6 @@ mod reference;
 use std::cell::RefCell;
 use std::ops::Range;
 
-use kernels::c10d::ReduceOp;
-
 use crate::algorithms::base::{self, Base, LastStep, RunLength, planned_model, shape_and_trainable};
 use crate::algorithms::folder::RunFolder;
 use crate::algorithms::learner::Learner;
@@ -182,7 +180,7 @@ fn dpo(loaded: &Loaded<Dpo>, inputs: &Inputs, world: &World, start: &Start) -> R
             batches.iter().map(|batch| batch.entry(&c.dpo, sft, &sums)).collect();
         let update = session.models.update(&mut entries, lr, world)?;
         drop(entries);
-        let sums = sums.into_inner().over_ranks(&world.mesh.data.group)?;
+        let sums = sums.into_inner().over_ranks(world)?;
 
         session.run.progress.data.next += count;
         let tokens = inputs.train.count(next, count).1;
@@ -283,8 +281,8 @@ fn validate(
         let logprobs = batch.completions.logprobs(model)?;
         loss += batch.loss(&logprobs, &c.dpo, sft, &mut sums).double_value(&[]);
     }
-    let loss = world.mesh.data.group.combine(&[loss], ReduceOp::Sum)?[0];
-    Ok(Some((loss, sums.over_ranks(&world.mesh.data.group)?)))
+    let loss = world.sum_rows(&[loss])?[0];
+    Ok(Some((loss, sums.over_ranks(world)?)))
 }
 
 fn announce(c: &Dpo, inputs: &Inputs) {

@@ -183,7 +183,7 @@ fn fill(
             values[at..at + logps.len()].copy_from_slice(&logps);
         }
     }
-    let values = world.mesh.data.group.combine(&values, ReduceOp::Sum)?;
+    let values = world.sum_rows(&values)?;
     for (row, at) in missing.iter().zip(&offsets) {
         let (s, i) = rows.place(*row);
         let sequences = rows.sources()[s].sequences(i);

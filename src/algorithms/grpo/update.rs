@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 
-use kernels::c10d::{Group, ReduceOp};
 use tch::{Device, Kind, Tensor};
 
 use super::{advantages, rewards};
@@ -64,9 +63,9 @@ impl GrpoSums {
     }
 
     /// Those of all ranks. Collective.
-    fn over_ranks(self, group: &Group) -> Result<GrpoSums> {
+    fn over_ranks(self, world: &World) -> Result<GrpoSums> {
         let mine = [self.tokens, self.clipped, self.entropy, self.kl];
-        let all = group.combine(&mine, ReduceOp::Sum)?;
+        let all = world.sum_rows(&mine)?;
         Ok(GrpoSums { tokens: all[0], clipped: all[1], entropy: all[2], kl: all[3] })
     }
 }
@@ -91,7 +90,7 @@ pub fn update(
         for minibatch in order.chunks(c.minibatch_size() as usize) {
             let update = MinibatchUpdate::new(c, batch, &e, minibatch, temperature, world);
             updates.push(update.run(policy, lr)?);
-            sums.add(update.sums.into_inner().over_ranks(&world.mesh.data.group)?);
+            sums.add(update.sums.into_inner().over_ranks(world)?);
             apart = update.apart.into_inner();
         }
     }
@@ -102,7 +101,7 @@ pub fn update(
             apart
         }
         // One update had all responses.
-        None => apart.combine(&world.mesh.data.group)?,
+        None => apart.over_ranks(world)?,
     };
     let record = apart.describe(describe(&e, &sums, batch, updates.len(), step)?);
     let mean = |f: fn(&Update) -> f64| updates.iter().map(f).sum::<f64>() / updates.len().max(1) as f64;

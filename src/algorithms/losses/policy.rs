@@ -1,11 +1,11 @@
 //! PPO's losses (Schulman et al. 2017) per token, and how tokens are weighed against one another.
 
-use kernels::c10d::{Group, ReduceOp};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::sums::sums_of;
 pub use crate::config::policy::Aggregation;
+use crate::distributed::world::World;
 use crate::error::Result;
 
 /// The largest absolute logarithm of a ratio of probabilities: its exponential stays finite.
@@ -137,8 +137,8 @@ impl PolicySums {
     }
 
     /// Over all ranks. A collective call.
-    pub fn combine(self, group: &Group) -> Result<PolicySums> {
-        let sums = group.combine(&self.numbers(), ReduceOp::Sum)?;
+    pub fn over_ranks(self, world: &World) -> Result<PolicySums> {
+        let sums = world.sum_rows(&self.numbers())?;
         Ok(Self::from([0, 1, 2, 3, 4, 5].map(|i: usize| sums[i])))
     }
 

@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 
-use kernels::c10d::ReduceOp;
 use tch::Tensor;
 
 use super::{PpoExperience, PpoModels, PpoPosition, Ready};
@@ -169,7 +168,7 @@ fn update_policy(
         let mut entries: Vec<StepEntry> = ours.chain(theirs).collect();
         let losses = actor.accumulate(&mut entries)?;
         drop(entries);
-        let sums = sums.borrow().combine(&world.mesh.data.group)?;
+        let sums = sums.borrow().over_ranks(world)?;
         if step == ppo.value_warmup && done.updates.is_empty() && ppo.self_check {
             let distance = sums.ratio_distance / sums.tokens.max(1.0);
             let same_rows = parts.len() == 1 && ppo.minibatch_size == e.sequences.len() as i64;
@@ -184,7 +183,7 @@ fn update_policy(
         done.sums = done.sums.plus(&sums);
         let (ours, theirs) = losses.split_at(parts.len());
         if !theirs.is_empty() {
-            let sum = world.mesh.data.group.combine(&[theirs.iter().sum()], ReduceOp::Sum)?[0];
+            let sum = world.sum_rows(&[theirs.iter().sum()])?[0];
             done.ptx_losses.push(sum / ppo.ptx.as_ref().map_or(1.0, |p| p.coef));
         }
         let loss = Sums { loss: ours.iter().sum(), aux_loss: None };

@@ -385,7 +385,7 @@ fn normalized(inputs: &Inputs, model: &mut Llama, world: &World) -> Result<Scori
 
 fn announce(c: &Reward, inputs: &Inputs, model: &Llama) {
     let params = &model.params;
-    let trained: i64 = (0..params.len()).map(|i| params.layout(i).numel).sum();
+    let trained = params.num_trained();
     info!(
         "model: {:.2}M parameters, of which {:.2}M are trained",
         model.shape.num_parameters() as f64 / 1e6,

@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 
-use kernels::c10d::ReduceOp;
 use tch::{Kind, Tensor};
 
 use crate::algorithms::losses::ranking::{PairCounts, Terms, losses};
@@ -110,7 +109,7 @@ impl RankingTally {
     pub fn over_ranks(self, world: &World) -> Result<RankingTally> {
         let RankingTally { pairs: p, loss, scores: [n, sum, squares] } = self;
         let mine = [p.num_pairs, p.ties, p.right, p.chosen, p.rejected, loss, n, sum, squares];
-        let all = world.mesh.data.group.combine(&mine, ReduceOp::Sum)?;
+        let all = world.sum_rows(&mine)?;
         let pairs =
             PairCounts { num_pairs: all[0], ties: all[1], right: all[2], chosen: all[3], rejected: all[4] };
         Ok(RankingTally { pairs, loss: all[5], scores: [all[6], all[7], all[8]] })

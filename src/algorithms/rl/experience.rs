@@ -3,11 +3,12 @@
 //! A rank samples and scores its share; then all ranks are told everything, which is little next to a model: advantages,
 //! minibatches and statistics are the same on every rank, and the same for any number of ranks.
 
-use kernels::c10d::{Group, ReduceOp};
+use kernels::c10d::ReduceOp;
 use kernels::ops;
 use tch::{Device, Kind, Tensor};
 
 use crate::algorithms::step::MicroBatch;
+use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::generate::rollout::{PaddedRows, Response, Sequences};
 use crate::model::head::LogProbs;
@@ -121,9 +122,9 @@ impl SamplerDistance {
     }
 
     /// Over all ranks. A collective call.
-    pub fn combine(self, group: &Group) -> Result<SamplerDistance> {
-        let sums = group.combine(&[self.sum, self.tokens], ReduceOp::Sum)?;
-        let most = group.combine(&[self.most], ReduceOp::Max)?[0];
+    pub fn over_ranks(self, world: &World) -> Result<SamplerDistance> {
+        let sums = world.sum_rows(&[self.sum, self.tokens])?;
+        let most = world.group.combine(&[self.most], ReduceOp::Max)?[0];
         Ok(SamplerDistance { sum: sums[0], tokens: sums[1], most })
     }
 

@@ -76,6 +76,7 @@ pub fn check<R: Recipe>(args: CheckArgs, global: &Global) -> Result<()> {
         println!(
             "# a model's path is a preset, a shape without weights: neither models nor data were opened"
         );
+        mesh::show(c.common().parallel, args.nproc, args.nodes).map_err(|e| loaded.locate(e))?;
         return memory(c, &target, None);
     }
     let rates = predict::rates(global, None)?;
@@ -85,7 +86,7 @@ pub fn check<R: Recipe>(args: CheckArgs, global: &Global) -> Result<()> {
         train.sets().chain(valid.iter().flat_map(|v| v.sets())).try_for_each(|set| set.verify())?;
     }
     conclude(&loaded, &R::trained(&inputs))?;
-    mesh::show(c.common().parallel, args.nproc, args.nodes)?;
+    mesh::show(c.common().parallel, args.nproc, args.nodes).map_err(|e| loaded.locate(e))?;
     memory(c, &target, rates.as_ref())?;
     if R::MODEL == "model"
         && let Ok(plan) = c.plan(&target)

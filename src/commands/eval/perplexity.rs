@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kernels::c10d::ReduceOp;
 use rayon::prelude::*;
 use serde_json::json;
 
@@ -246,5 +245,5 @@ fn measure(model: &mut Llama, world: &World, streams: &[TokenStream], window: us
         bar.inc(round.iter().map(|b| (b.count * b.time) as u64).sum());
     }
     drop(bar);
-    Ok(world.mesh.data.group.combine(&losses, ReduceOp::Sum)?.iter().sum())
+    Ok(world.sum_rows(&losses)?.iter().sum())
 }

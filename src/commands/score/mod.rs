@@ -6,7 +6,6 @@ pub mod reward;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kernels::c10d::ReduceOp;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 use tch::{Device, Tensor};
@@ -180,7 +179,7 @@ pub fn score(model: &mut Llama, world: &World, sequences: &[Sequence]) -> Result
         bar.inc(round.iter().map(|batch| batch.len() as u64).sum());
     }
     drop(bar);
-    let scores = world.mesh.data.group.combine(&scores, ReduceOp::Sum)?;
+    let scores = world.sum_rows(&scores)?;
     Ok(begins.windows(2).map(|part| scores[part[0]..part[1]].to_vec()).collect())
 }
 

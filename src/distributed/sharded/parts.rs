@@ -1,4 +1,4 @@
-//! What tensor-parallel ranks tell each other of tensors that all of them have, and of rectangles.
+//! Gradients that several tensor-parallel ranks have parts of, and rectangles joined to whole tensors.
 
 use std::ops::Range;
 
@@ -15,8 +15,8 @@ use crate::error::Result;
 enum Summing {
     /// All ranks add.
     All,
-    /// Ranks that hold copies of a rectangle add: this one is number `.0` of `.1`.
-    Copies(i64, i64),
+    /// Ranks that hold copies of a rectangle add: this rank's is number `at` of `of`.
+    Copies { at: i64, of: i64 },
 }
 
 impl Sharded {
@@ -35,7 +35,8 @@ impl Sharded {
                 match spec.share {
                     Share::Summed => parts.push((values, Summing::All)),
                     Share::Cut(cut) if cut.copies > 1 => {
-                        let copies = Summing::Copies(tensor.rank / cut.copies, tensor.size / cut.copies);
+                        let copies =
+                            Summing::Copies { at: tensor.rank / cut.copies, of: tensor.size / cut.copies };
                         parts.push((values, copies));
                     }
                     Share::Whole | Share::Cut(_) => {}
@@ -47,7 +48,7 @@ impl Sharded {
         }
         let rows = parts.iter().map(|(values, summing)| match summing {
             Summing::All => Ok(values.shallow_clone()),
-            Summing::Copies(at, of) => {
+            Summing::Copies { at, of } => {
                 let n = values.numel() as i64;
                 let all = Tensor::zeros([of * n], (values.kind(), values.device()));
                 all.narrow(0, at * n, n).f_copy_(values)?;
@@ -61,7 +62,7 @@ impl Sharded {
             let n = values.numel() as i64;
             let (at, of) = match summing {
                 Summing::All => (0, 1),
-                Summing::Copies(at, of) => (at, of),
+                Summing::Copies { at, of } => (at, of),
             };
             values.f_copy_(&sums.narrow(0, first + at * n, n))?;
             first += of * n;

@@ -54,6 +54,36 @@ fn checkpoint() {
     }
 }
 
+/// What a rank sends in a step is what the plan says, by axis: all but a few numbers.
+#[test]
+fn bytes_that_are_sent() {
+    let logs = folder("sent");
+    let small = ["--steps", "1", "--warmup", "0", "--batch-size", "4", "--sequence-length", "64"];
+    for (ranks, words) in [
+        (2, &["--micro-batch-size", "1"][..]),
+        (2, &["--mode", "grads", "--micro-batch-size", "1"]),
+        (2, &["--mode", "optimizer", "--micro-batch-size", "1"]),
+        (2, &["--mode", "replicate"]),
+        (2, &["--tensor", "2", "--precision", "bfloat16"]),
+        (2, &["--tensor", "2", "--lora", "8", "--recompute", "full"]),
+        (2, &["--context", "2"]),
+        (4, &["--tensor", "2", "--context", "2", "--recompute", "full"]),
+        (4, &["--tensor", "2", "--micro-batch-size", "1"]),
+    ] {
+        let number = ranks.to_string();
+        let program = Program::new(launch()).args(&["--nproc", &number, "bench", "--device", "cpu", "train"]);
+        let ended = program.args(&small).args(words).run(&logs, &words.join("")).expect_code(0);
+        let found = measurements(&ended);
+        let [found] = found.as_slice() else { panic!("{ended}") };
+        let sent = found["sent_bytes"].as_object().unwrap();
+        assert!(!sent.is_empty(), "{found}");
+        for (axis, sent) in sent {
+            let (sent, planned) = (sent.as_f64().unwrap(), found["planned_bytes"][axis].as_f64().unwrap());
+            assert!((planned / sent - 1.0).abs() < 0.01, "{words:?}, {axis}: sent {sent}, planned {planned}");
+        }
+    }
+}
+
 /// Weights, adapters on quantized weights, 8-bit moments, 8-bit floats; and decoding.
 #[test]
 fn training_and_generation() {

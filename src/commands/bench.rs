@@ -1,5 +1,6 @@
 //! `corral bench`: measurements as JSON lines, one object each.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -9,7 +10,7 @@ use kernels::c10d::ReduceOp;
 use serde_json::json;
 use tch::{Kind, Tensor};
 
-use self::workload::Workload;
+use self::workload::{Workload, default_batch};
 use crate::algorithms::step::{MicroBatch, accumulate_gradients, apply_gradients};
 use crate::commands::Global;
 use crate::commands::inference::{ModelArgs, RanksArgs};
@@ -18,7 +19,7 @@ use crate::config::sections::{Compute, Float8Section, Optim, Recompute};
 use crate::config::shape::Shape;
 use crate::config::trainable::{BaseFormat, Lora, Targets};
 use crate::distributed::environment::RankEnvironment;
-use crate::distributed::mesh::Sharding;
+use crate::distributed::mesh::{Sharding, ShardingPlan};
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::World;
 use crate::error::{Context, Error, Result};
@@ -27,6 +28,8 @@ use crate::generate::{EngineOptions, Request, engine};
 use crate::model::cuts::cut_for;
 use crate::model::{Llama, ModelInput, Trainable, compute_kind, float8_on, init, layout};
 use crate::optim::AdamW;
+use crate::plan::memory::{BatchShape, Memory};
+use crate::plan::traffic::Traffic;
 use crate::plan::work::{forward_and_backward, update_bytes};
 use crate::{telemetry, warn};
 
@@ -121,16 +124,6 @@ pub fn run(command: Command, global: &Global) -> Result<()> {
     }
 }
 
-/// Sequences a step and tokens a sequence: 2,048 tokens a step for the small presets, as the peers' benchmarks have.
-fn default_batch(preset: &str) -> (i64, i64) {
-    match preset {
-        "llama-15m" => (8, 256),
-        "llama-42m" => (4, 512),
-        "llama-110m" => (2, 1024),
-        _ => (1, 2048),
-    }
-}
-
 /// Sequences a step of a rank, and at once; tokens of a sequence.
 struct BatchSize {
     rows: i64,
@@ -176,6 +169,8 @@ struct BenchTraining {
     flops_per_token: f64,
     /// What the update of all parameters reads and writes.
     update_bytes: f64,
+    /// What a rank sends in a step, as it is planned.
+    planned_bytes: Traffic,
 }
 
 impl BenchTraining {
@@ -245,9 +240,20 @@ impl BenchTraining {
         let flops_per_token = forward_and_backward(&shape, &plans, length, Recompute::None);
         let update_bytes = update_bytes(&plans);
         let sharding = world.sharding();
+        let (mesh, kind) = (&world.mesh, compute_kind(compute));
+        let over = ShardingPlan {
+            ranks: mesh.shard.size,
+            replicas: mesh.replicate.size,
+            keep: sharding.keep,
+            tensor: mesh.tensor.size,
+            sequence: sharding.sequence,
+            context: mesh.context.size,
+        };
+        let batch = BatchShape { rows: micro, length, micro_batches: rows / micro, recompute, packed: false };
+        let planned_bytes = Memory::new(&shape, &plans, kind, over, world.device)?.traffic(&batch);
         let plans = cut_for(plans, &shape, &sharding)
             .map_err(|e| Error::config(format!("--tensor: {}", e.message)))?;
-        let mut params = Sharded::new(plans, sharding, compute_kind(compute), world.device);
+        let mut params = Sharded::new(plans, sharding, kind, world.device);
         fill(&mut params, &shape)?;
         init::init_adapters(&mut params, 0)?;
         let model = Llama::new(shape.clone(), params);
@@ -266,6 +272,7 @@ impl BenchTraining {
             count,
             flops_per_token,
             update_bytes,
+            planned_bytes,
         })
     }
 
@@ -299,7 +306,11 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
     let workload = &args.workload;
     let mut training = BenchTraining::new(workload, world)?;
     let (mut seconds, mut first_step_s, mut loss) = (Vec::new(), 0.0, 0.0);
+    let mut before = BTreeMap::new();
     for step in 0..args.warmup + args.steps {
+        if step == args.warmup {
+            before = world.sent_bytes();
+        }
         let (step_s, step_loss) = training.step(world)?;
         if step == 0 {
             first_step_s = telemetry::since_process_start_s();
@@ -309,12 +320,27 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
         }
         loss = step_loss;
     }
+    let sent: BTreeMap<&str, u64> = world
+        .sent_bytes()
+        .into_iter()
+        .map(|(axis, bytes)| (axis, (bytes - before[axis]) / args.steps as u64))
+        .collect();
     let peak = world.group.combine(&[world.peak_bytes()? as f64], ReduceOp::Max)?[0];
     if !world.is_main() {
         return Ok(());
     }
-    let BenchTraining { shape, model, rows, micro, length, count, flops_per_token, update_bytes, .. } =
-        training;
+    let BenchTraining {
+        shape,
+        model,
+        rows,
+        micro,
+        length,
+        count,
+        flops_per_token,
+        update_bytes,
+        planned_bytes,
+        ..
+    } = training;
     let float8 = model.float8();
     drop(model);
     let kind = compute_kind(workload.precision);
@@ -340,6 +366,7 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
             "tokens_per_s": tokens_per_s, "step_s": step_s,
             "first_step_s": first_step_s, "peak_bytes": peak as u64, "last_loss": loss,
             "lora": workload.lora, "base": workload.base, "moments": workload.moments,
+            "sent_bytes": sent, "planned_bytes": planned_bytes,
             "matmul_gflops": matmul / 1e9, "matmul_share": share, "mfu": mfu,
             "memory_gb_per_s": memory / 1e9, "speed_of_light_share": least_s / step_s,
             "threads": tch::get_num_threads(), "device": format!("{:?}", world.device),

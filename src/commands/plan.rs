@@ -27,6 +27,7 @@ use crate::optim::AdamW;
 use crate::plan::memory::{BatchShape, Memory};
 use crate::plan::models::{PHASES, peaks};
 use crate::plan::rates::Rates;
+use crate::plan::traffic::Traffic;
 use crate::plan::{MemoryPlan, ModelsMemory, PlanTarget, TrainingMemory};
 use crate::telemetry;
 
@@ -269,6 +270,7 @@ fn training_json(t: &TrainingMemory, process: i64, fit: Option<Fit>, time: Value
         "process_bytes": process,
         "step_bytes": step_bytes(t, process),
         "checkpoint_bytes": t.checkpoint,
+        "sent_bytes": t.traffic(t.micro_batch),
         "peak_bytes": t.peak(t.micro_batch, process),
     });
     if t.each.sequences > 1 {
@@ -332,6 +334,14 @@ fn training_table(t: &TrainingMemory, process: i64, fit: Option<Fit>) {
             if t.checkpoint > 0 {
                 line("a checkpoint, host memory", t.checkpoint);
             }
+        }
+    }
+    let Traffic { shard, replicate, tensor, context } = t.traffic(t.micro_batch);
+    for (axis, bytes) in
+        [("shard", shard), ("replicate", replicate), ("tensor", tensor), ("context", context)]
+    {
+        if bytes > 0.0 {
+            line(&format!("sent in a step: {axis}"), bytes as i64);
         }
     }
     if let Some(Fit { bytes, largest, divides }) = fit {

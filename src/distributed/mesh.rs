@@ -260,6 +260,8 @@ pub struct ShardingPlan {
     pub sequence: bool,
     /// Ranks that share every sequence.
     pub context: i64,
+    /// Ranks that hold equal slices.
+    pub replicas: i64,
 }
 
 impl ShardingPlan {
@@ -268,14 +270,16 @@ impl ShardingPlan {
     /// # Errors
     /// Of kind Config, about `parallel.shard`: `mode: hybrid` where the number of ranks of a host counts, which is not known.
     pub fn of(parallel: &Parallel, ranks: i64) -> Result<ShardingPlan> {
-        let ranks = MeshPlan::of(parallel, ranks, None)?.shard;
+        let mesh = MeshPlan::of(parallel, ranks, None)?;
+        let (ranks, context) = (mesh.shard, mesh.context);
+        let replicas = mesh.data * mesh.context / mesh.shard;
         let (keep, tensor, sequence) = (Keep::of(parallel.mode), parallel.tensor, parallel.sequence);
-        Ok(ShardingPlan { ranks, keep, tensor, sequence, context: parallel.context })
+        Ok(ShardingPlan { ranks, keep, tensor, sequence, context, replicas })
     }
 
     /// One rank, which has everything.
     pub fn solo() -> ShardingPlan {
-        ShardingPlan { ranks: 1, keep: Keep::Nothing, tensor: 1, sequence: false, context: 1 }
+        ShardingPlan { ranks: 1, keep: Keep::Nothing, tensor: 1, sequence: false, context: 1, replicas: 1 }
     }
 }
 

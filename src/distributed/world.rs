@@ -170,6 +170,28 @@ impl World {
         }
     }
 
+    /// Bytes that this rank has sent so far, by axis (see [`Group::sent_bytes`]); axes of one rank are left out. Where the data axis
+    /// is all ranks, so are sums over all ranks.
+    pub fn sent_bytes(&self) -> BTreeMap<&'static str, u64> {
+        let mesh = &self.mesh;
+        let axes = [
+            (AxisName::Shard, &mesh.shard.group),
+            (AxisName::Replicate, &mesh.replicate.group),
+            (AxisName::Tensor, &mesh.tensor.group),
+            (AxisName::Context, &mesh.context.group),
+        ];
+        let mut sent: BTreeMap<&'static str, u64> = axes
+            .into_iter()
+            .filter(|(_, group)| group.size() > 1)
+            .map(|(axis, group)| (axis.name(), group.sent_bytes()))
+            .collect();
+        // A group of its own, with NCCL.
+        if self.reduce.name() != mesh.shard.group.name() {
+            *sent.entry(AxisName::Shard.name()).or_default() += self.reduce.sent_bytes();
+        }
+        sent
+    }
+
     /// Waits until this rank's device has done all that was asked of it.
     pub fn synchronize(&self) -> Result<()> {
         match self.device {
@@ -282,7 +304,10 @@ impl World {
             1 if plan.shard == 1 => data.clone(),
             _ => self.axis(&plan, AxisName::Replicate)?,
         };
-        let (tensor, context) = (self.axis(&plan, AxisName::Tensor)?, self.axis(&plan, AxisName::Context)?);
+        let tensor = self.axis(&plan, AxisName::Tensor)?;
+        // Never a group that gathers parameters, too: the attention would wait for them.
+        let ranks = plan.axis(AxisName::Context, self.rank);
+        let context = Axis::of(self.new_group(&format!("context/{}", ranks[0]), &ranks)?);
         Ok(Mesh { data, shard, replicate, tensor, context, ..Mesh::solo() })
     }
 

@@ -28,13 +28,15 @@ pub struct Memory {
     pub(super) shape: Shape,
     /// With the heads and the width of an MLP that a rank computes.
     pub(super) local: Shape,
-    plans: Vec<GroupPlan>,
-    keep: Keep,
+    pub(super) plans: Vec<GroupPlan>,
+    pub(super) keep: Keep,
     /// That slices lie over.
-    ranks: i64,
+    pub(super) ranks: i64,
+    /// Ranks that hold equal slices.
+    pub(super) replicas: i64,
     /// That share every sequence.
     pub(super) context: i64,
-    groups: Vec<GroupBytes>,
+    pub(super) groups: Vec<GroupBytes>,
     /// All values in the compute dtype, gathered.
     whole: i64,
     pub(super) blocks: Vec<BlockParts<Layer>>,
@@ -42,7 +44,7 @@ pub struct Memory {
     vocab_size: i64,
     pub(super) sizes: Sizes,
     /// The first group of which something is trained.
-    lowest: usize,
+    pub(super) lowest: usize,
 }
 
 impl Memory {
@@ -75,6 +77,7 @@ impl Memory {
             keep: sharding.keep,
             ranks: sharding.ranks,
             context: sharding.context,
+            replicas: sharding.replicas,
             whole: groups.iter().map(|g| g.gathered).sum(),
             groups,
             blocks: plans[1..=layers].iter().map(block).collect::<Result<_>>()?,
@@ -195,7 +198,7 @@ impl Memory {
         if self.sizes.tensor == 1 { 0 } else { 4 * rows * self.vocab_size * self.sizes.a }
     }
 
-    fn head_group(&self) -> usize {
+    pub(super) fn head_group(&self) -> usize {
         if self.shape.tie_word_embeddings { 0 } else { self.blocks.len() + 1 }
     }
 

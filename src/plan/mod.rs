@@ -10,6 +10,7 @@ pub mod memory;
 pub(crate) mod models;
 mod parts;
 pub mod rates;
+pub mod traffic;
 pub(crate) mod training;
 mod walk;
 pub mod work;

@@ -5,6 +5,7 @@ use tch::{Device, Kind};
 
 use super::PlanTarget;
 use super::memory::{BatchShape, Memory, Parts};
+use super::traffic::Traffic;
 use super::work::{self, StepWork};
 use crate::config::common::Common;
 use crate::config::sections::{MomentsIn, Recompute};
@@ -156,6 +157,11 @@ impl TrainingMemory {
         let (count, length) = if joined { (1, all * length) } else { (all, length) };
         let micro_batches = (self.rows + rows - 1) / rows;
         BatchShape { rows: count, length, micro_batches, recompute: self.recompute, packed }
+    }
+
+    /// What a rank sends in a step with micro-batches of `rows`.
+    pub fn traffic(&self, rows: i64) -> Traffic {
+        self.memory.traffic(&self.batch(rows))
     }
 
     /// Moments that are on the device.

@@ -6,6 +6,7 @@
 use std::ffi::c_char;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tch::{Device, Kind, Tensor};
@@ -54,6 +55,8 @@ struct Inner {
     device: Device,
     /// A group of one has none.
     link: Option<Arc<Link>>,
+    /// See [`Group::sent_bytes`].
+    sent: AtomicU64,
 }
 
 impl Group {
@@ -65,6 +68,7 @@ impl Group {
             rank: 0,
             device: Device::Cpu,
             link: None,
+            sent: AtomicU64::new(0),
         }))
     }
 
@@ -100,7 +104,7 @@ impl Group {
         let set_up = Call { group: name.into(), ranks: ranks.to_vec(), seq: 0, op: "set-up" };
         let link = Link::connect(watch, backend, set_up, rank, timeout, device)?;
         let (name, ranks, link) = (name.into(), ranks.to_vec(), Some(Arc::new(link)));
-        Ok(Group(Arc::new(Inner { name, ranks, rank, device, link })))
+        Ok(Group(Arc::new(Inner { name, ranks, rank, device, link, sent: AtomicU64::new(0) })))
     }
 
     /// This process's rank in the group.
@@ -123,6 +127,17 @@ impl Group {
         &self.0.ranks
     }
 
+    /// Bytes that this rank has sent in all-reduces, all-gathers and reduce-scatters of this group, as a ring sends them: of n
+    /// ranks (n - 1) / n of what is gathered or scattered, and twice that of what is reduced on all.
+    pub fn sent_bytes(&self) -> u64 {
+        self.0.sent.load(Ordering::Relaxed)
+    }
+
+    fn count(&self, whole: &Tensor, times: u64) {
+        let (bytes, n) = (whole.numel() * whole.kind().elt_size_in_bytes(), self.size() as u64);
+        self.0.sent.fetch_add(times * bytes as u64 * (n - 1) / n, Ordering::Relaxed);
+    }
+
     /// `gloo`, `nccl`, or `none` for a group of one.
     pub fn backend_name(&self) -> &'static str {
         self.0.link.as_ref().map_or("none", |l| l.backend.name())
@@ -132,6 +147,7 @@ impl Group {
     pub fn all_reduce(&self, t: &Tensor, op: ReduceOp) -> Result<Work> {
         self.whole("all-reduce", &[t])?;
         averages("all-reduce", t, op)?;
+        self.count(t, 2);
         let Some(link) = &self.0.link else { return Ok(Work::done()) };
         let staged = Staged::new(link.backend, t, Some(t))?;
         let raw_op = link.reduce_op(op);
@@ -145,6 +161,7 @@ impl Group {
     /// Concatenates every rank's `input` into `out`, by rank. `out`: `size * input.numel()` elements, same dtype.
     pub fn all_gather(&self, out: &Tensor, input: &Tensor) -> Result<Work> {
         self.split("all-gather", out, input, out.numel(), input.numel())?;
+        self.count(out, 1);
         let Some(link) = &self.0.link else { return copied(out, input) };
         let (staged, input) = Staged::flat(link.backend, out, input)?;
         // SAFETY: both tensors live during the call, and c10d keeps references of its own while the collective runs.
@@ -159,6 +176,7 @@ impl Group {
     pub fn reduce_scatter(&self, out: &Tensor, input: &Tensor, op: ReduceOp) -> Result<Work> {
         self.split("reduce-scatter", out, input, input.numel(), out.numel())?;
         averages("reduce-scatter", out, op)?;
+        self.count(input, 1);
         let Some(link) = &self.0.link else { return copied(out, input) };
         let (staged, input) = Staged::flat(link.backend, out, input)?;
         let raw_op = link.reduce_op(op);

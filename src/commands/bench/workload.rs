@@ -51,3 +51,13 @@ impl Workload {
         Parallel { mode: self.mode, tensor: self.tensor, context: self.context, ..Parallel::default() }
     }
 }
+
+/// Sequences a step and tokens a sequence: 2,048 tokens a step for the small presets, as the peers' benchmarks have.
+pub fn default_batch(preset: &str) -> (i64, i64) {
+    match preset {
+        "llama-15m" => (8, 256),
+        "llama-42m" => (4, 512),
+        "llama-110m" => (2, 1024),
+        _ => (1, 2048),
+    }
+}

@@ -1,6 +1,7 @@
 //! The mesh: a model whose matrices, rows or blocks are divided among ranks computes what it computes on one.
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+#![allow(clippy::disallowed_methods, reason = "the tests' own variable, CORRAL_MESH_ALL")]
 
 use std::collections::BTreeMap;
 

@@ -421,3 +421,26 @@ fn meshes_that_do_not_fit() {
         "'parallel.context': 2 must divide the number of ranks, 1",
     );
 }
+
+/// A reference that ranks cannot share is refused before they meet, by name.
+#[test]
+fn a_reference_that_does_not_fit() {
+    let run = Run::sft("mesh-reference");
+    let shape = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 1}";
+    run.train(1, &[&format!("model={{init: {shape}}}"), "train.steps=1", "schedule.warmup_steps=0"]);
+    let line = serde_json::json!({"prompt": "1 + 2 = ", "chosen": "3", "rejected": "4"}).to_string();
+    std::fs::write(run.dir.join("pairs.jsonl"), format!("{line}\n{line}\n")).unwrap();
+    let (dir, model) = (run.dir.display(), beginner().display());
+    let dpo = Run::of(
+        "dpo",
+        "mesh-reference-dpo",
+        &format!(
+            "model: {{path: {model}}}\nreference: {{path: {dir}/run/model}}\ndata: {{train: [{dir}/pairs.jsonl], sequence_length: \
+             64}}\ntokenizer: {{template: \"{{prompt}}\\n{{completion}}\"}}\ntrain: {{steps: 1, batch_size: 2}}\n"
+        ),
+    );
+    let config = dpo.dir.join("config.yaml").display().to_string();
+    let check = ["check", "dpo", "--config", &config, "--nproc", "2", "parallel.tensor=2"];
+    let parts = ["parallel.tensor", "reference: 2 must divide the model's attention heads, 1"];
+    Program::corral(&check).run(&dpo.dir, "check").expect_error(2, &parts);
+}

@@ -273,6 +273,12 @@ impl Base {
         Ok(trainable)
     }
 
+    /// How it is laid out where nothing of it is trained; what it may have learned as adapters acts.
+    pub fn plans_to_ask(&self) -> Result<Vec<GroupPlan>> {
+        let trainable = self.weights.as_ref().and_then(|w| w.lora().cloned()).unwrap_or_default();
+        trainable.plans_for_inference(&self.shape)
+    }
+
     /// Sets the parameters to what the run begins with. Returns the hash of those that are not trained. Collective.
     pub fn fill(&self, params: &mut Sharded, seed: u64) -> Result<TensorHash> {
         init::init_adapters(params, seed)?;

@@ -84,6 +84,10 @@ impl Recipe for Kto {
         vec![("model", &inputs.base.shape, &inputs.trainable)]
     }
 
+    fn asked<'a>(&self, inputs: &'a Inputs) -> Vec<(&'static str, &'a Base)> {
+        inputs.reference.iter().map(|base| ("reference", base)).collect()
+    }
+
     fn steps(inputs: &Inputs) -> u64 {
         inputs.length.steps
     }

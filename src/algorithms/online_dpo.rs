@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use kernels::ops;
 
+use crate::algorithms::base::Base;
 use crate::algorithms::dpo::batch::{PairSums, PreferenceBatch};
 use crate::algorithms::folder::RunFolder;
 use crate::algorithms::learner::Learners;
@@ -62,6 +63,10 @@ impl Recipe for OnlineDpo {
 
     fn trained(inputs: &Inputs) -> Vec<(&'static str, &Shape, &Trainable)> {
         vec![("actor", &inputs.opened.actor.shape, &inputs.opened.trainable)]
+    }
+
+    fn asked<'a>(&self, inputs: &'a Inputs) -> Vec<(&'static str, &'a Base)> {
+        inputs.opened.asked(&self.sections_of_responses())
     }
 
     fn steps(inputs: &Inputs) -> u64 {

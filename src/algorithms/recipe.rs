@@ -2,6 +2,7 @@
 //! `corral plan NAME` to know it. It is written for the algorithm's configuration; the list of all is
 //! `commands/recipes.rs`.
 
+use crate::algorithms::base::Base;
 use crate::algorithms::rl::policy::Samplers;
 use crate::algorithms::run::Start;
 use crate::config::shape::Shape;
@@ -39,6 +40,11 @@ pub trait Recipe: Algorithm {
 
     /// The models that are trained: name in the run, shape, and what of it.
     fn trained(inputs: &Self::Inputs) -> Vec<(&'static str, &Shape, &Trainable)>;
+
+    /// The models that are only asked, by their sections, where they lie over the run's ranks.
+    fn asked<'a>(&self, _inputs: &'a Self::Inputs) -> Vec<(&'static str, &'a Base)> {
+        Vec::new()
+    }
 
     /// The steps of a run over these data.
     fn steps(inputs: &Self::Inputs) -> u64;

@@ -19,6 +19,7 @@ use crate::commands::recipes::{RecipeArgs, with_maker};
 use crate::commands::report::REPORT;
 use crate::config::changes::show;
 use crate::config::common::Common;
+use crate::config::shape::Shape;
 use crate::config::{self, Algorithm, Loaded};
 use crate::distributed::agree::agree;
 use crate::distributed::environment::RankEnvironment;
@@ -109,10 +110,7 @@ pub fn run<R: Recipe>(args: Args, global: &Global) -> Result<()> {
     let found = examine(&loaded, &start, &[])?;
     keep_date(&mut loaded.config, found.from.as_ref());
     let inputs = loaded.config.open().map_err(|e| with_maker(loaded.locate(e)))?;
-    for (_, shape, trainable) in R::trained(&inputs) {
-        check_mesh(trainable.plans(shape)?, shape, loaded.config.common().parallel)
-            .map_err(|e| loaded.locate(e))?;
-    }
+    check_models(&loaded, &inputs)?;
     let mut facts = global.facts();
     facts.add_configuration(&loaded.config.write());
     R::add_facts(&inputs, &mut facts)?;
@@ -133,6 +131,24 @@ pub fn run<R: Recipe>(args: Args, global: &Global) -> Result<()> {
     R::train(&loaded, inputs, &world, &start).map_err(|e| loaded.locate(e))?;
     if world.is_main() {
         summarize(&loaded.config.common(), planned.map(|plan| plan.bytes()), before);
+    }
+    Ok(())
+}
+
+/// Refuses models that `parallel` cannot divide.
+pub fn check_models<R: Recipe>(loaded: &Loaded<R>, inputs: &R::Inputs) -> Result<()> {
+    let parallel = loaded.config.common().parallel;
+    let check = |name: &str, plans, shape: &Shape| {
+        check_mesh(plans, shape, parallel).map_err(|e| match &e.key {
+            Some(key) => loaded.error(key, &format!("{name}: {}", e.message)),
+            None => e.context(name),
+        })
+    };
+    for (name, shape, trainable) in R::trained(inputs) {
+        check(name, trainable.plans(shape)?, shape)?;
+    }
+    for (name, base) in loaded.config.asked(inputs) {
+        check(name, base.plans_to_ask()?, &base.shape)?;
     }
     Ok(())
 }

@@ -81,6 +81,10 @@ impl Recipe for Dpo {
         vec![("model", &inputs.base.shape, &inputs.trainable)]
     }
 
+    fn asked<'a>(&self, inputs: &'a Inputs) -> Vec<(&'static str, &'a Base)> {
+        inputs.reference.iter().map(|base| ("reference", base)).collect()
+    }
+
     fn steps(inputs: &Inputs) -> u64 {
         inputs.length.steps
     }

@@ -5,6 +5,7 @@ mod update;
 
 use std::time::Instant;
 
+use crate::algorithms::base::Base;
 use crate::algorithms::folder::RunFolder;
 use crate::algorithms::losses::grpo::{GroupAdvantages, ScaleRewards, group_advantages, rloo, varies};
 use crate::algorithms::recipe::{Recipe, Shown};
@@ -49,6 +50,10 @@ impl Recipe for Grpo {
 
     fn trained(inputs: &Inputs) -> Vec<(&'static str, &Shape, &Trainable)> {
         vec![("actor", &inputs.opened.actor.shape, &inputs.opened.trainable)]
+    }
+
+    fn asked<'a>(&self, inputs: &'a Inputs) -> Vec<(&'static str, &'a Base)> {
+        inputs.opened.asked(&self.sections_of_responses())
     }
 
     fn steps(inputs: &Inputs) -> u64 {

@@ -96,6 +96,10 @@ impl Recipe for Ppo {
         vec![("actor", &opened.actor.shape, &opened.trainable), ("critic", &critic.shape, of_critic)]
     }
 
+    fn asked<'a>(&self, inputs: &'a Inputs) -> Vec<(&'static str, &'a Base)> {
+        inputs.opened.asked(&self.sections_of_responses())
+    }
+
     fn steps(inputs: &Inputs) -> u64 {
         inputs.opened.length.steps
     }

@@ -75,8 +75,7 @@ pub fn frozen(base: &Base, c: &Common, dtype: Option<Compute>, world: &Where) ->
         Where::Run(world) => world.sharding(),
         Where::Own(_) => Sharding::solo(),
     };
-    let trainable = base.weights.as_ref().and_then(|w| w.lora().cloned()).unwrap_or_default();
-    let plans = cut_for(trainable.plans_for_inference(&base.shape)?, &base.shape, &sharding)?;
+    let plans = cut_for(base.plans_to_ask()?, &base.shape, &sharding)?;
     let compute = dtype.unwrap_or(c.precision.compute);
     let mut params = Sharded::new(plans, sharding, compute_kind(compute), world.device);
     let hash = base.fill(&mut params, c.seed)?;

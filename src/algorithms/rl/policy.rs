@@ -16,7 +16,7 @@ use crate::algorithms::training::Run;
 use crate::checkpoint::{Checkpoint, Metric, ModelRecord, SavedPart};
 use crate::config::common::Common;
 use crate::config::model::Model;
-use crate::config::models::of_model;
+use crate::config::models::{FrozenModel, of_model};
 use crate::config::policy::OwnResponses;
 use crate::config::prompts::PromptData;
 use crate::config::sections::{Compute, Precision, Valid};
@@ -61,6 +61,15 @@ impl Samplers {
 }
 
 impl OpenedPolicy {
+    /// The models that are only asked, where they have no device of their own.
+    pub fn asked(&self, s: &OwnResponses) -> Vec<(&'static str, &Base)> {
+        let here = |section: Option<&FrozenModel>| section.is_none_or(|m| m.device.is_none());
+        let reference = self.reference.as_ref().filter(|_| here(s.reference));
+        let reward_model = self.reward_model.as_ref().filter(|_| here(s.reward_model));
+        let reference = reference.map(|base| ("reference", base));
+        reference.into_iter().chain(reward_model.map(|m| ("reward_model", m.base()))).collect()
+    }
+
     /// Opens and checks all that the sections name. `reference`: whether it is asked.
     pub fn open(s: &OwnResponses, reference: bool) -> Result<(OpenedPolicy, Samplers)> {
         let c = &s.common;

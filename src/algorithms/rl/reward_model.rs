@@ -30,6 +30,11 @@ pub struct OpenedRewardModel {
 }
 
 impl OpenedRewardModel {
+    /// The model itself.
+    pub fn base(&self) -> &Base {
+        &self.base
+    }
+
     /// What all ranks must have of it.
     pub fn add_facts(&self, facts: &mut Facts) -> Result<()> {
         self.base.add_facts("reward_model", facts)

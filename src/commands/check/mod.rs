@@ -12,7 +12,7 @@ use crate::algorithms::rl::policy::Samplers;
 use crate::algorithms::run::{Resume, Start};
 use crate::checkpoint;
 use crate::commands::recipes::{NamedRecipe, RecipeArgs, with_maker};
-use crate::commands::training::ConfigArgs;
+use crate::commands::training::{ConfigArgs, check_models};
 use crate::commands::{Global, plan, predict};
 use crate::config::common::Common;
 use crate::config::shape::Shape;
@@ -20,7 +20,6 @@ use crate::config::{Algorithm, Loaded};
 use crate::distributed::mesh::ShardingPlan;
 use crate::distributed::plan::{GroupPlan, Role};
 use crate::error::{Context, Error, Result};
-use crate::model::cuts::check_mesh;
 use crate::model::{Trainable, compute_kind};
 use crate::plan::PlanTarget;
 use crate::plan::rates::Rates;
@@ -85,6 +84,7 @@ pub fn check<R: Recipe>(args: CheckArgs, global: &Global) -> Result<()> {
     if let Shown::Windows { train, valid, .. } = c.shown(&inputs) {
         train.sets().chain(valid.iter().flat_map(|v| v.sets())).try_for_each(|set| set.verify())?;
     }
+    check_models(&loaded, &inputs)?;
     conclude(&loaded, &R::trained(&inputs))?;
     mesh::show(c.common().parallel, args.nproc, args.nodes).map_err(|e| loaded.locate(e))?;
     memory(c, &target, rates.as_ref())?;
@@ -131,7 +131,6 @@ fn conclude<C: Algorithm>(loaded: &Loaded<C>, models: &[(&str, &Shape, &Trainabl
     let mut lines = Vec::new();
     for (name, shape, trainable) in models {
         let plans = trainable.plans(shape)?;
-        check_mesh(plans.clone(), shape, c.parallel).map_err(|e| loaded.locate(e))?;
         let trained: Vec<_> = plans.iter().map(GroupPlan::trained).collect();
         checkpoint +=
             checkpoint::bytes_per_checkpoint(&trained, kernels::ops::accumulator(compute), c.optim.moments);

@@ -21,9 +21,11 @@ use corral::checkpoint::safetensors::{self, TensorEntry};
 use corral::checkpoint::{Weights, torch_file};
 use corral::config::parallel::Parallel;
 use corral::config::shape::Shape;
-use corral::distributed::mesh::Sharding;
-use corral::distributed::sharded::Sharded;
+use corral::distributed::cut::Share;
+use corral::distributed::plan::GroupPlan;
+use corral::distributed::sharded::{Sharded, TensorSpec};
 use corral::distributed::world::{BackendChoice, DeviceChoice, World};
+use corral::model::cuts::cut_for;
 use corral::model::layout::layouts;
 use kernels::c10d::ReduceOp;
 use serde_json::json;
@@ -47,21 +49,25 @@ fn status(key: &str) -> u64 {
 fn as_rank() {
     let Ok(model) = std::env::var("CORRAL_TEST_MODEL") else { return };
     kernels::host::tune_allocator(false).unwrap();
-    let world = World::from_env(BackendChoice::Auto, DeviceChoice::Cpu, &Parallel::default()).unwrap();
+    let tensor = std::env::var("CORRAL_TEST_TENSOR").unwrap().parse().unwrap();
+    let parallel = Parallel { tensor, ..Parallel::default() };
+    let world = World::from_env(BackendChoice::Auto, DeviceChoice::Cpu, &parallel).unwrap();
     let weights = Weights::open(Path::new(&model)).unwrap();
-    let layouts = layouts(weights.shape());
+    let plans = layouts(weights.shape()).into_iter().map(GroupPlan::from).collect();
+    let sharding = world.sharding();
+    let plans = cut_for(plans, weights.shape(), &sharding).unwrap();
     world.group.barrier().unwrap();
     // Resets VmHWM.
     fs::write("/proc/self/clear_refs", "5").unwrap();
     let (anonymous, resident) = (status("RssAnon"), status("VmRSS"));
     let started = Instant::now();
-    let mut params = Sharded::new(layouts, Sharding::over(world.group.clone()), Kind::Float, Device::Cpu);
+    let mut params = Sharded::new(plans, sharding, Kind::Float, Device::Cpu);
     weights.fill(&mut params).unwrap();
     let seconds = started.elapsed().as_secs_f64();
     let slices: u64 = (0..params.len()).map(|i| params.slice(i).len as u64 * 4).sum();
     let (grown, peak) = (status("RssAnon") - anonymous, status("VmHWM") - resident);
-    let sum: f64 = (0..params.len()).map(|i| params.master(i).sum(Kind::Double).double_value(&[])).sum();
-    let sum = params.shard_group().combine(&[sum], ReduceOp::Sum).unwrap()[0];
+    let sum: f64 = (0..params.len()).map(|i| counted_sum(&params, i)).sum();
+    let sum = world.group.combine(&[sum], ReduceOp::Sum).unwrap()[0];
     println!(
         "RANK {}",
         json!({"slices": slices, "grown": grown, "peak": peak, "seconds": seconds, "sum": sum})
@@ -69,10 +75,26 @@ fn as_rank() {
     world.group.barrier().unwrap();
 }
 
-/// Loads a model on four ranks.
-fn load(what: &str, model: &Path, bytes: u64, sum: f64) {
-    let port = free_port();
-    let more = [("CORRAL_TEST_MODEL", model.to_str().unwrap())];
+/// The sum of this rank's slice of a group; what several tensor-parallel ranks have counts on the first.
+fn counted_sum(params: &Sharded, i: usize) -> f64 {
+    let (slice, master, rank) = (params.slice(i), params.master(i), params.sharding().tensor.rank);
+    let counts = |spec: &&TensorSpec| rank == 0 || matches!(spec.share, Share::Cut(_));
+    let sum = |spec: &TensorSpec| {
+        let first = slice.start.max(spec.offset);
+        let end = (slice.start + slice.len).min(spec.offset + spec.numel());
+        match first < end {
+            true => master.narrow(0, first - slice.start, end - first).sum(Kind::Double).double_value(&[]),
+            false => 0.0,
+        }
+    };
+    params.layout(i).specs.iter().filter(counts).map(sum).sum()
+}
+
+/// Loads a model on four ranks, of which so many share every matrix.
+fn load(what: &str, model: &Path, tensor: i64, bytes: u64, sum: f64) {
+    let (port, tensor) = (free_port(), tensor.to_string());
+    let what = format!("{what}, tensor {tensor}");
+    let more = [("CORRAL_TEST_MODEL", model.to_str().unwrap()), ("CORRAL_TEST_TENSOR", tensor.as_str())];
     let rank = |rank: usize| start_as_rank(rank as i64, RANKS as i64, port, &more);
     let ranks: Vec<_> = (0..RANKS).map(rank).collect();
     for rank in ranks {
@@ -149,12 +171,16 @@ fn each_rank_holds_its_quarter_of_a_model() {
     }
     safetensors.finish().unwrap();
     torch.finish().unwrap();
-    load("safetensors", &hf, bytes, sum);
-    load("pytorch_model.bin", &bin, bytes, sum);
+    for tensor in [1, 2, 4] {
+        load("safetensors", &hf, tensor, bytes, sum);
+    }
+    load("pytorch_model.bin", &bin, 1, bytes, sum);
     fs::remove_dir_all(&bin).unwrap();
     let target = ConvertTarget::Meta { parts: 4 };
     let conversion = Conversion::new(Weights::open(&hf).unwrap(), target, None, Device::Cpu).unwrap();
     conversion.write(&meta, &AtomicU64::new(0)).unwrap();
-    load("four parts of Meta's format", &meta, bytes, sum);
+    for tensor in [1, 4] {
+        load("four parts of Meta's format", &meta, tensor, bytes, sum);
+    }
     fs::remove_dir_all(&dir).unwrap();
 }

@@ -20,7 +20,7 @@ use testing::compare::{largest, largest_relative, relative_number};
 use testing::folder::folder;
 use testing::program::{Program, launch};
 use testing::ranks::on_ranks;
-use testing::run::{Run, answers, beginner, json_lines};
+use testing::run::{Run, answers, beginner, data, json_lines};
 use testing::tolerance::{Quantity, allowed};
 
 /// Whether every combination is tested (`make test-mesh`), not only a selection in which each value meets each other one.
@@ -371,32 +371,29 @@ fn inference_on_meshes() {
 /// A run goes on at the same mesh as if it had never ended, and at another one up to rounding.
 #[test]
 fn resumed_at_another_mesh() {
-    let words = |tensor: i64| {
-        let tensor = format!("parallel.tensor={tensor}");
-        [
-            "precision.compute=float64".to_string(),
-            "checkpoint.every=10".into(),
-            "valid.every=5".into(),
-            tensor,
-        ]
+    let train = |run: &Run, (ranks, tensor, context): (usize, i64, i64)| {
+        let mesh = [format!("parallel.tensor={tensor}"), format!("parallel.context={context}")];
+        let words = ["precision.compute=float64", "checkpoint.every=10", "valid.every=5"];
+        run.train(ranks, &[&words[..], &mesh.each_ref().map(String::as_str)].concat());
     };
-    let train = |run: &Run, ranks: usize, tensor: i64| {
-        let words = words(tensor);
-        run.train(ranks, &words.each_ref().map(String::as_str));
-    };
+    let (matrices, both) = ((4, 2, 1), (4, 2, 2));
     let whole = Run::new("mesh-resume-whole");
-    train(&whole, 4, 2);
-    for (ranks, tensor) in [(4, 2), (2, 2), (4, 4), (2, 1), (1, 1)] {
-        let run = Run::new(&format!("mesh-resume-{ranks}-{tensor}"));
-        train(&run, 4, 2);
-        let last = run.checkpoints().pop().unwrap();
-        assert_eq!(last.0, 20);
-        std::fs::remove_dir_all(last.1).unwrap();
-        std::fs::remove_dir_all(run.output().join("model")).unwrap();
-        train(&run, ranks, tensor);
-        match (ranks, tensor) {
-            (4, 2) => run.expect_equal(&whole),
-            _ => same_run(&run, &whole),
+    train(&whole, matrices);
+    for (before, after) in [
+        (matrices, matrices),
+        (matrices, (2, 2, 1)),
+        (matrices, (4, 4, 1)),
+        (matrices, (2, 1, 1)),
+        (both, (1, 1, 1)),
+        (both, (2, 1, 2)),
+    ] {
+        let run = Run::new(&format!("mesh-resume-{before:?}-{after:?}"));
+        train(&run, before);
+        forget_the_end(&run);
+        train(&run, after);
+        match before == after {
+            true => run.expect_equal(&whole),
+            false => same_run(&run, &whole),
         }
         // The checkpoint is a model: its tensors are those that were exported.
         let (step, _) = run.checkpoints().pop().unwrap();
@@ -405,6 +402,42 @@ fn resumed_at_another_mesh() {
         let words = ["convert", "--from", &from, "--to", &to.display().to_string(), "--format", "hf"];
         Program::corral(&words).run(&run.dir, "convert").expect_code(0);
         assert_eq!(std::fs::read(to.join("model.safetensors")).unwrap(), run.model());
+    }
+}
+
+/// Makes a run of 20 steps one that was stopped after its checkpoint of step 10.
+fn forget_the_end(run: &Run) {
+    let (step, last) = run.checkpoints().pop().unwrap();
+    assert_eq!(step, 20);
+    std::fs::remove_dir_all(last).unwrap();
+    std::fs::remove_dir_all(run.output().join("model")).unwrap();
+}
+
+/// Adapters go on at another mesh; so does a model to whose vocabulary tokens were added.
+#[test]
+fn adapters_and_new_tokens() {
+    let model = format!("model={{path: {}}}", beginner().display());
+    let tokenizer = data().join("tokens/tokenizer").display().to_string();
+    let more = "template: \"{prompt}\\n{completion}\", add_tokens: ['<one>', '<two>', '<three>']";
+    let grown = format!("tokenizer={{path: {tokenizer}, {more}}}");
+    let lora = "lora={rank: 4, alpha: 8, dropout: 0.2}";
+    for (name, key) in [("lora", lora), ("tokens", grown.as_str())] {
+        let train = |run: &Run, ranks: usize, tensor: i64| {
+            let tensor = format!("parallel.tensor={tensor}");
+            let words =
+                ["precision.compute=float64", "checkpoint.every=10", "valid.every=10", &model, key, &tensor];
+            run.train(ranks, &words);
+        };
+        let whole = Run::sft(&format!("mesh-{name}-whole"));
+        train(&whole, 1, 1);
+        for (ranks, tensor, then) in [(2, 2, (4, 4)), (4, 2, (1, 1))] {
+            let run = Run::sft(&format!("mesh-{name}-{ranks}"));
+            train(&run, ranks, tensor);
+            forget_the_end(&run);
+            train(&run, then.0, then.1);
+            let apart = largest_relative(&run.numbers("train", "loss"), &whole.numbers("train", "loss"));
+            assert!(apart < allowed(Quantity::SameNorms, Kind::Double), "{name}, {ranks} ranks: {apart:e}");
+        }
     }
 }
 

@@ -118,10 +118,11 @@ fn a_killed_run_resumes_bit_by_bit() {
 /// The same prompts, responses, advantages and updates, however they are divided.
 #[test]
 fn ranks_and_micro_batches_change_nothing_in_float64() {
-    let base = ["precision.compute=float64", "ppo.entropy_coef=0.01", "ppo.whiten_rewards=true"];
+    let base =
+        ["precision.compute=float64", "ppo.entropy_coef=0.01", "ppo.whiten_rewards=true", "ppo.ema=0.9"];
     let reference = ppo("division-reference");
     reference.train(1, &base);
-    let expected = ["model", "critic"].map(|part| parameters(&reference.output().join(part)));
+    let expected = ["model", "critic", "ema"].map(|part| parameters(&reference.output().join(part)));
     for (ranks, words) in [
         (1, &["train.micro_batch_size=2"][..]),
         (2, &["generation.gather=whole"]),
@@ -139,7 +140,7 @@ fn ranks_and_micro_batches_change_nothing_in_float64() {
             let close = largest_relative_at(&a, &b, 1.0) <= allowed(Quantity::SameMetrics, Kind::Double);
             assert!(close, "{key} with {ranks} ranks, {words:?}: {a:?} {b:?}");
         }
-        for (part, expected) in ["model", "critic"].iter().zip(&expected) {
+        for (part, expected) in ["model", "critic", "ema"].iter().zip(&expected) {
             let distance = relative(&parameters(&run.output().join(part)), expected);
             assert!(
                 distance < allowed(Quantity::SameMetrics, Kind::Double),

@@ -13,7 +13,7 @@ use corral::plan::memory::{BatchShape, Memory};
 use kernels::counting;
 use tch::{Device, Kind, Tensor};
 use testing::folder::folder;
-use testing::program::Program;
+use testing::program::{Program, corral as program};
 use testing::run::{Run, data};
 
 fn shape(preset: &str) -> Shape {
@@ -358,4 +358,47 @@ fn a_recipe_of_presets_is_checked_without_models() {
         let all = ["actor", "critic", "reward_model", "reference"].map(|m| format!("{m}.path=there-is-none"));
         check(&all.each_ref().map(String::as_str)).expect_code(3);
     }
+}
+
+/// Meshes of a large model on many GPUs that are not there: those that fit, the fastest first, and what is sent between them.
+#[test]
+fn meshes_are_searched() {
+    let dir = folder("search");
+    let plan = |name: &str, words: &[&str]| {
+        let common = [
+            "plan",
+            "pretrain",
+            "--config",
+            "llama-3-70b-4x8",
+            "--nodes",
+            "4",
+            "--gpus",
+            "8",
+            "--gpu",
+            "H100",
+        ];
+        Program::new(program()).args(&common).args(words).run(&dir, name)
+    };
+    let one = plan("one", &[]).expect_code(0);
+    for part in ["32 rank(s)", "sent in a step: tensor", "sent in a step: shard", "with it", "(predicted)"] {
+        assert!(one.out.contains(part), "{part}: {one}");
+    }
+    let found = plan("search", &["--search", "--device-memory", "80GiB"]).expect_code(0);
+    let seconds: Vec<f64> = found
+        .out
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .map(|line| line.split_once(" s a step").unwrap().0.parse().unwrap())
+        .collect();
+    assert!(seconds.len() > 3 && seconds.is_sorted(), "{found}");
+    assert!(found.out.contains("parallel.tensor=8"), "{found}");
+    // What fits less is not there, and slower links make slower steps.
+    let smaller = plan("smaller", &["--search", "--device-memory", "48GiB"]).expect_code(0);
+    assert!(smaller.out.lines().count() < found.out.lines().count() || smaller.out != found.out, "{smaller}");
+    let slow = plan("slow", &["--search", "--device-memory", "80GiB", "--network", "2.5"]).expect_code(0);
+    let first = slow.out.lines().find(|line| !line.starts_with('#')).unwrap();
+    assert!(first.split_once(" s a step").unwrap().0.parse::<f64>().unwrap() > seconds[0], "{slow}");
+    plan("none", &["--search", "--device-memory", "8GiB"])
+        .expect_error(2, &["no mesh of 32 ranks fits into 8.0 GiB"]);
+    plan("odd", &["--nodes", "3", "--nproc", "8"]).expect_code(2);
 }

@@ -1,5 +1,7 @@
 //! `corral plan`: what memory a training takes on each rank, and how long it takes, without a device.
 
+mod search;
+
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
@@ -17,13 +19,14 @@ use crate::config::Conflicts;
 use crate::config::sections::Recompute;
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
-use crate::distributed::mesh::{Sharding, ShardingPlan};
+use crate::distributed::mesh::{MeshPlan, Sharding, ShardingPlan};
 use crate::distributed::plan::GroupPlan;
 use crate::distributed::sharded::Sharded;
 use crate::distributed::world::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::model::{Llama, ModelInput, init, layout};
 use crate::optim::AdamW;
+use crate::plan::links::Links;
 use crate::plan::memory::{BatchShape, Memory};
 use crate::plan::models::{PHASES, peaks};
 use crate::plan::rates::Rates;
@@ -55,9 +58,43 @@ pub struct PlanArgs {
     /// Completions per prompt in the data, which is not opened
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(i64).range(2..))]
     completions: i64,
+    /// Hosts that the ranks are on, in equal numbers
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(i64).range(1..))]
+    nodes: i64,
+    /// Ranks of a host, in place of --nproc
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..), conflicts_with = "nproc")]
+    gpus: Option<i64>,
+    /// GB/s that a rank sends to ranks of its host
+    #[arg(long, value_name = "GB/S", default_value_t = 300.0, value_parser = speed)]
+    link: f64,
+    /// GB/s that a rank sends to ranks of other hosts
+    #[arg(long, value_name = "GB/S", default_value_t = 25.0, value_parser = speed)]
+    network: f64,
+    /// Lists the meshes on which the run fits, the fastest as predicted first; needs --device-memory
+    #[arg(long, requires = "device_memory", conflicts_with = "json")]
+    search: bool,
     /// One JSON object
     #[arg(long)]
     json: bool,
+}
+
+impl PlanArgs {
+    fn ranks(&self) -> i64 {
+        self.gpus.map_or(self.nproc, |gpus| gpus * self.nodes)
+    }
+
+    fn links(&self) -> Links {
+        let of_node = (self.ranks() / self.nodes).max(1);
+        Links { of_node, inside: self.link * 1e9, across: self.network * 1e9 }
+    }
+}
+
+/// A number above 0.
+fn speed(text: &str) -> Result<f64> {
+    match text.parse() {
+        Ok(speed) if speed > 0.0 => Ok(speed),
+        _ => Err(Error::config(format!("{text}: it must be a number of GB/s above 0"))),
+    }
 }
 
 impl RecipeArgs for PlanArgs {
@@ -78,11 +115,23 @@ pub fn plan<R: Recipe>(args: PlanArgs, global: &Global) -> Result<()> {
             return Err(Error::config("--gpu plans for a GPU: leave out --device cpu"));
         }
     }
-    let target = PlanTarget { completions: args.completions, ..target(&global, args.nproc)? };
+    if args.ranks() % args.nodes != 0 {
+        return Err(Error::config(format!("--nodes {} must divide the {} ranks", args.nodes, args.ranks())));
+    }
+    let target = PlanTarget { completions: args.completions, ..target(&global, args.ranks())? };
     let rates = predict::rates(&global, args.gpu.as_deref())?;
-    let loaded = load::<R>(&args.config, args.nproc)?;
+    if let (true, Some(memory)) = (args.search, args.device_memory) {
+        return search::search::<R>(&args, &target, rates.as_ref(), args.links(), memory);
+    }
+    let loaded = load::<R>(&args.config, args.ranks())?;
     let plan = loaded.config.plan(&target).map_err(|e| loaded.locate(e))?;
     show(&plan, args.device_memory, rates.as_ref(), args.json)?;
+    if let (MemoryPlan::Training(training), false, 2..) = (&plan, args.json, args.ranks()) {
+        let links = args.links();
+        let mesh = MeshPlan::of(loaded.config.common().parallel, args.ranks(), Some(links.of_node))?;
+        let sending = links.sending(&training.traffic(training.micro_batch), &mesh);
+        println!("# {}", predict::sending_line(&sending, &links, &plan.work(), rates.as_ref()));
+    }
     match args.device_memory {
         Some(bytes) if !args.json && plan.bytes() > bytes as i64 => advise::<R>(&args, &target, bytes as i64),
         _ => Ok(()),
@@ -128,7 +177,7 @@ const SAVINGS: [Saving; 10] = [
 fn advise<R: Recipe>(args: &PlanArgs, target: &PlanTarget, bytes: i64) -> Result<()> {
     let mut fitting = Vec::new();
     for Saving { overrides, ranks, cost } in &SAVINGS {
-        let nproc = args.nproc * ranks;
+        let nproc = args.ranks() * ranks;
         let mut config = args.config.clone();
         // Adapters of policies are their own section's.
         let own =

@@ -7,6 +7,7 @@ use crate::commands::Global;
 use crate::distributed::world::DeviceChoice;
 use crate::error::Result;
 use crate::plan::MemoryPlan;
+use crate::plan::links::{Links, Sending};
 use crate::plan::rates::{MachineRates, Rates};
 use crate::plan::work::StepWork;
 use crate::telemetry::progress::duration;
@@ -61,6 +62,21 @@ pub fn line(work: &StepWork, rates: Option<&Rates>) -> String {
         rates.basis(),
         if work.samples { "; responses of maximum length" } else { "" }
     )
+}
+
+/// What a rank sends in a step takes, at speeds that were stated, in a line.
+pub fn sending_line(sending: &Sending, links: &Links, work: &StepWork, rates: Option<&Rates>) -> String {
+    let Sending { overlapped_s, exposed_s } = *sending;
+    let speeds = format!("{} and {} GB/s", short(links.inside / 1e9), short(links.across / 1e9));
+    let sent = format!(
+        "sending at {speeds} inside and between nodes: {} s beside computing, {} s that it waits for",
+        short(overlapped_s),
+        short(exposed_s)
+    );
+    match rates.and_then(|rates| work.predict(rates)) {
+        Some(p) => format!("{sent}; with it {} s a step (predicted)", short(sending.step_s(p.step_s))),
+        None => sent,
+    }
 }
 
 /// Seconds with two digits that count.

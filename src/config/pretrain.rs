@@ -36,8 +36,7 @@ section! {
 
 impl Algorithm for Pretrain {
     const SUBCOMMAND: &'static str = "pretrain";
-    const BUILT_IN: &'static [BuiltInConfig] =
-        built_in!("pretrain": "default", "llama-1b", "llama-8b", "shakespeare", "smollm2-shakespeare");
+    const BUILT_IN: &'static [BuiltInConfig] = built_in!("pretrain": "default", "llama-1b", "llama-3-405b-32x8", "llama-3-70b-4x8", "llama-8b", "shakespeare", "smollm2-shakespeare");
 
     const SHARES_SEQUENCES: bool = true;
 

@@ -6,6 +6,7 @@
 
 mod block;
 mod layer;
+pub mod links;
 pub mod memory;
 pub(crate) mod models;
 mod parts;

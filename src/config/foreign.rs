@@ -325,6 +325,8 @@ pub const KEYS: &[ForeignKey] = &[
     key("zero_stage", DEEPSPEED, &["parallel.mode"], "1: `optimizer`, 2: `grads`, 3: `full`"),
     key("data_parallel_shard_degree", TITAN, &["parallel.shard"], "with `parallel.mode: hybrid`"),
     key("tensor_model_parallel_size", MEGATRON, &["parallel.tensor"], ""),
+    key("pipeline_model_parallel_size", MEGATRON, &["parallel.pipeline"], "only 1 is built"),
+    key("pipeline_parallel_degree", TITAN, &["parallel.pipeline"], "only 1 is built"),
     key("context_parallel_size", MEGATRON, &["parallel.context"], ""),
     key("sequence_parallel", MEGATRON, &["parallel.sequence"], ""),
     key("context_parallel_degree", TITAN, &["parallel.context"], ""),

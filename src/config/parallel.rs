@@ -24,6 +24,8 @@ section! {
         sequence: bool = true => Rounding;
         /// Ranks that share every sequence (context parallelism), of pretrain and sft.
         context: i64 = 1, COUNT => Rounding;
+        /// Stages that share the blocks (pipeline parallelism). Only 1 is built.
+        pipeline: i64 = 1, COUNT => Rounding;
         /// Time limit in seconds of the rendezvous and of every collective.
         timeout_s: f64 = 600.0, SECONDS => Execution;
     }
@@ -49,6 +51,10 @@ impl Parallel {
 
     /// What does not fit on `world_size` ranks.
     pub fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
+        if self.pipeline > 1 {
+            let why = format!("a pipeline of {} stages is not built yet; only 1 is", self.pipeline);
+            found.add("parallel.pipeline", why);
+        }
         if world_size % self.tensor != 0 {
             let why = format!("{} must divide the number of ranks, {world_size}", self.tensor);
             found.add("parallel.tensor", why);

@@ -263,6 +263,8 @@ fn missing_keys_and_broken_yaml() {
 #[test]
 fn what_is_not_built_is_refused() {
     let at = |text: &str| error(SMALL, &[text]);
+    let pipeline = load_text(SMALL, &["parallel.pipeline=2"]).unwrap().validate(2).unwrap_err();
+    assert!(pipeline.message.ends_with("a pipeline of 2 stages is not built yet; only 1 is"));
     assert!(at("precision.compute=fp32").contains("(known: float32, bfloat16, float8, float64)"));
 }
 

@@ -394,11 +394,15 @@ fn meshes_are_searched() {
     assert!(found.out.contains("parallel.tensor=8"), "{found}");
     // What fits less is not there, and slower links make slower steps.
     let smaller = plan("smaller", &["--search", "--device-memory", "48GiB"]).expect_code(0);
-    assert!(smaller.out.lines().count() < found.out.lines().count() || smaller.out != found.out, "{smaller}");
+    for line in smaller.out.lines().filter(|line| !line.starts_with('#')) {
+        let size = line.split_once(" tokens/s, ").unwrap().1.split_once(" GiB: ").unwrap().0;
+        assert!(size.parse::<f64>().unwrap() <= 48.0, "{line}");
+    }
     let slow = plan("slow", &["--search", "--device-memory", "80GiB", "--network", "2.5"]).expect_code(0);
     let first = slow.out.lines().find(|line| !line.starts_with('#')).unwrap();
     assert!(first.split_once(" s a step").unwrap().0.parse::<f64>().unwrap() > seconds[0], "{slow}");
     plan("none", &["--search", "--device-memory", "8GiB"])
         .expect_error(2, &["no mesh of 32 ranks fits into 8.0 GiB"]);
     plan("odd", &["--nodes", "3", "--nproc", "8"]).expect_code(2);
+    plan("json", &["--json", "--network", "5"]).expect_code(2);
 }

@@ -84,7 +84,7 @@ impl Recipe for Kto {
         vec![("model", &inputs.base.shape, &inputs.trainable)]
     }
 
-    fn asked<'a>(&self, inputs: &'a Inputs) -> Vec<(&'static str, &'a Base)> {
+    fn frozen_models<'a>(&self, inputs: &'a Inputs) -> Vec<(&'static str, &'a Base)> {
         inputs.reference.iter().map(|base| ("reference", base)).collect()
     }
 

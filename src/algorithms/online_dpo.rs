@@ -65,8 +65,8 @@ impl Recipe for OnlineDpo {
         vec![("actor", &inputs.opened.actor.shape, &inputs.opened.trainable)]
     }
 
-    fn asked<'a>(&self, inputs: &'a Inputs) -> Vec<(&'static str, &'a Base)> {
-        inputs.opened.asked(&self.sections_of_responses())
+    fn frozen_models<'a>(&self, inputs: &'a Inputs) -> Vec<(&'static str, &'a Base)> {
+        inputs.opened.frozen_models(&self.sections_of_responses())
     }
 
     fn steps(inputs: &Inputs) -> u64 {

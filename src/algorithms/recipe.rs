@@ -41,8 +41,8 @@ pub trait Recipe: Algorithm {
     /// The models that are trained: name in the run, shape, and what of it.
     fn trained(inputs: &Self::Inputs) -> Vec<(&'static str, &Shape, &Trainable)>;
 
-    /// The models that are only asked, by their sections, where they lie over the run's ranks.
-    fn asked<'a>(&self, _inputs: &'a Self::Inputs) -> Vec<(&'static str, &'a Base)> {
+    /// References and reward models that lie over the run's ranks, by their sections.
+    fn frozen_models<'a>(&self, _inputs: &'a Self::Inputs) -> Vec<(&'static str, &'a Base)> {
         Vec::new()
     }
 

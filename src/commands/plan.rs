@@ -64,12 +64,12 @@ pub struct PlanArgs {
     /// Ranks of a host, in place of --nproc
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..), conflicts_with = "nproc")]
     gpus: Option<i64>,
-    /// GB/s that a rank sends to ranks of its host
-    #[arg(long, value_name = "GB/S", default_value_t = 300.0, value_parser = speed)]
-    link: f64,
-    /// GB/s that a rank sends to ranks of other hosts
-    #[arg(long, value_name = "GB/S", default_value_t = 25.0, value_parser = speed)]
-    network: f64,
+    /// GB/s that a rank sends to ranks of its host [default: 300]
+    #[arg(long, value_name = "GB/S", value_parser = speed, conflicts_with = "json")]
+    link: Option<f64>,
+    /// GB/s that a rank sends to ranks of other hosts [default: 25]
+    #[arg(long, value_name = "GB/S", value_parser = speed, conflicts_with = "json")]
+    network: Option<f64>,
     /// Lists the meshes on which the run fits, the fastest as predicted first; needs --device-memory
     #[arg(long, requires = "device_memory", conflicts_with = "json")]
     search: bool,
@@ -85,7 +85,11 @@ impl PlanArgs {
 
     fn links(&self) -> Links {
         let of_node = (self.ranks() / self.nodes).max(1);
-        Links { of_node, inside: self.link * 1e9, across: self.network * 1e9 }
+        Links {
+            of_node,
+            inside: self.link.unwrap_or(300.0) * 1e9,
+            across: self.network.unwrap_or(25.0) * 1e9,
+        }
     }
 }
 
@@ -125,6 +129,9 @@ pub fn plan<R: Recipe>(args: PlanArgs, global: &Global) -> Result<()> {
     }
     let loaded = load::<R>(&args.config, args.ranks())?;
     let plan = loaded.config.plan(&target).map_err(|e| loaded.locate(e))?;
+    if let (MemoryPlan::Models(_), true) = (&plan, args.link.or(args.network).is_some()) {
+        return Err(Error::config("--link and --network are for runs of one model: leave them out"));
+    }
     show(&plan, args.device_memory, rates.as_ref(), args.json)?;
     if let (MemoryPlan::Training(training), false, 2..) = (&plan, args.json, args.ranks()) {
         let links = args.links();

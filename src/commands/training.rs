@@ -147,7 +147,7 @@ pub fn check_models<R: Recipe>(loaded: &Loaded<R>, inputs: &R::Inputs) -> Result
     for (name, shape, trainable) in R::trained(inputs) {
         check(name, trainable.plans(shape)?, shape)?;
     }
-    for (name, base) in loaded.config.asked(inputs) {
+    for (name, base) in loaded.config.frozen_models(inputs) {
         check(name, base.plans_to_ask()?, &base.shape)?;
     }
     Ok(())

@@ -59,11 +59,6 @@ impl Cut {
         }
         runs
     }
-
-    /// Rows or columns of a rectangle of this `shape` that are no padding.
-    pub fn len_within(&self, shape: &[i64]) -> i64 {
-        (self.whole - self.first).clamp(0, shape[self.dim])
-    }
 }
 
 #[cfg(test)]
@@ -120,6 +115,5 @@ mod tests {
             runs,
             [CutRun { whole: Some(5), part: 1, len: 1 }, CutRun { whole: None, part: 2, len: 2 }]
         );
-        assert_eq!(cut.len_within(&[4]), 2);
     }
 }

@@ -127,7 +127,7 @@ impl Memory {
     }
 
     /// All values in the compute dtype, as generation holds them.
-    pub fn whole(&self) -> i64 {
+    pub fn gathered_bytes(&self) -> i64 {
         self.whole
     }
 

@@ -96,8 +96,8 @@ impl Recipe for Ppo {
         vec![("actor", &opened.actor.shape, &opened.trainable), ("critic", &critic.shape, of_critic)]
     }
 
-    fn asked<'a>(&self, inputs: &'a Inputs) -> Vec<(&'static str, &'a Base)> {
-        inputs.opened.asked(&self.sections_of_responses())
+    fn frozen_models<'a>(&self, inputs: &'a Inputs) -> Vec<(&'static str, &'a Base)> {
+        inputs.opened.frozen_models(&self.sections_of_responses())
     }
 
     fn steps(inputs: &Inputs) -> u64 {

@@ -171,7 +171,7 @@ fn trained(
         let forward = memory.forward(&read_at_once(PREFILL_TOKENS, length));
         let prefill = forward.total() - memory.resident().total() - memory.kept();
         let held = memory.kept() > 0 || c.generation.gather != Gather::Blocks;
-        let whole = if held { memory.whole() } else { 0 };
+        let whole = if held { memory.gathered_bytes() } else { 0 };
         resident + whole + sampling(c, &shape, compute, work, prefill)
     });
     let at_work = [sampling, Some(scoring), Some(learning)];

@@ -61,8 +61,8 @@ impl Samplers {
 }
 
 impl OpenedPolicy {
-    /// The models that are only asked, where they have no device of their own.
-    pub fn asked(&self, s: &OwnResponses) -> Vec<(&'static str, &Base)> {
+    /// Reference and reward model, where they have no device of their own.
+    pub fn frozen_models(&self, s: &OwnResponses) -> Vec<(&'static str, &Base)> {
         let here = |section: Option<&FrozenModel>| section.is_none_or(|m| m.device.is_none());
         let reference = self.reference.as_ref().filter(|_| here(s.reference));
         let reward_model = self.reward_model.as_ref().filter(|_| here(s.reward_model));

@@ -128,6 +128,8 @@ char* corral_reduce_scatter(const BackendPtr* backend, const at::Tensor* output,
                             WorkPtr** out);
 char* corral_broadcast(const BackendPtr* backend, const at::Tensor* t, int64_t root, WorkPtr** out);
 char* corral_all_to_all(const BackendPtr* backend, const at::Tensor* output, const at::Tensor* input, WorkPtr** out);
+char* corral_send(const BackendPtr* backend, const at::Tensor* t, int to, WorkPtr** out);
+char* corral_receive(const BackendPtr* backend, const at::Tensor* t, int from, WorkPtr** out);
 char* corral_work_wait(const WorkPtr* work, int64_t timeout_ms, int* done);
 char* corral_work_sync(const WorkPtr* work);
 char* corral_work_poll(const WorkPtr* work, int* done);

@@ -339,6 +339,18 @@ unsafe extern "C" {
         input: *const C_tensor,
         out: *mut *mut WorkPtr,
     ) -> *mut c_char;
+    pub(crate) fn corral_send(
+        backend: *const BackendPtr,
+        t: *const C_tensor,
+        to: c_int,
+        out: *mut *mut WorkPtr,
+    ) -> *mut c_char;
+    pub(crate) fn corral_receive(
+        backend: *const BackendPtr,
+        t: *const C_tensor,
+        from: c_int,
+        out: *mut *mut WorkPtr,
+    ) -> *mut c_char;
     pub(crate) fn corral_work_wait(work: *const WorkPtr, timeout_ms: i64, done: *mut c_int) -> *mut c_char;
     pub(crate) fn corral_work_sync(work: *const WorkPtr) -> *mut c_char;
     pub(crate) fn corral_work_poll(work: *const WorkPtr, done: *mut c_int) -> *mut c_char;

@@ -201,13 +201,13 @@ fn validate(
 }
 
 fn announce(c: &Pretrain, inputs: &Inputs, model: &Llama, world: &World) {
-    let [data, context, tensor] =
-        [&world.mesh.data, &world.mesh.context, &world.mesh.tensor].map(|axis| axis.size);
+    let axes = [&world.mesh.pipeline.axis, &world.mesh.data, &world.mesh.context, &world.mesh.tensor];
+    let [pipeline, data, context, tensor] = axes.map(|axis| axis.size);
     let (copies, mesh) = match data * context == world.world_size {
         true if context == 1 => ("all ranks".to_string(), String::new()),
         _ => (
             format!("{} of them", data * context),
-            format!(" (data {data} x context {context} x tensor {tensor})"),
+            format!(" (pipeline {pipeline} x data {data} x context {context} x tensor {tensor})"),
         ),
     };
     let mode = match c.parallel.mode {

@@ -1,14 +1,19 @@
 //! The training step that all algorithms share: micro-batches in, one update out.
 
+use std::collections::VecDeque;
+
 use kernels::c10d::ReduceOp;
 use kernels::ops;
 use tch::{Kind, Tensor};
 
 use crate::algorithms::losses::read_scalars;
 use crate::config::sections::TrainSection;
+use crate::distributed::pipeline::Exchange;
+use crate::distributed::schedule::{Pass, one_forward_one_backward};
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::head::LogProbs;
+use crate::model::llama::Tape;
 use crate::model::{Llama, LmHead, ModelInput, Recompute, ScoreHead};
 use crate::optim::AdamW;
 
@@ -93,64 +98,126 @@ pub fn differentiate(
 
 /// Forward and backward of the sum of `entries`. Leaves the gradients in the parameters' slices; returns each entry's loss,
 /// and the load-balancing losses, each times its share. Collective where parameters are sharded: all ranks give equally many
-/// entries. The host waits for the device once, at the end, for what the losses themselves do not read.
+/// entries. The host waits for the device once, at the end, for what the losses themselves do not read. Of stages all take the same
+/// entries, and the last one knows the losses; they are 0 on the others.
 pub fn accumulate(
     model: &mut Llama,
     entries: &mut [StepEntry],
     recompute: Recompute,
 ) -> Result<(Vec<f64>, Option<f64>)> {
     let (mut losses, mut aux_losses) = (Vec::new(), Vec::new()); // scalars on the device
+    let pipeline = model.params.sharding().pipeline.clone();
+    let mut exchange = Exchange::new(&pipeline, entries.len(), model.params.device());
+    let (stage, stages) = (pipeline.axis.rank as usize, pipeline.axis.size as usize);
+    // Of micro-batches between their forward and backward, in order; on the last stage with the gradient of the hidden states.
+    let mut under_way: VecDeque<(Tape, Option<Tensor>)> = VecDeque::new();
     model.params.begin_step_gradients(entries.len());
-    for entry in entries.iter_mut() {
-        // Before the forward is queued: a copy after it would wait for it.
-        let labels = model.own_tokens(&entry.batch.labels, &entry.batch.input.ids)?; // [N]
-        let labels = ops::upload(&labels, model.params.device())?;
-        let (hidden, mut tape) = model.forward(&entry.batch.input, recompute)?; // [N, C]; collective
-        let (loss, dhidden) = match &mut entry.objective {
-            Objective::CrossEntropy { weight } => {
-                let kind = ops::accumulator(hidden.kind());
-                let coefs = Tensor::full([labels.size()[0]], -*weight, (kind, hidden.device())); // [N]
-                let (logprobs, dhidden) = LmHead::linear_loss(model, &hidden, &labels, &coefs)?; // [N], [N, C]
-                (logprobs.sum(Kind::Double) * -*weight, dhidden)
-            }
-            Objective::LogProbs { temperature, entropies, loss } => {
-                let out = LmHead::logprobs(model, &hidden, &labels, *temperature, *entropies)?; // [N] each
-                let mut leaves = vec![&out.logprobs];
-                leaves.extend(&out.entropies);
-                let (value, gradients) = differentiate(&leaves, |leaves| {
-                    let entropies = leaves.get(1).map(Tensor::shallow_clone);
-                    loss(&LogProbs { logprobs: leaves[0].shallow_clone(), entropies })
-                })?;
-                // Entropies that are only told have no gradient, and so no backward.
-                let [logprobs, entropies] = [0, 1].map(|i| gradients.get(i).and_then(Option::as_ref));
-                let gradients = LogProbs {
-                    logprobs: logprobs.map_or_else(|| out.logprobs.zeros_like(), Tensor::shallow_clone),
-                    entropies: entropies.map(Tensor::shallow_clone),
+    for pass in one_forward_one_backward(stage, stages, entries.len()) {
+        match pass {
+            Pass::Forward(k) => {
+                let before =
+                    exchange.receive_activations(|k| model.passed(&entries[k].batch.input, true))?;
+                let entry = &mut entries[k];
+                // Before the forward is queued: a copy after it would wait for it.
+                let labels = match pipeline.is_last() {
+                    true => Some(upload_labels(model, entry.batch)?),
+                    false => None,
                 };
-                let dhidden = LmHead::backward(model, &hidden, &labels, *temperature, &gradients)?; // [N, C]
-                (value, dhidden)
+                let (after, mut tape) = model.forward_stage(&entry.batch.input, before, recompute)?; // collective
+                exchange.send_activations(&after)?;
+                let dhidden = match labels {
+                    None => None,
+                    Some(labels) => {
+                        let (loss, dhidden) = objective(model, &mut entry.objective, &after[0], &labels)?;
+                        losses.push(loss);
+                        if let Some((weight, share)) = entry.balance {
+                            aux_losses.extend(tape.balance_loss(weight * share)?.map(|loss| loss * share));
+                        }
+                        Some(dhidden)
+                    }
+                };
+                under_way.push_back((tape, dhidden));
             }
-            Objective::Values { loss } => {
-                let values = ScoreHead::values(model, &hidden)?; // [N]
-                let (value, mut gradients) = differentiate(&[&values], |leaves| loss(&leaves[0]))?;
-                let gradient = gradients.remove(0).unwrap_or_else(|| values.zeros_like()); // [N]
-                (value, ScoreHead::backward(model, &hidden, &gradient)?)
+            Pass::Backward(k) => {
+                let (tape, dhidden) = under_way
+                    .pop_front()
+                    .ok_or_else(|| Error::failed("a backward comes after its forward"))?;
+                if !model.has_backward() {
+                    model.params.end_micro_batch()?;
+                    continue;
+                }
+                let dafter = match dhidden {
+                    Some(dhidden) => vec![dhidden],
+                    None => {
+                        let expected = |k: usize| {
+                            model.passed_back(&entries[k].batch.input, entries[k].balance.is_some())
+                        };
+                        let received = exchange.receive_gradients(expected)?;
+                        received.ok_or_else(|| Error::failed(format!("micro-batch {k} has no gradient")))?
+                    }
+                };
+                let dbefore = model.backward_stage(dafter, tape)?; // collective: gathers and reductions overlap it
+                if let Some(dbefore) = dbefore {
+                    exchange.send_gradients(&dbefore)?;
+                }
             }
-        };
-        drop(hidden);
-        if let Some((weight, share)) = entry.balance {
-            aux_losses.extend(tape.balance_loss(weight * share)?.map(|loss| loss * share));
         }
-        model.backward(dhidden, tape)?; // collective: gathers and reductions overlap it
-        losses.push(loss);
     }
+    exchange.finish()?;
     model.params.finish_step_gradients()?;
     let num_losses = losses.len();
     losses.extend(aux_losses);
     let mut values = read_scalars(&losses)?;
     let aux_losses = values.split_off(num_losses);
+    values.resize(entries.len(), 0.0);
     let balanced = entries.iter().any(|entry| entry.balance.is_some());
     Ok((values, balanced.then(|| aux_losses.iter().sum())))
+}
+
+/// The labels of the tokens that this rank's forward gives hidden states of, int64 `[N]`, where the model computes.
+fn upload_labels(model: &Llama, batch: &MicroBatch) -> Result<Tensor> {
+    let labels = model.own_tokens(&batch.labels, &batch.input.ids)?;
+    Ok(ops::upload(&labels, model.params.device())?)
+}
+
+/// The loss of hidden states T [N, C] and their gradient, T [N, C].
+fn objective(
+    model: &mut Llama,
+    objective: &mut Objective,
+    hidden: &Tensor,
+    labels: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    Ok(match objective {
+        Objective::CrossEntropy { weight } => {
+            let kind = ops::accumulator(hidden.kind());
+            let coefs = Tensor::full([labels.size()[0]], -*weight, (kind, hidden.device())); // [N]
+            let (logprobs, dhidden) = LmHead::linear_loss(model, hidden, labels, &coefs)?; // [N], [N, C]
+            (logprobs.sum(Kind::Double) * -*weight, dhidden)
+        }
+        Objective::LogProbs { temperature, entropies, loss } => {
+            let out = LmHead::logprobs(model, hidden, labels, *temperature, *entropies)?; // [N] each
+            let mut leaves = vec![&out.logprobs];
+            leaves.extend(&out.entropies);
+            let (value, gradients) = differentiate(&leaves, |leaves| {
+                let entropies = leaves.get(1).map(Tensor::shallow_clone);
+                loss(&LogProbs { logprobs: leaves[0].shallow_clone(), entropies })
+            })?;
+            // Entropies that are only told have no gradient, and so no backward.
+            let [logprobs, entropies] = [0, 1].map(|i| gradients.get(i).and_then(Option::as_ref));
+            let gradients = LogProbs {
+                logprobs: logprobs.map_or_else(|| out.logprobs.zeros_like(), Tensor::shallow_clone),
+                entropies: entropies.map(Tensor::shallow_clone),
+            };
+            let dhidden = LmHead::backward(model, hidden, labels, *temperature, &gradients)?; // [N, C]
+            (value, dhidden)
+        }
+        Objective::Values { loss } => {
+            let values = ScoreHead::values(model, hidden)?; // [N]
+            let (value, mut gradients) = differentiate(&[&values], |leaves| loss(&leaves[0]))?;
+            let gradient = gradients.remove(0).unwrap_or_else(|| values.zeros_like()); // [N]
+            (value, ScoreHead::backward(model, hidden, &gradient)?)
+        }
+    })
 }
 
 /// Forward and backward of the mean cross-entropy over `count` labelled tokens (of all ranks and micro-batches). Leaves
@@ -236,7 +303,7 @@ pub fn apply_gradients(
 ) -> Result<Update> {
     // Ranks that hold equal slices each count a part of theirs: one sum over all ranks, so that all have the same bits.
     let squares = AdamW::sum_squares(&model.params)? / model.params.replica_group().size() as f64; // host sync
-    // Ranks that share every matrix have the same rows, and the same losses: those of the first count.
+    // Ranks that share every matrix have the same rows, and the same losses: those of the first count. Of stages the last has them.
     let once = |counts: bool| if counts { 1.0 } else { 0.0 };
     let first = world.mesh.tensor.rank == 0;
     let mut values = vec![once(first) * sums.loss, squares];
@@ -316,12 +383,18 @@ pub fn evaluate(
             return Ok(None);
         }
         let batch = batch?;
-        let hidden = model.hidden(&batch.input)?; // [N, C]; collective
-        let labels = model.own_tokens(&batch.labels, &batch.input.ids)?; // [N]
-        let labels = ops::upload(&labels, hidden.device())?;
-        let (sum, n) = LmHead::loss_sum(model, &hidden, &labels)?; // collective, host sync
-        loss_sum += sum;
-        count += n as f64;
+        let pipeline = model.params.sharding().pipeline.clone();
+        let mut exchange = Exchange::new(&pipeline, 1, model.params.device());
+        let before = exchange.receive_activations(|_| model.passed(&batch.input, false))?;
+        let after = model.hidden_stage(&batch.input, before)?; // collective
+        exchange.send_activations(&after)?;
+        if pipeline.is_last() {
+            let labels = upload_labels(model, &batch)?; // [N]
+            let (sum, n) = LmHead::loss_sum(model, &after[0], &labels)?; // collective, host sync
+            loss_sum += sum;
+            count += n as f64;
+        }
+        exchange.finish()?;
     }
     let total = world.sum_rows(&[loss_sum, count])?; // collective, host sync
     Ok(Some(total[0] / total[1]))

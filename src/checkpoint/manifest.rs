@@ -44,7 +44,8 @@ pub struct Meta {
     /// Ranks that shared every matrix.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub tensor: usize,
-    /// First element and length of each slice of each group, by file: `[slice * tensor + tensor rank][group]`.
+    /// First element and length of each slice of each group, by file: `[(stage * slices + slice) * tensor + tensor rank][group]`;
+    /// empty where another stage of a pipeline has the group.
     pub slices: Vec<Vec<(i64, i64)>>,
     /// All files of the checkpoint but `meta.json`.
     pub files: Vec<FileMeta>,

@@ -109,7 +109,7 @@ struct PendingPart {
     name: String,
     /// Complete but for `slices` and `files`.
     meta: Meta,
-    /// This rank's place in the shard group.
+    /// This rank's file among those of all stages.
     rank: usize,
     size: usize,
     /// Start and length of this rank's slices; none where a replica writes them.
@@ -230,10 +230,11 @@ impl Saver {
             let params = model.params;
             // As `Meta::slices` has them.
             let (shard, tensor) = (params.shard_group(), &params.sharding().tensor);
-            let rank = (shard.rank() * tensor.size + tensor.rank) as usize;
-            let size = (shard.size() * tensor.size) as usize;
+            let stage = &params.sharding().pipeline.axis;
+            let rank = ((stage.rank * shard.size() + shard.rank()) * tensor.size + tensor.rank) as usize;
+            let size = (stage.size * shard.size() * tensor.size) as usize;
             let writes = params.replica_group().rank() == 0;
-            let slices = (0..params.len()).map(|i| params.slice(i)).map(|s| (s.start, s.len)).collect();
+            let slices = (0..params.len()).map(|i| params.written_slice(i)).map(|s| (s.start, s.len)).collect();
             let meta = Meta {
                 step,
                 world_size: self.world.size(),

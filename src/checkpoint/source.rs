@@ -404,6 +404,7 @@ impl TensorSource {
         let peek = |spec: &TensorSpec, first, values: &Tensor| self.read(&named(&spec.name), first, values);
         let mine = params.fill_where(wanted, true, &mut grown(rows, read, peek));
         agree_over(params, mine)?;
-        hash.into_inner().over(params.shard_group())?.over(&params.sharding().tensor.group)
+        let (mine, sharding) = (hash.into_inner(), params.sharding());
+        mine.over(&sharding.shard)?.over(&sharding.tensor.group)?.over(&sharding.pipeline.axis.group)
     }
 }

@@ -70,7 +70,9 @@ fn saved_tensors(params: &Sharded, optim: Option<&AdamW>) -> Vec<(String, Tensor
     let mut tensors = Vec::with_capacity(params.len() * 3);
     for i in 0..params.len() {
         let moments = optim.into_iter().flat_map(|o| o.moments[i].tensors());
-        let named = |part: &str, t: &Tensor| (tensor_name(&params.layout(i).name, part), t.shallow_clone());
+        // Nothing of what another stage writes.
+        let written = |t: &Tensor| if params.owns(i) { t.shallow_clone() } else { t.narrow(0, 0, 0) };
+        let named = |part: &str, t: &Tensor| (tensor_name(&params.layout(i).name, part), written(t));
         tensors.push(named(MASTER, &params.master(i)));
         tensors.extend(moments.map(|(part, t)| named(part, t)));
     }

@@ -27,6 +27,9 @@ pub trait Algorithm: Setting {
     /// Whether ranks may share sequences (`parallel.context`).
     const SHARES_SEQUENCES: bool = false;
 
+    /// Whether the blocks may lie over stages (`parallel.pipeline`).
+    const PIPELINES: bool = false;
+
     fn common(&self) -> Common<'_>;
 
     /// What does not fit on `world_size` (at least 1) ranks; touches no file and no device.
@@ -191,6 +194,11 @@ impl<T: Algorithm> Loaded<T> {
                 T::SUBCOMMAND
             );
             found.add("parallel.context", why);
+        }
+        if !T::PIPELINES && self.config.common().parallel.pipeline > 1 {
+            let why =
+                format!("{} does not run in stages; pretrain and sft do. Set it to 1", T::SUBCOMMAND);
+            found.add("parallel.pipeline", why);
         }
         self.refuse(&found)
     }

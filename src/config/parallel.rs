@@ -24,8 +24,10 @@ section! {
         sequence: bool = true => Rounding;
         /// Ranks that share every sequence (context parallelism), of pretrain and sft.
         context: i64 = 1, COUNT => Rounding;
-        /// Stages that share the blocks (pipeline parallelism). Only 1 is built.
+        /// Stages that share the blocks (pipeline parallelism), of pretrain and sft.
         pipeline: i64 = 1, COUNT => Rounding;
+        /// Blocks of each stage, such as `[9, 8, 8, 7]`; null: divided evenly.
+        stages: Option<Vec<i64>> = None, COUNT => Rounding;
         /// Time limit in seconds of the rendezvous and of every collective.
         timeout_s: f64 = 600.0, SECONDS => Execution;
     }
@@ -34,7 +36,7 @@ section! {
 impl Parallel {
     /// Ranks of `world_size` that have different rows of a batch.
     pub fn data_ranks(&self, world_size: i64) -> i64 {
-        (world_size / (self.tensor * self.context)).max(1)
+        (world_size / (self.tensor * self.context * self.pipeline)).max(1)
     }
 
     /// Refuses rows of so many tokens that ranks cannot share.
@@ -51,26 +53,35 @@ impl Parallel {
 
     /// What does not fit on `world_size` ranks.
     pub fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
-        if self.pipeline > 1 {
-            let why = format!("a pipeline of {} stages is not built yet; only 1 is", self.pipeline);
-            found.add("parallel.pipeline", why);
+        if let Some(stages) = self.stages.as_ref().filter(|s| s.len() as i64 != self.pipeline) {
+            let why = format!("{} numbers for parallel.pipeline = {}; one for each stage", stages.len(), self.pipeline);
+            found.add("parallel.stages", why);
         }
+        if world_size % self.pipeline != 0 {
+            let why = format!("{} must divide the number of ranks, {world_size}", self.pipeline);
+            found.add("parallel.pipeline", why);
+            return;
+        }
+        let (world_size, of) = match self.pipeline {
+            1 => (world_size, "the number of ranks"),
+            stages => (world_size / stages, "the number of ranks of a stage"),
+        };
         if world_size % self.tensor != 0 {
-            let why = format!("{} must divide the number of ranks, {world_size}", self.tensor);
+            let why = format!("{} must divide {of}, {world_size}", self.tensor);
             found.add("parallel.tensor", why);
         }
         if self.context > 1 && world_size % (self.tensor * self.context) != 0 {
             let why = match self.tensor {
-                1 => format!("{} must divide the number of ranks, {world_size}", self.context),
+                1 => format!("{} must divide {of}, {world_size}", self.context),
                 tensor => format!(
-                    "{} must divide the number of ranks divided by parallel.tensor, {world_size} / {tensor}",
+                    "{} must divide {of} divided by parallel.tensor, {world_size} / {tensor}",
                     self.context
                 ),
             };
             found.add("parallel.context", why);
         }
         // Slices lie over ranks that share sequences, too.
-        let ranks = self.data_ranks(world_size) * self.context;
+        let ranks = (world_size / self.tensor).max(1);
         match self.shard {
             ShardSize::Auto => {}
             ShardSize::Ranks(_) if self.mode != Mode::Hybrid => {
@@ -80,11 +91,8 @@ impl Parallel {
                 );
             }
             ShardSize::Ranks(n) if ranks % n != 0 => {
-                let of = match self.tensor {
-                    1 => "the number of ranks",
-                    _ => "the number of ranks divided by parallel.tensor",
-                };
-                found.add("parallel.shard", format!("{n} must divide {of}, {ranks}"));
+                let by = if self.tensor == 1 { "" } else { " divided by parallel.tensor" };
+                found.add("parallel.shard", format!("{n} must divide {of}{by}, {ranks}"));
             }
             ShardSize::Ranks(_) => {}
         }

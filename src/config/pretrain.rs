@@ -39,6 +39,7 @@ impl Algorithm for Pretrain {
     const BUILT_IN: &'static [BuiltInConfig] = built_in!("pretrain": "default", "llama-1b", "llama-3-405b-32x8", "llama-3-70b-4x8", "llama-8b", "shakespeare", "smollm2-shakespeare");
 
     const SHARES_SEQUENCES: bool = true;
+    const PIPELINES: bool = true;
 
     fn common(&self) -> Common<'_> {
         self.sections()

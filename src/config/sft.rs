@@ -90,6 +90,7 @@ impl Algorithm for Sft {
     const BUILT_IN: &'static [BuiltInConfig] = built_in!("sft": "default", "gsm8k", "llama-3.1-8b-chats-qlora", "llama-3.2-1b-chats-lora", "llama-7b-full", "llama-7b-lora", "llama-7b-qlora", "mistral-7b-chats-qlora", "noisy", "qwen2.5-0.5b-chats-lora", "qwen2.5-7b-chats-qlora", "qwen3-4b-chats-lora", "smollm2-gsm8k", "smollm2-persona", "tiny");
 
     const SHARES_SEQUENCES: bool = true;
+    const PIPELINES: bool = true;
 
     fn common(&self) -> Common<'_> {
         self.sections()

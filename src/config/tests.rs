@@ -263,8 +263,6 @@ fn missing_keys_and_broken_yaml() {
 #[test]
 fn what_is_not_built_is_refused() {
     let at = |text: &str| error(SMALL, &[text]);
-    let pipeline = load_text(SMALL, &["parallel.pipeline=2"]).unwrap().validate(2).unwrap_err();
-    assert!(pipeline.message.ends_with("a pipeline of 2 stages is not built yet; only 1 is"));
     assert!(at("precision.compute=fp32").contains("(known: float32, bfloat16, float8, float64)"));
 }
 
@@ -277,6 +275,11 @@ fn combinations_are_refused_with_place() {
     };
     assert!(refused(&["float8.min_size=64"], 1).contains("is a section of `precision.compute: float8`"));
     assert!(refused(&["parallel.tensor=3"], 4).contains("3 must divide the number of ranks, 4"));
+    assert!(refused(&["parallel.pipeline=3"], 4).contains("3 must divide the number of ranks, 4"));
+    let stages = ["parallel={pipeline: 2, tensor: 4}"];
+    assert!(refused(&stages, 4).contains("4 must divide the number of ranks of a stage, 2"));
+    let stages = ["parallel={pipeline: 2, stages: [3, 2, 1]}"];
+    assert!(refused(&stages, 4).contains("3 numbers for parallel.pipeline = 2; one for each stage"));
     // Ranks that share every matrix have the same rows.
     assert!(refused(&["parallel.tensor=2", "train.micro_batch_size=3"], 4).contains("3 x 2 = 6"));
     let shard = ["parallel={mode: hybrid, shard: 4, tensor: 2}"];

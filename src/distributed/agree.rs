@@ -59,5 +59,6 @@ pub fn agree_over<T>(params: &Sharded, mine: Result<T>) -> Result<T> {
     // Every group of one kind has a member in each group of the kinds before, so that the last round reaches all ranks.
     let mine = agree(params.shard_group(), mine);
     let mine = agree(params.replica_group(), mine);
-    agree(&params.sharding().tensor.group, mine)
+    let mine = agree(&params.sharding().tensor.group, mine);
+    agree(&params.sharding().pipeline.axis.group, mine)
 }

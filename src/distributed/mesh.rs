@@ -7,6 +7,7 @@ use std::ops::Range;
 use kernels::c10d::Group;
 
 use crate::config::parallel::{Mode, Parallel, ShardSize};
+use crate::distributed::pipeline::Pipeline;
 use crate::error::{Error, Result};
 
 /// An axis of the mesh, seen from one rank.
@@ -76,7 +77,7 @@ pub struct Mesh {
     /// Ranks that share every sequence.
     pub context: Axis,
     /// Ranks that share the blocks.
-    pub pipeline: Axis,
+    pub pipeline: Pipeline,
 }
 
 impl Mesh {
@@ -89,7 +90,7 @@ impl Mesh {
             replicate: solo(),
             tensor: solo(),
             context: solo(),
-            pipeline: solo(),
+            pipeline: Pipeline::solo(),
         }
     }
 }
@@ -148,7 +149,7 @@ impl MeshPlan {
     /// does not divide the others.
     pub fn of(parallel: &Parallel, ranks: i64, ranks_of_host: Option<i64>) -> Result<MeshPlan> {
         let (tensor, data) = (parallel.tensor, parallel.data_ranks(ranks));
-        let (context, pipeline) = (parallel.context, 1);
+        let (context, pipeline) = (parallel.context, parallel.pipeline);
         let copies = data * context;
         let shard = match (parallel.mode, parallel.shard) {
             (Mode::Full | Mode::Grads | Mode::Optimizer, _) => copies,
@@ -163,7 +164,8 @@ impl MeshPlan {
                          such as parallel.shard=8",
                     ));
                 };
-                let shard = of_host / tensor;
+                // Of a host that has several stages those of one.
+                let shard = (of_host / tensor).min(copies);
                 if of_host % tensor != 0 || copies % shard != 0 {
                     return Err(Error::key(
                         "parallel.shard",
@@ -298,6 +300,8 @@ pub struct Sharding {
     pub sequence: bool,
     /// The ranks that share every sequence; slices lie over them, too.
     pub context: Axis,
+    /// The ranks that share the blocks: all the others are about what one of these holds.
+    pub pipeline: Pipeline,
     /// What a rank keeps whole.
     pub keep: Keep,
 }
@@ -311,8 +315,8 @@ impl Sharding {
     /// In slices over all ranks of `group`.
     pub fn over(group: Group) -> Sharding {
         let (replicate, tensor) = (Group::solo(), Axis::solo());
-        let (sequence, context, keep) = (false, Axis::solo(), Keep::Nothing);
-        Sharding { shard: group.clone(), reduce: group, replicate, tensor, sequence, context, keep }
+        let (sequence, context, pipeline, keep) = (false, Axis::solo(), Pipeline::solo(), Keep::Nothing);
+        Sharding { shard: group.clone(), reduce: group, replicate, tensor, sequence, context, pipeline, keep }
     }
 
     /// Whole on every rank of `group`.

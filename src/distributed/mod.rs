@@ -9,6 +9,8 @@ mod float8_runs;
 pub mod frozen;
 pub(crate) mod layout;
 pub mod mesh;
+pub mod pipeline;
 pub mod plan;
+pub mod schedule;
 pub mod sharded;
 pub mod world;

@@ -52,13 +52,33 @@ pub struct GroupPlan {
     pub roles: Vec<Role>,
     /// In the order of their targets.
     pub adapters: Vec<AdapterPlan>,
+    /// Where it is in a pipeline.
+    pub stage: OnStage,
+}
+
+/// Which stage of a pipeline has a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OnStage {
+    /// The stage that has it, and writes it into checkpoints.
+    pub owner: i64,
+    /// Another one that has it, too: the last stage a tied embedding, whose gradients both sum.
+    pub also: Option<i64>,
+    /// Whether this rank's stage has it. If not, the rank knows its tensors and holds nothing of them.
+    pub here: bool,
+}
+
+impl OnStage {
+    /// Of the only stage.
+    pub fn only() -> OnStage {
+        OnStage { owner: 0, also: None, here: true }
+    }
 }
 
 impl From<Layout> for GroupPlan {
     /// All is trained.
     fn from(layout: Layout) -> GroupPlan {
         let roles = vec![Role::Trained; layout.specs.len()];
-        GroupPlan { layout, roles, adapters: Vec::new() }
+        GroupPlan { layout, roles, adapters: Vec::new(), stage: OnStage::only() }
     }
 }
 
@@ -91,6 +111,9 @@ impl GroupPlan {
 
     /// What the group takes of each rank's memory, in `compute`, in slices over `ranks`.
     pub fn bytes(&self, compute: Kind, ranks: i64) -> GroupBytes {
+        if !self.stage.here {
+            return GroupBytes::default();
+        }
         let placed = self.place();
         let (value, master) = (compute.elt_size_in_bytes() as i64, accumulator(compute));
         let numel = placed.layout.numel;

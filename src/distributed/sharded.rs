@@ -27,11 +27,11 @@ use kernels::c10d::Group;
 use tch::{Device, Kind, Tensor};
 
 use crate::distributed::float8_runs::{Float8Runs, len};
-use crate::distributed::frozen::{Frozen, FrozenValue};
+use crate::distributed::frozen::{Frozen, FrozenValue, Storage};
 use crate::distributed::layout::padded_slice;
 pub use crate::distributed::layout::{Layout, TensorSpec};
 use crate::distributed::mesh::Sharding;
-use crate::distributed::plan::{GroupPlan, Home, Placed, is_adapter};
+use crate::distributed::plan::{GroupPlan, Home, Placed, Role, is_adapter};
 use crate::error::{Error, Result};
 use gathered::{Full, Gathered, Gathering, OwnBytes, RunScales};
 use gradients::Reduction;
@@ -167,12 +167,23 @@ impl Sharded {
         &self.groups[i].plan
     }
 
-    /// Whether something of group `i` is trained.
+    /// Whether this rank's stage has group `i`.
+    pub fn is_here(&self, i: usize) -> bool {
+        self.groups[i].plan.stage.here
+    }
+
+    /// Whether this rank's stage is the one that counts and writes its slices of group `i`.
+    pub fn owns(&self, i: usize) -> bool {
+        let stage = self.groups[i].plan.stage;
+        stage.here && stage.owner == self.sharding.pipeline.axis.rank
+    }
+
+    /// Whether something of group `i` is trained, here or on another stage.
     pub fn trains(&self, i: usize) -> bool {
         self.groups[i].layout.numel > 0
     }
 
-    /// The first group of which something is trained; the number of groups where nothing is.
+    /// The first group of all stages of which something is trained; the number of groups where nothing is.
     pub fn first_trained(&self) -> usize {
         (0..self.len()).find(|i| self.trains(*i)).unwrap_or(self.len())
     }
@@ -233,6 +244,16 @@ impl Sharded {
         let g = &self.groups[i];
         let owned = g.owned(self.sharding.shard.rank());
         Slice { start: owned.start, len: len(&owned) }
+    }
+
+    /// Of this rank's slice of group `i` what it writes into checkpoints, as all ranks' parts in order of their stages: nothing, at
+    /// the group's beginning or end, where another stage does.
+    pub fn written_slice(&self, i: usize) -> Slice {
+        let behind = self.sharding.pipeline.axis.rank > self.groups[i].plan.stage.owner;
+        match self.owns(i) {
+            true => self.slice(i),
+            false => Slice { start: if behind { self.groups[i].layout.numel } else { 0 }, len: 0 },
+        }
     }
 
     /// This rank's slice of the master values: A `[n]`, n the length of its [`Sharded::slice`].
@@ -303,7 +324,8 @@ impl Sharded {
     /// [`Frozen::counted`]).
     pub fn counted(&self) -> HashSet<String> {
         let rank = self.sharding.shard.rank();
-        let counted = self.groups.iter().flat_map(|g| g.frozen.counted(rank));
+        let owned = (0..self.len()).filter(|i| self.owns(*i)).map(|i| &self.groups[i]);
+        let counted = owned.flat_map(|g| g.frozen.counted(rank));
         let counts = |spec: &TensorSpec, whole: bool| match whole {
             true => self.sharding.tensor.rank == 0,
             false => self.counts(spec),
@@ -334,36 +356,68 @@ impl Sharded {
         Ok(full.narrow(0, 0, g.layout.numel))
     }
 
-    /// What is trained of group `i`, by name, as whole tensors: A. A collective call over the ranks that one copy lies on.
+    /// What is trained of group `i`, by name, as whole tensors: A. A collective call over the ranks that one copy lies on, of all
+    /// stages.
     pub fn gather_trained(&self, i: usize) -> Result<Vec<(String, Tensor)>> {
-        let flat = self.gather_master(i)?;
-        let specs = self.groups[i].layout.specs.iter();
-        specs.map(|spec| Ok((spec.name.clone(), self.join(spec, spec.view(&flat))?))).collect()
+        let flat = self.owns(i).then(|| self.gather_master(i)).transpose()?;
+        let kind = kernels::ops::accumulator(self.compute);
+        let tensor = |spec: &TensorSpec| {
+            let here = flat.as_ref().map(|flat| self.join(spec, spec.view(flat))).transpose()?;
+            Ok((spec.name.clone(), self.to_all_stages(i, spec, kind, here)?))
+        };
+        self.groups[i].layout.specs.iter().map(tensor).collect()
+    }
+
+    /// A tensor of group `i`, as a whole, which the stage that owns it has, on all stages. Collective over these.
+    fn to_all_stages(&self, i: usize, spec: &TensorSpec, kind: Kind, here: Option<Tensor>) -> Result<Tensor> {
+        let stages = &self.sharding.pipeline.axis;
+        if stages.size == 1 {
+            return here.ok_or_else(|| Error::failed("one stage has all groups"));
+        }
+        let tensor = match here {
+            Some(tensor) => tensor.contiguous(),
+            None => Tensor::f_empty(spec.whole().shape, (kind, self.device))?,
+        };
+        stages.group.broadcast(&tensor, self.groups[i].plan.stage.owner)?.wait()?; // collective
+        Ok(tensor)
     }
 
     /// Gives the model's tensors of group `i` to `f`, whole and in the plan's order: masters of what is trained, values in the
-    /// compute dtype of what is not, quantized ones in float32. A collective call over the ranks that one copy lies on.
+    /// compute dtype of what is not, quantized ones in float32. A collective call over the ranks that one copy lies on, of all
+    /// stages.
     pub fn gather_tensors(
         &self,
         i: usize,
         mut f: impl FnMut(&TensorSpec, Tensor) -> Result<()>,
     ) -> Result<()> {
-        let frozen = self.groups[i].frozen.gather(&self.sharding.shard)?;
-        let full = Full { trained: Some(Gathered::Compute(self.gather_master(i)?)), frozen };
-        for (k, spec) in self.groups[i].plan.layout.specs.iter().enumerate() {
-            let value = match self.value(i, &full, &self.pieces(i, k..k + 1)[0])? {
-                FrozenValue::Dense(t) => t,
-                FrozenValue::Quantized(q) => {
-                    let [rows, columns] = q.shape();
-                    q.dequantize(0..rows, 0..columns, Kind::Float)?
-                }
-                FrozenValue::Float8(_) => {
-                    return Err(Error::failed("masters are never in 8-bit floats"));
-                }
+        let full = self.owns(i).then(|| {
+            let frozen = self.groups[i].frozen.gather(&self.sharding.shard)?;
+            Ok::<_, Error>(Full { trained: Some(Gathered::Compute(self.gather_master(i)?)), frozen })
+        });
+        let full = full.transpose()?;
+        let plan = &self.groups[i].plan;
+        for (k, (spec, role)) in plan.layout.specs.iter().zip(&plan.roles).enumerate() {
+            let kind = match role {
+                Role::Trained => kernels::ops::accumulator(self.compute),
+                Role::Frozen(Storage::Dense) => self.compute,
+                Role::Frozen(Storage::Quantized(_)) => Kind::Float,
             };
-            f(&spec.whole(), self.join(spec, value)?)?;
+            let here = full.as_ref().map(|full| self.join(spec, self.dequantized(i, full, k)?)).transpose()?;
+            f(&spec.whole(), self.to_all_stages(i, spec, kind, here)?)?;
         }
         Ok(())
+    }
+
+    /// Tensor `k` of group `i` of gathered masters, a rank's part of it: dense.
+    fn dequantized(&self, i: usize, full: &Full, k: usize) -> Result<Tensor> {
+        match self.value(i, full, &self.pieces(i, k..k + 1)[0])? {
+            FrozenValue::Dense(t) => Ok(t),
+            FrozenValue::Quantized(q) => {
+                let [rows, columns] = q.shape();
+                Ok(q.dequantize(0..rows, 0..columns, Kind::Float)?)
+            }
+            FrozenValue::Float8(_) => Err(Error::failed("masters are never in 8-bit floats")),
+        }
     }
 }
 
@@ -371,6 +425,9 @@ impl FlatGroup {
     /// With this rank's slice allocated.
     fn new(plan: GroupPlan, ranks: i64, compute: Kind, device: Device) -> FlatGroup {
         let mut group = FlatGroup::empty(plan, ranks, compute, device);
+        if !group.plan.stage.here {
+            return group;
+        }
         let master_kind = kernels::ops::accumulator(compute);
         group.shard_len = padded_slice(group.layout.numel, ranks);
         group.master = Tensor::zeros([group.shard_len], (master_kind, device));
@@ -383,7 +440,10 @@ impl FlatGroup {
 
     /// Without memory for what is trained.
     fn empty(plan: GroupPlan, ranks: i64, compute: Kind, device: Device) -> FlatGroup {
-        let Placed { layout, frozen, homes, adapter_homes } = plan.place();
+        let Placed { layout, mut frozen, homes, adapter_homes } = plan.place();
+        if !plan.stage.here {
+            frozen.clear();
+        }
         FlatGroup {
             shard_len: 0,
             master: Tensor::empty([0], (compute, device)),

@@ -3,6 +3,7 @@
 use super::agreement::{Facts, agree_on};
 use super::environment::RankEnvironment;
 use super::mesh::{Axis, AxisName, Keep, Mesh, MeshPlan, Sharding};
+use super::pipeline::Pipeline;
 use crate::config::parallel::{Mode, Parallel, ShardSize};
 use crate::env;
 use crate::{Context, Error, Result};
@@ -157,16 +158,16 @@ impl World {
         let (shard, replicate) = (group(&self.mesh.shard), group(&self.mesh.replicate));
         let tensor = self.mesh.tensor.clone();
         let (reduce, sequence, keep) = (self.reduce.clone(), self.sequence, self.keep);
-        let context = self.mesh.context.clone();
-        Sharding { shard, reduce, replicate, tensor, sequence, context, keep }
+        let (context, pipeline) = (self.mesh.context.clone(), self.mesh.pipeline.clone());
+        Sharding { shard, reduce, replicate, tensor, sequence, context, pipeline, keep }
     }
 
     /// Numbers that are sums over rows, added up over the ranks that have different rows. One sum over all ranks, so that all have
-    /// the same bits: of those that share every matrix, and so have the same rows, the first counts. Collective.
+    /// the same bits: of those that share every matrix, and so have the same rows, the first counts, of stages the last. Collective.
     pub fn sum_rows(&self, mine: &[f64]) -> Result<Vec<f64>> {
-        match self.mesh.tensor.rank {
-            0 => Ok(self.group.combine(mine, ReduceOp::Sum)?),
-            _ => Ok(self.group.combine(&vec![0.0; mine.len()], ReduceOp::Sum)?),
+        match self.mesh.tensor.rank == 0 && self.mesh.pipeline.is_last() {
+            true => Ok(self.group.combine(mine, ReduceOp::Sum)?),
+            false => Ok(self.group.combine(&vec![0.0; mine.len()], ReduceOp::Sum)?),
         }
     }
 
@@ -185,6 +186,9 @@ impl World {
             .filter(|(_, group)| group.size() > 1)
             .map(|(axis, group)| (axis.name(), group.sent_bytes()))
             .collect();
+        if mesh.pipeline.axis.size > 1 {
+            sent.insert(AxisName::Pipeline.name(), mesh.pipeline.sent_bytes());
+        }
         // A group of its own, with NCCL.
         if self.reduce.name() != mesh.shard.group.name() {
             *sent.entry(AxisName::Shard.name()).or_default() += self.reduce.sent_bytes();
@@ -308,7 +312,12 @@ impl World {
         // Never a group that gathers parameters, too: the attention would wait for them.
         let ranks = plan.axis(AxisName::Context, self.rank);
         let context = Axis::of(self.new_group(&format!("context/{}", ranks[0]), &ranks)?);
-        Ok(Mesh { data, shard, replicate, tensor, context, ..Mesh::solo() })
+        let stages = plan.axis(AxisName::Pipeline, self.rank);
+        let stage = stages.iter().position(|rank| *rank == self.rank).unwrap_or_default();
+        let device = if self.backend == Backend::Nccl { self.device } else { Device::Cpu };
+        let new_group = |name: &str, ranks: &[i64]| self.new_group(name, ranks);
+        let pipeline = Pipeline::connect(&stages, stage, parallel.stages.clone(), device, &new_group)?;
+        Ok(Mesh { data, shard, replicate, tensor, context, pipeline })
     }
 
     /// This rank's axis of this name.

@@ -12,6 +12,7 @@ use crate::distributed::plan::{GroupPlan, Role};
 use crate::distributed::sharded::{Layout, TensorSpec};
 use crate::error::{Error, Result};
 use crate::model::layout::{EMBEDDING, LM_HEAD};
+use crate::model::stages::on_stages;
 
 /// The key that all this is about.
 const KEY: &str = "parallel.tensor";
@@ -28,9 +29,11 @@ pub fn cut(plans: Vec<GroupPlan>, shape: &Shape, tensor: Place, sequence: bool) 
     plans.into_iter().map(|plan| cut_group(plan, shape, tensor, sequence)).collect()
 }
 
-/// [`cut`] for a rank of this sharding.
+/// [`cut`] and [`on_stages`] for a rank of this sharding.
 pub fn cut_for(plans: Vec<GroupPlan>, shape: &Shape, sharding: &Sharding) -> Result<Vec<GroupPlan>> {
-    cut(plans, shape, sharding.tensor.place(), sharding.sequence)
+    let plans = cut(plans, shape, sharding.tensor.place(), sharding.sequence)?;
+    let pipeline = &sharding.pipeline;
+    on_stages(plans, shape, pipeline.axis.place(), pipeline.blocks.as_deref())
 }
 
 /// What a number of ranks must divide.
@@ -60,9 +63,11 @@ fn check(s: &Shape, ranks: i64) -> Result<()> {
 /// Refuses, before ranks meet, a model that `parallel` cannot divide.
 ///
 /// # Errors
-/// Those of [`cut`].
+/// Those of [`cut`] and [`on_stages`].
 pub fn check_mesh(plans: Vec<GroupPlan>, shape: &Shape, parallel: &Parallel) -> Result<()> {
-    cut(plans, shape, Place { rank: 0, size: parallel.tensor }, parallel.sequence).map(drop)
+    let first = |size| Place { rank: 0, size };
+    let plans = cut(plans, shape, first(parallel.tensor), parallel.sequence)?;
+    on_stages(plans, shape, first(parallel.pipeline), parallel.stages.as_deref()).map(drop)
 }
 
 fn cut_group(plan: GroupPlan, shape: &Shape, tensor: Place, sequence: bool) -> Result<GroupPlan> {

@@ -17,7 +17,8 @@ use crate::error::{Error, Result};
 use crate::model::head::capped;
 use crate::model::layout::BlockParts;
 use crate::model::linear::Linear;
-use crate::model::llama::{BlockContext, Llama, ModelInput};
+use crate::model::input::ModelInput;
+use crate::model::llama::{BlockContext, Llama};
 use crate::model::shared_sequence::SharedSequence;
 
 /// Elements of the scores that [`Llama::extend`] has in memory at once.

@@ -156,7 +156,7 @@ impl LmHead {
             }
         }
         model.params.release(group);
-        if dweight.is_some() && !model.shape.tie_word_embeddings {
+        if dweight.is_some() && !model.embeds_with(group) {
             model.params.reduce(group)?; // collective, overlaps the trunk's backward
         }
         Ok((logprobs, dhidden))

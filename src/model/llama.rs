@@ -6,6 +6,8 @@
 //! A block is in [`super::block`]: norm, attention, norm, MLP. What other families do differently is asked of the [`Shape`]'s
 //! features.
 
+use std::ops::Range;
+
 use kernels::ops::{self, Float8, Heads, OwnPositions, Spans};
 use tch::{Kind, Tensor};
 
@@ -16,6 +18,7 @@ use crate::distributed::sharded::Sharded;
 use crate::distributed::sharded::gathered::Form;
 use crate::error::{Error, Result};
 use crate::model::block::BlockSaved;
+use crate::model::input::ModelInput;
 use crate::model::layout::{BlockParts, Draws, float8_runs};
 use crate::model::linear::{KeptInner, Linear};
 use crate::model::mixture::Balance;
@@ -26,56 +29,10 @@ use crate::model::shared_sequence::SharedSequence;
 use crate::model::vocabulary::VocabularyPart;
 use crate::random::hash;
 
-/// Token ids and what positions mean.
-pub struct ModelInput {
-    /// int64 [B, T]
-    pub ids: Tensor,
-    /// Rotary positions, int64 `[N]`; none: 0 to T - 1 in every row.
-    pub positions: Option<Tensor>,
-    /// Where in its row the segment of each position begins, int64 `[N]` on the CPU (see [`Spans::new`]): no position sees what
-    /// lies before; none: 0. A model's sliding window comes on top.
-    pub start: Option<Tensor>,
-    /// 1 = real, 0 = padding, int64 `[N]`; none: all are real. Only the statistics of experts ask for it.
-    pub mask: Option<Tensor>,
-    /// What a training's dropout draws from; none: nothing is left out.
-    pub dropout: Option<DropoutPlace>,
-}
-
-/// What dropout draws from: equal in every run, whatever its ranks and micro-batches.
-#[derive(Debug, Clone, Copy)]
-pub struct DropoutPlace {
-    /// The run's seed.
-    pub seed: u64,
-    /// The number of the update that the rows are for.
-    pub step: u64,
-    /// The number of the input's first row among all rows of the step.
-    pub first_row: u64,
-}
-
-impl ModelInput {
-    /// Rows without padding.
-    pub fn new(ids: Tensor) -> ModelInput {
-        ModelInput { ids, positions: None, start: None, mask: None, dropout: None }
-    }
-
-    /// Rows with padding, given by a mask (int64 [B, T], 1 = real): positions count the real tokens, and no token sees
-    /// padding before it, which is a segment of its own. Padding after a row's tokens needs nothing: causal attention never looks
-    /// there.
-    pub fn with_mask(ids: Tensor, mask: &Tensor) -> ModelInput {
-        let time = ids.size()[1];
-        let positions = ((mask.cumsum(1, Kind::Int64) - 1i64) * mask).view([-1]);
-        let first = mask.argmax(1, true);
-        let at = Tensor::arange(time, (Kind::Int64, ids.device())).unsqueeze(0);
-        let start = (&first * at.ge_tensor(&first)).contiguous().view([-1]);
-        let mask = Some(mask.contiguous().view([-1]));
-        ModelInput { ids, positions: Some(positions.contiguous()), start: Some(start), mask, dropout: None }
-    }
-}
-
 /// What a forward of the trunk keeps for the backward.
 pub struct Tape {
-    context: BlockContext,
-    ids: Tensor,
+    pub(super) context: BlockContext,
+    pub(super) ids: Tensor,
     /// Of the blocks from the first that is trained on.
     blocks: Vec<BlockSaved>,
     /// Blocks before those.
@@ -83,7 +40,7 @@ pub struct Tape {
     /// The final norm's input and statistics.
     last: Option<(Tensor, Tensor)>,
     /// The load of the experts, where there are several.
-    balance: Option<Balance>,
+    pub(super) balance: Option<Balance>,
 }
 
 impl Tape {
@@ -180,12 +137,18 @@ pub struct Llama {
     adapters: bool,
     /// See [`Llama::set_float8`].
     float8: Option<Float8>,
+    /// The groups of the blocks of this rank's stage.
+    pub(super) blocks: Range<usize>,
 }
 
 impl Llama {
     /// A model of `shape` over parameters that were laid out for it (see [`layouts`](crate::model::layout::layouts)).
     pub fn new(shape: Shape, params: Sharded) -> Llama {
-        Llama { shape, params, rope: None, adapters: true, float8: None }
+        let is_here = |i: &usize| params.is_here(*i);
+        let all = 1..=shape.num_hidden_layers as usize;
+        let first = all.clone().find(is_here).unwrap_or(1);
+        let blocks = first..first + all.filter(is_here).count();
+        Llama { shape, params, rope: None, adapters: true, float8: None, blocks }
     }
 
     /// From now on products of a forward and backward over whole rows are in 8-bit floats; none: all in the compute dtype, as
@@ -222,6 +185,11 @@ impl Llama {
 
     pub(super) fn num_blocks(&self) -> usize {
         self.shape.num_hidden_layers as usize
+    }
+
+    /// Whether a group is the embedding of this stage, whose tokens are embedded here: its gradient is complete after that backward.
+    pub(super) fn embeds_with(&self, group: usize) -> bool {
+        group == 0 && self.params.sharding().pipeline.is_first()
     }
 
     /// The group that holds the output projection: the head's own, or the embedding's where they are tied.
@@ -279,7 +247,7 @@ impl Llama {
     }
 
     /// Rows [B, T] of a forward over whole rows, of which ranks may have different tokens.
-    fn shared_sequence(&self, size: [i64; 2]) -> Result<SharedSequence> {
+    pub(super) fn shared_sequence(&self, size: [i64; 2]) -> Result<SharedSequence> {
         SharedSequence::new(&self.params.sharding().context, size)
     }
 
@@ -306,7 +274,7 @@ impl Llama {
     }
 
     /// `rows` rows, of which tensor-parallel ranks have different ones if they are to be `divided`.
-    fn shared_rows(&self, rows: i64, divided: bool) -> SharedRows {
+    pub(super) fn shared_rows(&self, rows: i64, divided: bool) -> SharedRows {
         let sharding = self.params.sharding();
         match divided && sharding.sequence {
             true => SharedRows::divided(&sharding.tensor, rows),
@@ -359,51 +327,52 @@ impl Llama {
         })
     }
 
-    /// The trunk without a backward: hidden states after the final norm, T [N, C].
+    /// The trunk without a backward: hidden states after the final norm, T [N, C]. Of a model in one stage.
     pub fn hidden(&mut self, input: &ModelInput) -> Result<Tensor> {
-        Ok(self.run(input, None)?.0)
+        only(self.run(input, None, None)?.0)
     }
 
     /// The trunk for training: hidden states after the final norm, T [N, C], and the tape for [`Llama::backward`].
     /// The weights of the last block stay gathered for the backward; of blocks below the first that is trained nothing is
-    /// kept.
+    /// kept. Of a model in one stage; see [`Llama::forward_stage`].
     pub fn forward(&mut self, input: &ModelInput, recompute: Recompute) -> Result<(Tensor, Tape)> {
-        let (hidden, tape) = self.run(input, Some(recompute))?;
-        Ok((hidden, tape.ok_or_else(|| Error::failed("a forward for training keeps a tape"))?))
+        let (hidden, tape) = self.forward_stage(input, None, recompute)?;
+        Ok((only(hidden)?, tape))
     }
 
-    fn run(&mut self, input: &ModelInput, recompute: Option<Recompute>) -> Result<(Tensor, Option<Tape>)> {
-        self.prefetch(0)?; // collective, overlaps the preparation of the inputs
+    /// This stage's part of the trunk. `before`: what the stage before gives; none on the first. Returns what the next stage takes,
+    /// on the last one the hidden states.
+    pub(super) fn run(
+        &mut self,
+        input: &ModelInput,
+        before: Option<Vec<Tensor>>,
+        recompute: Option<Recompute>,
+    ) -> Result<(Vec<Tensor>, Option<Tape>)> {
+        self.prefetch(if before.is_none() { 0 } else { self.blocks.start })?; // collective, overlaps the preparation of the inputs
         let context = self.context(input, true)?;
         let ids = context.sequence.own(&input.ids.contiguous().view([-1])); // [N]
         let ids = ops::upload(&ids, self.params.device())?;
-        let layers = self.num_blocks();
-        let lowest = self.params.first_trained();
-        let keep_embedding = self.shape.tie_word_embeddings && layers <= 1;
-        let mut x = self.embed_rows(&ids, &context.rows)?; // [n, C]
-        self.prefetch(1)?; // collective
-        if !keep_embedding {
-            self.params.release(0);
-        }
+        let mut balance = recompute.and_then(|_| self.balance(input, &ids, &context));
+        let mut x = match before {
+            None => self.enter(&ids, &context)?,
+            Some(before) => go_on_with(before, balance.as_mut())?,
+        }; // [n, C]
+        let (lowest, is_last) = (self.params.first_trained(), self.params.sharding().pipeline.is_last());
+        let Range { start, end } = self.blocks;
         let mut blocks = Vec::new();
         let mut last = None;
         let mut hidden = None;
-        let mut balance = match &self.shape.experts {
-            Some(e) if recompute.is_some() => {
-                let mask = input.mask.as_ref().map(|mask| context.sequence.own(mask));
-                let sharing = self.params.sharding().context.group.clone();
-                Some(Balance::new(e.num_local_experts, &ids, x.kind(), mask.as_ref(), sharing))
-            }
-            _ => None,
-        };
-        for i in 1..=layers {
+        for i in start..end {
             let keeps = recompute.is_some() && i >= lowest;
             let adapters = if keeps { self.params.plan(i).adapters.len() } else { 0 };
             let inner: Vec<KeptInner> = (0..adapters).map(|_| KeptInner::default()).collect();
             let w = self.block_weights(i, context.draws.as_ref(), self.float8, &inner)?; // waits until they are gathered
-            let next = if i < layers { i + 1 } else { self.head_group() };
-            self.prefetch(next)?; // collective, overlaps block i
-            let (y, rest) = w.forward(&x, &context, i - 1)?; // [N, C]
+            match i + 1 < end {
+                true => self.prefetch(i + 1)?, // collective, overlaps block i
+                false if is_last => self.prefetch(self.head_group())?, // the same
+                false => {}
+            }
+            let (y, rest) = w.forward(&x, &context, i - 1)?; // [n, C]
             if let Some(r) = recompute {
                 if let (Some(balance), Some(routed)) = (&mut balance, rest.mlp.routed()) {
                     balance.add(routed);
@@ -414,19 +383,44 @@ impl Llama {
             }
             x = y;
             if let Some(norm) = &w.final_norm {
-                let (h, rstd) = context.norm.forward(&x, norm)?; // [N, C], [N]
+                let (h, rstd) = context.norm.forward(&x, norm)?; // [n, C], [n]
                 hidden = Some(h);
                 last = Some((x.shallow_clone(), rstd));
             }
             drop(w);
-            if recompute.is_none() || i < layers || i < lowest {
+            if recompute.is_none() || i + 1 < end || i < lowest {
                 self.params.release(i);
             }
         }
-        let hidden = hidden.ok_or_else(|| Error::failed("a model needs at least one block"))?;
-        let hidden = context.rows.gather(hidden)?; // [N, C]
-        let tape = recompute.map(|_| Tape { context, ids, blocks, passed: lowest.max(1) - 1, last, balance });
-        Ok((hidden, tape))
+        let after = match hidden {
+            Some(hidden) => vec![context.rows.gather(hidden)?], // [N, C]
+            None => {
+                let sums = balance.as_ref().map(Balance::sums).transpose()?;
+                std::iter::once(x).chain(sums).collect()
+            }
+        };
+        let passed = lowest.max(start) - 1;
+        let tape = recompute.map(|_| Tape { context, ids, blocks, passed, last, balance });
+        Ok((after, tape))
+    }
+
+    /// The embedded tokens of `ids` (int64 `[n]`), T [n, C]; the first block is gathered meanwhile.
+    fn enter(&mut self, ids: &Tensor, context: &BlockContext) -> Result<Tensor> {
+        let x = self.embed_rows(ids, &context.rows)?; // [n, C]
+        self.prefetch(self.blocks.start)?; // collective
+        let keep = self.shape.tie_word_embeddings && self.num_blocks() <= 1;
+        if !keep {
+            self.params.release(0);
+        }
+        Ok(x)
+    }
+
+    /// What counts the load of experts in a forward for training, where there are several.
+    fn balance(&self, input: &ModelInput, ids: &Tensor, context: &BlockContext) -> Option<Balance> {
+        let experts = self.shape.experts.as_ref()?.num_local_experts;
+        let mask = input.mask.as_ref().map(|mask| context.sequence.own(mask));
+        let sharing = self.params.sharding().context.group.clone();
+        Some(Balance::new(experts, ids, self.params.compute(), mask.as_ref(), sharing))
     }
 
     /// Given the gradient of the hidden states (T [N, C]), adds to the gradients of all trunk groups that are trained.
@@ -437,31 +431,32 @@ impl Llama {
     /// x_0 = E[ids],  x_i = block_i(x_i-1),  h = norm(x_L)
     /// dx_L = norm'(dh),  dx_i-1 = block_i'(dx_i),  dE[id_n] += dx_0[n] for every token n
     /// ```
-    pub fn backward(&mut self, dhidden: Tensor, mut tape: Tape) -> Result<()> {
-        if let Some(dx) = self.backward_blocks(dhidden, &mut tape)? {
-            self.embed_backward(tape.context.rows.gather(dx)?, &tape.ids)?;
-        }
-        self.params.end_micro_batch()
+    pub fn backward(&mut self, dhidden: Tensor, tape: Tape) -> Result<()> {
+        self.backward_stage(vec![dhidden], tape).map(drop)
     }
 
-    /// The backward of the final norm and of the blocks. Returns the gradient of the embedded tokens, T [N, C]; none where
-    /// the embedding is frozen.
-    fn backward_blocks(&mut self, dhidden: Tensor, tape: &mut Tape) -> Result<Option<Tensor>> {
-        let layers = self.num_blocks();
+    /// The backward of the final norm and of the blocks of this stage, given the gradient of their output: on the last stage T [N, C],
+    /// of the hidden states, else T [n, C]. Returns the gradient of their input, T [n, C]; none where nothing that it depends on is
+    /// trained.
+    pub(super) fn backward_blocks(&mut self, dafter: Tensor, tape: &mut Tape) -> Result<Option<Tensor>> {
         let lowest = self.params.first_trained();
-        let mut dx = tape.context.rows.own(dhidden)?; // [n, C]
-        for i in (lowest.max(1)..=layers).rev() {
+        let Range { start, end } = self.blocks;
+        let mut dx = match self.params.sharding().pipeline.is_last() {
+            true => tape.context.rows.own(dafter)?,
+            false => dafter,
+        }; // [n, C]
+        for i in (lowest.max(start)..end).rev() {
             let saved = tape.blocks.pop().ok_or_else(|| Error::failed("a tape is used once"))?;
             let draws = tape.context.draws.as_ref();
             let w = self.block_weights(i, draws, self.float8, &saved.inner)?; // waits until they are gathered
-            if i > lowest.max(1) {
+            if i > lowest.max(start) {
                 self.prefetch(i - 1)?; // collective, overlaps block i
             }
             let flat = self.params.grad(i);
             let g = BlockParts::gradients(&self.params, i, flat.as_ref(), &self.shape)?;
             if let (Some(norm), Some(dnorm)) = (&w.final_norm, &g.final_norm) {
                 let (x, rstd) = tape.last.take().ok_or_else(|| Error::failed("a tape is used once"))?;
-                dx = tape.context.norm.backward(&dx, &x, norm, &rstd, None, dnorm)?; // [N, C]
+                dx = tape.context.norm.backward(&dx, &x, norm, &rstd, None, dnorm)?; // [n, C]
             }
             let balance = tape.balance.as_ref().and_then(Balance::gradient); // [N, E], or broadcast to it
             // The first norm's gradient is a by-product of the input's.
@@ -475,11 +470,11 @@ impl Llama {
             let Some(d) = d else { return Ok(None) };
             dx = d;
         }
-        Ok((lowest == 0).then_some(dx))
+        Ok((lowest < start).then_some(dx))
     }
 
     /// The backward of [`Llama::embed`]: adds dx (T [N, C]) to the rows of ids.
-    fn embed_backward(&mut self, mut dx: Tensor, ids: &Tensor) -> Result<()> {
+    pub(super) fn embed_backward(&mut self, mut dx: Tensor, ids: &Tensor) -> Result<()> {
         let Some(dweight) = self.params.single_grad(0) else { return Ok(()) };
         if let Some(scale) = self.embedding_scale() {
             dx *= scale;
@@ -490,4 +485,17 @@ impl Llama {
         }
         self.params.reduce(0) // collective
     }
+}
+
+/// Of tensors that are one, it.
+pub(super) fn only(tensors: Vec<Tensor>) -> Result<Tensor> {
+    tensors.into_iter().next().ok_or_else(|| Error::failed("a stage gives at least one tensor"))
+}
+
+/// The stream that the stage before gives, T [n, C]; with the load of its experts `balance` goes on.
+fn go_on_with(before: Vec<Tensor>, balance: Option<&mut Balance>) -> Result<Tensor> {
+    if let (Some(balance), Some(sums)) = (balance, before.get(1)) {
+        balance.go_on_with(sums)?;
+    }
+    only(before)
 }

@@ -341,8 +341,23 @@ impl Balance {
         let sum = |t: Tensor| masked(t).sum_dim_intlist([0i64].as_slice(), false, None); // [E]
         let (assigned, probability) = (sum(chosen), sum(probabilities));
         self.rows += self.tokens;
-        self.assigned += assigned;
-        self.probability += probability;
+        // New tensors: the sums before may be on their way to another stage.
+        self.assigned = &self.assigned + assigned;
+        self.probability = &self.probability + probability;
+    }
+
+    /// The sums over the blocks so far, A [2 E + 1]: what the next stage of a pipeline goes on with.
+    pub(super) fn sums(&self) -> Result<Tensor> {
+        let rows = Tensor::full([1], self.rows, (self.assigned.kind(), self.assigned.device()));
+        Ok(Tensor::f_cat(&[&self.assigned, &self.probability, &rows], 0)?)
+    }
+
+    /// Goes on with the sums of the stages before.
+    pub(super) fn go_on_with(&mut self, sums: &Tensor) -> Result<()> {
+        let experts = self.assigned.size()[0];
+        (self.assigned, self.probability) = (sums.narrow(0, 0, experts), sums.narrow(0, experts, experts));
+        self.rows = sums.f_double_value(&[2 * experts])?; // host sync
+        Ok(())
     }
 
     /// The loss over the blocks that were counted. From here on the backward differentiates `weight` times it, too; the
@@ -350,17 +365,24 @@ impl Balance {
     /// Collective over the ranks that share the sequences.
     pub(super) fn loss(&mut self, weight: f64) -> Result<Tensor> {
         if self.sharing.size() > 1 {
-            let rows = Tensor::full([1], self.rows, (self.assigned.kind(), self.assigned.device()));
-            let all = Tensor::f_cat(&[&self.assigned, &self.probability, &rows], 0)?; // [2 E + 1]
+            let all = self.sums()?; // [2 E + 1]
             self.sharing.all_reduce(&all, ReduceOp::Sum)?.wait()?; // collective
-            let experts = self.assigned.size()[0];
-            (self.assigned, self.probability) = (all.narrow(0, 0, experts), all.narrow(0, experts, experts));
-            self.rows = all.double_value(&[2 * experts]); // host sync
+            self.go_on_with(&all)?;
         }
         let experts = self.assigned.size()[0] as f64;
         let scale = experts / (self.rows * self.rows).max(1.0);
         self.gradient = Some(&self.assigned * (weight * scale)); // [E]
         Ok((&self.assigned * &self.probability).sum(Kind::Double) * scale)
+    }
+
+    /// What each router's probabilities get in the backward, A `[E]`: of all stages the last one knows it.
+    pub(super) fn of_each(&self) -> Option<&Tensor> {
+        self.gradient.as_ref()
+    }
+
+    /// Sets [`Balance::of_each`] to what the next stage has said.
+    pub(super) fn set_of_each(&mut self, gradient: Tensor) {
+        self.gradient = Some(gradient);
     }
 
     /// The gradient of the probabilities of one block's router, A [N, E] or broadcast to it.

@@ -6,6 +6,7 @@ pub mod cuts;
 pub(crate) mod decode;
 pub mod head;
 pub(crate) mod init;
+mod input;
 pub mod layout;
 pub(crate) mod linear;
 pub mod llama;
@@ -16,12 +17,14 @@ pub mod rotary;
 pub(crate) mod score;
 mod shared_rows;
 mod shared_sequence;
+mod stages;
 pub mod trainable;
 mod vocabulary;
 
 pub use decode::KvCache;
 pub use head::LmHead;
-pub use llama::{DropoutPlace, Llama, ModelInput};
+pub use input::{DropoutPlace, ModelInput};
+pub use llama::Llama;
 pub use score::ScoreHead;
 pub use trainable::Trainable;
 

@@ -47,6 +47,11 @@ impl SharedRows {
         self.tensor.size == 1
     }
 
+    /// Rows that each rank has of `rows`.
+    pub fn rows_here(&self, rows: i64) -> i64 {
+        self.divided.map_or(rows, |rows| self.part(rows))
+    }
+
     /// Rows of each rank where they are divided; the last ranks' may be padding.
     fn part(&self, rows: i64) -> i64 {
         (rows + self.tensor.size - 1) / self.tensor.size

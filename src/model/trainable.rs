@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::shape::{Head, Shape};
 use crate::config::trainable::{BaseFormat, Freeze, Lora, Targets};
 use crate::distributed::frozen::Storage;
-use crate::distributed::plan::{AdapterPlan, GroupPlan, Role};
+use crate::distributed::plan::{AdapterPlan, GroupPlan, OnStage, Role};
 use crate::distributed::sharded::{Layout, TensorSpec};
 use crate::error::{Error, Result};
 use crate::model::layout::{EMBEDDING, LM_HEAD, SCORE, layouts};
@@ -182,7 +182,7 @@ impl Trainable {
                 }
             }
         }
-        GroupPlan { layout, roles, adapters }
+        GroupPlan { layout, roles, adapters, stage: OnStage::only() }
     }
 
     /// Whether a tensor of the model's is trained itself.

@@ -13,9 +13,17 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 /// Runs `f` on `n` ranks, threads of this process on the CPU; returns what they return, by rank. A single rank needs no
 /// thread and has a group that sends nothing.
 pub fn on_ranks<T: Send>(n: i64, f: impl Fn(Group) -> T + Sync) -> Vec<T> {
-    if n == 1 {
-        return vec![f(Group::solo())];
+    match n {
+        1 => vec![f(Group::solo())],
+        _ => on_ranks_with_groups(n, |group, _| f(group)),
     }
+}
+
+/// [`on_ranks`] where `f` can also make groups of some of the (at least two) ranks, by name.
+pub fn on_ranks_with_groups<T: Send>(
+    n: i64,
+    f: impl Fn(Group, &dyn Fn(&str, &[i64]) -> Group) -> T + Sync,
+) -> Vec<T> {
     let server = Store::tcp("127.0.0.1", 0, true, TIMEOUT).unwrap();
     let stores: Vec<Store> = (0..n).map(|_| server.reconnect().unwrap()).collect();
     let ranks: Vec<i64> = (0..n).collect();
@@ -27,9 +35,10 @@ pub fn on_ranks<T: Send>(n: i64, f: impl Fn(Group) -> T + Sync) -> Vec<T> {
                 let (ranks, f) = (&ranks, &f);
                 scope.spawn(move || {
                     let watch = Watch::start(store, rank as i64, n, rank == 0).unwrap();
-                    let group =
-                        Group::new(&watch, Backend::Gloo, "world", ranks, TIMEOUT, Device::Cpu).unwrap();
-                    f(group)
+                    let group = |name: &str, ranks: &[i64]| {
+                        Group::new(&watch, Backend::Gloo, name, ranks, TIMEOUT, Device::Cpu).unwrap()
+                    };
+                    f(group("world", ranks), &group)
                 })
             })
             .collect();

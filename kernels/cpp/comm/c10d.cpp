@@ -181,6 +181,21 @@ char* corral_all_to_all(const BackendPtr* backend, const at::Tensor* output, con
   });
 }
 
+// What is sent to a rank is received there in the order of the calls.
+char* corral_send(const BackendPtr* backend, const at::Tensor* t, int to, WorkPtr** out) {
+  return guarded([&] {
+    Tensors tensors{*t};
+    *out = new WorkPtr((*backend)->send(tensors, to, 0));
+  });
+}
+
+char* corral_receive(const BackendPtr* backend, const at::Tensor* t, int from, WorkPtr** out) {
+  return guarded([&] {
+    Tensors tensors{*t};
+    *out = new WorkPtr((*backend)->recv(tensors, from, 0));
+  });
+}
+
 // Waits on the host, at most so long; `done` stays 0 when the time is up first.
 char* corral_work_wait(const WorkPtr* work, int64_t timeout_ms, int* done) {
   return guarded([&] {

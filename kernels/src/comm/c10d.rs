@@ -3,7 +3,7 @@
 //! A [`Store`] is the key-value store that ranks meet in; a [`Group`] is a set of ranks that call the same collectives in
 //! the same order; a [`Work`] is a collective under way. Failures are told by rank: see [`crate::watch`].
 
-use std::ffi::c_char;
+use std::ffi::{c_char, c_int};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,6 +21,9 @@ use crate::error::{Error, Result, check, take_string};
 pub use super::link::{Backend, ReduceOp};
 pub use super::store::Store;
 pub use super::work::Work;
+
+/// What a sender and a receiver call together, as diagnoses name it.
+const TRANSFER: &str = "transfer";
 
 /// What libtorch's flight recorder has recorded (JSON): nothing, unless the user has switched it on.
 pub fn recorder_trace() -> Result<String> {
@@ -127,8 +130,8 @@ impl Group {
         &self.0.ranks
     }
 
-    /// Bytes that this rank has sent in all-reduces, all-gathers and reduce-scatters of this group, as a ring sends them: of n
-    /// ranks (n - 1) / n of what is gathered or scattered, and twice that of what is reduced on all.
+    /// Bytes that this rank has sent in this group: in all-reduces, all-gathers and reduce-scatters as a ring sends them (of n
+    /// ranks (n - 1) / n of what is gathered or scattered, and twice that of what is reduced on all), and to the other of two.
     pub fn sent_bytes(&self) -> u64 {
         self.0.sent.load(Ordering::Relaxed)
     }
@@ -228,6 +231,45 @@ impl Group {
             corral_all_to_all(b, staged.out.as_ptr(), input.as_ptr(), w)
         })
         .map(|work| work.then(staged.after(None)))
+    }
+
+    /// Sends `t` to the other rank of a group of two, which calls [`Group::receive`] for it. The work is done when it is sent; until
+    /// then `t` must not change.
+    pub fn send(&self, t: &Tensor) -> Result<Work> {
+        let link = self.pair("send", t)?;
+        let bytes = t.numel() * t.kind().elt_size_in_bytes();
+        self.0.sent.fetch_add(bytes as u64, Ordering::Relaxed);
+        let staged = Staged::new(link.backend, t, Some(t))?;
+        let to = 1 - self.0.rank as c_int;
+        // SAFETY: `staged.out` lives during the call, and c10d keeps references of its own while it is sent.
+        self.issue(link, TRANSFER, &[&staged.out], |b, w| unsafe {
+            corral_send(b, staged.out.as_ptr(), to, w)
+        })
+    }
+
+    /// Overwrites `t` with what the other rank of a group of two has sent, of the same shape and dtype.
+    pub fn receive(&self, t: &Tensor) -> Result<Work> {
+        let link = self.pair("receive", t)?;
+        let staged = Staged::new(link.backend, t, None)?;
+        let from = 1 - self.0.rank as c_int;
+        // SAFETY: `staged.out` lives during the call, and c10d keeps references of its own until it is there.
+        self.issue(link, TRANSFER, &[&staged.out], |b, w| unsafe {
+            corral_receive(b, staged.out.as_ptr(), from, w)
+        })
+        .map(|work| work.then(staged.after(None)))
+    }
+
+    /// The link of a group of two, for a tensor that goes from one to the other.
+    fn pair(&self, op: &str, t: &Tensor) -> Result<&Arc<Link>> {
+        self.whole(op, &[t])?;
+        match &self.0.link {
+            Some(link) if self.size() == 2 => Ok(link),
+            _ => Err(Error::new(format!(
+                "{op} in group `{}` of {}: it takes two ranks",
+                self.name(),
+                self.size()
+            ))),
+        }
     }
 
     /// Returns when all ranks have called it (with NCCL: and all earlier work of this GPU's current stream is done).

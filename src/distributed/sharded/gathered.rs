@@ -99,7 +99,7 @@ impl Sharded {
             return;
         }
         let mut first = 0;
-        for (g, runs) in self.groups.iter_mut().zip(runs) {
+        for (g, runs) in self.groups.iter_mut().zip(runs).filter(|(g, _)| g.plan.stage.here) {
             let next = first + runs.len();
             let slices = (0..ranks).map(|rank| g.owned(rank));
             g.float8 = Float8Runs::new(runs, first, slices);
@@ -215,7 +215,8 @@ impl Sharded {
     /// call. For what reads the same values many times, where a rank has room for all of them.
     pub fn hold(&mut self) -> Result<()> {
         self.held = true;
-        (0..self.len()).try_for_each(|i| self.full(i).map(drop))
+        let here: Vec<usize> = (0..self.len()).filter(|i| self.is_here(*i)).collect();
+        here.into_iter().try_for_each(|i| self.full(i).map(drop))
     }
 
     /// Ends [`Sharded::hold`]; values that change later need this first. What is kept anyway stays until then.

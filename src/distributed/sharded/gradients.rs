@@ -59,9 +59,10 @@ impl Sharded {
         self.micro_batches_left = micro_batches;
     }
 
-    /// The gradient of group `i`, to which the backward of a micro-batch adds; none where nothing of the group is trained.
+    /// The gradient of group `i`, to which the backward of a micro-batch adds; none where nothing of the group is trained, and on
+    /// other stages.
     pub fn grad(&mut self, i: usize) -> Option<FlatGrad> {
-        if !self.trains(i) {
+        if !self.trains(i) || !self.is_here(i) {
             return None;
         }
         let size = self.sharding.shard.size();
@@ -141,8 +142,8 @@ impl Sharded {
         Ok(())
     }
 
-    /// Waits for all reductions, and sums what tensor-parallel ranks have parts of: the slices then hold the step's gradient.
-    /// Collective.
+    /// Waits for all reductions, and sums what tensor-parallel ranks, and stages, have parts of: the slices then hold the step's
+    /// gradient. Collective.
     ///
     /// # Errors
     /// Micro-batches of the step are missing.
@@ -156,7 +157,17 @@ impl Sharded {
         while !self.reductions.is_empty() {
             self.finish_oldest_reduction()?;
         }
-        self.sum_over_tensor_ranks()
+        self.sum_over_tensor_ranks()?;
+        self.sum_over_stages()
+    }
+
+    /// Sums the gradients of groups that two stages have.
+    fn sum_over_stages(&mut self) -> Result<()> {
+        let Some(ends) = self.sharding.pipeline.ends() else { return Ok(()) };
+        let shared = (0..self.len()).filter(|i| self.groups[*i].plan.stage.also.is_some());
+        shared.filter_map(|i| self.slice_grad(i)).try_for_each(|grad| {
+            Ok(ends.all_reduce(&grad, ReduceOp::Sum)?.wait()?) // collective
+        })
     }
 
     /// Forgets the step's gradients.

@@ -71,9 +71,9 @@ impl Sharded {
     }
 
     /// This rank's slices of the step's gradient that count in a sum over all ranks that hold different slices or rectangles:
-    /// of what several tensor-parallel ranks have, those of the first.
+    /// of what several tensor-parallel ranks have, or two stages, those of the first.
     pub fn counted_gradients(&self) -> Vec<Tensor> {
-        let slices = (0..self.len()).filter_map(|i| Some((i, self.slice_grad(i)?)));
+        let slices = (0..self.len()).filter(|i| self.owns(*i)).filter_map(|i| Some((i, self.slice_grad(i)?)));
         if self.sharding.tensor.size == 1 {
             return slices.map(|(_, grad)| grad).collect();
         }

@@ -69,6 +69,9 @@ fn bytes_that_are_sent() {
         (2, &["--context", "2"]),
         (4, &["--tensor", "2", "--context", "2", "--recompute", "full"]),
         (4, &["--tensor", "2", "--micro-batch-size", "1"]),
+        (2, &["--pipeline", "2", "--micro-batch-size", "1"]),
+        (4, &["--pipeline", "2", "--mode", "optimizer", "--micro-batch-size", "1"]),
+        (4, &["--pipeline", "2", "--tensor", "2", "--recompute", "full"]),
     ] {
         let number = ranks.to_string();
         let program = Program::new(launch()).args(&["--nproc", &number, "bench", "--device", "cpu", "train"]);

@@ -149,7 +149,9 @@ fn native_bfloat16() -> bool {
 fn a_plan_is_what_a_run_measures() {
     let shape = "{hidden_size: 512, intermediate_size: 1408, num_hidden_layers: 4, num_attention_heads: 8}";
     let model = format!("model={{init: {shape}}}");
-    let cases: [(&str, usize, &[&str]); 11] = [
+    let cases: [(&str, usize, &[&str]); 13] = [
+        ("pipeline", 2, &["parallel.pipeline=2", "train.micro_batch_size=2"]),
+        ("pipeline-data", 4, &["parallel.pipeline=2", "parallel.mode=optimizer", "train.micro_batch_size=2"]),
         ("context", 2, &["parallel.context=2", "data.packing=true"]),
         ("tensor", 2, &["train.micro_batch_size=4", "parallel.tensor=2"]),
         ("tensor-whole", 2, &["train.micro_batch_size=4", "parallel.tensor=2", "parallel.sequence=false"]),

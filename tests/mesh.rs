@@ -306,8 +306,19 @@ fn runs_on_meshes() {
         (2, &["parallel.pipeline=2", "parallel.stages=[1, 1]", "train.micro_batch_size=2"]),
         (4, &["parallel.pipeline=2", "parallel.mode=optimizer", "train.micro_batch_size=1"]),
         (4, &["parallel.pipeline=2", "parallel.tensor=2", "train.recompute=full"]),
-        (4, &["parallel.pipeline=2", "parallel.context=2", "parallel.mode=grads", "train.micro_batch_size=4"]),
-        (8, &["parallel.pipeline=2", "parallel.tensor=2", "parallel.mode=replicate", "train.micro_batch_size=2"]),
+        (
+            4,
+            &["parallel.pipeline=2", "parallel.context=2", "parallel.mode=grads", "train.micro_batch_size=4"],
+        ),
+        (
+            8,
+            &[
+                "parallel.pipeline=2",
+                "parallel.tensor=2",
+                "parallel.mode=replicate",
+                "train.micro_batch_size=2",
+            ],
+        ),
         (8, &["parallel.pipeline=2", "parallel.mode=hybrid", "parallel.shard=2", "train.micro_batch_size=1"]),
     ]
     .into_iter()
@@ -496,7 +507,11 @@ fn meshes_that_do_not_fit() {
     let run = Run::new("mesh-refused");
     run.expect_refused(&["parallel.tensor=2"], 2, "'parallel.tensor': 2 must divide the number of ranks, 1");
     run.expect_refused(&["parallel.tensor=0"], 2, "parallel.tensor");
-    run.expect_refused(&["parallel.pipeline=2"], 2, "'parallel.pipeline': 2 must divide the number of ranks, 1");
+    run.expect_refused(
+        &["parallel.pipeline=2"],
+        2,
+        "'parallel.pipeline': 2 must divide the number of ranks, 1",
+    );
     run.expect_refused(&["parallel.context=3", "data.sequence_length=32"], 2, "32 is not a multiple of 6");
     run.expect_refused(
         &["parallel.context=2"],

@@ -105,8 +105,10 @@ fn the_script_of_kills_finds_no_difference() {
 
 #[test]
 fn a_killed_world_resumes_bit_by_bit() {
-    // Ranks with different rows; that share every matrix; that share every sequence.
-    for (mesh, seeds) in [("tensor=1", 1..=2), ("tensor=2", 3..=3), ("context=2", 4..=4)] {
+    // Ranks with different rows; that share every matrix; every sequence; the blocks.
+    for (mesh, seeds) in
+        [("tensor=1", 1..=2), ("tensor=2", 3..=3), ("context=2", 4..=4), ("pipeline=2", 5..=5)]
+    {
         let key = format!("parallel.{mesh}");
         let words = [&WORDS[..], &[key.as_str()]].concat();
         let reference = Run::new(&format!("kill-2-reference-{mesh}"));

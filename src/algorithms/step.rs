@@ -115,8 +115,7 @@ pub fn accumulate(
     for pass in one_forward_one_backward(stage, stages, entries.len()) {
         match pass {
             Pass::Forward(k) => {
-                let before =
-                    exchange.receive_activations(|k| model.passed(&entries[k].batch.input, true))?;
+                let before = exchange.receive_activations(|k| model.passed(&entries[k].batch.input, true))?;
                 let entry = &mut entries[k];
                 // Before the forward is queued: a copy after it would wait for it.
                 let labels = match pipeline.is_last() {

@@ -234,7 +234,8 @@ impl Saver {
             let rank = ((stage.rank * shard.size() + shard.rank()) * tensor.size + tensor.rank) as usize;
             let size = (stage.size * shard.size() * tensor.size) as usize;
             let writes = params.replica_group().rank() == 0;
-            let slices = (0..params.len()).map(|i| params.written_slice(i)).map(|s| (s.start, s.len)).collect();
+            let slices =
+                (0..params.len()).map(|i| params.written_slice(i)).map(|s| (s.start, s.len)).collect();
             let meta = Meta {
                 step,
                 world_size: self.world.size(),

@@ -110,8 +110,9 @@ pub fn run(command: Command, global: &Global) -> Result<()> {
         _ => Parallel::default(),
     };
     let ranks = RankEnvironment::from_env()?.map_or(1, |place| place.world_size);
-    if ranks % (parallel.tensor * parallel.context) != 0 {
-        return Err(Error::config(format!("--tensor times --context must divide the {ranks} ranks")));
+    if ranks % (parallel.tensor * parallel.context * parallel.pipeline) != 0 {
+        let why = format!("--tensor times --context times --pipeline must divide the {ranks} ranks");
+        return Err(Error::config(why));
     }
     let world = World::from_global(global.device.as_deref(), &parallel, &global.facts())?;
     match command {
@@ -248,11 +249,13 @@ impl BenchTraining {
             tensor: mesh.tensor.size,
             sequence: sharding.sequence,
             context: mesh.context.size,
+            stage: mesh.pipeline.axis.place(),
+            blocks: mesh.pipeline.blocks.clone(),
         };
         let batch = BatchShape { rows: micro, length, micro_batches: rows / micro, recompute, packed: false };
         let planned_bytes = Memory::new(&shape, &plans, kind, over, world.device)?.traffic(&batch);
         let plans = cut_for(plans, &shape, &sharding)
-            .map_err(|e| Error::config(format!("--tensor: {}", e.message)))?;
+            .map_err(|e| Error::config(format!("--tensor or --pipeline: {}", e.message)))?;
         let mut params = Sharded::new(plans, sharding, kind, world.device);
         fill(&mut params, &shape)?;
         init::init_adapters(&mut params, 0)?;
@@ -360,6 +363,7 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
             "bench": "train", "preset": workload.preset, "params": shape.num_parameters(),
             "precision": workload.precision, "world_size": world.world_size,
             "mode": workload.mode, "tensor": workload.tensor, "context": workload.context,
+            "pipeline": workload.pipeline,
             "recompute": workload.recompute,
             "batch_size": rows * world.mesh.data.size, "micro_batch_size": micro, "sequence_length": length,
             "steps": args.steps,

@@ -1,10 +1,9 @@
 //! `corral plan`: what memory a training takes on each rank, and how long it takes, without a device.
 
 mod search;
+mod table;
 
-use std::collections::BTreeMap;
-
-use serde_json::{Value, json};
+use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use crate::algorithms::recipe::Recipe;
@@ -28,11 +27,10 @@ use crate::model::{Llama, ModelInput, init, layout};
 use crate::optim::AdamW;
 use crate::plan::links::Links;
 use crate::plan::memory::{BatchShape, Memory};
-use crate::plan::models::{PHASES, peaks};
 use crate::plan::rates::Rates;
-use crate::plan::traffic::Traffic;
-use crate::plan::{MemoryPlan, ModelsMemory, PlanTarget, TrainingMemory};
+use crate::plan::{MemoryPlan, PlanTarget};
 use crate::telemetry;
+use table::{Fit, models_json, models_table, training_json, training_table};
 
 /// `corral plan`
 #[derive(clap::Args)]
@@ -136,7 +134,11 @@ pub fn plan<R: Recipe>(args: PlanArgs, global: &Global) -> Result<()> {
     if let (MemoryPlan::Training(training), false, 2..) = (&plan, args.json, args.ranks()) {
         let links = args.links();
         let mesh = MeshPlan::of(loaded.config.common().parallel, args.ranks(), Some(links.of_node))?;
-        let sending = links.sending(&training.traffic(training.micro_batch), &mesh);
+        let sending = links.sending(
+            &training.traffic(training.micro_batch),
+            &mesh,
+            training.micro_batches(training.micro_batch),
+        );
         println!("# {}", predict::sending_line(&sending, &links, &plan.work(), rates.as_ref()));
     }
     match args.device_memory {
@@ -283,191 +285,6 @@ fn load<C: Algorithm>(config: &ConfigArgs, nproc: i64) -> Result<Loaded<C>> {
         Err(e) => Err(loaded.locate(e)),
         Ok(_) => Ok(loaded),
     }
-}
-
-/// The largest micro-batch that fits a device.
-#[derive(Clone, Copy)]
-struct Fit {
-    /// The device's memory.
-    bytes: u64,
-    /// The most rows that fit; 0: not even one.
-    largest: i64,
-    /// The most of those that divide the rows of a rank.
-    divides: Option<i64>,
-}
-
-impl Fit {
-    fn new(t: &TrainingMemory, bytes: u64, process: i64) -> Fit {
-        let largest = t.largest(bytes as i64, process);
-        let divides = (1..=largest.min(t.rows)).rev().find(|n| t.rows % n == 0);
-        Fit { bytes, largest, divides }
-    }
-}
-
-fn kind_of_device(t: &TrainingMemory) -> &'static str {
-    if t.device == Device::Cpu { "cpu" } else { "cuda" }
-}
-
-/// What a step takes at most, the reference and the process included.
-fn step_bytes(t: &TrainingMemory, process: i64) -> i64 {
-    t.step(t.micro_batch).total() + t.stays() + process
-}
-
-fn training_json(t: &TrainingMemory, process: i64, fit: Option<Fit>, time: Value) {
-    let (stays, asking) = (t.stays(), t.asking(t.micro_batch));
-    let mut out = json!({
-        "subcommand": t.subcommand,
-        "parameters": t.shape.num_parameters(),
-        "device": kind_of_device(t),
-        "ranks": t.ranks,
-        "micro_batch_size": t.micro_batch,
-        "sequence_length": t.each.length,
-        "parts": t.step(t.micro_batch),
-        "process_bytes": process,
-        "step_bytes": step_bytes(t, process),
-        "checkpoint_bytes": t.checkpoint,
-        "sent_bytes": t.traffic(t.micro_batch),
-        "peak_bytes": t.peak(t.micro_batch, process),
-    });
-    if t.each.sequences > 1 {
-        out["completions"] = json!(t.each.sequences);
-        out["reference_bytes"] = json!(stays);
-        out["asking_bytes"] = json!(if asking > 0 { asking + process } else { 0 });
-    }
-    if t.device != Device::Cpu {
-        out["host_bytes"] = json!(t.checkpoint + if t.offload { t.moments } else { 0 });
-    }
-    if let Some(Fit { bytes, largest, divides }) = fit {
-        out["device_memory"] = json!(bytes);
-        out["largest_micro_batch_size"] = json!(largest);
-        out["largest_of_batch"] = divides.map_or(Value::Null, Value::from);
-    }
-    println!("{}", with(out, time));
-}
-
-fn training_table(t: &TrainingMemory, process: i64, fit: Option<Fit>) {
-    let parts = t.step(t.micro_batch);
-    let (stays, asking) = (t.stays(), t.asking(t.micro_batch));
-    let completions = match t.each.sequences {
-        1 => String::new(),
-        n => format!(" prompts x {n} completions"),
-    };
-    println!(
-        "# {:.2}M parameters, {:?} compute, {}; {} rank(s); micro-batches of {}{completions} x {} tokens",
-        t.shape.num_parameters() as f64 / 1e6,
-        t.compute,
-        kind_of_device(t),
-        t.ranks,
-        t.micro_batch,
-        t.each.length,
-    );
-    let line = |what: &str, bytes: i64| println!("{what:<28} {:>12}", size(bytes.max(0) as u64));
-    let named = parts.named();
-    named.iter().filter(|(_, bytes)| *bytes > 0).for_each(|(what, bytes)| line(what, *bytes));
-    if process > 0 {
-        line("the process without a model", process);
-    }
-    if stays > 0 {
-        line("the reference", stays);
-    }
-    line("a step of a rank, at most", step_bytes(t, process));
-    if asking > 0 {
-        line("forwards besides the steps", asking + process);
-    }
-    match t.device {
-        Device::Cpu if t.checkpoint > 0 => {
-            line("a checkpoint being written", t.checkpoint);
-            line("together", t.peak(t.micro_batch, process));
-        }
-        Device::Cpu => {}
-        _ => {
-            println!(
-                "# in addition: memory of CUDA and its libraries, and memory that the allocator cannot use"
-            );
-            if t.offload {
-                line("moments in host memory", t.moments);
-            }
-            if t.checkpoint > 0 {
-                line("a checkpoint, host memory", t.checkpoint);
-            }
-        }
-    }
-    let Traffic { shard, replicate, tensor, context } = t.traffic(t.micro_batch);
-    for (axis, bytes) in
-        [("shard", shard), ("replicate", replicate), ("tensor", tensor), ("context", context)]
-    {
-        if bytes > 0.0 {
-            line(&format!("sent in a step: {axis}"), bytes as i64);
-        }
-    }
-    if let Some(Fit { bytes, largest, divides }) = fit {
-        let (of, rows) = (size(bytes), t.rows);
-        match divides {
-            None => println!(
-                "# {of}: not even a micro_batch_size of 1 fits, which takes {}",
-                size(t.peak(1, process) as u64)
-            ),
-            Some(n) if largest >= rows => {
-                println!("# {of}: a micro_batch_size of {largest} fits; the {rows} rows of a rank need {n}");
-            }
-            Some(n) => println!(
-                "# {of}: a micro_batch_size of {largest} fits; of those that divide the {rows} rows of a rank {n}"
-            ),
-        }
-    }
-}
-
-/// An object with the entries of another one.
-fn with(mut object: Value, other: Value) -> Value {
-    if let (Some(object), Value::Object(other)) = (object.as_object_mut(), other) {
-        object.extend(other);
-    }
-    object
-}
-
-fn models_json(m: &ModelsMemory, time: Value) {
-    let models: Vec<Value> = m
-        .models
-        .iter()
-        .map(|m| {
-            json!({"name": m.name, "parameters": m.parameters, "device": m.device, "offload": m.offload,
-                   "resident_bytes": m.resident, "phase_bytes": m.at_work})
-        })
-        .collect();
-    let devices: BTreeMap<&str, [i64; 3]> = m.by_device().iter().map(|(d, on)| (*d, peaks(on))).collect();
-    let out = json!({"subcommand": m.subcommand, "ranks": m.ranks, "phases": PHASES, "models": models,
-                     "device_bytes": devices, "host_bytes": m.host()});
-    println!("{}", with(out, time));
-}
-
-fn models_table(m: &ModelsMemory) {
-    println!("# {}: {} rank(s); of each, at most", m.subcommand, m.ranks);
-    println!(
-        "{:<14} {:>12} {:>9} {:>12} {:>12} {:>12} {:>12}",
-        "", "parameters", "dtype", "stays", PHASES[0], PHASES[1], PHASES[2]
-    );
-    let bytes = |b: i64| size(b.max(0) as u64);
-    for (device, on) in &m.by_device() {
-        println!("{device}");
-        for m in on {
-            let stays = if m.offload { "offloaded".into() } else { bytes(m.resident) };
-            let [sampling, scoring, learning] = m.at_work.map(|b| b.map_or("-".into(), bytes));
-            println!(
-                "  {:<12} {:>11.1}M {:>9} {stays:>12} {sampling:>12} {scoring:>12} {learning:>12}",
-                m.name,
-                m.parameters as f64 / 1e6,
-                format!("{:?}", m.compute).to_lowercase(),
-            );
-        }
-        let [a, b, c] = peaks(on).map(bytes);
-        println!("  {:<48} {a:>12} {b:>12} {c:>12}", "together");
-    }
-    if m.host() > 0 {
-        println!("host memory of offloaded tensors: {}", bytes(m.host()));
-    }
-    println!(
-        "# in addition: memory of the process and its libraries, and memory that the allocator cannot use"
-    );
 }
 
 /// What a training process takes besides its tensors: measured here, in a step of a model of some 80 MB, tensors included,

@@ -66,13 +66,17 @@ pub fn line(work: &StepWork, rates: Option<&Rates>) -> String {
 
 /// What a rank sends in a step takes, at speeds that were stated, in a line.
 pub fn sending_line(sending: &Sending, links: &Links, work: &StepWork, rates: Option<&Rates>) -> String {
-    let Sending { overlapped_s, exposed_s } = *sending;
+    let Sending { overlapped_s, exposed_s, bubble } = *sending;
     let speeds = format!("{} and {} GB/s", short(links.inside / 1e9), short(links.across / 1e9));
     let sent = format!(
         "sending at {speeds} inside and between nodes: {} s beside computing, {} s that it waits for",
         short(overlapped_s),
         short(exposed_s)
     );
+    let sent = match bubble > 0.0 {
+        true => format!("{sent}, stages wait for each other for {:.0} % of it", 100.0 * bubble),
+        false => sent,
+    };
     match rates.and_then(|rates| work.predict(rates)) {
         Some(p) => format!("{sent}; with it {} s a step (predicted)", short(sending.step_s(p.step_s))),
         None => sent,

@@ -196,8 +196,7 @@ impl<T: Algorithm> Loaded<T> {
             found.add("parallel.context", why);
         }
         if !T::PIPELINES && self.config.common().parallel.pipeline > 1 {
-            let why =
-                format!("{} does not run in stages; pretrain and sft do. Set it to 1", T::SUBCOMMAND);
+            let why = format!("{} does not run in stages; pretrain and sft do. Set it to 1", T::SUBCOMMAND);
             found.add("parallel.pipeline", why);
         }
         self.refuse(&found)

@@ -54,7 +54,11 @@ impl Parallel {
     /// What does not fit on `world_size` ranks.
     pub fn conflicts(&self, world_size: i64, found: &mut Conflicts) {
         if let Some(stages) = self.stages.as_ref().filter(|s| s.len() as i64 != self.pipeline) {
-            let why = format!("{} numbers for parallel.pipeline = {}; one for each stage", stages.len(), self.pipeline);
+            let why = format!(
+                "{} numbers for parallel.pipeline = {}; one for each stage",
+                stages.len(),
+                self.pipeline
+            );
             found.add("parallel.stages", why);
         }
         if world_size % self.pipeline != 0 {

@@ -2,67 +2,12 @@
 //!
 //! Every rank has a place on each axis, and shares the axis's group with the ranks whose other places are equal to its own.
 
-use std::ops::Range;
-
 use kernels::c10d::Group;
 
 use crate::config::parallel::{Mode, Parallel, ShardSize};
+pub use crate::distributed::axis::{Axis, Place};
 use crate::distributed::pipeline::Pipeline;
 use crate::error::{Error, Result};
-
-/// An axis of the mesh, seen from one rank.
-#[derive(Clone)]
-pub struct Axis {
-    /// This rank's place on the axis.
-    pub rank: i64,
-    /// Ranks on the axis.
-    pub size: i64,
-    /// These ranks, for collectives.
-    pub group: Group,
-}
-
-impl Axis {
-    /// The axis of the ranks of `group`.
-    pub fn of(group: Group) -> Axis {
-        Axis { rank: group.rank(), size: group.size(), group }
-    }
-
-    /// An axis of one rank.
-    pub fn solo() -> Axis {
-        Axis::of(Group::solo())
-    }
-
-    /// This rank's place on the axis.
-    pub fn place(&self) -> Place {
-        Place { rank: self.rank, size: self.size }
-    }
-
-    /// This rank's part of `n` things, which lie over the axis in order and in equal parts; where `n` does not divide, the last
-    /// parts are smaller.
-    pub fn share(&self, n: usize) -> Range<usize> {
-        share(n, self.rank as usize, self.size as usize)
-    }
-
-    /// This rank's of `n` things that the ranks take in turn: for what differs in cost.
-    pub fn turns(&self, n: usize) -> impl Iterator<Item = usize> + use<> {
-        (self.rank as usize..n).step_by(self.size as usize)
-    }
-}
-
-/// A place on an axis, without the axis.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
-    /// From 0.
-    pub rank: i64,
-    /// Places on the axis.
-    pub size: i64,
-}
-
-/// The part of rank `rank` of `ranks`.
-fn share(n: usize, rank: usize, ranks: usize) -> Range<usize> {
-    let part = n.div_ceil(ranks);
-    (rank * part).min(n)..((rank + 1) * part).min(n)
-}
 
 /// The axes of a run. Ranks are numbered with `tensor` fastest, then `context`, then `shard`, then `replicate`, then `pipeline`.
 pub struct Mesh {
@@ -249,8 +194,8 @@ impl Keep {
     }
 }
 
-/// [`Sharding`] without its groups, for planning: of the first tensor-parallel rank, which has no padding.
-#[derive(Debug, Clone, Copy)]
+/// [`Sharding`] without its groups, for planning: of the first tensor-parallel rank, which has no padding, of one stage.
+#[derive(Debug, Clone)]
 pub struct ShardingPlan {
     /// Ranks that slices lie over.
     pub ranks: i64,
@@ -264,10 +209,14 @@ pub struct ShardingPlan {
     pub context: i64,
     /// Ranks that hold equal slices.
     pub replicas: i64,
+    /// Which stage of a pipeline.
+    pub stage: Place,
+    /// Blocks of each stage; none: divided evenly.
+    pub blocks: Option<Vec<i64>>,
 }
 
 impl ShardingPlan {
-    /// Of a run on `ranks` ranks.
+    /// Of a run on `ranks` ranks, the first stage.
     ///
     /// # Errors
     /// Of kind Config, about `parallel.shard`: `mode: hybrid` where the number of ranks of a host counts, which is not known.
@@ -276,12 +225,21 @@ impl ShardingPlan {
         let (ranks, context) = (mesh.shard, mesh.context);
         let replicas = mesh.data * mesh.context / mesh.shard;
         let (keep, tensor, sequence) = (Keep::of(parallel.mode), parallel.tensor, parallel.sequence);
-        Ok(ShardingPlan { ranks, keep, tensor, sequence, context, replicas })
+        let (stage, blocks) = (Place { rank: 0, size: mesh.pipeline }, parallel.stages.clone());
+        Ok(ShardingPlan { ranks, keep, tensor, sequence, context, replicas, stage, blocks })
+    }
+
+    /// The same of each stage, in order.
+    pub fn stages(&self) -> impl Iterator<Item = ShardingPlan> {
+        let stage = |rank| ShardingPlan { stage: Place { rank, ..self.stage }, ..self.clone() };
+        (0..self.stage.size).map(stage)
     }
 
     /// One rank, which has everything.
     pub fn solo() -> ShardingPlan {
-        ShardingPlan { ranks: 1, keep: Keep::Nothing, tensor: 1, sequence: false, context: 1, replicas: 1 }
+        let stage = Place { rank: 0, size: 1 };
+        let (keep, sequence, blocks) = (Keep::Nothing, false, None);
+        ShardingPlan { ranks: 1, keep, tensor: 1, sequence, context: 1, replicas: 1, stage, blocks }
     }
 }
 
@@ -329,13 +287,6 @@ impl Sharding {
 mod tests {
     use super::*;
 
-    #[test]
-    fn turns_are_taken_by_all() {
-        let axis = |rank| Axis { rank, size: 3, group: Group::solo() };
-        let turns: Vec<Vec<usize>> = (0..3).map(|rank| axis(rank).turns(5).collect()).collect();
-        assert_eq!(turns, [vec![0, 3], vec![1, 4], vec![2]]);
-    }
-
     /// Groups of an axis are all ranks, each once; tensor-parallel ranks are neighbours, then those of a context.
     #[test]
     fn axes_divide_the_ranks() {
@@ -370,17 +321,5 @@ mod tests {
         assert_eq!(mesh.axis(AxisName::Data, 5), [1, 5]);
         assert_eq!(mesh.axis(AxisName::Shard, 5), [1, 3, 5, 7]);
         assert_eq!(mesh.axis(AxisName::Pipeline, 5), [5, 13]);
-    }
-
-    #[test]
-    fn shares_are_equal_and_in_order() {
-        for (n, ranks) in [(12, 4), (12, 1), (0, 3), (1, 3), (7, 3), (10, 4), (3, 8)] {
-            let parts: Vec<Range<usize>> = (0..ranks).map(|rank| share(n, rank, ranks)).collect();
-            let all: Vec<usize> = parts.iter().cloned().flatten().collect();
-            assert_eq!(all, (0..n).collect::<Vec<_>>(), "{n} over {ranks}");
-            let most = n.div_ceil(ranks);
-            assert!(parts.iter().all(|p| p.len() <= most), "{n} over {ranks}: {parts:?}");
-            assert!(n % ranks != 0 || parts.iter().all(|p| p.len() == most), "{n} over {ranks}: {parts:?}");
-        }
     }
 }

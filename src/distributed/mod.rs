@@ -2,6 +2,7 @@
 
 pub(crate) mod agree;
 pub(crate) mod agreement;
+mod axis;
 pub mod cut;
 pub mod environment;
 pub(crate) mod exchange;

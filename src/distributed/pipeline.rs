@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use kernels::c10d::{Group, Work};
 use tch::{Device, Kind, Tensor};
 
-use crate::distributed::mesh::Axis;
+use crate::distributed::axis::Axis;
 use crate::error::{Error, Result};
 
 /// A rank's place among the stages, and its neighbours there.
@@ -234,7 +234,7 @@ impl Way {
 
 #[cfg(test)]
 mod tests {
-    use testing::ranks::on_ranks;
+    use testing::ranks::on_ranks_with_groups;
 
     use super::*;
 
@@ -243,5 +243,58 @@ mod tests {
         assert_eq!(blocks_of_stages(7, 3, None), [3, 2, 2]);
         assert_eq!(blocks_of_stages(8, 2, None), [4, 4]);
         assert_eq!(blocks_of_stages(8, 2, Some(&[5, 3])), [5, 3]);
+    }
+
+    /// What each stage adds to goes to the last one and back, in order, also where a stage is far ahead.
+    #[test]
+    fn tensors_go_from_stage_to_stage() {
+        for stages in [2, 3] {
+            on_ranks_with_groups(stages, |world, new_group| {
+                let new_group = |name: &str, ranks: &[i64]| Ok(new_group(name, ranks));
+                let stage = world.rank();
+                let pipeline =
+                    Pipeline::connect(world.ranks(), stage as usize, None, Device::Cpu, &new_group).unwrap();
+                assert_eq!((pipeline.is_first(), pipeline.is_last()), (stage == 0, stage + 1 == stages));
+                assert_eq!(pipeline.ends().is_some(), pipeline.is_first() || pipeline.is_last());
+                let micro_batches = 7;
+                // Of different sizes; a second tensor has another dtype.
+                let expected =
+                    |k: usize| Ok(vec![(vec![k as i64 + 1, 3], Kind::Double), (vec![2], Kind::Int64)]);
+                let tensors = |k: usize, value: i64| {
+                    let sizes = expected(k).unwrap();
+                    sizes
+                        .into_iter()
+                        .map(|(size, kind)| Tensor::full(size, value, (kind, Device::Cpu)))
+                        .collect::<Vec<_>>()
+                };
+                let value = |tensors: &[Tensor]| {
+                    assert!(tensors[0].max().double_value(&[]) == tensors[1].max().double_value(&[]));
+                    tensors[1].int64_value(&[1])
+                };
+                let mut exchange = Exchange::new(&pipeline, micro_batches, Device::Cpu);
+                if pipeline.is_first() {
+                    // The others look for it several times.
+                    std::thread::sleep(std::time::Duration::from_millis(700));
+                }
+                let before: Vec<i64> = (0..micro_batches)
+                    .map(|k| {
+                        let before = exchange.receive_activations(expected).unwrap();
+                        let sum = before.map_or(100 * k as i64, |before| value(&before)) + stage;
+                        exchange.send_activations(&tensors(k, sum)).unwrap();
+                        sum
+                    })
+                    .collect();
+                let sum_before: i64 = (0..=stage).sum();
+                assert!(before.iter().enumerate().all(|(k, sum)| *sum == 100 * k as i64 + sum_before));
+                for (k, sum) in before.into_iter().enumerate() {
+                    let after = exchange.receive_gradients(expected).unwrap();
+                    let back = after.map_or(sum, |after| value(&after));
+                    assert_eq!(back, 100 * k as i64 + (0..stages).sum::<i64>());
+                    exchange.send_gradients(&tensors(k, back)).unwrap();
+                }
+                exchange.finish().unwrap();
+                assert!(pipeline.sent_bytes() > 0);
+            });
+        }
     }
 }

@@ -402,7 +402,8 @@ impl Sharded {
                 Role::Frozen(Storage::Dense) => self.compute,
                 Role::Frozen(Storage::Quantized(_)) => Kind::Float,
             };
-            let here = full.as_ref().map(|full| self.join(spec, self.dequantized(i, full, k)?)).transpose()?;
+            let here =
+                full.as_ref().map(|full| self.join(spec, self.dequantized(i, full, k)?)).transpose()?;
             f(&spec.whole(), self.to_all_stages(i, spec, kind, here)?)?;
         }
         Ok(())

@@ -15,9 +15,9 @@ use tch::{Kind, Tensor};
 use crate::distributed::mesh::Axis;
 use crate::error::{Error, Result};
 use crate::model::head::capped;
+use crate::model::input::ModelInput;
 use crate::model::layout::BlockParts;
 use crate::model::linear::Linear;
-use crate::model::input::ModelInput;
 use crate::model::llama::{BlockContext, Llama};
 use crate::model::shared_sequence::SharedSequence;
 

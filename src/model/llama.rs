@@ -348,7 +348,7 @@ impl Llama {
         before: Option<Vec<Tensor>>,
         recompute: Option<Recompute>,
     ) -> Result<(Vec<Tensor>, Option<Tape>)> {
-        self.prefetch(if before.is_none() { 0 } else { self.blocks.start })?; // collective, overlaps the preparation of the inputs
+        self.prefetch(if before.is_none() { 0 } else { self.blocks.start })?; // collective, overlaps what follows
         let context = self.context(input, true)?;
         let ids = context.sequence.own(&input.ids.contiguous().view([-1])); // [N]
         let ids = ops::upload(&ids, self.params.device())?;
@@ -367,11 +367,8 @@ impl Llama {
             let adapters = if keeps { self.params.plan(i).adapters.len() } else { 0 };
             let inner: Vec<KeptInner> = (0..adapters).map(|_| KeptInner::default()).collect();
             let w = self.block_weights(i, context.draws.as_ref(), self.float8, &inner)?; // waits until they are gathered
-            match i + 1 < end {
-                true => self.prefetch(i + 1)?, // collective, overlaps block i
-                false if is_last => self.prefetch(self.head_group())?, // the same
-                false => {}
-            }
+            let next = if i + 1 < end { Some(i + 1) } else { is_last.then(|| self.head_group()) };
+            next.map_or(Ok(()), |next| self.prefetch(next))?; // collective, overlaps block i
             let (y, rest) = w.forward(&x, &context, i - 1)?; // [n, C]
             if let Some(r) = recompute {
                 if let (Some(balance), Some(routed)) = (&mut balance, rest.mlp.routed()) {

@@ -17,7 +17,7 @@ pub mod rotary;
 pub(crate) mod score;
 mod shared_rows;
 mod shared_sequence;
-mod stages;
+pub(crate) mod stages;
 pub mod trainable;
 mod vocabulary;
 

@@ -21,18 +21,20 @@ pub struct Sending {
     pub overlapped_s: f64,
     /// Activations, keys and values, which products wait for.
     pub exposed_s: f64,
+    /// What stages wait for each other, as a share of what they compute: (P - 1) / m of P stages and m micro-batches.
+    pub bubble: f64,
 }
 
 impl Sending {
     /// A step that computes for so long: what overlaps takes no longer than the larger of both.
     pub fn step_s(&self, computing_s: f64) -> f64 {
-        computing_s.max(self.overlapped_s) + self.exposed_s
+        (computing_s.max(self.overlapped_s) + self.exposed_s) * (1.0 + self.bubble)
     }
 }
 
 impl Links {
-    /// An axis with one group that crosses nodes is as fast as the links between these.
-    pub fn sending(&self, traffic: &Traffic, mesh: &MeshPlan) -> Sending {
+    /// Of a step of so many micro-batches. An axis with one group that crosses nodes is as fast as the links between these.
+    pub fn sending(&self, traffic: &Traffic, mesh: &MeshPlan, micro_batches: i64) -> Sending {
         let seconds = |axis, bytes: f64| {
             let crosses =
                 |group: &Vec<i64>| group.iter().any(|r| r / self.of_node != group[0] / self.of_node);
@@ -41,9 +43,12 @@ impl Links {
                 false => bytes / self.inside,
             }
         };
-        let Traffic { shard, replicate, tensor, context } = *traffic;
+        let Traffic { shard, replicate, tensor, context, pipeline } = *traffic;
         Sending {
-            overlapped_s: seconds(AxisName::Shard, shard) + seconds(AxisName::Replicate, replicate),
+            bubble: (mesh.pipeline - 1) as f64 / micro_batches as f64,
+            overlapped_s: seconds(AxisName::Shard, shard)
+                + seconds(AxisName::Replicate, replicate)
+                + seconds(AxisName::Pipeline, pipeline),
             exposed_s: seconds(AxisName::Tensor, tensor) + seconds(AxisName::Context, context),
         }
     }
@@ -56,12 +61,17 @@ mod tests {
     #[test]
     fn what_crosses_nodes_is_slower() {
         let links = Links { of_node: 4, inside: 100.0, across: 10.0 };
-        let traffic = Traffic { shard: 200.0, replicate: 0.0, tensor: 300.0, context: 0.0 };
+        let traffic = Traffic { shard: 200.0, replicate: 0.0, tensor: 300.0, context: 0.0, pipeline: 50.0 };
         let mesh = |tensor, data| MeshPlan { pipeline: 1, data, context: 1, tensor, shard: data };
-        let within = links.sending(&traffic, &mesh(4, 2));
-        assert_eq!(within, Sending { overlapped_s: 20.0, exposed_s: 3.0 });
-        assert_eq!((within.step_s(5.0), within.step_s(50.0)), (23.0, 53.0));
-        assert_eq!(links.sending(&traffic, &mesh(8, 1)).exposed_s, 30.0);
-        assert_eq!(links.sending(&traffic, &mesh(1, 4)), Sending { overlapped_s: 2.0, exposed_s: 3.0 });
+        let within = links.sending(&traffic, &mesh(4, 2), 2);
+        assert_eq!(within, Sending { overlapped_s: 20.5, exposed_s: 3.0, bubble: 0.0 });
+        assert_eq!((within.step_s(5.0), within.step_s(50.0)), (23.5, 53.0));
+        assert_eq!(links.sending(&traffic, &mesh(8, 1), 2).exposed_s, 30.0);
+        let inside = Sending { overlapped_s: 2.5, exposed_s: 3.0, bubble: 0.0 };
+        assert_eq!(links.sending(&traffic, &mesh(1, 4), 2), inside);
+        let stages = MeshPlan { pipeline: 2, ..mesh(4, 1) };
+        let across = links.sending(&traffic, &stages, 4);
+        assert_eq!(across, Sending { overlapped_s: 7.0, exposed_s: 3.0, bubble: 0.25 });
+        assert_eq!(across.step_s(13.0), 20.0);
     }
 }

@@ -4,7 +4,8 @@
 //! [`Memory`] knows shapes only from [`GroupPlan`]s and [`BlockParts`]s, which the model itself is made of; the walk stands for
 //! `llama.rs`, `mlp.rs`, `mixture.rs` and `head.rs`, and a test compares its peak with what libtorch's allocator gave to them.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
+use std::ops::Range;
 
 use kernels::moments::Moment;
 use kernels::ops::{Float8, accumulator};
@@ -18,10 +19,12 @@ use crate::config::sections::{MomentsIn, Recompute};
 use crate::config::shape::Shape;
 use crate::distributed::mesh::{Keep, Place, ShardingPlan};
 use crate::distributed::plan::{GroupBytes, GroupPlan};
+use crate::distributed::schedule::{Pass, one_forward_one_backward};
 use crate::error::Result;
 use crate::model::cuts::cut;
 use crate::model::head;
 use crate::model::layout::{BlockParts, float8_runs};
+use crate::model::stages::on_stages;
 
 /// A model on one rank.
 pub struct Memory {
@@ -36,6 +39,9 @@ pub struct Memory {
     pub(super) replicas: i64,
     /// That share every sequence.
     pub(super) context: i64,
+    /// The stage of a pipeline, and the groups of its blocks.
+    pub(super) stage: Place,
+    pub(super) here: Range<usize>,
     pub(super) groups: Vec<GroupBytes>,
     /// All values in the compute dtype, gathered.
     whole: i64,
@@ -59,6 +65,10 @@ impl Memory {
         let layers = shape.num_hidden_layers as usize;
         let place = Place { rank: 0, size: sharding.tensor };
         let plans = cut(plans.to_vec(), shape, place, sharding.sequence)?;
+        let plans = on_stages(plans, shape, sharding.stage, sharding.blocks.as_deref())?;
+        let of_blocks = (1..=layers).filter(|i| plans[*i].stage.here);
+        let first = of_blocks.clone().next().unwrap_or(1);
+        let lowest = plans.iter().position(|p| p.trained().numel > 0);
         let block = |plan: &GroupPlan| {
             let linear = |weights, _| Ok(Layer::new(plan, weights));
             BlockParts::of(shape, plan.layout.specs.len(), linear, |_| Ok(Tensor::new()))
@@ -73,7 +83,9 @@ impl Memory {
                 intermediate_size: shape.intermediate_size / sharding.tensor,
                 ..shape.clone()
             },
-            lowest: groups.iter().position(|g| g.num_trained > 0).unwrap_or(groups.len()),
+            lowest: lowest.unwrap_or(groups.len()),
+            stage: sharding.stage,
+            here: first..first + of_blocks.count(),
             keep: sharding.keep,
             ranks: sharding.ranks,
             context: sharding.context,
@@ -107,7 +119,7 @@ impl Memory {
             self.sizes.gathers_float8 = true;
             let runs = float8_runs(&self.shape, self.plans.iter(), float8)?;
             for ((group, plan), runs) in self.groups.iter_mut().zip(&self.plans).zip(runs) {
-                if !runs.is_empty() {
+                if !runs.is_empty() && plan.stage.here {
                     *group = plan.in_float8(*group, runs, self.ranks);
                 }
             }
@@ -168,14 +180,37 @@ impl Memory {
             activations,
             (whole.length as u64).next_power_of_two() as i64 * self.shape.head_dim * self.sizes.a,
         );
-        // From the second one on all are alike.
-        let mut gradients = Gradients::of_step(batch.micro_batches.min(2));
-        while gradients.micro_batches_left > 0 {
-            let kept = self.trunk(&mut walk, batch, Some(batch.recompute));
-            self.head(&mut walk, batch.tokens(), Some(&mut gradients));
-            self.backward(&mut walk, batch, kept, &mut gradients);
+        // One more tensor each way to and from each neighbour, which comes and goes while others are computed.
+        let neighbours = i64::from(!self.is_first()) + i64::from(!self.is_last());
+        walk.take(activations, 2 * neighbours * self.stream(batch.tokens()));
+        // From the second one on all are alike, of stages from the second one of the last.
+        let micro_batches = batch.micro_batches.min(2 * self.stage.size);
+        let mut gradients = Gradients::of_step(micro_batches);
+        let mut under_way = VecDeque::new();
+        let (stage, stages) = (self.stage.rank as usize, self.stage.size as usize);
+        for pass in one_forward_one_backward(stage, stages, micro_batches as usize) {
+            match pass {
+                Pass::Forward(_) => {
+                    under_way.push_back(self.trunk(&mut walk, batch, Some(batch.recompute)));
+                    if self.is_last() {
+                        self.head(&mut walk, batch.tokens(), Some(&mut gradients));
+                    }
+                }
+                Pass::Backward(_) => {
+                    let kept = under_way.pop_front().unwrap_or_default();
+                    self.backward(&mut walk, batch, kept, &mut gradients);
+                }
+            }
         }
         walk.peak
+    }
+
+    pub(super) fn is_first(&self) -> bool {
+        self.stage.rank == 0
+    }
+
+    pub(super) fn is_last(&self) -> bool {
+        self.stage.rank + 1 == self.stage.size
     }
 
     /// The stream between attention and MLP.
@@ -223,22 +258,24 @@ impl Memory {
 
     /// `Llama::run`. Returns what each block keeps, from the lowest that is trained on.
     fn trunk(&self, walk: &mut Walk, batch: &BatchShape, recompute: Option<Recompute>) -> Vec<BlockMemory> {
-        let (n, layers) = (batch.tokens(), self.blocks.len());
+        let (n, Range { start, end }) = (batch.tokens(), self.here.clone());
         let stream = self.stream(n);
         walk.take(activations, self.context(batch));
-        self.gather(walk, 0);
-        walk.pass(work, self.sum(n));
+        let keep_embedding = self.shape.tie_word_embeddings && self.blocks.len() <= 1;
+        if self.is_first() {
+            self.gather(walk, 0);
+            walk.pass(work, self.sum(n));
+        }
         walk.take(activations, stream);
-        self.gather(walk, 1);
-        let keep_embedding = self.shape.tie_word_embeddings && layers <= 1;
-        if !keep_embedding {
+        self.gather(walk, start);
+        if self.is_first() && !keep_embedding {
             self.release(walk, 0);
         }
         let mut kept = Vec::new();
-        for i in 1..=layers {
-            match i < layers {
+        for i in start..end {
+            match i + 1 < end {
                 true => self.gather(walk, i + 1),
-                false if keep_embedding => {}
+                false if keep_embedding || !self.is_last() => {}
                 false => self.gather(walk, self.head_group()),
             }
             let mut rest = self.block_rest(walk, batch, i);
@@ -255,9 +292,15 @@ impl Memory {
                 }
                 None => walk.give(activations, stream),
             }
-            if recompute.is_none() || i < layers || i < self.lowest {
+            if recompute.is_none() || i + 1 < end || i < self.lowest {
                 self.release(walk, i);
             }
+        }
+        if !self.is_last() {
+            // To the next stage.
+            let context = if recompute.is_none() { self.context(batch) } else { 0 };
+            walk.give(activations, stream + context);
+            return kept;
         }
         // The hidden states; the last block's output stays for the final norm's backward.
         let rstd = self.sizes.own_rows(n) * self.sizes.a;
@@ -300,7 +343,7 @@ impl Memory {
         walk.give(logits, chunk_bytes + 2 * n * self.sizes.a);
         walk.give(activations, hidden);
         self.release(walk, group);
-        if trains && !self.shape.tie_word_embeddings {
+        if trains && !(group == 0 && self.is_first()) {
             self.reduce(walk, group, gradients);
         }
     }
@@ -313,19 +356,20 @@ impl Memory {
         mut kept: Vec<BlockMemory>,
         gradients: &mut Gradients,
     ) {
-        let (n, layers) = (batch.tokens(), self.blocks.len());
+        let (n, Range { start, end }) = (batch.tokens(), self.here.clone());
         let stream = self.stream(n);
-        // This rank's rows of the hidden states' gradient.
-        walk.give(activations, self.sizes.values(n, self.shape.hidden_size) - stream);
-        for i in (self.lowest.max(1)..=layers).rev() {
-            if i > self.lowest.max(1) {
+        // This rank's rows of the hidden states' gradient, or what the next stage gives.
+        let there = if self.is_last() { self.sizes.values(n, self.shape.hidden_size) } else { 0 };
+        walk.give(activations, there - stream);
+        for i in (self.lowest.max(start)..end).rev() {
+            if i > self.lowest.max(start) {
                 self.gather(walk, i - 1);
             }
             let trains = self.groups[i].num_trained > 0;
             if trains {
                 self.gradient(walk, i, gradients);
             }
-            if i == layers {
+            if i == self.blocks.len() {
                 // The final norm's input and statistics.
                 walk.pass(work, stream);
                 walk.give(activations, stream + self.sizes.own_rows(n) * self.sizes.a);
@@ -338,7 +382,7 @@ impl Memory {
                 self.reduce(walk, i, gradients);
             }
         }
-        if self.lowest == 0 {
+        if self.lowest == 0 && self.is_first() {
             self.gradient(walk, 0, gradients);
             self.reduce(walk, 0, gradients);
         }

@@ -1,6 +1,8 @@
 //! The bytes that a rank sends to others in a training step, by axis of the mesh, as rings send them: of n ranks each sends
 //! (n - 1) / n of what is gathered or scattered, and twice that of what is reduced on all.
 
+use std::ops::Range;
+
 use serde::Serialize;
 
 use super::memory::Memory;
@@ -21,6 +23,15 @@ pub struct Traffic {
     pub tensor: f64,
     /// Keys, values and their gradients between ranks that share every sequence.
     pub context: f64,
+    /// Activations to the next stage and gradients to the one before.
+    pub pipeline: f64,
+}
+
+impl Traffic {
+    /// Over all axes.
+    pub fn total(&self) -> f64 {
+        self.shard + self.replicate + self.tensor + self.context + self.pipeline
+    }
 }
 
 fn ring(ranks: i64, bytes: i64) -> f64 {
@@ -34,18 +45,35 @@ impl Memory {
         let micro_batches = batch.micro_batches as f64;
         let (shard, replicate) = self.of_parameters(batch.micro_batches);
         let tensor = micro_batches * self.of_rows(&own) + self.of_summed();
-        Traffic { shard, replicate, tensor, context: micro_batches * self.of_sequences(&own) }
+        let context = micro_batches * self.of_sequences(&own);
+        Traffic { shard, replicate, tensor, context, pipeline: self.of_stages(&own) }
+    }
+
+    /// To the neighbours in the pipeline, and of a tied embedding's gradient between the ends.
+    fn of_stages(&self, batch: &BatchShape) -> f64 {
+        let stream = self.stream(batch.tokens());
+        // The load of experts, and what their routers get in the backward.
+        let experts = self.shape.experts.as_ref().map_or(0, |e| e.num_local_experts);
+        let (sums, of_each) = match experts {
+            0 => (0, 0),
+            n => ((2 * n + 1) * self.sizes.a, n * self.sizes.a),
+        };
+        let forward = if self.is_last() { 0 } else { stream + sums };
+        let backward = if self.is_first() || self.lowest >= self.here.start { 0 } else { stream + of_each };
+        let shared = |i: &usize| self.plans[*i].stage.here && self.plans[*i].stage.also.is_some();
+        let slices: i64 = (0..self.groups.len()).filter(shared).map(|i| self.groups[i].gradient).sum();
+        (batch.micro_batches * (forward + backward)) as f64 + 2.0 * ring(2, slices)
     }
 
     /// Over the shard and the replica group.
     fn of_parameters(&self, micro_batches: i64) -> (f64, f64) {
-        let (last, head) = (self.blocks.len(), self.head_group());
+        let (here, head) = (self.here.clone(), self.head_group());
         let (mut shard, mut replicate) = (0.0, 0.0);
         for (i, group) in self.groups.iter().enumerate() {
             // Forward and backward; the last block stays for its backward, and a tied embedding comes back for the head.
             let uses = match i {
-                0 if head == 0 && last > 1 => 2,
-                i if (1..last).contains(&i) && i >= self.lowest => 2,
+                0 if head == 0 && self.blocks.len() > 1 && self.stage.size == 1 => 2,
+                i if (here.start..here.end - 1).contains(&i) && i >= self.lowest => 2,
                 _ => 1,
             };
             let gathers = if self.keep.values() { 1 } else { uses * micro_batches };
@@ -67,14 +95,14 @@ impl Memory {
             true => (ring(ranks, all), ring(ranks, n * c * a)),
             false => (0.0, 2.0 * ring(ranks, n * c * a)),
         };
-        let layers = self.blocks.len();
-        let trained = (layers + 1 - self.lowest.max(1)) as f64;
+        let (layers, trained) = self.layers_here();
         let again = match (batch.recompute, self.shape.features.norms) {
             (Recompute::Full, Norms::Before) => 2.0 * gather + sum,
             (Recompute::Full, _) => 2.0 * gather + 2.0 * sum,
             _ => 0.0,
         };
-        let routed: i64 = self.blocks[self.lowest.max(1) - 1..]
+        let Range { start, end } = self.here.clone();
+        let routed: i64 = self.blocks[self.lowest.clamp(start, end) - 1..end - 1]
             .iter()
             .map(|block| match &block.mlp {
                 Mlp::Mixture(mixture) => n * mixture.per_token * a,
@@ -82,20 +110,25 @@ impl Memory {
             })
             .sum();
         // Below the lowest block that is trained nothing needs a gradient.
-        let unneeded = if self.lowest > 0 { sum } else { 0.0 };
-        let blocks = layers as f64 * (2.0 * gather + 2.0 * sum)
-            + trained * (4.0 * gather + 2.0 * sum + again)
-            - unneeded;
-        let embedding = sum + if self.lowest == 0 { gather } else { 0.0 };
+        let unneeded = if self.here.contains(&self.lowest) { sum } else { 0.0 };
+        let blocks =
+            layers * (2.0 * gather + 2.0 * sum) + trained * (4.0 * gather + 2.0 * sum + again) - unneeded;
+        let embedding = match self.is_first() {
+            true => sum + if self.lowest == 0 { gather } else { 0.0 },
+            false => 0.0,
+        };
         // The largest logit, and two sums for each token; the gradient of all hidden states.
-        let head = gather + 2.0 * ring(ranks, n * c * a + 3 * n * a);
+        let head = match self.is_last() {
+            true => gather + 2.0 * ring(ranks, n * c * a + 3 * n * a),
+            false => 0.0,
+        };
         blocks + embedding + head + 2.0 * ring(ranks, routed)
     }
 
     /// Over tensor-parallel ranks, once a step: gradients that each has a part of.
     fn of_summed(&self) -> f64 {
         let (ranks, a) = (self.sizes.tensor, self.sizes.a);
-        let trained = self.plans.iter().map(|plan| plan.trained());
+        let trained = self.plans.iter().filter(|plan| plan.stage.here).map(|plan| plan.trained());
         let numel: i64 = trained
             .flat_map(|layout| layout.specs)
             .map(|spec| match spec.share {
@@ -108,14 +141,19 @@ impl Memory {
         2.0 * ring(ranks, numel * a / self.ranks)
     }
 
+    /// Blocks of this stage, and those of them from the lowest that is trained on.
+    fn layers_here(&self) -> (f64, f64) {
+        let Range { start, end } = self.here;
+        ((end - start) as f64, (end - self.lowest.clamp(start, end)) as f64)
+    }
+
     /// Over ranks that share sequences, in a micro-batch.
     fn of_sequences(&self, batch: &BatchShape) -> f64 {
         let s = &self.local;
         let kv = 2 * s.num_key_value_heads * s.head_dim * batch.tokens() * self.context;
         let gather = ring(self.context, self.sizes.values(kv, 1));
-        let layers = self.blocks.len();
-        let trained = (layers + 1 - self.lowest.max(1)) as f64;
+        let (layers, trained) = self.layers_here();
         let again = if batch.recompute == Recompute::Full { gather } else { 0.0 };
-        layers as f64 * gather + trained * (gather + ring(self.context, kv * self.sizes.a) + again)
+        layers * gather + trained * (gather + ring(self.context, kv * self.sizes.a) + again)
     }
 }

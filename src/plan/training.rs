@@ -42,6 +42,15 @@ impl RowShape {
     }
 }
 
+/// What the model has on one stage of a pipeline.
+pub struct StageMemory {
+    memory: Memory,
+    /// AdamW's moments, on the device or, with `offload`, in host memory.
+    pub moments: i64,
+    /// Host memory of a checkpoint while it is written; 0 where the only one is written after the last step.
+    pub checkpoint: i64,
+}
+
 /// A frozen model beside the one that is trained.
 struct ReferenceMemory {
     memory: Memory,
@@ -55,15 +64,12 @@ pub struct TrainingMemory {
     pub subcommand: &'static str,
     /// The trained model's.
     pub shape: Shape,
-    memory: Memory,
-    /// AdamW's moments, on the device or, with `offload`, in host memory.
-    pub moments: i64,
+    /// Of each stage.
+    stages: Vec<StageMemory>,
     /// Moments are in host memory.
     pub offload: bool,
     /// How they are kept.
     kept: MomentsIn,
-    /// Host memory of a checkpoint while it is written; 0 where the only one is written after the last step.
-    pub checkpoint: i64,
     recompute: Recompute,
     /// The rows of a sample.
     pub each: RowShape,
@@ -100,10 +106,15 @@ impl TrainingMemory {
         let (ranks, device) = (target.ranks, target.device);
         let data_ranks = c.parallel.data_ranks(ranks);
         let compute = compute_kind(c.precision.compute);
-        let memory = Memory::new(&shape, plans, compute, ShardingPlan::of(c.parallel, ranks)?, device)?
-            .in_float8(float8(c.precision.compute, c.float8))?;
-        let moments = memory.moments(c.optim.moments);
         let only_at_the_end = c.train.steps.is_some_and(|steps| steps <= c.checkpoint.every);
+        let stage = |sharding| {
+            let memory = Memory::new(&shape, plans, compute, sharding, device)?
+                .in_float8(float8(c.precision.compute, c.float8))?;
+            let moments = memory.moments(c.optim.moments);
+            let checkpoint = if only_at_the_end { 0 } else { memory.masters() + moments };
+            Ok(StageMemory { memory, moments, checkpoint })
+        };
+        let stages = ShardingPlan::of(c.parallel, ranks)?.stages().map(stage).collect::<Result<_>>()?;
         let tokens = (c.train.batch_size * each.sequences * each.length) as f64;
         let work = StepWork {
             tokens,
@@ -117,17 +128,15 @@ impl TrainingMemory {
         };
         Ok(TrainingMemory {
             subcommand,
-            moments,
+            stages,
             offload: c.optim.offload,
             kept: c.optim.moments,
-            checkpoint: if only_at_the_end { 0 } else { memory.masters() + moments },
             recompute: c.train.recompute,
             each,
             micro_batch: c.train.micro_batch_size(data_ranks),
             rows: c.train.batch_size / data_ranks,
             reference: None,
             scored: 0,
-            memory,
             work,
             shape,
             ranks,
@@ -159,21 +168,48 @@ impl TrainingMemory {
         BatchShape { rows: count, length, micro_batches, recompute: self.recompute, packed }
     }
 
-    /// What a rank sends in a step with micro-batches of `rows`.
+    /// Micro-batches of a step of `rows` each.
+    pub fn micro_batches(&self, rows: i64) -> i64 {
+        self.batch(rows).micro_batches
+    }
+
+    /// What the rank that sends most sends in a step with micro-batches of `rows`.
     pub fn traffic(&self, rows: i64) -> Traffic {
-        self.memory.traffic(&self.batch(rows))
+        let of = |stage: &StageMemory| stage.memory.traffic(&self.batch(rows));
+        self.stages.iter().map(of).max_by(|a, b| a.total().total_cmp(&b.total())).unwrap_or_default()
     }
 
-    /// Moments that are on the device.
-    fn moments_there(&self) -> i64 {
-        if self.offload { streamed_bytes(self.moments, self.kept) } else { self.moments }
+    /// Moments of a stage that are on the device.
+    fn moments_there(&self, stage: &StageMemory) -> i64 {
+        if self.offload { streamed_bytes(stage.moments, self.kept) } else { stage.moments }
     }
 
-    /// The peak of a step with micro-batches of `rows`, by what it is for.
+    /// The stage that takes most in a step with micro-batches of `rows`: its number, and what it has.
+    pub fn largest_stage(&self, rows: i64) -> (usize, &StageMemory) {
+        let total = |stage: &StageMemory| self.step_of(stage, rows).total();
+        let stages = self.stages.iter().enumerate();
+        stages.rev().max_by_key(|(_, stage)| total(stage)).unwrap_or((0, &self.stages[0]))
+    }
+
+    /// Stages of the pipeline.
+    pub fn num_stages(&self) -> usize {
+        self.stages.len()
+    }
+
+    /// The peak of a step with micro-batches of `rows` on the stage that takes most, by what it is for.
     pub fn step(&self, rows: i64) -> Parts {
+        self.step_of(self.largest_stage(rows).1, rows)
+    }
+
+    /// The peak of a step on each stage, in order.
+    pub fn steps(&self, rows: i64) -> Vec<i64> {
+        self.stages.iter().map(|stage| self.step_of(stage, rows).total()).collect()
+    }
+
+    fn step_of(&self, stage: &StageMemory, rows: i64) -> Parts {
         let batch = self.batch(rows);
-        let mut parts = self.memory.step(&batch);
-        parts.moments = self.moments_there();
+        let mut parts = stage.memory.step(&batch);
+        parts.moments = self.moments_there(stage);
         if self.shape.head == Head::Score {
             // Which of all values are a sequence's score, of every micro-batch.
             let accumulator = accumulator(self.compute).elt_size_in_bytes() as i64;
@@ -193,21 +229,28 @@ impl TrainingMemory {
 
     /// What the forwards besides the steps take, with all that is there then: a reference is asked, or scores are normalised.
     pub fn asking(&self, rows: i64) -> i64 {
-        let reference = self.reference.as_ref().map(|r| {
-            let learner = self.memory.resident().total() + self.memory.kept() + self.moments_there();
-            learner + r.memory.forward(&self.batch(rows)).total()
-        });
-        let scores = (self.scored > 0).then(|| {
-            let batch = BatchShape { rows: 1, length: self.scored, packed: true, ..self.batch(rows) };
-            self.memory.forward(&batch).total() + self.moments_there()
-        });
-        reference.max(scores).unwrap_or(0)
+        let of = |stage: &StageMemory| {
+            let (memory, moments) = (&stage.memory, self.moments_there(stage));
+            let reference = self.reference.as_ref().map(|r| {
+                let learner = memory.resident().total() + memory.kept() + moments;
+                learner + r.memory.forward(&self.batch(rows)).total()
+            });
+            let scores = (self.scored > 0).then(|| {
+                let batch = BatchShape { rows: 1, length: self.scored, packed: true, ..self.batch(rows) };
+                memory.forward(&batch).total() + moments
+            });
+            reference.max(scores).unwrap_or(0)
+        };
+        self.stages.iter().map(of).max().unwrap_or(0)
     }
 
     /// What the device must have for micro-batches of `rows`; `process` is what the process takes without a model.
     pub fn peak(&self, rows: i64, process: i64) -> i64 {
-        let on_host = if self.device == Device::Cpu { self.checkpoint } else { 0 };
-        (self.step(rows).total() + self.stays()).max(self.asking(rows)) + process + on_host
+        let of = |stage: &StageMemory| {
+            let on_host = if self.device == Device::Cpu { stage.checkpoint } else { 0 };
+            (self.step_of(stage, rows).total() + self.stays()).max(self.asking(rows)) + process + on_host
+        };
+        self.stages.iter().map(of).max().unwrap_or(0)
     }
 
     /// The most rows of a micro-batch whose peak is within `bytes`; 0: not even one.

@@ -181,18 +181,20 @@ char* corral_all_to_all(const BackendPtr* backend, const at::Tensor* output, con
   });
 }
 
-// What is sent to a rank is received there in the order of the calls.
+// In a group of two. What is sent is received in the order of the calls.
 char* corral_send(const BackendPtr* backend, const at::Tensor* t, int to, WorkPtr** out) {
   return guarded([&] {
     Tensors tensors{*t};
-    *out = new WorkPtr((*backend)->send(tensors, to, 0));
+    auto* gloo = dynamic_cast<corral::GlooInPlace*>(backend->get());
+    *out = new WorkPtr(gloo ? gloo->transfer_to(to, *t) : (*backend)->send(tensors, to, 0));
   });
 }
 
 char* corral_receive(const BackendPtr* backend, const at::Tensor* t, int from, WorkPtr** out) {
   return guarded([&] {
     Tensors tensors{*t};
-    *out = new WorkPtr((*backend)->recv(tensors, from, 0));
+    auto* gloo = dynamic_cast<corral::GlooInPlace*>(backend->get());
+    *out = new WorkPtr(gloo ? gloo->transfer_from(from, *t) : (*backend)->recv(tensors, from, 0));
   });
 }
 

@@ -53,8 +53,18 @@ class GlooInPlace final : public c10d::ProcessGroupGloo {
                  [this, output, input, op](int tag) { reduce_scatter(output, input, op, tag); });
   }
 
+  // Of two ranks, one of which sends what the other receives. c10d's own works close the connection when a wait for them ends before
+  // they do, and our waits are short looks.
+  WorkPtr transfer_to(int rank, const at::Tensor& t) {
+    return start(c10d::OpType::SEND, [this, rank, t](int tag) { send_to(rank, t, tag)->wait(); });
+  }
+
+  WorkPtr transfer_from(int rank, const at::Tensor& t) {
+    return start(c10d::OpType::RECV, [this, rank, t](int tag) { receive_from(rank, t, tag)->wait(); });
+  }
+
  private:
-  // A collective on the group's thread.
+  // A collective, or a transfer, on the group's thread.
   struct Exchange final : c10d::Work {
     Exchange(int rank, c10d::OpType op, std::function<void()> body) : Work(rank, op), body(std::move(body)) {}
 

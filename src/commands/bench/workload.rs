@@ -43,12 +43,16 @@ pub struct Workload {
     /// Ranks that share every sequence
     #[arg(long, value_name = "RANKS", default_value_t = 1, value_parser = clap::value_parser!(i64).range(1..))]
     pub context: i64,
+    /// Stages that share the blocks
+    #[arg(long, value_name = "STAGES", default_value_t = 1, value_parser = clap::value_parser!(i64).range(1..))]
+    pub pipeline: i64,
 }
 
 impl Workload {
     /// How the ranks divide it.
     pub fn parallel(&self) -> Parallel {
-        Parallel { mode: self.mode, tensor: self.tensor, context: self.context, ..Parallel::default() }
+        let Workload { mode, tensor, context, pipeline, .. } = *self;
+        Parallel { mode, tensor, context, pipeline, ..Parallel::default() }
     }
 }
 

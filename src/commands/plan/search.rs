@@ -129,7 +129,11 @@ fn best_of<R: Recipe>(
             };
             let over = MeshPlan::of(loaded.config.common().parallel, ranks, Some(links.of_node))?;
             let step_s = links
-                .sending(&training.traffic(training.micro_batch), &over)
+                .sending(
+                    &training.traffic(training.micro_batch),
+                    &over,
+                    training.micro_batches(training.micro_batch),
+                )
                 .step_s(predicted.step_s * again);
             if best.as_ref().is_none_or(|best| step_s < best.step_s) {
                 let words = mesh.iter().chain(&more).cloned().collect::<Vec<_>>().join(" ");

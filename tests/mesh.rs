@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use corral::algorithms::step::{MicroBatch, accumulate_balanced};
+use corral::config::parallel::StageOrder;
 use corral::config::sections::Recompute;
 use corral::config::shape::{Family, Shape};
 use corral::config::trainable::{BaseFormat, Freeze, Lora, Targets};
@@ -44,6 +45,8 @@ fn small(family: Family) -> Shape {
     }
 }
 
+const FORWARD_BACKWARD: StageOrder = StageOrder::OneForwardOneBackward;
+
 /// What the ranks of a group share.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Shared {
@@ -52,7 +55,7 @@ enum Shared {
     /// Every sequence.
     Sequences,
     /// The blocks.
-    Blocks,
+    Blocks(StageOrder),
 }
 
 /// A model on one rank.
@@ -66,10 +69,11 @@ fn sharing(shared: Shared, world: Group, new_group: &dyn Fn(&str, &[i64]) -> Gro
     match shared {
         Shared::Matrices { rows } => Sharding { tensor: axis, sequence: rows, ..Sharding::solo() },
         Shared::Sequences => Sharding { context: axis, ..Sharding::replicated(world) },
-        Shared::Blocks => {
+        Shared::Blocks(order) => {
             let new_group = |name: &str, ranks: &[i64]| Ok(new_group(name, ranks));
             let stage = world.rank() as usize;
-            let pipeline = Pipeline::connect(world.ranks(), stage, None, Device::Cpu, &new_group).unwrap();
+            let mut pipeline = Pipeline::connect(world.ranks(), stage, Device::Cpu, &new_group).unwrap();
+            pipeline.order = order;
             Sharding { pipeline, ..Sharding::solo() }
         }
     }
@@ -247,16 +251,21 @@ fn models_on_ranks() {
                 (Kind::Double, Shared::Sequences) => (ranks == 2) == even,
                 (_, Shared::Matrices { rows }) => ranks == 2 && rows != even,
                 (_, Shared::Sequences) => ranks == 2 && even,
-                (kind, Shared::Blocks) => (kind == Kind::Double) == (ranks == 2),
+                (Kind::Double, Shared::Blocks(order)) => {
+                    (ranks == 2) == (even == (order == FORWARD_BACKWARD))
+                }
+                (_, Shared::Blocks(order)) => ranks == 4 && even == (order == FORWARD_BACKWARD),
             };
             let ways = [
                 Shared::Matrices { rows: true },
                 Shared::Matrices { rows: false },
                 Shared::Sequences,
-                Shared::Blocks,
+                Shared::Blocks(FORWARD_BACKWARD),
+                Shared::Blocks(StageOrder::ZeroBubble),
             ];
             for (ranks, shared) in [2, 4].into_iter().flat_map(|ranks| ways.map(|shared| (ranks, shared))) {
-                if !everything() && !chosen(ranks, shared) {
+                let unbuilt = shape.experts.is_some() && shared == Shared::Blocks(StageOrder::ZeroBubble);
+                if unbuilt || !everything() && !chosen(ranks, shared) {
                     continue;
                 }
                 on_ranks_with_groups(ranks, |group, new_group| {
@@ -304,7 +313,8 @@ fn runs_on_meshes() {
         (4, &["parallel.context=2", "parallel.mode=replicate", "train.recompute=full"]),
         (4, &["parallel.context=4", "parallel.mode=optimizer", "train.micro_batch_size=2"]),
         (2, &["parallel.pipeline=2", "parallel.stages=[1, 1]", "train.micro_batch_size=2"]),
-        (4, &["parallel.pipeline=2", "parallel.mode=optimizer", "train.micro_batch_size=1"]),
+        (4, &["parallel={pipeline: 2, mode: optimizer, schedule: zero_bubble}", "train.micro_batch_size=1"]),
+        (4, &["parallel={pipeline: 2, schedule: zero_bubble}", "train.micro_batch_size=1"]),
         (4, &["parallel.pipeline=2", "parallel.tensor=2", "train.recompute=full"]),
         (
             4,

@@ -7,13 +7,14 @@ use kernels::ops;
 use tch::{Kind, Tensor};
 
 use crate::algorithms::losses::read_scalars;
+use crate::config::parallel::StageOrder;
 use crate::config::sections::TrainSection;
 use crate::distributed::pipeline::Exchange;
-use crate::distributed::schedule::{Pass, one_forward_one_backward};
+use crate::distributed::schedule::Pass;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
 use crate::model::head::LogProbs;
-use crate::model::llama::Tape;
+use crate::model::llama::{Tape, WeightsLeft};
 use crate::model::{Llama, LmHead, ModelInput, Recompute, ScoreHead};
 use crate::optim::AdamW;
 
@@ -108,11 +109,11 @@ pub fn accumulate(
     let (mut losses, mut aux_losses) = (Vec::new(), Vec::new()); // scalars on the device
     let pipeline = model.params.sharding().pipeline.clone();
     let mut exchange = Exchange::new(&pipeline, entries.len(), model.params.device());
-    let (stage, stages) = (pipeline.axis.rank as usize, pipeline.axis.size as usize);
     // Of micro-batches between their forward and backward, in order; on the last stage with the gradient of the hidden states.
     let mut under_way: VecDeque<(Tape, Option<Tensor>)> = VecDeque::new();
+    let mut weights_left: VecDeque<WeightsLeft> = VecDeque::new();
     model.params.begin_step_gradients(entries.len());
-    for pass in one_forward_one_backward(stage, stages, entries.len()) {
+    for pass in pipeline.passes(entries.len()) {
         match pass {
             Pass::Forward(k) => {
                 let before = exchange.receive_activations(|k| model.passed(&entries[k].batch.input, true))?;
@@ -155,10 +156,17 @@ pub fn accumulate(
                         received.ok_or_else(|| Error::failed(format!("micro-batch {k} has no gradient")))?
                     }
                 };
-                let dbefore = model.backward_stage(dafter, tape)?; // collective: gathers and reductions overlap it
+                let mut left = (pipeline.order == StageOrder::ZeroBubble).then(WeightsLeft::new);
+                let dbefore = model.backward_stage(dafter, tape, left.as_mut())?; // collective: gathers and reductions overlap it
+                weights_left.extend(left);
                 if let Some(dbefore) = dbefore {
                     exchange.send_gradients(&dbefore)?;
                 }
+            }
+            Pass::Weights(_) => {
+                // None where the stage has no backward.
+                let left = weights_left.pop_front().unwrap_or_default();
+                model.finish_weights(left)?; // collective: reductions
             }
         }
     }

@@ -251,6 +251,7 @@ impl BenchTraining {
             context: mesh.context.size,
             stage: mesh.pipeline.axis.place(),
             blocks: mesh.pipeline.blocks.clone(),
+            order: mesh.pipeline.order,
         };
         let batch = BatchShape { rows: micro, length, micro_batches: rows / micro, recompute, packed: false };
         let planned_bytes = Memory::new(&shape, &plans, kind, over, world.device)?.traffic(&batch);
@@ -363,7 +364,7 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
             "bench": "train", "preset": workload.preset, "params": shape.num_parameters(),
             "precision": workload.precision, "world_size": world.world_size,
             "mode": workload.mode, "tensor": workload.tensor, "context": workload.context,
-            "pipeline": workload.pipeline,
+            "pipeline": workload.pipeline, "schedule": workload.schedule,
             "recompute": workload.recompute,
             "batch_size": rows * world.mesh.data.size, "micro_batch_size": micro, "sequence_length": length,
             "steps": args.steps,

@@ -28,6 +28,8 @@ section! {
         pipeline: i64 = 1, COUNT => Rounding;
         /// Blocks of each stage, such as `[9, 8, 8, 7]`; null: divided evenly.
         stages: Option<Vec<i64>> = None, COUNT => Rounding;
+        /// In which order stages compute the micro-batches of a step.
+        schedule: StageOrder = StageOrder::OneForwardOneBackward => Rounding;
         /// Time limit in seconds of the rendezvous and of every collective.
         timeout_s: f64 = 600.0, SECONDS => Execution;
     }
@@ -60,6 +62,9 @@ impl Parallel {
                 self.pipeline
             );
             found.add("parallel.stages", why);
+        }
+        if self.schedule != StageOrder::OneForwardOneBackward && self.pipeline == 1 {
+            found.add("parallel.schedule", "is a key of pipelines; leave it out, or set parallel.pipeline");
         }
         if world_size % self.pipeline != 0 {
             let why = format!("{} must divide the number of ranks, {world_size}", self.pipeline);
@@ -116,6 +121,17 @@ choice! {
         Hybrid = "hybrid",
         /// Nothing: every rank holds all (DDP).
         Replicate = "replicate",
+    }
+}
+
+choice! {
+    /// The order of forwards and backwards on the stages of a pipeline.
+    pub enum StageOrder {
+        /// A forward and a backward by turns (1F1B).
+        OneForwardOneBackward = "1f1b",
+        /// The same, but the gradients of matrices wait until a stage would else wait itself (ZB-H1). Takes more memory: what these products
+        /// are made of.
+        ZeroBubble = "zero_bubble",
     }
 }
 

@@ -4,7 +4,7 @@
 
 use kernels::c10d::Group;
 
-use crate::config::parallel::{Mode, Parallel, ShardSize};
+use crate::config::parallel::{Mode, Parallel, ShardSize, StageOrder};
 pub use crate::distributed::axis::{Axis, Place};
 use crate::distributed::pipeline::Pipeline;
 use crate::error::{Error, Result};
@@ -213,6 +213,8 @@ pub struct ShardingPlan {
     pub stage: Place,
     /// Blocks of each stage; none: divided evenly.
     pub blocks: Option<Vec<i64>>,
+    /// In which order stages compute micro-batches.
+    pub order: StageOrder,
 }
 
 impl ShardingPlan {
@@ -226,7 +228,8 @@ impl ShardingPlan {
         let replicas = mesh.data * mesh.context / mesh.shard;
         let (keep, tensor, sequence) = (Keep::of(parallel.mode), parallel.tensor, parallel.sequence);
         let (stage, blocks) = (Place { rank: 0, size: mesh.pipeline }, parallel.stages.clone());
-        Ok(ShardingPlan { ranks, keep, tensor, sequence, context, replicas, stage, blocks })
+        let order = parallel.schedule;
+        Ok(ShardingPlan { ranks, keep, tensor, sequence, context, replicas, stage, blocks, order })
     }
 
     /// The same of each stage, in order.
@@ -238,8 +241,8 @@ impl ShardingPlan {
     /// One rank, which has everything.
     pub fn solo() -> ShardingPlan {
         let stage = Place { rank: 0, size: 1 };
-        let (keep, sequence, blocks) = (Keep::Nothing, false, None);
-        ShardingPlan { ranks: 1, keep, tensor: 1, sequence, context: 1, replicas: 1, stage, blocks }
+        let (keep, sequence, blocks, order) = (Keep::Nothing, false, None, StageOrder::default());
+        ShardingPlan { ranks: 1, keep, tensor: 1, sequence, context: 1, replicas: 1, stage, blocks, order }
     }
 }
 

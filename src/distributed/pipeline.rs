@@ -5,7 +5,9 @@ use std::collections::VecDeque;
 use kernels::c10d::{Group, Work};
 use tch::{Device, Kind, Tensor};
 
+use crate::config::parallel::StageOrder;
 use crate::distributed::axis::Axis;
+use crate::distributed::schedule::{Pass, passes};
 use crate::error::{Error, Result};
 
 /// A rank's place among the stages, and its neighbours there.
@@ -15,6 +17,8 @@ pub struct Pipeline {
     pub axis: Axis,
     /// Blocks of each stage; none: divided evenly.
     pub blocks: Option<Vec<i64>>,
+    /// In which order this stage computes micro-batches.
+    pub order: StageOrder,
     before: Option<Neighbour>,
     after: Option<Neighbour>,
     /// The first and the last stage, on these two.
@@ -35,20 +39,15 @@ type NewGroup<'a> = &'a dyn Fn(&str, &[i64]) -> Result<Group>;
 impl Pipeline {
     /// One stage, which has all blocks.
     pub fn solo() -> Pipeline {
-        Pipeline { axis: Axis::solo(), blocks: None, before: None, after: None, ends: None }
+        let (axis, order) = (Axis::solo(), StageOrder::default());
+        Pipeline { axis, blocks: None, order, before: None, after: None, ends: None }
     }
 
     /// Joins the stages of `ranks`, world ranks of which `stage` is this one; tensors that are sent lie on `device`. Collective.
-    pub fn connect(
-        ranks: &[i64],
-        stage: usize,
-        blocks: Option<Vec<i64>>,
-        device: Device,
-        new_group: NewGroup,
-    ) -> Result<Pipeline> {
+    pub fn connect(ranks: &[i64], stage: usize, device: Device, new_group: NewGroup) -> Result<Pipeline> {
         let last = ranks.len() - 1;
         if last == 0 {
-            return Ok(Pipeline { blocks, ..Pipeline::solo() });
+            return Ok(Pipeline::solo());
         }
         let axis = Axis::of(new_group(&format!("pipeline/{}", ranks[0]), ranks)?);
         let ends = match stage {
@@ -68,7 +67,12 @@ impl Pipeline {
         };
         let before = (stage > 0).then(|| join(stage - 1)).transpose()?;
         let after = (stage < last).then(|| join(stage)).transpose()?;
-        Ok(Pipeline { axis, blocks, before, after, ends })
+        Ok(Pipeline { axis, before, after, ends, ..Pipeline::solo() })
+    }
+
+    /// What this stage does in a step of so many micro-batches, in order.
+    pub fn passes(&self, micro_batches: usize) -> Vec<Pass> {
+        passes(self.order, self.axis.rank as usize, self.axis.size as usize, micro_batches)
     }
 
     /// Whether this stage has the embedding.
@@ -253,7 +257,7 @@ mod tests {
                 let new_group = |name: &str, ranks: &[i64]| Ok(new_group(name, ranks));
                 let stage = world.rank();
                 let pipeline =
-                    Pipeline::connect(world.ranks(), stage as usize, None, Device::Cpu, &new_group).unwrap();
+                    Pipeline::connect(world.ranks(), stage as usize, Device::Cpu, &new_group).unwrap();
                 assert_eq!((pipeline.is_first(), pipeline.is_last()), (stage == 0, stage + 1 == stages));
                 assert_eq!(pipeline.ends().is_some(), pipeline.is_first() || pipeline.is_last());
                 let micro_batches = 7;

@@ -243,6 +243,14 @@ pub struct Piece {
 }
 
 impl Piece {
+    /// Its first element in a flat buffer of what is trained; none where it is frozen.
+    pub(super) fn first_trained(&self) -> Option<i64> {
+        match self.home {
+            Home::Trained(offset) => Some(offset),
+            Home::Frozen(_) => None,
+        }
+    }
+
     /// This piece of a flat buffer of a group's trainable parameters, or of their gradients; none where it is frozen.
     pub(super) fn of_trained(&self, flat: &Tensor) -> Option<Tensor> {
         match self.home {

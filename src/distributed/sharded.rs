@@ -70,6 +70,8 @@ struct FlatGroup {
     own_bytes: Option<OwnBytes>,
     /// The gradient over all values, between backward and reduction: of one micro-batch, or of all so far where gradients are kept.
     full_grad: Option<Tensor>,
+    /// Micro-batches of the step of which the gradient is complete.
+    reduced: usize,
     /// Host memory of what is parked, once it was.
     parked: Option<parking::HostCopies>,
 }
@@ -83,7 +85,8 @@ pub struct Sharded {
     /// Where values come from that are not kept (see [`Sharded::on_demand`]).
     load: Option<Load>,
     reductions: Vec<Reduction>,
-    /// Micro-batches of the step under way that have not ended.
+    /// Micro-batches of the step under way, and those of them that have not ended.
+    micro_batches: usize,
     micro_batches_left: usize,
     sharding: Sharding,
     compute: Kind,
@@ -113,6 +116,7 @@ impl Sharded {
             groups,
             load: None,
             reductions: Vec::new(),
+            micro_batches: 0,
             micro_batches_left: 0,
             sharding,
             compute,
@@ -137,6 +141,7 @@ impl Sharded {
             groups,
             load: Some(Box::new(load)),
             reductions: Vec::new(),
+            micro_batches: 0,
             micro_batches_left: 0,
             sharding: Sharding::solo(),
             compute,
@@ -460,6 +465,7 @@ impl FlatGroup {
             float8: Float8Runs::default(),
             own_bytes: None,
             full_grad: None,
+            reduced: 0,
             parked: None,
         }
     }

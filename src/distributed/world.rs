@@ -316,7 +316,8 @@ impl World {
         let stage = stages.iter().position(|rank| *rank == self.rank).unwrap_or_default();
         let device = if self.backend == Backend::Nccl { self.device } else { Device::Cpu };
         let new_group = |name: &str, ranks: &[i64]| self.new_group(name, ranks);
-        let pipeline = Pipeline::connect(&stages, stage, parallel.stages.clone(), device, &new_group)?;
+        let mut pipeline = Pipeline::connect(&stages, stage, device, &new_group)?;
+        (pipeline.blocks, pipeline.order) = (parallel.stages.clone(), parallel.schedule);
         Ok(Mesh { data, shard, replicate, tensor, context, pipeline })
     }
 

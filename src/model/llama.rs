@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use kernels::ops::{self, Float8, Heads, OwnPositions, Spans};
+use kernels::ops::{self, DelayedProducts, Float8, Heads, OwnPositions, Spans};
 use tch::{Kind, Tensor};
 
 use crate::config::sections::Recompute;
@@ -57,6 +57,9 @@ impl Tape {
         Some((&routed.logits, &routed.experts))
     }
 }
+
+/// The blocks of which a backward has left the gradients of matrices, with their products.
+pub type WeightsLeft = Vec<(usize, DelayedProducts)>;
 
 /// What all blocks of a forward share.
 pub(super) struct BlockContext {
@@ -429,13 +432,18 @@ impl Llama {
     /// dx_L = norm'(dh),  dx_i-1 = block_i'(dx_i),  dE[id_n] += dx_0[n] for every token n
     /// ```
     pub fn backward(&mut self, dhidden: Tensor, tape: Tape) -> Result<()> {
-        self.backward_stage(vec![dhidden], tape).map(drop)
+        self.backward_stage(vec![dhidden], tape, None).map(drop)
     }
 
     /// The backward of the final norm and of the blocks of this stage, given the gradient of their output: on the last stage T [N, C],
     /// of the hidden states, else T [n, C]. Returns the gradient of their input, T [n, C]; none where nothing that it depends on is
-    /// trained.
-    pub(super) fn backward_blocks(&mut self, dafter: Tensor, tape: &mut Tape) -> Result<Option<Tensor>> {
+    /// trained. `later`: takes what is left to do for the gradients of matrices; none: that is done here.
+    pub(super) fn backward_blocks(
+        &mut self,
+        dafter: Tensor,
+        tape: &mut Tape,
+        mut later: Option<&mut WeightsLeft>,
+    ) -> Result<Option<Tensor>> {
         let lowest = self.params.first_trained();
         let Range { start, end } = self.blocks;
         let mut dx = match self.params.sharding().pipeline.is_last() {
@@ -449,7 +457,8 @@ impl Llama {
             if i > lowest.max(start) {
                 self.prefetch(i - 1)?; // collective, overlaps block i
             }
-            let flat = self.params.grad(i);
+            let products = later.as_ref().map(|_| DelayedProducts::default());
+            let flat = self.params.grad_as(i, products.as_ref());
             let g = BlockParts::gradients(&self.params, i, flat.as_ref(), &self.shape)?;
             if let (Some(norm), Some(dnorm)) = (&w.final_norm, &g.final_norm) {
                 let (x, rstd) = tape.last.take().ok_or_else(|| Error::failed("a tape is used once"))?;
@@ -461,8 +470,10 @@ impl Llama {
             let d = w.backward(&g, dx, saved, &tape.context, i - 1, balance.as_ref(), needed)?; // [n, C]
             drop(w);
             self.params.release(i);
-            if flat.is_some() {
-                self.params.reduce(i)?; // collective, overlaps block i - 1
+            match (flat, &mut later, products) {
+                (None, ..) => {}
+                (Some(_), Some(later), Some(products)) => later.push((i, products)),
+                (Some(_), ..) => self.params.reduce(i)?, // collective, overlaps block i - 1
             }
             let Some(d) = d else { return Ok(None) };
             dx = d;

@@ -11,7 +11,7 @@ use crate::distributed::plan::{GroupPlan, OnStage};
 use crate::error::{Error, Result};
 use crate::model::Recompute;
 use crate::model::input::ModelInput;
-use crate::model::llama::{Llama, Tape, only};
+use crate::model::llama::{Llama, Tape, WeightsLeft, only};
 use crate::model::mixture::Balance;
 
 /// A model's groups as they are for a rank of this stage. `given`: blocks of each stage; none: divided evenly. A tied embedding is
@@ -73,12 +73,18 @@ impl Llama {
     }
 
     /// [`Llama::backward`] of this rank's stage: of the gradients of what [`Llama::forward_stage`] gave those of what it took; none
-    /// where the stages before need none.
-    pub fn backward_stage(&mut self, dafter: Vec<Tensor>, mut tape: Tape) -> Result<Option<Vec<Tensor>>> {
+    /// where the stages before need none. `later`: takes what [`Llama::finish_weights`] is then to do for the gradients of the blocks'
+    /// matrices; none: that is done here.
+    pub fn backward_stage(
+        &mut self,
+        dafter: Vec<Tensor>,
+        mut tape: Tape,
+        later: Option<&mut WeightsLeft>,
+    ) -> Result<Option<Vec<Tensor>>> {
         if let (Some(balance), Some(of_each)) = (&mut tape.balance, dafter.get(1)) {
             balance.set_of_each(of_each.shallow_clone());
         }
-        let dx = self.backward_blocks(only(dafter)?, &mut tape)?;
+        let dx = self.backward_blocks(only(dafter)?, &mut tape, later)?;
         let dbefore = match dx {
             Some(dx) if self.params.sharding().pipeline.is_first() => {
                 self.embed_backward(tape.context.rows.gather(dx)?, &tape.ids)?;
@@ -92,6 +98,17 @@ impl Llama {
         };
         self.params.end_micro_batch()?;
         Ok(dbefore)
+    }
+
+    /// Does what backwards have left for the gradients of matrices.
+    pub fn finish_weights(&mut self, left: WeightsLeft) -> Result<()> {
+        for (i, products) in left {
+            if let Some(flat) = self.params.grad_as(i, Some(&products)) {
+                products.add_to(flat.flat())?;
+                self.params.reduce(i)?; // collective, overlaps the products of the next block
+            }
+        }
+        Ok(())
     }
 
     /// What one stage gives the next of an input: the stream, T [n, C], and for a training of a mixture of experts the sums of their

@@ -116,6 +116,11 @@ impl Layer {
         self.adapters.is_empty() && self.runs.len() == 1 && !self.runs[0].quantized
     }
 
+    /// Whether a weight or an adapter has a gradient.
+    pub fn trains(&self) -> bool {
+        self.trained_rows > 0 || self.adapters.iter().any(|a| a.trained)
+    }
+
     /// What its adapters keep of a forward over `n` rows for their backward.
     pub fn inner(&self, m: &Sizes, n: i64) -> i64 {
         self.adapters.iter().map(|a| m.values(n, a.rank)).sum()

@@ -4,7 +4,7 @@
 //! [`Memory`] knows shapes only from [`GroupPlan`]s and [`BlockParts`]s, which the model itself is made of; the walk stands for
 //! `llama.rs`, `mlp.rs`, `mixture.rs` and `head.rs`, and a test compares its peak with what libtorch's allocator gave to them.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
 
 use kernels::moments::Moment;
@@ -15,15 +15,17 @@ use super::block::BlockMemory;
 use super::layer::{Layer, Sizes};
 pub use super::parts::{BatchShape, Parts};
 use super::walk::{Walk, activations, logits, work};
+use crate::config::parallel::StageOrder;
 use crate::config::sections::{MomentsIn, Recompute};
 use crate::config::shape::Shape;
 use crate::distributed::mesh::{Keep, Place, ShardingPlan};
 use crate::distributed::plan::{GroupBytes, GroupPlan};
-use crate::distributed::schedule::{Pass, one_forward_one_backward};
+use crate::distributed::schedule::{Pass, passes};
 use crate::error::Result;
 use crate::model::cuts::cut;
 use crate::model::head;
 use crate::model::layout::{BlockParts, float8_runs};
+use crate::model::mlp::Mlp;
 use crate::model::stages::on_stages;
 
 /// A model on one rank.
@@ -42,6 +44,7 @@ pub struct Memory {
     /// The stage of a pipeline, and the groups of its blocks.
     pub(super) stage: Place,
     pub(super) here: Range<usize>,
+    order: StageOrder,
     pub(super) groups: Vec<GroupBytes>,
     /// All values in the compute dtype, gathered.
     whole: i64,
@@ -85,6 +88,7 @@ impl Memory {
             },
             lowest: lowest.unwrap_or(groups.len()),
             stage: sharding.stage,
+            order: sharding.order,
             here: first..first + of_blocks.count(),
             keep: sharding.keep,
             ranks: sharding.ranks,
@@ -188,7 +192,7 @@ impl Memory {
         let mut gradients = Gradients::of_step(micro_batches);
         let mut under_way = VecDeque::new();
         let (stage, stages) = (self.stage.rank as usize, self.stage.size as usize);
-        for pass in one_forward_one_backward(stage, stages, micro_batches as usize) {
+        for pass in passes(self.order, stage, stages, micro_batches as usize) {
             match pass {
                 Pass::Forward(_) => {
                     under_way.push_back(self.trunk(&mut walk, batch, Some(batch.recompute)));
@@ -200,6 +204,7 @@ impl Memory {
                     let kept = under_way.pop_front().unwrap_or_default();
                     self.backward(&mut walk, batch, kept, &mut gradients);
                 }
+                Pass::Weights(_) => self.weights(&mut walk, batch, &mut gradients),
             }
         }
         walk.peak
@@ -378,8 +383,10 @@ impl Memory {
                 self.block_backward(walk, batch, i, kept);
             }
             self.release(walk, i);
-            if trains {
-                self.reduce(walk, i, gradients);
+            match trains {
+                true if self.delays() => walk.take(activations, self.factors(i, n)),
+                true => self.reduce(walk, i, gradients),
+                false => {}
             }
         }
         if self.lowest == 0 && self.is_first() {
@@ -387,9 +394,37 @@ impl Memory {
             self.reduce(walk, 0, gradients);
         }
         self.finish_reduction(walk, gradients);
-        gradients.micro_batches_left -= 1;
         // The gradient of the embedding's rows.
         walk.give(activations, stream + self.context(batch));
+    }
+
+    /// Whether the gradients of matrices wait.
+    fn delays(&self) -> bool {
+        self.order == StageOrder::ZeroBubble
+    }
+
+    /// What the gradients of a block's matrices are products of: inputs, and gradients of outputs.
+    fn factors(&self, group: usize, n: i64) -> i64 {
+        let block = &self.blocks[group - 1];
+        let of = |layer: &Layer| {
+            if layer.trains() { self.sizes.values(n, layer.inputs + layer.outputs) } else { 0 }
+        };
+        let mlp = match &block.mlp {
+            Mlp::Dense(net) => of(&net.gate_up) + of(&net.down),
+            Mlp::Mixture(_) => 0,
+        };
+        of(&block.attention.qkv) + of(&block.attention.o) + mlp
+    }
+
+    /// `Llama::finish_weights`
+    fn weights(&self, walk: &mut Walk, batch: &BatchShape, gradients: &mut Gradients) {
+        let Range { start, end } = self.here.clone();
+        for i in (self.lowest.max(start)..end).rev().filter(|i| self.groups[*i].num_trained > 0) {
+            self.gradient(walk, i, gradients);
+            walk.give(activations, self.factors(i, batch.tokens()));
+            self.reduce(walk, i, gradients);
+        }
+        self.finish_reduction(walk, gradients);
     }
 
     /// `Sharded::grad`
@@ -406,7 +441,9 @@ impl Memory {
 
     /// `Sharded::reduce`
     fn reduce(&self, walk: &mut Walk, group: usize, gradients: &mut Gradients) {
-        if self.keep.gradients() && gradients.micro_batches_left > 1 {
+        let reduced = gradients.reduced.entry(group).or_default();
+        *reduced += 1;
+        if self.keep.gradients() && *reduced < gradients.micro_batches {
             return;
         }
         self.finish_reduction(walk, gradients);
@@ -429,7 +466,9 @@ impl Memory {
 
 /// The gradients of a step, as [`Sharded`](crate::distributed::sharded::Sharded) has them.
 struct Gradients {
-    micro_batches_left: i64,
+    micro_batches: i64,
+    /// Of a group, those of which its gradient is complete.
+    reduced: HashMap<usize, i64>,
     /// Groups with a gradient over all values.
     whole: HashSet<usize>,
     /// Groups with a slice of the step's gradient.
@@ -441,7 +480,8 @@ struct Gradients {
 impl Gradients {
     fn of_step(micro_batches: i64) -> Gradients {
         Gradients {
-            micro_batches_left: micro_batches,
+            micro_batches,
+            reduced: HashMap::new(),
             whole: HashSet::new(),
             slices: HashSet::new(),
             reducing: None,

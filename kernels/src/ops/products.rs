@@ -1,7 +1,8 @@
 //! Products with a weight: the library's, ours for a few rows on a CPU, and the gradient of the weight.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ptr::null_mut;
+use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
@@ -47,17 +48,58 @@ pub fn linear(x: &Tensor, w: &Tensor, add: Option<&Tensor>) -> Result<Tensor> {
 pub struct WeightGrad {
     sum: Tensor,
     begun: Cell<bool>,
+    /// Where products wait to be taken; none: they are taken at once.
+    later: Option<(DelayedProducts, i64)>,
+}
+
+/// Products of weights' gradients that are taken later, in their order. They keep their factors until then, which must not change.
+#[derive(Clone, Default)]
+pub struct DelayedProducts(Rc<RefCell<Vec<DelayedProduct>>>);
+
+/// dy^T x, for the sum that begins at element `first` of a flat buffer.
+struct DelayedProduct {
+    first: i64,
+    /// T `[N, O]`
+    dy: Tensor,
+    /// T `[N, I]`
+    x: Tensor,
+    float8: Option<Float8>,
+}
+
+impl DelayedProducts {
+    /// Takes all of them, and adds each to its place in `flat`, A `[n]`, where all sums have begun.
+    pub fn add_to(&self, flat: &Tensor) -> Result<()> {
+        self.0.take().into_iter().try_for_each(|DelayedProduct { first, dy, x, float8 }| {
+            let (outputs, inputs) = (dy.size()[1], x.size()[1]);
+            let sum =
+                WeightGrad::begun(flat.f_narrow(0, first, outputs * inputs)?.f_view([outputs, inputs])?);
+            match float8 {
+                Some(float8) => sum.add_float8_product(&dy, &x, float8),
+                None => sum.add_product(&dy, &x),
+            }
+        })
+    }
+
+    fn push(&self, first: i64, dy: &Tensor, x: &Tensor, float8: Option<Float8>) {
+        let (dy, x) = (dy.shallow_clone(), x.shallow_clone());
+        self.0.borrow_mut().push(DelayedProduct { first, dy, x, float8 });
+    }
 }
 
 impl WeightGrad {
     /// A sum of nothing yet, in memory whose contents are undefined.
     pub fn undefined(memory: Tensor) -> WeightGrad {
-        WeightGrad { sum: memory, begun: Cell::new(false) }
+        WeightGrad { sum: memory, begun: Cell::new(false), later: None }
     }
 
     /// A sum that later products are added to.
     pub fn begun(sum: Tensor) -> WeightGrad {
-        WeightGrad { sum, begun: Cell::new(true) }
+        WeightGrad { sum, begun: Cell::new(true), later: None }
+    }
+
+    /// A sum that has begun, and whose products wait in `products` for its place at element `first` of a flat buffer.
+    pub fn delayed(sum: Tensor, products: &DelayedProducts, first: i64) -> WeightGrad {
+        WeightGrad { later: Some((products.clone(), first)), ..WeightGrad::begun(sum) }
     }
 
     pub(super) fn memory(&self) -> &Tensor {
@@ -85,6 +127,10 @@ impl WeightGrad {
         if x.size()[0] == 0 {
             return self.sum().map(drop);
         }
+        if let Some((products, first)) = &self.later {
+            products.push(*first, dy, x, None);
+            return Ok(());
+        }
         let add = self.begun.replace(true);
         let mut sum = self.sum.shallow_clone(); // [O, I]
         match (x.device(), sum.kind() == x.kind()) {
@@ -98,6 +144,10 @@ impl WeightGrad {
 
     /// [`WeightGrad::add_product`] in 8-bit floats.
     pub fn add_float8_product(&self, dy: &Tensor, x: &Tensor, float8: Float8) -> Result<()> {
+        if let Some((products, first)) = &self.later {
+            products.push(*first, dy, x, Some(float8));
+            return Ok(());
+        }
         float8.grad_weight(&self.sum, dy, x, self.begun.replace(true))
     }
 }

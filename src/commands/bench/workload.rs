@@ -1,6 +1,6 @@
 //! What `corral bench train` and `corral bench checkpoint` train.
 
-use crate::config::parallel::{Mode, Parallel};
+use crate::config::parallel::{Mode, Parallel, StageOrder};
 use crate::config::sections::{Compute, MomentsIn, Recompute};
 use crate::config::trainable::BaseFormat;
 
@@ -46,13 +46,16 @@ pub struct Workload {
     /// Stages that share the blocks
     #[arg(long, value_name = "STAGES", default_value_t = 1, value_parser = clap::value_parser!(i64).range(1..))]
     pub pipeline: i64,
+    /// With --pipeline: the order of forwards and backwards
+    #[arg(long, value_enum, default_value = "1f1b")]
+    pub schedule: StageOrder,
 }
 
 impl Workload {
     /// How the ranks divide it.
     pub fn parallel(&self) -> Parallel {
-        let Workload { mode, tensor, context, pipeline, .. } = *self;
-        Parallel { mode, tensor, context, pipeline, ..Parallel::default() }
+        let Workload { mode, tensor, context, pipeline, schedule, .. } = *self;
+        Parallel { mode, tensor, context, pipeline, schedule, ..Parallel::default() }
     }
 }
 

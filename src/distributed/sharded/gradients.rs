@@ -7,7 +7,7 @@
 //! ```
 
 use kernels::c10d::{ReduceOp, Work};
-use kernels::ops::WeightGrad;
+use kernels::ops::{DelayedProducts, WeightGrad};
 use tch::Tensor;
 
 use super::Sharded;
@@ -31,6 +31,8 @@ pub struct FlatGrad {
     flat: Tensor,
     /// Whether a micro-batch was added before; if not, matrices are undefined, and vectors and padding are zero.
     begun: bool,
+    /// Where products of matrices wait; none: they are taken at once.
+    later: Option<DelayedProducts>,
 }
 
 impl FlatGrad {
@@ -41,8 +43,12 @@ impl FlatGrad {
 
     /// The gradient of a matrix, A `[O, I]`; none where it is frozen.
     pub fn matrix(&self, piece: &Piece) -> Option<WeightGrad> {
-        let sum = piece.of_trained(&self.flat)?;
-        Some(if self.begun { WeightGrad::begun(sum) } else { WeightGrad::undefined(sum) })
+        let (sum, first) = (piece.of_trained(&self.flat)?, piece.first_trained()?);
+        Some(match &self.later {
+            Some(products) => WeightGrad::delayed(sum, products, first),
+            None if self.begun => WeightGrad::begun(sum),
+            None => WeightGrad::undefined(sum),
+        })
     }
 
     /// The gradient of a vector, A `[O]`, which is zero at first; none where it is frozen.
@@ -56,12 +62,19 @@ impl Sharded {
     /// Begins the gradients of a step of so many micro-batches. Each ends with [`Sharded::end_micro_batch`], all of them with
     /// [`Sharded::finish_step_gradients`].
     pub fn begin_step_gradients(&mut self, micro_batches: usize) {
-        self.micro_batches_left = micro_batches;
+        (self.micro_batches, self.micro_batches_left) = (micro_batches, micro_batches);
+        self.groups.iter_mut().for_each(|g| g.reduced = 0);
     }
 
     /// The gradient of group `i`, to which the backward of a micro-batch adds; none where nothing of the group is trained, and on
     /// other stages.
     pub fn grad(&mut self, i: usize) -> Option<FlatGrad> {
+        self.grad_as(i, None)
+    }
+
+    /// [`Sharded::grad`], of which products of matrices wait in `later`, if it is given, until they are added to
+    /// [`FlatGrad::flat`]. All micro-batches of a step must ask alike.
+    pub fn grad_as(&mut self, i: usize, later: Option<&DelayedProducts>) -> Option<FlatGrad> {
         if !self.trains(i) || !self.is_here(i) {
             return None;
         }
@@ -69,15 +82,17 @@ impl Sharded {
         let g = &mut self.groups[i];
         let target = if size == 1 { &mut g.grad } else { &mut g.full_grad };
         if let Some(t) = target {
-            return Some(FlatGrad { flat: t.shallow_clone(), begun: true });
+            return Some(FlatGrad { flat: t.shallow_clone(), begun: true, later: later.cloned() });
         }
         let numel = g.shard_len * size;
         let flat = Tensor::empty([numel], (g.master.kind(), self.device));
-        if numel > g.layout.num_decayed {
-            let _ = flat.narrow(0, g.layout.num_decayed, numel - g.layout.num_decayed).zero_();
+        // What waits is added, whichever comes first.
+        let defined = if later.is_some() { 0 } else { g.layout.num_decayed };
+        if numel > defined {
+            let _ = flat.narrow(0, defined, numel - defined).zero_();
         }
         *target = Some(flat.shallow_clone());
-        Some(FlatGrad { flat, begun: false })
+        Some(FlatGrad { flat, begun: later.is_some(), later: later.cloned() })
     }
 
     /// The gradient of the one matrix of a group that has only one (the embedding, the head); none where it is frozen.
@@ -86,12 +101,13 @@ impl Sharded {
         self.grad(i)?.matrix(piece)
     }
 
-    /// Says that the gradient of group `i` is complete for this micro-batch. Slices are reduced at once, so that no
+    /// Says that the gradient of group `i` is complete for a micro-batch, once for each. Slices are reduced at once, so that no
     /// rank keeps a whole gradient, unless gradients are kept; those, and replicas, wait for the step's last micro-batch.
     pub fn reduce(&mut self, i: usize) -> Result<()> {
-        let last = match self.micro_batches_left {
-            0 => return Err(Error::failed("gradients are reduced outside of a step")),
-            left => left == 1,
+        self.groups[i].reduced += 1;
+        let last = match self.micro_batches.checked_sub(self.groups[i].reduced) {
+            None => return Err(Error::failed("gradients are reduced outside of a step")),
+            Some(left) => left == 0,
         };
         if self.sharding.keep.gradients() && !last {
             return Ok(());
@@ -157,6 +173,7 @@ impl Sharded {
         while !self.reductions.is_empty() {
             self.finish_oldest_reduction()?;
         }
+        self.micro_batches = 0;
         self.sum_over_tensor_ranks()?;
         self.sum_over_stages()
     }

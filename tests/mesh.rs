@@ -36,7 +36,7 @@ fn small(family: Family) -> Shape {
         vocab_size: 61,
         hidden_size: 24,
         intermediate_size: 40,
-        num_hidden_layers: 4,
+        num_hidden_layers: 2,
         num_attention_heads: 4,
         num_key_value_heads: 2,
         head_dim: 8,
@@ -251,10 +251,7 @@ fn models_on_ranks() {
                 (Kind::Double, Shared::Sequences) => (ranks == 2) == even,
                 (_, Shared::Matrices { rows }) => ranks == 2 && rows != even,
                 (_, Shared::Sequences) => ranks == 2 && even,
-                (Kind::Double, Shared::Blocks(order)) => {
-                    (ranks == 2) == (even == (order == FORWARD_BACKWARD))
-                }
-                (_, Shared::Blocks(order)) => ranks == 4 && even == (order == FORWARD_BACKWARD),
+                (_, Shared::Blocks(order)) => (kind == Kind::Double) == (even == (order == FORWARD_BACKWARD)),
             };
             let ways = [
                 Shared::Matrices { rows: true },
@@ -264,14 +261,52 @@ fn models_on_ranks() {
                 Shared::Blocks(StageOrder::ZeroBubble),
             ];
             for (ranks, shared) in [2, 4].into_iter().flat_map(|ranks| ways.map(|shared| (ranks, shared))) {
-                let unbuilt = shape.experts.is_some() && shared == Shared::Blocks(StageOrder::ZeroBubble);
-                if unbuilt || !everything() && !chosen(ranks, shared) {
+                let fits = match shared {
+                    Shared::Blocks(order) => {
+                        ranks == 2 && (order == FORWARD_BACKWARD || shape.experts.is_none())
+                    }
+                    _ => true,
+                };
+                if !fits || !everything() && !chosen(ranks, shared) {
                     continue;
                 }
                 on_ranks_with_groups(ranks, |group, new_group| {
                     let sharding = sharing(shared, group, new_group);
                     let parts = computed(&mut model(shape, trainable, sharding, kind), recompute);
                     equal(&format!("{name} over {ranks}, {shared:?}"), kind, &parts, &whole);
+                });
+            }
+        }
+    }
+}
+
+/// Four stages, of which one has two blocks, and one none that is trained.
+#[test]
+fn models_in_four_stages() {
+    let five = |shape: Shape| Shape { num_hidden_layers: 5, ..shape };
+    let llama = five(small(Family::Llama));
+    let upper = Freeze { blocks: 3, embeddings: true, ..Freeze::default() };
+    let cases = [
+        ("tied", Shape { tie_word_embeddings: true, ..llama.clone() }, Trainable::default()),
+        (
+            "mixtral",
+            Shape { experts: Shape::preset("mixtral-8x7b").unwrap().experts, ..llama.clone() },
+            Trainable::default(),
+        ),
+        ("upper blocks", llama.clone(), Trainable::new(&upper, None)),
+        ("LoRA", llama, lora(Targets::AllLinear, &["lm_head"], BaseFormat::None, 0.2)),
+    ];
+    for (name, shape, trainable) in &cases {
+        for kind in [Kind::Double, Kind::Float] {
+            let whole = computed(&mut whole_model(shape, trainable, kind), Recompute::None);
+            for order in [FORWARD_BACKWARD, StageOrder::ZeroBubble] {
+                if order == StageOrder::ZeroBubble && shape.experts.is_some() {
+                    continue;
+                }
+                on_ranks_with_groups(4, |group, new_group| {
+                    let sharding = sharing(Shared::Blocks(order), group, new_group);
+                    let parts = computed(&mut model(shape, trainable, sharding, kind), Recompute::Selective);
+                    equal(&format!("{name} in four stages, {order:?}"), kind, &parts, &whole);
                 });
             }
         }
@@ -522,6 +557,7 @@ fn meshes_that_do_not_fit() {
         2,
         "'parallel.pipeline': 2 must divide the number of ranks, 1",
     );
+    run.expect_refused(&["parallel.schedule=zero_bubble"], 2, "parallel.schedule");
     run.expect_refused(&["parallel.context=3", "data.sequence_length=32"], 2, "32 is not a multiple of 6");
     run.expect_refused(
         &["parallel.context=2"],

@@ -19,6 +19,7 @@ pub mod host;
 pub mod ops;
 pub mod quant;
 mod tensors;
+pub mod trace;
 
 pub use comm::{c10d, watch};
 pub use error::{Error, Result};

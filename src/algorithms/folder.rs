@@ -9,6 +9,7 @@ use sha2::Digest;
 
 use super::learner::Learners;
 use super::lock::RunLock;
+use super::profile::Profile;
 use super::rollback::{self, CONFIG, MODELS};
 use super::run::{Resume, Start};
 use super::step::SkipGuard;
@@ -330,10 +331,12 @@ impl<'a> RunFolder<'a> {
         let folder = dir.clone();
         saver.once_saved(replaces, Box::new(move || rollback::forget(&folder)));
         let (skipped, elapsed_before, now) = (progress.skipped_steps, progress.elapsed_s, Instant::now());
+        let profile = Profile::new(cadence.profile_steps, &dir, &world.group);
         Ok(Run {
             progress,
             world,
             dir,
+            profile,
             cadence,
             saver,
             log,

@@ -13,7 +13,7 @@ pub mod losses;
 pub(crate) mod online_dpo;
 pub(crate) mod ppo;
 pub(crate) mod pretrain;
-
+mod profile;
 pub(crate) mod recipe;
 pub(crate) mod records;
 pub(crate) mod reference;

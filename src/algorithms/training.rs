@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::algorithms::base::RunLength;
 use crate::algorithms::lock::RunLock;
+use crate::algorithms::profile::Profile;
 use crate::algorithms::step::{SkipGuard, Update};
 use crate::checkpoint::{Best, Checkpoint, Metric, SavedPart, Saver, sharded};
 use crate::config::changes::Change;
@@ -115,6 +116,8 @@ pub struct Cadence {
     pub steps: u64,
     pub log_every: i64,
     pub checkpoint_every: i64,
+    /// Steps of which a timeline is recorded.
+    pub profile_steps: i64,
     /// The checkpoint of the best validation stays.
     pub keep_best: bool,
     /// Decides how losses are printed: in the precision that they were computed in.
@@ -133,6 +136,7 @@ pub struct Run<'a, D> {
     pub(super) cadence: Cadence,
     pub(super) saver: Saver,
     pub(super) log: RunLog,
+    pub(super) profile: Profile,
     pub(super) signals: Signals,
     /// Of the run's folder, on rank 0.
     pub(super) lock: Option<RunLock>,
@@ -182,6 +186,7 @@ impl Cadence {
             length,
             log_every: c.log.every,
             checkpoint_every: c.checkpoint.every,
+            profile_steps: c.profile.steps,
             keep_best: c.valid.keeps_best(),
             compute: c.precision.compute,
         }
@@ -270,6 +275,8 @@ impl<D: Serialize> Run<'_, D> {
             self.progress.logged = self.progress.step;
             self.restart_window();
         }
+        let last = self.done();
+        self.profile.stepped(last)?;
         Ok(Stepped { record, tokens_per_s })
     }
 

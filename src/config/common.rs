@@ -6,8 +6,8 @@ use super::conflict::Conflicts;
 use super::model::Model;
 use super::parallel::Parallel;
 use super::sections::{
-    CheckpointSection, Compute, DataSource, Float8Section, Log, MomentsIn, Optim, Precision, ScheduleSection,
-    TokenizerSection, TrainSection, Valid,
+    CheckpointSection, Compute, DataSource, Float8Section, Log, MomentsIn, Optim, Precision, ProfileSection,
+    ScheduleSection, TokenizerSection, TrainSection, Valid,
 };
 
 /// The keys that every configuration has.
@@ -23,6 +23,7 @@ pub struct Common<'a> {
     pub train: &'a TrainSection,
     pub checkpoint: &'a CheckpointSection,
     pub log: &'a Log,
+    pub profile: &'a ProfileSection,
     pub valid: &'a Valid,
 }
 
@@ -74,6 +75,8 @@ macro_rules! configuration {
                 checkpoint: $crate::config::sections::CheckpointSection = Default::default();
                 /// When metrics are written.
                 log: $crate::config::sections::Log = Default::default();
+                /// A timeline of some steps.
+                profile: $crate::config::sections::ProfileSection = Default::default();
             }
         }
 
@@ -90,6 +93,7 @@ macro_rules! configuration {
                     train: &self.train,
                     checkpoint: &self.checkpoint,
                     log: &self.log,
+                    profile: &self.profile,
                     valid: &self.valid,
                 }
             }

@@ -309,6 +309,14 @@ section! {
 }
 
 section! {
+    /// A timeline of what every rank computes, sends and waits for.
+    pub struct ProfileSection {
+        /// Steps that are recorded, after the first of the process, into `profile/trace.json` in the run's folder; 0: none.
+        steps: i64 = 0, WHOLE => Output;
+    }
+}
+
+section! {
     /// Validation on `data.valid`.
     pub struct Valid {
         /// Steps between validations; 0: none.

@@ -106,6 +106,11 @@ impl Algorithm for Sft {
         if self.data.valid.is_empty() && self.samples.every > 0 {
             found.add("samples.every", "the prompts are the validation data's: give data.valid");
         }
+        if self.parallel.pipeline > 1 && self.samples.every > 0 {
+            let why =
+                "stages (parallel.pipeline) do not generate; set it to 0, and sample from the trained model";
+            found.add("samples.every", why);
+        }
         conflicts_of_inputs(&self.model, self.tokenizer.as_ref(), &self.data.train, found);
         self.parallel.conflicts_of_length(self.data.sequence_length, found);
         if self.parallel.context > 1 && !self.data.packing {

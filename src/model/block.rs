@@ -8,6 +8,7 @@
 //!
 //! Attention and MLP take all N rows; the stream and its norms are of this rank's n, see [`super::shared_rows`].
 
+use kernels::trace;
 use tch::Tensor;
 
 use crate::config::sections::Recompute;
@@ -152,6 +153,7 @@ impl BlockParts<Linear> {
 
     /// Block `i`'s output [n, C], and what its backward needs.
     pub(super) fn forward(&self, x: &Tensor, c: &BlockContext, i: usize) -> Result<(Tensor, BlockRest)> {
+        let _span = trace::computing(|| format!("block {i}: forward"));
         let mut rest = self.begin(x, c, i, None)?;
         let y = self.finish(&mut rest, c)?;
         Ok((y, rest))
@@ -195,6 +197,7 @@ impl BlockParts<Linear> {
         balance: Option<&Tensor>,
         needed: bool,
     ) -> Result<Option<Tensor>> {
+        let _span = trace::computing(|| format!("block {i}: backward"));
         let x = saved.x;
         let rest = match saved.rest {
             Some(rest) => rest,

@@ -1,7 +1,7 @@
 //! The LM head: per-token log-probabilities of labels, in chunks of tokens, so that the logits `[N, V]` of a batch
 //! never exist at once, forward or backward.
 
-use kernels::ops;
+use kernels::{ops, trace};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
@@ -54,6 +54,7 @@ impl LmHead {
         temperature: f64,
         entropies: bool,
     ) -> Result<LogProbs> {
+        let _span = trace::computing(|| "head: forward".into());
         let (weight, softcap) = (Self::weight(model)?, model.shape.features.logit_softcap);
         let (n, vocabulary) = (hidden.size()[0], model.vocabulary());
         let chunk = Self::chunk(model, n);
@@ -117,6 +118,7 @@ impl LmHead {
         entropies: Option<&Tensor>,
         temperature: f64,
     ) -> Result<(Tensor, Tensor)> {
+        let _span = trace::computing(|| "head: forward and backward".into());
         let group = model.head_group();
         let (weight, softcap) = (Self::weight(model)?, model.shape.features.logit_softcap);
         let dweight = model.params.single_grad(group);

@@ -2,6 +2,7 @@
 //! what it takes and gives.
 
 use kernels::ops::accumulator;
+use kernels::trace;
 use tch::Tensor;
 
 use crate::config::shape::Shape;
@@ -104,7 +105,9 @@ impl Llama {
     pub fn finish_weights(&mut self, left: WeightsLeft) -> Result<()> {
         for (i, products) in left {
             if let Some(flat) = self.params.grad_as(i, Some(&products)) {
+                let span = trace::computing(|| format!("block {}: gradients of matrices", i - 1));
                 products.add_to(flat.flat())?;
+                drop(span);
                 self.params.reduce(i)?; // collective, overlaps the products of the next block
             }
         }

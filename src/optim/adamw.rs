@@ -10,6 +10,7 @@ use kernels::cuda::{CopyStream, Pinned};
 use kernels::moments::{self, Moment};
 use kernels::ops;
 use kernels::quant::CODE_BLOCK;
+use kernels::trace;
 use tch::{Device, Kind, Tensor};
 
 use crate::config::sections::{MomentsIn, Optim};
@@ -223,6 +224,7 @@ impl AdamW {
 
     /// One update of all parameters with the gradients of the step, which are then forgotten.
     pub fn update(&mut self, params: &mut Sharded, lr: f64, grad_scale: f64) -> Result<()> {
+        let _span = trace::computing(|| "AdamW".into());
         self.step += 1;
         let step = ops::AdamW {
             lr,

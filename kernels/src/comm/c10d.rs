@@ -136,9 +136,12 @@ impl Group {
         self.0.sent.load(Ordering::Relaxed)
     }
 
-    fn count(&self, whole: &Tensor, times: u64) {
+    /// Counts what is sent, and returns it.
+    fn count(&self, whole: &Tensor, times: u64) -> u64 {
         let (bytes, n) = (whole.numel() * whole.kind().elt_size_in_bytes(), self.size() as u64);
-        self.0.sent.fetch_add(times * bytes as u64 * (n - 1) / n, Ordering::Relaxed);
+        let sent = times * bytes as u64 * (n - 1) / n;
+        self.0.sent.fetch_add(sent, Ordering::Relaxed);
+        sent
     }
 
     /// `gloo`, `nccl`, or `none` for a group of one.
@@ -150,12 +153,12 @@ impl Group {
     pub fn all_reduce(&self, t: &Tensor, op: ReduceOp) -> Result<Work> {
         self.whole("all-reduce", &[t])?;
         averages("all-reduce", t, op)?;
-        self.count(t, 2);
+        let bytes = self.count(t, 2);
         let Some(link) = &self.0.link else { return Ok(Work::done()) };
         let staged = Staged::new(link.backend, t, Some(t))?;
         let raw_op = link.reduce_op(op);
         // SAFETY: `staged.out` lives during the call, and c10d keeps references of its own while the collective runs.
-        self.issue(link, "all-reduce", &[&staged.out], |b, w| unsafe {
+        self.issue(link, "all-reduce", &[&staged.out], bytes, |b, w| unsafe {
             corral_all_reduce(b, staged.out.as_ptr(), raw_op, w)
         })
         .map(|work| work.then(staged.after(link.divisor(op, self.size()))))
@@ -164,11 +167,11 @@ impl Group {
     /// Concatenates every rank's `input` into `out`, by rank. `out`: `size * input.numel()` elements, same dtype.
     pub fn all_gather(&self, out: &Tensor, input: &Tensor) -> Result<Work> {
         self.split("all-gather", out, input, out.numel(), input.numel())?;
-        self.count(out, 1);
+        let bytes = self.count(out, 1);
         let Some(link) = &self.0.link else { return copied(out, input) };
         let (staged, input) = Staged::flat(link.backend, out, input)?;
         // SAFETY: both tensors live during the call, and c10d keeps references of its own while the collective runs.
-        self.issue(link, "all-gather", &[&staged.out, &input], |b, w| unsafe {
+        self.issue(link, "all-gather", &[&staged.out, &input], bytes, |b, w| unsafe {
             corral_all_gather(b, staged.out.as_ptr(), input.as_ptr(), w)
         })
         .map(|work| work.then(staged.after(None)))
@@ -179,12 +182,12 @@ impl Group {
     pub fn reduce_scatter(&self, out: &Tensor, input: &Tensor, op: ReduceOp) -> Result<Work> {
         self.split("reduce-scatter", out, input, input.numel(), out.numel())?;
         averages("reduce-scatter", out, op)?;
-        self.count(input, 1);
+        let bytes = self.count(input, 1);
         let Some(link) = &self.0.link else { return copied(out, input) };
         let (staged, input) = Staged::flat(link.backend, out, input)?;
         let raw_op = link.reduce_op(op);
         // SAFETY: both tensors live during the call, and c10d keeps references of its own while the collective runs.
-        self.issue(link, "reduce-scatter", &[&staged.out, &input], |b, w| unsafe {
+        self.issue(link, "reduce-scatter", &[&staged.out, &input], bytes, |b, w| unsafe {
             corral_reduce_scatter(b, staged.out.as_ptr(), input.as_ptr(), raw_op, w)
         })
         .map(|work| work.then(staged.after(link.divisor(op, self.size()))))
@@ -203,7 +206,7 @@ impl Group {
         let Some(link) = &self.0.link else { return Ok(Work::done()) };
         let staged = Staged::new(link.backend, t, Some(t))?;
         // SAFETY: `staged.out` lives during the call, and c10d keeps references of its own while the collective runs.
-        self.issue(link, "broadcast", &[&staged.out], |b, w| unsafe {
+        self.issue(link, "broadcast", &[&staged.out], 0, |b, w| unsafe {
             corral_broadcast(b, staged.out.as_ptr(), root, w)
         })
         .map(|work| work.then(staged.after(None)))
@@ -227,7 +230,7 @@ impl Group {
         let staged = Staged::new(link.backend, out, None)?;
         let input = staged.input(input);
         // SAFETY: both tensors live during the call, and c10d keeps references of its own while the collective runs.
-        self.issue(link, "all-to-all", &[&staged.out, &input], |b, w| unsafe {
+        self.issue(link, "all-to-all", &[&staged.out, &input], 0, |b, w| unsafe {
             corral_all_to_all(b, staged.out.as_ptr(), input.as_ptr(), w)
         })
         .map(|work| work.then(staged.after(None)))
@@ -237,12 +240,12 @@ impl Group {
     /// then `t` must not change.
     pub fn send(&self, t: &Tensor) -> Result<Work> {
         let link = self.pair("send", t)?;
-        let bytes = t.numel() * t.kind().elt_size_in_bytes();
-        self.0.sent.fetch_add(bytes as u64, Ordering::Relaxed);
+        let bytes = (t.numel() * t.kind().elt_size_in_bytes()) as u64;
+        self.0.sent.fetch_add(bytes, Ordering::Relaxed);
         let staged = Staged::new(link.backend, t, Some(t))?;
         let to = 1 - self.0.rank as c_int;
         // SAFETY: `staged.out` lives during the call, and c10d keeps references of its own while it is sent.
-        self.issue(link, TRANSFER, &[&staged.out], |b, w| unsafe {
+        self.issue(link, TRANSFER, &[&staged.out], bytes, |b, w| unsafe {
             corral_send(b, staged.out.as_ptr(), to, w)
         })
     }
@@ -253,7 +256,7 @@ impl Group {
         let staged = Staged::new(link.backend, t, None)?;
         let from = 1 - self.0.rank as c_int;
         // SAFETY: `staged.out` lives during the call, and c10d keeps references of its own until it is there.
-        self.issue(link, TRANSFER, &[&staged.out], |b, w| unsafe {
+        self.issue(link, TRANSFER, &[&staged.out], 0, |b, w| unsafe {
             corral_receive(b, staged.out.as_ptr(), from, w)
         })
         .map(|work| work.then(staged.after(None)))
@@ -278,7 +281,7 @@ impl Group {
         let device = if link.backend == Backend::Nccl { self.0.device } else { Device::Cpu };
         let one = Tensor::ones([1], (Kind::Float, device));
         // SAFETY: `one` lives during the call, and c10d keeps a reference of its own while the collective runs.
-        self.issue(link, "barrier", &[&one], |b, w| unsafe { corral_all_reduce(b, one.as_ptr(), 0, w) })?
+        self.issue(link, "barrier", &[&one], 0, |b, w| unsafe { corral_all_reduce(b, one.as_ptr(), 0, w) })?
             .wait()?;
         // Reading the value makes the host wait for the GPU.
         let seen = one.f_double_value(&[0])?;
@@ -301,16 +304,18 @@ impl Group {
         Ok(Vec::<f64>::try_from(&t.f_to_device(Device::Cpu)?)?)
     }
 
-    /// Numbers the collective `op` and hands it to the backend; `tensors` are kept until it has been waited for.
+    /// Numbers the collective `op` and hands it to the backend; `tensors` are kept until it has been waited for. `bytes`: what this rank
+    /// sends in it, where that is counted.
     fn issue(
         &self,
         link: &Arc<Link>,
         op: &'static str,
         tensors: &[&Tensor],
+        bytes: u64,
         begin: impl FnOnce(*const BackendPtr, *mut *mut WorkPtr) -> *mut c_char,
     ) -> Result<Work> {
         let call = Call { group: self.0.name.clone(), ranks: self.0.ranks.clone(), seq: 0, op };
-        Work::issue(link, call, tensors, begin)
+        Ok(Work::issue(link, call, tensors, begin)?.sending(bytes))
     }
 
     fn whole(&self, op: &str, tensors: &[&Tensor]) -> Result<()> {

@@ -16,6 +16,7 @@ use super::store::millis;
 use super::watch::{Poll, Watch};
 use crate::abi::*;
 use crate::error::{Result, check};
+use crate::trace::{self, Lane};
 
 /// A collective under way; holds its tensors until it is waited for. Results are there after [`Work::wait`] only.
 #[must_use = "the result is there only after wait()"]
@@ -26,6 +27,8 @@ pub struct Work {
     started: Instant,
     tensors: Vec<Tensor>,
     after: After,
+    /// What this rank sends.
+    bytes: u64,
 }
 
 // SAFETY: c10d's work objects may be waited for from any thread; tensors are reference-counted atomically.
@@ -52,6 +55,7 @@ impl Work {
             started: Instant::now(),
             tensors: Vec::new(),
             after: After::default(),
+            bytes: 0,
         }
     }
 
@@ -88,7 +92,13 @@ impl Work {
             started,
             tensors: tensors.iter().map(|t| t.shallow_clone()).collect(),
             after: After::default(),
+            bytes: 0,
         })
+    }
+
+    pub(super) fn sending(mut self, bytes: u64) -> Work {
+        self.bytes = bytes;
+        self
     }
 
     pub(super) fn then(mut self, after: After) -> Work {
@@ -102,6 +112,7 @@ impl Work {
     /// The error names the collective, the group and the missing ranks, within the group's time-out.
     pub fn wait(mut self) -> Result<()> {
         let Some((link, call)) = self.under_way.take() else { return Ok(()) };
+        let waiting = trace::waiting(|| format!("{} of {}", call.op, call.group));
         if link.backend == Backend::Nccl {
             // SAFETY: `raw` is alive until drop.
             check(unsafe { corral_work_sync(self.raw) }).map_err(|e| link.fail(&call, &e.message))?;
@@ -109,6 +120,10 @@ impl Work {
             self.wait_on_host(&link, &call)?;
         }
         link.pending.fetch_sub(1, Ordering::AcqRel);
+        drop(waiting);
+        if trace::is_on() {
+            trace::record(call.op.into(), Lane::Group(call.group), self.started, Some(self.bytes));
+        }
         self.after.finish()?;
         self.tensors.clear();
         Ok(())

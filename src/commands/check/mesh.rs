@@ -1,7 +1,7 @@
 //! The mesh of a run as a table: which ranks form which group, on which node.
 
 use crate::config::parallel::Parallel;
-use crate::distributed::mesh::{AxisName, MeshPlan};
+use crate::distributed::mesh::{AxisName, Keep, MeshPlan};
 use crate::error::Result;
 
 /// Groups of an axis that are shown.
@@ -12,6 +12,13 @@ pub fn show(parallel: &Parallel, ranks: i64, nodes: i64) -> Result<()> {
     if ranks > 1 {
         let mesh = MeshPlan::of(parallel, ranks, Some(ranks / nodes))?;
         table(&mesh, ranks / nodes).iter().for_each(|line| println!("{line}"));
+        if mesh.pipeline > 1 && mesh.shard > 1 && !Keep::of(parallel.mode).values() {
+            println!(
+                "# parallel.mode={} gathers the blocks of a stage again in every micro-batch; grads and optimizer keep them, which takes \
+                 more memory",
+                parallel.mode.name()
+            );
+        }
     }
     Ok(())
 }

@@ -24,6 +24,18 @@ struct FittingMesh {
     tokens_per_s: f64,
 }
 
+/// What became of a mesh that was tried.
+enum Tried {
+    /// It is none of this run's.
+    NoMesh,
+    /// The run does not fit, whatever its micro-batches.
+    TooLarge,
+    Fits(FittingMesh),
+}
+
+/// Those that are tried; stages that keep whole values gather them once a step.
+const MODES: [Mode; 3] = [Mode::Full, Mode::Hybrid, Mode::Optimizer];
+
 /// Prints them.
 ///
 /// # Errors
@@ -40,13 +52,18 @@ pub fn search<R: Recipe>(
     let mut tried = 0;
     for tensor in powers(links.of_node) {
         for context in powers(ranks / tensor).into_iter().filter(|x| *x == 1 || R::SHARES_SEQUENCES) {
-            for mode in [Mode::Full, Mode::Hybrid] {
-                let Some(best) = best_of::<R>(args, target, rates, links, memory, [tensor, context], mode)?
-                else {
-                    continue;
-                };
-                tried += 1;
-                found.extend(best);
+            for pipeline in powers(ranks / tensor / context).into_iter().filter(|p| *p == 1 || R::PIPELINES) {
+                for mode in MODES {
+                    let axes = [tensor, context, pipeline];
+                    match best_of::<R>(args, target, rates, links, memory, axes, mode)? {
+                        Tried::NoMesh => {}
+                        Tried::TooLarge => tried += 1,
+                        Tried::Fits(mesh) => {
+                            tried += 1;
+                            found.push(mesh);
+                        }
+                    }
+                }
             }
         }
     }
@@ -73,23 +90,32 @@ fn powers(n: i64) -> Vec<i64> {
     (0..).map(|k| 1 << k).take_while(|p| *p <= n && n % p == 0).collect()
 }
 
-/// The fastest way to run on a mesh, none where none fits; nothing where the mesh is none of this run's.
+/// The fastest way to run on a mesh.
 fn best_of<R: Recipe>(
     args: &PlanArgs,
     target: &PlanTarget,
     rates: Option<&Rates>,
     links: Links,
     memory: u64,
-    [tensor, context]: [i64; 2],
+    [tensor, context, pipeline]: [i64; 3],
     mode: Mode,
-) -> Result<Option<Option<FittingMesh>>> {
+) -> Result<Tried> {
     let ranks = target.ranks;
-    let copies = ranks / tensor;
+    let copies = ranks / tensor / pipeline;
     let shard = links.of_node / tensor;
-    if mode == Mode::Hybrid && (shard >= copies || shard < 2 || copies % shard != 0) {
-        return Ok(None);
+    let none = match mode {
+        Mode::Hybrid => shard >= copies || shard < 2 || copies % shard != 0,
+        Mode::Optimizer => pipeline == 1 || copies == 1,
+        _ => false,
+    };
+    if none {
+        return Ok(Tried::NoMesh);
     }
-    let mut mesh = vec![format!("parallel.tensor={tensor}"), format!("parallel.context={context}")];
+    let mut mesh = vec![
+        format!("parallel.tensor={tensor}"),
+        format!("parallel.context={context}"),
+        format!("parallel.pipeline={pipeline}"),
+    ];
     mesh.push(format!("parallel.mode={}", mode.write().as_str().unwrap_or_default()));
     if mode == Mode::Hybrid {
         mesh.push(format!("parallel.shard={shard}"));
@@ -141,5 +167,9 @@ fn best_of<R: Recipe>(
             }
         }
     }
-    Ok(any.then_some(best))
+    Ok(match best {
+        Some(best) => Tried::Fits(best),
+        None if any => Tried::TooLarge,
+        None => Tried::NoMesh,
+    })
 }

@@ -78,6 +78,12 @@ fn bytes_that_are_sent() {
         let ended = program.args(&small).args(words).run(&logs, &words.join("")).expect_code(0);
         let found = measurements(&ended);
         let [found] = found.as_slice() else { panic!("{ended}") };
+        let staged = words.contains(&"--pipeline");
+        assert_eq!(found["bubble"].is_object(), staged, "{found}");
+        if staged {
+            assert_eq!(found["bubble"]["stages"].as_array().map(Vec::len), Some(2), "{found}");
+            positive(&found["bubble"], &["measured", "replayed", "formula_1f1b", "simulated"]);
+        }
         let sent = found["sent_bytes"].as_object().unwrap();
         assert!(!sent.is_empty(), "{found}");
         for (axis, sent) in sent {

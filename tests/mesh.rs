@@ -588,3 +588,42 @@ fn a_reference_that_does_not_fit() {
     let parts = ["parallel.tensor", "reference: 2 must divide the model's attention heads, 1"];
     Program::corral(&check).run(&dpo.dir, "check").expect_error(2, &parts);
 }
+
+/// A timeline of some steps tells of every rank what it computes, sends and waits for.
+#[test]
+fn a_timeline_of_steps() {
+    let run = Run::new("mesh-timeline");
+    let mesh = "parallel={pipeline: 2, schedule: zero_bubble}";
+    run.train(4, &[mesh, "train.micro_batch_size=1", "profile.steps=2"]);
+    let text = std::fs::read_to_string(run.output().join("profile/trace.json")).unwrap();
+    let trace: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    for rank in 0..4 {
+        let mine = || events.iter().filter(|e| e["pid"] == rank);
+        let lanes: Vec<&str> = mine()
+            .filter(|e| e["name"] == "thread_name")
+            .map(|e| e["args"]["name"].as_str().unwrap())
+            .collect();
+        let stage = rank / 2;
+        let [activations, data] =
+            [format!("sends: activations/{}", rank % 2), format!("sends: data/{}", 2 * stage)];
+        for lane in ["computes", "waits", &activations, &data] {
+            assert!(lanes.contains(&lane), "rank {rank} has no lane {lane}: {lanes:?}");
+        }
+        let count = |name: &str| {
+            mine().filter(|e| e["ph"] == "X" && e["name"].as_str().unwrap().starts_with(name)).count()
+        };
+        // Two steps of four micro-batches on a stage of one block.
+        assert_eq!(count("forward of micro-batch"), 8, "rank {rank}");
+        assert_eq!(count(&format!("block {stage}: forward")), 8, "rank {rank}");
+        assert_eq!(count(&format!("block {stage}: gradients of matrices")), 8, "rank {rank}");
+        assert_eq!(count("AdamW"), 2, "rank {rank}");
+        let bytes = |e: &serde_json::Value| e["args"]["bytes"].as_u64().unwrap_or(0);
+        // Rows of 32 hidden values in float32.
+        let sent = mine().filter(|e| e["name"] == "transfer" && bytes(e) > 0 && bytes(e) % 128 == 0).count();
+        assert_eq!(sent, 8, "rank {rank}");
+        assert!(mine().filter(|e| e["ph"] == "X").all(|e| e["dur"].as_f64().unwrap() >= 0.0));
+    }
+    let left = std::fs::read_dir(run.output().join("profile")).unwrap().count();
+    assert_eq!(left, 1, "the ranks' own files are gone");
+}

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use kernels::c10d::ReduceOp;
 use kernels::ops;
+use kernels::trace::{self, OpenSpan};
 use tch::{Kind, Tensor};
 
 use crate::algorithms::losses::read_scalars;
@@ -97,6 +98,35 @@ pub fn differentiate(
     Ok((value.detach(), leaves.iter().map(gradient).collect()))
 }
 
+/// The spans of a step's timeline.
+#[derive(Debug, Clone, Copy)]
+pub enum PassName {
+    /// Of a micro-batch, on one stage.
+    Forward,
+    /// What of a backward does not wait.
+    Backward,
+    /// The gradients of matrices that have waited.
+    Weights,
+    /// Of all micro-batches, what is waited for included.
+    All,
+}
+
+impl PassName {
+    /// How its name begins.
+    pub fn prefix(self) -> &'static str {
+        match self {
+            PassName::Forward => "forward of micro-batch",
+            PassName::Backward => "backward of micro-batch",
+            PassName::Weights => "gradients of matrices of micro-batch",
+            PassName::All => "forwards and backwards",
+        }
+    }
+
+    fn span(self, k: usize) -> Option<OpenSpan> {
+        trace::computing(|| format!("{} {k}", self.prefix()))
+    }
+}
+
 /// Forward and backward of the sum of `entries`. Leaves the gradients in the parameters' slices; returns each entry's loss,
 /// and the load-balancing losses, each times its share. Collective where parameters are sharded: all ranks give equally many
 /// entries. The host waits for the device once, at the end, for what the losses themselves do not read. Of stages all take the same
@@ -113,6 +143,7 @@ pub fn accumulate(
     let mut under_way: VecDeque<(Tape, Option<Tensor>)> = VecDeque::new();
     let mut weights_left: VecDeque<WeightsLeft> = VecDeque::new();
     model.params.begin_step_gradients(entries.len());
+    let all = trace::computing(|| PassName::All.prefix().into());
     for pass in pipeline.passes(entries.len()) {
         match pass {
             Pass::Forward(k) => {
@@ -123,6 +154,7 @@ pub fn accumulate(
                     true => Some(upload_labels(model, entry.batch)?),
                     false => None,
                 };
+                let span = PassName::Forward.span(k);
                 let (after, mut tape) = model.forward_stage(&entry.batch.input, before, recompute)?; // collective
                 exchange.send_activations(&after)?;
                 let dhidden = match labels {
@@ -136,6 +168,7 @@ pub fn accumulate(
                         Some(dhidden)
                     }
                 };
+                drop(span);
                 under_way.push_back((tape, dhidden));
             }
             Pass::Backward(k) => {
@@ -156,14 +189,17 @@ pub fn accumulate(
                         received.ok_or_else(|| Error::failed(format!("micro-batch {k} has no gradient")))?
                     }
                 };
+                let span = PassName::Backward.span(k);
                 let mut left = (pipeline.order == StageOrder::ZeroBubble).then(WeightsLeft::new);
                 let dbefore = model.backward_stage(dafter, tape, left.as_mut())?; // collective: gathers and reductions overlap it
                 weights_left.extend(left);
+                drop(span);
                 if let Some(dbefore) = dbefore {
                     exchange.send_gradients(&dbefore)?;
                 }
             }
-            Pass::Weights(_) => {
+            Pass::Weights(k) => {
+                let _span = PassName::Weights.span(k);
                 // None where the stage has no backward.
                 let left = weights_left.pop_front().unwrap_or_default();
                 model.finish_weights(left)?; // collective: reductions
@@ -171,6 +207,7 @@ pub fn accumulate(
         }
     }
     exchange.finish()?;
+    drop(all);
     model.params.finish_step_gradients()?;
     let num_losses = losses.len();
     losses.extend(aux_losses);

@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use clap::Subcommand;
 use kernels::c10d::ReduceOp;
-use serde_json::json;
+use kernels::trace;
+use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
 use self::workload::{Workload, default_batch};
@@ -37,6 +38,7 @@ mod checkpoint;
 mod collectives;
 mod data;
 mod limits;
+mod passes;
 mod rates;
 mod workload;
 
@@ -314,6 +316,9 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
     for step in 0..args.warmup + args.steps {
         if step == args.warmup {
             before = world.sent_bytes();
+            if workload.pipeline > 1 {
+                trace::start();
+            }
         }
         let (step_s, step_loss) = training.step(world)?;
         if step == 0 {
@@ -324,6 +329,11 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
         }
         loss = step_loss;
     }
+    let (spans, micro_batches) = (trace::stop(), (training.rows / training.micro) as usize);
+    let bubble = match workload.pipeline {
+        1 => Value::Null,
+        _ => passes::report(&spans, args.steps, micro_batches, world)?,
+    };
     let sent: BTreeMap<&str, u64> = world
         .sent_bytes()
         .into_iter()
@@ -371,7 +381,7 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
             "tokens_per_s": tokens_per_s, "step_s": step_s,
             "first_step_s": first_step_s, "peak_bytes": peak as u64, "last_loss": loss,
             "lora": workload.lora, "base": workload.base, "moments": workload.moments,
-            "sent_bytes": sent, "planned_bytes": planned_bytes,
+            "sent_bytes": sent, "planned_bytes": planned_bytes, "bubble": bubble,
             "matmul_gflops": matmul / 1e9, "matmul_share": share, "mfu": mfu,
             "memory_gb_per_s": memory / 1e9, "speed_of_light_share": least_s / step_s,
             "threads": tch::get_num_threads(), "device": format!("{:?}", world.device),

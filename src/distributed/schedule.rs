@@ -99,6 +99,13 @@ pub struct PassTimes {
     pub weights: f64,
 }
 
+/// What stages wait for, as a share of what they compute, in a step of so many micro-batches that takes `whole` seconds.
+pub fn bubble(whole: f64, times: &[PassTimes], micro_batches: usize) -> f64 {
+    let of = |t: &PassTimes| micro_batches as f64 * (t.forward + t.backward + t.weights);
+    let computed: f64 = times.iter().map(of).sum();
+    (whole * times.len() as f64 - computed) / computed
+}
+
 /// When the last of these stages ends, which each make their passes in order, as soon as what they need is there.
 pub fn replay(orders: &[Vec<Pass>], times: &[PassTimes]) -> f64 {
     let stages = orders.len();

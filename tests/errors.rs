@@ -383,6 +383,19 @@ fn a_rank_that_hangs_is_named_when_the_time_is_up() {
     ranks.into_iter().for_each(wait_until_gone);
 }
 
+/// Connections stay open, but its heart does not beat.
+#[test]
+fn a_rank_that_stops_is_named_long_before_the_time_is_up() {
+    let (run, port) = (Run::new("stopped"), free_port());
+    let [mut left, stopped] =
+        ["0", "1"].map(|rank| lone_rank(&run, rank, &port, &[LONG, "parallel.timeout_s=600"]));
+    left.wait_for("some steps", PAUSE, || run.step() >= 3);
+    stopped.signal(Signal::SIGSTOP);
+    left.wait().expect_error(1, &["another rank has failed", "missing: rank 1 (gives no sign of life"]);
+    stopped.signal(Signal::SIGKILL);
+    stopped.wait();
+}
+
 // ---- numbers ----
 
 #[test]

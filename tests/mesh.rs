@@ -503,6 +503,37 @@ fn resumed_at_another_mesh() {
     }
 }
 
+/// A checkpoint of stages in bfloat16 holds masters in float32, also of the blocks that its first file has nothing of.
+#[test]
+fn checkpoints_of_stages_in_bfloat16() {
+    let run = Run::new("mesh-bfloat16");
+    run.train(
+        2,
+        &[
+            "parallel.pipeline=2",
+            "train.micro_batch_size=2",
+            "precision.compute=bfloat16",
+            "checkpoint.every=20",
+        ],
+    );
+    let (step, _) = run.checkpoints().pop().unwrap();
+    let from = run.output().join(format!("checkpoints/step-{step:08}")).display().to_string();
+    let to = run.dir.join("converted");
+    let words = [
+        "convert",
+        "--from",
+        &from,
+        "--to",
+        &to.display().to_string(),
+        "--format",
+        "hf",
+        "--dtype",
+        "bfloat16",
+    ];
+    Program::corral(&words).run(&run.dir, "convert").expect_code(0);
+    assert_eq!(std::fs::read(to.join("model.safetensors")).unwrap(), run.model());
+}
+
 /// Makes a run of 20 steps one that was stopped after its checkpoint of step 10.
 fn forget_the_end(run: &Run) {
     let (step, last) = run.checkpoints().pop().unwrap();
@@ -511,7 +542,7 @@ fn forget_the_end(run: &Run) {
     std::fs::remove_dir_all(run.output().join("model")).unwrap();
 }
 
-/// Adapters go on at another mesh; so does a model to whose vocabulary tokens were added.
+/// Adapters go on at another mesh; so does a model to whose vocabulary tokens were added, and one of which a whole stage is frozen.
 #[test]
 fn adapters_and_new_tokens() {
     let model = format!("model={{path: {}}}", beginner().display());
@@ -519,7 +550,8 @@ fn adapters_and_new_tokens() {
     let more = "template: \"{prompt}\\n{completion}\", add_tokens: ['<one>', '<two>', '<three>']";
     let grown = format!("tokenizer={{path: {tokenizer}, {more}}}");
     let lora = "lora={rank: 4, alpha: 8, dropout: 0.2}";
-    for (name, key) in [("lora", lora), ("tokens", grown.as_str())] {
+    let frozen = "freeze={embeddings: true, blocks: 1}";
+    for (name, key) in [("lora", lora), ("tokens", grown.as_str()), ("frozen", frozen)] {
         let train = |run: &Run, ranks: usize, mesh: &str| {
             let mesh = format!("parallel={{{mesh}}}");
             let words =
@@ -558,6 +590,19 @@ fn meshes_that_do_not_fit() {
         "'parallel.pipeline': 2 must divide the number of ranks, 1",
     );
     run.expect_refused(&["parallel.schedule=zero_bubble"], 2, "parallel.schedule");
+    run.expect_refused(&["parallel.stages=[2]"], 2, "parallel.stages");
+    let check = |words: &[&str], parts: &[&str]| {
+        let config = run.dir.join("config.yaml").display().to_string();
+        let words = [&["check", "pretrain", "--config", &config, "--nproc", "2"], words].concat();
+        Program::corral(&words).run(&run.dir, "check").expect_error(2, parts);
+    };
+    check(
+        &["parallel={pipeline: 2, stages: [2, 1]}"],
+        &["parallel.stages", "are 3 blocks, and the model has 2"],
+    );
+    check(&["parallel={pipeline: 2, stages: [2, 0]}"], &["parallel.stages"]);
+    let stages = ["parallel.pipeline=2", "model.init.num_hidden_layers=1"];
+    check(&stages, &["parallel.pipeline", "2 stages are more than the model's 1 blocks"]);
     run.expect_refused(&["parallel.context=3", "data.sequence_length=32"], 2, "32 is not a multiple of 6");
     run.expect_refused(
         &["parallel.context=2"],

@@ -33,10 +33,13 @@ pub struct TraceSpan {
     pub bytes: Option<u64>,
 }
 
+/// Spans of a record; what comes after them is left out.
+const MAX_SPANS: usize = 1 << 20;
+
 static ON: AtomicBool = AtomicBool::new(false);
 static SPANS: Mutex<Vec<TraceSpan>> = Mutex::new(Vec::new());
 
-/// Begins a record; what was recorded before is forgotten.
+/// Begins a record of at most a million spans; what was recorded before is forgotten.
 pub fn start() {
     SPANS.lock().unwrap_or_else(PoisonError::into_inner).clear();
     ON.store(true, Ordering::Relaxed);
@@ -88,5 +91,8 @@ pub(crate) fn record(name: String, lane: Lane, started: Instant, bytes: Option<u
     let took = started.elapsed();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let span = TraceSpan { name, lane, start: now.saturating_sub(took), took, bytes };
-    SPANS.lock().unwrap_or_else(PoisonError::into_inner).push(span);
+    let mut spans = SPANS.lock().unwrap_or_else(PoisonError::into_inner);
+    if spans.len() < MAX_SPANS {
+        spans.push(span);
+    }
 }

@@ -17,6 +17,7 @@ use crate::error::Result;
 use crate::model::cuts::cut_for;
 use crate::model::{Llama, Trainable, compute_kind, float8_on};
 use crate::optim::AdamW;
+use crate::warn;
 
 /// Bytes of tensors in one file of an exported model.
 pub const MAX_SHARD_SIZE: u64 = 5_000_000_000;
@@ -76,12 +77,21 @@ impl<'a> Learner<'a> {
     ) -> Result<Learner<'a>> {
         let compute = compute_kind(c.precision.compute);
         let sharding = world.sharding();
+        let (stages, micro_batches) =
+            (sharding.pipeline.axis.size, c.train.micro_batches(world.mesh.data.size));
+        if world.is_main() && micro_batches < stages {
+            warn!(
+                "{micro_batches} micro-batch(es) of a step go through {stages} stages, most of which wait: set \
+                 train.micro_batch_size, for at least {stages}"
+            );
+        }
         let plans = cut_for(trainable.plans(&base.shape)?, &base.shape, &sharding)?;
         let params = Sharded::new(plans, sharding, compute, world.device);
         let mut model = Llama::new(base.shape.clone(), params);
         model.set_float8(float8_on(c.precision.compute, c.float8, world.device)?)?;
         let origin = origin.unwrap_or_default();
-        let frozen = model.params.frozen_bytes() > 0;
+        // Of all stages, so that ranks decide alike.
+        let frozen = model.params.num_frozen() > 0;
         let frozen = frozen.then(|| BaseMeta { path: origin.clone(), trainable: trainable.clone() });
         let hash = frozen.as_ref().map(|_| base.fill(&mut model.params, c.seed)).transpose()?;
         let optimizer = AdamW::configured(&model.params, c.optim)?;

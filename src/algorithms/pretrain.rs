@@ -212,7 +212,9 @@ fn announce(c: &Pretrain, inputs: &Inputs, model: &Llama, world: &World) {
     };
     let mode = match c.parallel.mode {
         _ if world.world_size == 1 => "one rank".to_string(),
-        _ if copies == "1 of them" => "each stage on one rank".to_string(),
+        _ if data * context == 1 && pipeline > 1 => {
+            "in stages, whose parameters are not sharded further".to_string()
+        }
         Mode::Full => format!("parameters, gradients and optimizer sharded over {copies}"),
         Mode::Grads => format!("gradients and optimizer sharded over {copies}"),
         Mode::Optimizer => format!("optimizer sharded over {copies}"),

@@ -3,15 +3,16 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use kernels::c10d::Group;
 use kernels::trace::{self, Lane, TraceSpan};
 use serde_json::{Value, json};
 
 use crate::distributed::agree::agree;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::files::{create_dir, read_error, write_file};
-use crate::info;
+use crate::{info, warn};
 
 /// The folder of a run's timeline.
 const FOLDER: &str = "profile";
@@ -19,92 +20,134 @@ const FILE: &str = "trace.json";
 
 /// Records the steps of a run that its configuration asks for.
 pub struct Profile {
-    /// Steps to be recorded, after the first, which prepares what the others use.
-    steps: i64,
-    /// Of this process.
-    done: i64,
+    /// Steps that are still to be recorded, after the first, which prepares what the others use.
+    left: i64,
+    state: State,
     dir: PathBuf,
     ranks: Group,
+}
+
+enum State {
+    /// No step is done.
+    Begins,
+    /// So many steps are recorded.
+    Records(i64),
+    /// There is nothing more to do.
+    Over,
 }
 
 impl Profile {
     /// Of `steps` steps (0: none) of a run in this folder, on these ranks.
     pub fn new(steps: i64, run_dir: &Path, ranks: &Group) -> Profile {
-        Profile { steps, done: 0, dir: run_dir.join(FOLDER), ranks: ranks.clone() }
+        let state = if steps > 0 { State::Begins } else { State::Over };
+        Profile { left: steps, state, dir: run_dir.join(FOLDER), ranks: ranks.clone() }
     }
 
-    /// Notes that a step is done, which is the run's `last` or not. The timeline is written after the last step that is recorded.
-    /// Collective then.
-    pub fn stepped(&mut self, last: bool) -> Result<()> {
-        if self.done > self.steps || self.steps == 0 {
-            return Ok(());
-        }
-        self.done += 1;
-        match self.done {
-            n if n > self.steps || last => {
-                self.steps = 0;
-                self.write(n - 1)
-            }
-            1 => {
+    /// Notes that a step is done. Returns whether the timeline was written, which takes time. Collective then.
+    pub fn stepped(&mut self) -> Result<bool> {
+        match self.state {
+            State::Begins => {
+                self.state = State::Records(0);
                 trace::start();
-                Ok(())
             }
-            _ => Ok(()),
+            State::Records(steps) => {
+                self.state = State::Records(steps + 1);
+                self.left -= 1;
+                if self.left == 0 {
+                    self.end()?;
+                    return Ok(true);
+                }
+            }
+            State::Over => {}
         }
+        Ok(false)
     }
 
-    fn write(&self, recorded: i64) -> Result<()> {
-        let events = events(trace::stop(), self.ranks.rank());
-        let part = |rank: i64| self.dir.join(format!("rank-{rank:05}.json"));
-        let mine = || {
-            create_dir(&self.dir)?;
-            write_file(&part(self.ranks.rank()), json!(events).to_string().as_bytes())
+    /// Writes what is recorded so far, if that was not done: the run ends. A timeline that cannot be written is a warning. Collective.
+    pub fn end(&mut self) -> Result<()> {
+        let State::Records(steps) = std::mem::replace(&mut self.state, State::Over) else { return Ok(()) };
+        let spans = trace::stop();
+        let written = agree(&self.ranks, self.write_part(spans));
+        let joined = match (written, self.ranks.rank()) {
+            (Ok(()), 0) => self.join().map(Some),
+            (written, _) => written.map(|()| None),
         };
-        agree(&self.ranks, mine())?;
-        let joined = || {
-            let mut all = Vec::new();
-            for rank in 0..self.ranks.size() {
-                let path = part(rank);
-                let text = fs::read_to_string(&path).map_err(|e| read_error(&path, &e))?;
-                let events: Vec<Value> = serde_json::from_str(&text)
-                    .map_err(|e| Error::failed(format!("{}: {e}", path.display())))?;
-                all.extend(events);
-                fs::remove_file(&path).map_err(|e| read_error(&path, &e))?;
-            }
-            let path = self.dir.join(FILE);
-            write_file(&path, json!({"traceEvents": all}).to_string().as_bytes())?;
-            info!(
-                "a timeline of {recorded} steps is in {}: open it in chrome://tracing or ui.perfetto.dev",
+        match agree(&self.ranks, joined) {
+            Ok(Some(path)) => info!(
+                "a timeline of {steps} steps is in {}: open it in chrome://tracing or ui.perfetto.dev",
                 path.display()
-            );
-            Ok(())
-        };
-        agree(&self.ranks, if self.ranks.rank() == 0 { joined() } else { Ok(()) })
+            ),
+            Ok(None) => {}
+            Err(e) if self.ranks.rank() == 0 => warn!("the timeline could not be written: {e}"),
+            Err(_) => {}
+        }
+        Ok(())
+    }
+
+    fn part(&self, rank: i64) -> PathBuf {
+        self.dir.join(format!("rank-{rank:05}.json"))
+    }
+
+    /// This rank's events, one a line.
+    fn write_part(&self, spans: Vec<TraceSpan>) -> Result<()> {
+        create_dir(&self.dir)?;
+        let events = events(spans, self.ranks.rank());
+        let lines: Vec<String> = events.iter().map(Value::to_string).collect();
+        write_file(&self.part(self.ranks.rank()), lines.join(",\n").as_bytes())
+    }
+
+    /// All ranks' events in one file.
+    fn join(&self) -> Result<PathBuf> {
+        let mut all = String::from("{\"traceEvents\": [\n");
+        for rank in 0..self.ranks.size() {
+            let path = self.part(rank);
+            all += &fs::read_to_string(&path).map_err(|e| read_error(&path, &e))?;
+            all += if rank + 1 < self.ranks.size() { ",\n" } else { "\n]}\n" };
+            fs::remove_file(&path).map_err(|e| read_error(&path, &e))?;
+        }
+        let path = self.dir.join(FILE);
+        write_file(&path, all.as_bytes())?;
+        Ok(path)
     }
 }
 
-/// Chrome's events: a process for each rank, a thread for each lane; microseconds.
-fn events(spans: Vec<TraceSpan>, rank: i64) -> Vec<Value> {
-    let mut lanes: BTreeMap<Lane, usize> = [(Lane::Computing, 0), (Lane::Waiting, 1)].into();
-    let mut groups: Vec<Lane> = spans.iter().map(|span| span.lane.clone()).collect();
-    groups.sort();
-    for lane in groups {
-        let next = lanes.len();
-        lanes.entry(lane).or_insert(next);
+/// Chrome's events: a process for each rank, a thread for each lane, and more of them for spans of a group that overlap;
+/// microseconds.
+fn events(mut spans: Vec<TraceSpan>, rank: i64) -> Vec<Value> {
+    spans.sort_by_key(|span| span.start);
+    // Of each lane when its threads are free.
+    let mut free: BTreeMap<Lane, Vec<Duration>> = BTreeMap::new();
+    let places: Vec<usize> = spans
+        .iter()
+        .map(|span| {
+            let threads = free.entry(span.lane.clone()).or_default();
+            // What is computed and waited for is nested.
+            let nested = !matches!(span.lane, Lane::Group(_));
+            let place = threads.iter().position(|end| nested || *end <= span.start).unwrap_or(threads.len());
+            threads.resize(threads.len().max(place + 1), Duration::ZERO);
+            threads[place] = span.start + span.took;
+            place
+        })
+        .collect();
+    let mut first = 0;
+    let mut threads: BTreeMap<Lane, usize> = BTreeMap::new();
+    let mut events = vec![meta("process_name", rank, 0, &format!("rank {rank}"))];
+    for (lane, ends) in free {
+        for place in 0..ends.len() {
+            let name = match &lane {
+                Lane::Computing => "computes".to_string(),
+                Lane::Waiting => "waits".to_string(),
+                Lane::Group(name) if place == 0 => format!("sends: {name}"),
+                Lane::Group(name) => format!("sends: {name} ({})", place + 1),
+            };
+            events.push(meta("thread_name", rank, first + place, &name));
+        }
+        threads.insert(lane, first);
+        first += ends.len();
     }
-    let named = |what: &str, thread: usize, name: String| json!({"ph": "M", "name": what, "pid": rank, "tid": thread, "args": {"name": name}});
-    let mut events = vec![named("process_name", 0, format!("rank {rank}"))];
-    events.extend(lanes.iter().map(|(lane, thread)| {
-        let name = match lane {
-            Lane::Computing => "computes".into(),
-            Lane::Waiting => "waits".into(),
-            Lane::Group(name) => format!("sends: {name}"),
-        };
-        named("thread_name", *thread, name)
-    }));
-    events.extend(spans.into_iter().map(|span| {
+    events.extend(spans.into_iter().zip(places).map(|(span, place)| {
         let mut event = json!({
-            "ph": "X", "name": span.name, "pid": rank, "tid": lanes[&span.lane],
+            "ph": "X", "name": span.name, "pid": rank, "tid": threads[&span.lane] + place,
             "ts": span.start.as_micros() as u64, "dur": span.took.as_secs_f64() * 1e6,
         });
         if let Some(bytes) = span.bytes {
@@ -113,4 +156,40 @@ fn events(spans: Vec<TraceSpan>, rank: i64) -> Vec<Value> {
         event
     }));
     events
+}
+
+/// What a process or thread is called.
+fn meta(what: &str, rank: i64, thread: usize, name: &str) -> Value {
+    json!({"ph": "M", "name": what, "pid": rank, "tid": thread, "args": {"name": name}})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_that_overlap_have_threads_of_their_own() {
+        let span = |lane: Lane, start: u64, took: u64| TraceSpan {
+            name: "a".into(),
+            lane,
+            start: Duration::from_millis(start),
+            took: Duration::from_millis(took),
+            bytes: None,
+        };
+        let group = || Lane::Group("data/0".into());
+        let spans = vec![
+            span(group(), 5, 10),
+            span(group(), 0, 10),
+            span(group(), 12, 2),
+            span(Lane::Computing, 0, 9),
+            span(Lane::Computing, 1, 2),
+        ];
+        let events = events(spans, 3);
+        let threads: Vec<u64> =
+            events.iter().filter(|e| e["ph"] == "X").map(|e| e["tid"].as_u64().unwrap()).collect();
+        assert_eq!(threads, [1, 0, 0, 2, 1]);
+        let names: Vec<&str> = events[1..4].iter().map(|e| e["args"]["name"].as_str().unwrap()).collect();
+        assert_eq!(names, ["computes", "sends: data/0", "sends: data/0 (2)"]);
+        assert!(events.iter().all(|e| e["pid"] == 3));
+    }
 }

@@ -329,13 +329,13 @@ fn validate(
 fn announce(c: &Sft, inputs: &Inputs, params: &Sharded) {
     let total = inputs.base.shape.num_parameters();
     let trained = params.num_trained();
-    match params.frozen_bytes() {
+    match params.num_frozen() {
         0 => info!("model: {:.2}M parameters", total as f64 / 1e6),
-        bytes => info!(
+        frozen => info!(
             "model: {:.2}M parameters, of which {:.2}M stay in {:.1} MB a rank; {:.3}M are trained",
             total as f64 / 1e6,
-            params.num_frozen() as f64 / 1e6,
-            bytes as f64 / 1e6,
+            frozen as f64 / 1e6,
+            params.frozen_bytes() as f64 / 1e6,
             trained as f64 / 1e6
         ),
     }

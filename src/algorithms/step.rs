@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 use crate::algorithms::losses::read_scalars;
 use crate::config::parallel::StageOrder;
 use crate::config::sections::TrainSection;
-use crate::distributed::pipeline::Exchange;
+use crate::distributed::pipeline::Transfers;
 use crate::distributed::schedule::Pass;
 use crate::distributed::world::World;
 use crate::error::{Error, Result};
@@ -138,7 +138,7 @@ pub fn accumulate(
 ) -> Result<(Vec<f64>, Option<f64>)> {
     let (mut losses, mut aux_losses) = (Vec::new(), Vec::new()); // scalars on the device
     let pipeline = model.params.sharding().pipeline.clone();
-    let mut exchange = Exchange::new(&pipeline, entries.len(), model.params.device());
+    let mut transfers = Transfers::new(&pipeline, entries.len(), model.params.device());
     // Of micro-batches between their forward and backward, in order; on the last stage with the gradient of the hidden states.
     let mut under_way: VecDeque<(Tape, Option<Tensor>)> = VecDeque::new();
     let mut weights_left: VecDeque<WeightsLeft> = VecDeque::new();
@@ -147,7 +147,8 @@ pub fn accumulate(
     for pass in pipeline.passes(entries.len()) {
         match pass {
             Pass::Forward(k) => {
-                let before = exchange.receive_activations(|k| model.passed(&entries[k].batch.input, true))?;
+                let before =
+                    transfers.receive_activations(|k| model.stage_outputs(&entries[k].batch.input, true))?;
                 let entry = &mut entries[k];
                 // Before the forward is queued: a copy after it would wait for it.
                 let labels = match pipeline.is_last() {
@@ -156,7 +157,6 @@ pub fn accumulate(
                 };
                 let span = PassName::Forward.span(k);
                 let (after, mut tape) = model.forward_stage(&entry.batch.input, before, recompute)?; // collective
-                exchange.send_activations(&after)?;
                 let dhidden = match labels {
                     None => None,
                     Some(labels) => {
@@ -169,6 +169,7 @@ pub fn accumulate(
                     }
                 };
                 drop(span);
+                transfers.send_activations(&after)?;
                 under_way.push_back((tape, dhidden));
             }
             Pass::Backward(k) => {
@@ -183,9 +184,9 @@ pub fn accumulate(
                     Some(dhidden) => vec![dhidden],
                     None => {
                         let expected = |k: usize| {
-                            model.passed_back(&entries[k].batch.input, entries[k].balance.is_some())
+                            model.stage_gradients(&entries[k].batch.input, entries[k].balance.is_some())
                         };
-                        let received = exchange.receive_gradients(expected)?;
+                        let received = transfers.receive_gradients(expected)?;
                         received.ok_or_else(|| Error::failed(format!("micro-batch {k} has no gradient")))?
                     }
                 };
@@ -195,7 +196,7 @@ pub fn accumulate(
                 weights_left.extend(left);
                 drop(span);
                 if let Some(dbefore) = dbefore {
-                    exchange.send_gradients(&dbefore)?;
+                    transfers.send_gradients(&dbefore)?;
                 }
             }
             Pass::Weights(k) => {
@@ -206,7 +207,7 @@ pub fn accumulate(
             }
         }
     }
-    exchange.finish()?;
+    transfers.finish()?;
     drop(all);
     model.params.finish_step_gradients()?;
     let num_losses = losses.len();
@@ -414,7 +415,7 @@ impl SkipGuard {
 }
 
 /// Mean loss in nats over the labelled tokens of this rank's `micro_batches` and all other ranks'; none where `stop`, which all
-/// ranks ask before each, answers true. All ranks must give equally many micro-batches.
+/// ranks ask before each (before some where there are stages), answers true. All ranks must give equally many micro-batches.
 pub fn evaluate(
     model: &mut Llama,
     world: &World,
@@ -422,23 +423,31 @@ pub fn evaluate(
     stop: StopCheck,
 ) -> Result<Option<f64>> {
     let (mut loss_sum, mut count) = (0.0, 0.0);
-    for batch in micro_batches {
+    let mut micro_batches = micro_batches;
+    let pipeline = model.params.sharding().pipeline.clone();
+    // Stages are busy while some micro-batches follow each other.
+    let at_once = if pipeline.axis.size == 1 { 1 } else { 4 * pipeline.axis.size as usize };
+    loop {
+        let batches = micro_batches.by_ref().take(at_once).collect::<Result<Vec<MicroBatch>>>()?;
+        if batches.is_empty() {
+            break;
+        }
         if stop()? {
             return Ok(None);
         }
-        let batch = batch?;
-        let pipeline = model.params.sharding().pipeline.clone();
-        let mut exchange = Exchange::new(&pipeline, 1, model.params.device());
-        let before = exchange.receive_activations(|_| model.passed(&batch.input, false))?;
-        let after = model.hidden_stage(&batch.input, before)?; // collective
-        exchange.send_activations(&after)?;
-        if pipeline.is_last() {
-            let labels = upload_labels(model, &batch)?; // [N]
-            let (sum, n) = LmHead::loss_sum(model, &after[0], &labels)?; // collective, host sync
-            loss_sum += sum;
-            count += n as f64;
+        let mut transfers = Transfers::new(&pipeline, batches.len(), model.params.device());
+        for batch in &batches {
+            let before = transfers.receive_activations(|k| model.stage_outputs(&batches[k].input, false))?;
+            let after = model.hidden_stage(&batch.input, before)?; // collective
+            transfers.send_activations(&after)?;
+            if pipeline.is_last() {
+                let labels = upload_labels(model, batch)?; // [N]
+                let (sum, n) = LmHead::loss_sum(model, &after[0], &labels)?; // collective, host sync
+                loss_sum += sum;
+                count += n as f64;
+            }
         }
-        exchange.finish()?;
+        transfers.finish()?;
     }
     let total = world.sum_rows(&[loss_sum, count])?; // collective, host sync
     Ok(Some(total[0] / total[1]))

@@ -275,8 +275,9 @@ impl<D: Serialize> Run<'_, D> {
             self.progress.logged = self.progress.step;
             self.restart_window();
         }
-        let last = self.done();
-        self.profile.stepped(last)?;
+        if self.profile.stepped()? {
+            self.restart_window();
+        }
         Ok(Stepped { record, tokens_per_s })
     }
 
@@ -372,6 +373,7 @@ impl<D: Serialize> Run<'_, D> {
             self.log.report_on_terminal(|| format!("checkpoint step {step}"));
         }
         if self.signal > 0.0 && (!self.done() || self.progress.owes_validation) {
+            self.profile.end()?;
             self.saver.finish()?;
             return Err(self.signals.stopped(self.signal, step));
         }
@@ -403,6 +405,7 @@ impl<D: Serialize> Run<'_, D> {
     /// checkpoint could not be written, since it needs less room. Collective.
     pub fn finish(mut self, export: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         agree(&self.world.group, self.check_folder())?;
+        self.profile.end()?;
         let saved = self.saver.finish();
         let dir = self.dir.join("model");
         let exported = export(&dir);

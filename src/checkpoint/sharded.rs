@@ -10,8 +10,8 @@
 //! Tensors are found by name and element range, so that a checkpoint loads at any world size, bit by bit the same. The
 //! folder is on a file system that all nodes share.
 //!
-//! Where tensor-parallel ranks have parts of tensors (`super::rectangles`), each of them has slices of its own: file
-//! `slice * T + t` is rank t's.
+//! Where tensor-parallel ranks have parts of tensors (`super::rectangles`), each of them has slices of its own, and so has each of the
+//! stages of a pipeline: file `(stage * slices + slice) * T + t` is that of rank t of a stage.
 
 use std::cell::RefCell;
 use std::collections::btree_map::Entry;
@@ -190,7 +190,9 @@ impl Checkpoint {
         let mut source = TensorSource::default();
         for (name, (group, place)) in &self.places {
             let tensor = tensor_name(&self.meta.groups[*group].name, MASTER);
-            let (kind, divided) = (shards[0].info(&tensor)?.1, place.divided());
+            // One that has something of it.
+            let writer = self.meta.slices.iter().position(|slices| slices[*group].1 > 0).unwrap_or(0);
+            let (kind, divided) = (shards[writer].info(&tensor)?.1, place.divided());
             let mut blocks = Vec::new();
             for rank in divided.tensor_ranks() {
                 for piece in self.pieces(*group, rank, place.offset, divided.rectangle_numel()) {

@@ -106,16 +106,12 @@ pub struct GenerateArgs {
 
 /// Runs one measurement on all ranks; rank 0 prints a JSON object for each result.
 pub fn run(command: Command, global: &Global) -> Result<()> {
+    let ranks = RankEnvironment::from_env()?.map_or(1, |place| place.world_size);
     let parallel = match &command {
-        Command::Train(args) => args.workload.parallel(),
-        Command::Checkpoint(args) => args.workload.parallel(),
+        Command::Train(args) => args.workload.parallel(ranks)?,
+        Command::Checkpoint(args) => args.workload.parallel(ranks)?,
         _ => Parallel::default(),
     };
-    let ranks = RankEnvironment::from_env()?.map_or(1, |place| place.world_size);
-    if ranks % (parallel.tensor * parallel.context * parallel.pipeline) != 0 {
-        let why = format!("--tensor times --context times --pipeline must divide the {ranks} ranks");
-        return Err(Error::config(why));
-    }
     let world = World::from_global(global.device.as_deref(), &parallel, &global.facts())?;
     match command {
         Command::Train(args) => train(&args, &world),
@@ -330,9 +326,10 @@ fn train(args: &TrainArgs, world: &World) -> Result<()> {
         loss = step_loss;
     }
     let (spans, micro_batches) = (trace::stop(), (training.rows / training.micro) as usize);
-    let bubble = match workload.pipeline {
-        1 => Value::Null,
-        _ => passes::report(&spans, args.steps, micro_batches, world)?,
+    // Spans are the host's, which a GPU does not wait for.
+    let bubble = match workload.pipeline > 1 && world.device == tch::Device::Cpu {
+        true => passes::report(&spans, args.steps, micro_batches, world)?,
+        false => Value::Null,
     };
     let sent: BTreeMap<&str, u64> = world
         .sent_bytes()

@@ -62,6 +62,8 @@ impl Parallel {
                 self.pipeline
             );
             found.add("parallel.stages", why);
+        } else if self.stages.is_some() && self.pipeline == 1 {
+            found.add("parallel.stages", "is a key of pipelines; leave it out, or set parallel.pipeline");
         }
         if self.schedule != StageOrder::OneForwardOneBackward && self.pipeline == 1 {
             found.add("parallel.schedule", "is a key of pipelines; leave it out, or set parallel.pipeline");

@@ -247,6 +247,12 @@ section! {
 }
 
 impl TrainSection {
+    /// Micro-batches of a step on each of `ranks` ranks with different rows.
+    pub fn micro_batches(&self, ranks: i64) -> i64 {
+        let micro = self.micro_batch_size(ranks).max(1);
+        (self.batch_size / ranks.max(1) + micro - 1) / micro
+    }
+
     /// Sequences that one rank of `world_size` computes at once.
     pub fn micro_batch_size(&self, world_size: i64) -> i64 {
         self.micro_batch_size.unwrap_or(self.batch_size / world_size)

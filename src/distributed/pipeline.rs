@@ -124,16 +124,16 @@ pub fn blocks_of_stages(blocks: i64, stages: i64, given: Option<&[i64]>) -> Vec<
 pub type Expected = (Vec<i64>, Kind);
 
 /// The tensors of a step between this stage and its neighbours, in the order of its micro-batches.
-pub struct Exchange {
+pub struct Transfers {
     device: Device,
     /// The step's micro-batches.
     micro_batches: usize,
-    activations: Way,
-    gradients: Way,
+    activations: Direction,
+    gradients: Direction,
 }
 
 /// What comes from one side and goes to the other.
-struct Way {
+struct Direction {
     from: Option<Group>,
     to: Option<Group>,
     /// Sends that have not been waited for.
@@ -143,21 +143,21 @@ struct Way {
     next: usize,
 }
 
-/// Sends that may be under way: what a neighbour has not taken yet.
+/// Tensors that a neighbour may not have taken yet.
 const MAX_SENT: usize = 4;
 
-impl Exchange {
+impl Transfers {
     /// Of a step of so many micro-batches.
-    pub fn new(pipeline: &Pipeline, micro_batches: usize, device: Device) -> Exchange {
+    pub fn new(pipeline: &Pipeline, micro_batches: usize, device: Device) -> Transfers {
         let (before, after) = (pipeline.before.as_ref(), pipeline.after.as_ref());
-        let way = |from: Option<&Group>, to: Option<&Group>| Way {
+        let way = |from: Option<&Group>, to: Option<&Group>| Direction {
             from: from.cloned(),
             to: to.cloned(),
             sent: VecDeque::new(),
             coming: VecDeque::new(),
             next: 0,
         };
-        Exchange {
+        Transfers {
             device,
             micro_batches,
             activations: way(before.map(|n| &n.activations), after.map(|n| &n.activations)),
@@ -198,13 +198,13 @@ impl Exchange {
     }
 }
 
-impl Way {
+impl Direction {
     fn send(&mut self, tensors: &[Tensor]) -> Result<()> {
         let Some(to) = &self.to else { return Ok(()) };
         for tensor in tensors {
             self.sent.push_back(to.send(&tensor.contiguous())?); // overlaps what follows
         }
-        while self.sent.len() > MAX_SENT {
+        while self.sent.len() > MAX_SENT || self.sent.front().is_some_and(Work::is_done) {
             self.sent.pop_front().map_or(Ok(()), Work::wait)?;
         }
         Ok(())
@@ -275,28 +275,28 @@ mod tests {
                     assert!(tensors[0].max().double_value(&[]) == tensors[1].max().double_value(&[]));
                     tensors[1].int64_value(&[1])
                 };
-                let mut exchange = Exchange::new(&pipeline, micro_batches, Device::Cpu);
+                let mut transfers = Transfers::new(&pipeline, micro_batches, Device::Cpu);
                 if pipeline.is_first() {
                     // The others look for it several times.
                     std::thread::sleep(std::time::Duration::from_millis(700));
                 }
                 let before: Vec<i64> = (0..micro_batches)
                     .map(|k| {
-                        let before = exchange.receive_activations(expected).unwrap();
+                        let before = transfers.receive_activations(expected).unwrap();
                         let sum = before.map_or(100 * k as i64, |before| value(&before)) + stage;
-                        exchange.send_activations(&tensors(k, sum)).unwrap();
+                        transfers.send_activations(&tensors(k, sum)).unwrap();
                         sum
                     })
                     .collect();
                 let sum_before: i64 = (0..=stage).sum();
                 assert!(before.iter().enumerate().all(|(k, sum)| *sum == 100 * k as i64 + sum_before));
                 for (k, sum) in before.into_iter().enumerate() {
-                    let after = exchange.receive_gradients(expected).unwrap();
+                    let after = transfers.receive_gradients(expected).unwrap();
                     let back = after.map_or(sum, |after| value(&after));
                     assert_eq!(back, 100 * k as i64 + (0..stages).sum::<i64>());
-                    exchange.send_gradients(&tensors(k, back)).unwrap();
+                    transfers.send_gradients(&tensors(k, back)).unwrap();
                 }
-                exchange.finish().unwrap();
+                transfers.finish().unwrap();
                 assert!(pipeline.sent_bytes() > 0);
             });
         }

@@ -431,10 +431,12 @@ impl FlatGroup {
     /// With this rank's slice allocated.
     fn new(plan: GroupPlan, ranks: i64, compute: Kind, device: Device) -> FlatGroup {
         let mut group = FlatGroup::empty(plan, ranks, compute, device);
+        let master_kind = kernels::ops::accumulator(compute);
         if !group.plan.stage.here {
+            // Written by this rank, too, without values.
+            group.master = Tensor::empty([0], (master_kind, device));
             return group;
         }
-        let master_kind = kernels::ops::accumulator(compute);
         group.shard_len = padded_slice(group.layout.numel, ranks);
         group.master = Tensor::zeros([group.shard_len], (master_kind, device));
         group.local = match compute == master_kind {

@@ -3,7 +3,7 @@
 
 use kernels::quant::Quantized;
 
-use crate::config::parallel::{Parallel, StageOrder};
+use crate::config::parallel::Parallel;
 use crate::config::shape::Shape;
 use crate::distributed::cut::{Cut, Share};
 use crate::distributed::frozen::Storage;
@@ -12,7 +12,7 @@ use crate::distributed::plan::{GroupPlan, Role};
 use crate::distributed::sharded::{Layout, TensorSpec};
 use crate::error::{Error, Result};
 use crate::model::layout::{EMBEDDING, LM_HEAD};
-use crate::model::stages::on_stages;
+use crate::model::stages::{check_order, on_stages};
 
 /// The key that all this is about.
 const KEY: &str = "parallel.tensor";
@@ -67,10 +67,7 @@ fn check(s: &Shape, ranks: i64) -> Result<()> {
 pub fn check_mesh(plans: Vec<GroupPlan>, shape: &Shape, parallel: &Parallel) -> Result<()> {
     let first = |size| Place { rank: 0, size };
     let plans = cut(plans, shape, first(parallel.tensor), parallel.sequence)?;
-    if parallel.schedule == StageOrder::ZeroBubble && shape.experts.is_some() {
-        let why = "zero_bubble is not built for mixtures of experts; set it to 1f1b";
-        return Err(Error::key("parallel.schedule", why));
-    }
+    check_order(shape, parallel.schedule)?;
     on_stages(plans, shape, first(parallel.pipeline), parallel.stages.as_deref()).map(drop)
 }
 

@@ -77,7 +77,7 @@ impl LmHead {
 
     /// The backward of [`LmHead::logprobs`] with the same `hidden`, `labels` and `temperature`, whose logits are computed
     /// again: from `gradients`, d loss / d log-probability (and d entropy), A `[N]`, the gradient of `hidden`, T [N, C].
-    /// Adds to the head's gradient, if it is trained; a tied head's reduction is left to the embedding's backward.
+    /// Adds to the head's gradient, if it is trained; of a tied head in one stage the reduction is left to the embedding's backward.
     pub fn backward(
         model: &mut Llama,
         hidden: &Tensor,
@@ -92,7 +92,7 @@ impl LmHead {
 
     /// A loss that is linear in the log-probabilities, sum(coef * logprob), with its gradient in the same pass: returns
     /// the log-probabilities A `[N]` and the gradient of `hidden`, T [N, C], and adds to the head's gradient, if it is trained. `coef`:
-    /// A `[N]`. A tied head's reduction is left to the embedding's backward.
+    /// A `[N]`. Of a tied head in one stage the reduction is left to the embedding's backward.
     pub fn linear_loss(
         model: &mut Llama,
         hidden: &Tensor,
@@ -158,7 +158,7 @@ impl LmHead {
             }
         }
         model.params.release(group);
-        if dweight.is_some() && !model.embeds_with(group) {
+        if dweight.is_some() && !model.is_input_embedding(group) {
             model.params.reduce(group)?; // collective, overlaps the trunk's backward
         }
         Ok((logprobs, dhidden))

@@ -191,7 +191,7 @@ impl Llama {
     }
 
     /// Whether a group is the embedding of this stage, whose tokens are embedded here: its gradient is complete after that backward.
-    pub(super) fn embeds_with(&self, group: usize) -> bool {
+    pub(super) fn is_input_embedding(&self, group: usize) -> bool {
         group == 0 && self.params.sharding().pipeline.is_first()
     }
 
@@ -358,7 +358,7 @@ impl Llama {
         let mut balance = recompute.and_then(|_| self.balance(input, &ids, &context));
         let mut x = match before {
             None => self.enter(&ids, &context)?,
-            Some(before) => go_on_with(before, balance.as_mut())?,
+            Some(before) => continue_from(before, balance.as_mut(), self.blocks.start - 1)?,
         }; // [n, C]
         let (lowest, is_last) = (self.params.first_trained(), self.params.sharding().pipeline.is_last());
         let Range { start, end } = self.blocks;
@@ -500,10 +500,10 @@ pub(super) fn only(tensors: Vec<Tensor>) -> Result<Tensor> {
     tensors.into_iter().next().ok_or_else(|| Error::failed("a stage gives at least one tensor"))
 }
 
-/// The stream that the stage before gives, T [n, C]; with the load of its experts `balance` goes on.
-fn go_on_with(before: Vec<Tensor>, balance: Option<&mut Balance>) -> Result<Tensor> {
+/// The stream that the stage before gives, T [n, C]; with the load of experts in so many blocks `balance` goes on.
+fn continue_from(before: Vec<Tensor>, balance: Option<&mut Balance>, blocks: usize) -> Result<Tensor> {
     if let (Some(balance), Some(sums)) = (balance, before.get(1)) {
-        balance.go_on_with(sums)?;
+        balance.continue_from(sums, blocks);
     }
     only(before)
 }

@@ -346,18 +346,20 @@ impl Balance {
         self.probability = &self.probability + probability;
     }
 
-    /// The sums over the blocks so far, A [2 E + 1]: what the next stage of a pipeline goes on with.
+    /// The sums over the blocks so far, A [2 E]: what the next stage of a pipeline goes on with.
     pub(super) fn sums(&self) -> Result<Tensor> {
-        let rows = Tensor::full([1], self.rows, (self.assigned.kind(), self.assigned.device()));
-        Ok(Tensor::f_cat(&[&self.assigned, &self.probability, &rows], 0)?)
+        Ok(Tensor::f_cat(&[&self.assigned, &self.probability], 0)?)
     }
 
-    /// Goes on with the sums of the stages before.
-    pub(super) fn go_on_with(&mut self, sums: &Tensor) -> Result<()> {
+    /// Goes on with the sums of the stages before, over so many blocks.
+    pub(super) fn continue_from(&mut self, sums: &Tensor, blocks: usize) {
+        self.set_sums(sums);
+        self.rows = self.tokens * blocks as f64;
+    }
+
+    fn set_sums(&mut self, sums: &Tensor) {
         let experts = self.assigned.size()[0];
         (self.assigned, self.probability) = (sums.narrow(0, 0, experts), sums.narrow(0, experts, experts));
-        self.rows = sums.f_double_value(&[2 * experts])?; // host sync
-        Ok(())
     }
 
     /// The loss over the blocks that were counted. From here on the backward differentiates `weight` times it, too; the
@@ -365,9 +367,11 @@ impl Balance {
     /// Collective over the ranks that share the sequences.
     pub(super) fn loss(&mut self, weight: f64) -> Result<Tensor> {
         if self.sharing.size() > 1 {
-            let all = self.sums()?; // [2 E + 1]
+            let rows = Tensor::full([1], self.rows, (self.assigned.kind(), self.assigned.device()));
+            let all = Tensor::f_cat(&[self.sums()?, rows], 0)?; // [2 E + 1]
             self.sharing.all_reduce(&all, ReduceOp::Sum)?.wait()?; // collective
-            self.go_on_with(&all)?;
+            self.set_sums(&all);
+            self.rows = all.double_value(&[2 * self.assigned.size()[0]]); // host sync
         }
         let experts = self.assigned.size()[0] as f64;
         let scale = experts / (self.rows * self.rows).max(1.0);
@@ -376,12 +380,12 @@ impl Balance {
     }
 
     /// What each router's probabilities get in the backward, A `[E]`: of all stages the last one knows it.
-    pub(super) fn of_each(&self) -> Option<&Tensor> {
+    pub(super) fn router_gradient(&self) -> Option<&Tensor> {
         self.gradient.as_ref()
     }
 
-    /// Sets [`Balance::of_each`] to what the next stage has said.
-    pub(super) fn set_of_each(&mut self, gradient: Tensor) {
+    /// Sets [`Balance::router_gradient`] to what the next stage has said.
+    pub(super) fn set_router_gradient(&mut self, gradient: Tensor) {
         self.gradient = Some(gradient);
     }
 

@@ -5,6 +5,7 @@ use kernels::ops::accumulator;
 use kernels::trace;
 use tch::Tensor;
 
+use crate::config::parallel::StageOrder;
 use crate::config::shape::Shape;
 use crate::distributed::mesh::Place;
 use crate::distributed::pipeline::{Expected, blocks_of_stages};
@@ -52,11 +53,25 @@ fn blocks(shape: &Shape, stages: i64, given: Option<&[i64]>) -> Result<Vec<i64>>
         let why = format!("{blocks:?} are {sum} blocks, and the model has {all}");
         return Err(Error::key("parallel.stages", why));
     }
+    if let Some(stage) = blocks.iter().position(|n| *n < 1) {
+        return Err(Error::key("parallel.stages", format!("stage {stage} has no blocks in {blocks:?}")));
+    }
     Ok(blocks)
 }
 
+/// Refuses an order in which this model cannot be computed.
+pub fn check_order(shape: &Shape, order: StageOrder) -> Result<()> {
+    match order == StageOrder::ZeroBubble && shape.experts.is_some() {
+        true => Err(Error::key(
+            "parallel.schedule",
+            "zero_bubble is not built for mixtures of experts: their products are grouped, and cannot wait; set it to 1f1b",
+        )),
+        false => Ok(()),
+    }
+}
+
 impl Llama {
-    /// [`Llama::forward`] of this rank's stage. `before`: what the stage before gives (see [`Llama::passed`]); none on the first.
+    /// [`Llama::forward`] of this rank's stage. `before`: what the stage before gives (see [`Llama::stage_outputs`]); none on the first.
     /// Returns what the next stage takes, on the last one the hidden states, T [N, C].
     pub fn forward_stage(
         &mut self,
@@ -82,8 +97,8 @@ impl Llama {
         mut tape: Tape,
         later: Option<&mut WeightsLeft>,
     ) -> Result<Option<Vec<Tensor>>> {
-        if let (Some(balance), Some(of_each)) = (&mut tape.balance, dafter.get(1)) {
-            balance.set_of_each(of_each.shallow_clone());
+        if let (Some(balance), Some(router)) = (&mut tape.balance, dafter.get(1)) {
+            balance.set_router_gradient(router.shallow_clone());
         }
         let dx = self.backward_blocks(only(dafter)?, &mut tape, later)?;
         let dbefore = match dx {
@@ -92,8 +107,9 @@ impl Llama {
                 None
             }
             Some(dx) => {
-                let of_each = tape.balance.as_ref().and_then(Balance::of_each).map(Tensor::shallow_clone);
-                Some(std::iter::once(dx).chain(of_each).collect())
+                let router =
+                    tape.balance.as_ref().and_then(Balance::router_gradient).map(Tensor::shallow_clone);
+                Some(std::iter::once(dx).chain(router).collect())
             }
             None => None,
         };
@@ -115,19 +131,19 @@ impl Llama {
     }
 
     /// What one stage gives the next of an input: the stream, T [n, C], and for a training of a mixture of experts the sums of their
-    /// load, A [2 E + 1].
-    pub fn passed(&self, input: &ModelInput, training: bool) -> Result<Vec<Expected>> {
+    /// load, A [2 E].
+    pub fn stage_outputs(&self, input: &ModelInput, training: bool) -> Result<Vec<Expected>> {
         let experts = self.shape.experts.as_ref().filter(|_| training);
-        let sums = experts.map(|e| (vec![2 * e.num_local_experts + 1], accumulator(self.params.compute())));
+        let sums = experts.map(|e| (vec![2 * e.num_local_experts], accumulator(self.params.compute())));
         Ok(std::iter::once(self.stream(input)?).chain(sums).collect())
     }
 
     /// What one stage gives the stage before in a backward: the gradient of the stream, T [n, C], and where the load of experts is
     /// `balanced` that of each router's probabilities, A `[E]`.
-    pub fn passed_back(&self, input: &ModelInput, balanced: bool) -> Result<Vec<Expected>> {
+    pub fn stage_gradients(&self, input: &ModelInput, balanced: bool) -> Result<Vec<Expected>> {
         let experts = self.shape.experts.as_ref().filter(|_| balanced);
-        let of_each = experts.map(|e| (vec![e.num_local_experts], accumulator(self.params.compute())));
-        Ok(std::iter::once(self.stream(input)?).chain(of_each).collect())
+        let router = experts.map(|e| (vec![e.num_local_experts], accumulator(self.params.compute())));
+        Ok(std::iter::once(self.stream(input)?).chain(router).collect())
     }
 
     /// Size and dtype of the stream of an input.
@@ -167,6 +183,7 @@ mod tests {
         assert!(stages(true, Some(&[1, 3, 1])).eq([vec![0, 1], vec![2, 3, 4], vec![0, 5]]));
         let refused = |stages, given| blocks(&shape(false), stages, given).unwrap_err().to_string();
         assert!(refused(6, None).contains("6 stages are more than the model's 5 blocks"));
+        assert!(refused(2, Some(&[5, 0])).contains("stage 1 has no blocks"));
         assert!(refused(2, Some(&[2, 2])).contains("[2, 2] are 4 blocks, and the model has 5"));
     }
 }

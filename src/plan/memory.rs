@@ -26,7 +26,7 @@ use crate::model::cuts::cut;
 use crate::model::head;
 use crate::model::layout::{BlockParts, float8_runs};
 use crate::model::mlp::Mlp;
-use crate::model::stages::on_stages;
+use crate::model::stages::{check_order, on_stages};
 
 /// A model on one rank.
 pub struct Memory {
@@ -68,6 +68,7 @@ impl Memory {
         let layers = shape.num_hidden_layers as usize;
         let place = Place { rank: 0, size: sharding.tensor };
         let plans = cut(plans.to_vec(), shape, place, sharding.sequence)?;
+        check_order(shape, sharding.order)?;
         let plans = on_stages(plans, shape, sharding.stage, sharding.blocks.as_deref())?;
         let of_blocks = (1..=layers).filter(|i| plans[*i].stage.here);
         let first = of_blocks.clone().next().unwrap_or(1);

@@ -56,7 +56,7 @@ impl Memory {
         let experts = self.shape.experts.as_ref().map_or(0, |e| e.num_local_experts);
         let (sums, of_each) = match experts {
             0 => (0, 0),
-            n => ((2 * n + 1) * self.sizes.a, n * self.sizes.a),
+            n => (2 * n * self.sizes.a, n * self.sizes.a),
         };
         let forward = if self.is_last() { 0 } else { stream + sums };
         let backward = if self.is_first() || self.lowest >= self.here.start { 0 } else { stream + of_each };

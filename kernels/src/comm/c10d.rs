@@ -15,15 +15,13 @@ use super::diagnosis::Call;
 use super::link::Link;
 use super::staging::Staged;
 use super::watch::Watch;
+use super::work::TRANSFER;
 use crate::abi::*;
 use crate::error::{Error, Result, check, take_string};
 
 pub use super::link::{Backend, ReduceOp};
 pub use super::store::Store;
 pub use super::work::Work;
-
-/// What a sender and a receiver call together, as diagnoses name it.
-const TRANSFER: &str = "transfer";
 
 /// What libtorch's flight recorder has recorded (JSON): nothing, unless the user has switched it on.
 pub fn recorder_trace() -> Result<String> {

@@ -247,8 +247,41 @@ impl Drop for Watch {
     }
 }
 
+/// Beats without a sign of life after which a rank is lost. They are counted by the rank that looks: where all are stopped for a while,
+/// none is lost.
+const SILENT_BEATS: u32 = 60;
+
+/// The rank after this one, of which this one looks whether it lives: a connection may stay open although nobody is there.
+struct NextRank {
+    rank: i64,
+    last: Vec<u8>,
+    silent: u32,
+}
+
+impl NextRank {
+    fn of(shared: &Shared) -> Option<NextRank> {
+        let next = (shared.member.rank + 1) % shared.world_size;
+        (shared.world_size > 1).then(|| NextRank { rank: next, last: Vec::new(), silent: 0 })
+    }
+
+    /// Looks once; whether it was silent for too long, which is said once.
+    fn is_lost(&mut self, store: &Store) -> Result<bool> {
+        let key = format!("beat/{}", self.rank);
+        let beat = match store.check(&key)? {
+            true => store.get_within(&key, BEAT)?,
+            false => Vec::new(), // it has not come yet: the meeting has a time-out of its own
+        };
+        match beat.is_empty() || beat != self.last {
+            true => (self.last, self.silent) = (beat, 0),
+            false => self.silent += 1,
+        }
+        Ok(self.silent == SILENT_BEATS && !store.check(&format!("left/{}", self.rank))?)
+    }
+}
+
 fn heartbeat(store: &Store, shared: &Shared, stop: &Receiver<()>) {
     let rank = shared.member.rank;
+    let mut next_rank = NextRank::of(shared);
     for count in 1u64.. {
         if !matches!(stop.recv_timeout(BEAT), Err(RecvTimeoutError::Timeout)) {
             // The run is over for this rank; if the store is gone, so is the need to say it.
@@ -257,6 +290,11 @@ fn heartbeat(store: &Store, shared: &Shared, stop: &Receiver<()>) {
         }
         // Without a store there is nobody to tell; the collectives notice by themselves.
         if store.set(&format!("beat/{rank}"), shared.beat(count).as_bytes()).is_err() {
+            return;
+        }
+        let lost = next_rank.as_mut().map_or(Ok(false), |n| n.is_lost(store));
+        // All ranks that wait for something then look who is missing.
+        if matches!(lost, Ok(true)) && store.set("failed", b"1").is_err() {
             return;
         }
         match store.check("failed") {

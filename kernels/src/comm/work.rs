@@ -43,6 +43,9 @@ impl Drop for Work {
     }
 }
 
+/// What a sender and a receiver call together, as diagnoses name it.
+pub(super) const TRANSFER: &str = "transfer";
+
 /// How long one look at a pending collective takes, so that news of failed peers gets through.
 const SLICE: Duration = Duration::from_millis(200);
 
@@ -83,7 +86,8 @@ impl Work {
         if link.backend == Backend::Nccl {
             // SAFETY: `raw` was made above.
             let in_flight = InFlight(unsafe { nccl::work_clone(raw) }?);
-            link.watch.add(call.clone(), link.timeout, Box::new(move || in_flight.poll()));
+            let ahead = if call.op == TRANSFER { 2 } else { 1 };
+            link.watch.add(call.clone(), link.timeout * ahead, Box::new(move || in_flight.poll()));
         }
         link.pending.fetch_add(1, Ordering::AcqRel);
         Ok(Work {
@@ -104,6 +108,15 @@ impl Work {
     pub(super) fn then(mut self, after: After) -> Work {
         self.after = after;
         self
+    }
+
+    /// Whether nothing is left to wait for: [`Work::wait`] returns at once, or says what failed.
+    pub fn is_done(&self) -> bool {
+        let mut done = 0;
+        // SAFETY: `raw` is alive until drop.
+        self.under_way.is_none()
+            || check(unsafe { corral_work_poll(self.raw, &mut done) }).is_err()
+            || done != 0
     }
 
     /// On CPU returns when the result is there. On CUDA the current stream waits for it and the host goes on; a peer
@@ -131,6 +144,8 @@ impl Work {
 
     fn wait_on_host(&self, link: &Link, call: &Call) -> Result<()> {
         let timeout = link.timeout;
+        // What was asked for ahead of its use is late only once it is waited for.
+        let started = if call.op == TRANSFER { Instant::now() } else { self.started };
         let observe = Watch::observation(timeout);
         let mut diagnosis = None;
         let mut failure_seen = None;
@@ -145,7 +160,7 @@ impl Work {
             if let Some(error) = link.failure.get() {
                 return Err(error.clone());
             }
-            let waited = self.started.elapsed();
+            let waited = started.elapsed();
             // The look at the other ranks takes a while: it begins that much before the time is up.
             if waited + observe >= timeout && diagnosis.is_none() {
                 diagnosis = Some(link.watch.diagnose(call));

@@ -3,6 +3,7 @@
 use crate::config::parallel::{Mode, Parallel, StageOrder};
 use crate::config::sections::{Compute, MomentsIn, Recompute};
 use crate::config::trainable::BaseFormat;
+use crate::error::{Error, Result};
 
 /// What is trained.
 #[derive(Debug, clap::Args)]
@@ -46,16 +47,30 @@ pub struct Workload {
     /// Stages that share the blocks
     #[arg(long, value_name = "STAGES", default_value_t = 1, value_parser = clap::value_parser!(i64).range(1..))]
     pub pipeline: i64,
+    /// With --pipeline: blocks of each stage, such as 5,3 [default: divided evenly]
+    #[arg(long, value_name = "BLOCKS", value_delimiter = ',', requires = "pipeline")]
+    pub stages: Option<Vec<i64>>,
     /// With --pipeline: the order of forwards and backwards
     #[arg(long, value_enum, default_value = "1f1b")]
     pub schedule: StageOrder,
 }
 
 impl Workload {
-    /// How the ranks divide it.
-    pub fn parallel(&self) -> Parallel {
+    /// How so many ranks divide it.
+    ///
+    /// # Errors
+    /// Of kind Config: they cannot.
+    pub fn parallel(&self, ranks: i64) -> Result<Parallel> {
         let Workload { mode, tensor, context, pipeline, schedule, .. } = *self;
-        Parallel { mode, tensor, context, pipeline, schedule, ..Parallel::default() }
+        if ranks % (tensor * context * pipeline) != 0 {
+            let why = format!("--tensor times --context times --pipeline must divide the {ranks} ranks");
+            return Err(Error::config(why));
+        }
+        if self.stages.as_ref().is_some_and(|stages| stages.len() as i64 != pipeline) {
+            return Err(Error::config("--stages must have a number for each stage of --pipeline"));
+        }
+        let stages = self.stages.clone();
+        Ok(Parallel { mode, tensor, context, pipeline, stages, schedule, ..Parallel::default() })
     }
 }
 

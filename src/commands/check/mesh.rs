@@ -1,6 +1,6 @@
 //! The mesh of a run as a table: which ranks form which group, on which node.
 
-use crate::config::parallel::Parallel;
+use crate::config::common::Common;
 use crate::distributed::mesh::{AxisName, Keep, MeshPlan};
 use crate::error::Result;
 
@@ -8,10 +8,20 @@ use crate::error::Result;
 const GROUPS: usize = 6;
 
 /// Prints the mesh of `ranks` ranks on `nodes` nodes, if there are several ranks.
-pub fn show(parallel: &Parallel, ranks: i64, nodes: i64) -> Result<()> {
+pub fn show(c: &Common, ranks: i64, nodes: i64) -> Result<()> {
+    let parallel = c.parallel;
     if ranks > 1 {
         let mesh = MeshPlan::of(parallel, ranks, Some(ranks / nodes))?;
         table(&mesh, ranks / nodes).iter().for_each(|line| println!("{line}"));
+        if mesh.pipeline > 1 {
+            let micro_batches = c.train.micro_batches(mesh.data);
+            let waits = 100.0 * (mesh.pipeline - 1) as f64 / micro_batches as f64;
+            println!(
+                "# {micro_batches} micro-batch(es) of a step go through {} stages: with 1f1b these wait for each other for {waits:.0} % of what \
+                 they compute; a smaller train.micro_batch_size makes more",
+                mesh.pipeline
+            );
+        }
         if mesh.pipeline > 1 && mesh.shard > 1 && !Keep::of(parallel.mode).values() {
             println!(
                 "# parallel.mode={} gathers the blocks of a stage again in every micro-batch; grads and optimizer keep them, which takes \

@@ -75,7 +75,7 @@ pub fn check<R: Recipe>(args: CheckArgs, global: &Global) -> Result<()> {
         println!(
             "# a model's path is a preset, a shape without weights: neither models nor data were opened"
         );
-        mesh::show(c.common().parallel, args.nproc, args.nodes).map_err(|e| loaded.locate(e))?;
+        mesh::show(&c.common(), args.nproc, args.nodes).map_err(|e| loaded.locate(e))?;
         return memory(c, &target, None);
     }
     let rates = predict::rates(global, None)?;
@@ -86,7 +86,7 @@ pub fn check<R: Recipe>(args: CheckArgs, global: &Global) -> Result<()> {
     }
     check_models(&loaded, &inputs)?;
     conclude(&loaded, &R::trained(&inputs))?;
-    mesh::show(c.common().parallel, args.nproc, args.nodes).map_err(|e| loaded.locate(e))?;
+    mesh::show(&c.common(), args.nproc, args.nodes).map_err(|e| loaded.locate(e))?;
     memory(c, &target, rates.as_ref())?;
     if R::MODEL == "model"
         && let Ok(plan) = c.plan(&target)

@@ -27,10 +27,15 @@ fn mine(spans: &[TraceSpan], steps: usize, micro_batches: usize) -> [f64; 4] {
 }
 
 /// The bubble of a pipeline in the measured steps: what its stages waited for each other, as a share of what they computed; measured,
-/// replayed from the mean times of the passes, and by the formula. And replayed of twice as many stages, of half of the times each.
+/// replayed from the mean times of the passes, and by the formula. And replayed of twice as many stages, of half of the times each. Null on one
+/// stage, and on GPUs.
 /// Collective.
 pub fn report(spans: &[TraceSpan], steps: usize, micro_batches: usize, world: &World) -> Result<Value> {
     let pipeline = &world.mesh.pipeline;
+    // Spans are the host's, which a GPU does not wait for.
+    if pipeline.axis.size == 1 || world.device != tch::Device::Cpu {
+        return Ok(Value::Null);
+    }
     let (stage, stages) = (pipeline.axis.rank as usize, pipeline.axis.size as usize);
     // Those of the ranks of a stage, added up.
     let mut all = vec![0.0; 4 * stages];

@@ -43,6 +43,7 @@ extern "C" {
 
 void corral_free(void* p);
 int corral_recorder_is_off();
+int corral_names_are_numbers();
 char* corral_recorder_trace(char** out);
 char* corral_libtorch_path(char** out);
 char* corral_allocate_by_malloc();

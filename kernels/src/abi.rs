@@ -50,6 +50,7 @@ pub(crate) struct Stream {
 unsafe extern "C" {
     pub(crate) fn corral_free(p: *mut c_void);
     pub(crate) fn corral_recorder_is_off() -> c_int;
+    pub(crate) fn corral_names_are_numbers() -> c_int;
     pub(crate) fn corral_recorder_trace(out: *mut *mut c_char) -> *mut c_char;
     pub(crate) fn corral_libtorch_path(out: *mut *mut c_char) -> *mut c_char;
     pub(crate) fn corral_allocate_by_malloc() -> *mut c_char;

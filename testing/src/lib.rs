@@ -19,6 +19,7 @@ pub mod device;
 pub mod emulator;
 pub mod folder;
 pub mod golden;
+pub mod hosts;
 pub mod program;
 pub mod ranks;
 pub mod run;

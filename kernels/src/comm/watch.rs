@@ -180,17 +180,8 @@ impl Watch {
                     let call = Call { group: name.clone(), ranks: ranks.clone(), seq: 0, op: "set-up" };
                     let seen = missing.iter().map(|&r| (r, String::new())).collect();
                     member.tell(&store, &call, &Seen { missing: seen, gave_up: Vec::new() })?;
-                    let missing: Vec<_> = missing.iter().map(|r| format!("rank {r}")).collect();
-                    let missing =
-                        if missing.is_empty() { "none any more".into() } else { missing.join(", ") };
-                    return Err(Error::new(format!(
-                        "the set-up of group `{name}` of {} ranks ended after {:.0} s without all of them; missing: \
-                         {missing}",
-                        ranks.len(),
-                        timeout
-                            .saturating_sub(deadline.saturating_duration_since(Instant::now()))
-                            .as_secs_f64()
-                    )));
+                    let waited = timeout.saturating_sub(deadline.saturating_duration_since(Instant::now()));
+                    return Err(Error::new(not_joined(&name, ranks.len(), &missing, waited)));
                 }
             }
             Ok(())
@@ -243,6 +234,21 @@ impl Drop for Watch {
         // Lets the others know that this rank ended in good order; bounded, as the store may be gone.
         if self.stop.send(()).is_ok() {
             let _ = lock(&self.stopped).recv_timeout(BEAT);
+        }
+    }
+}
+
+/// Who has not joined a group of so many ranks.
+fn not_joined(name: &str, ranks: usize, missing: &[i64], waited: Duration) -> String {
+    let who = missing.iter().map(|r| format!("rank {r}")).collect::<Vec<_>>().join(", ");
+    let waited = waited.as_secs_f64();
+    match missing.len() {
+        0 => format!("the group `{name}` of {ranks} ranks was not complete within {waited:.0} s"),
+        n => {
+            let have = if n == 1 { "has" } else { "have" };
+            format!(
+                "{who} {have} not joined within {waited:.0} s (group `{name}` of {ranks} ranks): not started, or cannot reach this host"
+            )
         }
     }
 }

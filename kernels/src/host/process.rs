@@ -3,7 +3,7 @@
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use crate::abi::corral_recorder_is_off;
+use crate::abi::{corral_names_are_numbers, corral_recorder_is_off};
 
 /// Lets `command` begin as a shell would start it, in a process group of its own: no signal is blocked or ignored, whatever
 /// is in this process and its threads; its environment is the user's.
@@ -35,4 +35,11 @@ pub fn as_from_a_shell(command: &mut Command) -> &mut Command {
 pub(crate) fn exit_now(code: i32) -> ! {
     // SAFETY: does not return.
     unsafe { libc::_exit(code) }
+}
+
+/// Whether libraries of this process that ask for the names of addresses get numbers, at once: c10d asks for each connection, and a name
+/// server may not answer.
+pub fn names_are_numbers() -> bool {
+    // SAFETY: compares two addresses.
+    unsafe { corral_names_are_numbers() != 0 }
 }

@@ -2,6 +2,7 @@
 
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use kernels::c10d::{Backend, Group, Store};
@@ -46,9 +47,18 @@ pub fn on_ranks_with_groups<T: Send>(
     })
 }
 
-/// A port that no program listens on.
+/// A port that no program listens on: none of those that the system gives to sockets which ask for any, such as Gloo's, and which might
+/// be taken before it is used.
 pub fn free_port() -> u16 {
-    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let (first, ports) = (10_000, 20_000);
+    loop {
+        let number = std::process::id().wrapping_mul(101) + NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = (first + number % ports) as u16;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// Starts this test's program once more as a rank: its test `as_rank`, with the variables that `launch` sets and `more`.

@@ -334,7 +334,7 @@ fn a_port_in_use_is_told() {
 fn a_rank_that_never_comes_is_named() {
     let run = Run::new("never");
     let ended = lone_rank(&run, "0", &free_port(), &["parallel.timeout_s=2"]).wait();
-    ended.expect_error(1, &["group `world` of 2 ranks", "missing: rank 1"]);
+    ended.expect_error(1, &["rank 1 has not joined within", "group `world` of 2 ranks"]);
 }
 
 #[test]

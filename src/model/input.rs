@@ -1,6 +1,9 @@
-//! What a forward of a model reads.
+//! What a forward of a model reads, and of a stage what the stage before gives.
 
 use tch::{Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::model::mixture::Balance;
 
 /// Token ids and what positions mean.
 pub struct ModelInput {
@@ -46,4 +49,21 @@ impl ModelInput {
         let mask = Some(mask.contiguous().view([-1]));
         ModelInput { ids, positions: Some(positions.contiguous()), start: Some(start), mask, dropout: None }
     }
+}
+
+/// Of tensors that are one, it.
+pub(super) fn only(tensors: Vec<Tensor>) -> Result<Tensor> {
+    tensors.into_iter().next().ok_or_else(|| Error::failed("a stage gives at least one tensor"))
+}
+
+/// The stream that the stage before gives, T [n, C]; with the load of experts in so many blocks `balance` goes on.
+pub(super) fn continue_from(
+    before: Vec<Tensor>,
+    balance: Option<&mut Balance>,
+    blocks: usize,
+) -> Result<Tensor> {
+    if let (Some(balance), Some(sums)) = (balance, before.get(1)) {
+        balance.continue_from(sums, blocks);
+    }
+    only(before)
 }

@@ -18,7 +18,7 @@ use crate::distributed::sharded::Sharded;
 use crate::distributed::sharded::gathered::Form;
 use crate::error::{Error, Result};
 use crate::model::block::BlockSaved;
-use crate::model::input::ModelInput;
+use crate::model::input::{ModelInput, continue_from, only};
 use crate::model::layout::{BlockParts, Draws, float8_runs};
 use crate::model::linear::{KeptInner, Linear};
 use crate::model::mixture::Balance;
@@ -493,17 +493,4 @@ impl Llama {
         }
         self.params.reduce(0) // collective
     }
-}
-
-/// Of tensors that are one, it.
-pub(super) fn only(tensors: Vec<Tensor>) -> Result<Tensor> {
-    tensors.into_iter().next().ok_or_else(|| Error::failed("a stage gives at least one tensor"))
-}
-
-/// The stream that the stage before gives, T [n, C]; with the load of experts in so many blocks `balance` goes on.
-fn continue_from(before: Vec<Tensor>, balance: Option<&mut Balance>, blocks: usize) -> Result<Tensor> {
-    if let (Some(balance), Some(sums)) = (balance, before.get(1)) {
-        balance.continue_from(sums, blocks);
-    }
-    only(before)
 }

@@ -12,8 +12,8 @@ use crate::distributed::pipeline::{Expected, blocks_of_stages};
 use crate::distributed::plan::{GroupPlan, OnStage};
 use crate::error::{Error, Result};
 use crate::model::Recompute;
-use crate::model::input::ModelInput;
-use crate::model::llama::{Llama, Tape, WeightsLeft, only};
+use crate::model::input::{ModelInput, only};
+use crate::model::llama::{Llama, Tape, WeightsLeft};
 use crate::model::mixture::Balance;
 
 /// A model's groups as they are for a rank of this stage. `given`: blocks of each stage; none: divided evenly. A tied embedding is

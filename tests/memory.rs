@@ -402,7 +402,7 @@ fn meshes_are_searched() {
         let size = line.split_once(" tokens/s, ").unwrap().1.split_once(" GiB: ").unwrap().0;
         assert!(size.parse::<f64>().unwrap() <= 48.0, "{line}");
     }
-    let slow = plan("slow", &["--search", "--device-memory", "80GiB", "--network", "2.5"]).expect_code(0);
+    let slow = plan("slow", &["--search", "--device-memory", "80GiB", "--link", "30"]).expect_code(0);
     let first = slow.out.lines().find(|line| !line.starts_with('#')).unwrap();
     assert!(first.split_once(" s a step").unwrap().0.parse::<f64>().unwrap() > seconds[0], "{slow}");
     plan("none", &["--search", "--device-memory", "8GiB"])

@@ -59,7 +59,7 @@ enum Shared {
 }
 
 /// A model on one rank.
-fn whole_model(shape: &Shape, trainable: &Trainable, kind: Kind) -> Llama {
+fn model_on_one_rank(shape: &Shape, trainable: &Trainable, kind: Kind) -> Llama {
     model(shape, trainable, Sharding::solo(), kind)
 }
 
@@ -243,7 +243,7 @@ fn models_on_ranks() {
     for (i, (name, shape, trainable)) in cases.iter().enumerate() {
         for kind in [Kind::Double, Kind::Float, Kind::BFloat16] {
             let recompute = [Recompute::None, Recompute::Selective, Recompute::Full][i % 3];
-            let whole = computed(&mut whole_model(shape, trainable, kind), Recompute::None);
+            let whole = computed(&mut model_on_one_rank(shape, trainable, kind), Recompute::None);
             // Each case with each number of ranks, and both ways of dividing rows; all of them with all.
             let even = i % 2 == 0;
             let chosen = |ranks, shared| match (kind, shared) {
@@ -298,7 +298,7 @@ fn models_in_four_stages() {
     ];
     for (name, shape, trainable) in &cases {
         for kind in [Kind::Double, Kind::Float] {
-            let whole = computed(&mut whole_model(shape, trainable, kind), Recompute::None);
+            let whole = computed(&mut model_on_one_rank(shape, trainable, kind), Recompute::None);
             for order in [FORWARD_BACKWARD, StageOrder::ZeroBubble] {
                 if order == StageOrder::ZeroBubble && shape.experts.is_some() {
                     continue;

@@ -20,8 +20,8 @@ const FILE: &str = "trace.json";
 
 /// Records the steps of a run that its configuration asks for.
 pub struct Profile {
-    /// Steps that are still to be recorded, after the first, which prepares what the others use.
-    left: i64,
+    /// Steps to be recorded, after the first, which prepares what the others use.
+    steps: i64,
     state: State,
     dir: PathBuf,
     ranks: Group,
@@ -40,7 +40,7 @@ impl Profile {
     /// Of `steps` steps (0: none) of a run in this folder, on these ranks.
     pub fn new(steps: i64, run_dir: &Path, ranks: &Group) -> Profile {
         let state = if steps > 0 { State::Begins } else { State::Over };
-        Profile { left: steps, state, dir: run_dir.join(FOLDER), ranks: ranks.clone() }
+        Profile { steps, state, dir: run_dir.join(FOLDER), ranks: ranks.clone() }
     }
 
     /// Notes that a step is done. Returns whether the timeline was written, which takes time. Collective then.
@@ -52,8 +52,7 @@ impl Profile {
             }
             State::Records(steps) => {
                 self.state = State::Records(steps + 1);
-                self.left -= 1;
-                if self.left == 0 {
+                if steps + 1 == self.steps {
                     self.end()?;
                     return Ok(true);
                 }

@@ -50,11 +50,9 @@ impl Pipeline {
             return Ok(Pipeline::solo());
         }
         let axis = Axis::of(new_group(&format!("pipeline/{}", ranks[0]), ranks)?);
-        let ends = match stage {
-            0 => Some(new_group(&format!("ends/{}", ranks[0]), &[ranks[0], ranks[last]])?),
-            _ if stage == last => Some(new_group(&format!("ends/{}", ranks[0]), &[ranks[0], ranks[last]])?),
-            _ => None,
-        };
+        let is_end = stage == 0 || stage == last;
+        let ends =
+            is_end.then(|| new_group(&format!("ends/{}", ranks[0]), &[ranks[0], ranks[last]])).transpose()?;
         // From the first stage on, one pair after the other: nobody waits in a circle.
         let join = |lower: usize| {
             let pair = [ranks[lower], ranks[lower + 1]];

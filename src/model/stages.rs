@@ -64,7 +64,7 @@ pub fn check_order(shape: &Shape, order: StageOrder) -> Result<()> {
     match order == StageOrder::ZeroBubble && shape.experts.is_some() {
         true => Err(Error::key(
             "parallel.schedule",
-            "zero_bubble is not built for mixtures of experts: their products are grouped, and cannot wait; set it to 1f1b",
+            "zero_bubble is not built for mixtures of experts; set it to 1f1b",
         )),
         false => Ok(()),
     }

@@ -238,7 +238,7 @@ impl Drop for Watch {
     }
 }
 
-/// Who has not joined a group of so many ranks.
+/// The error of a group that some ranks have not joined in time.
 fn not_joined(name: &str, ranks: usize, missing: &[i64], waited: Duration) -> String {
     let who = missing.iter().map(|r| format!("rank {r}")).collect::<Vec<_>>().join(", ");
     let waited = waited.as_secs_f64();

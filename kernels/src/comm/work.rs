@@ -27,7 +27,7 @@ pub struct Work {
     started: Instant,
     tensors: Vec<Tensor>,
     after: After,
-    /// What this rank sends.
+    /// Bytes that this rank sends in it.
     bytes: u64,
 }
 
@@ -43,7 +43,7 @@ impl Drop for Work {
     }
 }
 
-/// What a sender and a receiver call together, as diagnoses name it.
+/// The name of a send and of its receive: diagnoses compare what both ranks have called.
 pub(super) const TRANSFER: &str = "transfer";
 
 /// How long one look at a pending collective takes, so that news of failed peers gets through.
@@ -144,7 +144,7 @@ impl Work {
 
     fn wait_on_host(&self, link: &Link, call: &Call) -> Result<()> {
         let timeout = link.timeout;
-        // What was asked for ahead of its use is late only once it is waited for.
+        // A receive is posted early: its time counts from the wait.
         let started = if call.op == TRANSFER { Instant::now() } else { self.started };
         let observe = Watch::observation(timeout);
         let mut diagnosis = None;

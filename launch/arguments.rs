@@ -180,7 +180,9 @@ impl Plan {
         }
         if arguments.backend == Some(Backend::Mpi) {
             return refuse(
-                "--backend mpi is not available in this build: take gloo (CPU), nccl (GPU) or auto".into(),
+                "--backend mpi: MPI starts its ranks itself: `mpirun -n N corral --backend mpi pretrain ...`, or `srun \
+                 --mpi=pmix corral ...` (docs/operations.md)"
+                    .into(),
             );
         }
         let (nproc, nproc_reason) = match arguments.nproc {

@@ -90,9 +90,14 @@ fn main() {
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| execute(cli)));
     // Exits at once: what threads are left need not be waited for.
     match result {
-        Ok(Ok(())) => exit(0),
+        Ok(Ok(())) => {
+            kernels::comm::leave();
+            exit(0)
+        }
         Ok(Err(e)) => {
-            if !matches!(e.kind, ErrorClass::Stopped(_)) {
+            if matches!(e.kind, ErrorClass::Stopped(_)) {
+                kernels::comm::leave();
+            } else {
                 let_rank_0_tell(matches!(e.kind, ErrorClass::Config | ErrorClass::Data));
                 corral::error!("{e}");
             }

@@ -24,7 +24,7 @@ use corral::distributed::plan::{Role, is_adapter};
 use corral::distributed::sharded::{Sharded, TensorSpec};
 use corral::model::trainable::module;
 use corral::model::{DropoutPlace, Llama, LmHead, ModelInput, Recompute, Trainable};
-use kernels::c10d::Group;
+use kernels::comm::Group;
 use kernels::quant::{Quantized, Scheme};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};

@@ -6,7 +6,7 @@
 
 use corral::config::parallel::{Mode, Parallel};
 use corral::distributed::world::{BackendChoice, DeviceChoice, World};
-use kernels::c10d::{Backend, Group, ReduceOp, Store};
+use kernels::comm::{Backend, Group, HAS_MPI, ReduceOp, Store};
 use kernels::watch::Watch;
 use std::net::TcpListener;
 use std::process::{Child, Command, Output};
@@ -96,6 +96,11 @@ fn large_slices_travel_in_place_and_are_summed_in_the_order_of_ranks() {
 #[test]
 fn sub_groups_have_ranks_of_their_own() {
     all_fine("sub_groups", 3);
+}
+
+#[test]
+fn two_ranks_send_each_other_tensors() {
+    all_fine("transfers", 3);
 }
 
 #[test]
@@ -242,8 +247,59 @@ fn devices_and_backends_that_cannot_be() {
         assert_eq!(bad.parse::<DeviceChoice>().unwrap_err().exit_code(), 2, "{bad}");
     }
     assert_eq!("cuda:3".parse::<DeviceChoice>().unwrap(), DeviceChoice::CudaIndex(3));
-    let mpi = "mpi".parse::<BackendChoice>().unwrap_err();
-    assert!(mpi.exit_code() == 2 && mpi.message.contains("not built yet"), "{mpi}");
+    match "mpi".parse::<BackendChoice>() {
+        Ok(choice) => assert!(HAS_MPI && choice == BackendChoice::Mpi),
+        Err(e) => {
+            assert!(!HAS_MPI && e.exit_code() == 2 && e.message.contains("built without MPI"), "{e}");
+        }
+    }
+}
+
+/// [`as_rank`] under `mpirun`: how that ends, after how long, and all output.
+#[cfg(feature = "mpi")]
+fn over_mpi(case: &str, ranks: i64) -> (i32, Duration, String) {
+    let began = Instant::now();
+    let output = testing::ranks::mpirun(ranks)
+        .arg(std::env::current_exe().unwrap())
+        .args(["as_rank", "--exact", "--nocapture"])
+        .env("CORRAL_TEST_CASE", case)
+        .output()
+        .expect("mpirun starts");
+    let text =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    (output.status.code().unwrap_or(-1), began.elapsed(), text)
+}
+
+/// The same values as over Gloo, to the bit: sums are made in the order of ranks there and here.
+#[cfg(feature = "mpi")]
+#[test]
+fn mpi_carries_every_collective() {
+    for (case, ranks) in [("values", 3), ("overlap", 2), ("large", 3), ("sub_groups", 3), ("transfers", 3)] {
+        let (code, _, output) = over_mpi(case, ranks);
+        assert_eq!((code, output.matches("rank is fine").count()), (0, ranks as usize), "{case}: {output}");
+    }
+}
+
+#[cfg(feature = "mpi")]
+#[test]
+fn mpi_names_ranks_that_do_not_come() {
+    for case in ["hang", "hang_scatter"] {
+        let (code, took, output) = over_mpi(case, 3);
+        assert!(output.contains("missing: rank 1"), "{case}: {output}");
+        assert!(output.contains("timed out after 3 s"), "{case}: {output}");
+        assert!(code != 0 && took < Duration::from_secs(30), "{case}: {code} after {took:?}: {output}");
+    }
+    let (code, _, output) = over_mpi("disagree", 2);
+    assert!(code != 0 && output.contains("all-gather") && output.contains("all-reduce"), "{code}: {output}");
+}
+
+/// `mpirun` itself notices a lost rank, says which, and ends the others.
+#[cfg(feature = "mpi")]
+#[test]
+fn mpi_ends_all_when_a_rank_is_lost() {
+    let (code, took, output) = over_mpi("exit", 3);
+    assert!(code != 0 && took < Duration::from_secs(30), "{code} after {took:?}: {output}");
+    assert!(output.contains("process rank 2") && output.contains("signal 9"), "{output}");
 }
 
 /// In a process of its own, as libtorch looks for CUDA once.
@@ -261,7 +317,10 @@ fn as_rank() {
     let Ok(case) = std::env::var("CORRAL_TEST_CASE") else { return };
     let result = run_case(&case);
     match result {
-        Ok(()) => println!("rank is fine"),
+        Ok(()) => {
+            println!("rank is fine");
+            kernels::comm::leave();
+        }
         Err(e) => println!("error: {e}"),
     }
 }
@@ -280,12 +339,11 @@ fn run_case(case: &str) -> corral::Result<()> {
         let parallel = Parallel { mode: Mode::Hybrid, ..Parallel::default() };
         return World::from_env(BackendChoice::Auto, DeviceChoice::Cpu, &parallel).map(drop);
     }
-    let world = World::from_env(
-        BackendChoice::Auto,
-        DeviceChoice::Cpu,
-        &Parallel { timeout_s, ..Parallel::default() },
-    )?;
-    assert_eq!(world.choice, "communication: gloo (ranks on CPU)");
+    let backend = BackendChoice::of(None)?;
+    let parallel = Parallel { timeout_s, ..Parallel::default() };
+    let world = World::from_env(backend, DeviceChoice::Cpu, &parallel)?;
+    let name = if backend == BackendChoice::Mpi { "mpi" } else { "gloo" };
+    assert_eq!(world.choice, format!("communication: {name} (ranks on CPU)"));
     let one = || Tensor::ones([4], (Kind::Float, Device::Cpu));
     match case {
         "values" => [Kind::Float, Kind::BFloat16, Kind::Double, Kind::Int64]
@@ -294,6 +352,7 @@ fn run_case(case: &str) -> corral::Result<()> {
         "overlap" => overlap(&world),
         "large" => [Kind::Float, Kind::BFloat16].into_iter().try_for_each(|k| large(&world, k)),
         "sub_groups" => sub_groups(&world),
+        "transfers" => transfers(&world),
         "exit" | "exit_0" => {
             let leaver = if case == "exit" { 2 } else { 0 };
             world.group.all_reduce(&one(), ReduceOp::Sum)?.wait()?;
@@ -480,6 +539,40 @@ fn sub_groups(world: &World) -> corral::Result<()> {
     Ok(())
 }
 
+/// Between two of three ranks, both ways at once, also larger than what is buffered on the way.
+fn transfers(world: &World) -> corral::Result<()> {
+    if world.rank == 1 {
+        return Ok(world.group.barrier()?);
+    }
+    let pair = world.new_group("pair", &[0, 2])?;
+    let (mine, theirs) = (world.rank, 2 - world.rank);
+    for n in [1, 1000, 3_000_000] {
+        let sent: Vec<Tensor> =
+            (0..2).map(|i| Tensor::full([n], 10 * mine + i, (Kind::BFloat16, Device::Cpu))).collect();
+        let received = [
+            Tensor::zeros([n], (Kind::BFloat16, Device::Cpu)),
+            Tensor::zeros([n], (Kind::BFloat16, Device::Cpu)),
+        ];
+        let mut works = Vec::new();
+        for (out, into) in sent.iter().zip(&received) {
+            // Both ranks call them in one order.
+            if mine == 0 {
+                works.push(pair.send(out)?);
+                works.push(pair.receive(into)?);
+            } else {
+                works.push(pair.receive(into)?);
+                works.push(pair.send(out)?);
+            }
+        }
+        works.into_iter().rev().try_for_each(|work| work.wait())?;
+        for (i, t) in received.iter().enumerate() {
+            let want = (10 * theirs + i as i64) as f64;
+            assert_eq!((t.min().double_value(&[]), t.max().double_value(&[])), (want, want));
+        }
+    }
+    Ok(world.group.barrier()?)
+}
+
 /// Groups of one rank each, whose first collectives two threads begin at one moment.
 fn begin() -> corral::Result<()> {
     const RANKS: i64 = 24;
@@ -530,7 +623,7 @@ fn begin() -> corral::Result<()> {
         threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
     })?;
     // Where it records, the race is there, whether it was lost now or not.
-    let trace = kernels::c10d::recorder_trace()?;
+    let trace = kernels::comm::recorder_trace()?;
     assert!(!trace.contains("\"entries\""), "the flight recorder is on: {trace:.200}");
     drop(watches);
     Ok(())

@@ -81,7 +81,7 @@ fn what_is_not_there_is_refused() {
     ended.expect_error(2, &["unrecognized subcommand 'pretrian'"]);
     let ended =
         Program::new(launch()).args(&["--nproc", "2", "--backend", "mpi", "pretrain"]).run(&dir, "mpi");
-    assert!(ended.expect_code(2).err.contains("mpi is not available in this build"));
+    assert!(ended.expect_code(2).err.contains("MPI starts its ranks itself"));
     // CUDA_VISIBLE_DEVICES is empty: no GPU, also where there is one.
     let run = Run::new("cuda");
     let config = run.dir.join("config.yaml");

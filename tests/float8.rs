@@ -10,7 +10,7 @@ use corral::distributed::mesh::{Keep, Sharding};
 use corral::distributed::sharded::gathered::Form;
 use corral::distributed::sharded::{Sharded, TensorSpec};
 use corral::model::{Llama, ModelInput, Trainable};
-use kernels::c10d::Group;
+use kernels::comm::Group;
 use kernels::ops::{Float8, Granularity};
 use testing::program::Program;
 use testing::ranks::on_ranks;

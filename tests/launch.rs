@@ -401,7 +401,7 @@ fn what_is_wrong_is_refused_with_code_2() {
         (&["--nnodes", "2", "--rdzv", "node0:29500", "--node-rank", "2"], "--node-rank 2 does not exist"),
         (&["--node-rank", "1"], "--node-rank 1 does not exist with --nnodes 1"),
         (&["--rdzv", "node0:65530", "--max-restarts", "9"], "take a lower --rdzv port"),
-        (&["--backend", "mpi"], "mpi is not available in this build"),
+        (&["--backend", "mpi"], "MPI starts its ranks itself"),
         (&["--backend", "smoke"], "possible values: nccl, gloo, mpi, auto"),
         (&["--nproc", "2", "--rank-filter", "0,2"], "rank 2 does not exist in a world of 2"),
         (&["--log-dir", &inside_file], "--log-dir: cannot create"),

@@ -27,7 +27,7 @@ use corral::distributed::sharded::{Sharded, TensorSpec};
 use corral::distributed::world::{BackendChoice, DeviceChoice, World};
 use corral::model::cuts::cut_for;
 use corral::model::layout::layouts;
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 

@@ -16,7 +16,7 @@ use corral::distributed::sharded::{Sharded, TensorSpec};
 use corral::model::cuts::cut_for;
 use corral::model::{DropoutPlace, KvCache, Llama, LmHead, ModelInput, Trainable};
 use corral::optim::{AdamW, Hyper};
-use kernels::c10d::{Group, ReduceOp};
+use kernels::comm::{Group, ReduceOp};
 use tch::{Device, Kind, Tensor};
 use testing::compare::{largest, largest_relative, relative_number};
 use testing::folder::folder;

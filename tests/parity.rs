@@ -19,7 +19,7 @@ use common::{gradients, load, load_sharded};
 use corral::algorithms::step::{self, MicroBatch};
 use corral::model::head::LogProbs;
 use corral::model::{Llama, LmHead, ModelInput, Recompute};
-use kernels::c10d::Group;
+use kernels::comm::Group;
 use tch::{Device, Kind, Tensor};
 
 struct Golden {

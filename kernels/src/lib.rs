@@ -6,13 +6,13 @@
 //! - [`ops`]: operations of a Llama, on the CPU, on CUDA, and composed of libtorch's
 //! - [`quant`], [`moments`]: weights and AdamW's moments in 4 and 8 bits
 //! - [`host`], [`counting`], [`mmap`], [`process`]: settings of this process, memory, files, programs
-//! - [`c10d`], [`watch`]: communication between ranks, and who is missing
+//! - [`comm`], [`watch`]: communication between ranks, and who is missing
 
 #![allow(unsafe_code)] // the one package that has any
 #![warn(missing_docs)]
 
 mod abi;
-mod comm;
+pub mod comm;
 pub mod cuda;
 pub mod error;
 pub mod host;
@@ -21,7 +21,7 @@ pub mod quant;
 mod tensors;
 pub mod trace;
 
-pub use comm::{c10d, watch};
+pub use comm::watch;
 pub use error::{Error, Result};
 pub use host::{counting, mmap, process};
 pub use quant::moments;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kernels::c10d::Group;
+use kernels::comm::Group;
 use kernels::trace::{self, Lane, TraceSpan};
 use serde_json::{Value, json};
 

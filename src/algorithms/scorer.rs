@@ -1,6 +1,6 @@
 //! Reward models at work: sequences of tokens in, scores out.
 
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::Scoring;

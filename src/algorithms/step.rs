@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 use kernels::ops;
 use kernels::trace::{self, OpenSpan};
 use tch::{Kind, Tensor};

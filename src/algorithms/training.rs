@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Once;
 use std::time::Instant;
 
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 use kernels::ops;
 use serde::{Deserialize, Serialize};
 

@@ -23,7 +23,7 @@ use crate::files::{AtomicFolder, exists, is_file, write_file};
 use crate::model::layout::{EMBEDDING, LM_HEAD, layouts};
 use crate::model::rotary::inverse_frequencies;
 use crate::telemetry::console::warn_once;
-use kernels::c10d::Group;
+use kernels::comm::Group;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";

@@ -34,7 +34,7 @@ use crate::model::Trainable;
 use crate::model::layout::EMBEDDING;
 use crate::model::trainable::{last_part, module};
 use crate::telemetry::console::warn_once;
-use kernels::c10d::Group;
+use kernels::comm::Group;
 
 pub const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use kernels::c10d::{Group, ReduceOp};
+use kernels::comm::{Group, ReduceOp};
 use serde_json::Value;
 use tch::Tensor;
 

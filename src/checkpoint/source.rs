@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
-use kernels::c10d::Group;
+use kernels::comm::Group;
 use tch::{Kind, Tensor};
 
 use super::grow::grown;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use kernels::c10d::{Group, ReduceOp};
+use kernels::comm::{Group, ReduceOp};
 
 use crate::error::Result;
 use crate::random::hash;

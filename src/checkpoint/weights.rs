@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use kernels::c10d::Group;
+use kernels::comm::Group;
 
 use super::gguf::GgufModel;
 use super::hf::HfModel;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Subcommand;
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 use kernels::trace;
 use serde_json::json;
 use tch::{Kind, Tensor};
@@ -110,7 +110,8 @@ pub fn run(command: Command, global: &Global) -> Result<()> {
         Command::Checkpoint(args) => args.workload.parallel(ranks)?,
         _ => Parallel::default(),
     };
-    let world = World::from_global(global.device.as_deref(), &parallel, &global.facts())?;
+    let world =
+        World::from_global(global.backend.as_deref(), global.device.as_deref(), &parallel, &global.facts())?;
     match command {
         Command::Train(args) => train(&args, &world),
         Command::Generate(args) => generate::run(&args, &world),

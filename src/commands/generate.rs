@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 

@@ -219,7 +219,7 @@ pub fn join_with(global: &Global, models: &[(&str, &OpenedModel)], ranks: RanksA
         }
     }
     let parallel = Parallel { timeout_s: TIMEOUT_S, tensor: ranks.tensor, ..Parallel::default() };
-    let world = World::from_global(global.device.as_deref(), &parallel, &facts)?;
+    let world = World::from_global(global.backend.as_deref(), global.device.as_deref(), &parallel, &facts)?;
     detail!("{}", world.choice);
     Ok(world)
 }

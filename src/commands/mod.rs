@@ -48,6 +48,9 @@ pub struct Global {
     /// Where to compute: cpu, cuda (each rank its own GPU) or cuda:N [default: cuda if there is one, else cpu]
     #[arg(long, global = true, value_name = "DEVICE")]
     pub device: Option<String>,
+    /// Communication between ranks: auto, gloo (CPU), nccl (GPU), or mpi under mpirun or srun [default: CORRAL_BACKEND, else auto]
+    #[arg(long, global = true, value_name = "BACKEND")]
+    pub backend: Option<String>,
     /// Format of messages
     #[arg(long, global = true, value_enum, default_value = "pretty")]
     pub log_format: console::LogFormat,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use chrono::{Datelike, NaiveDate};
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 
 use crate::algorithms::folder::{examine, is_begun};
 use crate::algorithms::lock::RunLock;
@@ -114,7 +114,12 @@ pub fn run<R: Recipe>(args: Args, global: &Global) -> Result<()> {
     let mut facts = global.facts();
     facts.add_configuration(&loaded.config.write());
     R::add_facts(&inputs, &mut facts)?;
-    let world = World::from_global(global.device.as_deref(), loaded.config.common().parallel, &facts)?;
+    let world = World::from_global(
+        global.backend.as_deref(),
+        global.device.as_deref(),
+        loaded.config.common().parallel,
+        &facts,
+    )?;
     info!("{}", world.choice);
     let inputs = with_first_ranks_date(&mut loaded.config, inputs, &world)?;
     let planned = match world.is_main() {

@@ -1,6 +1,6 @@
 //! Ranks that go on together, or fail together with the same message.
 
-use kernels::c10d::{Group, ReduceOp};
+use kernels::comm::{Group, ReduceOp};
 
 use crate::distributed::sharded::Sharded;
 use crate::error::{Error, ErrorClass, Result};

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use kernels::c10d::Group;
+use kernels::comm::Group;
 
 /// An axis of the mesh, seen from one rank.
 #[derive(Clone)]

@@ -1,6 +1,6 @@
 //! What ranks tell each other: bytes, objects, rows.
 
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 use tch::{Device, Kind, Tensor};
 
 use crate::distributed::world::World;

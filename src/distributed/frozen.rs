@@ -1,7 +1,7 @@
 //! Parameters that are not trained: no masters, no gradients, no moments. The tensors of a group lie one after the other
 //! in one flat buffer of bytes, in the compute dtype or quantized, of which a rank owns a slice.
 
-use kernels::c10d::{Group, Work};
+use kernels::comm::{Group, Work};
 use kernels::ops::Float8Weight;
 use kernels::quant::{Quantized, Quantizer, Scheme};
 use tch::{Device, Kind, Tensor};

@@ -2,7 +2,7 @@
 //!
 //! Every rank has a place on each axis, and shares the axis's group with the ranks whose other places are equal to its own.
 
-use kernels::c10d::Group;
+use kernels::comm::Group;
 
 use crate::config::parallel::{Mode, Parallel, ShardSize, StageOrder};
 pub use crate::distributed::axis::{Axis, Place};

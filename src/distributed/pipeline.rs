@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use kernels::c10d::{Group, Work};
+use kernels::comm::{Group, Work};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::parallel::StageOrder;

@@ -23,7 +23,7 @@ mod parts;
 
 use std::collections::HashSet;
 
-use kernels::c10d::Group;
+use kernels::comm::Group;
 use tch::{Device, Kind, Tensor};
 
 use crate::distributed::float8_runs::{Float8Runs, len};

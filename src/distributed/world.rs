@@ -7,7 +7,7 @@ use super::pipeline::Pipeline;
 use crate::config::parallel::{Mode, Parallel, ShardSize};
 use crate::env;
 use crate::{Context, Error, Result};
-use kernels::c10d::{Backend, Group, ReduceOp, Store};
+use kernels::comm::{Backend, Group, HAS_MPI, ReduceOp, Store};
 use kernels::cuda;
 use kernels::watch::Watch;
 use std::collections::BTreeMap;
@@ -52,7 +52,7 @@ impl DeviceChoice {
     }
 }
 
-/// `launch --backend`, which a rank gets as CORRAL_BACKEND.
+/// `--backend`, or what `launch --backend` passes on as CORRAL_BACKEND.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackendChoice {
     /// NCCL if every rank has a GPU of its own, Gloo otherwise.
@@ -61,6 +61,8 @@ pub enum BackendChoice {
     Gloo,
     /// NCCL, between GPUs.
     Nccl,
+    /// MPI between processes that `mpirun` or `srun` has started; tensors on GPUs pass through host memory.
+    Mpi,
 }
 
 impl FromStr for BackendChoice {
@@ -71,18 +73,23 @@ impl FromStr for BackendChoice {
             "auto" => Ok(BackendChoice::Auto),
             "gloo" => Ok(BackendChoice::Gloo),
             "nccl" => Ok(BackendChoice::Nccl),
-            "mpi" => Err(Error::config("backend mpi is not built yet: use nccl, gloo or auto")),
-            _ => Err(Error::config(format!("backend {s:?}: it must be auto, nccl or gloo"))),
+            "mpi" if HAS_MPI => Ok(BackendChoice::Mpi),
+            "mpi" => Err(Error::config(
+                "backend mpi: this program was built without MPI; build it with `cargo build --release --features mpi`, or use \
+                 gloo or nccl",
+            )),
+            _ => Err(Error::config(format!("backend {s:?}: it must be auto, nccl, gloo or mpi"))),
         }
     }
 }
 
 impl BackendChoice {
-    /// CORRAL_BACKEND, else `Auto`.
-    pub fn from_env() -> Result<BackendChoice> {
-        match env::text("CORRAL_BACKEND") {
-            Some(text) => text.parse().context("CORRAL_BACKEND"),
-            None => Ok(BackendChoice::Auto),
+    /// `--backend`, else CORRAL_BACKEND, else `Auto`.
+    pub fn of(text: Option<&str>) -> Result<BackendChoice> {
+        match (text, env::text("CORRAL_BACKEND")) {
+            (Some(text), _) => text.parse().context("--backend"),
+            (None, Some(text)) => text.parse().context("CORRAL_BACKEND"),
+            (None, None) => Ok(BackendChoice::Auto),
         }
     }
 }
@@ -135,12 +142,17 @@ impl World {
         World::join(RankEnvironment::from_env()?, backend, device, parallel, &Facts::new())
     }
 
-    /// [`World::from_env`] with the backend that the launcher asks for, and `--device`. Without `--device`: the GPU where
+    /// [`World::from_env`] with `--backend` or what the launcher asks for, and `--device`. Without `--device`: the GPU where
     /// there is one, else the CPU. All ranks must have the same `facts`.
-    pub fn from_global(device: Option<&str>, parallel: &Parallel, facts: &Facts) -> Result<World> {
+    pub fn from_global(
+        backend: Option<&str>,
+        device: Option<&str>,
+        parallel: &Parallel,
+        facts: &Facts,
+    ) -> Result<World> {
         World::join(
             RankEnvironment::from_env()?,
-            BackendChoice::from_env()?,
+            BackendChoice::of(backend)?,
             DeviceChoice::of(device)?,
             parallel,
             facts,
@@ -384,9 +396,10 @@ fn choose_backend(
     device: Device,
     timeout: Duration,
 ) -> Result<(Backend, String)> {
-    let Device::Cuda(index) = device else { return Ok((Backend::Gloo, "ranks on CPU".into())) };
-    if choice == BackendChoice::Gloo {
-        return Ok((Backend::Gloo, "as requested; tensors on GPUs are copied through the host".into()));
+    let backend = if choice == BackendChoice::Mpi { Backend::Mpi } else { Backend::Gloo };
+    let Device::Cuda(index) = device else { return Ok((backend, "ranks on CPU".into())) };
+    if matches!(choice, BackendChoice::Gloo | BackendChoice::Mpi) {
+        return Ok((backend, "as requested; tensors on GPUs are copied through the host".into()));
     }
     let store = watch.store();
     store.set(&format!("gpu/{}", watch.rank()), &cuda::load()?.device_info(index)?.uuid)?;

@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 use tch::Tensor;
 
 use crate::error::{Error, Result};

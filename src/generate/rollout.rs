@@ -12,7 +12,7 @@ use crate::generate::request::{EngineOptions, Finish, Request};
 use crate::generate::{Sampling, Stop};
 use crate::model::Llama;
 use crate::random::Rng;
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 
 /// A prompt that is to be answered.
 #[derive(Debug, Clone, Copy)]

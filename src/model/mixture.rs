@@ -9,7 +9,7 @@
 //! Pairs of a token and one of its experts are sorted by expert, so that each expert sees its tokens in one piece; the
 //! outputs are put back in the tokens' order before they are added, so that the same input gives the same bits.
 
-use kernels::c10d::{Group, ReduceOp};
+use kernels::comm::{Group, ReduceOp};
 use kernels::ops::{self, GroupedWeights, WeightGrad};
 use tch::{Kind, Tensor};
 

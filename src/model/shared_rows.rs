@@ -1,7 +1,7 @@
 //! Rows of activations between tensor-parallel ranks. In attention, MLP and head every rank has all N rows and a part of the matrices.
 //! Between these, each has all rows, too, or with sequence parallelism (Korthikanti et al. 2022) its n = N / T of them.
 
-use kernels::c10d::{ReduceOp, Work};
+use kernels::comm::{ReduceOp, Work};
 use kernels::ops;
 use tch::{Kind, Tensor};
 

@@ -2,7 +2,7 @@
 //! so that all have the same number of pairs of a query and a key before it. Keys and values of whole rows are gathered for the
 //! attention; everything else is computed token by token.
 
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 use tch::Tensor;
 
 use crate::distributed::mesh::Axis;

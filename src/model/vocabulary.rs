@@ -5,7 +5,7 @@
 //! H = log s - sum over ranks of sum exp(z - m) (z - m) / s
 //! ```
 
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 use kernels::ops;
 use tch::Tensor;
 

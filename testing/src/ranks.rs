@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use kernels::c10d::{Backend, Group, Store};
+use kernels::comm::{Backend, Group, Store};
 use kernels::watch::Watch;
 use tch::Device;
 
@@ -75,4 +75,16 @@ pub fn start_as_rank(rank: i64, world_size: i64, port: u16, more: &[(&str, &str)
         .stderr(Stdio::piped())
         .spawn()
         .unwrap()
+}
+
+/// `mpirun` for `n` ranks on this machine, as root too and on fewer cores; what to start, and with which arguments, is left to add.
+pub fn mpirun(n: i64) -> Command {
+    let mut command = Command::new("mpirun");
+    command
+        .args(["-n", &n.to_string(), "--oversubscribe", "--allow-run-as-root"])
+        .env("MASTER_ADDR", "127.0.0.1")
+        .env("MASTER_PORT", free_port().to_string())
+        .env("OMP_NUM_THREADS", "1")
+        .env("CORRAL_BACKEND", "mpi");
+    command
 }

@@ -11,7 +11,7 @@ use corral::checkpoint::Weights;
 use corral::distributed::mesh::Sharding;
 use corral::distributed::sharded::Sharded;
 use corral::model::{Llama, layout};
-use kernels::c10d::Group;
+use kernels::comm::Group;
 use tch::{Device, Kind, Tensor};
 use testing::device::device;
 

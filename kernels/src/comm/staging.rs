@@ -1,11 +1,11 @@
-//! Tensors before and after a collective: copies in host memory for Gloo, sums that become averages.
+//! Tensors before and after a collective: copies in host memory for engines that need them, sums that become averages.
 
 use tch::{Device, Tensor};
 
-use super::link::Backend;
+use super::engine::Backend;
 use crate::error::Result;
 
-/// Gloo works on host memory: a CUDA tensor is copied there before and back after.
+/// For an engine that works on host memory a CUDA tensor is copied there before and back after.
 pub(crate) struct Staged {
     /// What the backend works on.
     pub(crate) out: Tensor,
@@ -16,7 +16,7 @@ pub(crate) struct Staged {
 impl Staged {
     /// `content`: what `out` must hold before the collective, if anything.
     pub(crate) fn new(backend: Backend, out: &Tensor, content: Option<&Tensor>) -> Result<Staged> {
-        if backend == Backend::Nccl || out.device() == Device::Cpu {
+        if !backend.is_on_host() || out.device() == Device::Cpu {
             return Ok(Staged { out: out.shallow_clone(), target: None });
         }
         let host = match content {

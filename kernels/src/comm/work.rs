@@ -1,7 +1,5 @@
 //! Collectives under way.
 
-use std::ffi::c_char;
-use std::ptr::null_mut;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -9,21 +7,18 @@ use std::time::{Duration, Instant};
 use tch::Tensor;
 
 use super::diagnosis::Call;
-use super::link::{Backend, Link};
-use super::nccl;
+use super::engine::{Collective, Exchange};
+use super::link::Link;
 use super::staging::After;
-use super::store::millis;
-use super::watch::{Poll, Watch};
-use crate::abi::*;
-use crate::error::{Result, check};
+use super::watch::Watch;
+use crate::error::Result;
 use crate::trace::{self, Lane};
 
 /// A collective under way; holds its tensors until it is waited for. Results are there after [`Work::wait`] only.
 #[must_use = "the result is there only after wait()"]
 pub struct Work {
-    raw: *mut WorkPtr,
     /// None where there is nothing to wait for.
-    under_way: Option<(Arc<Link>, Call)>,
+    under_way: Option<UnderWay>,
     started: Instant,
     tensors: Vec<Tensor>,
     after: After,
@@ -31,16 +26,10 @@ pub struct Work {
     bytes: u64,
 }
 
-// SAFETY: c10d's work objects may be waited for from any thread; tensors are reference-counted atomically.
-unsafe impl Send for Work {}
-
-impl Drop for Work {
-    fn drop(&mut self) {
-        if !self.raw.is_null() {
-            // SAFETY: `raw` came from the C ABI and is freed once; c10d holds references of its own while it runs.
-            unsafe { corral_work_free(self.raw) }
-        }
-    }
+struct UnderWay {
+    link: Arc<Link>,
+    call: Call,
+    exchange: Box<dyn Exchange>,
 }
 
 /// The name of a send and of its receive: diagnoses compare what both ranks have called.
@@ -53,7 +42,6 @@ impl Work {
     /// Nothing to wait for.
     pub fn done() -> Work {
         Work {
-            raw: null_mut(),
             under_way: None,
             started: Instant::now(),
             tensors: Vec::new(),
@@ -62,12 +50,12 @@ impl Work {
         }
     }
 
-    /// Puts the collective `call` on the link, as number `seq` of the group's; `begin` is the C ABI's function for it.
+    /// Begins `collective` on the link; as `call` it gets the next number of the group's.
     pub(super) fn issue(
         link: &Arc<Link>,
         mut call: Call,
         tensors: &[&Tensor],
-        begin: impl FnOnce(*const BackendPtr, *mut *mut WorkPtr) -> *mut c_char,
+        collective: &Collective,
     ) -> Result<Work> {
         if let Some(error) = link.failure.get() {
             return Err(error.clone());
@@ -77,22 +65,16 @@ impl Work {
         call.seq = *issued;
         link.watch.called(&call);
         let started = Instant::now();
-        let mut raw = null_mut();
-        let result = check(begin(link.raw, &mut raw));
+        let begun = link.engine.begin(collective);
         drop(issued);
-        if let Err(cause) = result {
-            return Err(link.fail(&call, &cause.message));
-        }
-        if link.backend == Backend::Nccl {
-            // SAFETY: `raw` was made above.
-            let in_flight = InFlight(unsafe { nccl::work_clone(raw) }?);
+        let exchange = begun.map_err(|cause| link.fail(&call, &cause.message))?;
+        if let Some(poller) = exchange.poller()? {
             let ahead = if call.op == TRANSFER { 2 } else { 1 };
-            link.watch.add(call.clone(), link.timeout * ahead, Box::new(move || in_flight.poll()));
+            link.watch.add(call.clone(), link.timeout * ahead, poller);
         }
         link.pending.fetch_add(1, Ordering::AcqRel);
         Ok(Work {
-            raw,
-            under_way: Some((link.clone(), call)),
+            under_way: Some(UnderWay { link: link.clone(), call, exchange }),
             started,
             tensors: tensors.iter().map(|t| t.shallow_clone()).collect(),
             after: After::default(),
@@ -112,11 +94,7 @@ impl Work {
 
     /// Whether nothing is left to wait for: [`Work::wait`] returns at once, or says what failed.
     pub fn is_done(&self) -> bool {
-        let mut done = 0;
-        // SAFETY: `raw` is alive until drop.
-        self.under_way.is_none()
-            || check(unsafe { corral_work_poll(self.raw, &mut done) }).is_err()
-            || done != 0
+        self.under_way.as_ref().is_none_or(|under_way| under_way.exchange.is_done().unwrap_or(true))
     }
 
     /// On CPU returns when the result is there. On CUDA the current stream waits for it and the host goes on; a peer
@@ -124,37 +102,33 @@ impl Work {
     ///
     /// The error names the collective, the group and the missing ranks, within the group's time-out.
     pub fn wait(mut self) -> Result<()> {
-        let Some((link, call)) = self.under_way.take() else { return Ok(()) };
+        let Some(under_way) = self.under_way.take() else { return Ok(()) };
+        let call = &under_way.call;
         let waiting = trace::waiting(|| format!("{} of {}", call.op, call.group));
-        if link.backend == Backend::Nccl {
-            // SAFETY: `raw` is alive until drop.
-            check(unsafe { corral_work_sync(self.raw) }).map_err(|e| link.fail(&call, &e.message))?;
-        } else {
-            self.wait_on_host(&link, &call)?;
-        }
-        link.pending.fetch_sub(1, Ordering::AcqRel);
+        under_way.wait(self.started)?;
+        under_way.link.pending.fetch_sub(1, Ordering::AcqRel);
         drop(waiting);
         if trace::is_on() {
-            trace::record(call.op.into(), Lane::Group(call.group), self.started, Some(self.bytes));
+            trace::record(call.op.into(), Lane::Group(call.group.clone()), self.started, Some(self.bytes));
         }
         self.after.finish()?;
         self.tensors.clear();
         Ok(())
     }
+}
 
-    fn wait_on_host(&self, link: &Link, call: &Call) -> Result<()> {
+impl UnderWay {
+    /// Until it is done, or its time is up, or another rank has failed.
+    fn wait(&self, started: Instant) -> Result<()> {
+        let UnderWay { link, call, exchange } = self;
         let timeout = link.timeout;
         // A receive is posted early: its time counts from the wait.
-        let started = if call.op == TRANSFER { Instant::now() } else { self.started };
+        let started = if call.op == TRANSFER { Instant::now() } else { started };
         let observe = Watch::observation(timeout);
         let mut diagnosis = None;
         let mut failure_seen = None;
         loop {
-            let mut done = 0;
-            // SAFETY: `raw` is alive until drop.
-            check(unsafe { corral_work_wait(self.raw, millis(SLICE), &mut done) })
-                .map_err(|e| link.fail(call, &e.message))?;
-            if done != 0 {
+            if exchange.wait(SLICE).map_err(|e| link.fail(call, &e.message))? {
                 return Ok(());
             }
             if let Some(error) = link.failure.get() {
@@ -175,31 +149,6 @@ impl Work {
             if link.watch.peer_failed() && failure_seen.get_or_insert_with(Instant::now).elapsed() > observe {
                 return Err(link.fail(call, "another rank has failed"));
             }
-        }
-    }
-}
-
-/// A second reference to a work, for the watching thread.
-struct InFlight(*mut WorkPtr);
-
-// SAFETY: as for `Work`.
-unsafe impl Send for InFlight {}
-
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        // SAFETY: made by nccl_work_clone, freed once.
-        unsafe { corral_work_free(self.0) }
-    }
-}
-
-impl InFlight {
-    fn poll(&self) -> Poll {
-        let mut done = 0;
-        // SAFETY: alive until drop.
-        match check(unsafe { corral_work_poll(self.0, &mut done) }) {
-            Err(e) => Poll::Failed(e.message),
-            Ok(()) if done != 0 => Poll::Done,
-            Ok(()) => Poll::Pending,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The reference's log-probabilities of whole completions: kept in a file, or computed when they are needed.
 
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 use tch::Tensor;
 
 use super::Inputs;

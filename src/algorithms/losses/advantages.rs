@@ -1,6 +1,6 @@
 //! Rewards per token, advantages and returns (Schulman et al. 2016), whitening over all ranks.
 
-use kernels::c10d::{Group, ReduceOp};
+use kernels::comm::{Group, ReduceOp};
 use tch::{Kind, Tensor};
 
 use crate::error::Result;

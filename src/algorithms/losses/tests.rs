@@ -1,7 +1,7 @@
 //! Against golden values (`CORRAL_GOLDEN` names another root of the same form): all cases, values and gradients, in
 //! float64 and float32.
 
-use kernels::c10d::Group;
+use kernels::comm::Group;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use testing::golden::golden_algorithm;

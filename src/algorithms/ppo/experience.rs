@@ -1,6 +1,6 @@
 //! What the models say about an iteration's responses, and what is written of them.
 
-use kernels::c10d::Group;
+use kernels::comm::Group;
 use tch::{Kind, Tensor};
 
 use super::{PpoExperience, PpoModels, Session};

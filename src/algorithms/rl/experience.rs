@@ -3,7 +3,7 @@
 //! A rank samples and scores its share; then all ranks are told everything, which is little next to a model: advantages,
 //! minibatches and statistics are the same on every rank, and the same for any number of ranks.
 
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 use kernels::ops;
 use tch::{Device, Kind, Tensor};
 

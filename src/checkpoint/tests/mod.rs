@@ -8,7 +8,7 @@ use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kernels::c10d::Group;
+use kernels::comm::Group;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 use testing::folder::TestFolder;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 use serde_json::{Value, json};
 
 use super::{BenchTraining, Scratch, Workload, median};

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 use serde_json::json;
 use tch::{Kind, Tensor};
 

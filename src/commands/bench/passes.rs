@@ -1,6 +1,6 @@
 //! What the stages of a pipeline compute and wait for, from a timeline of measured steps.
 
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 use kernels::trace::{Lane, TraceSpan};
 use serde_json::{Value, json};
 

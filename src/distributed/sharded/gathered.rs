@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use kernels::c10d::{Group, ReduceOp, Work};
+use kernels::comm::{Group, ReduceOp, Work};
 use kernels::ops::{Float8Weight, float8_factors, to_float8};
 use tch::{Kind, Tensor};
 

@@ -6,7 +6,7 @@
 //! finish_step_gradients()
 //! ```
 
-use kernels::c10d::{ReduceOp, Work};
+use kernels::comm::{ReduceOp, Work};
 use kernels::ops::{DelayedProducts, WeightGrad};
 use tch::Tensor;
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use kernels::c10d::ReduceOp;
+use kernels::comm::ReduceOp;
 use tch::Tensor;
 
 use super::Sharded;

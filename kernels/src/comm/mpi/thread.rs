@@ -1,0 +1,161 @@
+//! The thread that makes all calls of MPI.
+
+use std::ffi::c_int;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use mpi::Threading;
+use mpi::environment::Universe;
+
+use super::calls::{self, Communicator};
+use super::exchanges::Steps;
+use super::{State, lock};
+use crate::error::{Error, Result};
+
+/// What the thread is asked for.
+pub(super) enum Order {
+    /// A communicator of these ranks of the world, which all of them ask for.
+    Connect { ranks: Vec<c_int>, tag: c_int, answer: Sender<Result<Communicator>> },
+    /// A collective.
+    Begin(Task),
+    /// Frees a communicator.
+    Disconnect(Communicator),
+    /// The end of MPI in this process.
+    Leave(Sender<()>),
+}
+
+/// A collective under way, and who waits for it.
+pub(super) struct Task {
+    pub(super) steps: Box<dyn Steps>,
+    pub(super) state: Arc<State>,
+}
+
+/// Between looks at what is under way: MPI goes on only inside of its own functions, and the cores compute.
+const PAUSE: Duration = Duration::from_micros(50);
+
+/// So long after the last progress it looks without a pause.
+const EAGER: Duration = Duration::from_micros(30);
+
+static ORDERS: OnceLock<Result<Mutex<Sender<Order>>>> = OnceLock::new();
+
+/// Hands an order to the thread, which begins with the first one.
+pub(super) fn give(order: Order) -> Result<()> {
+    let orders = ORDERS.get_or_init(start).as_ref().map_err(Error::clone)?;
+    lock(orders).send(order).map_err(|_| Error::new("MPI has ended in this process"))
+}
+
+/// Leaves MPI, where this process has joined it: the process is about to end in good order. One that ends otherwise does not call this,
+/// so that `mpirun` ends the others.
+pub(crate) fn leave() {
+    let (answer, answered) = channel();
+    if ORDERS.get().is_some() && give(Order::Leave(answer)).is_ok() {
+        // MPI waits there for the other ranks, one of which may be lost.
+        let _ = answered.recv_timeout(Duration::from_secs(30));
+    }
+}
+
+fn start() -> Result<Mutex<Sender<Order>>> {
+    let (orders, received) = channel();
+    let (answer, answered) = channel();
+    thread::Builder::new()
+        .name("corral_mpi".into())
+        .spawn(move || match join() {
+            Ok(universe) => {
+                let _ = answer.send(Ok(()));
+                tch::no_grad(|| serve(universe, &received));
+            }
+            Err(e) => drop(answer.send(Err(e))),
+        })
+        .map_err(|e| Error::new(format!("the thread for MPI: {e}")))?;
+    answered.recv().map_err(|_| Error::new("MPI did not start"))??;
+    Ok(Mutex::new(orders))
+}
+
+fn join() -> Result<Universe> {
+    let (universe, level) = mpi::initialize_with_threading(Threading::Funneled)
+        .ok_or_else(|| Error::new("MPI has been started in this process before"))?;
+    if level < Threading::Funneled {
+        return Err(Error::new(
+            "this MPI does not allow that one of several threads calls it (MPI_THREAD_FUNNELED)",
+        ));
+    }
+    calls::return_errors(&universe.world())?;
+    // Sums on this thread alone: the cores compute. (The first call makes libtorch's own choice, which would come later.)
+    tch::get_num_threads();
+    // SAFETY: it only sets a number for this thread.
+    unsafe { omp_set_num_threads(1) };
+    Ok(universe)
+}
+
+unsafe extern "C" {
+    fn omp_set_num_threads(n: c_int);
+}
+
+fn serve(universe: Universe, orders: &Receiver<Order>) {
+    let world = universe.world();
+    let mut tasks: Vec<Task> = Vec::new();
+    let mut progress = Instant::now();
+    loop {
+        match next(orders, tasks.is_empty(), progress) {
+            Some(Order::Connect { ranks, tag, answer }) => {
+                let made = match calls::world_size(&world) {
+                    Ok(size) if ranks.iter().any(|r| i64::from(*r) >= size) => Err(Error::new(format!(
+                        "MPI has started {size} of the ranks {ranks:?}: start them with mpirun or srun --mpi=pmix"
+                    ))),
+                    Ok(_) => Communicator::of(&world, &ranks, tag),
+                    Err(e) => Err(e),
+                };
+                let _ = answer.send(made);
+            }
+            Some(Order::Begin(task)) => {
+                progress = Instant::now();
+                tasks.push(task);
+            }
+            Some(Order::Disconnect(communicator)) => communicator.free(),
+            Some(Order::Leave(answer)) => {
+                drop(universe);
+                let _ = answer.send(());
+                return;
+            }
+            None => {}
+        }
+        let before = tasks.len();
+        tasks.retain_mut(|task| match task.steps.advance() {
+            Ok(false) => true,
+            Ok(true) => {
+                task.state.end(Ok(()));
+                false
+            }
+            Err(e) => {
+                task.state.end(Err(e));
+                false
+            }
+        });
+        if tasks.len() < before {
+            progress = Instant::now();
+        }
+    }
+}
+
+/// The next order, if there is one: waits for it where nothing is under way, else at most for a pause.
+fn next(orders: &Receiver<Order>, idle: bool, progress: Instant) -> Option<Order> {
+    if idle {
+        // Nobody can give orders any more when the process ends.
+        return orders.recv().ok();
+    }
+    match orders.try_recv() {
+        Ok(order) => return Some(order),
+        Err(TryRecvError::Disconnected) => return None,
+        Err(TryRecvError::Empty) => {}
+    }
+    if progress.elapsed() < EAGER {
+        thread::yield_now();
+        return None;
+    }
+    match orders.recv_timeout(PAUSE) {
+        Ok(order) => Some(order),
+        Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
+    }
+}

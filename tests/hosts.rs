@@ -2,12 +2,14 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use testing::compare::largest_relative;
 use testing::hosts::Hosts;
-use testing::program::{Ended, Running, wait_until_gone};
+use testing::program::{Ended, Program, Running, launch, wait_until_gone};
 use testing::run::Run;
 use testing::tolerance::{Quantity, allowed};
 
@@ -102,6 +104,87 @@ fn lost_hosts_are_named() {
         train(&hosts, 2, 2, &run, &[MESH, LONG]);
         run.expect_equal(&whole);
     }
+}
+
+/// A disk that is full on one host only: no checkpoint is complete then, which is said at each save and is an error on every host at
+/// the end. The last complete one stays, and the run goes on from it.
+#[test]
+fn a_full_disk_of_one_host_ends_all() {
+    let words = [MESH, LONG, "checkpoint.every=40"];
+    let whole = Run::new("hosts-disk-whole");
+    whole.train(4, &[&EXACT[..], &words].concat());
+    let Some(hosts) = Hosts::new(2) else { return };
+    let run = Run::new("hosts-disk");
+    let mut running = start(&hosts, 2, 2, &run, &words);
+    running[0].wait_for("some steps", PAUSE, || run.step() >= 7);
+    running[0].signal(Signal::SIGTERM);
+    running.into_iter().for_each(|host| drop(host.wait().expect_code(143)));
+    let config = run.dir.join("config.yaml").display().to_string();
+    let saved = run.output().join("checkpoints");
+    let before = names(&saved);
+    let host = |i: usize| {
+        let program = match i {
+            0 => hosts.launch(i, 2, &[]),
+            _ => hosts.launch_on_small_disk((i, 2), &[], &saved, 24),
+        };
+        let program = program.args(&["pretrain", "--device", "cpu", "--config", &config]);
+        program.args(&EXACT).args(&words).start(&run.dir, &format!("full-{i}"))
+    };
+    let ended = all_fail((0..2).map(host).collect(), Duration::from_secs(60));
+    assert!(
+        ended[0].err.contains("No space left on device") && ended[0].err.contains("rank 2"),
+        "{}",
+        ended[0]
+    );
+    assert_eq!(names(&saved), before, "the last complete checkpoint stays, and nothing else");
+    train(&hosts, 2, 2, &run, &words);
+    run.expect_equal(&whole);
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).unwrap();
+    let mut names: Vec<String> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// The template for Slurm under a stub of `srun`, which starts its command on both hosts at once, and a stub of `scontrol`.
+#[test]
+fn the_template_for_slurm_starts_both_nodes() {
+    let Some(hosts) = Hosts::new(2) else { return };
+    let run = Run::new("hosts-slurm");
+    let template = Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/templates/slurm.sbatch");
+    let config = run.dir.join("config.yaml").display().to_string();
+    let last = "pretrain --config configs/pretrain/llama-1b.yaml";
+    let text = std::fs::read_to_string(template).unwrap();
+    assert!(text.contains(last), "the template's last command");
+    let script = run.dir.join("slurm.sbatch");
+    std::fs::write(&script, text.replace(last, &format!("pretrain --device cpu --config {config}"))).unwrap();
+    let bin = run.dir.join("bin");
+    std::fs::create_dir(&bin).unwrap();
+    let stub = |name: &str, text: String| {
+        std::fs::write(bin.join(name), format!("#!/bin/sh\n{text}\n")).unwrap();
+        std::fs::set_permissions(bin.join(name), std::fs::Permissions::from_mode(0o755)).unwrap();
+    };
+    stub("scontrol", format!("echo \"$@\" >>{}/scontrol.log; echo {}", run.dir.display(), hosts.address(0)));
+    // Its own options come first.
+    let node = |i: usize| format!("SLURM_NODEID={i} ip netns exec {} \"$@\" & ", hosts.name(i));
+    let wait = "code=0; wait $! || code=$?; wait || code=$?; exit $code";
+    stub("srun", format!("while [ \"${{1#--}}\" != \"$1\" ]; do shift; done; {}{}{wait}", node(0), node(1)));
+    let programs = launch().parent().unwrap().display().to_string();
+    let path = format!("{}:{programs}:{}", bin.display(), std::env::var("PATH").unwrap());
+    let job = |name: &str| {
+        let program = Program::new("bash").arg(&script).current_dir(&run.dir).env("PATH", &path);
+        let program =
+            program.env("SLURM_JOB_NODELIST", "a,b").env("SLURM_JOB_ID", "77").env("SLURM_NNODES", "2");
+        program.env("SLURM_CPUS_PER_TASK", "1").run(&run.dir, name)
+    };
+    job("job").expect_code(0);
+    assert_eq!(run.step(), 20);
+    let log = run.dir.join("logs/77/attempt_0");
+    assert!(log.join("rank_0").is_dir() && log.join("rank_1").is_dir(), "both nodes have logs");
+    let asked = std::fs::read_to_string(run.dir.join("scontrol.log")).unwrap();
+    assert_eq!(asked.trim(), "show hostnames a,b");
 }
 
 /// A host that comes late is waited for; one that does not come is named when the time is up.

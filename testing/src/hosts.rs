@@ -1,5 +1,6 @@
 //! Hosts of their own: network namespaces on one switch, each with an address, and with a name server that never answers.
 
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -65,12 +66,46 @@ impl Hosts {
 
     /// `launch` on host `i`, node `i` of all of them, which meet at the first one.
     pub fn launch(&self, i: usize, ranks: usize, options: &[&str]) -> Program {
+        let program = Program::new("ip").args(&["netns", "exec", self.name(i)]).arg(launch());
+        self.node(program, i, ranks).args(options)
+    }
+
+    fn node(&self, program: Program, i: usize, ranks: usize) -> Program {
         let (nodes, meeting) = (self.names.len() - 1, format!("{}:29500", self.address(0)));
         let numbers = [nodes, i, ranks].map(|n| n.to_string());
-        let program = Program::new("ip").args(&["netns", "exec", &self.names[i + 1]]).arg(launch());
         let program =
             program.args(&["--nnodes", &numbers[0], "--node-rank", &numbers[1], "--nproc", &numbers[2]]);
-        program.args(&["--rdzv", &meeting]).args(options)
+        program.args(&["--rdzv", &meeting])
+    }
+
+    /// A shell on host `i` that runs `script`; `words` are its arguments.
+    pub fn shell(&self, i: usize, script: &str, words: &[&str]) -> Program {
+        let program =
+            Program::new("ip").args(&["netns", "exec", &self.names[i + 1], "sh", "-c", script, "sh"]);
+        program.args(words)
+    }
+
+    /// The namespace of host `i`.
+    pub fn name(&self, i: usize) -> &str {
+        &self.names[i + 1]
+    }
+
+    /// [`Hosts::launch`] where all that this host writes below `folder` goes to a disk with room for so many KiB.
+    pub fn launch_on_small_disk(
+        &self,
+        (i, ranks): (usize, usize),
+        options: &[&str],
+        folder: &Path,
+        kib: u32,
+    ) -> Program {
+        // A mount that only this host sees: what others write there is seen through it.
+        let script = format!(
+            "set -e; disk=$(mktemp -d); mount -t tmpfs -o size={kib}k tmpfs $disk; mkdir $disk/new $disk/work; \
+             mount -t overlay -o lowerdir={0},upperdir=$disk/new,workdir=$disk/work overlay {0}; exec \"$@\"",
+            folder.display()
+        );
+        let program = self.shell(i, &script, &[]).arg(launch());
+        self.node(program, i, ranks).args(options)
     }
 
     /// Cuts the cable of host `i`.

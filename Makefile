@@ -2,6 +2,9 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo test test-mesh parity interop bench bench-trl lint doc site keys check gpu-check package install clean
 
+# FEATURES=mpi: with collectives over MPI, which take an MPI to build (scripts/mpi.sh).
+features := $(if $(FEATURES),--features $(FEATURES))
+
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -10,14 +13,14 @@ setup: ## libtorch 2.11.0 into .libtorch/; says what is missing on this machine
 	@scripts/setup.sh
 
 build: setup ## the binaries, target/release/{corral,launch}
-	cargo build --release --workspace
+	cargo build --release $(features)
 
 demo: ## make data, train a tokenizer, pretrain on two ranks, print what the model writes
 	@scripts/demo.sh
 
 test: setup ## all tests; then those of operations and models once more, on the GPU's kernels, emulated
-	cargo test --release --workspace
-	CORRAL_TEST_DEVICE=emulated cargo test --release --workspace --test ops --test quant --test parity --test parity_training --test generate
+	cargo test --release $(features)
+	CORRAL_TEST_DEVICE=emulated cargo test --release $(features) --test ops --test quant --test parity --test parity_training --test generate
 
 parity: setup ## only the tests against golden data (CORRAL_GOLDEN=DIR: another set of it)
 	cargo test --release --test parity --test parity_training --test tokenizer
@@ -41,10 +44,11 @@ bench-trl: build ## seconds a step of DPO, GRPO and PPO against TRL (PYTHON=one 
 lint: setup ## format, dependencies, spelling (scripts/lint.sh), clippy
 	@scripts/doctor.sh lint
 	@scripts/lint.sh
-	cargo clippy --release --workspace --all-targets --locked -- -D warnings
+	cargo clippy --release --all-targets --locked -- -D warnings
+	$(if $(features),cargo clippy --release --package mpi_engine --locked -- -D warnings)
 
 doc: setup ## the code's documentation, private items too, target/doc/
-	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --release --workspace --no-deps --document-private-items --locked
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --release --no-deps --document-private-items --locked
 
 site: ## docs/ as a searchable site, target/site/
 	scripts/site.sh
@@ -60,7 +64,7 @@ gpu-check: ## correctness and speed on a GPU, in stages (docs/gpu.md)
 	@scripts/gpu_check.sh
 
 package: setup ## binaries, libtorch and configs in one folder that can be moved (DIR=..., default dist/corral)
-	cargo build --profile dist --workspace --locked
+	cargo build --profile dist --locked $(features)
 	scripts/package.sh $(or $(DIR),dist/corral)
 
 install: build ## corral and launch in ~/.local/bin (PREFIX=...), with completions and man pages

@@ -40,7 +40,7 @@ judged() { # judged MODEL
 # SEED=2 make demo: other initial weights and orders, the same data.
 new="--resume never --overwrite seed=${SEED:-1}"
 stage setup make --no-print-directory setup
-stage build cargo build --release --workspace
+stage build cargo build --release
 # How fast this machine is; each training then says first how long it will take.
 mkdir -p runs
 rates() {

@@ -464,8 +464,8 @@ def collect(target):
     folder = ROOT / "gpu-check" / "bin"
     shutil.rmtree(ROOT / "gpu-check", ignore_errors=True)
     folder.mkdir(parents=True)
-    subprocess.run(["cargo", "build", "--release", "--workspace"], cwd=ROOT, check=True)
-    words = ["cargo", "test", "--release", "--workspace", *[w for t in TESTS for w in ("--test", t)], "--no-run", "--message-format", "json"]
+    subprocess.run(["cargo", "build", "--release"], cwd=ROOT, check=True)
+    words = ["cargo", "test", "--release", *[w for t in TESTS for w in ("--test", t)], "--no-run", "--message-format", "json"]
     out = subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     found = {}
     for message in map(json.loads, out.splitlines()):

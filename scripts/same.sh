@@ -28,7 +28,7 @@ binaries() {
             scripts/setup.sh
             ln -sfn "$root/.libtorch" "$kept/tree/.libtorch"
         fi
-        (cd "$kept/tree" && CARGO_TARGET_DIR=$kept/target cargo build --release --workspace --locked) >"$kept/log" 2>&1 || {
+        (cd "$kept/tree" && CARGO_TARGET_DIR=$kept/target cargo build --release --locked) >"$kept/log" 2>&1 || {
             tail -n 20 "$kept/log" >&2
             exit 1
         }

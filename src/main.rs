@@ -91,12 +91,12 @@ fn main() {
     // Exits at once: what threads are left need not be waited for.
     match result {
         Ok(Ok(())) => {
-            kernels::comm::leave();
+            world::leave();
             exit(0)
         }
         Ok(Err(e)) => {
             if matches!(e.kind, ErrorClass::Stopped(_)) {
-                kernels::comm::leave();
+                world::leave();
             } else {
                 let_rank_0_tell(matches!(e.kind, ErrorClass::Config | ErrorClass::Data));
                 corral::error!("{e}");

@@ -5,8 +5,8 @@
 #![allow(clippy::disallowed_methods, reason = "the tests' own variables, CORRAL_TEST_* among them")]
 
 use corral::config::parallel::{Mode, Parallel};
-use corral::distributed::world::{BackendChoice, DeviceChoice, World};
-use kernels::comm::{Backend, Group, HAS_MPI, ReduceOp, Store};
+use corral::distributed::world::{BackendChoice, DeviceChoice, World, leave};
+use kernels::comm::{Backend, Group, ReduceOp, Store};
 use kernels::watch::Watch;
 use std::net::TcpListener;
 use std::process::{Child, Command, Output};
@@ -248,9 +248,12 @@ fn devices_and_backends_that_cannot_be() {
     }
     assert_eq!("cuda:3".parse::<DeviceChoice>().unwrap(), DeviceChoice::CudaIndex(3));
     match "mpi".parse::<BackendChoice>() {
-        Ok(choice) => assert!(HAS_MPI && choice == BackendChoice::Mpi),
+        Ok(choice) => assert!(cfg!(feature = "mpi") && choice == BackendChoice::Mpi),
         Err(e) => {
-            assert!(!HAS_MPI && e.exit_code() == 2 && e.message.contains("built without MPI"), "{e}");
+            assert!(
+                !cfg!(feature = "mpi") && e.exit_code() == 2 && e.message.contains("built without MPI"),
+                "{e}"
+            );
         }
     }
 }
@@ -319,7 +322,7 @@ fn as_rank() {
     match result {
         Ok(()) => {
             println!("rank is fine");
-            kernels::comm::leave();
+            leave();
         }
         Err(e) => println!("error: {e}"),
     }

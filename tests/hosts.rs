@@ -1,6 +1,7 @@
 //! Runs on several hosts: network namespaces with addresses of their own, where this machine allows them.
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+#![allow(clippy::disallowed_methods, reason = "PATH, which a stub is put into")]
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;

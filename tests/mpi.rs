@@ -51,7 +51,8 @@ fn meshes_over_mpi() {
 /// SIGTERM to `mpirun` reaches the ranks, which save; the run goes on as if nothing had been.
 #[test]
 fn a_run_over_mpi_stops_and_goes_on() {
-    let words = ["train.steps=100", "checkpoint.every=50"];
+    // `mpirun` takes two seconds to pass a signal on.
+    let words = ["train.steps=500", "checkpoint.every=250", "valid.every=250"];
     let whole = Run::new("mpi-stop-whole");
     whole.train(2, &words);
     let run = Run::new("mpi-stop");
@@ -60,7 +61,8 @@ fn a_run_over_mpi_stops_and_goes_on() {
     running.signal(Signal::SIGTERM);
     let ended = running.wait();
     assert!(ended.code != 0 && ended.err.contains("stopped by SIGTERM"), "{ended}");
-    assert!(run.step() < 100, "it came too late");
+    assert!(run.step() < 500, "it came too late");
+    assert_eq!(ended.err.matches("communication: mpi").count(), 1, "one rank prints: {ended}");
     mpirun(2, &run, &words).wait().expect_code(0);
     run.expect_equal(&whole);
 }

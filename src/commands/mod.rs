@@ -101,13 +101,11 @@ impl Global {
 
     /// How this process talks, before it knows more of its world than the environment tells.
     pub fn console(&self) -> console::ConsoleSettings {
-        console::ConsoleSettings {
-            format: self.log_format,
-            quiet: self.quiet,
-            verbose: self.verbose,
-            rank: env::parsed("RANK").unwrap_or(0),
-            world_size: env::parsed("WORLD_SIZE").unwrap_or(1),
-        }
+        // An environment that cannot be read is refused where the world is joined.
+        let place = RankEnvironment::from_env().ok().flatten();
+        let (rank, world_size) = place.map_or((0, 1), |p| (p.rank, p.world_size));
+        let Global { log_format: format, quiet, verbose, .. } = *self;
+        console::ConsoleSettings { format, quiet, verbose, rank, world_size }
     }
 
     /// Signals, threads, allocator and the library for float32 products.

@@ -7,7 +7,7 @@ use super::pipeline::Pipeline;
 use crate::config::parallel::{Mode, Parallel, ShardSize};
 use crate::env;
 use crate::{Context, Error, Result};
-use kernels::comm::{Backend, Group, HAS_MPI, ReduceOp, Store};
+use kernels::comm::{Backend, Group, ReduceOp, Store};
 use kernels::cuda;
 use kernels::watch::Watch;
 use std::collections::BTreeMap;
@@ -73,7 +73,7 @@ impl FromStr for BackendChoice {
             "auto" => Ok(BackendChoice::Auto),
             "gloo" => Ok(BackendChoice::Gloo),
             "nccl" => Ok(BackendChoice::Nccl),
-            "mpi" if HAS_MPI => Ok(BackendChoice::Mpi),
+            "mpi" if cfg!(feature = "mpi") => Ok(BackendChoice::Mpi),
             "mpi" => Err(Error::config(
                 "backend mpi: this program was built without MPI; build it with `cargo build --release --features mpi`, or use \
                  gloo or nccl",
@@ -103,6 +103,12 @@ static MET: AtomicBool = AtomicBool::new(false);
 /// Whether this process has met other ranks.
 pub fn have_met() -> bool {
     MET.load(Ordering::Relaxed)
+}
+
+/// Leaves what ranks are connected by, where that is needed: this process is about to end in good order.
+pub fn leave() {
+    #[cfg(feature = "mpi")]
+    mpi_engine::leave();
 }
 
 /// All ranks of a run, seen from one of them.
@@ -397,6 +403,8 @@ fn choose_backend(
     timeout: Duration,
 ) -> Result<(Backend, String)> {
     let backend = if choice == BackendChoice::Mpi { Backend::Mpi } else { Backend::Gloo };
+    #[cfg(feature = "mpi")]
+    kernels::comm::engine::set_mpi(mpi_engine::connect);
     let Device::Cuda(index) = device else { return Ok((backend, "ranks on CPU".into())) };
     if matches!(choice, BackendChoice::Gloo | BackendChoice::Mpi) {
         return Ok((backend, "as requested; tensors on GPUs are copied through the host".into()));

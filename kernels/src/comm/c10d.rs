@@ -4,10 +4,9 @@ use std::ffi::c_int;
 use std::ptr::null_mut;
 use std::time::Duration;
 
-use super::engine::{Collective, Engine, Exchange, Poller, ReduceOp};
+use super::engine::{Collective, Engine, Exchange, Poll, Poller, ReduceOp};
 use super::nccl;
 use super::store::{Store, millis};
-use super::watch::Poll;
 use crate::abi::*;
 use crate::error::{Error, Result, c_string, check, take_string};
 

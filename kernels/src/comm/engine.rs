@@ -1,11 +1,11 @@
-//! What carries the collectives of a group: libtorch's c10d with Gloo or NCCL, or MPI.
+//! What carries the collectives of a group: libtorch's c10d with Gloo or NCCL, or another engine, such as that over MPI.
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use tch::Tensor;
 
-use super::watch::Poll;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What carries a group's collectives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,29 +53,46 @@ pub enum ReduceOp {
     Avg,
 }
 
-/// A collective as an engine gets it: contiguous tensors where the engine works, whose sizes fit. See [`super::Group`]'s
-/// methods. An engine keeps references to the tensors until it is done.
-pub(super) enum Collective<'a> {
+/// A collective as an engine gets it: contiguous tensors where the engine works, whose sizes fit. An engine keeps references to the tensors until it is done.
+#[allow(missing_docs)] // the fields are the arguments of those methods
+pub enum Collective<'a> {
+    /// [`super::Group::all_reduce`]
     AllReduce { t: &'a Tensor, op: ReduceOp },
+    /// [`super::Group::all_gather`]
     AllGather { out: &'a Tensor, input: &'a Tensor },
+    /// [`super::Group::reduce_scatter`]
     ReduceScatter { out: &'a Tensor, input: &'a Tensor, op: ReduceOp },
+    /// [`super::Group::broadcast`]
     Broadcast { t: &'a Tensor, root: i64 },
+    /// [`super::Group::all_to_all`]
     AllToAll { out: &'a Tensor, input: &'a Tensor },
+    /// [`super::Group::send`]
     Send { t: &'a Tensor, to: i64 },
+    /// [`super::Group::receive`]
     Receive { t: &'a Tensor, from: i64 },
 }
 
 /// The connection of a group's ranks. Dropped only when nothing is under way.
-pub(super) trait Engine: Send + Sync {
+pub trait Engine: Send + Sync {
     /// Begins a collective. All ranks begin the same ones in the same order.
     fn begin(&self, collective: &Collective) -> Result<Box<dyn Exchange>>;
 }
 
+/// The state of a collective on a device, as the watching thread sees it.
+pub enum Poll {
+    /// Under way.
+    Pending,
+    /// Ended well.
+    Done,
+    /// Ended with this error.
+    Failed(String),
+}
+
 /// A look at a collective from another thread.
-pub(super) type Poller = Box<dyn Fn() -> Poll + Send>;
+pub type Poller = Box<dyn Fn() -> Poll + Send>;
 
 /// A collective that an engine has begun.
-pub(super) trait Exchange: Send {
+pub trait Exchange: Send {
     /// Waits, at most so long, and tells whether it is done. On a GPU the current stream waits, and this returns at once.
     fn wait(&self, limit: Duration) -> Result<bool>;
 
@@ -86,4 +103,18 @@ pub(super) trait Exchange: Send {
     fn poller(&self) -> Result<Option<Poller>> {
         Ok(None)
     }
+}
+
+/// Connects the world ranks `ranks`, of which this process is the one at the given place, as the group of this name; within this time.
+pub type Connect = fn(name: &str, ranks: &[i64], rank: usize, timeout: Duration) -> Result<Box<dyn Engine>>;
+
+static MPI: OnceLock<Connect> = OnceLock::new();
+
+/// Sets how groups are connected over MPI: this package has no MPI of its own, which takes one to build.
+pub fn set_mpi(connect: Connect) {
+    let _ = MPI.set(connect);
+}
+
+pub(super) fn mpi() -> Result<Connect> {
+    MPI.get().copied().ok_or_else(|| Error::new("this program was built without MPI"))
 }

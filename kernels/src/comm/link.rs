@@ -9,7 +9,7 @@ use tch::Device;
 
 use super::c10d::ProcessGroup;
 use super::diagnosis::Call;
-use super::engine::{Backend, Engine, ReduceOp};
+use super::engine::{self, Backend, Engine, ReduceOp};
 use super::watch::Watch;
 use crate::error::{Error, Result};
 
@@ -62,10 +62,7 @@ impl Link {
                 Box::new(group)
             }
             (Backend::Nccl, _) => return Err(Error::new("NCCL needs a CUDA device")),
-            #[cfg(feature = "mpi")]
-            (Backend::Mpi, _) => Box::new(super::mpi::connect(&name, &call.ranks, rank, timeout)?),
-            #[cfg(not(feature = "mpi"))]
-            (Backend::Mpi, _) => return Err(Error::new("this program was built without the feature `mpi`")),
+            (Backend::Mpi, _) => engine::mpi()?(&name, &call.ranks, rank, timeout)?,
         };
         Ok(Link {
             backend,

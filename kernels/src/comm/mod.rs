@@ -6,11 +6,9 @@
 
 mod c10d;
 mod diagnosis;
-mod engine;
+pub mod engine;
 mod group;
 mod link;
-#[cfg(feature = "mpi")]
-mod mpi;
 mod nccl;
 mod staging;
 mod store;
@@ -22,12 +20,3 @@ pub use engine::{Backend, ReduceOp};
 pub use group::Group;
 pub use store::Store;
 pub use work::Work;
-
-/// Whether this program was built with MPI.
-pub const HAS_MPI: bool = cfg!(feature = "mpi");
-
-/// Leaves what ranks are connected by, where that is needed: this process is about to end in good order.
-pub fn leave() {
-    #[cfg(feature = "mpi")]
-    mpi::leave();
-}

@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::diagnosis::{BEAT, Call, Diagnosis, Member, Seen, bounded};
+use super::engine::Poll;
 use super::store::Store;
 use crate::error::{Error, Result};
 use crate::host::process::exit_now;
@@ -21,13 +22,6 @@ static REPORTER: OnceLock<fn(&Error)> = OnceLock::new();
 /// Sets how an error is reported that ends the process from the watching thread; by default, as a line on stderr.
 pub fn set_error_reporter(report: fn(&Error)) {
     let _ = REPORTER.set(report);
-}
-
-/// The state of work on a device, as the watching thread sees it.
-pub(crate) enum Poll {
-    Pending,
-    Done,
-    Failed(String),
 }
 
 /// This process's membership of the run: its connection to the store, its heartbeat, and the watch over its GPU's

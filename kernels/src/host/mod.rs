@@ -30,6 +30,17 @@ pub fn tune_allocator(alone: bool) -> Result<()> {
     check(unsafe { corral_allocate_by_malloc() })
 }
 
+/// From now on what this thread computes with libtorch it computes alone.
+pub fn use_one_thread_here() {
+    unsafe extern "C" {
+        fn omp_set_num_threads(n: std::ffi::c_int);
+    }
+    // libtorch's own choice for a thread comes with its first look at it, and would come later.
+    tch::get_num_threads();
+    // SAFETY: it only sets a number for this thread.
+    unsafe { omp_set_num_threads(1) };
+}
+
 /// Columns of the terminal that stderr is, if it is one and says so.
 pub fn terminal_columns() -> Option<u16> {
     // SAFETY: plain data, which the call fills where it succeeds.

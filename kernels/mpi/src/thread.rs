@@ -12,7 +12,7 @@ use mpi::environment::Universe;
 use super::calls::{self, Communicator};
 use super::exchanges::Steps;
 use super::{State, lock};
-use crate::error::{Error, Result};
+use kernels::{Error, Result};
 
 /// What the thread is asked for.
 pub(super) enum Order {
@@ -48,7 +48,7 @@ pub(super) fn give(order: Order) -> Result<()> {
 
 /// Leaves MPI, where this process has joined it: the process is about to end in good order. One that ends otherwise does not call this,
 /// so that `mpirun` ends the others.
-pub(crate) fn leave() {
+pub fn leave() {
     let (answer, answered) = channel();
     if ORDERS.get().is_some() && give(Order::Leave(answer)).is_ok() {
         // MPI waits there for the other ranks, one of which may be lost.
@@ -82,15 +82,9 @@ fn join() -> Result<Universe> {
         ));
     }
     calls::return_errors(&universe.world())?;
-    // Sums on this thread alone: the cores compute. (The first call makes libtorch's own choice, which would come later.)
-    tch::get_num_threads();
-    // SAFETY: it only sets a number for this thread.
-    unsafe { omp_set_num_threads(1) };
+    // The cores compute.
+    kernels::host::use_one_thread_here();
     Ok(universe)
-}
-
-unsafe extern "C" {
-    fn omp_set_num_threads(n: c_int);
 }
 
 fn serve(universe: Universe, orders: &Receiver<Order>) {

@@ -6,7 +6,7 @@ use mpi::ffi;
 use mpi::traits::AsRaw;
 use tch::{Device, Tensor};
 
-use crate::error::{Error, Result};
+use kernels::{Error, Result};
 
 /// Ranks that MPI connects. Only a name: it is made and freed by the thread of MPI.
 #[derive(Clone, Copy)]

@@ -2,9 +2,9 @@
 
 use tch::{Kind, Tensor};
 
-use super::super::engine::{Collective, ReduceOp};
 use super::calls::{Communicator, Request, all_done};
-use crate::error::{Error, Result};
+use kernels::comm::engine::{Collective, ReduceOp};
+use kernels::{Error, Result};
 
 /// A collective that the thread of MPI drives.
 pub(super) trait Steps: Send {

@@ -1,8 +1,11 @@
-//! The engine over MPI: `--backend mpi`, in programs built with the feature `mpi`.
+//! The engine over MPI: `--backend mpi`, in programs built with the feature `mpi`. [`connect`] is what `kernels` is given for it.
 //!
 //! One thread makes all calls of MPI (level "funneled", which every MPI has), begins what other threads order, and drives what is
 //! under way. MPI moves bytes; sums are libtorch's, in the order of ranks, so that results do not depend on the MPI or on
 //! which rank is faster.
+
+#![allow(unsafe_code)] // calls of MPI
+#![warn(missing_docs)]
 
 mod calls;
 mod exchanges;
@@ -15,13 +18,15 @@ use std::time::{Duration, Instant};
 
 use self::calls::Communicator;
 use self::thread::{Order, Task, give};
-use super::engine::{Collective, Engine, Exchange};
-use crate::error::{Error, Result};
+use kernels::comm::engine::{Collective, Engine, Exchange};
+use kernels::{Error, Result};
 
-pub(crate) use self::thread::leave;
+pub use self::thread::leave;
 
-/// Connects the world ranks `ranks`, of which this process is number `rank`. All of them call this.
-pub(super) fn connect(name: &str, ranks: &[i64], rank: usize, timeout: Duration) -> Result<MpiGroup> {
+/// Connects the world ranks `ranks`, of which this process is number `rank` there. All of them call this. The first call starts MPI.
+///
+/// Errors: MPI does not start, has not started these ranks, or numbers them otherwise than the environment.
+pub fn connect(name: &str, ranks: &[i64], rank: usize, timeout: Duration) -> Result<Box<dyn Engine>> {
     let (answer, answered) = channel();
     let mut hasher = DefaultHasher::new();
     name.hash(&mut hasher);
@@ -34,7 +39,7 @@ pub(super) fn connect(name: &str, ranks: &[i64], rank: usize, timeout: Duration)
         .map_err(|e| e.context(format!("MPI group `{name}`")))?;
     let number = ranks[rank];
     match communicator.world_rank == number {
-        true => Ok(MpiGroup { communicator, begun: Mutex::new(0) }),
+        true => Ok(Box::new(MpiGroup { communicator, begun: Mutex::new(0) })),
         false => Err(Error::new(format!(
             "MPI calls this process rank {}, the environment rank {number}: start ranks with mpirun or srun --mpi=pmix",
             communicator.world_rank
@@ -43,7 +48,7 @@ pub(super) fn connect(name: &str, ranks: &[i64], rank: usize, timeout: Duration)
 }
 
 /// A communicator of MPI.
-pub(super) struct MpiGroup {
+struct MpiGroup {
     communicator: Communicator,
     /// How many collectives have begun: their messages are told apart by it.
     begun: Mutex<u64>,

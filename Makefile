@@ -1,6 +1,6 @@
 # Thin: what each target does is in scripts/. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-mesh parity interop bench bench-trl lint doc site keys check gpu-check package install clean
+.PHONY: help setup build demo test test-mesh parity interop bench bench-trl lint doc site keys check gpu-check package image image-check install clean
 
 # FEATURES=mpi: with collectives over MPI, which take an MPI to build (scripts/mpi.sh).
 features := $(if $(FEATURES),--features $(FEATURES))
@@ -66,6 +66,12 @@ gpu-check: ## correctness and speed on a GPU, in stages (docs/gpu.md)
 package: setup ## binaries, libtorch and configs in one folder that can be moved (DIR=..., default dist/corral)
 	cargo build --profile dist --locked $(features)
 	scripts/package.sh $(or $(DIR),dist/corral)
+
+image: ## the Docker image corral; where no registry is reached, scripts/docker_bases.sh comes first (NETWORK=host)
+	docker build --network $(or $(NETWORK),default) --tag corral .
+
+image-check: ## runs that image on the CPU: ranks, two containers as two nodes, a lost one, a stopped one
+	scripts/docker_check.sh
 
 install: build ## corral and launch in ~/.local/bin (PREFIX=...), with completions and man pages
 	scripts/install.sh

@@ -5,6 +5,7 @@
 use nix::sys::signal::Signal;
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 use testing::compare::{largest_relative, largest_relative_at, relative};
 use testing::folder::folder;
 use testing::golden::{json, tensors};
@@ -132,6 +133,9 @@ fn ranks_and_micro_batches_change_nothing_in_float64() {
         (4, &["parallel.mode=hybrid", "parallel.shard=2"]),
         (2, &["parallel.tensor=2", "train.micro_batch_size=2"]),
         (4, &["parallel.tensor=2", "generation.gather=blocks"]),
+        // Models that ranks divide otherwise than the actor.
+        (2, &["parallel.tensor=2", "critic.tensor=1"]),
+        (4, &["critic.tensor=2", "train.micro_batch_size=2"]),
     ] {
         let run = ppo(&format!("division-{ranks}-{}", words.join("-")));
         run.train(ranks, &[&base[..], words].concat());
@@ -149,6 +153,35 @@ fn ranks_and_micro_batches_change_nothing_in_float64() {
         }
         let samples = |run: &Run| fs::read(run.output().join("samples.jsonl")).unwrap();
         assert!(samples(&run) == samples(&reference), "{ranks} ranks, {words:?}: other samples");
+    }
+}
+
+/// A critic whose matrices other ranks share than the actor's: so it lies in checkpoints, and a run goes on bit by bit.
+#[test]
+fn a_critic_has_ranks_of_its_own() {
+    let words = ["parallel.tensor=2", "critic.tensor=1", "train.steps=8", "checkpoint.every=4"];
+    let whole = ppo("critic-ranks-whole");
+    whole.train(2, &words);
+    let run = ppo("critic-ranks");
+    let mut running = run.start(2, &words);
+    running.wait_for("some steps", Duration::from_millis(2), || run.step() >= 2);
+    running.signal(Signal::SIGTERM);
+    running.wait().expect_code(143);
+    assert!(run.step() < 8, "it came too late");
+    run.train(2, &words);
+    run.expect_equal(&whole);
+    let last = whole.output().join("checkpoints/step-00000008");
+    for (part, ranks) in [("", 2), ("critic", 1)] {
+        let meta: Value =
+            serde_json::from_str(&fs::read_to_string(last.join(part).join("meta.json")).unwrap()).unwrap();
+        assert_eq!(meta["checkpoint"]["tensor"].as_i64().unwrap_or(1), ranks, "{part}");
+    }
+    for (word, why) in [
+        ("critic.tensor=3", "critic.tensor': 3 must divide the number of ranks, 2"),
+        ("critic={tensor: 2, optim: {moments: 8bit}}", "8-bit moments are not built"),
+    ] {
+        let refused = run.program(2, &[word, "--resume", "never"]).run(&run.dir, "refused").expect_code(2);
+        assert!(refused.err.contains(why), "{refused}");
     }
 }
 

@@ -5,6 +5,7 @@
 use crate::algorithms::base::Base;
 use crate::algorithms::rl::policy::Samplers;
 use crate::algorithms::run::Start;
+use crate::config::parallel::Parallel;
 use crate::config::shape::Shape;
 use crate::config::{Algorithm, Loaded};
 use crate::data::chat::Chat;
@@ -40,6 +41,11 @@ pub trait Recipe: Algorithm {
 
     /// The models that are trained: name in the run, shape, and what of it.
     fn trained(inputs: &Self::Inputs) -> Vec<(&'static str, &Shape, &Trainable)>;
+
+    /// How ranks divide a model that is trained, by its name in the run.
+    fn parallel_of(&self, _model: &str) -> Parallel {
+        self.common().parallel.clone()
+    }
 
     /// References and reward models that lie over the run's ranks, by their sections.
     fn frozen_models<'a>(&self, _inputs: &'a Self::Inputs) -> Vec<(&'static str, &'a Base)> {

@@ -19,6 +19,7 @@ use crate::commands::recipes::{RecipeArgs, with_maker};
 use crate::commands::report::REPORT;
 use crate::config::changes::show;
 use crate::config::common::Common;
+use crate::config::parallel::Parallel;
 use crate::config::shape::Shape;
 use crate::config::{self, Algorithm, Loaded};
 use crate::distributed::agree::agree;
@@ -142,18 +143,21 @@ pub fn run<R: Recipe>(args: Args, global: &Global) -> Result<()> {
 
 /// Refuses models that `parallel` cannot divide.
 pub fn check_models<R: Recipe>(loaded: &Loaded<R>, inputs: &R::Inputs) -> Result<()> {
-    let parallel = loaded.config.common().parallel;
-    let check = |name: &str, plans, shape: &Shape| {
+    let common = loaded.config.common().parallel;
+    let check = |name: &str, plans, shape: &Shape, parallel: &Parallel| {
         check_mesh(plans, shape, parallel).map_err(|e| match &e.key {
+            Some(key) if key == "parallel.tensor" && parallel.tensor != common.tensor => {
+                loaded.error(&format!("{name}.tensor"), &e.message)
+            }
             Some(key) => loaded.error(key, &format!("{name}: {}", e.message)),
             None => e.context(name),
         })
     };
     for (name, shape, trainable) in R::trained(inputs) {
-        check(name, trainable.plans(shape)?, shape)?;
+        check(name, trainable.plans(shape)?, shape, &loaded.config.parallel_of(name))?;
     }
     for (name, base) in loaded.config.frozen_models(inputs) {
-        check(name, base.plans_to_ask()?, &base.shape)?;
+        check(name, base.plans_to_ask()?, &base.shape, common)?;
     }
     Ok(())
 }

@@ -41,6 +41,8 @@ section! {
         dtype: Option<Compute> = None => Mathematics;
         /// Its weights are on the device only while it computes, otherwise in host memory.
         offload: bool = false => Execution;
+        /// Ranks that share every matrix of it, where it is smaller or larger than the actor. Default: `parallel.tensor`.
+        tensor: Option<i64> = None, COUNT => Rounding;
         /// Parameters that are not trained.
         freeze: Freeze = Freeze::default();
         /// Adapters; without them the model itself is trained.
@@ -53,7 +55,7 @@ section! {
 impl Critic {
     /// The model at the critic's own path, else at `path`.
     pub fn or_path(self, path: &Path) -> Trained {
-        let Critic { path: own, device, dtype, offload, freeze, lora, optim } = self;
+        let Critic { path: own, device, dtype, offload, freeze, lora, optim, tensor: _ } = self;
         let path = own.unwrap_or_else(|| path.to_path_buf());
         Trained { path, device, dtype, offload, freeze, lora, optim }
     }

@@ -9,11 +9,12 @@ use super::common::Common;
 use super::conflict::Conflicts;
 use super::keys::KeyKind;
 use super::models::{Critic, Trained, conflicts_of_device, conflicts_of_dtype};
+use super::parallel::{Parallel, ShardSize};
 use super::policy::{Aggregation, KlEstimator, no_dropout, policy_configuration};
 use super::problems::Problems;
 use super::rewards::{RewardKind, RewardTerm};
 use super::section::{choice, section};
-use super::sections::DataSource;
+use super::sections::{DataSource, MomentsIn};
 use super::setting::{At, Setting};
 use super::template_date::TemplateDate;
 use super::trainable;
@@ -203,6 +204,12 @@ impl Ppo {
         self.critic.clone().unwrap_or_default().or_path(path)
     }
 
+    /// How ranks divide the critic: as all models, but for `critic.tensor`.
+    pub fn parallel_of_critic(&self) -> Parallel {
+        let tensor = self.critic.as_ref().and_then(|critic| critic.tensor);
+        Parallel { tensor: tensor.unwrap_or(self.parallel.tensor), ..self.parallel.clone() }
+    }
+
     /// The paths that are read.
     pub fn paths(&self) -> Vec<&Path> {
         let mut paths = self.sections_of_responses().paths();
@@ -245,6 +252,7 @@ impl Algorithm for Ppo {
                 conflicts_of_dtype(critic.dtype, self.precision.compute, found);
                 trainable::conflicts(&critic.freeze, critic.lora.as_ref(), self.precision.compute, found);
             });
+            self.conflicts_of_critics_ranks(world_size, found);
             let what = "the values that returns are compared with";
             if let Some(why) = no_dropout(critic.lora.as_ref(), what) {
                 found.add("critic.lora.dropout", why);
@@ -280,6 +288,45 @@ impl Ppo {
         if rows % unit != 0 {
             let why = format!("{rows} is not a multiple of train.micro_batch_size x ranks = {unit}");
             found.add("ppo.ptx.batch_size", why);
+        }
+    }
+}
+
+impl Ppo {
+    /// What does not fit the ranks that share the critic.
+    fn conflicts_of_critics_ranks(&self, world_size: i64, found: &mut Conflicts) {
+        let Some(critic) = self.critic.as_ref().filter(|critic| critic.tensor.is_some()) else { return };
+        let parallel = self.parallel_of_critic();
+        if world_size % parallel.tensor != 0 {
+            let why = format!("{} must divide the number of ranks, {world_size}", parallel.tensor);
+            found.add("critic.tensor", why);
+            return;
+        }
+        if let ShardSize::Ranks(n) = parallel.shard
+            && (world_size / parallel.tensor) % n != 0
+        {
+            let why = format!(
+                "the {} ranks that then share nothing of the critic's matrices are not a multiple of parallel.shard, {n}",
+                world_size / parallel.tensor
+            );
+            found.add("critic.tensor", why);
+        }
+        let ranks = parallel.data_ranks(world_size);
+        let unit = self.micro_batch_size(ranks).max(1) * ranks;
+        if self.ppo.minibatch_size % unit != 0 {
+            let why = format!(
+                "ppo.minibatch_size, {}, is not a multiple of train.micro_batch_size x the critic's ranks with different rows = \
+                 {unit}",
+                self.ppo.minibatch_size
+            );
+            found.add("critic.tensor", why);
+        }
+        let moments = critic.optim.as_ref().unwrap_or(&self.optim).moments;
+        if parallel.tensor > 1 && moments == MomentsIn::EightBit {
+            found.add(
+                "critic.tensor",
+                "8-bit moments are not built for ranks that share matrices: set it to 1",
+            );
         }
     }
 }

@@ -308,54 +308,83 @@ impl World {
         world.backend = chosen;
         world.choice = format!("communication: {} ({why})", chosen.name());
         world.watch = Some(watch);
-        world.mesh = world.divide(parallel)?;
-        world.reduce = world.reducing()?;
+        world.mesh = world.divide("", parallel)?;
+        world.reduce = world.reducing("")?;
         Ok(world)
     }
 
-    /// The axes of this world. All ranks ask together.
-    fn divide(&self, parallel: &Parallel) -> Result<Mesh> {
+    /// The same ranks, divided otherwise: for a model that has ways of its own; `name` is unique in the run. Collective.
+    pub fn divided_as(&self, name: &str, parallel: &Parallel) -> Result<World> {
+        let threads = f64::from(tch::get_num_threads());
+        let most = self.group.combine(&[threads, -threads], ReduceOp::Max)?;
+        if parallel.tensor > 1 && most[0] != -most[1] {
+            return Err(Error::config(format!(
+                "ranks that share matrices need equally many threads, for gradients that are equal to the bit, and have from {} to \
+                 {}: set --threads",
+                -most[1], most[0]
+            )));
+        }
+        let mut world = World {
+            group: self.group.clone(),
+            mesh: Mesh::solo(),
+            reduce: Group::solo(),
+            keep: Keep::of(parallel.mode),
+            sequence: parallel.sequence,
+            choice: self.choice.clone(),
+            watch: self.watch.clone(),
+            ..*self
+        };
+        if self.watch.is_some() {
+            world.mesh = self.divide(&format!("{name}/"), parallel)?;
+            world.reduce = world.reducing(&format!("{name}/"))?;
+        }
+        Ok(world)
+    }
+
+    /// The axes of this world; `of` begins the names of their groups. All ranks ask together.
+    fn divide(&self, of: &str, parallel: &Parallel) -> Result<Mesh> {
         let plan = MeshPlan::of(parallel, self.world_size, Some(self.local_world_size))?;
-        let data = self.axis(&plan, AxisName::Data)?;
+        let axis = |name| self.axis(of, &plan, name);
+        let data = axis(AxisName::Data)?;
         // The same ranks need one group.
         let shard = match plan.context {
             1 if plan.shard == plan.data => data.clone(),
-            _ => self.axis(&plan, AxisName::Shard)?,
+            _ => axis(AxisName::Shard)?,
         };
         let replicate = match plan.context {
             1 if plan.shard == 1 => data.clone(),
-            _ => self.axis(&plan, AxisName::Replicate)?,
+            _ => axis(AxisName::Replicate)?,
         };
-        let tensor = self.axis(&plan, AxisName::Tensor)?;
+        let tensor = axis(AxisName::Tensor)?;
         // Never a group that gathers parameters, too: the attention would wait for them.
         let ranks = plan.axis(AxisName::Context, self.rank);
-        let context = Axis::of(self.new_group(&format!("context/{}", ranks[0]), &ranks)?);
+        let context = Axis::of(self.new_group(&format!("{of}context/{}", ranks[0]), &ranks)?);
         let stages = plan.axis(AxisName::Pipeline, self.rank);
         let stage = stages.iter().position(|rank| *rank == self.rank).unwrap_or_default();
         let device = if self.backend == Backend::Nccl { self.device } else { Device::Cpu };
-        let new_group = |name: &str, ranks: &[i64]| self.new_group(name, ranks);
+        let new_group = |name: &str, ranks: &[i64]| self.new_group(&format!("{of}{name}"), ranks);
         let mut pipeline = Pipeline::connect(&stages, stage, device, &new_group)?;
         (pipeline.blocks, pipeline.order) = (parallel.stages.clone(), parallel.schedule);
         Ok(Mesh { data, shard, replicate, tensor, context, pipeline })
     }
 
     /// This rank's axis of this name.
-    fn axis(&self, plan: &MeshPlan, axis: AxisName) -> Result<Axis> {
+    fn axis(&self, of: &str, plan: &MeshPlan, axis: AxisName) -> Result<Axis> {
         let ranks = plan.axis(axis, self.rank);
         if ranks.len() as i64 == self.world_size {
             return Ok(Axis::of(self.group.clone()));
         }
-        Ok(Axis::of(self.new_group(&format!("{}/{}", axis.name(), ranks[0]), &ranks)?))
+        Ok(Axis::of(self.new_group(&format!("{of}{}/{}", axis.name(), ranks[0]), &ranks)?))
     }
 
     /// The ranks of the shard axis, for reductions. NCCL works off the collectives of a group one after the other: with a
     /// group of their own, reductions do not wait for gathers, nor gathers for reductions.
-    fn reducing(&self) -> Result<Group> {
+    fn reducing(&self, of: &str) -> Result<Group> {
         let shard = &self.mesh.shard.group;
         if self.backend != Backend::Nccl || shard.size() == 1 {
             return Ok(shard.clone());
         }
-        self.new_group(&format!("reduce/{}", shard.ranks()[0]), shard.ranks())
+        self.new_group(&format!("{of}reduce/{}", shard.ranks()[0]), shard.ranks())
     }
 
     /// The group `name` (unique in the run) of these world ranks, which all of them and only they must ask for. A group of

@@ -32,13 +32,17 @@ pub fn experience(
     let [logprobs, entropies] = models
         .policy
         .on_device(|policy| share.logprobs_and_entropies(&mut policy.actor.model, temperature))?;
+    // Its ranks may have other rows.
+    let critics = &models.critic_world;
+    let its_share = share_of(sequences, c.micro_batch_size(critics.mesh.data.size) as usize, critics);
     let critic = &mut models.critic.model;
-    let values = at_work(critic, c.critic().offload, |critic| share.values(critic))?;
+    let values = at_work(critic, c.critic().offload, |critic| its_share.values(critic))?;
+    let values = gather_rows(critics, &values.to_kind(logprobs.kind()))?;
     let reference = models.policy.with_reference(|reference| share.logprobs(reference, temperature))?;
     let kind = logprobs.kind();
     let gather = |t: Tensor| gather_rows(world, &t.to_kind(kind));
     let (logprobs, entropies) = (gather(logprobs)?, gather(entropies)?);
-    let (values, reference) = (gather(values)?, gather(reference)?);
+    let reference = gather(reference)?;
 
     // From here on all ranks compute the same.
     let alone = Group::solo();

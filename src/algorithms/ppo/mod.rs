@@ -17,7 +17,7 @@ use crate::algorithms::losses::KlController;
 use crate::algorithms::recipe::{Recipe, Shown};
 use crate::algorithms::records;
 use crate::algorithms::rl::checks::Stalled;
-use crate::algorithms::rl::memory::{self, Others, Work};
+use crate::algorithms::rl::memory::{self, Others, PlannedCritic, Work};
 use crate::algorithms::rl::place::{Where, average, check_offload};
 use crate::algorithms::rl::policy::{OpenedPolicy, Policy, Samplers, check_reads, share_of};
 use crate::algorithms::rl::sampling::SamplingTimes;
@@ -27,6 +27,7 @@ use crate::checkpoint::{Checkpoint, SavedPart};
 use crate::config::common::Common;
 use crate::config::model::Model;
 use crate::config::models::of_model;
+use crate::config::parallel::Parallel;
 use crate::config::ppo::Ppo;
 use crate::config::reward::Score;
 use crate::config::sections::{self, Precision};
@@ -91,6 +92,10 @@ impl Recipe for Ppo {
         inputs.critic.0.add_facts("critic", facts)
     }
 
+    fn parallel_of(&self, model: &str) -> Parallel {
+        if model == "critic" { self.parallel_of_critic() } else { self.parallel.clone() }
+    }
+
     fn trained(inputs: &Inputs) -> Vec<(&'static str, &Shape, &Trainable)> {
         let (opened, (critic, of_critic)) = (&inputs.opened, &inputs.critic);
         vec![("actor", &opened.actor.shape, &opened.trainable), ("critic", &critic.shape, of_critic)]
@@ -117,15 +122,19 @@ impl Recipe for Ppo {
     }
 
     fn plan(&self, target: &PlanTarget) -> Result<MemoryPlan> {
-        let ranks = self.parallel.data_ranks(target.ranks);
-        let work = Work {
-            responses: self.train.batch_size / ranks,
-            micro_batch: self.micro_batch_size(ranks),
-            update: self.ppo.minibatch_size / ranks,
-            learned: self.ppo.epochs * self.train.batch_size,
+        let work = |parallel: &Parallel| {
+            let ranks = parallel.data_ranks(target.ranks);
+            Work {
+                responses: self.train.batch_size / ranks,
+                micro_batch: self.micro_batch_size(ranks),
+                update: self.ppo.minibatch_size / ranks,
+                learned: self.ppo.epochs * self.train.batch_size,
+            }
         };
-        let critic = self.critic();
-        let others = Others { critic: Some(&critic), reference: true, average: self.ppo.ema.is_some() };
+        let (critic, parallel) = (self.critic(), self.parallel_of_critic());
+        let critic = PlannedCritic { section: &critic, parallel: &parallel, work: work(&parallel) };
+        let work = work(&self.parallel);
+        let others = Others { critic: Some(critic), reference: true, average: self.ppo.ema.is_some() };
         memory::plan(Self::SUBCOMMAND, &self.sections_of_responses(), &others, work, target)
     }
 
@@ -276,7 +285,11 @@ impl<'a> PpoModels<'a> {
         let common = c.common();
         let policy = Policy::load(&c.sections_of_responses(), &inputs.opened, world)?;
         let section = c.critic();
-        let critic_world = Where::of(world, "critic", section.device.as_deref(), true)?;
+        let mut critic_world = Where::of(world, "critic", section.device.as_deref(), true)?;
+        let parallel = c.parallel_of_critic();
+        if parallel.tensor != c.parallel.tensor && matches!(critic_world, Where::Run(_)) {
+            critic_world = Where::Own(Box::new(world.divided_as("critic", &parallel)?));
+        }
         check_offload("critic", section.offload, &critic_world)?;
         let precision = Precision { compute: section.dtype.unwrap_or(c.precision.compute) };
         let optim = section.optim.as_ref().unwrap_or(&c.optim);

@@ -203,11 +203,10 @@ fn update_values(
     e: &PpoExperience,
     step: u64,
     rate: f64,
-    world: &World,
 ) -> Result<Vec<Update>> {
     let clip = (c.ppo.clip_value > 0.0).then_some(c.ppo.clip_value);
     let mut updates = Vec::new();
-    for Minibatch { counts, parts } in minibatches(c, e, step, world) {
+    for Minibatch { counts, parts } in minibatches(c, e, step, &models.critic_world) {
         let loss = |values: &Tensor, rows: &Tensor, width: i64| {
             let values = values.view([-1, width]);
             let of = |t: &Tensor| Minibatch::part(t, rows, &values);
@@ -254,7 +253,7 @@ pub fn update(
         }
     };
     models.critic.model.params.unpark()?;
-    let values = update_values(c, models, e, step, critic_rate, world)?;
+    let values = update_values(c, models, e, step, critic_rate)?;
     if critic_section.offload {
         models.critic.model.params.park()?;
     }

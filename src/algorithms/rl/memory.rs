@@ -9,6 +9,7 @@ use crate::algorithms::base::{path_or_preset, planned_path, shape_and_trainable,
 use crate::algorithms::scorer::BATCH_TOKENS;
 use crate::config::model::Model as Origin;
 use crate::config::models::{FrozenModel, Trained};
+use crate::config::parallel::Parallel;
 use crate::config::policy::OwnResponses;
 use crate::config::rollout::Gather;
 use crate::config::shape::{Head, Shape};
@@ -34,10 +35,18 @@ pub struct Work {
     pub learned: i64,
 }
 
+/// A critic, how ranks divide it, and what it computes at once.
+#[derive(Debug, Clone, Copy)]
+pub struct PlannedCritic<'a> {
+    pub section: &'a Trained,
+    pub parallel: &'a Parallel,
+    pub work: Work,
+}
+
 /// The models besides the actor that the sections which all share do not tell.
 #[derive(Debug)]
 pub struct Others<'a> {
-    pub critic: Option<&'a Trained>,
+    pub critic: Option<PlannedCritic<'a>>,
     /// Whether there is a reference; where it is a model of its own that moves, it is a second actor.
     pub reference: bool,
     /// A moving average of the actor.
@@ -55,9 +64,10 @@ pub fn plan(
     work: Work,
     target: &PlanTarget,
 ) -> Result<MemoryPlan> {
-    let mut models = vec![trained("actor", c, c.actor, work, target)?];
-    if let Some(critic) = others.critic {
-        models.push(trained("critic", c, critic, work, target)?);
+    let parallel = c.common.parallel;
+    let mut models = vec![trained("actor", c, c.actor, parallel, work, target)?];
+    if let Some(PlannedCritic { section, parallel, work }) = others.critic {
+        models.push(trained("critic", c, section, parallel, work, target)?);
     }
     if let Some(model) = c.reward_model {
         models.push(frozen("reward_model", c, model, work, target)?);
@@ -78,7 +88,7 @@ pub fn plan(
     }
     if others.average {
         // Master values, which are never in a forward.
-        let mut average = trained("average", c, c.actor, work, target)?;
+        let mut average = trained("average", c, c.actor, parallel, work, target)?;
         (average.at_work, average.offload, average.host) = ([None; 3], false, 0);
         (average.flops, average.update_bytes) = ([0.0; 2], 0.0);
         models.push(average);
@@ -136,6 +146,7 @@ fn trained(
     name: &'static str,
     c: &OwnResponses,
     m: &Trained,
+    parallel: &Parallel,
     work: Work,
     target: &PlanTarget,
 ) -> Result<ModelMemory> {
@@ -148,7 +159,7 @@ fn trained(
     let (shape, trainable) =
         shape_and_trainable(&planned_path(&m.path), head, c.tokenizer, length, &m.freeze, m.lora.as_ref())
             .map_err(context)?;
-    let sharding = ShardingPlan::of(c.common.parallel, target.ranks)?;
+    let sharding = ShardingPlan::of(parallel, target.ranks)?;
     let plans = trainable.plans(&shape).map_err(context)?;
     let float8 = float8(dtype, c.common.float8);
     let memory = Memory::new(&shape, &plans, compute, sharding, on_device(&device))?;

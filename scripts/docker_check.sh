@@ -20,7 +20,7 @@ say() { echo "docker_check: $1"; }
 mkdir "$work/data" "$work/one" "$work/two"
 chmod 777 "$work" "$work"/*
 on() { docker run --rm --volume "$work/data:/data" "$@"; }
-corral() { on --entrypoint corral "$image" --quiet "$@"; }
+corral() { on --entrypoint corral "$image" "$@" >"$work/log" 2>&1 || { cat "$work/log" >&2; fail "corral $1 failed"; }; }
 
 [ "$(on --entrypoint id "$image" -u)" = 1000 ] || fail "the image does not run as user 1000"
 corral data synth --count 500 --output /data
@@ -59,7 +59,7 @@ docker rm "node0-$$" "node1-$$" >/dev/null
 node 1 train.steps=4000
 node 0 train.steps=4000
 tries=0
-until docker logs "node0-$$" 2>&1 | grep -q 'step *50/'; do
+until docker logs "node0-$$" 2>&1 | grep -q 'step *[0-9][0-9]/'; do
     tries=$((tries + 1))
     [ $tries -lt 300 ] || fail "the long run does not get on"
     sleep 0.2
@@ -67,7 +67,7 @@ done
 docker kill "node1-$$" >/dev/null
 [ "$(docker wait "node0-$$")" = 1 ] || fail "a lost node does not end the other with exit code 1"
 docker logs "node0-$$" 2>&1 | grep 'missing: rank 1' >"$work/log" || fail "the lost node is not named"
-say "a lost node:$(tail -n 1 "$work/log")"
+say "a lost node: $(tail -n 1 "$work/log" | sed 's/^ *//')"
 
 docker run --detach --name "stopped-$$" --volume "$work/data:/data" --volume "$work/one:/home/corral/runs" "$image" --nproc 2 \
     pretrain --device cpu --config /data/run.yaml --resume never --overwrite train.steps=100000 >/dev/null

@@ -3,10 +3,12 @@
 #![cfg(feature = "mpi")]
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use testing::compare::largest_relative;
+use testing::hosts::Hosts;
 use testing::program::{Program, Running, corral, launch};
 use testing::ranks::free_port;
 use testing::run::Run;
@@ -64,6 +66,42 @@ fn a_run_over_mpi_stops_and_goes_on() {
     assert!(run.step() < 500, "it came too late");
     assert_eq!(ended.err.matches("communication: mpi").count(), 1, "one rank prints: {ended}");
     mpirun(2, &run, &words).wait().expect_code(0);
+    run.expect_equal(&whole);
+}
+
+/// `mpirun` on one host starts ranks on two, which it reaches by a stub of ssh; the run is that of two ranks of one host.
+#[test]
+fn mpi_starts_ranks_on_two_hosts() {
+    let whole = Run::new("mpi-hosts-whole");
+    whole.train(2, &[]);
+    let Some(hosts) = Hosts::new(2) else { return };
+    let run = Run::new("mpi-hosts");
+    // Names that MPI looks up; the hosts' name server never answers.
+    let names = run.dir.join("hosts");
+    let [first, second] = [0, 1].map(|i| hosts.address(i));
+    std::fs::write(&names, format!("127.0.0.1 localhost\n{first} node0\n{second} node1\n")).unwrap();
+    // MPI tells hosts apart by their names.
+    let become_host = |i: usize| format!("mount --bind {} /etc/hosts; hostname node{i}", names.display());
+    // As ssh: the host, then what to run there.
+    let there = |i: usize| {
+        let (address, name, named) = (hosts.address(i), hosts.name(i), become_host(i));
+        format!("{address}) exec ip netns exec {name} unshare --uts sh -c \"{named}; $*\";;")
+    };
+    let agent = run.dir.join("agent");
+    let text = format!("#!/bin/sh\nhost=$1; shift\ncase $host in\n{}\n{}\nesac\n", there(0), there(1));
+    std::fs::write(&agent, text).unwrap();
+    std::fs::set_permissions(&agent, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let script = format!(
+        "{}; exec mpirun --allow-run-as-root --mca plm_rsh_agent {} --host {first}:1,{second}:1 -n 2 -x \
+         CORRAL_RDZV={first}:29600 -x OMP_NUM_THREADS=1 sh -c 'hostname >&2; exec \"$0\" \"$@\"' \"$@\"",
+        become_host(0),
+        agent.display()
+    );
+    let config = run.dir.join("config.yaml").display().to_string();
+    let shell = hosts.shell(0, "exec unshare --uts sh -c \"$@\"", &[&script, "sh"]).arg(corral());
+    let words = ["pretrain", "--device", "cpu", "--backend", "mpi", "--config", &config];
+    let ended = shell.args(&words).run(&run.dir, "mpirun").expect_code(0);
+    assert!(ended.err.contains("node0") && ended.err.contains("node1"), "ranks on both hosts: {ended}");
     run.expect_equal(&whole);
 }
 

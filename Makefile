@@ -44,8 +44,7 @@ bench-trl: build ## seconds a step of DPO, GRPO and PPO against TRL (PYTHON=one 
 lint: setup ## format, dependencies, spelling (scripts/lint.sh), clippy
 	@scripts/doctor.sh lint
 	@scripts/lint.sh
-	cargo clippy --release --all-targets --locked -- -D warnings
-	$(if $(features),cargo clippy --release --package mpi_engine --locked -- -D warnings)
+	cargo clippy --release --all-targets --locked $(features) -- -D warnings
 
 doc: setup ## the code's documentation, private items too, target/doc/
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --release --no-deps --document-private-items --locked

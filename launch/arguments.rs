@@ -178,7 +178,12 @@ impl Plan {
                 "restart K uses port {port} + K, and {port} + {max_restarts} is above 65535: take a lower --rdzv port"
             ));
         }
-        if arguments.backend == Some(Backend::Mpi) {
+        let Command::Corral(given) = &arguments.command;
+        let asks = |pair: &[OsString]| pair[0] == "--backend" && pair[1] == "mpi";
+        let for_ranks = given.windows(2).any(asks) || given.iter().any(|word| word == "--backend=mpi");
+        let inherited = environment::variable("CORRAL_BACKEND").is_some_and(|backend| backend == "mpi");
+        if arguments.backend == Some(Backend::Mpi) || for_ranks || (inherited && arguments.backend.is_none())
+        {
             return refuse(
                 "--backend mpi: MPI starts its ranks itself: `mpirun -n N corral --backend mpi pretrain ...`, or `srun \
                  --mpi=pmix corral ...` (docs/operations.md)"

@@ -15,7 +15,7 @@ const TTY: &str = "CORRAL_TTY";
 
 /// A variable of this process's environment; one that is set and empty is there: CUDA reads it as a list of no devices.
 #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
-fn variable(name: &str) -> Option<OsString> {
+pub fn variable(name: &str) -> Option<OsString> {
     std::env::var_os(name)
 }
 

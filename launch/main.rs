@@ -15,7 +15,7 @@ use std::sync::{Arc, LazyLock};
 
 use arguments::{Failure, Plan};
 use output::Screen;
-use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 use world::{Event, Outcome, World};
 
 /// Exit codes that another attempt would not mend: wrong configuration, unusable data, stopped by SIGINT or SIGTERM.
@@ -76,7 +76,7 @@ impl Events {
 }
 
 fn listen_to_signals() -> Result<Events, Failure> {
-    let mut wanted = vec![SIGINT, SIGTERM, SIGQUIT];
+    let mut wanted = vec![SIGINT, SIGTERM, SIGQUIT, SIGUSR1];
     if !hangup_is_ignored() {
         wanted.push(SIGHUP);
     }

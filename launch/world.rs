@@ -168,9 +168,12 @@ impl<'a> World<'a> {
                     }
                 }
                 Ok(Event::Signal(number)) => {
-                    // The end of the terminal asks for the same as SIGTERM.
                     let received = Signal::try_from(number).unwrap_or(Signal::SIGTERM);
-                    let signal = if received == Signal::SIGHUP { Signal::SIGTERM } else { received };
+                    // The end of the terminal, and a site's early notice, ask for the same as SIGTERM.
+                    let signal = match received {
+                        Signal::SIGHUP | Signal::SIGUSR1 => Signal::SIGTERM,
+                        other => other,
+                    };
                     if passed_on.is_none() {
                         passed_on = Some(signal);
                         self.signal(signal);

@@ -39,7 +39,17 @@ END
 
 on --ipc host --volume "$work/one:/home/corral/runs" "$image" --nproc 2 pretrain --device cpu --config /data/run.yaml \
     >"$work/log" 2>&1 || { tail -n 5 "$work/log" >&2; fail "a run in one container failed"; }
-say "two ranks in one container: $(grep -o '40 steps in.*tokens/s' "$work/log")"
+grep -o '40 steps in.*tokens/s' "$work/log" >"$work/told" || fail "a run in one container does not end after 40 steps"
+say "two ranks in one container: $(cat "$work/told")"
+
+await_steps() { # await_steps CONTAINER: until it has some
+    tries=0
+    until docker logs "$1" 2>&1 | grep -q 'step *[0-9][0-9]*/'; do
+        tries=$((tries + 1))
+        [ $tries -lt 300 ] || fail "the run in $1 does not get on"
+        sleep 0.2
+    done
+}
 
 docker network create --internal "$network" >/dev/null
 node() { # node I OVERRIDES...
@@ -58,12 +68,7 @@ docker rm "node0-$$" "node1-$$" >/dev/null
 
 node 1 train.steps=4000
 node 0 train.steps=4000
-tries=0
-until docker logs "node0-$$" 2>&1 | grep -q 'step *[0-9][0-9]/'; do
-    tries=$((tries + 1))
-    [ $tries -lt 300 ] || fail "the long run does not get on"
-    sleep 0.2
-done
+await_steps "node0-$$"
 docker kill "node1-$$" >/dev/null
 [ "$(docker wait "node0-$$")" = 1 ] || fail "a lost node does not end the other with exit code 1"
 docker logs "node0-$$" 2>&1 | grep 'missing: rank 1' >"$work/log" || fail "the lost node is not named"
@@ -71,9 +76,12 @@ say "a lost node: $(tail -n 1 "$work/log" | sed 's/^ *//')"
 
 docker run --detach --name "stopped-$$" --volume "$work/data:/data" --volume "$work/one:/home/corral/runs" "$image" --nproc 2 \
     pretrain --device cpu --config /data/run.yaml --resume never --overwrite train.steps=100000 >/dev/null
-sleep 4
+await_steps "stopped-$$"
 docker stop --time 60 "stopped-$$" >/dev/null
 [ "$(docker wait "stopped-$$")" = 143 ] || fail "docker stop does not end with exit code 143"
-say "docker stop: $(docker logs "stopped-$$" 2>&1 | grep -o 'stopped by SIGTERM after step [0-9]*')"
+docker logs "stopped-$$" 2>&1 | grep -o 'stopped by SIGTERM after step [0-9]*' >"$work/log" || fail "docker stop does not stop after a step"
+step=$(sed 's/.* //' "$work/log")
+[ -e "$work/one/tiny/checkpoints/step-$(printf %08d "$step")/meta.json" ] || fail "no checkpoint of step $step"
+say "docker stop: $(cat "$work/log"), with its checkpoint"
 docker image ls --format '{{.Repository}}:{{.Tag}} {{.Size}}' "$image"
 docker history --format '{{.Size}}\t{{.CreatedBy}}' "$image" | grep -v '^0B' | cut -c1-90

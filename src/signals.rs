@@ -1,22 +1,22 @@
-//! SIGINT and SIGTERM: which thread gets them, and what a run makes of them.
+//! SIGINT, SIGTERM and SIGUSR1: which thread gets them, and what a run makes of them.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use nix::sys::signal::{SigSet, Signal};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 
 use crate::error::{Context, Error, ErrorClass, Result};
 use crate::info;
 
-/// Leaves SIGINT and SIGTERM to a thread of their own: the calling thread and all that it starts later do not get them.
+/// Leaves these signals to a thread of their own: the calling thread and all that it starts later do not get them.
 /// What a signal does stays as it is. Call this before anything computes.
 ///
 /// The kernel puts a handler's frame on the stack of the thread that it interrupts, and while oneDNN's float32 products
 /// run (`avx512_common_gemm_f32`) that thread's stack pointer may point at a workspace in the heap: the frame would
 /// overwrite what lies before it.
 pub fn keep_signals_from_computing_threads() -> Result<()> {
-    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
+    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGUSR1].into_iter().collect();
     signals.thread_block().map_err(std::io::Error::from).context("cannot block signals")?;
     let wait = move || {
         // Cannot fail for these signals; if it did, they would wait unseen.
@@ -37,7 +37,8 @@ pub fn is_asked_to_end() -> bool {
     RECEIVED.get().is_some_and(|received| received.load(Ordering::Relaxed) > 0)
 }
 
-/// SIGINT and SIGTERM, asked for by the launcher, the site or the user: the step is finished and a checkpoint written.
+/// SIGINT and SIGTERM, asked for by the launcher, the site or the user: the step is finished and a checkpoint written. SIGUSR1 counts as
+/// SIGTERM: `mpirun` passes it on without killing the ranks a second later.
 pub struct Signals {
     received: Arc<AtomicUsize>,
     /// How a run that they stop goes on.
@@ -53,8 +54,8 @@ impl Signals {
         let register = || -> std::io::Result<()> {
             signal_hook::flag::register_conditional_shutdown(SIGINT, 128 + SIGINT, again.clone())?;
             signal_hook::flag::register(SIGINT, again.clone())?;
-            for signal in [SIGINT, SIGTERM] {
-                signal_hook::flag::register_usize(signal, received.clone(), signal as usize)?;
+            for (signal, counts_as) in [(SIGINT, SIGINT), (SIGTERM, SIGTERM), (SIGUSR1, SIGTERM)] {
+                signal_hook::flag::register_usize(signal, received.clone(), counts_as as usize)?;
             }
             Ok(())
         };

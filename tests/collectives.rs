@@ -519,6 +519,33 @@ fn large(world: &World, kind: Kind) -> corral::Result<()> {
         work.wait()?;
         assert!(got.equal(&want), "collective {i} in {kind:?} on rank {rank}");
     }
+    whole_sums(world, kind, &ramp)
+}
+
+/// All-reduces of numbers of elements that ranks cannot divide evenly, also fewer than ranks, and none.
+fn whole_sums(world: &World, kind: Kind, ramp: &Tensor) -> corral::Result<()> {
+    let (rank, size) = (world.rank, world.world_size);
+    let ones = size * (size + 1) / 2;
+    let mut works = Vec::new();
+    for n in [0, 1, size - 1, 100_003, size * 600_001 - 2, size * 600_001] {
+        // Up to 19 x 6: exact in bf16.
+        let ramp = ramp.narrow(0, 0, n).remainder(20);
+        let sum = &ramp * (rank + 1);
+        works.push((world.group.all_reduce(&sum, ReduceOp::Sum)?, sum, &ramp * ones));
+        let most = &ramp * (rank + 1);
+        works.push((world.group.all_reduce(&most, ReduceOp::Max)?, most, &ramp * size));
+        let factor = [1.0e8, 1.0, -1.0e8][rank as usize];
+        let ordered = Tensor::ones([n], (kind, Device::Cpu)) * factor;
+        // Over Gloo the order is that of a ring.
+        if world.group.backend_name() == "mpi" {
+            let big = Tensor::full([n], 1.0e8, (kind, Device::Cpu));
+            works.push((world.group.all_reduce(&ordered, ReduceOp::Sum)?, ordered, (&big + 1.0) - &big));
+        }
+    }
+    for (i, (work, got, want)) in works.into_iter().enumerate().rev() {
+        work.wait()?;
+        assert!(got.equal(&want), "all-reduce {i} in {kind:?} on rank {rank}");
+    }
     Ok(())
 }
 

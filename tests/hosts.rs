@@ -169,8 +169,9 @@ fn the_template_for_slurm_starts_both_nodes() {
     };
     stub("scontrol", format!("echo \"$@\" >>{}/scontrol.log; echo {}", run.dir.display(), hosts.address(0)));
     // Its own options come first.
-    let node = |i: usize| format!("SLURM_NODEID={i} ip netns exec {} \"$@\" & ", hosts.name(i));
-    let wait = "code=0; wait $! || code=$?; wait || code=$?; exit $code";
+    let node =
+        |i: usize| format!("SLURM_NODEID={i} ip netns exec {} \"$@\" & pids=\"$pids $!\"; ", hosts.name(i));
+    let wait = "code=0; for pid in $pids; do wait $pid || code=$?; done; exit $code";
     stub("srun", format!("while [ \"${{1#--}}\" != \"$1\" ]; do shift; done; {}{}{wait}", node(0), node(1)));
     let programs = launch().parent().unwrap().display().to_string();
     let path = format!("{}:{programs}:{}", bin.display(), std::env::var("PATH").unwrap());

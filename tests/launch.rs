@@ -289,9 +289,12 @@ const SAVES: &str = "trap 'sleep 0.3; echo saved after SIGTERM; exit 143' TERM
 
 #[test]
 fn signals_are_passed_on_and_ranks_may_save() {
-    for (sent, name, code) in
-        [(Signal::SIGTERM, "SIGTERM", 143), (Signal::SIGINT, "SIGINT", 130), (Signal::SIGHUP, "SIGTERM", 143)]
-    {
+    for (sent, name, code) in [
+        (Signal::SIGTERM, "SIGTERM", 143),
+        (Signal::SIGINT, "SIGINT", 130),
+        (Signal::SIGHUP, "SIGTERM", 143),
+        (Signal::SIGUSR1, "SIGTERM", 143),
+    ] {
         let mut running = Running::start(shells(&["--nproc", "2", "--max-restarts", "2"], SAVES));
         assert!(running.line().ends_with("ready"));
         assert!(running.line().ends_with("ready"));

@@ -50,20 +50,19 @@ fn meshes_over_mpi() {
     }
 }
 
-/// SIGTERM to `mpirun` reaches the ranks, which save; the run goes on as if nothing had been.
+/// SIGUSR1 to `mpirun` reaches the ranks, which save; the run goes on as if nothing had been.
 #[test]
 fn a_run_over_mpi_stops_and_goes_on() {
-    // `mpirun` takes two seconds to pass a signal on.
-    let words = ["train.steps=500", "checkpoint.every=250", "valid.every=250"];
+    let words = ["train.steps=300", "checkpoint.every=100", "valid.every=100"];
     let whole = Run::new("mpi-stop-whole");
     whole.train(2, &words);
     let run = Run::new("mpi-stop");
     let mut running = mpirun(2, &run, &words);
     running.wait_for("some steps", Duration::from_millis(2), || run.step() >= 7);
-    running.signal(Signal::SIGTERM);
-    let ended = running.wait();
-    assert!(ended.code != 0 && ended.err.contains("stopped by SIGTERM"), "{ended}");
-    assert!(run.step() < 500, "it came too late");
+    running.signal(Signal::SIGUSR1);
+    let ended = running.wait().expect_code(143);
+    assert!(ended.err.contains("stopped by SIGTERM"), "{ended}");
+    assert!(run.step() < 300, "it came too late");
     assert_eq!(ended.err.matches("communication: mpi").count(), 1, "one rank prints: {ended}");
     mpirun(2, &run, &words).wait().expect_code(0);
     run.expect_equal(&whole);
@@ -111,8 +110,29 @@ fn what_mpi_cannot_start_is_refused() {
     let wrong = mpirun(2, &run, &["optim.lr=fast"]).wait();
     assert!(wrong.code == 2 && wrong.err.contains("optim.lr"), "{wrong}");
     let config = run.dir.join("config.yaml").display().to_string();
-    let words = ["--nproc", "2", "pretrain", "--device", "cpu", "--config", &config];
-    let alone = Program::new(launch()).args(&words).env("CORRAL_BACKEND", "mpi").run(&run.dir, "launch");
-    assert!(alone.code != 0 && alone.err.contains("start them with mpirun or srun --mpi=pmix"), "{alone}");
+    let words = ["pretrain", "--device", "cpu", "--config", &config];
+    for (name, options, asks) in [
+        ("flag", &["--backend", "mpi"][..], &[][..]),
+        ("word", &[], &["--backend", "mpi"]),
+        ("variable", &[], &[]),
+    ] {
+        let launched = Program::new(launch()).args(&["--nproc", "2"]).args(options).args(&words).args(asks);
+        let launched = if name == "variable" { launched.env("CORRAL_BACKEND", "mpi") } else { launched };
+        let ended = launched.run(&run.dir, name);
+        assert!(ended.code == 2 && ended.err.contains("MPI starts its ranks itself"), "{name}: {ended}");
+    }
+    // Ranks of another launcher.
+    let port = free_port().to_string();
+    let rank = |rank: &str| {
+        let program =
+            Program::corral(&words).args(&["--backend", "mpi"]).env("RANK", rank).env("WORLD_SIZE", "2");
+        program.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port).start(&run.dir, rank)
+    };
+    for ended in [rank("0"), rank("1")].map(Running::wait) {
+        assert!(
+            ended.code != 0 && ended.err.contains("start them with mpirun or srun --mpi=pmix"),
+            "{ended}"
+        );
+    }
     assert!(!run.output().exists(), "nothing is begun");
 }

@@ -62,3 +62,12 @@ fn check_files(wanted: u64) -> Result<()> {
         ))),
     }
 }
+
+/// The cores that one of the `ranks` of this host computes with: those that its launcher has bound it to, else its share of all.
+pub fn own_cores(ranks: usize) -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let bound = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).map(str::trim);
+    let online = std::fs::read_to_string("/sys/devices/system/cpu/online").ok()?;
+    let cores = std::thread::available_parallelism().ok()?.get();
+    Some(if bound == Some(online.trim()) { (cores / ranks.max(1)).max(1) } else { cores })
+}

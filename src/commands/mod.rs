@@ -111,12 +111,11 @@ impl Global {
     /// Signals, threads, allocator and the library for float32 products.
     pub fn set_up(&self) -> Result<()> {
         signals::keep_signals_from_computing_threads()?;
-        let threads = self
-            .threads
-            .or_else(|| env::parsed("OMP_NUM_THREADS"))
-            .or_else(|| std::thread::available_parallelism().ok().map(std::num::NonZero::get));
         // An environment that cannot be read is refused where the world is joined.
-        let ranks = RankEnvironment::from_env().ok().flatten().map_or(1, |p| p.world_size);
+        let place = RankEnvironment::from_env().ok().flatten();
+        let (ranks, of_host) = place.map_or((1, 1), |p| (p.world_size, p.local_world_size as usize));
+        let threads =
+            self.threads.or_else(|| env::parsed("OMP_NUM_THREADS")).or_else(|| limits::own_cores(of_host));
         match threads {
             Some(0) => return Err(Error::config("--threads must be at least 1")),
             Some(n) => {

@@ -289,6 +289,7 @@ impl World {
             .prefix(&format!("corral/{}", place.attempt))?;
         let watch = Watch::start(store, rank, world_size, serves)?;
         let mut facts = facts.clone();
+        facts.add("the backend, of --backend or CORRAL_BACKEND", format!("{backend:?}"));
         if let (Mode::Hybrid, ShardSize::Auto) = (parallel.mode, parallel.shard) {
             facts.add(HOST_RANKS, local_world_size.to_string());
             // Such as after `srun --distribution=cyclic`: neighbours are then on different hosts.

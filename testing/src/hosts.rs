@@ -100,7 +100,7 @@ impl Hosts {
     ) -> Program {
         // A mount that only this host sees: what others write there is seen through it.
         let script = format!(
-            "set -e; disk=$(mktemp -d); mount -t tmpfs -o size={kib}k tmpfs $disk; mkdir $disk/new $disk/work; \
+            "set -e; disk=$(dirname $(dirname {0}))/disk; mkdir -p $disk; mount -t tmpfs -o size={kib}k tmpfs $disk; mkdir $disk/new $disk/work; \
              mount -t overlay -o lowerdir={0},upperdir=$disk/new,workdir=$disk/work overlay {0}; exec \"$@\"",
             folder.display()
         );

@@ -1,4 +1,4 @@
-//! Collectives as messages between ranks: every rank sends each of the others what that one needs.
+//! Collectives as messages between ranks: every rank sends each of the others what that one needs. A broadcast is MPI's own.
 
 use tch::{Kind, Tensor};
 
@@ -6,18 +6,37 @@ use super::calls::{Communicator, Request, all_done};
 use kernels::comm::engine::{Collective, ReduceOp};
 use kernels::{Error, Result};
 
+/// How far a collective has come since the last look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// Nowhere.
+    None,
+    /// Further.
+    Some,
+    /// To its end.
+    Done,
+}
+
+impl Progress {
+    fn done_if(done: bool) -> Progress {
+        if done { Progress::Done } else { Progress::None }
+    }
+}
+
 /// A collective that the thread of MPI drives.
 pub(super) trait Steps: Send {
-    /// Goes on as far as it can without waiting; whether it is done.
-    fn advance(&mut self) -> Result<bool>;
+    /// Goes on a little, without waiting.
+    fn advance(&mut self) -> Result<Progress>;
 }
 
 /// Sums up to this size (bytes, over all ranks) are made by every rank itself, of what all have: it takes one message's time,
 /// where a sum in parts takes two.
 const SMALL: usize = 256 << 10;
 
-/// Bytes of the pieces in which larger sums are made: one is received while the other is added.
-const PIECE: usize = 1 << 20;
+/// Larger sums are made in pieces: one is received while the other is added. What is received of all ranks has at most
+/// about so many bytes, and a piece is neither smaller nor larger than these.
+const SCRATCH: usize = 8 << 20;
+const PIECES: [usize; 2] = [64 << 10, 1 << 20];
 
 /// What to do for `collective`; nothing is sent yet.
 pub(super) fn steps(collective: &Collective, communicator: Communicator, tag: i32) -> Result<Box<dyn Steps>> {
@@ -25,7 +44,7 @@ pub(super) fn steps(collective: &Collective, communicator: Communicator, tag: i3
     Ok(match *collective {
         Collective::AllGather { out, input } => {
             let (parts, input) = (parts(out, size)?, input.f_view([-1])?);
-            Messages::new(move || {
+            Messages::steps(move || {
                 let own = &parts[rank];
                 if own.data_ptr() != input.data_ptr() {
                     own.shallow_clone().f_copy_(&input)?;
@@ -35,22 +54,22 @@ pub(super) fn steps(collective: &Collective, communicator: Communicator, tag: i3
         }
         Collective::AllToAll { out, input } => {
             let (to, from) = (parts(out, size)?, parts(input, size)?);
-            Messages::new(move || {
+            Messages::steps(move || {
                 to[rank].shallow_clone().f_copy_(&from[rank])?;
                 communicator.exchange(tag, |rank| Some(&from[rank]), |rank| Some(&to[rank]))
             })
         }
         Collective::Broadcast { t, root } => {
             let t = t.shallow_clone();
-            Messages::new(move || Ok(vec![communicator.broadcast(&t, root)?]))
+            Messages::steps(move || Ok(vec![communicator.broadcast(&t, root)?]))
         }
         Collective::Send { t, to } => {
             let t = t.shallow_clone();
-            Messages::new(move || Ok(vec![communicator.send(&t, to as usize, tag)?]))
+            Messages::steps(move || Ok(vec![communicator.send(&t, to as usize, tag)?]))
         }
         Collective::Receive { t, from } => {
             let t = t.shallow_clone();
-            Messages::new(move || Ok(vec![communicator.receive(&t, from as usize, tag)?]))
+            Messages::steps(move || Ok(vec![communicator.receive(&t, from as usize, tag)?]))
         }
         Collective::ReduceScatter { out, input, op } => {
             let (ranges, out) = (parts(input, size)?, out.f_view([-1])?);
@@ -131,21 +150,21 @@ struct Messages {
 }
 
 impl Messages {
-    fn new(begin: impl FnOnce() -> Result<Vec<Request>> + Send + 'static) -> Box<dyn Steps> {
+    fn steps(begin: impl FnOnce() -> Result<Vec<Request>> + Send + 'static) -> Box<dyn Steps> {
         Box::new(Messages { begin: Some(Box::new(begin)), finish: None, requests: Vec::new() })
     }
 }
 
 impl Steps for Messages {
-    fn advance(&mut self) -> Result<bool> {
+    fn advance(&mut self) -> Result<Progress> {
         if let Some(begin) = self.begin.take() {
             self.requests = begin()?;
         }
         if !all_done(&mut self.requests)? {
-            return Ok(false);
+            return Ok(Progress::None);
         }
         self.finish.take().map_or(Ok(()), |finish| finish())?;
-        Ok(true)
+        Ok(Progress::Done)
     }
 }
 
@@ -189,7 +208,7 @@ struct Reduction {
     /// Pieces posted, and combined.
     posted: i64,
     combined: i64,
-    /// [2, size, piece]: what is received of two pieces; the last row of each is where it is combined.
+    /// [2, size, piece]: what is received of two pieces; this rank's own row is where they are combined.
     scratch: Tensor,
     receiving: [Vec<Request>; 2],
     sent: Vec<Request>,
@@ -210,7 +229,9 @@ impl Reduction {
         let kind: Kind = target.kind();
         // The first range is the longest.
         let longest = ranges.first().map_or(0, |r| r.numel() as i64);
-        let piece = ((PIECE / kind.elt_size_in_bytes()) as i64).min(longest).max(1);
+        let [smallest, largest] = PIECES;
+        let bytes = (SCRATCH / (2 * communicator.size)).clamp(smallest, largest);
+        let piece = ((bytes / kind.elt_size_in_bytes()) as i64).min(longest).max(1);
         let scratch = Tensor::f_empty([2, communicator.size as i64, piece], (kind, target.device()))?;
         Ok(Reduction {
             communicator,
@@ -272,8 +293,12 @@ impl Reduction {
             .map(|r| if r == rank { Ok(own.shallow_clone()) } else { self.received(r, p, length) })
             .collect::<Result<Vec<Tensor>>>()?;
         let result = self.received(rank, p, length)?;
-        combine(self.op, &result, &parts[0], &parts[1])?;
-        for part in &parts[2..] {
+        let (first, more) = parts.split_at(2.min(parts.len()));
+        match first {
+            [a, b] => combine(self.op, &result, a, b)?,
+            alone => result.shallow_clone().f_copy_(&alone[0])?,
+        }
+        for part in more {
             combine(self.op, &result, &result, part)?;
         }
         self.target.f_narrow(0, p * self.piece, length)?.f_copy_(&result)?;
@@ -282,19 +307,20 @@ impl Reduction {
 }
 
 impl Steps for Reduction {
-    fn advance(&mut self) -> Result<bool> {
-        while self.combined < self.num_pieces {
+    fn advance(&mut self) -> Result<Progress> {
+        if self.combined < self.num_pieces {
             while self.posted < self.num_pieces.min(self.combined + 2) {
                 self.post()?;
             }
             if !all_done(&mut self.receiving[(self.combined % 2) as usize])? {
-                return Ok(false);
+                return Ok(Progress::None);
             }
             self.combine()?;
             self.combined += 1;
+            return Ok(Progress::Some);
         }
         if !all_done(&mut self.sent)? {
-            return Ok(false);
+            return Ok(Progress::None);
         }
         if self.gathers {
             // Only now: what others send takes the place of what this rank has sent them.
@@ -303,6 +329,6 @@ impl Steps for Reduction {
             let own = ranges.get(self.communicator.rank);
             self.gathering = self.communicator.exchange(self.tag, |_| own, |from| ranges.get(from))?;
         }
-        all_done(&mut self.gathering)
+        Ok(Progress::done_if(all_done(&mut self.gathering)?))
     }
 }

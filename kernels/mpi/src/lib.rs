@@ -26,7 +26,7 @@ pub use self::thread::leave;
 /// Connects the world ranks `ranks`, of which this process is number `rank` there. All of them call this. The first call starts MPI.
 ///
 /// Errors: MPI does not start, has not started these ranks, or numbers them otherwise than the environment.
-pub fn connect(name: &str, ranks: &[i64], rank: usize, timeout: Duration) -> Result<Box<dyn Engine>> {
+pub fn connect(name: &str, ranks: &[i64], rank: usize) -> Result<Box<dyn Engine>> {
     let (answer, answered) = channel();
     let mut hasher = DefaultHasher::new();
     name.hash(&mut hasher);
@@ -34,8 +34,8 @@ pub fn connect(name: &str, ranks: &[i64], rank: usize, timeout: Duration) -> Res
     let tag = (hasher.finish() % 32768) as i32;
     give(Order::Connect { ranks: ranks.iter().map(|r| *r as i32).collect(), tag, answer })?;
     let communicator = answered
-        .recv_timeout(timeout)
-        .map_err(|_| Error::new(format!("MPI has not made the group `{name}` within {timeout:?}")))?
+        .recv()
+        .map_err(|_| Error::new("MPI has ended in this process"))?
         .map_err(|e| e.context(format!("MPI group `{name}`")))?;
     let number = ranks[rank];
     match communicator.world_rank == number {
@@ -70,7 +70,7 @@ impl Engine for MpiGroup {
         let state = Arc::new(State::default());
         let steps = exchanges::steps(collective, self.communicator, tag)?;
         // Under the lock: MPI's own collectives are matched by their order.
-        give(Order::Begin(Task { steps, state: state.clone() }))?;
+        give(Order::Begin(Task::new(steps, state.clone())))?;
         drop(begun);
         Ok(Box::new(MpiExchange(state)))
     }

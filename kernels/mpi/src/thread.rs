@@ -1,7 +1,7 @@
 //! The thread that makes all calls of MPI.
 
 use std::ffi::c_int;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use mpi::Threading;
 use mpi::environment::Universe;
 
 use super::calls::{self, Communicator};
-use super::exchanges::Steps;
+use super::exchanges::{Progress, Steps};
 use super::{State, lock};
 use kernels::{Error, Result};
 
@@ -28,8 +28,33 @@ pub(super) enum Order {
 
 /// A collective under way, and who waits for it.
 pub(super) struct Task {
-    pub(super) steps: Box<dyn Steps>,
-    pub(super) state: Arc<State>,
+    steps: Option<Box<dyn Steps>>,
+    state: Arc<State>,
+}
+
+impl Task {
+    pub(super) fn new(steps: Box<dyn Steps>, state: Arc<State>) -> Task {
+        Task { steps: Some(steps), state }
+    }
+
+    fn advance(&mut self) -> Result<Progress> {
+        self.steps.as_mut().map_or(Ok(Progress::Done), |steps| steps.advance())
+    }
+
+    fn end(mut self, result: Result<()>) {
+        // Its tensors go before anybody hears of the end, and allocates what comes next.
+        self.steps = None;
+        self.state.end(result);
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        // Where it has not ended, the thread has.
+        if self.steps.is_some() {
+            self.state.end(Err(Error::new("the thread for MPI has ended")));
+        }
+    }
 }
 
 /// Between looks at what is under way: MPI goes on only inside of its own functions, and the cores compute. The longer nothing
@@ -54,7 +79,7 @@ pub fn leave() {
     let (answer, answered) = channel();
     if ORDERS.get().is_some() && give(Order::Leave(answer)).is_ok() {
         // MPI waits there for the other ranks, one of which may be lost.
-        let _ = answered.recv_timeout(Duration::from_secs(30));
+        let _ = answered.recv_timeout(Duration::from_secs(600));
     }
 }
 
@@ -117,20 +142,19 @@ fn serve(universe: Universe, orders: &Receiver<Order>) {
             }
             None => {}
         }
-        let before = tasks.len();
-        tasks.retain_mut(|task| match task.steps.advance() {
-            Ok(false) => true,
-            Ok(true) => {
-                task.state.end(Ok(()));
-                false
+        let mut i = 0;
+        while i < tasks.len() {
+            let advanced = tasks[i].advance();
+            if advanced.as_ref().is_ok_and(|p| *p == Progress::None) {
+                i += 1;
+                continue;
             }
-            Err(e) => {
-                task.state.end(Err(e));
-                false
-            }
-        });
-        if tasks.len() < before {
             progress = Instant::now();
+            match advanced {
+                Ok(Progress::Done) => tasks.remove(i).end(Ok(())),
+                Ok(_) => i += 1,
+                Err(e) => tasks.remove(i).end(Err(e)),
+            }
         }
     }
 }
@@ -151,8 +175,5 @@ fn next(orders: &Receiver<Order>, idle: bool, progress: Instant) -> Option<Order
         return None;
     }
     let [shortest, longest] = PAUSES;
-    match orders.recv_timeout((progress.elapsed() / 16).clamp(shortest, longest)) {
-        Ok(order) => Some(order),
-        Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-    }
+    orders.recv_timeout((progress.elapsed() / 16).clamp(shortest, longest)).ok()
 }

@@ -105,8 +105,9 @@ pub trait Exchange: Send {
     }
 }
 
-/// Connects the world ranks `ranks`, of which this process is the one at the given place, as the group of this name; within this time.
-pub type Connect = fn(name: &str, ranks: &[i64], rank: usize, timeout: Duration) -> Result<Box<dyn Engine>>;
+/// Connects the world ranks `ranks`, of which this process is the one at the given place, as the group of this name. Others may be lost
+/// meanwhile: the watching thread ends this process then.
+pub type Connect = fn(name: &str, ranks: &[i64], rank: usize) -> Result<Box<dyn Engine>>;
 
 static MPI: OnceLock<Connect> = OnceLock::new();
 

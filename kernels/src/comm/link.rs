@@ -62,7 +62,13 @@ impl Link {
                 Box::new(group)
             }
             (Backend::Nccl, _) => return Err(Error::new("NCCL needs a CUDA device")),
-            (Backend::Mpi, _) => engine::mpi()?(&name, &call.ranks, rank, timeout)?,
+            (Backend::Mpi, _) => {
+                let ranks = call.ranks.clone();
+                let done = watch.guard(call, timeout);
+                let group = engine::mpi()?(&name, &ranks, rank)?;
+                drop(done);
+                group
+            }
         };
         Ok(Link {
             backend,

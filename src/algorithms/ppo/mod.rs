@@ -40,7 +40,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::distributed::agreement::Facts;
 use crate::distributed::exchange::gather_rows;
 use crate::distributed::world::World;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::generate::rollout::Sequences;
 use crate::info;
 use crate::model::{Trainable, init};
@@ -283,13 +283,21 @@ fn ppo(loaded: &Loaded<Ppo>, inputs: &Ready, samplers: Samplers, world: &World, 
 impl<'a> PpoModels<'a> {
     fn load(c: &Ppo, inputs: &'a Ready, world: &'a World) -> Result<PpoModels<'a>> {
         let common = c.common();
-        let policy = Policy::load(&c.sections_of_responses(), &inputs.opened, world)?;
         let section = c.critic();
         let mut critic_world = Where::of(world, "critic", section.device.as_deref(), true)?;
         let parallel = c.parallel_of_critic();
         if parallel.tensor != c.parallel.tensor && matches!(critic_world, Where::Run(_)) {
-            critic_world = Where::Own(Box::new(world.divided_as("critic", &parallel)?));
+            let its_own = world.divided_as("critic", &parallel);
+            let its_own = its_own.map_err(|e| match e.key {
+                // Such as the ranks of a host, which the critic's do not fit.
+                Some(key) => {
+                    Error::key("critic.tensor", format!("{}: {key}: {}", parallel.tensor, e.message))
+                }
+                None => e,
+            })?;
+            critic_world = Where::Own(Box::new(its_own));
         }
+        let policy = Policy::load(&c.sections_of_responses(), &inputs.opened, world)?;
         check_offload("critic", section.offload, &critic_world)?;
         let precision = Precision { compute: section.dtype.unwrap_or(c.precision.compute) };
         let optim = section.optim.as_ref().unwrap_or(&c.optim);

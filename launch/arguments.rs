@@ -236,6 +236,11 @@ impl Plan {
         self.rank_filter.as_ref().is_none_or(|ranks| ranks.contains(&rank))
     }
 
+    /// Whether this rank is one that a person talks with: it has the terminal, or whatever `launch` has in its place.
+    pub fn talks(&self, rank: u32) -> bool {
+        rank == 0 && self.words.first().is_some_and(|word| word == "chat")
+    }
+
     /// A world of one rank writes straight to where `launch` writes, unless its output has another way to take.
     pub fn captures_output(&self) -> bool {
         self.world_size() > 1 || self.log_dir.is_some()

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::prctl::set_pdeathsig;
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
+use signal_hook::consts::SIGINT;
 
 use crate::Events;
 use crate::arguments::{Failure, Plan, Rendezvous};
@@ -50,8 +51,10 @@ pub struct World<'a> {
 struct Rank {
     rank: u32,
     child: Child,
-    /// Leader of a process group of its own, so that what the rank has started ends with it.
+    /// Leader of a process group of its own, so that what the rank has started ends with it; but one that talks is in `launch`'s, whose
+    /// terminal it reads.
     group: Pid,
+    talks: bool,
     running: bool,
     capture: Option<Capture>,
 }
@@ -61,7 +64,7 @@ impl Rank {
     fn signal(&self, signal: Signal) {
         if self.running {
             // Fails only where the group is gone already, and then nothing is left to do.
-            let _ = killpg(self.group, signal);
+            let _ = if self.talks { kill(self.group, signal) } else { killpg(self.group, signal) };
         }
     }
 
@@ -103,12 +106,16 @@ impl<'a> World<'a> {
         screen: &Arc<Screen>,
     ) -> std::io::Result<()> {
         let rank = plan.node_rank * plan.nproc + local;
-        let captured = plan.captures_output();
+        let talks = plan.talks(rank);
+        let captured = plan.captures_output() && !talks;
         let bar = captured && rank == 0 && screen.live && plan.shows(rank);
         // The link leads to this very program even after its file was replaced.
         let mut command = Command::new("/proc/self/exe");
         command.arg0("launch").args([RANK_WORD, &std::process::id().to_string()]);
-        command.arg(&plan.program).args(&plan.words).process_group(0).stdin(Stdio::null());
+        command.arg(&plan.program).args(&plan.words);
+        if !talks {
+            command.process_group(0).stdin(Stdio::null());
+        }
         environment::describe_rank(&mut command, plan, meet, local, self.attempt, bar);
         let mut log_dir = None;
         if captured {
@@ -123,7 +130,7 @@ impl<'a> World<'a> {
         let pipes = child.stdout.take().zip(child.stderr.take());
         let number = i32::try_from(child.id()).map_err(std::io::Error::other)?;
         let group = Pid::from_raw(number);
-        self.ranks.push(Rank { rank, child, group, running: true, capture: None });
+        self.ranks.push(Rank { rank, child, group, talks, running: true, capture: None });
         if let (Some((out, err)), Some(entry)) = (pipes, self.ranks.last_mut()) {
             let prefix = if plan.world_size() > 1 { format!("[{rank}] ") } else { String::new() };
             let route = Route { shown: plan.shows(rank), prefix, bar, log_dir };
@@ -167,6 +174,8 @@ impl<'a> World<'a> {
                         self.report(local, status, plan, screen);
                     }
                 }
+                // At a terminal who talks gets it, too, and stops an answer.
+                Ok(Event::Signal(SIGINT)) if self.ranks.iter().any(|rank| rank.talks) => {}
                 Ok(Event::Signal(number)) => {
                     let received = Signal::try_from(number).unwrap_or(Signal::SIGTERM);
                     // The end of the terminal, and a site's early notice, ask for the same as SIGTERM.

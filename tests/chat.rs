@@ -136,7 +136,34 @@ fn a_model_without_a_chat_template_needs_one() {
     assert!(code != 0 && err.contains("<|im_start|>"), "{err}");
     let launch =
         Program::new(launch()).args(&["--nproc", "2", "chat", "--device", "cpu", "--model"]).arg(&bare);
-    assert!(launch.run(&dir, "launch").expect_code(2).err.contains("chat is one process"));
+    let refused = launch.run(&dir, "launch").expect_code(2);
+    assert!(refused.err.contains("chat --tensor 1 takes 1 ranks, and there are 2"), "{refused}");
+}
+
+/// Ranks that share every matrix answer as one does. Rank 0 reads what `launch` is given, and only it writes.
+#[test]
+fn ranks_answer_together() {
+    let words = ["--temperature", "0", "--max-new-tokens", "12", "--dtype", "float64"];
+    let lines = ["Hello there", "/params temperature=0.8", "And you?", "/nothing", "/reset", "Once more"];
+    for family in ["llama3", "mistral"] {
+        let model = golden_model(family);
+        let (code, alone, err) = chat(&model, &words, &lines);
+        assert_eq!(code, 0, "{err}");
+        let mut command = Command::new(launch());
+        command
+            .args(["--nproc", "2", "chat", "--tensor", "2", "--device", "cpu", "--model"])
+            .arg(&model)
+            .args(words);
+        command.env_remove("WORLD_SIZE").env_remove("RANK").env("OMP_NUM_THREADS", "1");
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all((lines.join("\n") + "\n").as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{told}");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), alone, "{family}: {told}");
+        assert_eq!(told.matches("no command '/nothing'").count(), 1, "{told}");
+    }
 }
 
 /// The model has 128 positions.

@@ -5,16 +5,18 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use kernels::comm::ReduceOp;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use signal_hook::consts::SIGINT;
 
 use crate::commands::Global;
-use crate::commands::inference::{ModelArgs, OpenedModel, RanksArgs, TemplateArgs};
+use crate::commands::inference::{ModelArgs, OpenedModel, RanksArgs, Spread, TemplateArgs, join};
 use crate::data::chat::Chat;
 use crate::data::conversation::Message;
 use crate::distributed::environment::RankEnvironment;
-use crate::distributed::world::{DeviceChoice, World};
+use crate::distributed::exchange::Words;
+use crate::distributed::world::World;
 use crate::error::{Context, Error, Result};
 use crate::generate::{self, CachedSession, EngineOptions, Finish, Request, Sampling, TextStream};
 use crate::model::Llama;
@@ -28,6 +30,9 @@ pub struct Args {
     model: ModelArgs,
     #[command(flatten)]
     template: TemplateArgs,
+    /// Ranks of `launch --nproc RANKS chat` that share every matrix (tensor parallelism)
+    #[arg(long, value_name = "RANKS", default_value_t = 1, value_parser = clap::value_parser!(i64).range(1..))]
+    tensor: i64,
     /// The system message to begin with
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
@@ -58,8 +63,12 @@ Ctrl-C stops an answer; twice at the prompt, it quits";
 
 /// Opens the model, then reads turns from the terminal or from stdin until it ends.
 pub fn run(args: Args, global: &Global) -> Result<()> {
-    if RankEnvironment::from_env()?.is_some_and(|place| place.world_size > 1) {
-        return Err(Error::config("chat is one process: start it without `launch`, or with --nproc 1"));
+    let (ranks, tensor) = (RankEnvironment::from_env()?.map_or(1, |place| place.world_size), args.tensor);
+    if ranks != tensor {
+        return Err(Error::config(format!(
+            "chat --tensor {tensor} takes {tensor} ranks, and there are {ranks}: all ranks compute every answer together, as in \
+             `launch --nproc 2 chat --tensor 2`; one needs no `launch`"
+        )));
     }
     let params = Params {
         sampling: Sampling {
@@ -73,16 +82,23 @@ pub fn run(args: Args, global: &Global) -> Result<()> {
     params.check()?;
     let opened = args.model.open()?;
     let chat = opened.chat(&args.template)?;
-    let world = World::solo(DeviceChoice::of(global.device.as_deref())?)?;
-    let model = opened.load(&world, RanksArgs::REPLICATE)?;
-    let mut talk = Talk::new(&opened, chat, model, params)?;
+    let ranks = RanksArgs { mode: Spread::Replicate, tensor };
+    let world = join(global, &opened, ranks)?;
+    let model = opened.load(&world, ranks)?;
+    let mut talk = Talk::new(&opened, chat, model, params, &world)?;
     talk.set_system(args.system.as_deref().unwrap_or_default());
-    let mut input = ChatInput::open()?;
-    if input.is_terminal() {
+    // Rank 0 reads, the others hear of it.
+    let mut input = world.is_main().then(ChatInput::open).transpose()?;
+    if input.as_ref().is_some_and(ChatInput::is_terminal) {
         info!("{}: /help lists commands, Ctrl-D ends", opened.dir().display());
     }
-    while let Some(line) = input.line()? {
-        match line.trim() {
+    let mut words = Words::default();
+    loop {
+        let line = words.next(&world, || match &mut input {
+            Some(input) => Ok(input.line()?.unwrap_or_else(|| "/exit".into()).into_bytes()),
+            None => Err(Error::failed("only rank 0 reads lines")),
+        })?;
+        match String::from_utf8_lossy(&line).trim() {
             "" => {}
             "/exit" | "/quit" => break,
             text if text.starts_with('/') => talk.command(text),
@@ -140,7 +156,8 @@ impl std::fmt::Display for Params {
 }
 
 /// A conversation under way.
-struct Talk {
+struct Talk<'a> {
+    world: &'a World,
     chat: Chat,
     model: Llama,
     session: CachedSession,
@@ -154,8 +171,14 @@ struct Talk {
     interrupted: Arc<AtomicBool>,
 }
 
-impl Talk {
-    fn new(opened: &OpenedModel, chat: Chat, model: Llama, params: Params) -> Result<Talk> {
+impl<'a> Talk<'a> {
+    fn new(
+        opened: &OpenedModel,
+        chat: Chat,
+        model: Llama,
+        params: Params,
+        world: &'a World,
+    ) -> Result<Talk<'a>> {
         let interrupted = Arc::new(AtomicBool::new(true));
         signal_hook::flag::register_conditional_shutdown(SIGINT, 128 + SIGINT, interrupted.clone())
             .and_then(|_| signal_hook::flag::register(SIGINT, interrupted.clone()))
@@ -163,7 +186,15 @@ impl Talk {
         let mut eos = opened.eos_ids()?;
         eos.extend(chat.stop_ids().into_iter().map(i64::from));
         let session = CachedSession::new(&model);
-        Ok(Talk { chat, model, session, params, eos, messages: Vec::new(), answers: 0, interrupted })
+        let messages = Vec::new();
+        Ok(Talk { world, chat, model, session, params, eos, messages, answers: 0, interrupted })
+    }
+
+    /// A warning, from one rank: all of them have the same conversation.
+    fn warn(&self, text: impl std::fmt::Display) {
+        if self.world.is_main() {
+            warn!("{text}");
+        }
     }
 
     fn has_system(&self) -> bool {
@@ -193,10 +224,10 @@ impl Talk {
                         self.params = params;
                         info!("{params}");
                     }
-                    Err(e) => warn!("{e}"),
+                    Err(e) => self.warn(e),
                 }
             }
-            _ => warn!("no command '{name}'; /help lists them"),
+            _ => self.warn(format_args!("no command '{name}'; /help lists them")),
         }
     }
 
@@ -207,7 +238,7 @@ impl Talk {
             Ok(prompt) => prompt,
             Err(e) => {
                 self.messages.pop();
-                warn!("{e}");
+                self.warn(e);
                 return Ok(());
             }
         };
@@ -217,7 +248,11 @@ impl Talk {
             EngineOptions { sampling: self.params.sampling, batch_size: 1, eos: &self.eos, stop: None };
         let tokenizer = self.chat.tokenizer().clone();
         let (mut stream, mut begins) = (TextStream::new(&tokenizer, &request.prompt, &[]), true);
+        let world = self.world;
         let mut show = |id: i64, last: bool| -> Result<()> {
+            if !world.is_main() {
+                return Ok(());
+            }
             let part = stream.push(id, last)?;
             // Some templates leave the space before an answer to the answer.
             let part = if begins { part.trim_start() } else { part };
@@ -231,6 +266,10 @@ impl Talk {
         let mut stopped = false;
         let completion = self.session.generate(&mut self.model, &request, &options, |completion, last| {
             stopped = !last && interrupted.load(Ordering::Relaxed);
+            // Ranks stop at the same token.
+            if world.world_size > 1 {
+                stopped = world.group.combine(&[f64::from(u8::from(stopped))], ReduceOp::Max)?[0] > 0.0;
+            }
             completion.ids.last().map_or(Ok(()), |id| show(*id, last || stopped))?;
             Ok(if stopped { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         });
@@ -263,10 +302,10 @@ impl Talk {
             let ids: Vec<i64> = self.chat.prompt(&self.messages)?.into_iter().map(i64::from).collect();
             if ids.len() + room <= positions {
                 if given_up > 0 {
-                    warn!(
+                    self.warn(format_args!(
                         "the conversation is too long for the model's {positions} positions: its oldest {given_up} \
                          messages are forgotten"
-                    );
+                    ));
                 }
                 return Ok(ids);
             }

@@ -1,4 +1,6 @@
-//! What ranks tell each other: bytes, objects, rows.
+//! What ranks tell each other: bytes, objects, rows, words.
+
+use std::time::Duration;
 
 use kernels::comm::ReduceOp;
 use tch::{Device, Kind, Tensor};
@@ -53,4 +55,31 @@ pub fn gather_rows(world: &World, mine: &Tensor) -> Result<Tensor> {
     let all = Tensor::empty([world.mesh.data.size * rows * width], (mine.kind(), world.device));
     world.mesh.data.group.all_gather(&all, &mine.contiguous().view([-1]).to_device(world.device))?.wait()?;
     Ok(all.to_device(Device::Cpu).view([-1, width]))
+}
+
+/// Messages of rank 0 to all others, which wait as long as it takes: such as for what a person types. A collective's time would run out.
+#[derive(Debug, Default)]
+pub struct Words {
+    number: u64,
+}
+
+impl Words {
+    /// The next message: rank 0's `mine`, on every rank. All ranks call this.
+    ///
+    /// # Errors
+    /// `mine` failed, on rank 0; it has ended, on the others.
+    pub fn next(&mut self, world: &World, mine: impl FnOnce() -> Result<Vec<u8>>) -> Result<Vec<u8>> {
+        let Some(store) = world.store() else { return mine() };
+        self.number += 1;
+        let key = format!("words/{}", self.number);
+        if world.is_main() {
+            let said = mine()?;
+            store.set(&key, &said)?;
+            return Ok(said);
+        }
+        while !store.check(&key)? {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(store.get(&key)?)
+    }
 }

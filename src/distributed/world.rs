@@ -214,6 +214,11 @@ impl World {
         sent
     }
 
+    /// Where ranks leave each other messages; a world of one rank has none.
+    pub(super) fn store(&self) -> Option<&Store> {
+        self.watch.as_ref().map(|watch| watch.store())
+    }
+
     /// Waits until this rank's device has done all that was asked of it.
     pub fn synchronize(&self) -> Result<()> {
         match self.device {

@@ -9,6 +9,7 @@ use tch::Tensor;
 use crate::error::Result;
 use crate::model::linear::{Linear, LinearGrad};
 use crate::model::llama::BlockContext;
+use crate::model::shared_rows::Gathering;
 
 /// o(attention(rope(qk_norm(qkv(x)))))
 pub struct Attention<L> {
@@ -34,17 +35,17 @@ pub(super) struct AttentionSaved {
 }
 
 impl Attention<Linear> {
-    /// Queries, keys and values of x (T [N, C]), normalised and rotated: T [N, (H + 2K) D]; and what the norm's backward needs.
-    fn project(&self, x: &Tensor, c: &BlockContext, i: usize) -> Result<(Tensor, Option<QkNormSaved>)> {
-        let qkv = self.qkv.forward(x)?; // [N, (H + 2K) D]
-        let qk = self.norm_heads(&qkv, c)?; // of queries and keys, in place
-        rotate(&qkv, c, i, false)?;
-        Ok((qkv, qk))
+    /// Queries, keys and values (T [N, (H + 2K) D]) are normalised and rotated, in place. Returns what the norm's backward needs.
+    fn place(&self, qkv: &Tensor, c: &BlockContext, i: usize) -> Result<Option<QkNormSaved>> {
+        let qk = self.norm_heads(qkv, c)?;
+        rotate(qkv, c, i, false)?;
+        Ok(qk)
     }
 
     /// The forward of block `i` up to what its backward needs, for x: T [N, C].
-    pub(super) fn begin(&self, x: &Tensor, c: &BlockContext, i: usize) -> Result<AttentionSaved> {
-        let (qkv, qk) = self.project(x, c, i)?;
+    pub(super) fn begin(&self, x: Gathering, c: &BlockContext, i: usize) -> Result<AttentionSaved> {
+        let qkv = x.product(self.qkv.takes_rows_apart(), |x| self.qkv.forward(x))?.1; // [N, (H + 2K) D]
+        let qk = self.place(&qkv, c, i)?;
         let (out, lse) = match c.own(i) {
             None => ops::attention(&qkv, c.spans(i), c.heads)?, // [N, H D], [B, H, T]
             Some(own) => {
@@ -70,7 +71,8 @@ impl Attention<Linear> {
         residual: Option<&Tensor>,
         attend: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let qkv = self.project(x, c, i)?.0; // [N, (H + 2K) D]
+        let qkv = self.qkv.forward(x)?; // [N, (H + 2K) D]
+        self.place(&qkv, c, i)?;
         self.o.forward_onto(&attend(&qkv)?, residual)
     }
 
@@ -85,13 +87,15 @@ impl Attention<Linear> {
     /// ```
     pub(super) fn backward(
         &self,
-        dy: &Tensor,
+        dy: Gathering,
         saved: AttentionSaved,
         grad: &Attention<LinearGrad>,
         c: &BlockContext,
         i: usize,
     ) -> Result<Tensor> {
-        let dout = self.o.backward(dy, &saved.out, &grad.o)?; // [N, H D]
+        let (dy, dout) = dy.product(self.o.takes_rows_apart(), |dy| self.o.backward_input(dy))?; // [N, C], [N, H D]
+        self.o.backward_weight(&dy, &saved.out, &grad.o)?;
+        drop(dy);
         let AttentionSaved { qk, qkv, out, lse } = saved;
         let dqkv = match c.own(i) {
             None => ops::attention_backward(&dout, &qkv, &out, &lse, c.spans(i), c.heads)?, // [N, (H + 2K) D]

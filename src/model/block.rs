@@ -17,6 +17,7 @@ use crate::model::layout::BlockParts;
 use crate::model::linear::{KeptInner, Linear, LinearGrad};
 use crate::model::llama::BlockContext;
 use crate::model::norm::RmsNorm;
+use crate::model::shared_rows::Gathering;
 use crate::model::{attention, mlp};
 
 /// What a norm on an output keeps: its input T [N, C], and the statistics A `[N]`.
@@ -135,11 +136,11 @@ impl BlockParts<Linear> {
     /// forward of it.
     fn begin(&self, x: &Tensor, c: &BlockContext, i: usize, experts: Option<Tensor>) -> Result<BlockRest> {
         let (h1, rstd1) = before(c.norm, x, self.before(0))?; // [n, C], [n]
-        let attention = self.attention.begin(&c.rows.gather(h1)?, c, i)?;
+        let attention = self.attention.begin(c.rows.begin_gather(h1)?, c, i)?;
         let output = |residual: Option<&Tensor>| self.attention.finish(&attention, residual);
         let (x2, after1) = after(c, x, self.after(0), output)?; // [n, C]
         let (h2, rstd2) = before(c.norm, &x2, self.before(1))?; // [n, C], [n]
-        let mlp = self.mlp.begin(&c.rows.gather(h2)?, experts)?;
+        let mlp = self.mlp.begin(c.rows.begin_gather(h2)?, experts)?;
         Ok(BlockRest { before: [rstd1, rstd2], attention, x2, mlp, after: [after1, None] })
     }
 
@@ -172,7 +173,7 @@ impl BlockParts<Linear> {
         let output = |residual: Option<&Tensor>| self.attention.cached(&h1, c, i, residual, attend);
         let x2 = after(c, x, self.after(0), output)?.0; // [N, C]
         let h2 = before(c.norm, &x2, self.before(1))?.0; // [N, C]
-        let mlp = self.mlp.begin(&h2, None)?;
+        let mlp = self.mlp.begin(Gathering::here(h2), None)?;
         Ok(after(c, &x2, self.after(1), |residual| self.mlp.finish(&mlp, residual))?.0)
     }
 
@@ -211,17 +212,19 @@ impl BlockParts<Linear> {
         };
         let BlockRest { before: [rstd1, rstd2], attention, x2, mlp, after: [after1, after2] } = rest;
         let dm = after_backward(c.norm, &dy, after2, self.after(1), grad.after(1))?; // [n, C]
-        let h2 = c.rows.gather(again(c.norm, &x2, self.before(1), &rstd2)?)?; // [N, C]
-        let dh2 = self.mlp.backward(&c.rows.gather(dm)?, h2, mlp, &grad.mlp, balance, &c.rows)?; // [n, C]
+        // In the order in which they are needed.
+        let dm = c.rows.begin_gather(dm)?; // [N, C]
+        let h2 = c.rows.begin_gather(again(c.norm, &x2, self.before(1), &rstd2)?)?; // [N, C]
+        let dh2 = self.mlp.backward(dm, h2, mlp, &grad.mlp, balance, &c.rows)?; // [n, C]
         let dx2 = before_backward(c.norm, &dh2, &x2, &rstd2, &dy, self.before(1), grad.before(1))?; // [n, C]
         drop((dh2, dy, x2));
         let da = after_backward(c.norm, &dx2, after1, self.after(0), grad.after(0))?; // [n, C]
-        let dqkv = self.attention.backward(&c.rows.gather(da)?, attention, &grad.attention, c, i)?; // [N, (H + 2K) D]
+        let da = c.rows.begin_gather(da)?; // [N, C]
+        let dqkv = self.attention.backward(da, attention, &grad.attention, c, i)?; // [N, (H + 2K) D]
         let qkv = &self.attention.qkv;
-        let of_weights = || {
-            let h1 = c.rows.gather(again(c.norm, &x, self.before(0), &rstd1)?)?; // [N, C]
-            qkv.backward_weight(&dqkv, &h1, &grad.attention.qkv)
-        };
+        // Before the sum of dh1, which would be waited for with it.
+        let h1 = c.rows.begin_gather(again(c.norm, &x, self.before(0), &rstd1)?)?; // [N, C]
+        let of_weights = || qkv.backward_weight(&dqkv, &h1.finish()?, &grad.attention.qkv);
         if !needed {
             of_weights()?;
             return Ok(None);

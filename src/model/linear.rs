@@ -146,6 +146,12 @@ impl Linear {
         }
     }
 
+    /// Whether a product of some rows gives what that of all rows gives for them: adapters know the rows by their numbers, and 8-bit
+    /// floats have a scale of all.
+    pub fn takes_rows_apart(&self) -> bool {
+        self.adapters.is_empty() && self.float8.is_none()
+    }
+
     /// With products in 8-bit floats.
     pub fn in_float8(self, float8: Option<Float8>) -> Linear {
         Linear { float8, ..self }

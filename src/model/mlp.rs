@@ -7,7 +7,7 @@ use crate::config::shape::Activation;
 use crate::error::Result;
 use crate::model::linear::{Linear, LinearGrad};
 use crate::model::mixture::{Mixture, Routed};
-use crate::model::shared_rows::SharedRows;
+use crate::model::shared_rows::{Gathering, SharedRows};
 
 pub enum Mlp<L> {
     Dense(Dense<L>),
@@ -64,13 +64,20 @@ impl MlpSaved {
     }
 }
 
+impl Dense<Linear> {
+    /// x, and its product of gate and up, T [N, 2F].
+    fn gate_up(&self, x: Gathering) -> Result<(Tensor, Tensor)> {
+        x.product(self.gate_up.takes_rows_apart(), |x| self.gate_up.forward(x))
+    }
+}
+
 impl Mlp<Linear> {
     /// The forward up to what its backward needs, for x: T [N, C]. `experts` are those that the tokens went to in an
     /// earlier forward of the same x; none: the router chooses.
-    pub(super) fn begin(&self, x: &Tensor, experts: Option<Tensor>) -> Result<MlpSaved> {
+    pub(super) fn begin(&self, x: Gathering, experts: Option<Tensor>) -> Result<MlpSaved> {
         Ok(match self {
-            Mlp::Dense(net) => MlpSaved::Dense(Some(net.gate_up.forward(x)?)),
-            Mlp::Mixture(mixture) => MlpSaved::Mixture(mixture.begin(x, experts)?),
+            Mlp::Dense(net) => MlpSaved::Dense(Some(net.gate_up(x)?.1)),
+            Mlp::Mixture(mixture) => MlpSaved::Mixture(mixture.begin(&x.finish()?, experts)?),
         })
     }
 
@@ -95,8 +102,8 @@ impl Mlp<Linear> {
     /// ```
     pub(super) fn backward(
         &self,
-        dy: &Tensor,
-        x: Tensor,
+        dy: Gathering,
+        x: Gathering,
         saved: MlpSaved,
         grad: &Mlp<LinearGrad>,
         balance: Option<&Tensor>,
@@ -104,24 +111,21 @@ impl Mlp<Linear> {
     ) -> Result<Tensor> {
         match (self, saved, grad) {
             (Mlp::Dense(net), MlpSaved::Dense(gate_up), Mlp::Dense(grad)) => {
-                let gate_up = match gate_up {
-                    Some(t) => t,
-                    None => net.gate_up.forward(&x)?,
-                }; // [N, 2F]
-                let da = net.down.backward_input(dy)?; // [N, F]
+                let (x, gate_up) = match gate_up {
+                    Some(t) => (x, t),
+                    None => net.gate_up(x).map(|(x, made)| (Gathering::here(x), made))?,
+                }; // [N, C], [N, 2F]
+                let apart = net.down.takes_rows_apart();
+                let (dy, da) = dy.product(apart, |dy| net.down.backward_input(dy))?; // [N, C], [N, F]
                 gated_backward(&gate_up, &da, net.activation)?;
                 let (dgate_up, a) = (gate_up, da); // [N, 2F], [N, F], in the same memory
-                net.down.backward_weight(dy, &a, &grad.down)?;
-                drop(a);
+                net.down.backward_weight(&dy, &a, &grad.down)?;
+                drop((a, dy));
                 let dx = || net.gate_up.backward_input(&dgate_up); // [N, C]
-                rows.sum_during(dx, || {
-                    net.gate_up.backward_weight(&dgate_up, &x, &grad.gate_up)?;
-                    drop(x);
-                    Ok(())
-                })
+                rows.sum_during(dx, || net.gate_up.backward_weight(&dgate_up, &x.finish()?, &grad.gate_up))
             }
             (Mlp::Mixture(mixture), MlpSaved::Mixture(routed), Mlp::Mixture(grad)) => {
-                rows.sum(mixture.backward(dy, &x, routed, grad, balance)?)
+                rows.sum(mixture.backward(&dy.finish()?, &x.finish()?, routed, grad, balance)?)
             }
             _ => unreachable!("weights, gradients and what was saved are of one kind"),
         }

@@ -31,6 +31,75 @@ impl PendingSum {
     }
 }
 
+/// All rows, T [N, C], of which this rank's are here and the others' are on their way.
+pub(super) struct Gathering {
+    /// T [N, C], or with padding where it is under way
+    all: Tensor,
+    under_way: Option<UnderWay>,
+}
+
+struct UnderWay {
+    work: Work,
+    /// This rank's rows, T [n, C], the last of which may be padding.
+    own: Tensor,
+    /// The first of them, and the number of all.
+    first: i64,
+    rows: i64,
+}
+
+impl Gathering {
+    /// Rows that are all here.
+    pub fn here(all: Tensor) -> Gathering {
+        Gathering { all, under_way: None }
+    }
+
+    /// All rows.
+    pub fn finish(self) -> Result<Tensor> {
+        let Some(UnderWay { work, rows, .. }) = self.under_way else { return Ok(self.all) };
+        work.wait()?;
+        Ok(self.all.f_narrow(0, 0, rows)?)
+    }
+
+    /// All rows, and what `product` makes of them, [N, O]. Where it may take rows `apart`, it takes this rank's own while the others'
+    /// are on their way.
+    pub fn product(
+        self,
+        apart: bool,
+        product: impl Fn(&Tensor) -> Result<Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
+        let Some(UnderWay { own, first, rows, .. }) = self.under_way.as_ref().filter(|_| apart) else {
+            let all = self.finish()?;
+            let made = product(&all)?;
+            return Ok((all, made));
+        };
+        let rows = *rows;
+        // A rank may have nothing but padding.
+        let first = (*first).min(rows);
+        let end = (first + own.size()[0]).min(rows);
+        let mine = match end - first {
+            0 => None,
+            count => Some(product(&own.f_narrow(0, 0, count)?)?),
+        };
+        let all = self.finish()?;
+        let mut made: Option<Tensor> = None;
+        for (from, to, part) in [(first, end, mine), (0, first, None), (end, rows, None)] {
+            if from == to {
+                continue;
+            }
+            let part = part.map_or_else(|| product(&all.f_narrow(0, from, to - from)?), Ok)?;
+            let whole = match made {
+                Some(whole) => whole,
+                None => Tensor::f_empty([rows, part.size()[1]], (part.kind(), part.device()))?,
+            };
+            whole.f_narrow(0, from, to - from)?.f_copy_(&part)?;
+            made = Some(whole);
+        }
+        // Of no rows at all.
+        let made = made.map_or_else(|| product(&all), Ok)?;
+        Ok((all, made))
+    }
+}
+
 impl SharedRows {
     /// All rows on every rank of `tensor`.
     pub fn whole(tensor: &Axis) -> SharedRows {
@@ -74,11 +143,17 @@ impl SharedRows {
 
     /// All rows, T [N, C], of this rank's. Collective where they are divided.
     pub fn gather(&self, own: Tensor) -> Result<Tensor> {
-        let Some(rows) = self.divided else { return Ok(own) };
-        let columns = own.size()[1];
-        let all = Tensor::f_empty([self.part(rows) * self.tensor.size, columns], (own.kind(), own.device()))?;
-        self.tensor.group.all_gather(&all, &own.contiguous())?.wait()?; // collective
-        Ok(all.f_narrow(0, 0, rows)?)
+        self.begin_gather(own)?.finish()
+    }
+
+    /// [`SharedRows::gather`], on its way.
+    pub fn begin_gather(&self, own: Tensor) -> Result<Gathering> {
+        let Some(rows) = self.divided else { return Ok(Gathering::here(own)) };
+        let (own, part) = (own.contiguous(), self.part(rows));
+        let all = Tensor::f_empty([part * self.tensor.size, own.size()[1]], (own.kind(), own.device()))?;
+        let work = self.tensor.group.all_gather(&all, &own)?; // collective
+        let first = part * self.tensor.rank;
+        Ok(Gathering { all, under_way: Some(UnderWay { work, own, first, rows }) })
     }
 
     /// This rank's rows of the sum of all ranks' `part`, T [N, C], taken in A. Collective.
@@ -147,6 +222,12 @@ mod tests {
                 for shared in [SharedRows::whole(&axis), SharedRows::divided(&axis, rows)] {
                     let own = shared.own(all.shallow_clone()).unwrap();
                     assert_eq!(shared.gather(own.shallow_clone()).unwrap(), all);
+                    let w = Tensor::arange(6, (Kind::Float, Device::Cpu)).view([3, 2]);
+                    for apart in [false, true] {
+                        let gathering = shared.begin_gather(own.shallow_clone()).unwrap();
+                        let (rows, product) = gathering.product(apart, |x| Ok(x.mm(&w))).unwrap();
+                        assert_eq!((rows, product), (all.shallow_clone(), all.mm(&w)));
+                    }
                     let sum = shared.sum(part.copy()).unwrap();
                     assert_eq!(shared.gather(sum).unwrap(), &all * factor);
                     let with = shared.sum_onto(&own, |_| Ok(part.copy())).unwrap();

@@ -386,6 +386,7 @@ fn meshes_are_searched() {
         assert!(one.out.contains(part), "{part}: {one}");
     }
     let found = plan("search", &["--search", "--device-memory", "80GiB"]).expect_code(0);
+    assert_eq!(found.err.matches("using the built-in recipe").count(), 1, "not for every mesh: {found}");
     let seconds: Vec<f64> = found
         .out
         .lines()

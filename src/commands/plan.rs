@@ -123,9 +123,11 @@ pub fn plan<R: Recipe>(args: PlanArgs, global: &Global) -> Result<()> {
     let target = PlanTarget { completions: args.completions, ..target(&global, args.ranks())? };
     let rates = predict::rates(&global, args.gpu.as_deref())?;
     if let (true, Some(memory)) = (args.search, args.device_memory) {
+        args.config.announce(&args.config.read::<R>()?);
         return search::search::<R>(&args, &target, rates.as_ref(), args.links(), memory);
     }
     let loaded = load::<R>(&args.config, args.ranks())?;
+    args.config.announce(&loaded);
     let plan = loaded.config.plan(&target).map_err(|e| loaded.locate(e))?;
     if let (MemoryPlan::Models(_), true) = (&plan, args.link.or(args.network).is_some()) {
         return Err(Error::config("--link and --network are for runs of one model: leave them out"));
@@ -276,7 +278,7 @@ fn load<C: Algorithm>(config: &ConfigArgs, nproc: i64) -> Result<Loaded<C>> {
     if nproc < 1 {
         return Err(Error::config("--nproc must be at least 1"));
     }
-    let loaded = config.load::<C>()?;
+    let loaded = config.read::<C>()?;
     let mut found = Conflicts::default();
     loaded.config.conflicts(nproc, &mut found);
     found.forget("tokenizer");

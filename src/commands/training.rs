@@ -67,9 +67,20 @@ pub struct ConfigArgs {
 }
 
 impl ConfigArgs {
-    /// Loads the file, or what is compiled in, and applies the overrides.
+    /// Loads the file, or what is compiled in, and applies the overrides; tells what is compiled in.
     pub fn load<C: Algorithm>(&self) -> Result<Loaded<C>> {
-        let loaded = config::load::<C>(self.config.as_deref(), &self.overrides)?;
+        let loaded = self.read()?;
+        self.announce(&loaded);
+        Ok(loaded)
+    }
+
+    /// [`ConfigArgs::load`], which tells nothing.
+    pub fn read<C: Algorithm>(&self) -> Result<Loaded<C>> {
+        config::load::<C>(self.config.as_deref(), &self.overrides)
+    }
+
+    /// Tells which recipe is used where no file is, and the stage's own defaults.
+    pub fn announce<C: Algorithm>(&self, loaded: &Loaded<C>) {
         if loaded.compiled_in {
             match self.config {
                 None => info!("no --config given: using the built-in recipe {}", loaded.source),
@@ -84,7 +95,6 @@ impl ConfigArgs {
         if !defaults.is_empty() {
             info!("defaults of {}: {}", C::SUBCOMMAND, defaults.join(", "));
         }
-        Ok(loaded)
     }
 }
 

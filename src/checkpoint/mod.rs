@@ -11,6 +11,7 @@ pub(crate) mod hf;
 mod hf_config;
 mod keys;
 pub(crate) mod manifest;
+mod megatron;
 pub mod merge;
 mod meta;
 mod model_record;

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use super::best::checkpoint_of_run;
 use super::fetched::fetched;
 use super::manifest::META;
+use super::megatron::is_megatron;
 use super::meta::PARAMS;
 use super::peft;
 use super::sharded::checkpoints_dir;
@@ -22,6 +23,7 @@ use crate::info;
 pub enum ModelFolder {
     Hf(PathBuf),
     Meta(PathBuf),
+    Megatron(PathBuf),
     /// A file.
     Gguf(PathBuf),
     /// In PEFT's format.
@@ -31,7 +33,7 @@ pub enum ModelFolder {
 }
 
 impl ModelFolder {
-    /// Finds the model that `path` names: a Hugging Face folder, a GGUF file or a folder with one, an adapter in PEFT's format, a folder in Meta's format, a
+    /// Finds the model that `path` names: a Hugging Face folder, a GGUF file or a folder with one, an adapter in PEFT's format, a folder in Meta's or Megatron's format, a
     /// checkpoint, a name that `corral get` fetched, a hub id that the local hub cache holds, or a run's folder: its `model/`, else its best checkpoint where
     /// the run keeps that, else its newest, which is told in one line.
     ///
@@ -63,6 +65,9 @@ impl ModelFolder {
         if is_file(&path.join(PARAMS))? {
             return Ok(ModelFolder::Meta(found));
         }
+        if is_megatron(path)? {
+            return Ok(ModelFolder::Megatron(found));
+        }
         let models = if is_dir(path)? { models_in(path)? } else { Vec::new() };
         if let [only] = models.as_slice() {
             return Ok(ModelFolder::Gguf(only.clone()));
@@ -77,7 +82,7 @@ impl ModelFolder {
             )));
         }
         Err(Error::data(format!(
-            "{}: no model: a Hugging Face folder has config.json, an adapter {}, a folder in Meta's format {PARAMS}, a GGUF \
+            "{}: no model: a Hugging Face folder has config.json, an adapter {}, a folder in Meta's format {PARAMS}, one in Megatron's latest_checkpointed_iteration.txt, a GGUF \
              model is a file (.gguf), a checkpoint has {META}, and a run's folder model/ or checkpoints/ with a complete checkpoint",
             path.display(),
             peft::CONFIG

@@ -121,7 +121,10 @@ impl PeftAdapter {
             ModelFolder::Checkpoint(dir) => {
                 PeftAdapter::of_checkpoint(&Checkpoint::open(&dir)?)?.ok_or_else(|| whole(&dir))
             }
-            ModelFolder::Hf(dir) | ModelFolder::Meta(dir) | ModelFolder::Gguf(dir) => Err(whole(&dir)),
+            ModelFolder::Hf(dir)
+            | ModelFolder::Meta(dir)
+            | ModelFolder::Megatron(dir)
+            | ModelFolder::Gguf(dir) => Err(whole(&dir)),
         }
     }
 

@@ -1,15 +1,17 @@
-//! Pickles of tensors, as `torch.save` writes them: a reader that knows containers and tensors and nothing else.
+//! Pickles, as `torch.save` writes them: a reader that runs nothing.
 //!
-//! A pickle is a program for a small stack machine, and Python's runs whatever functions it names. This one calls
-//! nothing: the few names that tensors are made of ([`global`]) each have a meaning here, and any other is refused as
-//! soon as it is named. The result holds positions of tensors in the archive's storages, no values.
-//!
-//! Objects lie in an arena and refer to one another by index, so that neither deep nesting nor cycles can exhaust the
-//! stack, and memory stays within some hundred bytes for every byte of the pickle.
+//! A pickle is a program for a small stack machine, and Python's runs whatever functions it names. This one
+//! ([`machine`]) calls nothing: the few names that tensors are made of each have a meaning here. Any other is refused as soon
+//! as it is named ([`Foreign::Refused`]), or stands for data that nobody calls: an object is then the name of its class, what it was
+//! made of and its state ([`Foreign::Kept`]). The result holds positions of tensors in the archive's storages, no values.
 
-use std::collections::HashMap;
+mod machine;
+mod write;
 
 use tch::Kind;
+
+use machine::{Object, PickleMachine, PickleValue, clean};
+pub use write::write_state_dict;
 
 /// A tensor's place in a storage, as the pickle says it; not checked against the storage.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,561 +28,156 @@ pub struct TensorRef {
     pub stride: Vec<i64>,
 }
 
-/// More dimensions than any tensor of a model has, and a longer name: what a pickle says once and repeats by reference
-/// stays small.
-const MAX_DIMENSIONS: usize = 16;
+/// A name is at most so long: what a pickle says once and repeats by reference stays small.
 const MAX_NAME: usize = 1024;
 
-/// What may be imported.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum PickleGlobal {
-    OrderedDict,
-    RebuildTensor,
-    RebuildParameter,
-    Storage(Kind),
+/// Classes and functions that tensors are not made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Foreign {
+    /// An error as soon as one is named.
+    Refused,
+    /// Data: the names of classes, and what their objects were made of. Nothing is called.
+    Kept,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum PickleValue<'a> {
-    None,
-    Bool,
-    Int(i64),
-    Float,
-    Bytes,
-    Str(&'a str),
-    Global(PickleGlobal),
-    Object(u32),
-}
-
-#[derive(Debug)]
-enum Object<'a> {
-    Tuple(Vec<PickleValue<'a>>),
-    List(Vec<PickleValue<'a>>),
-    Dict(Vec<(PickleValue<'a>, PickleValue<'a>)>),
-    Storage { key: &'a str, kind: Kind, len: i64 },
-    Tensor(Box<TensorRef>),
-}
-
-/// Reads the pickle of a state dict: a dictionary of tensors by name, in its order. The error says what is wrong.
-pub fn state_dict(pickle: &[u8]) -> Result<Vec<(String, TensorRef)>, String> {
-    let mut machine = PickleMachine {
-        input: pickle,
-        at: 0,
-        stack: vec![],
-        marks: vec![],
-        memo: HashMap::new(),
-        objects: vec![],
-    };
-    let top = machine.run()?;
-    let PickleValue::Object(i) = top else {
-        return Err(format!("holds {}, not a dictionary of tensors", machine.describe(top)));
-    };
-    let Object::Dict(items) = &machine.objects[i as usize] else {
-        return Err(format!("holds {}, not a dictionary of tensors", machine.describe(top)));
-    };
-    let mut tensors = Vec::with_capacity(items.len());
-    for (key, value) in items {
-        let name = match key {
-            PickleValue::Str(name) if name.len() <= MAX_NAME => *name,
-            _ => {
-                return Err(format!("a key of its dictionary is {}, not a name", machine.describe(*key)));
-            }
-        };
-        match machine.object(*value) {
-            Some(Object::Tensor(tensor)) => tensors.push((name.to_string(), (**tensor).clone())),
-            _ => {
-                return Err(format!(
-                    "`{name}` is {}, not a tensor; save the plain state dict of the model",
-                    machine.describe(*value)
-                ));
-            }
-        }
-    }
-    Ok(tensors)
-}
-
-/// What a name means here. All that may be imported stands in this function.
-fn global(module: &str, name: &str) -> Result<PickleGlobal, String> {
-    Ok(match (module, name) {
-        ("collections", "OrderedDict") => PickleGlobal::OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2") => PickleGlobal::RebuildTensor,
-        ("torch._utils", "_rebuild_parameter") => PickleGlobal::RebuildParameter,
-        ("torch", "DoubleStorage") => PickleGlobal::Storage(Kind::Double),
-        ("torch", "FloatStorage") => PickleGlobal::Storage(Kind::Float),
-        ("torch", "HalfStorage") => PickleGlobal::Storage(Kind::Half),
-        ("torch", "BFloat16Storage") => PickleGlobal::Storage(Kind::BFloat16),
-        ("torch", "LongStorage") => PickleGlobal::Storage(Kind::Int64),
-        ("torch", "IntStorage") => PickleGlobal::Storage(Kind::Int),
-        ("torch", "ShortStorage") => PickleGlobal::Storage(Kind::Int16),
-        ("torch", "CharStorage") => PickleGlobal::Storage(Kind::Int8),
-        ("torch", "ByteStorage") => PickleGlobal::Storage(Kind::Uint8),
-        ("torch", "BoolStorage") => PickleGlobal::Storage(Kind::Bool),
-        _ => {
-            return Err(format!(
-                "it imports `{}.{}`, which is not part of a tensor; pickles can run arbitrary code, so only tensors and plain \
-                 containers are read",
-                clean(module),
-                clean(name)
-            ));
-        }
-    })
-}
-
-/// Text of a file that may be anything, as one short line.
-fn clean(text: &str) -> String {
-    text.chars().take(80).flat_map(char::escape_debug).collect()
-}
-
-struct PickleMachine<'a> {
-    input: &'a [u8],
-    at: usize,
-    stack: Vec<PickleValue<'a>>,
-    /// Heights of the stack at which marks were set.
-    marks: Vec<usize>,
-    memo: HashMap<u32, PickleValue<'a>>,
+/// A pickle that was read.
+pub struct Pickle<'a> {
     objects: Vec<Object<'a>>,
+    top: PickleValue<'a>,
 }
 
-impl<'a> PickleMachine<'a> {
-    /// Runs to the end; returns the value that is left.
-    fn run(&mut self) -> Result<PickleValue<'a>, String> {
-        loop {
-            let (at, opcode) = (self.at, self.byte()?);
-            if opcode == b'.' {
-                return self.pop();
-            }
-            self.step(opcode).map_err(|e| format!("{e} (byte {at} of data.pkl)"))?;
-        }
+impl<'a> Pickle<'a> {
+    /// Reads a pickle. The error says what is wrong, and at which byte.
+    pub fn read(pickle: &'a [u8], foreign: Foreign) -> Result<Pickle<'a>, String> {
+        let mut machine = PickleMachine::new(pickle, foreign);
+        let top = machine.run()?;
+        Ok(Pickle { objects: machine.into_objects(), top })
     }
 
-    #[expect(clippy::too_many_lines, reason = "an arm for each opcode")]
-    fn step(&mut self, opcode: u8) -> Result<(), String> {
-        let value = match opcode {
-            // PROTO, FRAME
-            0x80 => return self.take(1).map(drop),
-            0x95 => return self.take(8).map(drop),
-            b'(' => {
-                self.marks.push(self.stack.len());
-                return Ok(());
-            }
-            // POP, POP_MARK, DUP
-            b'0' => return self.pop().map(drop),
-            b'1' => return self.pop_mark().map(drop),
-            b'2' => *self.stack.last().ok_or("the stack is empty")?,
-            // Atoms
-            b'N' => PickleValue::None,
-            0x88 | 0x89 => PickleValue::Bool,
-            b'K' => PickleValue::Int(i64::from(self.byte()?)),
-            b'M' => PickleValue::Int(i64::from(u16::from_le_bytes(self.array()?))),
-            b'J' => PickleValue::Int(i64::from(i32::from_le_bytes(self.array()?))),
-            0x8a => {
-                let len = usize::from(self.byte()?);
-                self.long(len)?
-            }
-            0x8b => {
-                let len = self.length4()?;
-                self.long(len)?
-            }
-            b'G' => {
-                self.take(8)?;
-                PickleValue::Float
-            }
-            // Text: SHORT_BINUNICODE, BINUNICODE, BINUNICODE8
-            0x8c => {
-                let len = usize::from(self.byte()?);
-                self.text(len)?
-            }
-            b'X' => {
-                let len = self.length4()?;
-                self.text(len)?
-            }
-            0x8d => {
-                let len = self.length8()?;
-                self.text(len)?
-            }
-            // Bytes: SHORT_BINBYTES and SHORT_BINSTRING, BINBYTES and BINSTRING, BINBYTES8
-            b'C' | b'U' => {
-                let len = usize::from(self.byte()?);
-                self.take(len)?;
-                PickleValue::Bytes
-            }
-            b'B' | b'T' => {
-                let len = self.length4()?;
-                self.take(len)?;
-                PickleValue::Bytes
-            }
-            0x8e => {
-                let len = self.length8()?;
-                self.take(len)?;
-                PickleValue::Bytes
-            }
-            // Containers
-            b'}' => self.new_object(Object::Dict(vec![]))?,
-            b']' => self.new_object(Object::List(vec![]))?,
-            b')' => self.new_object(Object::Tuple(vec![]))?,
-            b't' => {
-                let items = self.pop_mark()?;
-                self.new_object(Object::Tuple(items))?
-            }
-            b'l' => {
-                let items = self.pop_mark()?;
-                self.new_object(Object::List(items))?
-            }
-            b'd' => {
-                let items = pairs(self.pop_mark()?)?;
-                self.new_object(Object::Dict(items))?
-            }
-            0x85..=0x87 => {
-                let items = self.pop_many(usize::from(opcode - 0x84))?;
-                self.new_object(Object::Tuple(items))?
-            }
-            b'a' => {
-                let item = self.pop()?;
-                return self.append(vec![item]);
-            }
-            b'e' => {
-                let items = self.pop_mark()?;
-                return self.append(items);
-            }
-            b's' => {
-                let items = self.pop_many(2)?;
-                return self.set_items(items);
-            }
-            b'u' => {
-                let items = self.pop_mark()?;
-                return self.set_items(items);
-            }
-            // Memo: BINPUT, LONG_BINPUT, MEMOIZE, BINGET, LONG_BINGET
-            b'q' => {
-                let key = u32::from(self.byte()?);
-                return self.remember(key);
-            }
-            b'r' => {
-                let key = u32::from_le_bytes(self.array()?);
-                return self.remember(key);
-            }
-            0x94 => return self.remember(self.memo.len() as u32),
-            b'h' => {
-                let key = u32::from(self.byte()?);
-                self.recall(key)?
-            }
-            b'j' => {
-                let key = u32::from_le_bytes(self.array()?);
-                self.recall(key)?
-            }
-            // Names: GLOBAL, INST, STACK_GLOBAL
-            b'c' | b'i' => {
-                let (module, name) = (self.line()?, self.line()?);
-                let global = global(module, name)?;
-                if opcode == b'i' {
-                    return Err("it makes an object of a class".into());
-                }
-                PickleValue::Global(global)
-            }
-            0x93 => match self.pop_many(2)?.as_slice() {
-                [PickleValue::Str(module), PickleValue::Str(name)] => {
-                    PickleValue::Global(global(module, name)?)
-                }
-                _ => return Err("a name to import is not text".into()),
-            },
-            // BINPERSID, REDUCE, BUILD
-            b'Q' => {
-                let id = self.pop()?;
-                self.storage(id)?
-            }
-            b'R' => {
-                let (args, callable) = (self.pop()?, self.pop()?);
-                self.reduce(callable, args)?
-            }
-            b'b' => {
-                self.pop()?;
-                // The attributes of an ordered dictionary, such as `_metadata`, hold no tensors.
-                return match self.stack.last().and_then(|v| self.object(*v)) {
-                    Some(Object::Dict(_)) => Ok(()),
-                    _ => Err("it sets the state of an object that is not a dictionary".into()),
-                };
-            }
-            other => {
-                return Err(format!("instruction 0x{other:02x} is not used for tensors"));
-            }
-        };
-        self.stack.push(value);
-        Ok(())
+    /// What it holds.
+    pub fn top(&self) -> Node<'_> {
+        Node { objects: &self.objects, value: self.top }
+    }
+}
+
+/// A value of a pickle.
+#[derive(Clone, Copy)]
+pub struct Node<'p> {
+    objects: &'p [Object<'p>],
+    value: PickleValue<'p>,
+}
+
+impl<'p> Node<'p> {
+    fn at(self, value: PickleValue<'p>) -> Node<'p> {
+        Node { value, ..self }
     }
 
-    /// Makes a storage out of its persistent id: ("storage", type, key, device, number of elements).
-    fn storage(&mut self, id: PickleValue<'a>) -> Result<PickleValue<'a>, String> {
-        let parts = self.tuple(id)?;
-        match parts {
-            [
-                PickleValue::Str("storage"),
-                PickleValue::Global(PickleGlobal::Storage(kind)),
-                PickleValue::Str(key),
-                PickleValue::Str(_),
-                PickleValue::Int(len),
-            ] if *len >= 0 && key.len() <= MAX_NAME => {
-                let storage = Object::Storage { key, kind: *kind, len: *len };
-                self.new_object(storage)
-            }
-            _ => Err("a persistent id is not a storage".into()),
-        }
-    }
-
-    /// What a call means: nothing is called.
-    fn reduce(
-        &mut self,
-        callable: PickleValue<'a>,
-        args: PickleValue<'a>,
-    ) -> Result<PickleValue<'a>, String> {
-        let args = self.tuple(args)?;
-        match (callable, args) {
-            (PickleValue::Global(PickleGlobal::OrderedDict), []) => self.new_object(Object::Dict(vec![])),
-            // (data, requires_grad, hooks)
-            (PickleValue::Global(PickleGlobal::RebuildParameter), [data, ..]) => match self.object(*data) {
-                Some(Object::Tensor(_)) => Ok(*data),
-                _ => Err("a parameter is not a tensor".into()),
-            },
-            // (storage, offset, shape, stride, requires_grad, hooks, and from torch 2.1 on metadata)
-            (
-                PickleValue::Global(PickleGlobal::RebuildTensor),
-                [storage, PickleValue::Int(offset), shape, stride, ..],
-            ) => {
-                let Some(Object::Storage { key, kind, len }) = self.object(*storage) else {
-                    return Err("a tensor has no storage".into());
-                };
-                let tensor = TensorRef {
-                    storage: key.to_string(),
-                    kind: *kind,
-                    storage_len: *len,
-                    offset: *offset,
-                    shape: self.integers(*shape)?,
-                    stride: self.integers(*stride)?,
-                };
-                self.new_object(Object::Tensor(Box::new(tensor)))
-            }
-            _ => Err("a call does not make a tensor or a container".into()),
-        }
-    }
-
-    fn integers(&self, tuple: PickleValue<'a>) -> Result<Vec<i64>, String> {
-        let integer = |v: &PickleValue| match v {
-            PickleValue::Int(i) => Ok(*i),
-            other => Err(format!("a tensor's shape has {}", self.describe(*other))),
-        };
-        match self.tuple(tuple)? {
-            items if items.len() > MAX_DIMENSIONS => Err(format!("a tensor has {} dimensions", items.len())),
-            items => items.iter().map(integer).collect(),
-        }
-    }
-
-    fn object(&self, value: PickleValue<'a>) -> Option<&Object<'a>> {
-        match value {
+    fn object(self) -> Option<&'p Object<'p>> {
+        match self.value {
             PickleValue::Object(i) => self.objects.get(i as usize),
             _ => None,
         }
     }
 
-    fn tuple(&self, value: PickleValue<'a>) -> Result<&[PickleValue<'a>], String> {
-        match self.object(value) {
-            Some(Object::Tuple(items)) => Ok(items),
-            _ => Err(format!("{} stands where a tuple should", self.describe(value))),
+    pub fn is_none(self) -> bool {
+        self.value == PickleValue::None
+    }
+
+    pub fn integer(self) -> Option<i64> {
+        match self.value {
+            PickleValue::Int(i) => Some(i),
+            _ => None,
         }
     }
 
-    fn describe(&self, value: PickleValue<'a>) -> String {
-        match value {
-            PickleValue::None => "None".into(),
-            PickleValue::Bool => "a truth value".into(),
-            PickleValue::Int(i) => format!("the number {i}"),
-            PickleValue::Float => "a number".into(),
-            PickleValue::Bytes => "a string of bytes".into(),
-            PickleValue::Str(s) => format!("the text \"{}\"", clean(s)),
-            PickleValue::Global(_) => "a type".into(),
-            PickleValue::Object(i) => match &self.objects[i as usize] {
-                Object::Tuple(_) => "a tuple".into(),
-                Object::List(_) => "a list".into(),
-                Object::Dict(_) => "a dictionary".into(),
-                Object::Storage { .. } => "a storage".into(),
-                Object::Tensor(_) => "a tensor".into(),
-            },
+    /// A floating-point number, or an integer.
+    pub fn number(self) -> Option<f64> {
+        match self.value {
+            PickleValue::Float(x) => Some(x),
+            PickleValue::Int(i) => Some(i as f64),
+            _ => None,
         }
     }
 
-    fn new_object(&mut self, object: Object<'a>) -> Result<PickleValue<'a>, String> {
-        let i = u32::try_from(self.objects.len()).map_err(|_| "too many objects")?;
-        self.objects.push(object);
-        Ok(PickleValue::Object(i))
-    }
-
-    fn append(&mut self, items: Vec<PickleValue<'a>>) -> Result<(), String> {
-        match self.stack.last() {
-            Some(PickleValue::Object(i)) => match &mut self.objects[*i as usize] {
-                Object::List(list) => {
-                    list.extend(items);
-                    Ok(())
-                }
-                _ => Err("it appends to an object that is not a list".into()),
-            },
-            _ => Err("it appends to an object that is not a list".into()),
+    pub fn truth(self) -> Option<bool> {
+        match self.value {
+            PickleValue::Bool(b) => Some(b),
+            _ => None,
         }
     }
 
-    fn set_items(&mut self, items: Vec<PickleValue<'a>>) -> Result<(), String> {
-        let items = pairs(items)?;
-        match self.stack.last() {
-            Some(PickleValue::Object(i)) => match &mut self.objects[*i as usize] {
-                Object::Dict(dict) => {
-                    dict.extend(items);
-                    Ok(())
-                }
-                _ => Err("it sets items of an object that is not a dictionary".into()),
-            },
-            _ => Err("it sets items of an object that is not a dictionary".into()),
+    pub fn text(self) -> Option<&'p str> {
+        match self.value {
+            PickleValue::Str(text) => Some(text),
+            _ => None,
         }
     }
 
-    fn remember(&mut self, key: u32) -> Result<(), String> {
-        let top = *self.stack.last().ok_or("the stack is empty")?;
-        self.memo.insert(key, top);
-        Ok(())
-    }
-
-    fn recall(&self, key: u32) -> Result<PickleValue<'a>, String> {
-        self.memo.get(&key).copied().ok_or_else(|| format!("there is no memo {key}"))
-    }
-
-    /// The lowest height that the stack may be popped to.
-    fn floor(&self) -> usize {
-        self.marks.last().copied().unwrap_or(0)
-    }
-
-    fn pop(&mut self) -> Result<PickleValue<'a>, String> {
-        match self.stack.len() > self.floor() {
-            true => self.stack.pop().ok_or_else(|| "the stack is empty".into()),
-            false => Err("the stack is empty".into()),
+    pub fn tensor(self) -> Option<&'p TensorRef> {
+        match self.object() {
+            Some(Object::Tensor(tensor)) => Some(tensor),
+            _ => None,
         }
     }
 
-    fn pop_many(&mut self, n: usize) -> Result<Vec<PickleValue<'a>>, String> {
-        match self.stack.len() - self.floor() >= n {
-            true => Ok(self.stack.split_off(self.stack.len() - n)),
-            false => Err("the stack is empty".into()),
-        }
+    /// Whether it is a dictionary.
+    pub fn is_dict(self) -> bool {
+        matches!(self.object(), Some(Object::Dict(_)))
     }
 
-    fn pop_mark(&mut self) -> Result<Vec<PickleValue<'a>>, String> {
-        let mark = self.marks.pop().ok_or("there is no mark")?;
-        Ok(self.stack.split_off(mark))
-    }
-
-    fn take(&mut self, n: usize) -> Result<&'a [u8], String> {
-        let bytes = self.at.checked_add(n).and_then(|end| self.input.get(self.at..end));
-        let bytes = bytes.ok_or("it ends in the middle of an instruction")?;
-        self.at += n;
-        Ok(bytes)
-    }
-
-    fn byte(&mut self) -> Result<u8, String> {
-        Ok(self.take(1)?[0])
-    }
-
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], String> {
-        let bytes = self.take(N)?;
-        Ok(std::array::from_fn(|i| bytes[i]))
-    }
-
-    fn length4(&mut self) -> Result<usize, String> {
-        Ok(u32::from_le_bytes(self.array()?) as usize)
-    }
-
-    fn length8(&mut self) -> Result<usize, String> {
-        usize::try_from(u64::from_le_bytes(self.array()?)).map_err(|e| e.to_string())
-    }
-
-    /// A number of `len` bytes, little-endian, two's complement.
-    fn long(&mut self, len: usize) -> Result<PickleValue<'a>, String> {
-        let bytes = self.take(len)?;
-        if len > 8 {
-            return Err("a number has more than 64 bits".into());
-        }
-        let sign = bytes.last().map_or(0, |b| if b & 0x80 != 0 { 0xff } else { 0 });
-        Ok(PickleValue::Int(i64::from_le_bytes(std::array::from_fn(|i| {
-            bytes.get(i).copied().unwrap_or(sign)
-        }))))
-    }
-
-    fn text(&mut self, len: usize) -> Result<PickleValue<'a>, String> {
-        let text = std::str::from_utf8(self.take(len)?).map_err(|_| "a text is not UTF-8")?;
-        Ok(PickleValue::Str(text))
-    }
-
-    /// Text up to the end of the line.
-    fn line(&mut self) -> Result<&'a str, String> {
-        let rest = &self.input[self.at..];
-        let len = rest.iter().position(|b| *b == b'\n').ok_or("a name has no end")?;
-        let line = self.take(len + 1)?;
-        std::str::from_utf8(&line[..len]).map_err(|_| "a name is not UTF-8".into())
-    }
-}
-
-fn pairs(items: Vec<PickleValue>) -> Result<Vec<(PickleValue, PickleValue)>, String> {
-    match items.len() % 2 {
-        0 => Ok(items.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect()),
-        _ => Err("a dictionary has a key without a value".into()),
-    }
-}
-
-/// Writes the pickle of a dictionary of contiguous tensors, each with a storage of its own, named `0`, `1`, ... in their
-/// order: protocol 2, as `torch.save` writes it, but without references to what was said before.
-pub fn write_state_dict<'a>(
-    tensors: impl Iterator<Item = (&'a str, Kind, &'a [i64])>,
-) -> Result<Vec<u8>, String> {
-    let mut out = vec![0x80, 2, b'}', b'('];
-    for (i, (name, kind, shape)) in tensors.enumerate() {
-        let storage = match kind {
-            Kind::Double => "DoubleStorage",
-            Kind::Float => "FloatStorage",
-            Kind::Half => "HalfStorage",
-            Kind::BFloat16 => "BFloat16Storage",
-            other => return Err(format!("`{name}`: cannot write {other:?}")),
+    /// Keys and values of a dictionary, in its order; none of anything else.
+    pub fn entries(self) -> impl Iterator<Item = (Node<'p>, Node<'p>)> {
+        let entries: &'p [(PickleValue<'p>, PickleValue<'p>)] = match self.object() {
+            Some(Object::Dict(entries)) => entries,
+            _ => &[],
         };
-        put_text(&mut out, name);
-        out.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((");
-        put_text(&mut out, "storage");
-        out.extend(format!("ctorch\n{storage}\n").bytes());
-        put_text(&mut out, &i.to_string());
-        put_text(&mut out, "cpu");
-        put_integer(&mut out, shape.iter().product());
-        out.extend(b"tQ");
-        put_integer(&mut out, 0);
-        out.push(b'(');
-        shape.iter().for_each(|d| put_integer(&mut out, *d));
-        out.extend(b"t(");
-        (1..=shape.len()).for_each(|d| put_integer(&mut out, shape[d..].iter().product()));
-        // Not requiring gradients, no hooks.
-        out.extend(b"t\x89ccollections\nOrderedDict\n)RtR");
+        entries.iter().map(move |(key, value)| (self.at(*key), self.at(*value)))
     }
-    out.extend(b"u.");
-    Ok(out)
-}
 
-fn put_text(out: &mut Vec<u8>, text: &str) {
-    out.push(b'X');
-    out.extend((text.len() as u32).to_le_bytes());
-    out.extend(text.bytes());
-}
+    /// The last value under this key of a dictionary.
+    pub fn get(self, key: &str) -> Option<Node<'p>> {
+        self.entries().filter(|(k, _)| k.text() == Some(key)).last().map(|(_, value)| value)
+    }
 
-fn put_integer(out: &mut Vec<u8>, i: i64) {
-    match i32::try_from(i) {
-        Ok(i) => {
-            out.push(b'J');
-            out.extend(i.to_le_bytes());
-        }
-        Err(_) => {
-            out.extend([0x8a, 8]);
-            out.extend(i.to_le_bytes());
+    /// The state of a foreign object: mostly a dictionary of its fields.
+    pub fn state(self) -> Option<Node<'p>> {
+        match self.object() {
+            Some(Object::Instance { state: Some(state), .. }) => Some(self.at(*state)),
+            _ => None,
         }
     }
+
+    /// What it is, for errors.
+    pub fn describe(self) -> String {
+        machine::describe(self.objects, self.value)
+    }
+}
+
+/// Reads the pickle of a state dict: a dictionary of tensors by name, in its order. The error says what is wrong.
+pub fn state_dict(pickle: &[u8]) -> Result<Vec<(String, TensorRef)>, String> {
+    let read = Pickle::read(pickle, Foreign::Refused)?;
+    let top = read.top();
+    if !top.is_dict() {
+        return Err(format!("holds {}, not a dictionary of tensors", top.describe()));
+    }
+    let mut tensors = Vec::new();
+    for (key, value) in top.entries() {
+        let name = match key.text() {
+            Some(name) if name.len() <= MAX_NAME => name,
+            _ => return Err(format!("a key of its dictionary is {}, not a name", key.describe())),
+        };
+        match value.tensor() {
+            Some(tensor) => tensors.push((name.to_string(), tensor.clone())),
+            None => {
+                return Err(format!(
+                    "`{}` is {}, not a tensor; save the plain state dict of the model",
+                    clean(name),
+                    value.describe()
+                ));
+            }
+        }
+    }
+    Ok(tensors)
 }
 
 #[cfg(test)]

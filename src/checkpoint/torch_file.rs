@@ -12,7 +12,7 @@ use zip::result::ZipError;
 use zip::write::{SimpleFileOptions, StreamWriter, ZipWriter};
 use zip::{CompressionMethod, ZipArchive};
 
-use super::pickle;
+use super::pickle::{self, Foreign, Node, Pickle, TensorRef};
 use super::safetensors::TensorEntry;
 use super::source::{TensorFile, for_chunks};
 use crate::content::unusable;
@@ -52,6 +52,23 @@ impl TorchReader {
     /// Errors (kind Data) name the file: damaged or compressed archives, archives of older torch, pickles that hold or
     /// import anything but tensors and containers.
     pub fn open(path: &Path) -> Result<TorchReader> {
+        let tensors = |pickle: &[u8]| pickle::state_dict(pickle).map(|tensors| (tensors, ()));
+        TorchReader::open_by(path, tensors).map(|(reader, ())| reader)
+    }
+
+    /// [`TorchReader::open`] of a file that holds other things, too: `find` names its tensors and tells what else is of use, or says
+    /// what is wrong.
+    pub fn open_with<T>(
+        path: &Path,
+        find: impl FnOnce(Node) -> Result<(Vec<(String, TensorRef)>, T), String>,
+    ) -> Result<(TorchReader, T)> {
+        TorchReader::open_by(path, |pickle| find(Pickle::read(pickle, Foreign::Kept)?.top()))
+    }
+
+    fn open_by<T>(
+        path: &Path,
+        read_pickle: impl FnOnce(&[u8]) -> Result<(Vec<(String, TensorRef)>, T), String>,
+    ) -> Result<(TorchReader, T)> {
         let file = File::open(path).map_err(|e| read_error(path, &e))?;
         let damaged = |what: String| Error::data(format!("{}: {what}", path.display()));
         let mut magic = [0; OLD_MAGIC.len()];
@@ -89,8 +106,8 @@ impl TorchReader {
             return Err(damaged("its numbers are not little-endian".into()));
         }
         let pickle = read(entries[&format!("{prefix}data.pkl")])?;
-        let tensors =
-            pickle::state_dict(&pickle).map_err(|e| damaged(format!("its pickle is refused: {e}")))?;
+        let (tensors, more) =
+            read_pickle(&pickle).map_err(|e| damaged(format!("its pickle is refused: {e}")))?;
         let (mut names, mut places) = (Vec::with_capacity(tensors.len()), HashMap::new());
         for (name, tensor) in tensors {
             let place = entries
@@ -102,7 +119,7 @@ impl TorchReader {
                 names.push(name);
             }
         }
-        Ok(TorchReader { path: path.to_path_buf(), file, names, places })
+        Ok((TorchReader { path: path.to_path_buf(), file, names, places }, more))
     }
 
     /// Name, dtype and shape of every tensor, of any dtype, in the file's order.
@@ -149,7 +166,7 @@ fn entries(file: &File) -> Result<HashMap<String, ByteRange>, String> {
 
 impl StorageSpan {
     /// Checks that a tensor's elements lie within its storage, which takes `bytes` of the file from `start` on.
-    fn of(tensor: pickle::TensorRef, (start, bytes): ByteRange) -> Result<StorageSpan, String> {
+    fn of(tensor: TensorRef, (start, bytes): ByteRange) -> Result<StorageSpan, String> {
         let element = tensor.kind.elt_size_in_bytes() as i64;
         if tensor.storage_len.checked_mul(element) != i64::try_from(bytes).ok() {
             return Err(format!(

@@ -6,6 +6,7 @@ use kernels::comm::Group;
 
 use super::gguf::GgufModel;
 use super::hf::HfModel;
+use super::megatron::MegatronModel;
 use super::merge::Merge;
 use super::meta::MetaModel;
 use super::named::{ModelFolder, tokenizer_of};
@@ -30,6 +31,8 @@ pub enum Weights {
     Hf(HfModel),
     /// A folder in Meta's format.
     Meta(MetaModel),
+    /// A folder in Megatron's format.
+    Megatron(Box<MegatronModel>),
     /// A GGUF file.
     Gguf(GgufModel),
     /// An adapter, or a partly trained checkpoint, with its base.
@@ -54,6 +57,7 @@ impl Weights {
         let adapter = match ModelFolder::find(path)? {
             ModelFolder::Hf(dir) => return Ok(Weights::Hf(HfModel::load(&dir)?)),
             ModelFolder::Meta(dir) => return Ok(Weights::Meta(MetaModel::load(&dir)?)),
+            ModelFolder::Megatron(dir) => return Ok(Weights::Megatron(Box::new(MegatronModel::load(&dir)?))),
             ModelFolder::Gguf(file) => return Ok(Weights::Gguf(GgufModel::load(&file)?)),
             ModelFolder::Adapter(dir) => PeftAdapter::open(&dir)?,
             ModelFolder::Checkpoint(dir) => {
@@ -80,7 +84,11 @@ impl Weights {
     pub fn lora(&self) -> Option<&Trainable> {
         match self {
             Weights::Adapted(model) => Some(model.adapter.trainable()).filter(|t| t.lora.is_some()),
-            Weights::Hf(_) | Weights::Meta(_) | Weights::Gguf(_) | Weights::Checkpoint(_) => None,
+            Weights::Hf(_)
+            | Weights::Meta(_)
+            | Weights::Megatron(_)
+            | Weights::Gguf(_)
+            | Weights::Checkpoint(_) => None,
         }
     }
 
@@ -89,6 +97,7 @@ impl Weights {
         match self {
             Weights::Hf(model) => model.shape(),
             Weights::Meta(model) => model.shape(),
+            Weights::Megatron(model) => model.shape(),
             Weights::Gguf(model) => model.shape(),
             Weights::Adapted(model) => &model.shape,
             Weights::Checkpoint(checkpoint) => &checkpoint.meta().shape,
@@ -107,7 +116,7 @@ impl Weights {
                 Some(scoring) => Some(scoring.clone()),
                 None => model.base.scoring()?,
             },
-            Weights::Hf(_) | Weights::Meta(_) => Ours::read(self.dir())?.reward,
+            Weights::Hf(_) | Weights::Meta(_) | Weights::Megatron(_) => Ours::read(self.dir())?.reward,
             Weights::Gguf(_) => None,
         };
         Ok(Some(said.unwrap_or(Scoring::raw(Score::Last))))
@@ -126,6 +135,7 @@ impl Weights {
         match self {
             Weights::Hf(model) => model.dir(),
             Weights::Meta(model) => model.dir(),
+            Weights::Megatron(model) => model.dir(),
             Weights::Gguf(model) => model.path(),
             Weights::Adapted(model) => model.adapter.dir(),
             Weights::Checkpoint(checkpoint) => checkpoint.dir(),
@@ -154,6 +164,7 @@ impl Weights {
         match self {
             Weights::Hf(model) => model.source().fill(params),
             Weights::Meta(model) => model.source().fill(params),
+            Weights::Megatron(model) => model.source().fill(params),
             Weights::Gguf(model) => model.source().fill(params),
             Weights::Adapted(model) => {
                 let base = model.base.fill(params)?;
@@ -172,6 +183,7 @@ impl Weights {
         match self {
             Weights::Hf(model) => model.source().hash(names, group),
             Weights::Meta(model) => model.source().hash(names, group),
+            Weights::Megatron(model) => model.source().hash(names, group),
             Weights::Gguf(model) => model.source().hash(names, group),
             Weights::Adapted(model) => Ok(model.base.hash(shape, group)?.plus(model.adapter.hash(group)?)),
             Weights::Checkpoint(checkpoint) => agree(group, checkpoint.source())?.hash(names, group),
@@ -183,6 +195,7 @@ impl Weights {
         match self {
             Weights::Hf(model) => Ok(model.into_source()),
             Weights::Meta(model) => Ok(model.into_source()),
+            Weights::Megatron(model) => Ok(model.into_source()),
             Weights::Gguf(model) => Ok(model.into_source()),
             Weights::Adapted(model) => Merge::new(model.base, model.adapter, None)?.source(),
             Weights::Checkpoint(checkpoint) => checkpoint.source(),

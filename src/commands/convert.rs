@@ -19,7 +19,7 @@ use crate::warn;
 /// `corral convert`
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The model: a Hugging Face folder (safetensors or pytorch_model.bin), a GGUF file, a folder in Meta's format, a run's
+    /// The model: a Hugging Face folder (safetensors or pytorch_model.bin), a GGUF file, a folder in Meta's or Megatron's format, a run's
     /// folder, a checkpoint, or an adapter, which is merged
     #[arg(long, value_name = "DIR")]
     from: PathBuf,

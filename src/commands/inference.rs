@@ -29,7 +29,7 @@ const TIMEOUT_S: f64 = 1800.0;
 
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
-    /// The model: a Hugging Face folder, a GGUF file, a folder in Meta's format, an adapter, a run's folder, a checkpoint, or a
+    /// The model: a Hugging Face folder, a GGUF file, a folder in Meta's or Megatron's format, an adapter, a run's folder, a checkpoint, or a
     /// name that `corral get` fetched
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,

@@ -43,6 +43,15 @@ pub fn golden_model(family: &str) -> PathBuf {
     }
 }
 
+/// Checkpoints that megatron-core wrote: where a root of golden data has none, those beside the tests serve.
+pub fn golden_megatron(model: &str) -> PathBuf {
+    let dir = golden().join("megatron").join(model);
+    match dir.exists() {
+        true => dir,
+        false => repository().join("tests/golden/megatron").join(model),
+    }
+}
+
 /// A JSON file of the golden data's folder `algo`.
 pub fn golden_algorithm(name: &str) -> Value {
     json(&golden().join("algo").join(name))

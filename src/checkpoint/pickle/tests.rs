@@ -79,3 +79,40 @@ fn numbers_have_their_sign() {
     assert!(number(b"J\xfe\xff\xff\xff.").contains("number -2,"));
     assert!(number(b"M\x01\x02.").contains("number 513,"));
 }
+
+/// Classes and functions that are foreign are data, and what is made of them has a name and a state; nothing is called.
+#[test]
+fn foreign_classes_are_kept_and_never_run() {
+    let read = |pickle: &[u8], f: &dyn Fn(Node)| f(Pickle::read(pickle, Foreign::Kept).unwrap().top());
+    read(b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.", &|top| {
+        assert_eq!(top.describe(), "an object of `os.system`");
+        assert!(top.state().is_none() && !top.is_dict() && top.entries().next().is_none());
+    });
+    // argparse.Namespace(n=3, x=0.5, on=True, none=None, s={1}, big=2**70)
+    let namespace = b"\x80\x04\x8c\x08argparse\x8c\x09Namespace\x93)\x81}(\x8c\x01nK\x03\x8c\x01xG\x3f\xe0\x00\x00\x00\x00\x00\x00\x8c\x02on\x88\x8c\x04noneN\x8c\x01s\x8f(K\x01\x90\x8c\x03big\x8a\x09\x00\x00\x00\x00\x00\x00\x00\x00\x40ub.";
+    read(namespace, &|top| {
+        assert_eq!(top.describe(), "an object of `argparse.Namespace`");
+        let state = top.state().unwrap();
+        let get = |key: &str| state.get(key).unwrap();
+        assert_eq!(
+            (get("n").integer(), get("x").number(), get("on").truth()),
+            (Some(3), Some(0.5), Some(true))
+        );
+        assert!(get("none").is_none() && get("s").describe().contains("builtins.set"));
+        assert_eq!((get("big").integer(), get("big").describe().as_str()), (None, "a number"));
+        assert!(state.get("other").is_none());
+    });
+    for len in 0..namespace.len() {
+        assert!(Pickle::read(&namespace[..len], Foreign::Kept).is_err(), "cut at {len}");
+    }
+    for (pickle, part) in [
+        (&b"ctorch\nFloatStorage\n)\x81."[..], "an object of a type"),
+        (b"K\x01)\x81.", "an object of the number 1"),
+        (b"\x81.", "the stack is empty"),
+        (b"\x90.", "there is no mark"),
+        (b"]Nb.", "not a dictionary"),
+    ] {
+        let e = Pickle::read(pickle, Foreign::Kept).err().unwrap();
+        assert!(e.contains(part), "{part}: {e}");
+    }
+}

@@ -43,6 +43,7 @@ pub enum Foreign {
 /// A pickle that was read.
 pub struct Pickle<'a> {
     objects: Vec<Object<'a>>,
+    names: Vec<(&'a str, &'a str)>,
     top: PickleValue<'a>,
 }
 
@@ -51,30 +52,31 @@ impl<'a> Pickle<'a> {
     pub fn read(pickle: &'a [u8], foreign: Foreign) -> Result<Pickle<'a>, String> {
         let mut machine = PickleMachine::new(pickle, foreign);
         let top = machine.run()?;
-        Ok(Pickle { objects: machine.into_objects(), top })
+        let (objects, names) = machine.into_parts();
+        Ok(Pickle { objects, names, top })
     }
 
     /// What it holds.
-    pub fn top(&self) -> Node<'_> {
-        Node { objects: &self.objects, value: self.top }
+    pub fn top(&self) -> PickleNode<'_> {
+        PickleNode { pickle: self, value: self.top }
     }
 }
 
 /// A value of a pickle.
 #[derive(Clone, Copy)]
-pub struct Node<'p> {
-    objects: &'p [Object<'p>],
+pub struct PickleNode<'p> {
+    pickle: &'p Pickle<'p>,
     value: PickleValue<'p>,
 }
 
-impl<'p> Node<'p> {
-    fn at(self, value: PickleValue<'p>) -> Node<'p> {
-        Node { value, ..self }
+impl<'p> PickleNode<'p> {
+    fn at(self, value: PickleValue<'p>) -> PickleNode<'p> {
+        PickleNode { value, ..self }
     }
 
     fn object(self) -> Option<&'p Object<'p>> {
         match self.value {
-            PickleValue::Object(i) => self.objects.get(i as usize),
+            PickleValue::Object(i) => self.pickle.objects.get(i as usize),
             _ => None,
         }
     }
@@ -126,7 +128,7 @@ impl<'p> Node<'p> {
     }
 
     /// Keys and values of a dictionary, in its order; none of anything else.
-    pub fn entries(self) -> impl Iterator<Item = (Node<'p>, Node<'p>)> {
+    pub fn entries(self) -> impl Iterator<Item = (PickleNode<'p>, PickleNode<'p>)> {
         let entries: &'p [(PickleValue<'p>, PickleValue<'p>)] = match self.object() {
             Some(Object::Dict(entries)) => entries,
             _ => &[],
@@ -135,12 +137,12 @@ impl<'p> Node<'p> {
     }
 
     /// The last value under this key of a dictionary.
-    pub fn get(self, key: &str) -> Option<Node<'p>> {
+    pub fn get(self, key: &str) -> Option<PickleNode<'p>> {
         self.entries().filter(|(k, _)| k.text() == Some(key)).last().map(|(_, value)| value)
     }
 
     /// The state of a foreign object: mostly a dictionary of its fields.
-    pub fn state(self) -> Option<Node<'p>> {
+    pub fn state(self) -> Option<PickleNode<'p>> {
         match self.object() {
             Some(Object::Instance { state: Some(state), .. }) => Some(self.at(*state)),
             _ => None,
@@ -149,7 +151,7 @@ impl<'p> Node<'p> {
 
     /// What it is, for errors.
     pub fn describe(self) -> String {
-        machine::describe(self.objects, self.value)
+        machine::describe(&self.pickle.objects, &self.pickle.names, self.value)
     }
 }
 

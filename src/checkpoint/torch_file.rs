@@ -12,7 +12,7 @@ use zip::result::ZipError;
 use zip::write::{SimpleFileOptions, StreamWriter, ZipWriter};
 use zip::{CompressionMethod, ZipArchive};
 
-use super::pickle::{self, Foreign, Node, Pickle, TensorRef};
+use super::pickle::{self, Foreign, Pickle, PickleNode, TensorRef};
 use super::safetensors::TensorEntry;
 use super::source::{TensorFile, for_chunks};
 use crate::content::unusable;
@@ -60,7 +60,7 @@ impl TorchReader {
     /// what is wrong.
     pub fn open_with<T>(
         path: &Path,
-        find: impl FnOnce(Node) -> Result<(Vec<(String, TensorRef)>, T), String>,
+        find: impl FnOnce(PickleNode) -> Result<(Vec<(String, TensorRef)>, T), String>,
     ) -> Result<(TorchReader, T)> {
         TorchReader::open_by(path, |pickle| find(Pickle::read(pickle, Foreign::Kept)?.top()))
     }

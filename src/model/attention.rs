@@ -9,7 +9,7 @@ use tch::Tensor;
 use crate::error::Result;
 use crate::model::linear::{Linear, LinearGrad};
 use crate::model::llama::BlockContext;
-use crate::model::shared_rows::Gathering;
+use crate::model::shared_rows::GatheredRows;
 
 /// o(attention(rope(qk_norm(qkv(x)))))
 pub struct Attention<L> {
@@ -43,7 +43,7 @@ impl Attention<Linear> {
     }
 
     /// The forward of block `i` up to what its backward needs, for x: T [N, C].
-    pub(super) fn begin(&self, x: Gathering, c: &BlockContext, i: usize) -> Result<AttentionSaved> {
+    pub(super) fn begin(&self, x: GatheredRows, c: &BlockContext, i: usize) -> Result<AttentionSaved> {
         let qkv = x.product(self.qkv.takes_rows_apart(), |x| self.qkv.forward(x))?.1; // [N, (H + 2K) D]
         let qk = self.place(&qkv, c, i)?;
         let (out, lse) = match c.own(i) {
@@ -87,7 +87,7 @@ impl Attention<Linear> {
     /// ```
     pub(super) fn backward(
         &self,
-        dy: Gathering,
+        dy: GatheredRows,
         saved: AttentionSaved,
         grad: &Attention<LinearGrad>,
         c: &BlockContext,

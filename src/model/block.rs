@@ -17,7 +17,7 @@ use crate::model::layout::BlockParts;
 use crate::model::linear::{KeptInner, Linear, LinearGrad};
 use crate::model::llama::BlockContext;
 use crate::model::norm::RmsNorm;
-use crate::model::shared_rows::Gathering;
+use crate::model::shared_rows::GatheredRows;
 use crate::model::{attention, mlp};
 
 /// What a norm on an output keeps: its input T [N, C], and the statistics A `[N]`.
@@ -173,7 +173,7 @@ impl BlockParts<Linear> {
         let output = |residual: Option<&Tensor>| self.attention.cached(&h1, c, i, residual, attend);
         let x2 = after(c, x, self.after(0), output)?.0; // [N, C]
         let h2 = before(c.norm, &x2, self.before(1))?.0; // [N, C]
-        let mlp = self.mlp.begin(Gathering::here(h2), None)?;
+        let mlp = self.mlp.begin(GatheredRows::here(h2), None)?;
         Ok(after(c, &x2, self.after(1), |residual| self.mlp.finish(&mlp, residual))?.0)
     }
 

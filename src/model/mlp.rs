@@ -7,7 +7,7 @@ use crate::config::shape::Activation;
 use crate::error::Result;
 use crate::model::linear::{Linear, LinearGrad};
 use crate::model::mixture::{Mixture, Routed};
-use crate::model::shared_rows::{Gathering, SharedRows};
+use crate::model::shared_rows::{GatheredRows, SharedRows};
 
 pub enum Mlp<L> {
     Dense(Dense<L>),
@@ -66,7 +66,7 @@ impl MlpSaved {
 
 impl Dense<Linear> {
     /// x, and its product of gate and up, T [N, 2F].
-    fn gate_up(&self, x: Gathering) -> Result<(Tensor, Tensor)> {
+    fn gate_up(&self, x: GatheredRows) -> Result<(Tensor, Tensor)> {
         x.product(self.gate_up.takes_rows_apart(), |x| self.gate_up.forward(x))
     }
 }
@@ -74,7 +74,7 @@ impl Dense<Linear> {
 impl Mlp<Linear> {
     /// The forward up to what its backward needs, for x: T [N, C]. `experts` are those that the tokens went to in an
     /// earlier forward of the same x; none: the router chooses.
-    pub(super) fn begin(&self, x: Gathering, experts: Option<Tensor>) -> Result<MlpSaved> {
+    pub(super) fn begin(&self, x: GatheredRows, experts: Option<Tensor>) -> Result<MlpSaved> {
         Ok(match self {
             Mlp::Dense(net) => MlpSaved::Dense(Some(net.gate_up(x)?.1)),
             Mlp::Mixture(mixture) => MlpSaved::Mixture(mixture.begin(&x.finish()?, experts)?),
@@ -102,8 +102,8 @@ impl Mlp<Linear> {
     /// ```
     pub(super) fn backward(
         &self,
-        dy: Gathering,
-        x: Gathering,
+        dy: GatheredRows,
+        x: GatheredRows,
         saved: MlpSaved,
         grad: &Mlp<LinearGrad>,
         balance: Option<&Tensor>,
@@ -113,7 +113,7 @@ impl Mlp<Linear> {
             (Mlp::Dense(net), MlpSaved::Dense(gate_up), Mlp::Dense(grad)) => {
                 let (x, gate_up) = match gate_up {
                     Some(t) => (x, t),
-                    None => net.gate_up(x).map(|(x, made)| (Gathering::here(x), made))?,
+                    None => net.gate_up(x).map(|(x, made)| (GatheredRows::here(x), made))?,
                 }; // [N, C], [N, 2F]
                 let apart = net.down.takes_rows_apart();
                 let (dy, da) = dy.product(apart, |dy| net.down.backward_input(dy))?; // [N, C], [N, F]

@@ -32,7 +32,7 @@ impl PendingSum {
 }
 
 /// All rows, T [N, C], of which this rank's are here and the others' are on their way.
-pub(super) struct Gathering {
+pub(super) struct GatheredRows {
     /// T [N, C], or with padding where it is under way
     all: Tensor,
     under_way: Option<UnderWay>,
@@ -47,10 +47,10 @@ struct UnderWay {
     rows: i64,
 }
 
-impl Gathering {
+impl GatheredRows {
     /// Rows that are all here.
-    pub fn here(all: Tensor) -> Gathering {
-        Gathering { all, under_way: None }
+    pub fn here(all: Tensor) -> GatheredRows {
+        GatheredRows { all, under_way: None }
     }
 
     /// All rows.
@@ -147,13 +147,13 @@ impl SharedRows {
     }
 
     /// [`SharedRows::gather`], on its way.
-    pub fn begin_gather(&self, own: Tensor) -> Result<Gathering> {
-        let Some(rows) = self.divided else { return Ok(Gathering::here(own)) };
+    pub fn begin_gather(&self, own: Tensor) -> Result<GatheredRows> {
+        let Some(rows) = self.divided else { return Ok(GatheredRows::here(own)) };
         let (own, part) = (own.contiguous(), self.part(rows));
         let all = Tensor::f_empty([part * self.tensor.size, own.size()[1]], (own.kind(), own.device()))?;
         let work = self.tensor.group.all_gather(&all, &own)?; // collective
         let first = part * self.tensor.rank;
-        Ok(Gathering { all, under_way: Some(UnderWay { work, own, first, rows }) })
+        Ok(GatheredRows { all, under_way: Some(UnderWay { work, own, first, rows }) })
     }
 
     /// This rank's rows of the sum of all ranks' `part`, T [N, C], taken in A. Collective.

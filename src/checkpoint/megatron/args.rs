@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::checkpoint::pickle::Node;
+use crate::checkpoint::pickle::PickleNode;
 use crate::config::shape::{Family, Head, Llama3RopeScaling, Shape};
 use crate::error::{Error, Result};
 
@@ -36,8 +36,8 @@ pub(super) struct Args(BTreeMap<String, ArgValue>);
 
 impl Args {
     /// Of an `argparse.Namespace`; none of anything else.
-    pub fn read(args: Node) -> Option<Args> {
-        let value = |node: Node| match (node.integer(), node.number(), node.truth(), node.text()) {
+    pub fn read(args: PickleNode) -> Option<Args> {
+        let value = |node: PickleNode| match (node.integer(), node.number(), node.truth(), node.text()) {
             _ if node.is_none() => ArgValue::None,
             (Some(i), ..) => ArgValue::Integer(i),
             (_, Some(x), ..) => ArgValue::Number(x),

@@ -10,7 +10,7 @@ mod find;
 
 use std::path::{Path, PathBuf};
 
-use super::pickle::{Node, TensorRef};
+use super::pickle::{PickleNode, TensorRef};
 use super::source::{TensorFile, TensorSource};
 use super::torch_file::TorchReader;
 use crate::config::shape::Shape;
@@ -151,7 +151,7 @@ fn open(path: &Path) -> Result<(TorchReader, RankFile)> {
         if !top.is_dict() {
             return Err(format!("holds {}, not a checkpoint of Megatron", top.describe()));
         }
-        let version = top.get("checkpoint_version").and_then(Node::number).unwrap_or(0.0);
+        let version = top.get("checkpoint_version").and_then(PickleNode::number).unwrap_or(0.0);
         if version < 3.0 {
             return Err(format!(
                 "checkpoint_version is {version}: before 3.0 rows of q, k and v lie otherwise; load and save it with a newer Megatron"

@@ -14,13 +14,13 @@ const MAX_DIMENSIONS: usize = 16;
 
 /// What may be imported.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum PickleGlobal<'a> {
+pub(super) enum PickleGlobal {
     OrderedDict,
     RebuildTensor,
     RebuildParameter,
     Storage(Kind),
-    /// Module and name of something else.
-    Foreign(&'a str, &'a str),
+    /// Something else: its place among the names.
+    Foreign(u32),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -33,7 +33,7 @@ pub(super) enum PickleValue<'a> {
     /// A number of more than 64 bits.
     Large,
     Str(&'a str),
-    Global(PickleGlobal<'a>),
+    Global(PickleGlobal),
     Object(u32),
 }
 
@@ -50,13 +50,13 @@ pub(super) enum Object<'a> {
     Tensor(Box<TensorRef>),
     /// An object of a foreign class; what it was made of, and what is put into it besides its state, is left out.
     Instance {
-        class: (&'a str, &'a str),
+        class: u32,
         state: Option<PickleValue<'a>>,
     },
 }
 
 /// What a name means here. All that may be imported stands in this function.
-fn global<'a>(module: &'a str, name: &'a str, foreign: Foreign) -> Result<PickleGlobal<'a>, String> {
+fn global(module: &str, name: &str) -> Result<PickleGlobal, String> {
     Ok(match (module, name) {
         ("collections", "OrderedDict") => PickleGlobal::OrderedDict,
         ("torch._utils", "_rebuild_tensor_v2") => PickleGlobal::RebuildTensor,
@@ -71,7 +71,6 @@ fn global<'a>(module: &'a str, name: &'a str, foreign: Foreign) -> Result<Pickle
         ("torch", "CharStorage") => PickleGlobal::Storage(Kind::Int8),
         ("torch", "ByteStorage") => PickleGlobal::Storage(Kind::Uint8),
         ("torch", "BoolStorage") => PickleGlobal::Storage(Kind::Bool),
-        _ if foreign == Foreign::Kept => PickleGlobal::Foreign(module, name),
         _ => {
             return Err(format!(
                 "it imports `{}.{}`, which is not part of a tensor; pickles can run arbitrary code, so only tensors and plain \
@@ -89,7 +88,11 @@ pub(super) fn clean(text: &str) -> String {
 }
 
 /// What a value is, for errors.
-pub(super) fn describe(objects: &[Object], value: PickleValue) -> String {
+pub(super) fn describe(objects: &[Object], names: &[(&str, &str)], value: PickleValue) -> String {
+    let named = |i: u32| {
+        let (module, name) = names.get(i as usize).copied().unwrap_or_default();
+        format!("`{}.{}`", clean(module), clean(name))
+    };
     match value {
         PickleValue::None => "None".into(),
         PickleValue::Bool(_) => "a truth value".into(),
@@ -97,9 +100,7 @@ pub(super) fn describe(objects: &[Object], value: PickleValue) -> String {
         PickleValue::Float(_) | PickleValue::Large => "a number".into(),
         PickleValue::Bytes => "a string of bytes".into(),
         PickleValue::Str(s) => format!("the text \"{}\"", clean(s)),
-        PickleValue::Global(PickleGlobal::Foreign(module, name)) => {
-            format!("`{}.{}`", clean(module), clean(name))
-        }
+        PickleValue::Global(PickleGlobal::Foreign(i)) => named(i),
         PickleValue::Global(_) => "a type".into(),
         PickleValue::Object(i) => match objects.get(i as usize) {
             Some(Object::Tuple(_)) => "a tuple".into(),
@@ -107,9 +108,7 @@ pub(super) fn describe(objects: &[Object], value: PickleValue) -> String {
             Some(Object::Dict(_)) => "a dictionary".into(),
             Some(Object::Storage { .. }) => "a storage".into(),
             Some(Object::Tensor(_)) => "a tensor".into(),
-            Some(Object::Instance { class: (module, name), .. }) => {
-                format!("an object of `{}.{}`", clean(module), clean(name))
-            }
+            Some(Object::Instance { class, .. }) => format!("an object of {}", named(*class)),
             None => "nothing".into(),
         },
     }
@@ -124,16 +123,33 @@ pub(super) struct PickleMachine<'a> {
     marks: Vec<usize>,
     memo: HashMap<u32, PickleValue<'a>>,
     objects: Vec<Object<'a>>,
+    /// Module and name of what is foreign.
+    names: Vec<(&'a str, &'a str)>,
 }
 
 impl<'a> PickleMachine<'a> {
     pub(super) fn new(input: &'a [u8], foreign: Foreign) -> PickleMachine<'a> {
         let (stack, marks, memo, objects) = (vec![], vec![], HashMap::new(), vec![]);
-        PickleMachine { input, foreign, at: 0, stack, marks, memo, objects }
+        PickleMachine { input, foreign, at: 0, stack, marks, memo, objects, names: vec![] }
     }
 
-    pub(super) fn into_objects(self) -> Vec<Object<'a>> {
-        self.objects
+    /// The objects, and the names of what is foreign.
+    pub(super) fn into_parts(self) -> (Vec<Object<'a>>, Vec<(&'a str, &'a str)>) {
+        (self.objects, self.names)
+    }
+
+    fn global(&mut self, module: &'a str, name: &'a str) -> Result<PickleValue<'a>, String> {
+        let global = match (global(module, name), self.foreign) {
+            (Err(_), Foreign::Kept) => self.foreign(module, name)?,
+            (known, _) => known?,
+        };
+        Ok(PickleValue::Global(global))
+    }
+
+    fn foreign(&mut self, module: &'a str, name: &'a str) -> Result<PickleGlobal, String> {
+        let i = u32::try_from(self.names.len()).map_err(|_| "too many names")?;
+        self.names.push((module, name));
+        Ok(PickleGlobal::Foreign(i))
     }
 
     /// Runs to the end; returns the value that is left.
@@ -262,16 +278,14 @@ impl<'a> PickleMachine<'a> {
             // Names: GLOBAL, INST, STACK_GLOBAL
             b'c' | b'i' => {
                 let (module, name) = (self.line()?, self.line()?);
-                let global = global(module, name, self.foreign)?;
+                let global = self.global(module, name)?;
                 if opcode == b'i' {
                     return Err("it makes an object of a class".into());
                 }
-                PickleValue::Global(global)
+                global
             }
             0x93 => match self.pop_many(2)?.as_slice() {
-                [PickleValue::Str(module), PickleValue::Str(name)] => {
-                    PickleValue::Global(global(module, name, self.foreign)?)
-                }
+                [PickleValue::Str(module), PickleValue::Str(name)] => self.global(module, name)?,
                 _ => return Err("a name to import is not text".into()),
             },
             // BINPERSID, REDUCE, BUILD
@@ -309,8 +323,8 @@ impl<'a> PickleMachine<'a> {
     /// An object of a foreign class.
     fn instance(&mut self, class: PickleValue<'a>) -> Result<PickleValue<'a>, String> {
         match class {
-            PickleValue::Global(PickleGlobal::Foreign(module, name)) => {
-                self.new_object(Object::Instance { class: (module, name), state: None })
+            PickleValue::Global(PickleGlobal::Foreign(class)) => {
+                self.new_object(Object::Instance { class, state: None })
             }
             PickleValue::Global(PickleGlobal::OrderedDict) => self.new_object(Object::Dict(vec![])),
             other => Err(format!("it makes an object of {}", self.describe(other))),
@@ -319,7 +333,9 @@ impl<'a> PickleMachine<'a> {
 
     /// A set, of which nothing is kept.
     fn set(&mut self) -> Result<PickleValue<'a>, String> {
-        let class = ("builtins", "set");
+        let PickleGlobal::Foreign(class) = self.foreign("builtins", "set")? else {
+            return Err("a set has no name".into());
+        };
         self.new_object(Object::Instance { class, state: None })
     }
 
@@ -422,7 +438,7 @@ impl<'a> PickleMachine<'a> {
     }
 
     fn describe(&self, value: PickleValue<'a>) -> String {
-        describe(&self.objects, value)
+        describe(&self.objects, &self.names, value)
     }
 
     fn new_object(&mut self, object: Object<'a>) -> Result<PickleValue<'a>, String> {

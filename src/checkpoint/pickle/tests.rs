@@ -83,7 +83,7 @@ fn numbers_have_their_sign() {
 /// Classes and functions that are foreign are data, and what is made of them has a name and a state; nothing is called.
 #[test]
 fn foreign_classes_are_kept_and_never_run() {
-    let read = |pickle: &[u8], f: &dyn Fn(Node)| f(Pickle::read(pickle, Foreign::Kept).unwrap().top());
+    let read = |pickle: &[u8], f: &dyn Fn(PickleNode)| f(Pickle::read(pickle, Foreign::Kept).unwrap().top());
     read(b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.", &|top| {
         assert_eq!(top.describe(), "an object of `os.system`");
         assert!(top.state().is_none() && !top.is_dict() && top.entries().next().is_none());

@@ -519,11 +519,11 @@ fn large(world: &World, kind: Kind) -> corral::Result<()> {
         work.wait()?;
         assert!(got.equal(&want), "collective {i} in {kind:?} on rank {rank}");
     }
-    whole_sums(world, kind, &ramp)
+    uneven_all_reduces(world, kind, &ramp)
 }
 
 /// All-reduces of numbers of elements that ranks cannot divide evenly, also fewer than ranks, and none.
-fn whole_sums(world: &World, kind: Kind, ramp: &Tensor) -> corral::Result<()> {
+fn uneven_all_reduces(world: &World, kind: Kind, ramp: &Tensor) -> corral::Result<()> {
     let (rank, size) = (world.rank, world.world_size);
     let ones = size * (size + 1) / 2;
     let mut works = Vec::new();

@@ -38,7 +38,7 @@ const SMALL: usize = 256 << 10;
 const SCRATCH: usize = 8 << 20;
 const PIECES: [usize; 2] = [64 << 10, 1 << 20];
 
-/// What to do for `collective`; nothing is sent yet.
+/// The steps of a collective. Nothing is sent before the first of them.
 pub(super) fn steps(collective: &Collective, communicator: Communicator, tag: i32) -> Result<Box<dyn Steps>> {
     let Communicator { rank, size, .. } = communicator;
     Ok(match *collective {

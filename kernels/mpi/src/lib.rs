@@ -88,7 +88,7 @@ fn kind(collective: &Collective) -> i32 {
     }
 }
 
-/// What became of a collective: `None` while it is under way.
+/// The result of a collective; `None` until it has ended.
 #[derive(Default)]
 struct State {
     ended: Mutex<Option<Result<()>>>,

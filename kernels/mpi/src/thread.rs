@@ -14,7 +14,7 @@ use super::exchanges::{Progress, Steps};
 use super::{State, lock};
 use kernels::{Error, Result};
 
-/// What the thread is asked for.
+/// An order to the thread.
 pub(super) enum Order {
     /// A communicator of these ranks of the world, which all of them ask for.
     Connect { ranks: Vec<c_int>, tag: c_int, answer: Sender<Result<Communicator>> },

@@ -1,4 +1,4 @@
-//! What carries the collectives of a group: libtorch's c10d with Gloo or NCCL, or another engine, such as that over MPI.
+//! Engines carry the collectives of a group: libtorch's c10d, over Gloo or NCCL, and one over MPI.
 
 use std::sync::OnceLock;
 use std::time::Duration;

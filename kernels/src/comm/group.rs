@@ -133,7 +133,7 @@ impl Group {
 
     /// Combines `t` over all ranks, in place on all of them.
     pub fn all_reduce(&self, t: &Tensor, op: ReduceOp) -> Result<Work> {
-        self.whole("all-reduce", &[t])?;
+        self.check_contiguous("all-reduce", &[t])?;
         averages("all-reduce", t, op)?;
         let bytes = self.count(t, 2);
         let Some(link) = &self.0.link else { return Ok(Work::done()) };
@@ -170,7 +170,7 @@ impl Group {
 
     /// Overwrites `t` on all ranks with that of rank `root` (a rank of the group).
     pub fn broadcast(&self, t: &Tensor, root: i64) -> Result<Work> {
-        self.whole("broadcast", &[t])?;
+        self.check_contiguous("broadcast", &[t])?;
         if root < 0 || root >= self.size() {
             return Err(Error::new(format!(
                 "broadcast in group `{}`: no rank {root} of {}",
@@ -187,7 +187,7 @@ impl Group {
 
     /// Sends the r-th of `size` equal parts of `input` (along dimension 0) to rank r; `out` gets the parts by sender.
     pub fn all_to_all(&self, out: &Tensor, input: &Tensor) -> Result<Work> {
-        self.whole("all-to-all", &[out, input])?;
+        self.check_contiguous("all-to-all", &[out, input])?;
         let divides = |t: &Tensor| t.dim() > 0 && t.size()[0] % self.size() == 0;
         if out.size() != input.size() || out.kind() != input.kind() || !divides(out) {
             return Err(Error::new(format!(
@@ -230,7 +230,7 @@ impl Group {
 
     /// The link of a group of two, for a tensor that goes from one to the other.
     fn pair(&self, op: &str, t: &Tensor) -> Result<&Arc<Link>> {
-        self.whole(op, &[t])?;
+        self.check_contiguous(op, &[t])?;
         match &self.0.link {
             Some(link) if self.size() == 2 => Ok(link),
             _ => Err(Error::new(format!(
@@ -283,7 +283,7 @@ impl Group {
         Ok(Work::issue(link, call, tensors, collective)?.sending(bytes))
     }
 
-    fn whole(&self, op: &str, tensors: &[&Tensor]) -> Result<()> {
+    fn check_contiguous(&self, op: &str, tensors: &[&Tensor]) -> Result<()> {
         match tensors.iter().find(|t| !t.is_contiguous()) {
             Some(t) => {
                 Err(Error::new(format!("{op} in group `{}`: {} is not contiguous", self.name(), describe(t))))
@@ -293,7 +293,7 @@ impl Group {
     }
 
     fn split(&self, op: &str, out: &Tensor, input: &Tensor, long: usize, short: usize) -> Result<()> {
-        self.whole(op, &[out, input])?;
+        self.check_contiguous(op, &[out, input])?;
         if long as i64 != short as i64 * self.size()
             || out.kind() != input.kind()
             || out.device() != input.device()

@@ -99,14 +99,17 @@ impl Args {
         self.only("swiglu", truth(true), true)?;
         self.only("normalization", ArgValue::Text("RMSNorm".into()), true)?;
         self.only("position_embedding_type", ArgValue::Text("rope".into()), false)?;
-        self.only("rotary_percent", ArgValue::Number(1.0), false)?;
+        let rotated = self.number("rotary_percent", 1.0)?;
+        if rotated != 1.0 {
+            return Err(Error::data(format!("rotary_percent is {rotated}: only models with 1 are read")));
+        }
+        self.only("expert_model_parallel_size", ArgValue::Integer(1), false)?;
         for name in [
             "add_bias_linear",
             "apply_layernorm_1p",
             "rotary_interleaved",
             "qk_layernorm",
             "multi_latent_attention",
-            "moe_use_legacy_grouped_gemm",
         ] {
             self.only(name, truth(false), name == "add_bias_linear")?;
         }
@@ -114,9 +117,6 @@ impl Args {
             if let Some(value) = self.get(name) {
                 return Err(Error::data(format!("{name} is {value}: such models are not read")));
             }
-        }
-        for name in ["expert_model_parallel_size", "context_parallel_size"] {
-            let _ = self.integer(name, Some(1))?;
         }
         let (hidden_size, heads) =
             (self.integer("hidden_size", None)?, self.integer("num_attention_heads", None)?);
@@ -161,5 +161,47 @@ impl Args {
         };
         shape.check().map_err(|e| Error::data(e.message))?;
         Ok(shape)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(more: &[(&str, ArgValue)]) -> Args {
+        let integers = [
+            ("hidden_size", 32),
+            ("num_attention_heads", 4),
+            ("ffn_hidden_size", 48),
+            ("num_layers", 2),
+            ("max_position_embeddings", 128),
+        ];
+        let mut fields: BTreeMap<String, ArgValue> =
+            integers.map(|(name, i)| (name.to_string(), ArgValue::Integer(i))).into();
+        fields.insert("swiglu".into(), ArgValue::Truth(true));
+        fields.insert("add_bias_linear".into(), ArgValue::Truth(false));
+        fields.insert("normalization".into(), ArgValue::Text("RMSNorm".into()));
+        fields.extend(more.iter().map(|(name, value)| (name.to_string(), value.clone())));
+        Args(fields)
+    }
+
+    /// What means another model is refused by its name; what says the same in another way is not.
+    #[test]
+    fn other_models_are_refused() {
+        let same =
+            [("rotary_percent", ArgValue::Integer(1)), ("expert_model_parallel_size", ArgValue::Integer(1))];
+        assert_eq!(args(&same).shape(64).unwrap(), args(&[]).shape(64).unwrap());
+        for (name, value) in [
+            ("rotary_percent", ArgValue::Number(0.5)),
+            ("expert_model_parallel_size", ArgValue::Integer(2)),
+            ("num_experts", ArgValue::Integer(8)),
+            ("qk_layernorm", ArgValue::Truth(true)),
+            ("swiglu", ArgValue::Truth(false)),
+            ("normalization", ArgValue::Text("LayerNorm".into())),
+            ("hidden_size", ArgValue::Text("32".into())),
+        ] {
+            let e = args(&[(name, value)]).shape(64).unwrap_err();
+            assert!(e.message.starts_with(name), "{e}");
+        }
     }
 }

@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 
 use tch::Kind;
 
-use super::info_of;
 use crate::checkpoint::source::{RowOrder, TensorBlock, TensorFile, TensorSource, View};
 use crate::checkpoint::unfit::Unfit;
 use crate::config::shape::Shape;
@@ -125,7 +124,7 @@ impl Places {
                 return Err(Error::failed(format!("Megatron's names have no place for `{}`", spec.name)));
             };
             let first = &source.files[self.file(stored.stage, 0)];
-            let Some(name) = stored.names.iter().find(|name| info_of(first.as_ref(), name).is_some()) else {
+            let Some(name) = stored.names.iter().find(|name| first.info(name).is_ok()) else {
                 unfit.missing.push(format!("`{}` is missing", stored.names[0]));
                 continue;
             };

@@ -11,7 +11,7 @@ mod find;
 use std::path::{Path, PathBuf};
 
 use super::pickle::{PickleNode, TensorRef};
-use super::source::{TensorFile, TensorSource};
+use super::source::TensorSource;
 use super::torch_file::TorchReader;
 use crate::config::shape::Shape;
 use crate::error::{Context, Error, Result};
@@ -181,11 +181,6 @@ fn open(path: &Path) -> Result<(TorchReader, RankFile)> {
             false => Ok((tensors, RankFile { args, chunks })),
         }
     })
-}
-
-/// Shape and dtype of a tensor of a file, if it is there.
-fn info_of(file: &dyn TensorFile, name: &str) -> Option<(Vec<i64>, tch::Kind)> {
-    file.info(name).ok()
 }
 
 #[cfg(test)]

@@ -103,6 +103,10 @@ fn rust(texts: &[String]) -> Functions {
         for declaration in all.iter().flat_map(|block| block.split(';')) {
             let Some((_, declaration)) = declaration.split_once("fn ") else { continue };
             let (name, list) = cut(declaration);
+            // What another library defines, such as OpenMP, is in its own header.
+            if !name.starts_with("corral_") {
+                continue;
+            }
             let returned = declaration.rsplit_once("->").map_or("()", |(_, returned)| returned);
             let types = arguments(list).map(|a| in_c(a.split_once(':').expect("NAME: TYPE").1)).collect();
             let twice = found.insert(name.into(), (in_c(returned), types));

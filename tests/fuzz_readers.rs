@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use testing::folder::folder;
-use testing::golden::{fixture, golden};
+use testing::golden::{fixture, golden, golden_megatron};
 use testing::run::data;
 
 use corral::Result;
@@ -239,22 +239,23 @@ fn safetensors_files() {
     );
 }
 
+/// Of a torch file: the pickle, which is the first entry, and the archive's directory.
+fn pickle_and_directory(bytes: &[u8]) -> Vec<std::ops::Range<usize>> {
+    let find = |what: &[u8]| bytes.windows(what.len()).position(|w| w == what).unwrap();
+    let (pickle, directory) = (0..find(b".PK\x07\x08"), find(b"PK\x01\x02")..bytes.len());
+    vec![pickle.clone(), pickle, directory]
+}
+
 #[test]
 fn torch_files() {
     let _alone = alone();
     let dir = folder("torch");
-    // The pickle, which is the first entry, and the archive's directory.
-    let hot = |bytes: &[u8]| {
-        let find = |what: &[u8]| bytes.windows(what.len()).position(|w| w == what).unwrap();
-        let (pickle, directory) = (0..find(b".PK\x07\x08"), find(b"PK\x01\x02")..bytes.len());
-        vec![pickle.clone(), pickle, directory]
-    };
     let seeds =
         ["bin/pytorch_model.bin", "bin_parts/pytorch_model-00001-of-00002.bin", "meta3/consolidated.01.pth"];
     let seeds = seeds
         .iter()
         .enumerate()
-        .map(|(i, from)| seed(dir.join(format!("{i}.bin")), &fixtures().join(from), hot));
+        .map(|(i, from)| seed(dir.join(format!("{i}.bin")), &fixtures().join(from), pickle_and_directory));
     fuzz("torch", seeds.collect(), |_| {}, |path| read_all(&torch_file::TorchReader::open(path)?));
 }
 
@@ -315,6 +316,60 @@ fn configurations_and_indices() {
         }
         let seeds = files.iter().map(|file| seed(dir.join(file), &from.join(file), whole)).collect();
         fuzz(name, seeds, |_| {}, |path| Weights::open(path.parent().unwrap()).map(drop));
+    }
+}
+
+/// A copy of a folder and of those in it.
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap().map(|entry| entry.unwrap().path()) {
+        let to = to.join(entry.file_name().unwrap());
+        match entry.is_dir() {
+            true => copy(&entry, &to),
+            false => drop(fs::copy(&entry, &to).unwrap()),
+        }
+    }
+}
+
+/// Files of ranks, with experts in two tensors a layer and with legacy names, and whole tensors of a distributed checkpoint.
+#[test]
+fn megatron_folders() {
+    let _alone = alone();
+    let models = golden_megatron();
+    let rank = "iter_0000001/mp_rank_00/model_optim_rng.pt";
+    let stage = "iter_0000001/mp_rank_00_000/model_optim_rng.pt";
+    let shared = ["iter_0000001/.metadata", "iter_0000001/common.pt", "iter_0000001/__0_0.distcp"];
+    for (model, checkpoint, files) in [
+        ("llama", "torch-tp1-pp1", &["latest_checkpointed_iteration.txt", rank][..]),
+        ("tied", "torch-tp2-pp2", &[stage]),
+        ("llama", "torch-legacy-tp2-pp2", &[stage]),
+        ("mixtral", "torch-grouped-tp2-pp1", &[rank]),
+        ("bias", "torch_dist-tp2-pp1", &shared),
+        ("mixtral", "torch_dist-tp2-pp2", &shared[..1]),
+    ] {
+        let Some(from) = models.get(model).map(|dir| dir.join(checkpoint)).filter(|dir| dir.exists()) else {
+            println!("{model}/{checkpoint} is not among this golden data");
+            continue;
+        };
+        let dir = folder(&format!("megatron-{model}-{checkpoint}"));
+        copy(&from, &dir);
+        let hot = |bytes: &[u8]| match bytes.starts_with(b"PK") {
+            true => pickle_and_directory(bytes),
+            false => std::iter::once(0..bytes.len()).collect(),
+        };
+        let seeds = files.iter().map(|file| seed(dir.join(file), &from.join(file), hot)).collect();
+        fuzz(
+            &format!("{model}/{checkpoint}"),
+            seeds,
+            |_| {},
+            |_| {
+                let source = Weights::open(&dir)?.into_source()?;
+                for name in source.views.keys() {
+                    source.read(name, 0, &Tensor::zeros([8], (Kind::Float, Device::Cpu)))?;
+                }
+                Ok(())
+            },
+        );
     }
 }
 

@@ -40,7 +40,7 @@ fn convert(
     target: ConvertTarget,
     stored: Option<StoredAs>,
 ) -> corral::Result<ConvertReport> {
-    Conversion::new(Weights::open(from)?, target, stored, Device::Cpu)?.write(to, &AtomicU64::new(0))
+    Conversion::new(Weights::open(from)?, target, stored, None, Device::Cpu)?.write(to, &AtomicU64::new(0))
 }
 
 /// A shape without what only training asks for.

@@ -177,7 +177,7 @@ fn each_rank_holds_its_quarter_of_a_model() {
     load("pytorch_model.bin", &bin, 1, bytes, sum);
     fs::remove_dir_all(&bin).unwrap();
     let target = ConvertTarget::Meta { parts: 4 };
-    let conversion = Conversion::new(Weights::open(&hf).unwrap(), target, None, Device::Cpu).unwrap();
+    let conversion = Conversion::new(Weights::open(&hf).unwrap(), target, None, None, Device::Cpu).unwrap();
     conversion.write(&meta, &AtomicU64::new(0)).unwrap();
     for tensor in [1, 4] {
         load("four parts of Meta's format", &meta, tensor, bytes, sum);

@@ -10,7 +10,7 @@ use corral::distributed::mesh::{Sharding, ShardingPlan};
 use corral::distributed::sharded::{Sharded, TensorSpec};
 use corral::model::{DropoutPlace, Llama, ModelInput, Trainable};
 use corral::plan::memory::{BatchShape, Memory};
-use kernels::counting;
+use kernels::{counting, host};
 use tch::{Device, Kind, Tensor};
 use testing::folder::folder;
 use testing::program::{Program, corral as program};
@@ -128,7 +128,7 @@ fn the_walk_takes_what_a_step_takes() {
                 // without instructions for bfloat16 computes in float32, and takes more.
                 let scratch = match compute {
                     Kind::Float => 1 << 18,
-                    _ if native_bfloat16() => 3 << 19,
+                    _ if host::has_native_bfloat16() => 3 << 19,
                     _ => 5 << 19,
                 };
                 let tolerance = counted / 100 + scratch;
@@ -136,12 +136,6 @@ fn the_walk_takes_what_a_step_takes() {
             }
         }
     }
-}
-
-/// Whether this processor multiplies in bfloat16 itself.
-fn native_bfloat16() -> bool {
-    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    ["avx512_bf16", "amx_bf16"].iter().any(|flag| flags.contains(flag))
 }
 
 /// Real runs: the plan is within a tenth of the peak of the process.

@@ -220,6 +220,13 @@ impl Base {
     /// Of kind Config: names that the model does not have; a model that is new, or that has an adapter, which only goes on
     /// as the same adapter.
     pub fn trainable(&self, freeze: &Freeze, lora: Option<&Lora>) -> Result<Trainable> {
+        if self.shape.features.score_layers {
+            return Err(Error::key(
+                "model",
+                "its scalar head is two layers (ChatLearn's pooler_head): such reward models score (corral score, corral eval, \
+                 reward_model.path), and are not trained; take the model that it was made of",
+            ));
+        }
         let mut trainable = Trainable::with_head(self.shape.head, freeze, lora);
         let plans = trainable.plans(&self.shape)?;
         let partial = lora.is_some() || *freeze != Freeze::default();

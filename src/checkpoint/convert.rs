@@ -10,24 +10,24 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use tch::{Device, Kind, Tensor};
 
 use super::gguf;
-use super::hf::{self, Output, write_tokenizer};
+use super::hf::{self, Output};
 use super::hf_config::SpecialIds;
+use super::megatron::{MegatronForm, MegatronPlan};
 use super::merge::{Merge, Merged};
-use super::meta::{self, PARAMS, TensorCut};
+use super::meta::MetaParts;
 use super::ours::Scoring;
 use super::safetensors::TensorEntry;
-use super::source::{RowOrder, TensorSource};
-use super::torch_file;
+use super::source::TensorSource;
 use super::weights::Weights;
 use crate::config::shape::{Experts, Shape};
+use crate::data::tokenizer::Tokenizer;
 use crate::data::tokenizer::gguf::{GgufLimit, check_same};
-use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
 use crate::distributed::plan::GroupPlan;
 use crate::distributed::sharded::{Layout, Sharded, TensorSpec};
 use crate::error::{Context, Error, Result};
-use crate::files::{AtomicFile, AtomicFolder, write_file};
+use crate::files::{AtomicFile, AtomicFolder};
 use crate::gguf::{GgufDtype, is_gguf};
-use crate::model::layout::{EMBEDDING, LM_HEAD, layouts};
+use crate::model::layout::layouts;
 use crate::model::{Llama, ModelInput};
 
 /// Tokens of the text that logits are compared on.
@@ -46,6 +46,8 @@ pub enum ConvertTarget {
         /// Files `consolidated.NN.pth`, one a rank of Meta's tensor parallelism.
         parts: i64,
     },
+    /// One of Megatron's formats.
+    Megatron(MegatronForm),
     /// A GGUF file.
     Gguf,
 }
@@ -119,26 +121,37 @@ pub struct Conversion {
 
 impl Conversion {
     /// # Errors
-    /// Of kind Config: blocks in another format than GGUF. Of kind Data: what the format cannot express.
+    /// Of kind Config: blocks in another format than GGUF. Of kind Data: what the format cannot express. `tokenizer`: goes along
+    /// instead of the model's own.
     pub fn new(
         weights: Weights,
         target: ConvertTarget,
         stored: Option<StoredAs>,
+        tokenizer: Option<Tokenizer>,
         device: Device,
     ) -> Result<Conversion> {
         let (shape, dir) = (weights.shape().clone(), weights.dir().to_path_buf());
-        if let (Some(StoredAs::Blocks(blocks)), ConvertTarget::Hf { .. } | ConvertTarget::Meta { .. }) =
-            (stored, target)
+        if let Some(StoredAs::Blocks(blocks)) = stored
+            && !matches!(target, ConvertTarget::Gguf)
         {
             return Err(Error::config(format!(
                 "{blocks} is only for --format gguf; other formats have no such blocks"
             )));
         }
+        if shape.features.score_layers {
+            return Err(Error::data(
+                "no format has a place for a scalar head of two layers (ChatLearn's pooler_head); such models are scored where they \
+                 are (corral score, corral eval, reward_model.path)",
+            ));
+        }
         if let ConvertTarget::Meta { .. } = target {
             shape.predicts().map_err(|e| e.context("Meta's format has no place for a scalar head"))?;
         }
         let scoring = weights.scoring()?;
-        let tokenizer = weights.tokenizer_dir()?.map(Tokenizer::load).transpose()?;
+        let tokenizer = match tokenizer {
+            Some(given) => Some(given),
+            None => weights.tokenizer_dir()?.map(Tokenizer::load).transpose()?,
+        };
         let ids = SpecialIds::of_folder(weights.dirs()[weights.dirs().len() - 1])?;
         let (merge, source) = match weights {
             Weights::Adapted(model) if model.adapter.trainable().lora.is_some() => {
@@ -150,7 +163,7 @@ impl Conversion {
         };
         let plan = match target {
             ConvertTarget::Gguf => Some(Rc::new(gguf::Plan::new(&shape, &source, stored)?)),
-            ConvertTarget::Hf { .. } | ConvertTarget::Meta { .. } => None,
+            _ => None,
         };
         let source = Rc::new(source);
         Ok(Conversion { shape, source, merge, dir, ids, tokenizer, scoring, target, stored, plan, device })
@@ -186,6 +199,7 @@ impl Conversion {
         let mut begun = match self.target {
             ConvertTarget::Hf { max_shard_size } => self.write_hf(to, max_shard_size, done)?,
             ConvertTarget::Meta { parts } => self.write_meta(to, parts, done)?,
+            ConvertTarget::Megatron(form) => self.write_megatron(to, form, done)?,
             ConvertTarget::Gguf => self.write_gguf(to, done)?,
         };
         let report = self.verify(&mut begun, done).with_context(|| {
@@ -247,64 +261,16 @@ impl Conversion {
     }
 
     fn write_meta(&self, to: &Path, parts: i64, done: &AtomicU64) -> Result<Begun> {
-        let (shape, source) = (&self.shape, &self.source);
-        // A tied output projection has a copy of its own there.
-        let untied = Shape { tie_word_embeddings: false, ..shape.clone() };
-        let params = meta::write_params(&untied)?;
-        meta::check_parts(shape, parts)?;
-        let ours = |name: &str| {
-            name == PARAMS
-                || (name.starts_with("consolidated.") && name.ends_with(".pth"))
-                || is_tokenizer_file(name)
-        };
-        let tensors = layouts(&untied)
-            .into_iter()
-            .flat_map(|l| l.specs)
-            .map(|spec| {
-                let tied = shape.tie_word_embeddings && spec.name == LM_HEAD;
-                let from = if tied { EMBEDDING.to_string() } else { spec.name.clone() };
-                let named = meta::named(&spec.name).ok_or_else(|| {
-                    Error::failed(format!("Meta's format has no place for `{}`", spec.name))
-                })?;
-                let cut = match named.cut {
-                    TensorCut::Embedding if meta::is_llama3(shape) => TensorCut::Rows,
-                    TensorCut::Embedding => TensorCut::Columns,
-                    cut => cut,
-                };
-                let mut shape = spec.shape;
-                match cut {
-                    TensorCut::Columns => shape[1] /= parts,
-                    TensorCut::Rows => shape[0] /= parts,
-                    TensorCut::Copy | TensorCut::Embedding => {}
-                }
-                let kind = self.stored.and_then(StoredAs::kind).unwrap_or(source.view(&from)?.kind);
-                Ok((TensorEntry { name: named.name, kind, shape }, from, cut, named.rotary))
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let parts = MetaParts::new(&self.shape, parts, self.stored.and_then(StoredAs::kind))?;
+        let (folder, copied) = parts.write(to, &self.source, self.tokenizer.as_ref(), done)?;
+        Ok(Begun { unnamed: Unnamed::Folder(folder), copied, num_files: parts.count(), loss: None })
+    }
 
-        let folder = AtomicFolder::create(to, ours)?;
-        let temp = folder.temporary();
-        write_file(&temp.join(PARAMS), format!("{params}\n").as_bytes())?;
-        let copied = self.tokenizer.as_ref().map_or(Ok(Vec::new()), |t| write_tokenizer(t, temp))?;
-        let copied = copied.into_iter().map(|(name, ..)| name).collect();
-        let entries: Vec<TensorEntry> = tensors.iter().map(|(entry, ..)| entry.clone()).collect();
-        let mut files = (0..parts as usize)
-            .map(|i| torch_file::TorchWriter::create(&temp.join(meta::part_name(i)), &entries))
-            .collect::<Result<Vec<_>>>()?;
-        for (entry, from, cut, rotary) in &tensors {
-            let whole = source.tensor(from)?;
-            for (i, file) in files.iter_mut().enumerate() {
-                let part = match cut {
-                    TensorCut::Rows => whole.f_narrow(0, i as i64 * entry.shape[0], entry.shape[0])?,
-                    TensorCut::Columns => whole.f_narrow(1, i as i64 * entry.shape[1], entry.shape[1])?,
-                    TensorCut::Copy | TensorCut::Embedding => whole.shallow_clone(),
-                };
-                file.write(&if *rotary { to_meta_order(&part, shape.head_dim)? } else { part })?;
-            }
-            done.fetch_add(entry.bytes() * parts as u64, Relaxed);
-        }
-        files.into_iter().try_for_each(torch_file::TorchWriter::finish)?;
-        Ok(Begun { unnamed: Unnamed::Folder(folder), copied, num_files: parts as usize, loss: None })
+    fn write_megatron(&self, to: &Path, form: MegatronForm, done: &AtomicU64) -> Result<Begun> {
+        let kind = self.stored.and_then(StoredAs::kind);
+        let plan = MegatronPlan::new(&self.shape, &self.source, form, kind)?;
+        let (folder, copied) = plan.write(to, &self.source, self.tokenizer.as_ref(), done)?;
+        Ok(Begun { unnamed: Unnamed::Folder(folder), copied, num_files: plan.num_files(), loss: None })
     }
 
     /// Reads back what was written, and compares shape, every tensor and the logits.
@@ -325,6 +291,10 @@ impl Conversion {
                 tie_word_embeddings: shape.tie_word_embeddings || read.tie_word_embeddings,
                 ..shape.clone()
             },
+            // A family is known there by what it has alone.
+            ConvertTarget::Megatron(_) => {
+                Shape { family: read.family, max_window_layers: read.max_window_layers, ..shape.clone() }
+            }
             // A Mistral without a window is a Llama there, too; what only training asks for is not said.
             ConvertTarget::Gguf => Shape {
                 family: read.family,
@@ -435,14 +405,6 @@ pub(super) fn most_common(entries: &[TensorEntry]) -> Kind {
     kinds.into_iter().max_by_key(|kind| bytes(*kind)).unwrap_or(Kind::Float)
 }
 
-/// The rows of whole heads [H D, C] in Meta's order.
-pub(super) fn to_meta_order(t: &Tensor, head_dim: i64) -> Result<Tensor> {
-    let (order, rows) = (RowOrder::MetaRotary { head_dim }, t.size()[0]);
-    let mut from = vec![0; rows as usize];
-    (0..rows).for_each(|row| from[order.row(row) as usize] = row);
-    Ok(t.f_index_select(0, &Tensor::from_slice(&from))?)
-}
-
 /// Whether two tensors have the same dtype, shape and bits.
 fn same_bytes(a: &Tensor, b: &Tensor) -> Result<bool> {
     let bits = match a.kind().elt_size_in_bytes() {
@@ -466,6 +428,19 @@ pub(super) fn logits(
     tensor: impl Fn(&TensorSpec) -> Result<Tensor> + 'static,
     device: Device,
 ) -> Result<Tensor> {
+    let time = TOKENS.min(shape.max_position_embeddings);
+    let ids: Vec<i64> = (0..time).map(|i| (i + 1) * 7919 % shape.vocab_size).collect();
+    logits_of(shape, groups, tensor, device, &ids)
+}
+
+/// [`logits`] of these tokens.
+pub(super) fn logits_of(
+    shape: &Shape,
+    groups: impl IntoIterator<Item = impl Into<GroupPlan>>,
+    tensor: impl Fn(&TensorSpec) -> Result<Tensor> + 'static,
+    device: Device,
+    ids: &[i64],
+) -> Result<Tensor> {
     let load = move |layout: &Layout| -> Result<Tensor> {
         let flat = Tensor::f_empty([layout.numel], (Kind::Float, Device::Cpu))?;
         for spec in &layout.specs {
@@ -475,8 +450,7 @@ pub(super) fn logits(
     };
     let params = Sharded::on_demand(groups, Kind::Float, device, load);
     let mut model = Llama::new(shape.clone(), params);
-    let time = TOKENS.min(shape.max_position_embeddings);
-    let ids: Vec<i64> = (0..time).map(|i| (i + 1) * 7919 % shape.vocab_size).collect();
-    let hidden = model.hidden(&ModelInput::new(Tensor::from_slice(&ids).view([1, time])))?;
+    let time = ids.len() as i64;
+    let hidden = model.hidden(&ModelInput::new(Tensor::from_slice(ids).view([1, time])))?;
     Ok(model.next_token_logits(&hidden)?.f_to_device(Device::Cpu)?)
 }

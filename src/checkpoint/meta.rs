@@ -10,17 +10,20 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use super::hf_config::read_object;
 use super::source::{RowOrder, TensorBlock, TensorFile, TensorSource, View};
 use super::torch_file::TorchReader;
 use super::unfit::{Unfit, common_prefix};
-use crate::config::Setting;
 use crate::config::shape::{Family, Head, Llama3RopeScaling, Shape};
 use crate::error::{Context, Error, Result};
 use crate::files::read_error;
 use crate::model::layout::{EMBEDDING, FINAL_NORM, LM_HEAD, layouts};
+
+mod write;
+
+pub(super) use write::MetaParts;
 
 pub(super) const PARAMS: &str = "params.json";
 
@@ -49,7 +52,7 @@ const LLAMA_3_THETA: f64 = 500000.0;
 
 /// Where a tensor is cut into parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum TensorCut {
+enum TensorCut {
     Rows,
     Columns,
     /// In every part whole.
@@ -59,15 +62,15 @@ pub(super) enum TensorCut {
 }
 
 /// A tensor of the model in Meta's files.
-pub(super) struct MetaTensor {
-    pub name: String,
-    pub cut: TensorCut,
+struct MetaTensor {
+    name: String,
+    cut: TensorCut,
     /// Whether its rows are rotated pairs.
-    pub rotary: bool,
+    rotary: bool,
 }
 
 /// Meta's name for a tensor of the model; none where the format has no place for it.
-pub(super) fn named(model_name: &str) -> Option<MetaTensor> {
+fn named(model_name: &str) -> Option<MetaTensor> {
     let (name, cut) = match model_name {
         EMBEDDING => ("tok_embeddings.weight".to_string(), TensorCut::Embedding),
         FINAL_NORM => ("norm.weight".to_string(), TensorCut::Copy),
@@ -179,7 +182,7 @@ fn open_parts(dir: &Path) -> Result<Vec<Box<dyn TensorFile>>> {
 }
 
 /// The file of a model-parallel part.
-pub(super) fn part_name(part: usize) -> String {
+fn part_name(part: usize) -> String {
     format!("consolidated.{part:02}.pth")
 }
 
@@ -400,109 +403,10 @@ fn find(files: &[Box<dyn TensorFile>], named: &MetaTensor, shape: &[i64], head_d
     Ok(View { shape: shape.to_vec(), kind: *kind, width, blocks })
 }
 
-/// Whether Meta's programs would take a model for a Llama 3, and cut its embeddings along the vocabulary.
-pub(super) fn is_llama3(s: &Shape) -> bool {
-    s.rope_scaling.is_some() || s.rope_theta == LLAMA_3_THETA || s.vocab_size >= 128_000
-}
-
-/// The `params.json` of a model. An error (kind Data) says what Meta's format cannot express.
-pub(super) fn write_params(s: &Shape) -> Result<Value> {
-    let refused = |what: String| Err(Error::data(format!("Meta's format cannot express this model: {what}")));
-    for spec in layouts(s).iter().flat_map(|l| &l.specs) {
-        if named(&spec.name).is_none() {
-            return refused(format!("it has no place for `{}`", spec.name));
-        }
-    }
-    if let Some(window) = s.sliding_window {
-        return refused(format!("a sliding window (of {window} positions)"));
-    }
-    if s.head_dim * s.num_attention_heads != s.hidden_size {
-        return refused(format!(
-            "heads of {} channels; there they have hidden_size / num_attention_heads ({} / {})",
-            s.head_dim, s.hidden_size, s.num_attention_heads
-        ));
-    }
-    if s.features.rope_linear_factor.is_some() {
-        return refused("rope_scaling of type linear".into());
-    }
-    let fixed = rope_scaling(s.hidden_size);
-    if let Some(scaling) = s.rope_scaling.as_ref().filter(|scaling| **scaling != fixed) {
-        return refused(format!(
-            "rope_scaling is {}; Meta's programs have constants, for a hidden_size of {} {}",
-            scaling.write(),
-            s.hidden_size,
-            fixed.write()
-        ));
-    }
-    let (multiple_of, multiplier) = ffn_rule(s.hidden_size, s.intermediate_size);
-    let mut params = Map::new();
-    params.insert("dim".into(), json!(s.hidden_size));
-    params.insert("n_layers".into(), json!(s.num_hidden_layers));
-    params.insert("n_heads".into(), json!(s.num_attention_heads));
-    if is_llama3(s) || s.num_key_value_heads != s.num_attention_heads {
-        params.insert("n_kv_heads".into(), json!(s.num_key_value_heads));
-    }
-    params.insert("vocab_size".into(), json!(s.vocab_size));
-    params.insert("multiple_of".into(), json!(multiple_of));
-    if let Some(multiplier) = multiplier {
-        params.insert("ffn_dim_multiplier".into(), json!(multiplier));
-    }
-    params.insert("norm_eps".into(), json!(s.rms_norm_eps));
-    // Programs of Llama 1 and 2 do not know the key.
-    if is_llama3(s) || s.rope_theta != 10000.0 {
-        params.insert("rope_theta".into(), json!(s.rope_theta));
-    }
-    if s.rope_scaling.is_some() {
-        params.insert("use_scaled_rope".into(), json!(true));
-    }
-    Ok(Value::Object(params))
-}
-
-/// `multiple_of` and `ffn_dim_multiplier` that give this size: those of a published model if they do.
-fn ffn_rule(dim: i64, size: i64) -> (i64, Option<f64>) {
-    for multiplier in [None, Some(1.3), Some(1.5)] {
-        for multiple_of in [256, 1024, 4096] {
-            if ffn_size(dim, multiplier, multiple_of) == size {
-                return (multiple_of, multiplier);
-            }
-        }
-    }
-    let multiple_of = 1 << size.trailing_zeros().min(8);
-    match ffn_size(dim, None, multiple_of) == size {
-        true => (multiple_of, None),
-        // Half a channel more, so that rounding down does not lose one.
-        false => (multiple_of, Some((size as f64 + 0.5) / (8 * dim / 3) as f64)),
-    }
-}
-
-/// Refuses a number of parts that does not divide what is cut.
-pub(super) fn check_parts(s: &Shape, parts: i64) -> Result<()> {
-    let embedding = match is_llama3(s) {
-        true => ("vocab_size", s.vocab_size),
-        false => ("hidden_size", s.hidden_size),
-    };
-    let cut = [
-        ("num_attention_heads", s.num_attention_heads),
-        ("num_key_value_heads", s.num_key_value_heads),
-        ("intermediate_size", s.intermediate_size),
-        ("vocab_size", s.vocab_size),
-        embedding,
-    ];
-    match cut.iter().find(|(_, n)| n % parts != 0) {
-        None => Ok(()),
-        Some((name, n)) => {
-            let fit = |parts: &i64| cut.iter().all(|(_, n)| n % parts == 0);
-            let fitting: Vec<String> = (1..=64).filter(fit).map(|n| n.to_string()).collect();
-            Err(Error::config(format!(
-                "--model-parallel {parts}: {name} ({n}) is not divisible by it; {} would do",
-                fitting.join(", ")
-            )))
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -522,61 +426,6 @@ mod tests {
         for (dim, multiplier, multiple_of, size) in published {
             assert_eq!(ffn_size(dim, multiplier, multiple_of), size, "{dim}");
         }
-    }
-
-    #[test]
-    fn any_feed_forward_size_can_be_said() {
-        for dim in [6, 64, 288, 512, 2048, 4096, 5120, 8192] {
-            for size in (1..2000).chain([11008, 13824, 14336, 28672, 28671]) {
-                let (multiple_of, multiplier) = ffn_rule(dim, size);
-                assert_eq!(
-                    ffn_size(dim, multiplier, multiple_of),
-                    size,
-                    "{dim} {multiplier:?} {multiple_of}"
-                );
-            }
-        }
-    }
-
-    #[test]
-    fn shapes_survive_params() {
-        let base = Shape::preset("llama-1b").unwrap();
-        let small = Shape::preset("llama-15m").unwrap();
-        let llama2 = Shape {
-            hidden_size: 8192,
-            head_dim: 128,
-            num_attention_heads: 64,
-            num_key_value_heads: 8,
-            intermediate_size: 28672,
-            max_position_embeddings: 4096,
-            ..small.clone()
-        };
-        for s in [base, Shape { max_position_embeddings: 4096, ..small }, llama2] {
-            let params = write_params(&s).unwrap();
-            let read = shape_of(params.as_object().unwrap(), s.vocab_size, s.intermediate_size).unwrap();
-            assert_eq!(read, Shape { tie_word_embeddings: false, ..s });
-        }
-    }
-
-    #[test]
-    fn what_meta_cannot_express_is_refused() {
-        let base = Shape { max_position_embeddings: 4096, ..Shape::preset("llama-1b").unwrap() };
-        let linear = Llama3RopeScaling { factor: 4.0, ..base.rope_scaling.clone().unwrap() };
-        let cases = [
-            (Shape { head_dim: 128, ..base.clone() }, "heads of 128 channels"),
-            (Shape { rope_scaling: Some(linear), ..base.clone() }, "rope_scaling is {\"factor\":4.0"),
-            // The factor of a model of this size is 32, so that 3.1's would be read as another.
-            (Shape { rope_scaling: Some(rope_scaling(8192)), ..base.clone() }, "\"factor\":8.0"),
-        ];
-        for (shape, part) in cases {
-            let e = write_params(&shape).unwrap_err();
-            assert!(e.message.contains(part) && e.exit_code() == 3, "{e}");
-        }
-        let e = check_parts(&base, 3).unwrap_err();
-        assert!(
-            e.message.ends_with("num_attention_heads (32) is not divisible by it; 1, 2, 4, 8 would do"),
-            "{e}"
-        );
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Models and the state of a training run on disk: safetensors, torch and GGUF files, folders of Hugging Face's and Meta's
-//! format, sharded checkpoints.
+//! Models and the state of a training run on disk: safetensors, torch and GGUF files, folders of Hugging Face's, Meta's and
+//! Megatron's formats, sharded checkpoints.
 
 mod best;
 pub mod convert;
@@ -38,6 +38,8 @@ pub(crate) use best::{Best, Metric};
 pub(crate) use hf::{Export, export};
 pub(crate) use hf_config::read_object;
 pub(crate) use manifest::BaseMeta;
+pub use megatron::MegatronForm;
+pub(crate) use megatron::{MegatronModel, is_megatron};
 pub(crate) use model_record::ModelRecord;
 pub(crate) use named::{locate, locate_tokenizer};
 pub(crate) use ours::{Measured, Scoring};

@@ -33,9 +33,9 @@ pub enum ModelFolder {
 }
 
 impl ModelFolder {
-    /// Finds the model that `path` names: a Hugging Face folder, a GGUF file or a folder with one, an adapter in PEFT's format, a folder in Meta's or Megatron's format, a
-    /// checkpoint, a name that `corral get` fetched, a hub id that the local hub cache holds, or a run's folder: its `model/`, else its best checkpoint where
-    /// the run keeps that, else its newest, which is told in one line.
+    /// Finds the model that `path` names: a Hugging Face folder, a GGUF file or a folder with one, an adapter in PEFT's format, a folder
+    /// in Meta's or Megatron's format, a checkpoint, a name that `corral get` fetched, a hub id that the local hub cache holds, or a
+    /// run's folder: its `model/`, else its best checkpoint where the run keeps that, else its newest, which is told in one line.
     ///
     /// # Errors
     /// Of kind Data: there is no such folder, or no model or several in it; the newest checkpoint is damaged.
@@ -47,6 +47,10 @@ impl ModelFolder {
         }
         if is_file(&path.join(META))? {
             return Ok(ModelFolder::Checkpoint(found));
+        }
+        // Before others: a config.json may lie there for the sake of the tokenizer.
+        if is_megatron(path)? {
+            return Ok(ModelFolder::Megatron(found));
         }
         for dir in [path.to_path_buf(), path.join("model")] {
             if is_file(&dir.join(peft::CONFIG))? {
@@ -64,9 +68,6 @@ impl ModelFolder {
         }
         if is_file(&path.join(PARAMS))? {
             return Ok(ModelFolder::Meta(found));
-        }
-        if is_megatron(path)? {
-            return Ok(ModelFolder::Megatron(found));
         }
         let models = if is_dir(path)? { models_in(path)? } else { Vec::new() };
         if let [only] = models.as_slice() {

@@ -10,8 +10,8 @@ mod write;
 
 use tch::Kind;
 
-use machine::{Object, PickleMachine, PickleValue, clean};
-pub use write::write_state_dict;
+use machine::{Object, PickleGlobal, PickleMachine, PickleValue, clean};
+pub use write::Pickled;
 
 /// A tensor's place in a storage, as the pickle says it; not checked against the storage.
 #[derive(Debug, Clone, PartialEq)]
@@ -139,6 +139,34 @@ impl<'p> PickleNode<'p> {
     /// The last value under this key of a dictionary.
     pub fn get(self, key: &str) -> Option<PickleNode<'p>> {
         self.entries().filter(|(k, _)| k.text() == Some(key)).last().map(|(_, value)| value)
+    }
+
+    /// The items of a tuple or a list; none of anything else.
+    pub fn items(self) -> impl Iterator<Item = PickleNode<'p>> {
+        let items: &'p [PickleValue<'p>] = match self.object() {
+            Some(Object::Tuple(items) | Object::List(items)) => items,
+            _ => &[],
+        };
+        items.iter().map(move |item| self.at(*item))
+    }
+
+    /// Module and name of a foreign class or function, or of the class of a foreign object.
+    pub fn foreign_name(self) -> Option<(&'p str, &'p str)> {
+        let class = match (self.value, self.object()) {
+            (PickleValue::Global(PickleGlobal::Foreign(class)), _) => class,
+            (_, Some(Object::Instance { class, .. })) => *class,
+            _ => return None,
+        };
+        self.pickle.names.get(class as usize).copied()
+    }
+
+    /// What a foreign object was made of: the arguments of its class.
+    pub fn args(self) -> impl Iterator<Item = PickleNode<'p>> {
+        let args = match self.object() {
+            Some(Object::Instance { args: Some(args), .. }) => PickleValue::Object(*args),
+            _ => PickleValue::None,
+        };
+        self.at(args).items()
     }
 
     /// The state of a foreign object: mostly a dictionary of its fields.

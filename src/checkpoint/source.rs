@@ -100,6 +100,14 @@ impl RowOrder {
             }
         }
     }
+
+    /// Rows of whole heads of the model [H D, C], as the file has them.
+    pub fn of_file(self, t: &Tensor) -> Result<Tensor> {
+        let rows = t.size()[0];
+        let mut from = vec![0; rows as usize];
+        (0..rows).for_each(|row| from[self.row(row) as usize] = row);
+        Ok(t.f_index_select(0, &Tensor::from_slice(&from))?)
+    }
 }
 
 /// A rectangle of a tensor of the model, and where its elements lie in a tensor of a file.

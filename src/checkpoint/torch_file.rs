@@ -3,16 +3,17 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
-use std::io::{BufReader, Write as _};
+use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use tch::{Kind, Tensor};
 use zip::result::ZipError;
 use zip::write::{SimpleFileOptions, StreamWriter, ZipWriter};
 use zip::{CompressionMethod, ZipArchive};
 
-use super::pickle::{self, Foreign, Pickle, PickleNode, TensorRef};
+use super::pickle::{self, Foreign, Pickle, PickleNode, Pickled, TensorRef};
 use super::safetensors::TensorEntry;
 use super::source::{TensorFile, for_chunks};
 use crate::content::unusable;
@@ -38,13 +39,42 @@ struct StorageSpan {
 /// A torch file whose tensors were checked: every element lies within its storage, every storage within the file.
 pub struct TorchReader {
     path: PathBuf,
-    file: File,
+    file: Arc<File>,
     names: Vec<String>,
     places: HashMap<String, StorageSpan>,
 }
 
-/// First byte and length of an entry of the archive.
+/// First byte and length of a part of a file.
 type ByteRange = (u64, u64);
+
+/// A part of a file, read as a file of its own.
+struct SubFile {
+    file: Arc<File>,
+    start: u64,
+    len: u64,
+    at: u64,
+}
+
+impl Read for SubFile {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        let left = self.len.saturating_sub(self.at).min(to.len() as u64);
+        let n = self.file.read_at(&mut to[..left as usize], self.start + self.at)?;
+        self.at += n as u64;
+        Ok(n)
+    }
+}
+
+impl Seek for SubFile {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let at = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::End(by) => self.len.checked_add_signed(by),
+            SeekFrom::Current(by) => self.at.checked_add_signed(by),
+        };
+        self.at = at.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.at)
+    }
+}
 
 impl TorchReader {
     /// Opens the file, reads its pickle and checks what it says against the archive.
@@ -70,9 +100,37 @@ impl TorchReader {
         read_pickle: impl FnOnce(&[u8]) -> Result<(Vec<(String, TensorRef)>, T), String>,
     ) -> Result<(TorchReader, T)> {
         let file = File::open(path).map_err(|e| read_error(path, &e))?;
+        let len = file.metadata().map_err(|e| read_error(path, &e))?.len();
+        TorchReader::open_part(path, SubFile { file: Arc::new(file), start: 0, len, at: 0 }, read_pickle)
+    }
+
+    /// [`TorchReader::open_with`] of a part of the open file `path`: `len` bytes from `start` on are a file of their own.
+    pub fn of_part<T>(
+        path: &Path,
+        file: Arc<File>,
+        (start, len): ByteRange,
+        find: impl FnOnce(PickleNode) -> Result<(Vec<(String, TensorRef)>, T), String>,
+    ) -> Result<(TorchReader, T)> {
+        let size = file.metadata().map_err(|e| read_error(path, &e))?.len();
+        if start.checked_add(len).is_none_or(|end| end > size) {
+            return Err(Error::data(format!(
+                "{}: it has {size} bytes; {len} from byte {start} on belong to a tensor: get it again",
+                path.display()
+            )));
+        }
+        let part = SubFile { file, start, len, at: 0 };
+        TorchReader::open_part(path, part, |pickle| find(Pickle::read(pickle, Foreign::Kept)?.top()))
+    }
+
+    fn open_part<T>(
+        path: &Path,
+        part: SubFile,
+        read_pickle: impl FnOnce(&[u8]) -> Result<(Vec<(String, TensorRef)>, T), String>,
+    ) -> Result<(TorchReader, T)> {
+        let file = part.file.clone();
         let damaged = |what: String| Error::data(format!("{}: {what}", path.display()));
         let mut magic = [0; OLD_MAGIC.len()];
-        let len = file.read_at(&mut magic, 0).map_err(|e| read_error(path, &e))?;
+        let len = file.read_at(&mut magic, part.start).map_err(|e| read_error(path, &e))?;
         if magic == OLD_MAGIC {
             return Err(damaged(
                 "in the format of torch before version 1.6, which is not supported; load it with Python's torch.load and save \
@@ -85,7 +143,7 @@ impl TorchReader {
             return Err(unusable(path, e));
         }
         let entries =
-            entries(&file).map_err(|e| damaged(format!("{e}; the file is damaged: get it again")))?;
+            entries(part).map_err(|e| damaged(format!("{e}; the file is damaged: get it again")))?;
         let mut pickles = entries.keys().filter_map(|name| name.strip_suffix("data.pkl"));
         let prefix = match (pickles.next(), pickles.next()) {
             (Some(prefix), None) if prefix.is_empty() || prefix.ends_with('/') => prefix,
@@ -138,13 +196,13 @@ impl TorchReader {
 }
 
 /// The entries of the archive by name, after checking that they lie within the file, as they are, and apart.
-fn entries(file: &File) -> Result<HashMap<String, ByteRange>, String> {
+fn entries(part: SubFile) -> Result<HashMap<String, ByteRange>, String> {
     let describe = |e: ZipError| e.to_string();
-    let mut archive = ZipArchive::new(BufReader::new(file)).map_err(describe)?;
+    let (first, size) = (part.start, part.len);
+    let mut archive = ZipArchive::new(BufReader::new(part)).map_err(describe)?;
     if archive.has_overlapping_entries().map_err(describe)? {
         return Err("entries of the archive overlap".into());
     }
-    let size = file.metadata().map_err(|e| e.to_string())?.len();
     let mut entries = HashMap::with_capacity(archive.len());
     for i in 0..archive.len() {
         let entry = archive.by_index_raw(i).map_err(describe)?;
@@ -159,7 +217,7 @@ fn entries(file: &File) -> Result<HashMap<String, ByteRange>, String> {
         if start.checked_add(entry.size()).is_none_or(|end| end > size) {
             return Err(format!("entry `{name}` ends beyond the end of the file"));
         }
-        entries.insert(name, (start, entry.size()));
+        entries.insert(name, (first + start, entry.size()));
     }
     Ok(entries)
 }
@@ -272,9 +330,9 @@ impl TensorFile for TorchReader {
 
 /// Writes a torch file tensor by tensor, under a temporary name until it is complete and on the disk. Python reads it with
 /// `torch.load(weights_only=True)`, also with `mmap=True`.
-pub struct TorchWriter {
+pub struct TorchWriter<W: Write = AtomicFile> {
     path: PathBuf,
-    zip: ZipWriter<StreamWriter<AtomicFile>>,
+    zip: ZipWriter<StreamWriter<W>>,
     /// The folder in the archive: the file's name, as torch has it.
     prefix: String,
     missing: VecDeque<TensorEntry>,
@@ -285,16 +343,39 @@ pub struct TorchWriter {
 impl TorchWriter {
     /// Starts a file with a dictionary of `entries`, whose values must follow in this order.
     pub fn create(path: &Path, entries: &[TensorEntry]) -> Result<TorchWriter> {
-        let described = entries.iter().map(|e| (e.name.as_str(), e.kind, e.shape.as_slice()));
-        let pickle = pickle::write_state_dict(described)
-            .map_err(|e| Error::failed(format!("{}: {e}", path.display())))?;
+        let tensor = |e: &TensorEntry| Pickled::Tensor { kind: e.kind, shape: e.shape.clone() };
+        let state_dict = Pickled::dict(entries.iter().map(|e| (e.name.as_str(), tensor(e))));
+        TorchWriter::create_with(path, &state_dict, entries)
+    }
+
+    /// Starts a file with any value, whose tensors are `entries` in this order.
+    pub fn create_with(path: &Path, value: &Pickled, entries: &[TensorEntry]) -> Result<TorchWriter> {
         let prefix = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        TorchWriter::begin(path, &prefix, AtomicFile::create(path)?, value, entries)
+    }
+
+    /// Brings the file to the disk and gives it its name.
+    pub fn finish(self) -> Result<()> {
+        self.end()?.commit()
+    }
+}
+
+impl<W: Write> TorchWriter<W> {
+    /// Starts the bytes of a file in `out`, which belongs to the file `path`; `prefix`: the folder in the archive.
+    pub fn begin(
+        path: &Path,
+        prefix: &str,
+        out: W,
+        value: &Pickled,
+        entries: &[TensorEntry],
+    ) -> Result<TorchWriter<W>> {
+        let pickle = value.write().map_err(|e| Error::failed(format!("{}: {e}", path.display())))?;
         let mut crc = crc32fast::Hasher::new();
         crc.update(&pickle);
         let mut writer = TorchWriter {
             path: path.to_path_buf(),
-            zip: ZipWriter::new_stream(AtomicFile::create(path)?),
-            prefix,
+            zip: ZipWriter::new_stream(out),
+            prefix: prefix.to_string(),
             missing: entries.iter().cloned().collect(),
             written: 0,
             crc,
@@ -333,8 +414,8 @@ impl TorchWriter {
         })
     }
 
-    /// Brings the file to the disk and gives it its name.
-    pub fn finish(mut self) -> Result<()> {
+    /// Ends the archive.
+    pub fn end(mut self) -> Result<W> {
         if let Some(entry) = self.missing.front() {
             return Err(Error::failed(format!("{}: `{}` was not written", self.path.display(), entry.name)));
         }
@@ -343,7 +424,7 @@ impl TorchWriter {
         let id = format!("{:020}{:020}", self.written, self.crc.clone().finalize());
         self.entry(".data/serialization_id", id.as_bytes())?;
         let out = self.zip.finish().map_err(|e| cannot_write(&self.path, e))?;
-        out.into_inner().commit()
+        Ok(out.into_inner())
     }
 }
 

@@ -54,10 +54,17 @@ pub struct Adapted {
 impl Weights {
     /// Opens the model that `path` names (see [`ModelFolder::find`]). Reads headers only.
     pub fn open(path: &Path) -> Result<Weights> {
+        Weights::open_for(path, None)
+    }
+
+    /// [`Weights::open`] for a tokenizer of so many tokens, which tells where a padded vocabulary of Megatron's ends.
+    pub fn open_for(path: &Path, tokenizer: Option<usize>) -> Result<Weights> {
         let adapter = match ModelFolder::find(path)? {
             ModelFolder::Hf(dir) => return Ok(Weights::Hf(HfModel::load(&dir)?)),
             ModelFolder::Meta(dir) => return Ok(Weights::Meta(MetaModel::load(&dir)?)),
-            ModelFolder::Megatron(dir) => return Ok(Weights::Megatron(Box::new(MegatronModel::load(&dir)?))),
+            ModelFolder::Megatron(dir) => {
+                return Ok(Weights::Megatron(Box::new(MegatronModel::load(&dir, tokenizer)?)));
+            }
             ModelFolder::Gguf(file) => return Ok(Weights::Gguf(GgufModel::load(&file)?)),
             ModelFolder::Adapter(dir) => PeftAdapter::open(&dir)?,
             ModelFolder::Checkpoint(dir) => {

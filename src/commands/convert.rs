@@ -7,9 +7,10 @@ use clap::ValueEnum;
 use tch::{Device, Kind};
 
 use crate::checkpoint::convert::{Conversion, ConvertTarget, StoredAs};
-use crate::checkpoint::{PeftAdapter, Weights};
+use crate::checkpoint::{MegatronForm, PeftAdapter, Weights};
 use crate::commands::check::size;
 use crate::commands::merge;
+use crate::data::tokenizer::Tokenizer;
 use crate::data::tokenizer::gguf::GgufLimit;
 use crate::error::{Error, Result};
 use crate::gguf;
@@ -33,6 +34,21 @@ pub struct Args {
     /// Model-parallel parts, with --format meta [default: 1]
     #[arg(long, value_name = "N", aliases = ["shards", "parts", "tp"], value_parser = clap::value_parser!(i64).range(1..=100))]
     model_parallel: Option<i64>,
+    /// Ranks of tensor parallelism, with --format megatron or megatron-dist [default: 1]
+    #[arg(long, value_name = "T", alias = "target-tensor-parallel-size", value_parser = clap::value_parser!(i64).range(1..=1024))]
+    tensor: Option<i64>,
+    /// Stages of pipeline parallelism, with --format megatron or megatron-dist [default: 1]
+    #[arg(long, value_name = "P", alias = "target-pipeline-parallel-size", value_parser = clap::value_parser!(i64).range(1..=1024))]
+    pipeline: Option<i64>,
+    /// Pad the vocabulary to a multiple of this times --tensor, with --format megatron or megatron-dist [default: not padded]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..=1 << 20))]
+    make_vocab_size_divisible_by: Option<i64>,
+    /// Whose layers give the tensors their names, with --format megatron or megatron-dist [default: local]
+    #[arg(long, value_enum, value_name = "WHOSE")]
+    transformer_impl: Option<TransformerImpl>,
+    /// A tokenizer that goes along instead of the model's own; a padded vocabulary of Megatron's is cut to its size
+    #[arg(long, value_name = "DIR")]
+    tokenizer: Option<PathBuf>,
     /// Dtype of the tensors; the last three are for --format gguf only: blocks of 32 numbers share a scale [default: each
     /// unchanged, block formats as float32]
     #[arg(long, value_enum)]
@@ -48,10 +64,24 @@ enum TargetFormat {
     Hf,
     /// Meta: params.json and consolidated.NN.pth
     Meta,
+    /// Megatron: a file for each rank (--ckpt-format torch)
+    Megatron,
+    /// Megatron: whole tensors, for any ranks (--ckpt-format torch_dist)
+    MegatronDist,
     /// llama.cpp: one GGUF file
     Gguf,
     /// PEFT: adapter_config.json and adapter_model.safetensors, of an adapter alone
     Peft,
+}
+
+/// Megatron's argument of this name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum TransformerImpl {
+    /// Megatron's own layers
+    Local,
+    /// Transformer Engine's, Megatron's default
+    #[value(name = "transformer_engine")]
+    TransformerEngine,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -105,31 +135,26 @@ impl As {
 
 /// Converts, compares the result with the model, and prints what was written.
 pub fn run(args: Args, device: Device) -> Result<()> {
-    let target = match (args.format, args.model_parallel, args.max_shard_size) {
-        (TargetFormat::Hf | TargetFormat::Peft | TargetFormat::Gguf, Some(_), _) => {
-            return Err(Error::config(
-                "--model-parallel goes with --format meta: other formats have no parts",
-            ));
+    fitting(&args)?;
+    let target = match args.format {
+        TargetFormat::Peft => return adapter(&args),
+        TargetFormat::Hf => {
+            ConvertTarget::Hf { max_shard_size: args.max_shard_size.unwrap_or(5_000_000_000) }
         }
-        (TargetFormat::Meta, _, Some(_)) => {
-            return Err(Error::config(
-                "--max-shard-size goes with --format hf; the files of Meta's format are its model-parallel parts",
-            ));
-        }
-        (TargetFormat::Peft, _, Some(_)) => {
-            return Err(Error::config("--max-shard-size goes with --format hf; an adapter is one file"));
-        }
-        (TargetFormat::Gguf, _, Some(_)) => {
-            return Err(Error::config("--max-shard-size goes with --format hf; a GGUF model is one file"));
-        }
-        (TargetFormat::Gguf, None, None) => ConvertTarget::Gguf,
-        (TargetFormat::Peft, None, None) => return adapter(&args),
-        (TargetFormat::Hf, None, most) => ConvertTarget::Hf { max_shard_size: most.unwrap_or(5_000_000_000) },
-        (TargetFormat::Meta, parts, None) => ConvertTarget::Meta { parts: parts.unwrap_or(1) },
+        TargetFormat::Meta => ConvertTarget::Meta { parts: args.model_parallel.unwrap_or(1) },
+        TargetFormat::Gguf => ConvertTarget::Gguf,
+        TargetFormat::Megatron | TargetFormat::MegatronDist => ConvertTarget::Megatron(MegatronForm {
+            shared: args.format == TargetFormat::MegatronDist,
+            tensor: args.tensor.unwrap_or(1),
+            pipeline: args.pipeline.unwrap_or(1),
+            vocab_multiple: args.make_vocab_size_divisible_by,
+            engine: args.transformer_impl == Some(TransformerImpl::TransformerEngine),
+        }),
     };
-    let weights = Weights::open(&args.from)?;
+    let tokenizer = args.tokenizer.as_ref().map(Tokenizer::load).transpose()?;
+    let weights = Weights::open_for(&args.from, tokenizer.as_ref().map(Tokenizer::vocab_size))?;
     let from = weights.dirs().last().map_or_else(|| args.from.clone(), |dir| dir.to_path_buf());
-    let conversion = Conversion::new(weights, target, args.dtype.map(As::stored), device)?;
+    let conversion = Conversion::new(weights, target, args.dtype.map(As::stored), tokenizer, device)?;
     let (total, done) = (2 * conversion.bytes()?, Arc::default());
     let to = match target {
         ConvertTarget::Gguf if !gguf::is_gguf(&args.to) => args.to.join("model.gguf"),
@@ -183,6 +208,37 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     }
     if args.format == TargetFormat::Meta && !report.copied.iter().any(|name| name == "tokenizer.model") {
         warn!("{} has no tokenizer.model, which Meta's own programs need", args.from.display());
+    }
+    Ok(())
+}
+
+/// Refuses options that do not go with the format.
+fn fitting(args: &Args) -> Result<()> {
+    use TargetFormat::{Gguf, Hf, Megatron, MegatronDist, Meta, Peft};
+    let megatron = [Megatron, MegatronDist];
+    let options: [(&str, bool, &[TargetFormat]); 7] = [
+        ("--model-parallel", args.model_parallel.is_some(), &[Meta]),
+        ("--max-shard-size", args.max_shard_size.is_some(), &[Hf]),
+        ("--tensor", args.tensor.is_some(), &megatron),
+        ("--pipeline", args.pipeline.is_some(), &megatron),
+        ("--make-vocab-size-divisible-by", args.make_vocab_size_divisible_by.is_some(), &megatron),
+        ("--transformer-impl", args.transformer_impl.is_some(), &megatron),
+        ("--tokenizer", args.tokenizer.is_some(), &[Hf, Meta, Gguf, Megatron, MegatronDist]),
+    ];
+    let name = |format: &TargetFormat| {
+        format.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string())
+    };
+    for (option, given, formats) in options {
+        if given && !formats.contains(&args.format) {
+            let hint = match (option, args.format) {
+                ("--model-parallel", Megatron | MegatronDist) => "; Megatron's ranks are --tensor",
+                ("--tensor", Meta) => "; Meta's parts are --model-parallel",
+                (_, Peft) => "; an adapter is one file, and has no tokenizer",
+                _ => "",
+            };
+            let formats: Vec<String> = formats.iter().map(name).collect();
+            return Err(Error::config(format!("{option} goes with --format {}{hint}", formats.join(" or "))));
+        }
     }
     Ok(())
 }

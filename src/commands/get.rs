@@ -66,6 +66,7 @@ pub fn run(args: Args, device: Device) -> Result<()> {
         Weights::open(&gguf)?,
         ConvertTarget::Hf { max_shard_size: 5_000_000_000 },
         None,
+        None,
         device,
     )?;
     let (total, done) = (2 * conversion.bytes()?, Arc::default());

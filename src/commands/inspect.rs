@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::check::size;
-use crate::checkpoint::locate;
 use crate::checkpoint::manifest::META;
+use crate::checkpoint::{is_megatron, locate};
 use crate::data::tokenizer::folder_has_tokenizer;
 use crate::error::{Error, Result};
 use crate::files::{is_dir, read_error};
@@ -23,7 +23,7 @@ use crate::telemetry::console::grouped;
 /// `corral inspect`
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Folder of a model, adapter, checkpoint, run, tokenizer or of token shards; a file of tensors (.safetensors, .gguf, .pth,
+    /// Folder of a model (Hugging Face's, Meta's or Megatron's format), adapter, checkpoint, run, tokenizer or of token shards; a file of tensors (.safetensors, .gguf, .pth,
     /// .bin) or tokens; a name that `corral get` fetched, or a hub id that the local hub cache holds
     path: PathBuf,
     /// Print one JSON object
@@ -211,6 +211,7 @@ fn inspect(path: &Path, depth: Depth) -> Result<InspectReport> {
     let any = |start: &str, end: &str| names.iter().any(|n| n.starts_with(start) && n.ends_with(end));
     Ok(match () {
         () if has(META) || any("shard-", ".safetensors") => model::checkpoint(path, depth)?,
+        () if is_megatron(path)? => model::megatron(path, depth),
         () if has("adapter_config.json") || has("adapter_model.safetensors") => model::adapter(path, depth),
         () if has("config.yaml") || has("checkpoints") || has("metrics.jsonl") => run::run(path, depth)?,
         () if has("config.json")
@@ -230,8 +231,8 @@ fn inspect(path: &Path, depth: Depth) -> Result<InspectReport> {
 
 fn unknown(path: &Path) -> Error {
     Error::data(format!(
-        "{}: not recognized; a model has config.json or params.json, an adapter adapter_config.json, a checkpoint \
-         {}, a run config.yaml, a tokenizer tokenizer.json, token shards shard-*.tokens, and single files end in \
+        "{}: not recognized; a model has config.json, params.json or latest_checkpointed_iteration.txt, an adapter \
+         adapter_config.json, a checkpoint {}, a run config.yaml, a tokenizer tokenizer.json, token shards shard-*.tokens, and single files end in \
          .safetensors, .gguf, .pth, .bin or .tokens, or are a trace.jsonl",
         path.display(),
         META

@@ -17,7 +17,7 @@ use crate::warn;
 /// `corral merge`
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The model that the adapter is for: a Hugging Face folder, a GGUF file, a folder in Meta's format, a run's folder, or a checkpoint
+    /// The model that the adapter is for: a Hugging Face folder, a GGUF file, a folder in Meta's or Megatron's format, a run's folder, or a checkpoint
     /// [default: the one that the adapter names]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,

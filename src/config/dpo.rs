@@ -104,7 +104,7 @@ choice! {
 section! {
     /// A frozen model.
     pub struct ReferencePath {
-        /// Hugging Face folder, run folder, checkpoint of a run, adapter, or Meta folder.
+        /// Hugging Face folder, run folder, checkpoint of a run, adapter, or folder in Meta's or Megatron's format.
         path: PathBuf => Path;
     }
 }

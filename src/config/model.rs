@@ -25,7 +25,7 @@ pub enum Model {
 section! {
     /// Where the model comes from: exactly one of these.
     pub struct ModelKeys {
-        /// Weights to start from: Hugging Face folder, folder in Meta's format, GGUF file, a name that `corral get` fetched, run
+        /// Weights to start from: Hugging Face folder, folder in Meta's or Megatron's format, GGUF file, a name that `corral get` fetched, run
         /// folder (its `model/`, else best or newest checkpoint), checkpoint, adapter, or a hub id that the local Hugging Face
         /// cache holds (nothing is downloaded).
         path: Option<PathBuf> = None => Path;

@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorClass};
 section! {
     /// A model that is trained.
     pub struct Trained {
-        /// Hugging Face folder, run folder, checkpoint of a run, adapter, or Meta folder.
+        /// Hugging Face folder, run folder, checkpoint of a run, adapter, or folder in Meta's or Megatron's format.
         path: PathBuf => Path;
         /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: the command's device.
         device: Option<String> = None => Rounding;
@@ -64,7 +64,7 @@ impl Critic {
 section! {
     /// A frozen model, for inference only.
     pub struct FrozenModel {
-        /// Hugging Face folder, run folder, checkpoint of a run, adapter, or Meta folder.
+        /// Hugging Face folder, run folder, checkpoint of a run, adapter, or folder in Meta's or Megatron's format.
         path: PathBuf => Path;
         /// `cpu`, `cuda` (the local rank's GPU) or `cuda:N`. Default: the command's device.
         device: Option<String> = None => Rounding;

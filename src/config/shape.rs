@@ -108,6 +108,9 @@ pub struct Features {
     /// The rotary base of blocks with a window, without scaling; none: that of all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rope_local_theta: Option<f64>,
+    /// The scalar head is two layers with a bias each, and a ReLU between them: reward models of ChatLearn.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub score_layers: bool,
     /// f: rotary positions are divided by f (`rope_scaling` of type `linear`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rope_linear_factor: Option<f64>,
@@ -398,7 +401,12 @@ impl Shape {
             vectors += (self.num_attention_heads + 2 * self.num_key_value_heads) * d;
         }
         vectors += self.qk_norm_sizes().map_or(0, |sizes| sizes.iter().sum());
-        let head = if self.tie_word_embeddings { 0 } else { self.head_rows() * c };
+        let head = match self.tie_word_embeddings {
+            true => 0,
+            // C + 1 rows, each with a bias.
+            false if self.features.score_layers => (c + 1) * (c + 1),
+            false => self.head_rows() * c,
+        };
         self.vocab_size * c + head + self.num_hidden_layers * (attention + mlp + vectors) + c
     }
 

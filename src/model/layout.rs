@@ -33,12 +33,21 @@ pub const LM_HEAD: &str = "lm_head.weight";
 /// The scalar head, as transformers' sequence classification with one label has it.
 pub const SCORE: &str = "score.weight";
 
+/// A scalar head of two layers: weights [C, C] and [1, C], and biases `[C]` and `[1]`.
+pub const SCORE_LAYERS: [&str; 4] =
+    ["score.dense1.weight", "score.dense2.weight", "score.dense1.bias", "score.dense2.bias"];
+
 /// The layouts of all groups, in the order of the forward.
 pub fn layouts(s: &Shape) -> Vec<Layout> {
     let mut groups =
         vec![Layout::new("embedding", vec![(EMBEDDING.into(), vec![s.vocab_size, s.hidden_size])])];
     groups.extend((0..s.num_hidden_layers).map(|i| block(s, i)));
-    if !s.tie_word_embeddings {
+    if s.head == Head::Score && s.features.score_layers {
+        let c = s.hidden_size;
+        let shapes = [vec![c, c], vec![1, c], vec![c], vec![1]];
+        let tensors = SCORE_LAYERS.into_iter().map(String::from).zip(shapes);
+        groups.push(Layout::new("head", tensors.collect()));
+    } else if !s.tie_word_embeddings {
         let name = match s.head {
             Head::Lm => LM_HEAD,
             Head::Score => SCORE,

@@ -1,6 +1,6 @@
 //! Golden data (tests/golden/README.md) and fixtures (tests/fixtures).
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -43,13 +43,18 @@ pub fn golden_model(family: &str) -> PathBuf {
     }
 }
 
-/// Checkpoints that megatron-core wrote: where a root of golden data has none, those beside the tests serve.
-pub fn golden_megatron(model: &str) -> PathBuf {
-    let dir = golden().join("megatron").join(model);
-    match dir.exists() {
-        true => dir,
-        false => repository().join("tests/golden/megatron").join(model),
+/// Models in checkpoints that megatron-core wrote, by their names. Of a model that a root of golden data does not have, the one
+/// beside the tests serves.
+pub fn golden_megatron() -> BTreeMap<String, PathBuf> {
+    let mut found = BTreeMap::new();
+    for root in [repository().join("tests/golden"), golden()] {
+        for model in std::fs::read_dir(root.join("megatron")).into_iter().flatten().flatten() {
+            if model.path().join("hf").is_dir() {
+                found.insert(model.file_name().to_string_lossy().into_owned(), model.path());
+            }
+        }
     }
+    found
 }
 
 /// A JSON file of the golden data's folder `algo`.

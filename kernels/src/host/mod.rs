@@ -30,6 +30,12 @@ pub fn tune_allocator(alone: bool) -> Result<()> {
     check(unsafe { corral_allocate_by_malloc() })
 }
 
+/// Whether this processor has instructions for products in bfloat16.
+pub fn has_native_bfloat16() -> bool {
+    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    ["avx512_bf16", "amx_bf16"].iter().any(|flag| flags.contains(flag))
+}
+
 /// From now on what this thread computes with libtorch it computes alone.
 pub fn use_one_thread_here() {
     unsafe extern "C" {

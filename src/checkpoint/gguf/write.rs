@@ -9,9 +9,9 @@ use tch::{Kind, Tensor};
 use super::names::{self, OUTPUT, ROPE_FREQS, TOKEN_EMBEDDING};
 use super::quants::{dequantize, quantize};
 use super::shape;
-use crate::checkpoint::convert::{StoredAs, to_meta_order};
+use crate::checkpoint::convert::StoredAs;
 use crate::checkpoint::families;
-use crate::checkpoint::source::{TensorSource, for_chunks};
+use crate::checkpoint::source::{RowOrder, TensorSource, for_chunks};
 use crate::config::shape::Shape;
 use crate::data::tokenizer::{Tokenizer, gguf};
 use crate::error::{Error, Result};
@@ -166,7 +166,8 @@ impl Plan {
             writer.tensor(|put| {
                 for name in &planned.from {
                     let t = source.tensor(name)?;
-                    let t = if planned.rotary { to_meta_order(&t, self.shape.head_dim)? } else { t };
+                    let order = RowOrder::MetaRotary { head_dim: self.shape.head_dim };
+                    let t = if planned.rotary { order.of_file(&t)? } else { t };
                     let t = if planned.plus_one { add_one(&t)? } else { t };
                     match kind(planned.dtype) {
                         Some(kind) => for_chunks(&t, kind, &mut *put)?,

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use super::names::VocabRows;
 use crate::checkpoint::pickle::PickleNode;
-use crate::config::shape::{Family, Head, Llama3RopeScaling, Shape};
+use crate::config::shape::{Experts, Family, Head, Llama3RopeScaling, Shape};
 use crate::error::{Error, Result};
 
 /// A value of an argument.
@@ -14,6 +15,8 @@ enum ArgValue {
     Number(f64),
     Truth(bool),
     Text(String),
+    /// A tuple or a list of them.
+    Integers(Vec<i64>),
     /// What else it is, such as an object of a class.
     Other(String),
 }
@@ -25,6 +28,7 @@ impl std::fmt::Display for ArgValue {
             ArgValue::Integer(i) => i.fmt(f),
             ArgValue::Number(x) => x.fmt(f),
             ArgValue::Truth(b) => f.write_str(if *b { "True" } else { "False" }),
+            ArgValue::Integers(integers) => write!(f, "{integers:?}"),
             ArgValue::Text(text) | ArgValue::Other(text) => f.write_str(text),
         }
     }
@@ -37,13 +41,17 @@ pub(super) struct Args(BTreeMap<String, ArgValue>);
 impl Args {
     /// Of an `argparse.Namespace`; none of anything else.
     pub fn read(args: PickleNode) -> Option<Args> {
+        let integers = |node: PickleNode| {
+            let integers: Option<Vec<i64>> = node.items().map(PickleNode::integer).collect();
+            integers.filter(|integers| !integers.is_empty() && integers.len() <= 8)
+        };
         let value = |node: PickleNode| match (node.integer(), node.number(), node.truth(), node.text()) {
             _ if node.is_none() => ArgValue::None,
             (Some(i), ..) => ArgValue::Integer(i),
             (_, Some(x), ..) => ArgValue::Number(x),
             (_, _, Some(b), _) => ArgValue::Truth(b),
             (.., Some(text)) => ArgValue::Text(text.into()),
-            _ => ArgValue::Other(node.describe()),
+            _ => integers(node).map_or_else(|| ArgValue::Other(node.describe()), ArgValue::Integers),
         };
         let fields = args.state()?.entries();
         Some(Args(fields.filter_map(|(key, node)| Some((key.text()?.to_string(), value(node)))).collect()))
@@ -93,31 +101,120 @@ impl Args {
         }
     }
 
-    /// The shape of the model; `vocab_size`: the rows of its embedding, padding included.
-    pub fn shape(&self, vocab_size: i64) -> Result<Shape> {
-        let truth = ArgValue::Truth;
-        self.only("swiglu", truth(true), true)?;
-        self.only("normalization", ArgValue::Text("RMSNorm".into()), true)?;
-        self.only("position_embedding_type", ArgValue::Text("rope".into()), false)?;
-        let rotated = self.number("rotary_percent", 1.0)?;
-        if rotated != 1.0 {
-            return Err(Error::data(format!("rotary_percent is {rotated}: only models with 1 are read")));
-        }
+    /// Refuses ranks that divide a model otherwise than tensor parallelism does.
+    pub fn divided_by_tensor_alone(&self) -> Result<()> {
         self.only("expert_model_parallel_size", ArgValue::Integer(1), false)?;
+        let tensor = self.integer("tensor_model_parallel_size", None)?;
+        self.only("expert_tensor_parallel_size", ArgValue::Integer(tensor), false)
+    }
+
+    /// The size of the vocabulary without padding, of which the tensors have `rows`: the one that is stated, else the tokenizer's, if
+    /// padding it gives these rows, else all of them.
+    pub fn vocab_size(&self, rows: VocabRows, tokenizer: Option<usize>) -> Result<i64> {
+        let least = rows.embedding.min(rows.head);
+        // This tokenizer adds a token of its own to the size that is stated.
+        let stated = self.get("tokenizer_type") != Some(&ArgValue::Text("NullTokenizer".into()));
+        if stated && self.get("vocab_size").is_some() {
+            let size = self.integer("vocab_size", None)?;
+            return match (1..=least).contains(&size) {
+                true => Ok(size),
+                false => Err(Error::data(format!("vocab_size is {size}; the embedding has {least} rows"))),
+            };
+        }
+        let ranks = self.integer("tensor_model_parallel_size", Some(1))?;
+        let multiple = self.integer("make_vocab_size_divisible_by", Some(128))?.saturating_mul(ranks);
+        let padded = |size: i64| (size + multiple - 1) / multiple * multiple;
+        let tokenizer = tokenizer.and_then(|size| i64::try_from(size).ok());
+        let padded_to_rows = |size: &i64| multiple >= 1 && *size <= least && padded(*size) == rows.embedding;
+        Ok(tokenizer.filter(padded_to_rows).unwrap_or(least))
+    }
+
+    /// Refuses what computes something else than the models that are read here.
+    fn known_mathematics(&self) -> Result<()> {
+        let (truth, text) = (ArgValue::Truth, |text: &str| ArgValue::Text(text.into()));
+        self.only("swiglu", truth(true), true)?;
+        self.only("normalization", text("RMSNorm"), true)?;
+        self.only("position_embedding_type", text("rope"), false)?;
+        for name in ["rotary_percent", "rotary_seq_len_interpolation_factor"] {
+            let x = self.number(name, 1.0)?;
+            if x != 1.0 {
+                return Err(Error::data(format!("{name} is {x}: only models with 1 are read")));
+            }
+        }
+        self.only("add_bias_linear", truth(false), true)?;
         for name in [
-            "add_bias_linear",
             "apply_layernorm_1p",
             "rotary_interleaved",
-            "qk_layernorm",
+            "qk_l2_norm",
             "multi_latent_attention",
+            "attention_output_gate",
+            "is_hybrid_model",
         ] {
-            self.only(name, truth(false), name == "add_bias_linear")?;
+            self.only(name, truth(false), false)?;
         }
-        for name in ["num_experts", "window_size", "mtp_num_layers", "rotary_scaling_factor"] {
+        self.only("softmax_type", text("vanilla"), false)?;
+        for name in [
+            "mtp_num_layers",
+            "no_rope_freq",
+            "window_attn_skip_freq",
+            "heterogeneous_layers_config_path",
+            "linear_attention_freq",
+            "experimental_attention_variant",
+        ] {
             if let Some(value) = self.get(name) {
                 return Err(Error::data(format!("{name} is {value}: such models are not read")));
             }
         }
+        Ok(())
+    }
+
+    /// The experts of a mixture, and the width of one.
+    fn experts(&self) -> Result<Option<(Experts, i64)>> {
+        let Some(count) = self.get("num_experts").map(|_| self.integer("num_experts", None)).transpose()?
+        else {
+            return Ok(None);
+        };
+        let (truth, text) = (ArgValue::Truth, |text: &str| ArgValue::Text(text.into()));
+        self.only("moe_router_pre_softmax", truth(false), false)?;
+        self.only("moe_router_score_function", text("softmax"), false)?;
+        self.only("moe_router_enable_expert_bias", truth(false), false)?;
+        self.only("moe_layer_freq", ArgValue::Integer(1), false)?;
+        for name in [
+            "moe_shared_expert_intermediate_size",
+            "moe_router_topk_scaling_factor",
+            "moe_router_num_groups",
+            "moe_latent_size",
+        ] {
+            if let Some(value) = self.get(name) {
+                return Err(Error::data(format!("{name} is {value}: such mixtures are not read")));
+            }
+        }
+        let experts = Experts {
+            num_local_experts: count,
+            num_experts_per_tok: self.integer("moe_router_topk", Some(2))?,
+            router_aux_loss_coef: self.number("moe_aux_loss_coeff", 0.0)?,
+        };
+        let width = self.integer("ffn_hidden_size", Some(0))?;
+        Ok(Some((experts, self.integer("moe_ffn_hidden_size", Some(width))?)))
+    }
+
+    /// Positions that a position sees, itself included: Megatron says how many to the left and to the right are seen besides.
+    fn sliding_window(&self) -> Result<Option<i64>> {
+        match self.get("window_size") {
+            None => Ok(None),
+            Some(ArgValue::Integers(sides)) if sides.len() == 2 && sides[0] >= 0 && sides[1] == 0 => {
+                Ok(Some(sides[0].saturating_add(1)))
+            }
+            Some(ArgValue::Integers(sides)) if sides == &[-1, 0] => Ok(None),
+            Some(other) => {
+                Err(Error::data(format!("window_size is {other}; a causal window (left, 0) is read")))
+            }
+        }
+    }
+
+    /// The shape of the model with a vocabulary of this size.
+    pub fn shape(&self, vocab_size: i64) -> Result<Shape> {
+        self.known_mathematics()?;
         let (hidden_size, heads) =
             (self.integer("hidden_size", None)?, self.integer("num_attention_heads", None)?);
         let kv_heads = match self.truth("group_query_attention", false)? {
@@ -136,27 +233,45 @@ impl Args {
             high_freq_factor: 4.0,
             original_max_position_embeddings: 8192,
         };
-        let bias = self.truth("add_qkv_bias", false)?;
-        let family = if bias { Family::Qwen2 } else { Family::Llama };
+        let (experts, bias, qk_norm) =
+            (self.experts()?, self.truth("add_qkv_bias", false)?, self.truth("qk_layernorm", false)?);
+        let sliding_window = self.sliding_window()?;
+        let family = match (&experts, bias, qk_norm, sliding_window) {
+            (Some(_), false, false, _) => Family::Mixtral,
+            (None, true, false, _) => Family::Qwen2,
+            (None, false, true, _) => Family::Qwen3,
+            (None, false, false, Some(_)) => Family::Mistral,
+            (None, false, false, None) => Family::Llama,
+            _ => {
+                return Err(Error::data(
+                    "a model with two of num_experts, add_qkv_bias and qk_layernorm is not read",
+                ));
+            }
+        };
+        let (experts, intermediate_size) = match experts {
+            Some((experts, width)) => (Some(experts), width),
+            None => (None, self.integer("ffn_hidden_size", None)?),
+        };
+        let eps = self.number("layernorm_epsilon", 1e-5)?;
         let shape = Shape {
             family,
             head: Head::Lm,
             vocab_size,
             hidden_size,
-            intermediate_size: self.integer("ffn_hidden_size", None)?,
+            intermediate_size,
             num_hidden_layers: self.integer("num_layers", None)?,
             num_attention_heads: heads,
             num_key_value_heads: kv_heads,
             head_dim: self.integer("kv_channels", Some(hidden_size / heads))?,
             max_position_embeddings: self.integer("max_position_embeddings", None)?,
-            rms_norm_eps: self.number("norm_epsilon", 1e-5)?,
+            rms_norm_eps: self.number("norm_epsilon", eps)?,
             rope_theta: self.number("rotary_base", 10000.0)?,
             rope_scaling: scaled.then_some(rope_scaling),
             tie_word_embeddings: !self.truth("untie_embeddings_and_output_weights", false)?,
             initializer_range: self.number("init_method_std", 0.02)?,
-            sliding_window: None,
+            sliding_window,
             max_window_layers: 0,
-            experts: None,
+            experts,
             features: family.features(),
         };
         shape.check().map_err(|e| Error::data(e.message))?;
@@ -188,20 +303,63 @@ mod tests {
     /// What means another model is refused by its name; what says the same in another way is not.
     #[test]
     fn other_models_are_refused() {
-        let same =
-            [("rotary_percent", ArgValue::Integer(1)), ("expert_model_parallel_size", ArgValue::Integer(1))];
+        let same = [
+            ("rotary_percent", ArgValue::Integer(1)),
+            ("rotary_scaling_factor", ArgValue::Number(1.0)),
+            ("window_size", ArgValue::Integers(vec![-1, 0])),
+        ];
         assert_eq!(args(&same).shape(64).unwrap(), args(&[]).shape(64).unwrap());
+        let (truth, integer) = (ArgValue::Truth, ArgValue::Integer);
         for (name, value) in [
             ("rotary_percent", ArgValue::Number(0.5)),
-            ("expert_model_parallel_size", ArgValue::Integer(2)),
-            ("num_experts", ArgValue::Integer(8)),
-            ("qk_layernorm", ArgValue::Truth(true)),
-            ("swiglu", ArgValue::Truth(false)),
+            ("qk_l2_norm", truth(true)),
+            ("swiglu", truth(false)),
             ("normalization", ArgValue::Text("LayerNorm".into())),
             ("hidden_size", ArgValue::Text("32".into())),
+            ("window_size", ArgValue::Integers(vec![4, 4])),
+            ("mtp_num_layers", integer(1)),
+            ("no_rope_freq", integer(4)),
         ] {
             let e = args(&[(name, value)]).shape(64).unwrap_err();
             assert!(e.message.starts_with(name), "{e}");
         }
+        let experts = ("num_experts", integer(8));
+        for (name, value) in [
+            ("moe_router_pre_softmax", truth(true)),
+            ("moe_shared_expert_intermediate_size", integer(16)),
+            ("moe_layer_freq", integer(2)),
+        ] {
+            let e = args(&[experts.clone(), (name, value)]).shape(64).unwrap_err();
+            assert!(e.message.starts_with(name), "{e}");
+        }
+        let e = args(&[experts, ("add_qkv_bias", truth(true))]).shape(64).unwrap_err();
+        assert!(e.message.contains("add_qkv_bias"), "{e}");
+        for (name, value) in
+            [("expert_model_parallel_size", integer(2)), ("expert_tensor_parallel_size", integer(2))]
+        {
+            let args = args(&[("tensor_model_parallel_size", integer(1)), (name, value)]);
+            assert!(args.divided_by_tensor_alone().unwrap_err().message.starts_with(name));
+        }
+    }
+
+    /// Padding is cut where its size is known: by a statement, or by a tokenizer that explains it.
+    #[test]
+    fn padding_is_cut_where_it_is_known() {
+        let rows = VocabRows { embedding: 256, head: 256 };
+        let size = |more: &[(&str, ArgValue)], tokenizer| args(more).vocab_size(rows, tokenizer).unwrap();
+        assert_eq!(size(&[], None), 256);
+        assert_eq!(size(&[], Some(200)), 200, "200 is padded to 256, two times 128");
+        assert_eq!(size(&[], Some(100)), 256, "100 would be padded to 128");
+        assert_eq!(size(&[], Some(300)), 256, "a tokenizer may have more than the model");
+        let two = ("tensor_model_parallel_size", ArgValue::Integer(2));
+        assert_eq!(size(std::slice::from_ref(&two), Some(100)), 100, "by two ranks to 256");
+        let stated = ("vocab_size", ArgValue::Integer(250));
+        assert_eq!(size(std::slice::from_ref(&stated), Some(200)), 250);
+        let null = ("tokenizer_type", ArgValue::Text("NullTokenizer".into()));
+        assert_eq!(size(&[stated, null], None), 256, "it adds a token to the size that is stated");
+        let unpadded = VocabRows { embedding: 256, head: 250 };
+        assert_eq!(args(&[]).vocab_size(unpadded, None).unwrap(), 250);
+        let large = args(&[("vocab_size", ArgValue::Integer(300))]);
+        assert!(large.vocab_size(rows, None).unwrap_err().message.starts_with("vocab_size is 300"));
     }
 }

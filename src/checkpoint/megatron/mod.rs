@@ -1,56 +1,68 @@
-//! Models in Megatron's `torch` format, with the names of its core: a folder with `latest_checkpointed_iteration.txt`, and in its
-//! `iter_0000001` or `release` a file for each rank, `mp_rank_TT[_PPP]/model_optim_rng.pt`.
+//! Models in Megatron's formats: a folder with `latest_checkpointed_iteration.txt`, whose `iter_0000001` or `release` has a file for
+//! each rank, `mp_rank_TT[_PPP]/model_optim_rng.pt` (the format `torch`), or whole tensors in the files of a distributed checkpoint
+//! (`torch_dist`).
+//!
+//! [`names`] lists Megatron's tensors and the rows of the model's that they consist of; [`ranks`] and [`shared`] say where a format
+//! has them. Rows of q, k and v lie by key-value group (its queries, its key, its value), those of gate and up one above the other.
 //!
 //! A file is a pickle of whatever Megatron had in hand; of classes that are foreign here only names and fields are read, and none of
-//! their code runs. Rows of q, k and v lie by key-value group (its queries, its key, its value), those of gate and up one above the other
-//! on every rank; o and down are cut by columns.
+//! their code runs.
 
 mod args;
 mod find;
+mod grouped;
+mod legacy;
+mod names;
+mod namespace;
+mod ranks;
+mod shared;
+mod shared_write;
+mod write;
 
 use std::path::{Path, PathBuf};
 
-use super::pickle::{PickleNode, TensorRef};
-use super::source::TensorSource;
-use super::torch_file::TorchReader;
-use crate::config::shape::Shape;
+use super::source::{TensorFile, TensorSource};
+use crate::config::shape::{Head, Shape};
+use crate::data::tokenizer::{Tokenizer, folder_has_tokenizer};
 use crate::error::{Context, Error, Result};
 use crate::files::{exists, is_dir, read_error};
 
 use args::Args;
+use find::Rectangle;
+use names::{CoreTensor, POOLER_HEAD, StageHolder, VocabRows, core_tensors};
+use ranks::{RankFiles, rank_folder};
+use shared::{METADATA, SharedTensors};
+pub use write::MegatronForm;
+pub(super) use write::MegatronPlan;
+
+/// The open files of a checkpoint.
+type OpenFiles = Vec<Box<dyn TensorFile>>;
 
 /// What names the newest checkpoint of a folder.
 const TRACKER: &str = "latest_checkpointed_iteration.txt";
 
-/// A rank's file.
-const FILE: &str = "model_optim_rng.pt";
+/// The iteration of a model that is written: of the first, as Megatron's own converter says, since older readers refuse 0.
+const WRITTEN_ITERATION: i64 = 1;
 
 /// A model in Megatron's format, checked and ready to be read.
 pub struct MegatronModel {
     dir: PathBuf,
+    /// The iteration's folder.
+    iteration: PathBuf,
+    /// Whether it is in the format `torch_dist`.
+    shared: bool,
+    /// Ranks of tensor parallelism and stages that saved it.
+    ranks: [i64; 2],
     shape: Shape,
     source: TensorSource,
 }
 
-/// What a rank's file says besides its tensors.
-struct RankFile {
-    args: Args,
-    /// `model`, or with a virtual pipeline `model0`, `model1`, ...
-    chunks: Vec<String>,
-}
-
 /// Whether there is a folder of Megatron's.
-pub(super) fn is_megatron(path: &Path) -> Result<bool> {
+pub(crate) fn is_megatron(path: &Path) -> Result<bool> {
     Ok(exists(&path.join(TRACKER))?
+        || exists(&path.join(METADATA))?
         || is_dir(&rank_folder(path, 0, None))?
         || is_dir(&rank_folder(path, 0, Some(0)))?)
-}
-
-fn rank_folder(iteration: &Path, tensor: i64, stage: Option<i64>) -> PathBuf {
-    iteration.join(match stage {
-        None => format!("mp_rank_{tensor:02}"),
-        Some(stage) => format!("mp_rank_{tensor:02}_{stage:03}"),
-    })
 }
 
 /// The folder of the newest iteration.
@@ -76,55 +88,133 @@ fn iteration(dir: &Path) -> Result<PathBuf> {
     }
 }
 
+/// How a checkpoint keeps its tensors.
+enum MegatronFormat {
+    Ranks(RankFiles),
+    Shared(SharedTensors),
+}
+
+impl MegatronFormat {
+    fn open(iteration: &Path) -> Result<(MegatronFormat, OpenFiles, Args)> {
+        if exists(&iteration.join(METADATA))? {
+            let (shared, files, args) = SharedTensors::open(iteration)?;
+            return Ok((MegatronFormat::Shared(shared), files, args));
+        }
+        let (ranks, files, args) = RankFiles::open(iteration)?;
+        Ok((MegatronFormat::Ranks(ranks), files, args))
+    }
+
+    fn rows(&self, files: &[Box<dyn TensorFile>], holder: StageHolder, name: &str) -> Option<i64> {
+        match self {
+            MegatronFormat::Ranks(ranks) => ranks.rows(files, holder, name),
+            MegatronFormat::Shared(shared) => shared.rows(name),
+        }
+    }
+
+    /// Rows of the embedding and of the output projection, which are its own again where there is none.
+    fn padded_rows(&self, files: &[Box<dyn TensorFile>]) -> Result<VocabRows> {
+        let name = "embedding.word_embeddings.weight";
+        let embedding = self.rows(files, StageHolder::First, name);
+        let embedding = embedding.ok_or_else(|| Error::data(format!("`{name}` is missing")))?;
+        let head = self.rows(files, StageHolder::Last, "output_layer.weight").unwrap_or(embedding);
+        Ok(VocabRows { embedding, head })
+    }
+
+    fn locate(&self, files: &[Box<dyn TensorFile>], tensor: &CoreTensor) -> Result<Option<Vec<Rectangle>>> {
+        match self {
+            MegatronFormat::Ranks(ranks) => ranks.locate(files, tensor),
+            MegatronFormat::Shared(shared) => shared.locate(tensor),
+        }
+    }
+
+    /// Tensors that are none of these; `again`: the last stage may have an output projection besides.
+    fn others(&self, files: &[Box<dyn TensorFile>], tensors: &[CoreTensor], again: bool) -> Vec<String> {
+        let mut others = match self {
+            MegatronFormat::Ranks(ranks) => ranks.others(files, tensors),
+            MegatronFormat::Shared(shared) => shared.others(tensors),
+        };
+        others.retain(|name| !(again && name.ends_with("output_layer.weight")));
+        others
+    }
+}
+
+/// Refuses a shape with more parameters than the files have elements, before anything is made for each of its parts.
+fn fits_files(shape: &Shape, files: &[Box<dyn TensorFile>]) -> Result<()> {
+    let mut elements = 0i64;
+    for file in files {
+        for name in file.names() {
+            let numel = file.info(&name).map_or(0, |(shape, _)| shape.iter().product());
+            elements = elements.saturating_add(numel);
+        }
+    }
+    let heads = shape.num_attention_heads.saturating_add(shape.num_key_value_heads);
+    let experts = shape.experts.as_ref().map_or(1, |experts| experts.num_local_experts);
+    let of_layer = [shape.intermediate_size.saturating_mul(experts), heads.saturating_mul(shape.head_dim)];
+    let of_layer = of_layer.iter().fold(0i64, |sum, rows| sum.saturating_add(*rows));
+    let wanted = of_layer.saturating_mul(shape.hidden_size).saturating_mul(shape.num_hidden_layers);
+    match wanted <= elements {
+        true => Ok(()),
+        false => Err(Error::data(format!(
+            "its args say {} layers of {} channels, more than the {elements} numbers of its files",
+            shape.num_hidden_layers, shape.hidden_size
+        ))),
+    }
+}
+
 impl MegatronModel {
-    /// Opens the newest iteration in `dir`, or the iteration `dir`. Reads and checks all headers.
+    /// Opens the newest iteration in `dir`, or the iteration `dir`. Reads and checks all headers. A padded vocabulary is cut to the
+    /// size that its args state, else to that of the tokenizer, which is `tokenizer` tokens large, or lies in `dir`.
     ///
     /// # Errors
     /// Of kind Data: files that are missing or damaged, models that are not read here, and in one message all tensors that are missing,
     /// superfluous or of another shape.
-    pub fn load(dir: &Path) -> Result<MegatronModel> {
+    pub fn load(dir: &Path, tokenizer: Option<usize>) -> Result<MegatronModel> {
         let iteration = iteration(dir)?;
-        if exists(&iteration.join(".metadata"))? {
-            let why =
-                "the format torch_dist is not read; convert it to the format torch with Megatron's tools";
-            return Err(Error::data(format!("{}: {why}", iteration.display())));
-        }
-        let alone = rank_folder(&iteration, 0, None);
-        let stages = !is_dir(&alone)?;
-        let first = if stages { rank_folder(&iteration, 0, Some(0)) } else { alone };
-        let (_, RankFile { args, .. }) = open(&first.join(FILE))?;
-        let sizes = || -> Result<(i64, i64)> {
-            let tensor = args.integer("tensor_model_parallel_size", None)?;
-            let pipeline = args.integer("pipeline_model_parallel_size", None)?;
-            match tensor >= 1 && pipeline >= 1 && (pipeline > 1) == stages {
-                true => Ok((tensor, pipeline)),
-                false => Err(Error::data(format!(
-                    "its args say {tensor} x {pipeline} ranks (tensor x pipeline), which its folder's name does not fit"
-                ))),
-            }
+        let (format, files, args) = MegatronFormat::open(&iteration)?;
+        let padded = format.padded_rows(&files).context(iteration.display())?;
+        let tokenizer = match tokenizer {
+            None if folder_has_tokenizer(dir)? => Some(Tokenizer::load(dir)?.vocab_size()),
+            given => given,
         };
-        let (tensor, pipeline) = sizes().context(first.join(FILE).display())?;
-        let mut source = TensorSource::default();
-        let mut chunks = Vec::new();
-        for stage in 0..pipeline {
-            for rank in 0..tensor {
-                let path = rank_folder(&iteration, rank, stages.then_some(stage)).join(FILE);
-                let (file, said) = open(&path)?;
-                if chunks.is_empty() {
-                    chunks = said.chunks;
-                } else if chunks != said.chunks {
-                    return Err(Error::data(format!(
-                        "{}: it has other parts of a pipeline than the first file",
-                        path.display()
-                    )));
-                }
-                source.files.push(Box::new(file));
+        let shape = || -> Result<Shape> {
+            let mut shape = args.shape(args.vocab_size(padded, tokenizer)?)?;
+            fits_files(&shape, &files)?;
+            if format.rows(&files, StageHolder::Last, POOLER_HEAD[0]).is_some() {
+                shape = shape.scored();
+                shape.features.score_layers = true;
             }
-        }
-        let place = find::Places { tensor, pipeline, chunks };
-        let shape = args.shape(place.vocab_size(&source.files)?).context(first.join(FILE).display())?;
-        place.find(&mut source, &shape).context(iteration.display())?;
-        Ok(MegatronModel { dir: dir.to_path_buf(), shape, source })
+            Ok(shape)
+        };
+        let shape = shape().context(iteration.display())?;
+        let tensors = core_tensors(&shape, padded);
+        // A tied embedding is on the last stage once more, and a reward model may have kept its output projection.
+        let again = shape.tie_word_embeddings || shape.head == Head::Score;
+        let others = format.others(&files, &tensors, again);
+        let mut source = TensorSource::default();
+        source.files = files;
+        let locate = |files: &[Box<dyn TensorFile>], tensor: &CoreTensor| format.locate(files, tensor);
+        find::find(&mut source, &shape, &tensors, locate, others).context(iteration.display())?;
+        let shared = matches!(format, MegatronFormat::Shared(_));
+        let ranks = [
+            args.integer("tensor_model_parallel_size", Some(1))?,
+            args.integer("pipeline_model_parallel_size", Some(1))?,
+        ];
+        Ok(MegatronModel { dir: dir.to_path_buf(), iteration, shared, ranks, shape, source })
+    }
+
+    /// The folder of the iteration that is read.
+    pub fn iteration(&self) -> &Path {
+        &self.iteration
+    }
+
+    /// Megatron's name of the format (`--ckpt-format`).
+    pub fn format(&self) -> &'static str {
+        if self.shared { "torch_dist" } else { "torch" }
+    }
+
+    /// Ranks of tensor parallelism and stages of the pipeline that saved it.
+    pub fn ranks(&self) -> [i64; 2] {
+        self.ranks
     }
 
     pub fn shape(&self) -> &Shape {
@@ -143,44 +233,6 @@ impl MegatronModel {
     pub fn into_source(self) -> TensorSource {
         self.source
     }
-}
-
-/// Opens a rank's file: its tensors have the names `model.NAME`, or `model0.NAME` and so on.
-fn open(path: &Path) -> Result<(TorchReader, RankFile)> {
-    TorchReader::open_with(path, |top| {
-        if !top.is_dict() {
-            return Err(format!("holds {}, not a checkpoint of Megatron", top.describe()));
-        }
-        let version = top.get("checkpoint_version").and_then(PickleNode::number).unwrap_or(0.0);
-        if version < 3.0 {
-            return Err(format!(
-                "checkpoint_version is {version}: before 3.0 rows of q, k and v lie otherwise; load and save it with a newer Megatron"
-            ));
-        }
-        let args = top.get("args").and_then(Args::read).ok_or("there are no `args`")?;
-        let (mut tensors, mut chunks) = (Vec::new(), Vec::new());
-        for (key, value) in top.entries() {
-            let Some(name) = key.text().filter(|name| {
-                name.strip_prefix("model").is_some_and(|number| number.bytes().all(|b| b.is_ascii_digit()))
-            }) else {
-                continue;
-            };
-            if value.get("language_model").is_some() {
-                return Err("it has Megatron's legacy names (`language_model`), which are not read".into());
-            }
-            chunks.push(name.to_string());
-            for (key, value) in value.entries() {
-                // Others, such as `_extra_state`, are no tensors.
-                if let (Some(key), Some(tensor)) = (key.text(), value.tensor()) {
-                    tensors.push((format!("{name}.{key}"), TensorRef::clone(tensor)));
-                }
-            }
-        }
-        match chunks.is_empty() {
-            true => Err("there is no `model`".into()),
-            false => Ok((tensors, RankFile { args, chunks })),
-        }
-    })
 }
 
 #[cfg(test)]

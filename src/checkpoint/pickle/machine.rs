@@ -48,9 +48,11 @@ pub(super) enum Object<'a> {
         len: i64,
     },
     Tensor(Box<TensorRef>),
-    /// An object of a foreign class; what it was made of, and what is put into it besides its state, is left out.
+    /// An object of a foreign class; what is put into it besides its state is left out.
     Instance {
         class: u32,
+        /// The tuple of what it was made of.
+        args: Option<u32>,
         state: Option<PickleValue<'a>>,
     },
 }
@@ -304,7 +306,7 @@ impl<'a> PickleMachine<'a> {
             // NEWOBJ, NEWOBJ_EX; EMPTY_SET, ADDITEMS, FROZENSET
             0x81 | 0x92 if self.foreign == Foreign::Kept => {
                 let parts = self.pop_many(if opcode == 0x81 { 2 } else { 3 })?;
-                self.instance(parts[0])?
+                self.instance(parts[0], parts[1])?
             }
             0x8f if self.foreign == Foreign::Kept => self.set()?,
             0x90 if self.foreign == Foreign::Kept => return self.pop_mark().map(drop),
@@ -321,10 +323,14 @@ impl<'a> PickleMachine<'a> {
     }
 
     /// An object of a foreign class.
-    fn instance(&mut self, class: PickleValue<'a>) -> Result<PickleValue<'a>, String> {
+    fn instance(&mut self, class: PickleValue<'a>, args: PickleValue<'a>) -> Result<PickleValue<'a>, String> {
+        let args = match args {
+            PickleValue::Object(args) => Some(args),
+            _ => None,
+        };
         match class {
             PickleValue::Global(PickleGlobal::Foreign(class)) => {
-                self.new_object(Object::Instance { class, state: None })
+                self.new_object(Object::Instance { class, args, state: None })
             }
             PickleValue::Global(PickleGlobal::OrderedDict) => self.new_object(Object::Dict(vec![])),
             other => Err(format!("it makes an object of {}", self.describe(other))),
@@ -336,7 +342,7 @@ impl<'a> PickleMachine<'a> {
         let PickleGlobal::Foreign(class) = self.foreign("builtins", "set")? else {
             return Err("a set has no name".into());
         };
-        self.new_object(Object::Instance { class, state: None })
+        self.new_object(Object::Instance { class, args: None, state: None })
     }
 
     /// Sets the state of the object on top of the stack.
@@ -380,7 +386,7 @@ impl<'a> PickleMachine<'a> {
         args: PickleValue<'a>,
     ) -> Result<PickleValue<'a>, String> {
         if let PickleValue::Global(PickleGlobal::Foreign(..)) = callable {
-            return self.instance(callable);
+            return self.instance(callable, args);
         }
         let args = self.tuple(args)?;
         match (callable, args) {

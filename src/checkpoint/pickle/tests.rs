@@ -1,8 +1,9 @@
 use super::*;
 
 fn written() -> Vec<u8> {
-    let tensors = [("a", Kind::BFloat16, &[3i64, 4][..]), ("b", Kind::Float, &[1 << 33][..])];
-    write_state_dict(tensors.into_iter()).unwrap()
+    let tensor = |kind, shape: &[i64]| Pickled::Tensor { kind, shape: shape.into() };
+    let tensors = [("a", tensor(Kind::BFloat16, &[3, 4])), ("b", tensor(Kind::Float, &[1 << 33]))];
+    Pickled::dict(tensors).write().unwrap()
 }
 
 #[test]
@@ -19,7 +20,7 @@ fn what_is_written_is_read() {
     assert_eq!(read[0], ("a".into(), tensor("0", Kind::BFloat16, &[3, 4], &[4, 1])));
     assert_eq!(read[1], ("b".into(), tensor("1", Kind::Float, &[1 << 33], &[1])));
     assert_eq!(read.len(), 2);
-    assert!(write_state_dict([("i", Kind::Int64, &[1i64][..])].into_iter()).is_err());
+    assert!(Pickled::Tensor { kind: Kind::Int64, shape: vec![1] }.write().is_err());
 }
 
 #[test]
@@ -115,4 +116,37 @@ fn foreign_classes_are_kept_and_never_run() {
         let e = Pickle::read(pickle, Foreign::Kept).err().unwrap();
         assert!(e.contains(part), "{part}: {e}");
     }
+}
+
+/// What is written besides tensors comes back as it was said, names and objects of foreign classes too.
+#[test]
+fn values_of_all_kinds_come_back() {
+    let size = Pickled::Call("torch", "Size", vec![Pickled::integers(&[64, 32])]);
+    let state = Pickled::dict([
+        ("none", Pickled::None),
+        ("on", Pickled::Truth(true)),
+        ("off", Pickled::Truth(false)),
+        ("large", Pickled::Integer(-(1 << 40))),
+        ("x", Pickled::Number(-0.1)),
+        ("list", Pickled::List(vec![Pickled::text("a"), Pickled::Integer(7)])),
+        ("dtype", Pickled::Name("torch", "bfloat16")),
+        ("size", size),
+        ("tensor", Pickled::Tensor { kind: Kind::Half, shape: vec![2, 3] }),
+    ]);
+    let pickle = Pickled::Object("argparse", "Namespace", Box::new(state)).write().unwrap();
+    let read = Pickle::read(&pickle, Foreign::Kept).unwrap();
+    assert_eq!(read.top().foreign_name(), Some(("argparse", "Namespace")));
+    assert_eq!(read.top().args().count(), 0);
+    let get = |key: &str| read.top().state().unwrap().get(key).unwrap();
+    assert!(get("none").is_none());
+    assert_eq!((get("on").truth(), get("off").truth()), (Some(true), Some(false)));
+    assert_eq!((get("large").integer(), get("x").number()), (Some(-(1 << 40)), Some(-0.1)));
+    let list: Vec<_> = get("list").items().collect();
+    assert_eq!((list[0].text(), list[1].integer(), list.len()), (Some("a"), Some(7), 2));
+    assert_eq!(get("dtype").foreign_name(), Some(("torch", "bfloat16")));
+    assert_eq!(get("size").foreign_name(), Some(("torch", "Size")));
+    let args: Vec<_> = get("size").args().collect();
+    assert_eq!(args[0].items().map(PickleNode::integer).collect::<Vec<_>>(), [Some(64), Some(32)]);
+    assert_eq!(get("tensor").tensor().unwrap().shape, [2, 3]);
+    assert_eq!((get("x").items().count(), get("x").foreign_name()), (0, None));
 }

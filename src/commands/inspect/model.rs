@@ -5,11 +5,11 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::tensors::{TensorLine, describe, list, parameters};
+use super::tensors::{TensorLine, describe, dtype_name, list, parameters};
 use super::{Depth, InspectReport, data, is_there, names};
 use crate::checkpoint::manifest::{META, read_meta};
 use crate::checkpoint::safetensors::SafetensorsReader;
-use crate::checkpoint::{Checkpoint, ModelRecord, Weights, locate, read_object};
+use crate::checkpoint::{Checkpoint, MegatronModel, ModelRecord, Weights, locate, read_object};
 use crate::data::tokenizer::{folder_has_tokenizer, gguf::has_tokenizer};
 use crate::error::{Context, Result};
 use crate::files::{crc32, look, parent};
@@ -51,6 +51,36 @@ pub fn model(dir: &Path, depth: Depth) -> Result<InspectReport> {
         list(&mut report, &tensors);
     }
     Ok(report)
+}
+
+/// A folder in one of Megatron's formats.
+pub fn megatron(dir: &Path, depth: Depth) -> InspectReport {
+    let mut report = InspectReport::new("model", dir);
+    report.fact("format", "megatron");
+    let model = report.noted(MegatronModel::load(dir, None));
+    if let Some(model) = &model {
+        let [tensor, pipeline] = model.ranks();
+        report.fact("ckpt_format", model.format());
+        report.fact("iteration", model.iteration().file_name().map(|name| name.to_string_lossy()));
+        report.fact("tensor_model_parallel_size", tensor);
+        report.fact("pipeline_model_parallel_size", pipeline);
+    }
+    shape_of(&mut report, dir);
+    tokenizer_beside(&mut report, dir);
+    if let Some(model) = model.filter(|_| depth.tensors) {
+        let views = model.source().views.iter();
+        let mut lines: Vec<TensorLine> = views
+            .map(|(name, view)| TensorLine {
+                name: name.clone(),
+                dtype: dtype_name(view.kind),
+                shape: view.shape.iter().map(|d| *d as usize).collect(),
+                bytes: view.numel() as u64 * view.kind.elt_size_in_bytes() as u64,
+            })
+            .collect();
+        lines.sort_by(|a, b| a.name.cmp(&b.name));
+        list(&mut report, &lines);
+    }
+    report
 }
 
 /// Notes the shape of a model, and its parameters by that.

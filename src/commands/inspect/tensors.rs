@@ -59,7 +59,7 @@ pub fn is_torch_file(path: &Path) -> bool {
 }
 
 /// A dtype as safetensors spells it.
-fn dtype_name(kind: Kind) -> String {
+pub fn dtype_name(kind: Kind) -> String {
     match kind {
         Kind::Double => "F64".into(),
         Kind::Float => "F32".into(),

@@ -1,11 +1,11 @@
 """Shows that megatron-core loads a checkpoint: by its own code, strictly, on CPUs, and what the loaded model computes.
 
-    python megatron_core.py FOLDER --tensor T [--pipeline P] --ids IDS.safetensors --out LOGITS.safetensors
+    python megatron_core.py FOLDER... --tensor T [--pipeline P]
 
-FOLDER has latest_checkpointed_iteration.txt (a number, or `release`) and that iteration in the `torch` format (names of
+A FOLDER has latest_checkpointed_iteration.txt (a number, or `release`) and that iteration in the `torch` format (names of
 megatron-core, of either layer spec) or in `torch_dist`. T * P processes build the model from the training arguments that
-the checkpoint keeps, and from nothing else, as Megatron's training does; they load it, and run `input_ids` of IDS. LOGITS
-gets `logits`, float32 [rows, positions, vocabulary with its padding].
+the checkpoint keeps, and from nothing else, as Megatron's training does; they load it, and run `input_ids` of
+FOLDER/ids.safetensors. FOLDER/logits.safetensors gets `logits`, float32 [rows, positions, vocabulary with its padding].
 
     torch       Every rank loads its own file, so that T and P have to be the file's. A missing tensor, one too many or one of
                 another shape is an error. Extra states (of FP8) are no weights and are left out.
@@ -133,12 +133,25 @@ def stated(iteration, distributed, tensor, pipeline):
     return args, file.get("content_metadata") or {}
 
 
-def check(folder, tensor, pipeline, ids, out):
-    """One rank: builds the model, loads it, runs it."""
+def check_all(folders, tensor, pipeline):
+    """One rank: a folder after the other."""
     from megatron.core import parallel_state as mpu
     from megatron.core.safe_globals import register_safe_globals
 
     register_safe_globals()  # torch.load refuses other classes, and Megatron does not tell it to accept them
+    for folder in folders:
+        try:
+            check(folder, tensor, pipeline)
+        except Exception as e:
+            raise RuntimeError(f"{folder}: {e}") from e
+        dist.barrier()
+        mpu.destroy_model_parallel()
+
+
+def check(folder, tensor, pipeline):
+    """Builds the model, loads it, runs it."""
+    from megatron.core import parallel_state as mpu
+
     iteration = iteration_of(folder)
     distributed = (iteration / "metadata.json").exists()
     args, content = stated(iteration, distributed, tensor, pipeline)
@@ -147,9 +160,9 @@ def check(folder, tensor, pipeline, ids, out):
         load_dist(iteration, chunks, args, content)
     else:
         load_torch(iteration, chunks, args)
-    logits = run([chunk.float() for chunk in chunks], load_file(ids)["input_ids"])
+    logits = run([chunk.float() for chunk in chunks], load_file(folder / "ids.safetensors")["input_ids"])
     if logits is not None and mpu.get_tensor_model_parallel_rank() == 0:
-        save_file({"logits": logits.contiguous()}, out)
+        save_file({"logits": logits.contiguous()}, folder / "logits.safetensors")
 
 
 def read_with_dcp(iteration, out):
@@ -167,20 +180,18 @@ def read_with_dcp(iteration, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("folders", type=pathlib.Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--tensor", type=int, metavar="T")
     parser.add_argument("--pipeline", type=int, metavar="P", default=1)
-    parser.add_argument("--ids", type=pathlib.Path)
-    parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--dcp", type=pathlib.Path, metavar="OUT")
     options = parser.parse_args()
     if options.dcp:
-        read_with_dcp(iteration_of(options.folder), options.dcp)
-    elif not (options.tensor and options.ids and options.out):
-        parser.error("--tensor, --ids and --out are needed, or --dcp")
+        read_with_dcp(iteration_of(options.folders[0]), options.dcp)
+    elif not options.tensor:
+        parser.error("--tensor is needed, or --dcp")
     else:
         sizes = (options.tensor, options.pipeline)
-        on_ranks(sizes[0] * sizes[1], check, options.folder, *sizes, options.ids, options.out)
+        on_ranks(sizes[0] * sizes[1], check_all, options.folders, *sizes)
 
 
 if __name__ == "__main__":

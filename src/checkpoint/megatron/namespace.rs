@@ -100,7 +100,7 @@ fn mixture(plan: &MegatronPlan) -> NamespaceFields {
         ("moe_layer_freq", Integer(1)),
         // An expert's matrices have names of their own with Transformer Engine's layers alone.
         ("moe_grouped_gemm", Truth(plan.form.engine)),
-        ("moe_token_dispatcher_type", Pickled::text("alltoall")),
+        ("moe_token_dispatcher_type", Pickled::text("allgather")),
     ]
 }
 

@@ -373,6 +373,59 @@ fn megatron_folders() {
     }
 }
 
+/// Small files that would make much of little: what a pickle says once and has in many places.
+#[test]
+fn megatron_files_that_repeat_themselves() {
+    let _alone = alone();
+    let text = |text: &str| [&b"X"[..], &(text.len() as u32).to_le_bytes(), text.as_bytes()].concat();
+    let int = |i: i32| [&b"J"[..], &i.to_le_bytes()].concat();
+    let put = |i: u32| [&b"r"[..], &i.to_le_bytes()].concat();
+    let get = |i: u32| [&b"j"[..], &i.to_le_bytes()].concat();
+    let namespace =
+        |fields: Vec<u8>| [b"cargparse\nNamespace\n)\x81}(".to_vec(), fields, b"ub".to_vec()].concat();
+    let file = |args: Vec<u8>, model: Vec<u8>| {
+        let version = [text("checkpoint_version"), int(3)].concat();
+        [b"}(".to_vec(), version, text("args"), args, text("model"), model, b"u.".to_vec()].concat()
+    };
+    // Dictionaries of twelve keys for the one below.
+    let mut nested = [b"}".to_vec(), put(0)].concat();
+    for level in 0..8 {
+        let keys = (0..12).flat_map(|key| [text(&format!("k{key}")), get(level)].concat());
+        nested = [nested, b"0}(".to_vec(), keys.collect(), b"u".to_vec(), put(level + 1)].concat();
+    }
+    // A text, and a list, under very many keys.
+    let fields = |value: Vec<u8>| {
+        let mut bytes = [text("a"), value, put(0)].concat();
+        (0..20_000).for_each(|key| bytes.extend([text(&format!("{key}")), get(0)].concat()));
+        namespace(bytes)
+    };
+    let long_list = [b"](".to_vec(), b"K\x01".repeat(100_000), b"e".to_vec()].concat();
+    let dir = folder("megatron-repeats");
+    fs::create_dir_all(dir.join("mp_rank_00")).unwrap();
+    let path = dir.join("mp_rank_00/model_optim_rng.pt");
+    for (what, pickle) in [
+        ("dictionaries", file(namespace(vec![]), nested)),
+        ("texts", file(fields(text(&"x".repeat(200_000))), b"}".to_vec())),
+        ("lists", file(fields(long_list), b"}".to_vec())),
+    ] {
+        let mut zip = ZipWriter::new(fs::File::create(&path).unwrap());
+        let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
+        zip.start_file("x/data.pkl", stored).unwrap();
+        zip.write_all(&pickle).unwrap();
+        zip.finish().unwrap();
+        let before = counting::live();
+        counting::reset_peak();
+        assert!(Weights::open(&dir).is_err(), "{what}");
+        let allocated = counting::peak() - before;
+        println!("{what}: {:.1} bytes for a byte", allocated as f64 / pickle.len() as f64);
+        assert!(
+            allocated <= FIXED + PER_BYTE_OF_PICKLE * pickle.len(),
+            "{what}: {allocated} of {}",
+            pickle.len()
+        );
+    }
+}
+
 /// Header and metadata, of which three of four files keep the magic and the counts before.
 #[test]
 fn gguf_files() {

@@ -104,6 +104,7 @@ impl Base {
             None => None,
         };
         let tokenizer = chat::configured(section, beside.as_deref())?;
+        let weights = weights.map(|w| w.for_tokenizer(tokenizer.vocab_size())).transpose()?;
         let mut shape = match (model, &weights) {
             (_, Some(weights)) => weights.shape().clone(),
             (Model::Init(init), _) => init.shape(tokenizer.vocab_size() as i64, sequence_length),

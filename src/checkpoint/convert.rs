@@ -149,7 +149,10 @@ impl Conversion {
         }
         let scoring = weights.scoring()?;
         let tokenizer = match tokenizer {
-            Some(given) => Some(given),
+            Some(given) => {
+                given.check_fits(shape.vocab_size)?;
+                Some(given)
+            }
             None => weights.tokenizer_dir()?.map(Tokenizer::load).transpose()?,
         };
         let ids = SpecialIds::of_folder(weights.dirs()[weights.dirs().len() - 1])?;
@@ -189,7 +192,7 @@ impl Conversion {
     /// folder (kind Config), and any difference between what is read back and the source (kind Failed).
     pub fn write(&self, to: &Path, done: &AtomicU64) -> Result<ConvertReport> {
         if let (Ok(from), Ok(to)) = (self.dir.canonicalize(), to.canonicalize())
-            && from == to
+            && from.starts_with(&to)
         {
             return Err(Error::config(format!(
                 "{}: the source model is in this folder; choose another one",

@@ -143,6 +143,11 @@ impl Merge {
     pub fn new(base: Weights, mut adapter: PeftAdapter, dtype: Option<Kind>) -> Result<Merge> {
         not_adapted(&base, &adapter)?;
         let shape = adapter.shape(base.shape());
+        if shape.features.score_layers {
+            return Err(Error::data(
+                "no format has a place for a scalar head of two layers (ChatLearn's pooler_head)",
+            ));
+        }
         adapter.check(&shape)?;
         let plans = adapter.trainable().plans(&shape)?;
         let with_tokenizer = [adapter.tokenizer_dir()?, base.tokenizer_dir()?];

@@ -81,6 +81,14 @@ impl<'p> PickleNode<'p> {
         }
     }
 
+    /// Tells the object apart from others, where the value is one: several places may have the same.
+    pub fn object_id(self) -> Option<u32> {
+        match self.value {
+            PickleValue::Object(i) => Some(i),
+            _ => None,
+        }
+    }
+
     pub fn is_none(self) -> bool {
         self.value == PickleValue::None
     }

@@ -47,6 +47,10 @@ pub struct TorchReader {
 /// First byte and length of a part of a file.
 type ByteRange = (u64, u64);
 
+fn refused(why: &str) -> String {
+    format!("its pickle is refused: {why}")
+}
+
 /// A part of a file, read as a file of its own.
 struct SubFile {
     file: Arc<File>,
@@ -58,6 +62,9 @@ struct SubFile {
 impl Read for SubFile {
     fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
         let left = self.len.saturating_sub(self.at).min(to.len() as u64);
+        if left == 0 {
+            return Ok(0);
+        }
         let n = self.file.read_at(&mut to[..left as usize], self.start + self.at)?;
         self.at += n as u64;
         Ok(n)
@@ -82,7 +89,8 @@ impl TorchReader {
     /// Errors (kind Data) name the file: damaged or compressed archives, archives of older torch, pickles that hold or
     /// import anything but tensors and containers.
     pub fn open(path: &Path) -> Result<TorchReader> {
-        let tensors = |pickle: &[u8]| pickle::state_dict(pickle).map(|tensors| (tensors, ()));
+        let tensors =
+            |pickle: &[u8]| pickle::state_dict(pickle).map(|tensors| (tensors, ())).map_err(|e| refused(&e));
         TorchReader::open_by(path, tensors).map(|(reader, ())| reader)
     }
 
@@ -92,7 +100,9 @@ impl TorchReader {
         path: &Path,
         find: impl FnOnce(PickleNode) -> Result<(Vec<(String, TensorRef)>, T), String>,
     ) -> Result<(TorchReader, T)> {
-        TorchReader::open_by(path, |pickle| find(Pickle::read(pickle, Foreign::Kept)?.top()))
+        TorchReader::open_by(path, |pickle| {
+            find(Pickle::read(pickle, Foreign::Kept).map_err(|e| refused(&e))?.top())
+        })
     }
 
     fn open_by<T>(
@@ -119,7 +129,9 @@ impl TorchReader {
             )));
         }
         let part = SubFile { file, start, len, at: 0 };
-        TorchReader::open_part(path, part, |pickle| find(Pickle::read(pickle, Foreign::Kept)?.top()))
+        TorchReader::open_part(path, part, |pickle| {
+            find(Pickle::read(pickle, Foreign::Kept).map_err(|e| refused(&e))?.top())
+        })
     }
 
     fn open_part<T>(
@@ -164,8 +176,7 @@ impl TorchReader {
             return Err(damaged("its numbers are not little-endian".into()));
         }
         let pickle = read(entries[&format!("{prefix}data.pkl")])?;
-        let (tensors, more) =
-            read_pickle(&pickle).map_err(|e| damaged(format!("its pickle is refused: {e}")))?;
+        let (tensors, more) = read_pickle(&pickle).map_err(damaged)?;
         let (mut names, mut places) = (Vec::with_capacity(tensors.len()), HashMap::new());
         for (name, tensor) in tensors {
             let place = entries
@@ -266,7 +277,7 @@ impl StorageSpan {
             if *d != 1 && *stride != run {
                 break;
             }
-            run *= d;
+            run = run.saturating_mul(*d);
         }
         run
     }

@@ -79,6 +79,16 @@ impl Weights {
         Weights::adapted(base, adapter)
     }
 
+    /// The same model for a tokenizer of so many tokens: without the padding of a vocabulary of Megatron's.
+    pub fn for_tokenizer(self, tokens: usize) -> Result<Weights> {
+        match self {
+            Weights::Megatron(model) => {
+                Ok(Weights::Megatron(Box::new(MegatronModel::load(model.dir(), Some(tokens))?)))
+            }
+            other => Ok(other),
+        }
+    }
+
     /// A model with an adapter, which must fit it.
     pub fn adapted(base: Weights, mut adapter: PeftAdapter) -> Result<Weights> {
         not_adapted(&base, &adapter)?;
@@ -151,7 +161,10 @@ impl Weights {
 
     /// Tells models apart at little cost: see [`crate::files::identity`]; with the model that an adapter or a checkpoint is for.
     pub fn identity(&self) -> Result<String> {
-        let own = crate::files::identity(self.dir())?;
+        let own = match self {
+            Weights::Megatron(model) => model.identity()?,
+            _ => crate::files::identity(self.dir())?,
+        };
         let Weights::Adapted(model) = self else { return Ok(own) };
         Ok(format!("{own} on {}", model.base.identity()?))
     }

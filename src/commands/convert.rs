@@ -1,6 +1,6 @@
 //! `corral convert`: a model into another format, dtype or number of parts.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::ValueEnum;
@@ -10,6 +10,7 @@ use crate::checkpoint::convert::{Conversion, ConvertTarget, StoredAs};
 use crate::checkpoint::{MegatronForm, PeftAdapter, Weights};
 use crate::commands::check::size;
 use crate::commands::merge;
+use crate::config::shape::Shape;
 use crate::data::tokenizer::Tokenizer;
 use crate::data::tokenizer::gguf::GgufLimit;
 use crate::error::{Error, Result};
@@ -43,7 +44,8 @@ pub struct Args {
     /// Pad the vocabulary to a multiple of this times --tensor, with --format megatron or megatron-dist [default: not padded]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..=1 << 20))]
     make_vocab_size_divisible_by: Option<i64>,
-    /// Whose layers give the tensors their names, with --format megatron or megatron-dist [default: local]
+    /// Names of tensors as in models of Megatron's own layers, or of Transformer Engine's, with --format megatron or megatron-dist
+    /// [default: local]
     #[arg(long, value_enum, value_name = "WHOSE")]
     transformer_impl: Option<TransformerImpl>,
     /// A tokenizer that goes along instead of the model's own; a padded vocabulary of Megatron's is cut to its size
@@ -153,6 +155,9 @@ pub fn run(args: Args, device: Device) -> Result<()> {
     };
     let tokenizer = args.tokenizer.as_ref().map(Tokenizer::load).transpose()?;
     let weights = Weights::open_for(&args.from, tokenizer.as_ref().map(Tokenizer::vocab_size))?;
+    if matches!(weights, Weights::Megatron(_)) {
+        doubt_rotary_base(&args.from, weights.shape());
+    }
     let from = weights.dirs().last().map_or_else(|| args.from.clone(), |dir| dir.to_path_buf());
     let conversion = Conversion::new(weights, target, args.dtype.map(As::stored), tokenizer, device)?;
     let (total, done) = (2 * conversion.bytes()?, Arc::default());
@@ -210,6 +215,17 @@ pub fn run(args: Args, device: Device) -> Result<()> {
         warn!("{} has no tokenizer.model, which Meta's own programs need", args.from.display());
     }
     Ok(())
+}
+
+/// Warns of a base that Megatron's converters leave at its default, where models of such a vocabulary have others.
+fn doubt_rotary_base(from: &Path, shape: &Shape) {
+    if shape.rope_theta == 10000.0 && shape.vocab_size >= 100_000 {
+        warn!(
+            "{}: its args say rotary_base 10000, Megatron's default, which its converters do not set: if the model was trained \
+             with another, correct rope_theta in config.json (Llama 3: 500000, Qwen 2: 1000000)",
+            from.display()
+        );
+    }
 }
 
 /// Refuses options that do not go with the format.

@@ -240,8 +240,8 @@ fn product(a: &Factor, b: &Factor, float32: bool, fast: bool) -> Result<Tensor> 
         )));
     }
     PRODUCTS.fetch_add(1, Ordering::Relaxed);
-    if a.scale.numel() > 1 && a.values.device() == Device::Cpu {
-        // libtorch's product on the CPU takes one scale a tensor.
+    if a.values.device() == Device::Cpu {
+        // libtorch's own product takes one scale a tensor, and on processors with AVX-512 falls to oneDNN's reference code.
         let wide = |f: &Factor| f.values.to_kind(Kind::Float) * &f.scale;
         let y = wide(a).f_mm(&wide(b).tr())?;
         return Ok(if float32 { y } else { y.to_kind(Kind::BFloat16) });

@@ -17,7 +17,7 @@ enum ArgValue {
     Text(String),
     /// A tuple or a list of them.
     Integers(Vec<i64>),
-    /// What else it is, such as an object of a class.
+    /// Something else, such as an object of a class, described.
     Other(String),
 }
 
@@ -34,6 +34,9 @@ impl std::fmt::Display for ArgValue {
     }
 }
 
+/// Numbers of a list, and bytes of a text, that any argument here needs.
+const MOST: usize = 512;
+
 /// The fields of `args`.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Args(BTreeMap<String, ArgValue>);
@@ -42,15 +45,15 @@ impl Args {
     /// Of an `argparse.Namespace`; none of anything else.
     pub fn read(args: PickleNode) -> Option<Args> {
         let integers = |node: PickleNode| {
-            let integers: Option<Vec<i64>> = node.items().map(PickleNode::integer).collect();
-            integers.filter(|integers| !integers.is_empty() && integers.len() <= 8)
+            let integers: Option<Vec<i64>> = node.items().take(MOST + 1).map(PickleNode::integer).collect();
+            integers.filter(|integers| !integers.is_empty() && integers.len() <= MOST)
         };
         let value = |node: PickleNode| match (node.integer(), node.number(), node.truth(), node.text()) {
             _ if node.is_none() => ArgValue::None,
             (Some(i), ..) => ArgValue::Integer(i),
             (_, Some(x), ..) => ArgValue::Number(x),
             (_, _, Some(b), _) => ArgValue::Truth(b),
-            (.., Some(text)) => ArgValue::Text(text.into()),
+            (.., Some(text)) if text.len() <= MOST => ArgValue::Text(text.into()),
             _ => integers(node).map_or_else(|| ArgValue::Other(node.describe()), ArgValue::Integers),
         };
         let fields = args.state()?.entries();
@@ -64,7 +67,7 @@ impl Args {
     /// A whole number; `default` where it is not there or None.
     pub fn integer(&self, name: &str, default: Option<i64>) -> Result<i64> {
         match (self.get(name), default) {
-            (Some(ArgValue::Integer(i)), _) if i.abs() <= i64::from(i32::MAX) => Ok(*i),
+            (Some(ArgValue::Integer(i)), _) if i.unsigned_abs() <= i32::MAX as u64 => Ok(*i),
             (Some(other), _) => {
                 Err(Error::data(format!("{name} is {other}; it must be an integer below 2^31")))
             }
@@ -101,32 +104,41 @@ impl Args {
         }
     }
 
-    /// Refuses ranks that divide a model otherwise than tensor parallelism does.
+    /// Refuses ranks that divide the experts otherwise than tensor parallelism divides the rest. Converters leave other values in the
+    /// args of models without experts.
     pub fn divided_by_tensor_alone(&self) -> Result<()> {
-        self.only("expert_model_parallel_size", ArgValue::Integer(1), false)?;
-        let tensor = self.integer("tensor_model_parallel_size", None)?;
-        self.only("expert_tensor_parallel_size", ArgValue::Integer(tensor), false)
+        if self.get("num_experts").is_none() {
+            return Ok(());
+        }
+        let only = || {
+            self.only("expert_model_parallel_size", ArgValue::Integer(1), false)?;
+            let tensor = self.integer("tensor_model_parallel_size", None)?;
+            self.only("expert_tensor_parallel_size", ArgValue::Integer(tensor), false)
+        };
+        only().map_err(|e| Error::data(format!("{}; the format torch_dist is read with any", e.message)))
     }
 
-    /// The size of the vocabulary without padding, of which the tensors have `rows`: the one that is stated, else the tokenizer's, if
-    /// padding it gives these rows, else all of them.
+    /// The size of the vocabulary without padding, of which the tensors have `rows`: the one that is stated, else the tokenizer's, where
+    /// padding it gives these rows; else all of them. Converters state sizes of other tokenizers, and users too small ones: no token
+    /// of a tokenizer that is known is cut.
     pub fn vocab_size(&self, rows: VocabRows, tokenizer: Option<usize>) -> Result<i64> {
         let least = rows.embedding.min(rows.head);
-        // This tokenizer adds a token of its own to the size that is stated.
-        let stated = self.get("tokenizer_type") != Some(&ArgValue::Text("NullTokenizer".into()));
-        if stated && self.get("vocab_size").is_some() {
-            let size = self.integer("vocab_size", None)?;
-            return match (1..=least).contains(&size) {
-                true => Ok(size),
-                false => Err(Error::data(format!("vocab_size is {size}; the embedding has {least} rows"))),
-            };
-        }
         let ranks = self.integer("tensor_model_parallel_size", Some(1))?;
         let multiple = self.integer("make_vocab_size_divisible_by", Some(128))?.saturating_mul(ranks);
-        let padded = |size: i64| (size + multiple - 1) / multiple * multiple;
+        let padded = |size: i64| size.saturating_add(multiple - 1) / multiple * multiple;
+        let explains = |size: &i64| {
+            let to_rows = *size == rows.embedding || multiple >= 1 && padded(*size) == rows.embedding;
+            (1..=least).contains(size) && to_rows
+        };
         let tokenizer = tokenizer.and_then(|size| i64::try_from(size).ok());
-        let padded_to_rows = |size: &i64| multiple >= 1 && *size <= least && padded(*size) == rows.embedding;
-        Ok(tokenizer.filter(padded_to_rows).unwrap_or(least))
+        // This tokenizer adds a token of its own to the size that is stated.
+        let adds = self.get("tokenizer_type") == Some(&ArgValue::Text("NullTokenizer".into()));
+        let stated = match self.get("vocab_size") {
+            Some(ArgValue::Integer(size)) if !adds => Some(*size),
+            _ => None,
+        };
+        let stated = stated.filter(|size| tokenizer.is_none_or(|tokens| tokens <= *size));
+        Ok(stated.filter(explains).or(tokenizer.filter(explains)).unwrap_or(least))
     }
 
     /// Refuses what computes something else than the models that are read here.
@@ -144,28 +156,44 @@ impl Args {
         self.only("add_bias_linear", truth(false), true)?;
         for name in [
             "apply_layernorm_1p",
+            "apply_residual_connection_post_layernorm",
             "rotary_interleaved",
             "qk_l2_norm",
             "multi_latent_attention",
             "attention_output_gate",
             "is_hybrid_model",
+            "use_mup",
         ] {
             self.only(name, truth(false), false)?;
         }
         self.only("softmax_type", text("vanilla"), false)?;
-        for name in [
+        if self.number("glu_linear_offset", 0.0)? != 0.0 {
+            return Err(Error::data("glu_linear_offset is not 0: such models are not read"));
+        }
+        self.none_of(&[
             "mtp_num_layers",
             "no_rope_freq",
-            "window_attn_skip_freq",
             "heterogeneous_layers_config_path",
+            "heterogeneous_layers_config_encoded_json",
             "linear_attention_freq",
             "experimental_attention_variant",
-        ] {
-            if let Some(value) = self.get(name) {
-                return Err(Error::data(format!("{name} is {value}: such models are not read")));
-            }
+            "activation_func_clamp_value",
+            "softmax_scale",
+            "spec",
+        ])
+    }
+
+    /// Refuses arguments that are set, to anything but zero or nothing.
+    fn none_of(&self, names: &[&str]) -> Result<()> {
+        let off = |value: &ArgValue| match value {
+            ArgValue::Integer(0) | ArgValue::Truth(false) => true,
+            ArgValue::Text(text) => text.is_empty(),
+            _ => false,
+        };
+        match names.iter().find_map(|name| Some((name, self.get(name).filter(|value| !off(value))?))) {
+            Some((name, value)) => Err(Error::data(format!("{name} is {value}: such models are not read"))),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// The experts of a mixture, and the width of one.
@@ -178,17 +206,33 @@ impl Args {
         self.only("moe_router_pre_softmax", truth(false), false)?;
         self.only("moe_router_score_function", text("softmax"), false)?;
         self.only("moe_router_enable_expert_bias", truth(false), false)?;
-        self.only("moe_layer_freq", ArgValue::Integer(1), false)?;
-        for name in [
-            "moe_shared_expert_intermediate_size",
-            "moe_router_topk_scaling_factor",
-            "moe_router_num_groups",
-            "moe_latent_size",
-        ] {
-            if let Some(value) = self.get(name) {
-                return Err(Error::data(format!("{name} is {value}: such mixtures are not read")));
-            }
+        self.only("moe_apply_probs_on_input", truth(false), false)?;
+        if self.get("moe_router_load_balancing_type") == Some(&text("sinkhorn")) {
+            return Err(Error::data(
+                "moe_router_load_balancing_type is sinkhorn: such mixtures are not read",
+            ));
         }
+        let in_all_layers = |value: &ArgValue| match value {
+            ArgValue::Integer(every) => *every == 1,
+            ArgValue::Integers(layers) => layers.iter().all(|layer| *layer == 1),
+            _ => false,
+        };
+        if let Some(layers) = self.get("moe_layer_freq").filter(|layers| !in_all_layers(layers)) {
+            return Err(Error::data(format!(
+                "moe_layer_freq is {layers}: layers without experts are not read"
+            )));
+        }
+        if self.number("moe_router_topk_scaling_factor", 1.0)? != 1.0 {
+            return Err(Error::data("moe_router_topk_scaling_factor is not 1: such mixtures are not read"));
+        }
+        self.none_of(&[
+            "moe_shared_expert_intermediate_size",
+            "moe_expert_capacity_factor",
+            "moe_router_num_groups",
+            "moe_router_group_topk",
+            "moe_router_topk_limited_devices",
+            "moe_latent_size",
+        ])?;
         let experts = Experts {
             num_local_experts: count,
             num_experts_per_tok: self.integer("moe_router_topk", Some(2))?,
@@ -203,9 +247,10 @@ impl Args {
         match self.get("window_size") {
             None => Ok(None),
             Some(ArgValue::Integers(sides)) if sides.len() == 2 && sides[0] >= 0 && sides[1] == 0 => {
+                self.none_of(&["window_attn_skip_freq"])?;
                 Ok(Some(sides[0].saturating_add(1)))
             }
-            Some(ArgValue::Integers(sides)) if sides == &[-1, 0] => Ok(None),
+            Some(ArgValue::Integers(sides)) if matches!(sides.as_slice(), [-1, 0 | -1]) => Ok(None),
             Some(other) => {
                 Err(Error::data(format!("window_size is {other}; a causal window (left, 0) is read")))
             }
@@ -306,7 +351,9 @@ mod tests {
         let same = [
             ("rotary_percent", ArgValue::Integer(1)),
             ("rotary_scaling_factor", ArgValue::Number(1.0)),
-            ("window_size", ArgValue::Integers(vec![-1, 0])),
+            ("window_size", ArgValue::Integers(vec![-1, -1])),
+            ("mtp_num_layers", ArgValue::Integer(0)),
+            ("window_attn_skip_freq", ArgValue::Integer(2)),
         ];
         assert_eq!(args(&same).shape(64).unwrap(), args(&[]).shape(64).unwrap());
         let (truth, integer) = (ArgValue::Truth, ArgValue::Integer);
@@ -319,6 +366,8 @@ mod tests {
             ("window_size", ArgValue::Integers(vec![4, 4])),
             ("mtp_num_layers", integer(1)),
             ("no_rope_freq", integer(4)),
+            ("glu_linear_offset", ArgValue::Number(1.0)),
+            ("use_mup", truth(true)),
         ] {
             let e = args(&[(name, value)]).shape(64).unwrap_err();
             assert!(e.message.starts_with(name), "{e}");
@@ -328,6 +377,8 @@ mod tests {
             ("moe_router_pre_softmax", truth(true)),
             ("moe_shared_expert_intermediate_size", integer(16)),
             ("moe_layer_freq", integer(2)),
+            ("moe_expert_capacity_factor", ArgValue::Number(1.25)),
+            ("moe_router_load_balancing_type", ArgValue::Text("sinkhorn".into())),
         ] {
             let e = args(&[experts.clone(), (name, value)]).shape(64).unwrap_err();
             assert!(e.message.starts_with(name), "{e}");
@@ -337,8 +388,11 @@ mod tests {
         for (name, value) in
             [("expert_model_parallel_size", integer(2)), ("expert_tensor_parallel_size", integer(2))]
         {
-            let args = args(&[("tensor_model_parallel_size", integer(1)), (name, value)]);
-            assert!(args.divided_by_tensor_alone().unwrap_err().message.starts_with(name));
+            let one = ("tensor_model_parallel_size", integer(1));
+            let dense = args(&[one.clone(), (name, value.clone())]);
+            assert!(dense.divided_by_tensor_alone().is_ok(), "without experts it says nothing");
+            let mixture = args(&[("num_experts", integer(8)), one, (name, value)]);
+            assert!(mixture.divided_by_tensor_alone().unwrap_err().message.starts_with(name));
         }
     }
 
@@ -359,7 +413,11 @@ mod tests {
         assert_eq!(size(&[stated, null], None), 256, "it adds a token to the size that is stated");
         let unpadded = VocabRows { embedding: 256, head: 250 };
         assert_eq!(args(&[]).vocab_size(unpadded, None).unwrap(), 250);
-        let large = args(&[("vocab_size", ArgValue::Integer(300))]);
-        assert!(large.vocab_size(rows, None).unwrap_err().message.starts_with("vocab_size is 300"));
+        let large = ("vocab_size", ArgValue::Integer(300));
+        assert_eq!(size(std::slice::from_ref(&large), None), 256, "another tokenizer's");
+        assert_eq!(size(&[large], Some(200)), 200);
+        let small = ("vocab_size", ArgValue::Integer(130));
+        assert_eq!(size(std::slice::from_ref(&small), Some(200)), 200, "no token is cut");
+        assert_eq!(size(&[small], None), 130);
     }
 }

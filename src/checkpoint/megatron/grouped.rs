@@ -46,6 +46,7 @@ impl StackedExperts {
                 ("2", [all, c]) => divided(*all).map(|f| (*c, f)),
                 _ => None,
             };
+            let size = size.filter(|(rows, columns)| *rows >= 1 && *columns >= 1);
             let Some((rows, columns)) = size else {
                 return Err(Error::data(format!(
                     "`{tensor}` is {shape:?}, which {count} experts do not divide"

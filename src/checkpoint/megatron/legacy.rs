@@ -1,6 +1,8 @@
 //! The tensors of a rank's file under the names of Megatron's core, whether it has these or those from before: dictionaries within
 //! `language_model`.
 
+use std::collections::HashSet;
+
 use crate::checkpoint::pickle::{PickleNode, TensorRef};
 
 /// Legacy names of a layer's modules, and the core's.
@@ -24,7 +26,7 @@ pub(super) fn tensors(
     to: &mut Vec<(String, TensorRef)>,
 ) -> Result<(), String> {
     let mut leaves = Vec::new();
-    flatten(model, String::new(), 0, &mut leaves)?;
+    flatten(model, String::new(), &mut HashSet::new(), &mut leaves)?;
     to.extend(leaves.into_iter().map(|(name, tensor)| {
         let name = core_name(name.strip_prefix("language_model.").unwrap_or(&name));
         (format!("{chunk}.{name}"), tensor.clone())
@@ -32,26 +34,34 @@ pub(super) fn tensors(
     Ok(())
 }
 
-/// Dictionaries lie within one another so deep: `language_model` > `embedding` > `word_embeddings` > `weight`.
-const DEPTH: usize = 6;
+/// A name is at most so long.
+const LONGEST_NAME: usize = 1024;
 
-/// The tensors below a dictionary, their keys joined by dots. Other values are left out.
+/// The tensors below a dictionary, their keys joined by dots. Other values are left out, but where a weight should be. A dictionary
+/// that is met twice would make more of a file than there is in it.
 fn flatten<'p>(
     node: PickleNode<'p>,
     prefix: String,
-    depth: usize,
+    met: &mut HashSet<u32>,
     to: &mut Vec<(String, &'p TensorRef)>,
 ) -> Result<(), String> {
-    if depth > DEPTH {
-        return Err(format!("the dictionaries of its model are nested more than {DEPTH} deep"));
+    if node.object_id().is_some_and(|id| !met.insert(id)) {
+        return Err(format!("`{prefix}` is a dictionary that is in another place, too"));
     }
     for (key, value) in node.entries() {
         // Extra states, of 8-bit products, are no weights.
         let Some(key) = key.text().filter(|key| !key.ends_with("_extra_state")) else { continue };
         let name = if prefix.is_empty() { key.to_string() } else { format!("{prefix}.{key}") };
+        if name.len() > LONGEST_NAME {
+            return Err("its model has names of more than 1,024 bytes".into());
+        }
         match value.tensor() {
             Some(tensor) => to.push((name, tensor)),
-            None => flatten(value, name, depth + 1, to)?,
+            None if value.is_dict() => flatten(value, name, met, to)?,
+            None if name.ends_with("weight") => {
+                return Err(format!("`{name}` is {}, which is not read as a tensor", value.describe()));
+            }
+            None => {}
         }
     }
     Ok(())

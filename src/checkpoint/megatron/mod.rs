@@ -19,19 +19,21 @@ mod shared;
 mod shared_write;
 mod write;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::source::{TensorFile, TensorSource};
 use crate::config::shape::{Head, Shape};
 use crate::data::tokenizer::{Tokenizer, folder_has_tokenizer};
 use crate::error::{Context, Error, Result};
-use crate::files::{exists, is_dir, read_error};
+use crate::files::{exists, identity, is_dir, read_error};
+use crate::model::layout::{EMBEDDING, LM_HEAD};
 
 use args::Args;
 use find::Rectangle;
 use names::{CoreTensor, POOLER_HEAD, StageHolder, VocabRows, core_tensors};
 use ranks::{RankFiles, rank_folder};
-use shared::{METADATA, SharedTensors};
+use shared::{FORMAT, METADATA, SharedTensors};
 pub use write::MegatronForm;
 pub(super) use write::MegatronPlan;
 
@@ -60,7 +62,7 @@ pub struct MegatronModel {
 /// Whether there is a folder of Megatron's.
 pub(crate) fn is_megatron(path: &Path) -> Result<bool> {
     Ok(exists(&path.join(TRACKER))?
-        || exists(&path.join(METADATA))?
+        || exists(&path.join(METADATA))? && exists(&path.join(FORMAT))?
         || is_dir(&rank_folder(path, 0, None))?
         || is_dir(&rank_folder(path, 0, Some(0)))?)
 }
@@ -100,6 +102,13 @@ impl MegatronFormat {
             let (shared, files, args) = SharedTensors::open(iteration)?;
             return Ok((MegatronFormat::Shared(shared), files, args));
         }
+        if exists(&iteration.join(FORMAT))? {
+            return Err(Error::data(format!(
+                "{}: it is no checkpoint in the format torch_dist ({FORMAT}, but no {METADATA}); zarr and fsdp_dtensor are not \
+                 read",
+                iteration.display()
+            )));
+        }
         let (ranks, files, args) = RankFiles::open(iteration)?;
         Ok((MegatronFormat::Ranks(ranks), files, args))
     }
@@ -127,26 +136,21 @@ impl MegatronFormat {
         }
     }
 
-    /// Tensors that are none of these; `again`: the last stage may have an output projection besides.
-    fn others(&self, files: &[Box<dyn TensorFile>], tensors: &[CoreTensor], again: bool) -> Vec<String> {
-        let mut others = match self {
+    /// Tensors that are none of these.
+    fn others(&self, files: &[Box<dyn TensorFile>], tensors: &[CoreTensor]) -> Vec<String> {
+        match self {
             MegatronFormat::Ranks(ranks) => ranks.others(files, tensors),
             MegatronFormat::Shared(shared) => shared.others(tensors),
-        };
-        others.retain(|name| !(again && name.ends_with("output_layer.weight")));
-        others
+        }
     }
 }
 
 /// Refuses a shape with more parameters than the files have elements, before anything is made for each of its parts.
 fn fits_files(shape: &Shape, files: &[Box<dyn TensorFile>]) -> Result<()> {
-    let mut elements = 0i64;
-    for file in files {
-        for name in file.names() {
-            let numel = file.info(&name).map_or(0, |(shape, _)| shape.iter().product());
-            elements = elements.saturating_add(numel);
-        }
-    }
+    // Of two bytes at least each; names that share them count once.
+    let paths: BTreeSet<&Path> = files.iter().map(|file| file.path()).collect();
+    let bytes = paths.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len()).sum::<u64>();
+    let elements = (bytes / 2) as i64;
     let heads = shape.num_attention_heads.saturating_add(shape.num_key_value_heads);
     let experts = shape.experts.as_ref().map_or(1, |experts| experts.num_local_experts);
     let of_layer = [shape.intermediate_size.saturating_mul(experts), heads.saturating_mul(shape.head_dim)];
@@ -155,8 +159,8 @@ fn fits_files(shape: &Shape, files: &[Box<dyn TensorFile>]) -> Result<()> {
     match wanted <= elements {
         true => Ok(()),
         false => Err(Error::data(format!(
-            "its args say {} layers of {} channels, more than the {elements} numbers of its files",
-            shape.num_hidden_layers, shape.hidden_size
+            "its args say num_layers {}, hidden_size {}, ffn_hidden_size {}: such a model has more numbers than the files",
+            shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size
         ))),
     }
 }
@@ -186,20 +190,50 @@ impl MegatronModel {
             Ok(shape)
         };
         let shape = shape().context(iteration.display())?;
-        let tensors = core_tensors(&shape, padded);
-        // A tied embedding is on the last stage once more, and a reward model may have kept its output projection.
-        let again = shape.tie_word_embeddings || shape.head == Head::Score;
-        let others = format.others(&files, &tensors, again);
+        // A tied embedding is on the last stage once more.
+        let tied = shape.tie_word_embeddings
+            && format.rows(&files, StageHolder::Last, "output_layer.weight").is_some();
+        let stored = Shape { tie_word_embeddings: shape.tie_word_embeddings && !tied, ..shape.clone() };
+        let tensors = core_tensors(&stored, padded);
+        let mut others = format.others(&files, &tensors);
+        // A reward model may have kept the output projection of the model that it was made of.
+        others.retain(|name| !(shape.head == Head::Score && name.ends_with("output_layer.weight")));
         let mut source = TensorSource::default();
         source.files = files;
         let locate = |files: &[Box<dyn TensorFile>], tensor: &CoreTensor| format.locate(files, tensor);
-        find::find(&mut source, &shape, &tensors, locate, others).context(iteration.display())?;
+        find::find(&mut source, &stored, &tensors, locate, others).context(iteration.display())?;
+        if tied {
+            if !source.equal(EMBEDDING, LM_HEAD).context(iteration.display())? {
+                return Err(Error::data(format!(
+                    "{}: output_layer.weight differs from the embedding, and untie_embeddings_and_output_weights is not set",
+                    iteration.display()
+                )));
+            }
+            source.views.remove(LM_HEAD);
+        }
         let shared = matches!(format, MegatronFormat::Shared(_));
         let ranks = [
             args.integer("tensor_model_parallel_size", Some(1))?,
             args.integer("pipeline_model_parallel_size", Some(1))?,
         ];
         Ok(MegatronModel { dir: dir.to_path_buf(), iteration, shared, ranks, shape, source })
+    }
+
+    /// Tells models apart at little cost: see [`identity`].
+    pub fn identity(&self) -> Result<String> {
+        let mut found = identity(&self.iteration)?;
+        let entries =
+            std::fs::read_dir(&self.iteration).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+        let mut ranks: Vec<PathBuf> = entries
+            .map_err(|e| read_error(&self.iteration, &e))?
+            .into_iter()
+            .map(|entry| entry.path())
+            .collect();
+        ranks.sort();
+        for rank in ranks.iter().filter(|path| path.is_dir()) {
+            found += &format!(" {}", identity(rank)?);
+        }
+        Ok(found)
     }
 
     /// The folder of the iteration that is read.

@@ -40,6 +40,7 @@ pub(super) struct RankFiles {
 struct RankFile {
     args: Args,
     chunks: Vec<String>,
+    iteration: Option<i64>,
 }
 
 impl RankFiles {
@@ -49,7 +50,7 @@ impl RankFiles {
         let stages = !is_dir(&alone)?;
         let first = if stages { rank_folder(iteration, 0, Some(0)) } else { alone };
         refuse_expert_ranks(iteration, &first)?;
-        let (_, RankFile { args, chunks }) = open(&first.join(FILE))?;
+        let (_, RankFile { args, chunks, iteration: saved_at }) = open(&first.join(FILE))?;
         let sizes = || -> Result<(i64, i64)> {
             let tensor = args.integer("tensor_model_parallel_size", None)?;
             let pipeline = args.integer("pipeline_model_parallel_size", None)?;
@@ -67,9 +68,9 @@ impl RankFiles {
             for rank in 0..tensor {
                 let path = rank_folder(iteration, rank, stages.then_some(stage)).join(FILE);
                 let (file, said) = open(&path)?;
-                if chunks != said.chunks {
+                if chunks != said.chunks || saved_at != said.iteration {
                     return Err(Error::data(format!(
-                        "{}: it has other parts of a pipeline than the first file",
+                        "{}: it is of another save than the first file: its iteration, or its parts of a pipeline, differ",
                         path.display()
                     )));
                 }
@@ -129,7 +130,7 @@ impl RankFiles {
         let (stage, prefix) = self.place(holder)?;
         let name = format!("{prefix}{name}");
         let rows = |rank: i64| files[self.file(stage, rank)].info(&name).ok()?.0.first().copied();
-        (0..self.tensor).map(rows).sum()
+        (0..self.tensor).try_fold(0i64, |sum, rank| sum.checked_add(rows(rank)?))
     }
 
     /// Where a tensor lies; none where it is not there.
@@ -222,9 +223,16 @@ fn open(path: &Path) -> Result<(TorchReader, RankFile)> {
             chunks.push(name.to_string());
             legacy::tensors(name, value, &mut tensors)?;
         }
-        match chunks.is_empty() {
-            true => Err("there is no `model`".into()),
-            false => Ok((tensors, RankFile { args, chunks })),
+        let iteration = top.get("iteration").and_then(PickleNode::integer);
+        chunks.sort_by_key(|chunk| (chunk.len(), chunk.clone()));
+        let numbered = (0..chunks.len()).map(|i| format!("model{i}"));
+        match chunks.as_slice() {
+            [] => Err("there is no `model`".into()),
+            [only] if only == "model" => Ok((tensors, RankFile { args, chunks, iteration })),
+            several if numbered.eq(several.iter().cloned()) => {
+                Ok((tensors, RankFile { args, chunks, iteration }))
+            }
+            several => Err(format!("it has the models {several:?}, not `model`, or `model0` and so on")),
         }
     })
 }

@@ -23,6 +23,9 @@ use crate::files::{exists, read_error};
 /// What says where tensors lie; its presence names the format.
 pub(super) const METADATA: &str = ".metadata";
 
+/// Which format a checkpoint is in.
+pub(super) const FORMAT: &str = "metadata.json";
+
 /// What else a checkpoint has.
 pub(super) const COMMON: &str = "common.pt";
 
@@ -32,8 +35,20 @@ const COMMON_STATE: &str = "common_state/";
 /// A file that is one tensor has it under this name.
 const ONLY: &str = "tensor";
 
-/// Beginnings of names of tensors that are no weights.
-const NO_WEIGHTS: [&str; 2] = ["optimizer", "chained_optimizers"];
+/// More dimensions than any tensor here has.
+const MOST_DIMENSIONS: usize = 16;
+
+/// A name is at most so long: one that many tensors share is copied for each.
+const LONGEST_NAME: usize = 1024;
+
+/// Whether a tensor is none of the model's: a state of the optimizer, of one of several (`chained_0.`), or of a module besides its
+/// weights.
+fn is_state(name: &str) -> bool {
+    let of_several = name.strip_prefix("chained_").and_then(|rest| rest.split_once('.'));
+    let inner =
+        of_several.filter(|(i, _)| i.bytes().all(|b| b.is_ascii_digit())).map_or(name, |(_, rest)| rest);
+    inner.starts_with("optimizer") || name.contains("._extra_state")
+}
 
 /// The tensors of a checkpoint, as its metadata says.
 pub(super) struct SharedTensors(BTreeMap<String, SavedTensor>);
@@ -57,10 +72,9 @@ impl SharedTensors {
         let path = iteration.join(METADATA);
         let bytes = std::fs::read(&path).map_err(|e| read_error(&path, &e))?;
         let metadata = Pickle::read(&bytes, Foreign::Kept)
+            .map_err(|e| format!("{e}; the file is damaged: get it again"))
             .and_then(|pickle| SavedMetadata::read(pickle.top()))
-            .map_err(|e| {
-                Error::data(format!("{}: {e}; the file is damaged: get it again", path.display()))
-            })?;
+            .map_err(|e| Error::data(format!("{}: {e}", path.display())))?;
         let args = common_args(iteration, metadata.common.as_ref())?;
         let (mut files, mut open) = (Vec::new(), HashMap::new());
         let mut tensors = BTreeMap::new();
@@ -184,7 +198,7 @@ impl SharedTensors {
         Ok(found)
     }
 
-    /// SavedTensor weights that are none of the model's.
+    /// Names of weights that are none of the model's.
     pub fn others(&self, tensors: &[CoreTensor]) -> Vec<String> {
         let mut known = BTreeSet::new();
         for tensor in tensors {
@@ -270,16 +284,18 @@ impl SavedMetadata {
             return Err(format!("it holds {}, no Metadata of a distributed checkpoint", top.describe()));
         };
         let mut tensors = Vec::new();
+        // Every part has a place: there are no more of them.
+        let mut left = stored.entries().count();
         for (name, value) in described.entries() {
-            let name =
-                name.text().ok_or_else(|| format!("{} stands where a name should", name.describe()))?;
+            let name = named(name)?;
             let state = value.state();
             let Some(size) = state.and_then(|state| state.get("size")) else { continue };
-            if NO_WEIGHTS.iter().any(|part| name.starts_with(part)) || name.contains("._extra_state") {
+            if is_state(name) {
                 continue;
             }
             let chunks = state.and_then(|state| state.get("chunks"));
             let chunks = chunks.into_iter().flat_map(PickleNode::items).map(|chunk| {
+                left = left.checked_sub(1).ok_or("there are more parts of tensors than places for them")?;
                 let field = |name: &str| chunk.state().and_then(|state| state.get(name)).map(integers);
                 match (field("offsets"), field("sizes")) {
                     (Some(offsets), Some(sizes)) => Ok((offsets?, sizes?)),
@@ -293,8 +309,7 @@ impl SavedMetadata {
         let (mut places, mut common) = (HashMap::new(), None);
         for (key, value) in stored.entries() {
             let offsets = key.state().and_then(|state| state.get("offset"));
-            let name = key.state().and_then(|state| state.get("fqn")).and_then(PickleNode::text);
-            let name = name.ok_or("what is stored has no name")?;
+            let name = named(key.state().and_then(|state| state.get("fqn")).unwrap_or(key))?;
             // Objects other than tensors have no offsets.
             let Some(offsets) = offsets.filter(|offsets| !offsets.is_none()) else {
                 if name.starts_with(COMMON_STATE) {
@@ -308,6 +323,12 @@ impl SavedMetadata {
     }
 }
 
+/// The name of a tensor.
+fn named(node: PickleNode<'_>) -> Result<&str, String> {
+    let name = node.text().filter(|name| name.len() <= LONGEST_NAME);
+    name.ok_or_else(|| format!("{} stands where a name should", node.describe()))
+}
+
 /// The numbers of a `torch.Size`, or of a tuple or list.
 fn integers(node: PickleNode) -> Result<Vec<i64>, String> {
     let inner = match node.foreign_name() {
@@ -318,7 +339,11 @@ fn integers(node: PickleNode) -> Result<Vec<i64>, String> {
         Some(i) if (0..1 << 48).contains(&i) => Ok(i),
         _ => Err(format!("{} stands where a size should", item.describe())),
     };
-    inner.into_iter().flat_map(PickleNode::items).map(integer).collect()
+    let items = inner.into_iter().flat_map(PickleNode::items).take(MOST_DIMENSIONS + 1);
+    match items.map(integer).collect::<Result<Vec<_>, String>>()? {
+        sizes if sizes.len() > MOST_DIMENSIONS => Err("a tensor has too many dimensions".into()),
+        sizes => Ok(sizes),
+    }
 }
 
 /// Refuses chunks that lie beyond their tensor.
@@ -330,7 +355,7 @@ fn fits(size: &[i64], chunks: &[(Vec<i64>, Vec<i64>)]) -> Result<(), String> {
             && size.iter().zip(offsets).zip(sizes).all(|((n, first), len)| first + len <= *n)
     };
     match numel(size).is_none() || !chunks.iter().all(inside) {
-        true => Err(format!("its parts do not fit its size {size:?}")),
+        true => Err(format!("its parts do not fit its size {size:?}; the file is damaged: get it again")),
         false => Ok(()),
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
 
 use super::names::{CoreTensor, StageHolder};
-use super::shared::{COMMON, METADATA};
+use super::shared::{COMMON, FORMAT, METADATA};
 use super::write::{MegatronPlan, parts_of_rank};
 use crate::checkpoint::pickle::Pickled;
 use crate::checkpoint::safetensors::TensorEntry;
@@ -18,8 +18,8 @@ use crate::files::{AtomicFile, write_file};
 /// The classes of the metadata.
 const METADATA_MODULE: &str = "torch.distributed.checkpoint.metadata";
 
-/// What Megatron goes by to know the format.
-const FORMAT: &str = r#"{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}"#;
+/// The contents of [`FORMAT`].
+const TORCH_DIST: &str = r#"{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}"#;
 
 /// The folder in an archive that is written to no file of its own.
 const ARCHIVE: &str = "archive";
@@ -185,7 +185,7 @@ impl<'a> SharedFiles<'a> {
         let bytes = metadata.write().map_err(|e| Error::failed(format!("{}: {e}", path.display())))?;
         self.files.into_iter().try_for_each(|file| file.file.commit())?;
         TorchWriter::create_with(&self.iteration.join(COMMON), common, &[])?.finish()?;
-        write_file(&self.iteration.join("metadata.json"), FORMAT.as_bytes())?;
+        write_file(&self.iteration.join(FORMAT), TORCH_DIST.as_bytes())?;
         write_file(&path, &bytes)
     }
 

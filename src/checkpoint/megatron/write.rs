@@ -21,7 +21,7 @@ use crate::data::tokenizer::{Tokenizer, is_tokenizer_file};
 use crate::error::{Error, Result};
 use crate::files::{AtomicFolder, create_dir, write_file};
 
-/// How Megatron is to find a model.
+/// How a model is stored for Megatron.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MegatronForm {
     /// In the format `torch_dist` rather than `torch`.
@@ -200,9 +200,11 @@ impl MegatronPlan {
         for TensorEntry { name, kind, shape } in entries {
             model.push((name.clone(), Pickled::Tensor { kind: *kind, shape: shape.clone() }));
             let mut state = |module: &str| model.push((format!("{module}._extra_state"), Pickled::None));
-            let Some((module, "weight")) = name.rsplit_once('.') else { continue };
+            // Experts of one module have weights with numbers.
+            let Some((module, "weight" | "weight0")) = name.rsplit_once('.') else { continue };
             let last = module.rsplit_once('.').map_or(module, |(_, last)| last);
-            if last.starts_with("linear_") || last == "output_layer" {
+            let norm = self.form.engine && last.ends_with("layernorm");
+            if last.starts_with("linear_") || last == "output_layer" || norm {
                 state(module);
             }
             if let Some(attention) = module.strip_suffix("linear_proj").filter(|_| self.form.engine) {

@@ -293,11 +293,11 @@ impl<'a> PickleMachine<'a> {
             // BINPERSID, REDUCE, BUILD
             b'Q' => {
                 let id = self.pop()?;
-                self.storage(id)?
+                self.storage(id).or_else(|e| self.opaque(e))?
             }
             b'R' => {
                 let (args, callable) = (self.pop()?, self.pop()?);
-                self.reduce(callable, args)?
+                self.reduce(callable, args).or_else(|e| self.opaque(e))?
             }
             b'b' => {
                 let state = self.pop()?;
@@ -306,7 +306,7 @@ impl<'a> PickleMachine<'a> {
             // NEWOBJ, NEWOBJ_EX; EMPTY_SET, ADDITEMS, FROZENSET
             0x81 | 0x92 if self.foreign == Foreign::Kept => {
                 let parts = self.pop_many(if opcode == 0x81 { 2 } else { 3 })?;
-                self.instance(parts[0], parts[1])?
+                self.instance(parts[0], parts[1]).or_else(|e| self.opaque(e))?
             }
             0x8f if self.foreign == Foreign::Kept => self.set()?,
             0x90 if self.foreign == Foreign::Kept => return self.pop_mark().map(drop),
@@ -335,6 +335,17 @@ impl<'a> PickleMachine<'a> {
             PickleValue::Global(PickleGlobal::OrderedDict) => self.new_object(Object::Dict(vec![])),
             other => Err(format!("it makes an object of {}", self.describe(other))),
         }
+    }
+
+    /// An object in the place of what was refused: only a value that is asked for must be one that is known.
+    fn opaque(&mut self, refused: String) -> Result<PickleValue<'a>, String> {
+        if self.foreign == Foreign::Refused {
+            return Err(refused);
+        }
+        let PickleGlobal::Foreign(class) = self.foreign("torch", "object that is not read here")? else {
+            return Err(refused);
+        };
+        self.new_object(Object::Instance { class, args: None, state: None })
     }
 
     /// A set, of which nothing is kept.

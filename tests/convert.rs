@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use testing::folder::folder;
-use testing::golden::{fixture, golden, json};
+use testing::golden::{fixture, golden, golden_megatron, json};
 use testing::program::{Ended, Program};
 use testing::run::Run;
 
@@ -185,6 +185,19 @@ fn what_cannot_be_written_is_refused() {
     refused(&model, &out, &parts, 2, &["num_attention_heads (4)", "1, 2, 4 would do"]);
     refused(&model, &out, &["--format", "hf", "--model-parallel", "2"], 2, &["--format meta"]);
     refused(&model, &out, &["--format", "meta", "--max-shard-size", "1GB"], 2, &["--format hf"]);
+    refused(&model, &out, &["--format", "meta", "--tensor", "2"], 2, &["--model-parallel"]);
+    refused(&model, &out, &["--format", "megatron", "--model-parallel", "2"], 2, &["are --tensor"]);
+    refused(
+        &model,
+        &out,
+        &["--format", "megatron", "--tensor", "3"],
+        2,
+        &["num_attention_heads", "1, 2, 4 would do"],
+    );
+    // A model of 64 tokens.
+    let small = golden_megatron()["llama"].join("torch-tp1-pp1");
+    let other = ["--format", "hf", "--tokenizer", model.to_str().unwrap()];
+    refused(&small, &out, &other, 3, &["600 tokens, more than the model's vocab_size of 64"]);
     refused(
         &golden().join("models/llama3"),
         &out,

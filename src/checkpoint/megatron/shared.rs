@@ -376,3 +376,27 @@ fn place(value: PickleNode) -> Result<FileSpan, String> {
     }
     Ok((path.to_string(), (start, len)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_are_no_weights() {
+        for name in [
+            "optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight",
+            "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16).bucket_idx_0",
+            "chained_0.optimizer.state.exp_avg.decoder.layers.mlp.router.weight",
+            "decoder.layers.self_attention.linear_qkv._extra_state/shard_0_2",
+        ] {
+            assert!(is_state(name), "{name}");
+        }
+        for name in [
+            "decoder.layers.mlp.linear_fc1.weight",
+            "embedding.word_embeddings.weight",
+            "chained_x.optimizer",
+        ] {
+            assert!(!is_state(name), "{name}");
+        }
+    }
+}

@@ -464,3 +464,62 @@ fn reward_models_of_chatlearn_score() {
         ScoreHead::backward(&mut model, &hidden, &Tensor::zeros([10], (Kind::Float, Device::Cpu))).is_err()
     );
 }
+
+/// A checkpoint is not replaced by what is made of it.
+#[test]
+fn a_source_is_not_written_over() {
+    let dir = copied("torch-tp1-pp1", "source");
+    let form = MegatronForm { shared: false, tensor: 1, pipeline: 1, vocab_multiple: None, engine: false };
+    for from in [dir.0.clone(), dir.0.join("iter_0000001")] {
+        let e = convert(&from, ConvertTarget::Megatron(form), None, &dir.0).unwrap_err();
+        assert!(e.message.contains("the source model is in this folder") && e.exit_code() == 2, "{e}");
+    }
+    assert!(MegatronModel::load(&dir.0, None).is_ok());
+}
+
+/// The copy of a tied embedding on the last stage is one.
+#[test]
+fn a_tied_head_that_differs_is_refused() {
+    let folder = TestFolder::new("megatron-tied");
+    let to = folder.0.join("tied");
+    let form = MegatronForm { shared: false, tensor: 1, pipeline: 2, vocab_multiple: None, engine: false };
+    convert(&golden_megatron()["tied"].join("hf"), ConvertTarget::Megatron(form), None, &to).unwrap();
+    let model = MegatronModel::load(&to, None).unwrap();
+    assert!(model.shape().tie_word_embeddings && model.source().view("lm_head.weight").is_err());
+    let embedding = model.source().tensor("model.embed_tokens.weight").unwrap();
+    let mut row = vec![0; embedding.size()[1] as usize * 4];
+    embedding.get(0).copy_data_u8(&mut row, embedding.size()[1] as usize);
+    let path = to.join("iter_0000001/mp_rank_00_001").join(ranks::FILE);
+    let mut bytes = fs::read(&path).unwrap();
+    let at = bytes.windows(row.len()).position(|part| part == row).unwrap();
+    bytes[at] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let e = MegatronModel::load(&to, None).err().unwrap();
+    assert!(e.message.contains("output_layer.weight differs from the embedding"), "{e}");
+}
+
+/// Files of two saves are no checkpoint.
+#[test]
+fn files_of_two_saves_are_refused() {
+    let folder = TestFolder::new("megatron-saves");
+    let model = |model: &str, to: &str, tensor: i64| {
+        let form = MegatronForm { shared: false, tensor, pipeline: 1, vocab_multiple: None, engine: false };
+        let hf = golden_megatron()[model].join("hf");
+        convert(&hf, ConvertTarget::Megatron(form), None, &folder.0.join(to)).unwrap();
+    };
+    model("llama", "two", 2);
+    model("llama", "other", 2);
+    let rank = "iter_0000001/mp_rank_01/model_optim_rng.pt";
+    let path = folder.0.join("two").join(rank);
+    // The number of the iteration, which `args` has besides.
+    let bytes = fs::read(&path).unwrap();
+    let key = b"X\x09\0\0\0iterationJ\x01";
+    let starts: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(key)).collect();
+    assert_eq!(starts.len(), 2);
+    let mut other = bytes;
+    starts.iter().for_each(|at| other[at + key.len() - 1] = 2);
+    fs::write(&path, other).unwrap();
+    let e = MegatronModel::load(&folder.0.join("two"), None).err().unwrap();
+    assert!(e.message.contains("of another save than the first file"), "{e}");
+    assert!(MegatronModel::load(&folder.0.join("other"), None).is_ok());
+}

@@ -32,19 +32,20 @@ fn name(path: &Path) -> String {
     path.file_name().unwrap().to_string_lossy().into_owned()
 }
 
-/// The name of the format, and tensor-parallel ranks and stages, of a folder `torch-tp2-pp1` or `torch_dist-tp2-pp1`; none of folders
-/// that differ in more.
+/// How a folder was written: `torch-tp2-pp1`, `torch_dist-tp2-pp1`, or `torch-te-tp2-pp1` with names of Transformer Engine's layers; none
+/// of folders that differ in more.
 fn form(path: &Path) -> Option<MegatronForm> {
     let name = name(path);
     let (format, ranks) = name.split_once("-tp")?;
     let (tensor, pipeline) = ranks.split_once("-pp")?;
-    let shared = match format {
-        "torch" => false,
-        "torch_dist" => true,
+    let (shared, engine) = match format {
+        "torch" => (false, false),
+        "torch_dist" => (true, false),
+        "torch-te" | "torch-tegrouped" => (false, true),
         _ => return None,
     };
     let (tensor, pipeline) = (tensor.parse().ok()?, pipeline.parse().ok()?);
-    Some(MegatronForm { shared, tensor, pipeline, vocab_multiple: None, engine: false })
+    Some(MegatronForm { shared, tensor, pipeline, vocab_multiple: None, engine })
 }
 
 fn convert(from: &Path, target: ConvertTarget, kind: Option<Kind>, to: &Path) -> Result<()> {

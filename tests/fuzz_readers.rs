@@ -259,6 +259,15 @@ fn torch_files() {
     fuzz("torch", seeds.collect(), |_| {}, |path| read_all(&torch_file::TorchReader::open(path)?));
 }
 
+/// A file of `torch.save` with this pickle and no tensors.
+fn write_torch_file(path: &Path, pickle: &[u8]) {
+    let mut zip = ZipWriter::new(fs::File::create(path).unwrap());
+    let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
+    zip.start_file("x/data.pkl", stored).unwrap();
+    zip.write_all(pickle).unwrap();
+    zip.finish().unwrap();
+}
+
 #[test]
 fn pickles_that_make_as_much_as_they_can() {
     let _alone = alone();
@@ -277,11 +286,7 @@ fn pickles_that_make_as_much_as_they_can() {
     let memos: Vec<u8> = (0..1 << 16).flat_map(memo).collect();
     let repeated = patterns.map(|(what, pattern)| (what, pattern.repeat((1 << 20) / pattern.len())));
     for (what, pickle) in repeated.into_iter().chain([("memos", memos)]) {
-        let mut zip = ZipWriter::new(fs::File::create(&path).unwrap());
-        let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
-        zip.start_file("x/data.pkl", stored).unwrap();
-        zip.write_all(&[b"(", &pickle[..], b"."].concat()).unwrap();
-        zip.finish().unwrap();
+        write_torch_file(&path, &[b"(", &pickle[..], b"."].concat());
         let before = counting::live();
         counting::reset_peak();
         // An error or an empty dictionary.
@@ -408,11 +413,7 @@ fn megatron_files_that_repeat_themselves() {
         ("texts", file(fields(text(&"x".repeat(200_000))), b"}".to_vec())),
         ("lists", file(fields(long_list), b"}".to_vec())),
     ] {
-        let mut zip = ZipWriter::new(fs::File::create(&path).unwrap());
-        let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
-        zip.start_file("x/data.pkl", stored).unwrap();
-        zip.write_all(&pickle).unwrap();
-        zip.finish().unwrap();
+        write_torch_file(&path, &pickle);
         let before = counting::live();
         counting::reset_peak();
         assert!(Weights::open(&dir).is_err(), "{what}");

@@ -103,7 +103,7 @@ fn rust(texts: &[String]) -> Functions {
         for declaration in all.iter().flat_map(|block| block.split(';')) {
             let Some((_, declaration)) = declaration.split_once("fn ") else { continue };
             let (name, list) = cut(declaration);
-            // What another library defines, such as OpenMP, is in its own header.
+            // Functions of other libraries, such as OpenMP, are declared in their own headers.
             if !name.starts_with("corral_") {
                 continue;
             }

@@ -13,7 +13,7 @@ use super::gguf;
 use super::hf::{self, Output};
 use super::hf_config::SpecialIds;
 use super::megatron::{MegatronForm, MegatronPlan};
-use super::merge::{Merge, Merged};
+use super::merge::{Merge, Merged, has_place_for_head};
 use super::meta::MetaParts;
 use super::ours::Scoring;
 use super::safetensors::TensorEntry;
@@ -138,12 +138,7 @@ impl Conversion {
                 "{blocks} is only for --format gguf; other formats have no such blocks"
             )));
         }
-        if shape.features.score_layers {
-            return Err(Error::data(
-                "no format has a place for a scalar head of two layers (ChatLearn's pooler_head); such models are scored where they \
-                 are (corral score, corral eval, reward_model.path)",
-            ));
-        }
+        has_place_for_head(&shape)?;
         if let ConvertTarget::Meta { .. } = target {
             shape.predicts().map_err(|e| e.context("Meta's format has no place for a scalar head"))?;
         }

@@ -138,16 +138,23 @@ pub struct Merged {
     pub num_tokens: i64,
 }
 
+/// Refuses a scalar head that no format has a place for.
+pub(super) fn has_place_for_head(shape: &Shape) -> Result<()> {
+    match shape.features.score_layers {
+        false => Ok(()),
+        true => Err(Error::data(
+            "no format has a place for a scalar head of two layers (ChatLearn's pooler_head); such models are scored where they are \
+             (corral score, corral eval, reward_model.path)",
+        )),
+    }
+}
+
 impl Merge {
     /// Opens the merge of `adapter` into `base`; `dtype` is the result's, by default that of each tensor of the base.
     pub fn new(base: Weights, mut adapter: PeftAdapter, dtype: Option<Kind>) -> Result<Merge> {
         not_adapted(&base, &adapter)?;
         let shape = adapter.shape(base.shape());
-        if shape.features.score_layers {
-            return Err(Error::data(
-                "no format has a place for a scalar head of two layers (ChatLearn's pooler_head)",
-            ));
-        }
+        has_place_for_head(&shape)?;
         adapter.check(&shape)?;
         let plans = adapter.trainable().plans(&shape)?;
         let with_tokenizer = [adapter.tokenizer_dir()?, base.tokenizer_dir()?];

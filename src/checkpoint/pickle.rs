@@ -29,7 +29,10 @@ pub struct TensorRef {
 }
 
 /// A name is at most so long: what a pickle says once and repeats by reference stays small.
-const MAX_NAME: usize = 1024;
+pub const MAX_NAME: usize = 1024;
+
+/// More dimensions than any tensor of a model has.
+pub const MAX_DIMENSIONS: usize = 16;
 
 /// Classes and functions that tensors are not made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

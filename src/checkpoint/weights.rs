@@ -82,7 +82,7 @@ impl Weights {
     /// The same model for a tokenizer of so many tokens: without the padding of a vocabulary of Megatron's.
     pub fn for_tokenizer(self, tokens: usize) -> Result<Weights> {
         match self {
-            Weights::Megatron(model) => {
+            Weights::Megatron(model) if model.shape().vocab_size != tokens as i64 => {
                 Ok(Weights::Megatron(Box::new(MegatronModel::load(model.dir(), Some(tokens))?)))
             }
             other => Ok(other),

@@ -36,10 +36,10 @@ pub struct Args {
     #[arg(long, value_name = "N", aliases = ["shards", "parts", "tp"], value_parser = clap::value_parser!(i64).range(1..=100))]
     model_parallel: Option<i64>,
     /// Ranks of tensor parallelism, with --format megatron or megatron-dist [default: 1]
-    #[arg(long, value_name = "T", alias = "target-tensor-parallel-size", value_parser = clap::value_parser!(i64).range(1..=1024))]
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(i64).range(1..=1024))]
     tensor: Option<i64>,
     /// Stages of pipeline parallelism, with --format megatron or megatron-dist [default: 1]
-    #[arg(long, value_name = "P", alias = "target-pipeline-parallel-size", value_parser = clap::value_parser!(i64).range(1..=1024))]
+    #[arg(long, value_name = "P", value_parser = clap::value_parser!(i64).range(1..=1024))]
     pipeline: Option<i64>,
     /// Pad the vocabulary to a multiple of this times --tensor, with --format megatron or megatron-dist [default: not padded]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..=1 << 20))]

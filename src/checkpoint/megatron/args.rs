@@ -345,7 +345,7 @@ mod tests {
         Args(fields)
     }
 
-    /// What means another model is refused by its name; what says the same in another way is not.
+    /// Arguments of other models are refused by name; other spellings of a model that is read are not.
     #[test]
     fn other_models_are_refused() {
         let same = [

@@ -81,7 +81,7 @@ pub(super) fn find(
     Ok(())
 }
 
-/// What a tensor is, for errors.
+/// A tensor's name for error messages.
 fn described(tensor: &CoreTensor) -> String {
     use super::names::StageHolder;
     match tensor.holder {

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 
-use crate::checkpoint::pickle::{PickleNode, TensorRef};
+use crate::checkpoint::pickle::{MAX_NAME, PickleNode, TensorRef};
 
 /// Legacy names of a layer's modules, and the core's.
 const MODULES: [(&str, &str); 10] = [
@@ -34,9 +34,6 @@ pub(super) fn tensors(
     Ok(())
 }
 
-/// A name is at most so long.
-const LONGEST_NAME: usize = 1024;
-
 /// The tensors below a dictionary, their keys joined by dots. Other values are left out, but where a weight should be. A dictionary
 /// that is met twice would make more of a file than there is in it.
 fn flatten<'p>(
@@ -52,8 +49,8 @@ fn flatten<'p>(
         // Extra states, of 8-bit products, are no weights.
         let Some(key) = key.text().filter(|key| !key.ends_with("_extra_state")) else { continue };
         let name = if prefix.is_empty() { key.to_string() } else { format!("{prefix}.{key}") };
-        if name.len() > LONGEST_NAME {
-            return Err("its model has names of more than 1,024 bytes".into());
+        if name.len() > MAX_NAME {
+            return Err(format!("its model has names of more than {MAX_NAME} bytes"));
         }
         match value.tensor() {
             Some(tensor) => to.push((name, tensor)),

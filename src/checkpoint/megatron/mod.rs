@@ -40,7 +40,7 @@ pub(super) use write::MegatronPlan;
 /// The open files of a checkpoint.
 type OpenFiles = Vec<Box<dyn TensorFile>>;
 
-/// What names the newest checkpoint of a folder.
+/// The file that names a folder's newest checkpoint.
 const TRACKER: &str = "latest_checkpointed_iteration.txt";
 
 /// The iteration of a model that is written: of the first, as Megatron's own converter says, since older readers refuse 0.

@@ -56,7 +56,7 @@ fn mathematics(plan: &MegatronPlan) -> NamespaceFields {
         ("use_rotary_position_embeddings", Truth(true)),
         ("add_position_embedding", Truth(false)),
         ("rotary_percent", Number(1.0)),
-        ("rotary_base", whole_number(s.rope_theta)),
+        ("rotary_base", integer_or_number(s.rope_theta)),
         ("rotary_interleaved", Truth(false)),
         ("rotary_seq_len_interpolation_factor", Pickled::None),
         ("use_rope_scaling", Truth(s.rope_scaling.is_some())),
@@ -133,7 +133,7 @@ fn training(plan: &MegatronPlan) -> NamespaceFields {
 }
 
 /// An integer where it is one: Megatron's argument is.
-fn whole_number(x: f64) -> Pickled {
+fn integer_or_number(x: f64) -> Pickled {
     match x.fract() == 0.0 && x.abs() < 2f64.powi(53) {
         true => Pickled::Integer(x as i64),
         false => Pickled::Number(x),

@@ -50,7 +50,8 @@ impl RankFiles {
         let stages = !is_dir(&alone)?;
         let first = if stages { rank_folder(iteration, 0, Some(0)) } else { alone };
         refuse_expert_ranks(iteration, &first)?;
-        let (_, RankFile { args, chunks, iteration: saved_at }) = open(&first.join(FILE))?;
+        let (opened, RankFile { args, chunks, iteration: saved_at }) = open(&first.join(FILE))?;
+        let mut opened = Some(opened);
         let sizes = || -> Result<(i64, i64)> {
             let tensor = args.integer("tensor_model_parallel_size", None)?;
             let pipeline = args.integer("pipeline_model_parallel_size", None)?;
@@ -67,13 +68,20 @@ impl RankFiles {
         for stage in 0..pipeline {
             for rank in 0..tensor {
                 let path = rank_folder(iteration, rank, stages.then_some(stage)).join(FILE);
-                let (file, said) = open(&path)?;
-                if chunks != said.chunks || saved_at != said.iteration {
-                    return Err(Error::data(format!(
-                        "{}: it is of another save than the first file: its iteration, or its parts of a pipeline, differ",
-                        path.display()
-                    )));
-                }
+                let file = match opened.take() {
+                    Some(first) => first,
+                    None => {
+                        let (file, said) = open(&path)?;
+                        if chunks != said.chunks || saved_at != said.iteration {
+                            return Err(Error::data(format!(
+                                "{}: it is of another save than the first file: its iteration, or its parts of a pipeline, \
+                                 differ",
+                                path.display()
+                            )));
+                        }
+                        file
+                    }
+                };
                 files.push(StackedExperts::wrapped(file, &args).context(path.display())?);
             }
         }
@@ -195,10 +203,13 @@ fn layer(name: &str, chunk: &str) -> Option<i64> {
 
 /// Refuses folders of expert-parallel ranks, which have one more number in their names.
 fn refuse_expert_ranks(iteration: &Path, first: &Path) -> Result<()> {
+    if is_dir(first)? {
+        return Ok(());
+    }
     for stage in [None, Some(0)] {
         let mut name = rank_folder(iteration, 0, stage).into_os_string();
         name.push("_000");
-        if !is_dir(first)? && is_dir(Path::new(&name))? {
+        if is_dir(Path::new(&name))? {
             return Err(Error::data(format!(
                 "{}: the experts are divided over ranks (expert_model_parallel_size above 1), which is read of the format \
                  torch_dist only; save the model in it, or with one rank of experts",

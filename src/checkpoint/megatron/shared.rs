@@ -14,7 +14,7 @@ use super::args::Args;
 use super::find::Rectangle;
 use super::names::{CoreTensor, RankDivision, StageHolder};
 use super::ranks::checkpoint_args;
-use crate::checkpoint::pickle::{Foreign, Pickle, PickleNode, TensorRef};
+use crate::checkpoint::pickle::{Foreign, MAX_DIMENSIONS, MAX_NAME, Pickle, PickleNode, TensorRef};
 use crate::checkpoint::source::TensorFile;
 use crate::checkpoint::torch_file::TorchReader;
 use crate::error::{Error, Result};
@@ -34,12 +34,6 @@ const COMMON_STATE: &str = "common_state/";
 
 /// A file that is one tensor has it under this name.
 const ONLY: &str = "tensor";
-
-/// More dimensions than any tensor here has.
-const MOST_DIMENSIONS: usize = 16;
-
-/// A name is at most so long: one that many tensors share is copied for each.
-const LONGEST_NAME: usize = 1024;
 
 /// Whether a tensor is none of the model's: a state of the optimizer, of one of several (`chained_0.`), or of a module besides its
 /// weights.
@@ -325,7 +319,7 @@ impl SavedMetadata {
 
 /// The name of a tensor.
 fn named(node: PickleNode<'_>) -> Result<&str, String> {
-    let name = node.text().filter(|name| name.len() <= LONGEST_NAME);
+    let name = node.text().filter(|name| name.len() <= MAX_NAME);
     name.ok_or_else(|| format!("{} stands where a name should", node.describe()))
 }
 
@@ -339,9 +333,9 @@ fn integers(node: PickleNode) -> Result<Vec<i64>, String> {
         Some(i) if (0..1 << 48).contains(&i) => Ok(i),
         _ => Err(format!("{} stands where a size should", item.describe())),
     };
-    let items = inner.into_iter().flat_map(PickleNode::items).take(MOST_DIMENSIONS + 1);
+    let items = inner.into_iter().flat_map(PickleNode::items).take(MAX_DIMENSIONS + 1);
     match items.map(integer).collect::<Result<Vec<_>, String>>()? {
-        sizes if sizes.len() > MOST_DIMENSIONS => Err("a tensor has too many dimensions".into()),
+        sizes if sizes.len() > MAX_DIMENSIONS => Err("a tensor has too many dimensions".into()),
         sizes => Ok(sizes),
     }
 }

@@ -321,7 +321,7 @@ fn what_cannot_be_read_is_told() {
 }
 
 #[test]
-fn whole_tensors_that_do_not_fit_are_told() {
+fn damaged_torch_dist_is_refused() {
     let copy = |name: &str| copied("torch_dist-tp2-pp1", &format!("dist-{name}"));
     let whole = copy("whole");
     assert!(MegatronModel::load(&whole.0, None).is_ok());

@@ -130,7 +130,7 @@ impl MegatronPlan {
     fn write_shared(&self, iteration: &Path, source: &TensorSource, done: &AtomicU64) -> Result<()> {
         let mut files = SharedFiles::create(self, iteration)?;
         for (tensor, kind) in &self.tensors {
-            files.write(tensor, &whole(tensor, *kind, source, done)?)?;
+            files.write(tensor, &assemble(tensor, *kind, source, done)?)?;
         }
         files.finish(&self.checkpoint(None))
     }
@@ -155,10 +155,10 @@ impl MegatronPlan {
             Ok(())
         };
         for (tensor, kind) in &self.tensors {
-            put(tensor, &whole(tensor, *kind, source, done)?, self.stage(tensor.holder))?;
+            put(tensor, &assemble(tensor, *kind, source, done)?, self.stage(tensor.holder))?;
         }
         if let Some((head, kind)) = self.tied_head() {
-            put(&head, &whole(&head, kind, source, &AtomicU64::new(0))?, stages - 1)?;
+            put(&head, &assemble(&head, kind, source, &AtomicU64::new(0))?, stages - 1)?;
         }
         files.into_iter().try_for_each(TorchWriter::finish)
     }
@@ -227,8 +227,8 @@ impl MegatronPlan {
     }
 }
 
-/// A tensor of Megatron's, put together and padded. `done` counts the model's bytes.
-fn whole(tensor: &CoreTensor, kind: Kind, source: &TensorSource, done: &AtomicU64) -> Result<Tensor> {
+/// Puts a tensor of Megatron's together, and pads it. `done` counts the model's bytes.
+fn assemble(tensor: &CoreTensor, kind: Kind, source: &TensorSource, done: &AtomicU64) -> Result<Tensor> {
     let mut read: HashMap<&str, Tensor> = HashMap::new();
     let mut parts = Vec::new();
     for run in &tensor.runs {

@@ -7,10 +7,7 @@ use std::collections::HashMap;
 
 use tch::Kind;
 
-use super::{Foreign, MAX_NAME, TensorRef};
-
-/// More dimensions than any tensor of a model has.
-const MAX_DIMENSIONS: usize = 16;
+use super::{Foreign, MAX_DIMENSIONS, MAX_NAME, TensorRef};
 
 /// What may be imported.
 #[derive(Debug, Clone, Copy, PartialEq)]
